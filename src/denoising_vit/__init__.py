@@ -1,0 +1,39 @@
+"""Artifact-free dense features from any Vision Transformer.
+
+>>> import denoising_vit as dv
+>>> backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m")
+>>> result = dv.denoise_image(backbone, "cat.jpg")
+>>> result.semantic  # (h, w, C), clean
+"""
+
+from denoising_vit.backbones import SEEDS, Backbone, load_backbone
+from denoising_vit.decomposition import Decomposition
+from denoising_vit.denoise import DenoiseOptions, denoise_image
+from denoising_vit.errors import (
+    BackboneError,
+    DenoisingVitError,
+    FormatError,
+    PhotoError,
+    PlanError,
+    SizeError,
+    WeightsError,
+)
+from denoising_vit.views import CropOptions, ViewPlan
+
+__all__ = [
+    "SEEDS",
+    "Backbone",
+    "BackboneError",
+    "CropOptions",
+    "Decomposition",
+    "DenoiseOptions",
+    "DenoisingVitError",
+    "FormatError",
+    "PhotoError",
+    "PlanError",
+    "SizeError",
+    "ViewPlan",
+    "WeightsError",
+    "denoise_image",
+    "load_backbone",
+]

@@ -1,0 +1,157 @@
+"""Backbone: from normalised images to features on a patch grid, the same face for every source of features."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from denoising_vit.backbones.attention import HeadwiseAttention
+from denoising_vit.backbones.fingerprint import Fingerprint
+from denoising_vit.errors import BackboneError, SizeError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module, ABC):
+    """A frozen ViT as an extractor: ``backbone(image)`` maps (B, 3, H, W) to features (B, h, w, C).
+
+    Made by :func:`~denoising_vit.load_backbone`.
+
+    Attributes:
+        name: what the model is called.
+        patch_size: side of a patch in pixels.
+        stride: distance between neighbouring patches in pixels; below the patch size patches overlap.
+        embed_dim: C.
+        mean: per-channel mean of the normalisation that images must have had.
+        std: per-channel deviation of that normalisation.
+        default_size: side of the square images that it is shown by default.
+        layer: index of the block whose output is taken, negative from the end; None where that is not known.
+        norm: whether the model's final norm is applied.
+        weights: where the weights came from, in words.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        patch_size: int,
+        stride: int,
+        embed_dim: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        default_size: int,
+        layer: int | None = None,
+        norm: bool = True,
+        weights: str = "as given",
+    ) -> None:
+        super().__init__()
+        if patch_size < 1 or not 1 <= stride <= patch_size:
+            raise BackboneError(f"stride must be 1 to the patch size ({patch_size}), got {stride}")
+        self.name = name
+        self.patch_size = patch_size
+        self.stride = stride
+        self.embed_dim = embed_dim
+        self.mean = mean
+        self.std = std
+        self.layer = layer
+        self.norm = norm
+        self.weights = weights
+        self.default_size = nearest_sizes(default_size, patch_size, stride)[0]
+        self._fingerprint: Fingerprint | None = None
+
+    @abstractmethod
+    def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch tokens (B, h w, C), row by row, and prefix tokens (B, P, C), for an image that fits the grid."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features (B, h, w, C), float32, of normalised images (B, 3, H, W).
+
+        Raises:
+            SizeError: if H or W does not fit the patch grid.
+            BackboneError: if the model does not return one token per patch.
+        """
+        return self.forward_with_prefix(image)[0]
+
+    def forward_with_prefix(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, h, w, C) and prefix tokens, class token first and then registers (B, P, C), both float32."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise BackboneError(f"expected images of shape (B, 3, H, W), got {tuple(image.shape)}")
+        h, w = self.grid_size(*image.shape[2:])
+        with self._attention():
+            tokens, prefix = self._tokens(image.to(self.device, self.dtype))
+        if tuple(tokens.shape[:2]) != (len(image), h * w):
+            raise BackboneError(
+                f"{self.name} returned tokens of shape {tuple(tokens.shape)} for {len(image)} images of "
+                f"{image.shape[2]} x {image.shape[3]}; expected {h} x {w} = {h * w} patch tokens each "
+                f"(patch {self.patch_size}, stride {self.stride}). Are patch size and stride right?"
+            )
+        return tokens.float().unflatten(1, (h, w)), prefix.float()  # (B, h w, C) -> (B, h, w, C)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the patch grid of an image of H x W pixels.
+
+        Raises:
+            SizeError: if a side does not fit; the message names the nearest sides that do.
+        """
+        for side in (height, width):
+            check_side(side, self.patch_size, self.stride)
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and images are moved to."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type the model computes in; features are float32 whatever it is."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What identifies the weights (and layer and norm) whatever file they came in."""
+        if self._fingerprint is None:
+            self._fingerprint = Fingerprint.of(self, self._fingerprint_size())
+        return self._fingerprint
+
+    def _fingerprint_size(self) -> int:
+        return self.default_size
+
+    def _attention(self) -> contextlib.AbstractContextManager[object]:
+        """On a CPU in bfloat16 the blocked attention is well over twice as fast as torch's own kernel."""
+        fast = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        return HeadwiseAttention() if fast else contextlib.nullcontext()
+
+    def extra_repr(self) -> str:
+        """One line for ``repr``."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.name}, patch {self.patch_size}, stride {self.stride}, C {self.embed_dim}, {dtype}, {self.weights}"
+        )
+
+
+def nearest_sizes(side: int, patch: int, stride: int) -> tuple[int, ...]:
+    """The sides nearest to ``side`` that fit the patch grid: itself, or the next below and above; at least a patch."""
+    if side < patch:
+        return (patch,)
+    below = patch + (side - patch) // stride * stride
+    return (below,) if below == side else (below, below + stride)
+
+
+def check_side(side: int, patch: int, stride: int) -> None:
+    """Refuses a side that is not covered by whole patches, ``patch + k stride``.
+
+    Raises:
+        SizeError: naming the nearest sides that are.
+    """
+    fitting = nearest_sizes(side, patch, stride)
+    if side not in fitting:
+        rule = f"a multiple of {patch}" if patch == stride else f"{patch} + k * {stride}"
+        raise SizeError(
+            f"a side of {side} pixels does not fit the patch grid: expected {rule} pixels (patch {patch}, stride "
+            f"{stride}). Nearest: {' or '.join(map(str, fitting))}"
+        )

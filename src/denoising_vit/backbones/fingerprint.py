@@ -1,0 +1,65 @@
+"""Fingerprints: weights identified by what they do, because the same weights come in files of different digests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Cosine above which two fingerprints are of the same weights; bfloat16 and float32 of one model agree to 0.9998.
+SAME = 0.999
+
+_LENGTH, _WIDTH = 128, 1 << 14
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The features of one fixed synthetic image, projected to 128 numbers.
+
+    A random projection preserves the cosine between the features of two models, so that weights can be compared
+    without having both at hand.
+    """
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, extractor: Callable[[Tensor], Tensor], size: int) -> Fingerprint:
+        """The fingerprint of anything that maps (1, 3, size, size) to features (1, h, w, C)."""
+        with torch.inference_mode():
+            features = extractor(synthetic_image(size)).double().flatten().cpu().numpy()
+        # RandomState's streams are fixed for good; signs instead of normal numbers keep the projection exact.
+        signs = 2.0 * np.random.RandomState(0).randint(0, 2, (_LENGTH, _WIDTH), dtype=np.int8) - 1
+        parts = np.pad(features, (0, -features.size % _WIDTH)).reshape(-1, _WIDTH)
+        weights = np.cos(np.arange(1, len(parts) + 1))  # tells the parts of a long feature map apart
+        projected = signs @ (weights @ parts)
+        norm = float(np.linalg.norm(projected))
+        return cls(tuple(round(float(value) / norm, 5) if norm > 0 else 0.0 for value in projected))
+
+    def cosine(self, other: Fingerprint) -> float:
+        """Cosine between two fingerprints, in [-1, 1]."""
+        mine, theirs = np.array(self.values), np.array(other.values)
+        return float(mine @ theirs / max(float(np.linalg.norm(mine) * np.linalg.norm(theirs)), 1e-12))
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both are of the same weights."""
+        return len(self.values) == len(other.values) and self.cosine(other) > SAME
+
+    @property
+    def short(self) -> str:
+        """Eight hexadecimal digits for people to compare: the signs of the first 32 numbers."""
+        bits = "".join("1" if value > 0 else "0" for value in self.values[:32])
+        return f"{int(bits, 2):08x}"
+
+
+def synthetic_image(size: int) -> Tensor:
+    """A fixed picture of waves, (1, 3, size, size) in about [-2, 2], made without a random generator."""
+    place = torch.linspace(0, 1, size, dtype=torch.float64)
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    waves = [
+        torch.sin(2 * torch.pi * (a * x + b * y)) + torch.cos(2 * torch.pi * (c * x * y + d * (x - y) ** 2))
+        for a, b, c, d in ((3, 1, 5, 2), (1, 4, 3, 7), (2, 5, 9, 4))
+    ]
+    return torch.stack(waves)[None].float()

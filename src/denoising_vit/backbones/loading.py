@@ -1,0 +1,182 @@
+"""load_backbone: one function from a name or a module to a backbone."""
+
+from __future__ import annotations
+
+import contextlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from denoising_vit.backbones.bundled import BUNDLED_MODEL, INSTALL_HINT, bundled_available, bundled_state_dict
+from denoising_vit.backbones.module import Layout, ModuleBackbone
+from denoising_vit.errors import BackboneError, WeightsError
+
+if TYPE_CHECKING:  # timm takes seconds to import: only where a model is built
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_backbone(
+    model: str | Callable[[Tensor], Any],
+    *,
+    weights: str | Path = "auto",
+    stride: int | None = None,
+    layer: int = -1,
+    norm: bool = True,
+    dtype: Dtype | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    patch_size: int | None = None,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    default_size: int | None = None,
+    layout: Layout = "auto",
+) -> Backbone:
+    """Loads a pretrained ViT, frozen and ready to extract features.
+
+    Args:
+        model: a timm name (any VisionTransformer or Eva model), or any module or function that maps normalised images
+            (B, 3, H, W) to a patch grid or to tokens.
+        weights: for a timm name: ``auto`` (bundled where it is that model and installed, else the hub), ``hub``,
+            ``bundled``, ``random``, or a safetensors or PyTorch file.
+        stride: distance between patches in pixels; below the patch size for a finer grid (paper, section 4).
+        layer: block whose output is taken, negative from the end. For a timm name.
+        norm: whether the final norm is applied. For a timm name.
+        dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32; for a module, its own.
+        device: ``auto`` is CUDA, then MPS, then the CPU; for a module, its own.
+        patch_size: for a module: side of a patch in pixels.
+        mean: for a module: normalisation that images get.
+        std: for a module: likewise.
+        default_size: for a module: side of the images it is shown by default.
+        layout: for a module: what its output is, where the shape does not tell.
+
+    Raises:
+        BackboneError: if the model cannot be built or does not return a patch grid.
+        WeightsError: if the weights are missing, of another model, or not finite.
+    """
+    if not isinstance(model, str):
+        if patch_size is None:
+            raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
+        if (weights, layer, norm) != ("auto", -1, True):
+            raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
+        own = ModuleBackbone(
+            model, patch_size=patch_size, stride=stride, mean=mean, std=std, default_size=default_size, layout=layout
+        )
+        return own.to(
+            device=None if device == "auto" else _device(device),
+            dtype=None if dtype == "auto" else _dtype(dtype, own.device),
+        )
+    if patch_size is not None:
+        raise BackboneError(f"patch_size is for modules; {model!r} has its own")
+    from denoising_vit.backbones.timm_vit import TimmBackbone
+
+    built, source = _with_weights(model, weights)
+    backbone = TimmBackbone(built, name=model, stride=stride, layer=layer, norm=norm, weights=source)
+    place = _device(device)
+    return backbone.to(device=place, dtype=_dtype(dtype, place))
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32 (recent CUDA; AMX or AVX512-BF16), else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        # torch has no public question for this; absent functions (other platforms) mean no.
+        asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return torch.bfloat16 if any(ask is not None and ask() for ask in asked) else torch.float32
+    return torch.float32
+
+
+def _with_weights(name: str, weights: str | Path) -> tuple[VisionTransformer | Eva, str]:
+    from denoising_vit.backbones.timm_vit import build_timm_model
+    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
+
+    choice = str(weights)
+    if choice == "auto":
+        choice = "bundled" if bundled_available(name) else "hub"
+    if choice == "random":
+        return build_timm_model(name, pretrained=False), "random"
+    if choice == "hub":
+        model, source = _from_hub(name), "hub"
+    elif choice == "bundled":
+        if name != BUNDLED_MODEL:
+            raise WeightsError(f"no weights of {name} are bundled; only {BUNDLED_MODEL} is")
+        state, source = bundled_state_dict()
+        model = build_timm_model(name, pretrained=False)
+        load_weights(model, state, name=name, source=source)
+    else:
+        source, model = choice, build_timm_model(name, pretrained=False)
+        load_weights(model, read_state_dict(Path(choice)), name=name, source=source)
+    require_finite(model, source)
+    return model, source
+
+
+def _from_hub(name: str) -> VisionTransformer | Eva:
+    from denoising_vit.backbones.timm_vit import build_timm_model
+
+    try:
+        with _offline_if_unreachable():
+            return build_timm_model(name, pretrained=True)
+    except BackboneError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds: network, missing file, gated, damaged cache
+        package = "install it" if name == BUNDLED_MODEL else f"or use {BUNDLED_MODEL}, which comes"
+        reason = str(error).strip().splitlines()
+        raise WeightsError(
+            f"the weights of {name} could not be fetched from the hub ({type(error).__name__}: "
+            f"{reason[0] if reason else 'no reason given'}). Check the network, give a local file (weights=FILE), "
+            f"{package} as a package: {INSTALL_HINT}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Without a network the hub's client retries for most of a minute before it looks into its own cache."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        # Certificates that only the hub's client is set up for do not mean that there is no network.
+        return "CERTIFICATE" in str(error.reason)
+    except OSError:
+        return False
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise BackboneError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return place
+
+
+def _dtype(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in named:
+        raise BackboneError(f"dtype must be auto, {', '.join(named)}, got {dtype!r}")
+    return fast_dtype(device) if dtype == "auto" else named[dtype]

@@ -1,0 +1,99 @@
+"""Backbones from anything that maps images to a grid or to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from denoising_vit.errors import BackboneError
+
+Layout = Literal["auto", "channels_last", "channels_first", "tokens"]
+
+
+class ModuleBackbone(Backbone):
+    """A user's own module or function as a backbone.
+
+    Args:
+        model: maps normalised images (B, 3, H, W) to (B, h, w, C), (B, C, h, w), or tokens (B, prefix + h w, C); or
+            returns these as ``last_hidden_state``, under ``x_norm_patchtokens``, or first in a tuple or list.
+        patch_size: side of a patch in pixels.
+        stride: distance between patches; the patch size by default.
+        mean: normalisation that images get; ImageNet's by default.
+        std: likewise.
+        default_size: side of the images it is shown; the multiple of the patch size up to 518 by default.
+        layout: what the output is, where its shape does not tell.
+        name: what to call it; its class or function name by default.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Any],
+        *,
+        patch_size: int,
+        stride: int | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        default_size: int | None = None,
+        layout: Layout = "auto",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            name=name or getattr(model, "__name__", type(model).__name__),
+            patch_size=patch_size,
+            stride=patch_size if stride is None else stride,
+            embed_dim=0,
+            mean=mean,
+            std=std,
+            default_size=default_size or 518 // patch_size * patch_size,
+        )
+        self.layout = layout
+        self.model = model  # a module is registered by this, so that its device and dtype are seen
+        with torch.inference_mode():
+            probe = torch.zeros(1, 3, self.default_size, self.default_size)
+            self.embed_dim = self.forward(probe).shape[-1]
+
+    def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        found = _tensor_in(self.model(image), self.name)
+        h, w = self.grid_size(*image.shape[2:])
+        match self.layout if self.layout != "auto" else _layout(found, h, w, self.name):
+            case "channels_last":
+                tokens = found.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
+            case "channels_first":
+                tokens = found.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
+            case _:
+                tokens = found
+        prefix = max(tokens.shape[1] - h * w, 0)
+        return tokens[:, prefix:], tokens[:, :prefix]
+
+
+def _tensor_in(output: Any, name: str) -> Tensor:
+    if isinstance(output, dict):
+        output = output.get("x_norm_patchtokens", output.get("last_hidden_state", output))
+    output = getattr(output, "last_hidden_state", output)
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise BackboneError(f"{name} returned {type(output).__name__}; expected a tensor of features")
+    return output
+
+
+def _layout(output: Tensor, h: int, w: int, name: str) -> Layout:
+    if output.ndim == 3:
+        return "tokens"
+    last = output.ndim == 4 and tuple(output.shape[1:3]) == (h, w)
+    first = output.ndim == 4 and tuple(output.shape[2:]) == (h, w)
+    if last and first:
+        raise BackboneError(
+            f"{name} returned {tuple(output.shape)}, which may be (B, h, w, C) or (B, C, h, w): say which with "
+            "layout='channels_last' or layout='channels_first'"
+        )
+    if not last and not first:
+        raise BackboneError(
+            f"{name} returned {tuple(output.shape)}; expected (B, {h}, {w}, C), (B, C, {h}, {w}) or tokens "
+            f"(B, prefix + {h * w}, C). Are patch size and stride right?"
+        )
+    return "channels_last" if last else "channels_first"

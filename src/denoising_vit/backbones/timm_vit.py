@@ -1,0 +1,136 @@
+"""Backbones from timm: every VisionTransformer and Eva model with patch tokens, by its timm name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from denoising_vit.backbones.base import Backbone
+from denoising_vit.errors import BackboneError
+
+
+class TimmBackbone(Backbone):
+    """A timm ViT.
+
+    Args:
+        model: built by :func:`build_timm_model`.
+        name: its timm name.
+        stride: distance between patches; the patch size by default.
+        layer: block whose output is taken, negative from the end.
+        norm: whether to apply the model's final norm.
+        weights: where the weights came from, in words.
+
+    Raises:
+        BackboneError: if the layer does not exist or the stride is out of range.
+    """
+
+    def __init__(
+        self, model: VisionTransformer | Eva, *, name: str, stride: int | None, layer: int, norm: bool, weights: str
+    ) -> None:
+        config = resolve_model_data_config(model)
+        patch_size = _square_patch(model, name)
+        depth = len(model.blocks)
+        if not -depth <= layer < depth:
+            raise BackboneError(f"{name} has {depth} blocks: layer must be {-depth} to {depth - 1}, got {layer}")
+        super().__init__(
+            name=name,
+            patch_size=patch_size,
+            stride=patch_size if stride is None else stride,
+            embed_dim=model.embed_dim,
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            default_size=518 // patch_size * patch_size,  # 518 for patch 14, 512 for 8 and 16
+            layer=layer % depth,
+            norm=norm,
+            weights=weights,
+        )
+        if self.stride != patch_size:
+            model.set_submodule("patch_embed", OverlappingPatchEmbed(model.patch_embed, self.stride))
+        self.model = model
+        self._block = layer % depth
+
+    def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        # Tokens are asked for in a row: reshaped by timm they get the wrong grid where patches overlap.
+        found: Any = self.model.forward_intermediates(
+            image,
+            indices=[self._block],
+            norm=self.norm,
+            stop_early=True,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        tokens = found[0]  # of the one block asked for; a pair where the model has prefix tokens
+        return tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
+
+    def _fingerprint_size(self) -> int:
+        return 8 * self.patch_size  # a fingerprint needs no large image; the model takes any size
+
+
+class OverlappingPatchEmbed(nn.Module):
+    """timm's patch embedding with a stride of its own: (B, 3, H, W) -> (B, h, w, C).
+
+    timm's module refuses sizes that are no multiple of the patch, which overlapping patches do not need.
+    """
+
+    def __init__(self, embed: Any, stride: int) -> None:
+        super().__init__()
+        self.grid_size = embed.grid_size  # of the position embedding; timm resamples from it
+        self.patch_size = embed.patch_size
+        self.proj = embed.proj
+        self.proj.stride = (stride, stride)
+        self.norm = embed.norm
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, h, w, C)."""
+        return self.norm(self.proj(image).permute(0, 2, 3, 1))
+
+
+def build_timm_model(name: str, *, pretrained: bool) -> VisionTransformer | Eva:
+    """Builds a timm model that takes any image size.
+
+    Args:
+        name: as timm knows it, with or without the tag of its weights.
+        pretrained: fetch the weights from the hub.
+
+    Raises:
+        BackboneError: if timm does not know it, or it is no plain ViT.
+    """
+    architecture = name.split(".")[0]
+    if architecture not in timm.list_models():
+        similar = ", ".join(timm.list_models(f"*{architecture.split('_patch')[0]}*")[:4])
+        raise BackboneError(
+            f"timm {timm.__version__} knows no model {name!r}"
+            + (f"; similar: {similar}" if similar else "")
+            + ". `dvit models` lists the published ones; any other module can be passed with its patch size"
+        )
+    try:
+        # timm draws initial weights from the global generator; a model to be loaded must not disturb the caller's.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:  # an architecture without this option
+        raise BackboneError(f"{name} is no plain ViT (it takes no dynamic_img_size): {error}") from error
+    except RuntimeError as error:
+        if pretrained:
+            raise
+        raise BackboneError(f"timm could not build {name!r}: {error}") from error
+    if not isinstance(model, VisionTransformer | Eva):
+        raise BackboneError(
+            f"{name} is a {type(model).__name__}; expected a VisionTransformer or Eva with patch tokens. "
+            "Wrap it yourself: load_backbone(module, patch_size=...)"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _square_patch(model: VisionTransformer | Eva, name: str) -> int:
+    patch = getattr(model.patch_embed, "patch_size", None)
+    if not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d) or patch is None or patch[0] != patch[1]:
+        raise BackboneError(f"{name} does not cut the image into square patches ({type(model.patch_embed).__name__})")
+    return int(patch[0])

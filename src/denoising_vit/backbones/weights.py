@@ -1,0 +1,123 @@
+"""Weights: from a hub, a local file, or a package on this machine; checked before they are used."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import timm.models.eva
+import timm.models.vision_transformer
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from denoising_vit.errors import WeightsError
+
+#: Where published files keep the weights, and what they put in front of the names.
+_CONTAINERS = ("model", "state_dict", "teacher")
+_PREFIXES = ("module.", "model.", "backbone.")
+
+#: Parts of checkpoints that dense features never use: classifiers, pooling heads, decoders, training tokens.
+_UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive", "visual.proj", "logit_scale")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file or a PyTorch file, and unwraps it to plain parameter names.
+
+    PyTorch files are read with ``weights_only=True``: code hidden in a pickle is refused, never run.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, holds anything but weights, or holds none.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            state: object = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: refused, the file is damaged or holds more than weights (code is never run from a checkpoint). "
+            "Convert it to safetensors where you trust it"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors or PyTorch weights file ({error})") from error
+    state = _unwrap(state)
+    if not state:
+        raise WeightsError(f"{path}: no tensors found; expected a state dict, or one under {' or '.join(_CONTAINERS)}")
+    return state
+
+
+def load_weights(model: VisionTransformer | Eva, state: dict[str, Tensor], *, name: str, source: str) -> None:
+    """Loads a state dict, in timm's names or in those of the original release, into a timm model.
+
+    Raises:
+        WeightsError: if anything is missing, left over, or of another shape; the message names both sides.
+    """
+    _refuse_other_patches(model, state, name, source)
+    filters = timm.models.eva if isinstance(model, Eva) else timm.models.vision_transformer
+    try:
+        state = dict(filters.checkpoint_filter_fn(state, model))  # pyright: ignore[reportArgumentType]
+    except (KeyError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+        raise WeightsError(f"{source}: not weights of {name} ({error})") from error
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and not key.startswith(_UNUSED)]
+    unknown = [key for key in state if key not in own and not key.startswith(_UNUSED)]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unknown or shapes:
+        raise WeightsError(
+            f"{source}: weights of another model, they do not fit {name}: "
+            + "; ".join(
+                f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in (("missing", missing), ("left over", unknown), ("of another shape", shapes))
+                if keys
+            )
+        )
+    model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+
+
+def require_finite(model: nn.Module, source: str) -> None:
+    """Refuses weights with NaN or infinity, naming the first.
+
+    Raises:
+        WeightsError: if any parameter or buffer is not finite.
+    """
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise WeightsError(
+                f"{source}: {bad} of {value.numel()} values of {key} are NaN or infinite; the file is damaged or was "
+                "saved from a run that diverged"
+            )
+
+
+def _unwrap(state: object) -> dict[str, Tensor]:
+    while isinstance(state, dict) and (inner := next((state[k] for k in _CONTAINERS if k in state), None)) is not None:
+        if not isinstance(inner, dict):
+            break
+        state = inner
+    if not isinstance(state, dict):
+        return {}
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    while tensors and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def _refuse_other_patches(model: VisionTransformer | Eva, state: dict[str, Tensor], name: str, source: str) -> None:
+    """Timm would resample the patch embedding of another patch size without a word."""
+    there = state.get("patch_embed.proj.weight")
+    mine = model.patch_embed.proj.weight
+    if there is not None and there.ndim == 4 and there.shape != mine.shape:
+        raise WeightsError(
+            f"{source}: weights of another model, they do not fit {name}: patch embedding of shape "
+            f"{tuple(there.shape)} instead of {tuple(mine.shape)}"
+        )

@@ -1,0 +1,155 @@
+"""``dvit denoise``: from photos to clean features and pictures that show the difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from denoising_vit.backbones import Backbone, Fingerprint, load_backbone
+from denoising_vit.backbones.loading import Dtype
+from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
+from denoising_vit.cli.outputs import Output, OutputFolder
+from denoising_vit.cli.reporting import Report, Row, ViewProgress, print_error, print_note
+from denoising_vit.dataset import find_photos
+from denoising_vit.decomposition import Decomposition
+from denoising_vit.decomposition.files import write_decomposition
+from denoising_vit.denoise import DenoiseOptions, denoise_image, prepare
+from denoising_vit.errors import DenoisingVitError
+from denoising_vit.files import atomic_path
+from denoising_vit.photos import photo_digest, read_photo
+
+
+def denoise(
+    inputs: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    stage1: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(),  # noqa: B008, frozen
+    backbone: str = "vit_small_patch14_dinov2.lvd142m",
+    weights: str = "auto",
+    stride: int | None = None,
+    layer: int = -1,
+    norm: bool = True,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    upsample: int = 1,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Clean features of photos: for each a .safetensors file and a picture that shows the difference.
+
+    Args:
+        inputs: image files, folders (searched recursively) and globs.
+        out: folder for the results; made where it does not exist.
+        stage1: how semantic field and artifact are separated.
+        backbone: any timm VisionTransformer or Eva model; `dvit models` lists the published ones.
+        weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
+        stride: distance between patches in pixels; below the patch size for a finer grid.
+        layer: block whose output is taken, negative from the end.
+        norm: whether the model's final norm is applied.
+        device: auto, cpu, cuda, cuda:1, mps.
+        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
+        upsample: also store the clean features this many times finer, and draw them so.
+        overwrite: do photos again whose results exist.
+        json: print one JSON line per photo instead of a table.
+    """
+    if not inputs:
+        print_error("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
+        return WRONG_USAGE
+    if upsample < 1:
+        print_error(f"--upsample must be a whole number of at least 1, got {upsample}")
+        return WRONG_USAGE
+    photos, missing = find_photos(inputs)
+    report = Report(as_json=json)
+    for item in missing:
+        report.add(Row(item.item, "failed", note=item.reason))
+    if not photos:
+        report.finish(out)
+        return WRONG_USAGE
+    folder = OutputFolder(out, overwrite=overwrite)
+    model = load_backbone(backbone, weights=weights, stride=stride, layer=layer, norm=norm, dtype=dtype, device=device)
+    prepare(model, stage1)  # what is wrong with the options is said before any photo is touched
+    print_note(f"backbone {model.extra_repr()} on {model.device}, fingerprint {model.fingerprint.short}")
+    job = _Job(model, stage1, folder, upsample)
+    with ViewProgress(len(photos), stage1.views + stage1.held_out) as progress:
+        try:
+            for photo in photos:
+                progress.start(photo.name)
+                report.add(job.run(photo, progress))
+                progress.finish()
+        except KeyboardInterrupt:
+            done = sum(row.status != "failed" for row in report.rows)
+            print_note(f"interrupted: {done} finished results stay in {out}; the same command goes on from there")
+            return INTERRUPTED
+    return report.finish(out)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for all photos of a run."""
+
+    backbone: Backbone
+    options: DenoiseOptions
+    folder: OutputFolder
+    upsample: int
+
+    def run(self, photo: Path, progress: ViewProgress) -> Row:
+        """Does one photo, or finds it done. Whatever is wrong with this photo ends in its row, not in an exception."""
+        started = time.perf_counter()
+        try:
+            pixels = read_photo(photo)
+            output = self.folder.claim(photo, photo_digest(pixels))
+            if output.existing is not None:
+                return self._keep(photo, pixels, output, output.existing)
+            result = denoise_image(self.backbone, pixels, progress=progress.views, options=self.options)
+            about = result.info["photo"] | {"name": photo.name}
+            result = dataclasses.replace(result, info=result.info | {"photo": about})
+            self._draw(pixels, result, output)
+            extra = {"upsampled": result.upsample(self.upsample)} if self.upsample > 1 else None
+            with atomic_path(output.result) as temporary:  # last: where this file is, the photo is finished
+                write_decomposition(result, temporary, extra)
+        except (DenoisingVitError, OSError, MemoryError, RuntimeError) as error:
+            return Row(str(photo), "failed", note=str(error) or type(error).__name__)
+        return self._row(photo, output, result.info, "done", seconds=round(time.perf_counter() - started, 2))
+
+    def _keep(self, photo: Path, pixels: np.ndarray, output: Output, info: dict[str, Any]) -> Row:
+        if not output.panel.exists():
+            self._draw(pixels, Decomposition.load(output.result), output)
+        same = self._made_alike(info)
+        note = "kept" if same else "kept, but made with other settings: --overwrite to do it again"
+        return self._row(photo, output, info, "kept", note=note)
+
+    def _draw(self, pixels: np.ndarray, result: Decomposition, output: Output) -> None:
+        from denoising_vit.visualize import draw_panel  # matplotlib and scikit-learn take seconds to import
+
+        with atomic_path(output.panel) as temporary:
+            draw_panel(pixels, result, temporary, upsample=self.upsample)
+
+    def _made_alike(self, info: dict[str, Any]) -> bool:
+        """Whether an existing result came from this backbone, this plan and these weights of the penalties."""
+        plan, _ = prepare(self.backbone, self.options)
+        theirs = Fingerprint(tuple(info["backbone"]["fingerprint"]))
+        settings = ("method", "smoothness", "shrinkage", "clip")
+        return (
+            info["plan"] == plan.digest
+            and self.backbone.fingerprint.matches(theirs)
+            and all(info[key] == getattr(self.options, key) for key in settings)
+        )
+
+    @staticmethod
+    def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:
+        return Row(
+            image=str(photo),
+            status=status,
+            output=str(output.result),
+            panel=str(output.panel),
+            views=info["views"],
+            heldout_r2=info["heldout_r2"],
+            heldout_cosine=info["heldout_cosine"],
+            **more,
+        )

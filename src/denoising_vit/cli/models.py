@@ -1,0 +1,25 @@
+"""``dvit models``: the published backbones, and where their weights are."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from denoising_vit.backbones import SEEDS
+from denoising_vit.backbones.bundled import bundled_available
+
+
+def models() -> None:
+    """List the backbones that the method was published for.
+
+    Any other timm VisionTransformer or Eva model works by its name in the same way.
+    """
+    table = Table(box=None, pad_edge=False)
+    table.add_column("backbone", no_wrap=True)  # names are there to be copied
+    table.add_column("pretraining")
+    for heading in ("patch", "size", "weights"):
+        table.add_column(heading, no_wrap=True)
+    for name, seed in SEEDS.items():
+        weights = "installed" if bundled_available(name) else "hub"
+        table.add_row(name, seed.family, str(seed.patch_size), str(seed.size), weights)
+    Console().print(table)

@@ -1,0 +1,143 @@
+"""What a batch says while it works and when it is done: progress, a table or JSON lines, and what was skipped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from denoising_vit.cli.exit_codes import OK, SOME_FAILED
+
+Status = Literal["done", "kept", "failed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one photo.
+
+    Attributes:
+        image: the photo.
+        status: done, kept (a result was there already), or failed.
+        output: the safetensors file.
+        panel: the picture.
+        seconds: time taken.
+        views: crops that were fitted.
+        heldout_r2: share of the variance of left-out views that is predicted.
+        heldout_cosine: mean cosine to left-out views.
+        note: why it failed, or what else is worth knowing.
+    """
+
+    image: str
+    status: Status
+    output: str | None = None
+    panel: str | None = None
+    seconds: float | None = None
+    views: int | None = None
+    heldout_r2: float | None = None
+    heldout_cosine: float | None = None
+    note: str | None = None
+
+
+class Report:
+    """Collects rows; JSON lines go to standard output at once, the table comes at the end."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Takes one row; in JSON mode prints it."""
+        self.rows.append(row)
+        if self.as_json:
+            print(json.dumps({key: value for key, value in asdict(row).items() if value is not None}), flush=True)
+
+    def finish(self, folder: Path) -> int:
+        """Prints the table, then what failed and why. Returns the exit code."""
+        if not self.as_json and any(row.status != "failed" for row in self.rows):
+            Console().print(self._table())
+        failed = [row for row in self.rows if row.status == "failed"]
+        for row in failed:
+            print_error(f"{row.image}: {row.note}" if row.image not in str(row.note) else str(row.note), "skipped")
+        good = len(self.rows) - len(failed)
+        summary = f"{good} of {len(self.rows)} photos in {folder}" + (f", {len(failed)} skipped" if failed else "")
+        Console(stderr=True).print(summary, highlight=False, markup=False)
+        return SOME_FAILED if failed else OK
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("photo", overflow="fold")
+        table.add_column("result", overflow="fold")
+        for heading in ("views", "held-out R²", "cosine", "seconds"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        for row in self.rows:
+            if row.status != "failed":
+                table.add_row(
+                    escape(Path(row.image).name),
+                    escape(Path(row.output or "").name),
+                    str(row.views),
+                    "-" if row.heldout_r2 is None else f"{row.heldout_r2:.3f}",
+                    "-" if row.heldout_cosine is None else f"{row.heldout_cosine:.3f}",
+                    "-" if row.seconds is None else f"{row.seconds:.1f}",
+                    escape(row.note or ""),
+                )
+        return table
+
+
+class ViewProgress:
+    """A progress bar over the views of all photos, with the time left; on standard error."""
+
+    def __init__(self, photos: int, views_each: int) -> None:
+        self._left, self._each, self._at = photos, views_each, 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("views"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=photos * views_each)
+        self._finished_views = 0
+
+    def __enter__(self) -> ViewProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._progress.stop()
+
+    def start(self, photo: str) -> None:
+        """Begins the next photo."""
+        self._at = 0
+        self._progress.update(self._task, description=escape(photo))
+
+    def views(self, done: int, _total: int) -> None:
+        """Takes how many views of the present photo are done."""
+        self._at = done
+        self._progress.update(self._task, completed=self._finished_views + done)
+
+    def finish(self) -> None:
+        """Ends the present photo; views that were not needed leave the total, so that the time left stays right."""
+        self._left -= 1
+        self._finished_views += self._at
+        self._progress.update(self._task, total=self._finished_views + self._left * self._each)
+
+
+def print_error(message: str, label: str = "error") -> None:
+    """Prints an error to standard error, unwrapped, so that it can be searched for and copied."""
+    Console(stderr=True).print(f"[bold red]{label}:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def print_note(message: str) -> None:
+    """Prints something worth knowing to standard error."""
+    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,163 @@
+"""Stage 1 without gradient descent: semantic field and artifact by exact linear least squares.
+
+    minimise  sum_v |Y_v - Wy_v F Wx_v^T - G|^2  +  lam (N / nodes) |grad F|^2  +  mu V |G|^2
+
+Its normal equations are ``A F + K^T G = b`` and ``K F + D G = g``. A, K and D come from the crops alone; the image
+contributes only b and g (:class:`~denoising_vit.decomposition.statistics.Statistics`). Eliminating F leaves
+``T G = g - K A^-1 b`` with ``T = D - K A^-1 K^T``. See docs/method.md for the derivation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from denoising_vit.decomposition.block_tridiagonal import BlockTridiagonal
+from denoising_vit.errors import PlanError
+from denoising_vit.views import ViewPlan, least_views
+
+#: Rows of L^-1 K^T that are gathered before they enter T, and columns of T updated at once: large enough for the
+#: products to run at full speed, small enough for memory to stay O(nodes per side x positions).
+_ROWS, _COLUMNS = 512, 512
+
+
+class ExactSolver:
+    """Solves stage 1 for any image seen through one plan; what depends on the plan alone is computed once.
+
+    Args:
+        plan: the views.
+        smoothness: lam, weight of the field's squared differences, per observation and node.
+        shrinkage: mu, weight of the artifact's square, per view.
+        device: where to compute, in float64; statistics must come from there.
+
+    Raises:
+        PlanError: if the views cannot determine field and artifact.
+    """
+
+    def __init__(
+        self, plan: ViewPlan, *, smoothness: float, shrinkage: float, device: torch.device | str = "cpu"
+    ) -> None:
+        if smoothness < 0 or shrinkage < 0:
+            raise PlanError(f"smoothness and shrinkage must be 0 or more, got {smoothness} and {shrinkage}")
+        self.plan = plan
+        self.smoothness = smoothness
+        self.shrinkage = shrinkage
+        self._wy, self._wx = (weight.to(device) for weight in plan.weights)
+
+    def factorise(self, *, artifact_known: bool) -> None:
+        """Computes the factors now (later calls find them).
+
+        Raises:
+            PlanError: if the views are too few.
+        """
+        _ = self._field_factor if artifact_known else self._artifact_factor
+
+    def solve(self, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Field (Ry, Rx, C) and artifact (h, w, C), mean zero, from b (Ry, Rx, C) and g (h, w, C), all float64."""
+        right = g - self.project(self._field_factor.solve(b))
+        artifact = torch.cholesky_solve(right.flatten(0, 1), self._artifact_factor).view_as(g)
+        # The data cannot tell F + c, G - c from F, G for a constant c: G has mean zero.
+        artifact = artifact - artifact.mean((0, 1))
+        return self.solve_field(b, artifact), artifact
+
+    def solve_field(self, b: Tensor, artifact: Tensor) -> Tensor:
+        """The field (Ry, Rx, C) where the artifact (h, w, C) is known: ``F = A^-1 (b - K^T G)``."""
+        return self._field_factor.solve(b - self.spread(artifact))
+
+    def project(self, field: Tensor) -> Tensor:
+        """``K F``: the sum over views of the field at the patches, (Ry, Rx, C) -> (h, w, C)."""
+        total = sum(columns.T @ row for columns, row in zip(self._coupling_rows(), field, strict=True))
+        return torch.as_tensor(total).view(*self.plan.grid, -1)
+
+    def spread(self, artifact: Tensor) -> Tensor:
+        """``K^T G``: what an artifact adds to b, (h, w, C) -> (Ry, Rx, C)."""
+        flat = artifact.flatten(0, 1)
+        return torch.stack([columns @ flat for columns in self._coupling_rows()])
+
+    @cached_property
+    def _field_factor(self) -> BlockTridiagonal:
+        """The factors of ``A = sum_v (Wy^T Wy) (x) (Wx^T Wx) + lam L``; block row k holds the nodes of row k."""
+        self._require_views(artifact_known=True)
+        rows, columns = self.plan.resolution
+        gram_y = self._wy.transpose(1, 2) @ self._wy  # (V, Ry, Ry), tridiagonal
+        gram_x = (self._wx.transpose(1, 2) @ self._wx).flatten(1)  # (V, Rx Rx)
+        diagonal = (gram_y.diagonal(dim1=1, dim2=2).T @ gram_x).view(rows, columns, columns)
+        below = (gram_y.diagonal(offset=1, dim1=1, dim2=2).T @ gram_x).view(rows - 1, columns, columns)
+        scale = self.smoothness * self._observations() / (rows * columns)
+        neighbours = torch.full((rows,), 2.0, dtype=diagonal.dtype, device=diagonal.device)
+        neighbours[[0, -1]] = 1.0  # the rows above and below; L is the graph Laplacian of the nodes
+        identity = torch.eye(columns, dtype=diagonal.dtype, device=diagonal.device)
+        diagonal += scale * (neighbours[:, None, None] * identity + _path_laplacian(columns, identity))
+        below -= scale * identity
+        try:
+            return BlockTridiagonal(diagonal, below)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise PlanError(
+                f"{len(self.plan)} views leave parts of the {rows} x {columns} field undetermined; "
+                "use more views, a lower resolution, or more smoothness"
+            ) from error
+
+    @cached_property
+    def _artifact_factor(self) -> Tensor:
+        """The Cholesky factor of T (h w, h w), with the constant pinned.
+
+        Adding a multiple of the all-ones matrix does not move the solution, whose mean is zero already, and makes T
+        well conditioned however small mu is.
+        """
+        self._require_views(artifact_known=False)
+        positions = math.prod(self.plan.grid)
+        schur = torch.zeros(positions, positions, dtype=self._wy.dtype, device=self._wy.device)
+        solved = self._field_factor.forward(self._coupling_rows())  # block rows of L^-1 K^T
+        gathered = math.ceil(_ROWS / self.plan.resolution[1])
+        while rows := list(itertools.islice(solved, gathered)):
+            _subtract_gram(schur, torch.cat(rows))
+        schur += len(self.plan) / positions  # the pinned constant
+        schur.diagonal().add_(len(self.plan) * (1 + self.shrinkage))
+        try:
+            return torch.linalg.cholesky(schur)  # reads the lower triangle only
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise PlanError(
+                f"{len(self.plan)} views cannot tell artifact from content; use more views, more shrinkage, or give a "
+                "known artifact"
+            ) from error
+
+    def _coupling_rows(self) -> Iterator[Tensor]:
+        """Block rows of K^T, each (Rx, h w), made when needed: the whole would be nodes x positions."""
+        h, w = self.plan.grid
+        nodes = self.plan.resolution[1]
+        across = self._wx.transpose(1, 2).flatten(1)  # (V, Rx w)
+        for down in self._wy.unbind(2):  # (V, h) for each row of nodes
+            row = (down.T @ across).view(h, nodes, w)
+            yield row.transpose(0, 1).reshape(nodes, h * w)  # (h, Rx, w) -> (Rx, h w)
+
+    def _observations(self) -> int:
+        return len(self.plan) * math.prod(self.plan.grid)
+
+    def _require_views(self, *, artifact_known: bool) -> None:
+        needed = least_views(self.plan, artifact_known)
+        if len(self.plan) < needed:
+            h, w = self.plan.grid
+            ry, rx = self.plan.resolution
+            raise PlanError(
+                f"{len(self.plan)} views of {h} x {w} patches are too few for a field of {ry} x {rx} nodes"
+                f"{'' if artifact_known else ' and an artifact'}: at least {needed} are needed. Use more views, "
+                "or a lower resolution"
+            )
+
+
+def _path_laplacian(nodes: int, identity: Tensor) -> Tensor:
+    """Graph Laplacian of a row of nodes, (nodes, nodes)."""
+    difference = identity[1:] - identity[:-1]
+    return difference.T @ difference
+
+
+def _subtract_gram(matrix: Tensor, rows: Tensor) -> None:
+    """``matrix -= rows^T rows`` for the lower triangle, panel by panel (the upper one is left unfinished)."""
+    for start in range(0, len(matrix), _COLUMNS):
+        panel = rows[:, start : start + _COLUMNS]
+        matrix[start:, start : start + _COLUMNS].addmm_(rows[:, start:].T, panel, alpha=-1)

@@ -1,0 +1,92 @@
+"""One decomposition in one safetensors file: the field, what follows from it, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from denoising_vit.errors import FormatError
+
+if TYPE_CHECKING:
+    from denoising_vit.decomposition.result import Decomposition
+
+FORMAT = "denoising-vit/decomposition"
+FORMAT_VERSION = 1
+
+_KEY = "denoising_vit"
+_HALF_MAX = torch.finfo(torch.float16).max
+
+
+def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tensor] | None = None) -> None:
+    """Writes ``field``, ``semantic``, ``artifact``, ``raw`` (and ``extra``) as float16, with JSON metadata."""
+    tensors = {"field": result.field, "semantic": result.semantic, "artifact": result.artifact, "raw": result.raw}
+    head = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "size": result.size,
+        "patch_size": result.patch_size,
+        "stride": result.stride,
+        "info": result.info,
+    }
+    content = {key: _compact(value) for key, value in (tensors | (extra or {})).items()}
+    try:
+        save_file(content, path, metadata={_KEY: json.dumps(head)})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{path}: could not be written ({error})") from error
+
+
+def read_decomposition(path: Path) -> dict[str, Any]:
+    """Reads the file back as the arguments of :class:`Decomposition`; tensors become float32.
+
+    Raises:
+        FormatError: if the file is missing, damaged, something else, or of a newer version.
+    """
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    head = read_head(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).float() for key in ("field", "artifact", "raw")}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: damaged decomposition ({error})") from error
+    return tensors | {
+        "size": tuple(head["size"]),
+        "patch_size": head["patch_size"],
+        "stride": head["stride"],
+        "info": head["info"],
+    }
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """The JSON metadata alone, without reading tensors.
+
+    Raises:
+        FormatError: if the file is not a decomposition that this version reads.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        head = json.loads(metadata.get(_KEY, "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not a decomposition: expected a safetensors file ({error})") from error
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise FormatError(f"{path}: a safetensors file, but not one with a decomposition (no {FORMAT!r} metadata)")
+    if head["format_version"] > FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: written in format version {head['format_version']}, this release reads up to {FORMAT_VERSION}; "
+            "upgrade denoising-vit"
+        )
+    return head
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """float16 where the values fit: features without a final norm can exceed its range."""
+    tensor = tensor.detach().cpu()
+    fits = tensor.numel() == 0 or float(tensor.abs().max()) < _HALF_MAX
+    return (tensor.half() if fits else tensor.float()).contiguous()

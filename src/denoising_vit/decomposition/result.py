@@ -1,0 +1,132 @@
+"""What stage 1 returns: the semantic field of one image, the shared artifact, and what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.decomposition.files import read_decomposition, write_decomposition
+from denoising_vit.files import atomic_path
+from denoising_vit.views import linear_weights, patch_centres
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """One image's features, separated: ``raw = semantic + artifact + residual`` on the patch grid (paper, eq. 3).
+
+    Attributes:
+        field: F on its own nodes, (Ry, Rx, C) float32; nodes are at cell centres of [0, 1]^2.
+        artifact: G, (h, w, C) float32.
+        raw: the backbone's features of the whole image, (h, w, C) float32.
+        size: (H, W) in pixels at which the image was shown to the backbone.
+        patch_size: side of a patch in pixels.
+        stride: distance between patches in pixels.
+        info: what was run and how well it predicts held-out views (``heldout_r2``, ``heldout_cosine``); JSON values.
+    """
+
+    field: Tensor = dataclasses.field(repr=False)
+    artifact: Tensor = dataclasses.field(repr=False)
+    raw: Tensor = dataclasses.field(repr=False)
+    size: tuple[int, int]
+    patch_size: int
+    stride: int
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def semantic(self) -> Tensor:
+        """F at the patch centres, (h, w, C): the denoised features."""
+        return self._on_product_grid(*self._centres())
+
+    @property
+    def residual(self) -> Tensor:
+        """h, what neither F nor G explains, (h, w, C)."""
+        return self.raw - self.semantic - self.artifact
+
+    @property
+    def coords(self) -> Tensor:
+        """(x, y) of the patch centres in [0, 1] of the image, (h, w, 2) float32."""
+        rows, columns = (torch.from_numpy(centre).float() for centre in self._centres())
+        return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+
+    @property
+    def heldout_r2(self) -> float | None:
+        """Share of the variance of views left out of the fit that F + G predicts; None where none was left out."""
+        return self.info.get("heldout_r2")
+
+    @property
+    def heldout_cosine(self) -> float | None:
+        """Mean cosine between F + G and the features of views left out of the fit."""
+        return self.info.get("heldout_cosine")
+
+    def sample(self, coords: Tensor) -> Tensor:
+        """F anywhere: bilinear at ``coords`` (..., 2), (x, y) in [0, 1] of the image, origin top left -> (..., C).
+
+        Coordinates beyond the image take the value at its border.
+
+        Raises:
+            ValueError: if the last dimension is not 2.
+        """
+        if coords.shape[-1] != 2:
+            raise ValueError(f"coords must be (x, y) pairs, shape (..., 2); got shape {tuple(coords.shape)}")
+        nodes = torch.tensor([self.field.shape[1], self.field.shape[0]], device=coords.device)
+        place = (coords.to(torch.float64) * nodes - 0.5).clamp(min=0).minimum(nodes - 1.0)
+        lower = place.floor().long()
+        upper = (lower + 1).minimum(nodes - 1)
+        share = (place - lower).to(self.field)  # (..., 2)
+        (x0, y0), (x1, y1) = lower.unbind(-1), upper.unbind(-1)
+        sx, sy = share[..., :1], share[..., 1:]
+        top = self.field[y0, x0] * (1 - sx) + self.field[y0, x1] * sx
+        bottom = self.field[y1, x0] * (1 - sx) + self.field[y1, x1] * sx
+        return top * (1 - sy) + bottom * sy
+
+    def upsample(self, factor: int) -> Tensor:
+        """F on a grid ``factor`` times as fine as the patch grid, covering the same cells: (factor h, factor w, C).
+
+        Raises:
+            ValueError: if the factor is not a positive whole number.
+        """
+        if factor < 1 or factor != int(factor):
+            raise ValueError(f"factor must be a whole number of at least 1, got {factor}")
+        return self._on_product_grid(*(_refine(*args, factor) for args in self._sides()))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file (float16) that :meth:`load` reads back, ``sample`` and ``upsample`` included."""
+        with atomic_path(Path(path)) as temporary:
+            write_decomposition(self, temporary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Decomposition:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FormatError: if the file is missing, damaged, something else, or of a newer version.
+        """
+        return cls(**read_decomposition(Path(path)))
+
+    def _sides(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        return (self.size[0], self.patch_size, self.stride), (self.size[1], self.patch_size, self.stride)
+
+    def _centres(self) -> tuple[np.ndarray, np.ndarray]:
+        rows, columns = (patch_centres(*args) for args in self._sides())
+        return rows, columns
+
+    def _on_product_grid(self, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+        wy, wx = (
+            torch.from_numpy(linear_weights(centres, nodes)).to(self.field)
+            for centres, nodes in zip((rows, columns), self.field.shape[:2], strict=True)
+        )
+        return torch.einsum("yr,rsc,xs->yxc", wy, self.field, wx)
+
+
+def _refine(side: int, patch: int, stride: int, factor: int) -> np.ndarray:
+    """Centres of the ``factor`` equal parts of each patch's cell (a cell is one stride wide), relative to the side."""
+    count = (side - patch) // stride + 1
+    parts = (np.arange(count * factor) + 0.5) / factor - 0.5  # in strides, from the first patch centre
+    return (parts * stride + patch / 2) / side

@@ -1,0 +1,100 @@
+"""Sufficient statistics of stage 1: all that the exact solver ever needs of an image's features.
+
+``b = sum_v Wy_v^T Y_v Wx_v`` and ``g = sum_v Y_v`` are added up view by view, so raw features are never stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from denoising_vit.errors import BackboneError
+from denoising_vit.views import ViewPlan
+
+
+class Statistics:
+    """Accumulates ``b`` (Ry, Rx, C) and ``g`` (h, w, C), float64, over the views of a plan.
+
+    Args:
+        plan: the views whose features will come.
+        channels: C.
+        device: where the features are; sums are kept there, on the CPU where the device has no float64.
+        clip: limit the pull of outlier tokens: norms above ``median + clip * MAD`` of their view are scaled down to
+            that bound. None leaves them.
+    """
+
+    def __init__(
+        self, plan: ViewPlan, channels: int, *, device: torch.device | str = "cpu", clip: float | None = None
+    ) -> None:
+        if clip is not None and clip <= 0:
+            raise ValueError(f"clip must be a positive number of median absolute deviations, got {clip}")
+        device = torch.device(device)
+        self.plan = plan
+        self.clip = clip
+        self.views_seen = 0
+        self.clipped_tokens = 0
+        self._precision = torch.float32 if device.type == "mps" else torch.float64
+        self._weights = tuple(weight.to(device, self._precision) for weight in plan.weights)
+        keep = "cpu" if device.type == "mps" else device
+        self.b = torch.zeros(*plan.resolution, channels, dtype=torch.float64, device=keep)
+        self.g = torch.zeros(*plan.grid, channels, dtype=torch.float64, device=keep)
+
+    def add(self, features: Tensor) -> None:
+        """Adds the features (B, h, w, C) of the next B views of the plan.
+
+        Raises:
+            ValueError: if the shape is not that of the plan, or more views come than it has.
+            BackboneError: if a value is not finite.
+        """
+        self._check(features)
+        if self.clip is not None:
+            features, count = clip_norms(features, self.clip)
+            self.clipped_tokens += count
+        wy, wx = (weight[self.views_seen : self.views_seen + len(features)] for weight in self._weights)
+        features = features.to(self._precision)
+        self.b += field_products(features, wy, wx).to(self.b)
+        self.g += features.sum(0).to(self.g)
+        self.views_seen += len(features)
+
+    def _check(self, features: Tensor) -> None:
+        expected = (*self.plan.grid, self.g.shape[-1])
+        if features.ndim != 4 or tuple(features.shape[1:]) != expected:
+            raise ValueError(
+                f"expected features of shape (B, {', '.join(map(str, expected))}), got {tuple(features.shape)}"
+            )
+        if self.views_seen + len(features) > len(self.plan):
+            raise ValueError(f"the plan has {len(self.plan)} views, got {self.views_seen + len(features)}")
+        if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
+            bad = int((~torch.isfinite(features)).sum())
+            raise BackboneError(
+                f"{bad} of {features.numel()} feature values are not finite; check the weights, or use dtype float32"
+            )
+
+
+def field_products(features: Tensor, wy: Tensor, wx: Tensor) -> Tensor:
+    """``sum_v Wy_v^T Y_v Wx_v``: features (B, h, w, C), wy (B, h, Ry), wx (B, w, Rx) -> (Ry, Rx, C)."""
+    views, h, _, channels = features.shape
+    wide = wx.transpose(1, 2)[:, None] @ features  # (B, 1, Rx, w) (B, h, w, C) -> (B, h, Rx, C)
+    wide = wide.reshape(views * h, wx.shape[2] * channels)
+    summed = wy.reshape(views * h, wy.shape[2]).T @ wide  # (Ry, B h) (B h, Rx C): this sums over views as well
+    return summed.view(wy.shape[2], wx.shape[2], channels)
+
+
+def clip_norms(features: Tensor, k: float) -> tuple[Tensor, int]:
+    """Scales tokens whose norm exceeds ``median + k MAD`` of their view down to it.
+
+    Args:
+        features: (B, h, w, C).
+        k: how many median absolute deviations above the median a norm may be.
+
+    Returns:
+        The features (B, h, w, C) and how many tokens were scaled.
+    """
+    norms = features.norm(dim=-1)  # (B, h, w)
+    flat = norms.flatten(1)
+    median = flat.median(dim=1, keepdim=True).values
+    deviation = (flat - median).abs().median(dim=1, keepdim=True).values
+    bound = (median + k * deviation)[..., None]  # (B, 1, 1)
+    over = norms > bound
+    factor = torch.where(over, bound / norms.clamp(min=torch.finfo(norms.dtype).tiny), 1.0)
+    return features * factor[..., None], int(over.sum())

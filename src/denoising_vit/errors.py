@@ -1,0 +1,35 @@
+"""Errors and warnings that users are meant to read: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+
+class DenoisingVitError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class PhotoError(DenoisingVitError):
+    """A photo that cannot be read or used; a batch job skips it and says why."""
+
+
+class BackboneError(DenoisingVitError):
+    """A backbone that cannot be built, or whose output is not a patch grid."""
+
+
+class WeightsError(BackboneError):
+    """Weights that are missing, belong to another model, or are not finite."""
+
+
+class SizeError(DenoisingVitError, ValueError):
+    """An image size that does not fit the patch grid."""
+
+
+class PlanError(DenoisingVitError, ValueError):
+    """Views that cannot determine what is asked of them."""
+
+
+class FormatError(DenoisingVitError):
+    """A file that is not what this package writes, or was written for something else."""
+
+
+class DenoisingVitWarning(UserWarning):
+    """Something worth knowing that does not stop the work."""
