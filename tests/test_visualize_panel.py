@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from denoising_vit.decomposition.result import Decomposition
+from denoising_vit.visualize import draw_panel
+from denoising_vit.visualize.panel import _caption, _number, _Sheet
+
+
+def decomposition(height: int = 5, width: int = 7, channels: int = 6, **info: object) -> Decomposition:
+    draw = torch.Generator().manual_seed(0)
+    return Decomposition(
+        field=torch.randn(2 * height, 2 * width, channels, generator=draw),
+        artifact=0.1 * torch.randn(height, width, channels, generator=draw),
+        raw=torch.randn(height, width, channels, generator=draw),
+        size=(14 * height, 14 * width),
+        patch_size=14,
+        stride=14,
+        info=dict(info),
+    )
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def draw(tmp_path: Path, pixels: np.ndarray, result: Decomposition, **options) -> np.ndarray:
+    path = tmp_path / "panel.part"  # the caller writes under a temporary name
+    draw_panel(pixels, result, path, **options)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 45), (45, 30), (40, 40), (20, 80)])
+def test_panel_is_a_png_of_the_photos_aspect(tmp_path: Path, height: int, width: int):
+    sheet = draw(
+        tmp_path, photo(height, width), decomposition(backbone={"name": "vit"}, views=64, heldout_r2=0.7), title="a"
+    )
+    assert 1800 <= sheet.shape[1] <= 2400
+    box = _Sheet(width / height, None).box
+    assert box[1] / box[0] == pytest.approx(width / height, rel=0.02)
+    assert sheet.shape[0] > 2 * box[0]
+
+
+def test_the_photo_and_the_maps_are_drawn_with_sharp_edges(tmp_path: Path):
+    red = np.zeros((60, 60, 3), np.uint8)
+    red[:, :30, 0], red[:, 30:, 2] = 255, 255
+    result = decomposition(1, 2, 3)
+    sheet = draw(tmp_path, red, result)
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        count = np.all(sheet == colour, -1).sum()
+        assert 0.9 * 330 * 165 < count < 1.1 * 330 * 165
+    # A map of 1 x 2 patches on 330 pixels: with smoothing there would be hundreds of colours.
+    cell = sheet[14 + 40 + 10 : 14 + 40 + 320, 70 + 350 + 5 : 70 + 350 + 325]
+    assert len(np.unique(cell.reshape(-1, 3), axis=0)) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 4000), (4000, 2), (1, 1)])
+def test_extreme_aspects_are_clamped(tmp_path: Path, shape: tuple[int, int]):
+    sheet = draw(tmp_path, photo(*shape), decomposition())
+    assert 1800 <= sheet.shape[1] <= 2400 and 300 < sheet.shape[0] < 1500
+
+
+def test_caption_says_what_is_known():
+    full = decomposition(backbone={"name": "vit_small"}, views=64, heldout_r2=0.6842, heldout_cosine=0.9)
+    assert _caption(full, 1.5).split("  ·  ") == [
+        "vit_small",
+        "64 views",
+        "98 × 70 px, 7 × 5 patches, 6 channels",
+        "held-out R² 0.684",
+        "held-out cosine 0.900",
+    ]
+    assert _caption(decomposition(), 1.0) == "98 × 70 px, 7 × 5 patches, 6 channels"
+    assert _caption(decomposition(), 2000.0).endswith("photo of 2000:1 drawn at 4:1")
+    assert _caption(decomposition(), 0.1).endswith("photo of 1:10 drawn at 1:4")
+    assert len(_caption(decomposition(backbone={"name": "x" * 500}), 1.0)) < 120
+
+
+def test_numbers_are_short():
+    assert [_number(value) for value in (0.0, -1, 4.3567, 53.71, 1234.5, 2e7)] == [
+        "0",
+        "−1",
+        "4.36",
+        "53.7",
+        "1234",
+        "2e+07",
+    ]
+
+
+def test_upsample_draws_the_lower_row_finer(tmp_path: Path):
+    coarse = draw(tmp_path, photo(40, 40), decomposition())
+    fine = draw(tmp_path, photo(40, 40), decomposition(), upsample=2)
+    assert coarse.shape == fine.shape
+    assert np.any(coarse[coarse.shape[0] // 2 :] != fine[coarse.shape[0] // 2 :])
+
+
+def test_degenerate_features_and_odd_titles_draw_without_warnings(tmp_path: Path):
+    still = decomposition(3, 4, 2)
+    still = Decomposition(
+        torch.ones_like(still.field), torch.zeros_like(still.artifact), torch.ones_like(still.raw), (42, 56), 14, 14
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(tmp_path, photo(30, 40), still, title="costs $5 to $6_0^ \\frac\n 写真" + "x" * 300)
+
+
+def test_large_photo_and_model_make_a_small_file(tmp_path: Path):
+    ramp = np.linspace(0, 255, 6000).astype(np.uint8)
+    large = np.broadcast_to(ramp[None, :, None], (4000, 6000, 3))
+    draw_panel(large, decomposition(37, 37, 64), tmp_path / "panel.png")
+    assert (tmp_path / "panel.png").stat().st_size < 600_000
+
+
+def test_threads_draw_the_same_picture_and_pyplot_stays_away(tmp_path: Path):
+    result = decomposition()
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    threads = [threading.Thread(target=draw_panel, args=(photo(30, 40), result, path)) for path in paths]
+    loaded = "matplotlib.pyplot" in sys.modules
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert ("matplotlib.pyplot" in sys.modules) == loaded
+
+
+def test_wrong_arguments(tmp_path: Path):
+    path = tmp_path / "panel.png"
+    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8 array, got float64"):
+        draw_panel(np.zeros((4, 4, 3)), decomposition(), path)
+    with pytest.raises(ValueError, match=r"got uint8 of shape \(4, 4\)"):
+        draw_panel(np.zeros((4, 4), np.uint8), decomposition(), path)
+    with pytest.raises(ValueError, match="factor must be a whole number"):
+        draw_panel(photo(4, 4), decomposition(), path, upsample=0)
+    broken = decomposition()
+    broken.raw[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="1 of 210 values are not"):
+        draw_panel(photo(4, 4), broken, path)
+    assert not path.exists()
