@@ -1,0 +1,252 @@
+"""The exact solver against planted truths, a dense solve, and its own promises."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypedDict, Unpack
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from denoising_vit.decomposition import ExactSolver, Statistics
+from denoising_vit.denoise import DenoiseOptions
+from denoising_vit.errors import PlanError
+from denoising_vit.views import ViewPlan
+
+PATCH = 14
+
+
+class Penalties(TypedDict):
+    smoothness: float
+    shrinkage: float
+
+
+DEFAULT = Penalties(smoothness=DenoiseOptions().smoothness, shrinkage=DenoiseOptions().shrinkage)
+EXACT = Penalties(smoothness=1e-8, shrinkage=1e-8)
+
+
+def make_plan(views: int, grid: tuple[int, int] = (12, 12), **more: Any) -> ViewPlan:
+    return ViewPlan.make(views, size=(grid[0] * PATCH, grid[1] * PATCH), patch_size=PATCH, **more)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def mean_free(artifact: Tensor) -> Tensor:
+    return artifact - artifact.mean((0, 1))
+
+
+def smooth_field(rows: int, columns: int) -> Tensor:
+    """A few waves, (rows, columns, 4)."""
+    y, x = torch.meshgrid(
+        (torch.arange(rows, dtype=torch.float64) + 0.5) / rows,
+        (torch.arange(columns, dtype=torch.float64) + 0.5) / columns,
+        indexing="ij",
+    )
+    waves = [torch.sin(2 * math.pi * (a * x + b * y)) for a, b in ((1, 0), (0, 1), (1, 1), (2, -1))]
+    return torch.stack(waves, dim=-1)
+
+
+def views_of(plan: ViewPlan, field: Tensor, artifact: Tensor) -> Tensor:
+    """Noise-free features, (V, h, w, C)."""
+    wy, wx = plan.weights
+    return torch.einsum("vyr,rsc,vxs->vyxc", wy, field, wx) + artifact
+
+
+def fit(plan: ViewPlan, features: Tensor, **penalties: Unpack[Penalties]) -> tuple[Tensor, Tensor]:
+    statistics = Statistics(plan, features.shape[-1])
+    for batch in features.split(8):
+        statistics.add(batch)
+    return ExactSolver(plan, **penalties).solve(statistics.b, statistics.g)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+def dense_normal_equations(plan: ViewPlan, smoothness: float, shrinkage: float) -> Tensor:
+    """The whole system written out: unknowns are the nodes of F row by row, then the positions of G."""
+    wy, wx = plan.weights
+    h, w = plan.grid
+    ry, rx = plan.resolution
+    rows = [
+        torch.cat([torch.kron(wy[v], wx[v]), torch.eye(h * w, dtype=torch.float64)], dim=1) for v in range(len(plan))
+    ]
+    design = torch.cat(rows)
+    normal = design.T @ design
+    field_index = torch.arange(ry * rx).view(ry, rx)
+    pairs = [*zip(field_index[1:].flatten(), field_index[:-1].flatten(), strict=True)]
+    pairs += [*zip(field_index[:, 1:].flatten(), field_index[:, :-1].flatten(), strict=True)]
+    scale = smoothness * len(plan) * h * w / (ry * rx)
+    for i, j in pairs:
+        normal[i, i] += scale
+        normal[j, j] += scale
+        normal[i, j] -= scale
+        normal[j, i] -= scale
+    normal.diagonal()[ry * rx :] += shrinkage * len(plan)
+    return normal
+
+
+@pytest.mark.parametrize(
+    "penalties", [DEFAULT, Penalties(smoothness=0.3, shrinkage=0.2), Penalties(smoothness=0.0, shrinkage=1e-6)]
+)
+def test_equals_a_dense_solve(penalties: Penalties) -> None:
+    plan = make_plan(24, grid=(5, 7), resolution=(11, 13), seed=3)
+    features = noise(24, 5, 7, 3)
+    field, artifact = fit(plan, features, **penalties)
+    wy, wx = plan.weights
+    b = torch.einsum("vyr,vyxc,vxs->rsc", wy, features, wx).flatten(0, 1)
+    g = features.sum(0).flatten(0, 1)
+    truth = torch.linalg.solve(dense_normal_equations(plan, **penalties), torch.cat([b, g]))
+    assert error(field.flatten(0, 1), truth[: 11 * 13]) < 1e-7
+    assert error(artifact.flatten(0, 1), truth[11 * 13 :]) < 1e-7
+
+
+@pytest.mark.parametrize("stride", [14, 7])
+def test_planted_field_and_artifact_come_back(stride: int) -> None:
+    plan = ViewPlan.make(64, size=(11 * PATCH, 13 * PATCH), patch_size=PATCH, stride=stride)
+    field, artifact = noise(*plan.resolution, 3), mean_free(noise(*plan.grid, 3, seed=1))
+    found_field, found_artifact = fit(plan, views_of(plan, field, artifact), **EXACT)
+    assert error(found_field, field) < 1e-5
+    assert error(found_artifact, artifact) < 1e-5
+
+
+def test_default_penalties_bend_a_smooth_field_little() -> None:
+    plan = make_plan(64, grid=(16, 16))
+    field, artifact = smooth_field(*plan.resolution), 0.5 * mean_free(noise(*plan.grid, 4))
+    found_field, found_artifact = fit(plan, views_of(plan, field, artifact), **DEFAULT)
+    assert error(found_field, field) < 2e-2
+    assert error(found_artifact, artifact) < 2e-2
+
+
+def test_error_falls_with_the_square_root_of_views() -> None:
+    counts = [64, 128, 256, 512, 1024]
+    errors = []
+    for views in counts:
+        plan = make_plan(views, grid=(10, 10))
+        field, artifact = smooth_field(*plan.resolution), mean_free(noise(*plan.grid, 4))
+        features = views_of(plan, field, artifact)
+        found, _ = fit(plan, features + noise(*features.shape, seed=views), **EXACT)
+        errors.append(error(found, field))
+    slope = torch.linalg.lstsq(
+        torch.tensor([[math.log(views), 1.0] for views in counts]), torch.tensor(errors).log()[:, None]
+    ).solution[0]
+    assert -0.6 < float(slope) < -0.4
+
+
+def checkerboard(h: int, w: int) -> Tensor:
+    return ((torch.arange(h)[:, None] + torch.arange(w)) % 2).double() * 2 - 1
+
+
+def stripes(h: int, w: int) -> Tensor:
+    return ((torch.arange(w) // 2) % 2).double().expand(h, w) * 2 - 1
+
+
+def hot_tokens(h: int, w: int) -> Tensor:
+    hot = torch.zeros(h, w, dtype=torch.float64)
+    hot[2, 3] = hot[h - 2, w - 4] = 20.0
+    return hot
+
+
+@pytest.mark.parametrize("pattern", [checkerboard, stripes, hot_tokens])
+def test_patterns_fixed_to_the_view_move_into_the_artifact(pattern: Any) -> None:
+    plan = make_plan(64, grid=(16, 16))
+    content = smooth_field(*plan.resolution)
+    direction = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
+    planted = mean_free(pattern(*plan.grid)[..., None] * direction)
+    features = views_of(plan, content, planted) + 0.1 * noise(64, *plan.grid, 4)
+    clean, _ = fit(plan, views_of(plan, content, torch.zeros_like(planted)), **DEFAULT)
+    field, artifact = fit(plan, features, **DEFAULT)
+    wy, wx = plan.weights
+
+    def on_the_grid(nodes: Tensor) -> Tensor:
+        return torch.einsum("yr,rsc,xs->yxc", wy[0], nodes, wx[0])
+
+    left = on_the_grid(field - clean)
+    share = float((mean_free(left) * planted).sum() / planted.square().sum())
+    assert abs(share) < 0.01  # of the pattern, what is still seen in the semantic map
+    assert error(artifact, planted) < 0.05
+
+
+def test_artifact_has_mean_zero_and_a_constant_goes_to_the_field() -> None:
+    plan = make_plan(32)
+    features = noise(32, *plan.grid, 2)
+    field, artifact = fit(plan, features, **DEFAULT)
+    shifted_field, shifted_artifact = fit(plan, features + 7.5, **DEFAULT)
+    assert artifact.mean((0, 1)).abs().max() < 1e-12
+    assert torch.allclose(shifted_artifact, artifact, atol=1e-9)
+    assert torch.allclose(shifted_field, field + 7.5, atol=1e-9)
+
+
+def test_known_artifact_is_subtracted_before_the_field_is_fitted() -> None:
+    plan = make_plan(32)
+    artifact = noise(*plan.grid, 2, seed=5)
+    features = noise(32, *plan.grid, 2)
+    with_it, without = Statistics(plan, 2), Statistics(plan, 2)
+    with_it.add(features + artifact)
+    without.add(features)
+    solver = ExactSolver(plan, **DEFAULT)
+    known = solver.solve_field(with_it.b, artifact)
+    assert torch.allclose(known, solver.solve_field(without.b, torch.zeros_like(artifact)), atol=1e-10)
+
+
+def test_project_and_spread_are_adjoint() -> None:
+    plan = make_plan(9, grid=(5, 7), resolution=(11, 13))
+    solver = ExactSolver(plan, **DEFAULT)
+    field, artifact = noise(11, 13, 2), noise(5, 7, 2, seed=1)
+    assert torch.allclose((solver.project(field) * artifact).sum(), (field * solver.spread(artifact)).sum())
+    assert torch.allclose(solver.project(field), views_of(plan, field, torch.zeros_like(artifact)).sum(0))
+
+
+def test_images_can_be_solved_side_by_side() -> None:
+    plan = make_plan(32)
+    features = noise(32, *plan.grid, 6)
+    together = fit(plan, features, **DEFAULT)
+    for part in (slice(0, 2), slice(2, 6)):
+        alone = fit(plan, features[..., part], **DEFAULT)
+        assert all(torch.allclose(a[..., part], b, atol=1e-10) for a, b in zip(together, alone, strict=True))
+
+
+def test_too_few_views_are_refused_with_the_number_needed() -> None:
+    plan = make_plan(4)  # 4 views of 144 patches for 576 nodes and 144 positions
+    with pytest.raises(PlanError, match=r"4 views of 12 x 12 patches are too few .* at least 5 are needed"):
+        ExactSolver(plan, **DEFAULT).factorise(artifact_known=False)
+    ExactSolver(plan, **DEFAULT).factorise(artifact_known=True)
+
+
+def test_undetermined_nodes_without_smoothness_are_an_error_not_a_number() -> None:
+    plan = ViewPlan.make(8, size=(70, 70), patch_size=PATCH, resolution=12, seed=1)
+    with pytest.raises(PlanError, match="more smoothness"):
+        ExactSolver(plan, smoothness=0.0, shrinkage=0.0).factorise(artifact_known=True)
+
+
+def test_negative_penalties_are_refused() -> None:
+    with pytest.raises(PlanError, match="0 or more"):
+        ExactSolver(make_plan(8), smoothness=-1.0, shrinkage=0.0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most numbers any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_nothing_as_large_as_nodes_times_positions_is_ever_made() -> None:
+    plan = make_plan(16, grid=(24, 24), resolution=64)
+    nodes, positions = 64 * 64, 24 * 24
+    solver = ExactSolver(plan, **DEFAULT)
+    with LargestTensor() as record:
+        solver.factorise(artifact_known=False)
+        solver.solve(noise(64, 64, 2), noise(24, 24, 2))
+    assert record.numbers < nodes * positions / 4
+    assert record.numbers < nodes * nodes / 4
