@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -37,16 +39,17 @@ class DenoiseOptions:
 
     Attributes:
         method: how field and artifact are found; exact is linear least squares.
-        views: crops that are fitted, the full image included.
-        held_out: further crops that only judge the fit.
-        size: (H, W) of a view in pixels, or one number for a square; the backbone's default where none.
-        resolution: nodes of the semantic field along each side; twice the patch grid where none.
-        smoothness: lam, weight of the field's squared differences, per observation.
-        shrinkage: mu, weight of the artifact's square, per view.
-        clip: bound token norms at median + clip * MAD of their view, so that outlier tokens pull less; none: never.
-        coverage: even sees borders as often as the middle; plain draws crops as published.
+        views: crops of the photo that are fitted, the whole photo included.
+        held_out: further crops, which only judge the fit.
+        size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
+        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
+        smoothness: weight of the penalty on differences within the semantic field.
+        shrinkage: weight of the penalty on the artifact's size.
+        clip: scale down tokens whose norm is more than this many median absolute deviations above the median, so that
+            outliers pull less. Without it, none are.
+        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
         seed: of the crops; the same seed gives the same result.
-        batch_size: views a forward pass; chosen by device where none.
+        batch_size: views in one forward pass. Without it, what suits the device.
     """
 
     method: Method = "exact"
@@ -61,14 +64,20 @@ class DenoiseOptions:
     seed: int = 0
     batch_size: int | None = None
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Checks what does not depend on the backbone.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
         if self.method != "exact":
             raise PlanError(f"method must be 'exact', got {self.method!r}")
-        if self.held_out < 0:
-            raise PlanError(f"held_out must be 0 or more views, got {self.held_out}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise PlanError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.clip is not None and self.clip <= 0:
+        least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
+        for name, least_value in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least_value:  # NaN is not
+                raise PlanError(f"{name} must be at least {least_value}, got {value}")
+        if self.clip is not None and not self.clip > 0:
             raise PlanError(f"clip must be a positive number of median absolute deviations, got {self.clip}")
 
 
@@ -112,42 +121,35 @@ def denoise_image(
 
     report = _Reporter(progress, options.views + options.held_out)
     statistics = Statistics(fitted, backbone.embed_dim, device=backbone.device, clip=options.clip)
-    raw = None
-    for features in extract_views(backbone, image, fitted, options.batch_size):
-        raw = features[0].float().cpu() if raw is None else raw  # view 0 is the full image
+    views = extract_views(backbone, image, fitted, options.batch_size)
+    first = next(views)
+    for features in itertools.chain([first], views):
         statistics.add(features)
         report.add(len(features))
     if known is None:
         field, known = solver.solve(statistics.b, statistics.g)
     else:
-        field = solver.solve_field(statistics.b, known.to(statistics.b))
-    judge = None
-    if held_out is not None:
-        judge = HeldOut(field, known.to(field), held_out)
-        for features in extract_views(backbone, image, held_out, options.batch_size):
-            judge.add(features)
-            report.add(len(features))
-    info = {
-        "version": importlib.metadata.version("denoising-vit"),
-        "photo": about,
-        "backbone": _describe(backbone),
-        "plan": fitted.digest,
-        **asdict(options),
-        "heldout_r2": judge and judge.r2,
-        "heldout_cosine": judge and judge.cosine,
-        "artifact_known": artifact is not None,
-        "clipped_tokens": statistics.clipped_tokens,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    assert raw is not None  # a plan has at least one view
+        known = known.to(statistics.b)
+        field = solver.solve_field(statistics.b, known)
+    judged = _judge(backbone, image, field, known, held_out, options, report)
     return Decomposition(
         field=field.float().cpu(),
         artifact=known.float().cpu(),
-        raw=raw,
+        raw=first[0].cpu(),  # view 0 is the full image
         size=fitted.size,
         patch_size=backbone.patch_size,
         stride=backbone.stride,
-        info=info,
+        info={
+            "version": importlib.metadata.version("denoising-vit"),
+            "photo": about,
+            "backbone": _describe(backbone),
+            "plan": fitted.digest,
+            **asdict(options),
+            **judged,
+            "artifact_known": artifact is not None,
+            "clipped_tokens": statistics.clipped_tokens,
+            "seconds": round(time.perf_counter() - started, 3),
+        },
     )
 
 
@@ -160,6 +162,7 @@ def prepare(
         SizeError: if the size does not fit the patch grid.
         PlanError: if the views are too few, or the artifact has another shape than the grid.
     """
+    options.validate()
     side = backbone.default_size if options.size is None else options.size
     size = (side, side) if isinstance(side, int) else side
     grid = backbone.grid_size(*size)
@@ -191,13 +194,18 @@ def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -
     return plan(options.views, options.seed, True), held_out
 
 
+@torch.no_grad()  # not inference mode: results are to be usable in a caller's own training
 def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size: int | None = None) -> Iterator[Tensor]:
     """Features of the views of an image (3, H, W) in [0, 1], batch by batch, (B, h, w, C) float32 each."""
-    batch_size = batch_size or (32 if backbone.device.type == "cuda" else 2)
-    with torch.inference_mode():
-        render = ViewRenderer(image, plan, backbone.mean, backbone.std)
-        for start in range(0, len(plan), batch_size):
-            yield backbone(render(slice(start, start + batch_size)))
+    batch_size = batch_size or _batch_size(backbone.device, math.prod(plan.grid))
+    render = ViewRenderer(image, plan, backbone.mean, backbone.std)
+    for start in range(0, len(plan), batch_size):
+        yield backbone(render(slice(start, start + batch_size)))
+
+
+def _batch_size(device: torch.device, tokens: int) -> int:
+    """Views a forward pass: on a CPU just enough tokens to fill it, since larger batches leave its cache."""
+    return 32 if device.type == "cuda" else max(2048 // tokens, 1)
 
 
 @functools.lru_cache(maxsize=4)
@@ -208,6 +216,25 @@ def _solver(plan: ViewPlan, smoothness: float, shrinkage: float, device: torch.d
 
 def _solving_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+
+
+def _judge(
+    backbone: Backbone,
+    image: Tensor,
+    field: Tensor,
+    artifact: Tensor,
+    plan: ViewPlan | None,
+    options: DenoiseOptions,
+    report: _Reporter,
+) -> dict[str, float | None]:
+    """Held-out figures; None where no views are held out."""
+    if plan is None:
+        return {"heldout_r2": None, "heldout_cosine": None}
+    judge = HeldOut(field, artifact, plan)
+    for features in extract_views(backbone, image, plan, options.batch_size):
+        judge.add(features)
+        report.add(len(features))
+    return {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
 
 
 class _Reporter:
@@ -239,11 +266,11 @@ def _load(photo: Photo, backbone: Backbone) -> tuple[Tensor, dict[str, Any]]:
     height, width = image.shape[1:]
     if min(height, width) < backbone.patch_size:
         raise PhotoError(
-            f"{name or 'the image'}: {width} x {height} pixels is less than one patch of {backbone.patch_size} "
+            f"{f'{name}: ' if name else ''}{width} x {height} pixels is less than one patch of {backbone.patch_size} "
             f"pixels; expected at least {backbone.patch_size} on each side"
         )
     if not torch.isfinite(image).all():
-        raise PhotoError(f"{name or 'the image'}: has values that are not finite")
+        raise PhotoError("the image has values that are not finite")
     return image, {"name": name, "height": height, "width": width, "sha256": digest}
 
 

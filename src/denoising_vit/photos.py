@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import warnings
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,12 @@ from denoising_vit.errors import PhotoError
 
 #: Largest photo that is decoded, in pixels; a decoded photo takes 3 bytes a pixel, its float copy 12.
 MAX_PIXELS = 100_000_000
+
+#: What pictures of results name as their software, so that they are not taken for photos.
+PANEL_SOFTWARE = "denoising-vit panel"
+
+#: Pillow's limit is one variable of the process.
+_PILLOW_LOCK = threading.RLock()
 
 #: Endings that a folder is searched for.
 IMAGE_SUFFIXES = frozenset(
@@ -36,26 +44,57 @@ def read_photo(source: str | Path | Image.Image | np.ndarray, *, max_pixels: int
     if isinstance(source, np.ndarray):
         return _checked_array(source)
     if isinstance(source, Image.Image):
-        return _decode(source, "the image", max_pixels)
+        return _guarded(lambda: _decode(source, "the image", max_pixels), "the image")
     path = Path(source)
+    return _guarded(lambda: _read_file(path, max_pixels), str(path))
+
+
+def is_panel(path: Path) -> bool:
+    """Whether a file is a picture that this package drew of a result."""
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == PANEL_SOFTWARE
+    except Exception:  # whatever it is, it is none of ours
+        return False
+
+
+def _guarded(read: Callable[[], np.ndarray], name: str) -> np.ndarray:
+    try:
+        return read()
+    except PhotoError:
+        raise
+    except UnidentifiedImageError as error:
+        raise PhotoError(f"{name}: not an image file that can be read (JPEG, PNG, WebP, TIFF, ...)") from error
+    except Image.DecompressionBombError as error:
+        raise PhotoError(f"{name}: too large to decode safely; shrink it first") from error
+    except Exception as error:  # decoders meet damaged files with all kinds: OSError, SyntaxError, RuntimeError, ...
+        raise PhotoError(f"{name}: damaged or unreadable image ({error})") from error
+
+
+def _read_file(path: Path, max_pixels: int) -> np.ndarray:
     if not path.exists():
         raise PhotoError(f"{path}: no such file")
     if path.is_dir():
         raise PhotoError(f"{path} is a directory, expected an image file")
-    try:
-        if path.stat().st_size == 0:
-            raise PhotoError(f"{path}: the file is empty (0 bytes)")
-        with warnings.catch_warnings():
-            # Pillow's own bomb limits are looser than ours, and ours names the remedy.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _decode(image, str(path), max_pixels)
-    except UnidentifiedImageError as error:
-        raise PhotoError(f"{path}: not an image file that can be read (JPEG, PNG, WebP, TIFF, ...)") from error
-    except Image.DecompressionBombError as error:
-        raise PhotoError(f"{path}: too large to decode safely (over {max_pixels:,} pixels); shrink it first") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise PhotoError(f"{path}: damaged or unreadable image ({error})") from error
+    if path.stat().st_size == 0:
+        raise PhotoError(f"{path}: the file is empty (0 bytes)")
+    with _without_pillow_limit():
+        image = Image.open(path)  # reads the header only
+    with image:
+        return _decode(image, str(path), max_pixels)
+
+
+@contextlib.contextmanager
+def _without_pillow_limit() -> Iterator[None]:
+    """Pillow's limit on pixels gives way to ours, which is checked before decoding and whose message has a remedy."""
+    with _PILLOW_LOCK:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def photo_digest(pixels: np.ndarray) -> str:
@@ -81,7 +120,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
 
 def _from_deep_grayscale(pixels: np.ndarray, name: str) -> np.ndarray:
     """16-bit (or 0 to 1 float) grayscale to RGB; other ranges have no agreed meaning as a picture."""
-    low, high = float(pixels.min()), float(pixels.max())
+    low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
     if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
         scaled = pixels * 255
     elif pixels.dtype.kind in "iu" and low >= 0 and high <= 65535:

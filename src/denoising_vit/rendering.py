@@ -20,7 +20,7 @@ _CUBIC = -0.5  # the cubic kernel's parameter; Pillow and torch use this value f
 
 def to_image(photo: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(photo)).to(device)
+    pixels = torch.from_numpy(np.array(photo, order="C")).to(device)  # a copy: arrays may be read-only or flipped
     return pixels.permute(2, 0, 1).float().div_(255).contiguous()  # (H, W, 3) -> (3, H, W)
 
 

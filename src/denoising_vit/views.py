@@ -25,6 +25,9 @@ Coverage = Literal["even", "plain"]
 #: Changes whenever the same seed would give other views, so that digests of different versions never agree.
 PLAN_VERSION = 1
 
+#: Boxes are multiples of 1 / this.
+_GRAIN = 2.0**32
+
 
 def patch_centres(side: int, patch: int, stride: int) -> np.ndarray:
     """Centres of the patches along one side, relative to that side: ``(k stride + patch / 2) / side``, shape (n,).
@@ -134,7 +137,9 @@ class ViewPlan:
             raise PlanError(f"a plan needs at least 1 view, got {views}")
         if seed < 0:
             raise PlanError(f"seed must be 0 or more, got {seed}")
-        stride = stride or patch_size
+        stride = patch_size if stride is None else stride
+        if patch_size < 1 or not 1 <= stride <= patch_size:
+            raise PlanError(f"patch_size must be positive and stride 1 to patch_size, got {patch_size} and {stride}")
         grid = tuple((side - patch_size) // stride + 1 for side in size)
         if min(grid) < 1:
             raise PlanError(f"views of {size[0]} x {size[1]} pixels are smaller than one patch of {patch_size}")
@@ -215,7 +220,9 @@ def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int
     height = np.minimum(np.sqrt(area / ratio * frame), 1)
     left, top = (_positions(draws[:, 2 + i], side, crops.coverage) for i, side in enumerate((width, height)))
     boxes = np.stack([left, top, left + width, top + height], axis=1)
-    return np.clip(boxes, 0, 1), draws[:, 4] < crops.flip
+    # exp, log and powers differ in their last bit between processors; the digest of a plan must not.
+    boxes = np.round(np.clip(boxes, 0, 1) * _GRAIN) / _GRAIN
+    return boxes, draws[:, 4] < crops.flip
 
 
 def _kronecker_steps(dimensions: int) -> np.ndarray:

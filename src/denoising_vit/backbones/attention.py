@@ -1,8 +1,8 @@
-"""Attention that is fast in bfloat16 on CPUs: one head of one image at a time, as three plain matrix operations.
+"""Attention that is fast in bfloat16 on CPUs: a few heads at a time, as three plain matrix operations.
 
-Scores of one head (1,370 tokens: 3.8 MB) stay in cache, and matrix products and softmax run at the full rate of the
-vendor's kernels. torch's fused CPU kernel reaches about a quarter of that rate in bfloat16. docs/decisions.md has the
-figures for speed and accuracy.
+The scores of one head of 1,370 tokens (3.8 MB) stay in the cache, and products and softmax run at the full rate of the
+vendor's kernels; torch's fused CPU kernel reaches less than half of that in bfloat16. docs/decisions.md has the figures
+for speed and accuracy.
 """
 
 from __future__ import annotations
@@ -17,52 +17,81 @@ from torch.overrides import TorchFunctionMode
 #: Below this many tokens the fused kernel has no disadvantage.
 _LEAST_TOKENS = 256
 
+#: Scores that are held at once, few enough for the cache: one head of 1,370 tokens (3.8 MB), or several of fewer.
+_MOST_SCORES = 1 << 21
 
-class HeadwiseAttention(TorchFunctionMode):
+
+class BlockedAttention(TorchFunctionMode):
     """While active, replaces plain scaled dot product attention on CPU bfloat16 tensors, in any model.
 
-    Masked, causal, grouped or differentiated attention is left to torch.
+    Masked, causal, grouped, cross or differentiated attention is left to torch.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._scratch: Tensor | None = None  # the same memory for every layer of a forward pass
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _applies(*args, **kwargs):
-            return headwise_attention(*args[:3], **kwargs)
-        return func(*args, **kwargs)
+        found = self._attend(*args, **kwargs or {}) if func is F.scaled_dot_product_attention else None
+        return func(*args, **kwargs or {}) if found is None else found
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """The result, or None where the call is left to torch; the signature is torch's."""
+        plain = attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa
+        if not plain or not _applies(query, key, value):
+            return None
+        needed = _scratch_shape(query)
+        if self._scratch is None or self._scratch.shape != needed:
+            self._scratch = query.new_empty(needed)
+        return blocked_attention(query, key, value, scale=scale, scratch=self._scratch)
 
 
-def headwise_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **_without_effect: Any
+def blocked_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, scratch: Tensor | None = None
 ) -> Tensor:
     """``softmax(Q K^T scale) V`` for (B, heads, N, D) tensors; the result has the same shape.
 
-    Scores are rounded to bfloat16, so their size matters: subtracting the mean key moves all scores of a query by the
-    same amount, which softmax ignores, and makes them smaller. That keeps the accuracy of the fused kernel, which holds
-    scores in float32.
+    Scores are rounded to bfloat16 (the fused kernel holds them in float32), so their size matters: subtracting the mean
+    key moves all scores of a query by the same amount, which softmax ignores, and makes them smaller.
     """
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    key = key - key.mean(dim=-2, keepdim=True, dtype=torch.float32).to(key.dtype)
+    key = _centred(key)
     images, heads, tokens, _ = query.shape
+    scores, shares = (query.new_empty(_scratch_shape(query)) if scratch is None else scratch).unbind()
     # Heads lie side by side in memory, (B, N, heads, D), as the projection that follows wants them.
     result = query.new_empty(images, tokens, heads, value.shape[-1]).transpose(1, 2)
     for image in range(images):
-        for head in range(heads):
-            scores = query[image, head] @ key[image, head].T
-            result[image, head] = scores.softmax(-1) @ value[image, head]
+        for first in range(0, heads, len(scores)):
+            some = slice(first, min(first + len(scores), heads))
+            part, share = scores[: some.stop - first], shares[: some.stop - first]
+            torch.bmm(query[image, some], key[image, some].transpose(1, 2), out=part)
+            torch.softmax(part, -1, out=share)
+            result[image, some] = torch.bmm(share, value[image, some])
     return result
 
 
-def _applies(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> bool:
-    plain = attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa
-    here = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.ndim == 4
+def _scratch_shape(query: Tensor) -> tuple[int, int, int, int]:
+    """Room for scores and for shares of as many heads as are taken at once."""
+    _, heads, tokens, _ = query.shape
+    return 2, min(max(_MOST_SCORES // tokens**2, 1), heads), tokens, tokens
+
+
+def _centred(key: Tensor) -> Tensor:
+    return key - key.mean(dim=-2, keepdim=True, dtype=torch.float32).to(key.dtype)
+
+
+def _applies(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    here = all(tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 for tensor in (query, key, value))
+    alike = query.ndim == 4 and query.shape == key.shape and query.shape[:3] == value.shape[:3]
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    return plain and here and not learning and query.shape[-2] >= _LEAST_TOKENS and query.shape[1] == key.shape[1]
+    return here and alike and not learning and query.shape[-2] >= _LEAST_TOKENS

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.backbones.attention import HeadwiseAttention
+from denoising_vit.backbones.attention import BlockedAttention
 from denoising_vit.backbones.fingerprint import Fingerprint
 from denoising_vit.errors import BackboneError, SizeError
 
@@ -49,7 +49,9 @@ class Backbone(nn.Module, ABC):
         weights: str = "as given",
     ) -> None:
         super().__init__()
-        if patch_size < 1 or not 1 <= stride <= patch_size:
+        if patch_size < 1:
+            raise BackboneError(f"patch_size must be at least 1 pixel, got {patch_size}")
+        if not 1 <= stride <= patch_size:
             raise BackboneError(f"stride must be 1 to the patch size ({patch_size}), got {stride}")
         self.name = name
         self.patch_size = patch_size
@@ -60,7 +62,9 @@ class Backbone(nn.Module, ABC):
         self.layer = layer
         self.norm = norm
         self.weights = weights
-        self.default_size = nearest_sizes(default_size, patch_size, stride)[0]
+        fitting = nearest_sizes(default_size, patch_size, stride)
+        self.default_size = min(fitting, key=lambda side: abs(side - default_size))
+        self.training = False
         self._fingerprint: Fingerprint | None = None
 
     @abstractmethod
@@ -113,7 +117,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What identifies the weights (and layer and norm) whatever file they came in."""
+        """What identifies the weights (with layer, norm and stride) whatever file they came in."""
         if self._fingerprint is None:
             self._fingerprint = Fingerprint.of(self, self._fingerprint_size())
         return self._fingerprint
@@ -122,9 +126,9 @@ class Backbone(nn.Module, ABC):
         return self.default_size
 
     def _attention(self) -> contextlib.AbstractContextManager[object]:
-        """On a CPU in bfloat16 the blocked attention is well over twice as fast as torch's own kernel."""
+        """On a CPU in bfloat16 the blocked attention is about twice as fast as torch's own kernel."""
         fast = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        return HeadwiseAttention() if fast else contextlib.nullcontext()
+        return BlockedAttention() if fast else contextlib.nullcontext()
 
     def extra_repr(self) -> str:
         """One line for ``repr``."""

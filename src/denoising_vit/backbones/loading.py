@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
-from denoising_vit.backbones.bundled import BUNDLED_MODEL, INSTALL_HINT, bundled_available, bundled_state_dict
+from denoising_vit.backbones.bundled import (
+    BUNDLED_MODEL,
+    INSTALL_HINT,
+    bundled_available,
+    bundled_state_dict,
+    is_bundled_name,
+)
 from denoising_vit.backbones.module import Layout, ModuleBackbone
 from denoising_vit.errors import BackboneError, WeightsError
 
@@ -34,8 +40,8 @@ def load_backbone(
     dtype: Dtype | torch.dtype = "auto",
     device: str | torch.device = "auto",
     patch_size: int | None = None,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
     default_size: int | None = None,
     layout: Layout = "auto",
 ) -> Backbone:
@@ -43,7 +49,8 @@ def load_backbone(
 
     Args:
         model: a timm name (any VisionTransformer or Eva model), or any module or function that maps normalised images
-            (B, 3, H, W) to a patch grid or to tokens.
+            (B, 3, H, W) to a patch grid or to tokens. A module is put in evaluation mode and frozen, and moved and
+            converted where device and dtype are given.
         weights: for a timm name: ``auto`` (bundled where it is that model and installed, else the hub), ``hub``,
             ``bundled``, ``random``, or a safetensors or PyTorch file.
         stride: distance between patches in pixels; below the patch size for a finer grid (paper, section 4).
@@ -52,7 +59,7 @@ def load_backbone(
         dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32; for a module, its own.
         device: ``auto`` is CUDA, then MPS, then the CPU; for a module, its own.
         patch_size: for a module: side of a patch in pixels.
-        mean: for a module: normalisation that images get.
+        mean: for a module: normalisation that images get; ImageNet's by default.
         std: for a module: likewise.
         default_size: for a module: side of the images it is shown by default.
         layout: for a module: what its output is, where the shape does not tell.
@@ -67,14 +74,20 @@ def load_backbone(
         if (weights, layer, norm) != ("auto", -1, True):
             raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
         own = ModuleBackbone(
-            model, patch_size=patch_size, stride=stride, mean=mean, std=std, default_size=default_size, layout=layout
+            model,
+            patch_size=patch_size,
+            stride=stride,
+            mean=mean or IMAGENET_MEAN,
+            std=std or IMAGENET_STD,
+            default_size=default_size,
+            layout=layout,
         )
         return own.to(
             device=None if device == "auto" else _device(device),
             dtype=None if dtype == "auto" else _dtype(dtype, own.device),
         )
-    if patch_size is not None:
-        raise BackboneError(f"patch_size is for modules; {model!r} has its own")
+    if (patch_size, mean, std, default_size, layout) != (None, None, None, None, "auto"):
+        raise BackboneError(f"patch_size, mean, std, default_size and layout are for modules; {model!r} brings its own")
     from denoising_vit.backbones.timm_vit import TimmBackbone
 
     built, source = _with_weights(model, weights)
@@ -106,14 +119,21 @@ def _with_weights(name: str, weights: str | Path) -> tuple[VisionTransformer | E
     if choice == "hub":
         model, source = _from_hub(name), "hub"
     elif choice == "bundled":
-        if name != BUNDLED_MODEL:
+        if not is_bundled_name(name):
             raise WeightsError(f"no weights of {name} are bundled; only {BUNDLED_MODEL} is")
-        state, source = bundled_state_dict()
         model = build_timm_model(name, pretrained=False)
-        load_weights(model, state, name=name, source=source)
+        state, source = bundled_state_dict()
+        try:
+            load_weights(model, state, name=name, source=source)
+        except WeightsError:  # a cache that holds something else
+            state, source = bundled_state_dict(anew=True)
+            load_weights(model, state, name=name, source=source)
     else:
-        source, model = choice, build_timm_model(name, pretrained=False)
-        load_weights(model, read_state_dict(Path(choice)), name=name, source=source)
+        path = Path(choice).expanduser()
+        if not path.exists() and not path.suffix:
+            raise WeightsError(f"{choice}: no such weights file, and none of auto, hub, bundled, random")
+        source, state, model = choice, read_state_dict(path), build_timm_model(name, pretrained=False)
+        load_weights(model, state, name=name, source=source)
     require_finite(model, source)
     return model, source
 
@@ -127,7 +147,7 @@ def _from_hub(name: str) -> VisionTransformer | Eva:
     except BackboneError:
         raise
     except Exception as error:  # the hub's client raises many kinds: network, missing file, gated, damaged cache
-        package = "install it" if name == BUNDLED_MODEL else f"or use {BUNDLED_MODEL}, which comes"
+        package = "or install it" if is_bundled_name(name) else f"or use {BUNDLED_MODEL}, which comes"
         reason = str(error).strip().splitlines()
         raise WeightsError(
             f"the weights of {name} could not be fetched from the hub ({type(error).__name__}: "
@@ -174,9 +194,11 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _dtype(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in named:
+    if dtype == "auto":
+        return fast_dtype(device)
+    if not isinstance(dtype, str) or dtype not in named:
         raise BackboneError(f"dtype must be auto, {', '.join(named)}, got {dtype!r}")
-    return fast_dtype(device) if dtype == "auto" else named[dtype]
+    return named[dtype]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, nearest_sizes
 from denoising_vit.errors import BackboneError
 
 Layout = Literal["auto", "channels_last", "channels_first", "tokens"]
+
+#: Class token and registers; more than this many are taken for a wrong patch size.
+_MOST_PREFIX_TOKENS = 32
 
 
 class ModuleBackbone(Backbone):
@@ -41,6 +44,8 @@ class ModuleBackbone(Backbone):
         layout: Layout = "auto",
         name: str | None = None,
     ) -> None:
+        if layout not in get_args(Layout):
+            raise BackboneError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
         super().__init__(
             name=name or getattr(model, "__name__", type(model).__name__),
             patch_size=patch_size,
@@ -48,13 +53,28 @@ class ModuleBackbone(Backbone):
             embed_dim=0,
             mean=mean,
             std=std,
-            default_size=default_size or 518 // patch_size * patch_size,
+            default_size=default_size or 518 // max(patch_size, 1) * patch_size,
         )
         self.layout = layout
+        if isinstance(model, nn.Module):
+            model.eval().requires_grad_(False)  # frozen, and before the probe: dropout and batch norm must not act
         self.model = model  # a module is registered by this, so that its device and dtype are seen
-        with torch.inference_mode():
-            probe = torch.zeros(1, 3, self.default_size, self.default_size)
-            self.embed_dim = self.forward(probe).shape[-1]
+        self.prefix_tokens: int | None = None
+        with torch.no_grad():
+            features, prefix = self.forward_with_prefix(torch.zeros(1, 3, self.default_size, self.default_size))
+            self.embed_dim, self.prefix_tokens = features.shape[-1], prefix.shape[1]
+            if self.prefix_tokens:
+                self._probe_half()
+
+    def _probe_half(self) -> None:
+        """Tokens beside those of patches are as many at any size; where the patch size is wrong they are not."""
+        side = nearest_sizes(self.default_size // 2, self.patch_size, self.stride)[0]
+        try:
+            self.forward(torch.zeros(1, 3, side, side))
+        except BackboneError:
+            raise
+        except Exception:  # a model of one size only, which raises whatever it likes
+            return
 
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         found = _tensor_in(self.model(image), self.name)
@@ -66,7 +86,10 @@ class ModuleBackbone(Backbone):
                 tokens = found.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
             case _:
                 tokens = found
-        prefix = max(tokens.shape[1] - h * w, 0)
+        prefix = tokens.shape[1] - h * w
+        expected = range(_MOST_PREFIX_TOKENS + 1) if self.prefix_tokens is None else (self.prefix_tokens,)
+        if prefix not in expected:  # a wrong patch size leaves far too many, or too few
+            return tokens, tokens[:, :0]  # refused by the caller, with what was expected
         return tokens[:, prefix:], tokens[:, :prefix]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import timm
@@ -11,7 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from denoising_vit.backbones.base import Backbone
+from denoising_vit.backbones.base import Backbone, nearest_sizes
 from denoising_vit.errors import BackboneError
 
 
@@ -63,14 +64,15 @@ class TimmBackbone(Backbone):
             norm=self.norm,
             stop_early=True,
             output_fmt="NLC",
-            return_prefix_tokens=True,
+            return_prefix_tokens=self.model.num_prefix_tokens > 0,
             intermediates_only=True,
         )
         tokens = found[0]  # of the one block asked for; a pair where the model has prefix tokens
         return tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
 
     def _fingerprint_size(self) -> int:
-        return 8 * self.patch_size  # a fingerprint needs no large image; the model takes any size
+        # A fingerprint needs no large image, and the model takes any size.
+        return nearest_sizes(8 * self.patch_size, self.patch_size, self.stride)[0]
 
 
 class OverlappingPatchEmbed(nn.Module):
@@ -104,7 +106,7 @@ def build_timm_model(name: str, *, pretrained: bool) -> VisionTransformer | Eva:
     """
     architecture = name.split(".")[0]
     if architecture not in timm.list_models():
-        similar = ", ".join(timm.list_models(f"*{architecture.split('_patch')[0]}*")[:4])
+        similar = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
         raise BackboneError(
             f"timm {timm.__version__} knows no model {name!r}"
             + (f"; similar: {similar}" if similar else "")
@@ -113,12 +115,12 @@ def build_timm_model(name: str, *, pretrained: bool) -> VisionTransformer | Eva:
     try:
         # timm draws initial weights from the global generator; a model to be loaded must not disturb the caller's.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # of the CPU alone, which is what is restored
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     except TypeError as error:  # an architecture without this option
         raise BackboneError(f"{name} is no plain ViT (it takes no dynamic_img_size): {error}") from error
     except RuntimeError as error:
-        if pretrained:
+        if pretrained and "tag" not in str(error):
             raise
         raise BackboneError(f"timm could not build {name!r}: {error}") from error
     if not isinstance(model, VisionTransformer | Eva):
@@ -131,6 +133,7 @@ def build_timm_model(name: str, *, pretrained: bool) -> VisionTransformer | Eva:
 
 def _square_patch(model: VisionTransformer | Eva, name: str) -> int:
     patch = getattr(model.patch_embed, "patch_size", None)
-    if not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d) or patch is None or patch[0] != patch[1]:
+    proj = getattr(model.patch_embed, "proj", None)
+    if not isinstance(proj, nn.Conv2d) or proj.in_channels != 3 or patch is None or patch[0] != patch[1]:
         raise BackboneError(f"{name} does not cut the image into square patches ({type(model.patch_embed).__name__})")
     return int(patch[0])

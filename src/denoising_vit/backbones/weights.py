@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 
 import timm.models.eva
 import timm.models.vision_transformer
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -18,7 +18,8 @@ from denoising_vit.errors import WeightsError
 
 #: Where published files keep the weights, and what they put in front of the names.
 _CONTAINERS = ("model", "state_dict", "teacher")
-_PREFIXES = ("module.", "model.", "backbone.")
+_PREFIXES = ("module", "model", "backbone")
+_PATCHES = "patch_embed.proj.weight"
 
 #: Parts of checkpoints that dense features never use: classifiers, pooling heads, decoders, training tokens.
 _UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive", "visual.proj", "logit_scale")
@@ -34,18 +35,24 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
+    if path.stat().st_size == 0:
+        raise WeightsError(f"{path}: the file is empty (0 bytes)")
     try:
         if path.suffix == ".safetensors":
             state: object = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Several published files carry their command-line options: plain data.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: refused, the file is damaged or holds more than weights (code is never run from a checkpoint). "
             "Convert it to safetensors where you trust it"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors or PyTorch weights file ({error})") from error
+    except Exception as error:  # damaged files meet the readers with all kinds
+        raise WeightsError(
+            f"{path}: not a readable safetensors or PyTorch weights file ({type(error).__name__}: {error})"
+        ) from error
     state = _unwrap(state)
     if not state:
         raise WeightsError(f"{path}: no tensors found; expected a state dict, or one under {' or '.join(_CONTAINERS)}")
@@ -60,28 +67,31 @@ def load_weights(model: VisionTransformer | Eva, state: dict[str, Tensor], *, na
     """
     _refuse_other_patches(model, state, name, source)
     filters = timm.models.eva if isinstance(model, Eva) else timm.models.vision_transformer
-    try:
-        state = dict(filters.checkpoint_filter_fn(state, model))  # pyright: ignore[reportArgumentType]
-    except (KeyError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
-        raise WeightsError(f"{source}: not weights of {name} ({error})") from error
     own = model.state_dict()
+    try:
+        fitted = dict(filters.checkpoint_filter_fn(dict(state), model))  # pyright: ignore[reportArgumentType]
+    except Exception as error:  # timm reshapes what it takes for its own, and fails in many ways where it is not
+        reason = _difference(own, state) or f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{source}: weights of another model, they do not fit {name}: {reason}") from error
+    if difference := _difference(own, fitted):
+        raise WeightsError(f"{source}: weights of another model, they do not fit {name}: {difference}")
+    model.load_state_dict({key: value for key, value in fitted.items() if key in own}, strict=False)
+
+
+def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """What is missing, left over, or of another shape; empty where nothing is."""
     missing = [key for key in own if key not in state and not key.startswith(_UNUSED)]
     unknown = [key for key in state if key not in own and not key.startswith(_UNUSED)]
     shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
     ]
-    if missing or unknown or shapes:
-        raise WeightsError(
-            f"{source}: weights of another model, they do not fit {name}: "
-            + "; ".join(
-                f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                for what, keys in (("missing", missing), ("left over", unknown), ("of another shape", shapes))
-                if keys
-            )
-        )
-    model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    return "; ".join(
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("left over", unknown), ("of another shape", shapes))
+        if keys
+    )
 
 
 def require_finite(model: nn.Module, source: str) -> None:
@@ -107,14 +117,16 @@ def _unwrap(state: object) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         return {}
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
-    while tensors and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+    # Names may be prefixed, and stand beside those of heads that are trained along: the ViT is where its patches are.
+    prefix = next((key.removesuffix(_PATCHES) for key in tensors if key.endswith(_PATCHES)), "")
+    if not prefix or prefix.strip(".").split(".")[0] not in _PREFIXES:
+        return tensors
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _refuse_other_patches(model: VisionTransformer | Eva, state: dict[str, Tensor], name: str, source: str) -> None:
     """Timm would resample the patch embedding of another patch size without a word."""
-    there = state.get("patch_embed.proj.weight")
+    there = state.get(_PATCHES)
     mine = model.patch_embed.proj.weight
     if there is not None and there.ndim == 4 and there.shape != mine.shape:
         raise WeightsError(

@@ -26,10 +26,10 @@ from denoising_vit.photos import photo_digest, read_photo
 
 
 def denoise(
-    inputs: tyro.conf.Positional[tuple[str, ...]],
+    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PHOTO ...")],
     /,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    stage1: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(),  # noqa: B008, frozen
+    denoising: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(),  # noqa: B008, frozen
     backbone: str = "vit_small_patch14_dinov2.lvd142m",
     weights: str = "auto",
     stride: int | None = None,
@@ -44,9 +44,9 @@ def denoise(
     """Clean features of photos: for each a .safetensors file and a picture that shows the difference.
 
     Args:
-        inputs: image files, folders (searched recursively) and globs.
+        inputs: image files, folders (searched recursively for image files) and globs (every file they match).
         out: folder for the results; made where it does not exist.
-        stage1: how semantic field and artifact are separated.
+        denoising: how semantic field and artifact are separated.
         backbone: any timm VisionTransformer or Eva model; `dvit models` lists the published ones.
         weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
         stride: distance between patches in pixels; below the patch size for a finer grid.
@@ -55,7 +55,7 @@ def denoise(
         device: auto, cpu, cuda, cuda:1, mps.
         dtype: auto is bfloat16 where the hardware is fast at it, else float32.
         upsample: also store the clean features this many times finer, and draw them so.
-        overwrite: do photos again whose results exist.
+        overwrite: do photos again whose results are there already.
         json: print one JSON line per photo instead of a table.
     """
     if not inputs:
@@ -71,20 +71,22 @@ def denoise(
     if not photos:
         report.finish(out)
         return WRONG_USAGE
-    folder = OutputFolder(out, overwrite=overwrite)
+    denoising.validate()
     model = load_backbone(backbone, weights=weights, stride=stride, layer=layer, norm=norm, dtype=dtype, device=device)
-    prepare(model, stage1)  # what is wrong with the options is said before any photo is touched
+    prepare(model, denoising)  # what is wrong with the options is said before any photo is touched
+    folder = OutputFolder(out, overwrite=overwrite)
     print_note(f"backbone {model.extra_repr()} on {model.device}, fingerprint {model.fingerprint.short}")
-    job = _Job(model, stage1, folder, upsample)
-    with ViewProgress(len(photos), stage1.views + stage1.held_out) as progress:
+    job = _Job(model, denoising, folder, upsample)
+    with ViewProgress(len(photos), denoising.views + denoising.held_out) as progress:
         try:
             for photo in photos:
                 progress.start(photo.name)
                 report.add(job.run(photo, progress))
                 progress.finish()
         except KeyboardInterrupt:
-            done = sum(row.status != "failed" for row in report.rows)
-            print_note(f"interrupted: {done} finished results stay in {out}; the same command goes on from there")
+            progress.stop()
+            report.finish(out)
+            print_note("interrupted; finished results stay, and the same command goes on from there")
             return INTERRUPTED
     return report.finish(out)
 
@@ -110,19 +112,29 @@ class _Job:
             about = result.info["photo"] | {"name": photo.name}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
             self._draw(pixels, result, output)
-            extra = {"upsampled": result.upsample(self.upsample)} if self.upsample > 1 else None
-            with atomic_path(output.result) as temporary:  # last: where this file is, the photo is finished
-                write_decomposition(result, temporary, extra)
-        except (DenoisingVitError, OSError, MemoryError, RuntimeError) as error:
-            return Row(str(photo), "failed", note=str(error) or type(error).__name__)
+            self._write(result, output)  # last: where this file is, the photo is finished
+        except (DenoisingVitError, OSError) as error:
+            return Row(str(photo), "failed", note=str(error))
+        except Exception as error:  # one photo must not end the batch, whatever is wrong with it
+            return Row(str(photo), "failed", note=f"{type(error).__name__}: {error}")
         return self._row(photo, output, result.info, "done", seconds=round(time.perf_counter() - started, 2))
 
     def _keep(self, photo: Path, pixels: np.ndarray, output: Output, info: dict[str, Any]) -> Row:
-        if not output.panel.exists():
-            self._draw(pixels, Decomposition.load(output.result), output)
-        same = self._made_alike(info)
-        note = "kept" if same else "kept, but made with other settings: --overwrite to do it again"
-        return self._row(photo, output, info, "kept", note=note)
+        notes = [] if self._made_alike(info) else ["made with other settings: --overwrite to do it again"]
+        finer = self.upsample > 1 and info.get("upsample") != self.upsample
+        if finer or not output.panel.exists():
+            result = Decomposition.load(output.result)
+            self._draw(pixels, result, output)
+            if finer:
+                self._write(result, output)  # the field is there: nothing is computed again
+                notes.append("finer features added")
+        return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
+
+    def _write(self, result: Decomposition, output: Output) -> None:
+        extra = {"upsampled": result.upsample(self.upsample)} if self.upsample > 1 else None
+        result = dataclasses.replace(result, info=result.info | {"upsample": self.upsample})
+        with atomic_path(output.result) as temporary:
+            write_decomposition(result, temporary, extra)
 
     def _draw(self, pixels: np.ndarray, result: Decomposition, output: Output) -> None:
         from denoising_vit.visualize import draw_panel  # matplotlib and scikit-learn take seconds to import

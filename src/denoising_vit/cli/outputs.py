@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from denoising_vit.decomposition.files import read_head
 from denoising_vit.errors import DenoisingVitError, FormatError
 from denoising_vit.files import atomic_path
+from denoising_vit.photos import is_panel
 
 
 class OutputError(DenoisingVitError):
@@ -31,14 +33,14 @@ class Output:
 
 
 class OutputFolder:
-    """Gives every photo its own name: its stem, or ``stem-2``, ``stem-3``, ... where that belongs to another photo.
+    """Gives every photo its own name: its stem, or ``stem-2``, ``stem-3``, ... where that belongs to something else.
 
     A name belongs to the photo whose pixels are recorded in the file there, so that the same command finds its results
-    again and two photos of one name never overwrite each other.
+    again, two photos of one name never overwrite each other, and files that are no results of ours are left alone.
 
     Args:
         folder: made where it does not exist.
-        overwrite: take names whatever they held before this run.
+        overwrite: do a photo again where its own result exists.
 
     Raises:
         OutputError: if the folder cannot be written to.
@@ -52,7 +54,7 @@ class OutputFolder:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(folder / ".dvit-writable"):
                 pass
-            (folder / ".dvit-writable").unlink()
+            (folder / ".dvit-writable").unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
                 f"cannot write to {folder} ({error.strerror or error}); choose another with -o"
@@ -60,18 +62,16 @@ class OutputFolder:
 
     def claim(self, photo: Path, digest: str) -> Output:
         """The files for a photo whose pixels have this digest."""
-        number = 1
-        while True:
+        for number in itertools.count(1):
             name = photo.stem if number == 1 else f"{photo.stem}-{number}"
-            result = self.folder / f"{name}.safetensors"
-            if name not in self._claimed:
-                existing = self._recorded(result)
-                mine = existing is not None and existing.get("photo", {}).get("sha256") == digest
-                if self.overwrite or mine or not result.exists():
-                    self._claimed.add(name)
-                    kept = existing if mine and not self.overwrite else None
-                    return Output(result, self.folder / f"{name}.png", kept)
-            number += 1
+            result, panel = self.folder / f"{name}.safetensors", self.folder / f"{name}.png"
+            existing = self._recorded(result)
+            mine = existing is not None and existing.get("photo", {}).get("sha256") == digest
+            free = not result.exists() and (not panel.exists() or is_panel(panel))
+            if name not in self._claimed and (mine or free):
+                self._claimed.add(name)
+                return Output(result, panel, existing if mine and not self.overwrite else None)
+        raise AssertionError("unreachable: numbers do not end")
 
     @staticmethod
     def _recorded(path: Path) -> dict[str, Any] | None:

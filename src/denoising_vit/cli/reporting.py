@@ -55,7 +55,7 @@ class Report:
         """Takes one row; in JSON mode prints it."""
         self.rows.append(row)
         if self.as_json:
-            print(json.dumps({key: value for key, value in asdict(row).items() if value is not None}), flush=True)
+            print(json.dumps(asdict(row)), flush=True)
 
     def finish(self, folder: Path) -> int:
         """Prints the table, then what failed and why. Returns the exit code."""
@@ -63,10 +63,11 @@ class Report:
             Console().print(self._table())
         failed = [row for row in self.rows if row.status == "failed"]
         for row in failed:
-            print_error(f"{row.image}: {row.note}" if row.image not in str(row.note) else str(row.note), "skipped")
+            named = str(row.note).startswith(row.image)
+            print_error(str(row.note) if named else f"{row.image}: {row.note}", "skipped")
         good = len(self.rows) - len(failed)
-        summary = f"{good} of {len(self.rows)} photos in {folder}" + (f", {len(failed)} skipped" if failed else "")
-        Console(stderr=True).print(summary, highlight=False, markup=False)
+        skipped = f", {len(failed)} skipped" if failed else ""
+        print_note(f"{good} of {len(self.rows)} photos done{skipped}; results in {folder}")
         return SOME_FAILED if failed else OK
 
     def _table(self) -> Table:
@@ -79,13 +80,13 @@ class Report:
         for row in self.rows:
             if row.status != "failed":
                 table.add_row(
-                    escape(Path(row.image).name),
+                    escape(row.image),
                     escape(Path(row.output or "").name),
                     str(row.views),
                     "-" if row.heldout_r2 is None else f"{row.heldout_r2:.3f}",
                     "-" if row.heldout_cosine is None else f"{row.heldout_cosine:.3f}",
                     "-" if row.seconds is None else f"{row.seconds:.1f}",
-                    escape(row.note or ""),
+                    escape(row.note or ("kept" if row.status == "kept" else "")),
                 )
         return table
 
@@ -95,6 +96,7 @@ class ViewProgress:
 
     def __init__(self, photos: int, views_each: int) -> None:
         self._left, self._each, self._at = photos, views_each, 0
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -103,8 +105,9 @@ class ViewProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=photos * views_each)
         self._finished_views = 0
@@ -114,6 +117,10 @@ class ViewProgress:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bar off the screen."""
         self._progress.stop()
 
     def start(self, photo: str) -> None:

@@ -42,7 +42,7 @@ class ExactSolver:
     def __init__(
         self, plan: ViewPlan, *, smoothness: float, shrinkage: float, device: torch.device | str = "cpu"
     ) -> None:
-        if smoothness < 0 or shrinkage < 0:
+        if not (smoothness >= 0 and shrinkage >= 0):  # NaN is neither
             raise PlanError(f"smoothness and shrinkage must be 0 or more, got {smoothness} and {shrinkage}")
         self.plan = plan
         self.smoothness = smoothness

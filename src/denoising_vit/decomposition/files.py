@@ -20,6 +20,7 @@ FORMAT = "denoising-vit/decomposition"
 FORMAT_VERSION = 1
 
 _KEY = "denoising_vit"
+_REQUIRED = ("format_version", "size", "patch_size", "stride", "info")
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -77,6 +78,9 @@ def read_head(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: not a decomposition: expected a safetensors file ({error})") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"{path}: a safetensors file, but not one with a decomposition (no {FORMAT!r} metadata)")
+    lacking = [key for key in _REQUIRED if key not in head]
+    if lacking:
+        raise FormatError(f"{path}: damaged decomposition, its metadata lacks {', '.join(lacking)}")
     if head["format_version"] > FORMAT_VERSION:
         raise FormatError(
             f"{path}: written in format version {head['format_version']}, this release reads up to {FORMAT_VERSION}; "

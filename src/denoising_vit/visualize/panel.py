@@ -13,6 +13,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from denoising_vit.decomposition.result import Decomposition
+from denoising_vit.photos import PANEL_SOFTWARE
 from denoising_vit.visualize.maps import (
     NORM_COLOURS,
     SIMILARITY_COLOURS,
@@ -151,7 +152,8 @@ class _Sheet:
     def save(self, path: str | Path) -> None:
         """Render and write the PNG."""
         FigureCanvasAgg(self._figure)
-        self._figure.savefig(path, format="png", dpi=DPI, facecolor="white")
+        software = {"Software": PANEL_SOFTWARE}  # by which it is known, and not taken for a photo
+        self._figure.savefig(path, format="png", dpi=DPI, facecolor="white", metadata=software)
 
     def _corner(self, row: int, column: int) -> tuple[int, int]:
         """(left, top) in pixels of a picture, centred in its cell."""
