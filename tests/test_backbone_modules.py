@@ -1,0 +1,245 @@
+"""Backbones from anything: modules and functions, and what they may return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from denoising_vit import Backbone, BackboneError, SizeError, load_backbone
+
+PATCH, WIDTH = 14, 5
+SHOWN = 56  # default_size: a grid of 4 x 4
+
+
+class Patches(nn.Module):
+    """Embeds patches, and returns them in one of many ways."""
+
+    def __init__(self, form: str, *, prefix: int = 0, width: int = WIDTH, patch: int = PATCH) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.form, self.prefix = form, prefix
+
+    def grid(self, image: Tensor) -> Tensor:
+        return self.embed(image).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+
+    def forward(self, image: Tensor) -> Any:
+        grid = self.grid(image)
+        tokens = grid.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
+        extra = torch.arange(self.prefix).to(tokens)[None, :, None].expand(len(tokens), -1, tokens.shape[-1])
+        all_tokens = torch.cat([extra, tokens], dim=1)
+        match self.form:
+            case "channels_last":
+                return grid
+            case "channels_first":
+                return grid.permute(0, 3, 1, 2)
+            case "tokens":
+                return all_tokens
+            case "facebook dict":
+                return {"x_norm_clstoken": tokens[:, 0], "x_norm_patchtokens": tokens, "x_prenorm": None}
+            case "transformers dict":
+                return {"last_hidden_state": all_tokens, "pooler_output": tokens[:, 0]}
+            case "transformers object":
+                return Output(all_tokens)
+            case "tuple":
+                return all_tokens, tokens[:, 0]
+            case "list":
+                return [grid.permute(0, 3, 1, 2)]
+        raise AssertionError(self.form)
+
+
+class Output:
+    def __init__(self, tokens: Tensor) -> None:
+        self.last_hidden_state = tokens
+
+
+def load(model: Callable[[Tensor], Any], **options: Any) -> Backbone:
+    return load_backbone(model, **{"patch_size": PATCH, "default_size": SHOWN, **options})
+
+
+def picture(height: int = 28, width: int = 42, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+
+
+@pytest.mark.parametrize(
+    ("form", "prefix"),
+    [
+        ("channels_last", 0),
+        ("channels_first", 0),
+        ("tokens", 0),
+        ("tokens", 1),
+        ("tokens", 5),
+        ("facebook dict", 0),
+        ("transformers dict", 1),
+        ("transformers object", 1),
+        ("transformers object", 5),
+        ("tuple", 1),
+        ("list", 0),
+    ],
+)
+def test_whatever_form_a_module_returns_features_are_one_grid(form: str, prefix: int) -> None:
+    module = Patches(form, prefix=prefix)
+    backbone = load(module)
+    features, tokens = backbone.forward_with_prefix(picture())
+    assert features.shape == (2, 2, 3, WIDTH)
+    assert torch.equal(features, module.grid(picture()))
+    assert tokens.shape == (2, prefix, WIDTH)
+    assert torch.equal(tokens[0, :, 0], torch.arange(prefix).float())
+    assert (backbone.embed_dim, backbone.patch_size, backbone.stride, backbone.default_size) == (WIDTH, 14, 14, SHOWN)
+    assert backbone.name == "Patches"
+
+
+def test_a_function_is_as_good_as_a_module() -> None:
+    module = Patches("channels_first")
+
+    def my_features(image: Tensor) -> Tensor:
+        return module(image)
+
+    backbone = load(my_features)
+    assert backbone.name == "my_features"
+    assert torch.equal(backbone(picture()), module.grid(picture()))
+    assert (backbone.device, backbone.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_a_grid_as_wide_as_its_features_are_many_needs_its_layout() -> None:
+    for form in ("channels_last", "channels_first"):
+        module = Patches(form, width=4)  # (1, 4, 4, 4) at 56 x 56
+        with pytest.raises(BackboneError, match=r"\(1, 4, 4, 4\).*layout='channels_last' or layout='channels_first'"):
+            load(module)
+        backbone = load(module, layout=form)
+        assert torch.equal(backbone(picture(56, 56)), module.grid(picture(56, 56)))
+
+
+def test_an_unknown_layout_is_refused_by_name() -> None:
+    with pytest.raises(BackboneError, match="layout"):
+        load(Patches("tokens"), layout="nchw")
+
+
+@pytest.mark.parametrize("form", ["channels_last", "channels_first", "tokens", "facebook dict"])
+@pytest.mark.parametrize("patch", [7, 28])
+def test_a_wrong_patch_size_is_refused(form: str, patch: int) -> None:
+    with pytest.raises(BackboneError, match=r"Patches returned .*Are patch size and stride right\?"):
+        load(Patches(form), patch_size=patch)
+
+
+def test_a_patch_size_a_little_too_large_is_not_taken_for_prefix_tokens() -> None:
+    with pytest.raises(BackboneError, match="patch size"):
+        load(Patches("tokens", prefix=1), patch_size=16, default_size=512)
+
+
+@pytest.mark.parametrize("output", [None, [], {}, {"features": torch.ones(1)}, 3.0, "text"])
+def test_anything_without_a_tensor_of_features_is_refused(output: Any) -> None:
+    def odd(image: Tensor) -> Any:
+        return output
+
+    with pytest.raises(BackboneError, match=f"odd returned {type(output).__name__}; expected a tensor"):
+        load(odd)
+
+
+def test_pooled_features_are_refused() -> None:
+    with pytest.raises(BackboneError, match=r"returned \(1, 3\); expected \(B, 4, 4, C\)"):
+        load(lambda image: image.mean(dim=(2, 3)))
+
+
+def test_a_batch_that_comes_back_shorter_is_refused() -> None:
+    module = Patches("tokens")
+    with pytest.raises(BackboneError, match="for 2 images"):
+        load(lambda image: module(image[:1]))(picture())
+
+
+def test_a_module_without_its_patch_size_is_refused() -> None:
+    with pytest.raises(BackboneError, match="needs its patch size"):
+        load_backbone(Patches("tokens"))
+
+
+@pytest.mark.parametrize("patch", [0, -14])
+def test_a_patch_size_below_one_is_refused(patch: int) -> None:
+    with pytest.raises(BackboneError, match="patch"):
+        load_backbone(Patches("tokens"), patch_size=patch)
+
+
+@pytest.mark.parametrize("option", [{"weights": "random"}, {"layer": 3}, {"norm": False}])
+def test_options_for_timm_names_are_refused_for_a_module(option: dict[str, Any]) -> None:
+    with pytest.raises(BackboneError, match=next(iter(option))):
+        load(Patches("tokens"), **option)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [(56, 56), (57, 56), (62, 56), (64, 70), (69, 70), (517, 518), (519, 518), (1, 14), (None, 518)],
+)
+def test_a_default_size_that_does_not_fit_moves_to_the_nearest_that_does(given: int | None, nearest: int) -> None:
+    backbone = load(Patches("channels_last"), default_size=given, layout="channels_last")
+    assert backbone.default_size == nearest
+    assert backbone.grid_size(nearest, nearest) == (nearest // 14, nearest // 14)
+
+
+def test_overlapping_patches_of_a_module() -> None:
+    convolution = nn.Conv2d(3, WIDTH, 14, 7)
+    backbone = load(convolution, stride=7)
+    assert backbone(picture(35, 49)).shape == (2, 4, 6, WIDTH)
+    with pytest.raises(SizeError, match="Nearest: 56 or 63"):
+        backbone(picture(60, 56))
+
+
+def test_normalisation_given_is_kept() -> None:
+    backbone = load(Patches("tokens"), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert (backbone.mean, backbone.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_module_keeps_its_own_type_and_device(dtype: torch.dtype) -> None:
+    module = Patches("tokens").to(dtype)
+    backbone = load(module)
+    assert (backbone.dtype, backbone.device) == (dtype, torch.device("cpu"))
+    assert module.embed.weight.dtype == dtype
+    assert backbone(picture()).dtype == torch.float32
+
+
+def test_a_type_asked_for_is_the_one_that_a_module_computes_in() -> None:
+    backbone = load(Patches("tokens"), dtype="bfloat16")
+    assert backbone.dtype == torch.bfloat16
+    assert backbone(picture()).dtype == torch.float32
+
+
+def test_a_module_in_training_mode_gives_the_same_features_twice() -> None:
+    backbone = load(nn.Sequential(Patches("tokens"), nn.Dropout(0.5)).train())
+    assert torch.equal(backbone(picture()), backbone(picture()))
+
+
+def test_loading_does_not_change_the_running_statistics_of_a_module() -> None:
+    norm = nn.BatchNorm2d(WIDTH)
+    load(nn.Sequential(Patches("channels_first"), norm).train())
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
+
+
+def test_parameters_of_a_module_are_frozen() -> None:
+    assert not any(parameter.requires_grad for parameter in load(Patches("tokens")).parameters())
+
+
+def test_gradients_reach_the_image_through_a_module() -> None:
+    image = picture().requires_grad_()
+    load(Patches("transformers object", prefix=1))(image).sum().backward()
+    assert image.grad is not None and (image.grad != 0).any(dim=1).all()
+
+
+class CachesPositions(Patches):
+    """Like many implementations of rotary embeddings: what depends on the grid only is made once and kept."""
+
+    scale: Tensor | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        grid = self.grid(image)
+        if self.scale is None or len(self.scale) != grid.shape[1]:
+            self.scale = torch.linspace(1, 2, grid.shape[1])[:, None, None]
+        return grid * self.scale
+
+
+def test_gradients_reach_the_image_through_a_module_that_keeps_what_it_made_on_its_first_image() -> None:
+    backbone = load(CachesPositions("channels_last"))
+    image = picture(SHOWN, SHOWN).requires_grad_()
+    backbone(image).sum().backward()
+    assert image.grad is not None

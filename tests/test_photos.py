@@ -1,0 +1,336 @@
+"""Every kind of image file becomes (H, W, 3) uint8, or an error that names the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, features
+from skimage import data
+
+from denoising_vit.errors import PhotoError
+from denoising_vit.photos import photo_digest, read_photo
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def small_cat() -> np.ndarray:
+    return np.ascontiguousarray(data.chelsea()[100:140, 200:260])  # (40, 60, 3), textured
+
+
+def refuses(path: str | Path, reason: str, **options: Any) -> None:
+    """The error names the file and, after it, the reason."""
+    with pytest.raises(PhotoError, match=f"{re.escape(str(path))}.*{reason}"):
+        read_photo(path, **options)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_declaring(path: Path, width: int, height: int) -> Path:
+    """A PNG of a hundred bytes whose header promises width x height pixels of 8-bit grayscale."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    content = png_chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + content + png_chunk(b"IEND", b""))
+    return path
+
+
+# --- files that are no photo ---
+
+
+def test_missing_path(tmp_path: Path) -> None:
+    refuses(tmp_path / "nothing.jpg", "no such file")
+
+
+def test_directory_given_as_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "folder.jpg"
+    folder.mkdir()
+    refuses(folder, "is a directory, expected an image file")
+
+
+def test_text_renamed_to_jpg(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jpg"
+    path.write_text("these are only words\n" * 50)
+    refuses(path, "not an image file that can be read")
+
+
+def test_zero_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "empty.png"
+    path.touch()
+    refuses(path, r"empty \(0 bytes\)")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("kept", [0.5, 0.95])
+def test_truncated_file(tmp_path: Path, ending: str, kept: float) -> None:
+    path = tmp_path / f"cut.{ending}"
+    Image.fromarray(small_cat()).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    refuses(path, "damaged or unreadable image")
+
+
+def test_truncated_image_that_is_open_already_is_a_photo_error(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(small_cat()).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with Image.open(path) as image, pytest.raises(PhotoError, match="damaged or unreadable"):
+        read_photo(image)
+
+
+def test_name_too_long_for_the_file_system_is_a_photo_error(tmp_path: Path) -> None:
+    with pytest.raises(PhotoError, match="name too long"):
+        read_photo(tmp_path / ("a" * 300 + ".jpg"))
+
+
+FORMATS = ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_file_of_any_format_is_a_picture_or_a_photo_error(tmp_path: Path, kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF decoder")
+    buffer = io.BytesIO()
+    Image.fromarray(small_cat()).save(buffer, kind)
+    content = buffer.getvalue()
+    path = tmp_path / "damaged"
+    generator = random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(generator.choice((1, 4))):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            pixels = read_photo(path)
+        except PhotoError as error:
+            assert "damaged" in str(error)  # the file's own name
+        else:
+            assert pixels.dtype == np.uint8
+            assert pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+# --- too large ---
+
+
+def never_decode(*_arguments: Any, **_options: Any) -> None:
+    raise AssertionError("the pixels were decoded")
+
+
+@pytest.mark.parametrize("side", [12_000, 40_000])  # within and beyond Pillow's own limit
+def test_decompression_bomb_is_refused_before_decoding(
+    tmp_path: Path, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never_decode)
+    bomb = png_declaring(tmp_path / "bomb.png", side, side)
+    assert bomb.stat().st_size < 200
+    refuses(bomb, "(more than the limit of|over) 100,000,000")
+
+
+def test_bomb_message_gives_size_limit_and_remedy(tmp_path: Path) -> None:
+    bomb = png_declaring(tmp_path / "bomb.png", 12_000, 9_000)
+    refuses(bomb, r"12,000 x 9,000 pixels is more than the limit of 100,000,000; shrink it first")
+
+
+def test_max_pixels_is_the_largest_number_that_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "small.png"
+    Image.fromarray(small_cat()).save(path)
+    assert read_photo(path, max_pixels=2400).shape == (40, 60, 3)
+    refuses(path, "60 x 40 pixels is more than the limit of 2,399", max_pixels=2399)
+
+
+def test_max_pixels_holds_for_pil_images() -> None:
+    with pytest.raises(PhotoError, match="the image: 60 x 40 pixels is more than the limit of 100;"):
+        read_photo(Image.fromarray(small_cat()), max_pixels=100)
+
+
+def test_raising_max_pixels_goes_beyond_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As with a photo of 200 million pixels and max_pixels=10**9, without the memory.
+    path = tmp_path / "large.png"
+    Image.fromarray(small_cat()).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_photo(path, max_pixels=10_000).shape == (40, 60, 3)
+
+
+# --- kinds of pixels ---
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "ppm", "tif"])
+def test_lossless_formats_keep_every_pixel(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"cat.{ending}"
+    Image.fromarray(small_cat()).save(path)
+    np.testing.assert_array_equal(read_photo(path), small_cat())
+
+
+def test_path_may_be_a_string(tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"
+    Image.fromarray(small_cat()).save(path)
+    np.testing.assert_array_equal(read_photo(str(path)), small_cat())
+
+
+def test_pil_image_is_read_like_its_file() -> None:
+    np.testing.assert_array_equal(read_photo(Image.fromarray(small_cat())), small_cat())
+
+
+def test_grayscale_is_repeated_in_three_channels(tmp_path: Path) -> None:
+    gray = np.array([[0, 100], [200, 255]], dtype=np.uint8)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    pixels = read_photo(tmp_path / "gray.png")
+    for channel in range(3):
+        np.testing.assert_array_equal(pixels[..., channel], gray)
+
+
+def test_one_bit_image_is_black_and_white(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "bits.png")
+    assert read_photo(tmp_path / "bits.png").tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
+    rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51], [0, 100, 200, 255]]], dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "alpha.png")
+    pixels = read_photo(tmp_path / "alpha.png")
+    # Black at 51 / 255 = 0.2 over white is 0.8 * 255 = 204.
+    assert pixels.tolist() == [[list(RED), list(WHITE), [204, 204, 204], [0, 100, 200]]]
+
+
+def test_grayscale_with_alpha_is_laid_over_white(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[[0, 51], [10, 255]]], dtype=np.uint8), "LA").save(tmp_path / "la.png")
+    assert read_photo(tmp_path / "la.png").tolist() == [[[204] * 3, [10] * 3]]
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (3, 1))
+    image.putpalette([*RED, *BLUE, 0, 255, 0])
+    image.putdata([0, 1, 2])
+    return image
+
+
+def test_palette_becomes_its_colours(tmp_path: Path) -> None:
+    palette_image().save(tmp_path / "palette.png")
+    assert read_photo(tmp_path / "palette.png").tolist() == [[list(RED), list(BLUE), [0, 255, 0]]]
+
+
+def test_transparent_palette_entry_becomes_white(tmp_path: Path) -> None:
+    palette_image().save(tmp_path / "palette.png", transparency=1)
+    assert read_photo(tmp_path / "palette.png").tolist() == [[list(RED), list(WHITE), [0, 255, 0]]]
+
+
+def test_transparent_colour_of_an_rgb_file_becomes_white(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[RED, BLUE]], dtype=np.uint8))
+    image.save(tmp_path / "key.png", transparency=BLUE)
+    assert read_photo(tmp_path / "key.png").tolist() == [[list(RED), list(WHITE)]]
+
+
+def test_cmyk_jpeg_has_its_colours(tmp_path: Path) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)  # no cyan: red
+    pixels = read_photo(tmp_path / "cmyk.jpg")
+    assert pixels.shape == (16, 16, 3)
+    assert np.abs(pixels.astype(int) - RED).max() <= 3
+
+
+def test_sixteen_bit_grayscale_is_scaled_to_eight_bits(tmp_path: Path) -> None:
+    # value / 257, rounded: 128 / 257 = 0.498, 129 / 257 = 0.502
+    deep = np.array([[0, 128, 129, 257], [514, 32896, 65278, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    pixels = read_photo(tmp_path / "deep.png")
+    expected = np.array([[0, 0, 1, 1], [2, 128, 254, 255]], dtype=np.uint8)
+    np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, axis=-1))
+
+
+def test_float_tiff_from_zero_to_one_is_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0.0, 0.2, 1.0]], dtype=np.float32)).save(tmp_path / "float.tif")
+    assert read_photo(tmp_path / "float.tif").tolist() == [[[0] * 3, [51] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(("values", "told"), [([0.0, 2.0], "0 to 2"), ([-0.5, 1.0], "-0.5 to 1")])
+def test_float_tiff_out_of_range_is_refused(tmp_path: Path, values: list[float], told: str) -> None:
+    path = tmp_path / "float.tif"
+    Image.fromarray(np.array([values], dtype=np.float32)).save(path)
+    refuses(path, rf"float32 grayscale with values {told}; expected 0 to 65535, or 0 to 1 for floats")
+
+
+def test_float_tiff_with_nan_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "float.tif"
+    Image.fromarray(np.array([[0.5, np.nan]], dtype=np.float32)).save(path)
+    refuses(path, "values nan to nan")
+
+
+def test_whole_numbers_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "int.tif"
+    Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)).save(path)
+    refuses(path, "int32 grayscale with values 0 to 70000")
+
+
+def test_animated_gif_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    pixels = read_photo(tmp_path / "moving.gif")
+    np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(RED), (8, 8, 3)))
+
+
+def test_exif_orientation_turns_the_photo_upright(tmp_path: Path) -> None:
+    stored = np.zeros((2, 4, 3), dtype=np.uint8)  # 4 wide, 2 high
+    stored[0, 0] = RED
+    stored[1, 3] = BLUE
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored first row is the right side, the stored first column is the top
+    Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
+    pixels = read_photo(tmp_path / "turned.png")
+    assert pixels.shape == (4, 2, 3)
+    assert pixels[0, 1].tolist() == list(RED)
+    assert pixels[3, 0].tolist() == list(BLUE)
+    assert int(pixels.sum()) == 510  # and nothing else is coloured
+
+
+# --- arrays ---
+
+
+def test_right_array_is_returned_as_it_is() -> None:
+    pixels = small_cat()
+    assert read_photo(pixels) is pixels
+
+
+@pytest.mark.parametrize(
+    ("pixels", "told"),
+    [
+        (np.zeros((4, 5), dtype=np.uint8), r"shape \(4, 5\) of uint8"),
+        (np.zeros((4, 5, 4), dtype=np.uint8), r"shape \(4, 5, 4\) of uint8"),
+        (np.zeros((3, 4, 5), dtype=np.uint8), r"shape \(3, 4, 5\) of uint8"),
+        (np.zeros((1, 4, 5, 3), dtype=np.uint8), r"shape \(1, 4, 5, 3\) of uint8"),
+        (np.zeros((4, 5, 3), dtype=np.float32), r"shape \(4, 5, 3\) of float32"),
+        (np.zeros((4, 5, 3), dtype=np.int64), r"shape \(4, 5, 3\) of int64"),
+    ],
+)
+def test_wrong_array_is_refused_with_what_came(pixels: np.ndarray, told: str) -> None:
+    with pytest.raises(PhotoError, match=rf"expected an \(H, W, 3\) uint8 array, got {told}"):
+        read_photo(pixels)
+
+
+# --- digests ---
+
+
+def test_digest_is_of_the_pixels_not_of_the_file(tmp_path: Path) -> None:
+    for name in ("a.png", "b.bmp"):
+        Image.fromarray(small_cat()).save(tmp_path / name)
+    assert photo_digest(read_photo(tmp_path / "a.png")) == photo_digest(read_photo(tmp_path / "b.bmp"))
+
+
+def test_digest_tells_pixels_and_shapes_apart() -> None:
+    pixels = small_cat()
+    changed = pixels.copy()
+    changed[3, 4, 1] ^= 1
+    assert photo_digest(pixels) != photo_digest(changed)
+    assert photo_digest(pixels) != photo_digest(pixels.reshape(60, 40, 3))
+
+
+def test_digest_ignores_memory_layout() -> None:
+    pixels = small_cat()
+    assert photo_digest(np.asfortranarray(pixels)) == photo_digest(pixels)
