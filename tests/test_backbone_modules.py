@@ -243,3 +243,15 @@ def test_gradients_reach_the_image_through_a_module_that_keeps_what_it_made_on_i
     image = picture(SHOWN, SHOWN).requires_grad_()
     backbone(image).sum().backward()
     assert image.grad is not None
+
+
+def test_a_function_gets_images_where_and_as_it_was_asked_for() -> None:
+    seen: list[torch.dtype] = []
+
+    def grid(image: Tensor) -> Tensor:
+        seen.append(image.dtype)
+        return image[:, :, ::14, ::14].permute(0, 2, 3, 1)
+
+    backbone = load_backbone(grid, patch_size=14, dtype="bfloat16", device="cpu", default_size=56)
+    assert backbone(torch.zeros(1, 3, 28, 28)).dtype == torch.float32
+    assert backbone.dtype == seen[-1] == torch.bfloat16

@@ -405,3 +405,17 @@ def test_repr_names_model_grid_and_weights(tiny: Backbone) -> None:
     text = repr(tiny)
     assert all(part in text for part in (TINY, "patch 16", "stride 16", "C 192", "float32", "random"))
     assert math.prod(tiny.grid_size(32, 48)) == 6
+
+
+def test_a_model_that_pools_by_the_mean_gets_its_final_norm() -> None:
+    """Its ``norm`` is empty; the norm behind the pooling is applied to every token."""
+    name = "eva02_tiny_patch14_224.mim_in22k"
+    image = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    normed, plain = (
+        load_backbone(name, weights="random", dtype="float32", device="cpu", norm=on) for on in (True, False)
+    )
+    with torch.no_grad():
+        features = normed(image)
+        assert torch.allclose(features.mean(-1), torch.zeros(1, 4, 4), atol=1e-5)
+        assert torch.allclose(features.var(-1, unbiased=False), torch.ones(1, 4, 4), atol=1e-2)
+        assert not torch.allclose(plain(image).var(-1, unbiased=False), torch.ones(1, 4, 4), atol=1e-2)

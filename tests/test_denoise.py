@@ -612,3 +612,13 @@ def test_saving_below_a_regular_file_raises_oserror(result: Decomposition, tmp_p
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         result.save(tmp_path / "file" / "result.safetensors")
+
+
+def test_artifact_that_is_not_finite_is_refused(backbone: Backbone, photo: np.ndarray) -> None:
+    with pytest.raises(PlanError, match="artifact has values that are not finite"):
+        dv.denoise_image(backbone, photo, artifact=torch.full((7, 7, CHANNELS), math.nan), **FEW)
+
+
+def test_artifact_that_learns_is_taken_as_it_is(backbone: Backbone, photo: np.ndarray) -> None:
+    artifact = torch.zeros(7, 7, CHANNELS, requires_grad=True)
+    assert not dv.denoise_image(backbone, photo, artifact=artifact, **FEW).field.requires_grad

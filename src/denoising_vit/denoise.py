@@ -48,6 +48,8 @@ class DenoiseOptions:
         clip: scale down tokens whose norm is more than this many median absolute deviations above the median, so that
             outliers pull less. Without it, none are.
         coverage: even sees borders nearly as often as the middle; plain draws crops as published.
+        taper: share of a crop's side over which its patches gain weight from the border inwards; without it (0), seams
+            show where crops end.
         seed: of the crops; the same seed gives the same result.
         batch_size: views in one forward pass. Without it, what suits the device.
     """
@@ -61,6 +63,7 @@ class DenoiseOptions:
     shrinkage: float = 1e-3
     clip: float | None = None
     coverage: Literal["even", "plain"] = "even"
+    taper: float = 0.3
     seed: int = 0
     batch_size: int | None = None
 
@@ -90,7 +93,7 @@ def denoise_image(
     options: DenoiseOptions | None = None,
     **changes: Any,
 ) -> Decomposition:
-    """Separates a photo's features into semantic field, shared artifact and residual (paper, section 3.2).
+    """Separates a photo's features into semantic field, shared artifact and residual (the paper's per-image denoising).
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
@@ -114,7 +117,7 @@ def denoise_image(
     image, about = _load(photo, backbone)
     if isinstance(photo, Tensor) and options.size is None:
         options = replace(options, size=tuple(photo.shape[2:]))  # its owner has prepared it: it is shown as it is
-    known = None if artifact is None else artifact.double()
+    known = None if artifact is None else artifact.detach().cpu().double()
     # Fails before the forward passes, not after them, where views are too few or the size is off the grid.
     fitted, held_out = prepare(backbone, options, artifact)
     solver = _solver(fitted, options.smoothness, options.shrinkage, _solving_device(backbone.device))
@@ -171,6 +174,8 @@ def prepare(
             f"the given artifact has shape {tuple(artifact.shape)}, expected {(*grid, backbone.embed_dim)} for "
             f"{backbone.name} on views of {size[0]} x {size[1]}"
         )
+    if artifact is not None and not torch.isfinite(artifact).all():
+        raise PlanError("the given artifact has values that are not finite")
     fitted, held_out = _plans(backbone, options, size)
     solver = _solver(fitted, options.smoothness, options.shrinkage, _solving_device(backbone.device))
     solver.factorise(artifact_known=artifact is not None)
@@ -187,6 +192,7 @@ def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -
             resolution=options.resolution,
             seed=seed,
             full_image=full_image,
+            taper=options.taper,
             crops=CropOptions(coverage=options.coverage),
         )
 
@@ -205,10 +211,10 @@ def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size:
 
 def _batch_size(device: torch.device, tokens: int) -> int:
     """Views a forward pass: on a CPU just enough tokens to fill it, since larger batches leave its cache."""
-    return 32 if device.type == "cuda" else max(2048 // tokens, 1)
+    return min(max((65536 if device.type == "cuda" else 4096) // tokens, 1), 32)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _solver(plan: ViewPlan, smoothness: float, shrinkage: float, device: torch.device) -> ExactSolver:
     """The factors depend on the crops alone: photos that share a plan share them."""
     return ExactSolver(plan, smoothness=smoothness, shrinkage=shrinkage, device=device)

@@ -28,6 +28,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    current = os.umask(0)
+    """The process's umask, which can only be read by changing it: for that moment to the strictest."""
+    current = os.umask(0o077)
     os.umask(current)
     return current

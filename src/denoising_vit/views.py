@@ -25,6 +25,9 @@ Coverage = Literal["even", "plain"]
 #: Changes whenever the same seed would give other views, so that digests of different versions never agree.
 PLAN_VERSION = 1
 
+#: Weight of a patch at the border of a tapered view, of 1 within.
+_BORDER_WEIGHT = 0.2
+
 #: Boxes are multiples of 1 / this.
 _GRAIN = 2.0**32
 
@@ -96,6 +99,8 @@ class ViewPlan:
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
         resolution: (Ry, Rx) nodes of the semantic field.
+        taper: share of a view's side over which the weight of its patches rises from its border inwards; 0: all patches
+            weigh the same.
     """
 
     boxes: np.ndarray = field(repr=False)
@@ -104,6 +109,7 @@ class ViewPlan:
     patch_size: int
     stride: int
     resolution: tuple[int, int]
+    taper: float = 0.0
 
     @classmethod
     def make(
@@ -116,6 +122,7 @@ class ViewPlan:
         resolution: int | tuple[int, int] | None = None,
         seed: int = 0,
         full_image: bool = True,
+        taper: float = 0.0,
         crops: CropOptions | None = None,
     ) -> ViewPlan:
         """Draws the crops of a plan; the same arguments always give the same plan.
@@ -128,6 +135,7 @@ class ViewPlan:
             resolution: nodes of the field, one number for a square or (Ry, Rx); twice the patch grid by default.
             seed: a non-negative whole number.
             full_image: make view 0 the whole image, not flipped.
+            taper: see the attribute; in [0, 0.5].
             crops: how the crops are drawn.
 
         Raises:
@@ -135,6 +143,8 @@ class ViewPlan:
         """
         if views < 1:
             raise PlanError(f"a plan needs at least 1 view, got {views}")
+        if not 0 <= taper <= 0.5:
+            raise PlanError(f"taper must be a share of a view's side in [0, 0.5], got {taper}")
         if seed < 0:
             raise PlanError(f"seed must be 0 or more, got {seed}")
         stride = patch_size if stride is None else stride
@@ -152,7 +162,7 @@ class ViewPlan:
         boxes, flips = _draw_crops(views, size, crops or CropOptions(), seed)
         if full_image:
             boxes[0], flips[0] = (0, 0, 1, 1), False
-        return cls(boxes, flips, size, patch_size, stride, resolution)
+        return cls(boxes, flips, size, patch_size, stride, resolution, taper)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -166,7 +176,7 @@ class ViewPlan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that defines the plan; equal digests mean equal sampling matrices."""
-        head = [PLAN_VERSION, self.size, self.patch_size, self.stride, self.resolution, len(self)]
+        head = [PLAN_VERSION, self.size, self.patch_size, self.stride, self.resolution, self.taper, len(self)]
         content = json.dumps(head).encode() + self.boxes.astype("<f8").tobytes() + self.flips.astype("u1").tobytes()
         return hashlib.sha256(content).hexdigest()
 
@@ -196,9 +206,35 @@ class ViewPlan:
         wx = linear_weights(columns, self.resolution[1])
         return torch.from_numpy(wy), torch.from_numpy(wx)
 
+    @cached_property
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Weights of the rows (V, h) and columns (V, w) of patches, float64; a patch weighs their product.
+
+        What a patch says depends on what the view shows around it, and changes where the view ends; where the image
+        ends it does not, so borders that coincide with the image's keep their full weight.
+        """
+        x0, y0, x1, y1 = self.boxes.T[:, :, None]
+        rows, columns = self.centres()
+        return self._window(rows, y0, y1), self._window(columns, x0, x1)
+
+    def _window(self, centres: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Tensor:
+        if not self.taper:
+            return torch.ones(centres.shape, dtype=torch.float64)
+        place = (centres - start) / (stop - start)  # in [0, 1] of the view, along the image's axis
+        before = np.where(start <= 0, np.inf, place)
+        after = np.where(stop >= 1, np.inf, 1 - place)
+        rise = np.minimum(np.minimum(before, after) / self.taper, 1)
+        return torch.from_numpy(_BORDER_WEIGHT + (1 - _BORDER_WEIGHT) * (1 - np.cos(np.pi * rise)) / 2)
+
+    @cached_property
+    def weighted(self) -> tuple[Tensor, Tensor]:
+        """Sampling matrices times the weights of their patches, ``u Wy`` (V, h, Ry) and ``t Wx`` (V, w, Rx)."""
+        (wy, wx), (rows, columns) = self.weights, self.windows
+        return wy * rows[..., None], wx * columns[..., None]
+
     def coverage(self) -> Tensor:
         """How much the views observe each node of the field, ``K^T 1`` of shape (Ry, Rx), float64."""
-        wy, wx = self.weights
+        wy, wx = self.weighted
         return wy.sum(1).T @ wx.sum(1)  # sum over views of outer(Wy^T 1, Wx^T 1)
 
 

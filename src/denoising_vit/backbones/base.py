@@ -108,12 +108,13 @@ class Backbone(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the weights are, and images are moved to."""
-        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type the model computes in; features are float32 whatever it is."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        tensors = (*self.parameters(), *self.buffers())
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
     @property
     def fingerprint(self) -> Fingerprint:

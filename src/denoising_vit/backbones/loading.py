@@ -53,7 +53,7 @@ def load_backbone(
             converted where device and dtype are given.
         weights: for a timm name: ``auto`` (bundled where it is that model and installed, else the hub), ``hub``,
             ``bundled``, ``random``, or a safetensors or PyTorch file.
-        stride: distance between patches in pixels; below the patch size for a finer grid (paper, section 4).
+        stride: distance between patches in pixels; below the patch size for a finer grid (as in the paper).
         layer: block whose output is taken, negative from the end. For a timm name.
         norm: whether the final norm is applied. For a timm name.
         dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32; for a module, its own.
@@ -81,6 +81,7 @@ def load_backbone(
             std=std or IMAGENET_STD,
             default_size=default_size,
             layout=layout,
+            device=None if device == "auto" else _device(device),
         )
         return own.to(
             device=None if device == "auto" else _device(device),

@@ -30,6 +30,7 @@ class ModuleBackbone(Backbone):
         default_size: side of the images it is shown; the multiple of the patch size up to 518 by default.
         layout: what the output is, where its shape does not tell.
         name: what to call it; its class or function name by default.
+        device: where a function wants its images; a module's parameters tell.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ModuleBackbone(Backbone):
         default_size: int | None = None,
         layout: Layout = "auto",
         name: str | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if layout not in get_args(Layout):
             raise BackboneError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
@@ -56,6 +58,8 @@ class ModuleBackbone(Backbone):
             default_size=default_size or 518 // max(patch_size, 1) * patch_size,
         )
         self.layout = layout
+        # What a function computes on and in cannot be read off it; this moves and converts with the backbone.
+        self.register_buffer("_place", torch.zeros((), device=device), persistent=False)
         if isinstance(model, nn.Module):
             model.eval().requires_grad_(False)  # frozen, and before the probe: dropout and batch norm must not act
         self.model = model  # a module is registered by this, so that its device and dtype are seen

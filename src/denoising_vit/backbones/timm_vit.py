@@ -68,7 +68,10 @@ class TimmBackbone(Backbone):
             intermediates_only=True,
         )
         tokens = found[0]  # of the one block asked for; a pair where the model has prefix tokens
-        return tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
+        patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
+        # Models that pool by the mean keep their final norm behind the pooling.
+        pooled = self.norm and isinstance(self.model.norm, nn.Identity)
+        return (self.model.fc_norm(patches), self.model.fc_norm(prefix)) if pooled else (patches, prefix)
 
     def _fingerprint_size(self) -> int:
         # A fingerprint needs no large image, and the model takes any size.

@@ -149,6 +149,7 @@ class _Job:
         settings = ("method", "smoothness", "shrinkage", "clip")
         return (
             info["plan"] == plan.digest
+            and not info.get("artifact_known")
             and self.backbone.fingerprint.matches(theirs)
             and all(info[key] == getattr(self.options, key) for key in settings)
         )

@@ -77,10 +77,12 @@ class Report:
         for heading in ("views", "held-out R²", "cosine", "seconds"):
             table.add_column(heading, justify="right")
         table.add_column("")
+        good = [Path(row.image) for row in self.rows if row.status != "failed"]
+        alone = len({path.name for path in good}) == len(good)  # folders only where names alone would be ambiguous
         for row in self.rows:
             if row.status != "failed":
                 table.add_row(
-                    escape(row.image),
+                    escape(Path(row.image).name if alone else row.image),
                     escape(Path(row.output or "").name),
                     str(row.views),
                     "-" if row.heldout_r2 is None else f"{row.heldout_r2:.3f}",

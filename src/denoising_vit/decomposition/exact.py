@@ -1,8 +1,9 @@
 """Stage 1 without gradient descent: semantic field and artifact by exact linear least squares.
 
-    minimise  sum_v |Y_v - Wy_v F Wx_v^T - G|^2  +  lam (N / nodes) |grad F|^2  +  mu V |G|^2
+    minimise  sum_v |Y_v - Wy_v F Wx_v^T - G|^2_v  +  lam (N / nodes) |grad F|^2  +  mu (N / positions) |G|^2
 
-Its normal equations are ``A F + K^T G = b`` and ``K F + D G = g``. A, K and D come from the crops alone; the image
+The norm of view v weighs its patches by ``u_v t_v^T`` (all ones without a taper), and N is the sum of all weights. Its
+normal equations are ``A F + K^T G = b`` and ``K F + D G = g``. A, K and D come from the crops alone; the image
 contributes only b and g (:class:`~denoising_vit.decomposition.statistics.Statistics`). Eliminating F leaves
 ``T G = g - K A^-1 b`` with ``T = D - K A^-1 K^T``. See docs/method.md for the derivation.
 """
@@ -32,7 +33,7 @@ class ExactSolver:
     Args:
         plan: the views.
         smoothness: lam, weight of the field's squared differences, per observation and node.
-        shrinkage: mu, weight of the artifact's square, per view.
+        shrinkage: mu, weight of the artifact's square, per observation of a position.
         device: where to compute, in float64; statistics must come from there.
 
     Raises:
@@ -48,6 +49,9 @@ class ExactSolver:
         self.smoothness = smoothness
         self.shrinkage = shrinkage
         self._wy, self._wx = (weight.to(device) for weight in plan.weights)
+        self._uy, self._tx = (weight.to(device) for weight in plan.weighted)
+        rows, columns = (window.to(device) for window in plan.windows)
+        self._position_weights = rows.T @ columns  # (h, w), summed over views
 
     def factorise(self, *, artifact_known: bool) -> None:
         """Computes the factors now (later calls find them).
@@ -70,7 +74,7 @@ class ExactSolver:
         return self._field_factor.solve(b - self.spread(artifact))
 
     def project(self, field: Tensor) -> Tensor:
-        """``K F``: the sum over views of the field at the patches, (Ry, Rx, C) -> (h, w, C)."""
+        """``K F``: the weighted sum over views of the field at the patches, (Ry, Rx, C) -> (h, w, C)."""
         total = sum(columns.T @ row for columns, row in zip(self._coupling_rows(), field, strict=True))
         return torch.as_tensor(total).view(*self.plan.grid, -1)
 
@@ -81,14 +85,14 @@ class ExactSolver:
 
     @cached_property
     def _field_factor(self) -> BlockTridiagonal:
-        """The factors of ``A = sum_v (Wy^T Wy) (x) (Wx^T Wx) + lam L``; block row k holds the nodes of row k."""
+        """The factors of ``A = sum_v (Wy^T u Wy) (x) (Wx^T t Wx) + lam L``; block row k holds the nodes of row k."""
         self._require_views(artifact_known=True)
         rows, columns = self.plan.resolution
-        gram_y = self._wy.transpose(1, 2) @ self._wy  # (V, Ry, Ry), tridiagonal
-        gram_x = (self._wx.transpose(1, 2) @ self._wx).flatten(1)  # (V, Rx Rx)
+        gram_y = self._uy.transpose(1, 2) @ self._wy  # (V, Ry, Ry), tridiagonal
+        gram_x = (self._tx.transpose(1, 2) @ self._wx).flatten(1)  # (V, Rx Rx)
         diagonal = (gram_y.diagonal(dim1=1, dim2=2).T @ gram_x).view(rows, columns, columns)
         below = (gram_y.diagonal(offset=1, dim1=1, dim2=2).T @ gram_x).view(rows - 1, columns, columns)
-        scale = self.smoothness * self._observations() / (rows * columns)
+        scale = self.smoothness * float(self._position_weights.sum()) / (rows * columns)
         neighbours = torch.full((rows,), 2.0, dtype=diagonal.dtype, device=diagonal.device)
         neighbours[[0, -1]] = 1.0  # the rows above and below; L is the graph Laplacian of the nodes
         identity = torch.eye(columns, dtype=diagonal.dtype, device=diagonal.device)
@@ -116,8 +120,9 @@ class ExactSolver:
         gathered = math.ceil(_ROWS / self.plan.resolution[1])
         while rows := list(itertools.islice(solved, gathered)):
             _subtract_gram(schur, torch.cat(rows))
-        schur += len(self.plan) / positions  # the pinned constant
-        schur.diagonal().add_(len(self.plan) * (1 + self.shrinkage))
+        mean_weight = float(self._position_weights.mean())
+        schur += mean_weight / positions  # the pinned constant
+        schur.diagonal().add_(self._position_weights.flatten() + self.shrinkage * mean_weight)
         try:
             return torch.linalg.cholesky(schur)  # reads the lower triangle only
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -130,13 +135,10 @@ class ExactSolver:
         """Block rows of K^T, each (Rx, h w), made when needed: the whole would be nodes x positions."""
         h, w = self.plan.grid
         nodes = self.plan.resolution[1]
-        across = self._wx.transpose(1, 2).flatten(1)  # (V, Rx w)
-        for down in self._wy.unbind(2):  # (V, h) for each row of nodes
+        across = self._tx.transpose(1, 2).flatten(1)  # (V, Rx w)
+        for down in self._uy.unbind(2):  # (V, h) for each row of nodes
             row = (down.T @ across).view(h, nodes, w)
             yield row.transpose(0, 1).reshape(nodes, h * w)  # (h, Rx, w) -> (Rx, h w)
-
-    def _observations(self) -> int:
-        return len(self.plan) * math.prod(self.plan.grid)
 
     def _require_views(self, *, artifact_known: bool) -> None:
         needed = least_views(self.plan, artifact_known)

@@ -27,7 +27,7 @@ class HeldOut:
     def add(self, features: Tensor) -> None:
         """Takes the features (B, h, w, C) of the next B views."""
         wy, wx = (weight[self._views : self._views + len(features)] for weight in self._weights)
-        truth = features.to(self._field)
+        truth = features.to(self._field.device).to(self._field.dtype)
         predicted = torch.einsum("vyr,rsc,vxs->vyxc", wy, self._field, wx) + self._artifact
         self._sum += truth.sum((0, 1, 2))
         self._squares += float(truth.square().sum())

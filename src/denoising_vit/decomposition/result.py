@@ -19,7 +19,7 @@ from denoising_vit.views import linear_weights, patch_centres
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """One image's features, separated: ``raw = semantic + artifact + residual`` on the patch grid (paper, eq. 3).
+    """One image's features, separated: ``raw = semantic + artifact + residual`` on the patch grid, as in the paper.
 
     Attributes:
         field: F on its own nodes, (Ry, Rx, C) float32; nodes are at cell centres of [0, 1]^2.
@@ -75,6 +75,7 @@ class Decomposition:
         """
         if coords.shape[-1] != 2:
             raise ValueError(f"coords must be (x, y) pairs, shape (..., 2); got shape {tuple(coords.shape)}")
+        coords = coords.to(self.field.device)
         nodes = torch.tensor([self.field.shape[1], self.field.shape[0]], device=coords.device)
         place = (coords.to(torch.float64) * nodes - 0.5).clamp(min=0).minimum(nodes - 1.0)
         lower = place.floor().long()

@@ -1,6 +1,7 @@
 """Sufficient statistics of stage 1: all that the exact solver ever needs of an image's features.
 
-``b = sum_v Wy_v^T Y_v Wx_v`` and ``g = sum_v Y_v`` are added up view by view, so raw features are never stored.
+``b = sum_v (u Wy)_v^T Y_v (t Wx)_v`` and ``g = sum_v (u t^T)_v Y_v``, where u and t are the weights of the view's rows
+and columns of patches, are added up view by view, so raw features are never stored.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class Statistics:
         self.views_seen = 0
         self.clipped_tokens = 0
         self._precision = torch.float32 if device.type == "mps" else torch.float64
-        self._weights = tuple(weight.to(device, self._precision) for weight in plan.weights)
+        self._weights = tuple(weight.to(device, self._precision) for weight in plan.weighted)
         keep = "cpu" if device.type == "mps" else device
         self.b = torch.zeros(*plan.resolution, channels, dtype=torch.float64, device=keep)
         self.g = torch.zeros(*plan.grid, channels, dtype=torch.float64, device=keep)
+        self._windows = tuple(window.to(keep) for window in plan.windows)
 
     def add(self, features: Tensor) -> None:
         """Adds the features (B, h, w, C) of the next B views of the plan.
@@ -50,10 +52,14 @@ class Statistics:
         if self.clip is not None:
             features, count = clip_norms(features, self.clip)
             self.clipped_tokens += count
-        wy, wx = (weight[self.views_seen : self.views_seen + len(features)] for weight in self._weights)
+        index = slice(self.views_seen, self.views_seen + len(features))
+        wy, wx = (weight[index] for weight in self._weights)
         features = features.to(self._precision)
-        self.b += field_products(features, wy, wx).to(self.b)
-        self.g += features.sum(0).to(self.g)
+        # Moved first and converted then: a device without float64 can do no part of the conversion.
+        self.b += field_products(features, wy, wx).to(self.b.device).to(self.b.dtype)
+        features = features.to(self.g.device).to(self.g.dtype)
+        for view, rows, columns in zip(features, *(window[index] for window in self._windows), strict=True):
+            self.g.addcmul_(view, torch.outer(rows, columns)[..., None])
         self.views_seen += len(features)
 
     def _check(self, features: Tensor) -> None:
