@@ -264,21 +264,14 @@ def test_empty_file(dvit: Dvit, tmp_path: Path) -> None:
     assert "the file is empty (0 bytes)" in refused(dvit, path, tmp_path)
 
 
-def test_photo_of_one_pixel(dvit: Dvit, tmp_path: Path) -> None:
-    path = tmp_path / "dot.png"
-    Image.new("RGB", (1, 1)).save(path)
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (20_000, 10)])
+def test_photo_with_a_side_below_a_patch(dvit: Dvit, tmp_path: Path, width: int, height: int) -> None:
+    path = tmp_path / "small.png"
+    Image.new("RGB", (width, height)).save(path)
     line = refused(dvit, path, tmp_path)
-    assert "1 x 1 pixels" in line
+    assert f"{width} x {height} pixels" in line
     assert "at least 16" in line
     assert "the image:" not in line  # it has a name
-
-
-def test_long_photo_whose_short_side_is_below_a_patch(dvit: Dvit, tmp_path: Path) -> None:
-    path = tmp_path / "line.png"
-    Image.new("RGB", (20_000, 10)).save(path)
-    line = refused(dvit, path, tmp_path)
-    assert "20000 x 10 pixels" in line
-    assert "at least 16" in line
 
 
 def test_long_photo_of_more_than_a_patch_works(dvit: Dvit, real_panels: None, tmp_path: Path) -> None:

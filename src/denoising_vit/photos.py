@@ -54,7 +54,7 @@ def is_panel(path: Path) -> bool:
     if path.suffix.lower() != ".png":
         return False
     try:
-        with Image.open(path) as image:
+        with _without_pillow_limit(), Image.open(path) as image:  # of a large photo no pixel is decoded here
             return image.info.get("Software") == PANEL_SOFTWARE
     except Exception:  # whatever it is, it is none of ours
         return False

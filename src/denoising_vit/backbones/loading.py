@@ -73,6 +73,7 @@ def load_backbone(
             raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
         if (weights, layer, norm) != ("auto", -1, True):
             raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
+        place = None if device == "auto" else _device(device)
         own = ModuleBackbone(
             model,
             patch_size=patch_size,
@@ -81,12 +82,9 @@ def load_backbone(
             std=std or IMAGENET_STD,
             default_size=default_size,
             layout=layout,
-            device=None if device == "auto" else _device(device),
+            device=place,
         )
-        return own.to(
-            device=None if device == "auto" else _device(device),
-            dtype=None if dtype == "auto" else _dtype(dtype, own.device),
-        )
+        return own.to(device=place, dtype=None if dtype == "auto" else _dtype(dtype, own.device))
     if (patch_size, mean, std, default_size, layout) != (None, None, None, None, "auto"):
         raise BackboneError(f"patch_size, mean, std, default_size and layout are for modules; {model!r} brings its own")
     from denoising_vit.backbones.timm_vit import TimmBackbone

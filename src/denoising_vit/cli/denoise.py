@@ -23,6 +23,7 @@ from denoising_vit.denoise import DenoiseOptions, denoise_image, prepare
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path
 from denoising_vit.photos import photo_digest, read_photo
+from denoising_vit.views import ViewPlan
 
 
 def denoise(
@@ -73,10 +74,10 @@ def denoise(
         return WRONG_USAGE
     denoising.validate()
     model = load_backbone(backbone, weights=weights, stride=stride, layer=layer, norm=norm, dtype=dtype, device=device)
-    prepare(model, denoising)  # what is wrong with the options is said before any photo is touched
+    plan, _ = prepare(model, denoising)  # what is wrong with the options is said before any photo is touched
     folder = OutputFolder(out, overwrite=overwrite)
     print_note(f"backbone {model.extra_repr()} on {model.device}, fingerprint {model.fingerprint.short}")
-    job = _Job(model, denoising, folder, upsample)
+    job = _Job(model, denoising, plan, folder, upsample)
     with ViewProgress(len(photos), denoising.views + denoising.held_out) as progress:
         try:
             for photo in photos:
@@ -97,6 +98,7 @@ class _Job:
 
     backbone: Backbone
     options: DenoiseOptions
+    plan: ViewPlan
     folder: OutputFolder
     upsample: int
 
@@ -144,11 +146,10 @@ class _Job:
 
     def _made_alike(self, info: dict[str, Any]) -> bool:
         """Whether an existing result came from this backbone, this plan and these weights of the penalties."""
-        plan, _ = prepare(self.backbone, self.options)
         theirs = Fingerprint(tuple(info["backbone"]["fingerprint"]))
         settings = ("method", "smoothness", "shrinkage", "clip")
         return (
-            info["plan"] == plan.digest
+            info["plan"] == self.plan.digest
             and not info.get("artifact_known")
             and self.backbone.fingerprint.matches(theirs)
             and all(info[key] == getattr(self.options, key) for key in settings)
