@@ -20,7 +20,7 @@ def test_a_perfect_prediction_scores_one() -> None:
     field, artifact = torch.randn(5, 6, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
     judge = HeldOut(field, artifact, PLAN)
     for batch in predicted(field, artifact).split(2):
-        judge.add(batch)
+        judge.add_views(batch)
     assert judge.r2 == pytest.approx(1)
     assert judge.cosine == pytest.approx(1)
 
@@ -30,7 +30,7 @@ def test_r2_is_measured_about_the_mean_of_each_channel() -> None:
     field = torch.zeros(5, 6, 4, dtype=torch.float64)
     artifact = truth.mean((0, 1, 2)).expand(2, 3, 4)  # predicts each channel's mean and nothing more
     judge = HeldOut(field, artifact, PLAN)
-    judge.add(truth)
+    judge.add_views(truth)
     assert judge.r2 == pytest.approx(0, abs=1e-9)
     expected = torch.cosine_similarity(truth, artifact.expand_as(truth), dim=-1).mean()
     assert judge.cosine == pytest.approx(float(expected))
@@ -41,12 +41,12 @@ def test_half_the_variance_unexplained_is_a_half() -> None:
     artifact[0] = 1.0
     truth = artifact.expand(3, 2, 3, 1) * 2.0  # variance 1, prediction off by 1 on half of the tokens
     judge = HeldOut(field, artifact, PLAN)
-    judge.add(truth)
+    judge.add_views(truth)
     assert judge.r2 == pytest.approx(0.5)
 
 
 def test_constant_features_have_no_r2() -> None:
     judge = HeldOut(torch.ones(5, 6, 2, dtype=torch.float64), torch.zeros(2, 3, 2, dtype=torch.float64), PLAN)
-    judge.add(torch.ones(3, 2, 3, 2))
+    judge.add_views(torch.ones(3, 2, 3, 2))
     assert judge.r2 is None
     assert judge.cosine == pytest.approx(1)

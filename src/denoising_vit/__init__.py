@@ -8,16 +8,19 @@
 
 from denoising_vit.backbones import SEEDS, Backbone, load_backbone
 from denoising_vit.decomposition import Decomposition
-from denoising_vit.denoise import DenoiseOptions, denoise_image
+from denoising_vit.decomposition.neural_field import NeuralFieldOptions
+from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import (
     BackboneError,
     DenoisingVitError,
+    FitError,
     FormatError,
     PhotoError,
     PlanError,
     SizeError,
     WeightsError,
 )
+from denoising_vit.options import DenoiseOptions
 from denoising_vit.views import CropOptions, ViewPlan
 
 __all__ = [
@@ -28,7 +31,9 @@ __all__ = [
     "Decomposition",
     "DenoiseOptions",
     "DenoisingVitError",
+    "FitError",
     "FormatError",
+    "NeuralFieldOptions",
     "PhotoError",
     "PlanError",
     "SizeError",

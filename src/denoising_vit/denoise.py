@@ -5,83 +5,28 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import Decomposition, ExactSolver, Statistics
 from denoising_vit.decomposition.heldout import HeldOut
-from denoising_vit.errors import PhotoError, PlanError
-from denoising_vit.photos import photo_digest, read_photo
-from denoising_vit.rendering import ViewRenderer, to_image
+from denoising_vit.decomposition.neural_field import Evaluation, SeenViews, fit_neural_field
+from denoising_vit.decomposition.statistics import require_finite
+from denoising_vit.errors import PlanError
+from denoising_vit.extraction import Photo, extract_views, load_image
+from denoising_vit.options import DenoiseOptions
 from denoising_vit.views import CropOptions, ViewPlan
 
-Method = Literal["exact"]
-Photo = str | Path | Image.Image | np.ndarray | Tensor
 Progress = Callable[[int, int], None]
 
 #: Added to the seed for the views that are left out of the fit, so that they are others than the fitted ones.
 _HELD_OUT_SEED = 1_000_003
-
-
-@dataclass(frozen=True)
-class DenoiseOptions:
-    """How stage 1 is run.
-
-    Attributes:
-        method: how field and artifact are found; exact is linear least squares.
-        views: crops of the photo that are fitted, the whole photo included.
-        held_out: further crops, which only judge the fit.
-        size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
-        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
-        smoothness: weight of the penalty on differences within the semantic field.
-        shrinkage: weight of the penalty on the artifact's size.
-        clip: scale down tokens whose norm is more than this many median absolute deviations above the median, so that
-            outliers pull less. Without it, none are.
-        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
-        taper: share of a crop's side over which its patches gain weight from the border inwards; without it (0), seams
-            show where crops end.
-        seed: of the crops; the same seed gives the same result.
-        batch_size: views in one forward pass. Without it, what suits the device.
-    """
-
-    method: Method = "exact"
-    views: int = 64
-    held_out: int = 8
-    size: int | tuple[int, int] | None = None
-    resolution: int | None = None
-    smoothness: float = 1e-2
-    shrinkage: float = 1e-3
-    clip: float | None = None
-    coverage: Literal["even", "plain"] = "even"
-    taper: float = 0.3
-    seed: int = 0
-    batch_size: int | None = None
-
-    def validate(self) -> None:
-        """Checks what does not depend on the backbone.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
-        if self.method != "exact":
-            raise PlanError(f"method must be 'exact', got {self.method!r}")
-        least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
-        for name, least_value in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least_value:  # NaN is not
-                raise PlanError(f"{name} must be at least {least_value}, got {value}")
-        if self.clip is not None and not self.clip > 0:
-            raise PlanError(f"clip must be a positive number of median absolute deviations, got {self.clip}")
 
 
 def denoise_image(
@@ -90,6 +35,7 @@ def denoise_image(
     *,
     artifact: Tensor | None = None,
     progress: Progress | None = None,
+    watch: Callable[[Evaluation], None] | None = None,
     options: DenoiseOptions | None = None,
     **changes: Any,
 ) -> Decomposition:
@@ -99,7 +45,9 @@ def denoise_image(
         backbone: from :func:`~denoising_vit.load_backbone`.
         photo: a path, a PIL image, an (H, W, 3) uint8 array, or a normalised (1, 3, H, W) tensor.
         artifact: the backbone's artifact (h, w, C) where it is known; then only the field is fitted.
-        progress: called as ``progress(done, total)`` after each batch of views.
+        progress: called as ``progress(done, total)`` after each batch of views; with the neural field, after each step
+            as well: ``total`` is :func:`work`.
+        watch: called with every look that the neural field takes at the held-out views.
         options: how to run; the defaults where none.
         **changes: single fields of :class:`DenoiseOptions`, such as ``views=128``.
 
@@ -111,55 +59,49 @@ def denoise_image(
         SizeError: if the size does not fit the patch grid.
         PlanError: if the views are too few, or an option is out of range.
         BackboneError: if the features are not finite or not a grid.
+        FitError: if the neural field's loss is not finite.
     """
     options = replace(options or DenoiseOptions(), **changes)
     started = time.perf_counter()
-    image, about = _load(photo, backbone)
+    image, about = load_image(photo, backbone)
     if isinstance(photo, Tensor) and options.size is None:
         options = replace(options, size=tuple(photo.shape[2:]))  # its owner has prepared it: it is shown as it is
-    known = None if artifact is None else artifact.detach().cpu().double()
     # Fails before the forward passes, not after them, where views are too few or the size is off the grid.
     fitted, held_out = prepare(backbone, options, artifact)
-    solver = _solver(fitted, options.smoothness, options.shrinkage, _solving_device(backbone.device))
-
-    report = _Reporter(progress, options.views + options.held_out)
-    statistics = Statistics(fitted, backbone.embed_dim, device=backbone.device, clip=options.clip)
-    views = extract_views(backbone, image, fitted, options.batch_size)
-    first = next(views)
-    for features in itertools.chain([first], views):
-        statistics.add(features)
-        report.add(len(features))
-    if known is None:
-        field, known = solver.solve(statistics.b, statistics.g)
-    else:
-        known = known.to(statistics.b)
-        field = solver.solve_field(statistics.b, known)
-    judged = _judge(backbone, image, field, known, held_out, options, report)
+    job = _Job(backbone, image, fitted, held_out, options, _Reporter(progress, work(options)))
+    known = None if artifact is None else artifact.detach().cpu()
+    parts = _separate_exactly(job, known) if options.method == "exact" else _separate_neurally(job, known, watch)
     return Decomposition(
-        field=field.float().cpu(),
-        artifact=known.float().cpu(),
-        raw=first[0].cpu(),  # view 0 is the full image
+        field=parts.field.float().cpu(),
+        artifact=parts.artifact.float().cpu(),
+        raw=parts.raw.float().cpu(),
         size=fitted.size,
         patch_size=backbone.patch_size,
         stride=backbone.stride,
+        predicted_residual=None if parts.residual is None else parts.residual.float().cpu(),
         info={
             "version": importlib.metadata.version("denoising-vit"),
             "photo": about,
             "backbone": _describe(backbone),
             "plan": fitted.digest,
-            **asdict(options),
-            **judged,
+            **options.recorded(),
+            **parts.info,
             "artifact_known": artifact is not None,
-            "clipped_tokens": statistics.clipped_tokens,
             "seconds": round(time.perf_counter() - started, 3),
         },
     )
 
 
+def work(options: DenoiseOptions) -> int:
+    """What progress on one photo counts up to: views, and the steps of the neural field."""
+    steps = options.neural.steps if options.method == "neural-field" else 0
+    return options.views + options.held_out + steps
+
+
 def prepare(
     backbone: Backbone, options: DenoiseOptions, artifact: Tensor | None = None
 ) -> tuple[ViewPlan, ViewPlan | None]:
-    """The views to fit, the full image first, and the views to judge by; computes the factors of the former.
+    """The views to fit, the full image first, and the views to judge by; the exact solver's factors are computed.
 
     Raises:
         SizeError: if the size does not fit the patch grid.
@@ -177,22 +119,26 @@ def prepare(
     if artifact is not None and not torch.isfinite(artifact).all():
         raise PlanError("the given artifact has values that are not finite")
     fitted, held_out = _plans(backbone, options, size)
-    solver = _solver(fitted, options.smoothness, options.shrinkage, _solving_device(backbone.device))
-    solver.factorise(artifact_known=artifact is not None)
+    if options.method == "exact":
+        solver_for(fitted, options, backbone.device).factorise(artifact_known=artifact is not None)
     return fitted, held_out
 
 
 def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -> tuple[ViewPlan, ViewPlan | None]:
+    exact = options.method == "exact"
+    h, w = backbone.grid_size(*size)
+
     def plan(views: int, seed: int, full_image: bool) -> ViewPlan:
         return ViewPlan.make(
             views,
             size=size,
             patch_size=backbone.patch_size,
             stride=backbone.stride,
-            resolution=options.resolution,
+            # Patch centres are nodes at odd multiples of the grid: there, sampling the network loses nothing.
+            resolution=options.resolution or (None if exact else (3 * h, 3 * w)),
             seed=seed,
             full_image=full_image,
-            taper=options.taper,
+            taper=options.taper if exact else 0,
             crops=CropOptions(coverage=options.coverage),
         )
 
@@ -200,47 +146,110 @@ def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -
     return plan(options.views, options.seed, True), held_out
 
 
-@torch.no_grad()  # not inference mode: results are to be usable in a caller's own training
-def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size: int | None = None) -> Iterator[Tensor]:
-    """Features of the views of an image (3, H, W) in [0, 1], batch by batch, (B, h, w, C) float32 each."""
-    batch_size = batch_size or _batch_size(backbone.device, math.prod(plan.grid))
-    render = ViewRenderer(image, plan, backbone.mean, backbone.std)
-    for start in range(0, len(plan), batch_size):
-        yield backbone(render(slice(start, start + batch_size)))
+@dataclass(frozen=True)
+class _Job:
+    """One photo, its views, and how to run."""
+
+    backbone: Backbone
+    image: Tensor
+    fitted: ViewPlan
+    held_out: ViewPlan | None
+    options: DenoiseOptions
+    report: _Reporter
+
+    def features(self, plan: ViewPlan) -> Iterator[Tensor]:
+        """Features of the views of a plan, batch by batch, (B, h, w, C) each."""
+        for features in extract_views(self.backbone, self.image, plan, self.options.batch_size):
+            yield features
+            self.report.add(len(features))
 
 
-def _batch_size(device: torch.device, tokens: int) -> int:
-    """Views a forward pass: on a CPU just enough tokens to fill it, since larger batches leave its cache."""
-    return min(max((65536 if device.type == "cuda" else 4096) // tokens, 1), 32)
+@dataclass(frozen=True)
+class _Parts:
+    field: Tensor
+    artifact: Tensor
+    raw: Tensor
+    residual: Tensor | None
+    info: dict[str, Any]
+
+
+def _separate_exactly(job: _Job, artifact: Tensor | None) -> _Parts:
+    """Linear least squares: features enter sums as they come, and are not kept."""
+    options = job.options
+    solver = solver_for(job.fitted, options, job.backbone.device)
+    statistics = Statistics(job.fitted, job.backbone.embed_dim, device=job.backbone.device, clip=options.clip)
+    views = job.features(job.fitted)
+    first = next(views)
+    for features in itertools.chain([first], views):
+        statistics.add(features)
+    if artifact is None:
+        field, artifact = solver.solve(statistics.b, statistics.g)
+    else:
+        artifact = artifact.to(statistics.b)
+        field = solver.solve_field(statistics.b, artifact)
+    info = {**_judge(job, field, artifact), "clipped_tokens": statistics.clipped_tokens}
+    return _Parts(field, artifact, first[0], None, info)  # view 0 is the full image
+
+
+def _judge(job: _Job, field: Tensor, artifact: Tensor) -> dict[str, float | None]:
+    """Held-out figures; None where no views are held out."""
+    if job.held_out is None:
+        return {"heldout_r2": None, "heldout_cosine": None}
+    judge = HeldOut(field, artifact, job.held_out)
+    for features in job.features(job.held_out):
+        judge.add_views(features)
+    return {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
+
+
+def _separate_neurally(job: _Job, artifact: Tensor | None, watch: Callable[[Evaluation], None] | None) -> _Parts:
+    """Gradient descent as published: all features are kept for as long as it lasts."""
+    seen = gather(job.features(job.fitted), job.fitted)
+    held_out = None if job.held_out is None else gather(job.features(job.held_out), job.held_out)
+    options = job.options.neural
+    fit = fit_neural_field(
+        seen,
+        options,
+        held_out=held_out,
+        artifact=artifact,
+        seed=job.options.seed,
+        progress=lambda _: job.report.add(1),
+        watch=watch,
+    )
+    raw = seen.features[0].float()
+    kept = next(look for look in fit.history if look.step == fit.step)
+    info = {
+        "heldout_r2": kept.r2,
+        "heldout_cosine": kept.cosine,
+        "step": fit.step,
+        "history": [asdict(look) for look in fit.history],
+    }
+    field, shared = fit.separate(job.fitted.resolution, tuple(raw.shape))
+    return _Parts(field, shared, raw, fit.predict_residual(raw), info)
+
+
+def gather(features: Iterator[Tensor], plan: ViewPlan) -> SeenViews:
+    """Keeps the features of all views of a plan, in float16 where they fit: those of 768 views take 0.8 GB.
+
+    Raises:
+        BackboneError: if a value is not finite.
+    """
+    batches = []
+    for batch in features:
+        require_finite(batch)
+        fits = float(batch.abs().max()) < torch.finfo(torch.float16).max
+        batches.append(batch.half() if fits else batch)
+    return SeenViews(plan, torch.cat(batches))
+
+
+def solver_for(plan: ViewPlan, options: DenoiseOptions, device: torch.device) -> ExactSolver:
+    """The exact solver of a plan; photos that share a plan share its factors, which depend on the crops alone."""
+    solving = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    return _solver(plan, options.smoothness, options.shrinkage, solving)
 
 
 @functools.lru_cache(maxsize=2)
 def _solver(plan: ViewPlan, smoothness: float, shrinkage: float, device: torch.device) -> ExactSolver:
-    """The factors depend on the crops alone: photos that share a plan share them."""
     return ExactSolver(plan, smoothness=smoothness, shrinkage=shrinkage, device=device)
-
-
-def _solving_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-
-
-def _judge(
-    backbone: Backbone,
-    image: Tensor,
-    field: Tensor,
-    artifact: Tensor,
-    plan: ViewPlan | None,
-    options: DenoiseOptions,
-    report: _Reporter,
-) -> dict[str, float | None]:
-    """Held-out figures; None where no views are held out."""
-    if plan is None:
-        return {"heldout_r2": None, "heldout_cosine": None}
-    judge = HeldOut(field, artifact, plan)
-    for features in extract_views(backbone, image, plan, options.batch_size):
-        judge.add(features)
-        report.add(len(features))
-    return {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
 
 
 class _Reporter:
@@ -248,36 +257,10 @@ class _Reporter:
         self._progress, self._total, self._done = progress, total, 0
         self.add(0)
 
-    def add(self, views: int) -> None:
-        self._done += views
+    def add(self, done: int) -> None:
+        self._done += done
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-def _load(photo: Photo, backbone: Backbone) -> tuple[Tensor, dict[str, Any]]:
-    """The image (3, H, W) in [0, 1] on the backbone's device, and what is recorded of it."""
-    if isinstance(photo, Tensor):
-        if photo.ndim != 4 or len(photo) != 1 or photo.shape[1] != 3 or not photo.is_floating_point():
-            got = f"{tuple(photo.shape)} of {photo.dtype}"
-            raise PhotoError(f"expected a normalised (1, 3, H, W) float tensor, got {got}")
-        mean, std = (
-            torch.tensor(values, device=backbone.device)[:, None, None] for values in (backbone.mean, backbone.std)
-        )
-        image, name = photo[0].to(backbone.device, torch.float32) * std + mean, None
-        digest = photo_digest(photo.detach().float().cpu().numpy())
-    else:
-        pixels = read_photo(photo)
-        image, name = to_image(pixels, backbone.device), Path(photo).name if isinstance(photo, str | Path) else None
-        digest = photo_digest(pixels)
-    height, width = image.shape[1:]
-    if min(height, width) < backbone.patch_size:
-        raise PhotoError(
-            f"{f'{name}: ' if name else ''}{width} x {height} pixels is less than one patch of {backbone.patch_size} "
-            f"pixels; expected at least {backbone.patch_size} on each side"
-        )
-    if not torch.isfinite(image).all():
-        raise PhotoError("the image has values that are not finite")
-    return image, {"name": name, "height": height, "width": width, "sha256": digest}
 
 
 def _describe(backbone: Backbone) -> dict[str, Any]:

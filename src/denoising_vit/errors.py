@@ -27,8 +27,16 @@ class PlanError(DenoisingVitError, ValueError):
     """Views that cannot determine what is asked of them."""
 
 
+class FitError(DenoisingVitError):
+    """A fit that failed numerically, or cannot be carried out."""
+
+
 class FormatError(DenoisingVitError):
     """A file that is not what this package writes, or was written for something else."""
+
+
+class StoreError(DenoisingVitError):
+    """A feature store that cannot be opened, read or written as asked."""
 
 
 class DenoisingVitWarning(UserWarning):

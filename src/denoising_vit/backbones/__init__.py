@@ -4,5 +4,6 @@ from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.fingerprint import Fingerprint
 from denoising_vit.backbones.loading import load_backbone
 from denoising_vit.backbones.seeds import SEEDS, Seed
+from denoising_vit.backbones.spec import BackboneSpec
 
-__all__ = ["SEEDS", "Backbone", "Fingerprint", "Seed", "load_backbone"]
+__all__ = ["SEEDS", "Backbone", "BackboneSpec", "Fingerprint", "Seed", "load_backbone"]

@@ -11,17 +11,17 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from denoising_vit.backbones import Backbone, Fingerprint, load_backbone
-from denoising_vit.backbones.loading import Dtype
+from denoising_vit.backbones import Backbone, BackboneSpec, Fingerprint
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.outputs import Output, OutputFolder
-from denoising_vit.cli.reporting import Report, Row, ViewProgress, print_error, print_note
+from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error, print_note
 from denoising_vit.dataset import find_photos
 from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.files import write_decomposition
-from denoising_vit.denoise import DenoiseOptions, denoise_image, prepare
+from denoising_vit.denoise import denoise_image, prepare, work
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path
+from denoising_vit.options import DenoiseOptions
 from denoising_vit.photos import photo_digest, read_photo
 from denoising_vit.views import ViewPlan
 
@@ -31,13 +31,7 @@ def denoise(
     /,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     denoising: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(),  # noqa: B008, frozen
-    backbone: str = "vit_small_patch14_dinov2.lvd142m",
-    weights: str = "auto",
-    stride: int | None = None,
-    layer: int = -1,
-    norm: bool = True,
-    device: str = "auto",
-    dtype: Dtype = "auto",
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     upsample: int = 1,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -48,13 +42,7 @@ def denoise(
         inputs: image files, folders (searched recursively for image files) and globs (every file they match).
         out: folder for the results; made where it does not exist.
         denoising: how semantic field and artifact are separated.
-        backbone: any timm VisionTransformer or Eva model; `dvit models` lists the published ones.
-        weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
-        stride: distance between patches in pixels; below the patch size for a finer grid.
-        layer: block whose output is taken, negative from the end.
-        norm: whether the model's final norm is applied.
-        device: auto, cpu, cuda, cuda:1, mps.
-        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
+        model: the backbone, and how it is run.
         upsample: also store the clean features this many times finer, and draw them so.
         overwrite: do photos again whose results are there already.
         json: print one JSON line per photo instead of a table.
@@ -73,12 +61,13 @@ def denoise(
         report.finish(out)
         return WRONG_USAGE
     denoising.validate()
-    model = load_backbone(backbone, weights=weights, stride=stride, layer=layer, norm=norm, dtype=dtype, device=device)
-    plan, _ = prepare(model, denoising)  # what is wrong with the options is said before any photo is touched
+    backbone = model.load()
+    plan, _ = prepare(backbone, denoising)  # what is wrong with the options is said before any photo is touched
     folder = OutputFolder(out, overwrite=overwrite)
-    print_note(f"backbone {model.extra_repr()} on {model.device}, fingerprint {model.fingerprint.short}")
-    job = _Job(model, denoising, plan, folder, upsample)
-    with ViewProgress(len(photos), denoising.views + denoising.held_out) as progress:
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    job = _Job(backbone, denoising, plan, folder, upsample)
+    unit = "views" if denoising.method == "exact" else "views and steps"
+    with PhotoProgress(len(photos), work(denoising), unit) as progress:
         try:
             for photo in photos:
                 progress.start(photo.name)
@@ -92,6 +81,10 @@ def denoise(
     return report.finish(out)
 
 
+#: Options that change nothing in the result, or whose part in it the plan's digest tells.
+_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "taper", "seed", "batch_size"}
+
+
 @dataclass(frozen=True)
 class _Job:
     """What is the same for all photos of a run."""
@@ -102,7 +95,7 @@ class _Job:
     folder: OutputFolder
     upsample: int
 
-    def run(self, photo: Path, progress: ViewProgress) -> Row:
+    def run(self, photo: Path, progress: PhotoProgress) -> Row:
         """Does one photo, or finds it done. Whatever is wrong with this photo ends in its row, not in an exception."""
         started = time.perf_counter()
         try:
@@ -110,7 +103,9 @@ class _Job:
             output = self.folder.claim(photo, photo_digest(pixels))
             if output.existing is not None:
                 return self._keep(photo, pixels, output, output.existing)
-            result = denoise_image(self.backbone, pixels, progress=progress.views, options=self.options)
+            result = denoise_image(
+                self.backbone, pixels, progress=progress.advance, watch=progress.watch, options=self.options
+            )
             about = result.info["photo"] | {"name": photo.name}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
             self._draw(pixels, result, output)
@@ -145,14 +140,16 @@ class _Job:
             draw_panel(pixels, result, temporary, upsample=self.upsample)
 
     def _made_alike(self, info: dict[str, Any]) -> bool:
-        """Whether an existing result came from this backbone, this plan and these weights of the penalties."""
+        """Whether an existing result came from this backbone, this plan and these options of the method."""
         theirs = Fingerprint(tuple(info["backbone"]["fingerprint"]))
-        settings = ("method", "smoothness", "shrinkage", "clip")
+        # The neural field draws with the seed, and may keep the step that held-out views like best.
+        indifferent = _INDIFFERENT - ({"seed", "held_out"} if self.options.method == "neural-field" else set())
+        decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
         return (
             info["plan"] == self.plan.digest
             and not info.get("artifact_known")
             and self.backbone.fingerprint.matches(theirs)
-            and all(info[key] == getattr(self.options, key) for key in settings)
+            and all(info.get(key) == value for key, value in decisive.items())
         )
 
     @staticmethod

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
+from denoising_vit.decomposition.neural_field import Evaluation
 
 Status = Literal["done", "kept", "failed"]
 
@@ -93,17 +94,24 @@ class Report:
         return table
 
 
-class ViewProgress:
-    """A progress bar over the views of all photos, with the time left; on standard error."""
+class PhotoProgress:
+    """A progress bar over the work on all photos, with the time left; on standard error.
 
-    def __init__(self, photos: int, views_each: int) -> None:
-        self._left, self._each, self._at = photos, views_each, 0
+    Args:
+        photos: how many.
+        each: work on one of them.
+        unit: what work is counted in.
+    """
+
+    def __init__(self, photos: int, each: int, unit: str) -> None:
+        self._left, self._each, self._at = photos, each, 0
+        self._photo = ""
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("views"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -111,10 +119,10 @@ class ViewProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=photos * views_each)
-        self._finished_views = 0
+        self._task = self._progress.add_task("", total=photos * each)
+        self._finished = 0
 
-    def __enter__(self) -> ViewProgress:
+    def __enter__(self) -> PhotoProgress:
         self._progress.start()
         return self
 
@@ -127,19 +135,24 @@ class ViewProgress:
 
     def start(self, photo: str) -> None:
         """Begins the next photo."""
-        self._at = 0
+        self._at, self._photo = 0, photo
         self._progress.update(self._task, description=escape(photo))
 
-    def views(self, done: int, _total: int) -> None:
-        """Takes how many views of the present photo are done."""
+    def watch(self, look: Evaluation) -> None:
+        """Shows how well held-out views are predicted so far."""
+        if look.r2 is not None:
+            self._progress.update(self._task, description=f"{escape(self._photo)} held-out R² {look.r2:.3f}")
+
+    def advance(self, done: int, _total: int) -> None:
+        """Takes how much of the work on the present photo is done."""
         self._at = done
-        self._progress.update(self._task, completed=self._finished_views + done)
+        self._progress.update(self._task, completed=self._finished + done)
 
     def finish(self) -> None:
-        """Ends the present photo; views that were not needed leave the total, so that the time left stays right."""
+        """Ends the present photo; work that was not needed leaves the total, so that the time left stays right."""
         self._left -= 1
-        self._finished_views += self._at
-        self._progress.update(self._task, total=self._finished_views + self._left * self._each)
+        self._finished += self._at
+        self._progress.update(self._task, total=self._finished + self._left * self._each)
 
 
 def print_error(message: str, label: str = "error") -> None:

@@ -25,8 +25,10 @@ _HALF_MAX = torch.finfo(torch.float16).max
 
 
 def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tensor] | None = None) -> None:
-    """Writes ``field``, ``semantic``, ``artifact``, ``raw`` (and ``extra``) as float16, with JSON metadata."""
+    """Writes ``field``, ``semantic``, ``artifact``, ``raw``, a predicted ``residual`` and ``extra`` as float16."""
     tensors = {"field": result.field, "semantic": result.semantic, "artifact": result.artifact, "raw": result.raw}
+    if result.predicted_residual is not None:
+        tensors["residual"] = result.predicted_residual
     head = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -54,6 +56,8 @@ def read_decomposition(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).float() for key in ("field", "artifact", "raw")}
+            if "residual" in file.keys():  # noqa: SIM118, not a mapping
+                tensors["predicted_residual"] = file.get_tensor("residual").float()
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: damaged decomposition ({error})") from error
     return tensors | {

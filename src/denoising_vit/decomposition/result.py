@@ -21,6 +21,9 @@ from denoising_vit.views import linear_weights, patch_centres
 class Decomposition:
     """One image's features, separated: ``raw = semantic + artifact + residual`` on the patch grid, as in the paper.
 
+    The sum holds exactly where the residual is what is left over (the exact solver), and nearly where a network
+    predicts it (the neural field).
+
     Attributes:
         field: F on its own nodes, (Ry, Rx, C) float32; nodes are at cell centres of [0, 1]^2.
         artifact: G, (h, w, C) float32.
@@ -28,6 +31,7 @@ class Decomposition:
         size: (H, W) in pixels at which the image was shown to the backbone.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
+        predicted_residual: h as a network predicts it from ``raw``, (h, w, C); None where none was fitted.
         info: what was run and how well it predicts held-out views (``heldout_r2``, ``heldout_cosine``); JSON values.
     """
 
@@ -38,6 +42,7 @@ class Decomposition:
     patch_size: int
     stride: int
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    predicted_residual: Tensor | None = dataclasses.field(default=None, repr=False)
 
     @cached_property
     def semantic(self) -> Tensor:
@@ -46,7 +51,9 @@ class Decomposition:
 
     @property
     def residual(self) -> Tensor:
-        """h, what neither F nor G explains, (h, w, C)."""
+        """h, (h, w, C): as predicted where a network was fitted to do so, else what neither F nor G explains."""
+        if self.predicted_residual is not None:
+            return self.predicted_residual
         return self.raw - self.semantic - self.artifact
 
     @property

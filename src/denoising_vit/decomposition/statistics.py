@@ -36,6 +36,8 @@ class Statistics:
         self.clipped_tokens = 0
         self._precision = torch.float32 if device.type == "mps" else torch.float64
         self._weights = tuple(weight.to(device, self._precision) for weight in plan.weighted)
+        # A crop sees a part of the field only: on a CPU, products with that part take a third of the time.
+        self._spans = list(zip(*(_seen_nodes(weight) for weight in plan.weights), strict=True))
         keep = "cpu" if device.type == "mps" else device
         self.b = torch.zeros(*plan.resolution, channels, dtype=torch.float64, device=keep)
         self.g = torch.zeros(*plan.grid, channels, dtype=torch.float64, device=keep)
@@ -55,8 +57,12 @@ class Statistics:
         index = slice(self.views_seen, self.views_seen + len(features))
         wy, wx = (weight[index] for weight in self._weights)
         features = features.to(self._precision)
-        # Moved first and converted then: a device without float64 can do no part of the conversion.
-        self.b += field_products(features, wy, wx).to(self.b.device).to(self.b.dtype)
+        if features.device.type == "cpu":
+            for view, rows, columns, (down, across) in zip(features, wy, wx, self._spans[index], strict=True):
+                self.b[down, across] += field_products(view[None], rows[None, :, down], columns[None, :, across])
+        else:
+            # Moved first and converted then: a device without float64 can do no part of the conversion.
+            self.b += field_products(features, wy, wx).to(self.b.device).to(self.b.dtype)
         features = features.to(self.g.device).to(self.g.dtype)
         for view, rows, columns in zip(features, *(window[index] for window in self._windows), strict=True):
             self.g.addcmul_(view, torch.outer(rows, columns)[..., None])
@@ -70,11 +76,27 @@ class Statistics:
             )
         if self.views_seen + len(features) > len(self.plan):
             raise ValueError(f"the plan has {len(self.plan)} views, got {self.views_seen + len(features)}")
-        if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
-            bad = int((~torch.isfinite(features)).sum())
-            raise BackboneError(
-                f"{bad} of {features.numel()} feature values are not finite; check the weights, or use dtype float32"
-            )
+        require_finite(features)
+
+
+def _seen_nodes(weights: Tensor) -> list[slice]:
+    """For each view, the nodes between the first and the last that it samples; weights (V, n, nodes)."""
+    seen = weights.ne(0).any(1).int()  # (V, nodes)
+    first, after = seen.argmax(1), seen.shape[1] - seen.flip(1).argmax(1)
+    return [slice(start, stop) for start, stop in zip(first.tolist(), after.tolist(), strict=True)]
+
+
+def require_finite(features: Tensor) -> None:
+    """Refuses features that cannot be fitted.
+
+    Raises:
+        BackboneError: if a value is not finite.
+    """
+    if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
+        bad = int((~torch.isfinite(features)).sum())
+        raise BackboneError(
+            f"{bad} of {features.numel()} feature values are not finite; check the weights, or use dtype float32"
+        )
 
 
 def field_products(features: Tensor, wy: Tensor, wx: Tensor) -> Tensor:

@@ -1,0 +1,219 @@
+"""Fitting the neural field: the published stage 1, one visible loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from denoising_vit.decomposition.heldout import Agreement
+from denoising_vit.decomposition.neural_field.losses import first_phase_loss, second_phase_loss
+from denoising_vit.decomposition.neural_field.model import NeuralModel
+from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
+from denoising_vit.errors import FitError, PlanError
+from denoising_vit.views import ViewPlan, patch_centres
+
+#: A loss is looked at this often: every look waits for the device.
+_CHECK_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well held-out views are predicted after some steps.
+
+    Attributes:
+        step: how many were taken.
+        loss: of the last of them.
+        r2: share of the variance that F + G predicts; None without held-out views.
+        cosine: between F + G and the features.
+        r2_with_residual: the same for F + G + h, where h is fitted. It is given the very features it is to predict.
+        cosine_with_residual: the same for F + G + h.
+    """
+
+    step: int
+    loss: float
+    r2: float | None = None
+    cosine: float | None = None
+    r2_with_residual: float | None = None
+    cosine_with_residual: float | None = None
+
+
+@dataclass
+class NeuralFit:
+    """The fitted model, and how it went.
+
+    Attributes:
+        model: after the step that the options ask for.
+        step: that step.
+        has_residual: whether h was fitted by then.
+        history: one evaluation every so many steps.
+    """
+
+    model: NeuralModel
+    step: int
+    has_residual: bool
+    history: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def best(self) -> Evaluation:
+        """The evaluation with the highest R^2 of F + G; the last where none has one."""
+        return max(reversed(self.history), key=lambda evaluation: -math.inf if evaluation.r2 is None else evaluation.r2)
+
+    def separate(self, resolution: tuple[int, int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """F on nodes at cell centres (Ry, Rx, C), and G as (h, w, C) with mean zero, as the exact solver gives it.
+
+        The constant that G loses goes to F, so that their sum stays.
+        """
+        rows, columns = (patch_centres(nodes, 1, 1) for nodes in resolution)
+        artifact = self.model.artifact.detach()
+        mean = artifact.mean(0) if self.model.fits_artifact else torch.zeros_like(artifact[0])
+        return self.model.semantic_on(rows, columns) + mean, (artifact - mean).view(shape)
+
+    @torch.no_grad()
+    def predict_residual(self, features: Tensor) -> Tensor | None:
+        """H of features (..., C); None where it was not fitted."""
+        return self.model.residual(features) if self.has_residual else None
+
+
+@dataclass(frozen=True)
+class SeenViews:
+    """Features (V, h, w, C) of the views of a plan."""
+
+    plan: ViewPlan
+    features: Tensor
+
+    def coords(self) -> Tensor:
+        """(x, y) in the image of every patch, (V h w, 2) float32."""
+        rows, columns = (torch.from_numpy(side).float() for side in self.plan.centres())  # (V, h), (V, w)
+        shape = (*rows.shape, columns.shape[1])
+        coords = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], -1)
+        return coords.flatten(0, 2)  # (V, h, w, 2) -> (V h w, 2)
+
+
+def fit_neural_field(
+    views: SeenViews,
+    options: NeuralFieldOptions,
+    *,
+    held_out: SeenViews | None = None,
+    artifact: Tensor | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    watch: Callable[[Evaluation], None] | None = None,
+) -> NeuralFit:
+    """Fits F, G and h of one image to the features of its views by Adam (the paper's section 4.1).
+
+    Args:
+        views: what is fitted; the features' device is where it is done.
+        options: the recipe.
+        held_out: further views, which only judge.
+        artifact: G (h, w, C) where it is known.
+        seed: of the initial values and of the tokens drawn; the same seed on the same machine gives the same result.
+        progress: called with the number of steps taken, after each.
+        watch: called with every evaluation.
+
+    Raises:
+        PlanError: if an option is out of range, or the best step is asked for without held-out views.
+        FitError: if the loss is not finite.
+    """
+    options.validate()
+    if options.keep == "best" and held_out is None:
+        raise PlanError("keep is 'best', which held-out views decide, and there are none")
+    device, (positions, channels) = views.features.device, views.features.flatten(1, 2).shape[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # initial values come from the CPU: the same for every device
+        known = None if artifact is None else artifact.flatten(0, 1)
+        model = NeuralModel(positions, channels, options, known).to(device)
+    draw = torch.Generator(device).manual_seed(seed)
+    features, coords = views.features.flatten(0, 2), views.coords().to(device)
+    optimizer = torch.optim.Adam(
+        model.parameters(),
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    first_with_residual = math.ceil(options.residual_from * options.steps)
+    fit = NeuralFit(model, options.steps, has_residual=first_with_residual < options.steps)
+    best: dict[str, Tensor] | None = None
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        chosen = torch.randint(len(features), (options.tokens,), generator=draw, device=device)
+        target = features[chosen].float()
+        semantic = model.semantic(coords[chosen])
+        shared = F.embedding(chosen % positions, model.artifact)  # patches lie position by position, view after view
+        with_residual = step >= first_with_residual
+        if with_residual:
+            weights = options.residual_weight, options.sparsity_weight
+            loss = second_phase_loss(semantic, shared, model.residual(target), target, *weights)
+        else:
+            loss = first_phase_loss(semantic, shared, target)
+        optimizer.zero_grad()
+        loss.backward()
+        model.grid.densify_gradient()
+        optimizer.step()  # parameters without a gradient (h at first, G later) are left alone
+
+        done = step + 1
+        look = done % options.evaluate_every == 0 or done == options.steps
+        if look or done % _CHECK_EVERY == 0:
+            _require_finite(loss.item(), done)
+        if look:
+            evaluation = evaluate(model, held_out, done, loss.item(), with_residual=with_residual)
+            fit.history.append(evaluation)
+            if options.keep == "best" and fit.best is evaluation:
+                best = copy.deepcopy(model.state_dict())
+                fit.step, fit.has_residual = done, with_residual
+            if watch is not None:
+                watch(evaluation)
+        if progress is not None:
+            progress(done)
+    if best is not None:
+        model.load_state_dict(best)
+    model.requires_grad_(False)
+    return fit
+
+
+def learning_rate(step: int, options: NeuralFieldOptions) -> float:
+    """Linear warm-up, then a cosine from the full to the final learning rate, which the last step has.
+
+    A warm-up that leaves a single step or none ends at the full learning rate.
+    """
+    warm_up = round(options.warm_up * options.steps)
+    if step < warm_up:
+        return options.learning_rate * (step + 1) / warm_up
+    share = (step - warm_up) / max(options.steps - 1 - warm_up, 1)
+    fall = (1 + math.cos(math.pi * share)) / 2
+    return options.final_learning_rate + (options.learning_rate - options.final_learning_rate) * fall
+
+
+@torch.no_grad()
+def evaluate(
+    model: NeuralModel, held_out: SeenViews | None, step: int, loss: float, *, with_residual: bool
+) -> Evaluation:
+    """How well the model predicts views that it has not been fitted to."""
+    if held_out is None:
+        return Evaluation(step, loss)
+    alone, together = Agreement(), Agreement()
+    h, w = held_out.plan.grid
+    rows, columns = held_out.plan.centres()
+    for view, truth in enumerate(held_out.features):
+        truth = truth.float()
+        predicted = model.semantic_on(rows[view], columns[view]) + model.artifact.view(h, w, -1)
+        alone.add(truth, predicted)
+        if with_residual:
+            together.add(truth, predicted + model.residual(truth))
+    return Evaluation(step, loss, alone.r2, alone.cosine, together.r2, together.cosine)
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FitError(
+            f"the loss of the neural field is {loss} by step {step}; use a lower learning rate "
+            "(learning_rate), or check the features for extreme values"
+        )

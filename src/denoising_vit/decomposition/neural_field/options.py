@@ -1,0 +1,94 @@
+"""Every number of the published recipe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from denoising_vit.errors import PlanError
+
+
+@dataclass(frozen=True)
+class NeuralFieldOptions:
+    """How the neural field is built and fitted. Defaults are those of the paper (section 4.1 and appendix A).
+
+    Attributes:
+        steps: of Adam. The paper has 20,000, its released code 25,000.
+        tokens: drawn for one step, from all patches of all views.
+        learning_rate: after the warm-up.
+        final_learning_rate: at the last step, reached along a cosine.
+        warm_up: share of the steps over which the learning rate rises.
+        beta1: of Adam.
+        beta2: of Adam.
+        eps: of Adam.
+        weight_decay: of Adam, added to the gradient.
+        levels: of the hash grid.
+        coarsest: vertices along each side of its first level.
+        finest: vertices along each side of its last level; a single level has the coarsest.
+        level_channels: features that each level adds.
+        table_size: most vertices that a level keeps; a level with more is hashed.
+        field_hidden: width of the field's network. Without it, half the features' channels.
+        residual_hidden: width of h's network. Without it, a quarter of the features' channels.
+        residual_from: share of the steps after which G is frozen and h is fitted; 1 leaves h out.
+        residual_weight: of the squared error of h.
+        sparsity_weight: of the mean absolute value of h.
+        shared_artifact: whether G is fitted; without it everything is left to F (and h).
+        evaluate_every: steps between two looks at the held-out views.
+        keep: the result of the last step, as published, or of the best one on the held-out views.
+    """
+
+    steps: int = 20_000
+    tokens: int = 2048
+    learning_rate: float = 1e-2
+    final_learning_rate: float = 1e-3
+    warm_up: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-15
+    weight_decay: float = 1e-5
+    levels: int = 16
+    coarsest: int = 16
+    finest: int = 1024
+    level_channels: int = 8
+    table_size: int = 2**20
+    field_hidden: int | None = None
+    residual_hidden: int | None = None
+    residual_from: float = 0.5
+    residual_weight: float = 0.1
+    sparsity_weight: float = 0.02
+    shared_artifact: bool = True
+    evaluate_every: int = 500
+    keep: Literal["last", "best"] = "last"
+
+    def validate(self) -> None:
+        """Checks every number's range.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        at_least_one = ("steps", "tokens", "levels", "level_channels", "table_size", "evaluate_every")
+        for name in (*at_least_one, "field_hidden", "residual_hidden"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise PlanError(f"{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "eps"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise PlanError(f"{name} must be a positive number, got {value}")
+        for name in ("weight_decay", "residual_weight", "sparsity_weight", "final_learning_rate"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise PlanError(f"{name} must be 0 or more, got {value}")
+        for name in ("warm_up", "residual_from"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise PlanError(f"{name} must be a share of the steps in [0, 1], got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise PlanError(f"{name} must be in [0, 1), got {value}")
+        if not 2 <= self.coarsest <= self.finest:
+            raise PlanError(f"coarsest must be 2 or more and finest no less, got {self.coarsest} and {self.finest}")
+        if self.keep not in ("last", "best"):
+            raise PlanError(f"keep must be 'last' or 'best', got {self.keep!r}")

@@ -1,0 +1,76 @@
+"""The options of stage 1."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from denoising_vit.decomposition.neural_field import NeuralFieldOptions
+from denoising_vit.errors import PlanError
+
+Method = Literal["exact", "neural-field"]
+
+_EXACT_ONLY = ("smoothness", "shrinkage", "clip", "taper")
+
+
+@dataclass(frozen=True)
+class DenoiseOptions:
+    """How stage 1 is run.
+
+    Attributes:
+        method: exact solves linear least squares; neural-field is the published gradient descent.
+        views: crops of the photo that are fitted, the whole photo included.
+        held_out: further crops, which only judge the fit.
+        size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
+        resolution: nodes of the semantic field along each side. Without it, twice the patch grid; three times with
+            neural-field, so that patch centres are nodes.
+        smoothness: exact only; weight of the penalty on differences within the semantic field.
+        shrinkage: exact only; weight of the penalty on the artifact's size.
+        clip: exact only; scale down tokens whose norm is more than this many median absolute deviations above the
+            median, so that outliers pull less. Without it, none are.
+        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
+        taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
+            (0), seams show where crops end.
+        seed: of the crops and of the neural field's training; the same seed gives the same result.
+        batch_size: views in one forward pass. Without it, what suits the device.
+        neural: neural-field only; its recipe.
+    """
+
+    method: Method = "exact"
+    views: int = 64
+    held_out: int = 8
+    size: int | tuple[int, int] | None = None
+    resolution: int | None = None
+    smoothness: float = 1e-2
+    shrinkage: float = 1e-3
+    clip: float | None = None
+    coverage: Literal["even", "plain"] = "even"
+    taper: float = 0.3
+    seed: int = 0
+    batch_size: int | None = None
+    neural: NeuralFieldOptions = NeuralFieldOptions()  # noqa: RUF009, frozen
+
+    def validate(self) -> None:
+        """Checks what does not depend on the backbone.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        if self.method not in get_args(Method):
+            raise PlanError(f"method must be {' or '.join(map(repr, get_args(Method)))}, got {self.method!r}")
+        least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
+        for name, least_value in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least_value:  # NaN is not
+                raise PlanError(f"{name} must be at least {least_value}, got {value}")
+        if self.clip is not None and not self.clip > 0:
+            raise PlanError(f"clip must be a positive number of median absolute deviations, got {self.clip}")
+        if self.method == "neural-field":
+            self.neural.validate()
+            if self.neural.keep == "best" and not self.held_out:
+                raise PlanError("keep is 'best', which held-out views decide; held_out must be at least 1")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that decide the result of the method, as JSON values."""
+        unused = {"neural"} if self.method == "exact" else set(_EXACT_ONLY)
+        return {name: value for name, value in asdict(self).items() if name not in unused}
