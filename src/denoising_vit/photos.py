@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,12 +50,33 @@ def read_photo(source: str | Path | Image.Image | np.ndarray, *, max_pixels: int
     return _guarded(lambda: _read_file(path, max_pixels), str(path))
 
 
+def read_photo_bytes(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """As :func:`read_photo`, from the content of a file, wherever it came from.
+
+    Args:
+        content: the whole file.
+        name: what errors call it.
+        max_pixels: photos with more pixels are refused before they are decoded.
+
+    Raises:
+        PhotoError: if the content is empty, damaged, too large, or no image.
+    """
+    return _guarded(lambda: _read_content(content, name, max_pixels), name)
+
+
 def is_panel(path: Path) -> bool:
     """Whether a file is a picture that this package drew of a result."""
-    if path.suffix.lower() != ".png":
-        return False
+    return path.suffix.lower() == ".png" and _names_panel_software(path)
+
+
+def is_panel_start(content: bytes) -> bool:
+    """As :func:`is_panel`, from the first kilobyte of a PNG file: what wrote it stands before the pixels."""
+    return _names_panel_software(io.BytesIO(content))
+
+
+def _names_panel_software(file: Path | io.BytesIO) -> bool:
     try:
-        with _without_pillow_limit(), Image.open(path) as image:  # of a large photo no pixel is decoded here
+        with _without_pillow_limit(), Image.open(file) as image:  # of a large photo no pixel is decoded here
             return image.info.get("Software") == PANEL_SOFTWARE
     except Exception:  # whatever it is, it is none of ours
         return False
@@ -80,10 +102,20 @@ def _read_file(path: Path, max_pixels: int) -> np.ndarray:
         raise PhotoError(f"{path} is a directory, expected an image file")
     if path.stat().st_size == 0:
         raise PhotoError(f"{path}: the file is empty (0 bytes)")
+    return _open_and_decode(path, str(path), max_pixels)
+
+
+def _read_content(content: bytes, name: str, max_pixels: int) -> np.ndarray:
+    if not content:
+        raise PhotoError(f"{name}: the file is empty (0 bytes)")
+    return _open_and_decode(io.BytesIO(content), name, max_pixels)
+
+
+def _open_and_decode(file: Path | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
     with _without_pillow_limit():
-        image = Image.open(path)  # reads the header only
+        image = Image.open(file)  # reads the header only
     with image:
-        return _decode(image, str(path), max_pixels)
+        return _decode(image, name, max_pixels)
 
 
 @contextlib.contextmanager

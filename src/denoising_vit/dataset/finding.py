@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from denoising_vit.dataset.items import Skipped
 from denoising_vit.photos import IMAGE_SUFFIXES, is_panel
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Something that was asked for and could not be used.
-
-    Attributes:
-        item: what was asked for.
-        reason: why it was skipped, for people.
-    """
-
-    item: str
-    reason: str
 
 
 def find_photos(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]]:
