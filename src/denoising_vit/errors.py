@@ -39,5 +39,9 @@ class StoreError(DenoisingVitError):
     """A feature store that cannot be opened, read or written as asked."""
 
 
+class FieldError(StoreError):
+    """One image's field that a store cannot hold; the others are not affected."""
+
+
 class DenoisingVitWarning(UserWarning):
     """Something worth knowing that does not stop the work."""
