@@ -625,3 +625,49 @@ def test_missing_bucket_is_reported(s3: str) -> None:
         FeatureStore.open("s3://no-such-bucket/store")
     with pytest.raises(StoreError, match="cannot be written to"):
         FeatureStore.create("s3://no-such-bucket/store", make_manifest(), IDS)
+
+
+def test_failed_images_of_a_sealed_shard_can_be_tried_again(url: str) -> None:
+    store = FeatureStore.create(url, make_manifest(), IDS)
+    write_shard(store, 0, fail=(1,))
+    write_shard(store, 1)
+    write_shard(store, 2, fail=(4,))
+    assert store.retry_failed() == [1, 4]
+    assert store.failed() == {}
+    assert store.done() == {0, 2, 3}
+    assert store.unfinished() == [0, 2]
+    for shard, index in ((0, 1), (2, 4)):
+        with store.writer(shard) as writer:
+            assert writer.missing() == [index]
+            writer.put(index, field_of(index), {"heldout_r2": index / 10})
+            assert writer.finish()
+    assert_whole(store)
+
+
+def test_a_crash_while_a_shard_is_opened_again_loses_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeatureStore.create(url, make_manifest(), IDS)
+    write_shard(store, 0, fail=(1,))
+
+    delete = store.objects.delete
+
+    def crash(key: str) -> None:
+        if key.startswith("sealed"):
+            raise OSError(errno.EIO, f"crash at {key}")
+        delete(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.objects, "delete", crash)
+        with pytest.raises(OSError, match="sealed"), store.writer(0) as writer:
+            writer.retry_failed()
+    store = FeatureStore.open(url, writable=True)
+    assert store.failed() == {1: "no luck with 1"}
+    assert torch.equal(store[0].field, field_of(0).half().float())
+    assert store.retry_failed() == [1]
+    assert torch.equal(store[0].field, field_of(0).half().float())
+
+
+def test_without_failures_nothing_is_tried_again(url: str) -> None:
+    store = FeatureStore.create(url, make_manifest(), IDS)
+    write_shard(store, 0)
+    assert store.retry_failed() == []
+    assert store.contents.sealed() == {0}

@@ -100,10 +100,14 @@ class Contents:
                 return None
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise StoreError(f"{self._objects.url}: {key} is damaged ({error})") from error
-            self._markers[shard] = Marker(records, failed)  # it never changes
+            self._markers[shard] = Marker(records, failed)  # it changes only if failed images are tried again
             while len(self._markers) > _MARKERS_KEPT:
                 self._markers.popitem(last=False)
         return self._markers[shard]
+
+    def forget(self, shard: int) -> None:
+        """Reads the marker of a shard anew when it is asked for next: the shard was opened again."""
+        self._markers.pop(shard, None)
 
     def _numbers(self, folder: str) -> set[int]:
         return layout.numbers(self._objects.names(folder))

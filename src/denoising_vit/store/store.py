@@ -157,6 +157,18 @@ class FeatureStore:
             raise StoreError(f"{self.url}: no shard {shard}; expected 0 to {self.manifest.shards - 1}")
         return ShardWriter(self, shard)
 
+    def retry_failed(self) -> list[int]:
+        """Makes all failed images missing again, so that they are tried once more; their indices.
+
+        Raises:
+            StoreError: if another process writes one of their shards.
+        """
+        retried = []
+        for shard in sorted({self.manifest.shard_of(index) for index in self.failed()}):
+            with self.writer(shard) as writer:
+                retried += writer.retry_failed()
+        return retried
+
     def __getitem__(self, image: int | str) -> StoredFeatures:
         """The features of a finished image, by index or id.
 

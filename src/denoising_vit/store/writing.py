@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from denoising_vit.errors import StoreError
@@ -104,6 +105,28 @@ class ShardWriter:
         self._sealed = True
         self._discard_staged()
         return True
+
+    def retry_failed(self) -> list[int]:
+        """Makes the failed images missing again; those indices. The images of a sealed shard are staged for that.
+
+        Raises:
+            StoreError: if the lease was lost, or a finished image is damaged.
+            OSError: if it cannot be written; the shard is still sealed then.
+        """
+        self._held().check()
+        failed = sorted(self._failed() - self._staged())
+        if failed and self._sealed:
+            marker = self._store.contents.marker(self.shard)
+            for index in marker.records if marker is not None else ():
+                field, record = self._store.read(index)
+                self._store.objects.write(layout.staged_key(index), encode(torch.from_numpy(field), index, record))
+            # Until here a crash changes nothing: beside a marker, what is staged is discarded.
+            self._store.objects.delete(layout.sealed_key(self.shard))
+            self._store.contents.forget(self.shard)
+            self._sealed = False
+        for index in failed:
+            self._store.objects.delete(layout.failed_key(index))
+        return failed
 
     def __enter__(self) -> ShardWriter:
         self._lease = self._store.leases.acquire(layout.shard_lease(self.shard))
