@@ -694,7 +694,7 @@ def test_error_of_the_drawing_is_reported_per_photo(
 def test_backbone_that_yields_nan_is_reported_per_photo(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verb.load_backbone
+    real = verb.BackboneSpec.load
 
     def broken(*arguments: Any, **options: Any) -> Any:
         model = real(*arguments, **options)
@@ -703,7 +703,7 @@ def test_backbone_that_yields_nan_is_reported_per_photo(
             next(model.parameters()).fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(verb, "load_backbone", broken)
+    monkeypatch.setattr(verb.BackboneSpec, "load", broken)
     photos = [cat(tmp_path / "one.jpg"), cat(tmp_path / "two.jpg", bright=20)]
     done = dvit(*photos, "-o", tmp_path / "out")
     assert done.code == 1

@@ -82,7 +82,7 @@ def denoise_image(
         info={
             "version": importlib.metadata.version("denoising-vit"),
             "photo": about,
-            "backbone": _describe(backbone),
+            "backbone": describe(backbone),
             "plan": fitted.digest,
             **options.recorded(),
             **parts.info,
@@ -135,7 +135,7 @@ def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -
             patch_size=backbone.patch_size,
             stride=backbone.stride,
             # Patch centres are nodes at odd multiples of the grid: there, sampling the network loses nothing.
-            resolution=options.resolution or (None if exact else (3 * h, 3 * w)),
+            resolution=(3 * h, 3 * w) if options.resolution is None and not exact else options.resolution,
             seed=seed,
             full_image=full_image,
             taper=options.taper if exact else 0,
@@ -263,7 +263,8 @@ class _Reporter:
             self._progress(self._done, self._total)
 
 
-def _describe(backbone: Backbone) -> dict[str, Any]:
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """What is recorded of a backbone with every result, as JSON values."""
     return {
         "name": backbone.name,
         "weights": backbone.weights,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+_UMASK_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -29,6 +32,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 def _umask() -> int:
     """The process's umask, which can only be read by changing it: for that moment to the strictest."""
-    current = os.umask(0o077)
-    os.umask(current)
+    with _UMASK_LOCK:  # two threads at a time would leave the strictest behind
+        current = os.umask(0o077)
+        os.umask(current)
     return current

@@ -18,7 +18,8 @@ class DenoiseOptions:
     """How stage 1 is run.
 
     Attributes:
-        method: exact solves linear least squares; neural-field is the published gradient descent.
+        method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
+            views and plain coverage).
         views: crops of the photo that are fitted, the whole photo included.
         held_out: further crops, which only judge the fit.
         size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.

@@ -34,13 +34,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     from denoising_vit.cli.denoise import denoise
+    from denoising_vit.cli.fit import fit
     from denoising_vit.cli.models import models
     from denoising_vit.cli.reporting import print_error
+    from denoising_vit.cli.store import export, info, verify
     from denoising_vit.errors import DenoisingVitError
 
     app = tyro.extras.SubcommandApp()
     app.command(denoise)
+    app.command(fit)
     app.command(models)
+    store = tyro.extras.SubcommandApp()
+    store.command(info)
+    store.command(verify)
+    store.command(export)
+    app.command(store, name="store")
     try:
         return app.cli(args=arguments, prog="dvit", description=_DESCRIPTION) or OK
     except DenoisingVitError as error:

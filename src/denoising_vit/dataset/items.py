@@ -12,10 +12,12 @@ class Skipped:
     Attributes:
         item: what was asked for.
         reason: why it was skipped, for people.
+        unreachable: whether where it lies did not answer, so that it may be there another time.
     """
 
     item: str
     reason: str
+    unreachable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

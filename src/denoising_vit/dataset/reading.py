@@ -64,7 +64,10 @@ class Dataset(Sequence[Item]):
             content = self._storage.read(item.url, item.start, item.size)
         except Exception as error:  # every service has its own kinds
             raise PhotoError(f"{item.id}: {reason_of(error)}") from error
-        return read_photo_bytes(content, item.id)
+        try:
+            return read_photo_bytes(content, item.id)
+        except PhotoError as error:  # what decoding failed on is no reason to try again
+            raise PhotoError(str(error)) from None
 
     def stream(
         self, indices: Iterable[int], *, workers: int = 4, ahead: int = 8
@@ -109,4 +112,10 @@ class Dataset(Sequence[Item]):
             return self.read(index)
         except PhotoError as error:
             name = self.items[index].id
-            return Skipped(name, str(error).removeprefix(f"{name}: "))
+            return Skipped(name, str(error).removeprefix(f"{name}: "), unreachable=_may_pass(error.__cause__))
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Whether what kept a file from being read is the way to it, not the file: a network, a drive."""
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, PhotoError, ValueError)
+    return isinstance(cause, Exception) and not isinstance(cause, lasting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.views import ViewPlan
 
 
@@ -53,8 +54,13 @@ class HeldOut(Agreement):
         self._views = 0
 
     def add_views(self, features: Tensor) -> None:
-        """Takes the features (B, h, w, C) of the next B views."""
+        """Takes the features (B, h, w, C) of the next B views.
+
+        Raises:
+            BackboneError: if a value is not finite.
+        """
         wy, wx = (weight[self._views : self._views + len(features)] for weight in self._weights)
+        require_finite(features)
         truth = features.to(self._field.device).to(self._field.dtype)
         self.add(truth, torch.einsum("vyr,rsc,vxs->vyxc", wy, self._field, wx) + self._artifact)
         self._views += len(features)

@@ -94,6 +94,9 @@ def _sealed(store: FeatureStore, ids: list[str], shard: int) -> Iterator[Problem
 
 def _staged(store: FeatureStore, ids: list[str], index: int) -> Iterator[Problem]:
     key = layout.staged_key(index)
+    if index >= len(ids):
+        yield Problem(key, f"there are {len(ids)} images only")
+        return
     try:
         _, record = decode(store.objects.read(key), store.manifest, key)
     except FileNotFoundError:  # sealed in the meantime

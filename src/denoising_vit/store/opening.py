@@ -39,6 +39,16 @@ def create_objects(objects: Objects, manifest: Manifest, ids: list[str]) -> None
         raise StoreError(f"{objects.url}: another process has just made a feature store here; open it")
 
 
+def is_store(objects: Objects) -> bool:
+    """Whether there is a manifest.
+
+    Raises:
+        StoreError: if the place cannot be reached.
+    """
+    with _reaching(objects):
+        return layout.MANIFEST in objects.names()
+
+
 def read_manifest(objects: Objects) -> Manifest:
     """The manifest of a store.
 

@@ -21,7 +21,7 @@ from denoising_vit.store.images import decode
 from denoising_vit.store.leases import Lease, Leases
 from denoising_vit.store.manifest import Manifest
 from denoising_vit.store.objects import Objects
-from denoising_vit.store.opening import create_objects, read_ids, read_manifest
+from denoising_vit.store.opening import create_objects, is_store, read_ids, read_manifest
 from denoising_vit.store.remote import open_objects
 from denoising_vit.store.stored import MissingImageError, StoredFeatures
 from denoising_vit.store.writing import ShardWriter
@@ -92,13 +92,22 @@ class FeatureStore:
         return cls(objects, manifest, writable=writable)
 
     @classmethod
+    def exists(cls, url: str | Path) -> bool:
+        """Whether there is a store.
+
+        Raises:
+            StoreError: if the place cannot be reached.
+        """
+        return is_store(open_objects(url))
+
+    @classmethod
     def create_or_open(cls, url: str | Path, manifest: Manifest, ids: Sequence[str]) -> FeatureStore:
         """Goes on with the store that is there, or makes it; in both cases for writing.
 
         Raises:
             StoreError: as :meth:`create` and :meth:`open` do.
         """
-        if layout.MANIFEST not in open_objects(url).names():
+        if not cls.exists(url):
             return cls.create(url, manifest, ids)
         return cls.open(url, manifest.with_ids(ids), writable=True)
 

@@ -1,0 +1,134 @@
+"""``dvit fit``: stage 1 for a whole data set, into a feature store."""
+
+from __future__ import annotations
+
+import json as json_lines
+import time
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.dataset import Dataset, open_dataset
+from denoising_vit.errors import FitError, PhotoError
+from denoising_vit.fit import FitJob, FitOptions
+from denoising_vit.options import DenoiseOptions
+
+
+def fit(
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
+    /,
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="STORE")],
+    denoising: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    running: tyro.conf.OmitArgPrefixes[FitOptions] = FitOptions(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Stage 1 for a whole data set: the clean features of every photo, in one store.
+
+    Says first what it will take. The same command goes on where it was stopped, whatever stopped it.
+
+    Args:
+        data: a folder (searched recursively), a text file with one photo a line, tar shards (`x-{000..099}.tar`), or
+            one of these at a URL (s3://, gs://, https://).
+        out: the store, a folder or URL; made where it does not exist.
+        denoising: how semantic field and artifact are separated; held-out views cost forward passes, `--held-out 0`
+            saves them.
+        model: the backbone, and how it is run; several devices, as in `--device cuda:0,cuda:1`, share the work.
+        running: how the data set is gone through.
+        json: print one JSON line per photo.
+    """
+    denoising.validate()
+    running.validate()
+    dataset = open_dataset(data)
+    for item in dataset.skipped:
+        if running.strict:
+            raise PhotoError(f"{item.item}: {item.reason}")
+        print_error(f"{item.item}: {item.reason}", "skipped")
+    job = FitJob.prepare(dataset, out, model, denoising, running)
+    estimate = job.estimate()
+    print_note(str(estimate))
+    if estimate.left:
+        print_note(
+            f"backbone {job.stages[0].backbone.extra_repr()} on {job.stages[0].backbone.device}; store {job.store.url}"
+        )
+    estimate.require_room()
+    report = _Report(dataset, estimate.left, as_json=json)
+    with report:
+        try:
+            job.run(report.photo)
+        except KeyboardInterrupt:
+            report.stop()
+            print_note("interrupted; finished photos stay, and the same command goes on from there")
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader of our lines has gone, not the store
+            raise
+        except OSError as error:
+            raise FitError(
+                f"cannot write to {job.store.url} ({error.strerror or error}); finished photos stay, and the same "
+                "command goes on from there"
+            ) from error
+    return report.finish(job)
+
+
+class _Report:
+    """A progress bar with photos a second; JSON lines; and in the end what was skipped and why."""
+
+    def __init__(self, dataset: Dataset, left: int, *, as_json: bool) -> None:
+        self._dataset, self._as_json = dataset, as_json
+        self._done, self._started = 0, time.perf_counter()
+        self._unreached: dict[int, str] = {}
+        console = Console(stderr=True)
+        self._progress = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("photos, {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=600,  # photos come in bursts
+        )
+        self._task = self._progress.add_task("", total=left, rate="starting")
+
+    def __enter__(self) -> _Report:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bar off the screen."""
+        self._progress.stop()
+
+    def photo(self, index: int, reason: str | None) -> None:
+        """Takes what became of a photo."""
+        self._done += 1
+        rate = self._done / (time.perf_counter() - self._started)
+        self._progress.update(self._task, completed=self._done, rate=f"{rate:.2f} photos/s")
+        if reason is not None:
+            self._unreached[index] = reason  # or failed, which the store tells
+        if self._as_json:
+            status = {"status": "done"} if reason is None else {"status": "failed", "note": reason}
+            print(json_lines.dumps({"image": self._dataset[index].id, **status}), flush=True)
+
+    def finish(self, job: FitJob) -> int:
+        """Says what is there now. Returns the exit code."""
+        done, failed = len(job.store.done()), job.store.failed()
+        for index, reason in sorted((self._unreached | failed).items()):
+            print_error(f"{self._dataset[index].id}: {reason}", "skipped")
+        seconds = time.perf_counter() - self._started
+        rate = f" at {self._done / seconds:.2f} photos/s" if self._done else ""
+        skipped = f", {len(failed)} skipped (--retry-failed tries them again)" if failed else ""
+        print_note(f"{done} of {len(self._dataset)} photos in {job.store.url}{rate}{skipped}")
+        left = len(self._dataset) - done - len(failed)
+        if left:
+            print_note(f"{left} photos could not be reached; the same command tries them again")
+        return SOME_FAILED if failed or left or self._dataset.skipped else OK

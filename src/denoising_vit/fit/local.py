@@ -1,0 +1,181 @@
+"""Fitting shards of a data set in this process: decoding, rendering, forward passes and writing overlap."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.dataset import Dataset, Skipped
+from denoising_vit.errors import FieldError, PhotoError
+from denoising_vit.fit.stage_one import Failed, Ready, StageOne
+from denoising_vit.store import FeatureStore, ShardWriter
+from denoising_vit.views import linear_weights, patch_centres
+
+#: Called with the index of a photo and None, or why it was not done.
+OnPhoto = Callable[[int, str | None], None]
+
+#: Photos that wait to be solved and written while the next are seen.
+_WAITING = 2
+
+
+@dataclass
+class LocalRun:
+    """Unfinished shards of a store, and the threads that finish them: one for each stage.
+
+    Attributes:
+        dataset: where the photos are.
+        store: where the results go.
+        decoders: threads that read and decode, for each stage.
+        strict: stop at the first photo that cannot be used; it is not recorded as failed then.
+        on_photo: called after each photo, by one thread at a time.
+    """
+
+    dataset: Dataset
+    store: FeatureStore
+    decoders: int = 2
+    strict: bool = False
+    on_photo: OnPhoto = lambda _index, _reason: None
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def fit(self, stages: Sequence[StageOne], shards: Iterable[int]) -> None:
+        """Fits the unfinished photos of shards.
+
+        Args:
+            stages: equal but for their device.
+            shards: which; what is finished in them costs nothing.
+
+        Raises:
+            PhotoError: if strict, and a photo cannot be used.
+            StoreError: if a shard is being written by someone else.
+            OSError: if the store cannot be written to; what is finished stays.
+        """
+        waiting = iter(list(shards))
+        if len(stages) == 1:
+            self._fit(stages[0], waiting)
+            return
+        with ThreadPoolExecutor(len(stages), "stage") as pool:
+            jobs = [pool.submit(self._fit, stage, waiting) for stage in stages]
+            for job in jobs:
+                job.add_done_callback(self._stop_on_error)
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                self._stopped.set()
+
+    def _fit(self, stage: StageOne, shards: Iterator[int]) -> None:
+        with _Writers(self) as writers, ThreadPoolExecutor(1, "write") as pool:
+            pending: collections.deque[Future[None]] = collections.deque()
+            photos = self._photos(writers.open_shards(shards))
+            # Closing the results stops the threads that render and read.
+            with contextlib.closing(stage.run(photos)) as results:
+                for result in results:
+                    pending.append(pool.submit(writers.write, result))
+                    while len(pending) > _WAITING:
+                        pending.popleft().result()
+                    if self._stopped.is_set():
+                        break
+            for job in pending:
+                job.result()
+
+    def _photos(self, indices: Iterator[int]) -> Iterator[tuple[int, str, np.ndarray | Skipped]]:
+        for index, pixels in self.dataset.stream(indices, workers=self.decoders, ahead=2 * self.decoders):
+            yield index, self.dataset[index].id, pixels
+
+    def _stop_on_error(self, job: Future[None]) -> None:
+        if job.cancelled() or job.exception() is not None:
+            self._stopped.set()
+
+    def next_of(self, shards: Iterator[int]) -> int | None:
+        """The next shard for whichever thread asks; None when there is none."""
+        with self._turn:
+            return next(shards, None)
+
+    def report(self, index: int, reason: str | None) -> None:
+        """Passes on what became of a photo."""
+        with self._turn:
+            self.on_photo(index, reason)
+
+
+@dataclass
+class _OpenShard:
+    writer: ShardWriter
+    leases: contextlib.ExitStack
+    left: int
+
+
+class _Writers:
+    """The shards that one stage writes: open from when their first photo is read until their last one is written."""
+
+    def __init__(self, run: LocalRun) -> None:
+        self._run = run
+        self._open: dict[int, _OpenShard] = {}
+
+    def __enter__(self) -> _Writers:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for shard in list(self._open):
+            self._open.pop(shard).leases.close()
+
+    def open_shards(self, shards: Iterator[int]) -> Iterator[int]:
+        """The unfinished photos of shards, whose leases are taken as they come."""
+        while (shard := self._run.next_of(shards)) is not None:
+            with contextlib.ExitStack() as stack:
+                writer = stack.enter_context(self._run.store.writer(shard))
+                todo = writer.missing()
+                self._open[shard] = _OpenShard(writer, stack.pop_all(), len(todo))
+            if not todo:
+                self._close(shard)
+            yield from todo
+
+    def write(self, result: Ready | Failed) -> None:
+        """Solves and stores a photo, or records why not.
+
+        Raises:
+            PhotoError: if strict, and the photo cannot be used.
+        """
+        shard = self._run.store.manifest.shard_of(result.index)
+        failed = result if isinstance(result, Failed) else self._store(result, self._open[shard].writer)
+        if failed is not None and self._run.strict:
+            raise PhotoError(f"{failed.name}: {failed.reason}")
+        if failed is not None and failed.final:
+            self._open[shard].writer.fail(failed.index, failed.reason)
+        self._open[shard].left -= 1
+        if not self._open[shard].left:
+            self._close(shard)
+        self._run.report(result.index, None if failed is None else failed.reason)
+
+    def _store(self, ready: Ready, writer: ShardWriter) -> Failed | None:
+        nodes, record = ready.finish()
+        try:
+            writer.put(ready.index, resampled(nodes, self._run.store.manifest.field), record)
+        except FieldError as error:
+            name = ready.about["name"]
+            return Failed(ready.index, name, str(error).removeprefix(f"{name}: "))
+        return None
+
+    def _close(self, shard: int) -> None:
+        opened = self._open.pop(shard)
+        with opened.leases:
+            opened.writer.finish()  # not if a photo could not be reached: the shard stays open for it
+
+
+def resampled(nodes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A field (Ry, Rx, C) on as many nodes as the store keeps, bilinear at their cell centres."""
+    if tuple(nodes.shape[:2]) == shape:
+        return nodes
+    down, across = (
+        torch.from_numpy(linear_weights(patch_centres(count, 1, 1), have)).to(nodes)
+        for count, have in zip(shape, nodes.shape[:2], strict=True)
+    )
+    return torch.einsum("yr,rsc,xs->yxc", down, nodes, across)

@@ -1,0 +1,62 @@
+"""Running an iterator ahead of its reader."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_END = object()
+
+#: Seconds between two looks whether the reader has gone.
+_LOOK = 0.1
+
+
+def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
+    """The same items, made in a thread of their own, at most ``ahead`` of them waiting.
+
+    An exception in the iterator reaches the reader at its place. A reader that stops early stops the thread.
+    """
+    waiting: queue.Queue[object] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=_LOOK)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(_END)
+        except BaseException as error:  # carried over to the reader's thread
+            put(_Raised(error))
+        finally:
+            close = getattr(items, "close", None)  # a generator's clean-up belongs to the thread that ran it
+            if close is not None:
+                close()
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not _END:
+            if isinstance(item, _Raised):
+                raise item.error
+            yield item  # pyright: ignore[reportReturnType]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error

@@ -1,0 +1,187 @@
+"""Fitting a data set with Ray Data: shards are rows, workers are actors that hold a model each.
+
+Reading, fitting and writing all happen in the workers, so no features travel between processes. A worker that dies is
+started again and its shard is done again, but for the photos that it had finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.errors import DenoisingVitError, FitError
+from denoising_vit.fit.local import LocalRun, OnPhoto
+from denoising_vit.fit.options import FitOptions
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.store import FeatureStore, Manifest
+
+#: Of a machine's processors, the share that workers ask for; the rest reads and schedules.
+_WORKERS_SHARE = 0.8
+
+#: How often a shard is tried whose workers die.
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """What every worker is told.
+
+    Attributes:
+        spec: the backbone, with the dtype that was resolved where the job began.
+        source: the data set; an absolute path or a URL.
+        store: its URL or path.
+        manifest: what the worker must find it would do, the data set's ids included.
+        denoising: options of stage 1.
+        options: how it is run.
+        artifact: G (h, w, C) where it is known.
+        threads: of torch in a worker; None leaves torch's own choice.
+        on_gpu: whether the backbone runs on CUDA where the job began.
+    """
+
+    spec: BackboneSpec
+    source: str
+    store: str
+    manifest: Manifest
+    denoising: DenoiseOptions
+    options: FitOptions
+    artifact: Tensor | None = None
+    threads: int | None = None
+    on_gpu: bool = False
+
+
+class ShardFitter:
+    """A worker: loads the backbone once, then fits one shard after another."""
+
+    def __init__(self, job: RayJob) -> None:
+        import torch
+
+        from denoising_vit.dataset import open_dataset
+        from denoising_vit.fit.job import manifest_of
+        from denoising_vit.fit.stage_one import StageOne
+
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self._stage = StageOne(job.spec.load(), job.denoising, job.artifact)
+        self._dataset = open_dataset(job.source)
+        # Photos may have been added since, and this machine may compute otherwise: then nothing is written.
+        ours = manifest_of(self._stage, job.options).with_ids([item.id for item in self._dataset])
+        self._store = FeatureStore.open(job.store, ours, writable=True)
+        self._options = job.options
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Fits the shard that the row names; why photos were not done goes back as JSON."""
+        reasons: dict[int, str] = {}
+
+        def note(index: int, reason: str | None) -> None:
+            if reason is not None:
+                reasons[index] = reason
+
+        options = self._options
+        run = LocalRun(self._dataset, self._store, options.decoders, options.strict, note)
+        run.fit([self._stage], [int(row["shard"])])
+        return {"shard": row["shard"], "reasons": json.dumps(reasons)}
+
+
+def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_photo: OnPhoto) -> None:
+    """Fits shards with as many workers as the options ask for.
+
+    Args:
+        job: what every worker is told.
+        store: the store, as the caller sees it.
+        shards: which.
+        on_photo: called for the photos of a shard as it is finished, with None or why one was not done.
+
+    Raises:
+        FitError: if Ray is not installed, no cluster answers, the cluster has no room for a worker, or one fails.
+    """
+    try:
+        import ray
+        import ray.data
+        import ray.exceptions
+    except ImportError as error:
+        raise FitError("engine 'ray' needs Ray: pip install 'denoising-vit[ray]'") from error
+    done = store.done()
+    todo = {shard: [index for index in store.manifest.images_of(shard) if index not in done] for shard in shards}
+    started_here = not ray.is_initialized()
+    if started_here:
+        _connect(ray, job.options.ray_address)
+    try:
+        _quiet(ray)
+        rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+        fitted = rows.map(
+            ShardFitter,  # pyright: ignore[reportArgumentType], a class means actors
+            fn_constructor_args=(job,),
+            compute=ray.data.ActorPoolStrategy(size=min(job.options.workers, len(shards))),
+            max_restarts=_TRIES,
+            max_task_retries=_TRIES,
+            **_request(ray, job),
+        )
+        for row in fitted.iter_rows():
+            reasons = json.loads(row["reasons"])
+            for index in todo[int(row["shard"])]:
+                on_photo(index, reasons.get(str(index)))
+    except ray.exceptions.RayError as error:
+        raise FitError(f"a Ray worker failed: {_reason(error)}") from error
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def local_threads(workers: int) -> int:
+    """Torch threads of each of several workers on this machine."""
+    return max((os.cpu_count() or 1) // workers, 1)
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise FitError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+
+
+def _quiet(ray: Any) -> None:
+    """Ray's own bars would draw over ours, and it gives up on rows that take half an hour, as a large shard may."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    if hasattr(context, "execution_no_progress_timeout_s"):
+        context.execution_no_progress_timeout_s = -1
+
+
+def _request(ray: Any, job: RayJob) -> dict[str, Any]:
+    """Processors and accelerators of a worker, such that some machine has them.
+
+    Raises:
+        FitError: if none has as many as were asked for.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {kind: max(machine.get(kind, 0.0) for machine in machines) for kind in ("CPU", "GPU")}
+    options = job.options
+    cpus, gpus = options.worker_cpus, options.worker_gpus
+    if cpus is None:
+        even = sum(machine.get("CPU", 0.0) for machine in machines) / options.workers
+        cpus = round(_WORKERS_SHARE * min(even, most["CPU"]), 2)
+    if gpus is None:
+        gpus = 1.0 if job.on_gpu else 0.0
+    for kind, asked in (("CPU", cpus), ("GPU", gpus)):
+        if asked > most[kind]:
+            raise FitError(
+                f"a worker asks for {asked:g} {kind}s and the largest machine of the cluster has {most[kind]:g}; lower "
+                f"--worker-{kind.lower()}s, or start Ray where there are as many"
+            )
+    return {"num_cpus": cpus} | ({"num_gpus": gpus} if gpus else {})
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in the worker, without the way it took through Ray."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, DenoisingVitError):
+            return str(current)
+        current = getattr(current, "cause", None) or current.__cause__
+    return str(error).strip().splitlines()[-1]

@@ -1,0 +1,206 @@
+"""Stage 1 for a stream of photos: their views share batches, which fill the device whatever the number of views."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.dataset import Skipped
+from denoising_vit.decomposition import ExactSolver, Statistics
+from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition.statistics import require_finite
+from denoising_vit.denoise import prepare, solver_for
+from denoising_vit.errors import DenoisingVitError, PlanError
+from denoising_vit.extraction import fitting_batch, load_image
+from denoising_vit.fit.prefetch import prefetched
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.rendering import ViewRenderer
+from denoising_vit.views import ViewPlan
+
+#: Batches of views that are rendered before they are needed.
+_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A photo that could not be done.
+
+    Attributes:
+        index: its place in the data set.
+        name: its id.
+        reason: why, without its name.
+        final: whether another try would fail as well.
+    """
+
+    index: int
+    name: str
+    reason: str
+    final: bool = True
+
+
+@dataclass
+class Ready:
+    """A photo whose views have all been seen; :meth:`finish` solves it."""
+
+    index: int
+    about: dict[str, Any]
+    statistics: Statistics
+    solver: ExactSolver
+    held_out: ViewPlan | None
+    artifact: Tensor | None
+    judged: list[Tensor] = field(default_factory=list)
+
+    def finish(self) -> tuple[Tensor, dict[str, Any]]:
+        """The field (Ry, Rx, C), float32 on the CPU, and the record of how it went."""
+        b, g = self.statistics.b, self.statistics.g
+        if self.artifact is None:
+            nodes, artifact = self.solver.solve(b, g)
+        else:
+            artifact = self.artifact.to(b)
+            nodes = self.solver.solve_field(b, artifact)
+        record = {"photo": self.about, "clipped_tokens": self.statistics.clipped_tokens}
+        if self.held_out is not None:
+            judge = HeldOut(nodes, artifact, self.held_out)
+            for features in self.judged:
+                judge.add_views(features)
+            record |= {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
+        return nodes.float().cpu(), record
+
+
+@dataclass
+class _Photo:
+    """A photo on its way: what is still to come of it, and why it failed if it did."""
+
+    ready: Ready
+    views: list[tuple[bool, ViewRenderer]]  # whether they are fitted, and what renders them
+    left: int
+    reason: str | None = None
+
+    def take(self, fitted: bool, features: Tensor) -> None:
+        """Takes the features (B, h, w, C) of the next views, fitted or held out."""
+        self.left -= len(features)
+        if self.reason is not None:
+            return
+        try:
+            if fitted:
+                self.ready.statistics.add(features)
+            else:
+                require_finite(features)
+                self.ready.judged.append(features.clone())  # the batch that they are a part of need not stay
+        except DenoisingVitError as error:
+            self.reason = str(error)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some views (B, 3, H, W) of a photo; or a photo that failed before it had any."""
+
+    photo: _Photo | Failed
+    fitted: bool = True
+    images: Tensor | None = None
+
+
+class StageOne:
+    """The exact solver of one backbone and plan, for any number of photos.
+
+    Args:
+        backbone: the extractor.
+        options: of stage 1; the method must be exact.
+        artifact: G (h, w, C) where it is known.
+
+    Raises:
+        PlanError: if the method is another, or the views do not suffice.
+        SizeError: if the size does not fit the patch grid.
+    """
+
+    def __init__(self, backbone: Backbone, options: DenoiseOptions, artifact: Tensor | None = None) -> None:
+        if options.method != "exact":
+            raise PlanError(f"whole data sets are fitted by the exact method, got {options.method!r}")
+        self.backbone = backbone
+        self.options = options
+        self.artifact = None if artifact is None else artifact.detach().cpu()
+        self.fitted, self.held_out = prepare(backbone, options, artifact)
+        self.solver = solver_for(self.fitted, options, backbone.device)
+        self.batch_size = options.batch_size or fitting_batch(backbone.device, math.prod(self.fitted.grid))
+
+    @property
+    def views(self) -> int:
+        """Forward passes that a photo takes."""
+        return len(self.fitted) + (0 if self.held_out is None else len(self.held_out))
+
+    def run(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Generator[Ready | Failed, None, None]:
+        """Sees all views of photos (index, id, pixels) and gives them back in their order, to be solved.
+
+        Views are rendered in a thread of their own, ahead of the forward passes.
+        """
+        with contextlib.closing(prefetched(self._batches(photos), _AHEAD)) as batches:
+            for batch in batches:
+                yield from self._take(batch)
+
+    @torch.no_grad()
+    def _forward(self, images: list[Tensor]) -> Iterator[Tensor]:
+        """Features (B, h, w, C) of each part (B, 3, H, W), from one forward pass."""
+        return iter(self.backbone(torch.cat(images)).split([len(part) for part in images]) if images else ())
+
+    def _take(self, batch: list[_Piece]) -> Iterator[Ready | Failed]:
+        features = self._forward([piece.images for piece in batch if piece.images is not None])
+        for piece in batch:
+            if isinstance(piece.photo, Failed):
+                yield piece.photo
+                continue
+            piece.photo.take(piece.fitted, next(features))
+            if piece.photo.left == 0:
+                reason = piece.photo.reason
+                ready = piece.photo.ready
+                yield ready if reason is None else Failed(ready.index, ready.about["name"], reason)
+
+    def _batches(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Iterator[list[_Piece]]:
+        """Pieces of photos, so that every batch but the last has as many views as the device takes at once."""
+        batch: list[_Piece] = []
+        room = self.batch_size
+        for index, name, pixels in photos:
+            photo = self._open(index, name, pixels)
+            if isinstance(photo, Failed):
+                batch.append(_Piece(photo))
+                if len(batch) > self.batch_size:  # many in a row are not to wait for views that fill a batch
+                    yield batch
+                    batch, room = [], self.batch_size
+                continue
+            for fitted, render in photo.views:
+                start, total = 0, len(render.plan)
+                while start < total:
+                    count = min(room, total - start)
+                    batch.append(_Piece(photo, fitted, render(slice(start, start + count))))
+                    start, room = start + count, room - count
+                    if not room:
+                        yield batch
+                        batch, room = [], self.batch_size
+        if batch:
+            yield batch
+
+    def _open(self, index: int, name: str, pixels: np.ndarray | Skipped) -> _Photo | Failed:
+        if isinstance(pixels, Skipped):
+            return Failed(index, name, pixels.reason, final=not pixels.unreachable)
+        try:
+            image, about = load_image(pixels, self.backbone)
+        except DenoisingVitError as error:
+            return Failed(index, name, str(error))
+        ready = Ready(
+            index,
+            about | {"name": name},
+            Statistics(self.fitted, self.backbone.embed_dim, device=self.backbone.device, clip=self.options.clip),
+            self.solver,
+            self.held_out,
+            self.artifact,
+        )
+        plans = [(True, self.fitted)] + ([] if self.held_out is None else [(False, self.held_out)])
+        views = [(fitted, ViewRenderer(image, plan, self.backbone.mean, self.backbone.std)) for fitted, plan in plans]
+        return _Photo(ready, views, self.views)

@@ -1,0 +1,70 @@
+"""Items made ahead of their reader."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from denoising_vit.fit.prefetch import prefetched
+
+
+def workers() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_items_come_in_order() -> None:
+    assert list(prefetched(range(50), 3)) == list(range(50))
+
+
+def test_nothing_comes_of_nothing() -> None:
+    assert list(prefetched([], 3)) == []
+
+
+def test_no_more_than_asked_for_are_made_ahead() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    reader = prefetched(items(), 2)
+    assert next(reader) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:  # one read, two waiting, one in hand
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == 4
+    reader.close()
+
+
+def test_an_exception_comes_at_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("third")
+
+    reader = prefetched(items(), 5)
+    assert [next(reader), next(reader)] == [1, 2]
+    with pytest.raises(ValueError, match="third"):
+        next(reader)
+
+
+def test_a_reader_that_stops_early_stops_the_thread_and_closes_the_iterator() -> None:
+    closed = threading.Event()
+
+    def items() -> Iterator[int]:
+        try:
+            yield from range(1000)
+        finally:
+            closed.set()
+
+    reader = prefetched(items(), 1)
+    next(reader)
+    assert workers() == 1
+    reader.close()
+    assert workers() == 0
+    assert closed.is_set()

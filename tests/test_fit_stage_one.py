@@ -1,0 +1,142 @@
+"""Stage 1 for a stream of photos: the same results as one by one, whatever the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import denoising_vit as dv
+from denoising_vit import Backbone, DenoiseOptions, PlanError
+from denoising_vit.dataset import Skipped
+from denoising_vit.fit import Failed, Ready, StageOne
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = DenoiseOptions(views=9, held_out=2, seed=3)
+Photos = list[tuple[int, str, np.ndarray | Skipped]]
+
+
+class Counting(nn.Module):
+    """One convolution that remembers the sizes of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 5, 8, 8)
+        self.batches: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        return self.patches(images)
+
+
+@pytest.fixture
+def module() -> Counting:
+    return Counting()
+
+
+@pytest.fixture
+def backbone(module: Counting) -> Backbone:
+    made = dv.load_backbone(module, patch_size=8, default_size=56)
+    module.batches.clear()
+    return made
+
+
+@pytest.fixture(scope="module")
+def photos() -> Photos:
+    chance = np.random.default_rng(0)
+    return [(index, f"{index}.png", chance.integers(0, 255, (60, 70, 3), dtype=np.uint8)) for index in (4, 7, 8, 11)]
+
+
+def run(stage: StageOne, photos: Photos) -> list[Ready | Failed]:
+    return list(stage.run(iter(photos)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 16, 50])
+def test_fields_and_figures_are_those_of_single_photos(backbone: Backbone, photos: Photos, batch_size: int) -> None:
+    stage = StageOne(backbone, DenoiseOptions(views=9, held_out=2, seed=3, batch_size=batch_size))
+    found = run(stage, photos)
+    assert [ready.index for ready in found] == [4, 7, 8, 11]
+    for ready, (_, name, pixels) in zip(found, photos, strict=True):
+        assert isinstance(ready, Ready) and isinstance(pixels, np.ndarray)
+        field, record = ready.finish()
+        alone = dv.denoise_image(backbone, pixels, options=OPTIONS)
+        torch.testing.assert_close(field, alone.field, rtol=1e-5, atol=1e-5)
+        assert record["heldout_r2"] == pytest.approx(alone.heldout_r2)
+        assert record["heldout_cosine"] == pytest.approx(alone.heldout_cosine)
+        assert record["photo"]["name"] == name
+        assert record["photo"]["sha256"] == alone.info["photo"]["sha256"]
+
+
+def test_batches_are_full_across_photos(backbone: Backbone, module: Counting, photos: Photos) -> None:
+    stage = StageOne(backbone, DenoiseOptions(views=9, held_out=2, batch_size=16))
+    run(stage, photos)
+    assert stage.views == 11
+    assert module.batches == [16, 16, 12]  # 4 x 11 views
+
+
+def test_unreadable_photos_come_at_their_place(backbone: Backbone, photos: Photos) -> None:
+    mixed: Photos = [
+        (0, "a", Skipped("a", "truncated")),
+        *photos[:1],
+        (5, "b", np.zeros((3, 3, 3), np.uint8)),
+        photos[1],
+    ]
+    found = run(StageOne(backbone, OPTIONS), mixed)
+    assert [result.index for result in found] == [0, 4, 5, 7]
+    assert found[0] == Failed(0, "a", "truncated")
+    assert isinstance(found[2], Failed) and "less than one patch" in found[2].reason and found[2].name == "b"
+    assert isinstance(found[1], Ready) and isinstance(found[3], Ready)
+
+
+def test_features_that_are_not_finite_fail_their_photo_alone(photos: Photos) -> None:
+    class Poisoned(Counting):
+        def forward(self, images: Tensor) -> Tensor:
+            out = super().forward(images)
+            dark = images.amax((1, 2, 3)) < -1.5
+            out[dark] = torch.nan
+            return out
+
+    backbone = dv.load_backbone(Poisoned(), patch_size=8, default_size=56)
+    dark: Photos = [(1, "dark", np.zeros((60, 70, 3), np.uint8))]
+    found = run(StageOne(backbone, OPTIONS), [*photos[:1], *dark, *photos[1:]])
+    assert [type(result) for result in found] == [Ready, Failed, Ready, Ready, Ready]
+    assert isinstance(found[1], Failed) and "not finite" in found[1].reason
+    clean = run(StageOne(backbone, OPTIONS), photos)
+    for ours, theirs in zip([found[0], *found[2:]], clean, strict=True):
+        assert isinstance(ours, Ready) and isinstance(theirs, Ready)
+        assert torch.equal(ours.finish()[0], theirs.finish()[0])
+
+
+def test_known_artifact_is_used(backbone: Backbone, photos: Photos) -> None:
+    artifact = torch.randn(7, 7, 5)
+    found = run(StageOne(backbone, OPTIONS, artifact), photos[:1])[0]
+    assert isinstance(found, Ready) and isinstance(photos[0][2], np.ndarray)
+    alone = dv.denoise_image(backbone, photos[0][2], options=OPTIONS, artifact=artifact)
+    torch.testing.assert_close(found.finish()[0], alone.field, rtol=1e-5, atol=1e-5)
+
+
+def test_without_held_out_views_there_are_no_figures(backbone: Backbone, module: Counting, photos: Photos) -> None:
+    stage = StageOne(backbone, DenoiseOptions(views=9, held_out=0))
+    found = run(stage, photos[:1])[0]
+    assert isinstance(found, Ready)
+    assert "heldout_r2" not in found.finish()[1]
+    assert sum(module.batches) == stage.views == 9
+
+
+def test_a_source_that_breaks_is_heard_of(backbone: Backbone, photos: Photos) -> None:
+    def broken() -> Iterator[tuple[int, str, np.ndarray | Skipped]]:
+        yield photos[0]
+        raise OSError("the drive is gone")
+
+    with pytest.raises(OSError, match="the drive is gone"):
+        list(StageOne(backbone, OPTIONS).run(broken()))
+
+
+def test_other_methods_are_refused(backbone: Backbone) -> None:
+    with pytest.raises(PlanError, match="exact method, got 'neural-field'"):
+        StageOne(backbone, DenoiseOptions(method="neural-field"))
