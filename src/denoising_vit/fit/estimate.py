@@ -46,13 +46,12 @@ class Estimate:
         """Refuses what the disk cannot hold.
 
         Raises:
-            FitError: naming both sides and what to do.
+            FitError: with the whole estimate and what to do.
         """
         if self.bytes_free is not None and self.bytes_needed > self.bytes_free:
             raise FitError(
-                f"the store needs {_size(self.bytes_needed)} more and {_size(self.bytes_free)} are free; make room, "
-                "name another place (-o), keep the patch grid only (--grid patch, a quarter of the bytes), or take "
-                "fewer photos"
+                f"no room for it: {self}. Make room, name another place (-o), keep the patch grid only (--grid patch, "
+                "a quarter of the bytes), or take fewer photos"
             )
 
     def __str__(self) -> str:

@@ -88,7 +88,8 @@ class FitJob:
                     "dtype that both compute in (--dtype), or one device"
                 )
         if not FeatureStore.exists(store):
-            _estimate(stages, manifest, options, str(store), len(dataset), 0, 0, 0.0).require_room()
+            args = stages, manifest, options, str(store), len(dataset), 0, 0, seconds_per_pass(stages[0])
+            _estimate(*args).require_room()
         opened = FeatureStore.create_or_open(store, manifest, [item.id for item in dataset])
         if options.retry_failed:
             opened.retry_failed()
@@ -139,9 +140,14 @@ class FitJob:
             LocalRun(self.dataset, self.store, options.decoders, options.strict, on_photo).fit(self.stages, shards)
             return
         backbone = self.stages[0].backbone
+        weights = Path(self.spec.weights).expanduser()
+        spec = replace(
+            self.spec,
+            dtype=str(backbone.dtype).removeprefix("torch."),  # another machine might choose another
+            weights=str(weights.absolute()) if weights.is_file() else self.spec.weights,
+        )
         job = RayJob(
-            # Another machine might choose another dtype.
-            spec=replace(self.spec, dtype=str(backbone.dtype).removeprefix("torch.")),  # pyright: ignore[reportArgumentType]
+            spec=spec,
             source=absolute(self.dataset.source),
             store=self.store.url,
             manifest=manifest_of(self.stages[0], options).with_ids(self.store.ids),

@@ -15,7 +15,8 @@ class FitOptions:
     Attributes:
         engine: local is this process; ray is several, on this machine or a cluster.
         workers: ray only; processes that hold a model each.
-        ray_address: ray only; of a running cluster, as `ray start` prints it. Without it, one is started here.
+        ray_address: ray only; of a running cluster, as `ray start` prints it. Without it, that of the environment's
+            RAY_ADDRESS, or else one is started here.
         worker_cpus: ray only; processors that a worker asks for. Without it, an even part that leaves some for reading.
         worker_gpus: ray only; accelerators that a worker asks for.
         grid: field keeps every node of F, for crops as training targets; patch keeps the patch grid alone, a quarter of

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from denoising_vit import errors
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.errors import DenoisingVitError, FitError
 from denoising_vit.fit.local import LocalRun, OnPhoto
@@ -24,8 +26,8 @@ from denoising_vit.store import FeatureStore, Manifest
 #: Of a machine's processors, the share that workers ask for; the rest reads and schedules.
 _WORKERS_SHARE = 0.8
 
-#: How often a shard is tried whose workers die.
-_TRIES = 3
+#: Seconds to wait for a cluster's address to answer; Ray itself waits for minutes.
+_ANSWER = 5
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,20 @@ class RayJob:
 
 
 class ShardFitter:
-    """A worker: loads the backbone once, then fits one shard after another."""
+    """A worker: loads the backbone once, then fits one shard after another.
+
+    Errors of ours go back as rows: raised, they would come out of Ray wrapped in advice, some of them after retries.
+    """
 
     def __init__(self, job: RayJob) -> None:
+        self._options = job.options
+        self._error: DenoisingVitError | None = None
+        try:
+            self._load(job)
+        except DenoisingVitError as error:
+            self._error = error
+
+    def _load(self, job: RayJob) -> None:
         import torch
 
         from denoising_vit.dataset import open_dataset
@@ -72,20 +85,24 @@ class ShardFitter:
         # Photos may have been added since, and this machine may compute otherwise: then nothing is written.
         ours = manifest_of(self._stage, job.options).with_ids([item.id for item in self._dataset])
         self._store = FeatureStore.open(job.store, ours, writable=True)
-        self._options = job.options
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fits the shard that the row names; why photos were not done goes back as JSON."""
+        """Fits the shard that the row names; why photos were not done, or all went wrong, goes back as JSON."""
         reasons: dict[int, str] = {}
 
         def note(index: int, reason: str | None) -> None:
             if reason is not None:
                 reasons[index] = reason
 
-        options = self._options
-        run = LocalRun(self._dataset, self._store, options.decoders, options.strict, note)
-        run.fit([self._stage], [int(row["shard"])])
-        return {"shard": row["shard"], "reasons": json.dumps(reasons)}
+        shard = int(row["shard"])
+        try:
+            if self._error is not None:
+                raise self._error
+            options = self._options
+            LocalRun(self._dataset, self._store, options.decoders, options.strict, note).fit([self._stage], [shard])
+        except DenoisingVitError as error:
+            return {"shard": shard, "reasons": "{}", "error": json.dumps([type(error).__name__, str(error)])}
+        return {"shard": shard, "reasons": json.dumps(reasons), "error": ""}
 
 
 def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_photo: OnPhoto) -> None:
@@ -99,6 +116,7 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
 
     Raises:
         FitError: if Ray is not installed, no cluster answers, the cluster has no room for a worker, or one fails.
+        DenoisingVitError: what a worker raised.
     """
     try:
         import ray
@@ -118,16 +136,16 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
             ShardFitter,  # pyright: ignore[reportArgumentType], a class means actors
             fn_constructor_args=(job,),
             compute=ray.data.ActorPoolStrategy(size=min(job.options.workers, len(shards))),
-            max_restarts=_TRIES,
-            max_task_retries=_TRIES,
             **_request(ray, job),
         )
         for row in fitted.iter_rows():
+            if row["error"]:
+                raise _as_raised(*json.loads(row["error"]))
             reasons = json.loads(row["reasons"])
             for index in todo[int(row["shard"])]:
                 on_photo(index, reasons.get(str(index)))
     except ray.exceptions.RayError as error:
-        raise FitError(f"a Ray worker failed: {_reason(error)}") from error
+        raise FitError(f"a Ray worker failed: {str(error).strip()}") from error
     finally:
         if started_here:
             ray.shutdown()
@@ -139,9 +157,12 @@ def local_threads(workers: int) -> int:
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=_ANSWER).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise FitError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
 
 
@@ -177,11 +198,9 @@ def _request(ray: Any, job: RayJob) -> dict[str, Any]:
     return {"num_cpus": cpus} | ({"num_gpus": gpus} if gpus else {})
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong in the worker, without the way it took through Ray."""
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, DenoisingVitError):
-            return str(current)
-        current = getattr(current, "cause", None) or current.__cause__
-    return str(error).strip().splitlines()[-1]
+def _as_raised(kind: str, message: str) -> DenoisingVitError:
+    """An error of ours as it was before it went through Ray."""
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, DenoisingVitError):
+        return known(message)
+    return FitError(message)

@@ -1,0 +1,347 @@
+"""A data set through Ray: the store that the local engine makes, bit for bit, also where a worker is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_fit as tiny
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli import app
+from denoising_vit.dataset import open_dataset
+from denoising_vit.errors import DenoisingVitError, FitError, PhotoError
+from denoising_vit.fit import FitJob, FitOptions, ray_engine
+from denoising_vit.fit import job as jobs
+from denoising_vit.fit.ray_engine import RayJob, ShardFitter
+from denoising_vit.store import FeatureStore, layout
+
+ray = pytest.importorskip("ray")
+psutil = pytest.importorskip("psutil")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+PHOTOS = 12
+
+#: Of the photos, one that is none.
+BAD = 4
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def spec(weights: Path) -> BackboneSpec:
+    return tiny.spec_of(weights)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.write_photos(tmp_path_factory.mktemp("photos"), PHOTOS)
+    (folder / f"{BAD:02}.png").write_text("words")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(
+    one_thread: None, photos: Path, spec: BackboneSpec, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """What the local engine stores."""
+    folder = tmp_path_factory.mktemp("local") / "store"
+    tiny.prepare(photos, folder, spec).run()
+    return tiny.contents(folder)
+
+
+# --- without a cluster: what a worker is told, and what is said where there is none ---
+
+
+def test_ray_that_is_not_installed_is_named_with_its_extra(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(FitError, match=r"engine 'ray' needs Ray: pip install 'denoising-vit\[ray\]'"):
+        tiny.prepare(photos, tmp_path / "store", spec, engine="ray").run()
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError, RuntimeError])
+def test_a_cluster_that_does_not_answer_is_named(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def refuse(**_options: Any) -> None:
+        raise kind("nobody there")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("socket.create_connection", lambda *_address, **_options: socket.socket())
+    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray", ray_address="192.0.2.1:6379")
+    with pytest.raises(FitError, match=r"no Ray cluster at 192\.0\.2\.1:6379: nobody there"):
+        job.run()
+
+
+def test_an_address_that_is_none_is_refused(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
+    assert not ray.is_initialized(), "this test comes before those with a cluster"
+    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray", ray_address="nonsense")
+    with pytest.raises(FitError, match="no Ray cluster at nonsense"):
+        job.run()
+
+
+def test_several_devices_are_refused(photos: Path, weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="takes one device; give each worker its own by --workers and --worker-gpus"):
+        tiny.prepare(photos, tmp_path / "store", tiny.spec_of(weights, device="cpu,cpu"), engine="ray")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_finished_store_needs_no_cluster(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.prepare(photos, tmp_path / "store", spec).run()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    tiny.prepare(photos, tmp_path / "store", spec, engine="ray", workers=2).run()
+
+
+def told(job: FitJob, monkeypatch: pytest.MonkeyPatch) -> RayJob:
+    """What the workers of a job would be told."""
+    given: list[RayJob] = []
+    monkeypatch.setattr(jobs, "fit_with_ray", lambda order, *_others: given.append(order))
+    with contextlib.suppress(FitError):  # it finds that nothing was done
+        job.run()
+    return given[0]
+
+
+def test_a_worker_does_a_shard_and_tells_what_became_of_it(
+    photos: Path, spec: BackboneSpec, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray")
+    worker = ShardFitter(told(job, monkeypatch))
+    row = worker({"shard": 1})
+    assert row["shard"] == 1
+    reasons = json.loads(row["reasons"])
+    assert list(reasons) == [str(BAD)] and "not an image file" in reasons[str(BAD)]
+    assert job.store.contents.sealed() == {1}
+    before = tiny.contents(tmp_path / "store")
+    assert worker({"shard": 1})["shard"] == 1  # a second time, after a crash: nothing is left to do
+    assert tiny.contents(tmp_path / "store") == before
+    for shard in (0, 2, 3):
+        worker({"shard": shard})
+    assert tiny.contents(tmp_path / "store") == local
+
+
+def test_an_address_where_nothing_listens_is_told_at_once(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_options: pytest.fail("Ray would wait for minutes"))
+    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray", ray_address="127.0.0.1:1")
+    with pytest.raises(FitError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        job.run()
+
+
+def test_a_worker_in_another_folder_finds_photos_that_were_named_from_here(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a running cluster are in the folder in which it was started."""
+    monkeypatch.chdir(photos.parent)
+    job = tiny.prepare(Path(photos.name), tmp_path / "store", spec, engine="ray")
+    order = told(job, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    ShardFitter(order)({"shard": 0})
+    assert job.store.done() == {0, 1, 2}
+
+
+def test_a_worker_in_another_folder_finds_weights_that_were_named_from_here(
+    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(weights.parent)
+    job = tiny.prepare(photos, tmp_path / "store", tiny.spec_of(Path(weights.name)), engine="ray")
+    order = told(job, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    ShardFitter(order)({"shard": 0})
+    assert job.store.done() == {0, 1, 2}
+
+
+def test_a_worker_that_finds_other_photos_than_the_store_has_stores_nothing_under_a_wrong_name(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that starts, or starts again, hours later: one photo more, and every index means another one."""
+    data = Path(shutil.copytree(photos, tmp_path / "data"))
+    job = tiny.prepare(data, tmp_path / "store", spec, engine="ray")
+    order = told(job, monkeypatch)
+    shutil.copy(data / "11.png", data / "00 new.png")  # the second of all, now
+    try:
+        ShardFitter(order)({"shard": 0})
+    except DenoisingVitError:
+        return  # refused: as good
+    for index in job.store.done():
+        assert job.store[index].record["photo"]["name"] == job.store.ids[index]
+
+
+def test_a_job_that_failed_can_be_run_again(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "ray", None)
+        with pytest.raises(FitError):
+            job.run()
+    assert told(job, monkeypatch).store == str(tmp_path / "store")
+
+
+def test_workers_share_the_processors_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert [ray_engine.local_threads(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+
+
+# --- with a cluster ---
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def test_one_worker_gives_the_store_of_the_local_engine_and_json_lines_alone(
+    cluster: None,
+    photos: Path,
+    weights: Path,
+    local: dict[str, bytes],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*tiny.command(photos, tmp_path / "store", weights), "--engine", "ray", "--json"]
+    capfd.readouterr()
+    assert app.run(arguments) == 1  # one photo is none
+    captured = capfd.readouterr()
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    assert sorted(row["image"] for row in rows) == [f"{number:02}.png" for number in range(PHOTOS)]
+    assert [row["image"] for row in rows if row["status"] != "done"] == [f"{BAD:02}.png"]
+    assert f"skipped: {BAD:02}.png: not an image file" in captured.err
+    assert tiny.contents(tmp_path / "store") == local
+    tiny.assert_whole(tmp_path / "store", failed=1)
+    assert ray.is_initialized()  # a cluster that was there stays
+
+
+def test_two_workers_give_the_store_of_the_local_engine(
+    cluster: None, photos: Path, spec: BackboneSpec, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray", workers=2)
+    seen: list[tuple[int, str | None]] = []
+    job.run(lambda index, reason: seen.append((index, reason)))
+    assert sorted(index for index, _ in seen) == list(range(PHOTOS))
+    assert [index for index, reason in seen if reason is not None] == [BAD]
+    assert tiny.contents(tmp_path / "store") == local
+
+
+@dataclass
+class Watcher:
+    """Kills the first worker that has stored some of a shard's photos but not all; sees who writes what, and how often.
+
+    Attributes:
+        store: opened for reading.
+        ended: set it to end the watching.
+        killed: the shard whose worker was killed.
+        kept: what that worker had stored of it.
+        holders: processes that were seen to hold a shard.
+        written: when a staged photo was written, each time it was.
+    """
+
+    store: FeatureStore
+    ended: threading.Event = field(default_factory=threading.Event)
+    killed: int | None = None
+    kept: frozenset[int] = frozenset()
+    holders: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    written: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def __call__(self) -> None:
+        while not self.ended.wait(0.005):
+            for index in self.store.contents.staged():
+                with contextlib.suppress(FileNotFoundError):  # sealed since
+                    self.written[index].add((Path(self.store.url) / layout.staged_key(index)).stat().st_mtime_ns)
+            for shard in range(self.store.manifest.shards):
+                holder = self.holder(shard)
+                if holder is not None:
+                    self.holders[shard].add(holder)
+                    if self.killed is None:
+                        self.kill(shard, holder)
+
+    def kill(self, shard: int, holder: int) -> None:
+        images = set(self.store.manifest.images_of(shard))
+        kept = self.store.contents.staged() & images
+        if kept and kept < images:
+            os.kill(holder, signal.SIGKILL)
+            self.killed, self.kept = shard, frozenset(kept)
+
+    def holder(self, shard: int) -> int | None:
+        """The process that writes a shard, if it is one below this one."""
+        below = {child.pid for child in psutil.Process().children(recursive=True)}
+        for path in (Path(self.store.url) / layout.LEASES).glob(f"{layout.shard_lease(shard)}.*.json"):
+            with contextlib.suppress(OSError, ValueError):  # released since
+                entry = json.loads(path.read_bytes())
+                if not entry["released"] and entry["holder"]["pid"] in below:
+                    return entry["holder"]["pid"]
+        return None
+
+
+def test_a_killed_worker_costs_its_shard_alone(cluster: None, spec: BackboneSpec, tmp_path: Path) -> None:
+    data = tiny.write_photos(tmp_path / "photos", PHOTOS)
+    slow = tiny.denoising(views=100)  # so that a shard takes long enough for its worker to be killed
+    job = tiny.prepare(data, tmp_path / "store", spec, engine="ray", workers=2, stage_one=slow)
+    watcher = Watcher(FeatureStore.open(tmp_path / "store"))
+    thread = threading.Thread(target=watcher)
+    thread.start()
+    seen: list[int] = []
+    try:
+        job.run(lambda index, _: seen.append(index))
+    finally:
+        watcher.ended.set()
+        thread.join()
+    assert watcher.killed is not None, "no worker was killed: the photos are done too fast for this test"
+    assert sorted(seen) == list(range(PHOTOS))
+    tiny.assert_whole(job.store)
+    assert [shard for shard, holders in watcher.holders.items() if len(holders) > 1] == [watcher.killed]
+    assert watcher.kept <= watcher.written.keys()
+    assert [index for index, times in watcher.written.items() if len(times) > 1] == []  # nothing was done twice
+    undisturbed = tiny.prepare(data, tmp_path / "undisturbed", spec, stage_one=slow)
+    undisturbed.run()
+    assert tiny.contents(tmp_path / "store") == tiny.contents(tmp_path / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def strict_error(
+    cluster: None, photos: Path, spec: BackboneSpec, tmp_path_factory: pytest.TempPathFactory
+) -> DenoisingVitError:
+    """How a strict run ends."""
+    store = tmp_path_factory.mktemp("strict") / "store"
+    options = FitOptions(engine="ray", strict=True, images_per_shard=3)
+    job = FitJob.prepare(open_dataset(photos), store, spec, tiny.denoising(), options)
+    with pytest.raises(DenoisingVitError) as ended:
+        job.run()
+    assert list(job.store.verify()) == []
+    return ended.value
+
+
+def test_strict_stops_with_the_reason(strict_error: DenoisingVitError) -> None:
+    assert "not an image file" in str(strict_error)
+
+
+def test_strict_stops_as_the_local_engine_does(strict_error: DenoisingVitError) -> None:
+    assert isinstance(strict_error, PhotoError)
+    assert "Traceback" not in str(strict_error)

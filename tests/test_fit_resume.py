@@ -1,0 +1,260 @@
+"""A fit that is killed goes on as if nothing had been: nothing is lost, nothing finished is done again."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+import tiny_fit as tiny
+from denoising_vit.store import FeatureStore
+
+PHOTOS = 12
+
+#: Photos that may have been seen and not been stored when a process dies: three that wait to be written, one whose
+#: views are being seen, and one that the same batch begins.
+IN_FLIGHT = 5
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+
+
+def fit_and_count(arguments: list[str], counter: str) -> None:
+    """`dvit fit` in a process of its own that writes one byte an image it sees; not counted are those of other sizes
+    (the fingerprint's) and those that time the estimate.
+    """
+    import torch
+
+    from denoising_vit.backbones.timm_vit import TimmBackbone
+    from denoising_vit.cli import app
+    from denoising_vit.fit import job
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+    torch.set_num_threads(1)
+    forward = TimmBackbone.forward
+    file = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def count(self: TimmBackbone, image: torch.Tensor) -> torch.Tensor:
+        if tuple(image.shape[2:]) == (tiny.SIZE, tiny.SIZE):
+            os.write(file, b"." * len(image))
+        return forward(self, image)
+
+    job.seconds_per_pass = lambda _stage: 0.01
+    TimmBackbone.forward = count  # pyright: ignore[reportAttributeAccessIssue]
+    sys.exit(app.run(arguments))
+
+
+@dataclass
+class Run:
+    """A process that fits, and what it has done."""
+
+    process: ForkServerProcess
+    counter: Path
+    before: int
+
+    @property
+    def passes(self) -> int:
+        """Images that this process has seen."""
+        return counted(self.counter) - self.before
+
+    def wait_for(self, passes: int) -> None:
+        """Until so many images were seen, or the process is at its end."""
+        while self.passes < passes and self.process.is_alive():
+            time.sleep(0.002)
+
+    def end(self) -> int:
+        self.process.join(120)
+        code = self.process.exitcode
+        assert code is not None, "the process does not end"
+        return code
+
+
+def counted(counter: Path) -> int:
+    return counter.stat().st_size if counter.exists() else 0
+
+
+@dataclass(frozen=True)
+class Place:
+    photos: Path
+    weights: Path
+    store: Path
+    counter: Path
+
+
+Start = Callable[[Place], Run]
+
+
+@pytest.fixture(scope="module")
+def start() -> Start:
+    """Starts `dvit fit` for a place; processes are forked from one that has done the imports, which take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["denoising_vit.cli.app", "denoising_vit.cli.fit", "timm", "tiny_fit"])
+
+    def run(place: Place) -> Run:
+        arguments = [*tiny.command(place.photos, place.store, place.weights), "--batch-size", str(tiny.PASSES)]
+        process = context.Process(target=fit_and_count, args=(arguments, str(place.counter)), daemon=True)
+        before = counted(place.counter)
+        process.start()
+        return Run(process, place.counter, before)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny.write_photos(folder / "photos", PHOTOS), tiny.write_weights(folder / "tiny.safetensors")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    contents: dict[str, bytes]
+    seconds: float
+    passes: int
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start: Start, inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """What a run gives, takes and costs that nobody kills."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    warm_up = Place(*inputs, folder / "first", folder / "first passes")
+    assert start(warm_up).end() == 0
+    place = Place(*inputs, folder / "store", folder / "passes")
+    started = time.perf_counter()
+    run = start(place)
+    assert run.end() == 0
+    return Undisturbed(tiny.contents(place.store), time.perf_counter() - started, run.passes)
+
+
+@pytest.fixture
+def place(inputs: tuple[Path, Path], tmp_path: Path) -> Place:
+    return Place(*inputs, tmp_path / "store", tmp_path / "passes")
+
+
+def done_in(store: Path) -> int:
+    """Photos finished; none where the process did not come as far as to make the store."""
+    return len(FeatureStore.open(store).done()) if (store / "manifest.json").exists() else 0
+
+
+def kill(run: Run) -> None:
+    assert run.process.pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(run.process.pid, signal.SIGKILL)
+    assert run.end() in (-signal.SIGKILL, 0)  # it may just have come to its end
+
+
+def test_an_undisturbed_run_sees_every_view_once(undisturbed: Undisturbed) -> None:
+    assert undisturbed.passes == PHOTOS * tiny.PASSES
+
+
+def test_kills_at_moments_of_work_lose_nothing_and_cost_what_was_in_flight(
+    start: Start, place: Place, undisturbed: Undisturbed
+) -> None:
+    chance = random.Random(4)
+    killed = 0
+    for _ in range(4):
+        before = done_in(place.store)
+        run = start(place)
+        run.wait_for(chance.randint(1, 4 * tiny.PASSES))
+        time.sleep(chance.uniform(0, 0.05))
+        kill(run)
+        killed += run.process.exitcode != 0
+        after = done_in(place.store)
+        assert after >= before  # nothing is lost, and what was finished is not done again:
+        assert run.passes <= (after - before + IN_FLIGHT) * tiny.PASSES
+        assert not (place.store / "manifest.json").exists() or list(FeatureStore.open(place.store).verify()) == []
+    assert killed >= 2
+    left = PHOTOS - done_in(place.store)
+    last = start(place)
+    assert last.end() == 0
+    assert last.passes == left * tiny.PASSES
+    assert tiny.contents(place.store) == undisturbed.contents
+    tiny.assert_whole(place.store)
+    assert counted(place.counter) <= undisturbed.passes + killed * IN_FLIGHT * tiny.PASSES
+
+
+def test_kills_at_any_time_lose_nothing(start: Start, place: Place, undisturbed: Undisturbed) -> None:
+    """While the model is loaded, the store is made, photos are read, shards are sealed, ..."""
+    chance = random.Random(5)
+    for _ in range(4):
+        run = start(place)
+        run.process.join(chance.uniform(0, undisturbed.seconds))
+        kill(run)
+    assert start(place).end() == 0
+    assert tiny.contents(place.store) == undisturbed.contents
+    tiny.assert_whole(place.store)
+
+
+def test_after_the_last_kill_the_same_command_is_a_no_op(start: Start, place: Place, undisturbed: Undisturbed) -> None:
+    run = start(place)
+    run.wait_for(3 * tiny.PASSES)
+    kill(run)
+    assert start(place).end() == 0
+    before = tiny.contents(place.store)
+    again = start(place)
+    assert again.end() == 0
+    assert again.passes == 0
+    assert tiny.contents(place.store) == before == undisturbed.contents
+
+
+def test_a_second_fit_is_refused_while_the_first_one_works(
+    start: Start, place: Place, undisturbed: Undisturbed
+) -> None:
+    first = start(place)
+    first.wait_for(1)
+    assert first.process.pid is not None
+    os.kill(first.process.pid, signal.SIGSTOP)  # it holds its shard, and does not end while the second comes
+    try:
+        assert start(place).end() == 2
+    finally:
+        os.kill(first.process.pid, signal.SIGCONT)
+    assert first.end() == 0
+    assert tiny.contents(place.store) == undisturbed.contents
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
+    start: Start, place: Place, undisturbed: Undisturbed
+) -> None:
+    run = start(place)
+    run.wait_for(2 * tiny.PASSES)
+    assert run.process.pid is not None
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.end() == 130
+    left = PHOTOS - done_in(place.store)
+    assert left > 0
+    again = start(place)
+    assert again.end() == 0
+    assert again.passes == left * tiny.PASSES
+    assert tiny.contents(place.store) == undisturbed.contents
+
+
+def test_ctrl_c_of_the_installed_command(inputs: tuple[Path, Path], tmp_path: Path, undisturbed: Undisturbed) -> None:
+    store = tmp_path / "store"
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from denoising_vit.cli import main; main(sys.argv[1:])"
+    )
+    # More views than the other tests have, so that it is still at work when the signal comes.
+    arguments = [*tiny.command(inputs[0], store, inputs[1]), "--views", "300"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not any((store / "staged").glob("*.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "interrupted; finished photos stay, and the same command goes on from there" in err
+    assert "Traceback" not in err
+    assert 0 < done_in(store) < PHOTOS
