@@ -111,7 +111,7 @@ def table(points: list[Point]) -> str:
     lines = [
         "# Curves of stage 1",
         "",
-        "Made by `benchmarks/curves_report.py` from the records of `benchmarks/curves.py`. R² and cosine are means over",
+        "Made by `benchmarks/curves_report.py` from the records of `benchmarks/curves.py`. R² and cosine are means of",
         "frames; the last two columns are the mIoU against the default's on the same frames, with a 95 % bootstrap",
         "interval over the frames that were asked for. [decisions.md](decisions.md) says what was made of them.",
         "",
