@@ -225,7 +225,7 @@ def markdown(found: Record) -> str:
     if full:
         lines += ["", "Held-out views, R² (cosine):", ""]
         lines += [
-            "| photo | views | exact F + G | exact, taper 0 | field F + G, best step | field, last step | with h, last |"
+            "| photo | views | exact F + G | exact, taper 0 | field, best step | field, last step | with h, last |"
         ]
         lines += ["|---|---|---|---|---|---|---|"]
     for row in full:
