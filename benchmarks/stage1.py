@@ -230,10 +230,12 @@ def markdown(found: Record) -> str:
         lines += ["|---|---|---|---|---|---|---|"]
     for row in full:
         best, last, ours = row["full"]["best"], row["full"]["last"], row["exact"]
+        plain = row.get("exact_untapered")
+        untapered = f"{plain['r2']:.3f} ({plain['cosine']:.3f})" if plain else "-"
         stopped = f", stopped at {last['step']}" if row["full"].get("stopped") else ""
         lines.append(
             f"| {row['photo']} | {row['views']} | {ours['r2']:.3f} ({ours['cosine']:.3f}) | "
-            f"{row['exact_untapered']['r2']:.3f} ({row['exact_untapered']['cosine']:.3f}) | {best['r2']:.3f} "
+            f"{untapered} | {best['r2']:.3f} "
             f"({best['cosine']:.3f}), step {best['step']} | {last['r2']:.3f} ({last['cosine']:.3f}){stopped} | "
             f"{last['r2_with_residual'] or float('nan'):.3f} |"
         )
