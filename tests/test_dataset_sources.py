@@ -285,6 +285,7 @@ def test_stream_gives_unreadable_items_as_skipped_among_the_others(tmp_path: Pat
     assert entries[4] == Skipped("4.png", "the file is empty (0 bytes)")
     broken = entries[1]
     assert isinstance(broken, Skipped) and broken.item == "1.png" and broken.reason.startswith("damaged")
+    assert not broken.unreachable  # another try would find the same
 
 
 def test_failure_of_any_kind_comes_as_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +296,7 @@ def test_failure_of_any_kind_comes_as_skipped(tmp_path: Path, monkeypatch: pytes
         raise TimeoutError
 
     monkeypatch.setattr(dataset._storage, "read", fail)
-    assert list(dataset.stream([0])) == [(0, Skipped("a.png", "TimeoutError"))]
+    assert list(dataset.stream([0])) == [(0, Skipped("a.png", "TimeoutError", unreachable=True))]
 
 
 # --- streaming ---

@@ -42,13 +42,18 @@ class Estimate:
     bytes_needed: int
     bytes_free: int | None
 
+    @property
+    def lacks_room(self) -> bool:
+        """Whether the disk cannot hold it."""
+        return self.bytes_free is not None and self.bytes_needed > self.bytes_free
+
     def require_room(self) -> None:
         """Refuses what the disk cannot hold.
 
         Raises:
             FitError: with the whole estimate and what to do.
         """
-        if self.bytes_free is not None and self.bytes_needed > self.bytes_free:
+        if self.lacks_room:
             raise FitError(
                 f"no room for it: {self}. Make room, name another place (-o), keep the patch grid only (--grid patch, "
                 "a quarter of the bytes), or take fewer photos"

@@ -88,8 +88,9 @@ class FitJob:
                     "dtype that both compute in (--dtype), or one device"
                 )
         if not FeatureStore.exists(store):
-            args = stages, manifest, options, str(store), len(dataset), 0, 0, seconds_per_pass(stages[0])
-            _estimate(*args).require_room()
+            args = stages, manifest, options, str(store), len(dataset), 0, 0
+            if _estimate(*args, seconds_a_pass=0).lacks_room:  # measured only where it is going to be told
+                _estimate(*args, seconds_per_pass(stages[0])).require_room()
         opened = FeatureStore.create_or_open(store, manifest, [item.id for item in dataset])
         if options.retry_failed:
             opened.retry_failed()
