@@ -118,6 +118,8 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
         FitError: if Ray is not installed, no cluster answers, the cluster has no room for a worker, or one fails.
         DenoisingVitError: what a worker raised.
     """
+    # Under `uv run` Ray would pack the working folder and have every worker build an environment of its own.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
         import ray.data
