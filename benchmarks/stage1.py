@@ -11,7 +11,6 @@ on these features, with nothing prepared (plan, factors, sums, solution) and wit
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import statistics
@@ -29,7 +28,7 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import ExactSolver, Statistics
 from denoising_vit.decomposition.heldout import HeldOut
-from denoising_vit.decomposition.neural_field import Evaluation, NeuralFieldOptions, SeenViews, fit_neural_field
+from denoising_vit.decomposition.neural_field import NeuralFieldOptions, SeenViews, fit_neural_field
 from denoising_vit.denoise import gather, prepare
 from denoising_vit.extraction import extract_views, load_image
 from denoising_vit.options import DenoiseOptions
@@ -46,7 +45,6 @@ def main(
     weights: str = "auto",
     views: tuple[int, ...] = (64, 256),
     full: tyro.conf.FlagCreatePairsOff[bool] = False,
-    stop_after: int | None = None,
     timed_steps: int = 500,
     neural: NeuralFieldOptions = NeuralFieldOptions(),  # noqa: B008, frozen
 ) -> None:
@@ -59,7 +57,6 @@ def main(
         weights: as `load_backbone` takes them.
         views: numbers of views to fit; features are made once, for the most.
         full: also run the neural field to its end.
-        stop_after: with full, leave it after so many steps of its schedule.
         timed_steps: steps that are timed and scaled.
         neural: the neural field's recipe.
     """
@@ -103,7 +100,7 @@ def main(
                 row["exact_untapered"] = exact(part, held_out, 0.0)
                 write()
             if full and "full" not in row:
-                row["full"] = whole_field(part, held_out, neural, stop_after)
+                row["full"] = whole_field(part, held_out, neural)
                 write()
     print(markdown(found))
 
@@ -154,32 +151,15 @@ def timed_field(seen: SeenViews, few: NeuralFieldOptions, steps: int) -> Record:
     return {"timed_steps": few.steps, "timed_s": seconds, "steps": steps, "seconds": seconds / few.steps * steps}
 
 
-class Stopped(Exception):
-    """The neural field was left before its end."""
-
-
-def whole_field(
-    seen: SeenViews, held_out: SeenViews, options: NeuralFieldOptions, stop_after: int | None = None
-) -> Record:
+def whole_field(seen: SeenViews, held_out: SeenViews, options: NeuralFieldOptions) -> Record:
     """The neural field to its end: last and best step, and everything in between."""
-    history: list[Evaluation] = []
-
-    def watch(look: Evaluation) -> None:
-        print(look, flush=True)
-        history.append(look)
-        if stop_after is not None and look.step >= stop_after:
-            raise Stopped
-
     started = time.perf_counter()
-    with contextlib.suppress(Stopped):
-        fit_neural_field(seen, options, held_out=held_out, watch=watch)
-    best = max(history, key=lambda look: look.r2 or 0.0)
+    fit = fit_neural_field(seen, options, held_out=held_out, watch=lambda look: print(look, flush=True))
     return {
         "seconds": time.perf_counter() - started,
-        "stopped": history[-1].step < options.steps,
-        "last": asdict(history[-1]),
-        "best": asdict(best),
-        "history": [asdict(look) for look in history],
+        "last": asdict(fit.history[-1]),
+        "best": asdict(fit.best),
+        "history": [asdict(look) for look in fit.history],
     }
 
 
@@ -221,7 +201,7 @@ def markdown(found: Record) -> str:
             f"{row['exact']['cold_s']:.2f} s | {row['neural']['seconds']:.0f} s | {row['times_as_fast']:.0f} "
             f"({row['times_as_fast_with_nothing_prepared']:.0f} with nothing prepared) |"
         )
-    full = [row for row in found["rows"] if "full" in row]
+    full = [row for row in found["rows"] if "full" in row and "exact" in row]
     if full:
         lines += ["", "Held-out views, R² (cosine):", ""]
         lines += [
@@ -232,11 +212,10 @@ def markdown(found: Record) -> str:
         best, last, ours = row["full"]["best"], row["full"]["last"], row["exact"]
         plain = row.get("exact_untapered")
         untapered = f"{plain['r2']:.3f} ({plain['cosine']:.3f})" if plain else "-"
-        stopped = f", stopped at {last['step']}" if row["full"].get("stopped") else ""
         lines.append(
             f"| {row['photo']} | {row['views']} | {ours['r2']:.3f} ({ours['cosine']:.3f}) | "
             f"{untapered} | {best['r2']:.3f} "
-            f"({best['cosine']:.3f}), step {best['step']} | {last['r2']:.3f} ({last['cosine']:.3f}){stopped} | "
+            f"({best['cosine']:.3f}), step {best['step']} | {last['r2']:.3f} ({last['cosine']:.3f}) | "
             f"{last['r2_with_residual'] or float('nan'):.3f} |"
         )
     return "\n".join(lines) + "\n"

@@ -6,8 +6,6 @@ import os
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
 from denoising_vit.store import layout
 from denoising_vit.store.manifest import Manifest
@@ -25,6 +23,8 @@ class FieldArray:
     @property
     def _array(self) -> Any:
         """The zarr array, opened when it is first needed; its connections do not survive a fork."""
+        import zarr
+
         if self._opened is None or self._pid != os.getpid():
             store = self._objects.zarr(layout.FIELD, read_only=not self._writable)
             mode = "r+" if self._writable else "r"
@@ -35,6 +35,9 @@ class FieldArray:
     @staticmethod
     def create(objects: Objects, manifest: Manifest) -> None:
         """Writes the array's description; no data."""
+        import zarr
+        from zarr.codecs import Crc32cCodec
+
         chunk = (*manifest.field, manifest.channels)
         zarr.create_array(
             objects.zarr(layout.FIELD, read_only=False),

@@ -10,12 +10,13 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-
-from zarr.abc.store import Store
-from zarr.storage import LocalStore
+from typing import TYPE_CHECKING
 
 from denoising_vit.files import atomic_path
 from denoising_vit.store.objects import Objects
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
 
 #: What file systems without hard links answer.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
@@ -89,6 +90,8 @@ class LocalObjects(Objects):
 
     def zarr(self, folder: str, *, read_only: bool) -> Store:
         """As zarr sees it: it writes temporary files and renames them as well."""
+        from zarr.storage import LocalStore
+
         return LocalStore(self._root / folder, read_only=read_only)
 
     def settle(self, key: str) -> None:

@@ -6,15 +6,16 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
-from zarr.abc.store import Store
-from zarr.storage import FsspecStore
 
 from denoising_vit.errors import StoreError
 from denoising_vit.store.local import LocalObjects
 from denoising_vit.store.objects import Objects
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://")  # at least two letters, or C:\ would be one
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
@@ -111,6 +112,8 @@ class RemoteObjects(Objects):
 
     def zarr(self, folder: str, *, read_only: bool) -> Store:
         """As zarr sees it: it runs its own connection in its own event loop."""
+        from zarr.storage import FsspecStore
+
         return FsspecStore.from_url(f"{self.url}/{folder}", read_only=read_only)
 
     def _path(self, key: str) -> str:
