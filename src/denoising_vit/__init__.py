@@ -6,11 +6,16 @@
 >>> result.semantic  # (h, w, C), clean
 """
 
+from denoising_vit.artifact import Artifact, load_artifact
 from denoising_vit.backbones import SEEDS, Backbone, load_backbone
+from denoising_vit.calibration import CalibrationOptions, calibrate
 from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions
 from denoising_vit.denoise import denoise_image
+from denoising_vit.denoised import DenoisedViT
+from denoising_vit.diagnosis import DiagnoseOptions, diagnose
 from denoising_vit.errors import (
+    ArtifactError,
     BackboneError,
     DenoisingVitError,
     FitError,
@@ -25,12 +30,17 @@ from denoising_vit.views import CropOptions, ViewPlan
 
 __all__ = [
     "SEEDS",
+    "Artifact",
+    "ArtifactError",
     "Backbone",
     "BackboneError",
+    "CalibrationOptions",
     "CropOptions",
     "Decomposition",
     "DenoiseOptions",
+    "DenoisedViT",
     "DenoisingVitError",
+    "DiagnoseOptions",
     "FitError",
     "FormatError",
     "NeuralFieldOptions",
@@ -39,6 +49,9 @@ __all__ = [
     "SizeError",
     "ViewPlan",
     "WeightsError",
+    "calibrate",
     "denoise_image",
+    "diagnose",
+    "load_artifact",
     "load_backbone",
 ]

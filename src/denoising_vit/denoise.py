@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.artifact import SHIPPED, KnownArtifact, artifact_digest, known_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import Decomposition, ExactSolver, Statistics
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.neural_field import Evaluation, SeenViews, fit_neural_field
 from denoising_vit.decomposition.statistics import require_finite
-from denoising_vit.errors import PlanError
 from denoising_vit.extraction import Photo, extract_views, load_image
 from denoising_vit.options import DenoiseOptions
-from denoising_vit.views import CropOptions, ViewPlan
+from denoising_vit.views import CropOptions, ViewPlan, linear_weights, patch_centres
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +34,7 @@ def denoise_image(
     backbone: Backbone,
     photo: Photo,
     *,
-    artifact: Tensor | None = None,
+    artifact: KnownArtifact | None = None,
     progress: Progress | None = None,
     watch: Callable[[Evaluation], None] | None = None,
     options: DenoiseOptions | None = None,
@@ -44,7 +45,8 @@ def denoise_image(
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
         photo: a path, a PIL image, an (H, W, 3) uint8 array, or a normalised (1, 3, H, W) tensor.
-        artifact: the backbone's artifact (h, w, C) where it is known; then only the field is fitted.
+        artifact: the backbone's artifact where it is known: an :class:`~denoising_vit.Artifact`, a file of one,
+            ``"shipped"``, or values (h, w, C); then only the field is fitted.
         progress: called as ``progress(done, total)`` after each batch of views; with the neural field, after each step
             as well: ``total`` is :func:`work`.
         watch: called with every look that the neural field takes at the held-out views.
@@ -60,6 +62,8 @@ def denoise_image(
         PlanError: if the views are too few, or an option is out of range.
         BackboneError: if the features are not finite or not a grid.
         FitError: if the neural field's loss is not finite.
+        ArtifactError: if the artifact is that of another backbone, or the method needs one and none is given.
+        FormatError: if the artifact's file is missing, damaged or something else.
     """
     options = replace(options or DenoiseOptions(), **changes)
     started = time.perf_counter()
@@ -67,10 +71,15 @@ def denoise_image(
     if isinstance(photo, Tensor) and options.size is None:
         options = replace(options, size=tuple(photo.shape[2:]))  # its owner has prepared it: it is shown as it is
     # Fails before the forward passes, not after them, where views are too few or the size is off the grid.
-    fitted, held_out = prepare(backbone, options, artifact)
+    known = given_artifact(artifact, backbone, options)
+    fitted, held_out = prepare(backbone, options, known)
     job = _Job(backbone, image, fitted, held_out, options, _Reporter(progress, work(options)))
-    known = None if artifact is None else artifact.detach().cpu()
-    parts = _separate_exactly(job, known) if options.method == "exact" else _separate_neurally(job, known, watch)
+    if options.method == "exact":
+        parts = _separate_exactly(job, known)
+    elif options.method == "neural-field":
+        parts = _separate_neurally(job, known, watch)
+    else:
+        parts = _subtract(job, known)
     return Decomposition(
         field=parts.field.float().cpu(),
         artifact=parts.artifact.float().cpu(),
@@ -86,7 +95,7 @@ def denoise_image(
             "plan": fitted.digest,
             **options.recorded(),
             **parts.info,
-            "artifact_known": artifact is not None,
+            "artifact": artifact_digest(known),  # None where it was fitted
             "seconds": round(time.perf_counter() - started, 3),
         },
     )
@@ -94,8 +103,26 @@ def denoise_image(
 
 def work(options: DenoiseOptions) -> int:
     """What progress on one photo counts up to: views, and the steps of the neural field."""
+    if options.method == "subtract":
+        return 1
     steps = options.neural.steps if options.method == "neural-field" else 0
     return options.views + options.held_out + steps
+
+
+def given_artifact(artifact: KnownArtifact | None, backbone: Backbone, options: DenoiseOptions) -> Tensor | None:
+    """The values (h, w, C) of the artifact that stage 1 is given, on the grid of its views; None where it has none.
+
+    Subtraction needs one, and takes the one that comes with the package where none is given.
+
+    Raises:
+        ArtifactError: if it is that of another backbone, or is needed and there is none.
+        FormatError: if its file is missing, damaged or something else.
+        PlanError: if values come in another shape, or are not finite.
+        SizeError: if the size does not fit the patch grid.
+    """
+    if artifact is None and options.method == "subtract":
+        artifact = SHIPPED
+    return known_artifact(artifact, backbone, backbone.grid_size(*_view_size(backbone, options)))
 
 
 def prepare(
@@ -105,28 +132,26 @@ def prepare(
 
     Raises:
         SizeError: if the size does not fit the patch grid.
-        PlanError: if the views are too few, or the artifact has another shape than the grid.
+        PlanError: if the views are too few.
     """
     options.validate()
-    side = backbone.default_size if options.size is None else options.size
-    size = (side, side) if isinstance(side, int) else side
-    grid = backbone.grid_size(*size)
-    if artifact is not None and tuple(artifact.shape) != (*grid, backbone.embed_dim):
-        raise PlanError(
-            f"the given artifact has shape {tuple(artifact.shape)}, expected {(*grid, backbone.embed_dim)} for "
-            f"{backbone.name} on views of {size[0]} x {size[1]}"
-        )
-    if artifact is not None and not torch.isfinite(artifact).all():
-        raise PlanError("the given artifact has values that are not finite")
-    fitted, held_out = _plans(backbone, options, size)
+    fitted, held_out = _plans(backbone, options, _view_size(backbone, options))
     if options.method == "exact":
         solver_for(fitted, options, backbone.device).factorise(artifact_known=artifact is not None)
     return fitted, held_out
 
 
+def _view_size(backbone: Backbone, options: DenoiseOptions) -> tuple[int, int]:
+    side = backbone.default_size if options.size is None else options.size
+    return (side, side) if isinstance(side, int) else side
+
+
 def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -> tuple[ViewPlan, ViewPlan | None]:
-    exact = options.method == "exact"
     h, w = backbone.grid_size(*size)
+    exact, subtract = options.method == "exact", options.method == "subtract"
+    # Patch centres are nodes at odd multiples of the grid: there, sampling the network loses nothing.
+    overlap = backbone.stride < backbone.patch_size
+    own_nodes = None if exact or (subtract and overlap) else (h, w) if subtract else (3 * h, 3 * w)
 
     def plan(views: int, seed: int, full_image: bool) -> ViewPlan:
         return ViewPlan.make(
@@ -134,14 +159,15 @@ def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -
             size=size,
             patch_size=backbone.patch_size,
             stride=backbone.stride,
-            # Patch centres are nodes at odd multiples of the grid: there, sampling the network loses nothing.
-            resolution=(3 * h, 3 * w) if options.resolution is None and not exact else options.resolution,
+            resolution=own_nodes if options.resolution is None or subtract else options.resolution,
             seed=seed,
             full_image=full_image,
             taper=options.taper if exact else 0,
             crops=CropOptions(coverage=options.coverage),
         )
 
+    if subtract:
+        return plan(1, 0, True), None
     held_out = plan(options.held_out, options.seed + _HELD_OUT_SEED, False) if options.held_out else None
     return plan(options.views, options.seed, True), held_out
 
@@ -225,6 +251,43 @@ def _separate_neurally(job: _Job, artifact: Tensor | None, watch: Callable[[Eval
     }
     field, shared = fit.separate(job.fitted.resolution, tuple(raw.shape))
     return _Parts(field, shared, raw, fit.predict_residual(raw), info)
+
+
+def _subtract(job: _Job, artifact: Tensor | None) -> _Parts:
+    """One pass over the whole photo, minus the known artifact; there is nothing to fit."""
+    assert artifact is not None
+    (features,) = job.features(job.fitted)
+    require_finite(features)
+    raw = features[0]
+    artifact = artifact.to(raw)
+    field = on_nodes(raw - artifact, job.fitted)
+    return _Parts(field, artifact, raw, None, {"heldout_r2": None, "heldout_cosine": None})
+
+
+def on_nodes(features: Tensor, plan: ViewPlan) -> Tensor:
+    """The smoothest field on the plan's nodes (Ry, Rx, C) that has given features (h, w, C) at the patch centres.
+
+    Without overlapping patches nodes and patch centres are the same places, where the plan has as many.
+    """
+    down, across = (
+        _interpolation(patch_centres(side, plan.patch_size, plan.stride), nodes).to(features)
+        for side, nodes in zip(plan.size, plan.resolution, strict=True)
+    )
+    return torch.einsum("ry,yxc,sx->rsc", down, features, across)
+
+
+def _interpolation(centres: np.ndarray, nodes: int) -> Tensor:
+    """(nodes, n): from values at n places to the nodes with the least squared differences that sample to them."""
+    sampled = torch.from_numpy(linear_weights(centres, nodes))  # (n, nodes)
+    count = len(sampled)
+    if count == nodes and torch.allclose(sampled, torch.eye(count, dtype=sampled.dtype)):
+        return torch.eye(count, dtype=sampled.dtype)
+    difference = torch.eye(nodes, dtype=sampled.dtype).diff(dim=0)
+    # Lagrange: [D^T D, W^T; W, 0] [F; multipliers] = [0; values]
+    upper = torch.cat([difference.T @ difference, sampled.T], dim=1)
+    lower = torch.cat([sampled, torch.zeros(count, count, dtype=sampled.dtype)], dim=1)
+    right = torch.cat([torch.zeros(nodes, count, dtype=sampled.dtype), torch.eye(count, dtype=sampled.dtype)])
+    return torch.linalg.solve(torch.cat([upper, lower]), right)[:nodes]
 
 
 def gather(features: Iterator[Tensor], plan: ViewPlan) -> SeenViews:

@@ -35,12 +35,20 @@ class FormatError(DenoisingVitError):
     """A file that is not what this package writes, or was written for something else."""
 
 
+class ArtifactError(DenoisingVitError):
+    """An artifact that cannot be found from these photos, or belongs to another backbone."""
+
+
 class StoreError(DenoisingVitError):
     """A feature store that cannot be opened, read or written as asked."""
 
 
 class FieldError(StoreError):
     """One image's field that a store cannot hold; the others are not affected."""
+
+
+class EvaluationError(DenoisingVitError):
+    """Data or features that a metric cannot be computed on."""
 
 
 class DenoisingVitWarning(UserWarning):

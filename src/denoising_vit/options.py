@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions
 from denoising_vit.errors import PlanError
 
-Method = Literal["exact", "neural-field"]
+Method = Literal["exact", "neural-field", "subtract"]
 
 _EXACT_ONLY = ("smoothness", "shrinkage", "clip", "taper")
 
@@ -19,7 +19,8 @@ class DenoiseOptions:
 
     Attributes:
         method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
-            views and plain coverage).
+            views and plain coverage); subtract takes a known artifact away from one pass over the whole photo, and
+            uses none of the options below but the size.
         views: crops of the photo that are fitted, the whole photo included.
         held_out: further crops, which only judge the fit.
         size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
@@ -58,7 +59,7 @@ class DenoiseOptions:
             PlanError: naming the option, its range, and what came.
         """
         if self.method not in get_args(Method):
-            raise PlanError(f"method must be {' or '.join(map(repr, get_args(Method)))}, got {self.method!r}")
+            raise PlanError(f"method must be {', '.join(map(repr, get_args(Method)))}, got {self.method!r}")
         least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
         for name, least_value in least.items():
             value = getattr(self, name)
@@ -73,5 +74,7 @@ class DenoiseOptions:
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide the result of the method, as JSON values."""
+        if self.method == "subtract":
+            return {"method": self.method, "size": self.size}
         unused = {"neural"} if self.method == "exact" else set(_EXACT_ONLY)
         return {name: value for name, value in asdict(self).items() if name not in unused}

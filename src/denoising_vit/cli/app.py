@@ -33,7 +33,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # Imports take seconds (torch, timm); inside, so that Ctrl-C during them ends as quietly as any other time.
     import tyro
 
+    from denoising_vit.cli.calibrate import calibrate
     from denoising_vit.cli.denoise import denoise
+    from denoising_vit.cli.diagnose import diagnose
     from denoising_vit.cli.fit import fit
     from denoising_vit.cli.models import models
     from denoising_vit.cli.reporting import print_error
@@ -43,6 +45,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     app = tyro.extras.SubcommandApp()
     app.command(denoise)
     app.command(fit)
+    app.command(calibrate)
+    app.command(diagnose)
     app.command(models)
     store = tyro.extras.SubcommandApp()
     store.command(info)

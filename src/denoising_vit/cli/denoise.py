@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from torch import Tensor
 
+from denoising_vit.artifact import SHIPPED, artifact_digest, resampling_note
 from denoising_vit.backbones import Backbone, BackboneSpec, Fingerprint
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.outputs import Output, OutputFolder
@@ -18,7 +20,7 @@ from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error,
 from denoising_vit.dataset import find_photos
 from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.files import write_decomposition
-from denoising_vit.denoise import denoise_image, prepare, work
+from denoising_vit.denoise import denoise_image, given_artifact, prepare, work
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path
 from denoising_vit.options import DenoiseOptions
@@ -32,6 +34,7 @@ def denoise(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     denoising: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    artifact: str | None = None,
     upsample: int = 1,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -43,6 +46,9 @@ def denoise(
         out: folder for the results; made where it does not exist.
         denoising: how semantic field and artifact are separated.
         model: the backbone, and how it is run.
+        artifact: the backbone's artifact where it is known, which takes fewer views: a file of `dvit calibrate`, or
+            `shipped` for the one that comes with the package. Without it, one is fitted in each photo; subtract takes
+            the shipped one.
         upsample: also store the clean features this many times finer, and draw them so.
         overwrite: do photos again whose results are there already.
         json: print one JSON line per photo instead of a table.
@@ -62,10 +68,13 @@ def denoise(
         return WRONG_USAGE
     denoising.validate()
     backbone = model.load()
-    plan, _ = prepare(backbone, denoising)  # what is wrong with the options is said before any photo is touched
+    known = given_artifact(artifact, backbone, denoising)
+    plan, _ = prepare(backbone, denoising, known)  # what is wrong with the options is said before any photo is touched
     folder = OutputFolder(out, overwrite=overwrite)
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
-    job = _Job(backbone, denoising, plan, folder, upsample)
+    if known is not None and (resampled := resampling_note(artifact or SHIPPED, backbone, plan.grid)):
+        print_note(resampled)
+    job = _Job(backbone, denoising, plan, folder, upsample, known)
     unit = "views" if denoising.method == "exact" else "views and steps"
     with PhotoProgress(len(photos), work(denoising), unit) as progress:
         try:
@@ -94,6 +103,7 @@ class _Job:
     plan: ViewPlan
     folder: OutputFolder
     upsample: int
+    artifact: Tensor | None
 
     def run(self, photo: Path, progress: PhotoProgress) -> Row:
         """Does one photo, or finds it done. Whatever is wrong with this photo ends in its row, not in an exception."""
@@ -104,7 +114,12 @@ class _Job:
             if output.existing is not None:
                 return self._keep(photo, pixels, output, output.existing)
             result = denoise_image(
-                self.backbone, pixels, progress=progress.advance, watch=progress.watch, options=self.options
+                self.backbone,
+                pixels,
+                artifact=self.artifact,
+                progress=progress.advance,
+                watch=progress.watch,
+                options=self.options,
             )
             about = result.info["photo"] | {"name": photo.name}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
@@ -147,7 +162,7 @@ class _Job:
         decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
         return (
             info["plan"] == self.plan.digest
-            and not info.get("artifact_known")
+            and info.get("artifact") == artifact_digest(self.artifact)
             and self.backbone.fingerprint.matches(theirs)
             and all(info.get(key) == value for key, value in decisive.items())
         )
@@ -159,7 +174,7 @@ class _Job:
             status=status,
             output=str(output.result),
             panel=str(output.panel),
-            views=info["views"],
+            views=info.get("views", 1),
             heldout_r2=info["heldout_r2"],
             heldout_cosine=info["heldout_cosine"],
             **more,

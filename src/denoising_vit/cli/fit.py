@@ -7,12 +7,11 @@ import time
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from denoising_vit.artifact import resampling_note
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
-from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.cli.reporting import print_error, print_note, progress_bar
 from denoising_vit.dataset import Dataset, open_dataset
 from denoising_vit.errors import FitError, PhotoError
 from denoising_vit.fit import FitJob, FitOptions
@@ -25,6 +24,7 @@ def fit(
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="STORE")],
     denoising: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    artifact: str | None = None,
     running: tyro.conf.OmitArgPrefixes[FitOptions] = FitOptions(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -39,6 +39,8 @@ def fit(
         denoising: how semantic field and artifact are separated; held-out views cost forward passes, `--held-out 0`
             saves them.
         model: the backbone, and how it is run; several devices, as in `--device cuda:0,cuda:1`, share the work.
+        artifact: the backbone's artifact where it is known: a file of `dvit calibrate`, or `shipped`. Without it, each
+            photo has one of its own.
         running: how the data set is gone through.
         json: print one JSON line per photo.
     """
@@ -49,13 +51,16 @@ def fit(
         if running.strict:
             raise PhotoError(f"{item.item}: {item.reason}")
         print_error(f"{item.item}: {item.reason}", "skipped")
-    job = FitJob.prepare(dataset, out, model, denoising, running)
+    job = FitJob.prepare(dataset, out, model, denoising, running, artifact)
     estimate = job.estimate()
     print_note(str(estimate))
     if estimate.left:
         print_note(
             f"backbone {job.stages[0].backbone.extra_repr()} on {job.stages[0].backbone.device}; store {job.store.url}"
         )
+    stage = job.stages[0]
+    if artifact is not None and (resampled := resampling_note(artifact, stage.backbone, stage.fitted.grid)):
+        print_note(resampled)
     estimate.require_room()
     report = _Report(dataset, estimate.left, as_json=json)
     with report:
@@ -82,19 +87,8 @@ class _Report:
         self._dataset, self._as_json = dataset, as_json
         self._done, self._started = 0, time.perf_counter()
         self._unreached: dict[int, str] = {}
-        console = Console(stderr=True)
-        self._progress = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("photos, {task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-            speed_estimate_period=600,  # photos come in bursts
-        )
+        # Photos come in bursts, so the time left is judged over a long while.
+        self._progress = progress_bar("photos, {task.fields[rate]}", speed_estimate_period=600)
         self._task = self._progress.add_task("", total=left, rate="starting")
 
     def __enter__(self) -> _Report:

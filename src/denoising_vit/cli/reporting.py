@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -106,19 +106,7 @@ class PhotoProgress:
     def __init__(self, photos: int, each: int, unit: str) -> None:
         self._left, self._each, self._at = photos, each, 0
         self._photo = ""
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = progress_bar(unit)
         self._task = self._progress.add_task("", total=photos * each)
         self._finished = 0
 
@@ -153,6 +141,57 @@ class PhotoProgress:
         self._left -= 1
         self._finished += self._at
         self._progress.update(self._task, total=self._finished + self._left * self._each)
+
+
+class CountProgress:
+    """A bar over things that are counted one by one.
+
+    Args:
+        total: how many.
+        unit: what they are.
+    """
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._progress = progress_bar(unit)
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> CountProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bar off the screen."""
+        self._progress.stop()
+
+    def advance(self) -> None:
+        """Takes one more."""
+        self._progress.advance(self._task)
+
+
+def progress_bar(unit: str, **settings: Any) -> Progress:
+    """A bar with a description, how many of how many, the time taken and the time left; none where nobody looks.
+
+    Args:
+        unit: what is counted; ``{task.fields[name]}`` stands for a field of the task.
+        **settings: of rich's `Progress`.
+    """
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        **settings,
+    )
 
 
 def print_error(message: str, label: str = "error") -> None:

@@ -63,15 +63,22 @@ class ExactSolver:
 
     def solve(self, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Field (Ry, Rx, C) and artifact (h, w, C), mean zero, from b (Ry, Rx, C) and g (h, w, C), all float64."""
-        right = g - self.project(self._field_factor.solve(b))
-        artifact = torch.cholesky_solve(right.flatten(0, 1), self._artifact_factor).view_as(g)
-        # The data cannot tell F + c, G - c from F, G for a constant c: G has mean zero.
-        artifact = artifact - artifact.mean((0, 1))
+        artifact = self.solve_artifact(self.solve_field(b), g)
         return self.solve_field(b, artifact), artifact
 
-    def solve_field(self, b: Tensor, artifact: Tensor) -> Tensor:
-        """The field (Ry, Rx, C) where the artifact (h, w, C) is known: ``F = A^-1 (b - K^T G)``."""
-        return self._field_factor.solve(b - self.spread(artifact))
+    def solve_field(self, b: Tensor, artifact: Tensor | None = None) -> Tensor:
+        """The field (Ry, Rx, C) where the artifact (h, w, C) is known, or none: ``F = A^-1 (b - K^T G)``."""
+        return self._field_factor.solve(b if artifact is None else b - self.spread(artifact))
+
+    def solve_artifact(self, field: Tensor, g: Tensor) -> Tensor:
+        """The artifact (h, w, C), mean zero, from the field as it would be without one, ``A^-1 b``, and g.
+
+        It is linear in both: the artifact of several photos together is the mean of theirs.
+        """
+        right = g - self.project(field)
+        artifact = torch.cholesky_solve(right.flatten(0, 1), self._artifact_factor).view_as(g)
+        # The data cannot tell F + c, G - c from F, G for a constant c: G has mean zero.
+        return artifact - artifact.mean((0, 1))
 
     def project(self, field: Tensor) -> Tensor:
         """``K F``: the weighted sum over views of the field at the patches, (Ry, Rx, C) -> (h, w, C)."""

@@ -3,6 +3,5 @@
 from denoising_vit.fit.estimate import Estimate
 from denoising_vit.fit.job import FitJob
 from denoising_vit.fit.options import FitOptions
-from denoising_vit.fit.stage_one import Failed, Ready, StageOne
 
-__all__ = ["Estimate", "Failed", "FitJob", "FitOptions", "Ready", "StageOne"]
+__all__ = ["Estimate", "FitJob", "FitOptions"]

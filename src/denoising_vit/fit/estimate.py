@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from denoising_vit.errors import FitError
-from denoising_vit.fit.stage_one import StageOne
+from denoising_vit.stage_one import StageOne
 
 #: Batches that are timed, after one that warms up.
 _TIMED = 2

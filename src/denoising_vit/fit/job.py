@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.dataset import Dataset
 from denoising_vit.denoise import describe
@@ -18,8 +15,8 @@ from denoising_vit.fit.estimate import Estimate, free_bytes, seconds_per_pass
 from denoising_vit.fit.local import LocalRun, OnPhoto
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.fit.ray_engine import RayJob, fit_with_ray, local_threads
-from denoising_vit.fit.stage_one import StageOne
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore, Manifest
 
 #: Options that are told by the plan, the size or the number of nodes, or that change nothing in the stored fields.
@@ -39,7 +36,6 @@ class FitJob:
         stages: the exact solver, once for each device.
         spec: the backbone in words, for other processes.
         options: how it is run.
-        artifact: G (h, w, C) where it is known.
     """
 
     dataset: Dataset
@@ -47,7 +43,6 @@ class FitJob:
     stages: Sequence[StageOne]
     spec: BackboneSpec
     options: FitOptions
-    artifact: Tensor | None = None
 
     @classmethod
     def prepare(
@@ -57,7 +52,7 @@ class FitJob:
         spec: BackboneSpec,
         denoising: DenoiseOptions,
         options: FitOptions,
-        artifact: Tensor | None = None,
+        artifact: KnownArtifact | None = None,
     ) -> FitJob:
         """Loads the backbone, factors the plan, and makes or opens the store.
 
@@ -67,10 +62,11 @@ class FitJob:
             spec: the backbone; several devices, separated by commas, share the work.
             denoising: options of stage 1.
             options: how it is run.
-            artifact: G (h, w, C) where it is known.
+            artifact: G where it is known, as `denoise_image` takes it.
 
         Raises:
             FitError: if there is nothing to fit, no room for it, or the devices would not give the same results.
+            ArtifactError: if the artifact is that of another backbone.
             StoreError: if the store is of another backbone, plan or data set, or is none.
         """
         options.validate()
@@ -94,7 +90,7 @@ class FitJob:
         opened = FeatureStore.create_or_open(store, manifest, [item.id for item in dataset])
         if options.retry_failed:
             opened.retry_failed()
-        return cls(dataset, opened, stages, spec, options, artifact)
+        return cls(dataset, opened, stages, spec, options)
 
     def estimate(self) -> Estimate:
         """What is left, from a short measurement."""
@@ -151,10 +147,9 @@ class FitJob:
             spec=spec,
             source=absolute(self.dataset.source),
             store=self.store.url,
-            manifest=manifest_of(self.stages[0], options).with_ids(self.store.ids),
             denoising=self.stages[0].options,
             options=options,
-            artifact=self.artifact,
+            artifact=self.stages[0].artifact,
             threads=None if options.ray_address else local_threads(options.workers),
             on_gpu=backbone.device.type == "cuda",
         )
@@ -164,11 +159,10 @@ class FitJob:
 def manifest_of(stage: StageOne, options: FitOptions) -> Manifest:
     """What decides the results, for the store."""
     recorded = {key: value for key, value in stage.options.recorded().items() if key not in _TOLD_OTHERWISE}
-    known = None if stage.artifact is None else _digest(stage.artifact)
     return Manifest(
         backbone=describe(stage.backbone),
         plan=stage.fitted.digest,
-        options=recorded | {"artifact": known, "grid": options.grid},
+        options=recorded | {"artifact": artifact_digest(stage.artifact), "grid": options.grid},
         size=stage.fitted.size,
         patch_size=stage.backbone.patch_size,
         stride=stage.backbone.stride,
@@ -211,7 +205,3 @@ def _estimate(
         bytes_needed=(left + twice) * manifest.image_bytes,
         bytes_free=free_bytes(url),
     )
-
-
-def _digest(artifact: Tensor) -> str:
-    return hashlib.sha256(artifact.to(torch.float32).numpy().tobytes()).hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from denoising_vit.dataset import Dataset, Skipped
 from denoising_vit.errors import FieldError, PhotoError
-from denoising_vit.fit.stage_one import Failed, Ready, StageOne
+from denoising_vit.stage_one import Done, Failed, Ready, StageOne
 from denoising_vit.store import FeatureStore, ShardWriter
 from denoising_vit.views import linear_weights, patch_centres
 
@@ -79,6 +79,8 @@ class LocalRun:
             # Closing the results stops the threads that render and read.
             with contextlib.closing(stage.run(photos)) as results:
                 for result in results:
+                    if stage.on_cpu and isinstance(result, Ready):
+                        result = result.finish()
                     pending.append(pool.submit(writers.write, result))
                     while len(pending) > _WAITING:
                         pending.popleft().result()
@@ -138,8 +140,8 @@ class _Writers:
                 self._close(shard)
             yield from todo
 
-    def write(self, result: Ready | Failed) -> None:
-        """Solves and stores a photo, or records why not.
+    def write(self, result: Ready | Done | Failed) -> None:
+        """Stores a photo, solved first if it is not yet, or records why not.
 
         Raises:
             PhotoError: if strict, and the photo cannot be used.
@@ -155,13 +157,12 @@ class _Writers:
             self._close(shard)
         self._run.report(result.index, None if failed is None else failed.reason)
 
-    def _store(self, ready: Ready, writer: ShardWriter) -> Failed | None:
-        nodes, record = ready.finish()
+    def _store(self, result: Ready | Done, writer: ShardWriter) -> Failed | None:
+        done = result.finish() if isinstance(result, Ready) else result
         try:
-            writer.put(ready.index, resampled(nodes, self._run.store.manifest.field), record)
+            writer.put(done.index, resampled(done.field, self._run.store.manifest.field), done.record)
         except FieldError as error:
-            name = ready.about["name"]
-            return Failed(ready.index, name, str(error).removeprefix(f"{name}: "))
+            return Failed(done.index, done.name, str(error).removeprefix(f"{done.name}: "))
         return None
 
     def _close(self, shard: int) -> None:

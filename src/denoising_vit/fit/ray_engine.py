@@ -21,7 +21,7 @@ from denoising_vit.errors import DenoisingVitError, FitError
 from denoising_vit.fit.local import LocalRun, OnPhoto
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.options import DenoiseOptions
-from denoising_vit.store import FeatureStore, Manifest
+from denoising_vit.store import FeatureStore
 
 #: Of a machine's processors, the share that workers ask for; the rest reads and schedules.
 _WORKERS_SHARE = 0.8
@@ -38,7 +38,6 @@ class RayJob:
         spec: the backbone, with the dtype that was resolved where the job began.
         source: the data set; an absolute path or a URL.
         store: its URL or path.
-        manifest: what the worker must find it would do, the data set's ids included.
         denoising: options of stage 1.
         options: how it is run.
         artifact: G (h, w, C) where it is known.
@@ -49,7 +48,6 @@ class RayJob:
     spec: BackboneSpec
     source: str
     store: str
-    manifest: Manifest
     denoising: DenoiseOptions
     options: FitOptions
     artifact: Tensor | None = None
@@ -76,7 +74,7 @@ class ShardFitter:
 
         from denoising_vit.dataset import open_dataset
         from denoising_vit.fit.job import manifest_of
-        from denoising_vit.fit.stage_one import StageOne
+        from denoising_vit.stage_one import StageOne
 
         if job.threads is not None:
             torch.set_num_threads(job.threads)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import denoising_vit as dv
 from denoising_vit import Backbone, DenoiseOptions, PlanError
 from denoising_vit.dataset import Skipped
-from denoising_vit.fit import Failed, Ready, StageOne
+from denoising_vit.stage_one import Failed, Ready, StageOne
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,7 +63,8 @@ def test_fields_and_figures_are_those_of_single_photos(backbone: Backbone, photo
     assert [ready.index for ready in found] == [4, 7, 8, 11]
     for ready, (_, name, pixels) in zip(found, photos, strict=True):
         assert isinstance(ready, Ready) and isinstance(pixels, np.ndarray)
-        field, record = ready.finish()
+        done = ready.finish()
+        field, record = done.field, done.record
         alone = dv.denoise_image(backbone, pixels, options=OPTIONS)
         torch.testing.assert_close(field, alone.field, rtol=1e-5, atol=1e-5)
         assert record["heldout_r2"] == pytest.approx(alone.heldout_r2)
@@ -109,7 +110,7 @@ def test_features_that_are_not_finite_fail_their_photo_alone(photos: Photos) -> 
     clean = run(StageOne(backbone, OPTIONS), photos)
     for ours, theirs in zip([found[0], *found[2:]], clean, strict=True):
         assert isinstance(ours, Ready) and isinstance(theirs, Ready)
-        assert torch.equal(ours.finish()[0], theirs.finish()[0])
+        assert torch.equal(ours.finish().field, theirs.finish().field)
 
 
 def test_known_artifact_is_used(backbone: Backbone, photos: Photos) -> None:
@@ -117,14 +118,14 @@ def test_known_artifact_is_used(backbone: Backbone, photos: Photos) -> None:
     found = run(StageOne(backbone, OPTIONS, artifact), photos[:1])[0]
     assert isinstance(found, Ready) and isinstance(photos[0][2], np.ndarray)
     alone = dv.denoise_image(backbone, photos[0][2], options=OPTIONS, artifact=artifact)
-    torch.testing.assert_close(found.finish()[0], alone.field, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.finish().field, alone.field, rtol=1e-5, atol=1e-5)
 
 
 def test_without_held_out_views_there_are_no_figures(backbone: Backbone, module: Counting, photos: Photos) -> None:
     stage = StageOne(backbone, DenoiseOptions(views=9, held_out=0))
     found = run(stage, photos[:1])[0]
     assert isinstance(found, Ready)
-    assert "heldout_r2" not in found.finish()[1]
+    assert "heldout_r2" not in found.finish().record
     assert sum(module.batches) == stage.views == 9
 
 

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.dataset import Skipped
 from denoising_vit.decomposition import ExactSolver, Statistics
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.statistics import require_finite
-from denoising_vit.denoise import prepare, solver_for
+from denoising_vit.denoise import given_artifact, prepare, solver_for
 from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.extraction import fitting_batch, load_image
-from denoising_vit.fit.prefetch import prefetched
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.prefetch import prefetched
 from denoising_vit.rendering import ViewRenderer
 from denoising_vit.views import ViewPlan
 
@@ -46,9 +47,37 @@ class Failed:
     final: bool = True
 
 
+@dataclass(frozen=True)
+class Done:
+    """A photo that is solved.
+
+    Attributes:
+        index: its place in the data set.
+        name: its id.
+        field: F on its nodes (Ry, Rx, C), float32 on the CPU.
+        record: how it went; JSON values.
+    """
+
+    index: int
+    name: str
+    field: Tensor
+    record: dict[str, Any]
+
+
 @dataclass
 class Ready:
-    """A photo whose views have all been seen; :meth:`finish` solves it."""
+    """A photo whose views have all been seen; :meth:`finish` solves it.
+
+    Attributes:
+        index: its place in the data set.
+        about: its name, size and digest.
+        statistics: b and g of its views.
+        solver: of the plan.
+        held_out: the views to judge by, if any.
+        artifact: G (h, w, C) where it is known.
+        judged: features of these views.
+        raw: features of the whole photo (h, w, C), the first of its views.
+    """
 
     index: int
     about: dict[str, Any]
@@ -57,9 +86,18 @@ class Ready:
     held_out: ViewPlan | None
     artifact: Tensor | None
     judged: list[Tensor] = field(default_factory=list)
+    raw: Tensor | None = None
 
-    def finish(self) -> tuple[Tensor, dict[str, Any]]:
-        """The field (Ry, Rx, C), float32 on the CPU, and the record of how it went."""
+    def solve_apart(self) -> tuple[Tensor, Tensor]:
+        """F as it would be without artifact (Ry, Rx, C), and G of this photo alone (h, w, C); float64.
+
+        Both are linear in the photo: from them, :meth:`ExactSolver.solve_field` gives F for any other G.
+        """
+        field = self.solver.solve_field(self.statistics.b)
+        return field, self.solver.solve_artifact(field, self.statistics.g)
+
+    def finish(self) -> Done:
+        """Solves it, and judges it by the views that were held out."""
         b, g = self.statistics.b, self.statistics.g
         if self.artifact is None:
             nodes, artifact = self.solver.solve(b, g)
@@ -72,7 +110,7 @@ class Ready:
             for features in self.judged:
                 judge.add_views(features)
             record |= {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
-        return nodes.float().cpu(), record
+        return Done(self.index, self.about["name"], nodes.float().cpu(), record)
 
 
 @dataclass
@@ -91,10 +129,12 @@ class _Photo:
             return
         try:
             if fitted:
+                if self.ready.raw is None:
+                    self.ready.raw = features[0].clone()  # the batch that it is a part of need not stay
                 self.ready.statistics.add(features)
             else:
                 require_finite(features)
-                self.ready.judged.append(features.clone())  # the batch that they are a part of need not stay
+                self.ready.judged.append(features.clone())
         except DenoisingVitError as error:
             self.reason = str(error)
 
@@ -114,22 +154,33 @@ class StageOne:
     Args:
         backbone: the extractor.
         options: of stage 1; the method must be exact.
-        artifact: G (h, w, C) where it is known.
+        artifact: G where it is known, as `denoise_image` takes it.
 
     Raises:
         PlanError: if the method is another, or the views do not suffice.
+        ArtifactError: if the artifact is that of another backbone.
+        FormatError: if its file is missing, damaged or something else.
         SizeError: if the size does not fit the patch grid.
     """
 
-    def __init__(self, backbone: Backbone, options: DenoiseOptions, artifact: Tensor | None = None) -> None:
+    def __init__(self, backbone: Backbone, options: DenoiseOptions, artifact: KnownArtifact | None = None) -> None:
         if options.method != "exact":
             raise PlanError(f"whole data sets are fitted by the exact method, got {options.method!r}")
         self.backbone = backbone
         self.options = options
-        self.artifact = None if artifact is None else artifact.detach().cpu()
-        self.fitted, self.held_out = prepare(backbone, options, artifact)
+        self.artifact = given_artifact(artifact, backbone, options)
+        self.fitted, self.held_out = prepare(backbone, options, self.artifact)
         self.solver = solver_for(self.fitted, options, backbone.device)
         self.batch_size = options.batch_size or fitting_batch(backbone.device, math.prod(self.fitted.grid))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether everything shares the processor's cores.
+
+        Each parallel part of the forward pass then waits for its slowest core, so that whatever else computes at the
+        same time costs more than it takes: one after the other is faster than side by side.
+        """
+        return self.backbone.device.type == "cpu"
 
     @property
     def views(self) -> int:
@@ -139,9 +190,10 @@ class StageOne:
     def run(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Generator[Ready | Failed, None, None]:
         """Sees all views of photos (index, id, pixels) and gives them back in their order, to be solved.
 
-        Views are rendered in a thread of their own, ahead of the forward passes.
+        Where an accelerator does the forward passes, views are rendered in a thread of their own, ahead of them.
         """
-        with contextlib.closing(prefetched(self._batches(photos), _AHEAD)) as batches:
+        batches = self._batches(photos)
+        with contextlib.closing(batches if self.on_cpu else prefetched(batches, _AHEAD)) as batches:
             for batch in batches:
                 yield from self._take(batch)
 
@@ -162,7 +214,7 @@ class StageOne:
                 ready = piece.photo.ready
                 yield ready if reason is None else Failed(ready.index, ready.about["name"], reason)
 
-    def _batches(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Iterator[list[_Piece]]:
+    def _batches(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Generator[list[_Piece], None, None]:
         """Pieces of photos, so that every batch but the last has as many views as the device takes at once."""
         batch: list[_Piece] = []
         room = self.batch_size

@@ -1,0 +1,147 @@
+"""G of a backbone, apart from any image: on its own grid, at any other, in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from denoising_vit.backbones import Backbone, Fingerprint
+from denoising_vit.errors import ArtifactError, FormatError
+from denoising_vit.files import atomic_path
+
+FORMAT = "denoising-vit/artifact"
+FORMAT_VERSION = 1
+
+_KEY = "denoising_vit"
+_REQUIRED = ("format_version", "size", "backbone", "info")
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """The artifact that a backbone adds to every image; made by :func:`~denoising_vit.calibrate`.
+
+    Attributes:
+        values: G, (h, w, C) float32; its mean over places is zero.
+        size: (H, W) in pixels of the views that it was calibrated on.
+        backbone: the backbone as it is recorded with results: name, weights, fingerprint, layer, norm, stride.
+        info: how it was made (photos, views, plan) and how stable it is (``reliability``, ``split_half``); JSON values.
+    """
+
+    values: Tensor = dataclasses.field(repr=False)
+    size: tuple[int, int]
+    backbone: dict[str, Any] = dataclasses.field(repr=False)
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the grid that it was calibrated on."""
+        h, w = self.values.shape[:2]
+        return h, w
+
+    def at(self, grid: tuple[int, int]) -> Tensor:
+        """G on another patch grid, (h, w, C) with mean zero: bicubic, as position embeddings are resampled.
+
+        On its own grid it comes as it is. What other grids lose is in docs/decisions.md.
+        """
+        if grid == self.grid:
+            return self.values
+        planes = self.values.permute(2, 0, 1)[None]  # (h, w, C) -> (1, C, h, w)
+        resampled = interpolate(planes, size=grid, mode="bicubic", align_corners=False, antialias=True)
+        resampled = resampled[0].permute(1, 2, 0)
+        return resampled - resampled.mean((0, 1))
+
+    def is_of(self, backbone: Backbone) -> bool:
+        """Whether this is the artifact of a backbone: of its weights, layer, norm and stride."""
+        theirs = Fingerprint(tuple(self.backbone["fingerprint"]))
+        return self.values.shape[-1] == backbone.embed_dim and backbone.fingerprint.matches(theirs)
+
+    def require_of(self, backbone: Backbone) -> None:
+        """Refuses a backbone that this is not the artifact of.
+
+        Raises:
+            ArtifactError: naming both.
+        """
+        if self.is_of(backbone):
+            return
+        ours = {key: getattr(backbone, key) for key in ("name", "layer", "norm", "stride", "weights")}
+        ours["fingerprint"] = backbone.fingerprint.values
+        raise ArtifactError(
+            f"this artifact was calibrated for {_words(self.backbone)}; got {_words(ours)}. "
+            "Use the backbone as it was calibrated, or calibrate this one: dvit calibrate PHOTOS -o FILE"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file (float16) that :meth:`load` reads back."""
+        head = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "size": self.size,
+            "backbone": self.backbone,
+            "info": self.info,
+        }
+        values = self.values.detach().cpu()
+        largest = float(values.abs().max())
+        tensors = {"artifact": (values.half() if largest < torch.finfo(torch.float16).max else values).contiguous()}
+        with atomic_path(Path(path)) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={_KEY: json.dumps(head)})
+            except SafetensorError as error:  # a full disk, for one
+                raise OSError(f"{path}: could not be written ({error})") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Artifact:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FormatError: if the file is missing, damaged, something else, or of a newer version.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FormatError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                head = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+                _check_head(path, head)
+                values = file.get_tensor("artifact").float()
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise FormatError(f"{path}: not an artifact, or damaged: expected a safetensors file ({error})") from error
+        if values.ndim != 3 or not torch.isfinite(values).all():
+            raise FormatError(f"{path}: damaged artifact, expected finite values (h, w, C), got {tuple(values.shape)}")
+        return cls(values, tuple(head["size"]), head["backbone"], head["info"])
+
+
+def _check_head(path: Path, head: Any) -> None:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise FormatError(f"{path}: a safetensors file, but not one with an artifact (no {FORMAT!r} metadata)")
+    if lacking := [key for key in _REQUIRED if key not in head]:
+        raise FormatError(f"{path}: damaged artifact, its metadata lacks {', '.join(lacking)}")
+    version, size, backbone = head["format_version"], head["size"], head["backbone"]
+    if not isinstance(version, int) or not _is_size(size) or not isinstance(head["info"], dict):
+        raise FormatError(f"{path}: damaged artifact, its metadata does not hold a version, a size and a record")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
+            "upgrade denoising-vit"
+        )
+    if not isinstance(backbone, dict) or not {"name", "fingerprint"} <= backbone.keys():
+        raise FormatError(f"{path}: damaged artifact, its metadata does not name a backbone and its fingerprint")
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
+
+
+def _words(backbone: dict[str, Any]) -> str:
+    """A backbone as its owner would tell it from another."""
+    known = [(key, backbone.get(key)) for key in ("layer", "norm", "stride", "weights")]
+    known.append(("fingerprint", Fingerprint(tuple(backbone["fingerprint"])).short))
+    return f"{backbone['name']} ({', '.join(f'{key} {value}' for key, value in known if value is not None)})"

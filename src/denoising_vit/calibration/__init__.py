@@ -1,0 +1,28 @@
+"""The artifact of a backbone, found once from a few dozen photos, and how far it can be trusted."""
+
+from denoising_vit.calibration.calibrate import (
+    Calibration,
+    calibrate,
+    doubt_about,
+    energy_of,
+    joined,
+    require_enough,
+    run_calibration,
+)
+from denoising_vit.calibration.options import CalibrationOptions
+from denoising_vit.calibration.photos import named_pixels, telling
+from denoising_vit.calibration.stability import Stability
+
+__all__ = [
+    "Calibration",
+    "CalibrationOptions",
+    "Stability",
+    "calibrate",
+    "doubt_about",
+    "energy_of",
+    "joined",
+    "named_pixels",
+    "require_enough",
+    "run_calibration",
+    "telling",
+]

@@ -1,0 +1,108 @@
+"""How far an artifact depends on the photos that it was calibrated on, and how many of them it takes.
+
+Photos estimate the same G, each with errors of its own: ``G_i = G + e_i``. All that is needed of them are the products
+``G_i . G_j``: those of different photos are |G|^2 on average, those of a photo with itself |G|^2 + |e|^2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+#: Reliability that the suggested number of photos reaches.
+ENOUGH = 0.95
+
+#: Share of the features' energy below which what photos have in common is no artifact.
+NEGLIGIBLE = 0.001
+
+#: Random splits that a correlation is averaged over.
+_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What the artifacts of single photos say about their mean.
+
+    Attributes:
+        photos: how many there were.
+        signal: mean square of what they have in common, summed over channels: |G|^2 a patch; below zero by chance
+            where there is nothing.
+        noise: the same of what each has of its own.
+        split_half: correlation between the means of two halves of the photos, averaged over random splits.
+        energy: of the features, in the same terms: their variance; None where it is not known.
+    """
+
+    photos: int
+    signal: float
+    noise: float
+    split_half: float
+    energy: float | None = None
+
+    @classmethod
+    def of(cls, products: np.ndarray, seed: int = 0, energy: float | None = None) -> Stability:
+        """From the products (N, N) of N photos' artifacts, per patch; N at least 4."""
+        photos = len(products)
+        own = float(np.trace(products)) / photos
+        common = (float(products.sum()) - float(np.trace(products))) / (photos * (photos - 1))
+        return cls(photos, common, max(own - common, 0.0), split_half(products, photos, seed), energy)
+
+    def reliability_of(self, photos: int) -> float:
+        """Share of the variance of the mean of so many photos' artifacts that is G, in [0, 1]."""
+        signal = max(self.signal, 0.0)
+        total = signal + self.noise / photos
+        return signal / total if total > 0 else 0.0
+
+    @property
+    def reliability(self) -> float:
+        """Share of the variance of the artifact as it is that is G, in [0, 1]."""
+        return self.reliability_of(self.photos)
+
+    @property
+    def share(self) -> float | None:
+        """What photos have in common, relative to the features' energy; None where that is not known."""
+        if self.energy is None:
+            return None
+        return max(self.signal, 0.0) / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def suggested(self) -> int | None:
+        """Photos that an artifact with a reliability of 0.95 takes; None where they have nothing in common."""
+        if self.signal <= 0 or (self.share is not None and self.share < NEGLIGIBLE):
+            return None
+        return max(math.ceil(ENOUGH / (1 - ENOUGH) * self.noise / self.signal - 1e-9), 4)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {
+            "share": self.share,
+            "reliability": self.reliability,
+            "suggested": self.suggested,
+        }
+
+
+def split_half(products: np.ndarray, photos: int, seed: int = 0) -> float:
+    """Mean correlation between the means of two disjoint halves of ``photos`` of the N photos, over random draws.
+
+    Artifacts have mean zero in every channel, so that their correlation over all places and channels is a cosine.
+    """
+    chance = np.random.RandomState(seed)
+    half = photos // 2
+    found = []
+    for _ in range(_SPLITS):
+        drawn = chance.permutation(len(products))
+        first, second = drawn[:half], drawn[half : 2 * half]
+        across = products[np.ix_(first, second)].sum()
+        within = products[np.ix_(first, first)].sum() * products[np.ix_(second, second)].sum()
+        found.append(across / math.sqrt(within) if within > 0 else 0.0)
+    return float(np.mean(found))
+
+
+def curve(products: np.ndarray, seed: int = 0) -> dict[int, float]:
+    """Split-half correlation by number of photos: 4, 8, 16, ... and all."""
+    counts = [2**k for k in range(2, int(math.log2(len(products))) + 1)]
+    if counts[-1] != len(products):
+        counts.append(len(products))
+    return {count: split_half(products, count, seed) for count in counts}

@@ -1,0 +1,101 @@
+"""``dvit calibrate``: the artifact of a backbone, from a few dozen photos, into a file."""
+
+from __future__ import annotations
+
+import json as json_lines
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.calibration import Calibration, CalibrationOptions, doubt_about, run_calibration
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
+from denoising_vit.cli.reporting import CountProgress, print_error, print_note
+from denoising_vit.dataset import Dataset, Skipped, open_dataset
+
+#: Decoding threads; the model takes all processors otherwise.
+_DECODERS = 2
+
+
+def calibrate(
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
+    /,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")],
+    calibration: tyro.conf.OmitArgPrefixes[CalibrationOptions] = CalibrationOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    photos: int = 64,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """The artifact that a backbone adds to every image, from a few dozen varied photos.
+
+    Says how stable it is, and how many photos it takes. Use it by `dvit denoise PHOTO --artifact FILE -o DIR`.
+
+    Args:
+        data: a folder, text list, tar shards or URL, as for `dvit fit`.
+        out: the file (.safetensors).
+        calibration: how it is found.
+        model: the backbone, and how it is run.
+        photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
+        json: print the figures as one JSON line.
+    """
+    if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
+        print_error(f"-o {out}: expected the name of a .safetensors file in a folder that exists")
+        return WRONG_USAGE
+    if photos < 0:
+        print_error(f"--photos must be 0 (all) or more, got {photos}")
+        return WRONG_USAGE
+    calibration.denoising()  # what is wrong with the options is said before the model is loaded
+    dataset = open_dataset(data)
+    for item in dataset.skipped:
+        print_error(f"{item.item}: {item.reason}", "skipped")
+    backbone = model.load()
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    chosen = spread(len(dataset), photos)
+    with CountProgress(len(chosen), "photos") as progress:
+        try:
+            found = run_calibration(
+                backbone, named_photos(dataset, chosen), progress=lambda *_: progress.advance(), options=calibration
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            print_note("interrupted; nothing was written")
+            return INTERRUPTED
+    try:
+        found.artifact.save(out)
+    except OSError as error:
+        print_error(f"cannot write {out} ({error.strerror or error})")
+        return WRONG_USAGE
+    return _tell(found, [*dataset.skipped, *found.skipped], out, as_json=json)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Indices of so many items, evenly over all; neighbours in a data set are often alike."""
+    if wanted == 0 or wanted >= count:
+        return list(range(count))
+    return [int((number + 0.5) * count / wanted) for number in range(wanted)]
+
+
+def named_photos(dataset: Dataset, indices: list[int]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
+    """Photos of a data set with their ids, decoded ahead."""
+    for index, pixels in dataset.stream(indices, workers=_DECODERS, ahead=2 * _DECODERS):
+        yield dataset[index].id, pixels
+
+
+def _tell(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: bool) -> int:
+    for item in found.skipped:
+        print_error(f"{item.item}: {item.reason}", "skipped")
+    stability = found.stability
+    if as_json:
+        record = stability.record() | {"split_half_by_photos": found.split_half, "output": str(out)}
+        print(json_lines.dumps(record | {"skipped": [item.item for item in skipped]}))
+    halves = ", ".join(f"{value:.3f} ({count})" for count, value in found.split_half.items())
+    print_note(f"split-half correlation (photos): {halves}")
+    enough = f"; 0.95 takes {stability.suggested} photos" if stability.suggested else ""
+    print_note(f"reliability of the artifact of {stability.photos} photos: {stability.reliability:.3f}{enough}")
+    if doubt := doubt_about(stability):
+        print_error(doubt, "warning")
+    print_note(f"artifact written to {out}")
+    return SOME_FAILED if skipped else OK

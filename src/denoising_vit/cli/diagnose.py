@@ -1,0 +1,123 @@
+"""``dvit diagnose``: does this model on these images have artifacts, and is cleaning worth it."""
+
+from __future__ import annotations
+
+import json as json_lines
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.calibrate import named_photos, spread
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
+from denoising_vit.cli.reporting import CountProgress, print_error, print_note
+from denoising_vit.dataset import open_dataset
+from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
+from denoising_vit.files import atomic_path
+
+
+def diagnose(
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
+    /,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
+    diagnosing: tyro.conf.OmitArgPrefixes[DiagnoseOptions] = DiagnoseOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    photos: int = 64,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Whether a backbone has artifacts on your photos, of which kind, and whether cleaning is worth it.
+
+    Writes DIR/diagnosis.html (a page with maps, to be opened in a browser), DIR/diagnosis.json, and
+    DIR/artifact.safetensors (for `--artifact`).
+
+    Args:
+        data: a folder, text list, tar shards or URL, as for `dvit fit`.
+        out: folder for the results; made where it does not exist.
+        diagnosing: how much is looked at.
+        model: the backbone, and how it is run.
+        photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
+        json: print the figures as one JSON line instead of a table.
+    """
+    if photos < 0:
+        print_error(f"--photos must be 0 (all) or more, got {photos}")
+        return WRONG_USAGE
+    diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
+    dataset = open_dataset(data)
+    for item in dataset.skipped:
+        print_error(f"{item.item}: {item.reason}", "skipped")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_path(out / ".dvit-writable"):
+            pass
+        (out / ".dvit-writable").unlink(missing_ok=True)
+    except OSError as error:
+        print_error(f"cannot write to {out} ({error.strerror or error}); choose another with -o")
+        return WRONG_USAGE
+    backbone = model.load()
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    chosen = spread(len(dataset), photos)
+    with CountProgress(len(chosen), "photos") as progress:
+        try:
+            found = run_diagnosis(
+                backbone, named_photos(dataset, chosen), {}, lambda *_: progress.advance(), diagnosing
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            print_note("interrupted; nothing was written")
+            return INTERRUPTED
+    _write(found, out)
+    code = _tell(found, out, as_json=json)
+    return SOME_FAILED if dataset.skipped else code
+
+
+def _write(found: Diagnosis, out: Path) -> None:
+    from denoising_vit.diagnosis.page import write_page  # matplotlib and scikit-learn take seconds to import
+
+    found.evidence.calibration.artifact.save(out / "artifact.safetensors")
+    with atomic_path(out / "diagnosis.json") as temporary:
+        temporary.write_text(json_lines.dumps(found.record(), indent=1) + "\n")
+    write_page(found, out / "diagnosis.html")
+
+
+def _tell(found: Diagnosis, out: Path, *, as_json: bool) -> int:
+    skipped = found.info["skipped"]
+    for name, reason in skipped:
+        print_error(f"{name}: {reason}", "skipped")
+    if as_json:
+        print(json_lines.dumps(found.record()))
+    else:
+        console = Console()
+        console.print(_table(found))
+        console.print(found.verdict.words, highlight=False, markup=False, style="bold")
+    used = f"{len(found.info['photos'])} photos in {found.info['seconds']:.0f} s"
+    print_note(f"{used}; maps and figures in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
+    return SOME_FAILED if skipped else OK
+
+
+def _table(found: Diagnosis) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in found.metrics:
+        table.add_column(name, justify="right")
+    rows = {
+        "same in all photos (energy)": "shared",
+        "place, linear probe (R²)": "linear_position",
+        "place, nearest neighbours (R²)": "neighbour_position",
+        "place, information coefficient": "mic",
+        "leakage of empty images": "leakage",
+        "outlier tokens, high norm": "outliers_high",
+        "outlier tokens, low norm": "outliers_low",
+        "agreement of views (R²)": "consistency",
+        "effective rank": "effective_rank",
+        "similarity of neighbours": "neighbour_similarity",
+        "detail": "detail",
+    }
+    for label, key in rows.items():
+        values = [getattr(metrics, key) for metrics in found.metrics.values()]
+        table.add_row(label, *("-" if value is None else f"{value:.3g}" for value in values))
+    outcomes = [found.judgements[name].outcome if name in found.judgements else "" for name in found.metrics]
+    table.add_row("judged", *outcomes)
+    return table

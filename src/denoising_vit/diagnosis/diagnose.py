@@ -1,0 +1,130 @@
+"""Whether this model has artifacts on these images, how bad they are, and whether cleaning is worth it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.calibration import named_pixels
+from denoising_vit.dataset import Skipped
+from denoising_vit.denoise import describe
+from denoising_vit.diagnosis.evidence import Evidence, Extractor, Gathering, OnPhoto
+from denoising_vit.diagnosis.options import DiagnoseOptions
+from denoising_vit.diagnosis.verdict import CLIP, Content, Finding, Judgement, Verdict, conclude, findings, judge
+from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics
+from denoising_vit.evaluation.tokens import typical_energy
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """The answer, and everything that it rests on.
+
+    Attributes:
+        verdict: whether to clean, and how.
+        findings: the artifacts of the raw features.
+        judgements: what each way of cleaning did, by its name.
+        metrics: label-free figures by source: raw, subtract, exact, and whatever else was judged.
+        shared: share of the raw features' energy that is the same pattern in every photo.
+        evidence: features, artifact, and maps to be shown.
+        info: backbone, options, photos, seconds; JSON values.
+    """
+
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    judgements: dict[str, Judgement]
+    metrics: dict[str, ArtifactMetrics]
+    shared: float
+    evidence: Evidence = field(repr=False)
+    info: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, without features."""
+        calibration = self.evidence.calibration
+        return {
+            "verdict": asdict(self.verdict),
+            "findings": [asdict(finding) for finding in self.findings],
+            "judgements": {name: asdict(judgement) for name, judgement in self.judgements.items()},
+            "metrics": {name: asdict(metrics) for name, metrics in self.metrics.items()},
+            "shared_energy": self.shared,
+            "stability": calibration.stability.record(),
+            "split_half": {str(count): value for count, value in calibration.split_half.items()},
+            **self.info,
+        }
+
+
+def diagnose(
+    backbone: Backbone,
+    photos: Iterable[Any],
+    *,
+    extractors: Mapping[str, Extractor] | None = None,
+    progress: OnPhoto | None = None,
+    options: DiagnoseOptions | None = None,
+    **changes: Any,
+) -> Diagnosis:
+    """Diagnoses a backbone on photos: raw features, features minus the artifact, and the exact method's.
+
+    Args:
+        backbone: from :func:`~denoising_vit.load_backbone`.
+        photos: paths, PIL images or (H, W, 3) uint8 arrays; 8 at least, some dozens to be sure. Those that cannot be
+            used are skipped; ``info["skipped"]`` says which and why.
+        extractors: further sources of features on the same grid that claim to be clean, to be judged as well.
+        progress: called after each photo with its name, and None or why it was not used.
+        options: how; the defaults where none.
+        **changes: single fields of :class:`DiagnoseOptions`, such as ``views=16``.
+
+    Raises:
+        ArtifactError: if fewer than 8 photos can be used.
+        EvaluationError: if features are constant.
+        PlanError: if views are too few, or an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+    """
+    options = replace(options or DiagnoseOptions(), **changes)
+    return run_diagnosis(backbone, named_pixels(photos), extractors or {}, progress or (lambda *_: None), options)
+
+
+def run_diagnosis(
+    backbone: Backbone,
+    photos: Iterable[tuple[str, np.ndarray | Skipped]],
+    extractors: Mapping[str, Extractor],
+    progress: OnPhoto,
+    options: DiagnoseOptions,
+) -> Diagnosis:
+    """As :func:`diagnose`, from photos by name (pixels, or why there are none)."""
+    started = time.perf_counter()
+    evidence = Gathering(backbone, options, extractors).run(photos, progress)
+    metrics = _metrics(evidence, options.seed)
+    stability = evidence.calibration.stability
+    shared = max(stability.signal, 0.0) / typical_energy(evidence.crops["raw"])
+    found = findings(metrics["raw"], shared, stability)
+    content = Content.of(evidence.crops["subtract"], options.clip or CLIP)
+    judgements = {name: judge(metrics[name], metrics["raw"], content, found) for name in metrics if name != "raw"}
+    artifact = evidence.calibration.artifact
+    info = {
+        "backbone": describe(backbone),
+        **asdict(options),
+        "size": list(artifact.size),
+        "photos": artifact.info["photos"],
+        "skipped": artifact.info["skipped"],
+        "version": importlib.metadata.version("denoising-vit"),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    verdict = conclude(found, judgements, metrics)
+    return Diagnosis(verdict, found, judgements, metrics, shared, evidence, info)
+
+
+def _metrics(evidence: Evidence, seed: int) -> dict[str, ArtifactMetrics]:
+    """The figures of every source, side by side: most of them use one core."""
+
+    def of(name: str) -> ArtifactMetrics:
+        pair = evidence.pairs.get(name)
+        return artifact_metrics(evidence.crops[name], responses=evidence.responses, pair=pair, seed=seed)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(evidence.crops, pool.map(of, evidence.crops), strict=True))

@@ -1,0 +1,231 @@
+"""From figures to words: which kind of artifact, how strong, is cleaning worth it, and which method.
+
+Every threshold stands here. They are conventions, set between planted artifacts, planted clean features and the models
+at hand (docs/decisions.md); the figures are there for whoever would draw the line elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from denoising_vit.calibration import Stability
+from denoising_vit.decomposition.statistics import clip_norms
+from denoising_vit.evaluation.artifacts import ArtifactMetrics
+from denoising_vit.evaluation.tokens import detail, effective_rank
+
+Strength = Literal["weak", "moderate", "strong"]
+Kind = Literal["positional", "outlier tokens"]
+Outcome = Literal["denoised", "blurred", "damaged", "unchanged", "unknown"]
+
+#: Share of the features' energy that is the same for all photos: from where it is weak, moderate, strong.
+SHARED = (0.005, 0.02, 0.1)
+
+#: The shared part must be more than chance: reliability of the calibrated artifact.
+RELIABLE = 0.5
+
+#: R^2 of the neighbour probe on neutral crops from where features tell the place although nothing is shared additively.
+PLACE = 0.25
+
+#: Share of tokens with outlying norms: from where they are weak, moderate, strong.
+OUTLIERS = (0.001, 0.01, 0.05)
+
+#: R^2 of a probe from where it saw anything.
+_SEEN = 0.03
+
+#: What is left of a figure, relative to raw features, where an artifact counts as removed.
+REMOVED = 0.5
+
+#: A blurred map has less than this share of the content's detail; or less than the next, with a lower effective rank.
+BLURRED, BLURRED_DETAIL, BLURRED_RANK = 0.4, 0.6, 0.95
+
+#: Effective rank, relative to the content's, and loss of consistency, beyond which features are damaged.
+DAMAGED_RANK, DAMAGED_CONSISTENCY = 0.8, 0.05
+
+#: Norms this many median absolute deviations above the median are no content.
+CLIP = 6.0
+
+#: Consistency that the exact method must gain over subtraction to be worth its many passes.
+WORTH = 0.03
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of artifact in the raw features.
+
+    Attributes:
+        kind: positional, or outlier tokens.
+        strength: from the thresholds of this module.
+        share: of the features' energy (positional), or of the tokens.
+        words: the same as a sentence.
+    """
+
+    kind: Kind
+    strength: Strength
+    share: float
+    words: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What cleaning may not lose: figures of raw features without what can be told apart from content at once.
+
+    Raw features themselves have the rank and the detail of their artifacts on top.
+
+    Attributes:
+        effective_rank: RankMe.
+        detail: share of the variance in differences of adjacent patches.
+    """
+
+    effective_rank: float
+    detail: float
+
+    @classmethod
+    def of(cls, features: Tensor, clip: float) -> Content:
+        """Of features without the shared artifact (N, h, w, C), their outlying norms clipped as they are for a fit."""
+        clipped, _ = clip_norms(features, clip)
+        return cls(effective_rank(clipped), detail(clipped))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one way of cleaning did to the features.
+
+    Attributes:
+        outcome: denoised only if what was found is gone, and neither sharpness nor content with it; unknown where the
+            photos are too few to tell.
+        words: why.
+    """
+
+    outcome: Outcome
+    words: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer.
+
+    Attributes:
+        clean_up: whether cleaning is worth it.
+        method: the cheapest that does it: subtract, exact, or another that was judged; None where none is worth it.
+        words: the same in one or two sentences.
+    """
+
+    clean_up: bool
+    method: str | None
+    words: str
+
+
+def findings(raw: ArtifactMetrics, shared: float, stability: Stability) -> tuple[Finding, ...]:
+    """The artifacts of raw features.
+
+    Args:
+        raw: their figures, on neutral crops.
+        shared: share of their energy that is the same for all photos.
+        stability: how far photos agree about it.
+    """
+    found = []
+    strength = _strength(shared, SHARED)
+    if strength and stability.reliability >= RELIABLE:
+        words = f"{shared:.1%} of the features' energy is the same pattern in every photo"
+        found.append(Finding("positional", strength, shared, words))
+    elif raw.neighbour_position >= PLACE:
+        told = f"features tell the place in the view (R² {raw.neighbour_position:.2f}) though no pattern is the same"
+        found.append(Finding("positional", "weak", max(shared, 0.0), told))
+    if strength := _strength(raw.outliers, OUTLIERS):
+        side = "high" if raw.outliers_high >= raw.outliers_low else "low"
+        found.append(
+            Finding("outlier tokens", strength, raw.outliers, f"{raw.outliers:.1%} of the tokens, of {side} norm")
+        )
+    return tuple(found)
+
+
+def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, found: tuple[Finding, ...]) -> Judgement:
+    """What a way of cleaning did, from the figures before and after.
+
+    Args:
+        cleaned: after.
+        raw: before.
+        content: the measure of what cleaning may not lose.
+        found: the artifacts of the raw features.
+    """
+    rank, sharpness = cleaned.effective_rank / content.effective_rank, cleaned.detail / content.detail
+    if sharpness < BLURRED or (sharpness < BLURRED_DETAIL and rank < BLURRED_RANK):
+        return Judgement("blurred", f"detail is {sharpness:.2f} and effective rank {rank:.2f} of the content's")
+    if rank < DAMAGED_RANK:
+        return Judgement("damaged", f"effective rank is {rank:.2f} of the content's")
+    gain = _gain(cleaned, raw)
+    if gain is not None and gain < -DAMAGED_CONSISTENCY:
+        return Judgement("damaged", f"views agree less than before (R² {gain:+.2f})")
+    if unseen := [finding.kind for finding in found if not _is_seen(finding, raw)]:
+        return Judgement("unknown", f"{' and '.join(unseen)} cannot be seen in so few crops; take more photos")
+    gone = [finding.kind for finding in found if _is_gone(finding, cleaned, raw)]
+    left = [finding.kind for finding in found if finding.kind not in gone]
+    if not gone:
+        return Judgement("unchanged", f"{' and '.join(left)} still there" if left else "there was nothing to remove")
+    agreement = "" if gain is None else f"; agreement of views {gain:+.3f}"
+    rest = f", {' and '.join(left)} still there" if left else ""
+    return Judgement("unchanged" if left else "denoised", f"{' and '.join(gone)} gone{rest}{agreement}")
+
+
+def conclude(
+    found: tuple[Finding, ...], judgements: Mapping[str, Judgement], metrics: Mapping[str, ArtifactMetrics]
+) -> Verdict:
+    """Whether to clean, and how."""
+    if not found:
+        return Verdict(False, None, "No artifact was found. Do not clean: there is nothing to gain.")
+    told = " and ".join(f"{finding.strength} {finding.kind} artifact ({finding.words})" for finding in found)
+    able = [name for name, judgement in judgements.items() if judgement.outcome == "denoised"]
+    if not able and all(judgement.outcome == "unknown" for judgement in judgements.values()):
+        return Verdict(False, None, f"Found: {told}. The photos are too few to tell whether cleaning works: take more.")
+    if not able:
+        return Verdict(False, None, f"Found: {told}. None of the methods tried removes it without harm; do not clean.")
+    method = able[0]
+    if method == "subtract" and "exact" in able and (_gain(metrics["exact"], metrics["subtract"]) or 0) >= WORTH:
+        method = "exact"
+    if all(finding.strength == "weak" for finding in found):
+        return Verdict(
+            False, method, f"Found: {told}. Cleaning ({method}) removes it, but so little is hardly worth the trouble."
+        )
+    why = {
+        "subtract": "one pass and a subtraction do it",
+        "exact": "views agree clearly better with the exact method than after subtraction"
+        if "subtract" in able
+        else "subtraction alone does not do it",
+    }.get(method, "it removes what was found")
+    return Verdict(True, method, f"Found: {told}. Clean with method {method}: {why}.")
+
+
+def _strength(share: float, steps: tuple[float, float, float]) -> Strength | None:
+    weak, moderate, strong = steps
+    return "strong" if share >= strong else "moderate" if share >= moderate else "weak" if share >= weak else None
+
+
+def _gain(cleaned: ArtifactMetrics, other: ArtifactMetrics) -> float | None:
+    if cleaned.consistency is None or other.consistency is None:
+        return None
+    return cleaned.consistency - other.consistency
+
+
+def _is_gone(finding: Finding, cleaned: ArtifactMetrics, raw: ArtifactMetrics) -> bool:
+    if finding.kind == "outlier tokens":
+        return cleaned.outliers <= REMOVED * raw.outliers
+    # Any of these may be blind to an artifact (the linear probe to some, the other where content drowns it, all where
+    # photos are few): what saw it before must have gone, and leakage must not have grown.
+    looks = [
+        (cleaned.shared, raw.shared, SHARED[0]),
+        (cleaned.linear_position, raw.linear_position, _SEEN),
+        (cleaned.neighbour_position, raw.neighbour_position, _SEEN),
+    ]
+    fallen = [after <= REMOVED * before for after, before, seen in looks if before >= seen]
+    leaks = cleaned.leakage is not None and raw.leakage is not None and cleaned.leakage > 1.1 * raw.leakage
+    return bool(fallen) and all(fallen) and not leaks
+
+
+def _is_seen(finding: Finding, raw: ArtifactMetrics) -> bool:
+    """Whether the crops show what was found, so that they can tell whether it has gone."""
+    seen = raw.shared >= SHARED[0] or max(raw.linear_position, raw.neighbour_position) >= _SEEN
+    return seen or finding.kind == "outlier tokens"

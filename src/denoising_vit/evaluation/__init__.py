@@ -1,0 +1,1 @@
+"""Evaluation: label-free metrics of artifacts in feature maps."""

@@ -1,0 +1,62 @@
+"""What every metric asks of its features: a stack of grids, finite, and not the same everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from denoising_vit.errors import EvaluationError
+
+#: Variance below this share of the mean square is rounding, not content; its square root is 16 steps of float32.
+_ROUNDING = 1e-12
+
+
+def checked(features: Tensor, name: str = "features") -> Tensor:
+    """Features that a metric can be computed on, detached, on the CPU and in float32.
+
+    Args:
+        features: (N, h, w, C).
+        name: what the messages call them.
+
+    Returns:
+        The same values, (N, h, w, C) float32.
+
+    Raises:
+        EvaluationError: if the shape is another, a value is not finite, or all tokens are the same.
+    """
+    features = checked_finite(features, name)
+    _, variance = moments(features)
+    mean_square = sum(float(image.double().square().sum()) for image in features) / features[..., 0].numel()
+    if variance <= _ROUNDING * mean_square:
+        raise EvaluationError(
+            f"constant output: all {features[..., 0].numel()} tokens of {name} are the same, so there is nothing to "
+            "measure; check the weights and the input"
+        )
+    return features
+
+
+def checked_finite(features: Tensor, name: str = "features") -> Tensor:
+    """Like :func:`checked`, for what may well be constant: (N, h, w, C) -> the same values in float32 on the CPU.
+
+    Raises:
+        EvaluationError: if the shape is another, or a value is not finite.
+    """
+    if features.ndim != 4 or 0 in features.shape:
+        raise EvaluationError(f"expected {name} of shape (N, h, w, C), none of them 0, got {tuple(features.shape)}")
+    features = features.detach().to("cpu", torch.float32)
+    finite = torch.isfinite(features)
+    if not finite.all():
+        raise EvaluationError(
+            f"{int((~finite).sum())} of {features.numel()} values of {name} are not finite; check the weights, or use "
+            "dtype float32"
+        )
+    return features
+
+
+def moments(features: Tensor) -> tuple[Tensor, float]:
+    """Mean (C,) of all tokens of (N, h, w, C), and their variance summed over channels, both in float64."""
+    tokens = features[..., 0].numel()
+    # Image by image: a float64 copy of everything would be twice as large as the features themselves.
+    mean = torch.stack([image.double().sum((0, 1)) for image in features]).sum(0) / tokens
+    variance = sum(float((image.double() - mean).square().sum()) for image in features) / tokens
+    return mean, variance

@@ -1,0 +1,163 @@
+"""DenoisedViT: the backbone minus its artifact, with the same face."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import denoising_vit as dv
+import tiny_artifact as tiny
+from denoising_vit import Artifact, ArtifactError, Backbone, DenoisedViT, SizeError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny.backbone()
+
+
+@pytest.fixture(scope="module")
+def artifact(backbone: Backbone) -> Artifact:
+    return tiny.artifact_of(backbone)
+
+
+@pytest.fixture
+def extractor(backbone: Backbone, artifact: Artifact) -> DenoisedViT:
+    return DenoisedViT(backbone, artifact)
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    """(B, 3, H, W)."""
+    batch, height, width = shape
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_features_are_those_of_the_backbone_minus_the_artifact(
+    extractor: DenoisedViT, backbone: Backbone, artifact: Artifact, batch: int
+) -> None:
+    image = images(batch, 56, 56)
+    assert torch.equal(extractor(image), backbone(image) - artifact.values)
+
+
+@pytest.mark.parametrize("size", [(88, 88), (40, 72), (8, 104)], ids=str)
+def test_other_sizes_get_the_artifact_resampled(
+    extractor: DenoisedViT, backbone: Backbone, artifact: Artifact, size: tuple[int, int]
+) -> None:
+    image = images(2, *size)
+    expected = backbone(image) - artifact.at((size[0] // 8, size[1] // 8))
+    assert torch.equal(extractor(image), expected)
+
+
+def test_sizes_may_alternate(extractor: DenoisedViT, backbone: Backbone, artifact: Artifact) -> None:
+    for height, width in ((56, 56), (40, 72), (72, 40), (56, 56)):
+        image = images(1, height, width)
+        assert torch.equal(extractor(image), backbone(image) - artifact.at((height // 8, width // 8)))
+
+
+@pytest.mark.parametrize("size", [(56, 56), (40, 72)], ids=str)
+def test_known_artifact_leaves_clean_features(extractor: DenoisedViT, size: tuple[int, int]) -> None:
+    image = images(2, *size)
+    planted = tiny.pattern(size[0] // 8, size[1] // 8).square().mean().sqrt()
+    left = (extractor(image) - tiny.backbone(0.0)(image)).square().mean().sqrt()
+    assert float(left) < 0.05 * float(planted)
+
+
+def test_calibrated_artifact_leaves_nearly_clean_features(backbone: Backbone) -> None:
+    extractor = DenoisedViT(backbone, dv.calibrate(backbone, tiny.photos(16)))
+    image = images(2, 56, 56, seed=5)
+    left = (extractor(image) - tiny.backbone(0.0)(image)).norm()
+    assert float(left) < 0.15 * float((backbone(image) - tiny.backbone(0.0)(image)).norm())
+
+
+def test_prefix_tokens_stay_as_they_are() -> None:
+    module = tiny.Planted()
+
+    def with_prefix(image: Tensor) -> Tensor:
+        tokens = module(image).flatten(1, 2)
+        return torch.cat([image.mean((2, 3)).repeat(1, 2)[:, None] + torch.arange(3.0)[None, :, None], tokens], dim=1)
+
+    backbone = tiny.plain(with_prefix)
+    artifact = tiny.artifact_of(backbone)
+    image = images(2, 40, 72)
+    features, prefix = DenoisedViT(backbone, artifact).forward_with_prefix(image)
+    raw, expected = backbone.forward_with_prefix(image)
+    assert prefix.shape == (2, 3, 6)
+    assert torch.equal(prefix, expected)
+    assert torch.equal(features, raw - artifact.at((5, 9)))
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"stride": 4}, {"channels": 9}], ids=str)
+def test_artifact_of_another_backbone_is_refused(artifact: Artifact, other: dict[str, int]) -> None:
+    with pytest.raises(ArtifactError, match="calibrated for Planted"):
+        DenoisedViT(tiny.backbone(stride=other.pop("stride", 8), **other), artifact)
+
+
+def test_size_off_the_patch_grid_is_refused(extractor: DenoisedViT) -> None:
+    with pytest.raises(SizeError, match="Nearest: 56 or 64"):
+        extractor(images(1, 60, 56))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_float32_whatever_the_backbone_computes_in(artifact: Artifact, dtype: torch.dtype) -> None:
+    backbone = tiny.backbone().to(dtype=dtype)
+    found = DenoisedViT(backbone, artifact)(images(1, 56, 56))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, backbone(images(1, 56, 56)) - artifact.values)
+
+
+def test_whole_extractor_can_be_converted_after_it_was_used(artifact: Artifact) -> None:
+    extractor = DenoisedViT(tiny.backbone(), artifact)
+    before = extractor(images(1, 56, 56))
+    after = extractor.to(torch.bfloat16)(images(1, 56, 56))
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)
+
+
+def test_artifact_follows_the_features_to_another_device(artifact: Artifact) -> None:
+    extractor = DenoisedViT(tiny.backbone(), artifact)
+    image = images(1, 56, 56)
+    here = extractor(image)  # what is kept for this size is on the CPU now
+    assert copy.deepcopy(extractor).to("meta")(image).device.type == "meta"
+    assert torch.equal(extractor(image), here)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_artifact_follows_the_features_to_a_gpu_and_back(artifact: Artifact) -> None:
+    extractor = DenoisedViT(tiny.backbone(), artifact)
+    image = images(1, 56, 56)
+    here = extractor(image)
+    there = extractor.to("cuda")(image)
+    assert there.device.type == "cuda"
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(extractor.to("cpu")(image), here)
+
+
+def test_gradient_reaches_the_image_as_through_the_backbone(extractor: DenoisedViT, backbone: Backbone) -> None:
+    image, same = images(1, 40, 72).requires_grad_(), images(1, 40, 72).requires_grad_()
+    weights = torch.randn(1, 5, 9, 6, generator=torch.Generator().manual_seed(1))
+    (extractor(image) * weights).sum().backward()
+    (backbone(same) * weights).sum().backward()
+    assert image.grad is not None and same.grad is not None
+    assert torch.equal(image.grad, same.grad)
+    assert float(image.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_use_without_gradients_does_not_spoil_later_use_with_them(
+    extractor: DenoisedViT, context: type[torch.no_grad]
+) -> None:
+    with context():
+        assert not extractor(images(1, 40, 72)).requires_grad
+    image = images(1, 40, 72).requires_grad_()
+    extractor(image).square().sum().backward()
+    assert image.grad is not None
+
+
+def test_nothing_of_it_is_trainable_or_in_training(extractor: DenoisedViT) -> None:
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
+    assert not extractor.backbone.training

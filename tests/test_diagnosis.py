@@ -1,0 +1,339 @@
+"""Diagnoses of backbones whose artifacts are known, because they were planted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import denoising_vit as dv
+import planted
+from denoising_vit.calibration import Stability
+from denoising_vit.diagnosis import Diagnosis, verdict
+from denoising_vit.diagnosis.crops import NeutralCrop
+from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge
+from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics, features_of
+from denoising_vit.evaluation.consistency import at_patches, consistency
+from denoising_vit.views import ViewPlan
+
+PHOTOS, VIEWS = 24, 12
+
+
+@cache
+def diagnosis(share: float = 0.0, outliers: float = 0.0, seed: int = 0) -> Diagnosis:
+    kinds = {"share": share, "outliers": outliers}
+    return dv.diagnose(
+        planted.backbone(**kinds),
+        planted.photos(PHOTOS),
+        extractors={"blurred": planted.backbone(**kinds, blur=5)},
+        views=VIEWS,
+        seed=seed,
+    )
+
+
+# --- what is found, and what is told ---
+
+
+def test_clean_features_are_told_not_to_be_cleaned() -> None:
+    found = diagnosis()
+    assert found.findings == ()
+    assert not found.verdict.clean_up
+    assert found.verdict.method is None
+    assert "No artifact was found. Do not clean" in found.verdict.words
+
+
+@pytest.mark.parametrize(
+    ("share", "outliers", "kinds"),
+    [(0.2, 0.0, ["positional"]), (0.0, 0.02, ["outlier tokens"]), (0.2, 0.02, ["positional", "outlier tokens"])],
+)
+def test_planted_artifacts_are_named(share: float, outliers: float, kinds: list[str]) -> None:
+    found = diagnosis(share, outliers)
+    assert [finding.kind for finding in found.findings] == kinds
+    assert found.verdict.clean_up
+    assert all(kind in found.verdict.words for kind in kinds)
+
+
+def test_the_shared_energy_is_what_was_planted() -> None:
+    assert diagnosis(0.2).shared == pytest.approx(0.2, rel=0.25)
+    assert diagnosis().shared < 0.002
+
+
+def test_the_share_of_outliers_is_what_was_planted() -> None:
+    found = diagnosis(0.0, 0.02).metrics["raw"]
+    assert found.outliers_high == pytest.approx(0.02, rel=0.3)
+    assert found.outliers_low == 0
+
+
+def test_outliers_do_not_hide_the_shared_pattern() -> None:
+    assert diagnosis(0.2, 0.02).shared == pytest.approx(diagnosis(0.2).shared, rel=0.2)
+
+
+def test_subtraction_removes_a_pattern_and_not_outliers() -> None:
+    assert diagnosis(0.2).judgements["subtract"].outcome == "denoised"
+    assert diagnosis(0.0, 0.02).judgements["subtract"].outcome == "unchanged"
+    both = diagnosis(0.2, 0.02).judgements["subtract"]
+    assert both.outcome == "unchanged"
+    assert both.words.startswith("positional gone, outlier tokens still there")
+
+
+def test_outliers_take_the_exact_method() -> None:
+    assert diagnosis(0.2, 0.02).verdict.method == "exact"
+    assert diagnosis(0.2, 0.02).judgements["exact"].outcome == "denoised"
+
+
+@pytest.mark.parametrize(("share", "outliers"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.02), (0.2, 0.02)])
+def test_blur_does_not_pass_for_denoising(share: float, outliers: float) -> None:
+    found = diagnosis(share, outliers)
+    assert found.judgements["blurred"].outcome == "blurred"
+    assert found.verdict.method != "blurred"
+
+
+def test_the_linear_probe_finds_a_pattern_only_until_it_is_subtracted() -> None:
+    metrics = diagnosis(0.2).metrics
+    assert metrics["raw"].linear_position > 0.9
+    assert abs(metrics["subtract"].linear_position) < 0.1
+
+
+def test_the_artifact_is_the_planted_pattern() -> None:
+    artifact = diagnosis(0.2).evidence.calibration.artifact.values
+    truth = planted.pattern(*artifact.shape[:2]).permute(1, 2, 0)  # (C, h, w) -> (h, w, C)
+    assert torch.cosine_similarity(artifact.flatten(), truth.flatten(), dim=0) > 0.97
+
+
+def test_the_same_seed_gives_the_same_diagnosis() -> None:
+    again = dv.diagnose(planted.backbone(share=0.2), planted.photos(PHOTOS), views=VIEWS)
+    first = dv.diagnose(planted.backbone(share=0.2), planted.photos(PHOTOS), views=VIEWS)
+    assert again.metrics == first.metrics
+    assert (
+        dv.diagnose(planted.backbone(share=0.2), planted.photos(PHOTOS), views=VIEWS, seed=1).metrics != first.metrics
+    )
+
+
+def test_the_record_is_json_and_says_what_was_done() -> None:
+    record = json.loads(json.dumps(diagnosis(0.2).record()))
+    assert record["verdict"]["method"] in ("subtract", "exact")
+    assert record["metrics"]["raw"]["effective_rank"] == diagnosis(0.2).metrics["raw"].effective_rank
+    assert (record["views"], len(record["photos"]), record["size"]) == (VIEWS, PHOTOS, [planted.SIZE] * 2)
+    assert record["stability"]["photos"] == PHOTOS
+
+
+def test_maps_of_a_few_photos_are_kept_to_be_shown() -> None:
+    found = dv.diagnose(planted.backbone(), planted.photos(8), views=VIEWS, shown=3)
+    assert len(found.evidence.shown) == 3
+    assert set(found.evidence.shown[0].maps) == {"raw", "subtract", "exact"}
+    assert found.evidence.shown[0].pixels.shape == (120, 150, 3)
+
+
+# --- bad input ---
+
+
+def test_too_few_photos_are_refused_with_the_number_that_is_needed() -> None:
+    with pytest.raises(dv.ArtifactError, match=r"7 usable photos: a diagnosis takes 8 at least"):
+        dv.diagnose(planted.backbone(), planted.photos(7), views=VIEWS)
+
+
+def test_one_photo_many_times_is_one_photo() -> None:
+    with pytest.raises(dv.ArtifactError, match=r"1 usable photos \(9 skipped, the first: photo 1: the same picture"):
+        dv.diagnose(planted.backbone(), planted.photos(1) * 10, views=VIEWS)
+
+
+def test_black_photos_are_refused_as_having_no_content() -> None:
+    with pytest.raises(dv.ArtifactError, match="no content: all its pixels are alike"):
+        dv.diagnose(planted.backbone(), [np.full((100, 100, 3), n, np.uint8) for n in range(10)], views=VIEWS)
+
+
+class Constant(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(image), 5, image.shape[2] // planted.PATCH, image.shape[3] // planted.PATCH)
+
+
+class Broken(planted.Planted):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image) * float("nan")
+
+
+def load(module: torch.nn.Module) -> dv.Backbone:
+    return dv.load_backbone(module, patch_size=planted.PATCH, default_size=planted.SIZE, device="cpu")
+
+
+def test_constant_output_is_refused() -> None:
+    with pytest.raises(dv.DenoisingVitError, match="constant output"):
+        dv.diagnose(load(Constant()), planted.photos(10), views=VIEWS)
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(dv.DenoisingVitError, match="not finite"):
+        dv.diagnose(load(Broken()), planted.photos(10), views=VIEWS)
+
+
+def test_photos_that_cannot_be_used_are_skipped_and_recorded() -> None:
+    given = [*planted.photos(9), np.zeros((100, 100, 3), np.uint8), "nowhere.jpg"]
+    found = dv.diagnose(planted.backbone(), given, views=VIEWS)
+    assert len(found.info["photos"]) == 9
+    assert [name for name, _ in found.info["skipped"]] == ["photo 9", "nowhere.jpg"]
+
+
+# --- neutral crops, consistency, figures ---
+
+
+def plan(size: int = 56) -> ViewPlan:
+    return ViewPlan.make(4, size=(size, size), patch_size=8)
+
+
+def test_a_field_sampled_at_an_inverted_crop_is_turned_as_its_picture_is() -> None:
+    crop = next(c for c in (NeutralCrop.draw(n, plan(), 0) for n in range(8)) if c.inverted)
+    field = torch.rand(14, 14, 3, dtype=torch.float64)
+    expected = at_patches(field, crop.view).flip((0, 1))
+    assert torch.equal(crop.sample(field), expected)
+
+
+def test_crops_are_squares_inside_the_photo_and_differ() -> None:
+    boxes = np.concatenate([NeutralCrop.draw(n, plan(), 0).view.boxes for n in range(50)])
+    assert boxes.min() >= 0 and boxes.max() <= 1
+    assert np.allclose(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    assert len({tuple(box) for box in boxes}) == 50
+    inverted = [NeutralCrop.draw(n, plan(), 0).inverted for n in range(8)]
+    assert sum(inverted) == sum(inverted[::2]) * 2 == 4  # in both halves of the photos
+
+
+def test_a_rendered_crop_shows_what_the_field_is_sampled_at() -> None:
+    """With a picture of coordinates as photo, mean colour of a patch is where its centre is."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 224), torch.linspace(0, 1, 224), indexing="ij")
+    image = torch.stack([x, y, x * 0])
+    backbone = dv.load_backbone(planted.Local(), patch_size=8, default_size=56, mean=(0, 0, 0), std=(1, 1, 1))
+    nodes = torch.stack(torch.meshgrid(*[(torch.arange(28) + 0.5) / 28] * 2, indexing="xy"), -1).double()
+    for number in range(4):
+        crop = NeutralCrop.draw(number, plan(), 0)
+        pooled = torch.nn.functional.avg_pool2d(crop.render(image, backbone), 8)[0, :2].permute(1, 2, 0)
+        inner = slice(1, -1)
+        assert torch.allclose(pooled[inner, inner].double(), crop.sample(nodes)[inner, inner], atol=0.01)
+
+
+def test_consistency_by_hand() -> None:
+    features = torch.tensor([0.0, 2.0, 4.0, 6.0]).view(1, 2, 2, 1)
+    expected = features + torch.tensor([1.0, -1.0, 1.0, -1.0]).view(1, 2, 2, 1)
+    assert consistency(expected, features) == pytest.approx(1 - 4 / 20)
+    assert consistency(features, features) == 1
+    with pytest.raises(dv.DenoisingVitError, match="constant output"):
+        consistency(features, torch.ones_like(features))
+    with pytest.raises(dv.DenoisingVitError, match="same shapes"):
+        consistency(features[:, :1], features)
+
+
+def test_figures_without_responses_or_pairs_are_left_out() -> None:
+    features = torch.randn(8, 7, 5, 6, generator=torch.Generator().manual_seed(0))
+    metrics = artifact_metrics(features)
+    assert metrics.leakage is None and metrics.consistency is None
+    flat = torch.ones(2, 7, 5, 6)
+    assert artifact_metrics(features, responses=flat).leakage is None
+
+
+def test_any_extractor_can_be_measured() -> None:
+    images = [torch.rand(2, 3, planted.SIZE, planted.SIZE) for _ in range(4)]
+    features = features_of(planted.backbone(), images)
+    assert features.shape == (8, 11, 11, planted.CHANNELS)
+    assert isinstance(artifact_metrics(features), ArtifactMetrics)
+    with pytest.raises(dv.DenoisingVitError, match="no images"):
+        features_of(planted.backbone(), [])
+
+
+# --- thresholds ---
+
+CLEAN = ArtifactMetrics(0.0, 0.0, 0.0, 0.1, 0.1, 0.0, 0.0, 0.5, 100.0, 0.5, 0.3)
+CONTENT = Content(100.0, 0.3)
+SURE = Stability(photos=64, signal=1.0, noise=1.0, split_half=0.98)
+UNSURE = Stability(photos=64, signal=0.01, noise=1.0, split_half=0.2)
+
+
+@pytest.mark.parametrize(
+    ("shared", "strength"),
+    [(0.0, None), (0.0049, None), (0.005, "weak"), (0.02, "moderate"), (0.1, "strong"), (0.9, "strong")],
+)
+def test_strength_of_a_shared_pattern(shared: float, strength: str | None) -> None:
+    found = findings(CLEAN, shared, SURE)
+    assert [finding.strength for finding in found] == ([strength] if strength else [])
+
+
+def test_a_shared_pattern_that_is_chance_is_none() -> None:
+    assert findings(CLEAN, 0.5, UNSURE) == ()
+
+
+def test_place_in_the_features_counts_even_if_nothing_is_shared() -> None:
+    (found,) = findings(dataclasses.replace(CLEAN, neighbour_position=0.6), 0.0, UNSURE)
+    assert (found.kind, found.strength) == ("positional", "weak")
+
+
+@pytest.mark.parametrize(("high", "low", "side"), [(0.03, 0.0, "high"), (0.0, 0.03, "low")])
+def test_outliers_of_either_side(high: float, low: float, side: str) -> None:
+    (found,) = findings(dataclasses.replace(CLEAN, outliers_high=high, outliers_low=low), 0.0, UNSURE)
+    assert (found.kind, found.strength) == ("outlier tokens", "moderate")
+    assert f"of {side} norm" in found.words
+
+
+POSITIONAL = (Finding("positional", "strong", 0.2, "20 %"),)
+RAW = dataclasses.replace(CLEAN, shared=0.2, linear_position=0.8, neighbour_position=0.4, leakage=0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({}, "denoised"),
+        ({"shared": 0.15}, "unchanged"),
+        ({"linear_position": 0.5}, "unchanged"),
+        ({"neighbour_position": 0.3}, "unchanged"),
+        ({"leakage": 0.4}, "unchanged"),
+        ({"detail": 0.1}, "blurred"),
+        ({"detail": 0.17, "effective_rank": 90.0}, "blurred"),
+        ({"detail": 0.17}, "denoised"),
+        ({"effective_rank": 70.0}, "damaged"),
+        ({"consistency": 0.4}, "damaged"),
+    ],
+)
+def test_judgements(changes: dict[str, float], outcome: str) -> None:
+    assert judge(dataclasses.replace(CLEAN, **changes), RAW, CONTENT, POSITIONAL).outcome == outcome
+
+
+def test_what_the_crops_do_not_show_cannot_be_judged() -> None:
+    blind = dataclasses.replace(CLEAN, linear_position=-0.5, neighbour_position=-0.1)
+    judged = judge(CLEAN, blind, CONTENT, POSITIONAL)
+    assert judged.outcome == "unknown"
+    told = conclude(POSITIONAL, {"subtract": judged, "exact": judged}, {"raw": blind, "subtract": CLEAN})
+    assert not told.clean_up
+    assert "too few to tell" in told.words
+
+
+def test_content_counts_without_its_outliers() -> None:
+    chance = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 9, 9, 16, generator=chance).cumsum(1).cumsum(2)
+    spoiled = features.clone()
+    spoiled[:, ::4, ::4] *= 20
+    clipped, unclipped = Content.of(spoiled, verdict.CLIP), Content.of(spoiled, 1e9)
+    assert clipped.detail < unclipped.detail / 2
+    assert Content.of(features, verdict.CLIP) == Content.of(features, 1e9)
+
+
+def test_the_cheapest_method_that_does_it_is_recommended() -> None:
+    good = judge(CLEAN, RAW, CONTENT, POSITIONAL)
+    metrics = {"raw": RAW, "subtract": CLEAN, "exact": dataclasses.replace(CLEAN, consistency=0.51)}
+    assert conclude(POSITIONAL, {"subtract": good, "exact": good}, metrics).method == "subtract"
+    metrics["exact"] = dataclasses.replace(CLEAN, consistency=0.6)
+    assert conclude(POSITIONAL, {"subtract": good, "exact": good}, metrics).method == "exact"
+
+
+def test_a_weak_artifact_is_not_worth_the_trouble() -> None:
+    weak = (dataclasses.replace(POSITIONAL[0], strength="weak"),)
+    good = judge(CLEAN, RAW, CONTENT, weak)
+    told = conclude(weak, {"subtract": good}, {"raw": RAW, "subtract": CLEAN})
+    assert not told.clean_up
+    assert told.method == "subtract"
+
+
+def test_where_nothing_helps_it_says_so() -> None:
+    bad = judge(RAW, RAW, CONTENT, POSITIONAL)
+    told = conclude(POSITIONAL, {"subtract": bad, "exact": bad}, {"raw": RAW, "subtract": RAW, "exact": RAW})
+    assert not told.clean_up and told.method is None
+    assert "do not clean" in told.words
