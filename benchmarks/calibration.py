@@ -31,7 +31,7 @@ import denoising_vit as dv
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.calibration import CalibrationOptions, run_calibration
-from denoising_vit.cli.calibrate import spread
+from denoising_vit.dataset import spread
 from denoising_vit.decomposition import Statistics
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.neural_field import SeenViews

@@ -23,7 +23,7 @@ from denoising_vit.artifact import artifact_digest, known
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import app
 from denoising_vit.cli import denoise as verb
-from denoising_vit.cli.calibrate import spread
+from denoising_vit.dataset import spread
 from denoising_vit.store import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")

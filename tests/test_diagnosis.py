@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ import planted
 from denoising_vit.calibration import Stability
 from denoising_vit.diagnosis import Diagnosis, verdict
 from denoising_vit.diagnosis.crops import NeutralCrop
-from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge
+from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge, too_few
 from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics, features_of
-from denoising_vit.evaluation.consistency import at_patches, consistency
+from denoising_vit.evaluation.consistency import consistency
+from denoising_vit.sampling import at_patches
 from denoising_vit.views import ViewPlan
 
 PHOTOS, VIEWS = 24, 12
@@ -76,7 +78,7 @@ def test_subtraction_removes_a_pattern_and_not_outliers() -> None:
     assert diagnosis(0.2).judgements["subtract"].outcome == "denoised"
     assert diagnosis(0.0, 0.02).judgements["subtract"].outcome == "unchanged"
     both = diagnosis(0.2, 0.02).judgements["subtract"]
-    assert both.outcome == "unchanged"
+    assert both.outcome == "partly"
     assert both.words.startswith("positional gone, outlier tokens still there")
 
 
@@ -170,6 +172,32 @@ def test_features_that_are_not_finite_are_refused() -> None:
         dv.diagnose(load(Broken()), planted.photos(10), views=VIEWS)
 
 
+@pytest.mark.parametrize(
+    ("extractor", "message"),
+    [
+        (lambda image: torch.zeros(1, 3, 3, planted.CHANNELS), r"mine: expected features \(1, 11, 11, 24\)"),
+        (lambda image: torch.full((1, 11, 11, planted.CHANNELS), torch.nan), "mine: features are not finite"),
+    ],
+)
+def test_extractors_that_cannot_be_compared_are_refused_by_name(extractor: Any, message: str) -> None:
+    with pytest.raises(dv.DenoisingVitError, match=message):
+        dv.diagnose(planted.backbone(), planted.photos(8), views=VIEWS, extractors={"mine": extractor})
+
+
+def test_names_of_sources_are_taken() -> None:
+    with pytest.raises(dv.DenoisingVitError, match="names of their own; raw is there already"):
+        dv.diagnose(planted.backbone(), planted.photos(8), views=VIEWS, extractors={"raw": planted.backbone()})
+
+
+def test_content_that_runs_from_top_to_bottom_is_no_shared_pattern() -> None:
+    """Skies are above: crops that are turned cancel it, in both halves that are compared."""
+    chance = np.random.default_rng(0)
+    down = np.linspace(255, 0, 120)[:, None, None]
+    photos = [(0.7 * down + chance.uniform(0, 75, (1, 1, 3)) + chance.normal(0, 20, (120, 150, 3))) for _ in range(16)]
+    found = dv.diagnose(planted.backbone(), [p.clip(0, 255).astype(np.uint8) for p in photos], views=VIEWS)
+    assert abs(found.metrics["raw"].shared) < 0.15  # the same strong gradient in all photos: chance
+
+
 def test_photos_that_cannot_be_used_are_skipped_and_recorded() -> None:
     given = [*planted.photos(9), np.zeros((100, 100, 3), np.uint8), "nowhere.jpg"]
     found = dv.diagnose(planted.backbone(), given, views=VIEWS)
@@ -258,8 +286,36 @@ def test_strength_of_a_shared_pattern(shared: float, strength: str | None) -> No
     assert [finding.strength for finding in found] == ([strength] if strength else [])
 
 
-def test_a_shared_pattern_that_is_chance_is_none() -> None:
+def test_a_shared_pattern_that_may_be_chance_is_no_finding_and_no_all_clear() -> None:
     assert findings(CLEAN, 0.5, UNSURE) == ()
+    doubt = too_few(0.5, UNSURE)
+    assert doubt is not None and "about 1900 would do" in doubt
+    told = conclude((), {}, {}, doubt)
+    assert not told.clean_up
+    assert "too few to tell" in told.words and "nothing to gain" not in told.words
+    assert too_few(0.5, SURE) is None
+    assert too_few(0.001, UNSURE) is None
+
+
+def test_place_raises_a_weak_pattern() -> None:
+    (found,) = findings(dataclasses.replace(CLEAN, neighbour_position=0.6), 0.01, SURE)
+    assert found.strength == "moderate"
+
+
+def test_what_removes_a_part_is_said_to() -> None:
+    both = (*POSITIONAL, Finding("outlier tokens", "strong", 0.1, "10 %"))
+    spoiled = dataclasses.replace(RAW, outliers_high=0.1)
+    judged = judge(dataclasses.replace(CLEAN, outliers_high=0.1), spoiled, CONTENT, both)
+    assert judged.outcome == "partly"
+    told = conclude(both, {"subtract": judged}, {"raw": spoiled, "subtract": CLEAN})
+    assert told.clean_up and told.method == "subtract"
+    assert "removes a part: positional gone, outlier tokens still there" in told.words
+
+
+def test_doing_nothing_is_no_damage() -> None:
+    """Artifacts may have less rank and detail than the content under them."""
+    low = dataclasses.replace(RAW, effective_rank=60.0, detail=0.12)
+    assert judge(low, low, CONTENT, POSITIONAL).outcome == "unchanged"
 
 
 def test_place_in_the_features_counts_even_if_nothing_is_shared() -> None:
@@ -271,7 +327,7 @@ def test_place_in_the_features_counts_even_if_nothing_is_shared() -> None:
 def test_outliers_of_either_side(high: float, low: float, side: str) -> None:
     (found,) = findings(dataclasses.replace(CLEAN, outliers_high=high, outliers_low=low), 0.0, UNSURE)
     assert (found.kind, found.strength) == ("outlier tokens", "moderate")
-    assert f"of {side} norm" in found.words
+    assert found.words == f"of the tokens 3.0% of {side} norm"
 
 
 POSITIONAL = (Finding("positional", "strong", 0.2, "20 %"),)
@@ -285,7 +341,7 @@ RAW = dataclasses.replace(CLEAN, shared=0.2, linear_position=0.8, neighbour_posi
         ({"shared": 0.15}, "unchanged"),
         ({"linear_position": 0.5}, "unchanged"),
         ({"neighbour_position": 0.3}, "unchanged"),
-        ({"leakage": 0.4}, "unchanged"),
+        ({"leakage": 0.4}, "denoised"),
         ({"detail": 0.1}, "blurred"),
         ({"detail": 0.17, "effective_rank": 90.0}, "blurred"),
         ({"detail": 0.17}, "denoised"),

@@ -17,7 +17,8 @@ from denoising_vit.evaluation.tokens import (
     leakage,
     neighbour_similarity,
     outlier_share,
-    shared_energy,
+    shared_pattern,
+    typical_energy,
 )
 
 
@@ -142,21 +143,42 @@ def test_smoothness_does_not_cross_images() -> None:
     assert detail(features) == 0
 
 
-def test_shared_energy_by_hand() -> None:
-    features = torch.cat([grid([1, -1]), grid([3, -3])])  # variance 5
-    artifact = torch.tensor([2.0, -2]).view(1, 2, 1)
-    assert shared_energy(artifact, features) == pytest.approx(4 / 5)
-    assert shared_energy(artifact + 7, features) == pytest.approx(4 / 5)
-    assert shared_energy(torch.zeros(1, 2, 1), features + 7) == 0
+def test_shared_pattern_by_hand() -> None:
+    """Images 0 and 1 against 2 and 3: (1, -1) times 2 and 4, 8 a patch. Median token -1, median squared distance 4."""
+    features = torch.cat([grid([1, -1]), grid([3, -3]), grid([3, -3]), grid([5, -5])])
+    assert shared_pattern(features + 100) == pytest.approx(8 / 4, rel=1e-5)
 
 
-def test_shared_energy_of_a_planted_artifact() -> None:
-    artifact = 2 * noise(17, 19, 11, seed=1)
+def test_shared_pattern_of_a_planted_artifact() -> None:
+    artifact = noise(17, 19, 11, seed=1)
     features = artifact + noise(8, 17, 19, 11) + 3
-    assert shared_energy(artifact, features) == pytest.approx(4 / 5, abs=0.03)
+    assert shared_pattern(features) == pytest.approx(0.5, abs=0.06)  # the median of 11 squares is below their mean
     turn = rotation(11)
-    assert shared_energy(artifact @ turn, features @ turn) == pytest.approx(shared_energy(artifact, features), rel=1e-5)
-    assert shared_energy(noise(8, 17, 19, 11).mean(0), noise(8, 17, 19, 11)) == pytest.approx(1 / 8, abs=0.01)
+    assert shared_pattern(features @ turn) == pytest.approx(shared_pattern(features), rel=0.05)
+    assert abs(shared_pattern(noise(8, 17, 19, 11))) < 0.01
+
+
+def test_shared_pattern_is_not_that_of_a_kind_that_takes_turns() -> None:
+    """Every other image turned: what each kind has in common cancels in both halves."""
+    content = noise(17, 19, 11, seed=2)
+    turned = torch.stack([content, -content] * 4)
+    assert abs(shared_pattern(turned + 0.1 * noise(8, 17, 19, 11))) < 0.01
+
+
+def test_shared_pattern_in_spite_of_outliers() -> None:
+    features = noise(17, 19, 11, seed=1) + noise(8, 17, 19, 11)
+    spoiled = torch.where(noise(8, 17, 19, 1, seed=5) > 2, features * 30, features)
+    assert shared_pattern(spoiled) == pytest.approx(shared_pattern(features), rel=0.1)
+
+
+def test_typical_energy() -> None:
+    assert typical_energy(grid([0, 1, 3, 6, 100])) == 9  # distances from 3: 3, 2, 0, 3, 97
+    features = noise(8, 17, 19, 200)
+    spoiled = torch.where(noise(8, 17, 19, 1, seed=5) > 2, features * 30, features)
+    assert typical_energy(features) == pytest.approx(200, rel=0.02)
+    assert typical_energy(spoiled) == pytest.approx(200, rel=0.03)
+    empty = grid([7.0] * 9 + [9.0])
+    assert typical_energy(empty) == pytest.approx(0.36)  # most are the same: the variance
 
 
 def test_leakage_by_hand() -> None:
@@ -200,8 +222,8 @@ def test_leakage_errors() -> None:
 
 
 def test_shape_errors() -> None:
-    with pytest.raises(EvaluationError, match=r"artifact of shape \(3, 5, 7\) as the features', got \(5, 3, 7\)"):
-        shared_energy(noise(5, 3, 7), noise(2, 3, 5, 7))
+    with pytest.raises(EvaluationError, match="a shared pattern takes 4 images at least, got 3"):
+        shared_pattern(noise(3, 3, 5, 7))
     with pytest.raises(EvaluationError, match="bound must be positive, got 0"):
         outlier_share(noise(2, 3, 5, 7), bound=0)
     for metric in (neighbour_similarity, detail):
@@ -214,7 +236,8 @@ METRICS = [
     effective_rank,
     neighbour_similarity,
     detail,
-    lambda features: shared_energy(noise(3, 5, 7), features),
+    shared_pattern,
+    typical_energy,
     lambda features: leakage(features, noise(1, 3, 5, 7), rank=1),
 ]
 

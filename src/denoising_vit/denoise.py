@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from denoising_vit.decomposition.neural_field import Evaluation, SeenViews, fit_
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.extraction import Photo, extract_views, load_image
 from denoising_vit.options import DenoiseOptions
-from denoising_vit.views import CropOptions, ViewPlan, linear_weights, patch_centres
+from denoising_vit.sampling import on_nodes
+from denoising_vit.views import CropOptions, ViewPlan
 
 Progress = Callable[[int, int], None]
 
@@ -262,32 +262,6 @@ def _subtract(job: _Job, artifact: Tensor | None) -> _Parts:
     artifact = artifact.to(raw)
     field = on_nodes(raw - artifact, job.fitted)
     return _Parts(field, artifact, raw, None, {"heldout_r2": None, "heldout_cosine": None})
-
-
-def on_nodes(features: Tensor, plan: ViewPlan) -> Tensor:
-    """The smoothest field on the plan's nodes (Ry, Rx, C) that has given features (h, w, C) at the patch centres.
-
-    Without overlapping patches nodes and patch centres are the same places, where the plan has as many.
-    """
-    down, across = (
-        _interpolation(patch_centres(side, plan.patch_size, plan.stride), nodes).to(features)
-        for side, nodes in zip(plan.size, plan.resolution, strict=True)
-    )
-    return torch.einsum("ry,yxc,sx->rsc", down, features, across)
-
-
-def _interpolation(centres: np.ndarray, nodes: int) -> Tensor:
-    """(nodes, n): from values at n places to the nodes with the least squared differences that sample to them."""
-    sampled = torch.from_numpy(linear_weights(centres, nodes))  # (n, nodes)
-    count = len(sampled)
-    if count == nodes and torch.allclose(sampled, torch.eye(count, dtype=sampled.dtype)):
-        return torch.eye(count, dtype=sampled.dtype)
-    difference = torch.eye(nodes, dtype=sampled.dtype).diff(dim=0)
-    # Lagrange: [D^T D, W^T; W, 0] [F; multipliers] = [0; values]
-    upper = torch.cat([difference.T @ difference, sampled.T], dim=1)
-    lower = torch.cat([sampled, torch.zeros(count, count, dtype=sampled.dtype)], dim=1)
-    right = torch.cat([torch.zeros(nodes, count, dtype=sampled.dtype), torch.eye(count, dtype=sampled.dtype)])
-    return torch.linalg.solve(torch.cat([upper, lower]), right)[:nodes]
 
 
 def gather(features: Iterator[Tensor], plan: ViewPlan) -> SeenViews:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -80,17 +80,18 @@ class Artifact:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (float16) that :meth:`load` reads back."""
+        """Writes a safetensors file (float16) that :meth:`load` reads back.
+
+        Of the photos, only their file names are written: the file may be given away.
+        """
         head = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "size": self.size,
             "backbone": self.backbone,
-            "info": self.info,
+            "info": _public(self.info),
         }
-        values = self.values.detach().cpu()
-        largest = float(values.abs().max())
-        tensors = {"artifact": (values.half() if largest < torch.finfo(torch.float16).max else values).contiguous()}
+        tensors = {"artifact": compact(self.values)}
         with atomic_path(Path(path)) as temporary:
             try:
                 save_file(tensors, temporary, metadata={_KEY: json.dumps(head)})
@@ -119,20 +120,38 @@ class Artifact:
         return cls(values, tuple(head["size"]), head["backbone"], head["info"])
 
 
+def compact(values: Tensor) -> Tensor:
+    """Values as they are stored: float16, unless they exceed its range."""
+    values = values.detach().cpu()
+    fits = float(values.abs().max()) < torch.finfo(torch.float16).max
+    return (values.half() if fits else values.float()).contiguous()
+
+
+def _public(info: dict[str, Any]) -> dict[str, Any]:
+    """The record without the folders that photos were in."""
+    if "photos" not in info:
+        return info
+    names = [PurePath(str(name)).name for name in info["photos"]]
+    return info | {"photos": names, "skipped": len(info.get("skipped", []))}
+
+
 def _check_head(path: Path, head: Any) -> None:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"{path}: a safetensors file, but not one with an artifact (no {FORMAT!r} metadata)")
-    if lacking := [key for key in _REQUIRED if key not in head]:
-        raise FormatError(f"{path}: damaged artifact, its metadata lacks {', '.join(lacking)}")
-    version, size, backbone = head["format_version"], head["size"], head["backbone"]
-    if not isinstance(version, int) or not _is_size(size) or not isinstance(head["info"], dict):
-        raise FormatError(f"{path}: damaged artifact, its metadata does not hold a version, a size and a record")
-    if version > FORMAT_VERSION:
+    version = head.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatError(
             f"{path}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
             "upgrade denoising-vit"
         )
-    if not isinstance(backbone, dict) or not {"name", "fingerprint"} <= backbone.keys():
+    if lacking := [key for key in _REQUIRED if key not in head]:
+        raise FormatError(f"{path}: damaged artifact, its metadata lacks {', '.join(lacking)}")
+    size, backbone = head["size"], head["backbone"]
+    if not isinstance(version, int) or not _is_size(size) or not isinstance(head["info"], dict):
+        raise FormatError(f"{path}: damaged artifact, its metadata does not hold a version, a size and a record")
+    fingerprint = backbone.get("fingerprint") if isinstance(backbone, dict) else None
+    numbers = isinstance(fingerprint, list) and all(isinstance(value, int | float) for value in fingerprint)
+    if not numbers or "name" not in backbone:
         raise FormatError(f"{path}: damaged artifact, its metadata does not name a backbone and its fingerprint")
 
 

@@ -2,6 +2,7 @@
 
 from denoising_vit.calibration.calibrate import (
     Calibration,
+    OnPhoto,
     calibrate,
     doubt_about,
     energy_of,
@@ -16,6 +17,7 @@ from denoising_vit.calibration.stability import Stability
 __all__ = [
     "Calibration",
     "CalibrationOptions",
+    "OnPhoto",
     "Stability",
     "calibrate",
     "doubt_about",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.artifact import Artifact
+from denoising_vit.artifact import Artifact, compact
 from denoising_vit.backbones import Backbone
 from denoising_vit.calibration.options import CalibrationOptions
 from denoising_vit.calibration.photos import named_pixels, telling
@@ -101,7 +101,7 @@ def run_calibration(
     options = replace(options or CalibrationOptions(), **changes)
     stage = StageOne(backbone, options.denoising())
     skipped: list[Skipped] = []
-    artifacts: dict[str, Tensor] = {}
+    artifacts: list[tuple[str, Tensor]] = []
     energies: list[float] = []
     numbered = ((index, name, pixels) for index, (name, pixels) in enumerate(telling(photos)))
     for result in stage.run(numbered):
@@ -110,7 +110,7 @@ def run_calibration(
             skipped.append(Skipped(name, reason))
         else:
             name, reason = result.about["name"], None
-            artifacts[name] = result.solve_apart()[1].float().cpu()
+            artifacts.append((name, result.solve_apart()[1].float().cpu()))
             energies.append(energy_of(result))
         if progress is not None:
             progress(name, reason)
@@ -134,21 +134,25 @@ def require_enough(used: Sized, skipped: Sequence[Skipped], least: int, what: st
 
 
 def energy_of(photo: Ready) -> float:
-    """Variance of the features of a whole photo, summed over channels, and a hair more than their rounding."""
+    """Typical energy of a whole photo's features, and a hair more than their rounding.
+
+    The median squared distance of a token from the median token, so that outlier tokens do not count.
+    """
     assert photo.raw is not None
-    tokens = photo.raw.double().flatten(0, 1)  # (h w, C)
-    return float(tokens.var(0, correction=0).sum() + _ROUNDING * tokens.square().sum(1).mean())
+    tokens = photo.raw.cpu().double().flatten(0, 1)  # (h w, C)
+    spread = (tokens - tokens.median(0).values).square().sum(1).median()
+    return float(spread + _ROUNDING * tokens.square().sum(1).mean())
 
 
 def joined(
     stage: StageOne,
     options: CalibrationOptions,
-    artifacts: dict[str, Tensor],
+    artifacts: Sequence[tuple[str, Tensor]],
     energies: Sequence[float],
     skipped: list[Skipped],
 ) -> Calibration:
-    """The joint artifact of photos from that of each, (h, w, C) by name, and how far they agree."""
-    each = torch.stack(list(artifacts.values()))  # (N, h, w, C); 2 MB a photo for a ViT-S at 518
+    """The joint artifact of photos from that of each (name and (h, w, C)), and how far they agree."""
+    each = torch.stack([artifact for _, artifact in artifacts])  # (N, h, w, C); 2 MB a photo for a ViT-S at 518
     flat = each.flatten(1)
     products = (flat @ flat.T).double().numpy() / math.prod(stage.fitted.grid)
     stability = Stability.of(products, options.seed, sum(energies) / len(energies))
@@ -158,11 +162,11 @@ def joined(
         "plan": stage.fitted.digest,
         "stability": stability.record(),
         "split_half": {str(count): value for count, value in by_count.items()},
-        "photos": list(artifacts),
+        "photos": [name for name, _ in artifacts],
         "skipped": [[item.item, item.reason] for item in skipped],
     }
     # For one plan the joint solution is the mean of those of single photos (docs/method.md).
-    values = each.mean(0)
+    values = compact(each.mean(0)).float()  # as it will be read from a file
     about = describe(stage.backbone) | {"stride": stage.backbone.stride, "patch_size": stage.backbone.patch_size}
     artifact = Artifact(values, stage.fitted.size, about, info)
     return Calibration(artifact, stability, by_count, tuple(skipped))

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json as json_lines
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.calibration import Calibration, CalibrationOptions, doubt_about, run_calibration
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
-from denoising_vit.dataset import Dataset, Skipped, open_dataset
-
-#: Decoding threads; the model takes all processors otherwise.
-_DECODERS = 2
+from denoising_vit.dataset import Skipped, named_photos, open_dataset, spread
 
 
 def calibrate(
@@ -69,19 +64,6 @@ def calibrate(
         print_error(f"cannot write {out} ({error.strerror or error})")
         return WRONG_USAGE
     return _tell(found, [*dataset.skipped, *found.skipped], out, as_json=json)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Indices of so many items, evenly over all; neighbours in a data set are often alike."""
-    if wanted == 0 or wanted >= count:
-        return list(range(count))
-    return [int((number + 0.5) * count / wanted) for number in range(wanted)]
-
-
-def named_photos(dataset: Dataset, indices: list[int]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
-    """Photos of a data set with their ids, decoded ahead."""
-    for index, pixels in dataset.stream(indices, workers=_DECODERS, ahead=2 * _DECODERS):
-        yield dataset[index].id, pixels
 
 
 def _tell(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: bool) -> int:

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.calibrate import named_photos, spread
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
-from denoising_vit.dataset import open_dataset
+from denoising_vit.dataset import named_photos, open_dataset, spread
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.files import atomic_path
 
@@ -68,8 +67,13 @@ def diagnose(
             progress.stop()
             print_note("interrupted; nothing was written")
             return INTERRUPTED
-    _write(found, out)
-    code = _tell(found, out, as_json=json)
+    code = _tell(found, as_json=json)
+    try:
+        _write(found, out)
+    except OSError as error:
+        print_error(f"cannot write to {out} ({error.strerror or error})")
+        return WRONG_USAGE
+    print_note(f"maps and figures in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
     return SOME_FAILED if dataset.skipped else code
 
 
@@ -82,7 +86,7 @@ def _write(found: Diagnosis, out: Path) -> None:
     write_page(found, out / "diagnosis.html")
 
 
-def _tell(found: Diagnosis, out: Path, *, as_json: bool) -> int:
+def _tell(found: Diagnosis, *, as_json: bool) -> int:
     skipped = found.info["skipped"]
     for name, reason in skipped:
         print_error(f"{name}: {reason}", "skipped")
@@ -92,8 +96,9 @@ def _tell(found: Diagnosis, out: Path, *, as_json: bool) -> int:
         console = Console()
         console.print(_table(found))
         console.print(found.verdict.words, highlight=False, markup=False, style="bold")
-    used = f"{len(found.info['photos'])} photos in {found.info['seconds']:.0f} s"
-    print_note(f"{used}; maps and figures in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
+    if found.info["doubt"]:
+        print_error(found.info["doubt"], "warning")
+    print_note(f"{len(found.info['photos'])} photos in {found.info['seconds']:.0f} s")
     return SOME_FAILED if skipped else OK
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.evaluation.consistency import at_patches
 from denoising_vit.rendering import ViewRenderer
+from denoising_vit.sampling import at_patches
 from denoising_vit.views import ViewPlan
 
 #: Least and largest side of a neutral crop, relative to the photo's.

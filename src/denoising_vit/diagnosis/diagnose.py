@@ -5,19 +5,29 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.calibration import named_pixels
+from denoising_vit.calibration import OnPhoto, doubt_about, named_pixels
 from denoising_vit.dataset import Skipped
 from denoising_vit.denoise import describe
-from denoising_vit.diagnosis.evidence import Evidence, Extractor, Gathering, OnPhoto
+from denoising_vit.diagnosis.evidence import Evidence
+from denoising_vit.diagnosis.gathering import Extractor, Gathering
 from denoising_vit.diagnosis.options import DiagnoseOptions
-from denoising_vit.diagnosis.verdict import CLIP, Content, Finding, Judgement, Verdict, conclude, findings, judge
+from denoising_vit.diagnosis.verdict import (
+    CLIP,
+    Content,
+    Finding,
+    Judgement,
+    Verdict,
+    conclude,
+    findings,
+    judge,
+    too_few,
+)
 from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics
 from denoising_vit.evaluation.tokens import typical_energy
 
@@ -52,7 +62,7 @@ class Diagnosis:
             "findings": [asdict(finding) for finding in self.findings],
             "judgements": {name: asdict(judgement) for name, judgement in self.judgements.items()},
             "metrics": {name: asdict(metrics) for name, metrics in self.metrics.items()},
-            "shared_energy": self.shared,
+            "shared": self.shared,
             "stability": calibration.stability.record(),
             "split_half": {str(count): value for count, value in calibration.split_half.items()},
             **self.info,
@@ -101,7 +111,8 @@ def run_diagnosis(
     evidence = Gathering(backbone, options, extractors).run(photos, progress)
     metrics = _metrics(evidence, options.seed)
     stability = evidence.calibration.stability
-    shared = max(stability.signal, 0.0) / typical_energy(evidence.crops["raw"])
+    signal = max(stability.signal, 0.0)
+    shared = signal / (signal + typical_energy(evidence.crops["subtract"]))
     found = findings(metrics["raw"], shared, stability)
     content = Content.of(evidence.crops["subtract"], options.clip or CLIP)
     judgements = {name: judge(metrics[name], metrics["raw"], content, found) for name in metrics if name != "raw"}
@@ -112,19 +123,17 @@ def run_diagnosis(
         "size": list(artifact.size),
         "photos": artifact.info["photos"],
         "skipped": artifact.info["skipped"],
+        "doubt": doubt_about(stability),
         "version": importlib.metadata.version("denoising-vit"),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    verdict = conclude(found, judgements, metrics)
+    verdict = conclude(found, judgements, metrics, too_few(shared, stability))
     return Diagnosis(verdict, found, judgements, metrics, shared, evidence, info)
 
 
 def _metrics(evidence: Evidence, seed: int) -> dict[str, ArtifactMetrics]:
-    """The figures of every source, side by side: most of them use one core."""
-
-    def of(name: str) -> ArtifactMetrics:
-        pair = evidence.pairs.get(name)
-        return artifact_metrics(evidence.crops[name], responses=evidence.responses, pair=pair, seed=seed)
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(evidence.crops, pool.map(of, evidence.crops), strict=True))
+    """The figures of every source."""
+    return {
+        name: artifact_metrics(features, responses=evidence.responses, pair=evidence.pairs.get(name), seed=seed)
+        for name, features in evidence.crops.items()
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from denoising_vit.evaluation.tokens import detail, effective_rank
 
 Strength = Literal["weak", "moderate", "strong"]
 Kind = Literal["positional", "outlier tokens"]
-Outcome = Literal["denoised", "blurred", "damaged", "unchanged", "unknown"]
+Outcome = Literal["denoised", "partly", "blurred", "damaged", "unchanged", "unknown"]
 
 #: Share of the features' energy that is the same for all photos: from where it is weak, moderate, strong.
 SHARED = (0.005, 0.02, 0.1)
@@ -95,8 +95,8 @@ class Judgement:
     """What one way of cleaning did to the features.
 
     Attributes:
-        outcome: denoised only if what was found is gone, and neither sharpness nor content with it; unknown where the
-            photos are too few to tell.
+        outcome: denoised only if all that was found is gone, and neither sharpness nor content with it (partly: some
+            of it); unknown where the photos are too few to tell.
         words: why.
     """
 
@@ -128,19 +128,31 @@ def findings(raw: ArtifactMetrics, shared: float, stability: Stability) -> tuple
         stability: how far photos agree about it.
     """
     found = []
-    strength = _strength(shared, SHARED)
-    if strength and stability.reliability >= RELIABLE:
+    strength = _strength(shared, SHARED) if stability.reliability >= RELIABLE else None
+    placed = raw.neighbour_position >= PLACE
+    if strength:
         words = f"{shared:.1%} of the features' energy is the same pattern in every photo"
-        found.append(Finding("positional", strength, shared, words))
-    elif raw.neighbour_position >= PLACE:
-        told = f"features tell the place in the view (R² {raw.neighbour_position:.2f}) though no pattern is the same"
-        found.append(Finding("positional", "weak", max(shared, 0.0), told))
+        raised = "moderate" if strength == "weak" and placed else strength
+        found.append(Finding("positional", raised, shared, words))
+    elif placed:
+        words = f"features tell the place in the view, R² {raw.neighbour_position:.2f}, but not by one same pattern"
+        found.append(Finding("positional", "weak", max(shared, 0.0), words))
     if strength := _strength(raw.outliers, OUTLIERS):
-        side = "high" if raw.outliers_high >= raw.outliers_low else "low"
-        found.append(
-            Finding("outlier tokens", strength, raw.outliers, f"{raw.outliers:.1%} of the tokens, of {side} norm")
-        )
+        sides = {"high": raw.outliers_high, "low": raw.outliers_low}
+        told = " and ".join(f"{share:.1%} of {side} norm" for side, share in sides.items() if share >= OUTLIERS[0] / 2)
+        found.append(Finding("outlier tokens", strength, raw.outliers, f"of the tokens {told}"))
     return tuple(found)
+
+
+def too_few(shared: float, stability: Stability) -> str | None:
+    """Why photos are too few to tell whether they share a pattern, and how many would do; None where they suffice."""
+    if shared < SHARED[0] or stability.reliability >= RELIABLE:
+        return None
+    number = f"; about {stability.suggested} would do" if stability.suggested else ""
+    return (
+        f"{stability.photos} photos are too few to tell: {shared:.1%} of the features' energy seems to be the same "
+        f"pattern in every photo, but that may be chance (reliability {stability.reliability:.2f}){number}."
+    )
 
 
 def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, found: tuple[Finding, ...]) -> Judgement:
@@ -152,7 +164,9 @@ def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, foun
         content: the measure of what cleaning may not lose.
         found: the artifacts of the raw features.
     """
-    rank, sharpness = cleaned.effective_rank / content.effective_rank, cleaned.detail / content.detail
+    # Where artifacts have less detail or rank than the content, nothing can be lost that was not there.
+    rank = cleaned.effective_rank / min(content.effective_rank, raw.effective_rank)
+    sharpness = cleaned.detail / min(content.detail, raw.detail)
     if sharpness < BLURRED or (sharpness < BLURRED_DETAIL and rank < BLURRED_RANK):
         return Judgement("blurred", f"detail is {sharpness:.2f} and effective rank {rank:.2f} of the content's")
     if rank < DAMAGED_RANK:
@@ -168,35 +182,45 @@ def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, foun
         return Judgement("unchanged", f"{' and '.join(left)} still there" if left else "there was nothing to remove")
     agreement = "" if gain is None else f"; agreement of views {gain:+.3f}"
     rest = f", {' and '.join(left)} still there" if left else ""
-    return Judgement("unchanged" if left else "denoised", f"{' and '.join(gone)} gone{rest}{agreement}")
+    return Judgement("partly" if left else "denoised", f"{' and '.join(gone)} gone{rest}{agreement}")
 
 
 def conclude(
-    found: tuple[Finding, ...], judgements: Mapping[str, Judgement], metrics: Mapping[str, ArtifactMetrics]
+    found: tuple[Finding, ...],
+    judgements: Mapping[str, Judgement],
+    metrics: Mapping[str, ArtifactMetrics],
+    doubt: str | None = None,
 ) -> Verdict:
-    """Whether to clean, and how."""
+    """Whether to clean, and how; ``doubt`` says why the photos do not suffice to tell."""
     if not found:
-        return Verdict(False, None, "No artifact was found. Do not clean: there is nothing to gain.")
-    told = " and ".join(f"{finding.strength} {finding.kind} artifact ({finding.words})" for finding in found)
-    able = [name for name, judgement in judgements.items() if judgement.outcome == "denoised"]
-    if not able and all(judgement.outcome == "unknown" for judgement in judgements.values()):
-        return Verdict(False, None, f"Found: {told}. The photos are too few to tell whether cleaning works: take more.")
+        return Verdict(False, None, doubt or "No artifact was found. Do not clean: there is nothing to gain.")
+    told = f"Found: {' and '.join(f'{item.strength} {item.kind} artifact ({item.words})' for item in found)}."
+    outcomes = {outcome: [n for n, j in judgements.items() if j.outcome == outcome] for outcome in get_args(Outcome)}
+    able = outcomes["denoised"] or outcomes["partly"]
+    if not able and outcomes["unknown"]:
+        return Verdict(False, None, f"{told} The photos are too few to tell whether cleaning works: take more.")
     if not able:
-        return Verdict(False, None, f"Found: {told}. None of the methods tried removes it without harm; do not clean.")
-    method = able[0]
-    if method == "subtract" and "exact" in able and (_gain(metrics["exact"], metrics["subtract"]) or 0) >= WORTH:
-        method = "exact"
+        return Verdict(False, None, f"{told} None of the methods tried removes it without harm; do not clean.")
+    method = _cheapest(able, metrics)
     if all(finding.strength == "weak" for finding in found):
-        return Verdict(
-            False, method, f"Found: {told}. Cleaning ({method}) removes it, but so little is hardly worth the trouble."
-        )
+        return Verdict(False, method, f"{told} Cleaning ({method}) removes it, but so little is hardly worth it.")
+    if not outcomes["denoised"]:
+        part = f"which removes a part: {judgements[method].words}"
+        return Verdict(True, method, f"{told} Clean with method {method}, {part}.")
     why = {
         "subtract": "one pass and a subtraction do it",
-        "exact": "views agree clearly better with the exact method than after subtraction"
+        "exact": "views agree clearly better with it than after subtraction"
         if "subtract" in able
         else "subtraction alone does not do it",
     }.get(method, "it removes what was found")
-    return Verdict(True, method, f"Found: {told}. Clean with method {method}: {why}.")
+    return Verdict(True, method, f"{told} Clean with method {method}: {why}.")
+
+
+def _cheapest(able: list[str], metrics: Mapping[str, ArtifactMetrics]) -> str:
+    """The first that does it (they come by cost), unless exact is worth its many passes."""
+    if able[0] == "subtract" and "exact" in able and (_gain(metrics["exact"], metrics["subtract"]) or 0) >= WORTH:
+        return "exact"
+    return able[0]
 
 
 def _strength(share: float, steps: tuple[float, float, float]) -> Strength | None:
@@ -214,15 +238,14 @@ def _is_gone(finding: Finding, cleaned: ArtifactMetrics, raw: ArtifactMetrics) -
     if finding.kind == "outlier tokens":
         return cleaned.outliers <= REMOVED * raw.outliers
     # Any of these may be blind to an artifact (the linear probe to some, the other where content drowns it, all where
-    # photos are few): what saw it before must have gone, and leakage must not have grown.
+    # photos are few): what saw it before must have gone. Leakage is a share, which grows as outliers go: no criterion.
     looks = [
         (cleaned.shared, raw.shared, SHARED[0]),
         (cleaned.linear_position, raw.linear_position, _SEEN),
         (cleaned.neighbour_position, raw.neighbour_position, _SEEN),
     ]
     fallen = [after <= REMOVED * before for after, before, seen in looks if before >= seen]
-    leaks = cleaned.leakage is not None and raw.leakage is not None and cleaned.leakage > 1.1 * raw.leakage
-    return bool(fallen) and all(fallen) and not leaks
+    return bool(fallen) and all(fallen)
 
 
 def _is_seen(finding: Finding, raw: ArtifactMetrics) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from denoising_vit.decomposition.heldout import Agreement
 from denoising_vit.errors import EvaluationError
-from denoising_vit.views import ViewPlan, linear_weights
 
 
 def consistency(expected: Tensor, features: Tensor) -> float:
@@ -36,13 +34,3 @@ def consistency(expected: Tensor, features: Tensor) -> float:
     if agreement.r2 is None:
         raise EvaluationError("constant output: all tokens of the features are the same, so nothing can be consistent")
     return agreement.r2
-
-
-def at_patches(nodes: Tensor, view: ViewPlan) -> Tensor:
-    """A field (Ry, Rx, C) on nodes at cell centres, at the patches of the one view of a plan: (h, w, C)."""
-    rows, columns = view.centres()
-    down, across = (
-        torch.from_numpy(linear_weights(centres[0], count)).to(nodes)
-        for centres, count in zip((rows, columns), nodes.shape[:2], strict=True)
-    )
-    return torch.einsum("yr,rsc,xs->yxc", down, nodes, across)

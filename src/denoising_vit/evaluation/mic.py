@@ -14,7 +14,9 @@ release in 2022 and does not build on Python 3.11 or later; fast-mine has one re
 
 from __future__ import annotations
 
+import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -80,11 +82,10 @@ def position_mic(features: Tensor, exponent: float = 0.6) -> float:
     if h * w < 4:
         raise EvaluationError(f"MIC needs a grid of 4 patches or more, got {h} x {w}")
     y, x = np.divmod(np.arange(h * w), w)
-    scores = []
-    for image in features:
-        rows = image.reshape(h * w, channels).T.numpy()  # (h, w, C) -> (C, h w)
-        scores += [_mic_of_rows(rows, coordinate, exponent).max() for coordinate in (x, y)]
-    return float(np.mean(scores))
+    rows = [image.reshape(h * w, channels).T.numpy() for image in features]  # (h, w, C) -> (C, h w)
+    with ThreadPoolExecutor() as pool:  # NumPy itself uses one core here
+        found = pool.map(lambda pair: _mic_of_rows(pair[0], pair[1], exponent).max(), itertools.product(rows, (x, y)))
+        return float(np.mean(list(found)))
 
 
 def _mic_of_rows(values: np.ndarray, other: np.ndarray, exponent: float) -> np.ndarray:

@@ -18,7 +18,7 @@ from denoising_vit.evaluation.checks import checked, moments
 _LEAST_IMAGES = 2
 
 
-def linear_position_r2(features: Tensor, *, train: int, ridge: float = 1e-3) -> float:
+def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> float:
     """R^2 of a ridge regression from one patch's features to its place, mean over x and y.
 
     Subtracting the mean over images per position makes this 0 by construction: what is left is uncorrelated with any
@@ -27,7 +27,8 @@ def linear_position_r2(features: Tensor, *, train: int, ridge: float = 1e-3) -> 
     Args:
         features: (N, h, w, C), standardised here with the mean and deviation of the training images.
         train: how many images, the first ones, the regression is fitted on; the others are predicted.
-        ridge: weight of the squared coefficients against the mean squared error.
+        ridge: weight of the squared coefficients against the mean squared error. With a few dozen images and hundreds
+            of channels, less of it learns the training images by heart (docs/decisions.md).
 
     Returns:
         1 for perfect prediction, 0 for none; negative where it is worse than the centre of the grid.

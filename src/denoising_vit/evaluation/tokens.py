@@ -151,7 +151,8 @@ def detail(features: Tensor) -> float:
 def typical_energy(features: Tensor) -> float:
     """Median squared distance of a token from the median token: the variance, but for a few outliers.
 
-    A hundredth of the tokens, ten times as long as the others, doubles the variance and leaves this as it is.
+    A hundredth of the tokens, ten times as long as the others, doubles the variance and leaves this as it is. Where
+    most tokens are the same (empty backgrounds), so that the median is zero, it is the variance.
 
     Args:
         features: (N, h, w, C).
@@ -161,7 +162,8 @@ def typical_energy(features: Tensor) -> float:
     """
     features = checked(features)
     tokens = features.flatten(0, 2)  # (N h w, C)
-    return float((tokens - tokens.median(0).values).square().sum(1).double().median())
+    middle = float((tokens - tokens.median(0).values).square().sum(1).double().median())
+    return middle if middle > 0 else moments(features)[1]
 
 
 def shared_pattern(features: Tensor) -> float:
@@ -169,6 +171,7 @@ def shared_pattern(features: Tensor) -> float:
 
     The mean over one half of the images, place by place, times that over the other half: content of one half says
     nothing about that of the other, so no noise adds up, and features without a shared pattern give zero on average.
+    Halves take images in pairs, so that each has both where two kinds take turns.
 
     Args:
         features: (N, h, w, C), N at least 4; of crops whose place says nothing about their content.
@@ -186,32 +189,10 @@ def shared_pattern(features: Tensor) -> float:
         float(features.norm(dim=-1).median()) * _LONGEST
     )  # outliers are measured elsewhere, and would add noise here
     bounded = features * (limit / features.norm(dim=-1, keepdim=True).clamp(min=limit))
-    first, second = (half.double().mean(0) for half in (bounded[::2], bounded[1::2]))
+    odd = torch.arange(len(bounded)) // 2 % 2 == 1
+    first, second = (half.mean(0, dtype=torch.float64) for half in (bounded[~odd], bounded[odd]))
     first, second = (mean - mean.mean((0, 1)) for mean in (first, second))
     return float((first * second).sum(-1).mean()) / typical_energy(features)
-
-
-def shared_energy(artifact: Tensor, features: Tensor) -> float:
-    """Energy of an artifact relative to the variance of the features: mean over patches of |G|^2 / variance.
-
-    Args:
-        artifact: G, (h, w, C); its mean over patches is taken off, since only differences between places are artifact.
-        features: (N, h, w, C).
-
-    Returns:
-        0 or more; at most 1 where G is the mean over these images, which noise alone brings to about 1 / N.
-
-    Raises:
-        EvaluationError: if shapes disagree, a value is not finite, or features are constant.
-    """
-    features = checked(features)
-    if tuple(artifact.shape) != tuple(features.shape[1:]):
-        raise EvaluationError(
-            f"expected an artifact of shape {tuple(features.shape[1:])} as the features', got {tuple(artifact.shape)}"
-        )
-    _, energy = moments(checked_finite(artifact[None], "the artifact"))
-    _, variance = moments(features)
-    return energy / variance
 
 
 def leakage(features: Tensor, responses: Tensor, rank: int) -> float:

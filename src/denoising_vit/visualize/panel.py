@@ -31,6 +31,8 @@ TITLE, HEADING, BAR, BETWEEN, CAPTION = 62, 40, 36, 14, 62  # pixels: heights of
 INK, SOFT, FONT = "#1a1a1a", "#5c5c5c", "DejaVu Sans"
 FINER = 4
 """How finely the first denoised picture is sampled, where a picture has the pixels to show it."""
+ROUNDING = 1e-4
+"""A residual below this share of the raw features' length is rounding."""
 STEEPEST = 4.0
 """Aspects beyond 4:1 or 1:4 are drawn at that."""
 
@@ -97,7 +99,10 @@ def _draw_rest(sheet: _Sheet, result: Decomposition) -> None:
     (artifact,) = to_arrays(result.artifact, maps=True)
     size = float(np.sqrt(np.square(artifact, dtype=np.float64).sum(-1).mean()))
     sheet.picture(0, 5, PCABasis.fit(artifact).colours(artifact), f"artifact G, RMS {_number(size)}")
-    (left,), span = norm_maps(result.residual)
+    residual = result.residual
+    if float(residual.norm(dim=-1).max()) < ROUNDING * float(result.raw.norm(dim=-1).max()):
+        residual = residual * 0  # nothing is left after a subtraction; rounding is not to be drawn as if it were
+    (left,), span = norm_maps(residual)
     sheet.picture(1, 5, left, f"residual norm, {_number(span[0])} to {_number(span[1])}")
     sheet.bar(1, 5, NORM_COLOURS, span)
 

@@ -1,0 +1,209 @@
+"""Gathering evidence photo by photo: about 25 MB a photo stay for a ViT-S at 518, three times as much for a ViT-L."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.calibration import Calibration, OnPhoto, energy_of, joined, require_enough, telling
+from denoising_vit.dataset import Skipped
+from denoising_vit.decomposition.statistics import require_finite
+from denoising_vit.diagnosis.crops import NeutralCrop
+from denoising_vit.diagnosis.evidence import Evidence, Shown
+from denoising_vit.diagnosis.options import DiagnoseOptions
+from denoising_vit.errors import DenoisingVitError, EvaluationError
+from denoising_vit.rendering import ViewRenderer, to_image
+from denoising_vit.sampling import at_patches, on_nodes
+from denoising_vit.stage_one import Failed, Ready, StageOne
+
+Extractor = Callable[[Tensor], Tensor]
+
+#: Sources that are always there.
+_OWN = ("raw", "subtract", "exact")
+
+#: Fewest photos: two halves, each with a training and a test side of two.
+LEAST_PHOTOS = 8
+
+#: Longer side in pixels of the photos that are kept to be shown.
+_THUMBNAIL = 480
+
+
+@dataclass
+class _Photo:
+    """One photo on its way. Maps are (h, w, C) by source: at the crop's patches, and at the whole photo's."""
+
+    crop: NeutralCrop
+    images: tuple[Tensor, Tensor]  # crop and whole photo, (1, 3, H, W)
+    pixels: np.ndarray | None  # where it is to be shown
+    name: str = ""
+    artifact: Tensor = field(default_factory=lambda: torch.empty(0))
+    energy: float = 0.0
+    at_crop: dict[str, Tensor] = field(default_factory=dict)
+    at_whole: dict[str, Tensor] = field(default_factory=dict)
+    expected: dict[str, Tensor] = field(default_factory=dict)  # the whole photo's, at the crop's patches
+
+
+class Gathering:
+    """Sees photos, and what is left of them is evidence.
+
+    Args:
+        backbone: the backbone to diagnose.
+        options: how much is looked at.
+        others: further extractors to judge, by name.
+
+    Raises:
+        EvaluationError: if an extractor has the name of a source that is always there.
+    """
+
+    def __init__(self, backbone: Backbone, options: DiagnoseOptions, others: Mapping[str, Extractor]) -> None:
+        if taken := sorted(set(others) & set(_OWN)):
+            raise EvaluationError(f"extractors must have names of their own; {', '.join(taken)} is there already")
+        self._backbone, self._options, self._others = backbone, options, dict(others)
+        self._calibration = options.calibration()
+        self._stage = StageOne(backbone, self._calibration.denoising())
+        self._whole = self._stage.fitted.subset(slice(1))
+        self._waiting: dict[int, _Photo] = {}
+        self._accepted = 0
+        self._solving = torch.device("cpu")
+
+    def run(self, photos: Iterable[tuple[str, np.ndarray | Skipped]], progress: OnPhoto) -> Evidence:
+        """Sees all photos (by name: pixels, or why there are none).
+
+        Raises:
+            ArtifactError: if fewer than 8 photos can be used.
+            EvaluationError: if an extractor's features are not on the backbone's grid, or not finite.
+        """
+        skipped: list[Skipped] = []
+        seen: list[_Photo] = []
+        for result in self._stage.run(self._opened(photos)):
+            photo = self._waiting.pop(result.index, None)
+            reason = result.reason if isinstance(result, Failed) else None
+            name = result.name if isinstance(result, Failed) else result.about["name"]
+            if isinstance(result, Ready) and photo is not None:
+                reason = self._take(photo, result)
+            if reason is None and photo is not None:
+                seen.append(photo)
+            else:
+                skipped.append(Skipped(name, reason or ""))
+            progress(name, reason)
+        require_enough(seen, skipped, LEAST_PHOTOS, "a diagnosis")
+        own = [(photo.name, photo.artifact) for photo in seen]
+        calibration = joined(self._stage, self._calibration, own, [photo.energy for photo in seen], skipped)
+        return self._evidence(seen, calibration)
+
+    def _opened(
+        self, photos: Iterable[tuple[str, np.ndarray | Skipped]]
+    ) -> Iterator[tuple[int, str, np.ndarray | Skipped]]:
+        """Numbers photos, and renders what is needed of them besides their views."""
+        for index, (name, pixels) in enumerate(telling(photos)):
+            if not isinstance(pixels, Skipped) and min(pixels.shape[:2]) >= self._backbone.patch_size:
+                # Numbered by those that are used, so that turned and upright crops stay balanced.
+                crop = NeutralCrop.draw(self._accepted, self._stage.fitted, self._options.seed)
+                image = to_image(pixels, self._backbone.device)
+                whole = ViewRenderer(image, self._whole, self._backbone.mean, self._backbone.std)(slice(1))
+                kept = _thumbnail(pixels) if self._accepted < self._options.shown else None
+                self._waiting[index] = _Photo(crop, (crop.render(image, self._backbone), whole), kept)
+                self._accepted += 1
+            yield index, name, pixels
+
+    @torch.no_grad()
+    def _take(self, photo: _Photo, result: Ready) -> str | None:
+        """Looks at a photo whose views have been seen; returns why it cannot be used, or None."""
+        crop, whole = photo.images
+        photo.images = (torch.empty(0), torch.empty(0))
+        photo.name = result.about["name"]
+        raw = self._backbone(crop)
+        try:
+            require_finite(raw)
+        except DenoisingVitError as error:
+            return str(error)
+        assert result.raw is not None
+        nodes, artifact = result.solve_apart()
+        self._solving = nodes.device
+        photo.at_crop = {"raw": raw[0].cpu(), "exact": photo.crop.sample(nodes).float().cpu()}
+        photo.at_whole = {"raw": result.raw.cpu(), "exact": at_patches(nodes, self._whole).float().cpu()}
+        for name, extractor in self._others.items():
+            photo.at_crop[name], photo.at_whole[name] = (
+                _checked(name, extractor(image), raw.shape) for image in (crop, whole)
+            )
+        photo.artifact = artifact.float().cpu()
+        photo.energy = energy_of(result)
+        return None
+
+    def _evidence(self, seen: list[_Photo], calibration: Calibration) -> Evidence:
+        halves = [seen[::2], seen[1::2]]
+        # Each half is cleaned with what the other half found, as new photos would be.
+        found = [torch.stack([photo.artifact for photo in half]).mean(0) for half in halves]
+        for half, artifact in zip(halves, found[::-1], strict=True):
+            self._clean(half, artifact)
+        names = [*_OWN, *self._others]
+        ordered = [photo for half in halves for photo in half]
+        upright = [photo for photo in ordered if not photo.crop.inverted]
+        return Evidence(
+            crops={name: torch.stack([photo.at_crop[name] for photo in ordered]) for name in names},
+            pairs={name: _pairs(name, upright) for name in names} if len(upright) > 1 else {},
+            calibration=calibration,
+            responses=self._responses(),
+            shown=tuple(
+                Shown(photo.name, photo.pixels, {name: photo.at_whole[name] for name in names})
+                for photo in seen
+                if photo.pixels is not None
+            ),
+        )
+
+    def _clean(self, photos: list[_Photo], artifact: Tensor) -> None:
+        """Takes an artifact (h, w, C) away from raw features and from the fields."""
+        # F was solved as if there were none; the problem is linear, so what an artifact changes is the same in all.
+        nothing = torch.zeros(*self._stage.fitted.resolution, artifact.shape[-1], dtype=torch.float64)
+        change = self._stage.solver.solve_field(nothing.to(self._solving), artifact.double().to(self._solving)).cpu()
+        for photo in photos:
+            photo.at_crop["exact"] += photo.crop.sample(change).float()
+            photo.at_whole["exact"] += at_patches(change, self._whole).float()
+            photo.at_crop["subtract"] = photo.at_crop["raw"] - artifact
+            photo.at_whole["subtract"] = photo.at_whole["raw"] - artifact
+            if not photo.crop.inverted:
+                photo.expected = {
+                    name: photo.crop.sample(on_nodes(features, self._whole))
+                    for name, features in photo.at_whole.items()
+                }
+            if photo.pixels is None:
+                photo.at_whole.clear()
+
+    @torch.no_grad()
+    def _responses(self) -> Tensor:
+        """Features of an all-black and an all-mean image, (2, h, w, C)."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self._backbone.mean, self._backbone.std))
+        black = (torch.zeros(3, *self._whole.size) - mean) / std
+        return self._backbone(torch.stack([black, torch.zeros_like(black)])).cpu()
+
+
+def _pairs(name: str, upright: list[_Photo]) -> tuple[Tensor, Tensor]:
+    """All sources are compared on the patch grid, so that a finer field has no advantage.
+
+    F is the same in every view by construction; what it can be held against is what a new view shows, minus G.
+    """
+    new = "subtract" if name == "exact" else name
+    return torch.stack([photo.expected[name] for photo in upright]), torch.stack([p.at_crop[new] for p in upright])
+
+
+def _checked(name: str, features: Tensor, shape: torch.Size) -> Tensor:
+    """One image's features (h, w, C) of an extractor that is to be judged."""
+    if features.shape != shape:
+        raise EvaluationError(
+            f"{name}: expected features {tuple(shape)} as the backbone's, got {tuple(features.shape)}"
+        )
+    if not torch.isfinite(features).all():
+        raise EvaluationError(f"{name}: features are not finite")
+    return features[0].float().cpu()
+
+
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(image)
