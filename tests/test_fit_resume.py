@@ -186,7 +186,7 @@ def test_kills_at_moments_of_work_lose_nothing_and_cost_what_was_in_flight(
 def test_kills_at_any_time_lose_nothing(start: Start, place: Place, undisturbed: Undisturbed) -> None:
     """While the model is loaded, the store is made, photos are read, shards are sealed, ..."""
     chance = random.Random(5)
-    for _ in range(4):
+    for _ in range(6):
         run = start(place)
         run.process.join(chance.uniform(0, undisturbed.seconds))
         kill(run)

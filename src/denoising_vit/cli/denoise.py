@@ -75,7 +75,7 @@ def denoise(
     if known is not None and (resampled := resampling_note(artifact or SHIPPED, backbone, plan.grid)):
         print_note(resampled)
     job = _Job(backbone, denoising, plan, folder, upsample, known)
-    unit = "views" if denoising.method == "exact" else "views and steps"
+    unit = {"exact": "views", "neural-field": "views and steps", "subtract": "passes"}[denoising.method]
     with PhotoProgress(len(photos), work(denoising), unit) as progress:
         try:
             for photo in photos:

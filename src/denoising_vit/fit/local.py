@@ -1,4 +1,7 @@
-"""Fitting shards of a data set in this process: decoding, rendering, forward passes and writing overlap."""
+"""Fitting shards of a data set in this process: decoding and writing overlap the forward passes.
+
+Rendering and solving do so as well where an accelerator does the forward passes; on a CPU they would share its cores.
+"""
 
 from __future__ import annotations
 
