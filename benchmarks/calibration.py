@@ -78,6 +78,8 @@ def main(
     second = chosen[:: -(-len(chosen) // judged)][:judged]
     first = [file for file in chosen if file not in second]
     model = dv.load_backbone(backbone)
+    if found and (found["photos"], found["judged"]) != (len(first), len(second)):
+        raise SystemExit(f"{path} is of other numbers of photos; name another folder (--out)")
     found |= {"backbone": model.extra_repr(), "hardware": hardware(), "photos": len(first), "judged": len(second)}
 
     def write() -> None:

@@ -588,3 +588,22 @@ def test_absurd_numbers_of_photos_are_not_suggested(noise: float) -> None:
     assert told is not None
     assert "hardly any artifact in common" in told
     assert "would do" not in told
+
+
+@pytest.mark.parametrize("kind", ["array", "picture"])
+def test_one_photo_is_one_photo_and_not_its_rows(backbone: Backbone, kind: str) -> None:
+    (photo,) = tiny.photos(1)
+    with pytest.raises(ArtifactError, match=r"^1 usable photos: "):
+        dv.calibrate(backbone, photo if kind == "array" else Image.fromarray(photo))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_file_tells_no_folders(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    paths = sorted(tiny.write_photos(folder, 4).iterdir())
+    artifact = dv.calibrate(backbone, [*paths, paths[2], folder / "none.png"])
+    artifact.save(tmp_path / "a.safetensors")
+    assert b"private" not in (tmp_path / "a.safetensors").read_bytes()
+    info = Artifact.load(tmp_path / "a.safetensors").info
+    assert info["photos"] == [path.name for path in paths]
+    assert info["skipped"][0] == [paths[2].name, f"the same picture as {paths[2].name}"]
+    assert info["skipped"][1][0] == "none.png"

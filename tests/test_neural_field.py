@@ -638,8 +638,8 @@ def test_best_step_without_held_out_views_is_refused_before_anything_runs(
         dv.denoise_image(backbone, photo, **neurally(held_out=0, neural=tiny(keep="best")))
 
 
-def test_unknown_method_is_refused_naming_both(backbone: Backbone, photo: np.ndarray) -> None:
-    with pytest.raises(PlanError, match="method must be 'exact' or 'neural-field', got 'magic'"):
+def test_unknown_method_is_refused_naming_all(backbone: Backbone, photo: np.ndarray) -> None:
+    with pytest.raises(PlanError, match="method must be 'exact', 'neural-field' or 'subtract', got 'magic'"):
         dv.denoise_image(backbone, photo, method="magic")
 
 

@@ -59,7 +59,8 @@ class DenoiseOptions:
             PlanError: naming the option, its range, and what came.
         """
         if self.method not in get_args(Method):
-            raise PlanError(f"method must be {', '.join(map(repr, get_args(Method)))}, got {self.method!r}")
+            *others, last = map(repr, get_args(Method))
+            raise PlanError(f"method must be {', '.join(others)} or {last}, got {self.method!r}")
         least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
         for name, least_value in least.items():
             value = getattr(self, name)

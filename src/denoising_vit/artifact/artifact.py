@@ -129,10 +129,16 @@ def compact(values: Tensor) -> Tensor:
 
 def _public(info: dict[str, Any]) -> dict[str, Any]:
     """The record without the folders that photos were in."""
-    if "photos" not in info:
-        return info
-    names = [PurePath(str(name)).name for name in info["photos"]]
-    return info | {"photos": names, "skipped": len(info.get("skipped", []))}
+    photos, skipped = info.get("photos", []), info.get("skipped", [])
+    short = {name: PurePath(name).name for name in [*photos, *(item for item, _ in skipped)]}
+
+    def shortened(text: str) -> str:
+        for name in sorted(short, key=len, reverse=True):  # a reason may name another photo
+            text = text.replace(name, short[name])
+        return text
+
+    told = {"photos": [short[name] for name in photos], "skipped": [[short[i], shortened(why)] for i, why in skipped]}
+    return info | {key: value for key, value in told.items() if key in info}
 
 
 def _check_head(path: Path, head: Any) -> None:

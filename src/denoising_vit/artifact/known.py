@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from denoising_vit.artifact.artifact import Artifact
+from denoising_vit.artifact.artifact import Artifact, compact
 from denoising_vit.backbones import Backbone
 from denoising_vit.errors import ArtifactError, PlanError
 
@@ -33,9 +33,11 @@ def known_artifact(given: KnownArtifact | None, backbone: Backbone, grid: tuple[
         given = load_artifact(given, backbone)
     if isinstance(given, Artifact):
         given.require_of(backbone)
-        return given.at(grid)
+        return given.at(grid)  # resampled where the grid is another
     if given is None:
         return None
+    if not isinstance(given, Tensor):
+        raise PlanError(f"expected an artifact as Artifact, file name or tensor (h, w, C), got {type(given).__name__}")
     if tuple(given.shape) != (*grid, backbone.embed_dim):
         raise PlanError(
             f"the given artifact has shape {tuple(given.shape)}, expected {(*grid, backbone.embed_dim)} for "
@@ -84,7 +86,5 @@ def resampling_note(source: str | Path, backbone: Backbone, grid: tuple[int, int
 
 
 def artifact_digest(values: Tensor | None) -> str | None:
-    """SHA-256 of an artifact's values as float32; None for None."""
-    if values is None:
-        return None
-    return hashlib.sha256(values.to(torch.float32).cpu().contiguous().numpy().tobytes()).hexdigest()
+    """SHA-256 of an artifact as a file holds it, so that saving makes no difference; None for None."""
+    return None if values is None else hashlib.sha256(compact(values).numpy().tobytes()).hexdigest()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.artifact import Artifact, compact
+from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.calibration.options import CalibrationOptions
 from denoising_vit.calibration.photos import named_pixels, telling
@@ -166,7 +166,7 @@ def joined(
         "skipped": [[item.item, item.reason] for item in skipped],
     }
     # For one plan the joint solution is the mean of those of single photos (docs/method.md).
-    values = compact(each.mean(0)).float()  # as it will be read from a file
+    values = each.mean(0)
     about = describe(stage.backbone) | {"stride": stage.backbone.stride, "patch_size": stage.backbone.patch_size}
     artifact = Artifact(values, stage.fitted.size, about, info)
     return Calibration(artifact, stability, by_count, tuple(skipped))

@@ -22,6 +22,8 @@ _LOOKED_AT = 512
 
 def named_pixels(photos: Iterable[Any]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
     """Photos as a user gives them, by name: their pixels (H, W, 3) uint8, or why there are none."""
+    if isinstance(photos, Image.Image) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
+        photos = [photos]  # one photo, not many
     if isinstance(photos, str | Path):
         photos, missing = find_photos([photos])
         yield from ((item.item, item) for item in missing)
