@@ -7,6 +7,7 @@ started again and its shard is done again, but for the photos that it had finish
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -163,11 +164,15 @@ def _connect(ray: Any, address: str | None) -> None:
             socket.create_connection((host, int(port)), timeout=_ANSWER).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
-        raise FitError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+        # Ray finds a token by itself for a cluster that it finds by itself, not for one that is named.
+        unset = address is not None and "RAY_AUTH_MODE" not in os.environ
+        hint = ". If the cluster asks for a token, set RAY_AUTH_MODE=token" if unset else ""
+        raise FitError(f"no Ray cluster at {address or 'this machine'}: {error}{hint}") from error
 
 
 def _quiet(ray: Any) -> None:
-    """Ray's own bars would draw over ours, and it gives up on rows that take half an hour, as a large shard may."""
+    """Ray's own bars and notes would draw over ours; and it gives up on rows that take half an hour, as shards may."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     if hasattr(context, "execution_no_progress_timeout_s"):
