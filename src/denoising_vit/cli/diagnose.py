@@ -12,6 +12,7 @@ from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
+from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.dataset import named_photos, open_dataset, spread
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
@@ -47,14 +48,7 @@ def diagnose(
     dataset = open_dataset(data)
     for item in dataset.skipped:
         print_error(f"{item.item}: {item.reason}", "skipped")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_path(out / ".dvit-writable"):
-            pass
-        (out / ".dvit-writable").unlink(missing_ok=True)
-    except OSError as error:
-        print_error(f"cannot write to {out} ({error.strerror or error}); choose another with -o")
-        return WRONG_USAGE
+    require_writable(out)
     backbone = model.load()
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     chosen = spread(len(dataset), photos)

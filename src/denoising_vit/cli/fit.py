@@ -11,7 +11,7 @@ import tyro
 from denoising_vit.artifact import resampling_note
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
-from denoising_vit.cli.reporting import print_error, print_note, progress_bar
+from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
 from denoising_vit.dataset import Dataset, open_dataset
 from denoising_vit.errors import FitError, PhotoError
 from denoising_vit.fit import FitJob, FitOptions
@@ -80,7 +80,7 @@ def fit(
     return report.finish(job)
 
 
-class _Report:
+class _Report(OnScreen):
     """A progress bar with photos a second; JSON lines; and in the end what was skipped and why."""
 
     def __init__(self, dataset: Dataset, left: int, *, as_json: bool) -> None:
@@ -90,17 +90,6 @@ class _Report:
         # Photos come in bursts, so the time left is judged over a long while.
         self._progress = progress_bar("photos, {task.fields[rate]}", speed_estimate_period=600)
         self._task = self._progress.add_task("", total=left, rate="starting")
-
-    def __enter__(self) -> _Report:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Takes the bar off the screen."""
-        self._progress.stop()
 
     def photo(self, index: int, reason: str | None) -> None:
         """Takes what became of a photo."""

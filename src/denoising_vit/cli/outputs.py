@@ -32,6 +32,21 @@ class Output:
     existing: dict[str, Any] | None
 
 
+def require_writable(folder: Path) -> None:
+    """Makes a folder where it does not exist, and writes to it to see whether that is allowed.
+
+    Raises:
+        OutputError: if it is not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / ".dvit-writable"):
+            pass
+        (folder / ".dvit-writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder} ({error.strerror or error}); choose another with -o") from error
+
+
 class OutputFolder:
     """Gives every photo its own name: its stem, or ``stem-2``, ``stem-3``, ... where that belongs to something else.
 
@@ -50,15 +65,7 @@ class OutputFolder:
         self.folder = folder
         self.overwrite = overwrite
         self._claimed: set[str] = set()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(folder / ".dvit-writable"):
-                pass
-            (folder / ".dvit-writable").unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to {folder} ({error.strerror or error}); choose another with -o"
-            ) from error
+        require_writable(folder)
 
     def claim(self, photo: Path, digest: str) -> Output:
         """The files for a photo whose pixels have this digest."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -94,7 +94,24 @@ class Report:
         return table
 
 
-class PhotoProgress:
+class OnScreen:
+    """A progress bar that is on the screen for as long as a block lasts, or until it is stopped."""
+
+    _progress: Progress
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bar off the screen."""
+        self._progress.stop()
+
+
+class PhotoProgress(OnScreen):
     """A progress bar over the work on all photos, with the time left; on standard error.
 
     Args:
@@ -109,17 +126,6 @@ class PhotoProgress:
         self._progress = progress_bar(unit)
         self._task = self._progress.add_task("", total=photos * each)
         self._finished = 0
-
-    def __enter__(self) -> PhotoProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Takes the bar off the screen."""
-        self._progress.stop()
 
     def start(self, photo: str) -> None:
         """Begins the next photo."""
@@ -143,7 +149,7 @@ class PhotoProgress:
         self._progress.update(self._task, total=self._finished + self._left * self._each)
 
 
-class CountProgress:
+class CountProgress(OnScreen):
     """A bar over things that are counted one by one.
 
     Args:
@@ -154,17 +160,6 @@ class CountProgress:
     def __init__(self, total: int, unit: str) -> None:
         self._progress = progress_bar(unit)
         self._task = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> CountProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Takes the bar off the screen."""
-        self._progress.stop()
 
     def advance(self) -> None:
         """Takes one more."""
