@@ -15,12 +15,9 @@ import denoising_vit as dv
 import planted
 from denoising_vit.calibration import Stability
 from denoising_vit.diagnosis import Diagnosis, verdict
-from denoising_vit.diagnosis.crops import NeutralCrop
 from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge, too_few
 from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics, features_of
 from denoising_vit.evaluation.consistency import consistency
-from denoising_vit.sampling import at_patches
-from denoising_vit.views import ViewPlan
 
 PHOTOS, VIEWS = 24, 12
 
@@ -205,40 +202,7 @@ def test_photos_that_cannot_be_used_are_skipped_and_recorded() -> None:
     assert [name for name, _ in found.info["skipped"]] == ["photo 9", "nowhere.jpg"]
 
 
-# --- neutral crops, consistency, figures ---
-
-
-def plan(size: int = 56) -> ViewPlan:
-    return ViewPlan.make(4, size=(size, size), patch_size=8)
-
-
-def test_a_field_sampled_at_an_inverted_crop_is_turned_as_its_picture_is() -> None:
-    crop = next(c for c in (NeutralCrop.draw(n, plan(), 0) for n in range(8)) if c.inverted)
-    field = torch.rand(14, 14, 3, dtype=torch.float64)
-    expected = at_patches(field, crop.view).flip((0, 1))
-    assert torch.equal(crop.sample(field), expected)
-
-
-def test_crops_are_squares_inside_the_photo_and_differ() -> None:
-    boxes = np.concatenate([NeutralCrop.draw(n, plan(), 0).view.boxes for n in range(50)])
-    assert boxes.min() >= 0 and boxes.max() <= 1
-    assert np.allclose(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
-    assert len({tuple(box) for box in boxes}) == 50
-    inverted = [NeutralCrop.draw(n, plan(), 0).inverted for n in range(8)]
-    assert sum(inverted) == sum(inverted[::2]) * 2 == 4  # in both halves of the photos
-
-
-def test_a_rendered_crop_shows_what_the_field_is_sampled_at() -> None:
-    """With a picture of coordinates as photo, mean colour of a patch is where its centre is."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, 224), torch.linspace(0, 1, 224), indexing="ij")
-    image = torch.stack([x, y, x * 0])
-    backbone = dv.load_backbone(planted.Local(), patch_size=8, default_size=56, mean=(0, 0, 0), std=(1, 1, 1))
-    nodes = torch.stack(torch.meshgrid(*[(torch.arange(28) + 0.5) / 28] * 2, indexing="xy"), -1).double()
-    for number in range(4):
-        crop = NeutralCrop.draw(number, plan(), 0)
-        pooled = torch.nn.functional.avg_pool2d(crop.render(image, backbone), 8)[0, :2].permute(1, 2, 0)
-        inner = slice(1, -1)
-        assert torch.allclose(pooled[inner, inner].double(), crop.sample(nodes)[inner, inner], atol=0.01)
+# --- consistency, figures ---
 
 
 def test_consistency_by_hand() -> None:

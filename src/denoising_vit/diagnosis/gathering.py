@@ -12,9 +12,9 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.calibration import Calibration, OnPhoto, energy_of, joined, require_enough, telling
+from denoising_vit.crops import Crop
 from denoising_vit.dataset import Skipped
 from denoising_vit.decomposition.statistics import require_finite
-from denoising_vit.diagnosis.crops import NeutralCrop
 from denoising_vit.diagnosis.evidence import Evidence, Shown
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
@@ -38,7 +38,7 @@ _THUMBNAIL = 480
 class _Photo:
     """One photo on its way. Maps are (h, w, C) by source: at the crop's patches, and at the whole photo's."""
 
-    crop: NeutralCrop
+    crop: Crop
     images: tuple[Tensor, Tensor]  # crop and whole photo, (1, 3, H, W)
     pixels: np.ndarray | None  # where it is to be shown
     name: str = ""
@@ -104,11 +104,12 @@ class Gathering:
         for index, (name, pixels) in enumerate(telling(photos)):
             if not isinstance(pixels, Skipped) and min(pixels.shape[:2]) >= self._backbone.patch_size:
                 # Numbered by those that are used, so that turned and upright crops stay balanced.
-                crop = NeutralCrop.draw(self._accepted, self._stage.fitted, self._options.seed)
+                crop = Crop.neutral(self._accepted, self._whole.size, self._options.seed)
                 image = to_image(pixels, self._backbone.device)
                 whole = ViewRenderer(image, self._whole, self._backbone.mean, self._backbone.std)(slice(1))
                 kept = _thumbnail(pixels) if self._accepted < self._options.shown else None
-                self._waiting[index] = _Photo(crop, (crop.render(image, self._backbone), whole), kept)
+                shown = crop.render(image, self._backbone.mean, self._backbone.std)[None]
+                self._waiting[index] = _Photo(crop, (shown, whole), kept)
                 self._accepted += 1
             yield index, name, pixels
 
@@ -126,7 +127,7 @@ class Gathering:
         assert result.raw is not None
         nodes, artifact = result.solve_apart()
         self._solving = nodes.device
-        photo.at_crop = {"raw": raw[0].cpu(), "exact": photo.crop.sample(nodes).float().cpu()}
+        photo.at_crop = {"raw": raw[0].cpu(), "exact": self._at_crop(photo, nodes).float().cpu()}
         photo.at_whole = {"raw": result.raw.cpu(), "exact": at_patches(nodes, self._whole).float().cpu()}
         for name, extractor in self._others.items():
             photo.at_crop[name], photo.at_whole[name] = (
@@ -135,6 +136,10 @@ class Gathering:
         photo.artifact = artifact.float().cpu()
         photo.energy = energy_of(result)
         return None
+
+    def _at_crop(self, photo: _Photo, nodes: Tensor) -> Tensor:
+        """A field (Ry, Rx, C) at the patches of the photo's crop, (h, w, C)."""
+        return photo.crop.sample(nodes, self._backbone.patch_size, self._backbone.stride)
 
     def _evidence(self, seen: list[_Photo], calibration: Calibration) -> Evidence:
         halves = [seen[::2], seen[1::2]]
@@ -163,13 +168,13 @@ class Gathering:
         nothing = torch.zeros(*self._stage.fitted.resolution, artifact.shape[-1], dtype=torch.float64)
         change = self._stage.solver.solve_field(nothing.to(self._solving), artifact.double().to(self._solving)).cpu()
         for photo in photos:
-            photo.at_crop["exact"] += photo.crop.sample(change).float()
+            photo.at_crop["exact"] += self._at_crop(photo, change).float()
             photo.at_whole["exact"] += at_patches(change, self._whole).float()
             photo.at_crop["subtract"] = photo.at_crop["raw"] - artifact
             photo.at_whole["subtract"] = photo.at_whole["raw"] - artifact
             if not photo.crop.inverted:
                 photo.expected = {
-                    name: photo.crop.sample(on_nodes(features, self._whole))
+                    name: self._at_crop(photo, on_nodes(features, self._whole))
                     for name, features in photo.at_whole.items()
                 }
             if photo.pixels is None:
