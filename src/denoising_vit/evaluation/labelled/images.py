@@ -1,0 +1,189 @@
+"""One photo with its mask, and what the numbers in a mask mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from denoising_vit.errors import EvaluationError
+from denoising_vit.photos import MAX_PIXELS, read_photo
+
+#: What a pixel has that belongs to no class.
+NO_LABEL = -1
+
+#: Pillow's modes whose values are numbers rather than colours; of a palette image the indices are read.
+_INDEX_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+
+#: Grayscale of 2 or 4 bits is stretched to 0 to 255 when it is decoded; tools that shrink PNG files write it.
+_STRETCHED = {"L;2": 85, "L;4": 17}
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What the numbers in a data set's masks mean.
+
+    Attributes:
+        classes: how many classes there are, K.
+        source: where the classes are listed, for messages.
+        shift: the number of the first class; 1 where label 0 means no label, as in ADE20K.
+        ignored: numbers that mean no label.
+    """
+
+    classes: int
+    source: str
+    shift: int = 0
+    ignored: tuple[int, ...] = (255,)
+
+    def decoded(self, values: np.ndarray, name: str) -> np.ndarray:
+        """Numbers of a mask (H, W) -> classes (H, W) int64 in 0 to K - 1, and NO_LABEL.
+
+        Args:
+            values: integers as the file has them.
+            name: what errors call the mask.
+
+        Raises:
+            EvaluationError: if a number is none of these.
+        """
+        labels = values.astype(np.int64) - self.shift
+        outside = (labels < 0) | (labels >= self.classes)
+        for value in self.ignored:
+            chosen = values == value
+            labels[chosen] = NO_LABEL
+            outside &= ~chosen
+        if outside.any():
+            raise EvaluationError(self._complaint(values[outside], name))
+        return labels
+
+    def _complaint(self, outside: np.ndarray, name: str) -> str:
+        found, counts = np.unique(outside, return_counts=True)
+        most = int(counts.argmax())
+        others = f", and {len(found) - 1} more such labels" if len(found) > 1 else ""
+        pixels = f"{counts[most]:,} pixel{'s' if counts[most] > 1 else ''}"
+        last = self.shift + self.classes - 1
+        return (
+            f"{name}: label {found[most]} in {pixels}{others}; expected {self.shift} to {last} for the "
+            f"{self.classes} classes of {self.source}, or {_listed(self.ignored)} for no label. "
+            "Correct the mask or the list of classes"
+        )
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """A photo with a class for each pixel, inspected once and read again when it is needed.
+
+    Attributes:
+        split: ``train`` or ``val``.
+        id: path of the photo below the folder of its split's photos, with ``/`` between its parts.
+        photo: the file of the photo.
+        mask: the file of the mask.
+        coding: what the mask's numbers mean.
+        height: of photo and mask, in pixels, H.
+        width: of photo and mask, in pixels, W.
+        digest: of the photo's pixels.
+        mask_digest: of the labels.
+        class_pixels: labelled pixels of each class, K of them.
+    """
+
+    split: str
+    id: str
+    photo: Path
+    mask: Path
+    coding: Coding
+    height: int
+    width: int
+    digest: str
+    mask_digest: str
+    class_pixels: tuple[int, ...]
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are, K."""
+        return self.coding.classes
+
+    @property
+    def shift(self) -> int:
+        """The number that the mask has for class 0."""
+        return self.coding.shift
+
+    def pixels(self) -> np.ndarray:
+        """The photo, (H, W, 3) uint8.
+
+        Raises:
+            PhotoError: if it can no longer be read.
+        """
+        return read_photo(self.photo)
+
+    def labels(self) -> Tensor:
+        """Classes (H, W) int64 in 0 to K - 1, NO_LABEL where there is none.
+
+        Raises:
+            EvaluationError: if the mask can no longer be read.
+        """
+        return torch.from_numpy(read_mask(self.mask, self.coding))
+
+
+def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Reads a mask as classes (H, W) int64 in 0 to K - 1, NO_LABEL where there is none.
+
+    Args:
+        path: an index image: grayscale of up to 32 bits, or a palette image, whose colours are ignored.
+        coding: what its numbers mean.
+        max_pixels: larger masks are refused before they are decoded.
+
+    Raises:
+        EvaluationError: if the file is missing, empty, damaged, too large or no index image, or has other numbers.
+    """
+    if path.is_dir():
+        raise EvaluationError(f"{path} is a directory, expected a mask")
+    if not path.exists():
+        raise EvaluationError(f"{path}: no such file, expected a mask")
+    if path.stat().st_size == 0:
+        raise EvaluationError(f"{path}: the file is empty (0 bytes), expected a mask")
+    try:
+        with Image.open(path) as image:  # reads the header only
+            _check_header(image, path, max_pixels)
+            stretch = _stretch_of(image)
+            values = np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
+    except EvaluationError:
+        raise
+    except UnidentifiedImageError as error:
+        raise EvaluationError(f"{path}: not an image file that can be read, expected a mask as PNG or TIFF") from error
+    except Image.DecompressionBombError as error:
+        raise EvaluationError(f"{path}: more pixels than the limit of {max_pixels:,}; shrink the mask first") from error
+    except Exception as error:  # decoders meet damaged files with all kinds: OSError, SyntaxError, RuntimeError, ...
+        raise EvaluationError(f"{path}: damaged or unreadable mask ({error})") from error
+    return coding.decoded(values, str(path))
+
+
+def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise EvaluationError(
+            f"{path}: {width:,} x {height:,} pixels is more than the limit of {max_pixels:,}; shrink the mask first"
+        )
+    if image.mode not in _INDEX_MODES:
+        raise EvaluationError(
+            f"{path}: expected an index image (grayscale or palette, each value the number of a class), got mode "
+            f"{image.mode}; write the class numbers instead of colours"
+        )
+    if image.format in ("JPEG", "MPO"):
+        raise EvaluationError(
+            f"{path}: expected a mask in a format that keeps its numbers, got JPEG, which changes them; write PNG"
+        )
+
+
+def _stretch_of(image: Image.Image) -> int:
+    """By what the decoder multiplies the numbers in the file; to be asked before it decodes."""
+    tiles = getattr(image, "tile", [])
+    raw_mode = tiles[0][3] if tiles else ""
+    return _STRETCHED.get(str(raw_mode[0] if isinstance(raw_mode, tuple) else raw_mode), 1)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))

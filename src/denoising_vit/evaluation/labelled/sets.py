@@ -1,0 +1,152 @@
+"""One split of a labelled data set: the images that can be used, and what cannot and why."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from denoising_vit.dataset import Skipped, spread
+from denoising_vit.errors import EvaluationError, PhotoError
+from denoising_vit.evaluation.labelled.images import Coding, LabelledImage, read_mask
+from denoising_vit.evaluation.labelled.pairs import Pair
+from denoising_vit.photos import photo_digest, read_photo
+
+#: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """One split, in a fixed order.
+
+    Attributes:
+        split: ``train`` or ``val``.
+        images: those that can be used.
+        class_names: of classes 0 to K - 1.
+        skipped: what cannot be used, and why.
+    """
+
+    split: str
+    images: tuple[LabelledImage, ...]
+    class_names: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @cached_property
+    def pixels(self) -> tuple[int, ...]:
+        """Labelled pixels of each class, K of them."""
+        counts = np.zeros(len(self.class_names), dtype=np.int64)
+        for image in self.images:
+            counts += image.class_pixels
+        return tuple(counts.tolist())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of ids, photos and labels in their order; files that decode to the same give the same."""
+        content = hashlib.sha256()
+        for image in self.images:
+            line = f"{image.id}\0{image.digest}\0{image.mask_digest}\n"
+            content.update(line.encode(errors="surrogateescape"))  # names of files need not be UTF-8
+        return content.hexdigest()
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes that have no pixel here."""
+        return tuple(name for name, count in zip(self.class_names, self.pixels, strict=True) if count == 0)
+
+    @property
+    def common_size(self) -> tuple[int, int] | None:
+        """(H, W), if all photos share it."""
+        sizes = {(image.height, image.width) for image in self.images}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def subset(self, count: int) -> LabelledSet:
+        """At most so many images, evenly spread over all of them; 0 takes all.
+
+        Raises:
+            EvaluationError: if the count is negative.
+        """
+        check_count(count)
+        return replace(self, images=tuple(self.images[index] for index in spread(len(self.images), count)))
+
+
+def check_count(count: int) -> None:
+    """Raises EvaluationError unless this is a number of images, 0 standing for all."""
+    if count < 0:
+        raise EvaluationError(f"expected a number of images of at least 1, or 0 for all, got {count}")
+
+
+def inspect(
+    split: str,
+    pairs: Sequence[Pair],
+    coding: Coding,
+    class_names: tuple[str, ...],
+    *,
+    skipped: Sequence[Skipped] = (),
+    progress: Callable[[], None] | None = None,
+) -> LabelledSet:
+    """Reads every photo and mask once, so that what cannot be used is known before the work begins.
+
+    Args:
+        split: ``train`` or ``val``.
+        pairs: in the order that the set shall have.
+        coding: what the masks' numbers mean.
+        class_names: of classes 0 to K - 1.
+        skipped: what was found to be unusable before.
+        progress: called after each pair.
+
+    Raises:
+        EvaluationError: if nothing usable remains.
+    """
+    images, failed = [], list(skipped)
+    pool = ThreadPoolExecutor(_THREADS, "labelled")
+    try:
+        for found in pool.map(lambda pair: _inspect_one(split, pair, coding), pairs):
+            if isinstance(found, Skipped):
+                failed.append(found)
+            else:
+                images.append(found)
+            if progress is not None:
+                progress()
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever interrupts does not wait for the rest
+    if not images:
+        first = f"; the first reason: {failed[0].item}: {failed[0].reason}" if failed else ""
+        raise EvaluationError(
+            f"expected photos with masks for the split {split}, none of {len(pairs)} pairs can be used{first}"
+        )
+    return LabelledSet(split, tuple(images), class_names, tuple(failed))
+
+
+def _inspect_one(split: str, pair: Pair, coding: Coding) -> LabelledImage | Skipped:
+    try:
+        photo = read_photo(pair.photo)
+        labels = read_mask(pair.mask, coding)
+    except PhotoError as error:
+        return Skipped(pair.id, str(error).removeprefix(f"{pair.photo}: "))  # the id names the photo already
+    except (EvaluationError, OSError) as error:
+        return Skipped(pair.id, str(error))
+    height, width = labels.shape
+    if photo.shape[:2] != labels.shape:
+        return Skipped(
+            pair.id,
+            f"expected photo and mask of the same size, got a photo of {photo.shape[1]} x {photo.shape[0]} pixels and "
+            f"a mask of {width} x {height} ({pair.mask})",
+        )
+    counts = np.bincount(labels[labels >= 0], minlength=coding.classes)
+    return LabelledImage(
+        split=split,
+        id=pair.id,
+        photo=pair.photo,
+        mask=pair.mask,
+        coding=coding,
+        height=height,
+        width=width,
+        digest=photo_digest(photo),
+        mask_digest=photo_digest(labels.astype("<i4")),  # the same on every machine
+        class_pixels=tuple(counts.tolist()),
+    )
