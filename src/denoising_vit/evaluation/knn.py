@@ -1,0 +1,154 @@
+"""Nearest-neighbour segmentation: what features say of classes without any training (the paper's table 5)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from denoising_vit.crops import Crop
+from denoising_vit.errors import EvaluationError, PlanError
+from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, LabelledSet
+from denoising_vit.evaluation.patch_labels import commonest, patch_counts
+from denoising_vit.evaluation.scores import Counts, count
+from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
+from denoising_vit.evaluation.sizes import shown_size
+from denoising_vit.evaluation.sources import FeatureSource
+
+#: Added to the seed for the crops of the images that are judged, so that they are others than the gallery's.
+_VAL_SEED = 1_000_003
+
+_SeeAll = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
+
+#: Similarities (queries times gallery) that are held at a time.
+_AT_ONCE = 2**27
+
+
+@dataclass(frozen=True)
+class KnnOptions:
+    """How nearest-neighbour segmentation is done.
+
+    Attributes:
+        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
+            rounded to the patch grid.
+        crops: whole shows whole images; neutral one random square of each, half of them upside down, so that place in
+            the view says nothing about the class.
+        k: neighbours that vote.
+        temperature: of the votes' weights, exp(cosine / temperature).
+        gallery: training patches that are compared with, drawn evenly from all images; 0 takes all.
+        seed: of the gallery's draw and of the crops.
+    """
+
+    size: int | tuple[int, int] | None = None
+    crops: Literal["whole", "neutral"] = "whole"
+    k: int = 20
+    temperature: float = 0.07
+    gallery: int = 60_000
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Checks every number's range.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        for name, least in {"k": 1, "gallery": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise PlanError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise PlanError(f"temperature must be positive, got {self.temperature}")
+
+
+def nearest_neighbours(
+    source: FeatureSource,
+    data: LabelledData,
+    options: KnnOptions,
+    *,
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Counts:
+    """Labels each patch of the images of ``val`` by the patches of ``train`` whose features are nearest (cosine).
+
+    Args:
+        source: of the features.
+        data: the labelled images.
+        options: how.
+        cache: where features are kept.
+        progress: called after each image.
+
+    Returns:
+        Counts over patches that have a label, image by image.
+
+    Raises:
+        EvaluationError: if the gallery has fewer labelled patches than neighbours are asked for, or features are not
+            finite.
+    """
+    options.validate()
+    see_all: _SeeAll = functools.partial(see, cache=cache, progress=progress)
+    classes = len(data.train.class_names)
+    gallery, labels = _gallery(source, data.train, options, see_all)
+    found = []
+    shown = crops_of(data.val, source, options, _VAL_SEED)
+    for (image, crop), features in zip(shown, see_all(source, shown), strict=True):
+        truth = _labels(source, image, crop).flatten()
+        known = truth != NO_LABEL
+        if not known.any():
+            found.append(Counts.nothing(classes))
+            continue
+        queries = features.flatten(0, 1)[known]  # (h, w, C) -> (q, C)
+        predicted = vote(queries.to(gallery), gallery, labels, classes, options.k, options.temperature)
+        found.append(count(predicted.cpu(), truth[known], classes))
+    return Counts.joined(found)
+
+
+def crops_of(images: LabelledSet, source: FeatureSource, options: KnnOptions, offset: int = 0) -> list[Shown]:
+    """What is shown of each image."""
+    shown = []
+    for number, image in enumerate(images.images):
+        size = shown_size(options.size, image, source)
+        neutral = options.crops == "neutral"
+        shown.append((image, Crop.neutral(number, size, options.seed + offset) if neutral else Crop.whole(size)))
+    return shown
+
+
+def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
+    """Classes (Q,) of queries (Q, C) by the k nearest of a gallery (N, C), normalised, with labels (N,)."""
+    queries = F.normalize(queries, dim=-1)
+    found = []
+    for part in queries.split(max(_AT_ONCE // len(gallery), 1)):
+        similarity, nearest = (part @ gallery.T).topk(k, dim=-1)  # (q, k)
+        weights = (similarity / temperature).softmax(-1)
+        votes = torch.zeros(len(part), classes, device=part.device)
+        found.append(votes.scatter_add_(1, labels[nearest], weights).argmax(-1))
+    return torch.cat(found)
+
+
+def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see_all: _SeeAll) -> tuple[Tensor, Tensor]:
+    """Normalised features (N, C) and labels (N,) of the patches that are compared with."""
+    shown = crops_of(train, source, options)
+    generator = torch.Generator().manual_seed(options.seed)
+    most = -(-options.gallery // len(shown)) if options.gallery else None
+    found, labels = [], []
+    for (image, crop), features in zip(shown, see_all(source, shown), strict=True):
+        label = _labels(source, image, crop).flatten()
+        known = torch.nonzero(label != NO_LABEL).flatten()
+        known = known[torch.randperm(len(known), generator=generator)[:most]]
+        found.append(F.normalize(features.flatten(0, 1)[known], dim=-1))
+        labels.append(label[known])
+    gallery, label = torch.cat(found).to(source.device), torch.cat(labels).to(source.device)
+    if len(gallery) < options.k:
+        raise EvaluationError(
+            f"{len(gallery)} labelled patches in the training images are fewer than the {options.k} neighbours that "
+            "vote; give more images, larger ones (--size), or a smaller --k"
+        )
+    return gallery, label
+
+
+def _labels(source: FeatureSource, image: LabelledImage, crop: Crop) -> Tensor:
+    """(h, w) classes of the patches of a crop."""
+    return commonest(patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride))

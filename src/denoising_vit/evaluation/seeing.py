@@ -1,0 +1,154 @@
+"""From labelled images to features, one crop of each, batch by batch; kept on disk where that is worth it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from denoising_vit.crops import Crop
+from denoising_vit.evaluation.labelled import LabelledImage
+from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.extraction import fitting_batch
+from denoising_vit.files import atomic_path
+from denoising_vit.prefetch import prefetched
+
+#: Batches that are rendered ahead where an accelerator does the forward passes.
+_AHEAD = 3
+
+#: One image and the crop of it that is looked at.
+Shown = tuple[LabelledImage, Crop]
+
+
+@dataclass
+class FeatureCache:
+    """Features on disk, one file a crop, until they take too much room.
+
+    Attributes:
+        folder: made where it does not exist.
+        limit: bytes that the files may take in all.
+    """
+
+    folder: Path
+    limit: float = 10e9
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._used = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+
+    def path(self, source: FeatureSource, shown: Shown) -> Path:
+        """Where the features of a crop are, or would be."""
+        image, crop = shown
+        whose = _digest(source.identity | {"name": source.name, "grid": [source.patch_size, source.stride]})
+        return self.folder / whose / f"{_digest({'image': image.digest, **asdict(crop)})}.safetensors"
+
+    def get(self, path: Path) -> Tensor | None:
+        """Features (h, w, C) float32, None where there are none or the file is damaged."""
+        try:
+            return load_file(path)["features"].float()
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def put(self, path: Path, features: Tensor) -> None:
+        """Keeps features (h, w, C), in float16 where they fit, unless the room is used up."""
+        kept = compact(features).contiguous()
+        if self._used + kept.nbytes > self.limit:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file({"features": kept}, temporary)
+        self._used += kept.nbytes
+
+
+def see(
+    source: FeatureSource,
+    shown: Sequence[Shown],
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Iterator[Tensor]:
+    """Features (h, w, C), float32 on the CPU, of each crop in turn.
+
+    They are as float16 holds them wherever that has room for them, cached or not, so that a second run is the same.
+
+    Args:
+        source: of the features.
+        shown: images and their crops.
+        cache: where features are kept.
+        progress: called after each crop.
+
+    Raises:
+        EvaluationError: if features are not finite, or no grid.
+        PhotoError: if a photo cannot be read any more.
+    """
+    cache = cache if source.cached else None
+    batches = _batches(source, shown, cache)
+    with contextlib.closing(batches if source.device.type == "cpu" else prefetched(batches, _AHEAD)) as batches:
+        for found, inputs, paths in batches:
+            for features in _forward(source, found, inputs, paths, cache):
+                progress()
+                yield features
+
+
+_Batch = tuple[Tensor | None, list[Tensor], list[Path | None]]
+
+
+def _batches(
+    source: FeatureSource, shown: Sequence[Shown], cache: FeatureCache | None
+) -> Generator[_Batch, None, None]:
+    """Either features that are there, or inputs of one size, as many as the device takes at once."""
+    waiting: list[tuple[Tensor, Path | None]] = []
+
+    def flush() -> Iterator[_Batch]:
+        if waiting:
+            yield None, [inputs for inputs, _ in waiting], [path for _, path in waiting]
+            waiting.clear()
+
+    for image, crop in shown:
+        path = None if cache is None else cache.path(source, (image, crop))
+        found = None if cache is None or path is None else cache.get(path)
+        if found is not None:
+            yield from flush()
+            yield found, [], []
+            continue
+        inputs = source.inputs(image, crop)
+        if waiting and waiting[0][0].shape != inputs.shape:
+            yield from flush()
+        waiting.append((inputs, path))
+        tokens = math.prod(side // source.stride for side in crop.padded)
+        if len(waiting) >= fitting_batch(source.device, max(tokens, 1)):
+            yield from flush()
+    yield from flush()
+
+
+def _forward(
+    source: FeatureSource,
+    found: Tensor | None,
+    inputs: list[Tensor],
+    paths: list[Path | None],
+    cache: FeatureCache | None,
+) -> Iterator[Tensor]:
+    if found is not None:
+        yield found
+        return
+    for features, path in zip(source.features(torch.stack(inputs)).cpu(), paths, strict=True):
+        if cache is not None and path is not None:
+            cache.put(path, features)
+        yield compact(features).float()
+
+
+def compact(features: Tensor) -> Tensor:
+    """Features in float16 where they fit, else as they are."""
+    return features.half() if float(features.abs().max()) < torch.finfo(torch.float16).max else features
+
+
+def _digest(values: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,96 @@
+"""Judging a probe: its classes at every pixel of the validation images, against their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from denoising_vit.crops import Crop
+from denoising_vit.evaluation.labelled import LabelledImage, LabelledSet
+from denoising_vit.evaluation.scores import Counts, count
+from denoising_vit.evaluation.seeing import FeatureCache, see
+from denoising_vit.evaluation.segmentation.augmentation import centre_pads, scaled_size
+from denoising_vit.evaluation.segmentation.probe import LinearProbe, at_places, to_image, to_pixels
+from denoising_vit.evaluation.segmentation.protocol import Protocol
+from denoising_vit.evaluation.sizes import shown_size
+from denoising_vit.evaluation.sources import FeatureSource
+
+
+@torch.no_grad()
+def judge(
+    probe: LinearProbe,
+    source: FeatureSource,
+    images: LabelledSet,
+    protocol: Protocol,
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Counts:
+    """Counts over the labelled pixels of each image.
+
+    Raises:
+        EvaluationError: if features are not finite.
+    """
+    predict = _by_windows if protocol.augment else _at_once
+    found = []
+    for image, scores in zip(images.images, predict(probe, source, images, protocol, cache), strict=True):
+        found.append(count(scores.argmax(-1), image.labels(), image.classes))
+        progress()
+    return Counts.joined(found)
+
+
+def windows(height: int, width: int, protocol: Protocol, patch: tuple[int, int]) -> list[Crop]:
+    """The windows that an image, scaled to H x W pixels, is cut into; the last ones end where it ends."""
+    side, step = protocol.window, protocol.window_stride
+    tops, lefts = (
+        [max(min(start, full - side), 0) for start in range(0, max(full - side + step - 1, 0) // step * step + 1, step)]
+        for full in (height, width)
+    )
+    shown = min(side, height), min(side, width)
+    return [
+        Crop(
+            (left / width, top / height, (left + shown[1]) / width, (top + shown[0]) / height),
+            shown,
+            centre_pads(*shown, *patch),
+        )
+        for top in tops
+        for left in lefts
+    ]
+
+
+def _at_once(
+    probe: LinearProbe, source: FeatureSource, images: LabelledSet, protocol: Protocol, cache: FeatureCache | None
+) -> Iterator[Tensor]:
+    """Scores (H, W, K) at the pixels of each mask, from features of the whole image."""
+    shown = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+    for (image, crop), features in zip(shown, see(source, shown, cache), strict=True):
+        patches = probe(features.to(source.device)).cpu()
+        yield at_places(patches, *crop.places(image.height, image.width), source.patch_size, source.stride)
+
+
+def _by_windows(
+    probe: LinearProbe, source: FeatureSource, images: LabelledSet, protocol: Protocol, _cache: FeatureCache | None
+) -> Iterator[Tensor]:
+    """Scores (H, W, K) at the pixels of each mask, means of overlapping windows of the scaled image."""
+    patch = source.patch_size, source.stride
+    for image in images.images:
+        height, width = scaled_size(image.height, image.width, protocol.short_side, protocol.long_side)
+        crops = windows(height, width, protocol, patch)
+        total = torch.zeros(height, width, image.classes)
+        times = torch.zeros(height, width, 1)
+        for crop, features in zip(crops, _features(source, image, crops), strict=True):
+            rows, columns = _part(crop, height, width)
+            total[rows, columns] += to_pixels(probe(features), crop, *patch).cpu()
+            times[rows, columns] += 1
+        yield to_image(total / times, image.height, image.width)
+
+
+def _features(source: FeatureSource, image: LabelledImage, crops: list[Crop]) -> Iterator[Tensor]:
+    """Features (h, w, C) of the windows of an image, which all have one size."""
+    return iter(source.features(torch.stack([source.inputs(image, crop) for crop in crops])))
+
+
+def _part(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
+    left, top = round(crop.box[0] * width), round(crop.box[1] * height)
+    return slice(top, top + crop.size[0]), slice(left, left + crop.size[1])

@@ -1,0 +1,129 @@
+"""How a linear probe for segmentation is trained and judged: the published protocol, and a quick one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from denoising_vit.errors import PlanError
+
+Preset = Literal["paper", "quick"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Training and judging of a linear probe: batch norm and a 1 x 1 convolution, on cross-entropy.
+
+    Numbers without a source are those of the published evaluation (that of DINOv2, in mmsegmentation).
+
+    Attributes:
+        preset: what it started from.
+        steps: of AdamW.
+        batch: images a step.
+        learning_rate: at its highest.
+        weight_decay: of AdamW.
+        warmup: steps of linear warm-up, from a millionth.
+        augment: whether every step sees random crops, forward passes and all; without it, features of whole images are
+            taken once.
+        short_side: pixels that an image's shorter side is scaled to, before the random scale.
+        long_side: pixels that its longer side must not exceed then.
+        scale: least and largest random scale.
+        crop: side of a training crop in pixels.
+        most: largest share that one class may have of a crop's labels; ten crops are tried.
+        flip: probability of a horizontal flip.
+        distort: whether brightness, contrast, saturation and hue are changed at random.
+        window: side in pixels of the windows that test images are cut into.
+        window_stride: distance between these windows in pixels.
+        normalisation: of images: the model's own, or ImageNet's for every model, as in the published evaluation.
+        size: without crops: height and width at which images are shown; None is their own, rounded to the patch grid.
+    """
+
+    preset: Preset
+    steps: int
+    warmup: int
+    batch: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    augment: bool = True
+    short_side: int = 512
+    long_side: int = 2048
+    scale: tuple[float, float] = (0.5, 2.0)
+    crop: int = 512
+    most: float = 0.75
+    flip: float = 0.5
+    distort: bool = True
+    window: int = 512
+    window_stride: int = 341
+    normalisation: Literal["own", "imagenet"] = "imagenet"
+    size: int | tuple[int, int] | None = None
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of a step, 0 to steps - 1: falling linearly to 0, times the warm-up."""
+        falling = self.learning_rate * (1 - step / self.steps)
+        if step >= self.warmup:
+            return falling
+        return falling * (1 - (1 - step / self.warmup) * (1 - _WARMUP_START))
+
+
+#: Share of the learning rate that the warm-up begins with.
+_WARMUP_START = 1e-6
+
+PAPER = Protocol("paper", steps=40_000, warmup=1_500)
+
+#: The same probe on features of whole images, with the same share of warm-up.
+QUICK = Protocol("quick", steps=2_000, warmup=75, augment=False, normalisation="own")
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """How the linear probe is trained; what is not given is the preset's.
+
+    Attributes:
+        preset: paper is the published protocol (hours on a GPU); quick trains on features of whole images, which are
+            taken once (minutes on a CPU).
+        seeds: of the probe; each is trained and judged.
+        size: quick only; height and width in pixels at which images are shown, or one number for a square. Without
+            it, their own, rounded to the patch grid.
+        steps: of the optimiser; the warm-up keeps its share.
+        batch: images a step.
+        learning_rate: at its highest.
+        weight_decay: of AdamW.
+    """
+
+    preset: Preset = "quick"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    size: int | tuple[int, int] | None = None
+    steps: int | None = None
+    batch: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+    def protocol(self) -> Protocol:
+        """The preset with what was changed.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        base = PAPER if self.preset == "paper" else QUICK
+        if self.size is not None and self.preset == "paper":
+            raise PlanError("size is for preset quick; paper shows crops of 512 pixels of images scaled to that side")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise PlanError(f"seeds must be one number or more, 0 or above and different, got {self.seeds}")
+        for name in ("steps", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PlanError(f"{name} must be at least 1, got {value}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise PlanError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise PlanError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        steps = self.steps or base.steps
+        return replace(
+            base,
+            steps=steps,
+            warmup=round(steps * base.warmup / base.steps),
+            batch=self.batch or base.batch,
+            learning_rate=self.learning_rate or base.learning_rate,
+            weight_decay=base.weight_decay if self.weight_decay is None else self.weight_decay,
+            size=self.size,
+        )

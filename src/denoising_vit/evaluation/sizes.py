@@ -1,0 +1,30 @@
+"""At which size an image is shown: the one that is asked for, or its own, rounded to the patch grid."""
+
+from __future__ import annotations
+
+from denoising_vit.backbones.base import check_side, nearest_sizes
+from denoising_vit.evaluation.labelled import LabelledImage
+from denoising_vit.evaluation.sources import FeatureSource
+
+
+def shown_size(size: int | tuple[int, int] | None, image: LabelledImage, source: FeatureSource) -> tuple[int, int]:
+    """(H, W) in pixels at which an image is shown.
+
+    Raises:
+        SizeError: if the size that is asked for does not fit the patch grid.
+    """
+    if size is None:
+        return native_size(image.height, image.width, source.patch_size, source.stride)
+    height, width = (size, size) if isinstance(size, int) else size
+    for side in (height, width):
+        check_side(side, source.patch_size, source.stride)
+    return height, width
+
+
+def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
+    """The nearest sides that fit the patch grid, the larger one of two that are as near."""
+    down, across = (
+        max(nearest_sizes(side, patch_size, stride), key=lambda fitting: (-abs(fitting - side), fitting))
+        for side in (height, width)
+    )
+    return down, across

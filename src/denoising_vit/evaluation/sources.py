@@ -1,0 +1,128 @@
+"""Sources of features: whatever is to be judged, behind one face, so that no task knows what it judges."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.crops import Crop
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.labelled import LabelledImage
+from denoising_vit.rendering import to_image
+from denoising_vit.store import FeatureStore
+
+#: extractor(image (B, 3, H, W)) -> features (B, h, w, C).
+Extractor = Callable[[Tensor], Tensor]
+
+#: What is done to the colours of a crop, (3, H, W) in [0, 1].
+Colour = Callable[[Tensor], Tensor]
+
+
+class FeatureSource(ABC):
+    """Features of any crop of an image.
+
+    What can be done ahead, in another thread, is apart from the forward pass.
+
+    Attributes:
+        name: for people and tables.
+        patch_size: side of a patch in pixels.
+        stride: distance between patches in pixels.
+        identity: what decides the features, as JSON values.
+        device: where forward passes run.
+        cached: whether features are worth keeping on disk.
+    """
+
+    def __init__(self, name: str, backbone: Backbone, identity: dict[str, Any], *, cached: bool) -> None:
+        self.name, self.identity, self.cached = name, identity, cached
+        self.patch_size, self.stride, self.device = backbone.patch_size, backbone.stride, backbone.device
+
+    @abstractmethod
+    def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+        """What the forward pass takes for a crop of an image; crops of one padded size may be stacked."""
+
+    @abstractmethod
+    def features(self, inputs: Tensor) -> Tensor:
+        """Features (B, h, w, C), float32, of stacked inputs.
+
+        Raises:
+            EvaluationError: if they are not finite, or no grid.
+        """
+
+    def _checked(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        if features.ndim != 4 or (grid is not None and tuple(features.shape[1:3]) != grid):
+            wanted = "(B, h, w, C)" if grid is None else f"(B, {grid[0]}, {grid[1]}, C)"
+            raise EvaluationError(f"{self.name}: expected features {wanted}, got {tuple(features.shape)}")
+        if not torch.isfinite(features).all():
+            count = int((~torch.isfinite(features)).sum())
+            raise EvaluationError(
+                f"{self.name}: {count} of {features.numel()} feature values are not finite; check the weights, or use "
+                "dtype float32"
+            )
+        return features.float()
+
+
+class ExtractorSource(FeatureSource):
+    """An extractor: raw features, features minus G, a denoiser's, a distilled model's.
+
+    Args:
+        name: for people and tables.
+        backbone: whose patch grid and normalisation images get.
+        extractor: the backbone itself where none is given.
+        identity: what decides the features besides the backbone.
+        normalisation: mean and deviation of the images where they are not to be the backbone's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backbone: Backbone,
+        extractor: Extractor | None = None,
+        identity: dict[str, Any] | None = None,
+        normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    ) -> None:
+        super().__init__(name, backbone, identity or {}, cached=True)
+        self._backbone, self._extractor = backbone, extractor or backbone
+        self._mean, self._std = normalisation or (backbone.mean, backbone.std)
+
+    def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+        """The rendered crop, (3, H, W) normalised, on the CPU."""
+        return crop.render(to_image(image.pixels()), self._mean, self._std, colour)
+
+    @torch.no_grad()
+    def features(self, inputs: Tensor) -> Tensor:
+        """Features (B, h, w, C) of rendered crops (B, 3, H, W)."""
+        grid = self._backbone.grid_size(*inputs.shape[2:])
+        return self._checked(self._extractor(inputs.to(self.device)), grid)
+
+
+class FieldSource(FeatureSource):
+    """Semantic fields from stores: F is a function of the place in the image, so any crop is a matter of sampling.
+
+    What is done to colours does not reach them.
+
+    Args:
+        name: for people and tables.
+        backbone: whose patch grid crops have.
+        stores: of the images of each split, by the split's name; ids are the images'.
+        identity: what decides the fields.
+    """
+
+    def __init__(
+        self, name: str, backbone: Backbone, stores: Mapping[str, FeatureStore], identity: dict[str, Any]
+    ) -> None:
+        super().__init__(name, backbone, identity, cached=False)  # the stores are on disk already
+        self._stores = dict(stores)
+
+    def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+        """F at the patches of the crop, (h, w, C)."""
+        nodes = self._stores[image.split][image.id].field
+        return crop.sample(nodes, self.patch_size, self.stride)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """The same."""
+        return self._checked(inputs.to(self.device))
