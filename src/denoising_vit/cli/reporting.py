@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -153,17 +155,24 @@ class CountProgress(OnScreen):
     """A bar over things that are counted one by one.
 
     Args:
-        total: how many.
+        total: how many; None where that is not known.
         unit: what they are.
     """
 
-    def __init__(self, total: int, unit: str) -> None:
+    def __init__(self, total: int | None, unit: str) -> None:
         self._progress = progress_bar(unit)
         self._task = self._progress.add_task("", total=total)
 
     def advance(self) -> None:
         """Takes one more."""
         self._progress.advance(self._task)
+
+
+@contextlib.contextmanager
+def watch(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar for as long as a block lasts; gives what is to be called after each."""
+    with CountProgress(total, what) as progress:
+        yield progress.advance
 
 
 def progress_bar(unit: str, **settings: Any) -> Progress:

@@ -1,0 +1,149 @@
+"""``dvit evaluate``: sources of features, judged alike on labelled data, or by figures that need no labels."""
+
+from __future__ import annotations
+
+import json as json_lines
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
+from denoising_vit.cli.scoreboard import scoreboard
+from denoising_vit.evaluation.knn import KnnOptions
+from denoising_vit.evaluation.labelled import open_labelled
+from denoising_vit.evaluation.records import Results, run_info
+from denoising_vit.evaluation.segmentation import SegmentationOptions
+from denoising_vit.evaluation.workbench import Line, Workbench, parse_names
+from denoising_vit.options import DenoiseOptions
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is judged, on what, and where the results go.
+
+    Attributes:
+        data: labelled images: VOCdevkit/VOC2012, ADEChallengeData2016, or a folder with train/ and val/, each with
+            images/ and masks/ (index PNGs), and classes.txt.
+        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1). The first is what
+            the others are compared with.
+        out: the file that lines of results are appended to. The same command goes on where it was stopped.
+        cache: folder for features and fields. Without it, one beside the results.
+        cache_gb: most that cached features may take; fields of stage 1 come on top.
+        classes: file with one class name a line, where the data has none.
+        images: how many images of each split are used, spread evenly over it; 0 takes all.
+        artifact: of the backbone: a file of `dvit calibrate`, or `shipped`. Without it, subtract takes the shipped
+            one, and exact fits one in each image.
+    """
+
+    data: Path
+    features: str = "raw,subtract,exact"
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl")
+    cache: Path | None = None
+    cache_gb: float = 10.0
+    classes: Path | None = None
+    images: int = 0
+    artifact: str | None = None
+
+
+def knn(
+    judged: tyro.conf.OmitArgPrefixes[Judged],
+    voting: tyro.conf.OmitArgPrefixes[KnnOptions] = KnnOptions(),  # noqa: B008, frozen
+    exact: DenoiseOptions = DenoiseOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Nearest-neighbour segmentation: patches are labelled by the training patches with the nearest features.
+
+    Args:
+        judged: what is judged.
+        voting: how.
+        exact: of stage 1; its method stays exact, and no views are held out.
+        model: the backbone, and how it is run.
+        json: print the lines of results instead of a table.
+    """
+    voting.validate()
+    names = parse_names(judged.features)
+    return _tell(judged, lambda: _workbench(judged, exact, model).knn(names, voting), as_json=json)
+
+
+def segmentation(
+    judged: tyro.conf.OmitArgPrefixes[Judged],
+    training: tyro.conf.OmitArgPrefixes[SegmentationOptions] = SegmentationOptions(),  # noqa: B008, frozen
+    exact: DenoiseOptions = DenoiseOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """A linear probe: batch norm and a 1 x 1 convolution, trained on frozen features, judged at every pixel.
+
+    Args:
+        judged: what is judged.
+        training: how the probe is trained.
+        exact: of stage 1; its method stays exact, and no views are held out.
+        model: the backbone, and how it is run.
+        json: print the lines of results instead of a table.
+    """
+    training.protocol()
+    names = parse_names(judged.features)
+    return _tell(judged, lambda: _workbench(judged, exact, model).segmentation(names, training), as_json=json)
+
+
+def _workbench(judged: Judged, exact: DenoiseOptions, model: BackboneSpec) -> Workbench:
+    exact.validate()
+    results = Results(judged.out)
+    with CountProgress(None, "images read") as progress:
+        data = open_labelled(judged.data, classes=judged.classes, images=judged.images, progress=progress.advance)
+    if data.note:
+        print_note(data.note)
+    if data.val.absent:
+        print_note(f"never occurs in val, left out of the means unless predicted: {', '.join(data.val.absent)}")
+    backbone = model.load()
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    return Workbench(
+        data=data,
+        backbone=backbone,
+        spec=model,
+        results=results,
+        folder=judged.cache or judged.out.with_suffix(".cache"),
+        run=run_info(),
+        cache_bytes=judged.cache_gb * 1e9,
+        exact=exact,
+        artifact=judged.artifact,
+        watch=watch,
+    )
+
+
+def _tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool) -> int:
+    found: list[Line] = []
+    try:
+        for line, kept in lines():
+            found.append((line, kept))
+            if not line["failed"]:
+                words = f"mIoU {line['metrics']['mIoU']:.2f} in {line['seconds']:.0f} s"
+                print_note(f"{line['features']}: {words}{' (kept from an earlier run)' if kept else ''}")
+    except KeyboardInterrupt:
+        print_note("interrupted; finished results stay, and the same command goes on from there")
+        return INTERRUPTED
+    return finish(found, judged.out, as_json=as_json)
+
+
+def finish(found: Sequence[Line], out: Path, *, as_json: bool) -> int:
+    """Prints lines of results, and says what failed or was skipped. Returns the exit code."""
+    lines = [line for line, _ in found]
+    if as_json:
+        for line in lines:
+            print(json_lines.dumps(line), flush=True)
+    else:
+        scoreboard(lines)
+    for line in lines:
+        if line["failed"]:
+            print_error(line["failed"], f"{line['features']} failed")
+    skipped = lines[0]["skipped"] if lines else []
+    for name, reason in skipped:
+        print_error(f"{name}: {reason}", "skipped")
+    print_note(f"results in {out}; `dvit report {out} -o results.md` makes tables of them")
+    return SOME_FAILED if skipped or any(line["failed"] for line in lines) else OK

@@ -1,0 +1,87 @@
+"""``dvit evaluate artifacts``: figures that need no labels, as lines of results."""
+
+from __future__ import annotations
+
+import hashlib
+import json as json_lines
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.evaluate import finish
+from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
+from denoising_vit.cli.reporting import CountProgress, print_error, print_note
+from denoising_vit.dataset import named_photos, open_dataset, spread
+from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
+from denoising_vit.evaluation.records import Record, Results, backbone_settings, run_info
+from denoising_vit.evaluation.workbench import parse_names
+
+
+def artifacts(
+    data: str,
+    features: str = "raw,subtract,exact",
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl"),
+    diagnosing: tyro.conf.OmitArgPrefixes[DiagnoseOptions] = DiagnoseOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    photos: int = 64,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Label-free figures of artifacts, those of `dvit diagnose`: no single one of them means anything alone.
+
+    Each half of the photos is cleaned with the artifact found in the other half, as new photos would be.
+
+    Args:
+        data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
+        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1).
+        out: the file that lines of results are appended to.
+        diagnosing: how much is looked at.
+        model: the backbone, and how it is run.
+        photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
+        json: print the lines of results instead of a table.
+    """
+    if photos < 0:
+        print_error(f"--photos must be 0 (all) or more, got {photos}")
+        return WRONG_USAGE
+    names = parse_names(features)
+    diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
+    results = Results(out)
+    dataset = open_dataset(data)
+    chosen = spread(len(dataset), photos)
+    backbone = model.load()
+    ids = hashlib.sha256("\0".join(dataset[index].id for index in chosen).encode()).hexdigest()[:16]
+    about = {"name": Path(data).name or data, "layout": "photos", "digest": ids}
+    settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), **asdict(diagnosing)}
+    settings = json_lines.loads(json_lines.dumps(settings))
+    blank = [Record("artifacts", name, settings, run=run_info()) for name in names]
+    kept = [results.find(record) for record in blank]
+    if all(line is not None for line in kept):
+        return finish([(line, True) for line in kept if line is not None], out, as_json=json)
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    with CountProgress(len(chosen), "photos") as progress:
+        try:
+            found = run_diagnosis(
+                backbone, named_photos(dataset, chosen), {}, lambda *_: progress.advance(), diagnosing
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            print_note("interrupted; nothing was written")
+            return INTERRUPTED
+    skipped = [[item.item, item.reason] for item in dataset.skipped] + [list(item) for item in found.info["skipped"]]
+    lines = [(results.add(_filled(record, found, skipped)), False) for record in blank]
+    return finish(lines, out, as_json=json)
+
+
+def _filled(record: Record, found: Diagnosis, skipped: list[list[str]]) -> Record:
+    return Record(
+        record.task,
+        record.features,
+        record.settings,
+        metrics=asdict(found.metrics[record.features]),
+        images={"photos": len(found.info["photos"])},
+        skipped=skipped,
+        seconds=found.info["seconds"],
+        run=record.run,
+    )

@@ -1,0 +1,114 @@
+"""Stage 1 of the images of a labelled data set: fitted once into stores, which later runs find again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from denoising_vit.artifact import KnownArtifact, artifact_digest
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.dataset import Dataset, Item
+from denoising_vit.denoise import given_artifact
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
+from denoising_vit.evaluation.sizes import native_size
+from denoising_vit.evaluation.sources import FieldSource
+from denoising_vit.fit import FitJob, FitOptions
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.store import FeatureStore
+
+#: Called with the split that is being fitted, images done, and images in all.
+OnFitted = Callable[[str, int, int], None]
+
+
+def fitted_fields(
+    name: str,
+    data: LabelledData,
+    folder: Path,
+    backbone: Backbone,
+    spec: BackboneSpec,
+    options: DenoiseOptions,
+    *,
+    artifact: KnownArtifact | None = None,
+    on_fitted: OnFitted = lambda *_: None,
+) -> FieldSource:
+    """The semantic fields of all images, fitted where they are not there yet.
+
+    Args:
+        name: of the source.
+        data: the images.
+        folder: where the stores are.
+        backbone: the extractor.
+        spec: the same in words.
+        options: of stage 1. Without a size, views have that of the images where all have one, and the backbone's own
+            otherwise.
+        artifact: G where it is known, as `denoise_image` takes it.
+        on_fitted: called after each image.
+
+    Raises:
+        EvaluationError: if an image could not be fitted.
+        FitError: if there is no room.
+        PlanError: if the views do not suffice.
+    """
+    options = replace(options, size=options.size or _common_size(data, backbone))  # one plan serves all
+    known = given_artifact(artifact, backbone, options)
+    identity: dict[str, Any] = options.recorded() | {"artifact": artifact_digest(known), "size": options.size}
+    for indifferent in ("held_out", "batch_size"):  # they change nothing in the fields
+        identity.pop(indifferent, None)
+    stores = {
+        images.split: _fitted(images, folder, backbone, spec, options, artifact, identity, on_fitted)
+        for images in (data.train, data.val)
+    }
+    return FieldSource(name, backbone, stores, identity)
+
+
+def _fitted(
+    images: LabelledSet,
+    folder: Path,
+    backbone: Backbone,
+    spec: BackboneSpec,
+    options: DenoiseOptions,
+    artifact: KnownArtifact | None,
+    identity: dict[str, Any],
+    on_fitted: OnFitted,
+) -> FeatureStore:
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [Item(image.id, str(image.photo)) for image in images.images]
+    dataset = Dataset(f"{images.split} images", items)
+    store = folder / store_name(images, backbone, spec, identity)
+    job = FitJob.prepare(dataset, store, spec, options, FitOptions(), artifact)
+    done = len(job.store.done())
+    on_fitted(images.split, done, len(items))
+
+    def fitted(_index: int, _reason: str | None) -> None:
+        nonlocal done
+        done += 1
+        on_fitted(images.split, done, len(items))
+
+    job.run(fitted)
+    if failed := job.store.failed():
+        index, reason = next(iter(sorted(failed.items())))
+        raise EvaluationError(
+            f"{len(failed)} {images.split} images could not be fitted, so they cannot be judged; {items[index].id}: "
+            f"{reason}"
+        )
+    return job.store
+
+
+def store_name(images: LabelledSet, backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
+    """The same for the same fields of the same images."""
+    whose = {"weights": backbone.fingerprint.short, **asdict(spec), "images": images.digest}
+    key = hashlib.sha256(json.dumps(identity | whose, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{images.split}-{key[:16]}"
+
+
+def _common_size(data: LabelledData, backbone: Backbone) -> tuple[int, int]:
+    """The size of all images, rounded to the patch grid; the backbone's own where they differ."""
+    sizes = {(image.height, image.width) for images in (data.train, data.val) for image in images.images}
+    if len(sizes) > 1:
+        return backbone.default_size, backbone.default_size
+    return native_size(*sizes.pop(), backbone.patch_size, backbone.stride)

@@ -1,0 +1,176 @@
+"""Results as JSON lines: one line a source of features and setting, written when it is done and never lost."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.denoise import describe
+from denoising_vit.errors import EvaluationError
+
+Task = Literal["knn", "segmentation", "artifacts"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One source of features, judged in one setting.
+
+    Attributes:
+        task: what was done.
+        features: the source's name.
+        settings: everything that decides the result, as JSON values: data, backbone, features, options.
+        metrics: by name; in percent for classes, means over the seeds.
+        seeds: the metrics of each seed.
+        classes: IoU and Acc by class, means over the seeds; None where the class never occurs.
+        paired: difference to another source with its interval over images.
+        curve: [step, loss, mIoU or None] along the training of the first seed.
+        images: how many of each split.
+        skipped: (id, why) of images that were left out.
+        absent: classes that no judged pixel has.
+        failed: why there are no metrics, if there are none.
+        seconds: that it took, features that were there already not included.
+        run: command, hardware, software.
+        published: model and variant, where a published row is measured.
+    """
+
+    task: Task
+    features: str
+    settings: dict[str, Any]
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    seeds: list[dict[str, Any]] = field(default_factory=list)
+    classes: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    paired: dict[str, Any] | None = None
+    curve: list[list[Any]] = field(default_factory=list)
+    images: dict[str, int] = field(default_factory=dict)
+    skipped: list[list[str]] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    failed: str | None = None
+    seconds: float = 0.0
+    run: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, str] | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for records of the same thing."""
+        return json.dumps([self.task, self.features, self.settings, self.published], sort_keys=True)
+
+    def to_line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), allow_nan=False) + "\n"
+
+
+class Results:
+    """A file of JSON lines that grows.
+
+    Args:
+        path: made where it does not exist.
+
+    Raises:
+        EvaluationError: if it is there and holds something else, or cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._done: dict[str, dict[str, Any]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+") as file:
+                file.seek(0)
+                lines = file.read().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise EvaluationError(f"cannot write results to {path} ({reason}); choose another file with -o") from error
+        for number, line in enumerate(lines, 1):
+            self._take(number, line, last=number == len(lines))
+
+    def find(self, record: Record) -> dict[str, Any] | None:
+        """What an earlier run wrote of the same thing; None where there is nothing, or where it failed."""
+        return self._done.get(record.key)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """What was written and did not fail, the latest of each."""
+        return list(self._done.values())
+
+    def add(self, record: Record) -> dict[str, Any]:
+        """Appends a line, whole or not at all as far as other readers see; returns it as it is read back.
+
+        Raises:
+            EvaluationError: if it cannot be written.
+        """
+        line = record.to_line()
+        try:
+            with self.path.open("r+") as file:
+                file.seek(0, os.SEEK_END)
+                if file.tell() and not self._ends_with_newline():
+                    line = "\n" + line  # an interrupted line stays apart
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EvaluationError(f"cannot write results to {self.path} ({error.strerror or error})") from error
+        plain = json.loads(line)
+        self._remember(plain)
+        return plain
+
+    def _ends_with_newline(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+    def _take(self, number: int, line: str, *, last: bool) -> None:
+        if not line.strip():
+            return
+        try:
+            self._remember(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            if last:  # a run was killed while it wrote; its result is computed again
+                return
+            raise EvaluationError(
+                f"{self.path}, line {number}: not a result of `dvit evaluate` ({error}); choose another file with -o"
+            ) from error
+
+    def _remember(self, plain: dict[str, Any]) -> None:
+        key = json.dumps([plain["task"], plain["features"], plain["settings"], plain.get("published")], sort_keys=True)
+        if plain["failed"] is None:
+            self._done[key] = plain
+
+
+def run_info(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Command, hardware and software of this process, for the record; no names of machines or folders beyond these."""
+    return {
+        "command": shlex.join(["dvit", *(sys.argv[1:] if command is None else command)]),
+        "hardware": hardware(),
+        "software": {
+            "denoising-vit": importlib.metadata.version("denoising-vit"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def hardware() -> str:
+    """Processor and accelerator in words."""
+    kinds = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    fast = [name for name, ask in kinds.items() if getattr(torch.cpu, ask, lambda: False)()]
+    words = f"{os.cpu_count()} CPU cores ({platform.machine()}{''.join(', ' + name for name in fast)})"
+    if torch.cuda.is_available():
+        words = f"{torch.cuda.get_device_name()}, {words}"
+    return words
+
+
+def backbone_settings(backbone: Backbone) -> dict[str, Any]:
+    """What decides a backbone's features, as JSON values; the device is not among it."""
+    described = {key: value for key, value in describe(backbone).items() if key != "device"}
+    return described | {"fingerprint": backbone.fingerprint.short, "stride": backbone.stride}

@@ -1,0 +1,249 @@
+"""Everything that a comparison of features needs: data, backbone, caches, results; and the tasks that use it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from denoising_vit.artifact import SHIPPED, Artifact, artifact_digest, load_artifact
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from denoising_vit.denoised import DenoisedViT
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.comparison import Comparison, Curve
+from denoising_vit.evaluation.fields import fitted_fields
+from denoising_vit.evaluation.knn import KnnOptions, nearest_neighbours
+from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.records import Results, backbone_settings
+from denoising_vit.evaluation.scores import Counts
+from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
+from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
+from denoising_vit.options import DenoiseOptions
+
+#: ``watch(what, how many)`` is a block within which the function that it gives is called after each of them.
+Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
+
+#: A line of results, and whether it was there already.
+Line = tuple[dict[str, Any], bool]
+
+#: Sources of features by name.
+SOURCES = ("raw", "subtract", "exact")
+
+_Makers = dict[str, Callable[[], FeatureSource]]
+
+
+def parse_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of sources, in order.
+
+    Args:
+        names: in one text, separated by commas, or one by one.
+
+    Raises:
+        EvaluationError: if one is unknown or comes twice, or there are none.
+    """
+    given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
+    unknown = [name for name in given if name not in SOURCES]
+    if unknown or not given or len(set(given)) < len(given):
+        wrong = f"unknown: {', '.join(map(repr, unknown))}" if unknown else f"got {', '.join(given) or 'none'}"
+        raise EvaluationError(f"features must be different ones of {', '.join(SOURCES)}, separated by commas; {wrong}")
+    return given
+
+
+@contextlib.contextmanager
+def unwatched(_what: str, _total: int) -> Iterator[Callable[[], None]]:
+    """Shows nothing."""
+    yield lambda: None
+
+
+@dataclass(frozen=True, eq=False)
+class Workbench:
+    """What sources of features are compared on, and with.
+
+    Attributes:
+        data: labelled images.
+        backbone: whose features are judged.
+        spec: the same in words.
+        results: where lines go.
+        folder: for features, fields and counts, which later runs find again.
+        run: command, hardware and software, for the record.
+        cache_bytes: most that cached features may take.
+        exact: options of stage 1.
+        artifact: G of the backbone where one is given: a file, or ``shipped``.
+        extractors: further sources, by name: extractor(image (B, 3, H, W)) -> (B, h, w, C).
+        watch: shows progress.
+    """
+
+    data: LabelledData
+    backbone: Backbone
+    spec: BackboneSpec
+    results: Results
+    folder: Path
+    run: Mapping[str, Any]
+    cache_bytes: float = 10e9
+    exact: DenoiseOptions = field(default_factory=DenoiseOptions)
+    artifact: str | None = None
+    extractors: Mapping[str, Extractor] = field(default_factory=dict)
+    watch: Watch = unwatched
+
+    @cached_property
+    def cache(self) -> FeatureCache:
+        """Features on disk."""
+        return FeatureCache(self.folder / "features", self.cache_bytes)
+
+    def knn(self, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
+        """Nearest-neighbour segmentation of each source, the first one being what others are held against.
+
+        Raises:
+            PlanError: if an option is out of range.
+        """
+        options.validate()
+        images = len(self.data.train.images) + len(self.data.val.images)
+
+        def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
+            with self.watch(f"{source.name}: images", images) as advance:
+                yield (
+                    options.seed,
+                    nearest_neighbours(source, self.data, options, cache=self.cache, progress=advance),
+                    [],
+                )
+
+        settings = {key: value for key, value in asdict(options).items() if key != "seed"}
+        comparison = Comparison(
+            task="knn",
+            data=self.data,
+            settings=self._settings() | settings | {"size": options.size or "native"},
+            seeds=(options.seed,),
+            judge=judge,
+            results=self.results,
+            counts=self.folder / "counts",
+            run=self.run,
+        )
+        yield from comparison.compare(self._makers(names, options.size))
+
+    def segmentation(
+        self, names: Sequence[str], options: SegmentationOptions, published: dict[str, str] | None = None
+    ) -> Iterator[Line]:
+        """Linear segmentation of each source, the first one being what others are held against.
+
+        Args:
+            names: of the sources.
+            options: how the probe is trained.
+            published: model and variant of the published row that is measured, if one is.
+
+        Raises:
+            PlanError: if an option is out of range.
+        """
+        yield from self.by_protocol(names, options.protocol(), options.seeds, published)
+
+    def by_protocol(
+        self, names: Sequence[str], protocol: Protocol, seeds: tuple[int, ...], published: dict[str, str] | None = None
+    ) -> Iterator[Line]:
+        """As :meth:`segmentation`, with every setting of the protocol given."""
+
+        def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
+            with self.watch(f"{source.name}: steps", protocol.steps * len(missing)) as advance:
+                probes = linear_segmentation(
+                    source,
+                    self.data,
+                    protocol,
+                    missing,
+                    cache=self.cache,
+                    checkpoints=self.folder / "checkpoints" / _digest([settings, source.name, source.identity]),
+                    progress=advance,
+                )
+                for probe in probes:
+                    yield probe.seed, probe.counts, _looks(probe)
+
+        settings = self._settings() | asdict(protocol) | {"size": protocol.size or "native"}
+        comparison = Comparison(
+            task="segmentation",
+            data=self.data,
+            settings=settings,
+            seeds=seeds,
+            judge=judge,
+            results=self.results,
+            counts=self.folder / "counts",
+            run=self.run,
+            published=published,
+        )
+        own = protocol.normalisation == "own"
+        normalisation = None if own else (IMAGENET_MEAN, IMAGENET_STD)
+        yield from comparison.compare(self._makers(names, protocol.size, normalisation))
+
+    def _settings(self) -> dict[str, Any]:
+        data = self.data
+        digest = hashlib.sha256(f"{data.train.digest} {data.val.digest}".encode()).hexdigest()[:16]
+        about = {"name": data.name, "layout": data.layout, "digest": digest}
+        return {"data": about, "backbone": backbone_settings(self.backbone)}
+
+    def _makers(
+        self,
+        names: Sequence[str],
+        size: int | tuple[int, int] | None,
+        normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    ) -> _Makers:
+        shown = {} if normalisation is None else {"normalisation": "imagenet"}
+
+        def extractor(name: str) -> FeatureSource:
+            return ExtractorSource(
+                name, self.backbone, self.extractors[name], {"extractor": name} | shown, normalisation
+            )
+
+        def raw() -> FeatureSource:
+            return ExtractorSource("raw", self.backbone, None, shown, normalisation)
+
+        def subtract() -> FeatureSource:
+            artifact: Artifact = load_artifact(self.artifact or SHIPPED, self.backbone)
+            identity = {"artifact": artifact_digest(artifact.values)} | shown
+            clean = DenoisedViT(self.backbone, artifact)
+            return ExtractorSource("subtract", self.backbone, clean, identity, normalisation)
+
+        def exact() -> FeatureSource:
+            return self._fields(size)
+
+        own: _Makers = {"raw": raw, "subtract": subtract, "exact": exact}
+        return {name: own.get(name) or (lambda name=name: extractor(name)) for name in names}
+
+    def _fields(self, size: int | tuple[int, int] | None) -> FeatureSource:
+        if self.exact.method != "exact":
+            raise EvaluationError(f"stage 1 of a data set is done by the exact method, got {self.exact.method!r}")
+        options = replace(self.exact, held_out=0, size=self.exact.size or size)  # nobody looks at held-out views
+        with contextlib.ExitStack() as shown:
+            advance: dict[str, Callable[[], None]] = {}
+
+            def fitted(split: str, done: int, total: int) -> None:
+                if split not in advance:
+                    shown.close()
+                    advance[split] = shown.enter_context(self.watch(f"exact: {split} images fitted", total))
+                    for _ in range(done):
+                        advance[split]()
+                else:
+                    advance[split]()
+
+            return fitted_fields(
+                "exact",
+                self.data,
+                self.folder / "fields",
+                self.backbone,
+                self.spec,
+                options,
+                artifact=self.artifact,
+                on_fitted=fitted,
+            )
+
+
+def _looks(probe: Trained) -> Curve:
+    """[step, loss, mIoU or None] at each look."""
+    judged = dict(probe.curve.looks)
+    return [[step, loss, judged.get(step)] for step, loss in probe.curve.losses]
+
+
+def _digest(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
