@@ -1,0 +1,119 @@
+"""The tables of one section."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from denoising_vit.evaluation.tables.entries import Entry
+from denoising_vit.evaluation.tables.markdown import NONE, fixed, flat, folded, plain, signed, significant, table
+from denoising_vit.evaluation.tables.sections import FIRST, Section
+
+#: Fields of ArtifactMetrics as `dvit diagnose` names them.
+ARTIFACT_LABELS = {
+    "shared": "same in all photos (energy)",
+    "linear_position": "place, linear probe (R²)",
+    "neighbour_position": "place, nearest neighbours (R²)",
+    "mic": "place, information coefficient",
+    "leakage": "leakage of empty images",
+    "outliers_high": "outlier tokens, high norm",
+    "outliers_low": "outlier tokens, low norm",
+    "consistency": "agreement of views (R²)",
+    "effective_rank": "effective rank",
+    "neighbour_similarity": "similarity of neighbours",
+    "detail": "detail",
+}
+
+_SCORE_HEADER = ("features", "mIoU", "mAcc", "aAcc", "spread over seeds", "difference (95 % interval)", "seconds")
+
+
+def figure_tables(section: Section) -> list[list[str]]:
+    """Blocks of lines: the figures, and where there are any the difference's meaning, curves and classes."""
+    if not section.measured:
+        return []
+    if section.task == "artifacts":
+        return [_artifact_table(section)]
+    return [
+        block
+        for block in (_score_table(section), _meaning(section.measured), _curve_table(section), _class_table(section))
+        if block
+    ]
+
+
+def _score_table(section: Section) -> list[str]:
+    return table(_SCORE_HEADER, [_score_row(label, entry) for label, entry in section.measured])
+
+
+def _score_row(label: str, entry: Entry) -> list[str]:
+    scores = [fixed(entry.metrics[name]) for name in ("mIoU", "mAcc", "aAcc")]
+    values = [value for _, value in entry.seeds if value is not None]
+    spread = fixed(max(values) - min(values)) if len(values) > 1 else NONE
+    paired = entry.paired
+    difference = NONE
+    if paired is not None:
+        difference = f"{signed(paired.difference)} [{signed(paired.low)}, {signed(paired.high)}]"
+    return [label, *scores, spread, difference, fixed(entry.seconds, 1)]
+
+
+def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
+    """What differences are of; one sentence where it is the same for all rows that have one."""
+    by_words: dict[str, list[str]] = {}
+    for label, entry in rows:
+        if entry.paired is not None:
+            paired = entry.paired
+            words = f"{paired.metric} less that of {paired.against}, {paired.draws} draws over {paired.over}"
+            by_words.setdefault(words, []).append(label)
+    if len(by_words) == 1:
+        return [f"Difference: {plain(next(iter(by_words)))}."]
+    return [f"Difference of {plain(', '.join(labels))}: {plain(words)}.  " for words, labels in by_words.items()]
+
+
+def _curve_table(section: Section) -> list[str]:
+    curves = {label: dict(entry.curve) for label, entry in section.measured if entry.curve}
+    steps = sorted({step for curve in curves.values() for step in curve})
+    rows = [[str(step), *(fixed(curve.get(step)) for curve in curves.values())] for step in steps]
+    return table(("mIoU at step (first seed)", *curves), rows, left=0) if rows else []
+
+
+def _class_table(section: Section) -> list[str]:
+    columns = [(label, entry.classes) for label, entry in section.measured if entry.classes]
+    names = list(dict.fromkeys(name for _, classes in columns for name in classes))
+    rows = [[name, *(fixed(classes.get(name)) for _, classes in columns)] for name in names]
+    return folded("IoU of each class", table(("class", *(label for label, _ in columns)), rows)) if rows else []
+
+
+def _artifact_table(section: Section) -> list[str]:
+    found = [entry.metrics for _, entry in section.measured]
+    others = dict.fromkeys(name for metrics in found for name in metrics if name not in ARTIFACT_LABELS)
+    names = ARTIFACT_LABELS | {name: name for name in others}
+    rows = [
+        [words, *(significant(metrics.get(name)) for metrics in found)]
+        for name, words in names.items()
+        if any(name in metrics for metrics in found)
+    ]
+    seconds = ["seconds", *(fixed(entry.seconds, 1) for _, entry in section.measured)]
+    return table(("", *(label for label, _ in section.measured)), [*rows, seconds])
+
+
+def overview_table(members: Sequence[Section]) -> list[str]:
+    """Features by size and crops, of sections that differ in these only: mIoU (difference)."""
+    header = ["features", *(_overview_label(section) for section in members)]
+    by_section = [dict(section.rows) for section in members]
+    features = {label: entry.features for section in members for label, entry in section.rows}
+    labels = sorted(features, key=lambda label: features[label] != FIRST)
+    cells = [[label, *(_overview_cell(rows.get(label)) for rows in by_section)] for label in labels]
+    return table(header, cells)
+
+
+def _overview_label(section: Section) -> str:
+    settings = section.rows[0][1].settings
+    return ", ".join(flat({key: settings[key] for key in ("size", "crops") if key in settings}).values()) or NONE
+
+
+def _overview_cell(entry: Entry | None) -> str:
+    if entry is None:
+        return NONE
+    if entry.failed is not None:
+        return "failed"
+    value = fixed(entry.metrics["mIoU"])
+    paired = entry.paired
+    return value if paired is None or paired.metric != "mIoU" else f"{value} ({signed(paired.difference)})"

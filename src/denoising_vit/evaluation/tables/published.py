@@ -1,0 +1,106 @@
+"""Published figures, and beside them what was measured of the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.tables.entries import Entry
+from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, flat, plain, table
+from denoising_vit.published import PublishedRow, published_row, published_rows
+
+
+@dataclass(frozen=True)
+class _Benchmark:
+    """Data that figures were published for.
+
+    Attributes:
+        heading: what it is called.
+        names: how names of such data begin.
+        figures: key of the published figure to its column and number of decimals; the column is also the metric's name.
+    """
+
+    heading: str
+    names: re.Pattern[str]
+    figures: dict[str, tuple[str, int]]
+
+
+_BENCHMARKS = (
+    _Benchmark(
+        "VOC", re.compile(r"(pascal[^a-z]*)?voc(?!ab)", re.I), {"voc_miou": ("mIoU", 2), "voc_macc": ("mAcc", 2)}
+    ),
+    _Benchmark("ADE20K", re.compile(r"ade(?![a-z])", re.I), {"ade_miou": ("mIoU", 2), "ade_macc": ("mAcc", 2)}),
+    _Benchmark(
+        "NYU depth",
+        re.compile(r"nyu", re.I),
+        {"nyu_rmse": ("RMSE", 4), "nyu_absrel": ("AbsRel", 4), "nyu_a1": ("a1", 2)},
+    ),
+)
+
+#: Settings that are told of every measurement, even of the only one.
+_ALWAYS = ("size", "crops", "preset", "steps")
+
+
+def comparison(entries: Sequence[Entry]) -> list[list[str]]:
+    """Blocks of lines: a table for each benchmark with every published row, then what could not be placed, and why.
+
+    Only heads trained on the features are compared (task segmentation): nearest neighbours measure something else.
+    """
+    placed: dict[str, list[Entry]] = {benchmark.heading: [] for benchmark in _BENCHMARKS}
+    unplaced: list[str] = []
+    for entry in entries:
+        if entry.published is not None and entry.failed is None:
+            benchmark, reason = _place(entry, *entry.published)
+            if benchmark is None:
+                unplaced.append(f"- not compared: {plain(reason)}")
+            else:
+                placed[benchmark.heading].append(entry)
+    blocks: list[list[str]] = []
+    for benchmark in _BENCHMARKS:
+        blocks += [[f"### {benchmark.heading}"], _benchmark_table(benchmark, placed[benchmark.heading])]
+    return [*blocks, unplaced] if unplaced else blocks
+
+
+def _place(entry: Entry, model: str, variant: str) -> tuple[_Benchmark | None, str]:
+    what = f"{entry.task} on {entry.data}, {entry.features}"
+    try:
+        published_row(model, variant)
+    except EvaluationError as error:
+        return None, f"{what}: {error}"
+    if entry.task != "segmentation":
+        return None, f"{what}: expected the task segmentation, which is what was published, got {entry.task}"
+    for benchmark in _BENCHMARKS:
+        if benchmark.names.match(entry.data):
+            return benchmark, ""
+    names = ", ".join(benchmark.heading for benchmark in _BENCHMARKS)
+    return None, f"{what}: expected data of {names}, by its name; got {entry.data}"
+
+
+def _benchmark_table(benchmark: _Benchmark, entries: Sequence[Entry]) -> list[str]:
+    """One row for each published one, or one for each measurement of it."""
+    columns = [column for column, _ in benchmark.figures.values()]
+    header = ["model", "variant", *(f"{name}{which}" for name in columns for which in (" published", " measured"))]
+    rows: list[list[str]] = []
+    for row in published_rows():
+        found = [entry for entry in entries if entry.published == (row.model, row.variant)]
+        ways = [f"{entry.features}{_way(entry, found)}" for entry in found] or [NONE]
+        rows += [
+            [row.model, row.variant, *_cells(benchmark, row, entry), way]
+            for entry, way in zip(found or [None], ways, strict=True)
+        ]
+    return table([*header, "measured as"], rows, left=2)
+
+
+def _way(entry: Entry, others: Sequence[Entry]) -> str:
+    label = differing([flat(other.settings) for other in others], _ALWAYS)[others.index(entry)]
+    return f" ({label})" if label else ""
+
+
+def _cells(benchmark: _Benchmark, row: PublishedRow, entry: Entry | None) -> list[str]:
+    cells: list[str] = []
+    for key, (column, digits) in benchmark.figures.items():
+        measured = None if entry is None else entry.metrics.get(column)
+        cells += [fixed(row.figures[key], digits), fixed(measured, digits)]
+    return cells

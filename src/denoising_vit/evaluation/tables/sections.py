@@ -1,0 +1,105 @@
+"""Records that may be compared with each other: all settings but the features are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from denoising_vit.evaluation.tables.entries import Entry, canonical
+from denoising_vit.evaluation.tables.markdown import differing, flat, readable
+
+#: Features that come first, whatever the order of the lines.
+FIRST = "raw"
+
+#: Settings that a heading names in any case.
+_IN_TITLE = ("data.name", "backbone.name", "backbone.weights")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Records that differ in their features only.
+
+    Attributes:
+        task: what was evaluated.
+        title: data, backbone, and what tells it from other sections of these.
+        settings: dotted name to value, without those of the features and those that every title names.
+        rows: label of the features, unique within the section, and their entry; raw features first.
+    """
+
+    task: str
+    title: str
+    settings: Mapping[str, str]
+    rows: tuple[tuple[str, Entry], ...]
+
+    @property
+    def measured(self) -> list[tuple[str, Entry]]:
+        """Rows that have figures."""
+        return [(label, entry) for label, entry in self.rows if entry.failed is None]
+
+    @property
+    def failed(self) -> list[tuple[str, Entry]]:
+        """Rows that have a reason instead of figures."""
+        return [(label, entry) for label, entry in self.rows if entry.failed is not None]
+
+
+def sections(entries: Sequence[Entry]) -> list[Section]:
+    """Sections in the order in which they first appear."""
+    groups = grouped(entries)
+    titles = section_titles(groups)
+    return [
+        Section(group[0].task, title, _settings(group[0], ("features",)), _rows(group))
+        for group, title in zip(groups, titles, strict=True)
+    ]
+
+
+def grouped(entries: Sequence[Entry], without: Sequence[str] = ("features",)) -> list[list[Entry]]:
+    """Records whose task and settings are the same but for some settings."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(canonical([entry.task, _kept(entry.settings, without)]), []).append(entry)
+    return list(groups.values())
+
+
+def section_titles(groups: Sequence[Sequence[Entry]], without: Sequence[str] = ("features",)) -> list[str]:
+    """A title for each group; where several have the same data and backbone, with the settings that differ."""
+    titles: dict[int, str] = {}
+    alike: dict[tuple[str, str], list[int]] = {}
+    for index, group in enumerate(groups):
+        alike.setdefault((group[0].task, _title(group[0])), []).append(index)
+    for (_, title), indices in alike.items():
+        labels = differing([_settings(groups[index][0], without) for index in indices])
+        titles |= {index: f"{title}: {label}" if label else title for index, label in zip(indices, labels, strict=True)}
+    return [titles[index] for index in range(len(groups))]
+
+
+def _title(entry: Entry) -> str:
+    return f"{entry.data}, {entry.backbone['name']} ({readable(entry.backbone.get('weights'))})"
+
+
+def _kept(settings: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in without}
+
+
+def _settings(entry: Entry, without: Sequence[str]) -> dict[str, str]:
+    found = flat(_kept(entry.settings, without))
+    return {key: value for key, value in found.items() if key not in _IN_TITLE}
+
+
+def feature_settings(entry: Entry) -> dict[str, str]:
+    """What the features depend on; empty where their name says all."""
+    found = entry.settings.get("features")
+    return flat(found) if isinstance(found, dict) else {}
+
+
+def _rows(group: Sequence[Entry]) -> tuple[tuple[str, Entry], ...]:
+    """Features of one name that were made in several ways are told apart by what differs."""
+    by_name: dict[str, list[Entry]] = {}
+    for entry in group:
+        by_name.setdefault(entry.features, []).append(entry)
+    labels: dict[str, str] = {}
+    for name, entries in by_name.items():
+        for entry, label in zip(entries, differing([feature_settings(entry) for entry in entries]), strict=True):
+            labels[entry.key] = f"{name} ({label})" if label else name
+    ordered = sorted(group, key=lambda entry: entry.features != FIRST)
+    return tuple((labels[entry.key], entry) for entry in ordered)

@@ -1,0 +1,390 @@
+"""Tables from results files: exact cells, what wins, what is said of failures, and the same bytes every time."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from denoising_vit.cli.report import report
+from denoising_vit.errors import EvaluationError, FormatError
+from denoising_vit.evaluation.artifacts import ArtifactMetrics
+from denoising_vit.evaluation.tables import parse_entry, read_entries, report_markdown
+from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
+from denoising_vit.evaluation.tables.markdown import code, differing, flat, plain, readable, signed
+
+Line = dict[str, Any]
+
+SMALL = "vit_small_patch14_dinov2.lvd142m"
+SETTINGS: Line = {
+    "data": {"name": "camvid", "layout": "folders", "digest": "d1"},
+    "backbone": {"name": SMALL, "weights": "bundled", "fingerprint": "ab12", "dtype": "float32"},
+    "features": {},
+    "size": [364, 476],
+    "crops": "whole",
+    "k": 20,
+}
+KNN: Line = {
+    "task": "knn",
+    "features": "raw",
+    "metrics": {"mIoU": 36.704, "mAcc": 50.1, "aAcc": 80.25},
+    "seeds": [{"seed": 0, "mIoU": 36.5, "mAcc": 50, "aAcc": 80}, {"seed": 3, "mIoU": 36.908, "mAcc": 50, "aAcc": 80}],
+    "classes": {"sky": {"IoU": 90.1, "Acc": 95.0}, "fence": {"IoU": None, "Acc": None}},
+    "paired": None,
+    "images": {"train": 184, "val": 101},
+    "skipped": [],
+    "absent": [],
+    "settings": SETTINGS,
+    "failed": None,
+    "seconds": 12.34,
+    "run": {"command": "dvit evaluate knn camvid", "hardware": "2 cores", "software": {"torch": "2.15"}, "seed": 0},
+    "published": None,
+}
+PAIRED: Line = {
+    "against": "raw",
+    "metric": "mIoU",
+    "difference": 1.2,
+    "low": -0.001,
+    "high": 2.4,
+    "over": "images",
+    "draws": 1000,
+}
+
+
+def line(settings: Line | None = None, **changes: Any) -> Line:
+    found = copy.deepcopy(KNN) | changes
+    found["settings"] = found["settings"] | (settings or {})
+    return found
+
+
+def denoised(settings: Line | None = None, **changes: Any) -> Line:
+    metrics = {"mIoU": 37.904, "mAcc": 51.0, "aAcc": 81.0}
+    return line(settings, **{"features": "denoised", "metrics": metrics, "seeds": [], "paired": PAIRED} | changes)
+
+
+def segmentation(settings: Line | None = None, **changes: Any) -> Line:
+    return line(settings, **{"task": "segmentation"} | changes)
+
+
+Render = Callable[..., str]
+
+
+@pytest.fixture
+def render(tmp_path: Path) -> Render:
+    """The report of lines, which go through a file."""
+
+    def call(*lines: Line | str) -> str:
+        return report_markdown(read_entries([write(tmp_path / "results.jsonl", *lines)]))
+
+    return call
+
+
+def write(path: Path, *lines: Line | str) -> Path:
+    path.write_text("".join(f"{each if isinstance(each, str) else json.dumps(each)}\n" for each in lines))
+    return path
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table after a heading, without the rule."""
+    lines = text.split(f"\n{heading}\n", 1)[1].splitlines()
+    start = next(index for index, each in enumerate(lines) if each.startswith("|"))
+    end = next((index for index in range(start, len(lines)) if not lines[index].startswith("|")), len(lines))
+    return [[cell.strip() for cell in each.strip("|").split(" | ")] for each in (lines[start], *lines[start + 2 : end])]
+
+
+TITLE = f"### camvid, {SMALL} (bundled)"
+
+
+def test_scores_have_their_spread_and_difference_and_raw_comes_first(render: Render) -> None:
+    assert rows(render(denoised(), line()), TITLE) == [
+        ["features", "mIoU", "mAcc", "aAcc", "spread over seeds", "difference (95 % interval)", "seconds"],
+        ["raw", "36.70", "50.10", "80.25", "0.41", "-", "12.3"],
+        ["denoised", "37.90", "51.00", "81.00", "-", "+1.20 [+0.00, +2.40]", "12.3"],
+    ]
+
+
+def test_the_meaning_of_differences_is_said_once_or_for_each(render: Render) -> None:
+    assert "\nDifference: mIoU less that of raw, 1000 draws over images.\n" in render(line(), denoised())
+    other = denoised(features="other", paired=PAIRED | {"draws": 500})
+    text = render(line(), denoised(), other)
+    assert "Difference of denoised: mIoU less that of raw, 1000 draws over images." in text
+    assert "Difference of other: mIoU less that of raw, 500 draws over images." in text
+    assert "Difference" not in render(line())
+
+
+def test_one_seed_has_no_spread(render: Render) -> None:
+    assert rows(render(line(seeds=KNN["seeds"][:1])), TITLE)[1][4] == "-"
+
+
+def test_a_later_line_wins_and_takes_the_place_of_the_earlier(render: Render) -> None:
+    again = denoised(metrics={"mIoU": 1.0, "mAcc": 2.0, "aAcc": None}, seconds=None)
+    found = rows(render(denoised(), denoised(features="other"), line(), again), TITLE)
+    assert [row[0] for row in found[1:]] == ["raw", "denoised", "other"]
+    assert found[2][1:4] == ["1.00", "2.00", "-"]
+    assert found[2][-1] == "-"
+
+
+def test_the_order_of_settings_is_no_setting(render: Render) -> None:
+    again = line() | {"settings": dict(reversed(SETTINGS.items())), "seconds": 1.0}
+    assert [row[-1] for row in rows(render(line(), again), TITLE)] == ["seconds", "1.0"]
+
+
+def test_different_settings_make_sections_that_say_what_differs(render: Render) -> None:
+    text = render(line(), line({"k": 5}), line({"temperature": 0.07}))
+    for label in ("k 20, temperature none", "k 5, temperature none", "k 20, temperature 0.07"):
+        assert f"\n{TITLE}: {label}\n" in text
+    assert "k 20" not in next(each for each in render(line()).splitlines() if each.startswith("###"))
+
+
+def test_features_of_one_name_are_told_apart_by_their_settings(render: Render) -> None:
+    one, two = ({"features": {"artifact": name, "views": 64}} for name in ("g1", "g2"))
+    text = render(line(), denoised(one), denoised(two))
+    assert [row[0] for row in rows(text, TITLE)[1:]] == ["raw", "denoised (artifact g1)", "denoised (artifact g2)"]
+    assert "Features: denoised (artifact g1) (artifact g1, views 64); denoised (artifact g2) (artifact g2" in text
+
+
+def test_an_overview_has_features_by_size_and_crops(render: Render) -> None:
+    native: Line = {"size": "native", "crops": "neutral"}
+    failing = denoised(native, features="other", failed="out of memory")
+    differing_metric = denoised(native, paired=PAIRED | {"metric": "mAcc"})
+    text = render(denoised(), line(), line(native), differing_metric, failing)
+    assert rows(text, f"### Overview: camvid, {SMALL} (bundled)") == [
+        ["features", "364 x 476, whole", "native, neutral"],
+        ["raw", "36.70", "36.70"],
+        ["denoised", "37.90 (+1.20)", "37.90"],
+        ["other", "-", "failed"],
+    ]
+
+
+def test_a_single_setting_and_other_tasks_have_no_overview(render: Render) -> None:
+    assert "Overview" not in render(line(), denoised())
+    assert "Overview" not in render(segmentation(), segmentation({"size": "native"}))
+    assert "Overview" not in render(line(), line({"size": "native", "k": 5}))  # more than size and crops differ
+
+
+def test_classes_are_folded_away_with_each_iou(render: Render) -> None:
+    text = render(line(), denoised(classes={"sky": {"IoU": 91.0}, "car": {"IoU": 5.126}}))
+    assert "<summary>IoU of each class</summary>\n\n| class | raw | denoised |" in text
+    assert rows(text, "<summary>IoU of each class</summary>")[1:] == [
+        ["sky", "90.10", "91.00"],
+        ["fence", "-", "-"],
+        ["car", "-", "5.13"],
+    ]
+
+
+def test_curves_are_shown_where_they_were_measured(render: Render) -> None:
+    curve = [[100, 2.0, 10.0], [150, 1.5, None], [200, 1.0, 20.0]]
+    text = render(segmentation(curve=curve), segmentation(features="denoised", curve=[[200, 0.9, 22.0]]))
+    section = text.split("## Segmentation by a trained head", 1)[1]
+    start = section.index("| mIoU at step")
+    assert section[start:].splitlines()[:4] == [
+        "| mIoU at step (first seed) | raw | denoised |",
+        "| ---: | ---: | ---: |",
+        "| 100 | 10.00 | - |",
+        "| 200 | 20.00 | 22.00 |",
+    ]
+    assert "mIoU at step" not in render(segmentation(curve=[[1, 2.0, None]]))
+
+
+def test_artifacts_have_a_row_for_each_metric_and_a_column_for_each_source(render: Render) -> None:
+    raw = {"shared": 0.12345, "effective_rank": 212.4, "leakage": None, "novel": 1.0}
+    cleaned = {"shared": 0.01, "effective_rank": 220.0, "leakage": 0.5}
+    both = [
+        line(task="artifacts", features=name, metrics=metrics, seeds=[], classes=None)
+        for name, metrics in (("raw", raw), ("cleaned", cleaned))
+    ]
+    assert rows(render(*both), TITLE) == [
+        ["", "raw", "cleaned"],
+        ["same in all photos (energy)", "0.123", "0.01"],
+        ["leakage of empty images", "-", "0.5"],
+        ["effective rank", "212", "220"],
+        ["novel", "1", "-"],
+        ["seconds", "12.3", "12.3"],
+    ]
+
+
+def test_every_artifact_metric_has_a_label() -> None:
+    assert list(ARTIFACT_LABELS) == [field.name for field in dataclasses.fields(ArtifactMetrics)]
+
+
+def test_provenance_names_everything_and_what_is_shared_once(render: Render) -> None:
+    run = KNN["run"] | {"hardware": "one GPU"}
+    text = render(line(skipped=[["a.png", "truncated"]], absent=["bicyclist"]), denoised(run=run, absent=["bicyclist"]))
+    assert (
+        "Command: `dvit evaluate knn camvid`. Hardware: 2 cores; one GPU. Software: torch 2.15. Precision: float32."
+        " Images: 184 train, 101 val. Seeds: 0, 3; 0. Skipped: a.png (truncated)."
+        " Never occurs in val, left out of the means: bicyclist."
+    ) in text.splitlines()
+    assert "Skipped: none. Never occurs in val, left out of the means: none." in render(line())
+    assert (
+        "Settings: data.layout folders, data.digest d1, backbone.fingerprint ab12, backbone.dtype float32,"
+        " size 364 x 476, crops whole, k 20."
+    ) in text.splitlines()
+
+
+def test_only_the_first_of_many_skipped_items_are_named(render: Render) -> None:
+    skipped = [[f"{index}.png", "truncated"] for index in range(12)]
+    text = render(line(skipped=skipped), denoised(skipped=skipped))
+    assert "; 9.png (truncated); and 2 more. Never" in text
+    assert "and" not in render(line(skipped=skipped[:10])).split("9.png", 1)[1].splitlines()[0]
+
+
+def test_figures_without_classes_tell_nothing_of_absent_ones(render: Render) -> None:
+    text = render(line(task="artifacts", metrics={"shared": 0.1}, seeds=[]))
+    assert " Seeds: 0. Skipped: none." in text
+    assert "Never occurs" not in text
+
+
+def test_failures_are_listed_with_their_reason_and_have_no_row(render: Render) -> None:
+    text = render(line(), denoised(failed="not finite", metrics=None))
+    assert "- failed: denoised: not finite" in text.splitlines()
+    assert [row[0] for row in rows(text, TITLE)[1:]] == ["raw"]
+    alone = render(line(failed="no images"))
+    assert "- failed: raw: no images" in alone.splitlines()
+    assert "| features |" not in alone
+
+
+def test_measured_figures_stand_beside_the_published(render: Render) -> None:
+    voc = {"data": {"name": "voc2012", "layout": "voc"}}
+    text = render(
+        segmentation(voc, published={"model": SMALL, "variant": "baseline"}),
+        segmentation(voc | {"size": 518}, published={"model": SMALL, "variant": "baseline"}),
+        segmentation({"data": {"name": "ADE20K"}}, published={"model": SMALL, "variant": "voc_denoised"}),
+    )
+    head, *found = rows(text, "### VOC")
+    assert head[2:] == ["mIoU published", "mIoU measured", "mAcc published", "mAcc measured", "measured as"]
+    assert found[:3] == [
+        [SMALL, "baseline", "81.78", "36.70", "88.44", "50.10", "raw (size 364 x 476, crops whole)"],
+        [SMALL, "baseline", "81.78", "36.70", "88.44", "50.10", "raw (size 518, crops whole)"],
+        [SMALL, "voc_denoised", "82.78", "-", "90.69", "-", "-"],
+    ]
+    assert len(found) == 35
+    ade = rows(text, "### ADE20K")[1:]
+    assert ade[1] == [SMALL, "voc_denoised", "45.14", "36.70", "56.35", "50.10", "raw (size 364 x 476, crops whole)"]
+    assert len(ade) == 34
+    assert rows(text, "### NYU depth")[1][2:] == ["0.4340", "-", "0.1331", "-", "84.49", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "knn"}, "expected the task segmentation, which is what was published, got knn"),
+        ({"published": {"model": SMALL, "variant": "x"}}, "with published figures (baseline, voc_denoised), got 'x'"),
+        ({}, "expected data of VOC, ADE20K, NYU depth, by its name; got camvid"),
+    ],
+)
+def test_measurements_of_no_published_figure_are_named(render: Render, changes: Line, reason: str) -> None:
+    text = render(segmentation(**{"published": {"model": SMALL, "variant": "baseline"}} | changes))
+    assert reason in next(each for each in text.splitlines() if each.startswith("- not compared: "))
+    assert {row[3] for row in rows(text, "### VOC")[1:]} == {"-"}
+
+
+def test_names_cannot_break_a_table(render: Render) -> None:
+    text = render(line(features="a|b\n<i>", classes={"road|lane": {"IoU": 1.0}}))
+    assert r"| a\|b &lt;i&gt; |" in text
+    assert r"| road\|lane | 1.00 |" in text
+
+
+def test_the_same_lines_give_the_same_bytes(tmp_path: Path) -> None:
+    lines = [line(), denoised(), segmentation(), line({"size": "native"})]
+    shuffled = [dict(reversed(each.items())) for each in lines]  # the order of keys is no setting
+    texts = [
+        report_markdown(read_entries([write(tmp_path / "a.jsonl", *each), write(tmp_path / "b.jsonl", *each)]))
+        for each in (lines, lines, shuffled)
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].startswith("# Results\n\nGenerated by `dvit report` from `a.jsonl`, `b.jsonl`;")
+    assert str(tmp_path) not in texts[0]
+    assert texts[0].endswith("|\n")
+
+
+BROKEN = {
+    "cut off": ('{"task": "knn"', "not JSON"),
+    "not a number": ('{"seconds": NaN}', "NaN is no number of JSON"),
+    "no object": ("[1]", r"the line: expected an object, got \[1\]"),
+    "no task": ("{}", "task is missing; expected a line that `dvit evaluate` wrote"),
+    "other task": (line(task="depth"), "task: expected one of knn, segmentation, artifacts, got 'depth'"),
+    "no score": (line(metrics={"mIoU": 1.0, "mAcc": 1.0}), "metrics.aAcc is missing"),
+    "text": (line(metrics=KNN["metrics"] | {"mIoU": "36"}), 'mIoU: expected a finite number, got "36"'),
+    "no data": (line({"data": {}}), "settings.data.name is missing"),
+    "no run": (line(run={}), "run.command is missing"),
+    "point": (line(curve=[[1, 2]]), r"curve: expected \[step, loss, mIoU\], got \[1, 2\]"),
+    "skipped": (line(skipped=["a.png"]), 'skipped: expected a list, got "a.png"'),
+    "seed": (line(seeds=[{"seed": True}]), "seeds.seed: expected a whole number, got true"),
+    "interval": (line(paired={**PAIRED, "low": None}), "paired.low: expected a finite number, got null"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_line_is_skipped_and_named(tmp_path: Path, name: str) -> None:
+    broken, reason = BROKEN[name]
+    found = read_entries([write(tmp_path / "results.jsonl", "", broken, denoised())])
+    assert [entry.features for entry in found.entries] == ["denoised"]
+    (only,) = found.broken
+    assert (only.file.name, only.line) == ("results.jsonl", 2)
+    assert re.search(reason, only.reason)
+    assert "\n## Lines that could not be used\n\n- results.jsonl:2: " in report_markdown(found)
+
+
+def test_bytes_that_are_no_text_break_one_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"\xff\xfe\n" + json.dumps(line()).encode() + b"\r\n")
+    found = read_entries([path])
+    assert (len(found.entries), [each.line for each in found.broken]) == (1, [1])
+
+
+def test_infinity_does_not_come_in_by_a_large_exponent() -> None:
+    assert math.isinf(json.loads("1e999"))
+    with pytest.raises(FormatError, match="seconds: expected a finite number, got Infinity"):
+        parse_entry(line(seconds=json.loads("1e999")))
+
+
+def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="got none that can be used; run `dvit evaluate` first"):
+        read_entries([write(tmp_path / "empty.jsonl")])
+    with pytest.raises(EvaluationError, match=r"bad\.jsonl:1: task is missing"):
+        read_entries([write(tmp_path / "bad.jsonl", "{}")])
+    with pytest.raises(EvaluationError, match=r"none\.jsonl, but it cannot be read \(No such file"):
+        read_entries([tmp_path / "none.jsonl"])
+
+
+def test_the_verb_writes_the_report_and_its_exit_code_tells_of_broken_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write(tmp_path / "good.jsonl", line()), write(tmp_path / "bad.jsonl", "{}")
+    out = tmp_path / "results.md"
+    assert tyro.cli(report, args=[str(good), "-o", str(out)]) == 0
+    assert out.read_bytes() == report_markdown(read_entries([good])).encode()
+    assert tyro.cli(report, args=[str(good), str(bad), "--out", str(out)]) == 1
+    assert f"skipped: {bad}:1: task is missing" in capsys.readouterr().err
+    assert "`good.jsonl`, `bad.jsonl`" in out.read_text()
+
+
+def test_the_verb_refuses_what_cannot_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = write(tmp_path / "results.md", line())
+    before = results.read_bytes()
+    assert report((results,), results) == 2
+    assert "this file is among the results" in capsys.readouterr().err
+    assert results.read_bytes() == before
+    assert report((results,), tmp_path / "none" / "a.md") == 2
+    assert report((results,), tmp_path / "a.txt") == 2
+    assert report((), tmp_path / "a.md") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.md"]
+
+
+def test_pieces_of_markdown() -> None:
+    assert [signed(value) for value in (1.005, -0.004, -1.0)] == ["+1.00", "+0.00", "-1.00"]
+    assert [readable(value) for value in ([1, 2], True, False, None, 0.07)] == ["1, 2", "yes", "no", "none", "0.07"]
+    assert flat({"a": {"b": 1, "size": [3, 5]}, "seeds": [0, 1]}) == {"a.b": "1", "a.size": "3 x 5", "seeds": "0, 1"}
+    assert differing([{"a": "1", "b": "2"}, {"a": "1"}]) == ["b 2", "b none"]
+    assert differing([{"a": "1", "b": "2"}], always=("a", "z")) == ["a 1"]
+    assert code("a `b` c") == "`` a `b` c ``"
+    assert plain(" a\n|b ") == r"a \|b"
