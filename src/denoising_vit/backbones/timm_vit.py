@@ -97,12 +97,13 @@ class OverlappingPatchEmbed(nn.Module):
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
 
-def build_timm_model(name: str, *, pretrained: bool) -> VisionTransformer | Eva:
+def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None) -> VisionTransformer | Eva:
     """Builds a timm model that takes any image size.
 
     Args:
         name: as timm knows it, with or without the tag of its weights.
         pretrained: fetch the weights from the hub.
+        depth: number of blocks where it is not to be the model's own; for trials with random weights.
 
     Raises:
         BackboneError: if timm does not know it, or it is no plain ViT.
@@ -119,7 +120,8 @@ def build_timm_model(name: str, *, pretrained: bool) -> VisionTransformer | Eva:
         # timm draws initial weights from the global generator; a model to be loaded must not disturb the caller's.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # of the CPU alone, which is what is restored
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+            blocks: dict[str, Any] = {} if depth is None else {"depth": depth}
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **blocks)
     except TypeError as error:  # an architecture without this option
         raise BackboneError(f"{name} is no plain ViT (it takes no dynamic_img_size): {error}") from error
     except RuntimeError as error:

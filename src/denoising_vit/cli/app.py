@@ -36,9 +36,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     from denoising_vit.cli.calibrate import calibrate
     from denoising_vit.cli.denoise import denoise
     from denoising_vit.cli.diagnose import diagnose
+    from denoising_vit.cli.evaluate import knn, segmentation
+    from denoising_vit.cli.evaluate_artifacts import artifacts
     from denoising_vit.cli.fit import fit
     from denoising_vit.cli.models import models
+    from denoising_vit.cli.report import report
     from denoising_vit.cli.reporting import print_error
+    from denoising_vit.cli.reproduce import reproduce
     from denoising_vit.cli.store import export, info, verify
     from denoising_vit.errors import DenoisingVitError
 
@@ -47,6 +51,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     app.command(fit)
     app.command(calibrate)
     app.command(diagnose)
+    evaluate = tyro.extras.SubcommandApp()
+    evaluate.command(knn)
+    evaluate.command(segmentation)
+    evaluate.command(artifacts)
+    app.command(evaluate, name="evaluate")
+    app.command(report)
+    app.command(reproduce)
     app.command(models)
     store = tyro.extras.SubcommandApp()
     store.command(info)

@@ -1,0 +1,78 @@
+"""A dry run: every step of a row on made-up data, with two blocks of random weights and two steps of training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
+from denoising_vit.evaluation.segmentation import PAPER, Protocol
+from denoising_vit.reproduction.rows import ADE, VOC
+
+#: Two images of each split, of unlike sizes, so that one of them is padded and the other cut into windows.
+_SIZES = ((48, 64), (60, 40))
+
+
+def dry_backbone(model: str) -> Backbone:
+    """The model with two blocks and random weights.
+
+    Raises:
+        BackboneError: if timm does not know it.
+    """
+    built = build_timm_model(model, pretrained=False, depth=2)
+    return TimmBackbone(built, name=model, stride=None, layer=-1, norm=True, weights="random, two blocks")
+
+
+def dry_protocol() -> Protocol:
+    """The published protocol, stopped after two steps of two images."""
+    return replace(PAPER, steps=2, warmup=1, batch=2)
+
+
+def dry_data(folder: Path) -> Path:
+    """Writes small images with masks in the layouts of VOC 2012 and ADE20K; returns the folder."""
+    chance = np.random.default_rng(0)
+    _write_voc(folder / VOC.place, chance)
+    _write_ade(folder / ADE.place, chance)
+    return folder
+
+
+def _write_voc(root: Path, chance: np.random.Generator) -> None:
+    for split in ("train", "val"):
+        names = [f"{split}_{number}" for number in range(len(_SIZES))]
+        listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("\n".join(names) + "\n")
+        for name, size in zip(names, _SIZES, strict=True):
+            labels = _blocks(size, 21, chance)
+            labels[0] = 255
+            mask = Image.fromarray(labels)
+            mask.putpalette(chance.integers(256, size=768, dtype=np.uint8).tobytes())
+            _write(root / "JPEGImages" / f"{name}.jpg", _noise(size, chance))
+            _write(root / "SegmentationClass" / f"{name}.png", mask)
+
+
+def _write_ade(root: Path, chance: np.random.Generator) -> None:
+    for split in ("training", "validation"):
+        for number, size in enumerate(_SIZES):
+            _write(root / "images" / split / f"ADE_{split}_{number}.jpg", _noise(size, chance))
+            mask = Image.fromarray(_blocks(size, 151, chance))
+            _write(root / "annotations" / split / f"ADE_{split}_{number}.png", mask)
+
+
+def _write(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def _noise(size: tuple[int, int], chance: np.random.Generator) -> Image.Image:
+    return Image.fromarray(chance.integers(256, size=(*size, 3), dtype=np.uint8))
+
+
+def _blocks(size: tuple[int, int], classes: int, chance: np.random.Generator) -> np.ndarray:
+    """Blocks of 4 x 4 pixels of one label each."""
+    coarse = chance.integers(classes, size=(size[0] // 4, size[1] // 4), dtype=np.uint8)
+    return coarse.repeat(4, 0).repeat(4, 1)

@@ -1,0 +1,149 @@
+"""What a published row consists of, and what is missing for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from denoising_vit.published import PublishedRow, published_row, published_rows
+
+#: Whether a step can be done: done already, ready, its data is missing, or this version cannot do it yet.
+Status = Literal["done", "ready", "missing", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Data that rows are measured on.
+
+    Attributes:
+        name: for people.
+        layout: as `open_labelled` calls it; None where this version has no such task.
+        place: where it goes below the data folder.
+        needs: what must be there, below that place.
+        source: where it can be had.
+        figures: names of the published figures, by metric.
+    """
+
+    name: str
+    layout: str | None
+    place: str
+    needs: tuple[str, ...]
+    source: str
+    figures: Mapping[str, str]
+
+
+VOC = Benchmark(
+    name="VOC 2012",
+    layout="voc2012",
+    place="VOCdevkit/VOC2012",
+    needs=("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"),
+    source="VOCtrainval_11-May-2012.tar, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+    figures={"mIoU": "voc_miou", "mAcc": "voc_macc"},
+)
+ADE = Benchmark(
+    name="ADE20K",
+    layout="ade20k",
+    place="ADEChallengeData2016",
+    needs=("images/training", "images/validation", "annotations/training", "annotations/validation"),
+    source="ADEChallengeData2016.zip, http://data.csail.mit.edu/places/ADEchallenge/",
+    figures={"mIoU": "ade_miou", "mAcc": "ade_macc"},
+)
+NYU = Benchmark(
+    name="NYUv2 depth",
+    layout=None,
+    place="nyu",
+    needs=(),
+    source="https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html",
+    figures={"RMSE": "nyu_rmse", "AbsRel": "nyu_absrel", "a1": "nyu_a1"},
+)
+
+#: What each variant is made of, and why this version cannot make it.
+_NOT_YET = {
+    "voc_denoised": "the one-pass denoiser (stage 2) is not in this version",
+    "voc_distilled": "distilled models (stage 3) are not in this version",
+    "imgnet_denoised": "the one-pass denoiser (stage 2) is not in this version",
+    "imgnet_distilled": "distilled models (stage 3) are not in this version",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One benchmark of one row.
+
+    Attributes:
+        benchmark: the data.
+        status: whether it can be done.
+        why: what is missing and where it goes, or what is not supported; empty where neither.
+    """
+
+    benchmark: Benchmark
+    status: Status
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published row and its steps.
+
+    Attributes:
+        published: its figures.
+        steps: one for each benchmark that figures were published for.
+    """
+
+    published: PublishedRow
+    steps: tuple[Step, ...]
+
+    @property
+    def status(self) -> str:
+        """All steps in a few words."""
+        return ", ".join(f"{step.benchmark.name} {step.status}" for step in self.steps)
+
+
+def list_rows(data: Path, lines: Sequence[dict[str, Any]] = ()) -> list[Row]:
+    """Every published row with the status of its steps.
+
+    Args:
+        data: folder that benchmarks are looked for in.
+        lines: of results that are there already.
+    """
+    return [_row(row, data, lines) for row in published_rows()]
+
+
+def find_row(model: str, variant: str, data: Path, lines: Sequence[dict[str, Any]] = ()) -> Row:
+    """One row with the status of its steps.
+
+    Raises:
+        EvaluationError: if nothing was published for this model and variant; it names what was.
+    """
+    return _row(published_row(model, variant), data, lines)
+
+
+def _row(row: PublishedRow, data: Path, lines: Sequence[dict[str, Any]]) -> Row:
+    benchmarks = [one for one in (VOC, ADE, NYU) if any(row.figures[key] is not None for key in one.figures.values())]
+    return Row(row, tuple(_step(row, benchmark, data, lines) for benchmark in benchmarks))
+
+
+def _step(row: PublishedRow, benchmark: Benchmark, data: Path, lines: Sequence[dict[str, Any]]) -> Step:
+    if row.variant in _NOT_YET:
+        return Step(benchmark, "unsupported", _NOT_YET[row.variant])
+    if benchmark.layout is None:
+        return Step(benchmark, "unsupported", "depth is not in this version")
+    measured = {"model": row.model, "variant": row.variant}
+    if any(_measures(line, measured, benchmark) for line in lines):
+        return Step(benchmark, "done")
+    lacking = [name for name in benchmark.needs if not (data / benchmark.place / name).exists()]
+    if lacking:
+        where = data / benchmark.place
+        words = f"{where} lacks {', '.join(lacking)}; it goes there from {benchmark.source}"
+        return Step(benchmark, "missing", words)
+    return Step(benchmark, "ready")
+
+
+def _measures(line: dict[str, Any], measured: dict[str, str], benchmark: Benchmark) -> bool:
+    return (
+        line.get("published") == measured
+        and not line.get("failed")
+        and line["settings"]["data"]["layout"] == benchmark.layout
+    )

@@ -1,0 +1,63 @@
+"""Carrying out the steps of a published row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.evaluation.labelled import open_labelled
+from denoising_vit.evaluation.records import Results
+from denoising_vit.evaluation.segmentation import Protocol
+from denoising_vit.evaluation.workbench import Watch, Workbench, unwatched
+from denoising_vit.reproduction.rows import Row, Step
+
+#: The features of each variant that this version can make.
+_FEATURES = {"baseline": "raw"}
+
+
+def reproduce_row(
+    row: Row,
+    *,
+    data: Path,
+    backbone: Backbone,
+    spec: BackboneSpec,
+    protocol: Protocol,
+    results: Results,
+    folder: Path,
+    run: Mapping[str, Any],
+    seed: int = 0,
+    watch: Watch = unwatched,
+) -> Iterator[tuple[Step, dict[str, Any]]]:
+    """Does the steps of a row that are ready, by the published protocol.
+
+    Args:
+        row: with the status of its steps.
+        data: folder that benchmarks are in.
+        backbone: the row's model.
+        spec: the same in words.
+        protocol: of the probe.
+        results: where lines go; a step that is there already is not done again.
+        folder: for checkpoints and counts.
+        run: command, hardware and software, for the record.
+        seed: of the probe.
+        watch: shows progress.
+
+    Yields:
+        The step, and its line of results.
+
+    Raises:
+        EvaluationError: if data is not what it should be.
+    """
+    published = {"model": row.published.model, "variant": row.published.variant}
+    for step in row.steps:
+        if step.status not in ("ready", "done"):
+            continue
+        with watch(f"images of {step.benchmark.name} read", 0) as advance:
+            labelled = open_labelled(data / step.benchmark.place, progress=advance)
+        bench = Workbench(
+            data=labelled, backbone=backbone, spec=spec, results=results, folder=folder, run=run, watch=watch
+        )
+        for line, _ in bench.by_protocol((_FEATURES[row.published.variant],), protocol, (seed,), published):
+            yield step, line
