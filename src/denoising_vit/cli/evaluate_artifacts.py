@@ -16,7 +16,8 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.dataset import named_photos, open_dataset, spread
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
-from denoising_vit.evaluation.records import Record, Results, backbone_settings, run_info
+from denoising_vit.evaluation.records import Record, Results, run_info
+from denoising_vit.evaluation.sources import backbone_settings
 from denoising_vit.evaluation.workbench import parse_names
 
 

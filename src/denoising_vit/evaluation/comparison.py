@@ -24,6 +24,9 @@ from denoising_vit.files import atomic_path
 #: Looks of a training at its loss and at the validation images: [step, loss, mIoU or None].
 Curve = list[list[Any]]
 
+#: What others are held against: its record, and its counts for each seed.
+_Reference = tuple[Record, list[Counts]]
+
 #: Yields the seed, the counts and the curve of each probe that is still to be done.
 Judge = Callable[[FeatureSource, tuple[int, ...]], Iterator[tuple[int, Counts, Curve]]]
 
@@ -63,7 +66,7 @@ class Comparison:
         Yields:
             The line of results, and whether it was there already.
         """
-        reference: tuple[str, list[Counts]] | None = None
+        reference: _Reference | None = None
         for number, (name, make) in enumerate(sources.items()):
             record = self._blank(name)
             started = time.perf_counter()
@@ -72,16 +75,17 @@ class Comparison:
                 record = replace(record, settings=_plain({**record.settings, "features": source.identity}))
                 found, curve, fresh = self._counted(source, record)
                 there = self.results.find(record)
-                if there is not None and not fresh and _same_reference(there, reference):
+                if there is not None and not fresh and (there["paired"] or {}).get("reference") == _key(reference):
                     yield there, True
                 else:
                     record = self._scored(record, found, curve, reference)
                     seconds = round(time.perf_counter() - started, 1)
                     yield self.results.add(replace(record, seconds=seconds)), False
                 if number == 0:
-                    reference = name, found
-            except DenoisingVitError as error:
-                yield self.results.add(replace(record, failed=str(error))), False
+                    reference = record, found
+            except Exception as error:  # one source must not end the comparison, whatever is wrong with it
+                reason = str(error) if isinstance(error, DenoisingVitError) else f"{type(error).__name__}: {error}"
+                yield self.results.add(replace(record, failed=reason)), False
 
     def _blank(self, name: str) -> Record:
         splits = self.data.train, self.data.val
@@ -110,9 +114,7 @@ class Comparison:
                 _save(paths[seed], counts, curve)
         return [kept[seed][0] for seed in self.seeds], kept[self.seeds[0]][1], bool(missing)
 
-    def _scored(
-        self, record: Record, found: Sequence[Counts], curve: Curve, reference: tuple[str, list[Counts]] | None
-    ) -> Record:
+    def _scored(self, record: Record, found: Sequence[Counts], curve: Curve, reference: _Reference | None) -> Record:
         each = [scores(counts) for counts in found]
         seeds = [
             {"seed": seed, "mIoU": one.miou, "mAcc": one.macc, "aAcc": one.aacc}
@@ -126,13 +128,15 @@ class Comparison:
         paired = None
         if reference is not None:
             interval = paired_interval(found, reference[1])
-            paired = {"against": reference[0], "metric": "mIoU", **asdict(interval), "over": "images", "draws": DRAWS}
+            paired = {"against": reference[0].features, "reference": _key(reference), "metric": "mIoU"}
+            paired |= {**asdict(interval), "over": "images", "draws": DRAWS}
         metrics = {key: float(np.mean([one[key] for one in seeds])) for key in ("mIoU", "mAcc", "aAcc")}
         return replace(record, metrics=metrics, seeds=seeds, classes=classes, paired=paired, curve=curve)
 
 
-def _same_reference(there: dict[str, Any], reference: tuple[str, list[Counts]] | None) -> bool:
-    return (there["paired"] or {}).get("against") == (None if reference is None else reference[0])
+def _key(reference: _Reference | None) -> str | None:
+    """The same for the same features in the same setting."""
+    return None if reference is None else hashlib.sha256(reference[0].key.encode()).hexdigest()[:16]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

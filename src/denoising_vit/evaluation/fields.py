@@ -80,7 +80,7 @@ def _fitted(
     items = [Item(image.id, str(image.photo)) for image in images.images]
     dataset = Dataset(f"{images.split} images", items)
     store = folder / store_name(images, backbone, spec, identity)
-    job = FitJob.prepare(dataset, store, spec, options, FitOptions(), artifact)
+    job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact)
     done = len(job.store.done())
     on_fitted(images.split, done, len(items))
 

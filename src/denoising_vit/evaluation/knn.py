@@ -143,8 +143,8 @@ def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see
     gallery, label = torch.cat(found).to(source.device), torch.cat(labels).to(source.device)
     if len(gallery) < options.k:
         raise EvaluationError(
-            f"{len(gallery)} labelled patches in the training images are fewer than the {options.k} neighbours that "
-            "vote; give more images, larger ones (--size), or a smaller --k"
+            f"a gallery of {len(gallery)} labelled patches is less than the {options.k} neighbours that vote; give "
+            "more images, larger ones (--size), a larger --gallery or a smaller --k"
         )
     return gallery, label
 

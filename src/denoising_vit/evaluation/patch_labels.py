@@ -40,7 +40,7 @@ def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stri
 
 
 def commonest(counts: Tensor) -> Tensor:
-    """The commonest class of each patch (h, w), NO_LABEL where most of it has none: counts (h, w, K + 1)."""
+    """The commonest class of each patch (h, w), NO_LABEL where most pixels have none: counts (h, w, K + 1)."""
     none = counts.shape[-1] - 1
     found = counts.argmax(-1)
     return torch.where((found == none) | (counts.sum(-1) == 0), NO_LABEL, found)

@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from denoising_vit.backbones import Backbone
-from denoising_vit.denoise import describe
 from denoising_vit.errors import EvaluationError
 
 Task = Literal["knn", "segmentation", "artifacts"]
+
+
+#: What every line of results begins with.
+_BEGINNING = b'{"task": '
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,18 @@ class Results:
         self._done: dict[str, dict[str, Any]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a+") as file:
+            with path.open("ab+") as file:  # whether it can be written to shows before anything is computed
                 file.seek(0)
-                lines = file.read().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
+                content = file.read()
+        except OSError as error:
+            reason = error.strerror or error
             raise EvaluationError(f"cannot write results to {path} ({reason}); choose another file with -o") from error
+        *lines, rest = content.split(b"\n")
         for number, line in enumerate(lines, 1):
-            self._take(number, line, last=number == len(lines))
+            self._take(number, line)
+        if rest and not self._is_cut_off(rest):
+            self._take(len(lines) + 1, rest)
+        self._whole = len(content) - (len(rest) if self._is_cut_off(rest) else 0)
 
     def find(self, record: Record) -> dict[str, Any] | None:
         """What an earlier run wrote of the same thing; None where there is nothing, or where it failed."""
@@ -104,41 +110,47 @@ class Results:
         return list(self._done.values())
 
     def add(self, record: Record) -> dict[str, Any]:
-        """Appends a line, whole or not at all as far as other readers see; returns it as it is read back.
+        """Appends a line, in place of one that was cut off; returns it as it is read back.
 
         Raises:
             EvaluationError: if it cannot be written.
         """
         line = record.to_line()
         try:
-            with self.path.open("r+") as file:
+            with self.path.open("rb+") as file:
+                file.truncate(max(self._whole, 0))
                 file.seek(0, os.SEEK_END)
-                if file.tell() and not self._ends_with_newline():
-                    line = "\n" + line  # an interrupted line stays apart
-                file.write(line)
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else "\n" + line
+                file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
+                self._whole = file.tell()
         except OSError as error:
             raise EvaluationError(f"cannot write results to {self.path} ({error.strerror or error})") from error
         plain = json.loads(line)
         self._remember(plain)
         return plain
 
-    def _ends_with_newline(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
+    @staticmethod
+    def _is_cut_off(rest: bytes) -> bool:
+        """Whether what follows the last line break is a result that a killed run did not finish."""
+        try:
+            json.loads(rest)
+        except ValueError:
+            return rest.startswith(_BEGINNING[: len(rest)])
+        return False
 
-    def _take(self, number: int, line: str, *, last: bool) -> None:
+    def _take(self, number: int, line: bytes) -> None:
         if not line.strip():
             return
         try:
             self._remember(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
-            if last:  # a run was killed while it wrote; its result is computed again
-                return
             raise EvaluationError(
-                f"{self.path}, line {number}: not a result of `dvit evaluate` ({error}); choose another file with -o"
+                f"{self.path}, line {number}: not a result of `dvit evaluate` ({type(error).__name__}: {error}); "
+                "choose another file with -o"
             ) from error
 
     def _remember(self, plain: dict[str, Any]) -> None:
@@ -168,9 +180,3 @@ def hardware() -> str:
     if torch.cuda.is_available():
         words = f"{torch.cuda.get_device_name()}, {words}"
     return words
-
-
-def backbone_settings(backbone: Backbone) -> dict[str, Any]:
-    """What decides a backbone's features, as JSON values; the device is not among it."""
-    described = {key: value for key, value in describe(backbone).items() if key != "device"}
-    return described | {"fingerprint": backbone.fingerprint.short, "stride": backbone.stride}

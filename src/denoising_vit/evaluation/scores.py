@@ -71,10 +71,10 @@ def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
         raise EvaluationError(
             f"expected a prediction for each label, got {tuple(predicted.shape)} for {tuple(truth.shape)}"
         )
-    scores = multiclass_stat_scores(
-        predicted.flatten(), truth.flatten(), classes, average=None, ignore_index=NO_LABEL
-    )  # (K, 5): true and false positives, true and false negatives, support
-    hits, false, _, _, support = scores.view(classes, 5).T.cpu().numpy().astype(np.int64)
+    # (K, 5): true and false positives, true and false negatives, support. It refuses to count a single class.
+    kinds = max(classes, 2)
+    found = multiclass_stat_scores(predicted.flatten(), truth.flatten(), kinds, average=None, ignore_index=NO_LABEL)
+    hits, false, _, _, support = found.view(kinds, 5)[:classes].T.cpu().numpy().astype(np.int64)
     return Counts(hits[None], support[None], (hits + false)[None])
 
 
@@ -142,23 +142,23 @@ def paired_interval(ours: Sequence[Counts], theirs: Sequence[Counts], draws: int
     Raises:
         EvaluationError: if there are not as many images or seeds on both sides.
     """
-    if len(ours) != len(theirs) or any(a.images != b.images for a, b in zip(ours, theirs, strict=True)):
+    if not ours or len(ours) != len(theirs) or any(a.images != b.images for a, b in zip(ours, theirs, strict=True)):
         raise EvaluationError("a paired interval needs the same images and seeds on both sides")
     images = ours[0].images
     chance = np.random.default_rng(0)
     weights = chance.multinomial(images, np.full(images, 1 / images), size=draws)  # (draws, images)
     found = np.mean([_miou(a, weights) - _miou(b, weights) for a, b in zip(ours, theirs, strict=True)], axis=0)
-    low, high = np.percentile(found, [2.5, 97.5])
+    low, high = np.nanpercentile(found, [2.5, 97.5])
     difference = np.mean([scores(a).miou - scores(b).miou for a, b in zip(ours, theirs, strict=True)])
     return Interval(float(difference), float(low), float(high))
 
 
 def _miou(counts: Counts, weights: np.ndarray) -> np.ndarray:
-    """MIoU (draws,) in percent of each draw."""
+    """The mIoU of each draw (draws,) in percent, NaN where none of its images has a label."""
     hits, truth, predicted = (weights @ values for values in (counts.hits, counts.truth, counts.predicted))
     iou = _ratio(hits, truth + predicted - hits)
     there = ~np.isnan(iou)
-    return 100 * np.where(there, iou, 0).sum(1) / np.maximum(there.sum(1), 1)
+    return 100 * _ratio(np.where(there, iou, 0).sum(1), there.sum(1) * (truth.sum(1) > 0))
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

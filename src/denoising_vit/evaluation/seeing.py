@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from denoising_vit.crops import Crop
+from denoising_vit.errors import DenoisingVitWarning, EvaluationError
 from denoising_vit.evaluation.labelled import LabelledImage
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.extraction import fitting_batch
 from denoising_vit.files import atomic_path
 from denoising_vit.prefetch import prefetched
+
+#: Most that a file takes besides its values.
+_HEADER = 256
 
 #: Batches that are rendered ahead where an accelerator does the forward passes.
 _AHEAD = 3
@@ -36,19 +41,27 @@ class FeatureCache:
     Attributes:
         folder: made where it does not exist.
         limit: bytes that the files may take in all.
+
+    Raises:
+        EvaluationError: if the folder cannot be made.
     """
 
     folder: Path
     limit: float = 10e9
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(
+                f"cannot keep features in {self.folder} ({error.strerror or error}); choose another folder (--cache)"
+            ) from error
         self._used = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
 
     def path(self, source: FeatureSource, shown: Shown) -> Path:
         """Where the features of a crop are, or would be."""
         image, crop = shown
-        whose = _digest(source.identity | {"name": source.name, "grid": [source.patch_size, source.stride]})
+        whose = _digest({"name": source.name, "identity": source.identity, "backbone": source.backbone})
         return self.folder / whose / f"{_digest({'image': image.digest, **asdict(crop)})}.safetensors"
 
     def get(self, path: Path) -> Tensor | None:
@@ -61,12 +74,18 @@ class FeatureCache:
     def put(self, path: Path, features: Tensor) -> None:
         """Keeps features (h, w, C), in float16 where they fit, unless the room is used up."""
         kept = compact(features).contiguous()
-        if self._used + kept.nbytes > self.limit:
+        size = kept.nbytes + _HEADER
+        if self._used + size > self.limit:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file({"features": kept}, temporary)
-        self._used += kept.nbytes
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                save_file({"features": kept}, temporary)
+        except (OSError, SafetensorError) as error:
+            self.limit = 0.0  # what is kept saves time only: the work goes on without
+            warnings.warn(f"features are not kept on disk any more ({error})", DenoisingVitWarning, stacklevel=2)
+            return
+        self._used += size
 
 
 def see(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.crops import Crop
+from denoising_vit.denoise import describe
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import LabelledImage
 from denoising_vit.rendering import to_image
@@ -23,6 +24,13 @@ Extractor = Callable[[Tensor], Tensor]
 Colour = Callable[[Tensor], Tensor]
 
 
+def backbone_settings(backbone: Backbone) -> dict[str, Any]:
+    """What decides a backbone's features, as JSON values; the device is not among it."""
+    described = {key: value for key, value in describe(backbone).items() if key != "device"}
+    shown = {"stride": backbone.stride, "mean": list(backbone.mean), "std": list(backbone.std)}
+    return described | {"fingerprint": backbone.fingerprint.short} | shown
+
+
 class FeatureSource(ABC):
     """Features of any crop of an image.
 
@@ -32,13 +40,15 @@ class FeatureSource(ABC):
         name: for people and tables.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
-        identity: what decides the features, as JSON values.
+        identity: what decides the features besides the backbone, as JSON values.
+        backbone: what decides the backbone's, as JSON values.
         device: where forward passes run.
         cached: whether features are worth keeping on disk.
     """
 
     def __init__(self, name: str, backbone: Backbone, identity: dict[str, Any], *, cached: bool) -> None:
         self.name, self.identity, self.cached = name, identity, cached
+        self.backbone = backbone_settings(backbone)
         self.patch_size, self.stride, self.device = backbone.patch_size, backbone.stride, backbone.device
 
     @abstractmethod

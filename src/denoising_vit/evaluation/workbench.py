@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,11 @@ from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.knn import KnnOptions, nearest_neighbours
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.records import Results, backbone_settings
+from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
-from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
+from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource, backbone_settings
 from denoising_vit.options import DenoiseOptions
 
 #: ``watch(what, how many)`` is a block within which the function that it gives is called after each of them.
@@ -76,7 +77,8 @@ class Workbench:
         cache_bytes: most that cached features may take.
         exact: options of stage 1.
         artifact: G of the backbone where one is given: a file, or ``shipped``.
-        extractors: further sources, by name: extractor(image (B, 3, H, W)) -> (B, h, w, C).
+        extractors: further sources: extractor(image (B, 3, H, W)) -> (B, h, w, C), by names that stand for their
+            features in caches and results.
         watch: shows progress.
     """
 
@@ -209,7 +211,13 @@ class Workbench:
             return self._fields(size)
 
         own: _Makers = {"raw": raw, "subtract": subtract, "exact": exact}
-        return {name: own.get(name) or (lambda name=name: extractor(name)) for name in names}
+        given: _Makers = {name: functools.partial(extractor, name) for name in self.extractors}
+        if taken := own.keys() & given.keys():
+            raise EvaluationError(f"extractors need names of their own; {', '.join(sorted(taken))} is there already")
+        known = own | given
+        if unknown := [name for name in names if name not in known]:
+            raise EvaluationError(f"no features named {', '.join(unknown)}; there are {', '.join(known)}")
+        return {name: known[name] for name in names}
 
     def _fields(self, size: int | tuple[int, int] | None) -> FeatureSource:
         if self.exact.method != "exact":

@@ -11,7 +11,7 @@ from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 
-#: Crops that are tried before one is taken that a single class fills.
+#: Crops that are refused because a class fills them, before one is taken unseen.
 _TRIES = 10
 
 
@@ -39,10 +39,10 @@ def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], ch
         chance: where draws come from.
     """
     scale = chance.uniform(*protocol.scale)
-    limits = protocol.short_side * scale, protocol.long_side * scale
+    limits = int(protocol.short_side * scale), int(protocol.long_side * scale)
     height, width = scaled_size(labels.shape[0], labels.shape[1], *limits)
     crop = _crop_at(height, width, protocol.crop, patch, chance)
-    for _ in range(_TRIES - 1):
+    for _ in range(_TRIES):
         if _mixed(labels_of(crop, labels), protocol.most):
             break
         crop = _crop_at(height, width, protocol.crop, patch, chance)
@@ -58,6 +58,8 @@ def labels_of(crop: Crop, labels: Tensor) -> Tensor:
 
 def distort(image: Tensor, chance: np.random.Generator) -> Tensor:
     """Random brightness, contrast (before or after the other two), saturation and hue, each with probability 1/2.
+
+    Saturation blends with grey, where the published code scales it in HSV.
 
     Args:
         image: (3, H, W) in [0, 1].

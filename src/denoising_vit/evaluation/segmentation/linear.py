@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from denoising_vit.crops import Crop
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache, see
@@ -62,6 +63,9 @@ def linear_segmentation(
         EvaluationError: if features are not finite, or nothing has a label.
         FitError: if training fails.
     """
+    for images in (data.train, data.val):
+        if not sum(images.pixels):
+            raise EvaluationError(f"no pixel of the {images.split} images has a label; expected masks with classes")
     classes = len(data.train.class_names)
 
     def watched(probe: LinearProbe) -> float:
@@ -91,4 +95,3 @@ def _samples(
     first = data.train.images[0]
     (features,) = see(source, [(first, Crop.whole(shown_size(None, first, source)))])
     return RandomCrops(source, data.train, protocol, seed, features.shape[-1])
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -113,8 +114,8 @@ class SegmentationOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PlanError(f"{name} must be at least 1, got {value}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise PlanError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise PlanError(f"learning_rate must be a positive number, got {self.learning_rate}")
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise PlanError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         steps = self.steps or base.steps

@@ -23,6 +23,9 @@ from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 
+#: What a stream of draws is for, so that no two share their numbers.
+_ORDER, _CROPS = 1, 2
+
 #: Threads that decode and render crops.
 _RENDERERS = 4
 
@@ -161,7 +164,7 @@ class RandomCrops:
             self._ahead[step] = [self._pool.submit(self._draw, index, step, place) for place, index in enumerate(batch)]
 
     def _draw(self, index: int, step: int, place: int) -> _Drawn:
-        chance = np.random.default_rng([self._seed, step, place])
+        chance = np.random.default_rng([self._seed, _CROPS, step, place])
         image = self._images[index]
         labels = image.labels()
         crop = training_crop(labels, self._protocol, (self._source.patch_size, self._source.stride), chance)
@@ -177,4 +180,4 @@ def _chosen(images: int, batch: int, step: int, seed: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def _order(images: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(images)
+    return np.random.default_rng([seed, _ORDER, epoch]).permutation(images)

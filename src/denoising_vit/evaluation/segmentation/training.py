@@ -55,7 +55,7 @@ def train(
         checkpoint: where the state is kept every thousand steps; a training that was stopped goes on from there.
         look: mIoU of a probe on the validation images; it decides nothing.
         looks: how often the loss is recorded, evenly over the training.
-        progress: called after each step.
+        progress: called after each step, those of an earlier run included.
 
     Raises:
         FitError: if a loss is not finite.
@@ -64,12 +64,14 @@ def train(
     optimizer = torch.optim.AdamW(probe.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
     curve, losses, start = _restore(checkpoint, probe, optimizer)
     probe.train()
+    for _ in range(start):
+        progress()
     for step in range(start, protocol.steps):
         for group in optimizer.param_groups:
             group["lr"] = protocol.learning_rate_at(step)
         loss = samples.loss(probe, step)
         if not torch.isfinite(loss):
-            raise FitError(f"the probe's loss is {float(loss)} at step {step}; try a smaller learning_rate")
+            raise FitError(f"the probe's loss is {float(loss.detach())} at step {step}; try a smaller learning_rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -106,5 +108,6 @@ def _restore(path: Path | None, probe: LinearProbe, optimizer: torch.optim.Optim
         probe.load_state_dict(state["probe"])
         optimizer.load_state_dict(state["optimizer"])
         return Curve(list(state["losses"]), list(state["looks"])), list(state["since"]), int(state["step"])
-    except Exception as error:  # torch meets damaged files with all kinds
-        raise FitError(f"{path}: a damaged checkpoint ({error}); delete it to begin this training anew") from error
+    except Exception as error:  # torch meets damaged files with all kinds, and adds advice that is not for users
+        kind = type(error).__name__
+        raise FitError(f"{path}: a damaged checkpoint ({kind}); delete it to begin this training anew") from error

@@ -1,0 +1,623 @@
+"""Comparisons from end to end: lines of results that grow and are never lost, and work that is never done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import denoising_vit as dv
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.crops import Crop
+from denoising_vit.errors import EvaluationError, PlanError
+from denoising_vit.evaluation.comparison import Comparison, Curve
+from denoising_vit.evaluation.fields import fitted_fields
+from denoising_vit.evaluation.knn import KnnOptions
+from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.records import Record, Results, run_info
+from denoising_vit.evaluation.scores import Counts, paired_interval, scores
+from denoising_vit.evaluation.segmentation import SegmentationOptions
+from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
+from denoising_vit.evaluation.workbench import Line, Watch, Workbench, parse_names, unwatched
+from denoising_vit.options import DenoiseOptions
+from tiny_fit import MODEL, spec_of, write_weights
+from tiny_labelled import coloured, colours, speckled, tiny_backbone, write_labelled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = KnnOptions(k=5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledData:
+    return write_labelled(tmp_path_factory.mktemp("coloured"), coloured(3, 0), coloured(4, 1))
+
+
+class Judge:
+    """Counts that are made up of the source's name, its identity and the seed; tells what it was asked for."""
+
+    def __init__(self, images: int = 4) -> None:
+        self.images = images
+        self.asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def counts(self, name: str, seed: int, salt: int = 0) -> Counts:
+        chance = np.random.default_rng([*name.encode(), seed, salt])
+        hits = chance.integers(0, 50, (self.images, 3))
+        return Counts(hits, hits + chance.integers(1, 30, hits.shape), hits + chance.integers(1, 30, hits.shape))
+
+    def __call__(self, source: FeatureSource, seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
+        self.asked.append((source.name, seeds))
+        for seed in seeds:
+            yield seed, self.counts(source.name, seed, source.identity.get("salt", 0)), [[1, 0.5, None], [2, 0.25, 9.0]]
+
+
+def comparison(folder: Path, data: LabelledData, judge: Judge | Any, seeds: tuple[int, ...] = (0, 1)) -> Comparison:
+    return Comparison(
+        task="segmentation",
+        data=data,
+        settings={"size": (48, 48)},
+        seeds=seeds,
+        judge=judge,
+        results=Results(folder / "results.jsonl"),
+        counts=folder / "counts",
+        run={"command": "dvit evaluate"},
+    )
+
+
+def named(*names: str, **identity: int) -> Mapping[str, Callable[[], FeatureSource]]:
+    backbone = tiny_backbone()
+    return {name: lambda name=name: ExtractorSource(name, backbone, None, identity) for name in names}
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+# --- what a line tells ---
+
+
+def test_each_source_is_a_line_and_the_later_ones_are_held_against_the_first(
+    tmp_path: Path, data: LabelledData
+) -> None:
+    judge = Judge()
+    told = list(comparison(tmp_path, data, judge).compare(named("a", "b", "c")))
+    lines = lines_of(tmp_path)
+    assert told == [(line, False) for line in lines]
+    assert [line["features"] for line in lines] == ["a", "b", "c"]
+    assert lines[0]["paired"] is None
+    for line in lines[1:]:
+        theirs, ours = ([judge.counts(name, seed) for seed in (0, 1)] for name in ("a", line["features"]))
+        expected = paired_interval(ours, theirs)
+        assert line["paired"]["against"] == "a"
+        assert line["paired"]["difference"] == pytest.approx(line["metrics"]["mIoU"] - lines[0]["metrics"]["mIoU"])
+        assert (line["paired"]["low"], line["paired"]["high"]) == (expected.low, expected.high)
+
+
+def test_a_line_holds_means_over_seeds_and_each_seed(tmp_path: Path, data: LabelledData) -> None:
+    judge = Judge()
+    ((line, _),) = comparison(tmp_path, data, judge).compare(named("a", salt=3))
+    each = [scores(judge.counts("a", seed, 3)) for seed in (0, 1)]
+    assert line["metrics"]["mIoU"] == pytest.approx((each[0].miou + each[1].miou) / 2)
+    assert [one["seed"] for one in line["seeds"]] == [0, 1]
+    assert [one["mAcc"] for one in line["seeds"]] == [one.macc for one in each]
+    assert list(line["classes"]) == ["class 0", "class 1", "class 2"]
+    first = [one.iou[0] for one in each if one.iou[0] is not None]
+    assert line["classes"]["class 0"]["IoU"] == pytest.approx(sum(first) / 2)
+    assert line["curve"] == [[1, 0.5, None], [2, 0.25, 9.0]]
+    assert line["images"] == {"train": 3, "val": 4}
+    assert line["settings"] == {"size": [48, 48], "seeds": [0, 1], "features": {"salt": 3}}
+    assert line["failed"] is None and line["run"] == {"command": "dvit evaluate"}
+
+
+# --- nothing is done twice ---
+
+
+def test_the_same_again_keeps_everything(tmp_path: Path, data: LabelledData) -> None:
+    first = list(comparison(tmp_path, data, Judge()).compare(named("a", "b")))
+    before = (tmp_path / "results.jsonl").read_bytes()
+    judge = Judge()
+    again = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
+    assert judge.asked == []
+    assert again == [(line, True) for line, _ in first]
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_more_seeds_do_only_those(tmp_path: Path, data: LabelledData) -> None:
+    list(comparison(tmp_path, data, Judge(), (0, 1)).compare(named("a", "b")))
+    before = (tmp_path / "results.jsonl").read_bytes()
+    judge = Judge()
+    told = list(comparison(tmp_path, data, judge, (0, 1, 2)).compare(named("a", "b")))
+    assert judge.asked == [("a", (2,)), ("b", (2,))]
+    assert [[one["seed"] for one in line["seeds"]] for line, _ in told] == [[0, 1, 2]] * 2
+    expected = [scores(judge.counts("a", seed)).miou for seed in range(3)]
+    assert [one["mIoU"] for one in told[0][0]["seeds"]] == pytest.approx(expected)
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
+
+
+def test_fewer_seeds_do_nothing_and_are_a_line_of_their_own(tmp_path: Path, data: LabelledData) -> None:
+    list(comparison(tmp_path, data, Judge(), (0, 1)).compare(named("a")))
+    judge = Judge()
+    ((line, kept),) = comparison(tmp_path, data, judge, (1,)).compare(named("a"))
+    assert judge.asked == [] and not kept
+    assert line["metrics"]["mIoU"] == pytest.approx(scores(judge.counts("a", 1)).miou)
+
+
+def test_another_identity_is_another_result(tmp_path: Path, data: LabelledData) -> None:
+    list(comparison(tmp_path, data, Judge()).compare(named("a", salt=1)))
+    judge = Judge()
+    ((line, kept),) = comparison(tmp_path, data, judge).compare(named("a", salt=2))
+    assert judge.asked == [("a", (0, 1))] and not kept
+    assert len(lines_of(tmp_path)) == 2
+    assert line["metrics"]["mIoU"] != lines_of(tmp_path)[0]["metrics"]["mIoU"]
+
+
+def test_a_source_against_another_one_is_told_anew_without_work(tmp_path: Path, data: LabelledData) -> None:
+    list(comparison(tmp_path, data, Judge()).compare(named("a", "b")))
+    judge = Judge()
+    told = list(comparison(tmp_path, data, judge).compare(named("b", "a")))
+    assert judge.asked == []
+    assert [(line["features"], (line["paired"] or {}).get("against")) for line, _ in told] == [("b", None), ("a", "b")]
+    assert len(lines_of(tmp_path)) == 4
+
+
+def test_a_reference_of_the_same_name_and_other_features_is_another_reference(
+    tmp_path: Path, data: LabelledData
+) -> None:
+    """As `subtract,raw` with another artifact: raw's own result stays, what it is held against does not."""
+
+    def against(salt: int) -> dict[str, Any]:
+        sources = {**named("reference", salt=salt), **named("b")}
+        return list(comparison(tmp_path, data, Judge()).compare(sources))[1][0]
+
+    first, second = against(1), against(2)
+    judge = Judge()
+    theirs = np.mean([scores(judge.counts("reference", seed, 2)).miou for seed in (0, 1)])
+    assert first["metrics"] == second["metrics"]
+    assert second["paired"]["difference"] == pytest.approx(second["metrics"]["mIoU"] - theirs)
+
+
+def test_counts_that_are_lost_are_made_again(tmp_path: Path, data: LabelledData) -> None:
+    first = list(comparison(tmp_path, data, Judge()).compare(named("a")))
+    damaged, whole = sorted((tmp_path / "counts").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    whole.unlink()
+    judge = Judge()
+    ((line, _),) = comparison(tmp_path, data, judge).compare(named("a"))
+    assert judge.asked == [("a", (0, 1))]
+    assert line["metrics"] == first[0][0]["metrics"]
+
+
+# --- what fails, and what is interrupted ---
+
+
+class Failing(Judge):
+    def __call__(self, source: FeatureSource, seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
+        if source.name == "bad":
+            raise EvaluationError("the bad one is bad")
+        yield from super().__call__(source, seeds)
+
+
+def test_what_fails_is_recorded_and_the_others_are_judged(tmp_path: Path, data: LabelledData) -> None:
+    told = list(comparison(tmp_path, data, Failing()).compare(named("a", "bad", "c")))
+    assert [line["failed"] for line, _ in told] == [None, "the bad one is bad", None]
+    assert [line["features"] for line in lines_of(tmp_path)] == ["a", "bad", "c"]
+    assert told[1][0]["metrics"] == {} and told[1][0]["paired"] is None
+    assert told[2][0]["paired"]["against"] == "a"
+
+
+def test_a_source_that_cannot_be_made_is_recorded(tmp_path: Path, data: LabelledData) -> None:
+    def broken() -> FeatureSource:
+        raise EvaluationError("cannot be made")
+
+    told = list(comparison(tmp_path, data, Judge()).compare({**named("a"), "b": broken, **named("c")}))
+    assert [line["failed"] for line, _ in told] == [None, "cannot be made", None]
+
+
+def test_what_failed_is_tried_again_and_nothing_else(tmp_path: Path, data: LabelledData) -> None:
+    list(comparison(tmp_path, data, Failing()).compare(named("a", "bad", "c")))
+    before = (tmp_path / "results.jsonl").read_bytes()
+    judge = Judge()
+    told = list(comparison(tmp_path, data, judge).compare(named("a", "bad", "c")))
+    assert judge.asked == [("bad", (0, 1))]
+    assert [kept for _, kept in told] == [True, False, True]
+    assert told[1][0]["failed"] is None and told[1][0]["paired"]["against"] == "a"
+    after = (tmp_path / "results.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 4
+
+
+def test_without_the_first_there_is_nothing_to_be_held_against(tmp_path: Path, data: LabelledData) -> None:
+    told = list(comparison(tmp_path, data, Failing()).compare(named("bad", "b", "c")))
+    assert [line["paired"] for line, _ in told] == [None, None, None]
+    judge = Judge()
+    told = list(comparison(tmp_path, data, judge).compare(named("bad", "b", "c")))
+    assert judge.asked == [("bad", (0, 1))]
+    assert [(line["paired"] or {}).get("against") for line, _ in told] == [None, "bad", "bad"]
+
+
+def test_an_interruption_between_seeds_loses_only_the_seed(tmp_path: Path, data: LabelledData) -> None:
+    class Stopped(Judge):
+        def __call__(self, source: FeatureSource, seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
+            for found in super().__call__(source, seeds):
+                if (source.name, found[0]) == ("b", 1):
+                    raise KeyboardInterrupt
+                yield found
+
+    with pytest.raises(KeyboardInterrupt):
+        list(comparison(tmp_path, data, Stopped()).compare(named("a", "b", "c")))
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert [line["features"] for line in lines_of(tmp_path)] == ["a"]
+    judge = Judge()
+    told = list(comparison(tmp_path, data, judge).compare(named("a", "b", "c")))
+    assert judge.asked == [("b", (1,)), ("c", (0, 1))]
+    assert [kept for _, kept in told] == [True, False, False]
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
+    straight = [line for line, _ in comparison(tmp_path / "other", data, Judge()).compare(named("a", "b", "c"))]
+    assert [line["metrics"] for line, _ in told] == [line["metrics"] for line in straight]
+    assert [line["paired"] for line, _ in told] == [line["paired"] for line in straight]
+
+
+# --- the file of results ---
+
+
+def a_record(features: str = "raw", **changes: Any) -> Record:
+    return replace(Record("knn", features, {"k": 5}, {"mIoU": 12.5}), **changes)
+
+
+def test_a_truncated_last_line_is_survived_by_every_later_run(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for name in ("a", "b"):
+        Results(path).add(a_record(name))
+    path.write_bytes(path.read_bytes()[:-20])
+    cut = path.read_bytes()
+
+    second = Results(path)
+    assert second.find(a_record("a")) is not None and second.find(a_record("b")) is None
+    second.add(a_record("b"))
+    assert path.read_bytes().startswith(cut)
+
+    third = Results(path)
+    assert third.find(a_record("a")) is not None and third.find(a_record("b")) is not None
+
+
+def test_a_line_that_only_lacks_its_end_counts(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Results(path).add(a_record("a"))
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    results = Results(path)
+    assert results.find(a_record("a")) is not None
+    results.add(a_record("b"))
+    assert [line["features"] for line in lines_of(tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Notes\n\nNot results at all.\n",
+        "Not results at all.\n",
+        '{"name": "another", "version": 1}\n',
+        "[1, 2, 3]\n",
+        "17\n",
+        '{\n  "task": "knn"\n}\n',
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes"
+    path.write_text(text)
+    with pytest.raises(EvaluationError, match=r"notes, line 1: not a result of `dvit evaluate`.*another file with -o"):
+        Results(path)
+    assert path.read_text() == text
+
+
+def test_a_file_that_is_no_text_is_refused_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0" * 20)
+    with pytest.raises(EvaluationError, match=r"photo\.jpg.*another file with -o"):
+        Results(path)
+    assert path.read_bytes() == b"\xff\xd8\xff\xe0" * 20
+
+
+def test_a_folder_is_no_file_of_results(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"cannot write results to .*another file with -o"):
+        Results(tmp_path)
+
+
+def test_results_are_found_again_by_all_that_decides_them(tmp_path: Path) -> None:
+    Results(tmp_path / "deep" / "results.jsonl").add(a_record(seconds=3.0))
+    results = Results(tmp_path / "deep" / "results.jsonl")
+    found = results.find(a_record(run={"command": "another"}))
+    assert found is not None and found["metrics"] == {"mIoU": 12.5}
+    others = [
+        a_record("exact"),
+        a_record(task="segmentation"),
+        a_record(settings={"k": 6}),
+        a_record(published={"model": "DINOv2"}),
+    ]
+    assert [results.find(other) for other in others] == [None] * 4
+
+
+def test_of_two_lines_of_the_same_the_later_counts_and_failures_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    results = Results(path)
+    results.add(a_record(failed="once"))
+    assert results.find(a_record()) is None
+    results.add(a_record(metrics={"mIoU": 1.0}))
+    results.add(a_record(metrics={"mIoU": 2.0}))
+    results.add(a_record(failed="again"))
+    for one in (results, Results(path)):
+        found = one.find(a_record())
+        assert found is not None and found["metrics"] == {"mIoU": 2.0}
+
+
+def test_the_record_of_a_run_names_command_hardware_and_software() -> None:
+    info = run_info(["evaluate", "knn", "my data"])
+    assert info["command"] == "dvit evaluate knn 'my data'"
+    assert "CPU cores" in info["hardware"] and set(info["software"]) == {"denoising-vit", "torch", "python"}
+
+
+# --- the workbench ---
+
+
+class Counted:
+    """An extractor that counts the images it sees."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor] = colours) -> None:
+        self.model, self.images = model, 0
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.images += len(image)
+        return self.model(image)
+
+
+def workbench(
+    folder: Path,
+    data: LabelledData,
+    extractors: Mapping[str, Extractor] | None = None,
+    backbone: Backbone | None = None,
+    watch: Watch = unwatched,
+) -> Workbench:
+    return Workbench(
+        data=data,
+        backbone=backbone or tiny_backbone(speckled),
+        spec=BackboneSpec("tiny"),
+        results=Results(folder / "results.jsonl"),
+        folder=folder / "cache",
+        run=run_info(["evaluate"]),
+        extractors=extractors or {},
+        watch=watch,
+    )
+
+
+def summary(told: list[Line]) -> list[tuple[str, float, Any]]:
+    return [(line["features"], line["metrics"]["mIoU"], line["paired"]) for line, _ in told]
+
+
+def test_better_features_are_told_from_worse_ones(tmp_path: Path, data: LabelledData) -> None:
+    raw, clean = list(workbench(tmp_path, data, {"clean": colours}).knn(["raw", "clean"], FEW))
+    assert clean[0]["metrics"]["mIoU"] > raw[0]["metrics"]["mIoU"] + 20
+    assert raw[0]["paired"] is None
+    assert clean[0]["paired"]["against"] == "raw" and clean[0]["paired"]["low"] > 0
+    settings = clean[0]["settings"]
+    assert settings["k"] == 5 and settings["size"] == "native" and settings["seeds"] == [0]
+    assert settings["backbone"]["name"] == "speckled" and settings["features"] == {"extractor": "clean"}
+    assert settings["data"]["layout"] == "folders"
+
+
+def test_the_same_command_again_sees_no_image(tmp_path: Path, data: LabelledData) -> None:
+    extractor = Counted()
+    first = list(workbench(tmp_path, data, {"clean": extractor}).knn(["raw", "clean"], FEW))
+    assert extractor.images == 7
+    before = (tmp_path / "results.jsonl").read_bytes()
+    again = list(workbench(tmp_path, data, {"clean": extractor}).knn(["raw", "clean"], FEW))
+    assert extractor.images == 7
+    assert again == [(line, True) for line, _ in first]
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_other_options_judge_the_same_features(tmp_path: Path, data: LabelledData) -> None:
+    extractor = Counted()
+    for number, options in enumerate((FEW, KnnOptions(k=1), KnnOptions(k=5, gallery=30), KnnOptions(k=5, seed=1))):
+        ((_, kept),) = workbench(tmp_path, data, {"clean": extractor}).knn(["clean"], options)
+        assert not kept and extractor.images == 7
+        assert len(lines_of(tmp_path)) == number + 1
+    list(workbench(tmp_path, data, {"clean": extractor}).knn(["clean"], KnnOptions(k=5, crops="neutral")))
+    assert extractor.images == 14
+
+
+def test_a_source_that_is_not_finite_fails_and_the_others_are_judged(tmp_path: Path, data: LabelledData) -> None:
+    extractors = {"broken": lambda image: colours(image) * float("nan"), "clean": colours}
+    told = list(workbench(tmp_path, data, extractors).knn(["raw", "broken", "clean"], FEW))
+    assert [bool(line["failed"]) for line, _ in told] == [False, True, False]
+    assert "broken: " in told[1][0]["failed"] and "not finite" in told[1][0]["failed"]
+    extractors["broken"] = colours
+    again = list(workbench(tmp_path, data, extractors).knn(["raw", "broken", "clean"], FEW))
+    assert [kept for _, kept in again] == [True, False, True]
+    assert again[1][0]["metrics"] == again[2][0]["metrics"]
+
+
+@pytest.mark.parametrize("after", [2, 5, 11])
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, data: LabelledData, after: int) -> None:
+    """After so many images of the two times seven; batches that were not told in full may be seen again."""
+    steps = []
+
+    @contextlib.contextmanager
+    def stopping(_what: str, _total: int) -> Iterator[Callable[[], None]]:
+        def advance() -> None:
+            steps.append(1)
+            if len(steps) == after:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    with pytest.raises(KeyboardInterrupt):
+        list(workbench(tmp_path, data, {"clean": colours}, watch=stopping).knn(["raw", "clean"], FEW))
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert before.count(b"\n") == after // 7
+    kept = len(list((tmp_path / "cache" / "features").rglob("*.safetensors")))
+    assert kept >= after
+    extractor = Counted()
+    told = list(workbench(tmp_path, data, {"clean": extractor}).knn(["raw", "clean"], FEW))
+    assert extractor.images == 14 - max(kept, 7)
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
+    straight = list(workbench(tmp_path / "other", data, {"clean": colours}).knn(["raw", "clean"], FEW))
+    assert summary(told) == summary(straight)
+
+
+def test_two_backbones_in_one_folder_are_not_mixed_up(tmp_path: Path, data: LabelledData) -> None:
+    """As with the default results file and two models of one patch size."""
+    ((bad, _),) = workbench(tmp_path, data, backbone=tiny_backbone(speckled)).knn(["raw"], FEW)
+    ((good, kept),) = workbench(tmp_path, data, backbone=tiny_backbone(colours)).knn(["raw"], FEW)
+    assert not kept
+    assert good["metrics"]["mIoU"] > bad["metrics"]["mIoU"] + 20
+
+
+def test_other_labels_of_the_same_photos_are_another_result(tmp_path: Path, data: LabelledData) -> None:
+    list(workbench(tmp_path, data).knn(["raw"], FEW))
+    swapped = [(pixels, (mask + 1) % 3) for pixels, mask in coloured(3, 0)]
+    other = write_labelled(tmp_path / "swapped", swapped, coloured(4, 1))
+    ((line, kept),) = workbench(tmp_path, other, backbone=tiny_backbone(speckled)).knn(["raw"], FEW)
+    assert not kept and line["metrics"]["mIoU"] < 40
+
+
+def test_linear_probes_of_more_seeds_reuse_those_that_are_there(tmp_path: Path, data: LabelledData) -> None:
+    trained: list[int] = []
+
+    @contextlib.contextmanager
+    def counting(_what: str, total: int) -> Iterator[Callable[[], None]]:
+        trained.append(total)
+        yield lambda: None
+
+    quick = SegmentationOptions(seeds=(0,), steps=4, batch=2)
+    bench = workbench(tmp_path, data, watch=counting)
+    ((one, _),) = bench.segmentation(["raw"], quick)
+    ((two, kept),) = bench.segmentation(["raw"], replace(quick, seeds=(0, 1)))
+    assert trained == [4, 4] and not kept
+    assert two["seeds"][0] == one["seeds"][0]
+    assert two["curve"] == one["curve"]
+    assert [seed["seed"] for seed in two["seeds"]] == [0, 1]
+
+
+@pytest.mark.parametrize("names", ["raw,rwa", "raw,,exact", "", "raw,raw", "Raw"])
+def test_names_of_sources_that_are_unknown_or_repeated_are_refused(names: str) -> None:
+    with pytest.raises(EvaluationError, match="features must be different ones of raw, subtract, exact"):
+        parse_names(names)
+
+
+def test_names_of_sources_keep_their_order() -> None:
+    assert parse_names("exact, raw") == parse_names(["exact", "raw"]) == ("exact", "raw")
+
+
+def test_a_source_that_is_not_there_is_refused_in_words(tmp_path: Path, data: LabelledData) -> None:
+    """Not a KeyError: either refused at once or recorded as failed."""
+    try:
+        told = list(workbench(tmp_path, data, {"clean": colours}).knn(["raw", "cleen"], FEW))
+    except EvaluationError as error:
+        assert "cleen" in str(error)
+    else:
+        assert "cleen" in told[1][0]["failed"]
+
+
+def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path: Path, data: LabelledData) -> None:
+    with pytest.raises(PlanError, match="k must be at least 1"):
+        list(workbench(tmp_path, data).knn(["raw"], KnnOptions(k=0)))
+    assert lines_of(tmp_path) == []
+
+
+# --- fields of stage 1 ---
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, BackboneSpec]:
+    """A vision transformer of random weights, the same each time it is loaded."""
+    spec = spec_of(write_weights(tmp_path_factory.mktemp("weights") / f"{MODEL}.safetensors"))
+    return spec.load(), spec
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> LabelledData:
+    return write_labelled(tmp_path_factory.mktemp("larger"), coloured(2, 0, (64, 64)), coloured(2, 1, (64, 64)))
+
+
+def exact_bench(
+    folder: Path, data: LabelledData, vit: tuple[Backbone, BackboneSpec], watch: Watch = unwatched, **options: Any
+) -> Workbench:
+    backbone, spec = vit
+    stage_one = DenoiseOptions(views=16, size=64, **options)
+    return replace(workbench(folder, data, backbone=backbone, watch=watch), spec=spec, exact=stage_one)
+
+
+def test_fields_are_fitted_once_and_judged(
+    tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
+) -> None:
+    watched: list[str] = []
+
+    @contextlib.contextmanager
+    def naming(what: str, _total: int) -> Iterator[Callable[[], None]]:
+        yield lambda: watched.append(what)
+
+    bench = exact_bench(tmp_path, larger, vit, naming)
+    first = list(bench.knn(["raw", "exact"], FEW))
+    assert [(line["features"], line["failed"]) for line, _ in first] == [("raw", None), ("exact", None)]
+    assert first[1][0]["paired"]["against"] == "raw"
+    assert first[1][0]["settings"]["features"]["views"] == 16
+    assert watched.count("exact: train images fitted") == watched.count("exact: val images fitted") == 2
+    stores = [path for path in (tmp_path / "cache" / "fields").rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in stores if "field" in path.parts[-3:]}
+    assert before
+    again = list(exact_bench(tmp_path, larger, vit).knn(["raw", "exact"], FEW))
+    assert again == [(line, True) for line, _ in first]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    # The same fields for other options of the task; other options of stage 1 are another result.
+    ((line, kept),) = exact_bench(tmp_path, larger, vit).knn(["exact"], KnnOptions(k=3))
+    assert not kept and line["failed"] is None
+    assert len(list((tmp_path / "cache" / "fields").iterdir())) == 2
+    ((line, kept),) = exact_bench(tmp_path, larger, vit, smoothness=0.5).knn(["exact"], FEW)
+    assert not kept and line["failed"] is None
+    assert len(list((tmp_path / "cache" / "fields").iterdir())) == 4
+
+
+def test_fields_are_those_of_stage_one_at_any_crop(
+    tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
+) -> None:
+    backbone, spec = vit
+    options = DenoiseOptions(views=16, size=64, held_out=0)
+    source = fitted_fields("exact", larger, tmp_path, backbone, spec, options)
+    image = larger.val.images[1]
+    direct = dv.denoise_image(backbone, image.photo, views=16, size=64, held_out=0)
+    whole = source.features(source.inputs(image, Crop.whole((64, 64)))[None])[0]
+    assert whole.shape == direct.semantic.shape
+    error = float((whole - direct.semantic).square().mean() / direct.semantic.var())
+    assert error < 1e-3
+    turned = source.inputs(image, replace(Crop.whole((64, 64)), inverted=True))
+    assert torch.allclose(turned.float(), whole.flip((0, 1)), atol=1e-4)
+    assert not source.cached
+
+
+def test_an_image_that_could_not_be_fitted_fails_and_is_tried_again(
+    tmp_path: Path, vit: tuple[Backbone, BackboneSpec]
+) -> None:
+    data = write_labelled(tmp_path / "data", coloured(2, 0, (64, 64)), coloured(2, 1, (64, 64)))
+    photo = data.val.images[1].photo
+    kept = photo.read_bytes()
+    photo.write_bytes(kept[:100])
+    ((line, _),) = exact_bench(tmp_path, data, vit).knn(["exact"], FEW)
+    assert "1 val images could not be fitted" in line["failed"] and photo.name in line["failed"]
+    photo.write_bytes(kept)
+    ((line, again),) = exact_bench(tmp_path, data, vit).knn(["exact"], FEW)
+    assert line["failed"] is None and not again
+
+
+def test_stage_one_of_another_method_fails_in_words(
+    tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
+) -> None:
+    told = list(exact_bench(tmp_path, larger, vit, method="subtract").knn(["raw", "exact"], FEW))
+    assert told[0][0]["failed"] is None
+    assert "exact method, got 'subtract'" in told[1][0]["failed"]

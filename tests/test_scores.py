@@ -1,0 +1,235 @@
+"""Scores against the straightforward computation, and intervals of differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import JaccardIndex
+
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.labelled import NO_LABEL
+from denoising_vit.evaluation.scores import Counts, count, paired_interval, scores
+
+CLASSES = 7
+
+
+def straightforward(pairs: list[tuple[Tensor, Tensor]], classes: int) -> tuple[float, float, float]:
+    """MIoU, mAcc and aAcc in percent from a confusion matrix that is filled pixel by pixel."""
+    confusion = [[0] * classes for _ in range(classes)]  # [truth][predicted]
+    for predicted, truth in pairs:
+        for p, t in zip(predicted.flatten().tolist(), truth.flatten().tolist(), strict=True):
+            if t != NO_LABEL:
+                confusion[t][p] += 1
+    ious, accs = [], []
+    for k in range(classes):
+        hits, true = confusion[k][k], sum(confusion[k])
+        claimed = sum(confusion[t][k] for t in range(classes))
+        if true + claimed:
+            ious.append(hits / (true + claimed - hits))
+        if true:
+            accs.append(hits / true)
+    hits, total = sum(confusion[k][k] for k in range(classes)), sum(map(sum, confusion))
+    return 100 * sum(ious) / len(ious), 100 * sum(accs) / len(accs), 100 * hits / total
+
+
+def random_pairs(
+    images: int = 5, seed: int = 0, right: float = 0.6, true: tuple[int, ...] = tuple(range(CLASSES))
+) -> list[tuple[Tensor, Tensor]]:
+    """Predictions and truths of images of different sizes; every class is predicted, a fifth has no label."""
+    chance = np.random.default_rng(seed)
+    pairs = []
+    for number in range(images):
+        shape = 11 + number, 13
+        truth = chance.choice(true, shape)
+        predicted = np.where(chance.random(shape) < right, truth, chance.integers(0, CLASSES, shape))
+        truth[chance.random(shape) < 0.2] = NO_LABEL
+        pairs.append((torch.from_numpy(predicted), torch.from_numpy(truth)))
+    return pairs
+
+
+def counted(pairs: list[tuple[Tensor, Tensor]], classes: int = CLASSES) -> Counts:
+    return Counts.joined([count(predicted, truth, classes) for predicted, truth in pairs])
+
+
+def image_of(hits: list[int], truth: list[int], predicted: list[int]) -> Counts:
+    return Counts(*(np.array([values], dtype=np.int64) for values in (hits, truth, predicted)))
+
+
+# --- scores ---
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_are_those_of_the_straightforward_computation(seed: int) -> None:
+    pairs = random_pairs(seed=seed, right=0.2 * seed)
+    found = scores(counted(pairs))
+    assert (found.miou, found.macc, found.aacc) == pytest.approx(straightforward(pairs, CLASSES), abs=1e-9)
+
+
+def test_classes_that_are_never_true_or_never_there_count_as_published() -> None:
+    """Of ten classes 0, 2 and 5 are true, 0 to 6 predicted, 7 to 9 neither."""
+    pairs = random_pairs(true=(0, 2, 5))
+    found = scores(counted(pairs, 10))
+    assert (found.miou, found.macc, found.aacc) == pytest.approx(straightforward(pairs, 10), abs=1e-9)
+    assert [k for k, value in enumerate(found.iou) if value is None] == [7, 8, 9]
+    assert [k for k, value in enumerate(found.iou) if value == 0] == [1, 3, 4, 6]
+    assert [k for k, value in enumerate(found.acc) if value is not None] == [0, 2, 5]
+
+
+def test_two_classes_by_hand() -> None:
+    """Class 0: 3 pixels, 2 found, 1 claimed wrongly; class 1: 2 pixels, 1 found, 1 claimed wrongly; one without."""
+    truth = torch.tensor([[0, 0, 0], [1, 1, NO_LABEL]])
+    predicted = torch.tensor([[0, 0, 1], [1, 0, 1]])
+    counts = count(predicted, truth, 2)
+    assert [values.tolist() for values in (counts.hits, counts.truth, counts.predicted)] == [
+        [[2, 1]],
+        [[3, 2]],
+        [[3, 2]],
+    ]
+    found = scores(counts)
+    assert found.iou == pytest.approx((50.0, 100 / 3))
+    assert found.acc == pytest.approx((200 / 3, 50.0))
+    assert (found.miou, found.macc, found.aacc) == pytest.approx((125 / 3, 175 / 3, 60.0))
+
+
+def test_a_class_that_is_predicted_and_never_true_lowers_miou_alone() -> None:
+    truth = torch.tensor([0, 0, 0, 0])
+    found = scores(count(torch.tensor([0, 0, 0, 1]), truth, 3))
+    assert found.iou == (75.0, 0.0, None)
+    assert found.acc == (75.0, None, None)
+    assert (found.miou, found.macc, found.aacc) == (37.5, 75.0, 75.0)
+
+
+def test_miou_is_that_of_torchmetrics_where_every_class_is_there() -> None:
+    pairs = random_pairs(seed=9)
+    metric = JaccardIndex(task="multiclass", num_classes=CLASSES, average="macro", ignore_index=NO_LABEL)
+    for predicted, truth in pairs:
+        metric.update(predicted.flatten(), truth.flatten())
+    assert scores(counted(pairs)).miou == pytest.approx(100 * float(metric.compute()), abs=1e-4)
+
+
+def test_what_is_predicted_where_there_is_no_label_changes_nothing() -> None:
+    (predicted, truth), *_ = random_pairs(1)
+    other = torch.where(truth == NO_LABEL, (predicted + 3) % CLASSES, predicted)
+    assert not torch.equal(other, predicted)
+    for ours, theirs in zip(
+        vars(count(predicted, truth, CLASSES)).values(), vars(count(other, truth, CLASSES)).values(), strict=True
+    ):
+        assert np.array_equal(ours, theirs)
+
+
+def test_all_right_is_a_hundred_and_all_wrong_is_nothing() -> None:
+    truth = torch.arange(12).remainder(3)
+    right, wrong = scores(count(truth, truth, 3)), scores(count((truth + 1) % 3, truth, 3))
+    assert (right.miou, right.macc, right.aacc) == (100.0, 100.0, 100.0)
+    assert (wrong.miou, wrong.macc, wrong.aacc) == (0.0, 0.0, 0.0)
+
+
+def test_a_data_set_of_one_class_can_be_scored() -> None:
+    found = scores(count(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 0, NO_LABEL]), 1))
+    assert (found.miou, found.macc, found.aacc) == (100.0, 100.0, 100.0)
+
+
+def test_an_image_without_any_label_adds_nothing() -> None:
+    pairs = random_pairs()
+    with_empty = Counts.joined([counted(pairs), Counts.nothing(CLASSES)])
+    assert with_empty.images == 6
+    assert scores(with_empty) == scores(counted(pairs))
+    predicted, truth = pairs[0]
+    assert not count(predicted, torch.full_like(truth, NO_LABEL), CLASSES).predicted.any()
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="no pixel of the images that are judged has a label"):
+        scores(count(torch.tensor([0, 1]), torch.tensor([NO_LABEL, NO_LABEL]), 2))
+    with pytest.raises(EvaluationError, match="no predictions to score"):
+        Counts.joined([])
+
+
+@pytest.mark.parametrize(("predicted", "truth"), [((2, 3), (3, 2)), ((4,), (5,)), ((0,), (0,)), ((6,), (2, 3))])
+def test_a_prediction_for_each_label_is_required(predicted: tuple[int, ...], truth: tuple[int, ...]) -> None:
+    with pytest.raises(EvaluationError, match="expected a prediction for each label, got"):
+        count(torch.zeros(predicted, dtype=torch.int64), torch.zeros(truth, dtype=torch.int64), 2)
+
+
+# --- intervals ---
+
+
+def test_the_same_predictions_differ_by_exactly_nothing() -> None:
+    ours = counted(random_pairs(20))
+    found = paired_interval([ours, ours], [ours, ours])
+    assert (found.difference, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_source_that_is_better_everywhere_is_above_nothing() -> None:
+    better, worse = counted(random_pairs(20, right=0.8)), counted(random_pairs(20, right=0.5))
+    found = paired_interval([better], [worse])
+    assert 0 < found.low < found.difference < found.high
+    assert found.difference == pytest.approx(scores(better).miou - scores(worse).miou)
+
+
+def test_sources_that_are_as_good_differ_by_chance() -> None:
+    found = paired_interval([counted(random_pairs(20, seed=1))], [counted(random_pairs(20, seed=2))])
+    assert found.low < 0 < found.high
+    assert found.difference != 0
+
+
+def test_swapped_sides_mirror_the_interval() -> None:
+    ours, theirs = counted(random_pairs(12, right=0.7)), counted(random_pairs(12, seed=1))
+    there, back = paired_interval([ours], [theirs]), paired_interval([theirs], [ours])
+    assert (back.difference, back.low, back.high) == pytest.approx((-there.difference, -there.high, -there.low))
+    assert there.low < there.high
+
+
+def test_an_interval_is_the_same_each_time() -> None:
+    ours, theirs = counted(random_pairs(12, right=0.7)), counted(random_pairs(12, seed=1))
+    assert paired_interval([ours], [theirs]) == paired_interval([ours], [theirs])
+
+
+def test_differences_are_averaged_over_seeds() -> None:
+    ours = [counted(random_pairs(8, seed=seed, right=0.7)) for seed in range(3)]
+    theirs = [counted(random_pairs(8, seed=seed, right=0.6)) for seed in range(3)]
+    each = [scores(a).miou - scores(b).miou for a, b in zip(ours, theirs, strict=True)]
+    assert paired_interval(ours, theirs).difference == pytest.approx(sum(each) / 3)
+
+
+def test_an_interval_of_two_images_by_hand() -> None:
+    """One image all right and one all wrong against all wrong: draws have 0, 1/3 (half of both is right) or 1."""
+    ours = Counts.joined([image_of([4], [4], [4]), image_of([0], [4], [0])])
+    theirs = Counts.joined([image_of([0], [4], [0]), image_of([0], [4], [0])])
+    found = paired_interval([ours], [theirs])
+    assert (found.difference, found.low, found.high) == (50.0, 0.0, 100.0)
+
+
+def test_an_interval_holds_95_percent_of_the_draws() -> None:
+    """Half of 400 images are right: a mean of so many has a deviation of 2.5 points; 90 % would lie within 4.1."""
+    ours = Counts.joined([image_of([number % 2], [1], [number % 2]) for number in range(400)])
+    theirs = Counts.joined([image_of([0], [1], [0])] * 400)
+    found = paired_interval([ours], [theirs], draws=4000)
+    assert (found.difference, found.low, found.high) == pytest.approx((50, 50 - 4.9, 50 + 4.9), abs=0.4)
+
+
+def test_pairing_is_what_makes_an_interval_narrow() -> None:
+    """Images of very different difficulty, each a little better: paired by image the difference is sure."""
+    hard = [image_of([10 * n + 5], [200], [10 * n + 5]) for n in range(15)]
+    easier = [image_of([10 * n + 8], [200], [10 * n + 8]) for n in range(15)]
+    found = paired_interval([Counts.joined(easier)], [Counts.joined(hard)])
+    assert (found.difference, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    unpaired = paired_interval([Counts.joined(easier)], [Counts.joined(hard[::-1])])
+    assert unpaired.low < 0 < unpaired.high
+
+
+def test_images_without_any_label_make_no_difference_unsure() -> None:
+    """A draw of such images alone has no score; it is not a draw that found no difference."""
+    ours = Counts.joined([image_of([4, 0], [4, 0], [4, 0]), Counts.nothing(2)])
+    theirs = Counts.joined([image_of([2, 0], [4, 0], [2, 2]), Counts.nothing(2)])
+    found = paired_interval([ours], [theirs])
+    assert found.difference == found.low == found.high == pytest.approx(75.0)
+
+
+def test_other_images_or_seeds_cannot_be_paired() -> None:
+    three, four = counted(random_pairs(3)), counted(random_pairs(4))
+    for left, right in (([three], [four]), ([three], [three, three])):
+        with pytest.raises(EvaluationError, match="same images and seeds on both sides"):
+            paired_interval(left, right)

@@ -1,0 +1,236 @@
+"""From crops to features: in order, in batches of one size, and the same whether they come from disk or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from denoising_vit.crops import Crop
+from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.seeing import FeatureCache, Shown, compact, see
+from denoising_vit.evaluation.sources import ExtractorSource
+from tiny_labelled import PATCH, SIZE, coloured, colours, tiny_backbone, write_labelled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledData:
+    return write_labelled(tmp_path_factory.mktemp("coloured"), coloured(5, 0), coloured(1, 1))
+
+
+@pytest.fixture
+def shown(data: LabelledData) -> list[Shown]:
+    return [(image, Crop.whole((SIZE, SIZE))) for image in data.train.images]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FeatureCache:
+    return FeatureCache(tmp_path / "cache")
+
+
+class Counted:
+    """An extractor that keeps the shapes it was shown; its features are no round numbers."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor] = colours) -> None:
+        self.model = model
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.shapes.append(tuple(image.shape))
+        return self.model(image) / 3
+
+    def source(self, name: str = "raw", **identity: object) -> ExtractorSource:
+        return ExtractorSource(name, tiny_backbone(), self, identity)
+
+
+def files(cache: FeatureCache) -> list[Path]:
+    return sorted(cache.folder.rglob("*.safetensors"))
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- features ---
+
+
+def test_features_are_those_of_each_image_in_turn(shown: list[Shown]) -> None:
+    source = Counted().source()
+    found = list(see(source, shown))
+    for (image, crop), features in zip(shown, found, strict=True):
+        exact = source.features(source.inputs(image, crop)[None])[0]
+        assert features.shape == (6, 6, 3) and features.dtype == torch.float32
+        assert torch.equal(features, exact.half().float())
+        assert not torch.equal(features, exact)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_progress_is_told_once_a_crop(shown: list[Shown], cache: FeatureCache) -> None:
+    for _ in range(2):
+        told: list[int] = []
+        list(see(Counted().source(), shown, cache, lambda told=told: told.append(1)))
+        assert len(told) == 5
+
+
+def test_nothing_is_seen_of_nothing(cache: FeatureCache) -> None:
+    assert list(see(Counted().source(), [], cache)) == []
+
+
+def test_order_is_kept_when_sizes_are_mixed(shown: list[Shown]) -> None:
+    sizes = [(48, 48), (48, 48), (32, 64), (48, 48), (64, 32)]
+    mixed = [(image, Crop.whole(size)) for (image, _), size in zip(shown, sizes, strict=True)]
+    extractor = Counted()
+    found = list(see(extractor.source(), mixed))
+    assert [tuple(features.shape[:2]) for features in found] == [(6, 6), (6, 6), (4, 8), (6, 6), (8, 4)]
+    assert [shape[0] for shape in extractor.shapes] == [2, 1, 1, 1]  # of one size each
+    alone = [next(see(Counted().source(), [one])) for one in mixed]
+    assert same(found, alone)
+
+
+def test_batches_are_no_larger_than_the_device_takes(shown: list[Shown], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def two(_device: torch.device, tokens: int) -> int:
+        asked.append(tokens)
+        return 2
+
+    monkeypatch.setattr("denoising_vit.evaluation.seeing.fitting_batch", two)
+    extractor = Counted()
+    found = list(see(extractor.source(), shown))
+    assert [shape[0] for shape in extractor.shapes] == [2, 2, 1]
+    assert set(asked) == {36}
+    monkeypatch.undo()
+    assert same(found, list(see(Counted().source(), shown)))
+
+
+def test_pads_count_as_part_of_what_is_shown(shown: list[Shown]) -> None:
+    padded = [(image, replace(crop, pads=(PATCH, 0, 0, 2 * PATCH))) for image, crop in shown]
+    extractor = Counted()
+    assert all(features.shape == (8, 7, 3) for features in see(extractor.source(), padded))
+    assert {shape[2:] for shape in extractor.shapes} == {(64, 56)}
+
+
+# --- the cache ---
+
+
+def test_features_from_disk_are_the_same_bit_for_bit(shown: list[Shown], cache: FeatureCache) -> None:
+    without = list(see(Counted().source(), shown))
+    first, second = (list(see(Counted().source(), shown, cache)) for _ in range(2))
+    assert same(first, without) and same(second, without)
+    assert len(files(cache)) == 5
+
+
+def test_a_second_pass_makes_no_forward_pass(shown: list[Shown], cache: FeatureCache) -> None:
+    extractor = Counted()
+    list(see(extractor.source(), shown, cache))
+    assert sum(shape[0] for shape in extractor.shapes) == 5
+    extractor.shapes.clear()
+    list(see(extractor.source(), shown, FeatureCache(cache.folder)))
+    assert extractor.shapes == []
+
+
+def test_only_what_is_missing_is_made_and_order_is_kept(shown: list[Shown], cache: FeatureCache) -> None:
+    list(see(Counted().source(), [shown[1], shown[3]], cache))
+    extractor = Counted()
+    found = list(see(extractor.source(), shown, cache))
+    assert sum(shape[0] for shape in extractor.shapes) == 3
+    assert same(found, list(see(Counted().source(), shown)))
+
+
+def test_a_source_on_disk_already_is_not_kept_twice(shown: list[Shown], cache: FeatureCache) -> None:
+    source = Counted().source()
+    source.cached = False
+    list(see(source, shown, cache))
+    assert files(cache) == []
+
+
+def test_what_is_kept_stays_within_the_limit(shown: list[Shown], tmp_path: Path) -> None:
+    """The limit is of the files, and each has a header besides its 216 bytes of features."""
+    cache = FeatureCache(tmp_path / "cache", limit=700)
+    found = list(see(Counted().source(), shown, cache))
+    assert 1 <= len(files(cache)) < 5
+    assert sum(path.stat().st_size for path in files(cache)) <= 700
+    assert same(found, list(see(Counted().source(), shown)))
+
+
+def test_what_earlier_runs_kept_counts_against_the_limit(shown: list[Shown], cache: FeatureCache) -> None:
+    list(see(Counted().source(), shown[:2], cache))
+    used = sum(path.stat().st_size for path in files(cache))
+    list(see(Counted().source(), shown, FeatureCache(cache.folder, limit=used + 100)))
+    assert len(files(cache)) == 2
+    list(see(Counted().source(), shown, FeatureCache(cache.folder)))
+    assert len(files(cache)) == 5
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100], ids=["empty", "within its header's length", "within its features"])
+def test_a_damaged_file_is_made_again(shown: list[Shown], cache: FeatureCache, keep: int) -> None:
+    first = list(see(Counted().source(), shown, cache))
+    victim = files(cache)[2]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:keep])
+    extractor = Counted()
+    assert same(list(see(extractor.source(), shown, cache)), first)
+    assert sum(shape[0] for shape in extractor.shapes) == 1
+    assert victim.read_bytes() == whole
+
+
+def test_features_that_float16_has_no_room_for_stay_as_they_are(shown: list[Shown], cache: FeatureCache) -> None:
+    extractor = Counted(lambda image: colours(image) * 1e6)
+    for _ in range(2):
+        found = list(see(extractor.source(), shown, cache))
+        source = extractor.source()
+        exact = [source.features(source.inputs(*one)[None])[0] for one in shown]
+        assert same(found, exact)
+
+
+def test_the_largest_values_that_float16_holds() -> None:
+    assert compact(torch.tensor([65000.0, -3.0])).dtype == torch.float16
+    assert compact(torch.tensor([3.0, -65600.0])).dtype == torch.float32
+    assert torch.isfinite(compact(torch.tensor([65504.0, 65519.0, 65520.0]))).all()
+
+
+# --- which file is whose ---
+
+
+def test_the_same_is_found_again(shown: list[Shown], cache: FeatureCache) -> None:
+    image, crop = shown[0]
+    path = cache.path(Counted().source(a=1), shown[0])
+    assert path == FeatureCache(cache.folder).path(Counted().source(a=1), (image, replace(crop)))
+    assert path.is_relative_to(cache.folder)
+
+
+def test_another_crop_image_or_source_has_another_file(shown: list[Shown], cache: FeatureCache) -> None:
+    image, crop = shown[0]
+    source = Counted().source(a=1)
+    crops = [
+        crop,
+        replace(crop, box=(0.0, 0.0, 1.0, 0.5)),
+        replace(crop, size=(48, 56)),
+        replace(crop, pads=(8, 0, 0, 0)),
+        replace(crop, pads=(0, 8, 0, 0)),
+        replace(crop, flip=True),
+        replace(crop, inverted=True),
+    ]
+    paths = [cache.path(source, (image, one)) for one in crops]
+    paths += [cache.path(source, other) for other in shown[1:]]
+    paths += [cache.path(one, shown[0]) for one in (Counted().source(), Counted().source(a=2), Counted().source(b=1))]
+    paths.append(cache.path(Counted().source("another", a=1), shown[0]))
+    finer = ExtractorSource("raw", tiny_backbone(lambda x: colours(x)[:, ::2, ::2, :2], 16, 48), None, {"a": 1})
+    assert (finer.patch_size, finer.stride) == (16, 16)
+    paths.append(cache.path(finer, shown[0]))
+    assert len(set(paths)) == len(paths)
+
+
+def test_another_backbone_has_another_file(shown: list[Shown], cache: FeatureCache) -> None:
+    """The same name and patch grid, as two models of one family have, and both kept in one folder."""
+    ours, theirs = (ExtractorSource("raw", tiny_backbone(model)) for model in (colours, lambda x: colours(x).flip(-1)))
+    assert cache.path(ours, shown[0]) != cache.path(theirs, shown[0])
+    first, second = (list(see(source, shown, cache)) for source in (ours, theirs))
+    assert not same(first, second)
+    assert same(second, list(see(theirs, shown)))
