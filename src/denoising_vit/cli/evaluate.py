@@ -14,6 +14,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
 from denoising_vit.cli.scoreboard import scoreboard
+from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.records import Results, run_info
@@ -53,7 +54,7 @@ class Judged:
 def knn(
     judged: tyro.conf.OmitArgPrefixes[Judged],
     voting: tyro.conf.OmitArgPrefixes[KnnOptions] = KnnOptions(),  # noqa: B008, frozen
-    exact: DenoiseOptions = DenoiseOptions(),  # noqa: B008, frozen
+    exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -62,19 +63,19 @@ def knn(
     Args:
         judged: what is judged.
         voting: how.
-        exact: of stage 1; its method stays exact, and no views are held out.
+        exact: how stage 1 is done, where exact features are judged.
         model: the backbone, and how it is run.
         json: print the lines of results instead of a table.
     """
     voting.validate()
-    names = parse_names(judged.features)
-    return _tell(judged, lambda: _workbench(judged, exact, model).knn(names, voting), as_json=json)
+    names, fitting = parse_names(judged.features), exact.denoising()
+    return _tell(judged, lambda: _workbench(judged, fitting, model).knn(names, voting), as_json=json)
 
 
 def segmentation(
     judged: tyro.conf.OmitArgPrefixes[Judged],
     training: tyro.conf.OmitArgPrefixes[SegmentationOptions] = SegmentationOptions(),  # noqa: B008, frozen
-    exact: DenoiseOptions = DenoiseOptions(),  # noqa: B008, frozen
+    exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -83,17 +84,16 @@ def segmentation(
     Args:
         judged: what is judged.
         training: how the probe is trained.
-        exact: of stage 1; its method stays exact, and no views are held out.
+        exact: how stage 1 is done, where exact features are judged.
         model: the backbone, and how it is run.
         json: print the lines of results instead of a table.
     """
     training.protocol()
-    names = parse_names(judged.features)
-    return _tell(judged, lambda: _workbench(judged, exact, model).segmentation(names, training), as_json=json)
+    names, fitting = parse_names(judged.features), exact.denoising()
+    return _tell(judged, lambda: _workbench(judged, fitting, model).segmentation(names, training), as_json=json)
 
 
 def _workbench(judged: Judged, exact: DenoiseOptions, model: BackboneSpec) -> Workbench:
-    exact.validate()
     results = Results(judged.out)
     with CountProgress(None, "images read") as progress:
         data = open_labelled(judged.data, classes=judged.classes, images=judged.images, progress=progress.advance)

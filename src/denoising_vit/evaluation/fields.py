@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,49 @@ from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.fit import FitJob, FitOptions
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.store import FeatureStore
+from denoising_vit.views import Coverage
 
 #: Called with the split that is being fitted, images done, and images in all.
 OnFitted = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """How stage 1 of the images is done: by the exact method, once for all tasks.
+
+    Attributes:
+        views: crops of each image that are fitted, the whole image included.
+        size: height and width of a view in pixels, or one number for a square. Without it, the size at which images
+            are shown; where they are shown at sizes of their own that differ, the backbone's own.
+        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
+        smoothness: weight of the penalty on differences within the semantic field.
+        shrinkage: weight of the penalty on the artifact's size.
+        clip: scale down tokens whose norm is more than this many median absolute deviations above the median. Without
+            it, none are.
+        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
+        taper: share of a crop's side over which its patches gain weight from the border inwards.
+        seed: of the crops.
+    """
+
+    views: int = DenoiseOptions.views
+    size: int | tuple[int, int] | None = None
+    resolution: int | None = None
+    smoothness: float = DenoiseOptions.smoothness
+    shrinkage: float = DenoiseOptions.shrinkage
+    clip: float | None = None
+    coverage: Coverage = DenoiseOptions.coverage
+    taper: float = DenoiseOptions.taper
+    seed: int = DenoiseOptions.seed
+
+    def denoising(self) -> DenoiseOptions:
+        """As options of stage 1; nobody looks at held-out views, so there are none.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        options = DenoiseOptions(held_out=0, **asdict(self))
+        options.validate()
+        return options
 
 
 def fitted_fields(

@@ -94,11 +94,10 @@ class Results:
             reason = error.strerror or error
             raise EvaluationError(f"cannot write results to {path} ({reason}); choose another file with -o") from error
         *lines, rest = content.split(b"\n")
+        if not _is_cut_off(rest):
+            lines.append(rest)
         for number, line in enumerate(lines, 1):
             self._take(number, line)
-        if rest and not self._is_cut_off(rest):
-            self._take(len(lines) + 1, rest)
-        self._whole = len(content) - (len(rest) if self._is_cut_off(rest) else 0)
 
     def find(self, record: Record) -> dict[str, Any] | None:
         """What an earlier run wrote of the same thing; None where there is nothing, or where it failed."""
@@ -117,30 +116,27 @@ class Results:
         """
         line = record.to_line()
         try:
-            with self.path.open("rb+") as file:
-                file.truncate(max(self._whole, 0))
-                file.seek(0, os.SEEK_END)
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    line = line if file.read(1) == b"\n" else "\n" + line
+            self._drop_what_was_cut_off()
+            with self.path.open("ab") as file:  # one write at the end: another run may add to the same file
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
-                self._whole = file.tell()
         except OSError as error:
             raise EvaluationError(f"cannot write results to {self.path} ({error.strerror or error})") from error
         plain = json.loads(line)
         self._remember(plain)
         return plain
 
-    @staticmethod
-    def _is_cut_off(rest: bytes) -> bool:
-        """Whether what follows the last line break is a result that a killed run did not finish."""
-        try:
-            json.loads(rest)
-        except ValueError:
-            return rest.startswith(_BEGINNING[: len(rest)])
-        return False
+    def _drop_what_was_cut_off(self) -> None:
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with self.path.open("rb+") as file:
+                if _is_cut_off(content[whole:]):
+                    file.truncate(whole)
+                else:  # a result without its line break
+                    file.seek(0, os.SEEK_END)
+                    file.write(b"\n")
 
     def _take(self, number: int, line: bytes) -> None:
         if not line.strip():
@@ -157,6 +153,15 @@ class Results:
         key = json.dumps([plain["task"], plain["features"], plain["settings"], plain.get("published")], sort_keys=True)
         if plain["failed"] is None:
             self._done[key] = plain
+
+
+def _is_cut_off(rest: bytes) -> bool:
+    """Whether what follows the last line break is a result that a killed run did not finish."""
+    try:
+        json.loads(rest)
+    except ValueError:
+        return rest.startswith(_BEGINNING[: len(rest)])
+    return False
 
 
 def run_info(command: Sequence[str] | None = None) -> dict[str, Any]:

@@ -71,8 +71,9 @@ _WARMUP_START = 1e-6
 
 PAPER = Protocol("paper", steps=40_000, warmup=1_500)
 
-#: The same probe on features of whole images, with the same share of warm-up.
-QUICK = Protocol("quick", steps=2_000, warmup=75, augment=False, normalisation="own")
+#: The same probe on features of whole images, with the same share of warm-up. With ten times the learning rate it is
+#: within a point of where four times as many steps take it; with the published one, not (docs/decisions.md).
+QUICK = Protocol("quick", steps=1_500, warmup=56, learning_rate=1e-2, augment=False, normalisation="own")
 
 
 @dataclass(frozen=True)
