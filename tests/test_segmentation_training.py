@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,9 +229,16 @@ def evaluate(
     data: LabelledData,
     protocol: Protocol = FAST,
     seeds: Sequence[int] = (0,),
+    progress: Callable[[], None] = lambda: None,
     **others: Any,
 ) -> list[Trained]:
-    return list(linear_segmentation(source_of(function), data, protocol, seeds, **others))
+    """Trains and judges; progress is called after each step."""
+
+    @contextlib.contextmanager
+    def watch(what: str, _total: int | None) -> Iterator[Callable[[], None]]:
+        yield progress if what.endswith("steps") else lambda: None
+
+    return list(linear_segmentation(source_of(function), data, protocol, seeds, watch=watch, **others))
 
 
 def same(ours: Counts, theirs: Counts) -> bool:

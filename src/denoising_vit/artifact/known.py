@@ -63,7 +63,8 @@ def load_artifact(source: str | Path, backbone: Backbone) -> Artifact:
     if artifact is None:
         raise ArtifactError(
             f"no artifact of {backbone.name} with these weights ({backbone.weights}), layer {backbone.layer} and "
-            f"stride {backbone.stride} comes with the package; make one: dvit calibrate PHOTOS -o FILE"
+            f"stride {backbone.stride} comes with the package; make one by dvit calibrate PHOTOS -o FILE, "
+            "and give it by --artifact FILE"
         )
     return artifact
 

@@ -14,6 +14,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
 from denoising_vit.cli.scoreboard import scoreboard
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import open_labelled
@@ -94,16 +95,18 @@ def segmentation(
 
 
 def _workbench(judged: Judged, exact: DenoiseOptions, model: BackboneSpec) -> Workbench:
-    results = Results(judged.out)
+    if not judged.cache_gb >= 0:
+        raise EvaluationError(f"cache_gb must be 0 or more, got {judged.cache_gb}")
     with CountProgress(None, "images read") as progress:
         data = open_labelled(judged.data, classes=judged.classes, images=judged.images, progress=progress.advance)
     if data.note:
         print_note(data.note)
     if data.val.absent:
         print_note(f"never occurs in val, left out of the means unless predicted: {', '.join(data.val.absent)}")
+    results = Results(judged.out)  # a file that cannot be written to is said before the model is loaded
     backbone = model.load()
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
-    return Workbench(
+    bench = Workbench(
         data=data,
         backbone=backbone,
         spec=model,
@@ -115,6 +118,8 @@ def _workbench(judged: Judged, exact: DenoiseOptions, model: BackboneSpec) -> Wo
         artifact=judged.artifact,
         watch=watch,
     )
+    _ = bench.cache  # a folder that cannot be written to is said at once
+    return bench
 
 
 def _tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool) -> int:
@@ -122,6 +127,8 @@ def _tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool)
     try:
         for line, kept in lines():
             found.append((line, kept))
+            if as_json:
+                print(json_lines.dumps(line), flush=True)
             if not line["failed"]:
                 words = f"mIoU {line['metrics']['mIoU']:.2f} in {line['seconds']:.0f} s"
                 print_note(f"{line['features']}: {words}{' (kept from an earlier run)' if kept else ''}")
@@ -132,12 +139,9 @@ def _tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool)
 
 
 def finish(found: Sequence[Line], out: Path, *, as_json: bool) -> int:
-    """Prints lines of results, and says what failed or was skipped. Returns the exit code."""
+    """Prints a table of lines of results, and says what failed or was skipped. Returns the exit code."""
     lines = [line for line, _ in found]
-    if as_json:
-        for line in lines:
-            print(json_lines.dumps(line), flush=True)
-    else:
+    if not as_json:
         scoreboard(lines)
     for line in lines:
         if line["failed"]:

@@ -14,11 +14,12 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.evaluate import finish
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
-from denoising_vit.dataset import named_photos, open_dataset, spread
+from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, spread
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.sources import backbone_settings
-from denoising_vit.evaluation.workbench import parse_names
+from denoising_vit.evaluation.workbench import Line, parse_names
+from denoising_vit.photos import photo_digest
 
 
 def artifacts(
@@ -48,18 +49,19 @@ def artifacts(
         return WRONG_USAGE
     names = parse_names(features)
     diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
-    results = Results(out)
     dataset = open_dataset(data)
     chosen = spread(len(dataset), photos)
+    results = Results(out)
     backbone = model.load()
-    ids = hashlib.sha256("\0".join(dataset[index].id for index in chosen).encode()).hexdigest()[:16]
-    about = {"name": Path(data).name or data, "layout": "photos", "digest": ids}
+    about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
     settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), **asdict(diagnosing)}
     settings = json_lines.loads(json_lines.dumps(settings))
     blank = [Record("artifacts", name, settings, run=run_info()) for name in names]
-    kept = [results.find(record) for record in blank]
-    if all(line is not None for line in kept):
-        return finish([(line, True) for line in kept if line is not None], out, as_json=json)
+    kept = [line for record in blank if (line := results.find(record)) is not None]
+    if len(kept) == len(blank):
+        for name in names:
+            print_note(f"{name} (kept from an earlier run)")
+        return _finish([(line, True) for line in kept], out, as_json=json)
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     with CountProgress(len(chosen), "photos") as progress:
         try:
@@ -72,7 +74,22 @@ def artifacts(
             return INTERRUPTED
     skipped = [[item.item, item.reason] for item in dataset.skipped] + [list(item) for item in found.info["skipped"]]
     lines = [(results.add(_filled(record, found, skipped)), False) for record in blank]
-    return finish(lines, out, as_json=json)
+    return _finish(lines, out, as_json=json)
+
+
+def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
+    if as_json:
+        for line, _ in lines:
+            print(json_lines.dumps(line), flush=True)
+    return finish(lines, out, as_json=as_json)
+
+
+def _digest(dataset: Dataset, chosen: list[int]) -> str:
+    """SHA-256 of the photos' pixels, in order; of those that cannot be read, the reason."""
+    digest = hashlib.sha256()
+    for _, pixels in named_photos(dataset, chosen):
+        digest.update((pixels.reason if isinstance(pixels, Skipped) else photo_digest(pixels)).encode())
+    return digest.hexdigest()[:16]
 
 
 def _filled(record: Record, found: Diagnosis, skipped: list[list[str]]) -> Record:

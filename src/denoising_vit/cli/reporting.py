@@ -169,7 +169,7 @@ class CountProgress(OnScreen):
 
 
 @contextlib.contextmanager
-def watch(what: str, total: int) -> Iterator[Callable[[], None]]:
+def watch(what: str, total: int | None) -> Iterator[Callable[[], None]]:
     """A bar for as long as a block lasts; gives what is to be called after each."""
     with CountProgress(total, what) as progress:
         yield progress.advance

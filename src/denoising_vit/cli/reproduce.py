@@ -11,11 +11,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from denoising_vit.backbones import BackboneSpec
+from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.evaluation.records import Results, run_info
-from denoising_vit.evaluation.segmentation import PAPER
+from denoising_vit.evaluation.segmentation import PAPER, Protocol
 from denoising_vit.published import VARIANTS, published_rows
 from denoising_vit.reproduction import Row, Step, find_row, list_rows, reproduce_row
 
@@ -56,79 +56,100 @@ def reproduce(
     if variant not in VARIANTS:
         print_error(f"--variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         return WRONG_USAGE
-    try:
-        if dry:
-            return _dry(row, variant, device, seed)
-        if row is None:
-            print_error("which row? Give --row MODEL; `dvit reproduce --list` names them")
-            return WRONG_USAGE
-        return _reproduce(row, variant, data, out, BackboneSpec(row, weights, device=device), seed)
-    except KeyboardInterrupt:
-        print_note("interrupted; finished steps stay, and the same command goes on from there")
-        return INTERRUPTED
+    if seed < 0:
+        print_error(f"--seed must be 0 or more, got {seed}")
+        return WRONG_USAGE
+    if dry:
+        return _dry(row, variant, device, seed)
+    if row is None:
+        print_error("which row? Give --row MODEL; `dvit reproduce --list` names them")
+        return WRONG_USAGE
+    return _reproduce(row, variant, data, out, BackboneSpec(row, weights, device=device), seed)
 
 
 def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSpec, seed: int) -> int:
-    found = find_row(model, variant, data)  # statuses of the data alone: what is done is printed again
-    able = [step for step in found.steps if step.status == "ready"]
-    if not able:
-        _tell_rest(found)
-        print_error(f"nothing can be measured of {model}, {variant}")
+    found = find_row(model, variant, data)  # by the data alone: what is done already is printed again
+    if not _able(found):
         return WRONG_USAGE
     results = Results(out)
-    measured = [
-        *reproduce_row(
-            found,
-            data=data,
-            backbone=spec.load(),
-            spec=spec,
-            protocol=PAPER,
-            results=results,
-            folder=out.with_suffix(".cache"),
-            run=run_info(),
-            seed=seed,
-            watch=watch,
-        )
-    ]
+    backbone = spec.load()
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    try:
+        measured = _measured(found, data, backbone, spec, PAPER, results, out.with_suffix(".cache"), seed)
+    except KeyboardInterrupt:
+        print_note("interrupted; finished steps stay, and the same command goes on from there")
+        return INTERRUPTED
     _print_measured([(found, measured)], f"{model}, {variant}")
     complete = _tell_rest(found)
-    failed = _tell_failed(measured)
     print_note(f"results in {out}")
-    return OK if complete and not failed else SOME_FAILED
+    return SOME_FAILED if _tell_failed(measured) or not complete else OK
 
 
 def _dry(model: str | None, variant: str, device: str, seed: int) -> int:
     from denoising_vit.reproduction.dry import dry_backbone, dry_data, dry_protocol
 
     models = [row.model for row in published_rows() if row.variant == variant] if model is None else [model]
-    failed = False
-    found = []
+    found, failed = [], False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = dry_data(folder / "data")
-        for each in models:
-            row = find_row(each, variant, data)
-            backbone = dry_backbone(each)
-            measured = [
-                *reproduce_row(
-                    row,
-                    data=data,
-                    backbone=backbone if device == "auto" else backbone.to(device),
-                    spec=BackboneSpec(each, "random"),
-                    protocol=dry_protocol(),
-                    results=Results(folder / f"{each}.jsonl"),
-                    folder=folder / "cache",
-                    run=run_info(),
-                    seed=seed,
-                    watch=watch,
-                )
-            ]
-            failed = _tell_failed(measured) or failed or not measured
-            found.append((row, measured))
+        rows = [find_row(each, variant, data) for each in models]
+        if not _able(*rows):
+            return WRONG_USAGE
+        try:
+            for row in rows:
+                backbone = dry_backbone(row.published.model)
+                backbone = backbone if device == "auto" else backbone.to(device)
+                spec = BackboneSpec(row.published.model, "random")
+                results = Results(folder / "results.jsonl")
+                measured = _measured(row, data, backbone, spec, dry_protocol(), results, folder / "cache", seed)
+                failed = _tell_failed(measured) or failed
+                found.append((row, measured))
+        except KeyboardInterrupt:
+            print_note("interrupted; nothing of a dry run is kept")
+            return INTERRUPTED
     _print_measured(found, "dry run: random weights and made-up data, so the measured figures mean nothing")
-    for row, _ in found[:1]:
-        _tell_rest(row)
+    _tell_rest(*rows)
     return SOME_FAILED if failed else OK
+
+
+def _able(*rows: Row) -> bool:
+    """Whether there is anything to do; otherwise says why not."""
+    if any(step.status == "ready" for row in rows for step in row.steps):
+        return True
+    _tell_rest(*rows)
+    print_error(f"nothing can be measured of {', '.join(f'{r.published.model}, {r.published.variant}' for r in rows)}")
+    return False
+
+
+def _measured(
+    row: Row,
+    data: Path,
+    backbone: Backbone,
+    spec: BackboneSpec,
+    protocol: Protocol,
+    results: Results,
+    folder: Path,
+    seed: int,
+) -> list[tuple[Step, dict[str, Any]]]:
+    steps = reproduce_row(
+        row,
+        data=data,
+        backbone=backbone,
+        spec=spec,
+        protocol=protocol,
+        results=results,
+        folder=folder,
+        run=run_info(),
+        seed=seed,
+        watch=watch,
+    )
+    done = []
+    for step, line in steps:
+        done.append((step, line))
+        if not line["failed"]:
+            print_note(f"{row.published.model} on {step.benchmark.name}: mIoU {line['metrics']['mIoU']:.2f}")
+    return done
 
 
 def _print_list(rows: Sequence[Row]) -> None:
@@ -144,7 +165,8 @@ def _print_list(rows: Sequence[Row]) -> None:
 
 def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
     """Measured beside published."""
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    Console().print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     for heading in ("model", "variant", "on", ""):
         table.add_column(heading)
     for heading in ("published", "measured"):
@@ -164,16 +186,18 @@ def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
 
 
 def _tell_failed(measured: _Measured) -> bool:
-    """Says which steps failed and why; whether any did."""
+    """Says which steps failed and which images were left out, and why; whether there were any."""
     for step, line in measured:
         if line["failed"]:
             print_error(line["failed"], f"{step.benchmark.name} failed")
-    return any(line["failed"] for _, line in measured)
+        for name, reason in line["skipped"]:
+            print_error(f"{name}: {reason}", f"{step.benchmark.name} skipped")
+    return any(line["failed"] or line["skipped"] for _, line in measured)
 
 
 def _tell_rest(*rows: Row) -> bool:
-    """Says what was not done and why, each reason once; whether nothing was left out."""
+    """Says what was not done and why, each reason once; whether all was done that this version can do."""
     left = dict.fromkeys((step.benchmark.name, step.why) for row in rows for step in row.steps if step.why)
     for name, why in left:
         print_note(f"{name}: {why}")
-    return not left
+    return not any(step.status == "missing" for row in rows for step in row.steps)

@@ -126,7 +126,7 @@ class Comparison:
             for k, name in enumerate(names)
         }
         paired = None
-        if reference is not None:
+        if reference is not None and found[0].images > 1:  # of one image nothing can be drawn
             interval = paired_interval(found, reference[1])
             paired = {"against": reference[0].features, "reference": _key(reference), "metric": "mIoU"}
             paired |= {**asdict(interval), "over": "images", "draws": DRAWS}

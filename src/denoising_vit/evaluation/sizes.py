@@ -15,10 +15,18 @@ def shown_size(size: int | tuple[int, int] | None, image: LabelledImage, source:
     """
     if size is None:
         return native_size(image.height, image.width, source.patch_size, source.stride)
-    height, width = (size, size) if isinstance(size, int) else size
-    for side in (height, width):
-        check_side(side, source.patch_size, source.stride)
-    return height, width
+    check_size(size, source.patch_size, source.stride)
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_size(size: int | tuple[int, int] | None, patch_size: int, stride: int) -> None:
+    """Refuses a size that is not covered by whole patches.
+
+    Raises:
+        SizeError: naming the nearest sides that are.
+    """
+    for side in () if size is None else (size,) if isinstance(size, int) else size:
+        check_side(side, patch_size, stride)
 
 
 def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:

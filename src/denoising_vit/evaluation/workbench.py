@@ -25,11 +25,10 @@ from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
+from denoising_vit.evaluation.sizes import check_size
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource, backbone_settings
+from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.options import DenoiseOptions
-
-#: ``watch(what, how many)`` is a block within which the function that it gives is called after each of them.
-Watch = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
 
 #: A line of results, and whether it was there already.
 Line = tuple[dict[str, Any], bool]
@@ -55,12 +54,6 @@ def parse_names(names: str | Sequence[str]) -> tuple[str, ...]:
         wrong = f"unknown: {', '.join(map(repr, unknown))}" if unknown else f"got {', '.join(given) or 'none'}"
         raise EvaluationError(f"features must be different ones of {', '.join(SOURCES)}, separated by commas; {wrong}")
     return given
-
-
-@contextlib.contextmanager
-def unwatched(_what: str, _total: int) -> Iterator[Callable[[], None]]:
-    """Shows nothing."""
-    yield lambda: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +97,10 @@ class Workbench:
 
         Raises:
             PlanError: if an option is out of range.
+            SizeError: if the size does not fit the patch grid.
         """
         options.validate()
+        check_size(options.size, self.backbone.patch_size, self.backbone.stride)
         images = len(self.data.train.images) + len(self.data.val.images)
 
         def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
@@ -150,19 +145,19 @@ class Workbench:
         """As :meth:`segmentation`, with every setting of the protocol given."""
 
         def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
-            with self.watch(f"{source.name}: steps", protocol.steps * len(missing)) as advance:
-                probes = linear_segmentation(
-                    source,
-                    self.data,
-                    protocol,
-                    missing,
-                    cache=self.cache,
-                    checkpoints=self.folder / "checkpoints" / _digest([settings, source.name, source.identity]),
-                    progress=advance,
-                )
-                for probe in probes:
-                    yield probe.seed, probe.counts, _looks(probe)
+            probes = linear_segmentation(
+                source,
+                self.data,
+                protocol,
+                missing,
+                cache=self.cache,
+                checkpoints=self.folder / "checkpoints" / _digest([settings, source.name, source.identity]),
+                watch=self.watch,
+            )
+            for probe in probes:
+                yield probe.seed, probe.counts, _looks(probe)
 
+        check_size(protocol.size, self.backbone.patch_size, self.backbone.stride)
         settings = self._settings() | asdict(protocol) | {"size": protocol.size or "native"}
         comparison = Comparison(
             task="segmentation",

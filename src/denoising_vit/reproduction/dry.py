@@ -28,8 +28,8 @@ def dry_backbone(model: str) -> Backbone:
 
 
 def dry_protocol() -> Protocol:
-    """The published protocol, stopped after two steps of two images."""
-    return replace(PAPER, steps=2, warmup=1, batch=2)
+    """The published protocol, stopped after two steps of one crop."""
+    return replace(PAPER, steps=2, warmup=1, batch=1)
 
 
 def dry_data(folder: Path) -> Path:

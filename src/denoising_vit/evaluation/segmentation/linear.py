@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCr
 from denoising_vit.evaluation.segmentation.training import Curve, train
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.watching import Watch, unwatched
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ def linear_segmentation(
     *,
     cache: FeatureCache | None = None,
     checkpoints: Path | None = None,
-    progress: Callable[[], None] = lambda: None,
+    watch: Watch = unwatched,
 ) -> Iterator[Trained]:
     """A linear probe on the images of ``train``, judged on those of ``val``, for each seed in turn.
 
@@ -57,7 +58,7 @@ def linear_segmentation(
         seeds: of the probes.
         cache: where features of whole images are kept.
         checkpoints: folder for the state of long trainings, which go on from there.
-        progress: called after each step.
+        watch: shows progress.
 
     Raises:
         EvaluationError: if features are not finite, or nothing has a label.
@@ -71,9 +72,13 @@ def linear_segmentation(
     def watched(probe: LinearProbe) -> float:
         return scores(judge(probe, source, data.val, protocol, cache)).miou
 
-    kept = None if protocol.augment else KeptFeatures.take(source, data.train, protocol, cache)
+    kept = None
+    if not protocol.augment:
+        with watch(f"{source.name}: train images", len(data.train.images)) as advance:
+            kept = KeptFeatures.take(source, data.train, protocol, cache, advance)
     for seed in seeds:
-        with _samples(kept, source, data, protocol, seed) as samples:
+        steps = watch(f"{source.name}, seed {seed}: steps", protocol.steps)
+        with _samples(kept, source, data, protocol, seed) as samples, steps as advance:
             probe, curve = train(
                 samples,
                 protocol,
@@ -82,9 +87,11 @@ def linear_segmentation(
                 source.device,
                 checkpoint=None if checkpoints is None or kept is not None else checkpoints / f"{seed}.pt",
                 look=watched if kept is not None and seed == seeds[0] else None,
-                progress=progress,
+                progress=advance,
             )
-        yield Trained(seed, judge(probe, source, data.val, protocol, cache), curve)
+        with watch(f"{source.name}, seed {seed}: val images", len(data.val.images)) as advance:
+            counts = judge(probe, source, data.val, protocol, cache, advance)
+        yield Trained(seed, counts, curve)
 
 
 def _samples(

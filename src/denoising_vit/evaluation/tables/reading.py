@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from denoising_vit.errors import EvaluationError, FormatError
-from denoising_vit.evaluation.tables.entries import Entry, parse_entry
+from denoising_vit.evaluation.tables.entries import Entry, canonical, parse_entry
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def read_entries(paths: Sequence[Path]) -> Entries:
                 broken.append(BrokenLine(path, position, str(error)))
             else:
                 entries[entry.key] = entry  # in the place of the first, so that a repeat does not reorder tables
+    _drop_failures_that_passed(entries)
     if not entries:
         first = f"; {broken[0].file}:{broken[0].line}: {broken[0].reason}" if broken else ""
         raise EvaluationError(
@@ -66,6 +67,19 @@ def read_entries(paths: Sequence[Path]) -> Entries:
             f"{first}; run `dvit evaluate` first"
         )
     return Entries(tuple(path.name for path in paths), tuple(entries.values()), tuple(broken))
+
+
+def _drop_failures_that_passed(entries: dict[str, Entry]) -> None:
+    """Drops failures from before the features were known, where the same was measured in the end."""
+    passed = {_without_features(entry) for entry in entries.values() if entry.failed is None}
+    for key, entry in list(entries.items()):
+        if entry.failed is not None and "features" not in entry.settings and _without_features(entry) in passed:
+            del entries[key]
+
+
+def _without_features(entry: Entry) -> str:
+    settings = {name: value for name, value in entry.settings.items() if name != "features"}
+    return canonical([entry.task, entry.features, settings])
 
 
 def _lines(path: Path) -> list[bytes]:
