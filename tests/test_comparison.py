@@ -20,7 +20,7 @@ from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
-from denoising_vit.evaluation.knn import KnnOptions
+from denoising_vit.evaluation.knn import KnnOptions, crops_of
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.scores import Counts, paired_interval, scores
@@ -600,6 +600,27 @@ def test_fields_are_those_of_stage_one_at_any_crop(
     turned = source.inputs(image, replace(Crop.whole((64, 64)), inverted=True))
     assert torch.allclose(turned.float(), whole.flip((0, 1)), atol=1e-4)
     assert not source.cached
+
+
+def test_neutral_crops_are_fitted_as_images_of_their_own(
+    tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
+) -> None:
+    """Whole images' fields have seen what the crop does not show: like is compared with like."""
+    backbone, spec = vit
+    neutral = KnnOptions(k=3, crops="neutral", size=64)
+    bench = exact_bench(tmp_path, larger, vit)
+    ((line, _),) = bench.knn(["exact"], neutral)
+    assert line["failed"] is None and line["settings"]["features"]["of"] == "crop"
+    ((other, _),) = replace(bench, fields_of="image").knn(["exact"], neutral)
+    assert other["failed"] is None and "of" not in other["settings"]["features"]
+
+    crops = {images.split: crops_of(images, backbone, neutral) for images in (larger.train, larger.val)}
+    options = DenoiseOptions(views=16, size=64, held_out=0)
+    source = fitted_fields("exact", larger, tmp_path / "cache" / "fields", backbone, spec, options, crops=crops)
+    image, crop = crops["val"][1]
+    direct = dv.denoise_image(backbone, crop.cut(image.pixels()).copy(), views=16, size=64, held_out=0)
+    found = source.features(source.inputs(image, crop)[None])[0]
+    assert float((found - direct.semantic).square().mean() / direct.semantic.var()) < 1e-3
 
 
 def test_an_image_that_could_not_be_fitted_fails_and_is_tried_again(

@@ -212,3 +212,35 @@ def test_the_pixels_are_those_that_are_rendered(flip: bool, inverted: bool) -> N
     down, across = rows >= 0, columns >= 0
     shown = crop.render(image, *PLAIN).numpy()[:, down][:, :, across]
     assert np.allclose(shown, image.numpy()[:, rows[down]][:, :, columns[across]], atol=1e-5)
+
+
+# --- crops as images of their own ---
+
+
+@turned
+def test_what_is_cut_out_is_what_is_rendered_where_no_pixel_is_resampled(flip: bool, inverted: bool) -> None:
+    pixels = (255 * noise(23, 31, 3)).to(torch.uint8).numpy()
+    crop = Crop((5 / 31, 2 / 23, 16 / 31, 19 / 23), (17, 11), flip=flip, inverted=inverted)
+    cut = crop.cut(pixels)
+    assert cut.shape == (17, 11, 3)
+    assert np.array_equal(cut[0, 0], pixels[18 if inverted else 2, 15 if flip != inverted else 5])
+    rendered = crop.render(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, *PLAIN)
+    assert torch.allclose(rendered, torch.from_numpy(cut.copy()).permute(2, 0, 1).float() / 255, atol=1e-5)
+
+
+def test_a_snapped_box_has_whole_pixels_and_hardly_moves() -> None:
+    for number in range(40):
+        crop = Crop.neutral(number, (56, 56), 0)
+        snapped = crop.snapped(31, 47)
+        in_pixels = np.array(snapped.box) * [47, 31, 47, 31]
+        assert np.allclose(in_pixels, in_pixels.round())
+        assert np.abs(in_pixels - np.array(crop.box) * [47, 31, 47, 31]).max() <= 0.5 + 1e-9
+        assert (snapped.size, snapped.inverted) == (crop.size, crop.inverted)
+        assert snapped.snapped(31, 47) == snapped
+
+
+def test_a_box_of_less_than_a_pixel_keeps_one() -> None:
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    crop = Crop((0.999, 0.999, 1.0, 1.0), (8, 8)).snapped(4, 4)
+    assert crop.box == (0.75, 0.75, 1.0, 1.0)
+    assert np.array_equal(crop.cut(pixels), pixels[3:, 3:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,6 +57,21 @@ class Crop:
         left, top = left * (1 - side), top * (1 - side)
         # Not every other one: where photos are halved by turns, both halves have both.
         return cls((left, top, left + side, top + side), size, inverted=number % 4 >= 2)
+
+    def snapped(self, height: int, width: int) -> Crop:
+        """The same with a box of whole pixels of an image of H x W pixels, one at least."""
+        x0, y0, x1, y1 = self.box
+        (left, right), (top, bottom) = _whole_pixels(x0, x1, width), _whole_pixels(y0, y1, height)
+        return replace(self, box=(left / width, top / height, right / width, bottom / height))
+
+    def cut(self, pixels: np.ndarray) -> np.ndarray:
+        """The pixels of an image (H, W, 3) that the box holds, mirrored and turned as they are shown: (h, w, 3)."""
+        height, width = pixels.shape[:2]
+        x0, y0, x1, y1 = self.box
+        (left, right), (top, bottom) = _whole_pixels(x0, x1, width), _whole_pixels(y0, y1, height)
+        part = pixels[top:bottom, left:right]
+        part = part[:, ::-1] if self.flip else part
+        return part[::-1, ::-1] if self.inverted else part
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -131,6 +146,11 @@ class Crop:
     def _columns(self, columns: np.ndarray) -> np.ndarray:
         place = (columns - self.pads[0]) / self.size[1]
         return 1 - place if self.flip != self.inverted else place
+
+
+def _whole_pixels(start: float, stop: float, count: int) -> tuple[int, int]:
+    first = min(round(start * count), count - 1)
+    return first, max(round(stop * count), first + 1)
 
 
 def _pixel(place: np.ndarray, start: float, stop: float, count: int) -> np.ndarray:

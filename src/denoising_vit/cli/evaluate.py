@@ -21,7 +21,6 @@ from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.workbench import Line, Workbench, parse_names
-from denoising_vit.options import DenoiseOptions
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,9 @@ def knn(
         json: print the lines of results instead of a table.
     """
     voting.validate()
-    names, fitting = parse_names(judged.features), exact.denoising()
-    return _tell(judged, lambda: _workbench(judged, fitting, model).knn(names, voting), as_json=json)
+    names = parse_names(judged.features)
+    exact.denoising()
+    return _tell(judged, lambda: _workbench(judged, exact, model).knn(names, voting), as_json=json)
 
 
 def segmentation(
@@ -90,11 +90,12 @@ def segmentation(
         json: print the lines of results instead of a table.
     """
     training.protocol()
-    names, fitting = parse_names(judged.features), exact.denoising()
-    return _tell(judged, lambda: _workbench(judged, fitting, model).segmentation(names, training), as_json=json)
+    names = parse_names(judged.features)
+    exact.denoising()
+    return _tell(judged, lambda: _workbench(judged, exact, model).segmentation(names, training), as_json=json)
 
 
-def _workbench(judged: Judged, exact: DenoiseOptions, model: BackboneSpec) -> Workbench:
+def _workbench(judged: Judged, exact: FieldOptions, model: BackboneSpec) -> Workbench:
     if not judged.cache_gb >= 0:
         raise EvaluationError(f"cache_gb must be 0 or more, got {judged.cache_gb}")
     with CountProgress(None, "images read") as progress:
@@ -114,7 +115,8 @@ def _workbench(judged: Judged, exact: DenoiseOptions, model: BackboneSpec) -> Wo
         folder=judged.cache or judged.out.with_suffix(".cache"),
         run=run_info(),
         cache_bytes=judged.cache_gb * 1e9,
-        exact=exact,
+        exact=exact.denoising(),
+        fields_of=exact.of,
         artifact=judged.artifact,
         watch=watch,
     )

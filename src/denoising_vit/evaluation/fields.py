@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
 
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone, BackboneSpec
@@ -15,10 +18,13 @@ from denoising_vit.dataset import Dataset, Item
 from denoising_vit.denoise import given_artifact
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
+from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sizes import native_size
 from denoising_vit.evaluation.sources import FieldSource
+from denoising_vit.files import atomic_path
 from denoising_vit.fit import FitJob, FitOptions
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.photos import photo_digest
 from denoising_vit.store import FeatureStore
 from denoising_vit.views import Coverage
 
@@ -42,6 +48,9 @@ class FieldOptions:
         coverage: even sees borders nearly as often as the middle; plain draws crops as published.
         taper: share of a crop's side over which its patches gain weight from the border inwards.
         seed: of the crops.
+        of: where crops of images are judged (`--crops neutral`): crop fits each crop as an image of its own, so that
+            stage 1 sees what the other features see; image fits whole images and samples their fields in the crops,
+            which is no comparison of like with like: those fields have seen the rest of the image, and upright.
     """
 
     views: int = DenoiseOptions.views
@@ -53,6 +62,7 @@ class FieldOptions:
     coverage: Coverage = DenoiseOptions.coverage
     taper: float = DenoiseOptions.taper
     seed: int = DenoiseOptions.seed
+    of: Literal["crop", "image"] = "crop"
 
     def denoising(self) -> DenoiseOptions:
         """As options of stage 1; nobody looks at held-out views, so there are none.
@@ -60,7 +70,8 @@ class FieldOptions:
         Raises:
             PlanError: naming the option, its range, and what came.
         """
-        options = DenoiseOptions(held_out=0, **asdict(self))
+        own = {key: value for key, value in asdict(self).items() if key != "of"}
+        options = DenoiseOptions(held_out=0, **own)
         options.validate()
         return options
 
@@ -74,6 +85,7 @@ def fitted_fields(
     options: DenoiseOptions,
     *,
     artifact: KnownArtifact | None = None,
+    crops: Mapping[str, Sequence[Shown]] | None = None,
     on_fitted: OnFitted = lambda *_: None,
 ) -> FieldSource:
     """The semantic fields of all images, fitted where they are not there yet.
@@ -87,6 +99,7 @@ def fitted_fields(
         options: of stage 1. Without a size, views have that of the images where all have one, and the backbone's own
             otherwise.
         artifact: G where it is known, as `denoise_image` takes it.
+        crops: by split, what is shown of each image; where given, each is fitted as an image of its own.
         on_fitted: called after each image.
 
     Raises:
@@ -99,11 +112,31 @@ def fitted_fields(
     identity: dict[str, Any] = options.recorded() | {"artifact": artifact_digest(known), "size": options.size}
     for indifferent in ("held_out", "batch_size"):  # they change nothing in the fields
         identity.pop(indifferent, None)
+    splits = [data.train, data.val]
+    if crops is not None:
+        identity["of"] = "crop"
+        splits = [_cut(images, crops[images.split], folder) for images in splits]
     stores = {
         images.split: _fitted(images, folder, backbone, spec, options, artifact, identity, on_fitted)
-        for images in (data.train, data.val)
+        for images in splits
     }
-    return FieldSource(name, backbone, stores, identity)
+    return FieldSource(name, backbone, stores, identity, of_crops=crops is not None)
+
+
+def _cut(images: LabelledSet, shown: Sequence[Shown], folder: Path) -> LabelledSet:
+    """The crops as images: written to the folder, under the ids of the images that they are of."""
+    cut = []
+    for image, crop in shown:
+        pixels = np.ascontiguousarray(crop.cut(image.pixels()))
+        digest = photo_digest(pixels)
+        path = folder / "crops" / f"{digest[:24]}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                Image.fromarray(pixels).save(temporary, "PNG")
+        height, width = pixels.shape[:2]
+        cut.append(replace(image, photo=path, digest=digest, height=height, width=width))
+    return replace(images, images=tuple(cut))
 
 
 def _fitted(

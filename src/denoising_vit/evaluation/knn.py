@@ -17,7 +17,7 @@ from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledIm
 from denoising_vit.evaluation.patch_labels import commonest, patch_counts
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
-from denoising_vit.evaluation.sizes import shown_size
+from denoising_vit.evaluation.sizes import Patches, shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 
 #: Added to the seed for the crops of the images that are judged, so that they are others than the gallery's.
@@ -93,7 +93,7 @@ def nearest_neighbours(
     classes = len(data.train.class_names)
     gallery, labels = _gallery(source, data.train, options, see_all)
     found = []
-    shown = crops_of(data.val, source, options, _VAL_SEED)
+    shown = crops_of(data.val, source, options)
     for (image, crop), features in zip(shown, see_all(source, shown), strict=True):
         truth = _labels(source, image, crop).flatten()
         known = truth != NO_LABEL
@@ -106,13 +106,16 @@ def nearest_neighbours(
     return Counts.joined(found)
 
 
-def crops_of(images: LabelledSet, source: FeatureSource, options: KnnOptions, offset: int = 0) -> list[Shown]:
-    """What is shown of each image."""
+def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list[Shown]:
+    """What is shown of each image: other neutral crops in ``val`` than in ``train``."""
+    offset = _VAL_SEED if images.split == "val" else 0
     shown = []
     for number, image in enumerate(images.images):
-        size = shown_size(options.size, image, source)
-        neutral = options.crops == "neutral"
-        shown.append((image, Crop.neutral(number, size, options.seed + offset) if neutral else Crop.whole(size)))
+        size = shown_size(options.size, image, patches)
+        crop = Crop.whole(size)
+        if options.crops == "neutral":
+            crop = Crop.neutral(number, size, options.seed + offset).snapped(image.height, image.width)
+        shown.append((image, crop))
     return shown
 
 

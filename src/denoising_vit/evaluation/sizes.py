@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from denoising_vit.backbones.base import check_side, nearest_sizes
 from denoising_vit.evaluation.labelled import LabelledImage
-from denoising_vit.evaluation.sources import FeatureSource
 
 
-def shown_size(size: int | tuple[int, int] | None, image: LabelledImage, source: FeatureSource) -> tuple[int, int]:
+class Patches(Protocol):
+    """Whatever cuts images into patches: a backbone, a source of features."""
+
+    patch_size: int
+    stride: int
+
+
+def shown_size(size: int | tuple[int, int] | None, image: LabelledImage, patches: Patches) -> tuple[int, int]:
     """(H, W) in pixels at which an image is shown.
 
     Raises:
         SizeError: if the size that is asked for does not fit the patch grid.
     """
     if size is None:
-        return native_size(image.height, image.width, source.patch_size, source.stride)
-    check_size(size, source.patch_size, source.stride)
+        return native_size(image.height, image.width, patches.patch_size, patches.stride)
+    check_size(size, patches.patch_size, patches.stride)
     return (size, size) if isinstance(size, int) else size
 
 

@@ -120,17 +120,25 @@ class FieldSource(FeatureSource):
         backbone: whose patch grid crops have.
         stores: of the images of each split, by the split's name; ids are the images'.
         identity: what decides the fields.
+        of_crops: whether the fields are those of the crops, each fitted as an image of its own.
     """
 
     def __init__(
-        self, name: str, backbone: Backbone, stores: Mapping[str, FeatureStore], identity: dict[str, Any]
+        self,
+        name: str,
+        backbone: Backbone,
+        stores: Mapping[str, FeatureStore],
+        identity: dict[str, Any],
+        *,
+        of_crops: bool = False,
     ) -> None:
         super().__init__(name, backbone, identity, cached=False)  # the stores are on disk already
-        self._stores = dict(stores)
+        self._stores, self._of_crops = dict(stores), of_crops
 
     def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """F at the patches of the crop, (h, w, C)."""
         nodes = self._stores[image.split][image.id].field
+        crop = Crop.whole(crop.size) if self._of_crops else crop
         return crop.sample(nodes, self.patch_size, self.stride)
 
     def features(self, inputs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from denoising_vit.artifact import SHIPPED, Artifact, artifact_digest, load_artifact
 from denoising_vit.backbones import Backbone, BackboneSpec
@@ -19,11 +19,11 @@ from denoising_vit.denoised import DenoisedViT
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
-from denoising_vit.evaluation.knn import KnnOptions, nearest_neighbours
+from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.scores import Counts
-from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.seeing import FeatureCache, Shown
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
 from denoising_vit.evaluation.sizes import check_size
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource, backbone_settings
@@ -69,6 +69,7 @@ class Workbench:
         run: command, hardware and software, for the record.
         cache_bytes: most that cached features may take.
         exact: options of stage 1.
+        fields_of: where crops are judged, whether stage 1 fits each crop as an image of its own, or whole images.
         artifact: G of the backbone where one is given: a file, or ``shipped``.
         extractors: further sources: extractor(image (B, 3, H, W)) -> (B, h, w, C), by names that stand for their
             features in caches and results.
@@ -83,6 +84,7 @@ class Workbench:
     run: Mapping[str, Any]
     cache_bytes: float = 10e9
     exact: DenoiseOptions = field(default_factory=DenoiseOptions)
+    fields_of: Literal["crop", "image"] = "crop"
     artifact: str | None = None
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
     watch: Watch = unwatched
@@ -122,7 +124,12 @@ class Workbench:
             counts=self.folder / "counts",
             run=self.run,
         )
-        yield from comparison.compare(self._makers(names, options.size))
+        crops = None
+        if options.crops == "neutral" and self.fields_of == "crop":
+            crops = {
+                images.split: crops_of(images, self.backbone, options) for images in (self.data.train, self.data.val)
+            }
+        yield from comparison.compare(self._makers(names, options.size, crops=crops))
 
     def segmentation(
         self, names: Sequence[str], options: SegmentationOptions, published: dict[str, str] | None = None
@@ -185,6 +192,7 @@ class Workbench:
         names: Sequence[str],
         size: int | tuple[int, int] | None,
         normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        crops: dict[str, list[Shown]] | None = None,
     ) -> _Makers:
         shown = {} if normalisation is None else {"normalisation": "imagenet"}
 
@@ -203,7 +211,7 @@ class Workbench:
             return ExtractorSource("subtract", self.backbone, clean, identity, normalisation)
 
         def exact() -> FeatureSource:
-            return self._fields(size)
+            return self._fields(size, crops)
 
         own: _Makers = {"raw": raw, "subtract": subtract, "exact": exact}
         given: _Makers = {name: functools.partial(extractor, name) for name in self.extractors}
@@ -214,7 +222,7 @@ class Workbench:
             raise EvaluationError(f"no features named {', '.join(unknown)}; there are {', '.join(known)}")
         return {name: known[name] for name in names}
 
-    def _fields(self, size: int | tuple[int, int] | None) -> FeatureSource:
+    def _fields(self, size: int | tuple[int, int] | None, crops: dict[str, list[Shown]] | None) -> FeatureSource:
         if self.exact.method != "exact":
             raise EvaluationError(f"stage 1 of a data set is done by the exact method, got {self.exact.method!r}")
         options = replace(self.exact, held_out=0, size=self.exact.size or size)  # nobody looks at held-out views
@@ -238,6 +246,7 @@ class Workbench:
                 self.spec,
                 options,
                 artifact=self.artifact,
+                crops=crops,
                 on_fitted=fitted,
             )
 
