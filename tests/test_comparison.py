@@ -22,11 +22,13 @@ from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.knn import KnnOptions, crops_of
 from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.named_sources import parse_names
 from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.scores import Counts, paired_interval, scores
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
-from denoising_vit.evaluation.workbench import Line, Watch, Workbench, parse_names, unwatched
+from denoising_vit.evaluation.watching import Watch, unwatched
+from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.options import DenoiseOptions
 from tiny_fit import MODEL, spec_of, write_weights
 from tiny_labelled import coloured, colours, speckled, tiny_backbone, write_labelled

@@ -13,10 +13,12 @@ from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions
 from denoising_vit.denoise import denoise_image
 from denoising_vit.denoised import DenoisedViT
+from denoising_vit.denoiser import Denoiser, load_denoiser
 from denoising_vit.diagnosis import DiagnoseOptions, diagnose
 from denoising_vit.errors import (
     ArtifactError,
     BackboneError,
+    DenoiserError,
     DenoisingVitError,
     FitError,
     FormatError,
@@ -39,6 +41,8 @@ __all__ = [
     "Decomposition",
     "DenoiseOptions",
     "DenoisedViT",
+    "Denoiser",
+    "DenoiserError",
     "DenoisingVitError",
     "DiagnoseOptions",
     "FitError",
@@ -54,4 +58,5 @@ __all__ = [
     "diagnose",
     "load_artifact",
     "load_backbone",
+    "load_denoiser",
 ]

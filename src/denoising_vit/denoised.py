@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
+from denoising_vit.denoiser import Denoiser
 
 
 class DenoisedViT(nn.Module):
@@ -13,33 +14,38 @@ class DenoisedViT(nn.Module):
 
     Args:
         backbone: the extractor.
-        artifact: its G, which is resampled to the grid of the images and taken away from all features.
+        cleaner: its denoiser; or its G, which is resampled to the grid of the images and taken away from all features.
 
     Raises:
         ArtifactError: if the artifact is that of another backbone.
+        DenoiserError: if the denoiser is.
     """
 
-    def __init__(self, backbone: Backbone, artifact: Artifact) -> None:
+    def __init__(self, backbone: Backbone, cleaner: Artifact | Denoiser) -> None:
         super().__init__()
-        artifact.require_of(backbone)
+        cleaner.require_of(backbone)
         self.backbone = backbone
-        self.artifact = artifact
+        self.denoiser = cleaner if isinstance(cleaner, Denoiser) else None
+        self.artifact = cleaner if isinstance(cleaner, Artifact) else None
         self._at: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, image: Tensor) -> Tensor:
-        """Features minus G, (B, h, w, C) float32, of normalised images (B, 3, H, W).
+        """Clean features, (B, h, w, C) float32, of normalised images (B, 3, H, W).
 
         Raises:
             SizeError: if H or W does not fit the patch grid.
         """
-        return self._minus(self.backbone(image))
+        return self._clean(self.backbone(image))
 
     def forward_with_prefix(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Features minus G (B, h, w, C) and the prefix tokens as they are (B, P, C)."""
+        """Clean features (B, h, w, C) and the prefix tokens as they are (B, P, C)."""
         features, prefix = self.backbone.forward_with_prefix(image)
-        return self._minus(features), prefix
+        return self._clean(features), prefix
 
-    def _minus(self, features: Tensor) -> Tensor:
+    def _clean(self, features: Tensor) -> Tensor:
+        if self.artifact is None:
+            assert self.denoiser is not None
+            return self.denoiser(features)
         grid = (features.shape[1], features.shape[2])
         if self._at is None or self._at[0] != grid or self._at[1].device != features.device:
             self._at = grid, self.artifact.at(grid).to(features.device)  # kept: most callers have one size

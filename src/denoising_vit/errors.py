@@ -39,6 +39,10 @@ class ArtifactError(DenoisingVitError):
     """An artifact that cannot be found from these photos, or belongs to another backbone."""
 
 
+class DenoiserError(DenoisingVitError):
+    """A denoiser that cannot be found, or belongs to another backbone."""
+
+
 class StoreError(DenoisingVitError):
     """A feature store that cannot be opened, read or written as asked."""
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from denoising_vit.backbones import Backbone, Fingerprint
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import backbone_words, is_recorded, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError
 from denoising_vit.files import atomic_path
 
@@ -61,8 +62,7 @@ class Artifact:
 
     def is_of(self, backbone: Backbone) -> bool:
         """Whether this is the artifact of a backbone: of its weights, layer, norm and stride."""
-        theirs = Fingerprint(tuple(self.backbone["fingerprint"]))
-        return self.values.shape[-1] == backbone.embed_dim and backbone.fingerprint.matches(theirs)
+        return self.values.shape[-1] == backbone.embed_dim and is_recorded(self.backbone, backbone)
 
     def require_of(self, backbone: Backbone) -> None:
         """Refuses a backbone that this is not the artifact of.
@@ -72,10 +72,8 @@ class Artifact:
         """
         if self.is_of(backbone):
             return
-        ours = {key: getattr(backbone, key) for key in ("name", "layer", "norm", "stride", "weights")}
-        ours["fingerprint"] = backbone.fingerprint.values
         raise ArtifactError(
-            f"this artifact was calibrated for {_words(self.backbone)}; got {_words(ours)}. "
+            f"this artifact was calibrated for {recorded_words(self.backbone)}; got {backbone_words(backbone)}. "
             "Use the backbone as it was calibrated, or calibrate this one: dvit calibrate PHOTOS -o FILE"
         )
 
@@ -163,10 +161,3 @@ def _check_head(path: Path, head: Any) -> None:
 
 def _is_size(size: Any) -> bool:
     return isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
-
-
-def _words(backbone: dict[str, Any]) -> str:
-    """A backbone as its owner would tell it from another."""
-    known = [(key, backbone.get(key)) for key in ("layer", "norm", "stride", "weights")]
-    known.append(("fingerprint", Fingerprint(tuple(backbone["fingerprint"])).short))
-    return f"{backbone['name']} ({', '.join(f'{key} {value}' for key, value in known if value is not None)})"

@@ -141,7 +141,7 @@ def _from_hub(name: str) -> VisionTransformer | Eva:
     from denoising_vit.backbones.timm_vit import build_timm_model
 
     try:
-        with _offline_if_unreachable():
+        with offline_if_unreachable():
             return build_timm_model(name, pretrained=True)
     except BackboneError:
         raise
@@ -156,7 +156,7 @@ def _from_hub(name: str) -> VisionTransformer | Eva:
 
 
 @contextlib.contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
+def offline_if_unreachable() -> Iterator[None]:
     """Without a network the hub's client retries for most of a minute before it looks into its own cache."""
     from huggingface_hub import constants
 

@@ -25,10 +25,14 @@ _PATCHES = "patch_embed.proj.weight"
 _UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive", "visual.proj", "logit_scale")
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, containers: tuple[str, ...] = _CONTAINERS) -> dict[str, Tensor]:
     """Reads a safetensors file or a PyTorch file, and unwraps it to plain parameter names.
 
     PyTorch files are read with ``weights_only=True``: code hidden in a pickle is refused, never run.
+
+    Args:
+        path: the file.
+        containers: names under which published files keep them.
 
     Raises:
         WeightsError: if the file is missing, damaged, holds anything but weights, or holds none.
@@ -53,9 +57,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: not a readable safetensors or PyTorch weights file ({type(error).__name__}: {error})"
         ) from error
-    state = _unwrap(state)
+    state = _unwrap(state, containers)
     if not state:
-        raise WeightsError(f"{path}: no tensors found; expected a state dict, or one under {' or '.join(_CONTAINERS)}")
+        raise WeightsError(f"{path}: no tensors found; expected a state dict, or one under {' or '.join(containers)}")
     return state
 
 
@@ -110,8 +114,8 @@ def require_finite(model: nn.Module, source: str) -> None:
             )
 
 
-def _unwrap(state: object) -> dict[str, Tensor]:
-    while isinstance(state, dict) and (inner := next((state[k] for k in _CONTAINERS if k in state), None)) is not None:
+def _unwrap(state: object, containers: tuple[str, ...]) -> dict[str, Tensor]:
+    while isinstance(state, dict) and (inner := next((state[k] for k in containers if k in state), None)) is not None:
         if not isinstance(inner, dict):
             break
         state = inner

@@ -18,9 +18,10 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import open_labelled
+from denoising_vit.evaluation.named_sources import parse_names
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.segmentation import SegmentationOptions
-from denoising_vit.evaluation.workbench import Line, Workbench, parse_names
+from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Judged:
     Attributes:
         data: labelled images: VOCdevkit/VOC2012, ADEChallengeData2016, or a folder with train/ and val/, each with
             images/ and masks/ (index PNGs), and classes.txt.
-        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1). The first is what
-            the others are compared with.
+        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1), denoiser (stage 2,
+            one pass). The first is what the others are compared with.
         out: the file that lines of results are appended to. The same command goes on where it was stopped.
         cache: folder for features and fields. Without it, one beside the results.
         cache_gb: most that cached features may take; fields of stage 1 come on top.
@@ -39,6 +40,7 @@ class Judged:
         images: how many images of each split are used, spread evenly over it; 0 takes all.
         artifact: of the backbone: a file of `dvit calibrate`, or `shipped`. Without it, subtract takes the shipped
             one, and exact fits one in each image.
+        denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones.
     """
 
     data: Path
@@ -49,6 +51,7 @@ class Judged:
     classes: Path | None = None
     images: int = 0
     artifact: str | None = None
+    denoiser: str | None = None
 
 
 def knn(
@@ -118,6 +121,7 @@ def _workbench(judged: Judged, exact: FieldOptions, model: BackboneSpec) -> Work
         exact=exact.denoising(),
         fields_of=exact.of,
         artifact=judged.artifact,
+        denoiser=judged.denoiser,
         watch=watch,
     )
     _ = bench.cache  # a folder that cannot be written to is said at once

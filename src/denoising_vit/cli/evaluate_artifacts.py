@@ -15,10 +15,13 @@ from denoising_vit.cli.evaluate import finish
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, spread
+from denoising_vit.denoised import DenoisedViT
+from denoising_vit.denoiser import load_denoiser
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
+from denoising_vit.evaluation.named_sources import module_digest, parse_names
 from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.sources import backbone_settings
-from denoising_vit.evaluation.workbench import Line, parse_names
+from denoising_vit.evaluation.workbench import Line
 from denoising_vit.photos import photo_digest
 
 
@@ -29,6 +32,7 @@ def artifacts(
     diagnosing: tyro.conf.OmitArgPrefixes[DiagnoseOptions] = DiagnoseOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     photos: int = 64,
+    denoiser: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Label-free figures of artifacts, those of `dvit diagnose`: no single one of them means anything alone.
@@ -37,17 +41,22 @@ def artifacts(
 
     Args:
         data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
-        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1).
+        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1), denoiser (stage 2,
+            one pass).
         out: the file that lines of results are appended to.
         diagnosing: how much is looked at.
         model: the backbone, and how it is run.
         photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
+        denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones.
         json: print the lines of results instead of a table.
     """
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
     names = parse_names(features)
+    if "denoiser" in names and denoiser is None:
+        print_error("no denoiser was given: --denoiser FILE, or voc_denoised for the published one")
+        return WRONG_USAGE
     diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
     dataset = open_dataset(data)
     chosen = spread(len(dataset), photos)
@@ -55,6 +64,11 @@ def artifacts(
     backbone = model.load()
     about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
     settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), **asdict(diagnosing)}
+    extractors = {}
+    if "denoiser" in names and denoiser is not None:
+        found_denoiser = load_denoiser(denoiser, backbone=backbone)
+        extractors["denoiser"] = DenoisedViT(backbone, found_denoiser)
+        settings["denoiser"] = module_digest(found_denoiser)
     settings = json_lines.loads(json_lines.dumps(settings))
     blank = [Record("artifacts", name, settings, run=run_info()) for name in names]
     kept = [line for record in blank if (line := results.find(record)) is not None]
@@ -66,7 +80,7 @@ def artifacts(
     with CountProgress(len(chosen), "photos") as progress:
         try:
             found = run_diagnosis(
-                backbone, named_photos(dataset, chosen), {}, lambda *_: progress.advance(), diagnosing
+                backbone, named_photos(dataset, chosen), extractors, lambda *_: progress.advance(), diagnosing
             )
         except KeyboardInterrupt:
             progress.stop()

@@ -7,6 +7,8 @@ from rich.table import Table
 
 from denoising_vit.backbones import SEEDS
 from denoising_vit.backbones.bundled import bundled_available
+from denoising_vit.cli.reporting import print_note
+from denoising_vit.denoiser import HUB_ID, published_file, published_variants
 
 
 def models() -> None:
@@ -19,7 +21,11 @@ def models() -> None:
     table.add_column("pretraining")
     for heading in ("patch", "size", "weights"):
         table.add_column(heading, no_wrap=True)
+    table.add_column("published by the authors")
     for name, seed in SEEDS.items():
         weights = "installed" if bundled_available(name) else "hub"
-        table.add_row(name, seed.family, str(seed.patch_size), str(seed.size), weights)
+        table.add_row(
+            name, seed.family, str(seed.patch_size), str(seed.size), weights, ", ".join(published_variants(name)) or "-"
+        )
     Console().print(table)
+    print_note(f"published checkpoints: {HUB_ID} on the hub, as in {published_file('MODEL', 'voc_denoised')}")

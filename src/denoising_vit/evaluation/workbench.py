@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,48 +10,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from denoising_vit.artifact import SHIPPED, Artifact, artifact_digest, load_artifact
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
-from denoising_vit.denoised import DenoisedViT
-from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.comparison import Comparison, Curve
-from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours
 from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.named_sources import NamedSources, Normalisation
 from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.seeing import FeatureCache, Shown
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
 from denoising_vit.evaluation.sizes import check_size
-from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource, backbone_settings
+from denoising_vit.evaluation.sources import Extractor, FeatureSource, backbone_settings
 from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.options import DenoiseOptions
 
 #: A line of results, and whether it was there already.
 Line = tuple[dict[str, Any], bool]
-
-#: Sources of features by name.
-SOURCES = ("raw", "subtract", "exact")
-
-_Makers = dict[str, Callable[[], FeatureSource]]
-
-
-def parse_names(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of sources, in order.
-
-    Args:
-        names: in one text, separated by commas, or one by one.
-
-    Raises:
-        EvaluationError: if one is unknown or comes twice, or there are none.
-    """
-    given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
-    unknown = [name for name in given if name not in SOURCES]
-    if unknown or not given or len(set(given)) < len(given):
-        wrong = f"unknown: {', '.join(map(repr, unknown))}" if unknown else f"got {', '.join(given) or 'none'}"
-        raise EvaluationError(f"features must be different ones of {', '.join(SOURCES)}, separated by commas; {wrong}")
-    return given
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +44,7 @@ class Workbench:
         exact: options of stage 1.
         fields_of: where crops are judged, whether stage 1 fits each crop as an image of its own, or whole images.
         artifact: G of the backbone where one is given: a file, or ``shipped``.
+        denoiser: of the backbone where one is given, as `load_denoiser` takes it.
         extractors: further sources: extractor(image (B, 3, H, W)) -> (B, h, w, C), by names that stand for their
             features in caches and results.
         watch: shows progress.
@@ -86,6 +60,7 @@ class Workbench:
     exact: DenoiseOptions = field(default_factory=DenoiseOptions)
     fields_of: Literal["crop", "image"] = "crop"
     artifact: str | None = None
+    denoiser: str | None = None
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
     watch: Watch = unwatched
 
@@ -178,7 +153,7 @@ class Workbench:
             published=published,
         )
         own = protocol.normalisation == "own"
-        normalisation = None if own else (IMAGENET_MEAN, IMAGENET_STD)
+        normalisation: Normalisation | None = None if own else (IMAGENET_MEAN, IMAGENET_STD)
         yield from comparison.compare(self._makers(names, protocol.size, normalisation))
 
     def _settings(self) -> dict[str, Any]:
@@ -191,64 +166,23 @@ class Workbench:
         self,
         names: Sequence[str],
         size: int | tuple[int, int] | None,
-        normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        normalisation: Normalisation | None = None,
         crops: dict[str, list[Shown]] | None = None,
-    ) -> _Makers:
-        shown = {} if normalisation is None else {"normalisation": "imagenet"}
-
-        def extractor(name: str) -> FeatureSource:
-            return ExtractorSource(
-                name, self.backbone, self.extractors[name], {"extractor": name} | shown, normalisation
-            )
-
-        def raw() -> FeatureSource:
-            return ExtractorSource("raw", self.backbone, None, shown, normalisation)
-
-        def subtract() -> FeatureSource:
-            artifact: Artifact = load_artifact(self.artifact or SHIPPED, self.backbone)
-            identity = {"artifact": artifact_digest(artifact.values)} | shown
-            clean = DenoisedViT(self.backbone, artifact)
-            return ExtractorSource("subtract", self.backbone, clean, identity, normalisation)
-
-        def exact() -> FeatureSource:
-            return self._fields(size, crops)
-
-        own: _Makers = {"raw": raw, "subtract": subtract, "exact": exact}
-        given: _Makers = {name: functools.partial(extractor, name) for name in self.extractors}
-        if taken := own.keys() & given.keys():
-            raise EvaluationError(f"extractors need names of their own; {', '.join(sorted(taken))} is there already")
-        known = own | given
-        if unknown := [name for name in names if name not in known]:
-            raise EvaluationError(f"no features named {', '.join(unknown)}; there are {', '.join(known)}")
-        return {name: known[name] for name in names}
-
-    def _fields(self, size: int | tuple[int, int] | None, crops: dict[str, list[Shown]] | None) -> FeatureSource:
-        if self.exact.method != "exact":
-            raise EvaluationError(f"stage 1 of a data set is done by the exact method, got {self.exact.method!r}")
-        options = replace(self.exact, held_out=0, size=self.exact.size or size)  # nobody looks at held-out views
-        with contextlib.ExitStack() as shown:
-            advance: dict[str, Callable[[], None]] = {}
-
-            def fitted(split: str, done: int, total: int) -> None:
-                if split not in advance:
-                    shown.close()
-                    advance[split] = shown.enter_context(self.watch(f"exact: {split} images fitted", total))
-                    for _ in range(done):
-                        advance[split]()
-                else:
-                    advance[split]()
-
-            return fitted_fields(
-                "exact",
-                self.data,
-                self.folder / "fields",
-                self.backbone,
-                self.spec,
-                options,
-                artifact=self.artifact,
-                crops=crops,
-                on_fitted=fitted,
-            )
+    ) -> dict[str, Callable[[], FeatureSource]]:
+        sources = NamedSources(
+            data=self.data,
+            backbone=self.backbone,
+            spec=self.spec,
+            folder=self.folder / "fields",
+            exact=replace(self.exact, size=self.exact.size or size),
+            artifact=self.artifact,
+            denoiser=self.denoiser,
+            extractors=self.extractors,
+            watch=self.watch,
+            normalisation=normalisation,
+            crops=crops,
+        )
+        return sources.makers(names)
 
 
 def _looks(probe: Trained) -> Curve:

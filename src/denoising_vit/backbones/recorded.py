@@ -1,0 +1,29 @@
+"""A backbone as it is recorded in files: whether one at hand is it, and how to tell people of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from denoising_vit.backbones.base import Backbone
+from denoising_vit.backbones.fingerprint import Fingerprint
+
+#: What owners tell backbones apart by, besides their names.
+_TOLD = ("layer", "norm", "stride", "weights")
+
+
+def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
+    """Whether a backbone has the recorded weights, layer, norm and stride: by its fingerprint."""
+    return backbone.fingerprint.matches(Fingerprint(tuple(recorded["fingerprint"])))
+
+
+def recorded_words(recorded: dict[str, Any]) -> str:
+    """A recorded backbone as its owner would tell it from another."""
+    known = [(key, recorded.get(key)) for key in _TOLD]
+    known.append(("fingerprint", Fingerprint(tuple(recorded["fingerprint"])).short))
+    return f"{recorded['name']} ({', '.join(f'{key} {value}' for key, value in known if value is not None)})"
+
+
+def backbone_words(backbone: Backbone) -> str:
+    """A backbone at hand, in the same words."""
+    known = {key: getattr(backbone, key) for key in ("name", *_TOLD)}
+    return recorded_words(known | {"fingerprint": backbone.fingerprint.values})

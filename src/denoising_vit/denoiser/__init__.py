@@ -1,0 +1,17 @@
+"""The one-pass denoiser (stage 2): the module, its files, and the published checkpoints."""
+
+from denoising_vit.denoiser.files import read_denoiser, write_denoiser
+from denoising_vit.denoiser.loading import load_denoiser
+from denoising_vit.denoiser.module import Denoiser
+from denoising_vit.denoiser.published import HUB_ID, fetch_published, published_file, published_variants
+
+__all__ = [
+    "HUB_ID",
+    "Denoiser",
+    "fetch_published",
+    "load_denoiser",
+    "published_file",
+    "published_variants",
+    "read_denoiser",
+    "write_denoiser",
+]
