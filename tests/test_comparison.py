@@ -614,7 +614,7 @@ def test_neutral_crops_are_fitted_as_images_of_their_own(
     ((line, _),) = bench.knn(["exact"], neutral)
     assert line["failed"] is None and line["settings"]["features"]["of"] == "crop"
     ((other, _),) = replace(bench, fields_of="image").knn(["exact"], neutral)
-    assert other["failed"] is None and "of" not in other["settings"]["features"]
+    assert other["failed"] is None and other["settings"]["features"]["of"] == "image"
 
     crops = {images.split: crops_of(images, backbone, neutral) for images in (larger.train, larger.val)}
     options = DenoiseOptions(views=16, size=64, held_out=0)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import denoising_vit as dv
 import tiny_artifact as tiny
-from denoising_vit import Artifact, ArtifactError, Backbone, DenoisedViT, SizeError
+from denoising_vit import Artifact, ArtifactError, Backbone, DenoisedViT, Denoiser, DenoiserError, SizeError
+from denoising_vit.denoise import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,3 +162,85 @@ def test_use_without_gradients_does_not_spoil_later_use_with_them(
 def test_nothing_of_it_is_trainable_or_in_training(extractor: DenoisedViT) -> None:
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
     assert not extractor.backbone.training
+
+
+# --- with a denoiser ---
+
+
+def denoiser_of(backbone: Backbone, grid: tuple[int, int] = (7, 7), seed: int = 0) -> Denoiser:
+    torch.manual_seed(seed)
+    denoiser = Denoiser(backbone.embed_dim, grid, trained_for=describe(backbone)).requires_grad_(False).eval()
+    denoiser.pos_embed.mul_(50)  # places matter
+    return denoiser
+
+
+@pytest.fixture(scope="module")
+def wide() -> Backbone:
+    return tiny.backbone(channels=64)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (88, 88), (40, 72)], ids=str)
+def test_features_are_those_of_the_denoiser_after_the_backbone(wide: Backbone, size: tuple[int, int]) -> None:
+    denoiser = denoiser_of(wide)
+    image = images(2, *size)
+    found = DenoisedViT(wide, denoiser)(image)
+    assert found.shape == (2, size[0] // 8, size[1] // 8, 64)
+    assert torch.equal(found, denoiser(wide(image)))
+    assert not torch.allclose(found, wide(image), atol=0.1)
+
+
+def test_a_denoiser_leaves_prefix_tokens_as_they_are() -> None:
+    module = tiny.Planted(channels=64)
+
+    def with_prefix(image: Tensor) -> Tensor:
+        prefix = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 64) * image.mean((1, 2, 3))[:, None, None]
+        return torch.cat([prefix, module(image).flatten(1, 2)], dim=1)
+
+    backbone = tiny.plain(with_prefix)
+    denoiser = denoiser_of(backbone)
+    image = images(2, 40, 72)
+    features, prefix = DenoisedViT(backbone, denoiser).forward_with_prefix(image)
+    raw, expected = backbone.forward_with_prefix(image)
+    assert prefix.shape == (2, 3, 64)
+    assert torch.equal(prefix, expected)
+    assert torch.equal(features, denoiser(raw))
+
+
+def test_denoiser_of_other_weights_is_refused(wide: Backbone) -> None:
+    with pytest.raises(DenoiserError, match=r"trained for Planted .*; got Planted"):
+        DenoisedViT(tiny.backbone(channels=64, seed=1), denoiser_of(wide))
+
+
+def test_denoiser_of_another_width_is_refused(backbone: Backbone, wide: Backbone) -> None:
+    with pytest.raises(DenoiserError, match=r"denoiser has 64 channels; Planted .* has 6\b"):
+        DenoisedViT(backbone, denoiser_of(wide))
+
+
+def test_denoiser_of_an_unknown_backbone_is_taken_by_its_width(wide: Backbone) -> None:
+    denoiser = denoiser_of(wide)
+    denoiser.trained_for = None
+    image = images(1, 56, 56)
+    other = tiny.backbone(channels=64, seed=1)
+    assert torch.equal(DenoisedViT(other, denoiser)(image), denoiser(other(image)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_denoised_features_are_float32_whatever_is_computed_in(wide: Backbone, dtype: torch.dtype) -> None:
+    image = images(1, 56, 56)
+    expected = DenoisedViT(wide, denoiser_of(wide))(image)
+    backbone = tiny.backbone(channels=64)
+    found = DenoisedViT(backbone, denoiser_of(backbone)).to(dtype)(image)
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+
+
+def test_gradient_reaches_the_image_through_a_denoiser(wide: Backbone) -> None:
+    image = images(1, 40, 72).requires_grad_()
+    DenoisedViT(wide, denoiser_of(wide))(image).square().sum().backward()
+    assert image.grad is not None and float(image.grad.abs().max()) > 0
+
+
+def test_a_denoiser_moves_and_is_saved_with_the_extractor(wide: Backbone) -> None:
+    extractor = DenoisedViT(wide, denoiser_of(wide))
+    assert "denoiser.pos_embed" in extractor.state_dict()
+    assert copy.deepcopy(extractor).to("meta")(images(1, 56, 56)).device.type == "meta"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from denoising_vit.artifact import compact
 from denoising_vit.backbones.weights import read_state_dict
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
@@ -25,11 +26,16 @@ _KEY = "denoising_vit"
 
 
 def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
-    """Writes one safetensors file (float16) that :func:`read_denoiser` reads back.
+    """Writes one safetensors file (float16, where values fit) that :func:`read_denoiser` reads back.
 
     Raises:
+        FormatError: if the name does not end in .safetensors, or a value is not finite.
         OSError: if it cannot be written.
     """
+    if Path(path).suffix != ".safetensors":
+        raise FormatError(f"{path}: expected the name of a .safetensors file")
+    state = {name: compact(value) for name, value in denoiser.state_dict().items()}
+    require_finite(state, str(path))
     head = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -37,7 +43,6 @@ def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
         "trained_for": denoiser.trained_for,
         "info": denoiser.info,
     }
-    state = {name: value.detach().cpu().half().contiguous() for name, value in denoiser.state_dict().items()}
     with atomic_path(Path(path)) as temporary:
         try:
             save_file(state, temporary, metadata={_KEY: json.dumps(head)})
@@ -69,37 +74,52 @@ def read_denoiser(path: str | Path) -> Denoiser:
 
 
 def _head(path: Path) -> dict[str, Any]:
+    """The metadata of a file of ours; nothing of other safetensors files."""
     try:
         with safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {}).get(_KEY, "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: not a denoiser, or damaged: expected a safetensors file ({error})") from error
-    if head and head.get("format") != FORMAT:
-        raise FormatError(f"{path}: holds {head.get('format')!r}, expected {FORMAT!r}")
-    if head.get("format_version", 0) > FORMAT_VERSION:
+    if head != {}:
+        _check_head(head, path)
+    return head
+
+
+def _check_head(head: Any, path: Path) -> None:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        kind = head.get("format") if isinstance(head, dict) else head
+        raise FormatError(f"{path}: a safetensors file of {kind!r}, expected one of {FORMAT!r}")
+    version, grid, record = head.get("format_version"), head.get("grid"), head.get("trained_for")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatError(
-            f"{path}: written in format version {head['format_version']}, this release reads up to {FORMAT_VERSION}; "
+            f"{path}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
             "upgrade denoising-vit"
         )
-    return head
+    sides = isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
+    if not isinstance(version, int) or not sides or not isinstance(head.get("info"), dict):
+        raise FormatError(f"{path}: damaged denoiser, its metadata does not hold a version, a grid and a record")
+    if record is not None and not _names_backbone(record):
+        raise FormatError(f"{path}: damaged denoiser, its metadata does not name a backbone and its fingerprint")
+
+
+def _names_backbone(record: Any) -> bool:
+    fingerprint = record.get("fingerprint") if isinstance(record, dict) else None
+    return (
+        isinstance(fingerprint, list)
+        and all(isinstance(value, int | float) for value in fingerprint)
+        and isinstance(record.get("name"), str)
+    )
 
 
 def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoiser:
     """The denoiser that a state dict is of."""
-    position = state.get("pos_embed")
-    if position is None or position.ndim != 3 or len(position) != 1:
-        named = ", ".join(list(state)[:3])
-        raise FormatError(
-            f"{source}: not a denoiser: expected pos_embed of shape (1, h w, C), got {named or 'nothing'}"
-        )
-    places, channels = position.shape[1:]
-    grid = tuple(head.get("grid") or (math.isqrt(places), math.isqrt(places)))
+    channels, grid = _shape(state, head, source)
     numbers = {int(found[1]) for name in state if (found := re.match(r"denoiser\.(\d+)\.", name))}
-    if grid[0] * grid[1] != places:
-        raise FormatError(f"{source}: a position embedding of {places} places is no square grid, and none is named")
+    blocks = max(numbers, default=0) + 1
+    if numbers and numbers != set(range(blocks)):
+        raise FormatError(f"{source}: not a denoiser: tensors missing, its blocks are numbered {sorted(numbers)}")
     try:
-        blocks = max(numbers, default=0) + 1
-        denoiser = Denoiser(channels, (grid[0], grid[1]), blocks, head.get("trained_for"), head.get("info"))
+        denoiser = Denoiser(channels, grid, blocks, head.get("trained_for"), head.get("info"))
     except ValueError as error:
         raise FormatError(f"{source}: {error}") from error
     own = denoiser.state_dict()
@@ -111,7 +131,33 @@ def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoi
             f"({', '.join(missing[:2]) or '-'}), {len(unknown)} left over ({', '.join(unknown[:2]) or '-'}), "
             f"{len(shapes)} of another shape ({', '.join(shapes[:2]) or '-'})"
         )
-    if bad := [name for name, value in state.items() if not torch.isfinite(value.float()).all()]:
-        raise FormatError(f"{source}: {bad[0]} has values that are not finite; the file is damaged")
+    require_finite(state, source)
     denoiser.load_state_dict(state)
     return denoiser
+
+
+def _shape(state: dict[str, Tensor], head: dict[str, Any], source: str) -> tuple[int, tuple[int, int]]:
+    """Channels, and the grid of the position embedding: square where the file does not name one."""
+    position = state.get("pos_embed")
+    whole = "patch_embed.proj.weight" in state
+    if whole or position is None or position.ndim != 3 or len(position) != 1:
+        named = "a whole model, to be given as weights" if whole else ", ".join(list(state)[:3]) or "nothing"
+        raise FormatError(f"{source}: not a denoiser: expected pos_embed of shape (1, h w, C) and a block, got {named}")
+    places, channels = position.shape[1:]
+    side = math.isqrt(places)
+    h, w = head.get("grid") or (side, side)
+    if not places or h * w != places:
+        raise FormatError(f"{source}: a position embedding of {places} places is no square grid, and none is named")
+    return channels, (h, w)
+
+
+def require_finite(state: dict[str, Tensor], source: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        FormatError: naming the first tensor that has any.
+    """
+    if bad := [name for name, value in state.items() if not torch.isfinite(value.float()).all()]:
+        raise FormatError(
+            f"{source}: {bad[0]} has values that are not finite; the file is damaged, or training diverged"
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from denoising_vit.backbones import SEEDS, Backbone
 from denoising_vit.backbones.loading import offline_if_unreachable
-from denoising_vit.denoiser.files import read_denoiser
+from denoising_vit.denoiser.files import read_denoiser, require_finite
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.denoiser.published import fetch_published
 from denoising_vit.errors import DenoiserError, FormatError
@@ -57,7 +57,11 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
         raise FormatError(f"{source}: no such denoiser file, and no model or variant of that name")
     try:
         with offline_if_unreachable():
-            return Denoiser.from_pretrained(source).eval()
+            found = Denoiser.from_pretrained(source, strict=True).eval()  # what is missing is never made up
+        require_finite(found.state_dict(), source)
+        return found
+    except FormatError:
+        raise
     except Exception as error:  # the hub's client raises many kinds: network, missing file, damaged cache
         reason = str(error).strip().splitlines()
         raise DenoiserError(
@@ -67,6 +71,6 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
 
 
 def _shipped(model: str) -> Denoiser:
-    for path in sorted(_SHIPPED.glob(f"{model.split('.')[0]}*.safetensors")):
+    for path in sorted(_SHIPPED.glob(f"{model}.*safetensors")):  # the tag of other weights may follow
         return read_denoiser(path)
     raise DenoiserError(f"no denoiser of {model} comes with the package; published ones: --denoiser voc_denoised")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,11 +58,23 @@ class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", ta
             raise ValueError(f"a denoiser's width must be a multiple of {_HEAD} channels, got {embed_dim}")
         if blocks < 1:
             raise ValueError(f"a denoiser needs 1 block or more, got {blocks}")
+        if min(grid) < 1:
+            raise ValueError(f"a denoiser's grid must have 1 place or more along each side, got {tuple(grid)}")
         self.embed_dim, self.grid, self.blocks = embed_dim, (int(grid[0]), int(grid[1])), blocks
         self.trained_for, self.info = trained_for, info or {}
         self.pos_embed = nn.Parameter(torch.randn(1, grid[0] * grid[1], embed_dim) * _INITIAL_DEVIATION)
         made = [_block(embed_dim) for _ in range(blocks)]
         self.denoiser = made[0] if blocks == 1 else nn.Sequential(*made)  # as published: `denoiser.0.` only with more
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What makes another of the same shape and record: ``Denoiser(**config)``; JSON values."""
+        shape = {"embed_dim": self.embed_dim, "grid": list(self.grid), "blocks": self.blocks}
+        return shape | {"trained_for": self.trained_for, "info": self.info}
+
+    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **others: Any) -> str | None:
+        """Writes ``model.safetensors`` and ``config.json`` into a folder, with the record as it is now."""
+        return super().save_pretrained(save_directory, config=self.config if config is None else config, **others)
 
     def require_of(self, backbone: Backbone) -> None:
         """Refuses a backbone that the denoiser is not for.

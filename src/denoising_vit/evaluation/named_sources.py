@@ -64,6 +64,7 @@ class NamedSources:
         watch: shows progress.
         normalisation: of images, ImageNet's for every model; None for the backbone's own.
         crops: by split, what is shown of each image, where stage 1 is to fit each crop as an image of its own.
+        beyond: whether crops are judged and stage 1 has seen the images beyond them.
     """
 
     data: LabelledData
@@ -77,6 +78,7 @@ class NamedSources:
     watch: Watch
     normalisation: Normalisation | None = None
     crops: dict[str, list[Shown]] | None = None
+    beyond: bool = False
 
     def makers(self, names: Sequence[str]) -> dict[str, Callable[[], FeatureSource]]:
         """What makes each source, in order.
@@ -127,7 +129,7 @@ class NamedSources:
                 for _ in range(done if first else 1):
                     advance[split]()
 
-            return fitted_fields(
+            source = fitted_fields(
                 "exact",
                 self.data,
                 self.folder,
@@ -138,11 +140,14 @@ class NamedSources:
                 crops=self.crops,
                 on_fitted=fitted,
             )
+        if self.beyond:
+            source.identity = source.identity | {"of": "image"}
+        return source
 
 
 def module_digest(module: nn.Module) -> str:
-    """SHA-256 of a module's values, as float16 holds them."""
-    digest = hashlib.sha256()
+    """SHA-256 of a module's values, as float16 holds them, and of what it says of its shape."""
+    digest = hashlib.sha256(module.extra_repr().encode())
     for value in module.state_dict().values():
         digest.update(value.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -99,12 +99,12 @@ class Workbench:
             counts=self.folder / "counts",
             run=self.run,
         )
-        crops = None
-        if options.crops == "neutral" and self.fields_of == "crop":
+        crops, neutral = None, options.crops == "neutral"
+        if neutral and self.fields_of == "crop":
             crops = {
                 images.split: crops_of(images, self.backbone, options) for images in (self.data.train, self.data.val)
             }
-        yield from comparison.compare(self._makers(names, options.size, crops=crops))
+        yield from comparison.compare(self._makers(names, options.size, crops=crops, beyond=neutral and crops is None))
 
     def segmentation(
         self, names: Sequence[str], options: SegmentationOptions, published: dict[str, str] | None = None
@@ -168,6 +168,7 @@ class Workbench:
         size: int | tuple[int, int] | None,
         normalisation: Normalisation | None = None,
         crops: dict[str, list[Shown]] | None = None,
+        beyond: bool = False,
     ) -> dict[str, Callable[[], FeatureSource]]:
         sources = NamedSources(
             data=self.data,
@@ -181,6 +182,7 @@ class Workbench:
             watch=self.watch,
             normalisation=normalisation,
             crops=crops,
+            beyond=beyond,
         )
         return sources.makers(names)
 

@@ -1,0 +1,191 @@
+"""Denoisers among the features that are compared: each is a line of its own, over features of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from denoising_vit import DenoisedViT, Denoiser, load_denoiser
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.denoise import describe
+from denoising_vit.denoiser import write_denoiser
+from denoising_vit.evaluation.knn import KnnOptions
+from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.named_sources import SOURCES, module_digest, parse_names
+from denoising_vit.evaluation.records import Results, run_info
+from denoising_vit.evaluation.segmentation import SegmentationOptions
+from denoising_vit.evaluation.workbench import Workbench
+from tiny_labelled import coloured, colours, tiny_backbone, write_labelled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = KnnOptions(k=5)
+IMAGES = 7
+
+
+def wide(image: Tensor) -> Tensor:
+    """Colours in the first three of 64 channels, under noise in all others: (B, 3, H, W) -> (B, h, w, 64)."""
+    clean = colours(image)
+    noise = 8 * (torch.frac(clean.abs().sum(-1, keepdim=True) * torch.arange(997, 1058)) - 0.5)
+    return torch.cat([clean, noise], -1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledData:
+    return write_labelled(tmp_path_factory.mktemp("coloured"), coloured(3, 0), coloured(4, 1))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny_backbone(wide)
+
+
+def denoiser_of(backbone: Backbone, *, kept: bool, grid: tuple[int, int] = (6, 6)) -> Denoiser:
+    """A block that adds nothing (features as they are), or one that takes half of them away."""
+    denoiser = Denoiser(64, grid, trained_for=describe(backbone)).requires_grad_(False)
+    for value in denoiser.parameters():
+        value.zero_()
+    if not kept:
+        denoiser.pos_embed[..., :3] = torch.linspace(-3, 3, grid[0] * grid[1])[:, None]
+    return denoiser
+
+
+@pytest.fixture
+def files(tmp_path: Path, backbone: Backbone) -> dict[str, Path]:
+    paths = {}
+    for name, kept in (("same", True), ("other", False)):
+        paths[name] = tmp_path / f"{name}.safetensors"
+        write_denoiser(denoiser_of(backbone, kept=kept), paths[name])
+    return paths
+
+
+@pytest.fixture
+def bench(tmp_path: Path, data: LabelledData, backbone: Backbone) -> Workbench:
+    return Workbench(
+        data=data,
+        backbone=backbone,
+        spec=BackboneSpec("tiny"),
+        results=Results(tmp_path / "results.jsonl"),
+        folder=tmp_path / "cache",
+        run=run_info(["evaluate"]),
+    )
+
+
+def cached(folder: Path) -> int:
+    """Images whose features are on disk, once for each source."""
+    return len(list((folder / "cache" / "features").rglob("*.safetensors")))
+
+
+def test_a_denoiser_is_a_source_by_its_name() -> None:
+    assert "denoiser" in SOURCES
+    assert parse_names("raw,denoiser") == ("raw", "denoiser")
+
+
+def test_a_denoiser_gives_a_line_that_is_held_against_the_first(
+    tmp_path: Path, bench: Workbench, files: dict[str, Path]
+) -> None:
+    with_it = replace(bench, denoiser=str(files["same"]))
+    (raw, _), (line, kept) = with_it.knn(["raw", "denoiser"], FEW)
+    assert not kept and line["failed"] is None and line["features"] == "denoiser"
+    assert line["metrics"] == raw["metrics"]  # this one leaves features as they are
+    assert line["paired"]["against"] == "raw" and line["paired"]["difference"] == 0
+    assert line["settings"]["features"] == {"denoiser": module_digest(load_denoiser(files["same"]))}
+    assert raw["settings"]["features"] == {}
+    assert cached(tmp_path) == 2 * IMAGES
+
+
+def test_another_denoiser_is_another_line_over_features_of_its_own(
+    tmp_path: Path, bench: Workbench, files: dict[str, Path]
+) -> None:
+    lines = []
+    for number, name in enumerate(("same", "other"), start=1):
+        ((line, kept),) = replace(bench, denoiser=str(files[name])).knn(["denoiser"], FEW)
+        assert not kept and line["failed"] is None
+        assert cached(tmp_path) == number * IMAGES
+        lines.append(line)
+    assert lines[0]["settings"]["features"] != lines[1]["settings"]["features"]
+    assert lines[0]["metrics"]["mIoU"] != lines[1]["metrics"]["mIoU"]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_figures_are_those_of_the_extractor_made_by_hand(
+    bench: Workbench, backbone: Backbone, files: dict[str, Path]
+) -> None:
+    extractor = DenoisedViT(backbone, load_denoiser(files["other"]))
+    both = replace(bench, denoiser=str(files["other"]), extractors={"by hand": extractor})
+    (line, _), (by_hand, _) = both.knn(["denoiser", "by hand"], FEW)
+    assert line["failed"] is by_hand["failed"] is None
+    assert line["metrics"] == by_hand["metrics"]
+
+
+def test_the_same_denoiser_under_another_file_name_is_not_judged_again(
+    tmp_path: Path, bench: Workbench, files: dict[str, Path]
+) -> None:
+    ((first, _),) = replace(bench, denoiser=str(files["other"])).knn(["denoiser"], FEW)
+    moved = files["other"].rename(tmp_path / "moved.safetensors")
+    assert list(replace(bench, denoiser=str(moved)).knn(["denoiser"], FEW)) == [(first, True)]
+    assert cached(tmp_path) == IMAGES
+
+
+def test_linear_probes_take_a_denoiser_as_well(bench: Workbench, files: dict[str, Path]) -> None:
+    quick = SegmentationOptions(seeds=(0,), steps=4, batch=2)
+    with_it = replace(bench, denoiser=str(files["other"]))
+    told = list(with_it.segmentation(["raw", "denoiser"], quick))
+    assert [(line["features"], line["failed"]) for line, _ in told] == [("raw", None), ("denoiser", None)]
+
+
+def test_without_a_denoiser_the_source_fails_in_words_and_raw_is_judged(
+    bench: Workbench, files: dict[str, Path]
+) -> None:
+    (raw, _), (line, _) = bench.knn(["raw", "denoiser"], FEW)
+    assert raw["failed"] is None and raw["metrics"]["mIoU"] > 0
+    assert "no denoiser was given: --denoiser FILE, or voc_denoised" in line["failed"]
+    again = list(replace(bench, denoiser=str(files["same"])).knn(["raw", "denoiser"], FEW))
+    assert [(found["failed"], kept) for found, kept in again] == [(None, True), (None, False)]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("none.safetensors", "none.safetensors: no such denoiser file"),
+        ("voc_denoised", "no voc_denoised was published for wide"),
+        ("voc_distilled", "voc_distilled is a whole model"),
+    ],
+)
+def test_a_denoiser_that_cannot_be_had_fails_in_words_and_raw_is_judged(
+    given: str, reason: str, bench: Workbench
+) -> None:
+    (raw, _), (line, _) = replace(bench, denoiser=given).knn(["raw", "denoiser"], FEW)
+    assert raw["failed"] is None
+    assert reason in line["failed"] and not line["failed"].startswith(("DenoiserError", "FormatError"))
+
+
+def test_a_denoiser_of_another_backbone_fails_in_words(tmp_path: Path, bench: Workbench) -> None:
+    other = tiny_backbone(lambda image: wide(image).flip(-1))
+    write_denoiser(denoiser_of(other, kept=True), tmp_path / "of another.safetensors")
+    given = str(tmp_path / "of another.safetensors")
+    (raw, _), (line, _) = replace(bench, denoiser=given).knn(["raw", "denoiser"], FEW)
+    assert raw["failed"] is None
+    assert "the denoiser was trained for " in line["failed"] and "wide" in line["failed"]
+
+
+# What tells denoisers apart
+
+
+def test_the_digest_is_that_of_the_values_as_files_hold_them(files: dict[str, Path], backbone: Backbone) -> None:
+    made = denoiser_of(backbone, kept=False)
+    assert module_digest(made) == module_digest(load_denoiser(files["other"]))
+    made.denoiser.get_parameter("mlp.fc2.bias")[5] = 0.25
+    assert module_digest(made) != module_digest(load_denoiser(files["other"]))
+
+
+def test_the_digest_tells_grids_apart_that_hold_the_same_values(backbone: Backbone) -> None:
+    """The same places, row by row, lie elsewhere."""
+    wide_grid, tall_grid = (denoiser_of(backbone, kept=False, grid=grid) for grid in ((2, 18), (18, 2)))
+    features = torch.zeros(1, 6, 6, 64)
+    assert not torch.allclose(wide_grid(features), tall_grid(features))
+    assert module_digest(wide_grid) != module_digest(tall_grid)
