@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -186,15 +187,18 @@ def test_a_reference_of_the_same_name_and_other_features_is_another_reference(
     assert second["paired"]["difference"] == pytest.approx(second["metrics"]["mIoU"] - theirs)
 
 
-def test_counts_that_are_lost_are_made_again(tmp_path: Path, data: LabelledData) -> None:
+def test_counts_that_are_lost_are_made_again_where_another_is_held_against_them(
+    tmp_path: Path, data: LabelledData
+) -> None:
     first = list(comparison(tmp_path, data, Judge()).compare(named("a")))
     damaged, whole = sorted((tmp_path / "counts").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:50])
     whole.unlink()
     judge = Judge()
-    ((line, _),) = comparison(tmp_path, data, judge).compare(named("a"))
-    assert judge.asked == [("a", (0, 1))]
-    assert line["metrics"] == first[0][0]["metrics"]
+    lines = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
+    assert judge.asked == [("b", (0, 1)), ("a", (0, 1))]
+    assert lines[0] == (first[0][0], True)
+    assert lines[1][0]["paired"]["against"] == "a"
 
 
 # --- what fails, and what is interrupted ---
@@ -410,6 +414,24 @@ def test_better_features_are_told_from_worse_ones(tmp_path: Path, data: Labelled
     assert settings["k"] == 5 and settings["size"] == "native" and settings["seeds"] == [0]
     assert settings["backbone"]["name"] == "speckled" and settings["features"] == {"extractor": "clean"}
     assert settings["data"]["layout"] == "folders"
+
+
+def test_lines_are_kept_where_the_counts_are_gone(tmp_path: Path, data: LabelledData) -> None:
+    """They are only there to compare further sources with."""
+    passes: list[int] = []
+
+    def counting(image: Tensor) -> Tensor:
+        passes.append(len(image))
+        return colours(image)
+
+    first = list(workbench(tmp_path, data, {"clean": counting}).knn(["raw", "clean"], FEW))
+    shutil.rmtree(tmp_path / "cache")
+    passes.clear()
+    again = list(workbench(tmp_path, data, {"clean": counting}).knn(["raw", "clean"], FEW))
+    assert again == [(line, True) for line, _ in first]
+    assert not passes
+    (_, (other, kept)) = workbench(tmp_path, data, {"other": counting}).knn(["raw", "other"], FEW)
+    assert not kept and other["paired"]["against"] == "raw" and passes
 
 
 def test_the_same_command_again_sees_no_image(tmp_path: Path, data: LabelledData) -> None:

@@ -168,7 +168,7 @@ def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
     Console().print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for heading in ("model", "variant", "on", ""):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # names are there to be copied
     for heading in ("published", "measured"):
         table.add_column(heading, justify="right")
     for row, measured in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -24,8 +25,19 @@ from denoising_vit.files import atomic_path
 #: Looks of a training at its loss and at the validation images: [step, loss, mIoU or None].
 Curve = list[list[Any]]
 
-#: What others are held against: its record, and its counts for each seed.
-_Reference = tuple[Record, list[Counts]]
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """What others are held against: its record, and what gives its counts for each seed."""
+
+    record: Record
+    counted: Callable[[], tuple[list[Counts], Curve]]
+
+    @property
+    def key(self) -> str:
+        """The same for the same features in the same setting."""
+        return hashlib.sha256(self.record.key.encode()).hexdigest()[:16]
+
 
 #: Yields the seed, the counts and the curve of each probe that is still to be done.
 Judge = Callable[[FeatureSource, tuple[int, ...]], Iterator[tuple[int, Counts, Curve]]]
@@ -73,16 +85,16 @@ class Comparison:
             try:
                 source = make()
                 record = replace(record, settings=_plain({**record.settings, "features": source.identity}))
-                found, curve, fresh = self._counted(source, record)
                 there = self.results.find(record)
-                if there is not None and not fresh and (there["paired"] or {}).get("reference") == _key(reference):
+                if there is not None and _against(there, reference):
                     yield there, True
                 else:
-                    record = self._scored(record, found, curve, reference)
+                    scored = self._scored(record, *self._counted(source, record), reference)
                     seconds = round(time.perf_counter() - started, 1)
-                    yield self.results.add(replace(record, seconds=seconds)), False
+                    yield self.results.add(replace(scored, seconds=seconds)), False
                 if number == 0:
-                    reference = record, found
+                    # Counted only where another is held against it: its line may be there, and its counts gone.
+                    reference = _Reference(record, functools.partial(self._counted, source, record))
             except Exception as error:  # one source must not end the comparison, whatever is wrong with it
                 reason = str(error) if isinstance(error, DenoisingVitError) else f"{type(error).__name__}: {error}"
                 yield self.results.add(replace(record, failed=reason)), False
@@ -100,8 +112,8 @@ class Comparison:
             published=self.published,
         )
 
-    def _counted(self, source: FeatureSource, record: Record) -> tuple[list[Counts], Curve, bool]:
-        """Counts for each seed, kept ones where there are any; the first seed's curve; whether any count is new."""
+    def _counted(self, source: FeatureSource, record: Record) -> tuple[list[Counts], Curve]:
+        """Counts for each seed, kept ones where there are any, and the first seed's curve."""
         # Which other seeds there are changes nothing in a seed's counts.
         alone = replace(record, settings={key: value for key, value in record.settings.items() if key != "seeds"})
         paths = {seed: self.counts / f"{_digest(alone.key, seed)}.safetensors" for seed in self.seeds}
@@ -112,7 +124,7 @@ class Comparison:
             for seed, counts, curve in self.judge(source, missing):
                 kept[seed] = counts, curve
                 _save(paths[seed], counts, curve)
-        return [kept[seed][0] for seed in self.seeds], kept[self.seeds[0]][1], bool(missing)
+        return [kept[seed][0] for seed in self.seeds], kept[self.seeds[0]][1]
 
     def _scored(self, record: Record, found: Sequence[Counts], curve: Curve, reference: _Reference | None) -> Record:
         each = [scores(counts) for counts in found]
@@ -127,16 +139,18 @@ class Comparison:
         }
         paired = None
         if reference is not None and found[0].images > 1:  # of one image nothing can be drawn
-            interval = paired_interval(found, reference[1])
-            paired = {"against": reference[0].features, "reference": _key(reference), "metric": "mIoU"}
+            interval = paired_interval(found, reference.counted()[0])
+            paired = {"against": reference.record.features, "reference": reference.key, "metric": "mIoU"}
             paired |= {**asdict(interval), "over": "images", "draws": DRAWS}
         metrics = {key: float(np.mean([one[key] for one in seeds])) for key in ("mIoU", "mAcc", "aAcc")}
         return replace(record, metrics=metrics, seeds=seeds, classes=classes, paired=paired, curve=curve)
 
 
-def _key(reference: _Reference | None) -> str | None:
-    """The same for the same features in the same setting."""
-    return None if reference is None else hashlib.sha256(reference[0].key.encode()).hexdigest()[:16]
+def _against(there: dict[str, Any], reference: _Reference | None) -> bool:
+    """Whether a line was held against this reference; those of a single image are against none."""
+    if there["images"]["val"] < 2:
+        return True
+    return (there["paired"] or {}).get("reference") == (None if reference is None else reference.key)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
