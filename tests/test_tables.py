@@ -164,6 +164,16 @@ def test_an_overview_has_features_by_size_and_crops(render: Render) -> None:
     ]
 
 
+def test_an_overview_says_where_features_were_made_otherwise(render: Render) -> None:
+    native: Line = {"size": "native", "crops": "neutral"}
+    small: Line = {"size": [140, 140]}
+    usual, other = {"features": {"views": 32}}, {"features": {"views": 32, "of": "image"}}
+    text = render(line(), line(native), line(small), denoised(usual), denoised(native | other), denoised(small | usual))
+    overview = text.split("### Overview", 1)[1].split("###", 1)[0]
+    assert "\n\n- denoised, native, neutral: of image\n" in overview
+    assert overview.count("\n- ") == 1
+
+
 def test_a_single_setting_and_other_tasks_have_no_overview(render: Render) -> None:
     assert "Overview" not in render(line(), denoised())
     assert "Overview" not in render(segmentation(), segmentation({"size": "native"}))

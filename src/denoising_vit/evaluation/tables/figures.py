@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from denoising_vit.evaluation.tables.entries import Entry
 from denoising_vit.evaluation.tables.markdown import NONE, fixed, flat, folded, plain, signed, significant, table
-from denoising_vit.evaluation.tables.sections import FIRST, Section
+from denoising_vit.evaluation.tables.sections import FIRST, Section, feature_settings
 
 #: Fields of ArtifactMetrics as `dvit diagnose` names them.
 ARTIFACT_LABELS = {
@@ -95,13 +95,31 @@ def _artifact_table(section: Section) -> list[str]:
 
 
 def overview_table(members: Sequence[Section]) -> list[str]:
-    """Features by size and crops, of sections that differ in these only: mIoU (difference)."""
+    """Features by size and crops, of sections that differ in these only: mIoU (difference).
+
+    Features that were made otherwise than in most of the columns are told of below: their names alone would not do.
+    """
     header = ["features", *(_overview_label(section) for section in members)]
     by_section = [dict(section.rows) for section in members]
     features = {label: entry.features for section in members for label, entry in section.rows}
     labels = sorted(features, key=lambda label: features[label] != FIRST)
     cells = [[label, *(_overview_cell(rows.get(label)) for rows in by_section)] for label in labels]
-    return table(header, cells)
+    notes = [note for label in labels for note in _made_otherwise(label, header[1:], by_section)]
+    return [*table(header, cells), *([""] if notes else []), *notes]
+
+
+def _made_otherwise(label: str, columns: Sequence[str], by_section: Sequence[dict[str, Entry]]) -> list[str]:
+    """Which columns have features of other settings than the commonest, and what differs."""
+    made = {
+        column: feature_settings(rows[label]) for column, rows in zip(columns, by_section, strict=True) if label in rows
+    }
+    seen = [tuple(sorted(settings.items())) for settings in made.values()]
+    usual = dict(max(seen, key=seen.count)) if seen else {}
+    return [
+        f"- {plain(f'{label}, {column}')}: {plain(', '.join(f'{key} {value}' for key, value in sorted(others)))}"
+        for column, settings in made.items()
+        if (others := settings.items() - usual.items())
+    ]
 
 
 def _overview_label(section: Section) -> str:
