@@ -423,7 +423,7 @@ def test_shipped_artifact_of_this_very_backbone_is_found(shipped: Path, backbone
 
 def test_backbone_without_a_shipped_artifact_is_told_what_to_do(shipped: Path) -> None:
     with pytest.raises(
-        ArtifactError, match=r"no artifact of Planted .*stride 8 comes with the package; make one: dvit calibrate"
+        ArtifactError, match=r"no artifact of Planted .*stride 8 comes with the package; make one by dvit calibrate"
     ):
         load_artifact("shipped", tiny.backbone(seed=2))
 

@@ -432,7 +432,7 @@ def test_artifact_that_cannot_be_used_is_refused_before_any_photo(
 def test_subtraction_without_any_artifact_is_refused(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
     done = dvit("denoise", photos, "-o", tmp_path / "out", "--method", "subtract")
     assert done.code == 2
-    assert "make one: dvit calibrate PHOTOS -o FILE" in done.err
+    assert "make one by dvit calibrate PHOTOS -o FILE, and give it by --artifact FILE" in done.err
 
 
 def test_resampling_of_the_shipped_artifact_is_said_as_well(

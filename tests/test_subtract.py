@@ -196,7 +196,7 @@ def test_smooth_features_are_in_place_where_patches_overlap() -> None:
 
 
 def test_without_an_artifact_there_must_be_a_shipped_one(backbone: Backbone, photo: np.ndarray) -> None:
-    with pytest.raises(ArtifactError, match=r"no artifact of Planted .* comes with the package; make one: dvit calib"):
+    with pytest.raises(ArtifactError, match=r"no artifact of Planted .* comes with the package; make one by dvit cal"):
         dv.denoise_image(backbone, photo, method="subtract")
 
 
