@@ -9,34 +9,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-#: Sharpness with which nearer neighbours weigh more, as in nearest-neighbour probes of DINO.
-_TEMPERATURE = 0.07
+from denoising_vit.crops import Crop
+from denoising_vit.evaluation.knn import KnnOptions, vote
+from denoising_vit.evaluation.labelled import NO_LABEL
+from denoising_vit.evaluation.patch_labels import commonest, patch_counts
+
+#: As in nearest-neighbour probes of DINO, and by default in `dvit evaluate knn`.
+_TEMPERATURE = KnnOptions.temperature
 
 
 def patch_labels(mask: Path, grid: tuple[int, int], classes: int) -> Tensor:
     """The commonest class in each cell of a grid over an index mask, (h, w) int64; -1 where most of it has none."""
-    pixels = np.asarray(Image.open(mask))
-    h, w = grid
-    rows = np.minimum((np.arange(pixels.shape[0]) + 0.5) / pixels.shape[0] * h, h - 1).astype(int)
-    columns = np.minimum((np.arange(pixels.shape[1]) + 0.5) / pixels.shape[1] * w, w - 1).astype(int)
-    cells = rows[:, None] * w + columns[None, :]
-    counts = np.zeros((h * w, classes + 1), dtype=np.int64)
-    np.add.at(counts, (cells.ravel(), np.minimum(pixels, classes).ravel()), 1)
-    commonest = counts.argmax(1)
-    return torch.from_numpy(np.where(commonest == classes, -1, commonest)).view(h, w)
+    pixels = torch.from_numpy(np.asarray(Image.open(mask)).astype(np.int64))
+    labels = torch.where(pixels < classes, pixels, NO_LABEL)
+    return commonest(patch_counts(labels, Crop.whole(grid), classes, 1, 1))  # a view with one pixel a patch
 
 
 def nearest_labels(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int = 20) -> Tensor:
     """Labels (Q,) of queries (Q, C) by the k nearest of a gallery (N, C) with labels (N,), by cosine."""
     gallery = torch.nn.functional.normalize(gallery.float(), dim=-1)
-    queries = torch.nn.functional.normalize(queries.float(), dim=-1)
-    one_hot = torch.nn.functional.one_hot(labels, classes).float()
-    found = []
-    for part in queries.split(2048):
-        similarity, nearest = (part @ gallery.T).topk(k, dim=-1)  # (q, k)
-        weights = (similarity / _TEMPERATURE).softmax(-1)
-        found.append((weights[..., None] * one_hot[nearest]).sum(1).argmax(-1))  # (q, k, classes) -> (q,)
-    return torch.cat(found)
+    return vote(queries.float(), gallery, labels, classes, k, _TEMPERATURE)
 
 
 def confusion(truth: Tensor, predicted: Tensor, classes: int) -> np.ndarray:

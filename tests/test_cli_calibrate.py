@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +16,10 @@ from torch import Tensor
 import denoising_vit.visualize
 import tiny_artifact as tiny
 import tiny_fit
+from command import Dvit, in_process
 from denoising_vit import Artifact, Decomposition
 from denoising_vit.artifact import artifact_digest, known
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli import app
 from denoising_vit.cli import denoise as verb
 from denoising_vit.dataset import spread
 from denoising_vit.store import FeatureStore
@@ -29,38 +27,11 @@ from denoising_vit.store import FeatureStore
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The JSON lines of standard output; fails where anything else is there."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Dvit = Callable[..., Outcome]
-
-
 @pytest.fixture
 def real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
     """Runs `dvit ...` in this process; the parser's own exit is an exit code as well."""
-    monkeypatch.setenv("COLUMNS", "200")  # no wrapped lines
     monkeypatch.setattr(denoising_vit.visualize, "draw_panel", draw_dot)
-
-    def call(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        try:
-            code = app.run([*map(str, arguments)])
-        except SystemExit as ended:
-            assert isinstance(ended.code, int)
-            code = ended.code
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture

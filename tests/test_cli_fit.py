@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import io
 import json
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny_fit as tiny
+from command import Dvit, Outcome, in_process
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.cli import app
 from denoising_vit.fit import FitJob
@@ -32,37 +32,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PHOTOS = 7
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The JSON lines of standard output; fails where anything else is there."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Dvit = Callable[..., Outcome]
-
-
 @pytest.fixture
 def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
     """Runs `dvit ...` in this process; the parser's own exit is an exit code as well."""
-    monkeypatch.setenv("COLUMNS", "200")  # no wrapped lines
-
-    def call(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        try:
-            code = app.run([*map(str, arguments)])
-        except SystemExit as ended:
-            assert isinstance(ended.code, int)
-            code = ended.code
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, recorded_words
+from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError
 from denoising_vit.files import atomic_path
 
@@ -153,9 +153,7 @@ def _check_head(path: Path, head: Any) -> None:
     size, backbone = head["size"], head["backbone"]
     if not isinstance(version, int) or not _is_size(size) or not isinstance(head["info"], dict):
         raise FormatError(f"{path}: damaged artifact, its metadata does not hold a version, a size and a record")
-    fingerprint = backbone.get("fingerprint") if isinstance(backbone, dict) else None
-    numbers = isinstance(fingerprint, list) and all(isinstance(value, int | float) for value in fingerprint)
-    if not numbers or "name" not in backbone:
+    if not names_backbone(backbone):
         raise FormatError(f"{path}: damaged artifact, its metadata does not name a backbone and its fingerprint")
 
 

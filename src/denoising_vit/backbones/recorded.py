@@ -11,6 +11,13 @@ from denoising_vit.backbones.fingerprint import Fingerprint
 _TOLD = ("layer", "norm", "stride", "weights")
 
 
+def names_backbone(record: Any) -> bool:
+    """Whether a value that a file holds is such a record: a name, and numbers as fingerprint."""
+    fingerprint = record.get("fingerprint") if isinstance(record, dict) else None
+    numbers = isinstance(fingerprint, list) and all(isinstance(value, int | float) for value in fingerprint)
+    return numbers and isinstance(record.get("name"), str)
+
+
 def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
     """Whether a backbone has the recorded weights, layer, norm and stride: by its fingerprint."""
     return backbone.fingerprint.matches(Fingerprint(tuple(recorded["fingerprint"])))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.artifact import compact
+from denoising_vit.backbones.recorded import names_backbone
 from denoising_vit.backbones.weights import read_state_dict
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
@@ -98,17 +99,8 @@ def _check_head(head: Any, path: Path) -> None:
     sides = isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
     if not isinstance(version, int) or not sides or not isinstance(head.get("info"), dict):
         raise FormatError(f"{path}: damaged denoiser, its metadata does not hold a version, a grid and a record")
-    if record is not None and not _names_backbone(record):
+    if record is not None and not names_backbone(record):
         raise FormatError(f"{path}: damaged denoiser, its metadata does not name a backbone and its fingerprint")
-
-
-def _names_backbone(record: Any) -> bool:
-    fingerprint = record.get("fingerprint") if isinstance(record, dict) else None
-    return (
-        isinstance(fingerprint, list)
-        and all(isinstance(value, int | float) for value in fingerprint)
-        and isinstance(record.get("name"), str)
-    )
 
 
 def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoiser:

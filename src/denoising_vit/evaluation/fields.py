@@ -181,7 +181,7 @@ def store_name(images: LabelledSet, backbone: Backbone, spec: BackboneSpec, iden
 
 def _common_size(data: LabelledData, backbone: Backbone) -> tuple[int, int]:
     """The size of all images, rounded to the patch grid; the backbone's own where they differ."""
-    sizes = {(image.height, image.width) for images in (data.train, data.val) for image in images.images}
-    if len(sizes) > 1:
+    size = data.train.common_size
+    if size is None or size != data.val.common_size:
         return backbone.default_size, backbone.default_size
-    return native_size(*sizes.pop(), backbone.patch_size, backbone.stride)
+    return native_size(*size, backbone.patch_size, backbone.stride)

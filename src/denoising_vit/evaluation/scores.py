@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
@@ -168,8 +167,3 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _percent(values: np.ndarray) -> tuple[float | None, ...]:
     return tuple(None if np.isnan(value) else float(100 * value) for value in values)
-
-
-def as_arrays(counts: Counts) -> dict[str, Tensor]:
-    """For a safetensors file."""
-    return {name: torch.from_numpy(getattr(counts, name)) for name in ("hits", "truth", "predicted")}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from denoising_vit.artifact import compact
 from denoising_vit.crops import Crop
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
 from denoising_vit.evaluation.labelled import LabelledImage
@@ -73,7 +74,7 @@ class FeatureCache:
 
     def put(self, path: Path, features: Tensor) -> None:
         """Keeps features (h, w, C), in float16 where they fit, unless the room is used up."""
-        kept = compact(features).contiguous()
+        kept = compact(features)
         size = kept.nbytes + _HEADER
         if self._used + size > self.limit:
             return
@@ -162,11 +163,6 @@ def _forward(
         if cache is not None and path is not None:
             cache.put(path, features)
         yield compact(features).float()
-
-
-def compact(features: Tensor) -> Tensor:
-    """Features in float16 where they fit, else as they are."""
-    return features.half() if float(features.abs().max()) < torch.finfo(torch.float16).max else features
 
 
 def _digest(values: dict[str, object]) -> str:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.artifact import compact
 from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL, LabelledSet
 from denoising_vit.evaluation.patch_labels import patch_counts
-from denoising_vit.evaluation.seeing import FeatureCache, compact, see
+from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.segmentation.augmentation import distort, labels_of, training_crop
 from denoising_vit.evaluation.segmentation.probe import LinearProbe, to_pixels
 from denoising_vit.evaluation.segmentation.protocol import Protocol
