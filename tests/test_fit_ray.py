@@ -10,20 +10,22 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
+import torch
 
 import tiny_fit as tiny
+from child import Child
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import app
-from denoising_vit.dataset import open_dataset
-from denoising_vit.errors import DenoisingVitError, FitError, PhotoError
-from denoising_vit.fit import FitJob, FitOptions, ray_engine
+from denoising_vit.errors import DenoisingVitError, DenoisingVitWarning, FitError, PhotoError
+from denoising_vit.fit import FitJob, ray_engine
 from denoising_vit.fit import job as jobs
 from denoising_vit.fit.ray_engine import RayJob, ShardFitter
 from denoising_vit.store import FeatureStore, layout
@@ -93,13 +95,6 @@ def test_a_cluster_that_does_not_answer_is_named(
     job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray", ray_address="192.0.2.1:6379")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(FitError, match=r"no Ray cluster at 192\.0\.2\.1:6379: nobody there.*RAY_AUTH_MODE=token"):
-        job.run()
-
-
-def test_an_address_that_is_none_is_refused(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
-    assert not ray.is_initialized(), "this test comes before those with a cluster"
-    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray", ray_address="nonsense")
-    with pytest.raises(FitError, match="no Ray cluster at nonsense"):
         job.run()
 
 
@@ -209,43 +204,109 @@ def test_workers_share_the_processors_of_this_machine(monkeypatch: pytest.Monkey
     assert [ray_engine.local_threads(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
 
 
-# --- with a cluster ---
+# --- with a cluster: Ray ends the process that uses a cluster when the cluster is gone, so that is never this one ---
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+@contextlib.contextmanager
+def local_cluster() -> Iterator[None]:
+    """What the process that uses Ray is in: a cluster, and what pytest and fixtures see to here."""
+    warnings.simplefilter("error", DenoisingVitWarning)
+    torch.set_num_threads(1)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Child]:
+    child = Child(local_cluster)
+    yield child
+    child.end()
+
+
+@pytest.fixture
+def unconnected() -> Iterator[Child]:
+    """A process without a cluster: where Ray starts, it handles SIGTERM from then on, also if it is refused."""
+    child = Child(contextlib.nullcontext)
+    yield child
+    child.end()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a command, and whether Ray was still connected after it."""
+
+    code: int
+    out: str
+    err: str
+    connected: bool
+
+
+@contextlib.contextmanager
+def diverted(stream: TextIO, path: Path) -> Iterator[None]:
+    """Has a file take what is written to a stream's descriptor: Ray's libraries write past Python."""
+    stream.flush()
+    kept = os.dup(stream.fileno())
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), stream.fileno())
+    try:
+        yield
+    finally:
+        stream.flush()
+        os.dup2(kept, stream.fileno())
+        os.close(kept)
+
+
+def run_command(arguments: list[str], folder: Path) -> Ran:
+    out, err = folder / "out", folder / "err"
+    with diverted(sys.stdout, out), diverted(sys.stderr, err):
+        code = app.run(arguments)
+    return Ran(code, out.read_text(), err.read_text(), ray.is_initialized())
+
+
+def run_job(photos: Path, store: Path, spec: BackboneSpec, **options: Any) -> list[tuple[int, str | None]]:
+    """What a run with Ray tells of each photo."""
+    seen: list[tuple[int, str | None]] = []
+    tiny.prepare(photos, store, spec, engine="ray", **options).run(lambda index, reason: seen.append((index, reason)))
+    return seen
+
+
+def run_to_error(photos: Path, store: Path, spec: BackboneSpec, **options: Any) -> DenoisingVitError:
+    """How a run with Ray ends that cannot end well."""
+    job = tiny.prepare(photos, store, spec, engine="ray", **options)
+    with pytest.raises(DenoisingVitError) as ended:
+        job.run()
+    assert list(job.store.verify()) == []
+    return ended.value
+
+
+def test_an_address_that_is_none_is_refused(
+    unconnected: Child, photos: Path, spec: BackboneSpec, tmp_path: Path
+) -> None:
+    error = unconnected(run_to_error, photos, tmp_path / "store", spec, ray_address="nonsense")
+    assert isinstance(error, FitError)
+    assert "no Ray cluster at nonsense" in str(error)
+
+
 def test_one_worker_gives_the_store_of_the_local_engine_and_json_lines_alone(
-    cluster: None,
-    photos: Path,
-    weights: Path,
-    local: dict[str, bytes],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    cluster: Child, photos: Path, weights: Path, local: dict[str, bytes], tmp_path: Path
 ) -> None:
     arguments = [*tiny.command(photos, tmp_path / "store", weights), "--engine", "ray", "--json"]
-    capfd.readouterr()
-    assert app.run(arguments) == 1  # one photo is none
-    captured = capfd.readouterr()
-    rows = [json.loads(line) for line in captured.out.splitlines()]
+    ran = cluster(run_command, arguments, tmp_path)
+    assert ran.code == 1  # one photo is none
+    rows = [json.loads(line) for line in ran.out.splitlines()]
     assert sorted(row["image"] for row in rows) == [f"{number:02}.png" for number in range(PHOTOS)]
     assert [row["image"] for row in rows if row["status"] != "done"] == [f"{BAD:02}.png"]
-    assert f"skipped: {BAD:02}.png: not an image file" in captured.err
+    assert f"skipped: {BAD:02}.png: not an image file" in ran.err
     assert tiny.contents(tmp_path / "store") == local
     tiny.assert_whole(tmp_path / "store", failed=1)
-    assert ray.is_initialized()  # a cluster that was there stays
+    assert ran.connected  # a cluster that was there stays
 
 
 def test_two_workers_give_the_store_of_the_local_engine(
-    cluster: None, photos: Path, spec: BackboneSpec, local: dict[str, bytes], tmp_path: Path
+    cluster: Child, photos: Path, spec: BackboneSpec, local: dict[str, bytes], tmp_path: Path
 ) -> None:
-    job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray", workers=2)
-    seen: list[tuple[int, str | None]] = []
-    job.run(lambda index, reason: seen.append((index, reason)))
+    seen = cluster(run_job, photos, tmp_path / "store", spec, workers=2)
     assert sorted(index for index, _ in seen) == list(range(PHOTOS))
     assert [index for index, reason in seen if reason is not None] == [BAD]
     assert tiny.contents(tmp_path / "store") == local
@@ -301,22 +362,21 @@ class Watcher:
         return None
 
 
-def test_a_killed_worker_costs_its_shard_alone(cluster: None, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_its_shard_alone(cluster: Child, spec: BackboneSpec, tmp_path: Path) -> None:
     data = tiny.write_photos(tmp_path / "photos", PHOTOS)
     slow = tiny.denoising(views=100)  # so that a shard takes long enough for its worker to be killed
-    job = tiny.prepare(data, tmp_path / "store", spec, engine="ray", workers=2, stage_one=slow)
+    store = tiny.prepare(data, tmp_path / "store", spec, stage_one=slow).store
     watcher = Watcher(FeatureStore.open(tmp_path / "store"))
     thread = threading.Thread(target=watcher)
     thread.start()
-    seen: list[int] = []
     try:
-        job.run(lambda index, _: seen.append(index))
+        seen = cluster(run_job, data, tmp_path / "store", spec, workers=2, stage_one=slow)
     finally:
         watcher.ended.set()
         thread.join()
     assert watcher.killed is not None, "no worker was killed: the photos are done too fast for this test"
-    assert sorted(seen) == list(range(PHOTOS))
-    tiny.assert_whole(job.store)
+    assert sorted(index for index, _ in seen) == list(range(PHOTOS))
+    tiny.assert_whole(store)
     assert [shard for shard, holders in watcher.holders.items() if len(holders) > 1] == [watcher.killed]
     assert watcher.kept <= watcher.written.keys()
     assert [index for index, times in watcher.written.items() if len(times) > 1] == []  # nothing was done twice
@@ -327,16 +387,10 @@ def test_a_killed_worker_costs_its_shard_alone(cluster: None, spec: BackboneSpec
 
 @pytest.fixture(scope="module")
 def strict_error(
-    cluster: None, photos: Path, spec: BackboneSpec, tmp_path_factory: pytest.TempPathFactory
+    cluster: Child, photos: Path, spec: BackboneSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> DenoisingVitError:
     """How a strict run ends."""
-    store = tmp_path_factory.mktemp("strict") / "store"
-    options = FitOptions(engine="ray", strict=True, images_per_shard=3)
-    job = FitJob.prepare(open_dataset(photos), store, spec, tiny.denoising(), options)
-    with pytest.raises(DenoisingVitError) as ended:
-        job.run()
-    assert list(job.store.verify()) == []
-    return ended.value
+    return cluster(run_to_error, photos, tmp_path_factory.mktemp("strict") / "store", spec, strict=True)
 
 
 def test_strict_stops_with_the_reason(strict_error: DenoisingVitError) -> None:
