@@ -15,7 +15,7 @@ from denoising_vit.denoise import describe
 from denoising_vit.denoiser import write_denoiser
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.named_sources import SOURCES, module_digest, parse_names
+from denoising_vit.evaluation.named_sources import SOURCES, parse_names
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.workbench import Workbench
@@ -93,7 +93,7 @@ def test_a_denoiser_gives_a_line_that_is_held_against_the_first(
     assert not kept and line["failed"] is None and line["features"] == "denoiser"
     assert line["metrics"] == raw["metrics"]  # this one leaves features as they are
     assert line["paired"]["against"] == "raw" and line["paired"]["difference"] == 0
-    assert line["settings"]["features"] == {"denoiser": module_digest(load_denoiser(files["same"]))}
+    assert line["settings"]["features"] == {"denoiser": denoiser_digest(load_denoiser(files["same"]))}
     assert raw["settings"]["features"] == {}
     assert cached(tmp_path) == 2 * IMAGES
 
@@ -178,9 +178,9 @@ def test_a_denoiser_of_another_backbone_fails_in_words(tmp_path: Path, bench: Wo
 
 def test_the_digest_is_that_of_the_values_as_files_hold_them(files: dict[str, Path], backbone: Backbone) -> None:
     made = denoiser_of(backbone, kept=False)
-    assert module_digest(made) == module_digest(load_denoiser(files["other"]))
+    assert denoiser_digest(made) == denoiser_digest(load_denoiser(files["other"]))
     made.denoiser.get_parameter("mlp.fc2.bias")[5] = 0.25
-    assert module_digest(made) != module_digest(load_denoiser(files["other"]))
+    assert denoiser_digest(made) != denoiser_digest(load_denoiser(files["other"]))
 
 
 def test_the_digest_tells_grids_apart_that_hold_the_same_values(backbone: Backbone) -> None:
@@ -188,4 +188,4 @@ def test_the_digest_tells_grids_apart_that_hold_the_same_values(backbone: Backbo
     wide_grid, tall_grid = (denoiser_of(backbone, kept=False, grid=grid) for grid in ((2, 18), (18, 2)))
     features = torch.zeros(1, 6, 6, 64)
     assert not torch.allclose(wide_grid(features), tall_grid(features))
-    assert module_digest(wide_grid) != module_digest(tall_grid)
+    assert denoiser_digest(wide_grid) != denoiser_digest(tall_grid)

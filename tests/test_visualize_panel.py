@@ -4,6 +4,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from PIL import Image
 
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.visualize import draw_panel
-from denoising_vit.visualize.panel import _caption, _number, _Sheet
+from denoising_vit.visualize import panel as panel_module
+from denoising_vit.visualize.panel import CELL, GAP, HEADING, LEFT, RIGHT, _caption, _compared, _halved, _number, _Sheet
+from denoising_vit.visualize.pca import PCABasis
 
 
 def decomposition(height: int = 5, width: int = 7, channels: int = 6, **info: object) -> Decomposition:
@@ -131,6 +134,90 @@ def test_threads_draw_the_same_picture_and_pyplot_stays_away(tmp_path: Path):
         thread.join()
     assert len({path.read_bytes() for path in paths}) == 1
     assert ("matplotlib.pyplot" in sys.modules) == loaded
+
+
+# A denoiser's result: columns that compare it.
+
+
+def of_denoiser(height: int = 5, width: int = 7, channels: int = 6) -> Decomposition:
+    record = {"source": "mine.safetensors", "digest": "0123456789abcdef"}
+    return decomposition(height, width, channels, method="denoiser", denoiser=record)
+
+
+def cells(sheet: np.ndarray) -> int:
+    """How many columns of pictures a sheet is wide."""
+    columns = (sheet.shape[1] - LEFT - RIGHT + GAP) / (CELL + GAP)
+    assert columns == int(columns)
+    return int(columns)
+
+
+def test_denoiser_is_drawn_beside_photo_raw_and_exact(tmp_path: Path):
+    exact = decomposition(method="exact", views=64)
+    assert cells(draw(tmp_path, photo(40, 40), of_denoiser(), exact=exact)) == 4
+    assert cells(draw(tmp_path, photo(40, 40), of_denoiser())) == 3
+
+
+def test_columns_and_rows_are_named_and_share_one_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pictures: dict[tuple[int, int], tuple[str, np.ndarray]] = {}
+    labels, bases = [], []
+    fit = PCABasis.fit
+
+    def picture(_sheet: _Sheet, row: int, column: int, pixels: np.ndarray, heading: str, *_more: Any) -> None:
+        pictures[row, column] = heading, pixels
+
+    monkeypatch.setattr(_Sheet, "picture", picture)
+    monkeypatch.setattr(_Sheet, "row_label", lambda _sheet, _row, label: labels.append(label))
+    monkeypatch.setattr(
+        panel_module.PCABasis, "fit", lambda *maps, **more: bases.append((maps, fit(*maps, **more))) or bases[-1][1]
+    )
+    result, exact = of_denoiser(), decomposition(method="exact", views=64)
+    draw(tmp_path, photo(40, 40), result, exact=exact)
+    assert labels == ["PCA", "norm", "k-means", "similarity to ○"]
+    for row in range(4):
+        assert [pictures[row, column][0] for column in range(4)] == ["photo", "raw", "denoiser", "exact"]
+    ((maps, basis),) = bases  # one for all
+    expected = result.raw, result.semantic, exact.semantic
+    assert all(np.array_equal(found, wanted) for found, wanted in zip(maps, expected, strict=True))
+    for column, features in enumerate(expected, 1):
+        assert np.array_equal(pictures[0, column][1], basis.colours(features))
+
+
+def test_denoised_maps_are_drawn_finer_in_columns_too(tmp_path: Path):
+    exact = decomposition(method="exact", views=64)
+    coarse, fine = (draw(tmp_path, photo(40, 40), of_denoiser(), exact=exact, upsample=n) for n in (1, 2))
+    assert coarse.shape == fine.shape
+    top = slice(60, HEADING + CELL)
+    raw, denoised = slice(LEFT + CELL + GAP, LEFT + 2 * CELL), slice(LEFT + 2 * (CELL + GAP), LEFT + 3 * CELL)
+    assert np.array_equal(coarse[top, raw], fine[top, raw])
+    assert not np.array_equal(coarse[top, denoised], fine[top, denoised])
+
+
+def test_caption_says_where_the_denoiser_comes_from_and_how_exact_did():
+    exact = decomposition(method="exact", views=64, heldout_r2=0.6842, heldout_cosine=0.9)
+    (line,) = _compared(of_denoiser(), exact)
+    assert line.split("  ·  ") == [
+        "denoiser mine.safetensors, 01234567",
+        "exact of 64 views, held-out R² 0.684, held-out cosine 0.900",
+    ]
+    assert _compared(of_denoiser(), None) == ["denoiser mine.safetensors, 01234567"]
+    assert _compared(decomposition(views=64), None) == []
+
+
+def test_long_lines_of_the_caption_are_halved_between_their_parts():
+    assert _halved("one  ·  two  ·  three", 40) == ["one  ·  two  ·  three"]
+    assert _halved("one  ·  two  ·  three", 20) == ["one  ·  two", "three"]
+    assert _halved("x" * 50, 20) == ["x" * 50]
+
+
+@pytest.mark.parametrize("shape", [(2, 4000), (4000, 2), (1, 1)])
+def test_extreme_aspects_are_clamped_in_columns_too(tmp_path: Path, shape: tuple[int, int]):
+    sheet = draw(tmp_path, photo(*shape), of_denoiser(), exact=decomposition(method="exact"), title="a")
+    assert cells(sheet) == 4 and 600 < sheet.shape[0] < 2600
+
+
+def test_exact_is_drawn_beside_a_denoiser_only(tmp_path: Path):
+    with pytest.raises(ValueError, match="exact is drawn beside the result of a denoiser only"):
+        draw(tmp_path, photo(4, 4), decomposition(method="exact"), exact=decomposition())
 
 
 def test_wrong_arguments(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Stage 1 for one photo: render views, run the backbone over them, separate what they agree on."""
+"""One photo: render views, run the backbone over them, separate what they agree on; or denoise it in one pass."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ from denoising_vit.decomposition import Decomposition, ExactSolver, Statistics
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.neural_field import Evaluation, SeenViews, fit_neural_field
 from denoising_vit.decomposition.statistics import require_finite
+from denoising_vit.denoiser.loading import (
+    FoundDenoiser,
+    GivenDenoiser,
+    find_denoiser,
+    find_shipped,
+    source_name,
+)
+from denoising_vit.errors import PlanError
 from denoising_vit.extraction import Photo, extract_views, load_image
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.options import ONE_PASS, DenoiseOptions
 from denoising_vit.sampling import on_nodes
 from denoising_vit.views import CropOptions, ViewPlan
 
@@ -35,6 +43,7 @@ def denoise_image(
     photo: Photo,
     *,
     artifact: KnownArtifact | None = None,
+    denoiser: GivenDenoiser | None = None,
     progress: Progress | None = None,
     watch: Callable[[Evaluation], None] | None = None,
     options: DenoiseOptions | None = None,
@@ -42,11 +51,17 @@ def denoise_image(
 ) -> Decomposition:
     """Separates a photo's features into semantic field, shared artifact and residual (the paper's per-image denoising).
 
+    With ``method="denoiser"`` one pass over the whole photo is mapped to the semantic field (stage 2). A denoiser does
+    not tell the artifact from what else it removes: the artifact is zero then, and all of it is in the residual.
+
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
         photo: a path, a PIL image, an (H, W, 3) uint8 array, or a normalised (1, 3, H, W) tensor.
         artifact: the backbone's artifact where it is known: an :class:`~denoising_vit.Artifact`, a file of one,
             ``"shipped"``, or values (h, w, C); then only the field is fitted.
+        denoiser: the backbone's denoiser: a :class:`~denoising_vit.Denoiser`, or what
+            :func:`~denoising_vit.load_denoiser` takes; only with the methods ``denoiser`` and ``auto``, which take the
+            one that comes with the package where none is given.
         progress: called as ``progress(done, total)`` after each batch of views; with the neural field, after each step
             as well: ``total`` is :func:`work`.
         watch: called with every look that the neural field takes at the held-out views.
@@ -59,14 +74,17 @@ def denoise_image(
     Raises:
         PhotoError: if the photo cannot be read or used.
         SizeError: if the size does not fit the patch grid.
-        PlanError: if the views are too few, or an option is out of range.
+        PlanError: if the views are too few, an option is out of range, or the method does not use what is given.
         BackboneError: if the features are not finite or not a grid.
         FitError: if the neural field's loss is not finite.
         ArtifactError: if the artifact is that of another backbone, or the method needs one and none is given.
-        FormatError: if the artifact's file is missing, damaged or something else.
+        DenoiserError: if the denoiser is for another backbone, or the method needs one and none is given or found.
+        FormatError: if the file of the artifact or the denoiser is missing, damaged or something else.
     """
-    options = replace(options or DenoiseOptions(), **changes)
     started = time.perf_counter()
+    options, found = settle(replace(options or DenoiseOptions(), **changes), backbone, denoiser, artifact)
+    if found is not None and artifact is not None:
+        raise PlanError("an artifact is given, which the method 'denoiser' does not use; leave it out")
     image, about = load_image(photo, backbone)
     if isinstance(photo, Tensor) and options.size is None:
         options = replace(options, size=tuple(photo.shape[2:]))  # its owner has prepared it: it is shown as it is
@@ -78,6 +96,8 @@ def denoise_image(
         parts = _separate_exactly(job, known)
     elif options.method == "neural-field":
         parts = _separate_neurally(job, known, watch)
+    elif found is not None:
+        parts = _map_to_clean(job, found)
     else:
         parts = _subtract(job, known)
     return Decomposition(
@@ -95,15 +115,46 @@ def denoise_image(
             "plan": fitted.digest,
             **options.recorded(),
             **parts.info,
-            "artifact": artifact_digest(known),  # None where it was fitted
+            "artifact": artifact_digest(known),  # None where it was fitted, or there is none
             "seconds": round(time.perf_counter() - started, 3),
         },
     )
 
 
+def settle(
+    options: DenoiseOptions,
+    backbone: Backbone,
+    denoiser: GivenDenoiser | None = None,
+    artifact: KnownArtifact | None = None,
+) -> tuple[DenoiseOptions, FoundDenoiser | None]:
+    """The options with the method that is run, and the denoiser where that uses one.
+
+    ``auto`` is denoiser where one is given, exact where an artifact is given, which only stage 1 uses, and otherwise
+    denoiser where one comes with the package for this backbone with these weights, layer and stride, else exact.
+
+    Raises:
+        PlanError: if a denoiser is given for a method that uses none, or an option is out of range.
+        DenoiserError: if the denoiser is for another backbone, or cannot be found or fetched.
+        FormatError: if the denoiser's file is damaged or something else.
+    """
+    options.validate()
+    if options.method not in ("auto", "denoiser"):
+        if denoiser is not None:
+            raise PlanError(
+                f"a denoiser ({source_name(denoiser)}) is given, but the method is {options.method!r}, which uses none"
+                ": leave one of them out"
+            )
+        return options, None
+    if options.method == "denoiser" or denoiser is not None:
+        found = find_denoiser(denoiser, backbone)
+    else:
+        found = find_shipped(backbone) if artifact is None else None
+    return replace(options, method="exact" if found is None else "denoiser"), found
+
+
 def work(options: DenoiseOptions) -> int:
     """What progress on one photo counts up to: views, and the steps of the neural field."""
-    if options.method == "subtract":
+    if options.method in ONE_PASS:
         return 1
     steps = options.neural.steps if options.method == "neural-field" else 0
     return options.views + options.held_out + steps
@@ -148,10 +199,10 @@ def _view_size(backbone: Backbone, options: DenoiseOptions) -> tuple[int, int]:
 
 def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -> tuple[ViewPlan, ViewPlan | None]:
     h, w = backbone.grid_size(*size)
-    exact, subtract = options.method == "exact", options.method == "subtract"
+    exact, once = options.method == "exact", options.method in ONE_PASS
     # Patch centres are nodes at odd multiples of the grid: there, sampling the network loses nothing.
     overlap = backbone.stride < backbone.patch_size
-    own_nodes = None if exact or (subtract and overlap) else (h, w) if subtract else (3 * h, 3 * w)
+    own_nodes = None if exact or (once and overlap) else (h, w) if once else (3 * h, 3 * w)
 
     def plan(views: int, seed: int, full_image: bool) -> ViewPlan:
         return ViewPlan.make(
@@ -159,14 +210,14 @@ def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -
             size=size,
             patch_size=backbone.patch_size,
             stride=backbone.stride,
-            resolution=own_nodes if options.resolution is None or subtract else options.resolution,
+            resolution=own_nodes if options.resolution is None or once else options.resolution,
             seed=seed,
             full_image=full_image,
             taper=options.taper if exact else 0,
             crops=CropOptions(coverage=options.coverage),
         )
 
-    if subtract:
+    if once:
         return plan(1, 0, True), None
     held_out = plan(options.held_out, options.seed + _HELD_OUT_SEED, False) if options.held_out else None
     return plan(options.views, options.seed, True), held_out
@@ -262,6 +313,17 @@ def _subtract(job: _Job, artifact: Tensor | None) -> _Parts:
     artifact = artifact.to(raw)
     field = on_nodes(raw - artifact, job.fitted)
     return _Parts(field, artifact, raw, None, {"heldout_r2": None, "heldout_cosine": None})
+
+
+def _map_to_clean(job: _Job, found: FoundDenoiser) -> _Parts:
+    """One pass over the whole photo, mapped to clean features; what G was and what h was, nothing tells."""
+    (features,) = job.features(job.fitted)
+    require_finite(features)
+    with torch.no_grad():
+        clean = found.denoiser(features.to(found.denoiser.pos_embed.device))
+    require_finite(clean)
+    info = {"heldout_r2": None, "heldout_cosine": None, "denoiser": found.recorded}
+    return _Parts(on_nodes(clean[0], job.fitted), torch.zeros_like(features[0]), features[0], None, info)
 
 
 def gather(features: Iterator[Tensor], plan: ViewPlan) -> SeenViews:

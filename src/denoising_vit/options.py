@@ -8,19 +8,23 @@ from typing import Any, Literal, get_args
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions
 from denoising_vit.errors import PlanError
 
-Method = Literal["exact", "neural-field", "subtract"]
+Method = Literal["exact", "neural-field", "subtract", "denoiser", "auto"]
+
+#: Methods that look at the whole photo once and fit nothing.
+ONE_PASS = ("subtract", "denoiser")
 
 _EXACT_ONLY = ("smoothness", "shrinkage", "clip", "taper")
 
 
 @dataclass(frozen=True)
 class DenoiseOptions:
-    """How stage 1 is run.
+    """How a photo is denoised: the method, and how stage 1 is run.
 
     Attributes:
         method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
-            views and plain coverage); subtract takes a known artifact away from one pass over the whole photo, and
-            uses none of the options below but the size.
+            views and plain coverage); subtract takes a known artifact away from one pass over the whole photo, denoiser
+            maps the features of that pass to clean ones (stage 2), and both use none of the options below but the size;
+            auto is denoiser where one is given, or comes with the package for these weights, else exact.
         views: crops of the photo that are fitted, the whole photo included.
         held_out: further crops, which only judge the fit.
         size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
@@ -75,7 +79,7 @@ class DenoiseOptions:
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide the result of the method, as JSON values."""
-        if self.method == "subtract":
+        if self.method in ONE_PASS:
             return {"method": self.method, "size": self.size}
         unused = {"neural"} if self.method == "exact" else set(_EXACT_ONLY)
         return {name: value for name, value in asdict(self).items() if name not in unused}

@@ -15,6 +15,8 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USA
 from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.dataset import named_photos, open_dataset, spread
+from denoising_vit.denoised import DenoisedViT
+from denoising_vit.denoiser import find_denoiser, find_shipped
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.files import atomic_path
 
@@ -26,6 +28,7 @@ def diagnose(
     diagnosing: tyro.conf.OmitArgPrefixes[DiagnoseOptions] = DiagnoseOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     photos: int = 64,
+    denoiser: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Whether a backbone has artifacts on your photos, of which kind, and whether cleaning is worth it.
@@ -39,6 +42,8 @@ def diagnose(
         diagnosing: how much is looked at.
         model: the backbone, and how it is run.
         photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
+        denoiser: to be judged as well: a file, or voc_denoised or imgnet_denoised for the published ones. Without it,
+            the one that comes with the package, if there is one for this backbone.
         json: print the figures as one JSON line instead of a table.
     """
     if photos < 0:
@@ -51,11 +56,13 @@ def diagnose(
     require_writable(out)
     backbone = model.load()
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    cleaner = find_shipped(backbone) if denoiser is None else find_denoiser(denoiser, backbone)
+    extractors = {} if cleaner is None else {"denoiser": DenoisedViT(backbone, cleaner.denoiser)}
     chosen = spread(len(dataset), photos)
     with CountProgress(len(chosen), "photos") as progress:
         try:
             found = run_diagnosis(
-                backbone, named_photos(dataset, chosen), {}, lambda *_: progress.advance(), diagnosing
+                backbone, named_photos(dataset, chosen), extractors, lambda *_: progress.advance(), diagnosing
             )
         except KeyboardInterrupt:
             progress.stop()

@@ -16,9 +16,9 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, spread
 from denoising_vit.denoised import DenoisedViT
-from denoising_vit.denoiser import load_denoiser
+from denoising_vit.denoiser import find_denoiser
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
-from denoising_vit.evaluation.named_sources import module_digest, parse_names
+from denoising_vit.evaluation.named_sources import parse_names
 from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.sources import backbone_settings
 from denoising_vit.evaluation.workbench import Line
@@ -47,16 +47,14 @@ def artifacts(
         diagnosing: how much is looked at.
         model: the backbone, and how it is run.
         photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
-        denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones.
+        denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones. Without it, the
+            one that comes with the package.
         json: print the lines of results instead of a table.
     """
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
     names = parse_names(features)
-    if "denoiser" in names and denoiser is None:
-        print_error("no denoiser was given: --denoiser FILE, or voc_denoised for the published one")
-        return WRONG_USAGE
     diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
     dataset = open_dataset(data)
     chosen = spread(len(dataset), photos)
@@ -65,10 +63,10 @@ def artifacts(
     about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
     settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), **asdict(diagnosing)}
     extractors = {}
-    if "denoiser" in names and denoiser is not None:
-        found_denoiser = load_denoiser(denoiser, backbone=backbone)
-        extractors["denoiser"] = DenoisedViT(backbone, found_denoiser)
-        settings["denoiser"] = module_digest(found_denoiser)
+    if "denoiser" in names:
+        cleaner = find_denoiser(denoiser, backbone)
+        extractors["denoiser"] = DenoisedViT(backbone, cleaner.denoiser)
+        settings["denoiser"] = cleaner.digest
     settings = json_lines.loads(json_lines.dumps(settings))
     blank = [Record("artifacts", name, settings, run=run_info()) for name in names]
     kept = [line for record in blank if (line := results.find(record)) is not None]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from denoising_vit.artifact import SHIPPED, artifact_digest, load_artifact
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.denoised import DenoisedViT
-from denoising_vit.denoiser import load_denoiser
-from denoising_vit.errors import DenoiserError, EvaluationError
+from denoising_vit.denoiser import find_denoiser
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.seeing import Shown
@@ -59,7 +56,7 @@ class NamedSources:
         folder: for the fields of stage 1.
         exact: options of stage 1.
         artifact: G of the backbone where one is given: a file, or ``shipped``.
-        denoiser: of the backbone where one is given, as `load_denoiser` takes it.
+        denoiser: of the backbone, as `load_denoiser` takes it; the one that comes with the package where none is given.
         extractors: further sources by name.
         watch: shows progress.
         normalisation: of images, ImageNet's for every model; None for the backbone's own.
@@ -110,10 +107,9 @@ class NamedSources:
         return self._extractor("subtract", clean, {"artifact": artifact_digest(artifact.values)})
 
     def _denoiser(self) -> FeatureSource:
-        if self.denoiser is None:
-            raise DenoiserError("no denoiser was given: --denoiser FILE, or voc_denoised for the published one")
-        found = load_denoiser(self.denoiser, backbone=self.backbone)
-        return self._extractor("denoiser", DenoisedViT(self.backbone, found), {"denoiser": module_digest(found)})
+        found = find_denoiser(self.denoiser, self.backbone)
+        clean = DenoisedViT(self.backbone, found.denoiser)
+        return self._extractor("denoiser", clean, {"denoiser": found.digest})
 
     def _fields(self) -> FeatureSource:
         if self.exact.method != "exact":
@@ -143,11 +139,3 @@ class NamedSources:
         if self.beyond:
             source.identity = source.identity | {"of": "image"}
         return source
-
-
-def module_digest(module: nn.Module) -> str:
-    """SHA-256 of a module's values, as float16 holds them, and of what it says of its shape."""
-    digest = hashlib.sha256(module.extra_repr().encode())
-    for value in module.state_dict().values():
-        digest.update(value.detach().half().cpu().numpy().tobytes())
-    return digest.hexdigest()

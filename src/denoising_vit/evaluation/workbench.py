@@ -44,7 +44,7 @@ class Workbench:
         exact: options of stage 1.
         fields_of: where crops are judged, whether stage 1 fits each crop as an image of its own, or whole images.
         artifact: G of the backbone where one is given: a file, or ``shipped``.
-        denoiser: of the backbone where one is given, as `load_denoiser` takes it.
+        denoiser: of the backbone, as `load_denoiser` takes it; the one that comes with the package where none is given.
         extractors: further sources: extractor(image (B, 3, H, W)) -> (B, h, w, C), by names that stand for their
             features in caches and results.
         watch: shows progress.

@@ -1,0 +1,364 @@
+"""`dvit denoise` with a denoiser: when it is taken, what is told, the picture that compares it, results kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import denoising_vit as dv
+import denoising_vit.visualize
+import tiny_artifact
+import tiny_denoiser as tiny
+from command import Dvit, in_process
+from denoising_vit import Decomposition
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli import denoise as verb
+from denoising_vit.denoiser.loading import denoiser_digest
+from denoising_vit.visualize.panel import CELL, GAP, LEFT, RIGHT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = ("--views", "8", "--held-out", "2")
+
+Drawn = list[tuple[Decomposition, Decomposition | None]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the package comes with."""
+    tiny.ship(tmp_path / "shipped", monkeypatch)
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that comes with a denoiser of the planted backbone, and one of the same with other weights."""
+    other = tiny.backbone(seed=1)
+    tiny.ship(tmp_path / "package", monkeypatch, a=tiny.denoiser(other, seed=1), b=tiny.denoiser(tiny.backbone()))
+
+
+@pytest.fixture
+def whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
+    """Runs `dvit denoise ...` with the planted backbone."""
+    monkeypatch.setattr(BackboneSpec, "load", lambda _spec: tiny.backbone())
+    run = in_process(capsys, monkeypatch)
+    return lambda *arguments: run("denoise", *FEW, *arguments)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    """What pictures were drawn of: results, and exact's beside them. Dots are drawn instead."""
+    seen: Drawn = []
+
+    def draw_dot(
+        _photo: np.ndarray, result: Decomposition, path: Path, *, exact: Decomposition | None = None, **_more: Any
+    ) -> None:
+        seen.append((result, exact))
+        Image.new("RGB", (1, 1)).save(path, format="PNG")
+
+    monkeypatch.setattr(denoising_vit.visualize, "draw_panel", draw_dot)
+    return seen
+
+
+@pytest.fixture
+def dvit(whole: Dvit, drawn: Drawn) -> Dvit:
+    """The same with dots for pictures."""
+    return whole
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    return tiny_artifact.write_photos(tmp_path / "photos", 1) / "00.png"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A denoiser of the planted backbone, another than the shipped one."""
+    return tiny.write(tmp_path / "secret", tiny.denoiser(tiny.backbone(), seed=2), "mine.safetensors")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The methods that were run, in order."""
+    real, methods = verb.denoise_image, []
+
+    def run(*arguments: Any, **options: Any) -> Decomposition:
+        methods.append(options["options"].method)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(verb, "denoise_image", run)
+    return methods
+
+
+@pytest.fixture
+def no_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it to forbid denoising from here on."""
+
+    def never(*_arguments: Any, **_options: Any) -> None:
+        raise AssertionError("this must not be called")
+
+    return lambda: monkeypatch.setattr(verb, "denoise_image", never)
+
+
+def result_of(folder: Path) -> Decomposition:
+    return Decomposition.load(folder / "00.safetensors")
+
+
+# --- which method ---
+
+
+@pytest.mark.usefixtures("shipped")
+def test_shipped_denoiser_is_the_default_and_the_line_of_the_backbone_says_so(
+    dvit: Dvit, photo: Path, tmp_path: Path
+) -> None:
+    done = dvit(photo, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    digest = denoiser_digest(tiny.denoiser())
+    (line,) = [line for line in done.err.splitlines() if line.startswith("backbone Planted")]
+    assert line.endswith(f"; method denoiser (comes with the package, {digest[:8]})")
+    info = result_of(tmp_path / "out").info
+    assert (info["method"], info["denoiser"]) == ("denoiser", {"source": "shipped", "digest": digest})
+
+
+def test_exact_is_the_default_where_none_is_shipped(dvit: Dvit, photo: Path, tmp_path: Path, drawn: Drawn) -> None:
+    done = dvit(photo, "-o", tmp_path / "out")
+    assert done.code == 0
+    assert "; method exact\n" in done.err and "denoiser" not in done.err
+    assert result_of(tmp_path / "out").info["method"] == "exact"
+    assert [exact for _, exact in drawn] == [None]
+
+
+@pytest.mark.usefixtures("shipped")
+def test_exact_is_the_default_for_other_weights(
+    dvit: Dvit, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, other in enumerate((tiny.backbone(seed=2), tiny.backbone(stride=4))):
+        monkeypatch.setattr(BackboneSpec, "load", lambda _spec, other=other: other)
+        assert "; method exact\n" in dvit(photo, "-o", tmp_path / f"out{number}").err
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_method_that_is_named_is_run(dvit: Dvit, photo: Path, tmp_path: Path, ran: list[str]) -> None:
+    assert "; method exact\n" in dvit(photo, "-o", tmp_path / "out", "--method", "exact").err
+    assert ran == ["exact"]
+
+
+@pytest.mark.usefixtures("shipped")
+def test_given_denoiser_is_taken_before_the_shipped_one(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
+    digest = denoiser_digest(dv.load_denoiser(file))
+    assert f"; method denoiser (mine.safetensors, {digest[:8]})" in done.err
+    assert result_of(tmp_path / "out").info["denoiser"] == {"source": "mine.safetensors", "digest": digest}
+    assert b"secret" not in (tmp_path / "out" / "00.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("shipped")
+def test_artifact_that_is_given_still_has_exact_run_with_it(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+    """As it did before denoisers came with the package: only stage 1 uses an artifact."""
+    artifact = tiny_artifact.artifact_of(tiny.backbone())
+    artifact.save(tmp_path / "g.safetensors")
+    assert "; method exact\n" in dvit(photo, "-o", tmp_path / "out", "--artifact", tmp_path / "g.safetensors").err
+    result = result_of(tmp_path / "out")
+    assert result.info["method"] == "exact"
+    torch.testing.assert_close(result.artifact, artifact.values, rtol=2e-3, atol=2e-3)
+
+
+# --- the result ---
+
+
+def test_result_is_that_of_the_library_and_again_the_same(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+    for folder in ("one", "two"):
+        assert dvit(photo, "-o", tmp_path / folder, "--denoiser", file).code == 0
+    expected = dv.denoise_image(tiny.backbone(), photo, method="denoiser", denoiser=file)
+    torch.testing.assert_close(result_of(tmp_path / "one").semantic, expected.semantic, rtol=2e-3, atol=2e-3)
+    one, two = (load_file(tmp_path / folder / "00.safetensors") for folder in ("one", "two"))
+    assert set(one) == {"field", "semantic", "artifact", "raw"}  # of the denoiser alone
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not one["artifact"].any()
+
+
+def test_result_does_not_depend_on_the_comparison(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+    dvit(photo, "-o", tmp_path / "with", "--denoiser", file)
+    dvit(photo, "-o", tmp_path / "without", "--denoiser", file, "--no-exact")
+    one, two = (result_of(tmp_path / folder) for folder in ("with", "without"))
+    assert torch.equal(one.field, two.field)
+    assert one.info | {"seconds": 0} == two.info | {"seconds": 0}
+
+
+def test_table_and_json_have_no_figures_of_views_that_were_not_held_out(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path
+) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
+    assert re.match(r"00\.png +00\.safetensors +1 +- +- +\d+\.\d", done.out.splitlines()[1])
+    (row,) = dvit(photo, "-o", tmp_path / "other", "--denoiser", file, "--json").rows
+    assert (row["status"], row["views"], row["heldout_r2"], row["heldout_cosine"]) == ("done", 1, None, None)
+    assert row["seconds"] >= result_of(tmp_path / "other").info["seconds"] >= 0
+
+
+def test_finer_features_are_stored(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+    assert dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--upsample", "2").code == 0
+    assert load_file(tmp_path / "out" / "00.safetensors")["upsampled"].shape == (14, 14, 64)
+
+
+# --- the picture ---
+
+
+def test_picture_compares_with_exact_of_the_options_given(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
+) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--seed", "3", "--views", "9")
+    assert "pictures compare it with exact, 11 passes a photo; --no-exact leaves it out" in done.err
+    assert ran == ["denoiser", "exact"]
+    ((result, exact),) = drawn
+    assert result.info["method"] == "denoiser"
+    expected = dv.denoise_image(tiny.backbone(), photo, views=9, held_out=2, seed=3)
+    assert exact is not None and torch.equal(exact.field, expected.field)
+    assert (exact.info["method"], exact.info["seed"], exact.heldout_r2) == ("exact", 3, expected.heldout_r2)
+
+
+def test_without_exact_it_is_not_computed(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
+) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--no-exact", "--views", "4")  # too few for it
+    assert done.code == 0 and "compare" not in done.err
+    assert ran == ["denoiser"]
+    assert [exact for _, exact in drawn] == [None]
+
+
+def test_artifact_beside_a_denoiser_is_that_of_the_comparison(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn
+) -> None:
+    artifact = tiny_artifact.artifact_of(tiny.backbone())
+    artifact.save(tmp_path / "g.safetensors")
+    assert dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--artifact", tmp_path / "g.safetensors").code == 0
+    ((result, exact),) = drawn
+    assert not result.artifact.any() and result.info["artifact"] is None
+    assert exact is not None
+    torch.testing.assert_close(exact.artifact, artifact.values, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("more", "columns"), [((), 4), (("--no-exact",), 3)], ids=["exact", "no exact"])
+def test_picture_has_a_column_for_each(
+    whole: Dvit, photo: Path, tmp_path: Path, file: Path, more: tuple[str, ...], columns: int
+) -> None:
+    assert whole(photo, "-o", tmp_path / "out", "--denoiser", file, *more).code == 0
+    with Image.open(tmp_path / "out" / "00.png") as panel:
+        assert panel.width == LEFT + columns * CELL + (columns - 1) * GAP + RIGHT
+
+
+# --- results that are there already ---
+
+
+def test_result_is_kept_on_the_second_run(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, no_computing: Callable[[], None]
+) -> None:
+    command = (photo, "-o", tmp_path / "out", "--denoiser", file, "--json")
+    dvit(*command)
+    before = (tmp_path / "out" / "00.safetensors").read_bytes()
+    no_computing()
+    for more in ((), ("--no-exact",), ("--views", "9"), ("--seed", "4")):  # of the picture alone
+        (row,) = dvit(*command, *more).rows
+        assert (row["status"], row["note"], row["heldout_r2"]) == ("kept", "kept", None)
+    assert (tmp_path / "out" / "00.safetensors").read_bytes() == before
+
+
+def test_the_same_denoiser_under_another_name_is_the_same(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, no_computing: Callable[[], None]
+) -> None:
+    dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
+    no_computing()
+    (row,) = dvit(photo, "-o", tmp_path / "out", "--denoiser", file.rename(tmp_path / "r.safetensors"), "--json").rows
+    assert row["note"] == "kept"
+
+
+@pytest.mark.usefixtures("shipped")
+def test_results_of_other_denoisers_and_methods_are_not_taken_for_the_same(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path
+) -> None:
+    ways = {"shipped": (), "given": ("--denoiser", file), "exact": ("--method", "exact")}
+    for name, way in ways.items():
+        assert dvit(photo, "-o", tmp_path / name, *way).code == 0
+        for other, theirs in ways.items():
+            (row,) = dvit(photo, "-o", tmp_path / name, *theirs, "--json").rows
+            told = "kept" if other == name else "kept, made with other settings: --overwrite to do it again"
+            assert (row["status"], row["note"]) == ("kept", told), (name, other)
+    assert dvit(photo, "-o", tmp_path / "exact", "--overwrite").code == 0
+    assert result_of(tmp_path / "exact").info["method"] == "denoiser"
+
+
+def test_deleted_picture_is_drawn_again_with_exact_alone_computed(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
+) -> None:
+    dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
+    before = (tmp_path / "out" / "00.safetensors").read_bytes()
+    (tmp_path / "out" / "00.png").unlink()
+    dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
+    assert ran == ["denoiser", "exact", "exact"]
+    assert len(drawn) == 2 and all(exact is not None for _, exact in drawn)
+    assert (tmp_path / "out" / "00.safetensors").read_bytes() == before
+
+
+def test_picture_of_a_kept_result_of_another_way_is_not_compared(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
+) -> None:
+    dvit(photo, "-o", tmp_path / "out")
+    (tmp_path / "out" / "00.png").unlink()
+    (row,) = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--json").rows
+    assert "other settings" in row["note"]
+    assert ran == ["exact"]
+    assert [(result.info["method"], exact) for result, exact in drawn] == [("exact", None), ("exact", None)]
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("method", ["exact", "neural-field", "subtract"])
+def test_denoiser_with_another_method_is_refused_naming_both(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, method: str
+) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--method", method)
+    assert done.code == 2
+    assert f"a denoiser (mine.safetensors) is given, but the method is '{method}', which uses none" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_method_without_a_denoiser_is_told_what_to_do(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--method", "denoiser")
+    assert done.code == 2
+    assert "comes with the package; train one by dvit train and give it by --denoiser FILE" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_denoiser_that_cannot_be_used_is_refused_before_any_photo(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.safetensors").write_text("words")
+    other = tiny.write(tmp_path, tiny.denoiser(tiny.backbone(seed=1)), "other.safetensors")
+    for given, told in (
+        (tmp_path / "none.safetensors", "no such denoiser file"),
+        (tmp_path / "words.safetensors", "not a denoiser, or damaged"),
+        (other, "the denoiser was trained for Planted"),
+        ("voc_denoised", "no voc_denoised was published for Planted"),
+    ):
+        done = dvit(photo, "-o", tmp_path / "out", "--denoiser", given)
+        assert done.code == 2 and told in done.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_too_few_views_for_the_comparison_are_refused_before_any_photo(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path
+) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--views", "4")
+    assert done.code == 2 and "4 views" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_options(dvit: Dvit) -> None:
+    words = dvit("--help").words
+    for option in ("--denoiser", "--no-exact", "--method {exact,neural-field,subtract,denoiser,auto}"):
+        assert option in words
