@@ -43,6 +43,10 @@ class DenoiserError(DenoisingVitError):
     """A denoiser that cannot be found, or belongs to another backbone."""
 
 
+class TrainError(DenoisingVitError):
+    """A training run that cannot be started, resumed or carried on."""
+
+
 class StoreError(DenoisingVitError):
     """A feature store that cannot be opened, read or written as asked."""
 

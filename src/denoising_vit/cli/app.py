@@ -44,11 +44,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     from denoising_vit.cli.reporting import print_error
     from denoising_vit.cli.reproduce import reproduce
     from denoising_vit.cli.store import export, info, verify
+    from denoising_vit.cli.train import train
     from denoising_vit.errors import DenoisingVitError
 
     app = tyro.extras.SubcommandApp()
     app.command(denoise)
     app.command(fit)
+    app.command(train)
     app.command(calibrate)
     app.command(diagnose)
     evaluate = tyro.extras.SubcommandApp()

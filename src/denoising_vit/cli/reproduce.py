@@ -17,7 +17,7 @@ from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.segmentation import PAPER, Protocol
 from denoising_vit.published import VARIANTS, published_rows
-from denoising_vit.reproduction import Row, Step, find_row, list_rows, reproduce_row
+from denoising_vit.reproduction import DenoiserRecipe, Row, Step, find_row, list_rows, reproduce_row
 
 #: Steps and their lines of results.
 _Measured = Sequence[tuple[Step, dict[str, Any]]]
@@ -46,7 +46,7 @@ def reproduce(
         out: the file that lines of results are appended to. The same command goes on where it was stopped.
         weights: of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not that of the table.
         device: auto, cpu, cuda, cuda:1, mps.
-        seed: of the probe.
+        seed: of the probe, and of the denoiser.
         dry: every step on made-up data, with two blocks of random weights and two steps of training; without a row,
             all baselines. Its figures mean nothing and are not kept.
     """
@@ -75,7 +75,8 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
     backbone = spec.load()
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     try:
-        measured = _measured(found, data, backbone, spec, PAPER, results, out.with_suffix(".cache"), seed)
+        how = PAPER, DenoiserRecipe()
+        measured = _measured(found, data, backbone, spec, how, results, out.with_suffix(".cache"), seed)
     except KeyboardInterrupt:
         print_note("interrupted; finished steps stay, and the same command goes on from there")
         return INTERRUPTED
@@ -86,7 +87,7 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
 
 
 def _dry(model: str | None, variant: str, device: str, seed: int) -> int:
-    from denoising_vit.reproduction.dry import dry_backbone, dry_data, dry_protocol
+    from denoising_vit.reproduction.dry import dry_backbone, dry_data, dry_protocol, dry_recipe
 
     models = [row.model for row in published_rows() if row.variant == variant] if model is None else [model]
     found, failed = [], False
@@ -102,7 +103,8 @@ def _dry(model: str | None, variant: str, device: str, seed: int) -> int:
                 backbone = backbone if device == "auto" else backbone.to(device)
                 spec = BackboneSpec(row.published.model, "random")
                 results = Results(folder / "results.jsonl")
-                measured = _measured(row, data, backbone, spec, dry_protocol(), results, folder / "cache", seed)
+                how = dry_protocol(), dry_recipe(backbone)
+                measured = _measured(row, data, backbone, spec, how, results, folder / "cache", seed)
                 failed = _tell_failed(measured) or failed
                 found.append((row, measured))
         except KeyboardInterrupt:
@@ -127,7 +129,7 @@ def _measured(
     data: Path,
     backbone: Backbone,
     spec: BackboneSpec,
-    protocol: Protocol,
+    how: tuple[Protocol, DenoiserRecipe],
     results: Results,
     folder: Path,
     seed: int,
@@ -137,7 +139,8 @@ def _measured(
         data=data,
         backbone=backbone,
         spec=spec,
-        protocol=protocol,
+        protocol=how[0],
+        recipe=how[1],
         results=results,
         folder=folder,
         run=run_info(),

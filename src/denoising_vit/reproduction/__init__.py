@@ -1,6 +1,7 @@
 """Reproducing published rows: what each takes, what is missing for it, and the run itself."""
 
+from denoising_vit.reproduction.denoising import DenoiserRecipe
 from denoising_vit.reproduction.rows import Row, Status, Step, find_row, list_rows
 from denoising_vit.reproduction.running import reproduce_row
 
-__all__ = ["Row", "Status", "Step", "find_row", "list_rows", "reproduce_row"]
+__all__ = ["DenoiserRecipe", "Row", "Status", "Step", "find_row", "list_rows", "reproduce_row"]

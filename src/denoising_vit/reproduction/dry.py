@@ -11,7 +11,10 @@ from PIL import Image
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.evaluation.segmentation import PAPER, Protocol
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.reproduction.denoising import DenoiserRecipe
 from denoising_vit.reproduction.rows import ADE, VOC
+from denoising_vit.training import TrainOptions
 
 #: Two images of each split, of unlike sizes, so that one of them is padded and the other cut into windows.
 _SIZES = ((48, 64), (60, 40))
@@ -30,6 +33,14 @@ def dry_backbone(model: str) -> Backbone:
 def dry_protocol() -> Protocol:
     """The published protocol, stopped after two steps of one crop."""
     return replace(PAPER, steps=2, warmup=1, batch=1)
+
+
+def dry_recipe(backbone: Backbone) -> DenoiserRecipe:
+    """The published recipe of the denoiser, stopped after two steps of one pair; views of 8 x 8 patches."""
+    return DenoiserRecipe(
+        denoising=DenoiseOptions(views=8, held_out=0, size=8 * backbone.patch_size),
+        training=TrainOptions(steps=2, batch_size=1, held_out=1),
+    )
 
 
 def dry_data(folder: Path) -> Path:

@@ -61,9 +61,8 @@ NYU = Benchmark(
 
 #: What each variant is made of, and why this version cannot make it.
 _NOT_YET = {
-    "voc_denoised": "the one-pass denoiser (stage 2) is not in this version",
     "voc_distilled": "distilled models (stage 3) are not in this version",
-    "imgnet_denoised": "the one-pass denoiser (stage 2) is not in this version",
+    "imgnet_denoised": "denoisers of ImageNet photos are not in this version",
     "imgnet_distilled": "distilled models (stage 3) are not in this version",
 }
 
@@ -134,6 +133,9 @@ def _step(row: PublishedRow, benchmark: Benchmark, data: Path, lines: Sequence[d
     if any(_measures(line, measured, benchmark) for line in lines):
         return Step(benchmark, "done")
     lacking = [name for name in benchmark.needs if not (data / benchmark.place / name).exists()]
+    if not lacking and row.variant == "voc_denoised" and not (data / VOC.place / "JPEGImages").exists():
+        words = f"the denoiser is trained on {data / VOC.place / 'JPEGImages'}; it goes there from {VOC.source}"
+        return Step(benchmark, "missing", words)
     if lacking:
         where = data / benchmark.place
         words = f"{where} lacks {', '.join(lacking)}; it goes there from {benchmark.source}"

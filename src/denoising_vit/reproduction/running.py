@@ -12,10 +12,11 @@ from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.segmentation import Protocol
 from denoising_vit.evaluation.workbench import Watch, Workbench, unwatched
+from denoising_vit.reproduction.denoising import DenoiserRecipe, trained_denoiser
 from denoising_vit.reproduction.rows import Row, Step
 
 #: The features of each variant that this version can make.
-_FEATURES = {"baseline": "raw"}
+_FEATURES = {"baseline": "raw", "voc_denoised": "denoiser"}
 
 
 def reproduce_row(
@@ -29,6 +30,7 @@ def reproduce_row(
     folder: Path,
     run: Mapping[str, Any],
     seed: int = 0,
+    recipe: DenoiserRecipe | None = None,
     watch: Watch = unwatched,
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
     """Does the steps of a row that are ready, by the published protocol.
@@ -42,16 +44,22 @@ def reproduce_row(
         results: where lines go; a step that is there already is not done again.
         folder: for checkpoints and counts.
         run: command, hardware and software, for the record.
-        seed: of the probe.
+        seed: of the probe, and of the denoiser.
+        recipe: how the denoiser of a row is made; as published by default.
         watch: shows progress.
 
     Yields:
         The step, and its line of results; of data that cannot be used only why, under ``failed``.
     """
     published = {"model": row.published.model, "variant": row.published.variant}
+    denoiser: str | None = None
     for step in row.steps:
         if step.status not in ("ready", "done"):
             continue
+        if denoiser is None and row.published.variant == "voc_denoised":
+            place = folder / f"denoiser-{row.published.model}-{seed}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            denoiser = str(trained_denoiser(backbone, data, place, recipe or DenoiserRecipe(), watch, seed))
         try:
             with watch(f"images of {step.benchmark.name} read", None) as advance:
                 labelled = open_labelled(data / step.benchmark.place, progress=advance)
@@ -59,7 +67,14 @@ def reproduce_row(
             yield step, {"failed": str(error), "metrics": {}, "skipped": []}
             continue
         bench = Workbench(
-            data=labelled, backbone=backbone, spec=spec, results=results, folder=folder, run=run, watch=watch
+            data=labelled,
+            backbone=backbone,
+            spec=spec,
+            results=results,
+            folder=folder,
+            run=run,
+            denoiser=denoiser,
+            watch=watch,
         )
         for line, _ in bench.by_protocol((_FEATURES[row.published.variant],), protocol, (seed,), published):
             yield step, line

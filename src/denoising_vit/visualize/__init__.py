@@ -9,5 +9,6 @@ from __future__ import annotations
 from denoising_vit.visualize.maps import cluster_maps, norm_maps, similarity_maps
 from denoising_vit.visualize.panel import draw_panel
 from denoising_vit.visualize.pca import PCABasis
+from denoising_vit.visualize.rows import draw_rows
 
-__all__ = ["PCABasis", "cluster_maps", "draw_panel", "norm_maps", "similarity_maps"]
+__all__ = ["PCABasis", "cluster_maps", "draw_panel", "draw_rows", "norm_maps", "similarity_maps"]

@@ -1,0 +1,129 @@
+"""``dvit train``: stage 2, the one-pass denoiser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar, watch
+from denoising_vit.dataset import open_dataset
+from denoising_vit.errors import TrainError
+from denoising_vit.evaluation.watching import unwatched
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.store import FeatureStore
+from denoising_vit.training import PairOptions, Photos, Stored, TrainJob, TrainOptions
+
+
+def train(
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA_OR_STORE")],
+    /,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
+    photos: str | None = None,
+    on_the_fly: tyro.conf.FlagCreatePairsOff[bool] = False,
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False,
+    cache: Path | None = None,
+    artifact: str | None = None,
+    training: tyro.conf.OmitArgPrefixes[TrainOptions] = TrainOptions(),  # noqa: B008, frozen
+    pairs: PairOptions = PairOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    exact: DenoiseOptions = DenoiseOptions(held_out=0),  # noqa: B008, frozen
+) -> int:
+    """Stage 2: trains a denoiser that cleans features in one pass.
+
+    Targets are the semantic fields of stage 1. The folder gets `denoiser.safetensors`, the best by the held-out images
+    (for `--denoiser`), `last.safetensors`, `log.jsonl`, TensorBoard's files, panels, and checkpoints. Interrupted, the
+    same command with --resume goes on. On several devices or machines: `accelerate launch -m denoising_vit train ...`.
+
+    Args:
+        data: a store of `dvit fit`, or photos with --on-the-fly.
+        out: the folder of the run; made where it does not exist.
+        photos: with a store: the photos that it was fitted on.
+        on_the_fly: fit stage 1 of the photos first, in this run, and keep no store of fields.
+        resume: go on with the run that is there, bit for bit as if it had not stopped.
+        cache: where the features of the pairs are kept; runs with other rates or steps can share them. By default in
+            the folder of the run.
+        artifact: with --on-the-fly: the backbone's artifact where it is known, a file or `shipped`.
+        training: how long and how fast.
+        pairs: which views are training pairs.
+        model: the backbone, which stays as it is.
+        exact: with --on-the-fly: how stage 1 is run.
+    """
+    training.validate()
+    pairs.validate()
+    source = _source(data, photos, on_the_fly, exact, artifact)
+    job = TrainJob.prepare(source, out, model, training, pairs, cache=cache, resume=resume)
+    main, processes = job.accelerator.is_main_process, job.accelerator.num_processes
+    if main:
+        print_note(f"backbone {job.backbone.extra_repr()} on {job.backbone.device}, {processes} process(es)")
+    try:
+        job.fill(watch if main else unwatched)
+        for name, reason in job.skipped.items():
+            print_error(f"{name}: {reason}", "skipped")
+        run = job.training()
+        if main:
+            print_note(f"{len(run.sampler.images)} images to train on, {len(run.judge.images)} held out; run {out}")
+        with _Bar(training.last_step, shown=main) as bar:
+            progress = run.run(bar.step, bar.look)
+    except KeyboardInterrupt:
+        if main:
+            print_note("interrupted; --resume goes on from here")
+        return INTERRUPTED
+    if main:
+        step = progress.best_step
+        best = "" if step is None else f", the best after step {step}: {job.folder.denoiser}"
+        more = "" if progress.step == training.steps else " (--resume goes on)"
+        print_note(f"{progress.step} of {training.steps} steps done{more}{best}")
+    return SOME_FAILED if job.skipped else OK
+
+
+def _source(
+    data: str, photos: str | None, on_the_fly: bool, exact: DenoiseOptions, artifact: str | None
+) -> Photos | Stored:
+    """Where images and targets come from.
+
+    Raises:
+        TrainError: if what is given does not go together.
+    """
+    is_store = FeatureStore.exists(data)
+    if is_store and on_the_fly:
+        raise TrainError(f"{data} is a store, which has the fields; leave --on-the-fly out")
+    if is_store and photos is None:
+        raise TrainError(f"{data}: the photos are needed as well, whose features are inputs; give --photos")
+    if is_store and photos is not None:
+        return Stored(FeatureStore.open(data), open_dataset(photos))
+    if not on_the_fly:
+        raise TrainError(
+            f"{data} is no store, so it has no targets; run dvit fit {data} -o STORE first, or give --on-the-fly to "
+            "fit them now"
+        )
+    if photos is not None:
+        raise TrainError("--photos goes with a store; with --on-the-fly, the data are the photos")
+    return Photos(open_dataset(data), exact, artifact)
+
+
+class _Bar(OnScreen):
+    """Steps done with the loss; and a line for each look at the held-out images."""
+
+    def __init__(self, steps: int, *, shown: bool) -> None:
+        self._progress = progress_bar("steps, loss {task.fields[loss]}", speed_estimate_period=300)
+        self._progress.disable = self._progress.disable or not shown
+        self._task = self._progress.add_task("", total=steps, loss="-")
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Takes one step."""
+        self._progress.update(self._task, completed=step, loss=f"{figures['loss']:.3f}")
+
+    def look(self, step: int, figures: dict[str, float]) -> None:
+        """Says how the held-out images do."""
+        self._progress.print(
+            f"step {step}: held-out cosine {figures['cosine']:.4f} (raw {figures['raw_cosine']:.4f}), "
+            f"1 - cosine {figures['ratio']:.3f} of raw's, effective rank {figures['rank']:.0f} "
+            f"(raw {figures['raw_rank']:.0f})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )

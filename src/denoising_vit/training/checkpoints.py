@@ -1,0 +1,122 @@
+"""Where a run stands, on disk: weights and optimiser state in safetensors, never half there."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from denoising_vit.errors import TrainError
+from denoising_vit.files import atomic_path
+
+#: Checkpoints that are kept: the last and the one before.
+_KEPT = 2
+
+_KEY = "denoising_vit"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimiser steps done.
+        best: the best held-out cosine so far; None before the first evaluation.
+        best_step: after which step that was.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+
+
+class Checkpoints:
+    """The last checkpoints of a run. Sampler and schedule are functions of the step, and need no state.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def last(self) -> Path | None:
+        """The newest, if there is any."""
+        there = self._all()
+        return there[-1] if there else None
+
+    @property
+    def step(self) -> int:
+        """Of the newest; 0 where there is none."""
+        return 0 if self.last is None else int(self.last.stem.removeprefix("step-"))
+
+    def save(self, progress: Progress, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Writes one, then removes the oldest but two; the one before stays whole whatever happens.
+
+        Raises:
+            TrainError: if it cannot be written (a full disk).
+        """
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        for number, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{name}": value for name, value in state.items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{progress.step:07}.safetensors"
+        before = self.last
+        try:
+            with atomic_path(path) as temporary:
+                save_file(tensors, temporary, metadata={_KEY: json.dumps(asdict(progress))})
+        except (OSError, SafetensorError) as error:
+            kept = "none was written before" if before is None else f"{before.name} is whole, --resume goes on from it"
+            raise TrainError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
+        for old in self._all()[:-_KEPT]:
+            old.unlink(missing_ok=True)
+
+    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
+        """Restores the newest; where there is none, nothing.
+
+        Raises:
+            TrainError: if it is damaged, or of another model.
+        """
+        path = self.last
+        if path is None:
+            return Progress()
+        try:
+            with safe_open(path, framework="pt") as file:
+                progress = Progress(**json.loads((file.metadata() or {})[_KEY]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            model.load_state_dict(_below("model.", tensors))
+            optimiser.load_state_dict(_optimiser_state(tensors) | {"param_groups": _groups(optimiser)})
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise TrainError(
+                f"{path}: damaged checkpoint ({error}); remove it, and --resume goes on from the one before"
+            ) from error
+        return progress
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _optimiser_state(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _below("optimiser.", tensors).items():
+        if (found := re.fullmatch(r"(\d+)\.(\w+)", name)) is None:
+            raise ValueError(f"unknown tensor optimiser.{name}")
+        state.setdefault(int(found[1]), {})[found[2]] = value
+    return {"state": state}
+
+
+def _groups(optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return optimiser.state_dict()["param_groups"]

@@ -1,0 +1,251 @@
+"""From what a user names to a run that is ready to go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from denoising_vit.artifact import KnownArtifact
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.dataset import Dataset
+from denoising_vit.denoise import describe
+from denoising_vit.denoiser import Denoiser
+from denoising_vit.errors import TrainError
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.stage_one import StageOne
+from denoising_vit.store import FeatureStore
+from denoising_vit.training.engine import device_of, make_accelerator
+from denoising_vit.training.judging import Judge
+from denoising_vit.training.options import PairOptions, TrainOptions
+from denoising_vit.training.pairs import FreshPairs, KeptPairs, Pairs, backbone_identity
+from denoising_vit.training.panels import HeldOutPanel
+from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.samples import WHOLE, Sampler, split
+from denoising_vit.training.targets import FittedTargets, StoredTargets, Targets
+from denoising_vit.training.train import Training
+
+#: Shows progress over so many things of a kind for as long as a block lasts; gives what is to be called after each.
+Watch = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photos that stage 1 is fitted on in the run itself, without a store.
+
+    Attributes:
+        dataset: the photos.
+        denoising: options of stage 1.
+        artifact: G where it is known.
+    """
+
+    dataset: Dataset
+    denoising: DenoiseOptions = field(default_factory=DenoiseOptions)
+    artifact: KnownArtifact | None = None
+
+    def targets(self, backbone: Backbone) -> Targets:
+        """Their fields."""
+        return FittedTargets(StageOne(backbone, self.denoising, self.artifact), self.dataset)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A store of fields, and the photos that it was fitted on.
+
+    Attributes:
+        store: opened for reading.
+        photos: the photos.
+    """
+
+    store: FeatureStore
+    photos: Dataset
+
+    def targets(self, backbone: Backbone) -> Targets:
+        """Their fields."""
+        return StoredTargets(self.store, self.photos, backbone)
+
+
+@dataclass
+class TrainJob:
+    """A run that has its images, but perhaps not yet their features; made by :meth:`prepare`.
+
+    Attributes:
+        folder: of the run.
+        backbone: frozen.
+        targets: images and fields.
+        options: how long and how fast.
+        views: which views are pairs.
+        sizes: (H, W) of the views.
+        kept: pairs on disk: of all images, or of the held-out ones alone where views are drawn anew.
+        accelerator: processes and devices.
+        skipped: why images cannot be used, by id.
+    """
+
+    folder: RunFolder
+    backbone: Backbone
+    targets: Targets
+    options: TrainOptions
+    views: PairOptions
+    sizes: tuple[tuple[int, int], ...]
+    kept: KeptPairs
+    accelerator: Any
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls,
+        source: Photos | Stored,
+        run: str | Path,
+        model: BackboneSpec | Backbone,
+        options: TrainOptions,
+        views: PairOptions,
+        *,
+        cache: str | Path | None = None,
+        resume: bool = False,
+    ) -> TrainJob:
+        """Loads the backbone, opens the targets, and makes or opens the folder of the run.
+
+        Args:
+            source: images and targets.
+            run: the folder of the run.
+            model: the backbone in words, for one on the device of each process; or the backbone itself.
+            options: how long and how fast.
+            views: which views are pairs.
+            cache: where features are kept; by default in the folder of the run.
+            resume: go on with the run that is there.
+
+        Raises:
+            TrainError: if anything of this does not fit the other, or the folder.
+            SizeError: if a size does not fit the patch grid.
+            BackboneError: if the backbone cannot be loaded.
+        """
+        options.validate()
+        views.validate()
+        accelerator = make_accelerator(str(model.device), options.precision)
+        if isinstance(model, BackboneSpec):
+            model = replace(model, device=device_of(accelerator, model.device)).load()
+        backbone, targets = model, source.targets(model)
+        _require_crops(targets, views)
+        options.held_out_of(len(targets.images))
+        sizes = tuple(views.parsed_sizes() or [targets.size])
+        for size in sizes:
+            backbone.grid_size(*size)
+        folder = RunFolder(Path(run))
+        identity = {
+            "stage": "denoiser",
+            "options": options.recorded(),
+            "views": asdict(views),
+            "backbone": backbone_identity(backbone),
+            "targets": targets.identity,
+            "processes": accelerator.num_processes,
+        }
+        if accelerator.is_main_process:
+            folder.begin(identity, resume=resume)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            folder.require_same(identity)
+        kept_views = views if views.keep else replace(views, keep=WHOLE + 1)
+        place = folder.path / "pairs" if cache is None else Path(cache)
+        kept = KeptPairs(place, targets, backbone, sizes, kept_views, options.seed)
+        return cls(folder, backbone, targets, options, views, sizes, kept, accelerator)
+
+    def fill(self, watch: Watch) -> None:
+        """Sees the views that are kept and are not there yet; several processes share them.
+
+        Raises:
+            TrainError: if a target is missing, features are not finite, or there is no room.
+        """
+        accelerator = self.accelerator
+        try:
+            if accelerator.is_main_process:
+                self.kept.open(create=True)
+            accelerator.wait_for_everyone()
+            if not accelerator.is_main_process:
+                self.kept.open(create=False)
+            images = self.targets.images if self.views.keep else self._split(self.targets.images)[1]
+            todo = self.kept.todo(images)
+            accelerator.wait_for_everyone()  # before anything is marked as done
+            mine = todo[accelerator.process_index :: accelerator.num_processes]
+            with watch("images seen", len(mine)) as advance:
+                self.kept.fill(mine, lambda index, reason: self._note(index, reason, advance))
+            accelerator.wait_for_everyone()
+        except OSError as error:
+            raise TrainError(
+                f"{self.kept.folder}: cannot be written to ({error.strerror or error}); what is there stays, and "
+                "--resume goes on"
+            ) from error
+
+    def training(self) -> Training:
+        """The run itself.
+
+        Raises:
+            TrainError: if too few images can be used.
+        """
+        images = self.kept.usable(self.targets.images) if self.views.keep else tuple(self.targets.images)
+        trained, held_out = self._split(images)
+        options, ids = self.options, tuple(self.targets.ids)
+        pairs: Pairs = self.kept
+        if not self.views.keep:
+            assert isinstance(self.targets, StoredTargets)
+            pairs = FreshPairs(self.targets, self.backbone)
+        whole = options.batch_size * self.accelerator.num_processes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            denoiser = Denoiser(self.backbone.embed_dim, self._grid, options.blocks, describe(self.backbone))
+        _start_as_identity(denoiser)
+        denoiser.info = {
+            "images": len(trained),
+            "options": options.recorded(),
+            "views": asdict(self.views),
+            "targets": self.targets.identity,
+        }
+        return Training(
+            folder=self.folder,
+            denoiser=denoiser,
+            pairs=pairs,
+            sampler=Sampler(trained, self.sizes, self.views, options.seed, whole),
+            judge=Judge(self.kept, held_out, self.sizes, self.kept.keep, self.accelerator.device),
+            ids=ids,
+            options=options,
+            accelerator=self.accelerator,
+            draw=HeldOutPanel(self.folder.panels, self.targets, self.kept, held_out, ids).draw,
+        )
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """Of the position embedding: that of the backbone's own size, as published."""
+        return self.backbone.grid_size(self.backbone.default_size, self.backbone.default_size)
+
+    def _split(self, images: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return split(images, self.options.held_out_of(len(images)), self.options.seed)
+
+    def _note(self, index: int, reason: str | None, advance: Callable[[], None]) -> None:
+        if reason is not None:
+            self.skipped[self.targets.ids[index]] = reason
+        advance()
+
+
+def _start_as_identity(denoiser: Denoiser) -> None:
+    """Lets each block begin by passing features on as they are: training need not find its way back to them first."""
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if "attn.proj" in name or "mlp.fc2" in name:
+                parameter.zero_()
+
+
+def _require_crops(targets: Targets, views: PairOptions) -> None:
+    """Refuses crops where the targets do not have them."""
+    if not views.keep and isinstance(targets, FittedTargets):
+        raise TrainError(
+            "new views in every step (--keep 0) need the fields of a store: run dvit fit first. With --on-the-fly, "
+            "expected --keep 1 or more"
+        )
+    if isinstance(targets, StoredTargets) and not targets.keeps_fields and views.whole < 1:
+        raise TrainError(
+            f"{targets.store.url} keeps the patch grid alone, too coarse for crops; fit with --grid field, or train on "
+            "whole images (--whole 1)"
+        )

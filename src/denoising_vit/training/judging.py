@@ -1,0 +1,93 @@
+"""How well a denoiser does on images that it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from denoising_vit.evaluation.position import linear_position_r2, neighbour_position_r2
+from denoising_vit.evaluation.tokens import effective_rank
+from denoising_vit.training.pairs import KeptPairs
+from denoising_vit.training.samples import WHOLE, Sample, whole_view
+
+#: Pairs in one pass.
+_BATCH = 8
+
+#: Fewer images than this tell nothing about the place.
+_PLACED = 8
+
+Figures = dict[str, float]
+
+
+@dataclass
+class Judge:
+    """Held-out images and the figures of raw features, which are taken once.
+
+    Attributes:
+        pairs: that are kept of these images.
+        images: their indices.
+        sizes: (H, W) that are trained on; rank and place are measured at the first.
+        keep: views kept of each image.
+        device: where the denoiser is.
+    """
+
+    pairs: KeptPairs
+    images: Sequence[int]
+    sizes: Sequence[tuple[int, int]]
+    keep: int
+    device: torch.device
+    _raw: Figures | None = field(default=None, init=False, repr=False)
+
+    def __call__(self, denoiser: Callable[[Tensor], Tensor]) -> Figures:
+        """Figures of a denoiser beside those of raw features and of the targets.
+
+        ``cosine`` and ``mse`` are to the targets, means over whole images at all sizes; ``crop_cosine`` the same for
+        one crop of each image. ``ratio`` is (1 - cosine) over that of raw features. ``rank`` is the effective rank,
+        ``place`` and ``place_neighbours`` the R^2 of a linear and of a nearest-neighbour probe for the place in the
+        view.
+        """
+        if self._raw is None:
+            self._raw = {f"raw_{name}": value for name, value in self._figures(lambda raw: raw).items()}
+            targets = torch.cat([target for _, target in self._batches(0, 0)])
+            self._raw |= {f"target_{name}": value for name, value in _spread(targets).items()}
+        figures = self._figures(denoiser)
+        ratio = (1 - figures["cosine"]) / max(1 - self._raw["raw_cosine"], 1e-12)
+        return figures | {"ratio": ratio} | self._raw
+
+    @torch.no_grad()
+    def _figures(self, denoiser: Callable[[Tensor], Tensor]) -> Figures:
+        figures = self._agreement(denoiser, 0)
+        if self.keep > WHOLE:
+            figures |= {f"crop_{name}": value for name, value in self._agreement(denoiser, WHOLE).items()}
+        clean = [denoiser(raw.to(self.device)).cpu() for raw, _ in self._batches(0, 0)]
+        return figures | _spread(torch.cat(clean))
+
+    def _agreement(self, denoiser: Callable[[Tensor], Tensor], number: int) -> Figures:
+        cosine = squared = patches = 0.0
+        for size in range(len(self.sizes)):
+            for raw, target in self._batches(size, number):
+                clean = denoiser(raw.to(self.device)).cpu()
+                cosine += float(F.cosine_similarity(clean, target, dim=-1).double().sum())
+                squared += float((clean - target).square().mean(-1).double().sum())
+                patches += target[..., 0].numel()
+        return {"cosine": cosine / patches, "mse": squared / patches}
+
+    def _batches(self, size: int, number: int) -> list[tuple[Tensor, Tensor]]:
+        view = whole_view(self.sizes[size], mirrored=False)  # kept views are read by their number alone
+        samples = [Sample(image, size, number, view) for image in self.images]
+        return [self.pairs.read(samples[at : at + _BATCH]) for at in range(0, len(samples), _BATCH)]
+
+
+def _spread(features: Tensor) -> Figures:
+    """Of features (N, h, w, C): their effective rank, and how well they tell the place."""
+    figures = {"rank": effective_rank(features)}
+    if len(features) >= _PLACED and min(features.shape[1:3]) > 1:
+        train = len(features) // 2
+        neighbours = min(20, train)
+        figures["place"] = linear_position_r2(features, train=train)
+        figures["place_neighbours"] = neighbour_position_r2(features, train=train, neighbours=neighbours)
+    return figures

@@ -1,0 +1,166 @@
+"""How the denoiser is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from denoising_vit.errors import TrainError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+#: Of the images, the share that is held out where no number is given, and the most of them.
+_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 100
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Which views of an image are training pairs: the raw features of a view, and F at its patches.
+
+    F is a function of the place in the image, so any crop of a fitted image is a pair, at any size.
+
+    Attributes:
+        sizes: heights and widths in pixels of what the backbone is shown, in turn: `518x518,364x476`. Without it, the
+            size of the fit.
+        whole: share of the pairs that show the whole image, mirrored or not; 1 is as published.
+        area: least and largest share of the image that a crop covers.
+        ratio: least and largest width over height of a crop, in the shown frame.
+        flip: probability that a crop is mirrored.
+        inverted: probability that a crop is upside down.
+        keep: views of each image and size that are drawn once, and whose features are computed once and kept on disk;
+            the whole image and its mirror image are among them. With 0, every step draws new ones, and the backbone
+            runs in every step.
+    """
+
+    sizes: str | None = None
+    whole: float = 0.25
+    area: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    inverted: float = 0.0
+    keep: int = 8
+
+    def validate(self) -> None:
+        """Checks every option's range.
+
+        Raises:
+            TrainError: naming the option, its range, and what came.
+        """
+        for name in ("whole", "flip", "inverted"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainError(f"{name} must be a share in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise TrainError(f"area must be two increasing shares in (0, 1], got {self.area}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise TrainError(f"ratio must be two increasing positive numbers, got {self.ratio}")
+        if self.keep < 0:
+            raise TrainError(f"keep must be 0 or more, got {self.keep}")
+        if self.keep and self.whole < 1 and self.keep < 3:
+            raise TrainError(
+                f"of {self.keep} views that are kept none is a crop: the whole image and its mirror image come first. "
+                "Expected --keep 3 or more, or --whole 1"
+            )
+        self.parsed_sizes()
+
+    def parsed_sizes(self) -> list[tuple[int, int]]:
+        """The sizes (H, W); none where that of the fit is meant.
+
+        Raises:
+            TrainError: if the text is no list of sizes.
+        """
+        if self.sizes is None:
+            return []
+        try:
+            return [_parsed(part) for part in self.sizes.split(",")]
+        except ValueError as error:
+            raise TrainError(
+                f"sizes must be numbers of pixels like 518 or 364x476 (height x width), separated by commas; got "
+                f"{self.sizes!r}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long, how fast, and how it is watched. Loss, optimiser and schedule are the published ones by default.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        batch_size: pairs in a step, of each process.
+        learning_rate: the highest, times the square root of (pairs in a step of all processes / 256).
+        final_rate: the last.
+        warmup: share of the steps over which the rate rises.
+        weight_decay: of AdamW.
+        blocks: transformer blocks of the denoiser.
+        held_out: images that are never trained on; the run is judged by them. Without it, a tenth, at most 100.
+        evaluate_every: steps between two looks at them.
+        checkpoint_every: steps between two checkpoints.
+        precision: of the block's arithmetic; auto is bfloat16 where the hardware is fast at it, else
+            float32. Weights are float32.
+        seed: of the weights, the held-out images, the views and their order.
+        stop_at: end after this step, to be resumed later; the schedule is that of the whole run.
+    """
+
+    steps: int = 50_000
+    batch_size: int = 16
+    learning_rate: float = 2e-4
+    final_rate: float = 1e-6
+    warmup: float = 0.15
+    weight_decay: float = 1e-5
+    blocks: int = 1
+    held_out: int | None = None
+    evaluate_every: int = 1000
+    checkpoint_every: int = 500
+    precision: Precision = "auto"
+    seed: int = 0
+    stop_at: int | None = None
+
+    def validate(self) -> None:
+        """Checks every option's range.
+
+        Raises:
+            TrainError: naming the option, its range, and what came.
+        """
+        least = {"steps": 1, "batch_size": 1, "blocks": 1, "held_out": 1, "evaluate_every": 1, "checkpoint_every": 1}
+        least |= {"learning_rate": 0, "final_rate": 0, "weight_decay": 0, "seed": 0, "stop_at": 1}
+        for name, least_value in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least_value:  # NaN is not
+                raise TrainError(f"{name} must be at least {least_value}, got {value}")
+        if not 0 <= self.warmup < 1:
+            raise TrainError(f"warmup must be a share in [0, 1), got {self.warmup}")
+        if self.precision not in get_args(Precision):
+            raise TrainError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process ends."""
+        return self.steps if self.stop_at is None else min(self.stop_at, self.steps)
+
+    def held_out_of(self, images: int) -> int:
+        """How many of so many images are held out.
+
+        Raises:
+            TrainError: if none would be left to train on.
+        """
+        count = self.held_out
+        if count is None:
+            count = max(min(round(_HELD_OUT_SHARE * images), _HELD_OUT_MOST), 1)
+        if count >= images:
+            raise TrainError(
+                f"{images} images are too few: {count} are held out, and none is left to train on. Fit more images, or "
+                "hold out fewer (--held-out)"
+            )
+        return count
+
+    def recorded(self) -> dict[str, Any]:
+        """What decides the result, as JSON values; where a run is stopped does not."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "stop_at"}
+
+
+def _parsed(text: str) -> tuple[int, int]:
+    """(H, W) of ``518`` or ``364x476``."""
+    sides = [int(side) for side in text.strip().lower().split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError(text)
+    return sides[0], sides[-1]

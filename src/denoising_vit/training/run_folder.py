@@ -1,0 +1,111 @@
+"""The folder of a run: what it is, its log, its checkpoints, its best denoiser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from denoising_vit.errors import TrainError
+from denoising_vit.files import atomic_path
+from denoising_vit.training.checkpoints import Checkpoints
+from denoising_vit.training.pairs import differences
+
+FORMAT = "denoising-vit/run"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it makes.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where the run stands."""
+        return Checkpoints(self.path / "checkpoints")
+
+    @property
+    def denoiser(self) -> Path:
+        """The best denoiser by held-out images."""
+        return self.path / "denoiser.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """The denoiser after the last step."""
+        return self.path / "last.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """JSON lines: one a step, and one an evaluation."""
+        return self.path / "log.jsonl"
+
+    @property
+    def panels(self) -> Path:
+        """Pictures of held-out images, one an evaluation."""
+        return self.path / "panels"
+
+    def begin(self, identity: dict[str, Any], *, resume: bool) -> None:
+        """Makes the folder for a run, or opens that of the same run to go on with it.
+
+        Args:
+            identity: what decides the run; JSON values.
+            resume: whether it is to be gone on with.
+
+        Raises:
+            TrainError: if the folder holds something else, holds a run and none is to be resumed, holds none and one
+                is, or holds one with other options, each named with both sides.
+        """
+        head = self.path / "run.json"
+        if not head.is_file():
+            if resume:
+                raise TrainError(f"{self.path}: no run to resume; start it without --resume")
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise TrainError(f"{self.path} is there and is no run of this program; expected a new or empty folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            with atomic_path(head) as temporary:
+                temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
+            return
+        if not resume:
+            raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
+        try:
+            there = json.loads(head.read_text())
+        except ValueError as error:
+            raise TrainError(f"{head}: damaged ({error}); start anew in another folder") from error
+        here = json.loads(json.dumps({"format": FORMAT, "version": 1, **identity}))
+        if different := differences(there, here):
+            raise TrainError(
+                f"{self.path}: cannot resume with other options: {'; '.join(different)}. Give those of the run, or "
+                "start anew in another folder"
+            )
+
+    def require_same(self, identity: dict[str, Any]) -> None:
+        """What :meth:`begin` checks of a run that another process began.
+
+        Raises:
+            TrainError: if that process was given other options.
+        """
+        self.begin(identity, resume=True)
+
+    def cut_log(self, step: int) -> None:
+        """Drops what was logged after a step, which is going to be done again."""
+        if not self.log.is_file():
+            return
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        with atomic_path(self.log) as temporary:
+            temporary.write_text("".join(kept))
+
+    def _lines(self) -> Iterator[str]:
+        """The whole lines of the log; a crash may have left half of one."""
+        for line in self.log.read_text().splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and isinstance(json.loads(line).get("step"), int):
+                    yield line
+            except (ValueError, AttributeError):
+                continue

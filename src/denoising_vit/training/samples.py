@@ -1,0 +1,122 @@
+"""Which pairs a step trains on: a function of the seed and the step alone, so that nothing is to be restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from denoising_vit.crops import Crop
+from denoising_vit.training.options import PairOptions
+
+#: What random numbers are for; streams of different purposes never meet.
+_SPLIT, _ORDER, _STEP, _KEPT, _FRESH = range(5)
+
+#: Views of an image that show all of it: as it is, and mirrored.
+WHOLE = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One view of one image.
+
+    Attributes:
+        image: index in the store or data set.
+        size: number of the size among those that are trained on.
+        number: which of the views that are kept; None for a new one.
+        crop: what is shown.
+    """
+
+    image: int
+    size: int
+    number: int | None
+    crop: Crop
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the samples of any step.
+
+    Every image is seen once before any is seen again. All samples of a step have one size.
+
+    Attributes:
+        images: indices of the images to train on.
+        sizes: (H, W) that are trained on, each as often.
+        views: which views.
+        seed: of the run.
+        pairs: samples of a step, of all processes.
+    """
+
+    images: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    views: PairOptions
+    seed: int
+    pairs: int
+
+    def step(self, step: int) -> list[Sample]:
+        """The samples of a step, of all processes in their order."""
+        stream = _stream(self.seed, _STEP, step)
+        size = int(stream.randint(len(self.sizes)))
+        draws = stream.random_sample((self.pairs, 2))
+        return [self._sample(step * self.pairs + slot, size, *draw) for slot, draw in enumerate(draws.tolist())]
+
+    def _sample(self, count: int, size: int, kind: float, which: float) -> Sample:
+        epoch, place = divmod(count, len(self.images))
+        image = self.images[_order(len(self.images), self.seed, epoch)[place]]
+        whole = kind < self.views.whole
+        if not self.views.keep:
+            mirrored = which < self.views.flip
+            crop = fresh_view(self.seed, count, self.sizes[size], self.views)
+            return Sample(image, size, None, whole_view(self.sizes[size], mirrored) if whole else crop)
+        kept = range(min(WHOLE, self.views.keep)) if whole else range(WHOLE, self.views.keep)
+        number = kept[int(which * len(kept))]
+        return Sample(image, size, number, kept_view(self.seed, image, number, self.sizes[size], self.views))
+
+
+def split(images: Sequence[int], held_out: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The images to train on and those held out, both in their order."""
+    drawn = _stream(seed, _SPLIT).permutation(len(images))[:held_out]
+    chosen = {images[place] for place in drawn}
+    return tuple(i for i in images if i not in chosen), tuple(i for i in images if i in chosen)
+
+
+def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: PairOptions) -> Crop:
+    """The view of an image that has this number: the whole, the whole mirrored, then crops."""
+    if number < WHOLE:
+        return whole_view(size, mirrored=number == 1)
+    return _crop(_stream(seed, _KEPT, image, number, *size), size, views)
+
+
+def fresh_view(seed: int, count: int, size: tuple[int, int], views: PairOptions) -> Crop:
+    """A crop that no other sample of the run has."""
+    return _crop(_stream(seed, _FRESH, count), size, views)
+
+
+def whole_view(size: tuple[int, int], mirrored: bool) -> Crop:
+    """The whole image."""
+    return Crop((0.0, 0.0, 1.0, 1.0), size, flip=mirrored)
+
+
+def _crop(stream: np.random.RandomState, size: tuple[int, int], views: PairOptions) -> Crop:
+    """A crop anywhere in the image; area and ratio are measured in the shown frame, as in stage 1."""
+    draws = stream.random_sample(6).tolist()
+    area = views.area[0] + draws[0] * (views.area[1] - views.area[0])
+    low, high = np.log(views.ratio)
+    ratio = float(np.exp(low + draws[1] * (high - low)))
+    frame = size[1] / size[0]
+    width, height = min((area * ratio / frame) ** 0.5, 1.0), min((area / ratio * frame) ** 0.5, 1.0)
+    left, top = draws[2] * (1 - width), draws[3] * (1 - height)
+    box = (left, top, min(left + width, 1.0), min(top + height, 1.0))
+    return Crop(box, size, flip=draws[4] < views.flip, inverted=draws[5] < views.inverted)
+
+
+@lru_cache(maxsize=4)
+def _order(images: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(_stream(seed, _ORDER, epoch).permutation(images).tolist())
+
+
+def _stream(*key: int) -> np.random.RandomState:
+    # RandomState is the one NumPy generator whose streams are promised never to change.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(key))))

@@ -1,0 +1,181 @@
+"""Stage 2, on one page: raw features in, semantic fields as targets, one block in between."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from denoising_vit.denoiser import Denoiser, write_denoiser
+from denoising_vit.errors import TrainError
+from denoising_vit.prefetch import prefetched
+from denoising_vit.training.checkpoints import Progress
+from denoising_vit.training.judging import Figures, Judge
+from denoising_vit.training.logs import Log
+from denoising_vit.training.loss import denoising_loss
+from denoising_vit.training.options import TrainOptions
+from denoising_vit.training.pairs import Pairs
+from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.samples import Sample, Sampler
+from denoising_vit.training.schedule import learning_rate, peak_rate
+
+#: Batches that are read before they are needed.
+_AHEAD = 4
+
+
+@dataclass
+class Training:
+    """A run that is ready to go; :meth:`run` carries it out.
+
+    Attributes:
+        folder: where results go.
+        denoiser: what is trained.
+        pairs: where features and targets come from.
+        sampler: which of them a step takes.
+        judge: the held-out images.
+        ids: names of the images.
+        options: how long and how fast.
+        accelerator: processes and devices.
+        draw: makes a picture of held-out images, given the denoiser and the step.
+    """
+
+    folder: RunFolder
+    denoiser: Denoiser
+    pairs: Pairs
+    sampler: Sampler
+    judge: Judge
+    ids: tuple[str, ...]
+    options: TrainOptions
+    accelerator: Any
+    draw: Callable[[Denoiser, int], None]
+
+    def run(
+        self,
+        on_step: Callable[[int, Figures], None] = lambda _step, _figures: None,
+        on_look: Callable[[int, Figures], None] = lambda _step, _figures: None,
+    ) -> Progress:
+        """Trains from the last checkpoint, or from the start, to the last step.
+
+        Args:
+            on_step: called after each step with how many are done and its figures.
+            on_look: called after each look at the held-out images.
+
+        Returns:
+            How far the run is.
+
+        Raises:
+            TrainError: if a loss is not finite, naming the pairs, or a checkpoint cannot be written.
+            KeyboardInterrupt: after a checkpoint.
+        """
+        options, accelerator = self.options, self.accelerator
+        optimiser = torch.optim.AdamW(self.denoiser.parameters(), weight_decay=options.weight_decay)
+        progress = self.folder.checkpoints.load(self.denoiser, optimiser)
+        model, prepared = accelerator.prepare(self.denoiser, optimiser)
+        peak = peak_rate(options.learning_rate, self.sampler.pairs)
+        log = self._log(progress.step)
+        batches = prefetched(self._batches(progress.step), _AHEAD)
+        with contextlib.closing(batches), contextlib.closing(log) if log else contextlib.nullcontext():
+            try:
+                while progress.step < options.last_step:
+                    started = time.perf_counter()
+                    samples, inputs, target = next(batches)
+                    waited = time.perf_counter() - started
+                    rate = learning_rate(progress.step, options.steps, peak, options.final_rate, options.warmup)
+                    for group in optimiser.param_groups:
+                        group["lr"] = rate
+
+                    clean = model(self.pairs.features(inputs.to(accelerator.device)))
+                    squared, cosine = denoising_loss(clean, target.to(accelerator.device))
+                    loss = squared + (1 - cosine)
+                    self._require_finite(loss, "loss", progress.step, samples)
+                    accelerator.backward(loss)
+                    norm = _gradient_norm(self.denoiser)
+                    self._require_finite(norm, "gradient", progress.step, samples)
+                    prepared.step()
+                    prepared.zero_grad()
+
+                    progress = replace(progress, step=progress.step + 1)
+                    figures = {"loss": loss.item(), "mse": squared.item(), "cosine": cosine.item(), "rate": rate}
+                    figures |= {"gradient": norm.item(), "seconds": time.perf_counter() - started, "waited": waited}
+                    if log is not None:
+                        log.write(progress.step, "train", figures)
+                        on_step(progress.step, figures)
+                    progress = self._look(progress, log, on_look)
+                    if self._is_due(progress.step, options.checkpoint_every):
+                        self._save(progress, optimiser)
+            except KeyboardInterrupt:
+                optimiser.zero_grad()
+                self._save(progress, optimiser)
+                raise
+        return progress
+
+    def _batches(self, start: int) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
+        """Samples of this process at each step that is left, with what the pairs have of them."""
+        size, rank = self.options.batch_size, self.accelerator.process_index
+        for step in range(start, self.options.last_step):
+            samples = self.sampler.step(step)[rank * size : (rank + 1) * size]
+            yield samples, *self.pairs.read(samples)
+
+    def _look(self, progress: Progress, log: Log | None, on_look: Callable[[int, Figures], None]) -> Progress:
+        """Judges the denoiser by the held-out images where it is time to, and keeps it where it is the best."""
+        if not self._is_due(progress.step, self.options.evaluate_every):
+            return progress
+        if log is not None:  # the first process alone
+            self.denoiser.eval()
+            figures = self.judge(self.denoiser)
+            if progress.best is None or figures["cosine"] > progress.best:
+                progress = replace(progress, best=figures["cosine"], best_step=progress.step)
+                self._write(self.folder.denoiser, progress.step, figures)
+            if progress.step == self.options.steps:
+                self._write(self.folder.last, progress.step, figures)
+            log.write(progress.step, "held_out", figures)
+            self.draw(self.denoiser, progress.step)
+            self.denoiser.train()
+            on_look(progress.step, figures)
+        self.accelerator.wait_for_everyone()
+        return progress
+
+    def _write(self, path: Any, step: int, figures: Figures) -> None:
+        self.denoiser.info |= {"step": step, "held_out": {name: round(value, 6) for name, value in figures.items()}}
+        try:
+            write_denoiser(self.denoiser, path)
+        except OSError as error:
+            raise TrainError(f"{path}: the denoiser could not be written ({error}); --resume goes on") from error
+
+    def _save(self, progress: Progress, optimiser: torch.optim.Optimizer) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.checkpoints.save(progress, self.denoiser, optimiser)
+
+    def _log(self, step: int) -> Log | None:
+        """The log, of the first process alone; what an interrupted process logged beyond the checkpoint is dropped."""
+        if not self.accelerator.is_main_process:
+            return None
+        self.folder.cut_log(step)
+        return Log(self.folder.log, step)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.options.last_step
+
+    def _require_finite(self, value: Tensor, what: str, step: int, samples: list[Sample]) -> None:
+        if math.isfinite(value.item()):
+            return
+        named = ", ".join(f"{self.ids[sample.image]} {_words(sample)}" for sample in samples)
+        raise TrainError(
+            f"step {step + 1}: the {what} is not finite ({value.item()}), and the run is stopped before it spoils the "
+            f"weights; the pairs were: {named}. Lower --learning-rate, or look at these images"
+        )
+
+
+def _gradient_norm(model: torch.nn.Module) -> Tensor:
+    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+
+
+def _words(sample: Sample) -> str:
+    x0, y0, x1, y1 = sample.crop.box
+    return f"({x0:.2f} {y0:.2f} {x1:.2f} {y1:.2f}{', mirrored' if sample.crop.flip else ''})"
