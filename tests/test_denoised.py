@@ -1,17 +1,20 @@
-"""DenoisedViT: the backbone minus its artifact, with the same face."""
+"""DenoisedViT: the backbone minus its artifact, or with its denoiser, with the same face."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import denoising_vit as dv
 import tiny_artifact as tiny
 from denoising_vit import Artifact, ArtifactError, Backbone, DenoisedViT, Denoiser, DenoiserError, SizeError
 from denoising_vit.denoise import describe
+from denoising_vit.positions import sinusoidal_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,3 +247,161 @@ def test_a_denoiser_moves_and_is_saved_with_the_extractor(wide: Backbone) -> Non
     extractor = DenoisedViT(wide, denoiser_of(wide))
     assert "denoiser.pos_embed" in extractor.state_dict()
     assert copy.deepcopy(extractor).to("meta")(images(1, 56, 56)).device.type == "meta"
+
+
+# --- with position features ---
+
+
+@pytest.mark.parametrize("size", [(56, 56), (40, 72)], ids=str)
+def test_positions_are_added_to_clean_features_by_their_weight(
+    backbone: Backbone, wide: Backbone, artifact: Artifact, size: tuple[int, int]
+) -> None:
+    image, grid = images(2, *size), (size[0] // 8, size[1] // 8)
+    for extractor, cleaner in ((backbone, artifact), (wide, denoiser_of(wide))):
+        added = DenoisedViT(extractor, cleaner, positions=0.7)(image) - DenoisedViT(extractor, cleaner)(image)
+        expected = 0.7 * sinusoidal_positions(grid, extractor.embed_dim)
+        torch.testing.assert_close(added, expected.expand(2, -1, -1, -1), rtol=0, atol=1e-5)
+
+
+def test_positions_are_those_of_the_patches_where_these_overlap() -> None:
+    dense = tiny.backbone(channels=64, stride=4)
+    image = images(1, 24, 40)
+    added = DenoisedViT(dense, denoiser_of(dense), positions=1.0)(image) - denoiser_of(dense)(dense(image))
+    # Five rows and nine columns, half a patch from each other; the first wave is a sine of y itself.
+    expected = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5]).sin()[:, None].expand(5, 9)
+    torch.testing.assert_close(added[0, ..., 0], expected, rtol=0, atol=1e-5)
+
+
+def test_no_weight_leaves_features_as_they_are(wide: Backbone) -> None:
+    image = images(1, 40, 72)
+    assert torch.equal(DenoisedViT(wide, denoiser_of(wide), positions=0.0)(image), denoiser_of(wide)(wide(image)))
+
+
+def test_positions_do_not_depend_on_what_was_seen_before_or_beside(wide: Backbone) -> None:
+    extractor = DenoisedViT(wide, denoiser_of(wide), positions=1.0)
+    one, two = images(1, 40, 72), images(1, 40, 72, seed=1)
+    expected = extractor(one)
+    extractor(images(1, 72, 40))
+    torch.testing.assert_close(extractor(torch.cat([two, 9 * two, one]))[2:], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [-0.1, float("nan"), float("inf")])
+def test_weights_of_positions_that_are_none_are_refused(wide: Backbone, positions: float) -> None:
+    with pytest.raises(ValueError, match=rf"finite weight, 0 or more, got {positions}"):
+        DenoisedViT(wide, denoiser_of(wide), positions=positions)
+
+
+def test_positions_of_too_few_channels_are_refused_at_once() -> None:
+    narrow = tiny.backbone(channels=3)
+    artifact = tiny.artifact_of(narrow)
+    assert DenoisedViT(narrow, artifact)(images(1, 56, 56)).shape == (1, 7, 7, 3)
+    with pytest.raises(ValueError, match="4 channels or more"):
+        DenoisedViT(narrow, artifact, positions=1.0)
+
+
+# --- moved, converted, compiled ---
+
+
+def test_a_denoiser_is_put_where_the_backbone_is() -> None:
+    backbone = tiny.plain(nn.Conv2d(3, 64, 8, 8)).to("meta")
+    extractor = DenoisedViT(backbone, Denoiser(64, (7, 7)), positions=1.0)
+    assert extractor(images(1, 56, 56)).device.type == "meta"
+
+
+def test_the_artifact_and_positions_move_with_the_extractor_and_are_never_rounded(artifact: Artifact) -> None:
+    extractor = DenoisedViT(tiny.backbone(), artifact, positions=1.0).to(torch.bfloat16)
+    assert extractor.artifact is not None and torch.equal(extractor.artifact.values, artifact.values)
+    expected = extractor.backbone(images(1, 56, 56)) - artifact.values + sinusoidal_positions((7, 7), 6)
+    torch.testing.assert_close(extractor(images(1, 56, 56)), expected, rtol=0, atol=1e-6)
+    moved = extractor.to("meta")
+    assert moved.artifact is not None and moved.artifact.values.device.type == "meta"
+    assert artifact.values.device.type == "cpu"  # the caller's own stays
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_everything_is_where_the_backbone_is(dtype: Literal["float32", "bfloat16"]) -> None:
+    here = dv.load_backbone("test_vit", weights="random", dtype="float32", device="cpu")
+    there = dv.load_backbone("test_vit", weights="random", dtype=dtype, device="cuda")
+    image = images(2, 48, 80)
+    for cleaners in ((denoiser_of(here), denoiser_of(here).to(dtype=there.dtype)), (tiny.artifact_of(here),) * 2):
+        expected = DenoisedViT(here, cleaners[0], positions=0.5).forward_intermediates(image, [2])
+        found = DenoisedViT(there, cleaners[1], positions=0.5).forward_intermediates(image, [2])
+        for part, truth in ((found.features, expected.features), (found.layers[0], expected.layers[0])):
+            assert part.device.type == "cuda" and part.dtype == torch.float32
+            assert float((part.cpu() - truth).norm() / truth.norm()) < 0.03
+
+
+class Counting:
+    """A compiler's back end that runs graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+def extractors() -> dict[str, Callable[[], DenoisedViT]]:
+    def module() -> Backbone:
+        torch.manual_seed(0)
+        return tiny.plain(nn.Conv2d(3, 64, 8, 8))
+
+    def timm(stride: int = 16) -> Backbone:
+        # Its first block alone is quick to compile.
+        return dv.load_backbone("test_vit", weights="random", dtype="float32", device="cpu", layer=0, stride=stride)
+
+    return {
+        "denoiser": lambda: DenoisedViT(timm(), denoiser_of(timm())),
+        "denoiser, overlapping patches, positions": lambda: DenoisedViT(
+            timm(stride=8), denoiser_of(timm(stride=8)), positions=0.5
+        ),
+        "artifact": lambda: DenoisedViT(module(), tiny.artifact_of(module())),
+        "artifact, positions": lambda: DenoisedViT(module(), tiny.artifact_of(module()), positions=0.5),
+    }
+
+
+@pytest.mark.parametrize("which", extractors())
+def test_compiled_whole_it_gives_the_same_features_without_compiling_again(which: str) -> None:
+    extractor = extractors()[which]()
+    expected = {size: extractor(images(2, *size)) for size in ((48, 64), (80, 112))}
+    torch.compiler.reset()
+    compiler = Counting()
+    extractor.compile(backend=compiler, fullgraph=True)
+    for size in ((48, 64), (80, 112)):
+        torch.testing.assert_close(extractor(images(2, *size)), expected[size])
+    graphs = compiler.graphs
+    assert 1 <= graphs <= 2
+    for size in ((48, 64), (80, 112)) * 2:  # in turn, so that what is kept for a size would change at each call
+        extractor.forward(images(1, 64, 48))  # not compiled: keeps what belongs to another size
+        torch.testing.assert_close(extractor(images(2, *size)), expected[size])
+    assert compiler.graphs == graphs
+
+
+def test_a_compiler_that_lowers_operations_gives_the_same_features() -> None:
+    extractor = extractors()["artifact, positions"]()
+    torch.compiler.reset()
+    compiled = torch.compile(extractor, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images(2, 40, 72)), extractor(images(2, 40, 72)))
+
+
+def test_several_layers_can_be_compiled_whole() -> None:
+    extractor = extractors()["denoiser"]()
+    torch.compiler.reset()
+    compiled = torch.compile(extractor.forward_intermediates, backend="eager", fullgraph=True)
+    found, expected = (run(images(1, 48, 64), [1, -2]) for run in (compiled, extractor.forward_intermediates))
+    torch.testing.assert_close(found.features, expected.features)
+    torch.testing.assert_close(found.layers, expected.layers)
+
+
+def test_in_bfloat16_backbone_and_denoiser_stay_close_to_float32() -> None:
+    """448 x 448: as many tokens as the blocked attention takes over from."""
+    exact = extractors()["denoiser"]()
+    image = images(1, 448, 448)
+    low = copy.deepcopy(exact).to(torch.bfloat16)
+    assert low.denoiser is not None and low.denoiser.pos_embed.dtype == low.backbone.dtype == torch.bfloat16
+    with torch.inference_mode():
+        found, expected = low(image), exact(image)
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 0.03

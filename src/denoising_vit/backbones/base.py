@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from denoising_vit.backbones.attention import BlockedAttention
 from denoising_vit.backbones.fingerprint import Fingerprint
+from denoising_vit.backbones.intermediates import Intermediates, block_numbers
 from denoising_vit.errors import BackboneError, SizeError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -32,6 +34,7 @@ class Backbone(nn.Module, ABC):
         layer: index of the block whose output is taken, negative from the end; None where that is not known.
         norm: whether the model's final norm is applied.
         weights: where the weights came from, in words.
+        depth: how many blocks it has; None where that is not known, as of a module.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Backbone(nn.Module, ABC):
         layer: int | None = None,
         norm: bool = True,
         weights: str = "as given",
+        depth: int | None = None,
     ) -> None:
         super().__init__()
         if patch_size < 1:
@@ -62,6 +66,7 @@ class Backbone(nn.Module, ABC):
         self.layer = layer
         self.norm = norm
         self.weights = weights
+        self.depth = depth
         fitting = nearest_sizes(default_size, patch_size, stride)
         self.default_size = min(fitting, key=lambda side: abs(side - default_size))
         self.training = False
@@ -70,6 +75,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Patch tokens (B, h w, C), row by row, and prefix tokens (B, P, C), for an image that fits the grid."""
+
+    def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        """What :meth:`_tokens` gives, then the same after each of these blocks; for models that know their blocks."""
+        raise NotImplementedError
 
     def forward(self, image: Tensor) -> Tensor:
         """Features (B, h, w, C), float32, of normalised images (B, 3, H, W).
@@ -82,18 +91,52 @@ class Backbone(nn.Module, ABC):
 
     def forward_with_prefix(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, h, w, C) and prefix tokens, class token first and then registers (B, P, C), both float32."""
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise BackboneError(f"expected images of shape (B, 3, H, W), got {tuple(image.shape)}")
-        h, w = self.grid_size(*image.shape[2:])
+        self._check(image)
         with self._attention():
             tokens, prefix = self._tokens(image.to(self.device, self.dtype))
+        return self._on_grid(tokens, image), prefix.float()
+
+    def forward_intermediates(self, image: Tensor, layers: Sequence[int]) -> Intermediates:
+        """Features, prefix tokens, and the raw features after other blocks, of one forward pass; float32.
+
+        Other blocks are normalised as the output is, by the model's final norm if ``norm`` is set: what comes for the
+        backbone's own ``layer`` is its features.
+
+        Args:
+            image: normalised images (B, 3, H, W).
+            layers: indices of blocks, 0 to ``depth`` - 1, negative from the end. Blocks behind ``layer`` may be asked
+                for as well, and cost the time to run them.
+
+        Raises:
+            BackboneError: if the model's blocks are not known, as those of a module, or there is no such block.
+            SizeError: if H or W does not fit the patch grid.
+        """
+        blocks = block_numbers(layers, self.depth, self.name)
+        self._check(image)
+        with self._attention():
+            own, *others = self._intermediate_tokens(image.to(self.device, self.dtype), blocks)
+        return Intermediates(
+            features=self._on_grid(own[0], image),
+            prefix=own[1].float(),
+            layers=tuple(self._on_grid(tokens, image) for tokens, _ in others),
+            layer_prefixes=tuple(prefix.float() for _, prefix in others),
+        )
+
+    def _check(self, image: Tensor) -> None:
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise BackboneError(f"expected images of shape (B, 3, H, W), got {tuple(image.shape)}")
+        self.grid_size(*image.shape[2:])  # refuses sides that do not fit, before the model meets them
+
+    def _on_grid(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """(B, h w, C) -> (B, h, w, C), float32, on the grid of the image."""
+        h, w = self.grid_size(*image.shape[2:])
         if tuple(tokens.shape[:2]) != (len(image), h * w):
             raise BackboneError(
                 f"{self.name} returned tokens of shape {tuple(tokens.shape)} for {len(image)} images of "
                 f"{image.shape[2]} x {image.shape[3]}; expected {h} x {w} = {h * w} patch tokens each "
                 f"(patch {self.patch_size}, stride {self.stride}). Are patch size and stride right?"
             )
-        return tokens.float().unflatten(1, (h, w)), prefix.float()  # (B, h w, C) -> (B, h, w, C)
+        return tokens.float().unflatten(1, (h, w))
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the patch grid of an image of H x W pixels.

@@ -50,6 +50,7 @@ class TimmBackbone(Backbone):
             layer=layer % depth,
             norm=norm,
             weights=weights,
+            depth=depth,
         )
         if self.stride != patch_size:
             model.set_submodule("patch_embed", OverlappingPatchEmbed(model.patch_embed, self.stride))
@@ -57,17 +58,26 @@ class TimmBackbone(Backbone):
         self._block = layer % depth
 
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self._intermediate_tokens(image, ())[0]
+
+    def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        blocks = (self._block, *blocks)
+        rising = sorted(set(blocks))  # timm gives each block once, in its own order
         # Tokens are asked for in a row: reshaped by timm they get the wrong grid where patches overlap.
         found: Any = self.model.forward_intermediates(
             image,
-            indices=[self._block],
+            indices=rising,
             norm=self.norm,
             stop_early=True,
             output_fmt="NLC",
             return_prefix_tokens=self.model.num_prefix_tokens > 0,
             intermediates_only=True,
         )
-        tokens = found[0]  # of the one block asked for; a pair where the model has prefix tokens
+        tokens = [self._split(part) for part in found]
+        return [tokens[rising.index(block)] for block in blocks]
+
+    def _split(self, tokens: Any) -> tuple[Tensor, Tensor]:
+        """Patch tokens and prefix tokens of one block, normalised: a pair where the model has prefix tokens."""
         patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
         # Models that pool by the mean keep their final norm behind the pooling.
         pooled = self.norm and isinstance(self.model.norm, nn.Identity)
