@@ -12,7 +12,7 @@ from torch import Tensor
 from denoising_vit import DenoisedViT, Denoiser, load_denoiser
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.denoise import describe
-from denoising_vit.denoiser import write_denoiser
+from denoising_vit.denoiser import denoiser_digest, write_denoiser
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import SOURCES, parse_names

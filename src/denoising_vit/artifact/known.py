@@ -15,7 +15,11 @@ from denoising_vit.errors import ArtifactError, PlanError
 #: What stands for the artifact that comes with the package.
 SHIPPED = "shipped"
 
-#: An artifact, a file that holds one, ``shipped``, or the values (h, w, C) on the grid of the views.
+#: What stands for no artifact at all: nothing is put down to the place in the view.
+NONE = "none"
+
+#: An artifact, a file that holds one, ``shipped``, ``none`` for zeros, or the values (h, w, C) on the
+#: grid of the views.
 KnownArtifact = Artifact | Tensor | str | Path
 
 _FOLDER = Path(__file__).parent / "shipped"
@@ -29,6 +33,8 @@ def known_artifact(given: KnownArtifact | None, backbone: Backbone, grid: tuple[
         FormatError: if the file is missing, damaged or something else.
         PlanError: if values come in another shape, or are not finite.
     """
+    if isinstance(given, str) and given == NONE:
+        return torch.zeros(*grid, backbone.embed_dim)
     if isinstance(given, str | Path):
         given = load_artifact(given, backbone)
     if isinstance(given, Artifact):
@@ -80,7 +86,7 @@ def shipped_for(backbone: Backbone) -> Artifact | None:
 
 def resampling_note(source: str | Path, backbone: Backbone, grid: tuple[int, int]) -> str | None:
     """What to tell a user whose views have another grid than the artifact; None where it is the same."""
-    own = load_artifact(source, backbone).grid
+    own = grid if source == NONE else load_artifact(source, backbone).grid
     if own == grid:
         return None
     return f"the artifact was calibrated on {own[0]} x {own[1]} patches and is resampled to {grid[0]} x {grid[1]}"
