@@ -46,7 +46,8 @@ def train(
         resume: go on with the run that is there, bit for bit as if it had not stopped.
         cache: where the features of the pairs are kept; runs with other rates or steps can share them. By default in
             the folder of the run.
-        artifact: with --on-the-fly: the backbone's artifact where it is known, a file or `shipped`.
+        artifact: with --on-the-fly: the backbone's artifact where it is known, a file, `shipped`
+            or `none`.
         training: how long and how fast.
         pairs: which views are training pairs.
         model: the backbone, which stays as it is.

@@ -150,7 +150,9 @@ class TrainJob:
             folder.require_same(identity)
         kept_views = views if views.keep else replace(views, keep=WHOLE + 1)
         place = folder.path / "pairs" if cache is None else Path(cache)
-        kept = KeptPairs(place, targets, backbone, sizes, kept_views, options.seed)
+        # Where views are drawn anew, only those of the held-out images are kept.
+        images = targets.images if views.keep else _split(targets.images, options)[1]
+        kept = KeptPairs(place, targets, images, backbone, sizes, kept_views, options.seed)
         return cls(folder, backbone, targets, options, views, sizes, kept, accelerator)
 
     def fill(self, watch: Watch) -> None:
@@ -166,8 +168,7 @@ class TrainJob:
             accelerator.wait_for_everyone()
             if not accelerator.is_main_process:
                 self.kept.open(create=False)
-            images = self.targets.images if self.views.keep else self._split(self.targets.images)[1]
-            todo = self.kept.todo(images)
+            todo = self.kept.todo()
             accelerator.wait_for_everyone()  # before anything is marked as done
             mine = todo[accelerator.process_index :: accelerator.num_processes]
             with watch("images seen", len(mine)) as advance:
@@ -185,8 +186,8 @@ class TrainJob:
         Raises:
             TrainError: if too few images can be used.
         """
-        images = self.kept.usable(self.targets.images) if self.views.keep else tuple(self.targets.images)
-        trained, held_out = self._split(images)
+        images = self.kept.usable() if self.views.keep else tuple(self.targets.images)
+        trained, held_out = _split(images, self.options)
         options, ids = self.options, tuple(self.targets.ids)
         pairs: Pairs = self.kept
         if not self.views.keep:
@@ -220,13 +221,15 @@ class TrainJob:
         """Of the position embedding: that of the backbone's own size, as published."""
         return self.backbone.grid_size(self.backbone.default_size, self.backbone.default_size)
 
-    def _split(self, images: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return split(images, self.options.held_out_of(len(images)), self.options.seed)
-
     def _note(self, index: int, reason: str | None, advance: Callable[[], None]) -> None:
         if reason is not None:
             self.skipped[self.targets.ids[index]] = reason
         advance()
+
+
+def _split(images: Sequence[int], options: TrainOptions) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The images to train on, and those held out."""
+    return split(images, options.held_out_of(len(images)), options.seed)
 
 
 def _start_as_identity(denoiser: Denoiser) -> None:

@@ -32,13 +32,14 @@ _HELD = 512
 
 
 class KeptPairs:
-    """The views that are kept of every image: raw features and targets in float16, in plain files.
+    """The views that are kept of images: raw features and targets in float16, in plain files.
 
     Filling goes on where it was stopped. Several processes fill different images of the same files.
 
     Args:
         folder: where they are.
         targets: images and fields.
+        images: indices of those whose views are kept.
         backbone: the extractor, frozen.
         sizes: (H, W) of the views.
         views: which views; ``keep`` of each image and size.
@@ -52,12 +53,15 @@ class KeptPairs:
         self,
         folder: Path,
         targets: Targets,
+        images: Sequence[int],
         backbone: Backbone,
         sizes: Sequence[tuple[int, int]],
         views: PairOptions,
         seed: int,
     ) -> None:
         self.folder, self._targets, self._backbone = folder, targets, backbone
+        self.images = tuple(images)
+        self._rows = {image: row for row, image in enumerate(self.images)}
         self._sizes, self._views, self._seed = tuple(sizes), views, seed
         self._grids = [backbone.grid_size(*size) for size in self._sizes]
         self._state: np.memmap | None = None
@@ -75,6 +79,7 @@ class KeptPairs:
         mine = {
             "backbone": backbone_identity(self._backbone),
             "targets": self._targets.identity,
+            "images": len(self.images),
             "sizes": [list(size) for size in self._sizes],
             "views": views,
             "seed": self._seed,
@@ -85,7 +90,7 @@ class KeptPairs:
     def bytes(self) -> int:
         """Of all pairs, when they are there."""
         values = sum(math.prod(grid) for grid in self._grids) * self._backbone.embed_dim
-        return 2 * 2 * len(self._targets.ids) * self._views.keep * values
+        return 2 * 2 * len(self.images) * self._views.keep * values
 
     def open(self, *, create: bool) -> None:
         """Opens the files, or makes them; only one process may make them.
@@ -103,7 +108,7 @@ class KeptPairs:
             free = shutil.disk_usage(self.folder).free
             if self.bytes > free:
                 raise TrainError(
-                    f"{self.folder}: the features of {self._views.keep} views of {len(self._targets.ids)} images take "
+                    f"{self.folder}: the features of {self._views.keep} views of {len(self.images)} images take "
                     f"{self.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; keep fewer views (--keep), or name "
                     "another place (--cache)"
                 )
@@ -113,7 +118,7 @@ class KeptPairs:
                 temporary.write_text(json.dumps(self.identity, indent=1))
 
     def _open(self, mode: Literal["r+", "w+"]) -> None:
-        images, keep, channels = len(self._targets.ids), self._views.keep, self._backbone.embed_dim
+        images, keep, channels = len(self.images), self._views.keep, self._backbone.embed_dim
         self._state = np.memmap(self.folder / "state.u8", np.uint8, mode, shape=(images,))
         self._arrays = []
         for place, (h, w) in enumerate(self._grids):
@@ -121,39 +126,39 @@ class KeptPairs:
             raw, target = (np.memmap(name, np.float16, mode, shape=(images, keep, h, w, channels)) for name in names)
             self._arrays.append((raw, target))
 
-    def todo(self, images: Sequence[int]) -> list[int]:
-        """Those of the images whose pairs are not there yet."""
-        return [image for image in images if self._opened[image] == _TO_DO]
+    def todo(self) -> list[int]:
+        """The images whose pairs are not there yet."""
+        return [image for image, row in self._rows.items() if self._opened[row] == _TO_DO]
 
-    def usable(self, images: Sequence[int]) -> tuple[int, ...]:
-        """Those of the images that have pairs."""
-        return tuple(image for image in images if self._opened[image] == _DONE)
+    def usable(self) -> tuple[int, ...]:
+        """The images that have pairs."""
+        return tuple(image for image, row in self._rows.items() if self._opened[row] == _DONE)
 
     def fill(self, images: Sequence[int], on_image: Callable[[int, str | None], None]) -> None:
         """Sees the views of images, and keeps their pairs.
 
         Args:
-            images: which.
+            images: which of them; not those that are there already.
             on_image: called after each with its index, and why it cannot be used or None.
 
         Raises:
             TrainError: if a target is missing, or features are not finite.
             OSError: if the files cannot be written to.
         """
-        for result in self._targets.stream(self.todo(images)):
+        for result in self._targets.stream(images):
             if isinstance(result, Unusable):
-                self._opened[result.index] = _UNUSABLE
+                self._opened[self._rows[result.index]] = _UNUSABLE
                 on_image(result.index, result.reason)
                 continue
             for place, size in enumerate(self._sizes):
                 self._keep(result, place, size)
-            self._opened[result.index] = _DONE
+            self._opened[self._rows[result.index]] = _DONE
             on_image(result.index, None)
 
     def read(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Raw features and targets (B, h, w, C) float32 of samples of one size."""
         raw, target = self._arrays[samples[0].size]
-        places = [(sample.image, sample.number) for sample in samples]
+        places = [(self._rows[sample.image], sample.number) for sample in samples]
         return _stacked(raw, places), _stacked(target, places)
 
     def features(self, raw: Tensor) -> Tensor:
@@ -169,8 +174,9 @@ class KeptPairs:
         name = self._targets.ids[fitted.index]
         crops = [kept_view(self._seed, fitted.index, n, size, self._views) for n in range(self._views.keep)]
         raw, target = self._arrays[place]
-        raw[fitted.index] = _half(see(self._backbone, fitted.image, crops), name, "features")
-        target[fitted.index] = _half(sampled(fitted.field, crops, self._backbone), name, "target")
+        row = self._rows[fitted.index]
+        raw[row] = _half(see(self._backbone, fitted.image, crops), name, "features")
+        target[row] = _half(sampled(fitted.field, crops, self._backbone), name, "target")
 
     def _require_same(self, head: Path) -> None:
         try:

@@ -1,0 +1,112 @@
+"""What a training step costs on top of the block's own forward, backward and optimiser passes.
+
+    python benchmarks/training.py PHOTOS [--steps 30] [--json out.json]
+
+In one process, in turn: steps of `dvit train` on kept features, and the bare passes of the same block in the same
+precision on batches that are in memory already. Prints medians, their ratio, and the share of a step that waits for
+data. Photos are fitted first with few and small views: what targets hold does not change the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from overhead import hardware, synchronise
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.dataset import Dataset, open_dataset, spread
+from denoising_vit.evaluation.watching import unwatched
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
+from denoising_vit.training.loss import denoising_loss
+
+#: The most that a step may cost, in times of the bare passes.
+BAR = 1.2
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    /,
+    photos: int = 12,
+    steps: int = 30,
+    batch: int = 8,
+    size: str = "518",
+    rounds: int = 3,
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Measures the overhead of a training step.
+
+    Args:
+        folder: photographs.
+        photos: how many of them.
+        steps: of each round.
+        batch: pairs in a step.
+        size: of the views in pixels.
+        rounds: of steps and bare passes in turn.
+        json_path: where the record goes.
+    """
+    told: list[dict[str, float]] = []
+    bare_s: list[float] = []
+    with tempfile.TemporaryDirectory() as name:
+        job = prepared(folder, photos, Path(name) / "run", steps * rounds, batch, size)
+        job.fill(unwatched)
+        run = job.training()
+        for number in range(rounds):
+            run.options = replace(run.options, stop_at=(number + 1) * steps)
+            run.run(lambda _step, figures: told.append(figures))
+            bare_s += bare(run, steps)
+    step, alone = statistics.median(figures["seconds"] for figures in told), statistics.median(bare_s)
+    waited = sum(figures["waited"] for figures in told) / sum(figures["seconds"] for figures in told)
+    found: dict[str, Any] = {
+        "hardware": hardware(),
+        "backbone": job.backbone.extra_repr(),
+        "size": size,
+        "batch": batch,
+    }
+    found |= {"precision": run.accelerator.mixed_precision, "step_s": step, "bare_s": alone, "ratio": step / alone}
+    found |= {"waited_share": waited, "bar": BAR}
+    print(json.dumps(found))
+    if json_path is not None:
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def prepared(folder: Path, photos: int, run: Path, steps: int, batch: int, size: str) -> TrainJob:
+    """A run on some of the photos."""
+    dataset = open_dataset(folder)
+    some = Dataset(str(folder), [dataset[index] for index in spread(len(dataset), photos)])
+    denoising = DenoiseOptions(views=8, held_out=0, size=112)
+    options = TrainOptions(steps=steps, batch_size=batch, held_out=2, evaluate_every=steps + 1)
+    return TrainJob.prepare(Photos(some, denoising), run, BackboneSpec(), options, PairOptions(sizes=size, keep=4))
+
+
+def bare(run: Any, steps: int) -> list[float]:
+    """Seconds of forward, backward and optimiser passes of the same block, without anything around them."""
+    optimiser = torch.optim.AdamW(run.denoiser.parameters(), lr=0.0)
+    raw, target = (part.to(run.accelerator.device) for part in run.pairs.read(run.sampler.step(0)))
+    amp = run.accelerator.autocast() if run.accelerator.mixed_precision == "bf16" else contextlib.nullcontext()
+    found = []
+    for _ in range(steps):
+        synchronise()
+        started = time.perf_counter()
+        with amp:
+            clean = run.denoiser(raw)
+        squared, cosine = denoising_loss(clean.float(), target)
+        (squared + 1 - cosine).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        synchronise()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
