@@ -143,7 +143,7 @@ def test_without_a_denoiser_the_source_fails_in_words_and_raw_is_judged(
 ) -> None:
     (raw, _), (line, _) = bench.knn(["raw", "denoiser"], FEW)
     assert raw["failed"] is None and raw["metrics"]["mIoU"] > 0
-    assert "no denoiser was given: --denoiser FILE, or voc_denoised" in line["failed"]
+    assert "comes with the package; train one by dvit train and give it by --denoiser FILE" in line["failed"]
     again = list(replace(bench, denoiser=str(files["same"])).knn(["raw", "denoiser"], FEW))
     assert [(found["failed"], kept) for found, kept in again] == [(None, True), (None, False)]
 

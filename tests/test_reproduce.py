@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import pytest
 from command import Dvit, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.cli import reproduce as verb
+from denoising_vit.denoiser import load_denoiser
 from denoising_vit.evaluation import workbench
 from denoising_vit.evaluation.segmentation import PAPER, Protocol
+from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.published import published_row, published_rows
-from denoising_vit.reproduction import Row, Step, dry, find_row
+from denoising_vit.reproduction import DenoiserRecipe, Row, Step, dry, find_row
 from denoising_vit.reproduction.rows import ADE, VOC
 from tiny_labelled import tiny_backbone
 
@@ -118,7 +120,7 @@ def test_list_shows_every_published_row_with_the_status_of_its_steps(dvit: Dvit,
 def test_list_tells_each_reason_once(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     told = dvit("reproduce", "--list", "--data", tmp_path / "data", "-o", out).err
     assert told.count(f"VOC 2012: {tmp_path / 'data' / 'VOCdevkit' / 'VOC2012'} lacks JPEGImages") == 1
-    assert told.count("the one-pass denoiser (stage 2) is not in this version") <= 3  # one a benchmark
+    assert told.count("distilled models (stage 3) are not in this version") <= 3  # one a benchmark
     assert len(told.splitlines()) == len(set(told.splitlines()))
 
 
@@ -183,12 +185,12 @@ def test_variant_that_was_not_published_of_a_model_is_refused(dvit: Dvit, data: 
 @pytest.mark.parametrize(
     ("variant", "reason"),
     [
-        ("voc_denoised", "the one-pass denoiser (stage 2) is not in this version"),
+        ("imgnet_denoised", "denoisers of ImageNet photos are not in this version"),
         ("voc_distilled", "distilled models (stage 3) are not in this version"),
     ],
 )
 @pytest.mark.parametrize("more", [(), ("--dry",)])
-def test_denoised_variants_cannot_be_measured_yet(
+def test_other_variants_cannot_be_measured_yet(
     dvit: Dvit,
     data: Path,
     out: Path,
@@ -359,9 +361,10 @@ def test_another_seed_is_another_measurement(dvit: Dvit, small: list[BackboneSpe
 # --- dry runs ---
 
 
-def assert_dry(dvit: Dvit, model: str, folder: Path) -> None:
+def assert_dry(dvit: Dvit, model: str, folder: Path, variant: str = "baseline") -> None:
     """Both benchmarks from end to end, nothing kept."""
-    done = dvit("reproduce", "--dry", "--row", model, "--device", "cpu", "-o", folder / "reproduced.jsonl")
+    row = "--row", model, "--variant", variant
+    done = dvit("reproduce", "--dry", *row, "--device", "cpu", "-o", folder / "reproduced.jsonl")
     assert done.code == 0, done.err
     assert "the measured figures mean nothing" in done.words
     rows = [line.split() for line in done.out.splitlines() if line.startswith(model)]
@@ -382,6 +385,28 @@ def test_every_architecture_runs_from_end_to_end(
 ) -> None:
     monkeypatch.setattr(dry, "dry_protocol", lambda: TINY)
     assert_dry(dvit, model, tmp_path)
+
+
+def test_a_denoiser_is_fitted_trained_and_probed(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[str] = []
+    monkeypatch.setattr(dry, "dry_protocol", lambda: TINY)
+    by_protocol = Workbench.by_protocol
+
+    def note(self: Workbench, names: Sequence[str], *others: Any) -> Iterator[Any]:
+        denoiser = load_denoiser(str(self.denoiser), backbone=self.backbone)
+        judged.append(f"{names[0]} after step {denoiser.info['step']}, {denoiser.info['images']} images")
+        return by_protocol(self, names, *others)
+
+    monkeypatch.setattr(Workbench, "by_protocol", note)
+    assert_dry(dvit, SMALL, tmp_path, "voc_denoised")
+    assert judged == ["denoiser after step 2, 3 images"] * 2  # one of four photos is held out
+
+
+def test_recipe_of_denoisers_is_the_published_one() -> None:
+    recipe = DenoiserRecipe()
+    assert (recipe.training.steps, recipe.training.batch_size, recipe.training.learning_rate) == (50_000, 16, 2e-4)
+    assert (recipe.views.whole, recipe.views.keep, recipe.views.inverted) == (1, 2, 0)
+    assert recipe.images == 10_000
 
 
 def test_dry_protocol_is_the_published_one_but_for_its_length() -> None:

@@ -27,7 +27,7 @@ from denoising_vit.training.panels import HeldOutPanel
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import WHOLE, Sampler, split
 from denoising_vit.training.targets import FittedTargets, StoredTargets, Targets
-from denoising_vit.training.train import Training
+from denoising_vit.training.train import Training, last_layers
 
 #: Shows progress over so many things of a kind for as long as a block lasts; gives what is to be called after each.
 Watch = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -235,9 +235,8 @@ def _split(images: Sequence[int], options: TrainOptions) -> tuple[tuple[int, ...
 def _start_as_identity(denoiser: Denoiser) -> None:
     """Lets each block begin by passing features on as they are: training need not find its way back to them first."""
     with torch.no_grad():
-        for name, parameter in denoiser.named_parameters():
-            if "attn.proj" in name or "mlp.fc2" in name:
-                parameter.zero_()
+        for parameter in last_layers(denoiser):
+            parameter.zero_()
 
 
 def _require_crops(targets: Targets, views: PairOptions) -> None:

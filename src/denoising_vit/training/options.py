@@ -92,6 +92,8 @@ class TrainOptions:
         warmup: share of the steps over which the rate rises.
         weight_decay: of AdamW.
         blocks: transformer blocks of the denoiser.
+        shrink: factor on what the blocks add to features, in the denoiser that is judged and written; a little below 1
+            undoes some of what a short training on few images learned by heart. Training itself is the same.
         held_out: images that are never trained on; the run is judged by them. Without it, a tenth, at most 100.
         evaluate_every: steps between two looks at them.
         checkpoint_every: steps between two checkpoints.
@@ -108,6 +110,7 @@ class TrainOptions:
     warmup: float = 0.15
     weight_decay: float = 1e-5
     blocks: int = 1
+    shrink: float = 1.0
     held_out: int | None = None
     evaluate_every: int = 1000
     checkpoint_every: int = 500
@@ -129,6 +132,8 @@ class TrainOptions:
                 raise TrainError(f"{name} must be at least {least_value}, got {value}")
         if not 0 <= self.warmup < 1:
             raise TrainError(f"warmup must be a share in [0, 1), got {self.warmup}")
+        if not 0 < self.shrink <= 1:
+            raise TrainError(f"shrink must be a factor in (0, 1], got {self.shrink}")
         if self.precision not in get_args(Precision):
             raise TrainError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 

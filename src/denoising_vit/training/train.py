@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,24 +128,23 @@ class Training:
         if not self._is_due(progress.step, self.options.evaluate_every):
             return progress
         if log is not None:  # the first process alone
-            self.denoiser.eval()
-            figures = self.judge(self.denoiser)
+            written = shrunk(self.denoiser, self.options.shrink)
+            figures = self.judge(written)
             if progress.best is None or figures["cosine"] > progress.best:
                 progress = replace(progress, best=figures["cosine"], best_step=progress.step)
-                self._write(self.folder.denoiser, progress.step, figures)
+                self._write(written, self.folder.denoiser, progress.step, figures)
             if progress.step == self.options.steps:
-                self._write(self.folder.last, progress.step, figures)
+                self._write(written, self.folder.last, progress.step, figures)
             log.write(progress.step, "held_out", figures)
-            self.draw(self.denoiser, progress.step)
-            self.denoiser.train()
+            self.draw(written, progress.step)
             on_look(progress.step, figures)
         self.accelerator.wait_for_everyone()
         return progress
 
-    def _write(self, path: Any, step: int, figures: Figures) -> None:
-        self.denoiser.info |= {"step": step, "held_out": {name: round(value, 6) for name, value in figures.items()}}
+    def _write(self, denoiser: Denoiser, path: Path, step: int, figures: Figures) -> None:
+        denoiser.info |= {"step": step, "held_out": {name: round(value, 6) for name, value in figures.items()}}
         try:
-            write_denoiser(self.denoiser, path)
+            write_denoiser(denoiser, path)
         except OSError as error:
             raise TrainError(f"{path}: the denoiser could not be written ({error}); --resume goes on") from error
 
@@ -170,6 +170,28 @@ class Training:
             f"step {step + 1}: the {what} is not finite ({value.item()}), and the run is stopped before it spoils the "
             f"weights; the pairs were: {named}. Lower --learning-rate, or look at these images"
         )
+
+
+@torch.no_grad()
+def shrunk(denoiser: Denoiser, factor: float) -> Denoiser:
+    """A copy whose blocks add so many times as much to the features that they pass on, in evaluation mode.
+
+    Args:
+        denoiser: any.
+        factor: 1 leaves it as it is; with 0 it would pass raw features on, plus the position embedding.
+    """
+    copied = Denoiser(**denoiser.config).to(denoiser.pos_embed)
+    copied.load_state_dict(denoiser.state_dict())
+    for parameter in last_layers(copied):
+        parameter.mul_(factor)
+    return copied.eval()
+
+
+def last_layers(denoiser: Denoiser) -> Iterator[Tensor]:
+    """Parameters of the last layer of each branch of each block, attention and MLP: what is added is linear in them."""
+    for name, parameter in denoiser.named_parameters():
+        if "attn.proj" in name or "mlp.fc2" in name:
+            yield parameter
 
 
 def _gradient_norm(model: torch.nn.Module) -> Tensor:

@@ -1,0 +1,88 @@
+"""The denoiser that comes with the package: for which backbone it is, and that it cleans photos it has never seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+
+import denoising_vit as dv
+from denoising_vit.crops import Crop
+from denoising_vit.denoiser import find_shipped
+from denoising_vit.evaluation.tokens import effective_rank
+from denoising_vit.rendering import to_image
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+MODEL = "vit_small_patch14_dinov2.lvd142m"
+
+SIZE = (364, 476)
+
+#: The middle of the photo, mirrored.
+CROP = Crop((0.25, 0.2, 0.75, 0.8), SIZE, flip=True)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> dv.Backbone:
+    return dv.load_backbone(MODEL, weights="bundled", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clean(backbone: dv.Backbone) -> dv.DenoisedViT:
+    found = find_shipped(backbone)
+    assert found is not None
+    return dv.DenoisedViT(backbone, found.denoiser)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    """Photographs of none of the kinds that it was trained on."""
+    return [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut(), skimage.data.rocket()]
+
+
+def seen(extractor: dv.Backbone | dv.DenoisedViT, photo: np.ndarray, crop: Crop) -> torch.Tensor:
+    """Features (h, w, C) of a crop."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    with torch.no_grad():
+        return extractor(crop.render(to_image(photo), mean, std)[None])[0]
+
+
+def agreement(extractor: dv.Backbone | dv.DenoisedViT, photo: np.ndarray) -> float:
+    """Mean cosine of the same places, as the whole photo has them and as a mirrored crop has them."""
+    expected = CROP.sample(seen(extractor, photo, Crop.whole(SIZE)), 14, 14)
+    return float(F.cosine_similarity(expected, seen(extractor, photo, CROP), dim=-1).mean())
+
+
+def test_views_of_a_photo_agree_better_than_raw_ones_do(
+    backbone: dv.Backbone, clean: dv.DenoisedViT, photos: list[np.ndarray]
+) -> None:
+    for photo in photos:
+        raw, denoised = agreement(backbone, photo), agreement(clean, photo)
+        assert 1 - denoised < 0.85 * (1 - raw), (raw, denoised)
+
+
+def test_features_stay_as_rich_as_raw_ones(
+    backbone: dv.Backbone, clean: dv.DenoisedViT, photos: list[np.ndarray]
+) -> None:
+    """Agreement alone is won by features that say nothing."""
+    raw, denoised = (
+        effective_rank(torch.stack([seen(extractor, photo, Crop.whole(SIZE)) for photo in photos]))
+        for extractor in (backbone, clean)
+    )
+    assert denoised > 0.85 * raw
+
+
+def test_other_weights_of_the_same_model_are_refused(backbone: dv.Backbone) -> None:
+    other = dv.load_backbone(MODEL, weights="random", device="cpu", dtype="float32")
+    assert find_shipped(other) is None
+    with pytest.raises(dv.DenoiserError, match="was trained for"):
+        dv.load_denoiser(MODEL, backbone=other)
+
+
+def test_it_says_how_it_was_made() -> None:
+    made = dv.load_denoiser(MODEL)
+    assert made.trained_for is not None and made.trained_for["name"] == MODEL
+    assert made.info["images"] == 400
+    assert made.info["held_out"]["cosine"] > made.info["held_out"]["raw_cosine"]
