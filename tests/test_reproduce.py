@@ -110,7 +110,7 @@ def test_list_shows_every_published_row_with_the_status_of_its_steps(dvit: Dvit,
     assert list(found) == [(row.model, row.variant) for row in published_rows()]
     assert len(found) == 34
     for (_, variant), status in found.items():
-        wanted = "missing" if variant == "baseline" else "unsupported"
+        wanted = "missing" if variant in ("baseline", "voc_denoised") else "unsupported"
         assert f"VOC 2012 {wanted}, ADE20K {wanted}" in status
     assert found[SMALL, "baseline"].endswith("NYUv2 depth unsupported")
     assert "NYU" not in found["eva02_base_patch16_clip_224.merged2b", "baseline"]  # no depth was published

@@ -56,13 +56,14 @@ def train(
     training.validate()
     pairs.validate()
     source = _source(data, photos, on_the_fly, exact, artifact)
+    left_out = (source.photos if isinstance(source, Stored) else source.dataset).skipped
     job = TrainJob.prepare(source, out, model, training, pairs, cache=cache, resume=resume)
     main, processes = job.accelerator.is_main_process, job.accelerator.num_processes
     if main:
         print_note(f"backbone {job.backbone.extra_repr()} on {job.backbone.device}, {processes} process(es)")
     try:
         job.fill(watch if main else unwatched)
-        for name, reason in job.skipped.items():
+        for name, reason in [*((item.item, item.reason) for item in left_out), *job.skipped.items()]:
             print_error(f"{name}: {reason}", "skipped")
         run = job.training()
         if main:
@@ -78,7 +79,7 @@ def train(
         best = "" if step is None else f", the best after step {step}: {job.folder.denoiser}"
         more = "" if progress.step == training.steps else " (--resume goes on)"
         print_note(f"{progress.step} of {training.steps} steps done{more}{best}")
-    return SOME_FAILED if job.skipped else OK
+    return SOME_FAILED if job.skipped or left_out else OK
 
 
 def _source(

@@ -96,8 +96,9 @@ class Checkpoints:
             model.load_state_dict(_below("model.", tensors))
             optimiser.load_state_dict(_optimiser_state(tensors) | {"param_groups": _groups(optimiser)})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()[:16])  # torch names every tensor
             raise TrainError(
-                f"{path}: damaged checkpoint ({error}); remove it, and --resume goes on from the one before"
+                f"{path}: damaged checkpoint ({reason}); remove it, and --resume goes on from the one before"
             ) from error
         return progress
 

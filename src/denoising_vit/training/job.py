@@ -19,7 +19,7 @@ from denoising_vit.errors import TrainError
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore
-from denoising_vit.training.engine import device_of, make_accelerator
+from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
 from denoising_vit.training.judging import Judge
 from denoising_vit.training.options import PairOptions, TrainOptions
 from denoising_vit.training.pairs import FreshPairs, KeptPairs, Pairs, backbone_identity
@@ -82,7 +82,6 @@ class TrainJob:
         sizes: (H, W) of the views.
         kept: pairs on disk: of all images, or of the held-out ones alone where views are drawn anew.
         accelerator: processes and devices.
-        skipped: why images cannot be used, by id.
     """
 
     folder: RunFolder
@@ -93,7 +92,6 @@ class TrainJob:
     sizes: tuple[tuple[int, int], ...]
     kept: KeptPairs
     accelerator: Any
-    skipped: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -125,7 +123,7 @@ class TrainJob:
         """
         options.validate()
         views.validate()
-        accelerator = make_accelerator(str(model.device), options.precision)
+        accelerator = make_accelerator(str(model.device))
         if isinstance(model, BackboneSpec):
             model = replace(model, device=device_of(accelerator, model.device)).load()
         backbone, targets = model, source.targets(model)
@@ -148,6 +146,8 @@ class TrainJob:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             folder.require_same(identity)
+        if views.whole == 1 and views.keep > WHOLE:
+            views = replace(views, keep=WHOLE)  # no crop is ever drawn
         kept_views = views if views.keep else replace(views, keep=WHOLE + 1)
         place = folder.path / "pairs" if cache is None else Path(cache)
         # Where views are drawn anew, only those of the held-out images are kept.
@@ -172,7 +172,7 @@ class TrainJob:
             accelerator.wait_for_everyone()  # before anything is marked as done
             mine = todo[accelerator.process_index :: accelerator.num_processes]
             with watch("images seen", len(mine)) as advance:
-                self.kept.fill(mine, lambda index, reason: self._note(index, reason, advance))
+                self.kept.fill(mine, lambda _index, _reason: advance())
             accelerator.wait_for_everyone()
         except OSError as error:
             raise TrainError(
@@ -213,18 +213,19 @@ class TrainJob:
             ids=ids,
             options=options,
             accelerator=self.accelerator,
+            dtype=arithmetic(self.accelerator.device, options.precision),
             draw=HeldOutPanel(self.folder.panels, self.targets, self.kept, held_out, ids).draw,
         )
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why images cannot be used, by id; after :meth:`fill`."""
+        return self.kept.unusable()
 
     @property
     def _grid(self) -> tuple[int, int]:
         """Of the position embedding: that of the backbone's own size, as published."""
         return self.backbone.grid_size(self.backbone.default_size, self.backbone.default_size)
-
-    def _note(self, index: int, reason: str | None, advance: Callable[[], None]) -> None:
-        if reason is not None:
-            self.skipped[self.targets.ids[index]] = reason
-        advance()
 
 
 def _split(images: Sequence[int], options: TrainOptions) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -243,11 +244,11 @@ def _require_crops(targets: Targets, views: PairOptions) -> None:
     """Refuses crops where the targets do not have them."""
     if not views.keep and isinstance(targets, FittedTargets):
         raise TrainError(
-            "new views in every step (--keep 0) need the fields of a store: run dvit fit first. With --on-the-fly, "
-            "expected --keep 1 or more"
+            "new views in every step (--pairs.keep 0) need the fields of a store: run dvit fit first; with "
+            "--on-the-fly, expected --pairs.keep 1 or more"
         )
     if isinstance(targets, StoredTargets) and not targets.keeps_fields and views.whole < 1:
         raise TrainError(
             f"{targets.store.url} keeps the patch grid alone, too coarse for crops; fit with --grid field, or train on "
-            "whole images (--whole 1)"
+            "whole images (--pairs.whole 1)"
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
+
+from denoising_vit.errors import TrainError
 
 
 class Log:
@@ -21,17 +24,25 @@ class Log:
         self._board = _board(path.parent / "tensorboard", step)
 
     def write(self, step: int, kind: str, figures: dict[str, float]) -> None:
-        """One line: the step, ``train`` or ``held_out``, and figures; those that are not finite as null."""
+        """One line: the step, ``train`` or ``held_out``, and figures; those that are not finite as null.
+
+        Raises:
+            TrainError: if it cannot be written.
+        """
         plain = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainError(f"{self._file.name}: cannot be written to ({error}); --resume goes on") from error
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Ends both."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk was told when the line was written
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -59,7 +59,7 @@ class PairOptions:
         if self.keep and self.whole < 1 and self.keep < 3:
             raise TrainError(
                 f"of {self.keep} views that are kept none is a crop: the whole image and its mirror image come first. "
-                "Expected --keep 3 or more, or --whole 1"
+                "Expected --pairs.keep 3 or more, or --pairs.whole 1"
             )
         self.parsed_sizes()
 

@@ -27,6 +27,9 @@ from denoising_vit.training.targets import Fitted, StoredTargets, Targets, Unusa
 #: What became of an image.
 _TO_DO, _DONE, _UNUSABLE = 0, 1, 2
 
+#: The file that tells why images have no pairs.
+_REASONS = "unusable.jsonl"
+
 #: Fields and photos that fresh pairs hold in memory.
 _HELD = 512
 
@@ -109,8 +112,8 @@ class KeptPairs:
             if self.bytes > free:
                 raise TrainError(
                     f"{self.folder}: the features of {self._views.keep} views of {len(self.images)} images take "
-                    f"{self.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; keep fewer views (--keep), or name "
-                    "another place (--cache)"
+                    f"{self.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; keep fewer views (--pairs.keep), or "
+                    "name another place (--cache)"
                 )
         self._open("r+" if there or not create else "w+")
         if not there and create:
@@ -119,11 +122,18 @@ class KeptPairs:
 
     def _open(self, mode: Literal["r+", "w+"]) -> None:
         images, keep, channels = len(self.images), self._views.keep, self._backbone.embed_dim
-        self._state = np.memmap(self.folder / "state.u8", np.uint8, mode, shape=(images,))
+
+        def opened(name: str, kind: type, shape: tuple[int, ...]) -> np.memmap:
+            path, size = self.folder / name, math.prod(shape) * np.dtype(kind).itemsize
+            if mode == "r+" and (not path.is_file() or path.stat().st_size != size):  # it would be filled up with zeros
+                raise TrainError(f"{path}: damaged, expected {size} bytes; remove {self.folder} to compute them anew")
+            return np.memmap(path, kind, mode, shape=shape)
+
+        self._state = opened("state.u8", np.uint8, (images,))
         self._arrays = []
         for place, (h, w) in enumerate(self._grids):
-            names = (self.folder / f"{kind}-{place}-{h}x{w}.f16" for kind in ("raw", "target"))
-            raw, target = (np.memmap(name, np.float16, mode, shape=(images, keep, h, w, channels)) for name in names)
+            names = (f"{kind}-{place}-{h}x{w}.f16" for kind in ("raw", "target"))
+            raw, target = (opened(name, np.float16, (images, keep, h, w, channels)) for name in names)
             self._arrays.append((raw, target))
 
     def todo(self) -> list[int]:
@@ -133,6 +143,11 @@ class KeptPairs:
     def usable(self) -> tuple[int, ...]:
         """The images that have pairs."""
         return tuple(image for image, row in self._rows.items() if self._opened[row] == _DONE)
+
+    def unusable(self) -> dict[str, str]:
+        """Why images have no pairs, by id; of this run and of those before it."""
+        path = self.folder / _REASONS
+        return dict(map(json.loads, path.read_text(encoding="utf-8").splitlines())) if path.is_file() else {}
 
     def fill(self, images: Sequence[int], on_image: Callable[[int, str | None], None]) -> None:
         """Sees the views of images, and keeps their pairs.
@@ -147,6 +162,8 @@ class KeptPairs:
         """
         for result in self._targets.stream(images):
             if isinstance(result, Unusable):
+                with (self.folder / _REASONS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([self._targets.ids[result.index], result.reason]) + "\n")
                 self._opened[self._rows[result.index]] = _UNUSABLE
                 on_image(result.index, result.reason)
                 continue
@@ -179,12 +196,11 @@ class KeptPairs:
         target[row] = _half(sampled(fitted.field, crops, self._backbone), name, "target")
 
     def _require_same(self, head: Path) -> None:
-        try:
-            there = json.loads(head.read_text())
-        except ValueError as error:
+        there = read_object(head)
+        if there is None:
             raise TrainError(
-                f"{head}: damaged ({error}); remove {self.folder}, its features are computed anew"
-            ) from error
+                f"{head}: damaged (expected a JSON object); remove {self.folder}, its features are computed anew"
+            )
         if different := differences(there, self.identity):
             raise TrainError(
                 f"{self.folder} holds other pairs: {'; '.join(different)}. Name another place (--cache), or remove it"
@@ -239,6 +255,15 @@ def backbone_identity(backbone: Backbone) -> dict[str, Any]:
     """What of a backbone decides its features; JSON values."""
     told = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride")}
     return told | {"fingerprint": backbone.fingerprint.short, "dtype": str(backbone.dtype).removeprefix("torch.")}
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], path: str = "") -> list[str]:

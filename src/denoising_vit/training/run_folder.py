@@ -11,7 +11,7 @@ from typing import Any
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
 from denoising_vit.training.checkpoints import Checkpoints
-from denoising_vit.training.pairs import differences
+from denoising_vit.training.pairs import differences, read_object
 
 FORMAT = "denoising-vit/run"
 
@@ -68,16 +68,18 @@ class RunFolder:
                 raise TrainError(f"{self.path}: no run to resume; start it without --resume")
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise TrainError(f"{self.path} is there and is no run of this program; expected a new or empty folder")
-            self.path.mkdir(parents=True, exist_ok=True)
-            with atomic_path(head) as temporary:
-                temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with atomic_path(head) as temporary:
+                    temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
+            except OSError as error:
+                raise TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder") from error
             return
         if not resume:
             raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
-        try:
-            there = json.loads(head.read_text())
-        except ValueError as error:
-            raise TrainError(f"{head}: damaged ({error}); start anew in another folder") from error
+        there = read_object(head)
+        if there is None:
+            raise TrainError(f"{head}: damaged (expected a JSON object); start anew in another folder")
         here = json.loads(json.dumps({"format": FORMAT, "version": 1, **identity}))
         if different := differences(there, here):
             raise TrainError(

@@ -43,6 +43,7 @@ class Training:
         ids: names of the images.
         options: how long and how fast.
         accelerator: processes and devices.
+        dtype: of the block's arithmetic.
         draw: makes a picture of held-out images, given the denoiser and the step.
     """
 
@@ -54,6 +55,7 @@ class Training:
     ids: tuple[str, ...]
     options: TrainOptions
     accelerator: Any
+    dtype: torch.dtype
     draw: Callable[[Denoiser, int], None]
 
     def run(
@@ -72,7 +74,7 @@ class Training:
 
         Raises:
             TrainError: if a loss is not finite, naming the pairs, or a checkpoint cannot be written.
-            KeyboardInterrupt: after a checkpoint.
+            KeyboardInterrupt: after a checkpoint, unless a step or a look was under way: then from the one before.
         """
         options, accelerator = self.options, self.accelerator
         optimiser = torch.optim.AdamW(self.denoiser.parameters(), weight_decay=options.weight_decay)
@@ -81,6 +83,7 @@ class Training:
         peak = peak_rate(options.learning_rate, self.sampler.pairs)
         log = self._log(progress.step)
         batches = prefetched(self._batches(progress.step), _AHEAD)
+        settled = True  # whether weights, optimiser and progress tell of the same step, with its look behind it
         with contextlib.closing(batches), contextlib.closing(log) if log else contextlib.nullcontext():
             try:
                 while progress.step < options.last_step:
@@ -91,28 +94,36 @@ class Training:
                     for group in optimiser.param_groups:
                         group["lr"] = rate
 
-                    clean = model(self.pairs.features(inputs.to(accelerator.device)))
+                    raw = self.pairs.features(inputs.to(accelerator.device))
+                    with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                        clean = model(raw)
                     squared, cosine = denoising_loss(clean, target.to(accelerator.device))
                     loss = squared + (1 - cosine)
                     self._require_finite(loss, "loss", progress.step, samples)
                     accelerator.backward(loss)
                     norm = _gradient_norm(self.denoiser)
                     self._require_finite(norm, "gradient", progress.step, samples)
+                    settled = False
                     prepared.step()
                     prepared.zero_grad()
 
                     progress = replace(progress, step=progress.step + 1)
-                    figures = {"loss": loss.item(), "mse": squared.item(), "cosine": cosine.item(), "rate": rate}
+                    looking = self._is_due(progress.step, options.evaluate_every, options.steps)
+                    settled = not looking
+                    means = accelerator.reduce(torch.stack([loss, squared, cosine]).detach(), "mean").tolist()
+                    figures = {**dict(zip(("loss", "mse", "cosine"), means, strict=True)), "rate": rate}
                     figures |= {"gradient": norm.item(), "seconds": time.perf_counter() - started, "waited": waited}
                     if log is not None:
                         log.write(progress.step, "train", figures)
                         on_step(progress.step, figures)
-                    progress = self._look(progress, log, on_look)
-                    if self._is_due(progress.step, options.checkpoint_every):
+                    if looking:
+                        progress = self._look(progress, log, on_look)
+                    settled = True
+                    if self._is_due(progress.step, options.checkpoint_every, options.last_step):
                         self._save(progress, optimiser)
             except KeyboardInterrupt:
-                optimiser.zero_grad()
-                self._save(progress, optimiser)
+                if settled:
+                    self._save(progress, optimiser)
                 raise
         return progress
 
@@ -124,9 +135,7 @@ class Training:
             yield samples, *self.pairs.read(samples)
 
     def _look(self, progress: Progress, log: Log | None, on_look: Callable[[int, Figures], None]) -> Progress:
-        """Judges the denoiser by the held-out images where it is time to, and keeps it where it is the best."""
-        if not self._is_due(progress.step, self.options.evaluate_every):
-            return progress
+        """Judges the denoiser by the held-out images, and keeps it where it is the best."""
         if log is not None:  # the first process alone
             written = shrunk(self.denoiser, self.options.shrink)
             figures = self.judge(written)
@@ -159,8 +168,9 @@ class Training:
         self.folder.cut_log(step)
         return Log(self.folder.log, step)
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.options.last_step
+    @staticmethod
+    def _is_due(step: int, every: int, last: int) -> bool:
+        return step % every == 0 or step == last
 
     def _require_finite(self, value: Tensor, what: str, step: int, samples: list[Sample]) -> None:
         if math.isfinite(value.item()):

@@ -1,0 +1,198 @@
+"""`dvit train` as people meet it: exit codes, messages, what is left behind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tiny_fit
+import tiny_training as tiny
+from command import Dvit, Outcome, in_process
+from denoising_vit.denoiser import read_denoiser
+from denoising_vit.training.train import Training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PHOTOS = 6
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture
+def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
+    return in_process(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_fit.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_fit.write_photos(tmp_path_factory.mktemp("photos"), PHOTOS)
+
+
+@pytest.fixture(scope="module")
+def store(one_thread: None, photos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted") / "store"
+    tiny_fit.prepare(photos, folder, tiny_fit.spec_of(weights)).run()
+    return folder
+
+
+@pytest.fixture
+def train(dvit: Dvit, weights: Path) -> Train:
+    """Runs `dvit train DATA ...` with the tiny model for four steps; later options win."""
+    model = ("--backbone", tiny_fit.MODEL, "--weights", str(weights), "--device", "cpu", "--dtype", "float32")
+    small = ("--steps", 4, "--batch-size", 2, "--held-out", 2, "--evaluate-every", 2, "--checkpoint-every", 2)
+    rest = ("--precision", "float32", "--pairs.keep", 3)
+    return lambda data, *more: dvit("train", data, *model, *small, *rest, *more)
+
+
+FITTING = ("--on-the-fly", "--exact.size", tiny_fit.SIZE, "--exact.views", tiny_fit.VIEWS)
+
+
+def test_a_store_becomes_a_denoiser(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "new" / "run"
+    done = train(store, "--photos", photos, "-o", run)
+    assert done.code == 0, done.err
+    assert done.out == ""
+    assert f"4 images to train on, 2 held out; run {run}" in done.err
+    assert re.search(
+        r"step 2: held-out cosine 0\.\d+ \(raw 0\.\d+\), 1 - cosine \d\.\d+ of raw's, effective", done.words
+    )
+    assert re.search(rf"4 of 4 steps done, the best after step [24]: {run}/denoiser.safetensors", done.err)
+    assert read_denoiser(run / "denoiser.safetensors").info["images"] == 4
+    assert [row["step"] for row in tiny.rows(run, "train")] == [1, 2, 3, 4]
+
+
+def test_stop_and_resume(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train(store, "--photos", photos, "-o", run, "--stop-at", 2)
+    assert first.code == 0
+    assert "2 of 4 steps done (--resume goes on)" in first.err
+    again = train(store, "--photos", photos, "-o", run)
+    assert again.code == 2
+    assert "holds a run already; --resume goes on with it" in again.err
+    other = train(store, "--photos", photos, "-o", run, "--resume", "--batch-size", 3)
+    assert other.code == 2
+    assert "cannot resume with other options: options.batch_size was 2, now 3" in other.err
+    done = train(store, "--photos", photos, "-o", run, "--resume")
+    assert done.code == 0
+    assert "4 of 4 steps done," in done.err
+
+
+def test_ctrl_c_is_130_and_says_how_to_go_on(
+    train: Train, store: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Training, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run", interrupted)
+        done = train(store, "--photos", photos, "-o", tmp_path / "run")
+    assert done.code == 130
+    assert "interrupted; --resume goes on from here" in done.err
+    assert train(store, "--photos", photos, "-o", tmp_path / "run", "--resume").code == 0
+
+
+def test_photos_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> None:
+    done = train(photos, "-o", tmp_path / "run", *FITTING)
+    assert done.code == 0, done.err
+    assert "4 images to train on, 2 held out" in done.err
+
+
+def test_a_photo_that_cannot_be_used_is_told_and_gives_1(train: Train, photos: Path, tmp_path: Path) -> None:
+    spoilt = shutil.copytree(photos, tmp_path / "photos")
+    (spoilt / "03.png").write_text("words")
+    done = train(spoilt, "-o", tmp_path / "run", *FITTING)
+    assert done.code == 1
+    assert re.search(r"skipped: 03.png: .*not an image file", done.words)
+    assert "3 images to train on, 2 held out" in done.err
+    assert read_denoiser(tmp_path / "run" / "last.safetensors").info["images"] == 3
+
+
+def test_lines_of_a_list_that_are_no_photos_are_told(train: Train, photos: Path, tmp_path: Path) -> None:
+    listed = [str(photos / f"{number:02}.png") for number in range(PHOTOS)]
+    (tmp_path / "list.txt").write_text("\n".join([*listed, str(photos / "gone.png")]) + "\n")
+    done = train(tmp_path / "list.txt", "-o", tmp_path / "run", *FITTING)
+    assert done.code == 1
+    assert "gone.png" in done.err
+
+
+def test_fresh_views_of_a_store(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+    done = train(store, "--photos", photos, "-o", tmp_path / "run", "--pairs.keep", 0)
+    assert done.code == 0, done.err
+
+
+def test_a_store_needs_its_photos(train: Train, store: Path, tmp_path: Path) -> None:
+    done = train(store, "-o", tmp_path / "run")
+    assert done.code == 2
+    assert "the photos are needed as well, whose features are inputs; give --photos" in done.err
+
+
+def test_a_store_is_not_fitted_again(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+    done = train(store, "--photos", photos, "-o", tmp_path / "run", "--on-the-fly")
+    assert done.code == 2
+    assert "is a store, which has the fields; leave --on-the-fly out" in done.err
+
+
+def test_photos_alone_have_no_targets(train: Train, photos: Path, tmp_path: Path) -> None:
+    done = train(photos, "-o", tmp_path / "run")
+    assert done.code == 2
+    assert f"run dvit fit {photos} -o STORE first, or give --on-the-fly" in done.err
+
+
+def test_photos_twice(train: Train, photos: Path, tmp_path: Path) -> None:
+    done = train(photos, "--photos", photos, "-o", tmp_path / "run", *FITTING)
+    assert done.code == 2
+    assert "with --on-the-fly, the data are the photos" in done.err
+
+
+def test_fresh_views_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> None:
+    done = train(photos, "-o", tmp_path / "run", *FITTING, "--pairs.keep", 0)
+    assert done.code == 2
+    assert "need the fields of a store: run dvit fit first" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--pairs.sizes", "big"), "sizes must be numbers of pixels like 518 or 364x476"),
+        (("--pairs.sizes", "50"), "50"),
+        (("--steps", 0), "steps must be at least 1, got 0"),
+        (("--held-out", 6), "6 images are too few: 6 are held out"),
+        (("--resume",), "no run to resume; start it without --resume"),
+        (("--backbone", "vit_small_patch16_224", "--weights", "random"), "the store is of vit_tiny_patch16_224"),
+    ],
+)
+def test_what_does_not_fit_is_2_and_leaves_nothing(
+    train: Train, store: Path, photos: Path, tmp_path: Path, more: tuple[object, ...], says: str
+) -> None:
+    done = train(store, "--photos", photos, "-o", tmp_path / "run", *more)
+    assert done.code == 2
+    assert says in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_photos_that_are_gone_are_2(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+    fewer = shutil.copytree(photos, tmp_path / "photos")
+    (fewer / "02.png").unlink()
+    done = train(store, "--photos", fewer, "-o", tmp_path / "run")
+    assert done.code == 2
+    assert "1 of the store's 6 photos are not there (02.png)" in done.err
+
+
+@pytest.mark.parametrize("more", [("--pairs.keep", 2), ("--pairs.keep", 0, *FITTING)])
+def test_options_in_messages_are_those_that_there_are(
+    train: Train, photos: Path, store: Path, tmp_path: Path, more: tuple[object, ...]
+) -> None:
+    data = (photos,) if FITTING[0] in more else (store, "--photos", photos)
+    done = train(*data, "-o", tmp_path / "run", *more)
+    assert done.code == 2
+    assert "--keep" not in done.err.replace("--pairs.keep", "")

@@ -1,0 +1,221 @@
+"""Checkpoints and the folder of a run: never half there, never another's."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from denoising_vit import Denoiser
+from denoising_vit.errors import TrainError
+from denoising_vit.training import checkpoints as module
+from denoising_vit.training.checkpoints import Checkpoints, Progress
+from denoising_vit.training.run_folder import RunFolder
+
+IDENTITY: dict[str, Any] = {"stage": "denoiser", "options": {"steps": 20, "seed": 0}, "processes": 1}
+
+
+def model(seed: int = 0) -> Denoiser:
+    torch.manual_seed(seed)
+    return Denoiser(64, (3, 5))
+
+
+def optimiser_of(trained: Denoiser) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trained.parameters(), lr=1e-3)
+
+
+def step(trained: Denoiser, optimiser: torch.optim.Optimizer) -> None:
+    raw = torch.linspace(-1, 1, 3 * 5 * 64).view(1, 3, 5, 64)
+    trained(raw).square().mean().backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Checkpoints:
+    """Two checkpoints, after one step and after two."""
+    made, trained = Checkpoints(tmp_path / "checkpoints"), model()
+    optimiser = optimiser_of(trained)
+    for number in (1, 2):
+        step(trained, optimiser)
+        made.save(Progress(number, 0.5, 1), trained, optimiser)
+    return made
+
+
+def names(made: Checkpoints) -> list[str]:
+    return sorted(path.name for path in made.folder.iterdir())
+
+
+def test_weights_and_moments_come_back_bit_for_bit(there: Checkpoints) -> None:
+    trained, optimiser = model(seed=1), None
+    optimiser = optimiser_of(trained)
+    assert there.load(trained, optimiser) == Progress(2, 0.5, 1)
+    straight = model()
+    its = optimiser_of(straight)
+    for _ in range(2):
+        step(straight, its)
+    for one, other in ((trained, optimiser), (straight, its)):
+        step(one, other)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), name
+    for one, other in zip(straight.parameters(), trained.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(its.state[one][name], optimiser.state[other][name])
+
+
+def test_nothing_there_is_a_start(tmp_path: Path) -> None:
+    empty = Checkpoints(tmp_path / "nothing")
+    trained = model()
+    assert empty.load(trained, optimiser_of(trained)) == Progress()
+    assert (empty.last, empty.step) == (None, 0)
+
+
+def test_the_last_two_are_kept(there: Checkpoints) -> None:
+    trained = model()
+    for number in (3, 40, 1000):
+        there.save(Progress(number), trained, optimiser_of(trained))
+    assert names(there) == ["step-0000040.safetensors", "step-0001000.safetensors"]
+    assert there.step == 1000
+
+
+def test_a_checkpoint_tells_how_far_it_is(there: Checkpoints) -> None:
+    assert there.last is not None
+    with safe_open(there.last, framework="pt") as file:
+        assert json.loads(file.metadata()["denoising_vit"]) == {"step": 2, "best": 0.5, "best_step": 1}
+
+
+def full(*_args: Any, **_more: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
+    there: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = model()
+    before = {path.name: path.read_bytes() for path in there.folder.iterdir()}
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(
+        TrainError, match=r"step-0000003.*could not be written \(.*No space left.*step-0000002.* is whole, --resume"
+    ):
+        there.save(Progress(3), trained, optimiser_of(trained))
+    assert {path.name: path.read_bytes() for path in there.folder.iterdir()} == before
+    assert there.load(trained, optimiser_of(trained)).step == 2
+
+
+def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "save_file", full)
+    trained = model()
+    with pytest.raises(TrainError, match="none was written before"):
+        Checkpoints(tmp_path / "checkpoints").save(Progress(3), trained, optimiser_of(trained))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "no metadata"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(there: Checkpoints, damage: str) -> None:
+    assert there.last is not None
+    whole = there.last.read_bytes()
+    spoilt = {"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff" * 100}
+    spoilt["no metadata"] = whole.replace(b'"denoising_vit"', b'"denoising_vot"')
+    there.last.write_bytes(spoilt[damage])
+    trained = model()
+    with pytest.raises(TrainError, match=r"step-0000002.safetensors: damaged checkpoint .*remove it, and --resume"):
+        there.load(trained, optimiser_of(trained))
+    there.last.unlink()
+    assert there.load(trained, optimiser_of(trained)).step == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(there: Checkpoints) -> None:
+    other = Denoiser(128, (3, 5))
+    with pytest.raises(TrainError, match=r"damaged checkpoint .*size mismatch"):
+        there.load(other, optimiser_of(other))
+
+
+# --- the folder of a run ---
+
+
+def test_a_new_folder_is_made_and_the_same_run_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new" / "run")
+    folder.begin(IDENTITY, resume=False)
+    assert json.loads((folder.path / "run.json").read_text())["stage"] == "denoiser"
+    folder.begin(IDENTITY, resume=True)
+    folder.require_same(IDENTITY)
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    RunFolder(tmp_path).begin(IDENTITY, resume=False)
+
+
+def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path) -> None:
+    RunFolder(tmp_path).begin(IDENTITY, resume=False)
+    with pytest.raises(TrainError, match="holds a run already; --resume goes on with it, or name another folder"):
+        RunFolder(tmp_path).begin(IDENTITY, resume=False)
+
+
+def test_nothing_is_resumed_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
+        RunFolder(tmp_path / "run").begin(IDENTITY, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_and_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mum.txt").write_text("dear")
+    for place in ("letters", "letters/mum.txt"):
+        with pytest.raises(TrainError, match="is there and is no run of this program; expected a new or empty folder"):
+            RunFolder(tmp_path / place).begin(IDENTITY, resume=False)
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mum.txt"]
+
+
+def test_changed_options_are_each_named_with_both_sides(tmp_path: Path) -> None:
+    RunFolder(tmp_path).begin(IDENTITY, resume=False)
+    other = {"stage": "denoiser", "options": {"steps": 30, "seed": 1}, "processes": 2}
+    with pytest.raises(TrainError, match="cannot resume with other options") as told:
+        RunFolder(tmp_path).begin(other, resume=True)
+    for part in ("options.steps was 20, now 30", "options.seed was 0, now 1", "processes was 1, now 2"):
+        assert part in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "null",
+    ],
+)
+def test_a_damaged_record_of_a_run_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(TrainError, match=r"run.json: damaged .*start anew in another folder"):
+        RunFolder(tmp_path).begin(IDENTITY, resume=True)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainError):
+        RunFolder(tmp_path / "file" / "run").begin(IDENTITY, resume=False)
+
+
+def test_log_lines_after_the_checkpoint_and_half_lines_are_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    whole = [json.dumps({"step": number, "kind": "train", "loss": 1.0}) + "\n" for number in range(1, 8)]
+    folder.log.write_text("".join(whole) + '{"step": 3, "ki')
+    folder.cut_log(5)
+    assert folder.log.read_text() == "".join(whole[:5])
+    folder.cut_log(0)
+    assert folder.log.read_text() == ""
+
+
+def test_lines_of_the_log_that_are_none_are_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log.write_text('\n{"step": "1"}\n[1]\nwords\n{"step": 1}\n{"step": 2}')
+    folder.cut_log(9)
+    assert folder.log.read_text() == '{"step": 1}\n'
+
+
+def test_no_log_is_nothing_to_cut(tmp_path: Path) -> None:
+    RunFolder(tmp_path).cut_log(3)
+    assert list(tmp_path.iterdir()) == []

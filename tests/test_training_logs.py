@@ -1,0 +1,58 @@
+"""The log of a run: JSON lines that are whole, also where the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from denoising_vit.errors import TrainError
+from denoising_vit.training.logs import Log
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
+    """One without TensorBoard, whose import takes seconds."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    return Log(tmp_path / "log.jsonl", 0)
+
+
+def test_a_line_has_step_kind_and_figures_at_once(log: Log, tmp_path: Path) -> None:
+    log.write(3, "train", {"loss": 0.5, "rate": math.nan, "gradient": math.inf})
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 3, "kind": "train", "loss": 0.5, "rate": None, "gradient": None}
+    log.close()
+
+
+def test_lines_are_added_to_those_that_are_there(log: Log, tmp_path: Path) -> None:
+    log.write(1, "train", {})
+    log.close()
+    again = Log(tmp_path / "log.jsonl", 1)
+    again.write(2, "held_out", {"cosine": 1.0})
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["kind"]) for line in lines] == [(1, "train"), (2, "held_out")]
+
+
+class Full:
+    """A file on a disk that is full."""
+
+    name = "log.jsonl"
+
+    def write(self, _line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        return
+
+
+def test_a_full_disk_is_told(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt: Any = Full()
+    monkeypatch.setattr(log, "_file", spoilt)
+    with pytest.raises(TrainError, match=r"log.jsonl: cannot be written to \(.*No space left.*--resume goes on"):
+        log.write(1, "train", {"loss": 1.0})

@@ -1,0 +1,125 @@
+"""Two processes give what one gives with twice the batch, through the command that users start."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_fit
+import tiny_training as tiny
+from denoising_vit.denoiser import read_denoiser
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PHOTOS, STEPS = 7, 3
+
+#: Seconds that a command may take on a machine that has much else to do.
+PATIENCE = 900
+
+
+@pytest.fixture(scope="module")
+def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Photos, the store of their fields, and the weights of the model."""
+    folder = tmp_path_factory.mktemp("data")
+    weights = tiny_fit.write_weights(folder / "tiny.safetensors")
+    photos = tiny_fit.write_photos(folder / "photos", PHOTOS)
+    tiny_fit.prepare(photos, folder / "store", tiny_fit.spec_of(weights)).run()
+    return photos, folder / "store", weights
+
+
+def arguments(data: tuple[Path, Path, Path], run: Path, batch: int, *more: str) -> list[str]:
+    photos, store, weights = data
+    return [
+        *("-m", "denoising_vit", "train", str(store), "--photos", str(photos), "-o", str(run)),
+        *("--backbone", tiny_fit.MODEL, "--weights", str(weights), "--device", "cpu", "--dtype", "float32"),
+        *("--precision", "float32", "--steps", str(STEPS), "--batch-size", str(batch), "--learning-rate", "1e-3"),
+        *("--held-out", "2", "--evaluate-every", "2", "--checkpoint-every", "1", "--pairs.keep", "3", *more),
+    ]
+
+
+def started(processes: int, command: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher: list[str] = []
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    whole = [sys.executable, *launcher, *command]
+    return subprocess.run(whole, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def in_two(data: tuple[Path, Path, Path], run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return started(2, arguments(data, run, 2, *more))
+
+
+@pytest.fixture(scope="module")
+def one(data: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("one") / "run"
+    done = started(1, arguments(data, run, 4))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(data: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("two") / "run"
+    done = in_two(data, run)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("images to train on") == 1  # the first process alone speaks
+    assert "2 process(es)" in done.stderr
+    return run
+
+
+def test_gradients_and_rates_are_those_of_the_doubled_batch(one: Path, two: Path) -> None:
+    for alone, together in zip(tiny.rows(one, "train"), tiny.rows(two, "train"), strict=True):
+        assert together["rate"] == alone["rate"]
+        assert together["gradient"] == pytest.approx(alone["gradient"], rel=1e-4)
+
+
+def test_weights_are_those_of_the_doubled_batch(one: Path, two: Path) -> None:
+    for step in (STEPS - 1, STEPS):
+        name = f"checkpoints/step-{step:07}.safetensors"
+        alone, together = (tiny.weights_of(run / name) for run in (one, two))
+        assert alone.keys() == together.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, atol=2e-5, rtol=1e-4, msg=key)
+
+
+def test_held_out_figures_and_denoisers_agree(one: Path, two: Path) -> None:
+    alone, together = (tiny.rows(run, "held_out") for run in (one, two))
+    assert [row["step"] for row in together] == [2, 3]
+    for there, here in zip(alone, together, strict=True):
+        assert here["cosine"] == pytest.approx(there["cosine"], abs=1e-4)
+    assert read_denoiser(two / "last.safetensors").info["step"] == STEPS
+
+
+def test_the_logged_loss_is_that_of_the_whole_batch(one: Path, two: Path) -> None:
+    for alone, together in zip(tiny.rows(one, "train"), tiny.rows(two, "train"), strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_two_processes_share_the_images_and_make_the_same_pairs(one: Path, two: Path) -> None:
+    for path in sorted((one / "pairs").iterdir()):
+        assert (two / "pairs" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_another_number_of_processes_cannot_go_on(data: tuple[Path, Path, Path], two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    done = started(1, arguments(data, run, 2, "--resume"))
+    assert done.returncode == 2
+    assert "processes was 2, now 1" in done.stderr
+
+
+def test_a_bad_option_ends_all_processes_with_its_words(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    done = in_two(data, tmp_path / "run", "--warmup", "2")
+    assert done.returncode != 0
+    assert "warmup must be a share in [0, 1), got 2.0" in done.stderr
+    assert not (tmp_path / "run").exists()

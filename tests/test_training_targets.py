@@ -1,0 +1,193 @@
+"""Where targets come from: a missing one is an error, and nothing takes its place."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import tiny_artifact
+import tiny_training as tiny
+from denoising_vit import Backbone
+from denoising_vit.dataset import open_dataset
+from denoising_vit.errors import DenoisingVitError, TrainError
+from denoising_vit.store import FeatureStore, layout
+from denoising_vit.training.pairs import FreshPairs, KeptPairs
+from denoising_vit.training.targets import Fitted, FittedTargets, StoredTargets, Unusable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def shared(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tiny.Fitted:
+    return tiny.fitted(tmp_path_factory.mktemp("data"), 5)
+
+
+@pytest.fixture
+def data(shared: tiny.Fitted, tmp_path: Path) -> tiny.Fitted:
+    """A copy that may be spoilt."""
+    photos, store = (Path(shutil.copytree(at, tmp_path / at.name)) for at in (shared.photos, shared.folder))
+    return tiny.Fitted(photos, store)
+
+
+@pytest.fixture(scope="module")
+def extractor() -> Backbone:
+    return tiny.backbone()
+
+
+def stored(data: tiny.Fitted, extractor: Backbone) -> StoredTargets:
+    return StoredTargets(data.store, data.stored.photos, extractor)
+
+
+def test_all_images_of_a_finished_store_with_their_fields(data: tiny.Fitted, extractor: Backbone) -> None:
+    targets = stored(data, extractor)
+    assert targets.images == (0, 1, 2, 3, 4)
+    assert (targets.size, targets.keeps_fields) == ((56, 56), True)
+    for fitted, index in zip(targets.stream([3, 1]), [3, 1], strict=True):
+        assert fitted.index == index
+        torch.testing.assert_close(fitted.field, data.store[index].field)
+        assert fitted.image.shape == (3, 90, 120)
+    torch.testing.assert_close(targets.at(2).field, data.store[2].field)
+    assert targets.photo(2).shape == (90, 120, 3)
+
+
+def test_photos_may_come_in_another_order_and_with_others(
+    data: tiny.Fitted, extractor: Backbone, tmp_path: Path
+) -> None:
+    more = shutil.copytree(data.photos, tmp_path / "more")
+    Image.fromarray(tiny_artifact.flat(3)).save(more / "000.png")
+    targets = StoredTargets(data.store, open_dataset(more), extractor)
+    torch.testing.assert_close(targets.at(0).image, stored(data, extractor).at(0).image)
+
+
+def test_a_store_of_another_backbone_is_refused_by_both_names(data: tiny.Fitted) -> None:
+    with pytest.raises(TrainError, match=r"the store is of .*Planted.*; got .*Planted.*Give the backbone that it was"):
+        stored(data, tiny.backbone(seed=1))
+
+
+def test_an_unfinished_store_is_refused(data: tiny.Fitted, extractor: Backbone) -> None:
+    _remove(data.folder)
+    with pytest.raises(TrainError, match=r"5 of 5 images have no target yet \(00.png, 01.png, 02.png, and 2 more\)"):
+        stored(data, extractor)
+
+
+@pytest.mark.parametrize("opened_anew", [False, True])
+def test_a_target_that_goes_while_it_is_needed_is_an_error(
+    data: tiny.Fitted, extractor: Backbone, opened_anew: bool
+) -> None:
+    targets = stored(data, extractor)
+    assert targets.at(1).index == 1
+    _remove(data.folder)
+    if opened_anew:  # what other processes meet, which have not looked at the store before
+        targets.store = FeatureStore.open(data.folder)
+    with pytest.raises(TrainError, match=r"01.png: its target is missing \("):
+        targets.at(1)
+
+
+def _remove(store: Path) -> None:
+    """Takes the results away, as if nothing had been fitted yet."""
+    shutil.rmtree(store / layout.SEALED)
+    shutil.rmtree(store / layout.FIELD / "c", ignore_errors=True)
+
+
+def test_a_damaged_shard_is_an_error_that_names_the_image(data: tiny.Fitted, extractor: Backbone) -> None:
+    (shard,) = [path for path in (data.folder / layout.FIELD).rglob("*") if path.is_file() and path.name == "0"]
+    shard.write_bytes(b"nothing of use")
+    with pytest.raises(TrainError, match=r"02.png: its target is missing \(.*cannot be read"):
+        stored(data, extractor).at(2)
+
+
+def test_photos_that_are_gone_are_named(data: tiny.Fitted, extractor: Backbone) -> None:
+    (data.photos / "03.png").unlink()
+    with pytest.raises(TrainError, match=r"1 of the store's 5 photos are not there \(03.png\); expected the photos"):
+        stored(data, extractor)
+
+
+def test_another_photo_of_the_same_name_is_an_error(data: tiny.Fitted, extractor: Backbone) -> None:
+    Image.fromarray(tiny_artifact.photos(1, seed=9)[0]).save(data.photos / "03.png")
+    targets = stored(data, extractor)
+    assert targets.at(2).index == 2
+    with pytest.raises(TrainError, match=r"03.png: the photo is another than the store was fitted on"):
+        targets.at(3)
+
+
+def test_a_photo_that_cannot_be_read_any_more_is_an_error(data: tiny.Fitted, extractor: Backbone) -> None:
+    (data.photos / "03.png").write_text("words")
+    with pytest.raises(TrainError, match=r"03.png: the photo of a target cannot be read \(.*not an image"):
+        stored(data, extractor).at(3)
+
+
+def test_neither_kind_of_pairs_replaces_what_is_missing(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
+    job = tiny.prepared(data.stored, tmp_path / "run", extractor, pairs=tiny.views(keep=0), training=tiny.options())
+    (data.photos / "03.png").write_text("words")
+    targets = stored(data, extractor)
+    kept = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, [(56, 56)], tiny.views(), 0)
+    kept.open(create=True)
+    with pytest.raises(TrainError, match=r"03.png"):
+        kept.fill(targets.images, lambda _index, _reason: None)
+    assert 3 not in kept.usable()
+    with pytest.raises(DenoisingVitError, match=r"03.png"):
+        job.training().run()
+    assert isinstance(job.training().pairs, FreshPairs)
+
+
+def test_a_store_of_the_patch_grid_says_so(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
+    tiny.fit(data.photos, tmp_path / "coarse", extractor, grid="patch")
+    coarse = tiny.Fitted(data.photos, tmp_path / "coarse")
+    assert not stored(coarse, extractor).keeps_fields
+    with pytest.raises(TrainError, match="keeps the patch grid alone, too coarse for crops; fit with --grid field"):
+        tiny.prepared(coarse.stored, tmp_path / "run", extractor, tiny.options(held_out=1))
+    whole = tiny.views(keep=2, whole=1)
+    job, progress = tiny.trained(coarse.stored, tmp_path / "run", extractor, tiny.options(held_out=1), whole)
+    assert progress.step == 20
+    assert job.sizes == ((56, 56),)
+
+
+def on_the_fly(data: tiny.Fitted, extractor: Backbone) -> FittedTargets:
+    made = data.unfitted.targets(extractor)
+    assert isinstance(made, FittedTargets)
+    return made
+
+
+def test_on_the_fly_gives_the_fields_of_a_store(data: tiny.Fitted, extractor: Backbone) -> None:
+    targets = on_the_fly(data, extractor)
+    assert (list(targets.ids), targets.size) == (data.store.ids, (56, 56))
+    for found, index in zip(targets.stream([4, 0, 2]), [4, 0, 2], strict=True):
+        assert isinstance(found, Fitted)
+        assert found.index == index
+        torch.testing.assert_close(found.field, data.store[index].field, atol=4e-3, rtol=2e-3)
+        torch.testing.assert_close(found.image, stored(data, extractor).at(index).image)
+
+
+def test_on_the_fly_and_store_make_the_same_pairs(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
+    there = tiny.prepared(data.stored, tmp_path / "stored", extractor)
+    here = tiny.prepared(data.unfitted, tmp_path / "fitted", extractor)
+    samples = there.training().sampler.step(0)
+    assert here.training().sampler.step(0) == samples
+    for one in samples:
+        (raw, target), (same_raw, same_target) = there.kept.read([one]), here.kept.read([one])
+        torch.testing.assert_close(raw, same_raw)
+        torch.testing.assert_close(target, same_target, atol=6e-3, rtol=3e-3)
+
+
+def test_on_the_fly_tells_photos_that_cannot_be_used_in_their_place(data: tiny.Fitted, extractor: Backbone) -> None:
+    (data.photos / "01.png").write_text("words")
+    Image.new("RGB", (5, 90)).save(data.photos / "02.png")
+    found = list(on_the_fly(data, extractor).stream(range(5)))
+    assert [one.index for one in found] == [0, 1, 2, 3, 4]
+    assert [isinstance(one, Unusable) for one in found] == [False, True, True, False, False]
+    assert isinstance(found[1], Unusable)
+    assert "not an image file" in found[1].reason
+
+
+def test_what_the_targets_are_is_part_of_the_run(data: tiny.Fitted, extractor: Backbone) -> None:
+    identity = on_the_fly(data, extractor).identity
+    other = tiny.Photos(open_dataset(data.photos), tiny.denoising(views=9)).targets(extractor).identity
+    assert identity["plan"] != other["plan"]
+    assert identity == on_the_fly(data, extractor).identity
+    manifest = data.store.manifest
+    told = stored(data, extractor).identity
+    assert (told["plan"], told["ids"], told["nodes"]) == (manifest.plan, manifest.ids_digest, [14, 14])
