@@ -344,13 +344,13 @@ def test_nothing_given_is_nothing_known(backbone: Backbone) -> None:
     assert known_artifact(None, backbone, tiny.GRID) is None
 
 
-@pytest.mark.parametrize("kind", [str, Path, Artifact.load], ids=["str", "Path", "Artifact"])
 def test_none_by_name_puts_nothing_down_to_the_place(backbone: Backbone) -> None:
     found = known_artifact("none", backbone, (5, 3))
     assert found is not None and found.shape == (5, 3, backbone.embed_dim) and not found.any()
     assert resampling_note("none", backbone, (5, 3)) is None
 
 
+@pytest.mark.parametrize("kind", [str, Path, Artifact.load], ids=["str", "Path", "Artifact"])
 def test_file_in_any_form_gives_its_values(backbone: Backbone, saved: Path, kind: Callable[[str], Any]) -> None:
     found = known_artifact(kind(str(saved)), backbone, tiny.GRID)
     assert found is not None
