@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -109,13 +108,6 @@ def test_the_logged_loss_is_that_of_the_whole_batch(one: Path, two: Path) -> Non
 def test_two_processes_share_the_images_and_make_the_same_pairs(one: Path, two: Path) -> None:
     for path in sorted((one / "pairs").iterdir()):
         assert (two / "pairs" / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-def test_another_number_of_processes_cannot_go_on(data: tuple[Path, Path, Path], two: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(two, tmp_path / "run")
-    done = started(1, arguments(data, run, 2, "--resume"))
-    assert done.returncode == 2
-    assert "processes was 2, now 1" in done.stderr
 
 
 def test_a_bad_option_ends_all_processes_with_its_words(data: tuple[Path, Path, Path], tmp_path: Path) -> None:
