@@ -7,6 +7,8 @@ import threading
 from collections.abc import Generator, Iterable
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 _END = object()
@@ -22,6 +24,9 @@ def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
     """
     waiting: queue.Queue[object] = queue.Queue(ahead)
     stopped = threading.Event()
+    # Torch's setting reaches a new thread with its first parallel loop, not before: sums taken earlier would be split
+    # among another number of threads, and differ in their last bits.
+    threads = torch.get_num_threads()
 
     def put(item: object) -> bool:
         while not stopped.is_set():
@@ -33,6 +38,7 @@ def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
         return False
 
     def work() -> None:
+        torch.set_num_threads(threads)
         try:
             for item in items:
                 if not put(item):

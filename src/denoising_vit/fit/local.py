@@ -65,7 +65,8 @@ class LocalRun:
         if len(stages) == 1:
             self._fit(stages[0], waiting)
             return
-        with ThreadPoolExecutor(len(stages), "stage") as pool:
+        threads = torch.get_num_threads()  # a new thread would begin with its own number
+        with ThreadPoolExecutor(len(stages), "stage", torch.set_num_threads, (threads,)) as pool:
             jobs = [pool.submit(self._fit, stage, waiting) for stage in stages]
             for job in jobs:
                 job.add_done_callback(self._stop_on_error)
