@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ import tiny_fit
 import tiny_training as tiny
 from command import Dvit, Outcome, in_process
 from denoising_vit.denoiser import read_denoiser
+from denoising_vit.training import TrainJob
 from denoising_vit.training.train import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +116,50 @@ def test_a_photo_that_cannot_be_used_is_told_and_gives_1(train: Train, photos: P
     assert re.search(r"skipped: 03.png: .*not an image file", done.words)
     assert "3 images to train on, 2 held out" in done.err
     assert read_denoiser(tmp_path / "run" / "last.safetensors").info["images"] == 3
+
+
+class Second:
+    """The accelerator of a process that is not the first."""
+
+    is_main_process = False
+
+    def __init__(self, first: Any) -> None:
+        self._first = first
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+
+def test_the_first_process_alone_tells_of_photos_that_cannot_be_used(
+    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = shutil.copytree(photos, tmp_path / "photos")
+    (spoilt / "03.png").write_text("words")
+    (spoilt / "gone.png").symlink_to(tmp_path / "nothing")
+    prepare = TrainJob.prepare
+
+    def second(*args: Any, **more: Any) -> TrainJob:
+        job = prepare(*args, **more)
+        job.kept.open(create=True)  # as the first process did
+        job.accelerator = Second(job.accelerator)
+        return job
+
+    monkeypatch.setattr(TrainJob, "prepare", second)
+    done = train(spoilt, "-o", tmp_path / "run", *FITTING)
+    assert (done.code, done.out, done.err) == (1, "", "")
+
+
+def test_what_lies_beside_the_photos_of_a_store_is_no_failure(
+    train: Train, store: Path, photos: Path, tmp_path: Path
+) -> None:
+    more = shutil.copytree(photos, tmp_path / "photos")
+    (more / "note.txt").write_text("words")
+    (more / "another.png").write_text("words")
+    (more / "gone.png").symlink_to(tmp_path / "nothing")
+    (more / "others.tar").write_bytes(b"")
+    done = train(store, "--photos", more, "-o", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "skipped" not in done.err
 
 
 def test_lines_of_a_list_that_are_no_photos_are_told(train: Train, photos: Path, tmp_path: Path) -> None:

@@ -149,10 +149,39 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     RunFolder(tmp_path).begin(IDENTITY, resume=False)
 
 
-def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", ["log.jsonl", "checkpoints/step-0000001.safetensors", "pairs/state.u8", "note.txt"])
+def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, there: str) -> None:
     RunFolder(tmp_path).begin(IDENTITY, resume=False)
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_bytes(b"\0\1\0")
+    before = (tmp_path / "run.json").read_text()
     with pytest.raises(TrainError, match="holds a run already; --resume goes on with it, or name another folder"):
+        RunFolder(tmp_path).begin(IDENTITY | {"processes": 2}, resume=False)
+    assert (tmp_path / there).read_bytes() == b"\0\1\0"
+    assert (tmp_path / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_run_that_never_began_keeps_no_other_out(tmp_path: Path, pairs: bool) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(IDENTITY, resume=False)
+    folder.require_same(IDENTITY)
+    if pairs:  # files of the first, with nothing in them
+        folder.pairs.mkdir()
+        for name in ("pairs.json", "state.u8", "raw-0-7x7.f16", "target-0-7x7.f16", "unusable.jsonl", "note.txt"):
+            (folder.pairs / name).write_bytes(b"\0\0\0")
+    folder.begin(IDENTITY | {"processes": 2}, resume=False)
+    assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == (["note.txt"] if pairs else []) + ["run.json"]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"format": "another/program"}', "words"])
+def test_a_record_of_another_program_is_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(TrainError, match="holds a run already"):
         RunFolder(tmp_path).begin(IDENTITY, resume=False)
+    assert (tmp_path / "run.json").read_text() == text
 
 
 def test_nothing_is_resumed_where_nothing_is(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_training_options_out_of_range_are_named(name: str, value: Any, says: st
         ({"ratio": (0.0, 1.0)}, "ratio must be two increasing positive numbers"),
         ({"ratio": (2.0, 1.0)}, "ratio must be two increasing positive numbers"),
         ({"keep": -1}, "keep must be 0 or more, got -1"),
-        ({"keep": 2}, "of 2 views that are kept none is a crop"),
+        ({"keep": 2}, "of 2 views that are kept none is a crop: the whole image and its mirror image .* 3 or more"),
+        ({"keep": 1, "flip": 0}, "of 1 views that are kept none is a crop: the whole image comes first.* 2 or more"),
     ],
 )
 def test_pair_options_out_of_range_are_named(changes: dict[str, Any], says: str) -> None:
@@ -65,7 +66,16 @@ def test_pair_options_out_of_range_are_named(changes: dict[str, Any], says: str)
         PairOptions(**changes).validate()
 
 
-@pytest.mark.parametrize("changes", [{"keep": 0}, {"keep": 3}, {"keep": 1, "whole": 1}, {"keep": 2, "whole": 1}])
+WITHOUT_CONTRADICTION = [
+    {"keep": 0},
+    {"keep": 3},
+    {"keep": 1, "whole": 1},
+    {"keep": 2, "whole": 1},
+    {"keep": 2, "flip": 0},
+]
+
+
+@pytest.mark.parametrize("changes", WITHOUT_CONTRADICTION)
 def test_views_without_contradiction_are_taken(changes: dict[str, Any]) -> None:
     PairOptions(**changes).validate()
 

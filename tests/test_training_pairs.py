@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,16 @@ import tiny_artifact
 import tiny_training as tiny
 from denoising_vit import Backbone
 from denoising_vit.crops import Crop
+from denoising_vit.dataset import open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.rendering import ViewRenderer, to_image
-from denoising_vit.training.pairs import FreshPairs, KeptPairs, differences
+from denoising_vit.training import Stored
+from denoising_vit.training.fresh import FreshPairs, HeldImages
+from denoising_vit.training.pair_files import read_reasons, write_reason
+from denoising_vit.training.pairs import KeptPairs
+from denoising_vit.training.records import differences
 from denoising_vit.training.samples import Sample, kept_view, whole_view
-from denoising_vit.training.targets import StoredTargets
+from denoising_vit.training.targets import Fitted, StoredTargets, Unusable
 from denoising_vit.views import ViewPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +62,7 @@ VIEWS = tiny.views(keep=6, flip=0.5, inverted=0.5)
 def kept(targets: StoredTargets, extractor: Backbone, tmp_path: Path) -> KeptPairs:
     pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
     pairs.open(create=True)
-    pairs.fill(targets.images, lambda _index, _reason: None)
+    pairs.fill(targets.images)
     return pairs
 
 
@@ -160,6 +168,25 @@ def test_fresh_pairs_are_the_same_views_without_rounding(tmp_path: Path) -> None
             x = 0.1 + 0.6 * (column * 8 + 4) / 56
             y = 0.2 + 0.7 * (1 - (row * 8 + 4) / 40)
             torch.testing.assert_close(target[0, row, column], tiny.bilinear(data.store[1].field, x, y))
+    assert torch.equal(target[0], crop.sample(data.store[1].field, 8, 8))  # whatever type fields are held in
+
+
+def test_what_is_held_of_images_is_bounded_by_bytes(targets: StoredTargets) -> None:
+    made: list[int] = []
+
+    def get(index: int) -> Fitted:
+        made.append(index)
+        return targets.at(index)
+
+    one = targets.at(0)
+    assert one.bytes == one.image.nbytes + 14 * 14 * tiny.CHANNELS * 2
+    held = HeldImages(get, 2 * one.bytes)
+    assert [held(index).index for index in (0, 1, 0, 2, 0, 1)] == [0, 1, 0, 2, 0, 1]
+    assert made == [0, 1, 2, 1]  # the one that was asked for longest ago gave way
+    assert held.bytes == 2 * one.bytes
+    small = HeldImages(get, one.bytes - 1)
+    assert small(0).index == 0
+    assert small.bytes == 0
 
 
 def test_filling_is_taken_up_where_it_stopped(targets: StoredTargets, tmp_path: Path) -> None:
@@ -174,18 +201,18 @@ def test_filling_is_taken_up_where_it_stopped(targets: StoredTargets, tmp_path: 
     first = opened()
     assert first.todo() == [0, 1, 2]
     assert first.usable() == ()
-    first.fill([1], lambda _index, _reason: None)
+    first.fill([1])
     passes = planted.passes
     again = opened()
     assert again.todo() == [0, 2]
     assert again.usable() == (1,)
-    told: list[int] = []
-    again.fill(again.todo(), lambda index, _reason: told.append(index))
-    assert told == [0, 2]
+    told: list[tuple[int, ...]] = []
+    again.fill(again.todo(), lambda: told.append(again.usable()))
+    assert told == [(0, 1), (0, 1, 2)]
     assert planted.passes > passes
     passes = planted.passes
     assert opened(create=False).todo() == []
-    assert (planted.passes, told) == (passes, [0, 2])
+    assert planted.passes == passes
 
 
 def test_pairs_of_other_views_are_refused_by_name(kept: KeptPairs, targets: StoredTargets, extractor: Backbone) -> None:
@@ -204,6 +231,115 @@ def test_how_often_whole_images_are_drawn_is_no_other_cache(
     )
     again.open(create=True)
     assert again.usable() == (0, 1, 2)
+
+
+def test_pairs_of_other_pictures_are_refused(
+    kept: KeptPairs, data: tiny.Fitted, extractor: Backbone, tmp_path: Path
+) -> None:
+    photos = tiny.write_photos(tmp_path / "photos", 3, seed=1)
+    other = Stored(tiny.fit(photos, tmp_path / "store", extractor), open_dataset(photos)).targets(extractor)
+    assert other.ids == data.store.ids
+    again = KeptPairs(kept.folder, other, other.images, extractor, SIZES, VIEWS, seed=5)
+    with pytest.raises(TrainError, match=r'holds other pairs: targets.photos was "\w+[.]{3}, now "\w+[.]{3}[.] Name'):
+        again.open(create=True)
+
+
+def test_pairs_that_do_not_tell_of_pictures_stay_valid(
+    kept: KeptPairs, targets: StoredTargets, extractor: Backbone
+) -> None:
+    head = kept.folder / "pairs.json"
+    told = json.loads(head.read_text())
+    del told["targets"]["photos"]  # as versions before wrote it
+    assert "wholes" not in told["views"]
+    head.write_text(json.dumps(told))
+    again = KeptPairs(kept.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    again.open(create=True)
+    assert again.usable() == (0, 1, 2)
+
+
+def test_no_kept_view_is_mirrored_where_none_is_to_be(
+    targets: StoredTargets, extractor: Backbone, tmp_path: Path
+) -> None:
+    views = tiny.views(keep=3, flip=0)
+    pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, views, seed=5)
+    pairs.open(create=True)
+    pairs.fill([1])
+    assert list(pairs.crops) == [1, 2]
+    for number in range(3):
+        crop = kept_view(5, 1, number, SIZES[0], views)
+        assert not crop.flip
+        target = pairs.read([Sample(1, 0, number, crop)])[1][0]
+        torch.testing.assert_close(target, by_hand(targets.at(1).field.float(), crop), **ROUNDED)
+    # Those of versions before had a mirrored one.
+    head = pairs.folder / "pairs.json"
+    told = json.loads(head.read_text())
+    del told["views"]["wholes"]
+    head.write_text(json.dumps(told))
+    with pytest.raises(TrainError, match=r"holds other pairs: views.wholes was null, now 1"):
+        pairs.open(create=True)
+
+
+# --- images without pairs ---
+
+
+class Spoilt:
+    """Targets of which all images but the last cannot be used."""
+
+    def __init__(self, targets: StoredTargets) -> None:
+        self.targets = targets
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.targets, name)
+
+    def stream(self, images: Sequence[int]) -> Iterator[Fitted | Unusable]:
+        for index in images:
+            yield self.targets.at(index) if index == 2 else Unusable(index, f"no {index}")
+
+
+@pytest.fixture
+def spoilt(targets: StoredTargets, extractor: Backbone, tmp_path: Path) -> KeptPairs:
+    """Opened; nothing is filled yet."""
+    lacking: Any = Spoilt(targets)
+    pairs = KeptPairs(tmp_path / "pairs", lacking, targets.images, extractor, SIZES, VIEWS, seed=5)
+    pairs.open(create=True)
+    return pairs
+
+
+def test_half_a_reason_of_a_crash_is_passed_over_and_its_image_tried_again(spoilt: KeptPairs) -> None:
+    (spoilt.folder / "unusable.jsonl").write_text('["00.png", "no')  # before the image was marked
+    assert spoilt.unusable() == {}
+    assert spoilt.todo() == [0, 1, 2]
+    spoilt.fill(spoilt.todo())
+    assert spoilt.unusable() == {"00.png": "no 0", "01.png": "no 1"}
+    assert spoilt.usable() == (2,)
+
+
+def test_images_whose_reason_is_lost_are_told_without(spoilt: KeptPairs) -> None:
+    spoilt.fill(spoilt.todo())
+    path = spoilt.folder / "unusable.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert spoilt.unusable() == {"00.png": "no 0", "01.png": "it could not be used; what was noted of why is gone"}
+    path.unlink()
+    assert list(spoilt.unusable()) == ["00.png", "01.png"]
+
+
+def test_an_image_is_marked_after_its_reason_is_on_the_disk(spoilt: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synced(_file: int) -> None:
+        assert read_reasons(spoilt.folder) == {"00.png": "no 0"}
+        assert spoilt.todo() == [0, 1, 2]
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with pytest.raises(OSError, match="Input/output"):
+        spoilt.fill([0])
+    assert spoilt.unusable() == {}
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"\0\0\0", b"[1]\n", b"[[], 2]\n\n", b"\xff\xfe", b'{"a": 1}\nwords'])
+def test_lines_that_are_no_reasons_are_passed_over(tmp_path: Path, rubbish: bytes) -> None:
+    (tmp_path / "unusable.jsonl").write_bytes(b'["a", "b"]\n' + rubbish)
+    write_reason(tmp_path, "café\udce9", "line\nbreak")
+    assert {"a": "b", "café\udce9": "line\nbreak"}.items() <= read_reasons(tmp_path).items()
 
 
 @pytest.mark.parametrize(
@@ -250,6 +386,74 @@ def test_no_room_is_told_before_anything_is_computed(
     pairs.open(create=True)
 
 
+def test_room_is_reserved_when_the_files_are_made(
+    targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _file, _start, size: reserved.append(size), raising=False)
+    pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    pairs.open(create=True)
+    assert sum(reserved) == pairs.bytes + 3
+    pairs.open(create=True)
+    pairs.open(create=False)
+    assert len(reserved) == 5
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_for_the_files_is_told_and_leaves_none(
+    targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    left = iter(range(2))
+
+    def full(_file: int, _start: int, _size: int) -> None:
+        if next(left, None) is None:
+            raise OSError(number, os.strerror(number))
+
+    pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(
+            TrainError, match=rf"features of 6 views .* not free \({os.strerror(number)}\); keep fewer views"
+        ):
+            pairs.open(create=True)
+    assert list(pairs.folder.iterdir()) == []
+    pairs.open(create=True)
+    assert pairs.todo() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_pairs_are_kept_where_nothing_can_be_reserved(
+    targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    def refused(_file: int, _start: int, _size: int) -> None:
+        assert number is not None
+        raise OSError(number, os.strerror(number))
+
+    if number is None:  # a platform without
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refused, raising=False)
+    pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    pairs.open(create=True)
+    pairs.fill([1])
+    assert pairs.usable() == (1,)
+
+
+def test_files_that_another_process_left_half_made_do_not_take_the_room(
+    targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "raw-0-7x7.f16").write_bytes(b"\1" * 1000)
+
+    def usage(folder: Path) -> tiny.Usage:
+        return tiny.Usage(0, 0, 0 if any(folder.iterdir()) else pairs.bytes)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    pairs.open(create=True)
+    assert pairs.todo() == [0, 1, 2]
+
+
 class Diverged(tiny_artifact.Planted):
     """Gives so large a feature for dark views that half precision has no number for it."""
 
@@ -272,7 +476,7 @@ def test_features_that_are_not_finite_name_their_image(
     pairs.open(create=True)
     monkeypatch.setattr(Diverged, "value", value)
     with pytest.raises(Exception, match=r"00.png: features that are not finite, or too large|not finite"):
-        pairs.fill(targets.images, lambda _index, _reason: None)
+        pairs.fill(targets.images)
     assert pairs.usable() == ()
 
 

@@ -25,7 +25,7 @@ from denoising_vit.denoiser import read_denoiser
 from denoising_vit.errors import SizeError, TrainError
 from denoising_vit.evaluation.tokens import effective_rank
 from denoising_vit.evaluation.watching import unwatched
-from denoising_vit.training import TrainJob, checkpoints, engine
+from denoising_vit.training import TrainJob, checkpoints
 from denoising_vit.training.checkpoints import Checkpoints
 from denoising_vit.training.pairs import KeptPairs
 from denoising_vit.training.samples import Sample, whole_view
@@ -233,6 +233,30 @@ def test_fresh_pairs_need_room_for_held_out_images_alone(
     needed = 3 * 3 * 49 * tiny.CHANNELS * 2 * 2  # three images, three views
     tiny.leave_free(2 * needed, monkeypatch)
     tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(keep=0))
+
+
+def test_a_run_that_had_no_room_is_begun_with_fewer_views(
+    data: tiny.Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        tiny.leave_free(0, patch)
+        with pytest.raises(TrainError, match="keep fewer views"):
+            tiny.prepared(data.stored, run)
+    job = tiny.prepared(data.stored, run, pairs=tiny.views(keep=3))
+    assert (job.views.keep, len(job.kept.usable())) == (3, tiny.PHOTOS)
+    with pytest.raises(TrainError, match="holds a run already"):
+        tiny.prepared(data.stored, run)
+
+
+def test_a_run_that_had_no_room_goes_on_when_there_is(
+    data: tiny.Fitted, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", full, raising=False)
+        with pytest.raises(TrainError, match="keep fewer views"):
+            tiny.prepared(data.stored, tmp_path / "run")
+    assert tiny.results(resumed(data, tmp_path / "run")) == tiny.results(straight)
 
 
 # --- what is trained on ---
@@ -479,16 +503,6 @@ def test_without_accelerate_the_extra_is_named(
         tiny.prepared(data.stored, tmp_path / "run")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-@pytest.mark.parametrize(
-    "device",
-    ["cuda"],
-)
-def test_a_device_that_is_not_there_is_told(device: str) -> None:
-    with pytest.raises(TrainError, match=device):
-        engine.make_accelerator(device)
-
-
 def full(*_args: Any, **_more: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -557,6 +571,20 @@ def test_figures_by_a_straightforward_computation(data: tiny.Fitted, tmp_path: P
     assert "place" not in figures  # of three images
 
 
+@pytest.mark.parametrize(("views", "crop"), [({"flip": 0, "keep": 2}, 1), ({"keep": 2, "whole": 1}, None)])
+def test_the_crop_that_is_judged_is_the_first(
+    data: tiny.Fitted, tmp_path: Path, views: dict[str, Any], crop: int | None
+) -> None:
+    job = tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(**views))
+    judge = job.training().judge
+    figures = judge(lambda raw: raw)
+    assert ("crop_mse" in figures) == (crop is not None)
+    if crop is not None:
+        view = whole_view(job.sizes[0], mirrored=False)
+        raw, target = job.kept.read([Sample(image, 0, crop, view) for image in judge.images])
+        assert figures["crop_mse"] == pytest.approx(float((raw - target).square().mean()), rel=1e-5)
+
+
 def test_place_is_told_where_there_are_images_enough(data: tiny.Fitted, tmp_path: Path) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", training=tiny.options(held_out=8))
     figures = job.training().judge(lambda raw: raw)
@@ -599,9 +627,9 @@ def test_loss_of_the_first_step_by_hand(data: tiny.Fitted, straight: Path) -> No
 
 
 def test_what_is_watched_is_each_image_once(data: tiny.Fitted, tmp_path: Path) -> None:
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[str, int | None]] = []
 
-    def watch(what: str, total: int) -> Any:
+    def watch(what: str, total: int | None) -> Any:
         seen.append((what, total))
         return unwatched(what, total)
 

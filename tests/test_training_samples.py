@@ -86,10 +86,33 @@ def test_a_kept_sample_is_the_view_of_its_number() -> None:
 
 
 def test_the_first_kept_views_are_the_whole_and_its_mirror_image() -> None:
-    views = PairOptions(flip=0, inverted=1)
+    views = PairOptions(flip=0.1, inverted=1)
     assert kept_view(0, 5, 0, (56, 40), views) == whole_view((56, 40), mirrored=False)
     assert kept_view(0, 5, 1, (56, 40), views) == whole_view((56, 40), mirrored=True)
     assert kept_view(0, 5, 2, (56, 40), views).inverted
+
+
+def test_nothing_is_mirrored_where_nothing_is_to_be() -> None:
+    views = PairOptions(flip=0, inverted=1)
+    assert kept_view(0, 5, 0, (56, 40), views) == whole_view((56, 40), mirrored=False)
+    assert all(kept_view(0, 5, number, (56, 40), views).inverted for number in (1, 2, 3))  # crops
+    drawn = sampler(pairs=70, whole=0.5, keep=4, flip=0)
+    samples = [sample for step in range(40) for sample in drawn.step(step)]
+    assert not any(sample.crop.flip for sample in samples)
+    counts = Counter(sample.number for sample in samples)
+    assert counts[0] == pytest.approx(1400, abs=90)
+    assert [counts[number] for number in (1, 2, 3)] == pytest.approx([1400 / 3] * 3, abs=70)
+
+
+def test_kept_crops_are_those_of_versions_before() -> None:
+    """Pairs on disk are read by number; a view of another place under the same number would spoil them."""
+    views = PairOptions(inverted=0.25)
+    first, second = kept_view(0, 5, 2, (56, 56), views), kept_view(3, 17, 7, (364, 476), views)
+    box = (0.07462776198612829, 0.007839350102007819, 0.6363874422707021, 0.6625122351020764)
+    assert first.box == pytest.approx(box, abs=1e-12)
+    box = (0.35219012061381694, 0.18541686307431293, 0.9290598959277271, 0.8046137100305834)
+    assert second.box == pytest.approx(box, abs=1e-12)
+    assert (first.flip, first.inverted, second.flip, second.inverted) == (False, False, True, False)
 
 
 def test_kept_views_differ_by_image_number_seed_and_size() -> None:

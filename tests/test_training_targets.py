@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from denoising_vit import Backbone
 from denoising_vit.dataset import open_dataset
 from denoising_vit.errors import DenoisingVitError, TrainError
 from denoising_vit.store import FeatureStore, layout
-from denoising_vit.training.pairs import FreshPairs, KeptPairs
+from denoising_vit.store.fields import FieldArray
+from denoising_vit.store.writing import ShardWriter
+from denoising_vit.training.fresh import FreshPairs
+from denoising_vit.training.pairs import KeptPairs
 from denoising_vit.training.targets import Fitted, FittedTargets, StoredTargets, Unusable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,9 +52,10 @@ def test_all_images_of_a_finished_store_with_their_fields(data: tiny.Fitted, ext
     assert (targets.size, targets.keeps_fields) == ((56, 56), True)
     for fitted, index in zip(targets.stream([3, 1]), [3, 1], strict=True):
         assert fitted.index == index
-        torch.testing.assert_close(fitted.field, data.store[index].field)
+        assert fitted.field.dtype == torch.float16  # as it is stored
+        assert torch.equal(fitted.field.float(), data.store[index].field)
         assert fitted.image.shape == (3, 90, 120)
-    torch.testing.assert_close(targets.at(2).field, data.store[2].field)
+    assert torch.equal(targets.at(2).field.float(), data.store[2].field)
     assert targets.photo(2).shape == (90, 120, 3)
 
 
@@ -127,7 +132,7 @@ def test_neither_kind_of_pairs_replaces_what_is_missing(data: tiny.Fitted, extra
     kept = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, [(56, 56)], tiny.views(), 0)
     kept.open(create=True)
     with pytest.raises(TrainError, match=r"03.png"):
-        kept.fill(targets.images, lambda _index, _reason: None)
+        kept.fill(targets.images)
     assert 3 not in kept.usable()
     with pytest.raises(DenoisingVitError, match=r"03.png"):
         job.training().run()
@@ -191,3 +196,33 @@ def test_what_the_targets_are_is_part_of_the_run(data: tiny.Fitted, extractor: B
     manifest = data.store.manifest
     told = stored(data, extractor).identity
     assert (told["plan"], told["ids"], told["nodes"]) == (manifest.plan, manifest.ids_digest, [14, 14])
+
+
+def test_other_pictures_of_the_same_names_are_other_targets(
+    data: tiny.Fitted, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = Path(shutil.copytree(data.photos, tmp_path / "others"))
+    Image.fromarray(tiny_artifact.photos(1, seed=9)[0]).save(photos / "03.png")
+    tiny.fit(photos, tmp_path / "other", extractor)
+    other = tiny.Fitted(photos, tmp_path / "other")
+
+    def reading(*_: Any) -> None:
+        raise AssertionError("a field was read")
+
+    monkeypatch.setattr(FieldArray, "read", reading)
+    told, others = stored(data, extractor).identity, stored(other, extractor).identity
+    assert told == stored(data, extractor).identity
+    assert {name for name in told if told[name] != others[name]} == {"photos"}
+
+
+def test_pictures_of_a_shard_that_is_not_sealed_are_told_alike(
+    data: tiny.Fitted, extractor: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def crashed(_writer: ShardWriter) -> bool:
+        return False
+
+    monkeypatch.setattr(ShardWriter, "finish", crashed)
+    tiny.fit(data.photos, tmp_path / "staged", extractor)
+    staged = tiny.Fitted(data.photos, tmp_path / "staged")
+    assert not staged.store.contents.sealed()
+    assert stored(staged, extractor).identity == stored(data, extractor).identity

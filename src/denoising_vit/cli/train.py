@@ -56,15 +56,17 @@ def train(
     training.validate()
     pairs.validate()
     source = _source(data, photos, on_the_fly, exact, artifact)
-    left_out = (source.photos if isinstance(source, Stored) else source.dataset).skipped
+    # Of a store it was settled what its photos are; what else lies beside them is not looked at.
+    left_out = () if isinstance(source, Stored) else source.dataset.skipped
     job = TrainJob.prepare(source, out, model, training, pairs, cache=cache, resume=resume)
     main, processes = job.accelerator.is_main_process, job.accelerator.num_processes
     if main:
         print_note(f"backbone {job.backbone.extra_repr()} on {job.backbone.device}, {processes} process(es)")
     try:
         job.fill(watch if main else unwatched)
-        for name, reason in [*((item.item, item.reason) for item in left_out), *job.skipped.items()]:
-            print_error(f"{name}: {reason}", "skipped")
+        if main:
+            for name, reason in [*((item.item, item.reason) for item in left_out), *job.skipped.items()]:
+                print_error(f"{name}: {reason}", "skipped")
         run = job.training()
         if main:
             print_note(f"{len(run.sampler.images)} images to train on, {len(run.judge.images)} held out; run {out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch
 from denoising_vit.backbones.loading import fast_dtype
 from denoising_vit.errors import TrainError
 from denoising_vit.training.options import Precision
+
+#: How long processes wait for each other: one may have to fit photos for hours more than another, or make all pairs of
+#: a long run alone; launchers allow for ten minutes or thirty. One that dies is noticed by the launcher, not by this.
+_PATIENCE = timedelta(days=7)
 
 
 def make_accelerator(device: str) -> Any:
@@ -23,18 +28,21 @@ def make_accelerator(device: str) -> Any:
     """
     try:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise TrainError("training needs accelerate: pip install 'denoising-vit[train]'") from error
-    kind = device.split(":")[0]
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+    if not _is_there(device):
         raise TrainError(f"device {device} is not there; expected auto, cpu, or one that this machine has")
     on_cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if launched and not (device in ("auto", "cpu") or device == "cuda"):
-        raise TrainError(f"several processes share the devices among them; expected --device auto, got {device!r}")
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in os.environ
+    if launched and device not in ("auto", "cpu", "cuda"):
+        raise TrainError(f"processes of a launcher share the devices; expected --device auto, got {device!r}")
     try:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # accelerate takes the present one
         # Precision is ours: accelerate would keep that of a process's first run for all later ones.
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+        patient = InitProcessGroupKwargs(timeout=_PATIENCE)
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patient])
     except (ValueError, RuntimeError) as error:
         raise TrainError(f"training cannot start on {device}: {error}") from error
     return accelerator
@@ -49,6 +57,16 @@ def arithmetic(device: torch.device, precision: Precision) -> torch.dtype:
 def device_of(accelerator: Any, device: str) -> str:
     """Where the backbone of this process goes."""
     return str(accelerator.device) if device in ("auto", "cuda") else device
+
+
+def _is_there(device: str) -> bool:
+    """Whether this machine has a device; of names that are none, the backbone tells."""
+    kind, _, number = device.partition(":")
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    if kind != "cuda":
+        return True
+    return torch.cuda.is_available() and (not number or number in map(str, range(torch.cuda.device_count())))
 
 
 def _has_accelerator() -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,20 @@ from denoising_vit.dataset import Dataset
 from denoising_vit.denoise import describe
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.errors import TrainError
+from denoising_vit.evaluation.watching import Watch
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore
 from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
+from denoising_vit.training.fresh import FreshPairs, Pairs
 from denoising_vit.training.judging import Judge
 from denoising_vit.training.options import PairOptions, TrainOptions
-from denoising_vit.training.pairs import FreshPairs, KeptPairs, Pairs, backbone_identity
+from denoising_vit.training.pairs import KeptPairs, backbone_identity
 from denoising_vit.training.panels import HeldOutPanel
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.samples import WHOLE, Sampler, split
+from denoising_vit.training.samples import Sampler, split
 from denoising_vit.training.targets import FittedTargets, StoredTargets, Targets
 from denoising_vit.training.train import Training, last_layers
-
-#: Shows progress over so many things of a kind for as long as a block lasts; gives what is to be called after each.
-Watch = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,7 @@ class TrainJob:
 
         Raises:
             TrainError: if anything of this does not fit the other, or the folder.
+            StoreError: if what a store tells of its images is damaged.
             SizeError: if a size does not fit the patch grid.
             BackboneError: if the backbone cannot be loaded.
         """
@@ -146,10 +145,10 @@ class TrainJob:
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             folder.require_same(identity)
-        if views.whole == 1 and views.keep > WHOLE:
-            views = replace(views, keep=WHOLE)  # no crop is ever drawn
-        kept_views = views if views.keep else replace(views, keep=WHOLE + 1)
-        place = folder.path / "pairs" if cache is None else Path(cache)
+        if views.whole == 1 and views.keep > views.wholes:
+            views = replace(views, keep=views.wholes)  # no crop is ever drawn
+        kept_views = views if views.keep else replace(views, keep=views.wholes + 1)
+        place = folder.pairs if cache is None else Path(cache)
         # Where views are drawn anew, only those of the held-out images are kept.
         images = targets.images if views.keep else _split(targets.images, options)[1]
         kept = KeptPairs(place, targets, images, backbone, sizes, kept_views, options.seed)
@@ -172,7 +171,7 @@ class TrainJob:
             accelerator.wait_for_everyone()  # before anything is marked as done
             mine = todo[accelerator.process_index :: accelerator.num_processes]
             with watch("images seen", len(mine)) as advance:
-                self.kept.fill(mine, lambda _index, _reason: advance())
+                self.kept.fill(mine, advance)
             accelerator.wait_for_everyone()
         except OSError as error:
             raise TrainError(
@@ -209,7 +208,7 @@ class TrainJob:
             denoiser=denoiser,
             pairs=pairs,
             sampler=Sampler(trained, self.sizes, self.views, options.seed, whole),
-            judge=Judge(self.kept, held_out, self.sizes, self.kept.keep, self.accelerator.device),
+            judge=Judge(self.kept, held_out, self.sizes, self.accelerator.device),
             ids=ids,
             options=options,
             accelerator=self.accelerator,

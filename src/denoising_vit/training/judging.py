@@ -12,7 +12,7 @@ from torch import Tensor
 from denoising_vit.evaluation.position import linear_position_r2, neighbour_position_r2
 from denoising_vit.evaluation.tokens import effective_rank
 from denoising_vit.training.pairs import KeptPairs
-from denoising_vit.training.samples import WHOLE, Sample, whole_view
+from denoising_vit.training.samples import Sample, whole_view
 
 #: Pairs in one pass.
 _BATCH = 8
@@ -31,14 +31,12 @@ class Judge:
         pairs: that are kept of these images.
         images: their indices.
         sizes: (H, W) that are trained on; rank and place are measured at the first.
-        keep: views kept of each image.
         device: where the denoiser is.
     """
 
     pairs: KeptPairs
     images: Sequence[int]
     sizes: Sequence[tuple[int, int]]
-    keep: int
     device: torch.device
     _raw: Figures | None = field(default=None, init=False, repr=False)
 
@@ -61,8 +59,8 @@ class Judge:
     @torch.no_grad()
     def _figures(self, denoiser: Callable[[Tensor], Tensor]) -> Figures:
         figures = self._agreement(denoiser, 0)
-        if self.keep > WHOLE:
-            figures |= {f"crop_{name}": value for name, value in self._agreement(denoiser, WHOLE).items()}
+        if crops := self.pairs.crops:
+            figures |= {f"crop_{name}": value for name, value in self._agreement(denoiser, crops[0]).items()}
         clean = [denoiser(raw.to(self.device)).cpu() for raw, _ in self._batches(0, 0)]
         return figures | _spread(torch.cat(clean))
 

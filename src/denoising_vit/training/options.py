@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from denoising_vit.errors import TrainError
+from denoising_vit.errors import PlanError, TrainError
+from denoising_vit.views import CropOptions
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -26,11 +27,11 @@ class PairOptions:
         whole: share of the pairs that show the whole image, mirrored or not; 1 is as published.
         area: least and largest share of the image that a crop covers.
         ratio: least and largest width over height of a crop, in the shown frame.
-        flip: probability that a crop is mirrored.
+        flip: probability that a crop is mirrored; with 0, no whole image is mirrored either.
         inverted: probability that a crop is upside down.
         keep: views of each image and size that are drawn once, and whose features are computed once and kept on disk;
-            the whole image and its mirror image are among them. With 0, every step draws new ones, and the backbone
-            runs in every step.
+            the whole image is among them, and its mirror image unless nothing is mirrored. With 0, every step draws
+            new ones, and the backbone runs in every step.
     """
 
     sizes: str | None = None
@@ -50,18 +51,24 @@ class PairOptions:
         for name in ("whole", "flip", "inverted"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainError(f"{name} must be a share in [0, 1], got {getattr(self, name)}")
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise TrainError(f"area must be two increasing shares in (0, 1], got {self.area}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise TrainError(f"ratio must be two increasing positive numbers, got {self.ratio}")
+        try:
+            CropOptions(self.area, self.ratio)
+        except PlanError as error:
+            raise TrainError(str(error)) from error
         if self.keep < 0:
             raise TrainError(f"keep must be 0 or more, got {self.keep}")
-        if self.keep and self.whole < 1 and self.keep < 3:
+        if self.whole < 1 and 0 < self.keep <= self.wholes:
+            first = "the whole image and its mirror image come" if self.flip else "the whole image comes"
             raise TrainError(
-                f"of {self.keep} views that are kept none is a crop: the whole image and its mirror image come first. "
-                "Expected --pairs.keep 3 or more, or --pairs.whole 1"
+                f"of {self.keep} views that are kept none is a crop: {first} first. "
+                f"Expected --pairs.keep {self.wholes + 1} or more, or --pairs.whole 1"
             )
         self.parsed_sizes()
+
+    @property
+    def wholes(self) -> int:
+        """Kept views that show all of an image, and come before the crops: as it is, and mirrored if any view is."""
+        return 2 if self.flip else 1
 
     def parsed_sizes(self) -> list[tuple[int, int]]:
         """The sizes (H, W); none where that of the fit is meant.

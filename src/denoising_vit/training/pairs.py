@@ -1,15 +1,14 @@
-"""Training pairs: raw features of views and F at their patches, kept on disk or made when they are asked for."""
+"""Training pairs that are kept on disk: raw features of views, and F at their patches."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +20,16 @@ from denoising_vit.errors import TrainError
 from denoising_vit.extraction import fitting_batch
 from denoising_vit.files import atomic_path
 from denoising_vit.training.options import PairOptions
+from denoising_vit.training.pair_files import HEAD, NO_ROOM, STATE, read_reasons, reserve, write_reason
+from denoising_vit.training.records import differences, read_object
 from denoising_vit.training.samples import Sample, kept_view
-from denoising_vit.training.targets import Fitted, StoredTargets, Targets, Unusable
+from denoising_vit.training.targets import Fitted, Targets, Unusable
 
 #: What became of an image.
 _TO_DO, _DONE, _UNUSABLE = 0, 1, 2
 
-#: The file that tells why images have no pairs.
-_REASONS = "unusable.jsonl"
-
-#: Fields and photos that fresh pairs hold in memory.
-_HELD = 512
+#: What is told of an image that has no pairs where the reason is gone.
+_UNTOLD = "it could not be used; what was noted of why is gone"
 
 
 class KeptPairs:
@@ -76,9 +74,16 @@ class KeptPairs:
         return self._views.keep
 
     @property
+    def crops(self) -> range:
+        """Numbers of those that are crops."""
+        return range(self._views.wholes, self.keep)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the pairs; JSON values. How often whole images are drawn does not."""
         views = {name: value for name, value in asdict(self._views).items() if name not in ("whole", "sizes")}
+        if not self._views.flip:
+            views["wholes"] = self._views.wholes  # there used to be a mirrored one whatever was asked for
         mine = {
             "backbone": backbone_identity(self._backbone),
             "targets": self._targets.identity,
@@ -102,39 +107,54 @@ class KeptPairs:
             TrainError: if the folder holds other pairs, or there is no room.
             OSError: if it cannot be written to.
         """
-        head = self.folder / "pairs.json"
-        there = head.is_file()
-        if there:
+        head = self.folder / HEAD
+        if head.is_file():
             self._require_same(head)
         elif create:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if self.bytes > free:
-                raise TrainError(
-                    f"{self.folder}: the features of {self._views.keep} views of {len(self.images)} images take "
-                    f"{self.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; keep fewer views (--pairs.keep), or "
-                    "name another place (--cache)"
-                )
-        self._open("r+" if there or not create else "w+")
-        if not there and create:
+            self._make()
             with atomic_path(head) as temporary:
                 temporary.write_text(json.dumps(self.identity, indent=1))
+        self._state, *arrays = (self._mapped(*file) for file in self._files())
+        self._arrays = list(zip(arrays[::2], arrays[1::2], strict=True))
 
-    def _open(self, mode: Literal["r+", "w+"]) -> None:
+    def _files(self) -> Iterator[tuple[Path, type, tuple[int, ...]]]:
+        """Path, type and shape of the state, then of raw features and targets (N, keep, h, w, C) of each size."""
         images, keep, channels = len(self.images), self._views.keep, self._backbone.embed_dim
-
-        def opened(name: str, kind: type, shape: tuple[int, ...]) -> np.memmap:
-            path, size = self.folder / name, math.prod(shape) * np.dtype(kind).itemsize
-            if mode == "r+" and (not path.is_file() or path.stat().st_size != size):  # it would be filled up with zeros
-                raise TrainError(f"{path}: damaged, expected {size} bytes; remove {self.folder} to compute them anew")
-            return np.memmap(path, kind, mode, shape=shape)
-
-        self._state = opened("state.u8", np.uint8, (images,))
-        self._arrays = []
+        yield self.folder / STATE, np.uint8, (images,)
         for place, (h, w) in enumerate(self._grids):
-            names = (f"{kind}-{place}-{h}x{w}.f16" for kind in ("raw", "target"))
-            raw, target = (opened(name, np.float16, (images, keep, h, w, channels)) for name in names)
-            self._arrays.append((raw, target))
+            for kind in ("raw", "target"):
+                yield self.folder / f"{kind}-{place}-{h}x{w}.f16", np.float16, (images, keep, h, w, channels)
+
+    def _make(self) -> None:
+        """Makes the files, empty, with their room on the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = [(path, math.prod(shape) * np.dtype(kind).itemsize) for path, kind, shape in self._files()]
+        for path, _ in files:
+            path.unlink(missing_ok=True)  # of a process that was killed just here
+        free = shutil.disk_usage(self.folder).free
+        if self.bytes > free:
+            raise self._no_room(f"{free / 1e9:.1f} GB are free")
+        try:
+            for path, size in files:
+                reserve(path, size)
+        except OSError as error:
+            for path, _ in files:
+                path.unlink(missing_ok=True)
+            if error.errno not in NO_ROOM:
+                raise
+            raise self._no_room(f"which are not free ({error.strerror})") from error
+
+    def _no_room(self, why: str) -> TrainError:
+        return TrainError(
+            f"{self.folder}: the features of {self._views.keep} views of {len(self.images)} images take "
+            f"{self.bytes / 1e9:.1f} GB, {why}; keep fewer views (--pairs.keep), or name another place (--cache)"
+        )
+
+    def _mapped(self, path: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        if not path.is_file() or path.stat().st_size != size:  # it would be filled up with zeros
+            raise TrainError(f"{path}: damaged, expected {size} bytes; remove {self.folder} to compute them anew")
+        return np.memmap(path, kind, "r+", shape=shape)
 
     def todo(self) -> list[int]:
         """The images whose pairs are not there yet."""
@@ -146,15 +166,16 @@ class KeptPairs:
 
     def unusable(self) -> dict[str, str]:
         """Why images have no pairs, by id; of this run and of those before it."""
-        path = self.folder / _REASONS
-        return dict(map(json.loads, path.read_text(encoding="utf-8").splitlines())) if path.is_file() else {}
+        reasons, ids = read_reasons(self.folder), self._targets.ids
+        names = [ids[image] for image, row in self._rows.items() if self._opened[row] == _UNUSABLE]
+        return {name: reasons.get(name, _UNTOLD) for name in names}
 
-    def fill(self, images: Sequence[int], on_image: Callable[[int, str | None], None]) -> None:
+    def fill(self, images: Sequence[int], on_image: Callable[[], None] = lambda: None) -> None:
         """Sees the views of images, and keeps their pairs.
 
         Args:
             images: which of them; not those that are there already.
-            on_image: called after each with its index, and why it cannot be used or None.
+            on_image: called after each.
 
         Raises:
             TrainError: if a target is missing, or features are not finite.
@@ -162,15 +183,13 @@ class KeptPairs:
         """
         for result in self._targets.stream(images):
             if isinstance(result, Unusable):
-                with (self.folder / _REASONS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([self._targets.ids[result.index], result.reason]) + "\n")
+                write_reason(self.folder, self._targets.ids[result.index], result.reason)
                 self._opened[self._rows[result.index]] = _UNUSABLE
-                on_image(result.index, result.reason)
-                continue
-            for place, size in enumerate(self._sizes):
-                self._keep(result, place, size)
-            self._opened[self._rows[result.index]] = _DONE
-            on_image(result.index, None)
+            else:
+                for place, size in enumerate(self._sizes):
+                    self._keep(result, place, size)
+                self._opened[self._rows[result.index]] = _DONE
+            on_image()
 
     def read(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Raw features and targets (B, h, w, C) float32 of samples of one size."""
@@ -207,36 +226,6 @@ class KeptPairs:
             )
 
 
-class FreshPairs:
-    """Pairs of new views: photos and fields are read ahead, the backbone runs in every step.
-
-    Args:
-        targets: of a store.
-        backbone: the extractor, frozen.
-    """
-
-    def __init__(self, targets: StoredTargets, backbone: Backbone) -> None:
-        self._backbone = backbone
-        self._fitted = lru_cache(_HELD)(targets.at)
-
-    def read(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Rendered views (B, 3, H, W), normalised, and targets (B, h, w, C) float32 of samples of one size."""
-        images, target = [], []
-        for sample in samples:
-            fitted = self._fitted(sample.image)
-            images.append(sample.crop.render(fitted.image, self._backbone.mean, self._backbone.std))
-            target.append(sampled(fitted.field, [sample.crop], self._backbone)[0])
-        return torch.stack(images), torch.stack(target)
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Raw features (B, h, w, C) float32 of rendered views."""
-        return self._backbone(images)
-
-
-Pairs = KeptPairs | FreshPairs
-
-
 @torch.no_grad()
 def see(backbone: Backbone, image: Tensor, crops: Sequence[Crop]) -> Tensor:
     """Raw features (V, h, w, C) float32, on the CPU, of crops of one size of an image (3, H, W) in [0, 1]."""
@@ -248,39 +237,14 @@ def see(backbone: Backbone, image: Tensor, crops: Sequence[Crop]) -> Tensor:
 
 def sampled(field: Tensor, crops: Sequence[Crop], backbone: Backbone) -> Tensor:
     """F at the patches of crops of one size, (V, h, w, C) float32."""
-    return torch.stack([crop.sample(field.float(), backbone.patch_size, backbone.stride) for crop in crops])
+    field = field.float()
+    return torch.stack([crop.sample(field, backbone.patch_size, backbone.stride) for crop in crops])
 
 
 def backbone_identity(backbone: Backbone) -> dict[str, Any]:
     """What of a backbone decides its features; JSON values."""
     told = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride")}
     return told | {"fingerprint": backbone.fingerprint.short, "dtype": str(backbone.dtype).removeprefix("torch.")}
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object that a file holds; None where it holds none."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def differences(there: dict[str, Any], here: dict[str, Any], path: str = "") -> list[str]:
-    """Each value in which two records differ, with both sides."""
-    found = []
-    for name in sorted(there.keys() | here.keys()):
-        old, new = there.get(name), here.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{path}{name}.")
-        elif old != new:
-            found.append(f"{path}{name} was {_short(old)}, now {_short(new)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _stacked(array: np.memmap, places: Sequence[tuple[int, int | None]]) -> Tensor:

@@ -11,9 +11,12 @@ from typing import Any
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
 from denoising_vit.training.checkpoints import Checkpoints
-from denoising_vit.training.pairs import differences, read_object
+from denoising_vit.training.pair_files import has_pairs, remove_pairs
+from denoising_vit.training.records import differences, read_object
 
 FORMAT = "denoising-vit/run"
+
+_HEAD, _PAIRS = "run.json", "pairs"
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,15 @@ class RunFolder:
         """Pictures of held-out images, one an evaluation."""
         return self.path / "panels"
 
+    @property
+    def pairs(self) -> Path:
+        """Views that are kept, where no other place is named for them."""
+        return self.path / _PAIRS
+
     def begin(self, identity: dict[str, Any], *, resume: bool) -> None:
         """Makes the folder for a run, or opens that of the same run to go on with it.
+
+        A run that has nothing but its record could not begin (no room for its pairs), and does not keep others out.
 
         Args:
             identity: what decides the run; JSON values.
@@ -62,21 +72,17 @@ class RunFolder:
             TrainError: if the folder holds something else, holds a run and none is to be resumed, holds none and one
                 is, or holds one with other options, each named with both sides.
         """
-        head = self.path / "run.json"
+        head = self.path / _HEAD
         if not head.is_file():
             if resume:
                 raise TrainError(f"{self.path}: no run to resume; start it without --resume")
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise TrainError(f"{self.path} is there and is no run of this program; expected a new or empty folder")
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                with atomic_path(head) as temporary:
-                    temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
-            except OSError as error:
-                raise TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder") from error
-            return
-        if not resume:
+        elif not resume and self._is_begun():
             raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
+        if not resume:
+            self._record(identity)
+            return
         there = read_object(head)
         if there is None:
             raise TrainError(f"{head}: damaged (expected a JSON object); start anew in another folder")
@@ -94,6 +100,22 @@ class RunFolder:
             TrainError: if that process was given other options.
         """
         self.begin(identity, resume=True)
+
+    def _is_begun(self) -> bool:
+        """Whether there is more than the record of a run, or the record is none of ours."""
+        ours = (read_object(self.path / _HEAD) or {}).get("format") == FORMAT
+        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _PAIRS}
+        return not ours or bool(others) or has_pairs(self.pairs)
+
+    def _record(self, identity: dict[str, Any]) -> None:
+        """Makes the folder and the record; files for pairs that a run before it never filled give way."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_pairs(self.pairs)
+            with atomic_path(self.path / _HEAD) as temporary:
+                temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
+        except OSError as error:
+            raise TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder") from error
 
     def cut_log(self, step: int) -> None:
         """Drops what was logged after a step, which is going to be done again."""

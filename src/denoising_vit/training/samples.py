@@ -10,12 +10,10 @@ import numpy as np
 
 from denoising_vit.crops import Crop
 from denoising_vit.training.options import PairOptions
+from denoising_vit.views import areas_and_ratios
 
 #: What random numbers are for; streams of different purposes never meet.
 _SPLIT, _ORDER, _STEP, _KEPT, _FRESH = range(5)
-
-#: Views of an image that show all of it: as it is, and mirrored.
-WHOLE = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class Sampler:
             mirrored = which < self.views.flip
             crop = fresh_view(self.seed, count, self.sizes[size], self.views)
             return Sample(image, size, None, whole_view(self.sizes[size], mirrored) if whole else crop)
-        kept = range(min(WHOLE, self.views.keep)) if whole else range(WHOLE, self.views.keep)
+        wholes, keep = self.views.wholes, self.views.keep
+        kept = range(min(wholes, keep)) if whole else range(wholes, keep)
         number = kept[int(which * len(kept))]
         return Sample(image, size, number, kept_view(self.seed, image, number, self.sizes[size], self.views))
 
@@ -83,8 +82,8 @@ def split(images: Sequence[int], held_out: int, seed: int) -> tuple[tuple[int, .
 
 
 def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: PairOptions) -> Crop:
-    """The view of an image that has this number: the whole, the whole mirrored, then crops."""
-    if number < WHOLE:
+    """The view of an image that has this number: the whole, the whole mirrored if any view is, then crops."""
+    if number < views.wholes:
         return whole_view(size, mirrored=number == 1)
     return _crop(_stream(seed, _KEPT, image, number, *size), size, views)
 
@@ -101,11 +100,11 @@ def whole_view(size: tuple[int, int], mirrored: bool) -> Crop:
 
 def _crop(stream: np.random.RandomState, size: tuple[int, int], views: PairOptions) -> Crop:
     """A crop anywhere in the image; area and ratio are measured in the shown frame, as in stage 1."""
-    draws = stream.random_sample(6).tolist()
-    area = views.area[0] + draws[0] * (views.area[1] - views.area[0])
-    low, high = np.log(views.ratio)
-    ratio = float(np.exp(low + draws[1] * (high - low)))
+    drawn = stream.random_sample(6)
+    area, ratio = (float(value) for value in areas_and_ratios(views.area, views.ratio, drawn[:2]))
+    draws = drawn.tolist()
     frame = size[1] / size[0]
+    # Not views.py's square root: it differs from this power in the last bit, and kept crops are never to change.
     width, height = min((area * ratio / frame) ** 0.5, 1.0), min((area / ratio * frame) ** 0.5, 1.0)
     left, top = draws[2] * (1 - width), draws[3] * (1 - height)
     box = (left, top, min(left + width, 1.0), min(top + height, 1.0))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from denoising_vit.artifact import artifact_digest
@@ -30,12 +34,17 @@ class Fitted:
     Attributes:
         index: its place in the data set.
         image: (3, H, W) in [0, 1], on the CPU.
-        field: F on its nodes (Ry, Rx, C), on the CPU.
+        field: F on its nodes (Ry, Rx, C), on the CPU, in the type that it is stored in.
     """
 
     index: int
     image: Tensor
     field: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of image and field."""
+        return self.image.nbytes + self.field.nbytes
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,11 @@ class StoredTargets:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the store was made with, and for which images."""
+        """What the store was made with, for which images, and of which pictures.
+
+        Raises:
+            StoreError: if what the store tells of its images is damaged.
+        """
         manifest = self.store.manifest
         return {
             "plan": manifest.plan,
@@ -140,7 +153,21 @@ class StoredTargets:
             "nodes": list(manifest.field),
             "images": len(self.images),
             "ids": manifest.ids_digest,
+            "photos": self._pictures,
         }
+
+    @cached_property
+    def _pictures(self) -> str:
+        """SHA-256 of the photos' digests: the same names may be those of other pictures."""
+        digests = [[index, self._record(index).get("photo", {}).get("sha256")] for index in self.images]
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def _record(self, index: int) -> dict[str, Any]:
+        """What was recorded with an image: of a whole shard by one small object, so that no field is read."""
+        marker = self.store.contents.marker(self.store.manifest.shard_of(index))
+        if marker is not None and index in marker.records:
+            return marker.records[index]
+        return self.store.read(index)[1]  # in a shard that a crash kept from being sealed: field and all
 
     @property
     def keeps_fields(self) -> bool:
@@ -179,16 +206,16 @@ class StoredTargets:
         if isinstance(pixels, Skipped):
             raise TrainError(f"{name}: the photo of a target cannot be read ({pixels.reason})")
         try:
-            stored = self.store[index]
+            field, record = self.store.read(index)
         except StoreError as error:
             raise TrainError(f"{name}: its target is missing ({error})") from error
-        digest = stored.record.get("photo", {}).get("sha256")
+        digest = record.get("photo", {}).get("sha256")
         if digest is not None and digest != photo_digest(pixels):
             raise TrainError(
                 f"{name}: the photo is another than the store was fitted on; expected the same pixels. Fit the "
                 "photos as they are now into a new store"
             )
-        return Fitted(index, to_image(pixels), stored.field)
+        return Fitted(index, to_image(pixels), torch.from_numpy(field))
 
 
 class FittedTargets:

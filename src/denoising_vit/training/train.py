@@ -17,11 +17,11 @@ from denoising_vit.denoiser import Denoiser, write_denoiser
 from denoising_vit.errors import TrainError
 from denoising_vit.prefetch import prefetched
 from denoising_vit.training.checkpoints import Progress
+from denoising_vit.training.fresh import Pairs
 from denoising_vit.training.judging import Figures, Judge
 from denoising_vit.training.logs import Log
 from denoising_vit.training.loss import denoising_loss
 from denoising_vit.training.options import TrainOptions
-from denoising_vit.training.pairs import Pairs
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sample, Sampler
 from denoising_vit.training.schedule import learning_rate, peak_rate
