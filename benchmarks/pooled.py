@@ -21,7 +21,8 @@ from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser
 from denoising_vit.evaluation.knn import KnnOptions, nearest_neighbours
 from denoising_vit.evaluation.labelled import open_labelled
-from denoising_vit.evaluation.scores import Counts, paired_interval, scores
+from denoising_vit.evaluation.outcomes import paired_interval
+from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import ExtractorSource
 

@@ -24,8 +24,9 @@ from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.knn import KnnOptions, crops_of
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.records import Record, Results, run_info
-from denoising_vit.evaluation.scores import Counts, paired_interval, scores
+from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.evaluation.watching import Watch, unwatched

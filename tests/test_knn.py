@@ -186,7 +186,7 @@ def test_an_image_without_any_label_adds_nothing(tmp_path: Path, data: LabelledD
     val = coloured(3, 1)
     more = write_labelled(tmp_path, coloured(4, 0), [val[0], (blank[0], blank[1]), *val[1:]])
     counts, without = judged(colours, more), judged(colours, data)
-    assert counts.images == 4
+    assert counts.items == 4
     assert not counts.truth[1].any() and not counts.predicted[1].any()
     assert np.array_equal(np.delete(counts.hits, 1, 0), without.hits)
 
@@ -249,7 +249,7 @@ def test_the_gallery_is_spread_over_the_images(data: LabelledData, monkeypatch: 
 
 
 def test_more_neighbours_than_patches_are_refused(data: LabelledData) -> None:
-    assert judged(colours, data, KnnOptions(k=4 * 36)).images == 3
+    assert judged(colours, data, KnnOptions(k=4 * 36)).items == 3
     with pytest.raises(EvaluationError, match=r"144 labelled patches is less than the 145 neighbours"):
         judged(colours, data, KnnOptions(k=4 * 36 + 1))
 

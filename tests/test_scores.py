@@ -10,7 +10,8 @@ from torchmetrics import JaccardIndex
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import NO_LABEL
-from denoising_vit.evaluation.scores import Counts, count, paired_interval, scores
+from denoising_vit.evaluation.outcomes import paired_interval
+from denoising_vit.evaluation.scores import Counts, count, scores
 
 CLASSES = 7
 
@@ -134,7 +135,7 @@ def test_a_data_set_of_one_class_can_be_scored() -> None:
 def test_an_image_without_any_label_adds_nothing() -> None:
     pairs = random_pairs()
     with_empty = Counts.joined([counted(pairs), Counts.nothing(CLASSES)])
-    assert with_empty.images == 6
+    assert with_empty.items == 6
     assert scores(with_empty) == scores(counted(pairs))
     predicted, truth = pairs[0]
     assert not count(predicted, torch.full_like(truth, NO_LABEL), CLASSES).predicted.any()
@@ -231,5 +232,5 @@ def test_images_without_any_label_make_no_difference_unsure() -> None:
 def test_other_images_or_seeds_cannot_be_paired() -> None:
     three, four = counted(random_pairs(3)), counted(random_pairs(4))
     for left, right in (([three], [four]), ([three], [three, three])):
-        with pytest.raises(EvaluationError, match="same images and seeds on both sides"):
+        with pytest.raises(EvaluationError, match="same items and seeds on both sides"):
             paired_interval(left, right)

@@ -21,14 +21,16 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, FitError
+from denoising_vit.evaluation import probing
 from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, open_labelled
+from denoising_vit.evaluation.judged import JudgedImage
+from denoising_vit.evaluation.probing import Curve
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache
-from denoising_vit.evaluation.segmentation import PAPER, QUICK, Protocol, Trained, linear_segmentation, training
+from denoising_vit.evaluation.segmentation import PAPER, QUICK, Protocol, Trained, linear_segmentation
 from denoising_vit.evaluation.segmentation.judging import judge, windows
 from denoising_vit.evaluation.segmentation.probe import LinearProbe
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops
-from denoising_vit.evaluation.segmentation.training import Curve, train
 from denoising_vit.evaluation.sources import ExtractorSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,10 +174,10 @@ class Witness(ExtractorSource):
 
     def __init__(self, function: Callable[[Tensor], Tensor], patch: int = PATCH, stride: int | None = None) -> None:
         super().__init__("witness", backbone(function, patch, stride))
-        self.asked: list[tuple[LabelledImage, Crop, Tensor]] = []
+        self.asked: list[tuple[JudgedImage, Crop, Tensor]] = []
         self.lock = threading.Lock()
 
-    def inputs(self, image: LabelledImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def inputs(self, image: JudgedImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         made = super().inputs(image, crop, colour)
         with self.lock:
             self.asked.append((image, crop, made))
@@ -391,6 +393,7 @@ def test_loss_of_random_crops_is_the_cross_entropy_at_every_pixel(mixed: Labelle
     predicted = probe(torch.stack([pooled(inputs[None], patch)[0] for _, _, inputs in source.asked]))
     total = 0.0
     for (image, crop, _), part in zip(source.asked, predicted, strict=True):
+        assert isinstance(image, LabelledImage)
         wide = F.interpolate(part.permute(2, 0, 1)[None], crop.padded, mode="bilinear")
         left, top, _, _ = crop.pads
         shown = wide[:, :, top : top + crop.size[0], left : left + crop.size[1]]
@@ -422,6 +425,13 @@ def test_colours_are_distorted_only_where_that_is_wanted(mixed: LabelledData) ->
 
 
 # --- Training
+
+
+def train(
+    samples: Any, protocol: Protocol, classes: int, seed: int, device: torch.device, **more: Any
+) -> tuple[LinearProbe, Curve]:
+    probe = LinearProbe(samples.channels, classes, seed).to(device)
+    return probe, probing.train(probe, samples.loss, protocol, **more)
 
 
 def test_the_optimiser_is_adamw_with_the_published_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,7 +508,7 @@ def test_looks_are_even_see_a_probe_that_does_not_train_and_change_nothing() -> 
 def test_training_that_goes_on_equals_training_without_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
 ) -> None:
-    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 3)
     protocol, path = replace(PAPER, steps=11, warmup=2), tmp_path / "deep" / "0.pt"
 
     def trained(
@@ -533,7 +543,7 @@ def test_a_seed_has_its_own_training() -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "shapes"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 2)
     protocol, path = replace(PAPER, steps=5, warmup=0), tmp_path / "0.pt"
     train(Noise(), protocol, 3, 0, CPU, checkpoint=path)
     content = path.read_bytes()
@@ -742,7 +752,7 @@ def test_a_cache_changes_nothing(mixed: LabelledData, tmp_path: Path) -> None:
 def test_published_training_goes_on_from_its_checkpoint(
     mixed: LabelledData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 3)
+    monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 3)
     protocol = replace(TINY, steps=10)
     (straight,) = evaluate(pooled, mixed, protocol)
     with pytest.raises(Stop):
@@ -782,6 +792,6 @@ def test_single_images_without_labels_do_no_harm(tmp_path: Path, protocol: Proto
     labelled = pairs(3, [(32, 48)], 14)
     bare = [(photo, np.full_like(mask, 255)) for photo, mask in labelled[:1]]
     (trained,) = evaluate(pooled, data_at(tmp_path / "data", [*labelled, *bare], [*bare, *labelled]), protocol)
-    assert trained.counts.images == 4
+    assert trained.counts.items == 4
     assert not trained.counts.truth[0].any()
     assert np.isfinite(scores(trained.counts).miou)

@@ -292,7 +292,8 @@ def test_measured_figures_stand_beside_the_published(render: Render) -> None:
     ],
 )
 def test_measurements_of_no_published_figure_are_named(render: Render, changes: Line, reason: str) -> None:
-    text = render(segmentation(**{"published": {"model": SMALL, "variant": "baseline"}} | changes))
+    data = {"data": {"name": "voc2012"}} if "task" in changes else None
+    text = render(segmentation(data, **{"published": {"model": SMALL, "variant": "baseline"}} | changes))
     assert reason in next(each for each in text.splitlines() if each.startswith("- not compared: "))
     assert {row[3] for row in rows(text, "### VOC")[1:]} == {"-"}
 
@@ -321,12 +322,12 @@ BROKEN = {
     "not a number": ('{"seconds": NaN}', "NaN is no number of JSON"),
     "no object": ("[1]", r"the line: expected an object, got \[1\]"),
     "no task": ("{}", "task is missing; expected a line that `dvit evaluate` wrote"),
-    "other task": (line(task="depth"), "task: expected one of knn, segmentation, artifacts, got 'depth'"),
+    "other task": (line(task="detection"), "task: expected one of knn, segmentation, .*, artifacts, got 'detection'"),
     "no score": (line(metrics={"mIoU": 1.0, "mAcc": 1.0}), "metrics.aAcc is missing"),
     "text": (line(metrics=KNN["metrics"] | {"mIoU": "36"}), 'mIoU: expected a finite number, got "36"'),
     "no data": (line({"data": {}}), "settings.data.name is missing"),
     "no run": (line(run={}), "run.command is missing"),
-    "point": (line(curve=[[1, 2]]), r"curve: expected \[step, loss, mIoU\], got \[1, 2\]"),
+    "point": (line(curve=[[1, 2]]), r"curve: expected \[step, loss, score\], got \[1, 2\]"),
     "skipped": (line(skipped=["a.png"]), 'skipped: expected a list, got "a.png"'),
     "seed": (line(seeds=[{"seed": True}]), "seeds.seed: expected a whole number, got true"),
     "interval": (line(paired={**PAIRED, "low": None}), "paired.low: expected a finite number, got null"),

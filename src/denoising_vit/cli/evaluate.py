@@ -1,61 +1,25 @@
-"""``dvit evaluate``: sources of features, judged alike on labelled data, or by figures that need no labels."""
+"""``dvit evaluate knn`` and ``segmentation``: sources of features, judged alike on photos with masks of classes."""
 
 from __future__ import annotations
 
-import json as json_lines
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
-from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
-from denoising_vit.cli.scoreboard import scoreboard
-from denoising_vit.errors import EvaluationError
+from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.knn import KnnOptions
-from denoising_vit.evaluation.labelled import open_labelled
+from denoising_vit.evaluation.labelled import LabelledData, open_labelled
 from denoising_vit.evaluation.named_sources import parse_names
-from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.segmentation import SegmentationOptions
-from denoising_vit.evaluation.workbench import Line, Workbench
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What is judged, on what, and where the results go.
-
-    Attributes:
-        data: labelled images: VOCdevkit/VOC2012, ADEChallengeData2016, or a folder with train/ and val/, each with
-            images/ and masks/ (index PNGs), and classes.txt.
-        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1), denoiser (stage 2,
-            one pass). The first is what the others are compared with.
-        out: the file that lines of results are appended to. The same command goes on where it was stopped.
-        cache: folder for features and fields. Without it, one beside the results.
-        cache_gb: most that cached features may take; fields of stage 1 come on top.
-        classes: file with one class name a line, where the data has none.
-        images: how many images of each split are used, spread evenly over it; 0 takes all.
-        artifact: of the backbone: a file of `dvit calibrate`, or `shipped`. Without it, subtract takes the shipped
-            one, and exact fits one in each image.
-        denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones.
-    """
-
-    data: Path
-    features: str = "raw,subtract,exact"
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl")
-    cache: Path | None = None
-    cache_gb: float = 10.0
-    classes: Path | None = None
-    images: int = 0
-    artifact: str | None = None
-    denoiser: str | None = None
+from denoising_vit.evaluation.workbench import Workbench
 
 
 def knn(
     judged: tyro.conf.OmitArgPrefixes[Judged],
+    classes: Path | None = None,
     voting: tyro.conf.OmitArgPrefixes[KnnOptions] = KnnOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -63,8 +27,12 @@ def knn(
 ) -> int:
     """Nearest-neighbour segmentation: patches are labelled by the training patches with the nearest features.
 
+    Data: VOCdevkit/VOC2012, ADEChallengeData2016, or a folder with train/ and val/, each with images/ and masks/ (index
+    PNGs), and classes.txt.
+
     Args:
         judged: what is judged.
+        classes: file with one class name a line, where the data has none.
         voting: how.
         exact: how stage 1 is done, where exact features are judged.
         model: the backbone, and how it is run.
@@ -73,11 +41,12 @@ def knn(
     voting.validate()
     names = parse_names(judged.features)
     exact.denoising()
-    return _tell(judged, lambda: _workbench(judged, exact, model).knn(names, voting), as_json=json)
+    return tell(judged, lambda: _bench(judged, classes, exact, model).knn(names, voting), as_json=json)
 
 
 def segmentation(
     judged: tyro.conf.OmitArgPrefixes[Judged],
+    classes: Path | None = None,
     training: tyro.conf.OmitArgPrefixes[SegmentationOptions] = SegmentationOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -85,8 +54,12 @@ def segmentation(
 ) -> int:
     """A linear probe: batch norm and a 1 x 1 convolution, trained on frozen features, judged at every pixel.
 
+    Data: VOCdevkit/VOC2012, ADEChallengeData2016, or a folder with train/ and val/, each with images/ and masks/ (index
+    PNGs), and classes.txt.
+
     Args:
         judged: what is judged.
+        classes: file with one class name a line, where the data has none.
         training: how the probe is trained.
         exact: how stage 1 is done, where exact features are judged.
         model: the backbone, and how it is run.
@@ -95,65 +68,11 @@ def segmentation(
     training.protocol()
     names = parse_names(judged.features)
     exact.denoising()
-    return _tell(judged, lambda: _workbench(judged, exact, model).segmentation(names, training), as_json=json)
+    return tell(judged, lambda: _bench(judged, classes, exact, model).segmentation(names, training), as_json=json)
 
 
-def _workbench(judged: Judged, exact: FieldOptions, model: BackboneSpec) -> Workbench:
-    if not judged.cache_gb >= 0:
-        raise EvaluationError(f"cache_gb must be 0 or more, got {judged.cache_gb}")
-    with CountProgress(None, "images read") as progress:
-        data = open_labelled(judged.data, classes=judged.classes, images=judged.images, progress=progress.advance)
-    if data.note:
-        print_note(data.note)
-    if data.val.absent:
-        print_note(f"never occurs in val, left out of the means unless predicted: {', '.join(data.val.absent)}")
-    results = Results(judged.out)  # a file that cannot be written to is said before the model is loaded
-    backbone = model.load()
-    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
-    bench = Workbench(
-        data=data,
-        backbone=backbone,
-        spec=model,
-        results=results,
-        folder=judged.cache or judged.out.with_suffix(".cache"),
-        run=run_info(),
-        cache_bytes=judged.cache_gb * 1e9,
-        exact=exact.denoising(),
-        fields_of=exact.of,
-        artifact=judged.artifact,
-        denoiser=judged.denoiser,
-        watch=watch,
-    )
-    _ = bench.cache  # a folder that cannot be written to is said at once
-    return bench
+def _bench(judged: Judged, classes: Path | None, exact: FieldOptions, model: BackboneSpec) -> Workbench:
+    def labelled(progress: Callable[[], None]) -> LabelledData:
+        return open_labelled(judged.data, classes=classes, images=judged.images, progress=progress)
 
-
-def _tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool) -> int:
-    found: list[Line] = []
-    try:
-        for line, kept in lines():
-            found.append((line, kept))
-            if as_json:
-                print(json_lines.dumps(line), flush=True)
-            if not line["failed"]:
-                words = f"mIoU {line['metrics']['mIoU']:.2f} in {line['seconds']:.0f} s"
-                print_note(f"{line['features']}: {words}{' (kept from an earlier run)' if kept else ''}")
-    except KeyboardInterrupt:
-        print_note("interrupted; finished results stay, and the same command goes on from there")
-        return INTERRUPTED
-    return finish(found, judged.out, as_json=as_json)
-
-
-def finish(found: Sequence[Line], out: Path, *, as_json: bool) -> int:
-    """Prints a table of lines of results, and says what failed or was skipped. Returns the exit code."""
-    lines = [line for line, _ in found]
-    if not as_json:
-        scoreboard(lines)
-    for line in lines:
-        if line["failed"]:
-            print_error(line["failed"], f"{line['features']} failed")
-    skipped = lines[0]["skipped"] if lines else []
-    for name, reason in skipped:
-        print_error(f"{name}: {reason}", "skipped")
-    print_note(f"results in {out}; `dvit report {out} -o results.md` makes tables of them")
-    return SOME_FAILED if skipped or any(line["failed"] for line in lines) else OK
+    return open_bench(judged, exact, model, labelled)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.evaluate import finish
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
+from denoising_vit.cli.judging import finish
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, spread
 from denoising_vit.denoised import DenoisedViT

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from denoising_vit.errors import DenoisingVitError
-from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.judged import JudgedData
+from denoising_vit.evaluation.metrics import main_metric
+from denoising_vit.evaluation.outcomes import Outcome, paired_interval, record_of
 from denoising_vit.evaluation.records import Record, Results, Task
-from denoising_vit.evaluation.scores import DRAWS, Counts, paired_interval, scores
+from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import atomic_path
 
@@ -28,10 +30,10 @@ Curve = list[list[Any]]
 
 @dataclass(frozen=True, eq=False)
 class _Reference:
-    """What others are held against: its record, and what gives its counts for each seed."""
+    """What others are held against: its record, and what gives its outcomes for each seed."""
 
     record: Record
-    counted: Callable[[], tuple[list[Counts], Curve]]
+    counted: Callable[[], tuple[list[Outcome], Curve]]
 
     @property
     def key(self) -> str:
@@ -39,8 +41,8 @@ class _Reference:
         return hashlib.sha256(self.record.key.encode()).hexdigest()[:16]
 
 
-#: Yields the seed, the counts and the curve of each probe that is still to be done.
-Judge = Callable[[FeatureSource, tuple[int, ...]], Iterator[tuple[int, Counts, Curve]]]
+#: Yields the seed, the outcome and the curve of each probe that is still to be done.
+Judge = Callable[[FeatureSource, tuple[int, ...]], Iterator[tuple[int, Outcome, Curve]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,18 +51,20 @@ class Comparison:
 
     Attributes:
         task: what they are judged by.
-        data: labelled images.
+        data: what they are judged on.
         settings: what decides the results besides the features and the seeds, as JSON values.
         seeds: of the probes.
         judge: does a source for the seeds it is given.
         results: where lines go.
-        counts: folder for what each image contributed, so that a later run can compare with it.
+        counts: folder for what each item contributed, so that a later run can compare with it.
         run: command, hardware, software.
         published: model and variant, where a published row is measured.
+        outcome: of what kind the outcomes are.
+        over: what is drawn where a difference's interval is taken.
     """
 
     task: Task
-    data: LabelledData
+    data: JudgedData
     settings: Mapping[str, Any]
     seeds: tuple[int, ...]
     judge: Judge
@@ -68,6 +72,8 @@ class Comparison:
     counts: Path
     run: Mapping[str, Any]
     published: dict[str, str] | None = None
+    outcome: type[Outcome] = Counts
+    over: str = "images"
 
     def compare(self, sources: Mapping[str, Callable[[], FeatureSource]]) -> Iterator[tuple[dict[str, Any], bool]]:
         """Judges sources in turn; what fails is recorded, and the next is done.
@@ -100,61 +106,76 @@ class Comparison:
                 yield self.results.add(replace(record, failed=reason)), False
 
     def _blank(self, name: str) -> Record:
-        splits = self.data.train, self.data.val
+        splits = self.data.splits
         return Record(
             task=self.task,
             features=name,
             settings=_plain({**self.settings, "seeds": self.seeds}),
             images={images.split: len(images.images) for images in splits},
             skipped=[[f"{images.split}/{item.item}", item.reason] for images in splits for item in images.skipped],
-            absent=list(self.data.val.absent),
+            absent=list(self.data.absent),
             run=dict(self.run),
             published=self.published,
         )
 
-    def _counted(self, source: FeatureSource, record: Record) -> tuple[list[Counts], Curve]:
-        """Counts for each seed, kept ones where there are any, and the first seed's curve."""
-        # Which other seeds there are changes nothing in a seed's counts.
+    def _counted(self, source: FeatureSource, record: Record) -> tuple[list[Outcome], Curve]:
+        """Outcomes for each seed, kept ones where there are any, and the first seed's curve."""
+        # Which other seeds there are changes nothing in what a seed gives.
         alone = replace(record, settings={key: value for key, value in record.settings.items() if key != "seeds"})
         paths = {seed: self.counts / f"{_digest(alone.key, seed)}.safetensors" for seed in self.seeds}
-        kept = {seed: counts for seed, path in paths.items() if (counts := _load(path)) is not None}
+        kept = {seed: found for seed, path in paths.items() if (found := self._load(path)) is not None}
         missing = tuple(seed for seed in self.seeds if seed not in kept)
         if missing:
             self.counts.mkdir(parents=True, exist_ok=True)
-            for seed, counts, curve in self.judge(source, missing):
-                kept[seed] = counts, curve
-                _save(paths[seed], counts, curve)
+            for seed, outcome, curve in self.judge(source, missing):
+                kept[seed] = outcome, curve
+                _save(paths[seed], outcome, curve)
         return [kept[seed][0] for seed in self.seeds], kept[self.seeds[0]][1]
 
-    def _scored(self, record: Record, found: Sequence[Counts], curve: Curve, reference: _Reference | None) -> Record:
-        each = [scores(counts) for counts in found]
-        seeds = [
-            {"seed": seed, "mIoU": one.miou, "mAcc": one.macc, "aAcc": one.aacc}
-            for seed, one in zip(self.seeds, each, strict=True)
-        ]
-        names = self.data.train.class_names
-        classes = {
-            name: {"IoU": _mean([one.iou[k] for one in each]), "Acc": _mean([one.acc[k] for one in each])}
-            for k, name in enumerate(names)
-        }
+    def _scored(self, record: Record, found: Sequence[Outcome], curve: Curve, reference: _Reference | None) -> Record:
+        each = [one.scored() for one in found]
+        seeds = [{"seed": seed, **metrics} for seed, metrics in zip(self.seeds, each, strict=True)]
+        classes = [one.classes(self.data) for one in found]
         paired = None
-        if reference is not None and found[0].images > 1:  # of one image nothing can be drawn
+        if reference is not None and _drawable(found[0]):
             interval = paired_interval(found, reference.counted()[0])
-            paired = {"against": reference.record.features, "reference": reference.key, "metric": "mIoU"}
-            paired |= {**asdict(interval), "over": "images", "draws": DRAWS}
-        metrics = {key: float(np.mean([one[key] for one in seeds])) for key in ("mIoU", "mAcc", "aAcc")}
-        return replace(record, metrics=metrics, seeds=seeds, classes=classes, paired=paired, curve=curve)
+            metric = main_metric(self.task).name
+            paired = record_of(interval, metric, reference.record.features, reference.key, self.over)
+        return replace(
+            record,
+            metrics={name: _mean([one[name] for one in each]) for name in each[0]},
+            seeds=seeds,
+            classes={
+                name: {key: _mean([one[name][key] for one in classes]) for key in figures}
+                for name, figures in classes[0].items()
+            },
+            paired=paired,
+            curve=curve,
+        )
+
+    def _load(self, path: Path) -> tuple[Outcome, Curve] | None:
+        try:
+            arrays = load_file(path)
+            outcome, looks = self.outcome.of(arrays), arrays["curve"].tolist()
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return outcome, [[int(step), loss, None if np.isnan(score) else score] for step, loss, score in looks]
+
+
+def _drawable(outcome: Outcome) -> bool:
+    """Whether an interval can be taken: of one group nothing can be drawn."""
+    return len(np.unique(outcome.groups)) > 1
 
 
 def _against(there: dict[str, Any], reference: _Reference | None) -> bool:
-    """Whether a line was held against this reference; those of a single image are against none."""
-    if there["images"]["val"] < 2:
+    """Whether a line was held against this reference; what nothing can be drawn from is against none."""
+    if there["paired"] is None and reference is not None and not _drawable(reference.counted()[0][0]):
         return True
     return (there["paired"] or {}).get("reference") == (None if reference is None else reference.key)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and np.isfinite(value)]
     return float(np.mean(known)) if known else None
 
 
@@ -167,18 +188,7 @@ def _digest(key: str, seed: int) -> str:
     return hashlib.sha256(f"{key} {seed}".encode()).hexdigest()[:24]
 
 
-def _save(path: Path, counts: Counts, curve: Curve) -> None:
-    arrays = {"hits": counts.hits, "truth": counts.truth, "predicted": counts.predicted}
-    looks = np.array([[step, loss, np.nan if miou is None else miou] for step, loss, miou in curve]).reshape(-1, 3)
+def _save(path: Path, outcome: Outcome, curve: Curve) -> None:
+    looks = np.array([[step, loss, np.nan if score is None else score] for step, loss, score in curve]).reshape(-1, 3)
     with atomic_path(path) as temporary:
-        save_file(arrays | {"curve": looks}, temporary)
-
-
-def _load(path: Path) -> tuple[Counts, Curve] | None:
-    try:
-        arrays = load_file(path)
-        counts = Counts(arrays["hits"], arrays["truth"], arrays["predicted"])
-        looks = arrays["curve"].tolist()
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return counts, [[int(step), loss, None if np.isnan(miou) else miou] for step, loss, miou in looks]
+        save_file(outcome.arrays() | {"curve": looks}, temporary)

@@ -1,4 +1,4 @@
-"""Stage 1 of the images of a labelled data set: fitted once into stores, which later runs find again."""
+"""Stage 1 of the images of a data set: fitted once into stores, which later runs find again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.dataset import Dataset, Item
 from denoising_vit.denoise import given_artifact
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
+from denoising_vit.evaluation.judged import JudgedData, JudgedImage, JudgedSet
 from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sizes import native_size
 from denoising_vit.evaluation.sources import FieldSource
@@ -78,7 +78,7 @@ class FieldOptions:
 
 def fitted_fields(
     name: str,
-    data: LabelledData,
+    data: JudgedData,
     folder: Path,
     backbone: Backbone,
     spec: BackboneSpec,
@@ -112,7 +112,7 @@ def fitted_fields(
     identity: dict[str, Any] = options.recorded() | {"artifact": artifact_digest(known), "size": options.size}
     for indifferent in ("held_out", "batch_size"):  # they change nothing in the fields
         identity.pop(indifferent, None)
-    splits = [data.train, data.val]
+    splits = list(data.splits)
     if crops is not None:
         identity["of"] = "crop"
         splits = [_cut(images, crops[images.split], folder) for images in splits]
@@ -123,7 +123,7 @@ def fitted_fields(
     return FieldSource(name, backbone, stores, identity, of_crops=crops is not None)
 
 
-def _cut(images: LabelledSet, shown: Sequence[Shown], folder: Path) -> LabelledSet:
+def _cut(images: JudgedSet[JudgedImage], shown: Sequence[Shown], folder: Path) -> JudgedSet[JudgedImage]:
     """The crops as images: written to the folder, under the ids of the images that they are of."""
     cut = []
     for image, crop in shown:
@@ -140,7 +140,7 @@ def _cut(images: LabelledSet, shown: Sequence[Shown], folder: Path) -> LabelledS
 
 
 def _fitted(
-    images: LabelledSet,
+    images: JudgedSet[JudgedImage],
     folder: Path,
     backbone: Backbone,
     spec: BackboneSpec,
@@ -172,16 +172,17 @@ def _fitted(
     return job.store
 
 
-def store_name(images: LabelledSet, backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
+def store_name(images: JudgedSet[JudgedImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
     """The same for the same fields of the same images."""
     whose = {"weights": backbone.fingerprint.short, **asdict(spec), "images": images.digest}
     key = hashlib.sha256(json.dumps(identity | whose, sort_keys=True, default=str).encode()).hexdigest()
     return f"{images.split}-{key[:16]}"
 
 
-def _common_size(data: LabelledData, backbone: Backbone) -> tuple[int, int]:
+def _common_size(data: JudgedData, backbone: Backbone) -> tuple[int, int]:
     """The size of all images, rounded to the patch grid; the backbone's own where they differ."""
-    size = data.train.common_size
-    if size is None or size != data.val.common_size:
+    sizes = {images.common_size for images in data.splits}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if size is None:
         return backbone.default_size, backbone.default_size
     return native_size(*size, backbone.patch_size, backbone.stride)

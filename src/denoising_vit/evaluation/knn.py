@@ -106,7 +106,7 @@ def nearest_neighbours(
     return Counts.joined(found)
 
 
-def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list[Shown]:
+def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list[tuple[LabelledImage, Crop]]:
     """What is shown of each image: other neutral crops in ``val`` than in ``train``."""
     offset = _VAL_SEED if images.split == "val" else 0
     shown = []

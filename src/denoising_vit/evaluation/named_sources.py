@@ -15,7 +15,7 @@ from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import fitted_fields
-from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.evaluation.watching import Watch
@@ -50,7 +50,7 @@ class NamedSources:
     """What sources are made from.
 
     Attributes:
-        data: labelled images.
+        data: what is judged.
         backbone: whose features are judged.
         spec: the same in words.
         folder: for the fields of stage 1.
@@ -64,7 +64,7 @@ class NamedSources:
         beyond: whether crops are judged and stage 1 has seen the images beyond them.
     """
 
-    data: LabelledData
+    data: JudgedData
     backbone: Backbone
     spec: BackboneSpec
     folder: Path
@@ -74,7 +74,7 @@ class NamedSources:
     extractors: Mapping[str, Extractor]
     watch: Watch
     normalisation: Normalisation | None = None
-    crops: dict[str, list[Shown]] | None = None
+    crops: Mapping[str, Sequence[Shown]] | None = None
     beyond: bool = False
 
     def makers(self, names: Sequence[str]) -> dict[str, Callable[[], FeatureSource]]:

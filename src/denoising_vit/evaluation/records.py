@@ -17,7 +17,7 @@ import torch
 
 from denoising_vit.errors import EvaluationError
 
-Task = Literal["knn", "segmentation", "artifacts"]
+Task = Literal["knn", "segmentation", "depth", "discovery", "propagation", "matching", "artifacts"]
 
 
 #: What every line of results begins with.
@@ -32,11 +32,11 @@ class Record:
         task: what was done.
         features: the source's name.
         settings: everything that decides the result, as JSON values: data, backbone, features, options.
-        metrics: by name; in percent for classes, means over the seeds.
+        metrics: by name, as `evaluation.metrics` has them; means over the seeds.
         seeds: the metrics of each seed.
         classes: IoU and Acc by class, means over the seeds; None where the class never occurs.
-        paired: difference to another source with its interval over images.
-        curve: [step, loss, mIoU or None] along the training of the first seed.
+        paired: difference to another source with its interval over images, or groups of them.
+        curve: [step, loss, main metric or None] along the training of the first seed.
         images: how many of each split.
         skipped: (id, why) of images that were left out.
         absent: classes that no judged pixel has.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import NO_LABEL
-
-#: Draws of the bootstrap.
-DRAWS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +46,45 @@ class Counts:
         return cls(*(np.zeros((1, classes), dtype=np.int64) for _ in range(3)))
 
     @property
-    def images(self) -> int:
-        """How many."""
+    def items(self) -> int:
+        """How many images."""
         return len(self.hits)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Each image is drawn alone."""
+        return np.arange(self.items)
+
+    def scored(self) -> dict[str, float]:
+        """mIoU, mAcc and aAcc in percent.
+
+        Raises:
+            EvaluationError: if no pixel has a label.
+        """
+        found = scores(self)
+        return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
+
+    def drawn(self, weights: np.ndarray) -> np.ndarray:
+        """The mIoU of each draw (draws,) in percent, NaN where none of its images has a label."""
+        hits, truth, predicted = (weights @ values for values in (self.hits, self.truth, self.predicted))
+        iou = _ratio(hits, truth + predicted - hits)
+        there = ~np.isnan(iou)
+        return 100 * _ratio(np.where(there, iou, 0).sum(1), there.sum(1) * (truth.sum(1) > 0))
+
+    def classes(self, data: Any) -> dict[str, dict[str, float | None]]:
+        """IoU and Acc of each class of labelled data."""
+        found = scores(self)
+        names = data.train.class_names
+        return {name: {"IoU": found.iou[k], "Acc": found.acc[k]} for k, name in enumerate(names)}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The three counts."""
+        return {"hits": self.hits, "truth": self.truth, "predicted": self.predicted}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """Back from arrays."""
+        return cls(arrays["hits"], arrays["truth"], arrays["predicted"])
 
 
 def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
@@ -113,51 +147,6 @@ def scores(counts: Counts) -> Scores:
         iou=_percent(iou),
         acc=_percent(acc),
     )
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The difference of two sources' mIoU in points, and where it may lie.
-
-    Attributes:
-        difference: of the scores of all images.
-        low: 2.5 % of the draws are below.
-        high: 2.5 % of the draws are above.
-    """
-
-    difference: float
-    low: float
-    high: float
-
-
-def paired_interval(ours: Sequence[Counts], theirs: Sequence[Counts], draws: int = DRAWS) -> Interval:
-    """95 % bootstrap interval of the difference of mIoU, paired: each draw takes the same images of both.
-
-    Args:
-        ours: of one source, for each seed of the probe; differences are averaged over seeds.
-        theirs: of the other, for the same seeds.
-        draws: of as many images as there are, with replacement.
-
-    Raises:
-        EvaluationError: if there are not as many images or seeds on both sides.
-    """
-    if not ours or len(ours) != len(theirs) or any(a.images != b.images for a, b in zip(ours, theirs, strict=True)):
-        raise EvaluationError("a paired interval needs the same images and seeds on both sides")
-    images = ours[0].images
-    chance = np.random.default_rng(0)
-    weights = chance.multinomial(images, np.full(images, 1 / images), size=draws)  # (draws, images)
-    found = np.mean([_miou(a, weights) - _miou(b, weights) for a, b in zip(ours, theirs, strict=True)], axis=0)
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    difference = np.mean([scores(a).miou - scores(b).miou for a, b in zip(ours, theirs, strict=True)])
-    return Interval(float(difference), float(low), float(high))
-
-
-def _miou(counts: Counts, weights: np.ndarray) -> np.ndarray:
-    """The mIoU of each draw (draws,) in percent, NaN where none of its images has a label."""
-    hits, truth, predicted = (weights @ values for values in (counts.hits, counts.truth, counts.predicted))
-    iou = _ratio(hits, truth + predicted - hits)
-    there = ~np.isnan(iou)
-    return 100 * _ratio(np.where(there, iou, 0).sum(1), there.sum(1) * (truth.sum(1) > 0))
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor
 from denoising_vit.artifact import compact
 from denoising_vit.crops import Crop
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
-from denoising_vit.evaluation.labelled import LabelledImage
+from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.extraction import fitting_batch
 from denoising_vit.files import atomic_path
@@ -32,7 +32,7 @@ _HEADER = 256
 _AHEAD = 3
 
 #: One image and the crop of it that is looked at.
-Shown = tuple[LabelledImage, Crop]
+Shown = tuple[JudgedImage, Crop]
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from denoising_vit.backbones.base import check_side, nearest_sizes
-from denoising_vit.evaluation.labelled import LabelledImage
+from denoising_vit.evaluation.judged import JudgedImage
 
 
 class Patches(Protocol):
@@ -15,7 +15,7 @@ class Patches(Protocol):
     stride: int
 
 
-def shown_size(size: int | tuple[int, int] | None, image: LabelledImage, patches: Patches) -> tuple[int, int]:
+def shown_size(size: int | tuple[int, int] | None, image: JudgedImage, patches: Patches) -> tuple[int, int]:
     """(H, W) in pixels at which an image is shown.
 
     Raises:

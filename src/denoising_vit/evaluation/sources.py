@@ -12,8 +12,9 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.crops import Crop
 from denoising_vit.denoise import describe
+from denoising_vit.denoised import DenoisedViT
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.labelled import LabelledImage
+from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.rendering import to_image
 from denoising_vit.store import FeatureStore
 
@@ -49,10 +50,11 @@ class FeatureSource(ABC):
     def __init__(self, name: str, backbone: Backbone, identity: dict[str, Any], *, cached: bool) -> None:
         self.name, self.identity, self.cached = name, identity, cached
         self.backbone = backbone_settings(backbone)
+        self._of = backbone
         self.patch_size, self.stride, self.device = backbone.patch_size, backbone.stride, backbone.device
 
     @abstractmethod
-    def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """What the forward pass takes for a crop of an image; crops of one padded size may be stacked."""
 
     @abstractmethod
@@ -61,6 +63,22 @@ class FeatureSource(ABC):
 
         Raises:
             EvaluationError: if they are not finite, or no grid.
+        """
+
+    def class_tokens(self) -> FeatureSource:
+        """The class tokens that go with the features, (B, 1, 1, C): a source of their own, so that they are kept alike.
+
+        They are the frozen backbone's, of the same crop; cleaning changes none. Where a backbone has none, the mean of
+        its features takes their place.
+        """
+        return ClassTokens(self._of)
+
+    @abstractmethod
+    def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, h, w, C) and class tokens (B, 1, 1, C) of one forward pass.
+
+        Raises:
+            EvaluationError: if they are not finite, or no grid; or if there is no forward pass to take them from.
         """
 
     def _checked(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -96,18 +114,53 @@ class ExtractorSource(FeatureSource):
         normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     ) -> None:
         super().__init__(name, backbone, identity or {}, cached=True)
-        self._backbone, self._extractor = backbone, extractor or backbone
+        self._extractor, self._normalisation = extractor or backbone, normalisation
         self._mean, self._std = normalisation or (backbone.mean, backbone.std)
 
-    def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """The rendered crop, (3, H, W) normalised, on the CPU."""
         return crop.render(to_image(image.pixels()), self._mean, self._std, colour)
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
         """Features (B, h, w, C) of rendered crops (B, 3, H, W)."""
-        grid = self._backbone.grid_size(*inputs.shape[2:])
+        grid = self._of.grid_size(*inputs.shape[2:])
         return self._checked(self._extractor(inputs.to(self.device)), grid)
+
+    @torch.no_grad()
+    def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, h, w, C) and class tokens (B, 1, 1, C) of rendered crops (B, 3, H, W)."""
+        inputs = inputs.to(self.device)
+        if isinstance(self._extractor, Backbone | DenoisedViT):
+            features, prefix = self._extractor.forward_with_prefix(inputs)
+        else:  # any function of images: what it leaves out is the backbone's
+            features, (_, prefix) = self._extractor(inputs), self._of.forward_with_prefix(inputs)
+        features = self._checked(features, self._of.grid_size(*inputs.shape[2:]))
+        return features, self._checked(_class_token(features, prefix))
+
+    def class_tokens(self) -> FeatureSource:
+        """Those of the extractor where it is a backbone of its own, else the frozen backbone's."""
+        own = self._extractor if isinstance(self._extractor, Backbone) else self._of
+        return ClassTokens(own, self._normalisation)
+
+
+class ClassTokens(ExtractorSource):
+    """Class tokens as features of a grid of one patch, (B, 1, 1, C).
+
+    Args:
+        backbone: whose they are.
+        normalisation: mean and deviation of the images where they are not to be the backbone's own.
+    """
+
+    def __init__(
+        self, backbone: Backbone, normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    ) -> None:
+        identity = {"token": "class"} | ({} if normalisation is None else {"normalisation": list(normalisation)})
+        super().__init__("class token", backbone, None, identity, normalisation)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Class tokens (B, 1, 1, C) of rendered crops (B, 3, H, W)."""
+        return self.features_and_class(inputs)[1]
 
 
 class FieldSource(FeatureSource):
@@ -135,7 +188,7 @@ class FieldSource(FeatureSource):
         super().__init__(name, backbone, identity, cached=False)  # the stores are on disk already
         self._stores, self._of_crops = dict(stores), of_crops
 
-    def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """F at the patches of the crop, (h, w, C)."""
         nodes = self._stores[image.split][image.id].field
         crop = Crop.whole(crop.size) if self._of_crops else crop
@@ -144,3 +197,20 @@ class FieldSource(FeatureSource):
     def features(self, inputs: Tensor) -> Tensor:
         """The same."""
         return self._checked(inputs.to(self.device))
+
+    def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Refused: fields are not of a forward pass.
+
+        Raises:
+            EvaluationError: always.
+        """
+        raise EvaluationError(
+            f"{self.name}: fields of stage 1 belong to images as they are, not to rotated or recoloured ones, as the "
+            "published training shows them; judge them by --preset quick"
+        )
+
+
+def _class_token(features: Tensor, prefix: Tensor) -> Tensor:
+    """(B, 1, 1, C), the first of prefix tokens (B, P, C); the mean of features (B, h, w, C) where there are none."""
+    token = prefix[:, 0] if prefix.shape[1] else features.mean((1, 2))
+    return token[:, None, None]

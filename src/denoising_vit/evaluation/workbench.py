@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
-from denoising_vit.evaluation.comparison import Comparison, Curve
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.comparison import Comparison, Curve, Judge
+from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import NamedSources, Normalisation
-from denoising_vit.evaluation.records import Results
+from denoising_vit.evaluation.outcomes import Outcome
+from denoising_vit.evaluation.records import Results, Task
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.seeing import FeatureCache, Shown
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
@@ -24,6 +27,9 @@ from denoising_vit.evaluation.sizes import check_size
 from denoising_vit.evaluation.sources import Extractor, FeatureSource, backbone_settings
 from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.options import DenoiseOptions
+
+#: Mean and deviation that the published evaluation gives images of every model.
+IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
 #: A line of results, and whether it was there already.
 Line = tuple[dict[str, Any], bool]
@@ -34,7 +40,7 @@ class Workbench:
     """What sources of features are compared on, and with.
 
     Attributes:
-        data: labelled images.
+        data: what they are judged on.
         backbone: whose features are judged.
         spec: the same in words.
         results: where lines go.
@@ -50,7 +56,7 @@ class Workbench:
         watch: shows progress.
     """
 
-    data: LabelledData
+    data: JudgedData
     backbone: Backbone
     spec: BackboneSpec
     results: Results
@@ -69,42 +75,88 @@ class Workbench:
         """Features on disk."""
         return FeatureCache(self.folder / "features", self.cache_bytes)
 
+    def compare(
+        self,
+        names: Sequence[str],
+        judge: Judge,
+        *,
+        task: Task,
+        settings: Mapping[str, Any],
+        seeds: tuple[int, ...],
+        size: int | tuple[int, int] | None,
+        outcome: type[Outcome] = Counts,
+        over: str = "images",
+        normalisation: Normalisation | None = None,
+        crops: Mapping[str, Sequence[Shown]] | None = None,
+        beyond: bool = False,
+        published: dict[str, str] | None = None,
+    ) -> Iterator[Line]:
+        """Each source judged alike, the first one being what others are held against.
+
+        Args:
+            names: of the sources.
+            judge: does one of them.
+            task: what it is called in results.
+            settings: what decides the results besides data, backbone and features, as JSON values.
+            seeds: of the judge.
+            size: at which images are shown; None for their own.
+            outcome: of what kind the judge's outcomes are.
+            over: what is drawn for intervals.
+            normalisation: of images, where it is not the backbone's own.
+            crops: by split, what is shown, where stage 1 is to fit each crop as an image of its own.
+            beyond: whether crops are judged and stage 1 has seen the images beyond them.
+            published: model and variant of the published row that is measured, if one is.
+
+        Raises:
+            SizeError: if the size does not fit the patch grid.
+            EvaluationError: if a name is unknown.
+        """
+        check_size(size, self.backbone.patch_size, self.backbone.stride)
+        comparison = Comparison(
+            task=task,
+            data=self.data,
+            settings=self._settings() | dict(settings) | {"size": size or "native"},
+            seeds=seeds,
+            judge=judge,
+            results=self.results,
+            counts=self.folder / "counts",
+            run=self.run,
+            published=published,
+            outcome=outcome,
+            over=over,
+        )
+        yield from comparison.compare(self._makers(names, size, normalisation, crops, beyond))
+
     def knn(self, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
         """Nearest-neighbour segmentation of each source, the first one being what others are held against.
 
         Raises:
             PlanError: if an option is out of range.
             SizeError: if the size does not fit the patch grid.
+            EvaluationError: if the data have no classes.
         """
         options.validate()
-        check_size(options.size, self.backbone.patch_size, self.backbone.stride)
-        images = len(self.data.train.images) + len(self.data.val.images)
+        data = self._labelled
+        images = len(data.train.images) + len(data.val.images)
 
         def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
             with self.watch(f"{source.name}: images", images) as advance:
-                yield (
-                    options.seed,
-                    nearest_neighbours(source, self.data, options, cache=self.cache, progress=advance),
-                    [],
-                )
+                yield options.seed, nearest_neighbours(source, data, options, cache=self.cache, progress=advance), []
 
-        settings = {key: value for key, value in asdict(options).items() if key != "seed"}
-        comparison = Comparison(
-            task="knn",
-            data=self.data,
-            settings=self._settings() | settings | {"size": options.size or "native"},
-            seeds=(options.seed,),
-            judge=judge,
-            results=self.results,
-            counts=self.folder / "counts",
-            run=self.run,
-        )
+        check_size(options.size, self.backbone.patch_size, self.backbone.stride)
         crops, neutral = None, options.crops == "neutral"
         if neutral and self.fields_of == "crop":
-            crops = {
-                images.split: crops_of(images, self.backbone, options) for images in (self.data.train, self.data.val)
-            }
-        yield from comparison.compare(self._makers(names, options.size, crops=crops, beyond=neutral and crops is None))
+            crops = {images.split: crops_of(images, self.backbone, options) for images in (data.train, data.val)}
+        yield from self.compare(
+            names,
+            judge,
+            task="knn",
+            settings={key: value for key, value in asdict(options).items() if key != "seed"},
+            seeds=(options.seed,),
+            size=options.size,
+            crops=crops,
+            beyond=neutral and crops is None,
+        )
 
     def segmentation(
         self, names: Sequence[str], options: SegmentationOptions, published: dict[str, str] | None = None
@@ -125,40 +177,47 @@ class Workbench:
         self, names: Sequence[str], protocol: Protocol, seeds: tuple[int, ...], published: dict[str, str] | None = None
     ) -> Iterator[Line]:
         """As :meth:`segmentation`, with every setting of the protocol given."""
+        data = self._labelled
+        settings = asdict(protocol)
 
         def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
             probes = linear_segmentation(
                 source,
-                self.data,
+                data,
                 protocol,
                 missing,
                 cache=self.cache,
-                checkpoints=self.folder / "checkpoints" / _digest([settings, source.name, source.identity]),
+                checkpoints=self.checkpoints(source, settings | {"size": protocol.size or "native"}),
                 watch=self.watch,
             )
             for probe in probes:
                 yield probe.seed, probe.counts, _looks(probe)
 
-        check_size(protocol.size, self.backbone.patch_size, self.backbone.stride)
-        settings = self._settings() | asdict(protocol) | {"size": protocol.size or "native"}
-        comparison = Comparison(
+        yield from self.compare(
+            names,
+            judge,
             task="segmentation",
-            data=self.data,
             settings=settings,
             seeds=seeds,
-            judge=judge,
-            results=self.results,
-            counts=self.folder / "counts",
-            run=self.run,
+            size=protocol.size,
+            normalisation=None if protocol.normalisation == "own" else IMAGENET,
             published=published,
         )
-        own = protocol.normalisation == "own"
-        normalisation: Normalisation | None = None if own else (IMAGENET_MEAN, IMAGENET_STD)
-        yield from comparison.compare(self._makers(names, protocol.size, normalisation))
+
+    def checkpoints(self, source: FeatureSource, settings: Mapping[str, Any]) -> Path:
+        """Where probes of a source in these settings are kept while they are trained."""
+        key = [self._settings() | dict(settings), source.name, source.identity]
+        return self.folder / "checkpoints" / _digest(key)
+
+    @property
+    def _labelled(self) -> LabelledData:
+        if not isinstance(self.data, LabelledData):
+            raise EvaluationError(f"{self.data.name}: expected photos with masks of classes, got {self.data.layout}")
+        return self.data
 
     def _settings(self) -> dict[str, Any]:
         data = self.data
-        digest = hashlib.sha256(f"{data.train.digest} {data.val.digest}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(" ".join(images.digest for images in data.splits).encode()).hexdigest()[:16]
         about = {"name": data.name, "layout": data.layout, "digest": digest}
         return {"data": about, "backbone": backbone_settings(self.backbone)}
 
@@ -166,9 +225,9 @@ class Workbench:
         self,
         names: Sequence[str],
         size: int | tuple[int, int] | None,
-        normalisation: Normalisation | None = None,
-        crops: dict[str, list[Shown]] | None = None,
-        beyond: bool = False,
+        normalisation: Normalisation | None,
+        crops: Mapping[str, Sequence[Shown]] | None,
+        beyond: bool,
     ) -> dict[str, Callable[[], FeatureSource]]:
         sources = NamedSources(
             data=self.data,

@@ -12,7 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.photos import MAX_PIXELS, read_photo
+from denoising_vit.evaluation.judged import JudgedImage
+from denoising_vit.photos import MAX_PIXELS
 
 #: What a pixel has that belongs to no class.
 NO_LABEL = -1
@@ -74,30 +75,18 @@ class Coding:
 
 
 @dataclass(frozen=True)
-class LabelledImage:
+class LabelledImage(JudgedImage):
     """A photo with a class for each pixel, inspected once and read again when it is needed.
 
     Attributes:
-        split: ``train`` or ``val``.
-        id: path of the photo below the folder of its split's photos, with ``/`` between its parts.
-        photo: the file of the photo.
-        mask: the file of the mask.
+        mask: the file of the mask, which has the photo's size.
         coding: what the mask's numbers mean.
-        height: of photo and mask, in pixels, H.
-        width: of photo and mask, in pixels, W.
-        digest: of the photo's pixels.
         mask_digest: of the labels.
         class_pixels: labelled pixels of each class, K of them.
     """
 
-    split: str
-    id: str
-    photo: Path
     mask: Path
     coding: Coding
-    height: int
-    width: int
-    digest: str
     mask_digest: str
     class_pixels: tuple[int, ...]
 
@@ -111,13 +100,10 @@ class LabelledImage:
         """The number that the mask has for class 0."""
         return self.coding.shift
 
-    def pixels(self) -> np.ndarray:
-        """The photo, (H, W, 3) uint8.
-
-        Raises:
-            PhotoError: if it can no longer be read.
-        """
-        return read_photo(self.photo)
+    @property
+    def truth_digest(self) -> str:
+        """Of the labels."""
+        return self.mask_digest
 
     def labels(self) -> Tensor:
         """Classes (H, W) int64 in 0 to K - 1, NO_LABEL where there is none.

@@ -38,6 +38,16 @@ class LabelledData:
     val: LabelledSet
     note: str | None
 
+    @property
+    def splits(self) -> tuple[LabelledSet, ...]:
+        """Both."""
+        return self.train, self.val
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes that no judged pixel has."""
+        return self.val.absent
+
 
 class _Split(NamedTuple):
     pairs: list[Pair]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 
 from denoising_vit.dataset import Skipped, spread
 from denoising_vit.errors import EvaluationError, PhotoError
+from denoising_vit.evaluation.judged import JudgedSet
 from denoising_vit.evaluation.labelled.images import Coding, LabelledImage, read_mask
 from denoising_vit.evaluation.labelled.pairs import Pair
 from denoising_vit.photos import photo_digest, read_photo
@@ -21,20 +21,14 @@ _THREADS = 4
 
 
 @dataclass(frozen=True)
-class LabelledSet:
+class LabelledSet(JudgedSet[LabelledImage]):
     """One split, in a fixed order.
 
     Attributes:
-        split: ``train`` or ``val``.
-        images: those that can be used.
         class_names: of classes 0 to K - 1.
-        skipped: what cannot be used, and why.
     """
 
-    split: str
-    images: tuple[LabelledImage, ...]
     class_names: tuple[str, ...]
-    skipped: tuple[Skipped, ...] = ()
 
     @cached_property
     def pixels(self) -> tuple[int, ...]:
@@ -44,25 +38,10 @@ class LabelledSet:
             counts += image.class_pixels
         return tuple(counts.tolist())
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of ids, photos and labels in their order; files that decode to the same give the same."""
-        content = hashlib.sha256()
-        for image in self.images:
-            line = f"{image.id}\0{image.digest}\0{image.mask_digest}\n"
-            content.update(line.encode(errors="surrogateescape"))  # names of files need not be UTF-8
-        return content.hexdigest()
-
     @property
     def absent(self) -> tuple[str, ...]:
         """Classes that have no pixel here."""
         return tuple(name for name, count in zip(self.class_names, self.pixels, strict=True) if count == 0)
-
-    @property
-    def common_size(self) -> tuple[int, int] | None:
-        """(H, W), if all photos share it."""
-        sizes = {(image.height, image.width) for image in self.images}
-        return sizes.pop() if len(sizes) == 1 else None
 
     def subset(self, count: int) -> LabelledSet:
         """At most so many images, evenly spread over all of them; 0 takes all.
@@ -119,7 +98,7 @@ def inspect(
         raise EvaluationError(
             f"expected photos with masks for the split {split}, none of {len(pairs)} pairs can be used{first}"
         )
-    return LabelledSet(split, tuple(images), class_names, tuple(failed))
+    return LabelledSet(split, tuple(images), class_names, skipped=tuple(failed))
 
 
 def _inspect_one(split: str, pair: Pair, coding: Coding) -> LabelledImage | Skipped:

@@ -11,13 +11,13 @@ from pathlib import Path
 from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.probing import Curve, train
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.segmentation.judging import judge
 from denoising_vit.evaluation.segmentation.probe import LinearProbe
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops, Samples
-from denoising_vit.evaluation.segmentation.training import Curve, train
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.watching import Watch, unwatched
@@ -79,12 +79,11 @@ def linear_segmentation(
     for seed in seeds:
         steps = watch(f"{source.name}, seed {seed}: steps", protocol.steps)
         with _samples(kept, source, data, protocol, seed) as samples, steps as advance:
-            probe, curve = train(
-                samples,
+            probe = LinearProbe(samples.channels, classes, seed).to(source.device)
+            curve = train(
+                probe,
+                samples.loss,
                 protocol,
-                classes,
-                seed,
-                source.device,
                 checkpoint=None if checkpoints is None or kept is not None else checkpoints / f"{seed}.pt",
                 look=watched if kept is not None and seed == seeds[0] else None,
                 progress=advance,

@@ -56,7 +56,7 @@ def to_pixels(scores: Tensor, crop: Crop, patch_size: int, stride: int) -> Tenso
     return at_places(scores, rows, columns, patch_size, stride)
 
 
-def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: int, stride: int) -> Tensor:
+def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float) -> Tensor:
     """Scores of patches (h, w, K), bilinear at rows and columns in pixels of what was shown: (rows, columns, K)."""
     down, across = (
         # linear_weights has nodes at cell centres: patch k is at (k + 0.5) / patches.

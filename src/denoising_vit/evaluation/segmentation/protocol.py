@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from denoising_vit.errors import PlanError
+from denoising_vit.evaluation.probing import check_training
 
 Preset = Literal["paper", "quick"]
 
@@ -57,6 +57,14 @@ class Protocol:
     window_stride: int = 341
     normalisation: Literal["own", "imagenet"] = "imagenet"
     size: int | tuple[int, int] | None = None
+
+    @property
+    def gradient_limit(self) -> None:
+        """None: gradients are taken as they are."""
+
+    def momentum_at(self, step: int) -> float:
+        """AdamW's first beta, always its default."""
+        return 0.9
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of a step, 0 to steps - 1: falling linearly to 0, times the warm-up."""
@@ -109,16 +117,7 @@ class SegmentationOptions:
         base = PAPER if self.preset == "paper" else QUICK
         if self.size is not None and self.preset == "paper":
             raise PlanError("size is for preset quick; paper shows crops of 512 pixels of images scaled to that side")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise PlanError(f"seeds must be one number or more, 0 or above and different, got {self.seeds}")
-        for name in ("steps", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PlanError(f"{name} must be at least 1, got {value}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise PlanError(f"learning_rate must be a positive number, got {self.learning_rate}")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
-            raise PlanError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        check_training(self.seeds, self.steps, self.batch, self.learning_rate, self.weight_decay)
         steps = self.steps or base.steps
         return replace(
             base,

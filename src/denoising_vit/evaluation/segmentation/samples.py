@@ -16,6 +16,7 @@ from torch import Tensor
 from denoising_vit.artifact import compact
 from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL, LabelledSet
+from denoising_vit.evaluation.ordering import chosen
 from denoising_vit.evaluation.patch_labels import patch_counts
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.segmentation.augmentation import distort, labels_of, training_crop
@@ -24,8 +25,8 @@ from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 
-#: What a stream of draws is for, so that no two share their numbers.
-_ORDER, _CROPS = 1, 2
+#: What a stream of draws is for; the order has 1, so that no two share their numbers.
+_CROPS = 2
 
 #: Threads that decode and render crops.
 _RENDERERS = 4
@@ -106,9 +107,9 @@ class KeptFeatures:
 
     def loss(self, probe: LinearProbe, step: int) -> Tensor:
         """The cross-entropy of a step's images."""
-        chosen = _chosen(len(self.features), self.batch, step, self.seed)
-        features = torch.cat([self.features[index].flatten(0, 1) for index in chosen])  # (h, w, C) each -> (N, C)
-        counts = torch.cat([self.counts[index].flatten(0, 1) for index in chosen])  # (N, K + 1)
+        places = chosen(len(self.features), self.batch, step, self.seed)
+        features = torch.cat([self.features[index].flatten(0, 1) for index in places])  # (h, w, C) each -> (N, C)
+        counts = torch.cat([self.counts[index].flatten(0, 1) for index in places])  # (N, K + 1)
         scores = probe(features.to(self.device).float())
         counts = counts.to(scores)
         return -(scores.log_softmax(-1) * counts[:, :-1]).sum() / counts.sum()
@@ -130,7 +131,7 @@ class RandomCrops:
     ) -> None:
         self._channels = channels
         self._source, self._images, self._protocol, self._seed = source, images.images, protocol, seed
-        self._pool = ThreadPoolExecutor(_RENDERERS, "render")
+        self._pool = ThreadPoolExecutor(_RENDERERS, "render", torch.set_num_threads, (torch.get_num_threads(),))
         self._ahead: dict[int, list[Future[_Drawn]]] = {}
 
     @property
@@ -161,7 +162,7 @@ class RandomCrops:
 
     def _render(self, step: int) -> None:
         if step not in self._ahead:
-            batch = _chosen(len(self._images), self._protocol.batch, step, self._seed)
+            batch = chosen(len(self._images), self._protocol.batch, step, self._seed)
             self._ahead[step] = [self._pool.submit(self._draw, index, step, place) for place, index in enumerate(batch)]
 
     def _draw(self, index: int, step: int, place: int) -> _Drawn:
@@ -171,14 +172,3 @@ class RandomCrops:
         crop = training_crop(labels, self._protocol, (self._source.patch_size, self._source.stride), chance)
         colour = functools.partial(distort, chance=chance) if self._protocol.distort else None
         return self._source.inputs(image, crop, colour), crop, labels_of(crop, labels)
-
-
-def _chosen(images: int, batch: int, step: int, seed: int) -> list[int]:
-    """The images of a step: every image comes once in an epoch, and a batch may begin in one and end in the next."""
-    wanted = range(step * batch, (step + 1) * batch)
-    return [int(_order(images, position // images, seed)[position % images]) for position in wanted]
-
-
-@functools.lru_cache(maxsize=4)
-def _order(images: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, _ORDER, epoch]).permutation(images)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from denoising_vit.errors import FormatError
+from denoising_vit.evaluation.metrics import METRICS
 from denoising_vit.evaluation.tables.checking import count, listed, mapping, number, required, text, value_or_none
 
 #: What can be evaluated, in the order of the report.
-TASKS = ("knn", "segmentation", "artifacts")
-
-#: Of tasks that compare classes: mean intersection over union, mean accuracy of classes, accuracy of pixels.
-SCORES = ("mIoU", "mAcc", "aAcc")
+TASKS = (*METRICS, "artifacts")
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Entry:
         features: the source's name.
         settings: everything that the figures depend on; `data` and `backbone` are mappings with a `name`.
         metrics: name to figure; scores in percent. Empty if the evaluation failed.
-        seeds: those that the metrics are means over, with the mIoU of each.
+        seeds: those that the metrics are means over, with the main metric of each.
         classes: name to IoU in percent; None where it is not defined.
         paired: the difference against the reference.
-        curve: (step, mIoU in percent) where it was measured during training.
+        curve: (step, main metric) where it was measured during training.
         images: how many of each split.
         skipped: (item, reason).
         absent: classes that never occur in the images, left out of means.
@@ -123,7 +121,7 @@ def parse_entry(found: object) -> Entry:
         features=text(required(line, "features"), "features"),
         settings=_settings(required(line, "settings")),
         metrics={} if failed is not None else _metrics(required(line, "metrics"), task),
-        seeds=_seeds(line, run),
+        seeds=_seeds(line, run, task),
         classes=_classes(line),
         paired=value_or_none(line, "paired", _paired),
         curve=_curve(line),
@@ -153,19 +151,19 @@ def _settings(value: object) -> Mapping[str, Any]:
 
 def _metrics(value: object, task: str) -> Mapping[str, float | None]:
     metrics = mapping(value, "metrics")
-    if task != "artifacts":
-        for score in SCORES:
-            required(metrics, score, "metrics.")
+    for metric in METRICS.get(task, ()):
+        required(metrics, metric.name, "metrics.")
     return {name: value_or_none(metrics, name, number) for name in metrics}
 
 
-def _seeds(line: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[tuple[int, float | None], ...]:
+def _seeds(line: Mapping[str, Any], run: Mapping[str, Any], task: str) -> tuple[tuple[int, float | None], ...]:
     found = [mapping(seed, "seeds") for seed in listed(line.get("seeds"), "seeds")]
     if not found:  # a task that draws only once names its seed with the run
         seed = value_or_none(run, "seed", count)
         return () if seed is None else ((seed, None),)
+    main = METRICS[task][0].name if task in METRICS else ""
     return tuple(
-        (count(required(seed, "seed", "seeds."), "seeds.seed"), value_or_none(seed, "mIoU", number)) for seed in found
+        (count(required(seed, "seed", "seeds."), "seeds.seed"), value_or_none(seed, main, number)) for seed in found
     )
 
 
@@ -195,7 +193,7 @@ def _curve(line: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
     for point in listed(line.get("curve"), "curve"):
         values = listed(point, "curve")
         if len(values) != 3:
-            raise FormatError(f"curve: expected [step, loss, mIoU], got {json.dumps(point)}")
+            raise FormatError(f"curve: expected [step, loss, score], got {json.dumps(point)}")
         if values[2] is not None:  # between evaluations only the loss is known
             points.append((count(values[0], "curve"), number(values[2], "curve")))
     return tuple(points)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from denoising_vit.evaluation.metrics import METRICS, main_metric
 from denoising_vit.evaluation.tables.entries import Entry
 from denoising_vit.evaluation.tables.markdown import NONE, fixed, flat, folded, plain, signed, significant, table
 from denoising_vit.evaluation.tables.sections import FIRST, Section, feature_settings
@@ -23,8 +24,6 @@ ARTIFACT_LABELS = {
     "detail": "detail",
 }
 
-_SCORE_HEADER = ("features", "mIoU", "mAcc", "aAcc", "spread over seeds", "difference (95 % interval)", "seconds")
-
 
 def figure_tables(section: Section) -> list[list[str]]:
     """Blocks of lines: the figures, and where there are any the difference's meaning, curves and classes."""
@@ -40,17 +39,22 @@ def figure_tables(section: Section) -> list[list[str]]:
 
 
 def _score_table(section: Section) -> list[str]:
-    return table(_SCORE_HEADER, [_score_row(label, entry) for label, entry in section.measured])
+    names = [metric.name for metric in METRICS[section.task]]
+    header = ("features", *names, "spread over seeds", "difference (95 % interval)", "seconds")
+    return table(header, [_score_row(label, entry) for label, entry in section.measured])
 
 
 def _score_row(label: str, entry: Entry) -> list[str]:
-    scores = [fixed(entry.metrics[name]) for name in ("mIoU", "mAcc", "aAcc")]
+    metrics = METRICS[entry.task]
+    scores = [fixed(entry.metrics[metric.name], metric.digits) for metric in metrics]
+    digits = metrics[0].digits
     values = [value for _, value in entry.seeds if value is not None]
-    spread = fixed(max(values) - min(values)) if len(values) > 1 else NONE
+    spread = fixed(max(values) - min(values), digits) if len(values) > 1 else NONE
     paired = entry.paired
     difference = NONE
     if paired is not None:
-        difference = f"{signed(paired.difference)} [{signed(paired.low)}, {signed(paired.high)}]"
+        low, high = signed(paired.low, digits), signed(paired.high, digits)
+        difference = f"{signed(paired.difference, digits)} [{low}, {high}]"
     return [label, *scores, spread, difference, fixed(entry.seconds, 1)]
 
 
@@ -60,7 +64,8 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
     for label, entry in rows:
         if entry.paired is not None:
             paired = entry.paired
-            words = f"{paired.metric} less that of {paired.against}, {paired.draws} draws over {paired.over}"
+            better = "; less is better" if main_metric(entry.task).lower else ""
+            words = f"{paired.metric} less that of {paired.against}, {paired.draws} draws over {paired.over}{better}"
             by_words.setdefault(words, []).append(label)
     if len(by_words) == 1:
         return [f"Difference: {plain(next(iter(by_words)))}."]
@@ -70,8 +75,9 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
 def _curve_table(section: Section) -> list[str]:
     curves = {label: dict(entry.curve) for label, entry in section.measured if entry.curve}
     steps = sorted({step for curve in curves.values() for step in curve})
-    rows = [[str(step), *(fixed(curve.get(step)) for curve in curves.values())] for step in steps]
-    return table(("mIoU at step (first seed)", *curves), rows, left=0) if rows else []
+    metric = main_metric(section.task)
+    rows = [[str(step), *(fixed(curve.get(step), metric.digits) for curve in curves.values())] for step in steps]
+    return table((f"{metric.name} at step (first seed)", *curves), rows, left=0) if rows else []
 
 
 def _class_table(section: Section) -> list[str]:

@@ -51,9 +51,9 @@ def significant(value: float | None) -> str:
     return NONE if value is None else f"{value:.3g}"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """A difference; one that rounds to zero is +0.00, not -0.00."""
-    return f"{round(value, 2) + 0.0:+.2f}"
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def flat(settings: Mapping[str, object], within: str = "") -> dict[str, str]:

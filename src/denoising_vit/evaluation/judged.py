@@ -1,0 +1,142 @@
+"""What features are judged on, whatever the task: photos that were read once, in sets, and what was left out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from denoising_vit.dataset import Skipped
+from denoising_vit.photos import read_photo
+
+
+@dataclass(frozen=True)
+class JudgedImage:
+    """One photo, inspected once and read again when it is needed; subclasses add what is known of it.
+
+    Attributes:
+        split: ``train`` or ``val``.
+        id: path of the photo below the folder of its split's photos, with ``/`` between its parts.
+        photo: the file of the photo.
+        height: in pixels, H.
+        width: in pixels, W.
+        digest: of the photo's pixels.
+    """
+
+    split: str
+    id: str
+    photo: Path
+    height: int
+    width: int
+    digest: str
+
+    @property
+    def truth_digest(self) -> str:
+        """Of what is known of the photo; the same for the same truth, however it lies on the disk."""
+        raise NotImplementedError
+
+    def pixels(self) -> np.ndarray:
+        """The photo, (H, W, 3) uint8.
+
+        Raises:
+            PhotoError: if it can no longer be read.
+        """
+        return read_photo(self.photo)
+
+
+Image = TypeVar("Image", bound=JudgedImage, covariant=True)
+
+
+@dataclass(frozen=True)
+class JudgedSet(Generic[Image]):
+    """One split, in a fixed order.
+
+    Attributes:
+        split: ``train`` or ``val``.
+        images: those that can be used.
+        skipped: what cannot be used, and why.
+    """
+
+    split: str
+    images: tuple[Image, ...]
+    skipped: tuple[Skipped, ...] = field(default=(), kw_only=True)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of ids, photos and truth in their order; files that decode to the same give the same."""
+        content = hashlib.sha256()
+        for image in self.images:
+            line = f"{image.id}\0{image.digest}\0{image.truth_digest}\n"
+            content.update(line.encode(errors="surrogateescape"))  # names of files need not be UTF-8
+        return content.hexdigest()
+
+    @property
+    def common_size(self) -> tuple[int, int] | None:
+        """(H, W), if all photos share it."""
+        sizes = {(image.height, image.width) for image in self.images}
+        return sizes.pop() if len(sizes) == 1 else None
+
+
+class JudgedData(Protocol):
+    """A data set with all that it is judged on."""
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """How it lies on the disk."""
+        ...
+
+    @property
+    def note(self) -> str | None:
+        """What a reader of the results should know, if anything."""
+        ...
+
+    @property
+    def splits(self) -> tuple[JudgedSet[JudgedImage], ...]:
+        """The images that are looked at; the last are those that scores are of."""
+        ...
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes that no judged image has, left out of means."""
+        ...
+
+
+@dataclass(frozen=True)
+class SplitData(Generic[Image]):
+    """A data set without classes.
+
+    Attributes:
+        name: for tables.
+        layout: how it lies on the disk.
+        splits: ``train`` and ``val``, or ``val`` alone where nothing is learned.
+        note: what a reader of the results should know, if anything.
+    """
+
+    name: str
+    layout: str
+    splits: tuple[JudgedSet[Image], ...]
+    note: str | None = None
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """None: there are no classes."""
+        return ()
+
+    @property
+    def train(self) -> JudgedSet[Image]:
+        """What is learned from."""
+        return self.splits[0]
+
+    @property
+    def val(self) -> JudgedSet[Image]:
+        """What is judged."""
+        return self.splits[-1]
