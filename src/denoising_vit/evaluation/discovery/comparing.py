@@ -1,0 +1,58 @@
+"""Object discovery by several sources of features, each against the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.comparison import Curve
+from denoising_vit.evaluation.discovery.images import BoxedImage
+from denoising_vit.evaluation.discovery.layouts import DAVIS
+from denoising_vit.evaluation.discovery.localising import DiscoveryOptions, Localised, localise
+from denoising_vit.evaluation.judged import JudgedData, SplitData
+from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import Line, Workbench
+
+
+def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions) -> Iterator[Line]:
+    """Object discovery by each source, the first one being what others are held against.
+
+    Frames of a sequence are drawn together where a difference's interval is taken, as they are nearly alike.
+
+    Args:
+        bench: with images that have boxes, and what sources are made from.
+        names: of the sources.
+        options: how objects are found.
+
+    Yields:
+        Lines of results, as :meth:`Workbench.compare` does.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if the data have no boxes, or a name is unknown.
+    """
+    options.validate()
+    data = _boxed(bench.data)
+
+    def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Localised, Curve]]:
+        with bench.watch(f"{source.name}: images", len(data.val.images)) as advance:
+            yield 0, localise(source, data, options, cache=bench.cache, progress=advance), []
+
+    yield from bench.compare(
+        names,
+        judge,
+        task="discovery",
+        settings=asdict(options),
+        seeds=(0,),
+        size=options.size,
+        outcome=Localised,
+        over="sequences" if data.layout == DAVIS else "images",
+    )
+
+
+def _boxed(data: JudgedData) -> SplitData[BoxedImage]:
+    if not isinstance(data, SplitData) or not all(isinstance(image, BoxedImage) for image in data.val.images):
+        raise EvaluationError(f"{data.name}: expected photos with boxes around their objects, got {data.layout}")
+    return data

@@ -1,0 +1,101 @@
+"""CorLoc: of how many images the one box that is found covers an object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import numpy as np
+
+from denoising_vit.crops import Crop
+from denoising_vit.errors import PlanError
+from denoising_vit.evaluation.discovery.boxes import best_overlap, on_image
+from denoising_vit.evaluation.discovery.images import BoxedImage
+from denoising_vit.evaluation.discovery.lost import SeedBy, find_object
+from denoising_vit.evaluation.judged import SplitData
+from denoising_vit.evaluation.outcomes import Measured
+from denoising_vit.evaluation.seeing import FeatureCache, see
+from denoising_vit.evaluation.sizes import shown_size
+from denoising_vit.evaluation.sources import FeatureSource
+
+
+@dataclass(frozen=True)
+class DiscoveryOptions:
+    """How objects are found by LOST, and when one counts as found.
+
+    Attributes:
+        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
+            rounded to the patch grid.
+        seed_by: degree starts from the patch with the fewest similar ones, as published for keys; norm from the one
+            with the largest feature norm, for features whose norm tells objects.
+        k: patches that come first after that, and may help the first to find the others.
+        iou: least overlap with an object's box, intersection over union, at which it is found.
+        centred: take the image's mean feature away first. Patches are similar where their inner product is not
+            negative, which says something only of features around zero.
+    """
+
+    size: int | tuple[int, int] | None = None
+    seed_by: SeedBy = "degree"
+    k: int = 100
+    iou: float = 0.5
+    centred: bool = False
+
+    def validate(self) -> None:
+        """Checks every option's range.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        if self.seed_by not in get_args(SeedBy):
+            raise PlanError(f"seed_by must be one of {', '.join(get_args(SeedBy))}, got {self.seed_by!r}")
+        if self.k < 1:
+            raise PlanError(f"k must be at least 1, got {self.k}")
+        if not 0 < self.iou <= 1:
+            raise PlanError(f"iou must be above 0 and at most 1, got {self.iou}")
+
+
+class Localised(Measured):
+    """Whether an object was found, of each image: 100 or 0, so that the mean is CorLoc in percent."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ("CorLoc",)
+
+
+def localise(
+    source: FeatureSource,
+    data: SplitData[BoxedImage],
+    options: DiscoveryOptions,
+    *,
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Localised:
+    """Finds one box in each image of ``val`` by LOST and holds it against the boxes that are known.
+
+    CorLoc as in Siméoni et al. 2021: an image counts where its box and any known one have an intersection over union
+    of 0.5 at least, whatever the object is. They pad images to the patch grid and round COCO's boxes to whole pixels;
+    here images are resized to it, and boxes are as they are.
+
+    Args:
+        source: of the features.
+        data: the images with their boxes.
+        options: how.
+        cache: where features are kept.
+        progress: called after each image.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if features are not finite.
+        PhotoError: if a photo cannot be read any more.
+    """
+    options.validate()
+    images = data.val.images
+    shown = [(image, Crop.whole(shown_size(options.size, image, source))) for image in images]
+    hits = []
+    for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
+        found = find_object(features, options.seed_by, options.k, centred=options.centred)
+        size = (image.height, image.width)
+        box = on_image(found.box, found.mask.shape, source.patch_size, source.stride, crop.size, size)
+        hits.append(100.0 if best_overlap(box, image.boxes) >= options.iou else 0.0)
+    _, groups = np.unique([image.sequence for image in images], return_inverse=True)
+    return Localised(np.array(hits)[:, None], groups.astype(np.int64))
