@@ -1,0 +1,426 @@
+"""Keypoints found in other photos: against loops, on photos whose colours tell the answer, and what cannot be used."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from denoising_vit.errors import EvaluationError, PhotoError, PlanError, SizeError
+from denoising_vit.evaluation.correspondence import MatchingOptions, PairData, match, open_correspondence, open_pairs
+from denoising_vit.evaluation.correspondence import keypoints as kp
+from denoising_vit.evaluation.correspondence.matched import looks
+from denoising_vit.evaluation.seeing import FeatureCache
+from tiny_correspondence import marked, moving, pair_of, shuffled, write_davis, write_pair, write_spair
+from tiny_labelled import PATCH, colours, source_of, speckled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAIRS = [(0, 1), (1, 0), (0, 2), (3, 1), (2, 3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_spair(tmp_path_factory.mktemp("spair"), PAIRS)
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> PairData:
+    return open_pairs(folder)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Pairs that a test may spoil."""
+    return write_spair(tmp_path / "own", PAIRS)
+
+
+# --- the pieces ---
+
+
+@pytest.mark.parametrize("stride", [8, 4])
+def test_features_between_patches_are_bilinear(stride: int) -> None:
+    features = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    points = np.array([[9.0, 11.0], [0.0, 0.0], [30.5, 3.25], [4.0, 4.0], [1e3, 1e3]])
+    found = kp.at_points(features, points, 8, stride)
+    for (row, column), feature in zip(points, found, strict=True):
+        y, x = (min(max((place - 4) / stride, 0), n - 1) for place, n in ((row, 4), (column, 5)))
+        i, j = min(int(y), 2), min(int(x), 3)
+        a, b = y - i, x - j
+        expected = (1 - a) * ((1 - b) * features[i, j] + b * features[i, j + 1]) + a * (
+            (1 - b) * features[i + 1, j] + b * features[i + 1, j + 1]
+        )
+        assert torch.allclose(feature, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("upsample", [1, 2, 3])
+@pytest.mark.parametrize("at_once", [1, 40, 2**24])
+def test_the_best_place_is_that_of_loops(monkeypatch: pytest.MonkeyPatch, upsample: int, at_once: int) -> None:
+    """However many places are looked at at a time."""
+    monkeypatch.setattr(kp, "_AT_ONCE", at_once)
+    chance = torch.Generator().manual_seed(1)
+    target, queries = torch.randn(4, 5, 3, generator=chance), torch.randn(7, 3, generator=chance)
+    found = kp.best_places(queries, target, 8, 8, upsample)
+    planes = target.permute(2, 0, 1)[None]
+    finer = F.interpolate(planes, scale_factor=upsample, mode="bilinear") if upsample > 1 else planes
+    for query, place in zip(queries, found, strict=True):
+        best, where = -math.inf, (0.0, 0.0)
+        for i in range(4 * upsample):
+            for j in range(5 * upsample):
+                cosine = float(F.cosine_similarity(query, finer[0, :, i, j], dim=0))
+                if cosine > best + 1e-7:
+                    best, where = cosine, ((i + 0.5) * 8 / upsample, (j + 0.5) * 8 / upsample)
+        assert place.tolist() == pytest.approx(where)
+
+
+def test_places_of_overlapping_patches_are_their_middles() -> None:
+    target = torch.zeros(2, 3, 1)
+    target[1, 2] = 1
+    assert kp.best_places(torch.ones(1, 1), target, 8, 4).tolist() == [[8, 12]]
+
+
+def test_of_equal_places_the_first_is_taken() -> None:
+    assert kp.best_places(torch.ones(2, 1), torch.ones(3, 4, 1), 8, 8).tolist() == [[4, 4]] * 2
+
+
+def test_points_there_and_back() -> None:
+    points = [(0.0, 0.0), (99.5, 49.5), (20.0, 31.0)]
+    places = kp.to_shown(points, 50, 100, (24, 32))
+    assert places[0].tolist() == pytest.approx([0.24, 0.16])  # the middle of the first pixel
+    assert places[1].tolist() == pytest.approx([24, 32])
+    assert kp.from_shown(places, 50, 100, (24, 32)).tolist() == [pytest.approx(point) for point in points]
+
+
+def test_a_match_is_right_up_to_the_border() -> None:
+    truth = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 5.0], [3.0, 4.0]])
+    found = truth + np.array([[3.0, 4.0], [5.1, 0.0], [0.0, -5.0], [0.0, 0.0]])
+    assert kp.correct(found, truth, 5) == 0.75
+
+
+# --- what it finds ---
+
+
+def test_keypoints_whose_colour_tells_them_are_found(data: PairData) -> None:
+    found = match(source_of(colours), data, MatchingOptions(alpha=1e-6))
+    assert found.values.tolist() == [[100.0]] * len(PAIRS)
+    assert found.groups.tolist() == list(range(len(PAIRS)))
+    assert found.scored() == {"PCK": 100.0}
+
+
+def pck_by_loops(model: Callable[[Tensor], Tensor], folder: Path, alpha: float) -> list[float]:
+    """From the files, keypoint by keypoint; keypoints are in the middles of patches."""
+    shares = []
+    for path in sorted((folder / "PairAnnotation" / "test").iterdir()):
+        pair = json.loads(path.read_text())
+        maps = []
+        for name in (pair["src_imname"], pair["trg_imname"]):
+            pixels = np.array(Image.open(folder / "JPEGImages" / pair["category"] / name))
+            maps.append(model(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0].half().float())
+        x0, y0, x1, y1 = pair["trg_bndbox"]
+        right = 0
+        for (x, y), wanted in zip(pair["src_kps"], pair["trg_kps"], strict=True):
+            query = maps[0][int(y) // PATCH, int(x) // PATCH]
+            cosines = F.cosine_similarity(query, maps[1], dim=-1)
+            i, j = divmod(int(cosines.argmax()), cosines.shape[1])
+            place = (PATCH * (j + 0.5) - 0.5, PATCH * (i + 0.5) - 0.5)
+            right += math.dist(place, wanted) <= alpha * max(y1 - y0, x1 - x0)
+        shares.append(100 * right / len(pair["src_kps"]))
+    return shares
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.35])
+@pytest.mark.parametrize("model", [speckled, shuffled])
+def test_pck_is_what_loops_count(data: PairData, folder: Path, model: Callable[[Tensor], Tensor], alpha: float) -> None:
+    found = match(source_of(model), data, MatchingOptions(alpha=alpha))
+    assert found.values[:, 0].tolist() == pytest.approx(pck_by_loops(model, folder, alpha))
+    assert found.values.mean() < 75
+
+
+def test_the_box_decides_how_near_is_near(own: Path) -> None:
+    """By the larger side of the target's: what is found is 8 pixels away from what is said to be right."""
+    for path in (own / "PairAnnotation" / "test").iterdir():
+        path.unlink()
+    moved = [[x + 8 if x < 88 else x - 8, y] for x, y in marked(1)[1]]
+    for number, box in enumerate(([0, 0, 79, 30], [0, 0, 30, 80], [10, 10, 91, 12])):
+        write_pair(own, f"{number}", pair_of(0, 1, trg_kps=moved, trg_bndbox=box))
+    found = match(source_of(colours), open_pairs(own), MatchingOptions())
+    assert found.values[:, 0].tolist() == [0, 100, 100]
+
+
+def test_pairs_count_alike_however_many_keypoints_they_have(own: Path) -> None:
+    """Per image; per point it would be 4 of 9."""
+    shutil.rmtree(own / "PairAnnotation")
+    good, bad = pair_of(0, 1), pair_of(0, 2, trg_kps=[[0.0, 0.0]] * 4)
+    write_pair(own, "0", good | {"src_kps": good["src_kps"][:1], "trg_kps": good["trg_kps"][:1]})
+    write_pair(own, "1", bad | {"trg_bndbox": [0, 0, 5, 5]})
+    assert match(source_of(colours), open_pairs(own), MatchingOptions()).scored() == {"PCK": 50.0}
+
+
+def test_features_at_other_places_find_nothing_and_better_ones_more(data: PairData) -> None:
+    scores = [match(source_of(model), data, MatchingOptions()).scored()["PCK"] for model in (colours, speckled)]
+    chance = match(source_of(shuffled), data, MatchingOptions()).scored()["PCK"]
+    assert chance < 20 and chance < scores[1] < scores[0] == 100
+
+
+def test_finer_places_are_nearer(tmp_path: Path) -> None:
+    """A keypoint between patches, of which features tell how far: only the interpolated map has its place."""
+    height, width = 8, 96
+    x = np.linspace(0, 1, width)
+    ramp = np.stack([255 * x, 255 * (1 - x), np.full(width, 40)], -1)[None].repeat(height, 0).astype(np.uint8)
+    (tmp_path / "JPEGImages" / "ramp").mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.fromarray(ramp).save(tmp_path / "JPEGImages" / "ramp" / f"{name}.png")
+    points = [[39.5, 3.5], [55.5, 3.5]]  # on the borders of patches
+    content = pair_of(0, 1, category="ramp", src_imname="a.png", trg_imname="b.png", src_kps=points, trg_kps=points)
+    write_pair(tmp_path, "0", content | {"src_imsize": [96, 8, 3], "trg_imsize": [96, 8, 3]})
+    rough, fine = (
+        match(source_of(colours), open_pairs(tmp_path), MatchingOptions(alpha=3.5 / 96, upsample=upsample)).scored()
+        for upsample in (1, 4)
+    )
+    assert rough == {"PCK": 0.0} and fine == {"PCK": 100.0}
+
+
+def test_photos_of_any_size_are_matched_in_their_own_pixels(own: Path) -> None:
+    """Shown at the nearest size of whole patches, or at the one that is asked for."""
+    pixels, points = marked(1)
+    larger = np.array(Image.fromarray(pixels).resize((193, 129), Image.Resampling.NEAREST))
+    Image.fromarray(larger).save(own / "JPEGImages" / "mark" / "01.png")
+    shutil.rmtree(own / "PairAnnotation")
+    scaled = [[(x + 0.5) * 193 / 96 - 0.5, (y + 0.5) * 129 / 64 - 0.5] for x, y in points]
+    write_pair(own, "0", pair_of(0, 1, trg_kps=scaled, trg_imsize=[193, 129, 3], trg_bndbox=[0, 0, 193, 129]))
+    write_pair(own, "1", pair_of(1, 0, src_kps=scaled, src_imsize=[193, 129, 3]))
+    for size in (None, (64, 96)):
+        found = match(source_of(colours), open_pairs(own), MatchingOptions(size=size, alpha=0.04))
+        assert found.values.tolist() == [[100.0], [100.0]]
+
+
+def test_each_photo_is_seen_once_as_source_and_once_as_target(tmp_path: Path, data: PairData) -> None:
+    seen: list[int] = []
+    steps: list[int] = []
+
+    def model(image: Tensor) -> Tensor:
+        seen.append(len(image))
+        return colours(image)
+
+    match(source_of(model), data, MatchingOptions(), progress=lambda: steps.append(1))
+    assert sum(seen) == len(steps) == looks(data) == 8
+    seen.clear()
+    cache = FeatureCache(tmp_path)
+    match(source_of(model), data, MatchingOptions(), cache=cache)
+    match(source_of(model), data, MatchingOptions(upsample=2), cache=cache)
+    assert sum(seen) == 4
+
+
+def test_the_same_again_is_the_same(data: PairData) -> None:
+    first, again = (match(source_of(speckled), data, MatchingOptions(alpha=0.3)) for _ in range(2))
+    assert np.array_equal(first.values, again.values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (MatchingOptions(alpha=0), "alpha must be a positive number, got 0"),
+        (MatchingOptions(alpha=float("nan")), "alpha must be a positive number, got nan"),
+        (MatchingOptions(upsample=0), "upsample must be at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(data: PairData, options: MatchingOptions, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        match(source_of(colours), data, options)
+
+
+def test_features_and_sizes_that_do_not_fit_are_refused(data: PairData) -> None:
+    with pytest.raises(EvaluationError, match="not finite"):
+        match(source_of(lambda image: colours(image) * float("nan")), data, MatchingOptions())
+    with pytest.raises(SizeError):
+        match(source_of(colours), data, MatchingOptions(size=50))
+
+
+# --- what is read ---
+
+
+def test_photos_are_there_once_and_pairs_in_order(data: PairData) -> None:
+    assert (data.name, data.layout, data.note) == ("SPair-71k", "spair", "5 pairs of 4 photos, split test")
+    assert [photo.id for photo in data.val.images] == [f"mark/{seed:02}.png" for seed in range(4)]
+    assert [images.split for images in data.splits] == ["val"] and data.val.skipped == ()
+    first = data.pairs[0]
+    assert first.name == "000000-00-01:mark" and first.source == "mark/00.png" and first.target == "mark/01.png"
+    assert [list(point) for point in first.source_points] == marked(0)[1]
+    assert first.box == (0, 0, 96, 64) and first.side == 96
+    assert np.array_equal(data.val.images[2].pixels(), marked(2)[0])
+
+
+def test_the_list_decides_which_pairs_and_in_which_order(own: Path) -> None:
+    (own / "Layout" / "large").mkdir(parents=True)
+    (own / "Layout" / "large" / "test.txt").write_text(
+        "000003-03-01:mark\n000000-00-01:mark\n\nmissing\n000003-03-01:mark\n"
+    )
+    data = open_correspondence(own)
+    assert isinstance(data, PairData)
+    assert [pair.name for pair in data.pairs] == ["000003-03-01:mark", "000000-00-01:mark"]
+    assert [(entry.item, "no such file" in entry.reason) for entry in data.val.skipped] == [("missing", True)]
+    (own / "Layout" / "large" / "test.txt").write_text("\n")
+    with pytest.raises(EvaluationError, match=r"test\.txt: expected pairs, found none"):
+        open_pairs(own)
+
+
+def test_fewer_pairs_are_spread_and_only_their_photos_read(own: Path) -> None:
+    steps: list[int] = []
+    data = open_pairs(own, pairs=1, progress=lambda: steps.append(1))
+    assert [pair.name for pair in data.pairs] == ["000002-00-02:mark"] and len(steps) == 2
+    assert [photo.id for photo in data.val.images] == ["mark/00.png", "mark/02.png"]
+    with pytest.raises(EvaluationError, match="number of pairs of at least 1, or 0 for all, got -1"):
+        open_pairs(own, pairs=-1)
+
+
+def test_other_splits_are_opened_by_name(own: Path) -> None:
+    write_spair(own, [(5, 6)], "trn")
+    data = open_pairs(own, split="trn")
+    assert data.name == "SPair-71k trn" and len(data.pairs) == 1 and data.splits[0].split == "val"
+    for split in ("train", ""):
+        with pytest.raises(EvaluationError, match=f"split '{split}' in PairAnnotation; found splits: test, trn"):
+            open_pairs(own, split=split)
+
+
+def test_the_digest_is_that_of_photos_and_pairs(own: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(own, tmp_path / "copy")
+    digests = [open_pairs(own).val.digest]
+    assert open_pairs(other).val.digest == digests[0]
+    write_pair(other, "000000-00-01:mark", pair_of(0, 1, trg_bndbox=[0, 0, 50, 50]))
+    digests.append(open_pairs(other).val.digest)
+    write_pair(other, "000000-00-01:mark", pair_of(0, 1, trg_kps=marked(1)[1][::-1]))
+    digests.append(open_pairs(other).val.digest)
+    (other / "PairAnnotation" / "test" / "000001-01-00:mark.json").unlink()
+    digests.append(open_pairs(other).val.digest)
+    Image.fromarray(marked(9)[0]).save(other / "JPEGImages" / "mark" / "02.png")
+    digests.append(open_pairs(other).val.digest)
+    (other / "Layout" / "large").mkdir(parents=True)
+    names = ["000003-03-01:mark", "000000-00-01:mark", "000002-00-02:mark", "000004-02-03:mark"]
+    (other / "Layout" / "large" / "test.txt").write_text("\n".join(names))  # another order: outcomes have it as well
+    digests.append(open_pairs(other).val.digest)
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_folder_with_the_data_in_it_will_do(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "above").mkdir()
+    own.rename(tmp_path / "above" / "SPair-71k")
+    assert len(open_pairs(tmp_path / "above").pairs) == len(PAIRS)
+
+
+# --- what is left out ---
+
+
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in pair_of(0, 1).items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "expected a pair as JSON"),
+        ("", "expected a pair as JSON"),
+        ("[" * 100_000, "expected a pair as JSON"),
+        ([1, 2], "expected a pair with its keypoints, got list"),
+        (without("trg_kps", "category"), "expected category, src_imname, .*; category, trg_kps missing"),
+        (pair_of(0, 1, src_kps=[]), "expected as many keypoints in both photos, got 0 and 4"),
+        (pair_of(0, 1, trg_kps=[[1, 2]]), "expected as many keypoints in both photos, got 4 and 1"),
+        (pair_of(0, 1, src_kps=[[1, 2, 3]] * 4), "src_kps: expected 2 finite numbers each"),
+        (pair_of(0, 1, src_kps=[["1", 2]] * 4), "src_kps: expected 2 finite numbers each"),
+        (pair_of(0, 1, src_kps=[[True, 2]] * 4), "src_kps: expected 2 finite numbers each"),
+        (pair_of(0, 1, src_kps="none"), "src_kps: expected 2 finite numbers each"),
+        (pair_of(0, 1, trg_kps=[[float("nan"), 2]] * 4), "trg_kps: expected 2 finite numbers each"),
+        (pair_of(0, 1, trg_kps=[[10**400, 2]] * 4), "trg_kps: expected 2 finite numbers each"),
+        (pair_of(0, 1, trg_bndbox=[1, 2, 3]), "trg_bndbox: expected 4 finite numbers each"),
+        (pair_of(0, 1, trg_bndbox=None), "trg_bndbox: expected 4 finite numbers each"),
+        (pair_of(0, 1, trg_bndbox=[5, 5, 5, 50]), "expected a box x0, y0, x1, y1 with an area"),
+        (pair_of(0, 1, trg_bndbox=[9, 5, 5, 50]), "expected a box x0, y0, x1, y1 with an area"),
+        (pair_of(0, 1, src_kps=[[97, 3]] * 4), "00.png: keypoint 97, 3 is outside of the photo of 96 x 64"),
+        (pair_of(0, 1, trg_kps=[[3, -1]] * 4), "01.png: keypoint 3, -1 is outside of the photo of 96 x 64"),
+        (pair_of(0, 1, trg_imsize=[48, 32, 3]), "keypoints are of a photo of 48 x 32 pixels, this one has 96 x 64"),
+        (pair_of(0, 1, src_imname="77.png"), r"77\.png: no such file"),
+        (pair_of(0, 1, trg_imname="../mark/01.png"), "expected names in category and trg_imname"),
+        (pair_of(0, 1, category=".."), "expected names in category and src_imname"),
+        (pair_of(0, 1, category=7), "expected names in category and src_imname"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_left_out(own: Path, content: Any, words: str) -> None:
+    write_pair(own, "000001-01-00:mark", content)
+    data = open_pairs(own)
+    assert [pair.name[:6] for pair in data.pairs] == ["000000", "000002", "000003", "000004"]
+    (entry,) = data.val.skipped
+    assert entry.item == "000001-01-00:mark"
+    assert re.search(words, entry.reason)
+    shutil.rmtree(own / "PairAnnotation")
+    write_pair(own, "bad", content)
+    with pytest.raises(EvaluationError, match=f"none of 1 can be used; the first reason: bad: .*{words}"):
+        open_pairs(own)
+
+
+def test_a_file_that_is_no_text_is_left_out(own: Path) -> None:
+    (own / "PairAnnotation" / "test" / "000001-01-00:mark.json").write_bytes(b"\xff\xfe\x00\x80")
+    assert "expected a pair as JSON" in open_pairs(own).val.skipped[0].reason
+
+
+def test_keypoints_on_the_border_are_in_the_photo(own: Path) -> None:
+    """Numbers of pixels may begin with 1."""
+    write_pair(own, "000001-01-00:mark", pair_of(1, 0, src_kps=[[96, 64], [0, 0], [96, 0], [0, 64]]))
+    data = open_pairs(own)
+    assert not data.val.skipped
+    assert np.isfinite(match(source_of(colours), data, MatchingOptions()).values).all()
+
+
+def test_a_damaged_photo_leaves_out_its_pairs(own: Path) -> None:
+    path = own / "JPEGImages" / "mark" / "03.png"
+    path.write_bytes(path.read_bytes()[:100])
+    data = open_pairs(own)
+    assert [pair.name[:6] for pair in data.pairs] == ["000000", "000001", "000002"]
+    assert [photo.id for photo in data.val.images] == ["mark/00.png", "mark/01.png", "mark/02.png"]
+    assert all("damaged" in entry.reason for entry in data.val.skipped) and len(data.val.skipped) == 2
+
+
+def test_a_photo_that_is_gone_when_it_is_needed_is_an_error_in_words(own: Path) -> None:
+    data = open_pairs(own)
+    (own / "JPEGImages" / "mark" / "03.png").unlink()
+    with pytest.raises(PhotoError, match=r"03\.png: no such file"):
+        match(source_of(colours), data, MatchingOptions())
+
+
+# --- what is refused ---
+
+
+def test_what_holds_no_pairs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="expected the folder of a data set, found nothing there"):
+        open_pairs(tmp_path / "missing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match="expected the folder of a data set, found a file there"):
+        open_pairs(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvaluationError, match=r"expected SPair-71k \(pairs in .*; found an empty folder"):
+        open_pairs(tmp_path / "empty")
+    with pytest.raises(EvaluationError, match=r"expected SPair-71k .* or DAVIS .*; found an empty folder"):
+        open_correspondence(tmp_path / "empty")
+    videos = write_davis(tmp_path / "davis", {"a": moving(2)})
+    with pytest.raises(EvaluationError, match=r"expected SPair-71k .*; found Annotations/, JPEGImages/"):
+        open_pairs(videos)
+    for kind in ("PairAnnotation/test", "JPEGImages"):
+        (tmp_path / "bare" / kind).mkdir(parents=True)
+    with pytest.raises(EvaluationError, match=r"PairAnnotation/test: expected pairs, found none"):
+        open_pairs(tmp_path / "bare")
+
+
+def test_either_layout_is_recognised(tmp_path: Path, folder: Path) -> None:
+    videos = open_correspondence(write_davis(tmp_path / "davis", {"a": moving(2), "b": moving(3)}), sequences=1)
+    assert videos.layout == "davis" and len(videos.splits[0].images) == 3
+    pairs = open_correspondence(folder, pairs=2)
+    assert pairs.layout == "spair" and isinstance(pairs, PairData) and len(pairs.pairs) == 2
