@@ -7,6 +7,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+
+# Workers beside each other have a core each; before torch is imported, which reads it then.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # As the Ray engine does; some tests import Ray before it.

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
+from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours, vote
-from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, open_labelled
+from denoising_vit.evaluation.labelled import LabelledData, open_labelled
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sources import Colour, ExtractorSource
@@ -151,7 +152,7 @@ def test_neutral_crops_of_both_splits_are_others(data: LabelledData) -> None:
     source, seen = source_of(), []
 
     class Watched(ExtractorSource):
-        def inputs(self, image: LabelledImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+        def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
             seen.append((image.split, crop))
             return super().inputs(image, crop, colour)
 

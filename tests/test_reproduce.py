@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from command import Dvit, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.cli import reproduce as verb
 from denoising_vit.denoiser import load_denoiser
-from denoising_vit.evaluation import workbench
-from denoising_vit.evaluation.segmentation import PAPER, Protocol
+from denoising_vit.evaluation import depth, workbench
+from denoising_vit.evaluation.metrics import METRICS
+from denoising_vit.evaluation.segmentation import PAPER
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.published import published_row, published_rows
-from denoising_vit.reproduction import DenoiserRecipe, Row, Step, dry, find_row
-from denoising_vit.reproduction.rows import ADE, VOC
+from denoising_vit.published import published_rows
+from denoising_vit.reproduction import DenoiserRecipe, Protocols, Row, Step, dry, find_row
+from denoising_vit.reproduction.rows import ADE, NYU, VOC
 from tiny_labelled import tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,8 +33,14 @@ Line = dict[str, Any]
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 
+#: No depth was published of it as pretrained.
+EVA = "eva02_base_patch16_clip_224.merged2b"
+
 #: Two steps on crops of a few patches.
 TINY = replace(PAPER, steps=2, warmup=1, batch=2, short_side=56, long_side=224, crop=56, window=56, window_stride=37)
+
+#: The same for depth; photos are judged once, not mirrored as well.
+TINY_DEPTH = replace(depth.PAPER, steps=2, warmup=1, batch=1, bins=16, crop=(64, 64), flip_test=False)
 
 #: A model of each architecture, the smallest that figures were published for.
 ARCHITECTURES = {
@@ -39,7 +49,7 @@ ARCHITECTURES = {
     "CLIP": "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k",
     "DINO": "vit_base_patch16_224.dino",
     "MAE": "vit_base_patch16_224.mae",
-    "EVA-02": "eva02_base_patch16_clip_224.merged2b",
+    "EVA-02": EVA,
     "supervised": "vit_base_patch16_384.augreg_in21k_ft_in1k",
 }
 
@@ -58,7 +68,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(written: Path, tmp_path: Path) -> Path:
-    """A copy of small images in the layouts of VOC 2012 and ADE20K, two in each split."""
+    """A copy of images in the layouts of VOC 2012, ADE20K and NYUv2."""
     return Path(shutil.copytree(written, tmp_path / "data"))
 
 
@@ -69,7 +79,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
-    """Mean colours stand for every model, and the protocol is a tiny one; tells which models were loaded."""
+    """Mean colours stand for every model, and the protocols are tiny; tells which models were loaded."""
     loaded: list[BackboneSpec] = []
 
     def load(spec: BackboneSpec) -> Backbone:
@@ -77,8 +87,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
         return tiny_backbone()
 
     monkeypatch.setattr(BackboneSpec, "load", load)
-    monkeypatch.setattr(verb, "PAPER", TINY)
+    monkeypatch.setattr(verb, "Protocols", lambda: Protocols(TINY, TINY_DEPTH))
     return loaded
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs by tiny protocols."""
+    real = dry.dry_protocols
+    monkeypatch.setattr(dry, "dry_protocols", lambda model: replace(real(model), segmentation=TINY, depth=TINY_DEPTH))
 
 
 @pytest.fixture
@@ -91,6 +108,11 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lines_of(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names_of(path: Path) -> list[str]:
+    """Data that was measured."""
+    return [line["settings"]["data"]["name"] for line in lines_of(path) if not line["failed"]]
 
 
 def listed(dvit: Dvit, data: Path, out: Path) -> dict[tuple[str, str], str]:
@@ -109,25 +131,44 @@ def test_list_shows_every_published_row_with_the_status_of_its_steps(dvit: Dvit,
     found = listed(dvit, tmp_path / "data", out)
     assert list(found) == [(row.model, row.variant) for row in published_rows()]
     assert len(found) == 34
-    for (_, variant), status in found.items():
-        wanted = "missing" if variant in ("baseline", "voc_denoised") else "unsupported"
-        assert f"VOC 2012 {wanted}, ADE20K {wanted}" in status
-    assert found[SMALL, "baseline"].endswith("NYUv2 depth unsupported")
-    assert "NYU" not in found["eva02_base_patch16_clip_224.merged2b", "baseline"]  # no depth was published
+    for row in published_rows():
+        wanted = "missing" if row.variant in ("baseline", "voc_denoised") else "unsupported"
+        segmented, with_depth = f"VOC 2012 {wanted}, ADE20K {wanted}", f", NYUv2 depth {wanted}"
+        without = (row.model, row.variant) in ((EVA, "baseline"), (EVA, "voc_distilled"))  # no depth was published
+        assert found[row.model, row.variant] == segmented + ("" if without else with_depth)
     assert not out.exists()
 
 
 def test_list_tells_each_reason_once(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     told = dvit("reproduce", "--list", "--data", tmp_path / "data", "-o", out).err
     assert told.count(f"VOC 2012: {tmp_path / 'data' / 'VOCdevkit' / 'VOC2012'} lacks JPEGImages") == 1
+    lacking = f"NYUv2 depth: {tmp_path / 'data' / 'nyu'} lacks nyu_train.txt, nyu_test.txt; it goes there from "
+    assert told.count(lacking + "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html") == 1
     assert told.count("distilled models (stage 3) are not in this version") <= 3  # one a benchmark
     assert len(told.splitlines()) == len(set(told.splitlines()))
 
 
 def test_list_shows_what_is_ready(dvit: Dvit, data: Path, out: Path) -> None:
     shutil.rmtree(data / ADE.place)
+    found = listed(dvit, data, out)
+    assert found[SMALL, "baseline"] == "VOC 2012 ready, ADE20K missing, NYUv2 depth ready"
+    assert found[EVA, "baseline"] == "VOC 2012 ready, ADE20K missing"
+
+
+@pytest.mark.parametrize("lacking", ["nyu_train.txt", "nyu_test.txt"])
+def test_depth_data_without_one_of_its_lists_is_missing(dvit: Dvit, data: Path, out: Path, lacking: str) -> None:
+    (data / NYU.place / lacking).unlink()
     status = listed(dvit, data, out)[SMALL, "baseline"]
-    assert status == "VOC 2012 ready, ADE20K missing, NYUv2 depth unsupported"
+    assert status == "VOC 2012 ready, ADE20K ready, NYUv2 depth missing"
+    told = dvit("reproduce", "--list", "--data", data, "-o", out).err
+    assert f"NYUv2 depth: {data / NYU.place} lacks {lacking}; it goes there from https://cs.nyu.edu/" in told
+
+
+def test_denoised_depth_needs_the_photos_that_the_denoiser_is_trained_on(dvit: Dvit, data: Path, out: Path) -> None:
+    shutil.rmtree(data / VOC.place)
+    assert listed(dvit, data, out)[EVA, "voc_denoised"] == "VOC 2012 missing, ADE20K missing, NYUv2 depth missing"
+    told = dvit("reproduce", "--list", "--data", data, "-o", out).err
+    assert f"NYUv2 depth: the denoiser is trained on {data / VOC.place / 'JPEGImages'}; it goes there from" in told
 
 
 def test_list_of_other_results_is_refused(dvit: Dvit, data: Path, out: Path) -> None:
@@ -146,12 +187,13 @@ def test_row_without_data_says_what_is_missing_where_it_goes_and_where_to_get_it
 ) -> None:
     done = dvit("reproduce", "--row", SMALL, "--data", tmp_path / "data", "-o", out)
     assert done.code == 2
-    voc, ade = (tmp_path / "data" / place for place in ("VOCdevkit/VOC2012", "ADEChallengeData2016"))
+    voc, ade, nyu = (tmp_path / "data" / place for place in ("VOCdevkit/VOC2012", "ADEChallengeData2016", "nyu"))
     assert f"{voc} lacks JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt" in done.err
     assert "VOCtrainval_11-May-2012.tar, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/" in done.err
     assert f"{ade} lacks images/training, images/validation, annotations/training" in done.err
     assert "ADEChallengeData2016.zip, http://data.csail.mit.edu/places/ADEchallenge/" in done.err
-    assert "depth is not in this version" in done.err
+    assert f"{nyu} lacks nyu_train.txt, nyu_test.txt" in done.err
+    assert "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html, as photos, 16-bit depth and lists" in done.err
     assert f"nothing can be measured of {SMALL}, baseline" in done.err
     assert not out.exists()
 
@@ -233,25 +275,37 @@ def test_results_that_cannot_be_written_are_said_before_the_model_is_loaded(
 # --- measuring ---
 
 
-def test_steps_are_measured_and_printed_beside_the_published_figures(
-    dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
-) -> None:
+def test_every_step_writes_a_line_of_results(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out, "--device", "cpu")
-    assert done.code in (0, 1), done.err  # depth is left out, and that is said
-    assert "NYUv2 depth: depth is not in this version" in done.err
+    assert done.code == 0, done.err
     assert [(spec.backbone, spec.weights, spec.device) for spec in small] == [(SMALL, "hub", "cpu")]
-    voc, ade = lines_of(out)
-    for line, layout in ((voc, "voc2012"), (ade, "ade20k")):
-        assert (line["task"], line["features"], line["failed"]) == ("segmentation", "raw", None)
+    wanted = ("segmentation", "voc2012", 2), ("segmentation", "ade20k", 2), ("depth", "nyu", 1)
+    for line, (task, layout, images) in zip(lines_of(out), wanted, strict=True):
+        assert (line["task"], line["features"], line["failed"]) == (task, "raw", None)
         assert line["published"] == {"model": SMALL, "variant": "baseline"}
         assert line["settings"]["data"]["layout"] == layout
         assert line["settings"]["normalisation"] == "imagenet"
-        assert line["images"] == {"train": 2, "val": 2}
-    published = published_row(SMALL, "baseline").figures
-    for line, name, prefix in ((voc, "VOC 2012", "voc"), (ade, "ADE20K", "ade")):
-        for metric in ("mIoU", "mAcc"):
-            (row,) = [row.split() for row in done.out.splitlines() if f" {name} " in row and f" {metric} " in row]
-            assert row[-2:] == [f"{published[f'{prefix}_{metric.lower()}']:.2f}", f"{line['metrics'][metric]:.2f}"]
+        assert line["images"] == {"train": images, "val": images}
+
+
+def test_measured_figures_are_printed_beside_the_published_ones(
+    dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
+) -> None:
+    done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
+    voc, ade, nyu = (line["metrics"] for line in lines_of(out))
+    wanted = [
+        ("VOC 2012", "mIoU", "81.78", f"{voc['mIoU']:.2f}"),
+        ("VOC 2012", "mAcc", "88.44", f"{voc['mAcc']:.2f}"),
+        ("ADE20K", "mIoU", "44.05", f"{ade['mIoU']:.2f}"),
+        ("ADE20K", "mAcc", "55.53", f"{ade['mAcc']:.2f}"),
+        ("NYUv2 depth", "RMSE", "0.4340", f"{nyu['RMSE']:.4f}"),
+        ("NYUv2 depth", "AbsRel", "0.1331", f"{nyu['AbsRel']:.4f}"),
+        ("NYUv2 depth", "a1", "84.49", f"{nyu['a1']:.2f}"),
+    ]
+    rows = [line.split() for line in done.out.splitlines() if line.startswith(SMALL + " ")]
+    assert rows == [[SMALL, "baseline", *name.split(), *figures] for name, *figures in wanted]
+    assert f"{SMALL} on VOC 2012: mIoU {voc['mIoU']:.2f}" in done.err
+    assert f"{SMALL} on NYUv2 depth: RMSE {nyu['RMSE']:.4f}" in done.err
 
 
 def test_second_call_keeps_results_and_the_list_says_done(
@@ -265,11 +319,13 @@ def test_second_call_keeps_results_and_the_list_says_done(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(workbench, "linear_segmentation", never)
+    monkeypatch.setattr(depth.LinearDepth, "probes", never)
     again = dvit(*command)
     assert (again.code, again.out, out.read_bytes()) == (first.code, first.out, before)
     found = listed(dvit, data, out)
-    assert found[SMALL, "baseline"].startswith("VOC 2012 done, ADE20K done")
-    assert found["vit_base_patch16_224.mae", "baseline"].startswith("VOC 2012 ready, ADE20K ready")
+    assert found[SMALL, "baseline"] == "VOC 2012 done, ADE20K done, NYUv2 depth done"
+    for other in ((SMALL, "voc_denoised"), ("vit_base_patch16_224.mae", "baseline")):
+        assert found[other] == "VOC 2012 ready, ADE20K ready, NYUv2 depth ready"
 
 
 def test_report_shows_what_was_measured_beside_what_was_published(
@@ -280,44 +336,60 @@ def test_report_shows_what_was_measured_beside_what_was_published(
     assert done.code == 0, done.err
     text = (tmp_path / "results.md").read_text().split("## Published and measured")[1]
     assert "not compared" not in text
-    for line, heading in zip(lines_of(out), ("### VOC", "### ADE20K"), strict=True):
+    wanted = [
+        ("### VOC", {"mIoU": 2, "mAcc": 2}, "81.78 88.44"),
+        ("### ADE20K", {"mIoU": 2, "mAcc": 2}, "44.05 55.53"),
+        ("### NYU depth", {"RMSE": 4, "AbsRel": 4, "a1": 2}, "0.4340 0.1331 84.49"),
+    ]
+    for line, (heading, digits, published) in zip(lines_of(out), wanted, strict=True):
         part = text.split(heading)[1].split("###")[0]
         (row,) = [row for row in part.splitlines() if row.startswith(f"| {SMALL} | baseline")]
-        for metric in ("mIoU", "mAcc"):
-            assert f"{line['metrics'][metric]:.2f}" in row
-    assert "81.78" in text and "44.05" in text
+        figures = [f"{line['metrics'][metric]:.{decimals}f}" for metric, decimals in digits.items()]
+        cells = [cell.strip() for cell in row.split("|")[3:]]
+        assert cells[: 2 * len(digits)] == [*itertools.chain(*zip(published.split(), figures, strict=True))]
 
 
-def test_only_the_benchmark_that_is_there_is_measured(
+def test_only_the_benchmarks_that_are_there_are_measured(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
     shutil.rmtree(data / VOC.place)
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
     assert done.code == 1
-    assert [line["settings"]["data"]["name"] for line in lines_of(out)] == ["ADE20K"]
+    assert names_of(out) == ["ADE20K", "nyu"]
     assert f"VOC 2012: {data / VOC.place} lacks JPEGImages" in done.err
     assert " VOC 2012 " not in done.out
 
 
-def test_row_of_which_every_step_was_measured_succeeds(
+def test_row_without_depth_data_is_not_complete(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
+    shutil.rmtree(data / NYU.place)
+    done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
+    assert done.code == 1
+    assert names_of(out) == ["VOC 2012", "ADE20K"]
+    assert f"NYUv2 depth: {data / NYU.place} lacks nyu_train.txt, nyu_test.txt" in done.err
+    assert "NYUv2" not in done.out
+
+
+def test_row_of_which_no_depth_was_published_succeeds_without(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
-    done = dvit("reproduce", "--row", "eva02_base_patch16_clip_224.merged2b", "--data", data, "-o", out)
-    assert (done.code, len(lines_of(out))) == (0, 2), done.err
+    shutil.rmtree(data / NYU.place)
+    done = dvit("reproduce", "--row", EVA, "--data", data, "-o", out)
+    assert done.code == 0, done.err
+    assert names_of(out) == ["VOC 2012", "ADE20K"]
+    assert "NYU" not in done.out + done.err
 
 
 def test_images_without_masks_are_named_and_the_exit_code_says_so(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
     (data / VOC.place / "SegmentationClass" / "val_1.png").unlink()
-    row = "eva02_base_patch16_clip_224.merged2b"
-    done = dvit("reproduce", "--row", row, "--data", data, "-o", out)
+    done = dvit("reproduce", "--row", EVA, "--data", data, "-o", out)
     assert lines_of(out)[0]["images"] == {"train": 2, "val": 1}
     assert "val_1" in done.err  # half of the images make another benchmark than the published one
     assert done.code == 1
 
 
-def test_benchmark_without_any_mask_fails_and_the_other_is_measured(
+def test_benchmark_without_any_mask_fails_and_the_others_are_measured(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
     for mask in (data / VOC.place / "SegmentationClass").iterdir():
@@ -325,81 +397,161 @@ def test_benchmark_without_any_mask_fails_and_the_other_is_measured(
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
     assert "none of 2 pairs can be used" in done.err
     assert str(data / VOC.place) in done.err
-    assert [line["settings"]["data"]["name"] for line in lines_of(out) if not line["failed"]] == ["ADE20K"]
+    assert names_of(out) == ["ADE20K", "nyu"]
     assert done.code == 1
 
 
-def test_interrupt_leaves_finished_steps(
-    dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+def shallow(nyu: Path) -> None:
+    Image.new("L", (640, 480), 100).save(nyu / "scene" / "depth_train.png")
+
+
+def cropped(nyu: Path) -> None:
+    for name in ("rgb_test.jpg", "depth_test.png"):
+        with Image.open(nyu / "scene" / name) as image:
+            part = image.crop((0, 0, 561, 427))
+        part.save(nyu / "scene" / name)
+
+
+def without_photos(nyu: Path) -> None:
+    (nyu / "scene" / "rgb_train.jpg").unlink()
+
+
+def with_depth_in_the_border_alone(nyu: Path) -> None:
+    depths = np.zeros((480, 640), np.uint16)
+    depths[:45] = 2000
+    Image.fromarray(depths).save(nyu / "scene" / "depth_test.png")
+
+
+def with_an_empty_list(nyu: Path) -> None:
+    (nyu / "nyu_test.txt").write_text("\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (shallow, "none of 1 photos of train can be used; the first reason: scene/rgb_train.jpg: "),
+        (cropped, "scene/rgb_test.jpg: expected 640 x 480 pixels, as NYUv2 has, got 561 x 427"),
+        (without_photos, "none of 1 photos of train can be used; the first reason: scene/rgb_train.jpg: "),
+        (with_depth_in_the_border_alone, "none of 1 items has a figure of RMSE"),
+        (with_an_empty_list, "nyu_test.txt: expected a photo, a depth map and a focal length a line, found none"),
+    ],
+)
+def test_broken_depth_data_fails_and_the_others_are_measured(
+    dvit: Dvit,
+    small: list[BackboneSpec],
+    data: Path,
+    out: Path,
+    damage: Callable[[Path], None],
+    reason: str,
 ) -> None:
-    real = workbench.linear_segmentation
+    damage(data / NYU.place)
+    done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
+    assert done.code == 1
+    (told,) = [line for line in done.err.splitlines() if "failed" in line]
+    assert told.startswith("NYUv2 depth failed: ") and reason in told
+    assert names_of(out) == ["VOC 2012", "ADE20K"]
+    rows = [line.split()[2:] for line in done.out.splitlines() if " NYUv2 depth " in line]
+    assert rows == [
+        ["NYUv2", "depth", *figures]
+        for figures in (("RMSE", "0.4340", "-"), ("AbsRel", "0.1331", "-"), ("a1", "84.49", "-"))
+    ]
+
+
+def test_photos_without_depth_are_named_and_the_exit_code_says_so(
+    dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
+) -> None:
+    with (data / NYU.place / "nyu_test.txt").open("a") as listed:
+        listed.write("/scene/rgb_lost.jpg /scene/depth_lost.png 518.8579\n")
+    done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
+    assert lines_of(out)[2]["images"] == {"train": 1, "val": 1}
+    assert "NYUv2 depth skipped: val/scene/rgb_lost.jpg" in done.err
+    assert done.code == 1
+
+
+@pytest.mark.parametrize("stopped_in", [2, 3])
+def test_interrupt_leaves_finished_steps(
+    dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int
+) -> None:
+    segment, probes = workbench.linear_segmentation, depth.LinearDepth.probes
     begun: list[str] = []
 
-    def until_the_second(source: Any, labelled: Any, *rest: Any, **more: Any) -> Any:
-        begun.append(labelled.name)
-        if len(begun) == 2:
+    def begin(name: str) -> None:
+        begun.append(name)
+        if len(begun) == stopped_in:
             raise KeyboardInterrupt
-        return real(source, labelled, *rest, **more)
 
-    monkeypatch.setattr(workbench, "linear_segmentation", until_the_second)
+    def segmented(source: Any, labelled: Any, *rest: Any, **more: Any) -> Any:
+        begin(labelled.name)
+        return segment(source, labelled, *rest, **more)
+
+    def probed(self: depth.LinearDepth, seeds: Sequence[int]) -> Any:
+        begin(self.data.name)
+        return probes(self, seeds)
+
+    monkeypatch.setattr(workbench, "linear_segmentation", segmented)
+    monkeypatch.setattr(depth.LinearDepth, "probes", probed)
     command = ("reproduce", "--row", SMALL, "--data", data, "-o", out)
     stopped = dvit(*command)
+    names = ["VOC 2012", "ADE20K", "nyu"]
     assert stopped.code == 130
     assert "finished steps stay" in stopped.err
-    assert [line["settings"]["data"]["name"] for line in lines_of(out)] == ["VOC 2012"]
-    dvit(*command)
-    assert begun == ["VOC 2012", "ADE20K", "ADE20K"]
-    assert len(lines_of(out)) == 2
+    assert names_of(out) == names[: stopped_in - 1]
+    assert dvit(*command).code == 0
+    assert begun == names[:stopped_in] + names[stopped_in - 1 :]
+    assert names_of(out) == names
 
 
 def test_another_seed_is_another_measurement(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
     for seed in (0, 1):
         dvit("reproduce", "--row", SMALL, "--data", data, "-o", out, "--seed", seed)
-    assert [line["seeds"][0]["seed"] for line in lines_of(out)] == [0, 0, 1, 1]
+    assert [line["seeds"][0]["seed"] for line in lines_of(out)] == [0, 0, 0, 1, 1, 1]
 
 
 # --- dry runs ---
 
 
-def assert_dry(dvit: Dvit, model: str, folder: Path, variant: str = "baseline") -> None:
-    """Both benchmarks from end to end, nothing kept."""
+def assert_dry(dvit: Dvit, model: str, folder: Path, variant: str = "baseline", *, with_depth: bool = True) -> None:
+    """All benchmarks from end to end, nothing kept."""
     row = "--row", model, "--variant", variant
     done = dvit("reproduce", "--dry", *row, "--device", "cpu", "-o", folder / "reproduced.jsonl")
     assert done.code == 0, done.err
     assert "the measured figures mean nothing" in done.words
     rows = [line.split() for line in done.out.splitlines() if line.startswith(model)]
-    assert [(row[2], row[-3]) for row in rows] == [
-        *(("VOC", "mIoU"), ("VOC", "mAcc"), ("ADE20K", "mIoU"), ("ADE20K", "mAcc"))
-    ]
+    wanted = [("VOC", "mIoU"), ("VOC", "mAcc"), ("ADE20K", "mIoU"), ("ADE20K", "mAcc")]
+    if with_depth:
+        wanted += [("NYUv2", "RMSE"), ("NYUv2", "AbsRel"), ("NYUv2", "a1")]
+    assert [(row[2], row[-3]) for row in rows] == wanted
     assert all(0 <= float(row[-1]) <= 100 for row in rows)
     assert list(folder.iterdir()) == []
 
 
-def test_dry_run_follows_the_published_protocol(dvit: Dvit, tmp_path: Path) -> None:
+def test_dry_run_follows_the_published_protocols(dvit: Dvit, tmp_path: Path) -> None:
     assert_dry(dvit, SMALL, tmp_path)
 
 
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("model", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_every_architecture_runs_from_end_to_end(
+def test_every_architecture_runs_from_end_to_end(dvit: Dvit, tmp_path: Path, model: str) -> None:
+    assert_dry(dvit, model, tmp_path, with_depth=model != EVA)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("model", [SMALL, EVA])  # the only depth that was published of EVA-02 is of it denoised
+def test_a_denoiser_is_fitted_trained_and_probed(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    monkeypatch.setattr(dry, "dry_protocol", lambda: TINY)
-    assert_dry(dvit, model, tmp_path)
-
-
-def test_a_denoiser_is_fitted_trained_and_probed(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[str] = []
-    monkeypatch.setattr(dry, "dry_protocol", lambda: TINY)
-    by_protocol = Workbench.by_protocol
+    compare = Workbench.compare
 
-    def note(self: Workbench, names: Sequence[str], *others: Any) -> Iterator[Any]:
-        denoiser = load_denoiser(str(self.denoiser), backbone=self.backbone)
-        judged.append(f"{names[0]} after step {denoiser.info['step']}, {denoiser.info['images']} images")
-        return by_protocol(self, names, *others)
+    def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
+        info = load_denoiser(str(self.denoiser), backbone=self.backbone).info
+        judged.append(f"{more['task']}: {names[0]} after step {info['step']}, {info['images']} images")
+        return compare(self, names, judge, **more)
 
-    monkeypatch.setattr(Workbench, "by_protocol", note)
-    assert_dry(dvit, SMALL, tmp_path, "voc_denoised")
-    assert judged == ["denoiser after step 2, 3 images"] * 2  # one of four photos is held out
+    monkeypatch.setattr(Workbench, "compare", note)
+    assert_dry(dvit, model, tmp_path, "voc_denoised")
+    tasks = "segmentation", "segmentation", "depth"
+    assert judged == [f"{task}: denoiser after step 2, 3 images" for task in tasks]  # one of four photos is held out
 
 
 def test_recipe_of_denoisers_is_the_published_one() -> None:
@@ -409,25 +561,32 @@ def test_recipe_of_denoisers_is_the_published_one() -> None:
     assert recipe.images == 10_000
 
 
-def test_dry_protocol_is_the_published_one_but_for_its_length() -> None:
-    protocol = dry.dry_protocol()
-    assert replace(protocol, steps=PAPER.steps, warmup=PAPER.warmup, batch=PAPER.batch) == PAPER
-    assert protocol.steps < 10
+def test_protocols_are_the_published_ones() -> None:
+    assert Protocols() == Protocols(PAPER, depth.PAPER, DenoiserRecipe())
+
+
+def test_dry_protocols_are_the_published_ones_but_for_their_length() -> None:
+    how = dry.dry_protocols(tiny_backbone())
+    short = how.segmentation
+    assert replace(short, steps=PAPER.steps, warmup=PAPER.warmup, batch=PAPER.batch) == PAPER
+    published = depth.PAPER
+    assert replace(how.depth, steps=published.steps, warmup=published.warmup, batch=published.batch) == published
+    assert max(short.steps, how.depth.steps, how.recipe.training.steps) < 10
 
 
 @pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocol, str]]:
+def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocols, str]]:
     """Every model is mean colours and every step is done at once; tells what was asked for."""
-    asked: list[tuple[str, Protocol, str]] = []
+    asked: list[tuple[str, Protocols, str]] = []
 
     def at_once(row: Row, **given: Any) -> Iterator[tuple[Step, Line]]:
-        assert find_row(row.published.model, "baseline", given["data"]).status.startswith(
-            "VOC 2012 ready, ADE20K ready"
-        )
+        assert find_row(row.published.model, "baseline", given["data"]).status == row.status
         for step in row.steps:
             if step.status == "ready":
-                asked.append((row.published.model, given["protocol"], step.benchmark.name))
-                yield step, {"metrics": {"mIoU": 1.0, "mAcc": 2.0}, "failed": None, "skipped": []}
+                asked.append((row.published.model, given["protocols"], step.benchmark.name))
+                task = step.benchmark.task
+                metrics = {metric.name: 1.0 for metric in METRICS[task]}
+                yield step, {"task": task, "metrics": metrics, "failed": None, "skipped": []}
 
     monkeypatch.setattr(verb, "reproduce_row", at_once)
     monkeypatch.setattr(dry, "dry_backbone", lambda _model: tiny_backbone())
@@ -435,17 +594,18 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocol, str]]:
 
 
 def test_dry_run_without_a_row_reaches_all_twelve_baselines(
-    dvit: Dvit, instant: list[tuple[str, Protocol, str]], tmp_path: Path
+    dvit: Dvit, instant: list[tuple[str, Protocols, str]], tmp_path: Path
 ) -> None:
     done = dvit("reproduce", "--dry", "-o", tmp_path / "reproduced.jsonl")
     assert done.code == 0, done.err
     assert len(BASELINES) == 12
-    assert [(model, name) for model, _, name in instant] == [
-        (model, name) for model in BASELINES for name in ("VOC 2012", "ADE20K")
-    ]
-    assert {protocol for _, protocol, _ in instant} == {dry.dry_protocol()}
+    names = "VOC 2012", "ADE20K", "NYUv2 depth"
+    wanted = [(model, name) for model in BASELINES for name in names if (model, name) != (EVA, "NYUv2 depth")]
+    assert [(model, name) for model, _, name in instant] == wanted
+    assert len(wanted) == 35
+    assert all(how == dry.dry_protocols(tiny_backbone()) for _, how, _ in instant)
     for model in BASELINES:
-        assert sum(line.startswith(model + " ") for line in done.out.splitlines()) == 4
+        assert sum(line.startswith(model + " ") for line in done.out.splitlines()) == (4 if model == EVA else 7)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,8 +22,8 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, FitError
 from denoising_vit.evaluation import probing
-from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, open_labelled
 from denoising_vit.evaluation.judged import JudgedImage
+from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, open_labelled
 from denoising_vit.evaluation.probing import Curve
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache

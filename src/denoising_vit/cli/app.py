@@ -38,6 +38,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     from denoising_vit.cli.diagnose import diagnose
     from denoising_vit.cli.evaluate import knn, segmentation
     from denoising_vit.cli.evaluate_artifacts import artifacts
+    from denoising_vit.cli.evaluate_correspondence import correspondence
+    from denoising_vit.cli.evaluate_depth import depth
+    from denoising_vit.cli.evaluate_discovery import discovery
     from denoising_vit.cli.fit import fit
     from denoising_vit.cli.models import models
     from denoising_vit.cli.report import report
@@ -56,6 +59,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     evaluate = tyro.extras.SubcommandApp()
     evaluate.command(knn)
     evaluate.command(segmentation)
+    evaluate.command(depth)
+    evaluate.command(discovery)
+    evaluate.command(correspondence)
     evaluate.command(artifacts)
     app.command(evaluate, name="evaluate")
     app.command(report)

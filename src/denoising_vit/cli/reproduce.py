@@ -14,10 +14,10 @@ from rich.table import Table
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note, watch
+from denoising_vit.evaluation.metrics import METRICS, main_metric
 from denoising_vit.evaluation.records import Results, run_info
-from denoising_vit.evaluation.segmentation import PAPER, Protocol
 from denoising_vit.published import VARIANTS, published_rows
-from denoising_vit.reproduction import DenoiserRecipe, Row, Step, find_row, list_rows, reproduce_row
+from denoising_vit.reproduction import Protocols, Row, Step, find_row, list_rows, reproduce_row
 
 #: Steps and their lines of results.
 _Measured = Sequence[tuple[Step, dict[str, Any]]]
@@ -42,7 +42,7 @@ def reproduce(
         row: the model, as `--list` names it.
         variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled.
         list: list every row with the status of its steps, and stop.
-        data: folder that holds VOCdevkit/VOC2012 and ADEChallengeData2016.
+        data: folder that holds VOCdevkit/VOC2012, ADEChallengeData2016 and nyu.
         out: the file that lines of results are appended to. The same command goes on where it was stopped.
         weights: of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not that of the table.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -75,7 +75,7 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
     backbone = spec.load()
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     try:
-        how = PAPER, DenoiserRecipe()
+        how = Protocols()
         measured = _measured(found, data, backbone, spec, how, results, out.with_suffix(".cache"), seed)
     except KeyboardInterrupt:
         print_note("interrupted; finished steps stay, and the same command goes on from there")
@@ -87,7 +87,7 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
 
 
 def _dry(model: str | None, variant: str, device: str, seed: int) -> int:
-    from denoising_vit.reproduction.dry import dry_backbone, dry_data, dry_protocol, dry_recipe
+    from denoising_vit.reproduction.dry import dry_backbone, dry_data, dry_protocols
 
     models = [row.model for row in published_rows() if row.variant == variant] if model is None else [model]
     found, failed = [], False
@@ -103,7 +103,7 @@ def _dry(model: str | None, variant: str, device: str, seed: int) -> int:
                 backbone = backbone if device == "auto" else backbone.to(device)
                 spec = BackboneSpec(row.published.model, "random")
                 results = Results(folder / "results.jsonl")
-                how = dry_protocol(), dry_recipe(backbone)
+                how = dry_protocols(backbone)
                 measured = _measured(row, data, backbone, spec, how, results, folder / "cache", seed)
                 failed = _tell_failed(measured) or failed
                 found.append((row, measured))
@@ -129,7 +129,7 @@ def _measured(
     data: Path,
     backbone: Backbone,
     spec: BackboneSpec,
-    how: tuple[Protocol, DenoiserRecipe],
+    how: Protocols,
     results: Results,
     folder: Path,
     seed: int,
@@ -139,8 +139,7 @@ def _measured(
         data=data,
         backbone=backbone,
         spec=spec,
-        protocol=how[0],
-        recipe=how[1],
+        protocols=how,
         results=results,
         folder=folder,
         run=run_info(),
@@ -151,7 +150,9 @@ def _measured(
     for step, line in steps:
         done.append((step, line))
         if not line["failed"]:
-            print_note(f"{row.published.model} on {step.benchmark.name}: mIoU {line['metrics']['mIoU']:.2f}")
+            metric = main_metric(line["task"])
+            value = f"{metric.name} {line['metrics'][metric.name]:.{metric.digits}f}"
+            print_note(f"{row.published.model} on {step.benchmark.name}: {value}")
     return done
 
 
@@ -176,6 +177,7 @@ def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
         table.add_column(heading, justify="right")
     for row, measured in rows:
         for step, line in measured:
+            digits = {metric.name: metric.digits for metric in METRICS[step.benchmark.task]}
             for metric, key in step.benchmark.figures.items():
                 published, found = row.published.figures[key], line["metrics"].get(metric)
                 table.add_row(
@@ -183,7 +185,7 @@ def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
                     row.published.variant,
                     step.benchmark.name,
                     metric,
-                    *("-" if value is None else f"{value:.2f}" for value in (published, found)),
+                    *("-" if value is None else f"{value:.{digits[metric]}f}" for value in (published, found)),
                 )
     Console().print(table)
 

@@ -9,40 +9,66 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from denoising_vit.evaluation.metrics import METRICS
+from denoising_vit.evaluation.metrics import METRICS, Metric
+
+#: With more metrics than this, differences go below the table: a terminal is 80 columns wide.
+_MOST_BESIDE = 3
 
 
 def scoreboard(lines: Sequence[dict[str, Any]]) -> None:
     """Prints lines of results as a table: sources in rows, or metrics in rows where there are many."""
     good = [line for line in lines if not line["failed"]]
-    if good:
-        Console().print(_scores(good) if good[0]["task"] in METRICS else _figures(good))
+    if not good:
+        return
+    console = Console()
+    metrics = METRICS.get(good[0]["task"])
+    if metrics is None:
+        console.print(_figures(good))
+        return
+    beside = len(metrics) <= _MOST_BESIDE
+    console.print(_scores(good, metrics, beside=beside))
+    if not beside:
+        for line in good:
+            if line["paired"] is not None:
+                words = f"{line['features']}: {_heading(line['paired'], metrics[0])} {_difference(line, metrics[0])}"
+                console.print(words, highlight=False, markup=False, soft_wrap=True)
 
 
-def _scores(lines: Sequence[dict[str, Any]]) -> Table:
+def _scores(lines: Sequence[dict[str, Any]], metrics: Sequence[Metric], *, beside: bool) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("features")
-    reference = next((line["paired"]["against"] for line in lines if line["paired"]), "the first")
-    shown = METRICS[lines[0]["task"]]
-    digits = shown[0].digits
-    names = [metric.name for metric in shown]
-    for heading in (*names, "seeds", f"{names[0]} against {reference} (95 %)", "seconds"):
-        table.add_column(heading, justify="right")
+    for metric in metrics:
+        table.add_column(metric.name, justify="right")
+    table.add_column("seeds", justify="right")
+    if beside:
+        paired = next((line["paired"] for line in lines if line["paired"]), {"against": "the first"})
+        table.add_column(_heading(paired, metrics[0]), justify="right")
+    table.add_column("seconds", justify="right")
     for line in lines:
-        metrics, paired = line["metrics"], line["paired"]
-        difference = (
-            f"{paired['difference']:+.{digits}f} ({paired['low']:+.{digits}f} to {paired['high']:+.{digits}f})"
-            if paired is not None
-            else ""
-        )
+        values = [line["metrics"][metric.name] for metric in metrics]
         table.add_row(
             escape(line["features"]),
-            *("-" if metrics[metric.name] is None else f"{metrics[metric.name]:.{metric.digits}f}" for metric in shown),
+            *(
+                "-" if value is None else f"{value:.{metric.digits}f}"
+                for value, metric in zip(values, metrics, strict=True)
+            ),
             str(len(line["seeds"])),
-            difference,
+            *([_difference(line, metrics[0])] if beside else []),
             f"{line['seconds']:.0f}",
         )
     return table
+
+
+def _heading(paired: dict[str, Any], metric: Metric) -> str:
+    return f"{metric.name} against {paired['against']} (95 %)"
+
+
+def _difference(line: dict[str, Any], metric: Metric) -> str:
+    paired = line["paired"]
+    if paired is None:
+        return ""
+    difference, low, high = (f"{paired[key]:+.{metric.digits}f}" for key in ("difference", "low", "high"))
+    return f"{difference} ({low} to {high})"
 
 
 def _figures(lines: Sequence[dict[str, Any]]) -> Table:

@@ -173,8 +173,8 @@ def _fitted(
 
 
 def store_name(images: JudgedSet[JudgedImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
-    """The same for the same fields of the same images."""
-    whose = {"weights": backbone.fingerprint.short, **asdict(spec), "images": images.digest}
+    """The same for the same fields of the same photos, whatever is judged on them."""
+    whose = {"weights": backbone.fingerprint.short, **asdict(spec), "images": images.photos_digest}
     key = hashlib.sha256(json.dumps(identity | whose, sort_keys=True, default=str).encode()).hexdigest()
     return f"{images.split}-{key[:16]}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,17 +69,25 @@ class JudgedSet(Generic[Image]):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of ids, photos and truth in their order; files that decode to the same give the same."""
-        content = hashlib.sha256()
-        for image in self.images:
-            line = f"{image.id}\0{image.digest}\0{image.truth_digest}\n"
-            content.update(line.encode(errors="surrogateescape"))  # names of files need not be UTF-8
-        return content.hexdigest()
+        return _digest(f"{image.id}\0{image.digest}\0{image.truth_digest}\n" for image in self.images)
+
+    @cached_property
+    def photos_digest(self) -> str:
+        """SHA-256 of ids and photos in their order, whatever is known of them."""
+        return _digest(f"{image.id}\0{image.digest}\n" for image in self.images)
 
     @property
     def common_size(self) -> tuple[int, int] | None:
         """(H, W), if all photos share it."""
         sizes = {(image.height, image.width) for image in self.images}
         return sizes.pop() if len(sizes) == 1 else None
+
+
+def _digest(lines: Iterable[str]) -> str:
+    content = hashlib.sha256()
+    for line in lines:
+        content.update(line.encode(errors="surrogateescape"))  # names of files need not be UTF-8
+    return content.hexdigest()
 
 
 class JudgedData(Protocol):

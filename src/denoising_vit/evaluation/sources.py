@@ -130,13 +130,14 @@ class ExtractorSource(FeatureSource):
     @torch.no_grad()
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, h, w, C) and class tokens (B, 1, 1, C) of rendered crops (B, 3, H, W)."""
-        inputs = inputs.to(self.device)
-        if isinstance(self._extractor, Backbone | DenoisedViT):
-            features, prefix = self._extractor.forward_with_prefix(inputs)
+        inputs, extractor = inputs.to(self.device), self._extractor
+        if isinstance(extractor, Backbone | DenoisedViT):
+            features, prefix = extractor.forward_with_prefix(inputs)
+            raw = features if isinstance(extractor, Backbone) or prefix.shape[1] else extractor.backbone(inputs)
         else:  # any function of images: what it leaves out is the backbone's
-            features, (_, prefix) = self._extractor(inputs), self._of.forward_with_prefix(inputs)
+            features, (raw, prefix) = extractor(inputs), self._of.forward_with_prefix(inputs)
         features = self._checked(features, self._of.grid_size(*inputs.shape[2:]))
-        return features, self._checked(_class_token(features, prefix))
+        return features, self._checked(_class_token(raw, prefix))
 
     def class_tokens(self) -> FeatureSource:
         """Those of the extractor where it is a backbone of its own, else the frozen backbone's."""

@@ -1,4 +1,4 @@
-"""Reads ``figures.csv``, which names its source in its first line."""
+"""Reads ``figures.csv`` and ``discovery.csv``, which name their source in their first line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ VARIANTS = ("baseline", "voc_denoised", "voc_distilled", "imgnet_denoised", "img
 #: Keys of a row's figures, in the order of the file: semantic segmentation of VOC and ADE20K, depth of NYU.
 FIGURES = ("voc_miou", "voc_macc", "ade_miou", "ade_macc", "nyu_rmse", "nyu_absrel", "nyu_a1")
 
+#: Keys of a row's figures of object discovery: VOC 2007 and 2012 trainval, COCO20k.
+DISCOVERY = ("voc07", "voc12", "coco20k")
+
 
 @dataclass(frozen=True)
 class PublishedRow:
@@ -35,12 +38,39 @@ class PublishedRow:
     figures: Mapping[str, float | None] = field(hash=False)
 
 
+@dataclass(frozen=True)
+class DiscoveryRow:
+    """What was published of object discovery for a model, as pretrained or denoised.
+
+    Attributes:
+        model: timm's name.
+        variant: baseline or denoised.
+        figures: CorLoc in percent for each of DISCOVERY.
+    """
+
+    model: str
+    variant: str
+    figures: Mapping[str, float] = field(hash=False)
+
+
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
     """All of them, by model and then by variant."""
-    text = files("denoising_vit.published").joinpath("figures.csv").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    return tuple(_row(found) for found in csv.DictReader(lines))
+    return tuple(_row(found) for found in _read("figures.csv"))
+
+
+@cache
+def published_discovery() -> tuple[DiscoveryRow, ...]:
+    """Object discovery by LOST with feature norms, by model and then by variant."""
+    return tuple(
+        DiscoveryRow(found["model"], found["variant"], MappingProxyType({key: float(found[key]) for key in DISCOVERY}))
+        for found in _read("discovery.csv")
+    )
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    text = files("denoising_vit.published").joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
 
 
 def published_row(model: str, variant: str) -> PublishedRow:

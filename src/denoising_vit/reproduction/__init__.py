@@ -2,6 +2,6 @@
 
 from denoising_vit.reproduction.denoising import DenoiserRecipe
 from denoising_vit.reproduction.rows import Row, Status, Step, find_row, list_rows
-from denoising_vit.reproduction.running import reproduce_row
+from denoising_vit.reproduction.running import Protocols, reproduce_row
 
-__all__ = ["DenoiserRecipe", "Row", "Status", "Step", "find_row", "list_rows", "reproduce_row"]
+__all__ = ["DenoiserRecipe", "Protocols", "Row", "Status", "Step", "find_row", "list_rows", "reproduce_row"]

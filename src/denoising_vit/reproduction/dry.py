@@ -10,10 +10,13 @@ from PIL import Image
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
-from denoising_vit.evaluation.segmentation import PAPER, Protocol
+from denoising_vit.evaluation import depth
+from denoising_vit.evaluation.depth.data import NYU_SIZE
+from denoising_vit.evaluation.segmentation import PAPER
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.reproduction.denoising import DenoiserRecipe
-from denoising_vit.reproduction.rows import ADE, VOC
+from denoising_vit.reproduction.rows import ADE, NYU, VOC
+from denoising_vit.reproduction.running import Protocols
 from denoising_vit.training import TrainOptions
 
 #: Two images of each split, of unlike sizes, so that one of them is padded and the other cut into windows.
@@ -30,24 +33,24 @@ def dry_backbone(model: str) -> Backbone:
     return TimmBackbone(built, name=model, stride=None, layer=-1, norm=True, weights="random, two blocks")
 
 
-def dry_protocol() -> Protocol:
-    """The published protocol, stopped after two steps of one crop."""
-    return replace(PAPER, steps=2, warmup=1, batch=1)
-
-
-def dry_recipe(backbone: Backbone) -> DenoiserRecipe:
-    """The published recipe of the denoiser, stopped after two steps of one pair; views of 8 x 8 patches."""
-    return DenoiserRecipe(
-        denoising=DenoiseOptions(views=8, held_out=0, size=8 * backbone.patch_size),
-        training=TrainOptions(steps=2, batch_size=1, held_out=1),
+def dry_protocols(backbone: Backbone) -> Protocols:
+    """The published protocols, stopped after two steps of one crop or pair; the denoiser's views have 8 x 8 patches."""
+    return Protocols(
+        segmentation=replace(PAPER, steps=2, warmup=1, batch=1),
+        depth=replace(depth.PAPER, steps=2, warmup=1, batch=1),
+        recipe=DenoiserRecipe(
+            denoising=DenoiseOptions(views=8, held_out=0, size=8 * backbone.patch_size),
+            training=TrainOptions(steps=2, batch_size=1, held_out=1),
+        ),
     )
 
 
 def dry_data(folder: Path) -> Path:
-    """Writes small images with masks in the layouts of VOC 2012 and ADE20K; returns the folder."""
+    """Writes images in the layouts of VOC 2012, ADE20K and NYUv2, all small but the last; returns the folder."""
     chance = np.random.default_rng(0)
     _write_voc(folder / VOC.place, chance)
     _write_ade(folder / ADE.place, chance)
+    _write_nyu(folder / NYU.place, chance)
     return folder
 
 
@@ -72,6 +75,15 @@ def _write_ade(root: Path, chance: np.random.Generator) -> None:
             _write(root / "images" / split / f"ADE_{split}_{number}.jpg", _noise(size, chance))
             mask = Image.fromarray(_blocks(size, 151, chance))
             _write(root / "annotations" / split / f"ADE_{split}_{number}.png", mask)
+
+
+def _write_nyu(root: Path, chance: np.random.Generator) -> None:
+    for split in ("train", "test"):
+        photo, depths = f"scene/rgb_{split}.jpg", f"scene/depth_{split}.png"
+        _write(root / photo, _noise(NYU_SIZE, chance))
+        millimetres = 1000 + 20 * _blocks(NYU_SIZE, 200, chance).astype(np.uint16)
+        _write(root / depths, Image.fromarray(millimetres))
+        (root / f"nyu_{split}.txt").write_text(f"/{photo} /{depths} 518.8579\n")
 
 
 def _write(path: Path, image: Image.Image) -> None:

@@ -19,7 +19,8 @@ class Benchmark:
 
     Attributes:
         name: for people.
-        layout: as `open_labelled` calls it; None where this version has no such task.
+        task: what is done on it.
+        layout: as what opens it calls it.
         place: where it goes below the data folder.
         needs: what must be there, below that place.
         source: where it can be had.
@@ -27,7 +28,8 @@ class Benchmark:
     """
 
     name: str
-    layout: str | None
+    task: str
+    layout: str
     place: str
     needs: tuple[str, ...]
     source: str
@@ -36,6 +38,7 @@ class Benchmark:
 
 VOC = Benchmark(
     name="VOC 2012",
+    task="segmentation",
     layout="voc2012",
     place="VOCdevkit/VOC2012",
     needs=("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"),
@@ -44,6 +47,7 @@ VOC = Benchmark(
 )
 ADE = Benchmark(
     name="ADE20K",
+    task="segmentation",
     layout="ade20k",
     place="ADEChallengeData2016",
     needs=("images/training", "images/validation", "annotations/training", "annotations/validation"),
@@ -52,10 +56,11 @@ ADE = Benchmark(
 )
 NYU = Benchmark(
     name="NYUv2 depth",
-    layout=None,
+    task="depth",
+    layout="nyu",
     place="nyu",
-    needs=(),
-    source="https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html",
+    needs=("nyu_train.txt", "nyu_test.txt"),
+    source="https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html, as photos, 16-bit depth and lists of both",
     figures={"RMSE": "nyu_rmse", "AbsRel": "nyu_absrel", "a1": "nyu_a1"},
 )
 
@@ -127,8 +132,6 @@ def _row(row: PublishedRow, data: Path, lines: Sequence[dict[str, Any]]) -> Row:
 def _step(row: PublishedRow, benchmark: Benchmark, data: Path, lines: Sequence[dict[str, Any]]) -> Step:
     if row.variant in _NOT_YET:
         return Step(benchmark, "unsupported", _NOT_YET[row.variant])
-    if benchmark.layout is None:
-        return Step(benchmark, "unsupported", "depth is not in this version")
     measured = {"model": row.model, "variant": row.variant}
     if any(_measures(line, measured, benchmark) for line in lines):
         return Step(benchmark, "done")

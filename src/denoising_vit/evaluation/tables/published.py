@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.tables.entries import Entry
 from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, flat, plain, table
-from denoising_vit.published import PublishedRow, published_row, published_rows
+from denoising_vit.published import (
+    DiscoveryRow,
+    PublishedRow,
+    published_discovery,
+    published_row,
+    published_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -19,22 +25,33 @@ class _Benchmark:
     Attributes:
         heading: what it is called.
         names: how names of such data begin.
+        task: whose figures were published.
         figures: key of the published figure to its column and number of decimals; the column is also the metric's name.
     """
 
     heading: str
     names: re.Pattern[str]
+    task: str
     figures: dict[str, tuple[str, int]]
 
 
 _BENCHMARKS = (
     _Benchmark(
-        "VOC", re.compile(r"(pascal[^a-z]*)?voc(?!ab)", re.I), {"voc_miou": ("mIoU", 2), "voc_macc": ("mAcc", 2)}
+        "VOC",
+        re.compile(r"(pascal[^a-z]*)?voc(?!ab)", re.I),
+        "segmentation",
+        {"voc_miou": ("mIoU", 2), "voc_macc": ("mAcc", 2)},
     ),
-    _Benchmark("ADE20K", re.compile(r"ade(?![a-z])", re.I), {"ade_miou": ("mIoU", 2), "ade_macc": ("mAcc", 2)}),
+    _Benchmark(
+        "ADE20K",
+        re.compile(r"ade(?![a-z])", re.I),
+        "segmentation",
+        {"ade_miou": ("mIoU", 2), "ade_macc": ("mAcc", 2)},
+    ),
     _Benchmark(
         "NYU depth",
         re.compile(r"nyu", re.I),
+        "depth",
         {"nyu_rmse": ("RMSE", 4), "nyu_absrel": ("AbsRel", 4), "nyu_a1": ("a1", 2)},
     ),
 )
@@ -46,7 +63,7 @@ _ALWAYS = ("size", "crops", "preset", "steps")
 def comparison(entries: Sequence[Entry]) -> list[list[str]]:
     """Blocks of lines: a table for each benchmark with every published row, then what could not be placed, and why.
 
-    Only heads trained on the features are compared (task segmentation): nearest neighbours measure something else.
+    Only heads trained on the features are compared: nearest neighbours measure something else.
     """
     placed: dict[str, list[Entry]] = {benchmark.heading: [] for benchmark in _BENCHMARKS}
     unplaced: list[str] = []
@@ -69,11 +86,11 @@ def _place(entry: Entry, model: str, variant: str) -> tuple[_Benchmark | None, s
         published_row(model, variant)
     except EvaluationError as error:
         return None, f"{what}: {error}"
-    if entry.task != "segmentation":
-        return None, f"{what}: expected the task segmentation, which is what was published, got {entry.task}"
     for benchmark in _BENCHMARKS:
         if benchmark.names.match(entry.data):
-            return benchmark, ""
+            if entry.task == benchmark.task:
+                return benchmark, ""
+            return None, f"{what}: expected the task {benchmark.task}, which is what was published, got {entry.task}"
     names = ", ".join(benchmark.heading for benchmark in _BENCHMARKS)
     return None, f"{what}: expected data of {names}, by its name; got {entry.data}"
 
@@ -104,3 +121,41 @@ def _cells(benchmark: _Benchmark, row: PublishedRow, entry: Entry | None) -> lis
         measured = None if entry is None else entry.metrics.get(column)
         cells += [fixed(row.figures[key], digits), fixed(measured, digits)]
     return cells
+
+
+#: Columns of published discovery: key, heading, how names of such data begin.
+_DISCOVERED = (
+    ("voc07", "VOC07", re.compile(r"(pascal[^a-z]*)?voc[^0-9]*(20)?07", re.I)),
+    ("voc12", "VOC12", re.compile(r"(pascal[^a-z]*)?voc[^0-9]*(20)?12", re.I)),
+    ("coco20k", "COCO20k", re.compile(r"coco", re.I)),
+)
+
+#: Features that each published variant is compared with.
+_DISCOVERY_FEATURES = {"baseline": "raw", "denoised": "denoiser"}
+
+
+def discovery_comparison(entries: Sequence[Entry]) -> list[list[str]]:
+    """A table of published object discovery (LOST seeded by feature norms, CorLoc), and what was measured of it."""
+    header = ["model", "variant"]
+    header += [f"{heading}{which}" for _, heading, _ in _DISCOVERED for which in (" published", " measured")]
+    rows = [[row.model, row.variant, *_discovered(row, entries)] for row in published_discovery()]
+    return [["### Object discovery (CorLoc)"], table(header, rows, left=2)]
+
+
+def _discovered(row: DiscoveryRow, entries: Sequence[Entry]) -> list[str]:
+    cells: list[str] = []
+    for key, _, names in _DISCOVERED:
+        found = [entry for entry in entries if _is_of(entry, row) and names.match(entry.data)]
+        cells += [fixed(row.figures[key], 1), fixed(found[-1].metrics["CorLoc"], 1) if found else NONE]
+    return cells
+
+
+def _is_of(entry: Entry, row: DiscoveryRow) -> bool:
+    """Whether an entry measures what a row says."""
+    return (
+        entry.task == "discovery"
+        and entry.failed is None
+        and entry.settings.get("seed_by") == "norm"
+        and entry.backbone["name"] == row.model
+        and entry.features == _DISCOVERY_FEATURES[row.variant]
+    )

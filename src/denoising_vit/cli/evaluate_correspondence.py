@@ -1,0 +1,57 @@
+"""``dvit evaluate correspondence``: sources of features, judged by what they find again elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.evaluation import correspondence as evaluation
+from denoising_vit.evaluation.correspondence import MatchingOptions, PropagationOptions
+from denoising_vit.evaluation.fields import FieldOptions
+from denoising_vit.evaluation.judged import JudgedData
+from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.workbench import Line
+
+
+def correspondence(
+    judged: tyro.conf.OmitArgPrefixes[Judged],
+    split: str = "test",
+    videos: PropagationOptions = PropagationOptions(),  # noqa: B008, frozen
+    pairs: MatchingOptions = MatchingOptions(),  # noqa: B008, frozen
+    exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Correspondence: labels carried through videos (J and F), or keypoints found in another photo (PCK).
+
+    Which of them is a matter of the data: DAVIS 2016 or 2017 (JPEGImages/480p, Annotations/480p), or SPair-71k
+    (JPEGImages/, PairAnnotation/). Of videos, --images counts sequences; of SPair-71k, pairs.
+
+    Args:
+        judged: what is judged.
+        split: of SPair-71k: trn, val or test.
+        videos: how labels are carried.
+        pairs: how keypoints are matched.
+        exact: how stage 1 is done, where exact features are judged.
+        model: the backbone, and how it is run.
+        json: print the lines of results instead of a table.
+    """
+    videos.validate()
+    pairs.validate()
+    names = parse_names(judged.features)
+    exact.denoising()
+
+    def opened(progress: Callable[[], None]) -> JudgedData:
+        count = judged.images
+        return evaluation.open_correspondence(judged.data, sequences=count, split=split, pairs=count, progress=progress)
+
+    def lines() -> Iterator[Line]:
+        bench = open_bench(judged, exact, model, opened)
+        if isinstance(bench.data, evaluation.ClipData):
+            return evaluation.propagation(bench, names, videos)
+        return evaluation.matching(bench, names, pairs)
+
+    return tell(judged, lines, as_json=json)

@@ -1,0 +1,50 @@
+"""``dvit evaluate depth``: sources of features, judged by the depth that a linear probe reads from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.evaluation import depth as evaluation
+from denoising_vit.evaluation.fields import FieldOptions
+from denoising_vit.evaluation.named_sources import parse_names
+
+
+def depth(
+    judged: tyro.conf.OmitArgPrefixes[Judged],
+    depth_scale: float = 1000.0,
+    blocks: int = 5,
+    training: tyro.conf.OmitArgPrefixes[evaluation.DepthOptions] = evaluation.DepthOptions(),  # noqa: B008, frozen
+    exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Depth by a linear probe on frozen features and class token: weights of depth bins, judged at every pixel.
+
+    Data: NYUv2 as published (nyu_train.txt, nyu_test.txt), or rgb/ and depth/ with 16-bit PNGs of the same names, in
+    the folder itself or in train/ and val/.
+
+    Args:
+        judged: what is judged.
+        depth_scale: units of the depth maps' numbers in a metre; 1000 for millimetres.
+        blocks: where the data has no splits: blocks of consecutive photos that are judged in turn.
+        training: how the probe is trained.
+        exact: how stage 1 is done, where exact features are judged.
+        model: the backbone, and how it is run.
+        json: print the lines of results instead of a table.
+    """
+    training.protocol()
+    names = parse_names(judged.features)
+    exact.denoising()
+
+    def opened(progress: Callable[[], None]) -> evaluation.DepthData:
+        return evaluation.open_depth(
+            judged.data, scale=depth_scale, images=judged.images, blocks=blocks, progress=progress
+        )
+
+    return tell(
+        judged, lambda: evaluation.depth(open_bench(judged, exact, model, opened), names, training), as_json=json
+    )

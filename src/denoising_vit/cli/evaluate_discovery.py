@@ -1,0 +1,65 @@
+"""``dvit evaluate discovery``: sources of features, judged by the objects that are found in them without any label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.evaluation import discovery as evaluation
+from denoising_vit.evaluation.fields import FieldOptions
+from denoising_vit.evaluation.judged import JudgedData
+from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.workbench import Line
+
+
+def discovery(
+    judged: tyro.conf.OmitArgPrefixes[Judged],
+    split: str | None = None,
+    difficult: bool = True,
+    annotations: Path | None = None,
+    names: Path | None = None,
+    finding: tyro.conf.OmitArgPrefixes[evaluation.DiscoveryOptions] = evaluation.DiscoveryOptions(),  # noqa: B008, frozen
+    exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Object discovery by LOST: the share of images whose one box, found from features alone, is around an object.
+
+    Data: VOC2007 or VOC2012 (JPEGImages/, Annotations/, ImageSets/Main/trainval.txt), COCO (annotations/*.json and its
+    photos), DAVIS (JPEGImages/480p, Annotations/480p), or images/ and masks/ of objects.
+
+    Args:
+        judged: what is judged.
+        split: of VOC: the list in ImageSets/Main; without it, trainval. Of COCO: what follows instances_ in the name of
+            the JSON file, where there are several. Of DAVIS: a list of sequences in ImageSets.
+        difficult: of VOC: whether objects count that are marked as difficult or truncated.
+        annotations: of COCO, where the folder has several files: the JSON file.
+        names: of COCO: file with the names or ids of the photos that are used, one a line, as COCO20k has.
+        finding: how objects are found.
+        exact: how stage 1 is done, where exact features are judged.
+        model: the backbone, and how it is run.
+        json: print the lines of results instead of a table.
+    """
+    finding.validate()
+    features = parse_names(judged.features)
+    exact.denoising()
+
+    def opened(progress: Callable[[], None]) -> JudgedData:
+        return evaluation.open_boxed(
+            judged.data,
+            images=judged.images,
+            split=split,
+            difficult=difficult,
+            annotations=annotations,
+            names=names,
+            progress=progress,
+        )
+
+    def lines() -> Iterator[Line]:
+        return evaluation.discovery(open_bench(judged, exact, model, opened), features, finding)
+
+    return tell(judged, lines, as_json=json)

@@ -1,0 +1,255 @@
+"""Training crops of the published protocol: what is drawn how often, and that photo and depth stay together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.depth import PAPER, DepthImage
+from denoising_vit.evaluation.depth.augmentation import NYU_PART, Colours, Drawn, draw
+from denoising_vit.evaluation.depth.head import DepthProbe
+from denoising_vit.evaluation.depth.losses import depth_loss
+from denoising_vit.evaluation.depth.samples import DepthCrops
+from denoising_vit.evaluation.judged import JudgedSet
+from denoising_vit.evaluation.sources import ExtractorSource
+from tiny_depth import RED, backbone, blocky, pooled, red_of, set_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PATCH = (14, 14)
+
+#: As published, but for size and length.
+TINY = replace(PAPER, steps=6, warmup=2, batch=3, crop=(21, 33))
+
+
+def image_of(height: int = 480, width: int = 640) -> DepthImage:
+    """That nobody reads."""
+    path = Path("nowhere.png")
+    return DepthImage(
+        "train", "a", path, height, width, "digest", depth=path, scale=1000, depth_digest="digest", least=1
+    )
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Drawn]:
+    return [draw(image_of(), PAPER, NYU_PART, PATCH, np.random.default_rng(seed)) for seed in range(2000)]
+
+
+def test_half_of_the_photos_are_turned_by_up_to_two_and_a_half_degrees(many: list[Drawn]) -> None:
+    angles = np.array([drawn.image.angle for drawn in many])
+    assert (angles != 0).mean() == pytest.approx(0.5, abs=0.04)
+    assert np.abs(angles).max() == pytest.approx(2.5, abs=0.02)
+    assert np.abs(angles).max() <= 2.5
+    assert angles[angles != 0].mean() == pytest.approx(0, abs=0.15)
+    assert np.abs(angles[angles != 0]).mean() == pytest.approx(1.25, abs=0.07)
+
+
+def test_half_of_the_crops_are_mirrored(many: list[Drawn]) -> None:
+    flips = np.array([drawn.crop.flip for drawn in many])
+    assert flips.mean() == pytest.approx(0.5, abs=0.04)
+    turned = np.array([drawn.image.angle != 0 for drawn in many])
+    assert flips[turned].mean() == pytest.approx(0.5, abs=0.06)  # one has nothing to do with the other
+
+
+def test_crops_come_from_all_places_of_the_published_part(many: list[Drawn]) -> None:
+    boxes = np.array([drawn.crop.box for drawn in many]) * (640, 480, 640, 480)
+    np.testing.assert_allclose(boxes, np.round(boxes), atol=1e-9)
+    x0, y0, x1, y1 = np.round(boxes).astype(int).T
+    assert set((y1 - y0).tolist()) == {416} and set((x1 - x0).tolist()) == {544}
+    assert {drawn.crop.size for drawn in many} == {(416, 544)}
+    assert set(y0.tolist()) == set(range(45, 472 - 416 + 1))
+    assert set(x0.tolist()) == set(range(43, 608 - 544 + 1))
+
+
+def test_without_a_part_crops_come_from_the_whole_image() -> None:
+    some = [draw(image_of(420, 550), PAPER, None, PATCH, np.random.default_rng(seed)) for seed in range(200)]
+    boxes = np.round(np.array([drawn.crop.box for drawn in some]) * (550, 420, 550, 420)).astype(int)
+    assert set(boxes[:, 1].tolist()) == set(range(5)) and set(boxes[:, 0].tolist()) == set(range(7))
+
+
+@pytest.mark.parametrize(
+    ("patch", "pads"),
+    [((14, 14), (1, 2, 1, 2)), ((16, 16), (0, 0, 0, 0)), ((14, 7), (1, 2, 1, 2)), ((9, 5), (0, 1, 0, 2))],
+)
+def test_crops_are_padded_to_whole_patches_as_even_as_can_be(
+    patch: tuple[int, int], pads: tuple[int, int, int, int]
+) -> None:
+    crop = draw(image_of(), PAPER, None, patch, np.random.default_rng(0)).crop
+    assert crop.pads == pads
+    assert all((side - patch[0]) % patch[1] == 0 for side in crop.padded)
+
+
+def test_half_of_the_crops_have_other_colours_within_the_published_ranges(many: list[Drawn]) -> None:
+    colours = [drawn.colours for drawn in many if drawn.colours is not None]
+    assert len(colours) / len(many) == pytest.approx(0.5, abs=0.04)
+    gammas = np.array([each.gamma for each in colours])
+    assert gammas.min() == pytest.approx(0.9, abs=0.002) and gammas.max() == pytest.approx(1.1, abs=0.002)
+    assert gammas.min() >= 0.9 and gammas.max() <= 1.1
+    factors = np.array([each.factors for each in colours])
+    assert 0.75 * 0.9 <= factors.min() < 0.70 and 1.25 * 1.1 >= factors.max() > 1.33
+    ratios = factors.max(1) / factors.min(1)  # brightness is common to the channels
+    assert 1.18 < ratios.max() <= 1.1 / 0.9
+    # Of the logarithm: that of brightness plus a third of that of a channel.
+    spread = np.std(np.log(np.random.default_rng(0).uniform(0.75, 1.25, 9999)))
+    channel = np.std(np.log(np.random.default_rng(1).uniform(0.9, 1.1, 9999)))
+    assert np.log(factors).mean(1).std() == pytest.approx(math.hypot(spread, channel / math.sqrt(3)), rel=0.06)
+
+
+def test_colours_are_changed_as_numbers_up_to_255() -> None:
+    image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    found = Colours(1.07, (0.8, 1.3, 1.0))(image)
+    numbers = 255 * image.double().numpy()
+    wanted = np.clip(numbers**1.07 * np.array([0.8, 1.3, 1.0])[:, None, None], 0, 255) / 255
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5)
+    assert (found == 1).any() and (found < 1).any()
+    assert Colours(0.9, (1, 1, 1))(torch.tensor([[[-0.1, 0.0]]]).expand(3, 1, 2)).tolist() == [[[0, 0]]] * 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(415, 640), (480, 543)])
+def test_photos_smaller_than_a_crop_are_refused(height: int, width: int) -> None:
+    with pytest.raises(EvaluationError, match=rf"a: {width} x {height} pixels .* crops of 544 x 416 .*--preset quick"):
+        draw(image_of(height, width), PAPER, None, PATCH, np.random.default_rng(0))
+
+
+# --- Photo and depth
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> JudgedSet[DepthImage]:
+    """Slopes of depth, without steps that interpolation would smooth."""
+    rows, columns = np.meshgrid(np.linspace(0, 1, 30), np.linspace(0, 1, 41), indexing="ij")
+    slopes = [1 + 3 * rows + 2 * columns, 6 - 2 * rows - 3 * columns, 2 + 4 * rows * columns]
+    return set_of(tmp_path_factory.mktemp("slopes"), [(red_of(metres), metres) for metres in slopes])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_photo_and_depth_of_a_crop_belong_together(images: JudgedSet[DepthImage], seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    drawn = draw(images.images[seed % 3], replace(TINY, rotate=20.0), None, (6, 6), chance)
+    shown = ExtractorSource("red", backbone(pooled(6), 6)).inputs(drawn.image, drawn.crop)
+    left, top, _, _ = drawn.crop.pads
+    assert not shown[:, :top].any() and not shown[:, :, :left].any()
+    red = 255 * shown[0, top : top + 21, left : left + 33]
+    truth = drawn.truth()
+    assert truth.shape == (21, 33)
+    known = F.max_pool2d(-(truth > 0).float()[None], 3, 1, 1)[0] == -1  # and all around are: red is interpolated
+    assert known.sum() > 300
+    # One grey, and the step of one pixel that the nearest neighbour may be off.
+    assert (red - RED * truth)[known].abs().max() < 1 + 0.75 * RED * 4 / 30
+    assert (red - RED * truth)[known].mean().abs() < 1
+
+
+def test_what_comes_into_view_from_outside_is_black_and_unknown(images: JudgedSet[DepthImage]) -> None:
+    turned = images.images[0].rotated(30.0)
+    metres, pixels = turned.metres(), turned.pixels()
+    assert metres.shape == (30, 41) and pixels.shape == (30, 41, 3)
+    for place in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        assert metres[place] == 0 and not pixels[place].any()
+    assert (metres == 0).float().mean() > 0.1
+    assert metres[15, 20] == pytest.approx(float(images.images[0].metres()[15, 20]), abs=0.2)
+
+
+def test_a_photo_that_is_not_turned_is_as_it_is(images: JudgedSet[DepthImage]) -> None:
+    image = images.images[0]
+    assert image.angle == 0 and np.array_equal(image.rotated(0.0).pixels(), image.pixels())
+    assert torch.equal(image.rotated(0.0).metres(), image.metres())
+
+
+def test_what_the_model_is_shown_is_normalised_and_then_padded(images: JudgedSet[DepthImage]) -> None:
+    imagenet = (IMAGENET_MEAN, IMAGENET_STD)
+    source = ExtractorSource("raw", backbone(pooled(6), 6), None, {}, imagenet)
+    drawn = draw(images.images[0], replace(TINY, rotate=0.0, flip=0.0), None, (6, 6), np.random.default_rng(2))
+    shown = source.inputs(drawn.image, drawn.crop)
+    left, top, right, bottom = drawn.crop.pads
+    assert (left, top, right, bottom) == (1, 1, 2, 2)
+    x0, y0 = round(drawn.crop.box[0] * 41), round(drawn.crop.box[1] * 30)
+    part = torch.from_numpy(drawn.image.pixels()[y0 : y0 + 21, x0 : x0 + 33].copy()).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in imagenet)
+    wanted = F.pad((part - mean) / std, (left, right, top, bottom))
+    torch.testing.assert_close(shown, wanted, atol=1e-4, rtol=0)
+
+
+# --- Samples of a step
+
+
+class Witness(ExtractorSource):
+    """Keeps the samples that it is asked for, in order."""
+
+    def __init__(self, patch: int, stride: int) -> None:
+        super().__init__("witness", backbone(pooled(patch, stride), patch, stride))
+        self.asked: list[tuple[DepthImage, Drawn]] = []
+        self.passed: list[Tensor] = []
+
+    def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        self.passed.append(inputs)
+        return super().features_and_class(inputs)
+
+
+def crops_of(
+    images: JudgedSet[DepthImage], seed: int, use: Callable[[DepthCrops], list[float]], patch: int = 6
+) -> list[float]:
+    with DepthCrops(Witness(patch, patch), images, None, TINY, seed) as samples:
+        return use(samples)
+
+
+def losses_of(images: JudgedSet[DepthImage], seed: int, steps: range) -> list[float]:
+    probe = DepthProbe(6, 16, 0.001, 10.0, 4, seed=0)
+    return crops_of(images, seed, lambda samples: [float(samples.loss(probe, step).detach()) for step in steps])
+
+
+def test_crops_are_decided_by_seed_and_step(images: JudgedSet[DepthImage]) -> None:
+    straight = losses_of(images, 1, range(4))
+    assert losses_of(images, 1, range(4)) == straight
+    assert losses_of(images, 1, range(2, 4)) == straight[2:]
+    assert losses_of(images, 2, range(4)) != straight
+    assert len(set(straight)) == 4
+
+
+@pytest.mark.parametrize(("patch", "stride"), [(6, 6), (8, 4), (7, 5)])
+@pytest.mark.parametrize("step", [1, 150])
+def test_the_loss_of_a_step_is_that_of_its_crops_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: int, stride: int, step: int
+) -> None:
+    """Features upsampled beside the class token, weighed, and depth brought to every pixel of the crop."""
+    images = set_of(tmp_path, blocky(4, 5))
+    drawn: dict[int, Drawn] = {}
+    usual = DepthCrops._draw
+
+    def kept(self: DepthCrops, index: int, step: int, place: int) -> tuple[Tensor, Drawn, Tensor]:
+        made = usual(self, index, step, place)
+        drawn[place] = made[1]
+        return made
+
+    monkeypatch.setattr(DepthCrops, "_draw", kept)
+    source, probe = Witness(patch, stride), DepthProbe(6, 16, 0.001, 10.0, 4, seed=0)
+    with DepthCrops(source, images, None, TINY, seed=3) as samples:
+        assert samples.channels == 6
+        found = float(samples.loss(probe, step).detach())
+    inputs = source.passed[-1]
+    assert len(inputs) == len(drawn) == 3
+
+    features = pooled(patch, stride)(inputs).permute(0, 3, 1, 2)
+    token = features.mean((2, 3), keepdim=True).expand_as(features)  # the model has none of its own
+    fine = F.interpolate(torch.cat([features, token], 1), scale_factor=4, mode="bilinear")
+    weights = (F.conv2d(fine, probe.weigh.weight[:, :, None, None], probe.weigh.bias).relu() + 0.1).detach()
+    depth = torch.einsum("bkyx,k->byx", weights / weights.sum(1, keepdim=True), torch.linspace(0.001, 10, 16)).numpy()
+    left, top, _, _ = drawn[0].crop.pads
+    rows, columns = np.arange(21) + 0.5 + top, np.arange(33) + 0.5 + left
+    down, across = (
+        patch / 2 + stride * ((np.arange(cells) + 0.5) / 4 - 0.5) for cells in depth.shape[1:]
+    )  # the middles of the finer cells
+    wide = np.stack([np.stack([np.interp(columns, across, row) for row in one]) for one in depth])
+    wide = np.stack([np.stack([np.interp(rows, down, column) for column in one.T], -1) for one in wide])
+    truth = torch.stack([drawn[place].truth() for place in range(3)])
+    wanted = depth_loss(torch.from_numpy(wide).float(), truth, 0.5, mean_only=step < 100)
+    assert found == pytest.approx(float(wanted), rel=1e-4)

@@ -1,0 +1,411 @@
+"""Photos with depth on the disk: both layouts, what is left out and why, and blocks of consecutive photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.depth import DepthData, open_depth
+from denoising_vit.evaluation.depth.data import block_splits
+from denoising_vit.evaluation.depth.images import read_depth
+from tiny_depth import (
+    SIZE,
+    blocky,
+    flat,
+    write_depth,
+    write_nyu,
+    write_pairs,
+    write_photo,
+    write_splits,
+)
+
+NYU_SIZE = (480, 640)
+
+
+def reasons(data: DepthData, split: int = -1) -> dict[str, str]:
+    return {item.item: item.reason for item in data.splits[split].skipped}
+
+
+# --- Layouts
+
+
+def test_folders_without_splits_are_judged_in_blocks(tmp_path: Path) -> None:
+    data = open_depth(write_pairs(tmp_path / "rooms", blocky(10, 0)))
+    assert (data.name, data.layout, data.blocks) == ("rooms", "folders", 5)
+    assert [images.split for images in data.splits] == ["val"]
+    assert data.note is not None and "5 blocks of consecutive photos" in data.note
+    assert [image.id for image in data.val.images] == [f"{number:02}.png" for number in range(10)]
+
+
+def test_folders_with_splits_have_no_blocks(tmp_path: Path) -> None:
+    data = open_depth(write_splits(tmp_path / "rooms", blocky(3, 0), blocky(2, 1)))
+    assert (data.layout, data.blocks, data.note) == ("folders", 0, None)
+    assert [(images.split, len(images.images)) for images in data.splits] == [("train", 3), ("val", 2)]
+
+
+@pytest.mark.parametrize(("photos", "depths"), [("images", "depth"), ("rgb", "depths"), ("images", "depths")])
+def test_folders_may_have_other_names(tmp_path: Path, photos: str, depths: str) -> None:
+    root = write_pairs(tmp_path / "rooms", blocky(4, 0))
+    (root / "rgb").rename(root / photos)
+    (root / "depth").rename(root / depths)
+    assert len(open_depth(root, blocks=2).val.images) == 4
+
+
+def test_photos_that_are_in_both_splits_are_told(tmp_path: Path) -> None:
+    pictures = blocky(3, 0)
+    data = open_depth(write_splits(tmp_path / "rooms", pictures, pictures[1:]))
+    assert data.note == "2 of 2 photos of val are in train as well"
+
+
+def test_depth_is_read_in_metres_at_every_pixel(tmp_path: Path) -> None:
+    ((photo, metres),) = blocky(1, 0)
+    metres = metres.round(3)
+    metres[:3] = 0
+    for scale in (1000, 5000):
+        image = open_depth(
+            write_splits(tmp_path / str(scale), [(photo, metres)], [(photo, metres)], scale), scale=scale
+        ).val.images[0]
+        assert (image.height, image.width) == SIZE
+        found = image.metres()
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found.numpy(), metres, atol=0.5 / scale + 1e-6)
+        assert (found[:3] == 0).all()
+
+
+def test_depth_below_zero_is_a_mark_of_none(tmp_path: Path) -> None:
+    numbers = np.full(SIZE, 2000, np.int32)
+    numbers[:4] = -1
+    Image.fromarray(numbers).save(tmp_path / "depth.tif")
+    found = read_depth(tmp_path / "depth.tif")
+    assert (found[:4] == 0).all() and (found[4:] == 2000).all()
+
+
+def test_other_numbers_and_another_scale_are_another_truth(tmp_path: Path) -> None:
+    pictures = blocky(2, 0)
+
+    def digest(name: str, changed: list[Any], scale: float = 1000) -> str:
+        return open_depth(write_splits(tmp_path / name, changed, changed, scale), scale=scale).val.digest
+
+    first = digest("a", pictures)
+    assert digest("b", pictures) == first
+    assert digest("c", pictures, 2000) != first
+    (photo, metres), other = pictures
+    assert digest("d", [(photo, metres + 0.002), other]) != first
+    assert digest("e", [(255 - photo, metres), other]) != first
+    assert digest("f", [other, (photo, metres)]) != first
+
+
+def test_a_number_of_images_is_spread_over_each_split(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "rooms", blocky(9, 0), blocky(3, 1))
+    seen: list[int] = []
+    data = open_depth(root, images=3, progress=lambda: seen.append(1))
+    assert [image.id for image in data.train.images] == ["01.png", "04.png", "07.png"]
+    assert len(data.val.images) == 3 and len(seen) == 6
+    with pytest.raises(EvaluationError, match="expected a number of images of at least 1, or 0 for all, got -1"):
+        open_depth(root, images=-1)
+
+
+# --- NYUv2
+
+
+@pytest.fixture
+def nyu(tmp_path: Path) -> Path:
+    pictures = [flat(metres, NYU_SIZE) for metres in (2, 3)]
+    return write_nyu(tmp_path / "nyu", pictures, pictures[:1])
+
+
+def add_line(root: Path, line: str, name: str = "nyu_test.txt") -> None:
+    with (root / name).open("a") as file:
+        file.write(line + "\n")
+
+
+def test_nyu_is_read_from_its_lists_sorted_by_photo(nyu: Path) -> None:
+    lines = (nyu / "nyu_train.txt").read_text().splitlines()
+    (nyu / "nyu_train.txt").write_text("\n".join([lines[1], "", lines[0]]))
+    data = open_depth(nyu)
+    assert (data.layout, data.blocks) == ("nyu", 0)
+    assert [image.id for image in data.train.images] == ["train_0001/rgb_00000.png", "train_0001/rgb_00001.png"]
+    assert float(data.train.images[1].metres().mean()) == pytest.approx(3)
+    assert not data.val.skipped and not data.train.skipped
+
+
+@pytest.mark.parametrize(
+    ("line", "item", "reason"),
+    [
+        ("/a/rgb_1.png None 518.8579", "a/rgb_1.png", "no depth map in the list"),
+        ("/a/rgb_1.png", "nyu_test.txt:2", "expected a photo, a depth map and a focal length: /a/rgb_1.png"),
+        ("/a/rgb_1.png /a/depth_1.png 518.8579", "a/rgb_1.png", "no such file"),
+        ("../secret.png /a/depth_1.png 5", "../secret.png", "a place below the folder, got one above it"),
+        ("a/rgb_1.png a/../../depth_1.png 5", "a/rgb_1.png", "a place below the folder, got one above it"),
+        ("/test_0001/rgb_00000.png /gone.png 5", "test_0001/rgb_00000.png", "no such file, expected a depth map"),
+    ],
+)
+def test_lines_of_the_lists_that_cannot_be_used_are_left_out(nyu: Path, line: str, item: str, reason: str) -> None:
+    if line.startswith("/test_0001"):  # beside a line that can be used
+        (nyu / "nyu_test.txt").write_text("/train_0001/rgb_00000.png /train_0001/sync_depth_00000.png 5\n")
+    add_line(nyu, line)
+    data = open_depth(nyu)
+    assert len(data.val.images) == 1
+    assert list(reasons(data)) == [item]
+    assert reason in reasons(data)[item]
+
+
+def test_a_photo_that_is_named_twice_counts_once(nyu: Path) -> None:
+    lines = (nyu / "nyu_train.txt").read_text().splitlines()
+    add_line(nyu, lines[0], "nyu_train.txt")
+    data = open_depth(nyu)
+    assert len(data.train.images) == 2
+    assert "second time" in reasons(data, 0)["train_0001/rgb_00000.png"]
+
+
+def test_photos_of_nyu_have_one_size(nyu: Path) -> None:
+    photo, metres = flat(2, (480, 600))
+    write_photo(nyu / "small.png", photo)
+    write_depth(nyu / "small_depth.png", metres)
+    add_line(nyu, "small.png small_depth.png 5")
+    assert reasons(open_depth(nyu)) == {"small.png": "expected 640 x 480 pixels, as NYUv2 has, got 600 x 480"}
+
+
+@pytest.mark.parametrize("missing", ["nyu_train.txt", "nyu_test.txt"])
+def test_one_list_of_the_two_is_not_enough(nyu: Path, missing: str) -> None:
+    (nyu / missing).unlink()
+    with pytest.raises(EvaluationError, match=f"nyu looks like NYUv2, but lacks {missing}"):
+        open_depth(nyu)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "/a.png None 5\n"])
+def test_a_list_without_any_pair_is_refused(nyu: Path, content: str) -> None:
+    (nyu / "nyu_test.txt").write_text(content)
+    with pytest.raises(
+        EvaluationError, match=r"nyu_test\.txt: expected a photo, a depth map and a focal length a line"
+    ):
+        open_depth(nyu)
+
+
+# --- What is left out
+
+
+@pytest.fixture
+def rooms(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "rooms", blocky(5, 0))
+
+
+def bits8(path: Path) -> None:
+    Image.fromarray(np.full(SIZE, 100, np.uint8)).save(path)
+
+
+def colours(path: Path) -> None:
+    Image.fromarray(np.full((*SIZE, 3), 100, np.uint8)).save(path)
+
+
+def palette(path: Path) -> None:
+    Image.fromarray(np.full(SIZE, 100, np.uint8)).convert("P").save(path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def broken_in_the_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(bytes(content))
+
+
+def no_image(path: Path) -> None:
+    path.write_text("no image")
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def unknown(path: Path) -> None:
+    write_depth(path, np.zeros(SIZE))
+
+
+def smaller(path: Path) -> None:
+    write_depth(path, np.full((30, 48), 2.0))
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (bits8, "expected depth in 16 bits, got 8 bits, too coarse for depth"),
+        (palette, "expected depth in 16 bits, got 8 bits"),
+        (colours, "expected depth as one number a pixel in 16 bits, got an image of mode RGB"),
+        (cut, "a damaged depth map"),
+        (broken_in_the_middle, "a damaged depth map"),
+        (no_image, "not an image file that can be read, expected depth as 16-bit PNG"),
+        (nothing, "not an image file that can be read, expected depth as 16-bit PNG"),
+        (unknown, "no pixel of the depth map has a depth"),
+        (smaller, "the photo has 48 x 32 pixels, its depth map 48 x 30"),
+        (gone, "a photo without a depth map; expected"),
+    ],
+)
+def test_depth_that_cannot_be_used_is_left_out_with_a_reason(
+    rooms: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    damage(rooms / "depth" / "02.png")
+    data = open_depth(rooms, blocks=2)
+    assert [image.id for image in data.val.images] == ["00.png", "01.png", "03.png", "04.png"]
+    assert list(reasons(data)) == ["02.png"]
+    assert reason in reasons(data)["02.png"]
+
+
+def test_photos_that_cannot_be_used_are_left_out_with_a_reason(rooms: Path) -> None:
+    (rooms / "rgb" / "01.png").write_bytes(b"no image")
+    data = open_depth(rooms, blocks=2)
+    assert reasons(data) == {"01.png": "not an image file that can be read (JPEG, PNG, WebP, TIFF, ...)"}
+
+
+def test_depth_without_a_photo_is_told_as_well(rooms: Path) -> None:
+    (rooms / "rgb" / "03.png").unlink()
+    write_depth(rooms / "depth" / "more" / "07.png", np.full(SIZE, 2.0))
+    found = reasons(open_depth(rooms, blocks=2))
+    assert list(found) == ["03.png", "more/07.png"]
+    assert all("a depth map without a photo; expected" in reason for reason in found.values())
+
+
+def test_reasons_name_files_as_they_are_called(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path / "masks of rooms", blocky(6, 0))
+    (root / "depth" / "03.png").unlink()
+    (root / "rgb" / "02.png").unlink()
+    found = reasons(open_depth(root, blocks=2))
+    assert (
+        found["03.png"] == f"a photo without a depth map; expected {root / 'depth' / '03'}.png, or with another ending"
+    )
+    assert found["02.png"].startswith(f"a depth map without a photo; expected {root / 'rgb' / '02'}.jpg")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("ending", ["png", "tif", *(["avif"] if features.check("avif") else [])])
+def test_damaged_files_are_never_more_than_a_reason(tmp_path: Path, ending: str) -> None:
+    """Decoders meet damaged files with errors of all kinds."""
+    chance = np.random.default_rng(0)
+    path = tmp_path / f"depth.{ending}"
+    numbers = chance.uniform(0, 255, SIZE)
+    Image.fromarray(numbers.astype(np.uint8 if ending == "avif" else np.uint16)).save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for place in chance.integers(0, min(len(content), 300) if chance.random() < 0.7 else len(content), 4):
+            content[place] = chance.integers(256)
+        path.write_bytes(content[: chance.integers(8, len(content))] if chance.random() < 0.3 else content)
+        try:
+            read_depth(path)
+        except EvaluationError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 30
+
+
+def test_a_depth_map_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    write_depth(tmp_path / "large.png", np.full((20, 30), 2.0))
+    with pytest.raises(EvaluationError, match=r"large\.png: 30 x 20 pixels, more than the limit of 599"):
+        read_depth(tmp_path / "large.png", max_pixels=599)
+
+
+# --- What is refused
+
+
+def empty(root: Path) -> None:
+    for path in (root / "depth").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"scale": 10_000_000},
+            r"half of the depths of val are below 0\.000\d+ m, which is implausible .*--depth-scale",
+        ),
+        (
+            {"scale": 1},
+            r"at 1 units in a metre, half of the depths .* below 3\.?\d*e\+03 m.*give the right --depth-scale",
+        ),
+        ({"scale": 0}, "depth scale must be a positive number of units in a metre, got 0"),
+        ({"scale": -5}, "depth scale must be a positive number"),
+        ({"scale": float("nan")}, "depth scale must be a positive number"),
+        ({"blocks": 1}, "5 photos without splits cannot be judged in 1 blocks; expected 2 blocks or more"),
+        ({"blocks": 0}, "cannot be judged in 0 blocks"),
+        ({"blocks": 3}, "5 photos without splits cannot be judged in 3 blocks; .* twice as many photos as blocks"),
+        ({"images": 3, "blocks": 2}, "3 photos without splits cannot be judged in 2 blocks"),
+    ],
+)
+def test_options_that_do_not_fit_the_data_are_refused(rooms: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        open_depth(rooms, **{"blocks": 2, **options})
+
+
+def test_a_split_without_anything_usable_is_refused_with_the_first_reason(rooms: Path) -> None:
+    for path in (rooms / "depth").iterdir():
+        bits8(path)
+    with pytest.raises(
+        EvaluationError, match=r"none of 5 photos of val can be used; the first reason: 00\.png: .*8 bits"
+    ):
+        open_depth(rooms)
+    empty(rooms)
+    with pytest.raises(EvaluationError, match=r"none of 0 photos .*first reason: 00\.png: a photo without a depth map"):
+        open_depth(rooms)
+
+
+def test_folders_that_are_no_layout_are_refused_with_what_was_found(tmp_path: Path) -> None:
+    (tmp_path / "other" / "holiday").mkdir(parents=True)
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "half" / "train" / "rgb").mkdir(parents=True)
+    (tmp_path / "half" / "train" / "depth").mkdir()
+    (tmp_path / "empty").mkdir()
+    for root, found in (
+        (tmp_path / "other", "found holiday"),
+        (tmp_path / "half", "found train"),
+        (tmp_path / "empty", "found an empty folder"),
+        (file, "found a file there"),
+        (tmp_path / "gone", "found nothing there"),
+    ):
+        with pytest.raises(
+            EvaluationError, match=rf"expected NYUv2 with nyu_train\.txt and .*rgb/ and depth/.*{found}"
+        ):
+            open_depth(root)
+
+
+# --- Blocks
+
+
+@pytest.mark.parametrize(("photos", "blocks"), [(10, 5), (11, 5), (4, 2), (23, 3), (9, 4)])
+def test_every_photo_is_judged_once_by_probes_that_saw_none_beside_it(tmp_path: Path, photos: int, blocks: int) -> None:
+    data = open_depth(write_pairs(tmp_path / "rooms", blocky(photos, 0, (8, 8))), blocks=blocks)
+    names = [image.id for image in data.val.images]
+    judged: list[str] = []
+    splits = block_splits(data)
+    assert len(splits) == blocks
+    for train, val in splits:
+        here = [names.index(image.id) for image in val.images]
+        assert here == list(range(here[0], here[-1] + 1))  # consecutive
+        assert len(here) in (photos // blocks, photos // blocks + 1)
+        left_out = {here[0] - 1, *here, here[-1] + 1}
+        assert [names.index(image.id) for image in train.images] == [
+            place for place in range(photos) if place not in left_out
+        ]
+        assert train.images and (train.split, val.split) == ("train", "val")
+        judged += [image.id for image in val.images]
+    assert judged == names
+
+
+def test_two_splits_are_one_block(tmp_path: Path) -> None:
+    data = open_depth(write_splits(tmp_path / "rooms", blocky(3, 0), blocky(2, 1)))
+    assert block_splits(data) == [(data.train, data.val)]
