@@ -35,10 +35,11 @@ from denoising_vit.dataset import spread
 from denoising_vit.decomposition import Statistics
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.neural_field import SeenViews
-from denoising_vit.denoise import gather, prepare, solver_for
 from denoising_vit.extraction import extract_views, load_image
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.photos import read_photo
+from denoising_vit.preparing import prepare, solver_for
+from denoising_vit.separating import gather
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

@@ -24,9 +24,9 @@ import tyro
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import ExactSolver, Statistics
-from denoising_vit.denoise import prepare
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.photos import read_photo
+from denoising_vit.preparing import prepare
 from denoising_vit.rendering import ViewRenderer, to_image
 from denoising_vit.views import ViewPlan
 

@@ -29,9 +29,10 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import ExactSolver, Statistics
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions, SeenViews, fit_neural_field
-from denoising_vit.denoise import gather, prepare
 from denoising_vit.extraction import extract_views, load_image
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.preparing import prepare
+from denoising_vit.separating import gather
 
 Record = dict[str, Any]
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import denoising_vit as dv
 import tiny_artifact as tiny
 from denoising_vit import Artifact, ArtifactError, Backbone, DenoisedViT, Denoiser, DenoiserError, SizeError
-from denoising_vit.denoise import describe
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.positions import sinusoidal_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

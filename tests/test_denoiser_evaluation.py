@@ -11,7 +11,7 @@ from torch import Tensor
 
 from denoising_vit import DenoisedViT, Denoiser, load_denoiser
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.denoise import describe
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import denoiser_digest, write_denoiser
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import LabelledData

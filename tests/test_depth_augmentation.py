@@ -159,6 +159,18 @@ def test_what_comes_into_view_from_outside_is_black_and_unknown(images: JudgedSe
     assert metres[15, 20] == pytest.approx(float(images.images[0].metres()[15, 20]), abs=0.2)
 
 
+def test_turned_depth_is_none_but_what_was_measured(tmp_path: Path) -> None:
+    """Between a depth and another, or none, there is nothing."""
+    metres = np.full((24, 32), 2.0)
+    metres[:, 13:] = 5
+    metres[5:9, 4:20] = 0
+    (image,) = set_of(tmp_path, [(red_of(metres), metres)]).images
+    for angle in (-2.5, 1.7, 11.0):
+        found = image.rotated(angle).metres()
+        assert set(found.unique().tolist()) == {0, 2, 5}
+        assert not torch.equal(found, image.metres())
+
+
 def test_a_photo_that_is_not_turned_is_as_it_is(images: JudgedSet[DepthImage]) -> None:
     image = images.images[0]
     assert image.angle == 0 and np.array_equal(image.rotated(0.0).pixels(), image.pixels())

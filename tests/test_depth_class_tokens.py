@@ -13,8 +13,8 @@ from torch import Tensor
 from denoising_vit import Artifact, Denoiser
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.crops import Crop
-from denoising_vit.denoise import describe
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth import PAPER, QUICK, LinearDepth

@@ -178,6 +178,19 @@ def test_both_presets_learn_on_photos_of_several_sizes_that_fit_no_patch_grid(tm
         assert [look is not None for _, _, look in curve] == [how is FAST] * 8
 
 
+def test_each_seed_has_an_order_of_its_own(rooms: DepthData, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    usual = KeptDepth.loss
+
+    def loss(self: KeptDepth, probe: DepthProbe, step: int) -> Tensor:
+        seen.append(self.seed)
+        return usual(self, probe, step)
+
+    monkeypatch.setattr(KeptDepth, "loss", loss)
+    probes(source_of(), rooms, replace(FAST, steps=2), (3, 5))
+    assert seen == [3] * 8 + [5] * 8
+
+
 def test_looks_are_at_the_first_block_and_change_nothing(rooms: DepthData) -> None:
     (found, again) = probes(source_of(), rooms, replace(FAST, steps=16), (0, 1))
     assert len(found[2]) == 8 and all(look is not None for _, _, look in found[2])

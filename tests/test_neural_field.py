@@ -27,8 +27,9 @@ from denoising_vit.decomposition.neural_field import Evaluation, NeuralFit, Seen
 from denoising_vit.decomposition.neural_field import fit as loop
 from denoising_vit.decomposition.neural_field.fit import evaluate, learning_rate
 from denoising_vit.decomposition.neural_field.model import NeuralModel
-from denoising_vit.denoise import gather, work
+from denoising_vit.denoise import work
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.separating import gather
 from denoising_vit.views import patch_centres
 
 pytestmark = pytest.mark.usefixtures("one_thread")

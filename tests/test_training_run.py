@@ -20,7 +20,7 @@ from torch import Tensor
 import tiny_artifact
 import tiny_training as tiny
 from denoising_vit import DenoisedViT, load_denoiser
-from denoising_vit.denoise import describe
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import read_denoiser
 from denoising_vit.errors import SizeError, TrainError
 from denoising_vit.evaluation.tokens import effective_rank

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import denoising_vit as dv
 from denoising_vit import Artifact, Backbone
-from denoising_vit.denoise import describe
+from denoising_vit.backbones.recorded import describe
 
 PATCH, SIDE, CHANNELS = 8, 56, 6  # a grid of 7 x 7
 GRID = (7, 7)

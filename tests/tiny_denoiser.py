@@ -9,7 +9,7 @@ import torch
 
 import tiny_artifact
 from denoising_vit import Backbone, Denoiser
-from denoising_vit.denoise import describe
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import loading, write_denoiser
 
 CHANNELS = 64

@@ -18,11 +18,11 @@ from denoising_vit.dataset import Skipped
 from denoising_vit.decomposition import ExactSolver, Statistics
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.statistics import require_finite
-from denoising_vit.denoise import given_artifact, prepare, solver_for
 from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.extraction import fitting_batch, load_image
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.prefetch import prefetched
+from denoising_vit.preparing import given_artifact, prepare, solver_for
 from denoising_vit.rendering import ViewRenderer
 from denoising_vit.views import ViewPlan
 

@@ -34,3 +34,16 @@ def backbone_words(backbone: Backbone) -> str:
     """A backbone at hand, in the same words."""
     known = {key: getattr(backbone, key) for key in ("name", *_TOLD)}
     return recorded_words(known | {"fingerprint": backbone.fingerprint.values})
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """What is recorded of a backbone with every result, as JSON values."""
+    return {
+        "name": backbone.name,
+        "weights": backbone.weights,
+        "fingerprint": backbone.fingerprint.values,
+        "layer": backbone.layer,
+        "norm": backbone.norm,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "device": backbone.device.type,
+    }

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.calibration.options import CalibrationOptions
 from denoising_vit.calibration.photos import named_pixels, telling
 from denoising_vit.calibration.stability import Stability, curve
 from denoising_vit.dataset import Skipped
-from denoising_vit.denoise import describe
 from denoising_vit.errors import ArtifactError, DenoisingVitWarning
 from denoising_vit.stage_one import Failed, Ready, StageOne
 

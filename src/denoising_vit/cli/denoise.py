@@ -20,12 +20,13 @@ from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error,
 from denoising_vit.dataset import find_photos
 from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.files import write_decomposition
-from denoising_vit.denoise import denoise_image, given_artifact, prepare, settle, work
+from denoising_vit.denoise import denoise_image, settle, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.photos import photo_digest, read_photo
+from denoising_vit.preparing import given_artifact, prepare
 from denoising_vit.views import ViewPlan
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.calibration import OnPhoto, doubt_about, named_pixels
 from denoising_vit.dataset import Skipped
-from denoising_vit.denoise import describe
 from denoising_vit.diagnosis.evidence import Evidence
 from denoising_vit.diagnosis.gathering import Extractor, Gathering
 from denoising_vit.diagnosis.options import DiagnoseOptions

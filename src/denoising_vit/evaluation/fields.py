@@ -15,7 +15,6 @@ from PIL import Image
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.dataset import Dataset, Item
-from denoising_vit.denoise import given_artifact
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedData, JudgedImage, JudgedSet
 from denoising_vit.evaluation.seeing import Shown
@@ -25,6 +24,7 @@ from denoising_vit.files import atomic_path
 from denoising_vit.fit import FitJob, FitOptions
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.photos import photo_digest
+from denoising_vit.preparing import given_artifact
 from denoising_vit.store import FeatureStore
 from denoising_vit.views import Coverage
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.crops import Crop
-from denoising_vit.denoise import describe
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage

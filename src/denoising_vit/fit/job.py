@@ -8,8 +8,8 @@ from pathlib import Path
 
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.dataset import Dataset
-from denoising_vit.denoise import describe
 from denoising_vit.errors import FitError
 from denoising_vit.fit.estimate import Estimate, free_bytes, seconds_per_pass
 from denoising_vit.fit.local import LocalRun, OnPhoto

@@ -11,8 +11,8 @@ import torch
 
 from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.dataset import Dataset
-from denoising_vit.denoise import describe
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.watching import Watch
