@@ -19,7 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Seconds that a call may take, and those that the process has to end by itself.
-CALL, FAREWELL = 240, 20
+CALL, FAREWELL = 600, 20
 
 _SPAWN = multiprocessing.get_context("spawn")
 
