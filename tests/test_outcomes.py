@@ -211,3 +211,10 @@ def test_the_record_of_a_difference_tells_what_was_drawn() -> None:
         "over": "blocks",
         "draws": 1000,
     }
+
+
+def test_items_that_are_grouped_otherwise_cannot_be_paired() -> None:
+    values = np.zeros((4, 2))
+    ours, theirs = Two(values, np.array([0, 0, 1, 1])), Two(values, np.array([0, 1, 1, 1]))
+    with pytest.raises(EvaluationError, match="the same groups of items on both sides"):
+        paired_interval([ours], [theirs])

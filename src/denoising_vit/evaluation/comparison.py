@@ -134,7 +134,10 @@ class Comparison:
 
     def _scored(self, record: Record, found: Sequence[Outcome], curve: Curve, reference: _Reference | None) -> Record:
         each = [one.scored() for one in found]
-        seeds = [{"seed": seed, **metrics} for seed, metrics in zip(self.seeds, each, strict=True)]
+        seeds = [
+            {"seed": seed, **{name: value if np.isfinite(value) else None for name, value in metrics.items()}}
+            for seed, metrics in zip(self.seeds, each, strict=True)
+        ]
         classes = [one.classes(self.data) for one in found]
         paired = None
         if reference is not None and _drawable(found[0]):

@@ -141,10 +141,12 @@ def paired_interval(ours: Sequence[Outcome], theirs: Sequence[Outcome], draws: i
         draws: of as many groups as there are, with replacement; where each item is a group of its own, of items.
 
     Raises:
-        EvaluationError: if there are not as many items or seeds on both sides.
+        EvaluationError: if there are not as many items or seeds on both sides, or items are grouped otherwise.
     """
     if not ours or len(ours) != len(theirs) or any(a.items != b.items for a, b in zip(ours, theirs, strict=True)):
         raise EvaluationError("a paired interval needs the same items and seeds on both sides")
+    if any(not np.array_equal(a.groups, ours[0].groups) for a in (*ours, *theirs)):
+        raise EvaluationError("a paired interval needs the same groups of items on both sides")
     weights = _weights(ours[0].groups, draws)
     found = np.mean([a.drawn(weights) - b.drawn(weights) for a, b in zip(ours, theirs, strict=True)], axis=0)
     low, high = np.nanpercentile(found, [2.5, 97.5])
