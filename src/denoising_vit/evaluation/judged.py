@@ -119,6 +119,13 @@ class JudgedData(Protocol):
         ...
 
 
+def shared_photos(train: JudgedSet[JudgedImage], val: JudgedSet[JudgedImage]) -> str | None:
+    """What a reader should know of photos that are in both splits; None where there are none."""
+    known = {image.digest for image in train.images}
+    count = sum(image.digest in known for image in val.images)
+    return f"{count} of {len(val.images)} photos of val are in train as well" if count else None
+
+
 @dataclass(frozen=True)
 class SplitData(Generic[Image]):
     """A data set without classes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.errors import FitError, PlanError
+from denoising_vit.errors import FitError
 from denoising_vit.files import atomic_path
 
 Probe = TypeVar("Probe", bound=nn.Module)
@@ -45,29 +44,6 @@ class Schedule(Protocol):
     def momentum_at(self, step: int) -> float:
         """AdamW's first beta in a step."""
         ...
-
-
-def check_training(
-    seeds: tuple[int, ...],
-    steps: int | None,
-    batch: int | None,
-    learning_rate: float | None,
-    weight_decay: float | None,
-) -> None:
-    """Checks what a user says of a probe's training; None leaves the preset's.
-
-    Raises:
-        PlanError: naming the option, its range, and what came.
-    """
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise PlanError(f"seeds must be one number or more, 0 or above and different, got {seeds}")
-    for name, value in {"steps": steps, "batch": batch}.items():
-        if value is not None and value < 1:
-            raise PlanError(f"{name} must be at least 1, got {value}")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise PlanError(f"learning_rate must be a positive number, got {learning_rate}")
-    if weight_decay is not None and not 0 <= weight_decay < math.inf:
-        raise PlanError(f"weight_decay must be 0 or more, got {weight_decay}")
 
 
 @dataclass

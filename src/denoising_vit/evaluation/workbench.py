@@ -127,6 +127,58 @@ class Workbench:
         )
         yield from comparison.compare(self._makers(names, size, normalisation, crops, beyond))
 
+    def measure(
+        self,
+        names: Sequence[str],
+        find: Callable[[FeatureSource, Callable[[], None]], Outcome],
+        options: Any,
+        *,
+        task: Task,
+        looks: str,
+        count: int,
+        outcome: type[Outcome] = Counts,
+        over: str = "images",
+        crops: Mapping[str, Sequence[Shown]] | None = None,
+        beyond: bool = False,
+    ) -> Iterator[Line]:
+        """Each source judged alike by a task that trains nothing.
+
+        Args:
+            names: of the sources.
+            find: the outcome of a source; it calls what it is given after each look.
+            options: of the task, a dataclass with a size and perhaps a seed.
+            task: what it is called in results.
+            looks: what is looked at, for the progress.
+            count: how many looks there are.
+            outcome: of what kind the outcome is.
+            over: what is drawn for intervals.
+            crops: as for :meth:`compare`.
+            beyond: as for :meth:`compare`.
+
+        Raises:
+            SizeError: if the size does not fit the patch grid.
+            EvaluationError: if a name is unknown.
+        """
+        settings = asdict(options)
+        seed = settings.pop("seed", 0)
+
+        def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
+            with self.watch(f"{source.name}: {looks}", count) as advance:
+                yield seed, find(source, advance), []
+
+        yield from self.compare(
+            names,
+            judge,
+            task=task,
+            settings=settings,
+            seeds=(seed,),
+            size=options.size,
+            outcome=outcome,
+            over=over,
+            crops=crops,
+            beyond=beyond,
+        )
+
     def knn(self, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
         """Nearest-neighbour segmentation of each source, the first one being what others are held against.
 
@@ -137,23 +189,17 @@ class Workbench:
         """
         options.validate()
         data = self._labelled
-        images = len(data.train.images) + len(data.val.images)
-
-        def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
-            with self.watch(f"{source.name}: images", images) as advance:
-                yield options.seed, nearest_neighbours(source, data, options, cache=self.cache, progress=advance), []
-
         check_size(options.size, self.backbone.patch_size, self.backbone.stride)
         crops, neutral = None, options.crops == "neutral"
         if neutral and self.fields_of == "crop":
             crops = {images.split: crops_of(images, self.backbone, options) for images in (data.train, data.val)}
-        yield from self.compare(
+        yield from self.measure(
             names,
-            judge,
+            lambda source, advance: nearest_neighbours(source, data, options, cache=self.cache, progress=advance),
+            options,
             task="knn",
-            settings={key: value for key, value in asdict(options).items() if key != "seed"},
-            seeds=(options.seed,),
-            size=options.size,
+            looks="images",
+            count=len(data.train.images) + len(data.val.images),
             crops=crops,
             beyond=neutral and crops is None,
         )

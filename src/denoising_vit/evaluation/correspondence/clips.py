@@ -14,8 +14,9 @@ from torch import Tensor
 
 from denoising_vit.dataset import Skipped, spread
 from denoising_vit.errors import EvaluationError, PhotoError
-from denoising_vit.evaluation.correspondence.folders import DAVIS, folders_in, images_in, listed, locate
+from denoising_vit.evaluation.correspondence.folders import DAVIS, folders_in, images_in, locate
 from denoising_vit.evaluation.correspondence.masks import Objects, read_values
+from denoising_vit.evaluation.inspecting import listed
 from denoising_vit.evaluation.judged import JudgedImage, JudgedSet, SplitData
 from denoising_vit.evaluation.labelled.classes import read_text
 from denoising_vit.photos import IMAGE_SUFFIXES, photo_digest, read_photo

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.comparison import Curve
 from denoising_vit.evaluation.correspondence.clips import ClipData
 from denoising_vit.evaluation.correspondence.matched import Matched, looks, match
 from denoising_vit.evaluation.correspondence.options import MatchingOptions, PropagationOptions
 from denoising_vit.evaluation.correspondence.pairs import PairData
 from denoising_vit.evaluation.correspondence.propagated import Propagated, propagate
-from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 
 
@@ -34,17 +31,13 @@ def propagation(bench: Workbench, names: Sequence[str], options: PropagationOpti
     if not isinstance(data, ClipData):
         raise EvaluationError(f"{data.name}: expected videos with masks of objects (DAVIS), got {data.layout}")
 
-    def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Propagated, Curve]]:
-        with bench.watch(f"{source.name}: frames", len(data.val.images)) as advance:
-            yield 0, propagate(source, data, options, cache=bench.cache, progress=advance), []
-
-    yield from bench.compare(
+    yield from bench.measure(
         names,
-        judge,
+        lambda source, advance: propagate(source, data, options, cache=bench.cache, progress=advance),
+        options,
         task="propagation",
-        settings=asdict(options),
-        seeds=(0,),
-        size=options.size,
+        looks="frames",
+        count=len(data.val.images),
         outcome=Propagated,
         over="sequences",
     )
@@ -68,17 +61,13 @@ def matching(bench: Workbench, names: Sequence[str], options: MatchingOptions) -
     if not isinstance(data, PairData):
         raise EvaluationError(f"{data.name}: expected pairs of photos with keypoints (SPair-71k), got {data.layout}")
 
-    def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Matched, Curve]]:
-        with bench.watch(f"{source.name}: photos", looks(data)) as advance:
-            yield 0, match(source, data, options, cache=bench.cache, progress=advance), []
-
-    yield from bench.compare(
+    yield from bench.measure(
         names,
-        judge,
+        lambda source, advance: match(source, data, options, cache=bench.cache, progress=advance),
+        options,
         task="matching",
-        settings=asdict(options),
-        seeds=(0,),
-        size=options.size,
+        looks="photos",
+        count=looks(data),
         outcome=Matched,
         over="pairs",
     )

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.inspecting import listed, visible
 from denoising_vit.photos import IMAGE_SUFFIXES
-
-#: How many names of a folder an error shows.
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -67,28 +65,17 @@ def locate(path: Path, arrangements: Sequence[Arrangement]) -> tuple[Arrangement
         raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def listed(folder: Path) -> str:
-    """What is in a folder, in words."""
-    names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in _visible(folder))
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN]) or 'an empty folder'}{more}"
-
-
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; none where it is none."""
-    return sorted(entry.name for entry in _visible(folder) if entry.is_dir()) if folder.is_dir() else []
+    return sorted(entry.name for entry in visible(folder) if entry.is_dir()) if folder.is_dir() else []
 
 
 def images_in(folder: Path) -> list[str]:
     """Names of the image files in a folder, in the order of the numbers in them; none where it is none."""
     if not folder.is_dir():
         return []
-    names = [entry.name for entry in _visible(folder) if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+    names = [entry.name for entry in visible(folder) if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
     return sorted(names, key=_by_number)
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 
 def _by_number(name: str) -> tuple[list[str | int], str]:

@@ -9,12 +9,7 @@ import numpy as np
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled.images import NO_LABEL, Coding, read_mask
-
-#: Higher numbers than this are taken for shades of gray.
-MAX_OBJECTS = 50
-
-#: The object in a mask of black and white; no label in one with numbers.
-_WHITE = 255
+from denoising_vit.evaluation.object_masks import MAX_OBJECTS, WHITE
 
 #: How many values of a mask a message shows.
 _SHOWN = 5
@@ -24,10 +19,10 @@ class _AsWritten(Coding):
     """Takes the numbers in a file as they are, except that what has one bit is black and white."""
 
     def decoded(self, values: np.ndarray, name: str) -> np.ndarray:
-        return values.astype(np.int64) * (_WHITE if values.dtype == bool else 1)
+        return values.astype(np.int64) * (WHITE if values.dtype == bool else 1)
 
 
-_AS_WRITTEN = _AsWritten(_WHITE + 1, "the file")
+_AS_WRITTEN = _AsWritten(WHITE + 1, "the file")
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,11 @@ class Objects:
             EvaluationError: if there are none, or the values are neither black and white nor numbers of objects.
         """
         there = np.unique(values).tolist()
-        numbers = [value for value in there if value not in (0, _WHITE)]
-        if not numbers and _WHITE not in there:
+        numbers = [value for value in there if value not in (0, WHITE)]
+        if not numbers and WHITE not in there:
             raise EvaluationError(f"{name}: the first mask is empty: no object to carry a label of")
         # Next to shades of gray, as smoothing makes them, 255 is white and not a mark for no label.
-        gray = _WHITE in there and numbers != list(range(1, len(numbers) + 1))
+        gray = WHITE in there and numbers != list(range(1, len(numbers) + 1))
         if gray or any(not 0 < number <= MAX_OBJECTS for number in numbers):
             raise EvaluationError(_complaint(there, name))
         return cls(tuple(numbers) or (1,), not numbers)
@@ -79,14 +74,14 @@ class Objects:
             EvaluationError: if the values are none that the sequence's masks may have.
         """
         there = np.unique(values).tolist()
-        allowed = {0, _WHITE} if self.binary else {*range(MAX_OBJECTS + 1), _WHITE}
+        allowed = {0, WHITE} if self.binary else {*range(MAX_OBJECTS + 1), WHITE}
         if not allowed.issuperset(there):
             raise EvaluationError(_complaint(there, name))
         if self.binary:
-            return (values == _WHITE).astype(np.int64), ()
+            return (values == WHITE).astype(np.int64), ()
         labels = np.where(np.isin(values, self.numbers), values, 0)
-        labels[values == _WHITE] = NO_LABEL
-        return labels, tuple(value for value in there if value not in (0, _WHITE, *self.numbers))
+        labels[values == WHITE] = NO_LABEL
+        return labels, tuple(value for value in there if value not in (0, WHITE, *self.numbers))
 
 
 def read_values(path: Path) -> np.ndarray:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from denoising_vit.dataset import Skipped, spread
-from denoising_vit.errors import EvaluationError, PhotoError
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth.images import DepthImage, read_depth
-from denoising_vit.evaluation.judged import JudgedSet, SplitData
+from denoising_vit.evaluation.inspecting import inspect_all, listed
+from denoising_vit.evaluation.judged import JudgedSet, SplitData, shared_photos
 from denoising_vit.evaluation.labelled.classes import read_text
 from denoising_vit.evaluation.labelled.pairs import Pair, pairs_in_folders
 from denoising_vit.evaluation.labelled.sets import check_count
@@ -25,9 +25,6 @@ NYU, NYU_SIZE = "nyu", (480, 640)
 
 #: Depths in metres between which the middle of all depths is plausible, indoors and outdoors.
 _PLAUSIBLE = 0.05, 200.0
-
-#: Decoding releases Python's lock.
-_THREADS = 4
 
 #: Names of folders of photos and of depth maps, the first that is there.
 _PHOTOS, _DEPTHS = ("rgb", "images"), ("depth", "depths")
@@ -86,7 +83,7 @@ def open_depth(
         for split, (pairs, skipped) in found.items()
     ]
     if len(splits) > 1:
-        return DepthData(root.name, layout, tuple(splits), _shared(*splits))
+        return DepthData(root.name, layout, tuple(splits), shared_photos(*splits))
     if blocks < 2 or len(splits[0].images) < 2 * blocks:
         raise EvaluationError(
             f"{root}: {len(splits[0].images)} photos without splits cannot be judged in {blocks} blocks; expected 2 "
@@ -113,8 +110,7 @@ def _find(root: Path) -> tuple[str, _Files]:
     known = {split: pairs for split, pairs in halves.items() if pairs is not None}
     if len(known) == 2:
         return "folders", known
-    names = sorted(entry.name for entry in root.iterdir() if entry.name[0] != ".")
-    raise EvaluationError(f"{root}: {_EXPECTED}; found {', '.join(names[:8]) or 'an empty folder'}")
+    raise EvaluationError(f"{root}: {_EXPECTED}; found {listed(root)}")
 
 
 def _folders(root: Path) -> tuple[list[Pair], list[Skipped]] | None:
@@ -166,32 +162,18 @@ def _opened(
     progress: Callable[[], None] | None,
 ) -> JudgedSet[DepthImage]:
     chosen = [pairs[index] for index in spread(len(pairs), images)]
-    usable, failed, middles = [], list(skipped), []
-    with ThreadPoolExecutor(_THREADS, "depth") as pool:
-        for found in pool.map(lambda pair: _inspected(split, pair, scale, layout), chosen):
-            if isinstance(found, Skipped):
-                failed.append(found)
-            else:
-                image, middle = found
-                usable.append(image)
-                middles.append(middle)
-            if progress is not None:
-                progress()
+    usable, unusable = inspect_all(lambda pair: _inspected(split, pair, scale, layout), chosen, progress)
+    failed = [*skipped, *unusable]
     if not usable:
         first = f"; the first reason: {failed[0].item}: {failed[0].reason}" if failed else ""
         raise EvaluationError(f"{root}: none of {len(pairs)} photos of {split} can be used{first}")
-    _require_plausible(root, split, middles, scale)
-    return JudgedSet(split, tuple(usable), skipped=tuple(failed))
+    _require_plausible(root, split, [middle for _, middle in usable], scale)
+    return JudgedSet(split, tuple(image for image, _ in usable), skipped=tuple(failed))
 
 
 def _inspected(split: str, pair: Pair, scale: float, layout: str) -> tuple[DepthImage, float] | Skipped:
     """The image, and the middle of its depths in metres."""
-    try:
-        photo, numbers = read_photo(pair.photo), read_depth(pair.mask)
-    except PhotoError as error:
-        return Skipped(pair.id, str(error).removeprefix(f"{pair.photo}: "))  # the id names the photo already
-    except (EvaluationError, OSError) as error:
-        return Skipped(pair.id, str(error))
+    photo, numbers = read_photo(pair.photo), read_depth(pair.mask)
     if photo.shape[:2] != numbers.shape:
         (height, width), (rows, columns) = photo.shape[:2], numbers.shape
         return Skipped(pair.id, f"the photo has {width} x {height} pixels, its depth map {columns} x {rows}")
@@ -223,12 +205,6 @@ def _require_plausible(root: Path, split: str, middles: Sequence[float], scale: 
             f"{root}: at {scale:g} units in a metre, half of the depths of {split} are below {middle:.3g} m, which is "
             f"implausible (expected {low:g} to {high:g}); give the right --depth-scale, 1000 for millimetres"
         )
-
-
-def _shared(train: JudgedSet[DepthImage], val: JudgedSet[DepthImage]) -> str | None:
-    known = {image.digest for image in train.images}
-    count = sum(image.digest in known for image in val.images)
-    return f"{count} of {len(val.images)} photos of val are in train as well" if count else None
 
 
 def block_splits(data: DepthData) -> list[tuple[JudgedSet[DepthImage], JudgedSet[DepthImage]]]:

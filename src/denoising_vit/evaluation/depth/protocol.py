@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from denoising_vit.errors import PlanError
-from denoising_vit.evaluation.probing import check_training
-
-Preset = Literal["paper", "quick"]
+from denoising_vit.evaluation.probe_options import Preset, ProbeOptions, warmed
 
 #: Share of the learning rate that the warm-up begins with, and share of it that is left at the end.
 _WARMUP_START, _RATE_END = 1e-3, 1e-8
@@ -84,9 +82,7 @@ class DepthProtocol:
         """The rate of a step, 0 to steps - 1: half a cosine over all steps, times the warm-up."""
         last = self.learning_rate * _RATE_END
         falling = last + (self.learning_rate - last) * (1 + math.cos(math.pi * step / self.steps)) / 2
-        if step >= self.warmup:
-            return falling
-        return falling * (1 - (1 - step / self.warmup) * (1 - _WARMUP_START))
+        return warmed(falling, step, self.warmup, _WARMUP_START)
 
     def momentum_at(self, step: int) -> float:
         """AdamW's first beta in a step, 0 to steps - 1."""
@@ -125,30 +121,14 @@ QUICK = DepthProtocol(
 
 
 @dataclass(frozen=True)
-class DepthOptions:
+class DepthOptions(ProbeOptions):
     """How the linear probe is trained; what is not given is the preset's.
 
     Attributes:
-        preset: paper is the published protocol (hours on a GPU); quick trains on features of whole images, which are
-            taken once (minutes on a CPU).
-        seeds: of the probe; each is trained and judged.
-        size: quick only; height and width in pixels at which images are shown, or one number for a square. Without
-            it, their own, rounded to the patch grid.
-        steps: of the optimiser; the warm-up keeps its share.
-        batch: images a step.
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
         farthest: depth in metres of the last bin; pixels that are farther are not judged.
         gradient: weight of the gradient loss; 0 does what the published code does, whose term is always 0.
     """
 
-    preset: Preset = "quick"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    size: int | tuple[int, int] | None = None
-    steps: int | None = None
-    batch: int | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
     farthest: float = 10.0
     gradient: float = 0.5
 
@@ -159,22 +139,9 @@ class DepthOptions:
             PlanError: naming the option, its range, and what came.
         """
         base = PAPER if self.preset == "paper" else QUICK
-        if self.size is not None and self.preset == "paper":
-            raise PlanError("size is for preset quick; paper shows crops of 416 x 544 pixels, and whole photos")
-        check_training(self.seeds, self.steps, self.batch, self.learning_rate, self.weight_decay)
+        settled = self.applied(base, "crops of 416 x 544 pixels, and whole photos")
         if not 0 <= self.gradient < math.inf:
             raise PlanError(f"gradient must be 0 or more, got {self.gradient}")
         if not base.nearest < self.farthest < math.inf:
             raise PlanError(f"farthest must be a depth of more than {base.nearest} m, got {self.farthest}")
-        steps = self.steps or base.steps
-        return replace(
-            base,
-            steps=steps,
-            warmup=round(steps * base.warmup / base.steps),
-            batch=self.batch or base.batch,
-            learning_rate=self.learning_rate or base.learning_rate,
-            weight_decay=base.weight_decay if self.weight_decay is None else self.weight_decay,
-            farthest=self.farthest,
-            gradient=self.gradient,
-            size=self.size,
-        )
+        return replace(settled, farthest=self.farthest, gradient=self.gradient)

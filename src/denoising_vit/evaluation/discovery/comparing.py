@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.comparison import Curve
 from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.discovery.layouts import DAVIS
 from denoising_vit.evaluation.discovery.localising import DiscoveryOptions, Localised, localise
 from denoising_vit.evaluation.judged import JudgedData, SplitData
-from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 
 
@@ -36,17 +33,13 @@ def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions)
     options.validate()
     data = _boxed(bench.data)
 
-    def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Localised, Curve]]:
-        with bench.watch(f"{source.name}: images", len(data.val.images)) as advance:
-            yield 0, localise(source, data, options, cache=bench.cache, progress=advance), []
-
-    yield from bench.compare(
+    yield from bench.measure(
         names,
-        judge,
+        lambda source, advance: localise(source, data, options, cache=bench.cache, progress=advance),
+        options,
         task="discovery",
-        settings=asdict(options),
-        seeds=(0,),
-        size=options.size,
+        looks="images",
+        count=len(data.val.images),
         outcome=Localised,
         over="sequences" if data.layout == DAVIS else "images",
     )

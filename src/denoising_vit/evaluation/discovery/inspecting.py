@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from denoising_vit.dataset import Skipped
-from denoising_vit.errors import EvaluationError, PhotoError
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box
 from denoising_vit.evaluation.discovery.images import BoxedImage
+from denoising_vit.evaluation.inspecting import inspect_all
 from denoising_vit.photos import photo_digest, read_photo
-
-#: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.
-_THREADS = 4
 
 
 class Truth(Protocol):
@@ -63,31 +60,13 @@ def inspect(
         candidates: in the order that the images shall have.
         progress: called after each.
     """
-    images: list[Inspected] = []
-    failed: list[Skipped] = []
-    pool = ThreadPoolExecutor(_THREADS, "boxed")
-    try:
-        for found in pool.map(_inspect_one, candidates):
-            if isinstance(found, Skipped):
-                failed.append(found)
-            else:
-                images.append(found)
-            if progress is not None:
-                progress()
-    finally:
-        pool.shutdown(cancel_futures=True)  # whoever interrupts does not wait for the rest
-    return images, failed
+    return inspect_all(_inspect_one, candidates, progress)
 
 
-def _inspect_one(candidate: Candidate) -> Inspected | Skipped:
-    try:
-        photo = read_photo(candidate.photo)
-        height, width = photo.shape[:2]
-        objects = candidate.truth.objects(height, width)
-    except PhotoError as error:
-        return Skipped(candidate.id, str(error).removeprefix(f"{candidate.photo}: "))  # the id names the photo already
-    except (EvaluationError, OSError) as error:
-        return Skipped(candidate.id, str(error))
+def _inspect_one(candidate: Candidate) -> Inspected:
+    photo = read_photo(candidate.photo)
+    height, width = photo.shape[:2]
+    objects = candidate.truth.objects(height, width)
     image = BoxedImage(
         split="val",
         id=candidate.id,

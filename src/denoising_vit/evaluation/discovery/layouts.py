@@ -13,12 +13,14 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.coco import coco_candidates
 from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.discovery.inspecting import Candidate, Inspected, inspect
-from denoising_vit.evaluation.discovery.masks import WHITE, MaskTruth
+from denoising_vit.evaluation.discovery.masks import MaskTruth
 from denoising_vit.evaluation.discovery.voc import VocTruth
+from denoising_vit.evaluation.inspecting import listed
 from denoising_vit.evaluation.judged import JudgedSet, SplitData
 from denoising_vit.evaluation.labelled.classes import read_text
 from denoising_vit.evaluation.labelled.pairs import pairs_in_folders
 from denoising_vit.evaluation.labelled.sets import check_count
+from denoising_vit.evaluation.object_masks import WHITE
 
 #: What layout has photos in sequences.
 DAVIS = "davis"
@@ -155,16 +157,7 @@ def _told(root: Path, name: str) -> str:
 def _unknown(path: Path, partly: list[str]) -> str:
     if partly:
         return f"{partly[0]}; expected {_EXPECTED}"  # the more particular layouts come first
-    return f"{path}: expected {_EXPECTED}; found {_listed(path)}"
-
-
-def _listed(folder: Path) -> str:
-    """Names in a folder, for messages."""
-    names = sorted(
-        f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir() if entry.name[0] != "."
-    )
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "an empty folder") + more
+    return f"{path}: expected {_EXPECTED}; found {listed(path)}"
 
 
 # --- VOC ---
@@ -194,7 +187,7 @@ def _names_in(lists: Path, split: str) -> tuple[list[str], list[Skipped]]:
     """Lines of a list, each once, and those that repeat an earlier one."""
     path = lists / f"{split}.txt"
     if not path.is_file():
-        raise EvaluationError(f"{path}: expected a list of names, one a line, found no such file; {_listed(lists)}")
+        raise EvaluationError(f"{path}: expected a list of names, one a line, found no such file; {listed(lists)}")
     counts = Counter(line for line in map(str.strip, read_text(path).split("\n")) if line)
     if not counts:
         raise EvaluationError(f"{path}: expected names, one a line, found none")

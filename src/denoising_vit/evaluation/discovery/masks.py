@@ -10,12 +10,7 @@ import numpy as np
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box, box_around
 from denoising_vit.evaluation.labelled.images import Coding, read_mask
-
-#: The object in masks of 0 and 255 (DAVIS 2016); where objects are numbered (DAVIS 2017), what belongs to none.
-WHITE = 255
-
-#: Most objects that a mask may number; one with larger numbers is a picture rather than a mask.
-_MOST_OBJECTS = 50
+from denoising_vit.evaluation.object_masks import MAX_OBJECTS, WHITE
 
 
 class _Numbers(Coding):
@@ -24,18 +19,18 @@ class _Numbers(Coding):
     def decoded(self, values: np.ndarray, name: str) -> np.ndarray:
         numbers = values.astype(np.int64)
         found = np.unique(numbers)
-        wrong = found[((found < 0) | (found > _MOST_OBJECTS)) & (found != WHITE)]
+        wrong = found[((found < 0) | (found > MAX_OBJECTS)) & (found != WHITE)]
         if len(wrong):
             shown = ", ".join(map(str, wrong[:3].tolist())) + (", ..." if len(wrong) > 3 else "")
             raise EvaluationError(
                 f"{name}: {len(found)} different values, {len(wrong)} of them neither 0, {WHITE} nor numbers of "
-                f"objects ({shown}); expected 0 and {WHITE}, or 0 and 1 to {_MOST_OBJECTS} with {WHITE} for no object. "
+                f"objects ({shown}); expected 0 and {WHITE}, or 0 and 1 to {MAX_OBJECTS} with {WHITE} for no object. "
                 "Was the mask blurred, or kept as JPEG?"
             )
         return numbers
 
 
-_NUMBERS = _Numbers(_MOST_OBJECTS + 1, "the objects")
+_NUMBERS = _Numbers(MAX_OBJECTS + 1, "the objects")
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,14 @@ from typing import Literal, NamedTuple
 
 from denoising_vit.dataset import Skipped, spread
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.inspecting import listed
+from denoising_vit.evaluation.judged import shared_photos
 from denoising_vit.evaluation.labelled.classes import ADE_CLASSES, VOC_CLASSES, read_ade_names, read_class_list
 from denoising_vit.evaluation.labelled.images import Coding
 from denoising_vit.evaluation.labelled.pairs import Pair, pairs_in_folders, pairs_in_list
 from denoising_vit.evaluation.labelled.sets import LabelledSet, check_count, inspect
 
 Layout = Literal["voc2012", "ade20k", "folders"]
-
-#: How many names of a folder an error shows.
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def open_labelled(
 
     train = _opened(root, "train", found, found.train, images, progress)
     val = _opened(root, "val", found, found.val, images, progress)
-    notes = [note for note in (found.note, _shared(train, val)) if note]
+    notes = [note for note in (found.note, shared_photos(train, val)) if note]
     return LabelledData(found.name, found.layout, train, val, "; ".join(notes) or None)
 
 
@@ -119,12 +118,6 @@ def _opened(
         return inspect(split, pairs, found.coding, found.class_names, skipped=files.skipped, progress=progress)
     except EvaluationError as error:
         raise EvaluationError(f"{root}: {error}") from error
-
-
-def _shared(train: LabelledSet, val: LabelledSet) -> str | None:
-    known = {image.digest for image in train.images}
-    count = sum(image.digest in known for image in val.images)
-    return f"{count} of {len(val.images)} photos of val are in train as well" if count else None
 
 
 def _find(path: Path, classes: Path | None) -> _Found:
@@ -146,11 +139,7 @@ def _find(path: Path, classes: Path | None) -> _Found:
 def _unknown(path: Path, partly: list[str]) -> str:
     if partly:
         return f"{partly[0]}; expected {_EXPECTED}"  # the more particular layouts come first
-    names = sorted(
-        f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.iterdir() if entry.name[0] != "."
-    )
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{path}: expected {_EXPECTED}; found {', '.join(names[:_SHOWN]) or 'an empty folder'}{more}"
+    return f"{path}: expected {_EXPECTED}; found {listed(path)}"
 
 
 def _find_voc(root: Path, classes: Path | None) -> _Found:

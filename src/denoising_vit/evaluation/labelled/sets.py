@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from denoising_vit.dataset import Skipped, spread
-from denoising_vit.errors import EvaluationError, PhotoError
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.inspecting import inspect_all
 from denoising_vit.evaluation.judged import JudgedSet
 from denoising_vit.evaluation.labelled.images import Coding, LabelledImage, read_mask
 from denoising_vit.evaluation.labelled.pairs import Pair
 from denoising_vit.photos import photo_digest, read_photo
-
-#: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.
-_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -81,18 +78,8 @@ def inspect(
     Raises:
         EvaluationError: if nothing usable remains.
     """
-    images, failed = [], list(skipped)
-    pool = ThreadPoolExecutor(_THREADS, "labelled")
-    try:
-        for found in pool.map(lambda pair: _inspect_one(split, pair, coding), pairs):
-            if isinstance(found, Skipped):
-                failed.append(found)
-            else:
-                images.append(found)
-            if progress is not None:
-                progress()
-    finally:
-        pool.shutdown(cancel_futures=True)  # whoever interrupts does not wait for the rest
+    images, unusable = inspect_all(lambda pair: _inspect_one(split, pair, coding), pairs, progress)
+    failed = [*skipped, *unusable]
     if not images:
         first = f"; the first reason: {failed[0].item}: {failed[0].reason}" if failed else ""
         raise EvaluationError(
@@ -102,13 +89,8 @@ def inspect(
 
 
 def _inspect_one(split: str, pair: Pair, coding: Coding) -> LabelledImage | Skipped:
-    try:
-        photo = read_photo(pair.photo)
-        labels = read_mask(pair.mask, coding)
-    except PhotoError as error:
-        return Skipped(pair.id, str(error).removeprefix(f"{pair.photo}: "))  # the id names the photo already
-    except (EvaluationError, OSError) as error:
-        return Skipped(pair.id, str(error))
+    photo = read_photo(pair.photo)
+    labels = read_mask(pair.mask, coding)
     height, width = labels.shape
     if photo.shape[:2] != labels.shape:
         return Skipped(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from denoising_vit.errors import PlanError
-from denoising_vit.evaluation.probing import check_training
-
-Preset = Literal["paper", "quick"]
+from denoising_vit.evaluation.probe_options import Preset, ProbeOptions, warmed
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,7 @@ class Protocol:
     def learning_rate_at(self, step: int) -> float:
         """The rate of a step, 0 to steps - 1: falling linearly to 0, times the warm-up."""
         falling = self.learning_rate * (1 - step / self.steps)
-        if step >= self.warmup:
-            return falling
-        return falling * (1 - (1 - step / self.warmup) * (1 - _WARMUP_START))
+        return warmed(falling, step, self.warmup, _WARMUP_START)
 
 
 #: Share of the learning rate that the warm-up begins with.
@@ -85,28 +80,8 @@ QUICK = Protocol("quick", steps=1_500, warmup=56, learning_rate=1e-2, augment=Fa
 
 
 @dataclass(frozen=True)
-class SegmentationOptions:
-    """How the linear probe is trained; what is not given is the preset's.
-
-    Attributes:
-        preset: paper is the published protocol (hours on a GPU); quick trains on features of whole images, which are
-            taken once (minutes on a CPU).
-        seeds: of the probe; each is trained and judged.
-        size: quick only; height and width in pixels at which images are shown, or one number for a square. Without
-            it, their own, rounded to the patch grid.
-        steps: of the optimiser; the warm-up keeps its share.
-        batch: images a step.
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
-    """
-
-    preset: Preset = "quick"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    size: int | tuple[int, int] | None = None
-    steps: int | None = None
-    batch: int | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
+class SegmentationOptions(ProbeOptions):
+    """How the linear probe is trained; what is not given is the preset's."""
 
     def protocol(self) -> Protocol:
         """The preset with what was changed.
@@ -115,16 +90,4 @@ class SegmentationOptions:
             PlanError: naming the option, its range, and what came.
         """
         base = PAPER if self.preset == "paper" else QUICK
-        if self.size is not None and self.preset == "paper":
-            raise PlanError("size is for preset quick; paper shows crops of 512 pixels of images scaled to that side")
-        check_training(self.seeds, self.steps, self.batch, self.learning_rate, self.weight_decay)
-        steps = self.steps or base.steps
-        return replace(
-            base,
-            steps=steps,
-            warmup=round(steps * base.warmup / base.steps),
-            batch=self.batch or base.batch,
-            learning_rate=self.learning_rate or base.learning_rate,
-            weight_decay=base.weight_decay if self.weight_decay is None else self.weight_decay,
-            size=self.size,
-        )
+        return self.applied(base, "crops of 512 pixels of images scaled to that side")
