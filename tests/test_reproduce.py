@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from command import Dvit, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
@@ -23,8 +24,19 @@ from denoising_vit.evaluation.metrics import METRICS
 from denoising_vit.evaluation.segmentation import PAPER
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.published import published_rows
-from denoising_vit.reproduction import DenoiserRecipe, Protocols, Row, Step, dry, find_row
-from denoising_vit.reproduction.rows import ADE, NYU, VOC
+from denoising_vit.reproduction import (
+    DenoiserRecipe,
+    DistilledRecipe,
+    Protocols,
+    Row,
+    Step,
+    denoising,
+    dry,
+    find_row,
+    running,
+)
+from denoising_vit.reproduction.denoising import training_photos
+from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
 from tiny_labelled import tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,6 +44,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Line = dict[str, Any]
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
+
+#: Of which all variants were published.
+DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 
 #: No depth was published of it as pretrained.
 EVA = "eva02_base_patch16_clip_224.merged2b"
@@ -132,8 +147,7 @@ def test_list_shows_every_published_row_with_the_status_of_its_steps(dvit: Dvit,
     assert list(found) == [(row.model, row.variant) for row in published_rows()]
     assert len(found) == 34
     for row in published_rows():
-        wanted = "missing" if row.variant in ("baseline", "voc_denoised") else "unsupported"
-        segmented, with_depth = f"VOC 2012 {wanted}, ADE20K {wanted}", f", NYUv2 depth {wanted}"
+        segmented, with_depth = "VOC 2012 missing, ADE20K missing", ", NYUv2 depth missing"
         without = (row.model, row.variant) in ((EVA, "baseline"), (EVA, "voc_distilled"))  # no depth was published
         assert found[row.model, row.variant] == segmented + ("" if without else with_depth)
     assert not out.exists()
@@ -144,7 +158,6 @@ def test_list_tells_each_reason_once(dvit: Dvit, tmp_path: Path, out: Path) -> N
     assert told.count(f"VOC 2012: {tmp_path / 'data' / 'VOCdevkit' / 'VOC2012'} lacks JPEGImages") == 1
     lacking = f"NYUv2 depth: {tmp_path / 'data' / 'nyu'} lacks nyu_train.txt, nyu_test.txt; it goes there from "
     assert told.count(lacking + "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html") == 1
-    assert told.count("distilled models (stage 3) are not in this version") <= 3  # one a benchmark
     assert len(told.splitlines()) == len(set(told.splitlines()))
 
 
@@ -225,29 +238,30 @@ def test_variant_that_was_not_published_of_a_model_is_refused(dvit: Dvit, data: 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    ("variant", "reason"),
+    ("variant", "lacking", "reason"),
     [
-        ("imgnet_denoised", "denoisers of ImageNet photos are not in this version"),
-        ("voc_distilled", "distilled models (stage 3) are not in this version"),
+        ("voc_distilled", IMAGENET_PHOTOS, "the model is distilled on"),
+        ("imgnet_denoised", IMAGENET_PHOTOS, "the denoiser is trained on"),
+        ("imgnet_distilled", IMAGENET_PHOTOS, "the denoiser is trained on"),
     ],
 )
-@pytest.mark.parametrize("more", [(), ("--dry",)])
-def test_other_variants_cannot_be_measured_yet(
-    dvit: Dvit,
-    data: Path,
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    variant: str,
-    reason: str,
-    more: tuple[str, ...],
+def test_photos_to_train_on_are_named_where_they_are_missing(
+    dvit: Dvit, data: Path, out: Path, variant: str, lacking: TrainingPhotos, reason: str
 ) -> None:
-    monkeypatch.setattr(dry, "dry_backbone", lambda _model: tiny_backbone())
-    command = ("reproduce", "--row", "vit_base_patch14_dinov2.lvd142m", "--variant", variant, "--data", data, "-o", out)
-    done = dvit(*command, *more)
+    shutil.rmtree(data / lacking.places[0])
+    done = dvit("reproduce", "--row", DINOV2_B, "--variant", variant, "--data", data, "-o", out)
     assert done.code == 2
-    assert reason in done.err
+    assert f"{reason} {data / lacking.places[0]}; it goes there from {lacking.source}" in done.err
     assert "published measured" not in done.words  # no table of nothing
     assert not out.exists()
+
+
+def test_a_denoiser_is_not_trained_on_photos_that_it_is_judged_on(data: Path) -> None:
+    photos = training_photos(data, VOC_PHOTOS)
+    assert [item.id for item in photos] == [
+        *("VOC2012/train_0.jpg", "VOC2012/train_1.jpg", "VOC2007/000000.jpg", "VOC2007/000001.jpg"),
+    ]
+    assert [item.id for item in training_photos(data, VOC_PHOTOS, 2)] == ["VOC2012/train_1.jpg", "VOC2007/000001.jpg"]
 
 
 def test_row_has_to_be_named(dvit: Dvit, data: Path, out: Path) -> None:
@@ -554,6 +568,49 @@ def test_a_denoiser_is_fitted_trained_and_probed(
     assert judged == [f"{task}: denoiser after step 2, 3 images" for task in tasks]  # one of four photos is held out
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("model", [row.model for row in published_rows() if row.variant == "voc_distilled"])
+def test_a_model_of_each_architecture_is_denoised_distilled_and_probed(
+    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    judged: list[str] = []
+    compare = Workbench.compare
+
+    def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
+        with safe_open(str(self.distilled), framework="pt") as file:
+            record = json.loads(file.metadata()["denoising_vit"])
+        judged.append(f"{more['task']}: {names[0]} after step {record['step']}, {record['info']['photos']} photos")
+        return compare(self, names, judge, **more)
+
+    monkeypatch.setattr(Workbench, "compare", note)
+    assert_dry(dvit, model, tmp_path, "voc_distilled", with_depth=model != EVA)
+    tasks = ["segmentation", "segmentation", "depth"][: 2 if model == EVA else 3]
+    assert judged == [f"{task}: distilled after step 2, 3 photos" for task in tasks]  # one of four is held out
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("variant", ["imgnet_denoised", "imgnet_distilled"])
+def test_denoisers_of_imagenet_are_of_its_photos(
+    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    trained: list[tuple[str, ...]] = []
+    fit = denoising.trained_denoiser
+
+    def note(backbone: Backbone, data: Path, where: TrainingPhotos, *rest: Any) -> Path:
+        trained.append(where.places)
+        return fit(backbone, data, where, *rest)
+
+    monkeypatch.setattr(running, "trained_denoiser", note)
+    assert_dry(dvit, DINOV2_B, tmp_path, variant)
+    assert trained == [IMAGENET_PHOTOS.places]
+
+
+def test_recipe_of_distilled_models_is_the_published_one() -> None:
+    recipe = DistilledRecipe()
+    assert (recipe.training.epochs, recipe.training.steps, recipe.training.learning_rate) == (5, 0, 2e-4)
+    assert (recipe.views.whole, recipe.views.sizes, recipe.views.flip) == (1, None, 0.5)
+
+
 def test_recipe_of_denoisers_is_the_published_one() -> None:
     recipe = DenoiserRecipe()
     assert (recipe.training.steps, recipe.training.batch_size, recipe.training.learning_rate) == (50_000, 16, 2e-4)
@@ -562,7 +619,7 @@ def test_recipe_of_denoisers_is_the_published_one() -> None:
 
 
 def test_protocols_are_the_published_ones() -> None:
-    assert Protocols() == Protocols(PAPER, depth.PAPER, DenoiserRecipe())
+    assert Protocols() == Protocols(PAPER, depth.PAPER, DenoiserRecipe(), DistilledRecipe())
 
 
 def test_dry_protocols_are_the_published_ones_but_for_their_length() -> None:
@@ -571,7 +628,7 @@ def test_dry_protocols_are_the_published_ones_but_for_their_length() -> None:
     assert replace(short, steps=PAPER.steps, warmup=PAPER.warmup, batch=PAPER.batch) == PAPER
     published = depth.PAPER
     assert replace(how.depth, steps=published.steps, warmup=published.warmup, batch=published.batch) == published
-    assert max(short.steps, how.depth.steps, how.recipe.training.steps) < 10
+    assert max(short.steps, how.depth.steps, how.recipe.training.steps, how.distilling.training.steps) < 10
 
 
 @pytest.fixture
@@ -580,7 +637,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocols, str]]
     asked: list[tuple[str, Protocols, str]] = []
 
     def at_once(row: Row, **given: Any) -> Iterator[tuple[Step, Line]]:
-        assert find_row(row.published.model, "baseline", given["data"]).status == row.status
+        assert find_row(row.published.model, row.published.variant, given["data"]).status == row.status
         for step in row.steps:
             if step.status == "ready":
                 asked.append((row.published.model, given["protocols"], step.benchmark.name))
@@ -593,19 +650,22 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocols, str]]
     return asked
 
 
-def test_dry_run_without_a_row_reaches_all_twelve_baselines(
-    dvit: Dvit, instant: list[tuple[str, Protocols, str]], tmp_path: Path
+@pytest.mark.parametrize("variant", [None, "baseline", "voc_distilled"])
+def test_dry_run_without_a_row_reaches_all_that_were_published(
+    dvit: Dvit, instant: list[tuple[str, Protocols, str]], tmp_path: Path, variant: str | None
 ) -> None:
-    done = dvit("reproduce", "--dry", "-o", tmp_path / "reproduced.jsonl")
+    named = () if variant is None else ("--variant", variant)
+    done = dvit("reproduce", "--dry", *named, "-o", tmp_path / "reproduced.jsonl")
     assert done.code == 0, done.err
-    assert len(BASELINES) == 12
-    names = "VOC 2012", "ADE20K", "NYUv2 depth"
-    wanted = [(model, name) for model in BASELINES for name in names if (model, name) != (EVA, "NYUv2 depth")]
+    rows = [(row.model, row.variant) for row in published_rows() if variant in (None, row.variant)]
+    assert len(rows) == {None: 34, "baseline": 12, "voc_distilled": 8}[variant]
+    names, without_depth = ("VOC 2012", "ADE20K", "NYUv2 depth"), [(EVA, "baseline"), (EVA, "voc_distilled")]
+    wanted = [(row[0], name) for row in rows for name in names if name != "NYUv2 depth" or row not in without_depth]
     assert [(model, name) for model, _, name in instant] == wanted
-    assert len(wanted) == 35
     assert all(how == dry.dry_protocols(tiny_backbone()) for _, how, _ in instant)
-    for model in BASELINES:
-        assert sum(line.startswith(model + " ") for line in done.out.splitlines()) == (4 if model == EVA else 7)
+    for row in rows:
+        lines = [line for line in done.out.splitlines() if line.split()[:2] == [*row]]
+        assert len(lines) == (4 if row in without_depth else 7)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -142,7 +142,7 @@ def test_a_new_folder_is_made_and_the_same_run_goes_on(tmp_path: Path) -> None:
     folder.begin(IDENTITY, resume=False)
     assert json.loads((folder.path / "run.json").read_text())["stage"] == "denoiser"
     folder.begin(IDENTITY, resume=True)
-    folder.require_same(IDENTITY)
+    folder.begin(IDENTITY, resume=True)
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, there: str) -> N
 def test_a_run_that_never_began_keeps_no_other_out(tmp_path: Path, pairs: bool) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(IDENTITY, resume=False)
-    folder.require_same(IDENTITY)
+    folder.begin(IDENTITY, resume=True)
     if pairs:  # files of the first, with nothing in them
         folder.pairs.mkdir()
         for name in ("pairs.json", "state.u8", "raw-0-7x7.f16", "target-0-7x7.f16", "unusable.jsonl", "note.txt"):

@@ -121,7 +121,7 @@ class Artifact:
 def compact(values: Tensor) -> Tensor:
     """Values as they are stored: float16, unless they exceed its range."""
     values = values.detach().cpu()
-    fits = float(values.abs().max()) < torch.finfo(torch.float16).max
+    fits = not values.numel() or float(values.abs().max()) < torch.finfo(torch.float16).max
     return (values.half() if fits else values.float()).contiguous()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -79,6 +80,17 @@ class Backbone(nn.Module, ABC):
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         """What :meth:`_tokens` gives, then the same after each of these blocks; for models that know their blocks."""
         raise NotImplementedError
+
+    def at_layer(self, layer: int) -> Backbone:
+        """The same weights with another layer as output; nothing is copied.
+
+        Raises:
+            BackboneError: if the model's blocks are not known, as those of a module, or there is no such block.
+        """
+        (block,) = block_numbers((layer,), self.depth, self.name)
+        other = copy.copy(self)
+        other.layer, other._fingerprint = block, None
+        return other
 
     def forward(self, image: Tensor) -> Tensor:
         """Features (B, h, w, C), float32, of normalised images (B, 3, H, W).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def load_backbone(
             layout=layout,
             device=place,
         )
-        return own.to(device=place, dtype=None if dtype == "auto" else _dtype(dtype, own.device))
+        return own.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, own.device))
     if (patch_size, mean, std, default_size, layout) != (None, None, None, None, "auto"):
         raise BackboneError(f"patch_size, mean, std, default_size and layout are for modules; {model!r} brings its own")
     from denoising_vit.backbones.timm_vit import TimmBackbone
@@ -92,7 +93,26 @@ def load_backbone(
     built, source = _with_weights(model, weights)
     backbone = TimmBackbone(built, name=model, stride=stride, layer=layer, norm=norm, weights=source)
     place = _device(device)
-    return backbone.to(device=place, dtype=_dtype(dtype, place))
+    return backbone.to(device=place, dtype=dtype_on(dtype, place))
+
+
+def with_weights(backbone: Backbone, path: Path) -> Backbone:
+    """A copy of a timm backbone with the weights of a file, as distilled ones; on its device, in its precision.
+
+    Raises:
+        BackboneError: if it is a module of the caller's.
+        WeightsError: if the file is missing or damaged, of another model, or holds values that are not finite.
+    """
+    from denoising_vit.backbones.timm_vit import TimmBackbone
+    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
+
+    if not isinstance(backbone, TimmBackbone):
+        raise BackboneError(f"{backbone.name} is a module of its own: load its weights yourself, and wrap it again")
+    other = copy.deepcopy(backbone)
+    load_weights(other.model, read_state_dict(path), name=backbone.name, source=str(path))
+    require_finite(other.model, str(path))
+    other.weights, other._fingerprint = str(path), None
+    return other
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -192,7 +212,12 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _dtype(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
+def dtype_on(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that is meant for a device.
+
+    Raises:
+        BackboneError: if it is none.
+    """
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -55,13 +55,13 @@ class TimmBackbone(Backbone):
         if self.stride != patch_size:
             model.set_submodule("patch_embed", OverlappingPatchEmbed(model.patch_embed, self.stride))
         self.model = model
-        self._block = layer % depth
 
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         return self._intermediate_tokens(image, ())[0]
 
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        blocks = (self._block, *blocks)
+        assert self.layer is not None
+        blocks = (self.layer, *blocks)
         rising = sorted(set(blocks))  # timm gives each block once, in its own order
         # Tokens are asked for in a row: reshaped by timm they get the wrong grid where patches overlap.
         found: Any = self.model.forward_intermediates(

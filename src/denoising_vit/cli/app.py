@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, WRONG_USAGE
+
+#: Where each verb is: a module of this package and the function in it, where that has another name; or more verbs.
+VERBS: Mapping[str, Any] = {
+    "denoise": "denoise",
+    "fit": "fit",
+    "train": "train",
+    "distill": "distill",
+    "calibrate": "calibrate",
+    "diagnose": "diagnose",
+    "evaluate": {
+        "knn": "evaluate:knn",
+        "segmentation": "evaluate:segmentation",
+        "depth": "evaluate_depth:depth",
+        "discovery": "evaluate_discovery:discovery",
+        "correspondence": "evaluate_correspondence:correspondence",
+        "artifacts": "evaluate_artifacts:artifacts",
+    },
+    "report": "report",
+    "reproduce": "reproduce",
+    "models": "models",
+    "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
+}
 
 _DESCRIPTION = "Artifact-free dense features from any Vision Transformer."
 
@@ -31,49 +55,35 @@ def run(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from the parser, with code 2 for wrong usage and 0 for ``--help``.
     """
     # Imports take seconds (torch, timm); inside, so that Ctrl-C during them ends as quietly as any other time.
-    import tyro
-
-    from denoising_vit.cli.calibrate import calibrate
-    from denoising_vit.cli.denoise import denoise
-    from denoising_vit.cli.diagnose import diagnose
-    from denoising_vit.cli.evaluate import knn, segmentation
-    from denoising_vit.cli.evaluate_artifacts import artifacts
-    from denoising_vit.cli.evaluate_correspondence import correspondence
-    from denoising_vit.cli.evaluate_depth import depth
-    from denoising_vit.cli.evaluate_discovery import discovery
-    from denoising_vit.cli.fit import fit
-    from denoising_vit.cli.models import models
-    from denoising_vit.cli.report import report
     from denoising_vit.cli.reporting import print_error
-    from denoising_vit.cli.reproduce import reproduce
-    from denoising_vit.cli.store import export, info, verify
-    from denoising_vit.cli.train import train
     from denoising_vit.errors import DenoisingVitError
 
-    app = tyro.extras.SubcommandApp()
-    app.command(denoise)
-    app.command(fit)
-    app.command(train)
-    app.command(calibrate)
-    app.command(diagnose)
-    evaluate = tyro.extras.SubcommandApp()
-    evaluate.command(knn)
-    evaluate.command(segmentation)
-    evaluate.command(depth)
-    evaluate.command(discovery)
-    evaluate.command(correspondence)
-    evaluate.command(artifacts)
-    app.command(evaluate, name="evaluate")
-    app.command(report)
-    app.command(reproduce)
-    app.command(models)
-    store = tyro.extras.SubcommandApp()
-    store.command(info)
-    store.command(verify)
-    store.command(export)
-    app.command(store, name="store")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    app = _app(VERBS, arguments)
     try:
         return app.cli(args=arguments, prog="dvit", description=_DESCRIPTION) or OK
     except DenoisingVitError as error:
         print_error(str(error))
         return WRONG_USAGE
+
+
+def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:
+    """The parser of these verbs. Where one is named, the others are not imported, which takes seconds."""
+    import tyro
+
+    app: Any = tyro.extras.SubcommandApp()
+    named = arguments[0] if arguments else None
+    for name, place in verbs.items():
+        if named in verbs and name != named:
+            app.command(_not_asked_for, name=name)
+        elif isinstance(place, str):
+            module, _, function = place.partition(":")
+            found = importlib.import_module(f"denoising_vit.cli.{module}")
+            app.command(getattr(found, function or module), name=name)
+        else:
+            app.command(_app(place, arguments[1:] if name == named else ()), name=name)
+    return app
+
+
+def _not_asked_for() -> int:
+    raise AssertionError("another verb was named")

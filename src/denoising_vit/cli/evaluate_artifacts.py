@@ -18,9 +18,9 @@ from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, 
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
-from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.named_sources import load_distilled, parse_names
 from denoising_vit.evaluation.records import Record, Results, run_info
-from denoising_vit.evaluation.sources import backbone_settings
+from denoising_vit.evaluation.sources import Extractor, backbone_settings
 from denoising_vit.evaluation.workbench import Line
 from denoising_vit.photos import photo_digest
 
@@ -33,6 +33,7 @@ def artifacts(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     photos: int = 64,
     denoiser: str | None = None,
+    distilled: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Label-free figures of artifacts, those of `dvit diagnose`: no single one of them means anything alone.
@@ -42,13 +43,15 @@ def artifacts(
     Args:
         data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
         features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1), denoiser (stage 2,
-            one pass).
+            one pass), distilled (stage 3).
         out: the file that lines of results are appended to.
         diagnosing: how much is looked at.
         model: the backbone, and how it is run.
         photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
         denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones. Without it, the
             one that comes with the package.
+        distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
+            published file.
         json: print the lines of results instead of a table.
     """
     if photos < 0:
@@ -62,11 +65,13 @@ def artifacts(
     backbone = model.load()
     about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
     settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), **asdict(diagnosing)}
-    extractors = {}
+    extractors: dict[str, Extractor] = {}
     if "denoiser" in names:
         cleaner = find_denoiser(denoiser, backbone)
         extractors["denoiser"] = DenoisedViT(backbone, cleaner.denoiser)
         settings["denoiser"] = cleaner.digest
+    if "distilled" in names:
+        extractors["distilled"], settings["distilled"] = load_distilled(distilled, backbone)
     settings = json_lines.loads(json_lines.dumps(settings))
     blank = [Record("artifacts", name, settings, run=run_info()) for name in names]
     kept = [line for record in blank if (line := results.find(record)) is not None]

@@ -29,7 +29,7 @@ class Judged:
     Attributes:
         data: the folder of the data; which layouts are known is said above.
         features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1), denoiser (stage 2,
-            one pass). The first is what the others are compared with.
+            one pass), distilled (stage 3). The first is what the others are compared with.
         out: the file that lines of results are appended to. The same command goes on where it was stopped.
         cache: folder for features and fields. Without it, one beside the results.
         cache_gb: most that cached features may take; fields of stage 1 come on top.
@@ -37,6 +37,8 @@ class Judged:
         artifact: of the backbone: a file of `dvit calibrate`, or `shipped`. Without it, subtract takes the shipped
             one, and exact fits one in each image.
         denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones.
+        distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
+            published file.
     """
 
     data: Path
@@ -47,6 +49,7 @@ class Judged:
     images: int = 0
     artifact: str | None = None
     denoiser: str | None = None
+    distilled: str | None = None
 
 
 def open_bench(
@@ -87,6 +90,7 @@ def open_bench(
         fields_of=exact.of,
         artifact=judged.artifact,
         denoiser=judged.denoiser,
+        distilled=judged.distilled,
         watch=watch,
     )
     _ = bench.cache  # a folder that cannot be written to is said at once

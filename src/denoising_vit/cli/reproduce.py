@@ -19,13 +19,16 @@ from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.published import VARIANTS, published_rows
 from denoising_vit.reproduction import Protocols, Row, Step, find_row, list_rows, reproduce_row
 
+#: The variant that is meant where a model is named alone.
+_FIRST = VARIANTS[0]
+
 #: Steps and their lines of results.
 _Measured = Sequence[tuple[Step, dict[str, Any]]]
 
 
 def reproduce(
     row: str | None = None,
-    variant: str = "baseline",
+    variant: str | None = None,
     list: tyro.conf.FlagCreatePairsOff[bool] = False,
     data: Path = Path("data"),
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("reproduced.jsonl"),
@@ -40,20 +43,21 @@ def reproduce(
 
     Args:
         row: the model, as `--list` names it.
-        variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled.
+        variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled. Without it, baseline.
         list: list every row with the status of its steps, and stop.
-        data: folder that holds VOCdevkit/VOC2012, ADEChallengeData2016 and nyu.
+        data: folder that holds VOCdevkit/VOC2012, ADEChallengeData2016 and nyu; for denoisers VOCdevkit/VOC2007 as
+            well, and imagenet/train for what is trained on ImageNet.
         out: the file that lines of results are appended to. The same command goes on where it was stopped.
         weights: of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not that of the table.
         device: auto, cpu, cuda, cuda:1, mps.
-        seed: of the probe, and of the denoiser.
+        seed: of the probe, the denoiser and the distillation.
         dry: every step on made-up data, with two blocks of random weights and two steps of training; without a row,
-            all baselines. Its figures mean nothing and are not kept.
+            all of the variant, and without both, all rows. Its figures mean nothing and are not kept.
     """
     if list:
         _print_list(list_rows(data, Results(out).lines if out.exists() else []))
         return OK
-    if variant not in VARIANTS:
+    if variant is not None and variant not in VARIANTS:
         print_error(f"--variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         return WRONG_USAGE
     if seed < 0:
@@ -64,7 +68,7 @@ def reproduce(
     if row is None:
         print_error("which row? Give --row MODEL; `dvit reproduce --list` names them")
         return WRONG_USAGE
-    return _reproduce(row, variant, data, out, BackboneSpec(row, weights, device=device), seed)
+    return _reproduce(row, variant or _FIRST, data, out, BackboneSpec(row, weights, device=device), seed)
 
 
 def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSpec, seed: int) -> int:
@@ -86,15 +90,16 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
     return SOME_FAILED if _tell_failed(measured) or not complete else OK
 
 
-def _dry(model: str | None, variant: str, device: str, seed: int) -> int:
+def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
     from denoising_vit.reproduction.dry import dry_backbone, dry_data, dry_protocols
 
-    models = [row.model for row in published_rows() if row.variant == variant] if model is None else [model]
+    chosen = [(row.model, row.variant) for row in published_rows() if variant in (None, row.variant)]
+    chosen = chosen if model is None else [(model, variant or _FIRST)]
     found, failed = [], False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = dry_data(folder / "data")
-        rows = [find_row(each, variant, data) for each in models]
+        rows = [find_row(*each, data) for each in chosen]
         if not _able(*rows):
             return WRONG_USAGE
         try:

@@ -9,7 +9,8 @@ import tyro
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
-from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar, watch
+from denoising_vit.cli.reporting import print_error, print_note, watch
+from denoising_vit.cli.run_reporting import StepsBar, ending
 from denoising_vit.dataset import open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.watching import unwatched
@@ -70,17 +71,14 @@ def train(
         run = job.training()
         if main:
             print_note(f"{len(run.sampler.images)} images to train on, {len(run.judge.images)} held out; run {out}")
-        with _Bar(training.last_step, shown=main) as bar:
+        with StepsBar(training.last_step, shown=main) as bar:
             progress = run.run(bar.step, bar.look)
     except KeyboardInterrupt:
         if main:
             print_note("interrupted; --resume goes on from here")
         return INTERRUPTED
     if main:
-        step = progress.best_step
-        best = "" if step is None else f", the best after step {step}: {job.folder.denoiser}"
-        more = "" if progress.step == training.steps else " (--resume goes on)"
-        print_note(f"{progress.step} of {training.steps} steps done{more}{best}")
+        print_note(ending(progress, training.steps, job.folder.denoiser))
     return SOME_FAILED if job.skipped or left_out else OK
 
 
@@ -107,27 +105,3 @@ def _source(
     if photos is not None:
         raise TrainError("--photos goes with a store; with --on-the-fly, the data are the photos")
     return Photos(open_dataset(data), exact, artifact)
-
-
-class _Bar(OnScreen):
-    """Steps done with the loss; and a line for each look at the held-out images."""
-
-    def __init__(self, steps: int, *, shown: bool) -> None:
-        self._progress = progress_bar("steps, loss {task.fields[loss]}", speed_estimate_period=300)
-        self._progress.disable = self._progress.disable or not shown
-        self._task = self._progress.add_task("", total=steps, loss="-")
-
-    def step(self, step: int, figures: dict[str, float]) -> None:
-        """Takes one step."""
-        self._progress.update(self._task, completed=step, loss=f"{figures['loss']:.3f}")
-
-    def look(self, step: int, figures: dict[str, float]) -> None:
-        """Says how the held-out images do."""
-        self._progress.print(
-            f"step {step}: held-out cosine {figures['cosine']:.4f} (raw {figures['raw_cosine']:.4f}), "
-            f"1 - cosine {figures['ratio']:.3f} of raw's, effective rank {figures['rank']:.0f} "
-            f"(raw {figures['raw_rank']:.0f})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )

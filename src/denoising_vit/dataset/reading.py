@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,7 +71,7 @@ class Dataset(Sequence[Item]):
             raise PhotoError(str(error)) from None
 
     def stream(
-        self, indices: Iterable[int], *, workers: int = 4, ahead: int = 8
+        self, indices: Iterable[int], *, workers: int = 4, ahead: int = 8, patience: Sequence[float] = ()
     ) -> Iterator[tuple[int, np.ndarray | Skipped]]:
         """Images in the order of ``indices``, read and decoded in threads while the caller works.
 
@@ -81,6 +82,7 @@ class Dataset(Sequence[Item]):
             indices: which, in which order.
             workers: how many threads, at least 1.
             ahead: how many decoded images wait at most, at least 1.
+            patience: seconds that are waited before an image is asked for again that cannot be reached, each time.
 
         Yields:
             The index, and the image as (H, W, 3) uint8 or why there is none.
@@ -90,14 +92,16 @@ class Dataset(Sequence[Item]):
         """
         if workers < 1 or ahead < 1:
             raise ValueError(f"expected workers and ahead of at least 1, found {workers} and {ahead}")
-        return self._stream(indices, workers, ahead)
+        return self._stream(indices, workers, ahead, tuple(patience))
 
-    def _stream(self, indices: Iterable[int], workers: int, ahead: int) -> Iterator[tuple[int, np.ndarray | Skipped]]:
+    def _stream(
+        self, indices: Iterable[int], workers: int, ahead: int, patience: tuple[float, ...]
+    ) -> Iterator[tuple[int, np.ndarray | Skipped]]:
         pending: deque[tuple[int, Future[np.ndarray | Skipped]]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="dvit-read")
         try:
             for index in indices:
-                pending.append((index, pool.submit(self._read_or_skip, index)))
+                pending.append((index, pool.submit(self._read_or_skip, index, patience)))
                 if len(pending) > ahead:  # the first of them is handed over, so that `ahead` stay
                     first, future = pending.popleft()
                     yield first, future.result()
@@ -107,7 +111,16 @@ class Dataset(Sequence[Item]):
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read_or_skip(self, index: int) -> np.ndarray | Skipped:
+    def _read_or_skip(self, index: int, patience: Sequence[float]) -> np.ndarray | Skipped:
+        found = self._tried(index)
+        for seconds in patience:
+            if not (isinstance(found, Skipped) and found.unreachable):
+                break
+            time.sleep(seconds)
+            found = self._tried(index)
+        return found
+
+    def _tried(self, index: int) -> np.ndarray | Skipped:
         try:
             return self.read(index)
         except PhotoError as error:

@@ -8,6 +8,7 @@ from denoising_vit.denoiser.loading import (
     find_denoiser,
     find_shipped,
     load_denoiser,
+    source_name,
 )
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.denoiser.published import HUB_ID, fetch_published, published_file, published_variants
@@ -25,5 +26,6 @@ __all__ = [
     "published_file",
     "published_variants",
     "read_denoiser",
+    "source_name",
     "write_denoiser",
 ]

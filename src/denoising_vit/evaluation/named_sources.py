@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from denoising_vit.artifact import SHIPPED, artifact_digest, load_artifact
 from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.loading import with_weights
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser
 from denoising_vit.errors import EvaluationError
@@ -22,7 +24,7 @@ from denoising_vit.evaluation.watching import Watch
 from denoising_vit.options import DenoiseOptions
 
 #: Names of the sources that are always there.
-SOURCES = ("raw", "subtract", "exact", "denoiser")
+SOURCES = ("raw", "subtract", "exact", "denoiser", "distilled")
 
 #: Mean and deviation of images, where they are not to be the backbone's own.
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -57,6 +59,7 @@ class NamedSources:
         exact: options of stage 1.
         artifact: G of the backbone where one is given: a file, or ``shipped``.
         denoiser: of the backbone, as `load_denoiser` takes it; the one that comes with the package where none is given.
+        distilled: file of the backbone's weights after stage 3, where such features are judged.
         extractors: further sources by name.
         watch: shows progress.
         normalisation: of images, ImageNet's for every model; None for the backbone's own.
@@ -71,6 +74,7 @@ class NamedSources:
     exact: DenoiseOptions
     artifact: str | None
     denoiser: str | None
+    distilled: str | None
     extractors: Mapping[str, Extractor]
     watch: Watch
     normalisation: Normalisation | None = None
@@ -88,6 +92,7 @@ class NamedSources:
             "subtract": self._subtract,
             "exact": self._fields,
             "denoiser": self._denoiser,
+            "distilled": self._distilled,
         }
         if taken := makers.keys() & self.extractors.keys():
             raise EvaluationError(f"extractors need names of their own; {', '.join(sorted(taken))} is there already")
@@ -110,6 +115,10 @@ class NamedSources:
         found = find_denoiser(self.denoiser, self.backbone)
         clean = DenoisedViT(self.backbone, found.denoiser)
         return self._extractor("denoiser", clean, {"denoiser": found.digest})
+
+    def _distilled(self) -> FeatureSource:
+        model, digest = load_distilled(self.distilled, self.backbone)
+        return self._extractor("distilled", model, {"distilled": digest})
 
     def _fields(self) -> FeatureSource:
         if self.exact.method != "exact":
@@ -139,3 +148,22 @@ class NamedSources:
         if self.beyond:
             source.identity = source.identity | {"of": "image"}
         return source
+
+
+def load_distilled(weights: str | Path | None, backbone: Backbone) -> tuple[Backbone, str]:
+    """A backbone with its weights after stage 3, and the SHA-256 of their file.
+
+    Raises:
+        EvaluationError: if no file is given, or it is not there.
+        WeightsError: if it holds weights of another model.
+    """
+    if weights is None:
+        raise EvaluationError(
+            "distilled features need the weights that dvit distill wrote: --distilled RUN/distilled.safetensors"
+        )
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise EvaluationError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return with_weights(backbone, path), digest

@@ -51,6 +51,7 @@ class Workbench:
         fields_of: where crops are judged, whether stage 1 fits each crop as an image of its own, or whole images.
         artifact: G of the backbone where one is given: a file, or ``shipped``.
         denoiser: of the backbone, as `load_denoiser` takes it; the one that comes with the package where none is given.
+        distilled: file of the backbone's weights after stage 3, where such features are judged.
         extractors: further sources: extractor(image (B, 3, H, W)) -> (B, h, w, C), by names that stand for their
             features in caches and results.
         watch: shows progress.
@@ -67,6 +68,7 @@ class Workbench:
     fields_of: Literal["crop", "image"] = "crop"
     artifact: str | None = None
     denoiser: str | None = None
+    distilled: str | None = None
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
     watch: Watch = unwatched
 
@@ -283,6 +285,7 @@ class Workbench:
             exact=replace(self.exact, size=self.exact.size or size),
             artifact=self.artifact,
             denoiser=self.denoiser,
+            distilled=self.distilled,
             extractors=self.extractors,
             watch=self.watch,
             normalisation=normalisation,

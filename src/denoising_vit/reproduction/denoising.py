@@ -9,10 +9,11 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.dataset import Dataset, Item, open_dataset, spread
 from denoising_vit.evaluation.watching import Watch
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.reproduction.rows import TrainingPhotos
 from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
 
-#: Where the photos lie below the data folder, VOC 2007 where it is there.
-PHOTOS = ("VOCdevkit/VOC2007/JPEGImages", "VOCdevkit/VOC2012/JPEGImages")
+#: The list of photos that a folder's benchmark is judged on, beside it.
+_JUDGED_ON = Path("ImageSets", "Segmentation", "val.txt")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class DenoiserRecipe:
     """How the denoiser of a row is made: the published setting, but for stage 1, which is solved exactly.
 
     Attributes:
-        images: photos of VOC 2007 and 2012, spread evenly over both; which 10,000 were taken was not published.
+        images: photos, spread evenly over all; which 10,000 were taken was not published.
         denoising: stage 1.
         views: whole images and their mirror images, as published.
         training: loss, optimiser, schedule and length as published.
@@ -33,13 +34,20 @@ class DenoiserRecipe:
 
 
 def trained_denoiser(
-    backbone: Backbone, data: Path, folder: Path, recipe: DenoiserRecipe, watch: Watch, seed: int = 0
+    backbone: Backbone,
+    data: Path,
+    where: TrainingPhotos,
+    folder: Path,
+    recipe: DenoiserRecipe,
+    watch: Watch,
+    seed: int = 0,
 ) -> Path:
     """Fits the photos and trains the denoiser of a backbone; what is done already is not done again.
 
     Args:
         backbone: the row's model.
-        data: folder that VOCdevkit is in.
+        data: folder that the photos' folders are in.
+        where: the photos.
         folder: of the run.
         recipe: how.
         watch: shows progress.
@@ -52,7 +60,7 @@ def trained_denoiser(
         TrainError: if a run in the folder has other options, or the photos are too few.
         PhotoError: if there are no photos.
     """
-    photos = _photos(data, recipe.images)
+    photos = training_photos(data, where, recipe.images)
     training = replace(recipe.training, seed=seed)
     source = Photos(photos, recipe.denoising)
     job = TrainJob.prepare(source, folder, backbone, training, recipe.views, resume=(folder / "run.json").is_file())
@@ -63,12 +71,21 @@ def trained_denoiser(
     return job.folder.last
 
 
-def _photos(data: Path, count: int) -> Dataset:
-    """Photos of both years, each year's by its own name."""
+def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Dataset:
+    """Photos to train on, each folder's by its own name; 0 takes all.
+
+    Those that are judged on are left out, as published.
+
+    Raises:
+        PhotoError: if there are none.
+    """
     items: list[Item] = []
-    for place in PHOTOS:
-        if (data / place).is_dir():
-            found = open_dataset(data / place)
-            items += [replace(item, id=f"{place.split('/')[1]}/{item.id}") for item in found]
+    for place in where.places:
+        folder = data / place
+        if folder.is_dir():
+            judged = folder.parent / _JUDGED_ON
+            names = set(judged.read_text().split()) if judged.is_file() else set()
+            found = [item for item in open_dataset(folder) if Path(item.id).stem not in names]
+            items += [replace(item, id=f"{folder.parent.name}/{item.id}") for item in found]
     chosen = spread(len(items), count)
-    return Dataset(str(data / "VOCdevkit"), [items[index] for index in chosen])
+    return Dataset(str(data / where.places[0]), [items[index] for index in chosen])

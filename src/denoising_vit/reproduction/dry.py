@@ -15,9 +15,10 @@ from denoising_vit.evaluation.depth.data import NYU_SIZE
 from denoising_vit.evaluation.segmentation import PAPER
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.reproduction.denoising import DenoiserRecipe
-from denoising_vit.reproduction.rows import ADE, NYU, VOC
+from denoising_vit.reproduction.distilling import DistilledRecipe
+from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS
 from denoising_vit.reproduction.running import Protocols
-from denoising_vit.training import TrainOptions
+from denoising_vit.training import DistillOptions, TrainOptions, ViewOptions
 
 #: Two images of each split, of unlike sizes, so that one of them is padded and the other cut into windows.
 _SIZES = ((48, 64), (60, 40))
@@ -34,7 +35,7 @@ def dry_backbone(model: str) -> Backbone:
 
 
 def dry_protocols(backbone: Backbone) -> Protocols:
-    """The published protocols, stopped after two steps of one crop or pair; the denoiser's views have 8 x 8 patches."""
+    """The published protocols, stopped after two steps of one crop or pair; training is shown 8 x 8 patches."""
     return Protocols(
         segmentation=replace(PAPER, steps=2, warmup=1, batch=1),
         depth=replace(depth.PAPER, steps=2, warmup=1, batch=1),
@@ -42,15 +43,23 @@ def dry_protocols(backbone: Backbone) -> Protocols:
             denoising=DenoiseOptions(views=8, held_out=0, size=8 * backbone.patch_size),
             training=TrainOptions(steps=2, batch_size=1, held_out=1),
         ),
+        distilling=DistilledRecipe(
+            training=DistillOptions(steps=2, batch_size=1, held_out=1),
+            views=ViewOptions(sizes=str(8 * backbone.patch_size)),
+        ),
     )
 
 
 def dry_data(folder: Path) -> Path:
-    """Writes images in the layouts of VOC 2012, ADE20K and NYUv2, all small but the last; returns the folder."""
+    """Writes images in the layouts of VOC, ADE20K, NYUv2 and ImageNet, small but for NYUv2; returns the folder."""
     chance = np.random.default_rng(0)
     _write_voc(folder / VOC.place, chance)
     _write_ade(folder / ADE.place, chance)
     _write_nyu(folder / NYU.place, chance)
+    for number, size in enumerate(_SIZES):
+        _write(folder / VOC_PHOTOS.places[1] / f"{number:06}.jpg", _noise(size, chance))
+        for name in ("n01440764", "n01443537"):
+            _write(folder / IMAGENET_PHOTOS.places[0] / name / f"{name}_{number}.JPEG", _noise(size, chance))
     return folder
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from denoising_vit.published import PublishedRow, published_row, published_rows
 
-#: Whether a step can be done: done already, ready, its data is missing, or this version cannot do it yet.
-Status = Literal["done", "ready", "missing", "unsupported"]
+#: Whether a step can be done: done already, ready, or data is missing.
+Status = Literal["done", "ready", "missing"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,47 @@ NYU = Benchmark(
     figures={"RMSE": "nyu_rmse", "AbsRel": "nyu_absrel", "a1": "nyu_a1"},
 )
 
-#: What each variant is made of, and why this version cannot make it.
-_NOT_YET = {
-    "voc_distilled": "distilled models (stage 3) are not in this version",
-    "imgnet_denoised": "denoisers of ImageNet photos are not in this version",
-    "imgnet_distilled": "distilled models (stage 3) are not in this version",
+
+@dataclass(frozen=True)
+class TrainingPhotos:
+    """Photos that denoisers or distilled models are trained on.
+
+    Attributes:
+        places: folders below the data folder; the first must be there, the others are taken where they are.
+        source: where they can be had.
+    """
+
+    places: tuple[str, ...]
+    source: str
+
+
+VOC_PHOTOS = TrainingPhotos(("VOCdevkit/VOC2012/JPEGImages", "VOCdevkit/VOC2007/JPEGImages"), VOC.source)
+IMAGENET_PHOTOS = TrainingPhotos(("imagenet/train",), "ILSVRC2012_img_train.tar, https://image-net.org/download.php")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a published variant is made.
+
+    Attributes:
+        features: what is judged.
+        denoiser: photos that the denoiser is trained on; None where there is none.
+        distilled: photos that the model is distilled on; None where it is not.
+    """
+
+    features: str
+    denoiser: TrainingPhotos | None = None
+    distilled: TrainingPhotos | None = None
+
+
+#: All of :data:`~denoising_vit.published.VARIANTS`. Whatever the denoiser was trained on, models were distilled on
+#: ImageNet-1k.
+VARIANTS_MADE: Mapping[str, Variant] = {
+    "baseline": Variant("raw"),
+    "voc_denoised": Variant("denoiser", VOC_PHOTOS),
+    "voc_distilled": Variant("distilled", VOC_PHOTOS, IMAGENET_PHOTOS),
+    "imgnet_denoised": Variant("denoiser", IMAGENET_PHOTOS),
+    "imgnet_distilled": Variant("distilled", IMAGENET_PHOTOS, IMAGENET_PHOTOS),
 }
 
 
@@ -79,7 +115,7 @@ class Step:
     Attributes:
         benchmark: the data.
         status: whether it can be done.
-        why: what is missing and where it goes, or what is not supported; empty where neither.
+        why: what is missing and where it goes; empty where nothing is.
     """
 
     benchmark: Benchmark
@@ -130,19 +166,19 @@ def _row(row: PublishedRow, data: Path, lines: Sequence[dict[str, Any]]) -> Row:
 
 
 def _step(row: PublishedRow, benchmark: Benchmark, data: Path, lines: Sequence[dict[str, Any]]) -> Step:
-    if row.variant in _NOT_YET:
-        return Step(benchmark, "unsupported", _NOT_YET[row.variant])
     measured = {"model": row.model, "variant": row.variant}
     if any(_measures(line, measured, benchmark) for line in lines):
         return Step(benchmark, "done")
     lacking = [name for name in benchmark.needs if not (data / benchmark.place / name).exists()]
-    if not lacking and row.variant == "voc_denoised" and not (data / VOC.place / "JPEGImages").exists():
-        words = f"the denoiser is trained on {data / VOC.place / 'JPEGImages'}; it goes there from {VOC.source}"
-        return Step(benchmark, "missing", words)
     if lacking:
         where = data / benchmark.place
         words = f"{where} lacks {', '.join(lacking)}; it goes there from {benchmark.source}"
         return Step(benchmark, "missing", words)
+    made = VARIANTS_MADE[row.variant]
+    for what, photos in (("denoiser is trained", made.denoiser), ("model is distilled", made.distilled)):
+        if photos is not None and not (data / photos.places[0]).exists():
+            words = f"the {what} on {data / photos.places[0]}; it goes there from {photos.source}"
+            return Step(benchmark, "missing", words)
     return Step(benchmark, "ready")
 
 

@@ -16,10 +16,8 @@ from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.segmentation import PAPER, Protocol
 from denoising_vit.evaluation.workbench import Line, Watch, Workbench, unwatched
 from denoising_vit.reproduction.denoising import DenoiserRecipe, trained_denoiser
-from denoising_vit.reproduction.rows import NYU, Benchmark, Row, Step
-
-#: The features of each variant that this version can make.
-_FEATURES = {"baseline": "raw", "voc_denoised": "denoiser"}
+from denoising_vit.reproduction.distilling import DistilledRecipe, distilled_model
+from denoising_vit.reproduction.rows import NYU, VARIANTS_MADE, VOC_PHOTOS, Benchmark, Row, Step
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,13 @@ class Protocols:
         segmentation: of the probe for classes.
         depth: of the probe for depth.
         recipe: how the denoiser of a row is made.
+        distilling: how the distilled model of a row is made.
     """
 
     segmentation: Protocol = PAPER
     depth: depth.DepthProtocol = depth.PAPER
     recipe: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+    distilling: DistilledRecipe = field(default_factory=DistilledRecipe)
 
 
 def reproduce_row(
@@ -60,7 +60,7 @@ def reproduce_row(
         results: where lines go; a step that is there already is not done again.
         folder: for checkpoints and counts.
         run: command, hardware and software, for the record.
-        seed: of the probe, and of the denoiser.
+        seed: of the probe, the denoiser and the distillation.
         protocols: how steps are done; as published by default.
         watch: shows progress.
 
@@ -69,14 +69,12 @@ def reproduce_row(
     """
     protocols = protocols or Protocols()
     published = {"model": row.published.model, "variant": row.published.variant}
-    denoiser: str | None = None
+    made: _Made | None = None
     for step in row.steps:
         if step.status not in ("ready", "done"):
             continue
-        if denoiser is None and row.published.variant == "voc_denoised":
-            place = folder / f"denoiser-{row.published.model}-{seed}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            denoiser = str(trained_denoiser(backbone, data, place, protocols.recipe, watch, seed))
+        if made is None:
+            made = _made(row, data, backbone, folder, protocols, watch, seed)
         try:
             with watch(f"images of {step.benchmark.name} read", None) as advance:
                 judged = _opened(step.benchmark, data, advance)
@@ -90,11 +88,40 @@ def reproduce_row(
             results=results,
             folder=folder,
             run=run,
-            denoiser=denoiser,
+            denoiser=made.denoiser,
+            distilled=made.distilled,
             watch=watch,
         )
-        for line, _ in _lines(bench, _FEATURES[row.published.variant], step.benchmark, protocols, seed, published):
+        features = VARIANTS_MADE[row.published.variant].features
+        for line, _ in _lines(bench, features, step.benchmark, protocols, seed, published):
             yield step, line
+
+
+def _made(
+    row: Row, data: Path, backbone: Backbone, folder: Path, protocols: Protocols, watch: Watch, seed: int
+) -> _Made:
+    """Trains what a row needs, where it is not there yet."""
+    model, variant = row.published.model, VARIANTS_MADE[row.published.variant]
+    if variant.denoiser is None:
+        return _Made()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Rows of one kind of photos share the denoiser.
+    photos = "" if variant.denoiser is VOC_PHOTOS else "imgnet-"
+    place = folder / f"denoiser-{photos}{model}-{seed}"
+    denoiser = trained_denoiser(backbone, data, variant.denoiser, place, protocols.recipe, watch, seed)
+    if variant.distilled is None:
+        return _Made(denoiser=str(denoiser))
+    place, how = folder / f"distilled-{photos}{model}-{seed}", protocols.distilling
+    distilled = distilled_model(backbone, denoiser, data, variant.distilled, place, how, watch, seed)
+    return _Made(distilled=str(distilled))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Files of what a row judges; None where it does not."""
+
+    denoiser: str | None = None
+    distilled: str | None = None
 
 
 def _opened(benchmark: Benchmark, data: Path, progress: Callable[[], None]) -> JudgedData:

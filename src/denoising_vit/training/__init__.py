@@ -1,6 +1,16 @@
-"""Training: stage 2, the one-pass denoiser."""
+"""Training: stage 2, the one-pass denoiser, and stage 3, the distilled ViT."""
 
+from denoising_vit.training.distillation import DistillJob, DistillOptions
 from denoising_vit.training.job import Photos, Stored, TrainJob
-from denoising_vit.training.options import PairOptions, TrainOptions
+from denoising_vit.training.options import PairOptions, TrainOptions, ViewOptions
 
-__all__ = ["PairOptions", "Photos", "Stored", "TrainJob", "TrainOptions"]
+__all__ = [
+    "DistillJob",
+    "DistillOptions",
+    "PairOptions",
+    "Photos",
+    "Stored",
+    "TrainJob",
+    "TrainOptions",
+    "ViewOptions",
+]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
+from denoising_vit.training.sharding import gathered, shared_like
 
 #: Checkpoints that are kept: the last and the one before.
 _KEPT = 2
@@ -58,8 +61,23 @@ class Checkpoints:
         """Of the newest; 0 where there is none."""
         return 0 if self.last is None else int(self.last.stem.removeprefix("step-"))
 
-    def save(self, progress: Progress, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    def save(
+        self,
+        progress: Progress,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        more: Mapping[str, Tensor] = MappingProxyType({}),
+        *,
+        write: bool = True,
+    ) -> None:
         """Writes one, then removes the oldest but two; the one before stays whole whatever happens.
+
+        Args:
+            progress: how far the run is.
+            model: any; where its weights are shared out between processes, all of them must call this.
+            optimiser: of its parameters.
+            more: further tensors by name.
+            write: whether this process is the one that writes.
 
         Raises:
             TrainError: if it cannot be written (a full disk).
@@ -67,7 +85,10 @@ class Checkpoints:
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for number, state in optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{name}": value for name, value in state.items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        tensors |= {f"more.{name}": value for name, value in more.items()}
+        tensors = {name: gathered(value.detach()).cpu().contiguous() for name, value in tensors.items()}
+        if not write:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{progress.step:07}.safetensors"
         before = self.last
@@ -80,8 +101,10 @@ class Checkpoints:
         for old in self._all()[:-_KEPT]:
             old.unlink(missing_ok=True)
 
-    def load(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Progress:
-        """Restores the newest; where there is none, nothing.
+    def load(
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, more: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Progress:
+        """Restores the newest, further tensors in place; where there is none, nothing.
 
         Raises:
             TrainError: if it is damaged, or of another model.
@@ -93,9 +116,13 @@ class Checkpoints:
             with safe_open(path, framework="pt") as file:
                 progress = Progress(**json.loads((file.metadata() or {})[_KEY]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            model.load_state_dict(_below("model.", tensors))
-            optimiser.load_state_dict(_optimiser_state(tensors) | {"param_groups": _groups(optimiser)})
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            own = model.state_dict()
+            found = {name: (value, own.get(name, value)) for name, value in _below("model.", tensors).items()}
+            model.load_state_dict({name: shared_like(*both) for name, both in found.items()})
+            optimiser.load_state_dict(_optimiser_state(tensors, optimiser) | {"param_groups": _groups(optimiser)})
+            for name, value in more.items():
+                value.copy_(shared_like(tensors[f"more.{name}"], value))
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:16])  # torch names every tensor
             raise TrainError(
                 f"{path}: damaged checkpoint ({reason}); remove it, and --resume goes on from the one before"
@@ -110,12 +137,13 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _optimiser_state(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _optimiser_state(tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in _below("optimiser.", tensors).items():
         if (found := re.fullmatch(r"(\d+)\.(\w+)", name)) is None:
             raise ValueError(f"unknown tensor optimiser.{name}")
-        state.setdefault(int(found[1]), {})[found[2]] = value
+        state.setdefault(int(found[1]), {})[found[2]] = shared_like(value, parameters[int(found[1])])
     return {"state": state}
 
 

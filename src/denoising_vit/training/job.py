@@ -140,11 +140,7 @@ class TrainJob:
             "targets": targets.identity,
             "processes": accelerator.num_processes,
         }
-        if accelerator.is_main_process:
-            folder.begin(identity, resume=resume)
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            folder.require_same(identity)
+        folder.begin_together(identity, accelerator, resume=resume)
         if views.whole == 1 and views.keep > views.wholes:
             views = replace(views, keep=views.wholes)  # no crop is ever drawn
         kept_views = views if views.keep else replace(views, keep=views.wholes + 1)

@@ -51,7 +51,7 @@ class Judge:
         if self._raw is None:
             self._raw = {f"raw_{name}": value for name, value in self._figures(lambda raw: raw).items()}
             targets = torch.cat([target for _, target in self._batches(0, 0)])
-            self._raw |= {f"target_{name}": value for name, value in _spread(targets).items()}
+            self._raw |= {f"target_{name}": value for name, value in spread(targets).items()}
         figures = self._figures(denoiser)
         ratio = (1 - figures["cosine"]) / max(1 - self._raw["raw_cosine"], 1e-12)
         return figures | {"ratio": ratio} | self._raw
@@ -62,17 +62,14 @@ class Judge:
         if crops := self.pairs.crops:
             figures |= {f"crop_{name}": value for name, value in self._agreement(denoiser, crops[0]).items()}
         clean = [denoiser(raw.to(self.device)).cpu() for raw, _ in self._batches(0, 0)]
-        return figures | _spread(torch.cat(clean))
+        return figures | spread(torch.cat(clean))
 
     def _agreement(self, denoiser: Callable[[Tensor], Tensor], number: int) -> Figures:
-        cosine = squared = patches = 0.0
+        found = Agreement()
         for size in range(len(self.sizes)):
             for raw, target in self._batches(size, number):
-                clean = denoiser(raw.to(self.device)).cpu()
-                cosine += float(F.cosine_similarity(clean, target, dim=-1).double().sum())
-                squared += float((clean - target).square().mean(-1).double().sum())
-                patches += target[..., 0].numel()
-        return {"cosine": cosine / patches, "mse": squared / patches}
+                found.add(denoiser(raw.to(self.device)).cpu(), target)
+        return found.figures
 
     def _batches(self, size: int, number: int) -> list[tuple[Tensor, Tensor]]:
         view = whole_view(self.sizes[size], mirrored=False)  # kept views are read by their number alone
@@ -80,7 +77,25 @@ class Judge:
         return [self.pairs.read(samples[at : at + _BATCH]) for at in range(0, len(samples), _BATCH)]
 
 
-def _spread(features: Tensor) -> Figures:
+class Agreement:
+    """How near features are to targets, over patches that come part by part."""
+
+    def __init__(self) -> None:
+        self._cosine = self._squared = self._patches = 0.0
+
+    def add(self, clean: Tensor, target: Tensor) -> None:
+        """Takes in features (B, h, w, C) and what they should be."""
+        self._cosine += float(F.cosine_similarity(clean, target, dim=-1).double().sum())
+        self._squared += float((clean - target).square().mean(-1).double().sum())
+        self._patches += target[..., 0].numel()
+
+    @property
+    def figures(self) -> Figures:
+        """Mean over patches of the cosine, and of the mean squared error."""
+        return {"cosine": self._cosine / self._patches, "mse": self._squared / self._patches}
+
+
+def spread(features: Tensor) -> Figures:
     """Of features (N, h, w, C): their effective rank, and how well they tell the place."""
     figures = {"rank": effective_rank(features)}
     if len(features) >= _PLACED and min(features.shape[1:3]) > 1:

@@ -1,4 +1,4 @@
-"""How the denoiser is trained."""
+"""How runs are trained: what all have in common, and what is the denoiser's own."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 100
 
 
 @dataclass(frozen=True)
-class PairOptions:
-    """Which views of an image are training pairs: the raw features of a view, and F at its patches.
-
-    F is a function of the place in the image, so any crop of a fitted image is a pair, at any size.
+class ViewOptions:
+    """Which views of photos are trained on.
 
     Attributes:
         sizes: heights and widths in pixels of what the backbone is shown, in turn: `518x518,364x476`. Without it, the
-            size of the fit.
-        whole: share of the pairs that show the whole image, mirrored or not; 1 is as published.
-        area: least and largest share of the image that a crop covers.
+            backbone's own, as published: 518 for patches of 14, 512 for 16.
+        whole: share of the views that show the whole photo, mirrored or not; 1 is as published.
+        area: least and largest share of the photo that a crop covers.
         ratio: least and largest width over height of a crop, in the shown frame.
-        flip: probability that a crop is mirrored; with 0, no whole image is mirrored either.
+        flip: probability that a view is mirrored.
         inverted: probability that a crop is upside down.
-        keep: views of each image and size that are drawn once, and whose features are computed once and kept on disk;
-            the whole image is among them, and its mirror image unless nothing is mirrored. With 0, every step draws
-            new ones, and the backbone runs in every step.
     """
 
     sizes: str | None = None
-    whole: float = 0.25
+    whole: float = 1.0
     area: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     inverted: float = 0.0
-    keep: int = 8
+
+    @property
+    def wholes(self) -> int:
+        """Views that show all of an image, which come first where views are kept: as it is, and mirrored if any is."""
+        return 2 if self.flip else 1
+
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """How many views of each image are kept, whole ones first and then crops; None where each step draws anew."""
+        return None
 
     def validate(self) -> None:
         """Checks every option's range.
@@ -55,23 +59,10 @@ class PairOptions:
             CropOptions(self.area, self.ratio)
         except PlanError as error:
             raise TrainError(str(error)) from error
-        if self.keep < 0:
-            raise TrainError(f"keep must be 0 or more, got {self.keep}")
-        if self.whole < 1 and 0 < self.keep <= self.wholes:
-            first = "the whole image and its mirror image come" if self.flip else "the whole image comes"
-            raise TrainError(
-                f"of {self.keep} views that are kept none is a crop: {first} first. "
-                f"Expected --pairs.keep {self.wholes + 1} or more, or --pairs.whole 1"
-            )
         self.parsed_sizes()
 
-    @property
-    def wholes(self) -> int:
-        """Kept views that show all of an image, and come before the crops: as it is, and mirrored if any view is."""
-        return 2 if self.flip else 1
-
     def parsed_sizes(self) -> list[tuple[int, int]]:
-        """The sizes (H, W); none where that of the fit is meant.
+        """The sizes (H, W); none where none are named.
 
         Raises:
             TrainError: if the text is no list of sizes.
@@ -88,24 +79,63 @@ class PairOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class PairOptions(ViewOptions):
+    """Which views of an image are training pairs: the raw features of a view, and F at its patches.
+
+    F is a function of the place in the image, so any crop of a fitted image is a pair, at any size.
+
+    Attributes:
+        sizes: heights and widths in pixels of what the backbone is shown, in turn: `518x518,364x476`. Without it, the
+            size of the fit.
+        whole: share of the pairs that show the whole image, mirrored or not; 1 is as published.
+        flip: probability that a crop is mirrored; with 0, no whole image is mirrored either.
+        keep: views of each image and size that are drawn once, and whose features are computed once and kept on disk;
+            the whole image is among them, and its mirror image unless nothing is mirrored. With 0, every step draws
+            new ones, and the backbone runs in every step.
+    """
+
+    whole: float = 0.25
+    keep: int = 8
+
+    def validate(self) -> None:
+        """Checks every option's range.
+
+        Raises:
+            TrainError: naming the option, its range, and what came.
+        """
+        super().validate()
+        if self.keep < 0:
+            raise TrainError(f"keep must be 0 or more, got {self.keep}")
+        if self.whole < 1 and 0 < self.keep <= self.wholes:
+            first = "the whole image and its mirror image come" if self.flip else "the whole image comes"
+            raise TrainError(
+                f"of {self.keep} views that are kept none is a crop: {first} first. "
+                f"Expected --pairs.keep {self.wholes + 1} or more, or --pairs.whole 1"
+            )
+
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """How many views of each image are kept, whole ones first and then crops; None where each step draws anew."""
+        wholes = min(self.wholes, self.keep)
+        return (wholes, self.keep - wholes) if self.keep else None
+
+
+@dataclass(frozen=True)
+class RunOptions:
     """How long, how fast, and how it is watched. Loss, optimiser and schedule are the published ones by default.
 
     Attributes:
         steps: optimiser steps of the whole run.
-        batch_size: pairs in a step, of each process.
-        learning_rate: the highest, times the square root of (pairs in a step of all processes / 256).
+        batch_size: views in a step, of each process.
+        learning_rate: the highest, times the square root of (views in a step of all processes / 256).
         final_rate: the last.
         warmup: share of the steps over which the rate rises.
         weight_decay: of AdamW.
-        blocks: transformer blocks of the denoiser.
-        shrink: factor on what the blocks add to features, in the denoiser that is judged and written; a little below 1
-            undoes some of what a short training on few images learned by heart. Training itself is the same.
         held_out: images that are never trained on; the run is judged by them. Without it, a tenth, at most 100.
         evaluate_every: steps between two looks at them.
         checkpoint_every: steps between two checkpoints.
-        precision: of the block's arithmetic; auto is bfloat16 where the hardware is fast at it, else
-            float32. Weights are float32.
+        precision: of what is trained; auto is bfloat16 where the hardware is fast at it, else float32. Weights are
+            float32.
         seed: of the weights, the held-out images, the views and their order.
         stop_at: end after this step, to be resumed later; the schedule is that of the whole run.
     """
@@ -116,8 +146,6 @@ class TrainOptions:
     final_rate: float = 1e-6
     warmup: float = 0.15
     weight_decay: float = 1e-5
-    blocks: int = 1
-    shrink: float = 1.0
     held_out: int | None = None
     evaluate_every: int = 1000
     checkpoint_every: int = 500
@@ -125,22 +153,23 @@ class TrainOptions:
     seed: int = 0
     stop_at: int | None = None
 
+    def _least(self) -> dict[str, int]:
+        """The least value of each number."""
+        least = {"steps": 1, "batch_size": 1, "held_out": 1, "evaluate_every": 1, "checkpoint_every": 1, "stop_at": 1}
+        return least | {"learning_rate": 0, "final_rate": 0, "weight_decay": 0, "seed": 0}
+
     def validate(self) -> None:
         """Checks every option's range.
 
         Raises:
             TrainError: naming the option, its range, and what came.
         """
-        least = {"steps": 1, "batch_size": 1, "blocks": 1, "held_out": 1, "evaluate_every": 1, "checkpoint_every": 1}
-        least |= {"learning_rate": 0, "final_rate": 0, "weight_decay": 0, "seed": 0, "stop_at": 1}
-        for name, least_value in least.items():
+        for name, least_value in self._least().items():
             value = getattr(self, name)
             if value is not None and not value >= least_value:  # NaN is not
                 raise TrainError(f"{name} must be at least {least_value}, got {value}")
         if not 0 <= self.warmup < 1:
             raise TrainError(f"warmup must be a share in [0, 1), got {self.warmup}")
-        if not 0 < self.shrink <= 1:
-            raise TrainError(f"shrink must be a factor in (0, 1], got {self.shrink}")
         if self.precision not in get_args(Precision):
             raise TrainError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 
@@ -168,6 +197,33 @@ class TrainOptions:
     def recorded(self) -> dict[str, Any]:
         """What decides the result, as JSON values; where a run is stopped does not."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "stop_at"}
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """How a denoiser is trained.
+
+    Attributes:
+        blocks: transformer blocks of the denoiser.
+        shrink: factor on what the blocks add to features, in the denoiser that is judged and written; a little below 1
+            undoes some of what a short training on few images learned by heart. Training itself is the same.
+    """
+
+    blocks: int = 1
+    shrink: float = 1.0
+
+    def _least(self) -> dict[str, int]:
+        return super()._least() | {"blocks": 1}
+
+    def validate(self) -> None:
+        """Checks every option's range.
+
+        Raises:
+            TrainError: naming the option, its range, and what came.
+        """
+        super().validate()
+        if not 0 < self.shrink <= 1:
+            raise TrainError(f"shrink must be a factor in (0, 1], got {self.shrink}")
 
 
 def _parsed(text: str) -> tuple[int, int]:

@@ -11,10 +11,10 @@ from pathlib import Path
 HEAD, STATE = "pairs.json", "state.u8"
 
 #: The file that tells why images have no pairs.
-_REASONS = "unusable.jsonl"
+REASONS = "unusable.jsonl"
 
 #: All that a folder of pairs holds; without the first, the others are worth nothing.
-_ALL = (HEAD, STATE, _REASONS, "raw-*.f16", "target-*.f16")
+_ALL = (HEAD, STATE, REASONS, "raw-*.f16", "target-*.f16")
 
 #: How a disk says that it is full, or that a user's share of it is.
 NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
@@ -66,7 +66,7 @@ def write_reason(folder: Path, name: str, reason: str) -> None:
         OSError: if it cannot be written.
     """
     line = json.dumps([name, reason]).encode() + b"\n"
-    with (folder / _REASONS).open("a+b") as file:
+    with (folder / REASONS).open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # half a line, of a crash: this one must not be part of it
@@ -78,7 +78,7 @@ def write_reason(folder: Path, name: str, reason: str) -> None:
 
 def read_reasons(folder: Path) -> dict[str, str]:
     """Why images have no pairs, by id; half lines, which a crash may have left, are passed over."""
-    path, found = folder / _REASONS, {}
+    path, found = folder / REASONS, {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             name, reason = json.loads(line)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
 from denoising_vit.training.pairs import KeptPairs
 from denoising_vit.training.samples import Sample, whole_view
@@ -16,7 +18,7 @@ from denoising_vit.training.targets import Targets
 from denoising_vit.visualize import PCABasis, draw_rows
 
 #: Images on a panel.
-_SHOWN = 4
+SHOWN = 4
 
 
 @dataclass
@@ -43,18 +45,38 @@ class HeldOutPanel:
 
         Raises:
             PhotoError: if a photo is gone.
-            OSError: if it cannot be written.
+            TrainError: if it cannot be written.
         """
-        shown = list(self.images[:_SHOWN])
         device = next(iter(denoiser.parameters())).device if isinstance(denoiser, torch.nn.Module) else None
         rows = []
-        for image in shown:
+        for image in self.images[:SHOWN]:
             raw, target = self.pairs.read([Sample(image, 0, 0, whole_view((1, 1), mirrored=False))])
             clean = denoiser(raw.to(device)).cpu()
-            maps = [raw[0], clean[0], target[0]]
-            basis = PCABasis.fit(*maps)
-            rows.append((self.ids[image], [self.targets.photo(image), *(basis.colours(features) for features in maps)]))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:07}.png"
-        with atomic_path(path) as temporary:
-            draw_rows(("photo", "raw", f"denoiser, step {step}", "F (target)"), rows, temporary)
+            rows.append((self.ids[image], self.targets.photo(image), (raw[0], clean[0], target[0])))
+        draw_panel(self.folder, step, ("raw", f"denoiser, step {step}", "F (target)"), rows)
+
+
+def draw_panel(
+    folder: Path, step: int, headings: Sequence[str], rows: Sequence[tuple[str, np.ndarray, Sequence[Tensor]]]
+) -> None:
+    """Writes ``step-N.png``: a row an image, all features of a row in one PCA basis.
+
+    Args:
+        folder: made where it does not exist.
+        step: N.
+        headings: of the features.
+        rows: name, pixels (H, W, 3) uint8, and features (h, w, C) of each image.
+
+    Raises:
+        TrainError: if it cannot be written.
+    """
+    pictures = []
+    for name, photo, maps in rows:
+        basis = PCABasis.fit(*maps)
+        pictures.append((name, [photo, *(basis.colours(features) for features in maps)]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / f"step-{step:07}.png") as temporary:
+            draw_rows(("photo", *headings), pictures, temporary)
+    except OSError as error:
+        raise TrainError(f"{folder}: a panel cannot be written ({error}); --resume goes on") from error

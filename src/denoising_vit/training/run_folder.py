@@ -1,4 +1,4 @@
-"""The folder of a run: what it is, its log, its checkpoints, its best denoiser."""
+"""The folder of a run: what it is, its log, its checkpoints, its best model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
 from denoising_vit.training.checkpoints import Checkpoints
-from denoising_vit.training.pair_files import has_pairs, remove_pairs
+from denoising_vit.training.pair_files import REASONS, has_pairs, remove_pairs
 from denoising_vit.training.records import differences, read_object
 
 FORMAT = "denoising-vit/run"
@@ -40,8 +40,13 @@ class RunFolder:
         return self.path / "denoiser.safetensors"
 
     @property
+    def distilled(self) -> Path:
+        """The best distilled model by held-out images."""
+        return self.path / "distilled.safetensors"
+
+    @property
     def last(self) -> Path:
-        """The denoiser after the last step."""
+        """The denoiser or distilled model after the last step."""
         return self.path / "last.safetensors"
 
     @property
@@ -93,18 +98,22 @@ class RunFolder:
                 "start anew in another folder"
             )
 
-    def require_same(self, identity: dict[str, Any]) -> None:
-        """What :meth:`begin` checks of a run that another process began.
+    def begin_together(self, identity: dict[str, Any], accelerator: Any, *, resume: bool) -> None:
+        """What :meth:`begin` does, by the first process; the others wait, and check that they are of the same run.
 
         Raises:
-            TrainError: if that process was given other options.
+            TrainError: as :meth:`begin` does, or if a process was given other options.
         """
-        self.begin(identity, resume=True)
+        if accelerator.is_main_process:
+            self.begin(identity, resume=resume)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            self.begin(identity, resume=True)
 
     def _is_begun(self) -> bool:
         """Whether there is more than the record of a run, or the record is none of ours."""
         ours = (read_object(self.path / _HEAD) or {}).get("format") == FORMAT
-        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _PAIRS}
+        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _PAIRS, REASONS}
         return not ours or bool(others) or has_pairs(self.pairs)
 
     def _record(self, identity: dict[str, Any]) -> None:
@@ -112,6 +121,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             remove_pairs(self.pairs)
+            (self.path / REASONS).unlink(missing_ok=True)
             with atomic_path(self.path / _HEAD) as temporary:
                 temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
         except OSError as error:

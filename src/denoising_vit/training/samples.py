@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from denoising_vit.crops import Crop
-from denoising_vit.training.options import PairOptions
+from denoising_vit.training.options import ViewOptions
 from denoising_vit.views import areas_and_ratios
 
 #: What random numbers are for; streams of different purposes never meet.
@@ -49,7 +49,7 @@ class Sampler:
 
     images: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
-    views: PairOptions
+    views: ViewOptions
     seed: int
     pairs: int
 
@@ -64,12 +64,12 @@ class Sampler:
         epoch, place = divmod(count, len(self.images))
         image = self.images[_order(len(self.images), self.seed, epoch)[place]]
         whole = kind < self.views.whole
-        if not self.views.keep:
+        if self.views.kept is None:
             mirrored = which < self.views.flip
             crop = fresh_view(self.seed, count, self.sizes[size], self.views)
             return Sample(image, size, None, whole_view(self.sizes[size], mirrored) if whole else crop)
-        wholes, keep = self.views.wholes, self.views.keep
-        kept = range(min(wholes, keep)) if whole else range(wholes, keep)
+        wholes, crops = self.views.kept
+        kept = range(wholes) if whole else range(wholes, wholes + crops)
         number = kept[int(which * len(kept))]
         return Sample(image, size, number, kept_view(self.seed, image, number, self.sizes[size], self.views))
 
@@ -81,14 +81,14 @@ def split(images: Sequence[int], held_out: int, seed: int) -> tuple[tuple[int, .
     return tuple(i for i in images if i not in chosen), tuple(i for i in images if i in chosen)
 
 
-def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: PairOptions) -> Crop:
+def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: ViewOptions) -> Crop:
     """The view of an image that has this number: the whole, the whole mirrored if any view is, then crops."""
     if number < views.wholes:
         return whole_view(size, mirrored=number == 1)
     return _crop(_stream(seed, _KEPT, image, number, *size), size, views)
 
 
-def fresh_view(seed: int, count: int, size: tuple[int, int], views: PairOptions) -> Crop:
+def fresh_view(seed: int, count: int, size: tuple[int, int], views: ViewOptions) -> Crop:
     """A crop that no other sample of the run has."""
     return _crop(_stream(seed, _FRESH, count), size, views)
 
@@ -98,7 +98,7 @@ def whole_view(size: tuple[int, int], mirrored: bool) -> Crop:
     return Crop((0.0, 0.0, 1.0, 1.0), size, flip=mirrored)
 
 
-def _crop(stream: np.random.RandomState, size: tuple[int, int], views: PairOptions) -> Crop:
+def _crop(stream: np.random.RandomState, size: tuple[int, int], views: ViewOptions) -> Crop:
     """A crop anywhere in the image; area and ratio are measured in the shown frame, as in stage 1."""
     drawn = stream.random_sample(6)
     area, ratio = (float(value) for value in areas_and_ratios(views.area, views.ratio, drawn[:2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,15 +175,19 @@ class StoredTargets:
         """Whether there are more nodes than patches, as crops need."""
         return min(self.store.manifest.field) > min(self.store.manifest.grid)
 
-    def stream(self, images: Iterable[int]) -> Generator[Fitted, None, None]:
+    def stream(self, images: Iterable[int], patience: Sequence[float] = ()) -> Generator[Fitted, None, None]:
         """Images with their fields.
+
+        Args:
+            images: indices, perhaps endless.
+            patience: seconds that are waited before a photo is asked for again that cannot be reached.
 
         Raises:
             TrainError: if a target or a photo is gone, or is another than was fitted; nothing takes its place.
         """
-        wanted = list(images)
-        places = [self._places[self.ids[index]] for index in wanted]
-        for index, (_, pixels) in zip(wanted, self.photos.stream(places), strict=True):
+        wanted, again = itertools.tee(images)
+        places = (self._places[self.ids[index]] for index in again)
+        for index, (_, pixels) in zip(wanted, self.photos.stream(places, patience=patience), strict=True):
             yield self._fitted(index, pixels)
 
     def at(self, index: int) -> Fitted:
@@ -204,7 +209,8 @@ class StoredTargets:
     def _fitted(self, index: int, pixels: np.ndarray | Skipped) -> Fitted:
         name = self.ids[index]
         if isinstance(pixels, Skipped):
-            raise TrainError(f"{name}: the photo of a target cannot be read ({pixels.reason})")
+            more = "; --resume goes on from the last checkpoint" if pixels.unreachable else ""
+            raise TrainError(f"{name}: the photo of a target cannot be read ({pixels.reason}){more}")
         try:
             field, record = self.store.read(index)
         except StoreError as error:

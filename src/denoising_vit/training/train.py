@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from denoising_vit.training.options import TrainOptions
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sample, Sampler
 from denoising_vit.training.schedule import learning_rate, peak_rate
+from denoising_vit.training.steps import OnFigures, Steps, require_finite, set_rate
 
 #: Batches that are read before they are needed.
 _AHEAD = 4
@@ -60,8 +60,8 @@ class Training:
 
     def run(
         self,
-        on_step: Callable[[int, Figures], None] = lambda _step, _figures: None,
-        on_look: Callable[[int, Figures], None] = lambda _step, _figures: None,
+        on_step: OnFigures = lambda _step, _figures: None,
+        on_look: OnFigures = lambda _step, _figures: None,
     ) -> Progress:
         """Trains from the last checkpoint, or from the start, to the last step.
 
@@ -81,51 +81,44 @@ class Training:
         progress = self.folder.checkpoints.load(self.denoiser, optimiser)
         model, prepared = accelerator.prepare(self.denoiser, optimiser)
         peak = peak_rate(options.learning_rate, self.sampler.pairs)
-        log = self._log(progress.step)
         batches = prefetched(self._batches(progress.step), _AHEAD)
-        settled = True  # whether weights, optimiser and progress tell of the same step, with its look behind it
-        with contextlib.closing(batches), contextlib.closing(log) if log else contextlib.nullcontext():
-            try:
-                while progress.step < options.last_step:
-                    started = time.perf_counter()
-                    samples, inputs, target = next(batches)
-                    waited = time.perf_counter() - started
-                    rate = learning_rate(progress.step, options.steps, peak, options.final_rate, options.warmup)
-                    for group in optimiser.param_groups:
-                        group["lr"] = rate
 
-                    raw = self.pairs.features(inputs.to(accelerator.device))
-                    with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                        clean = model(raw)
-                    squared, cosine = denoising_loss(clean, target.to(accelerator.device))
-                    loss = squared + (1 - cosine)
-                    self._require_finite(loss, "loss", progress.step, samples)
-                    accelerator.backward(loss)
-                    norm = _gradient_norm(self.denoiser)
-                    self._require_finite(norm, "gradient", progress.step, samples)
-                    settled = False
-                    prepared.step()
-                    prepared.zero_grad()
+        def gradients(step: int) -> Figures:
+            started = time.perf_counter()
+            samples, inputs, target = next(batches)
+            waited = time.perf_counter() - started
+            rate = learning_rate(step, options.steps, peak, options.final_rate, options.warmup)
+            set_rate(optimiser, rate)
 
-                    progress = replace(progress, step=progress.step + 1)
-                    looking = self._is_due(progress.step, options.evaluate_every, options.steps)
-                    settled = not looking
-                    means = accelerator.reduce(torch.stack([loss, squared, cosine]).detach(), "mean").tolist()
-                    figures = {**dict(zip(("loss", "mse", "cosine"), means, strict=True)), "rate": rate}
-                    figures |= {"gradient": norm.item(), "seconds": time.perf_counter() - started, "waited": waited}
-                    if log is not None:
-                        log.write(progress.step, "train", figures)
-                        on_step(progress.step, figures)
-                    if looking:
-                        progress = self._look(progress, log, on_look)
-                    settled = True
-                    if self._is_due(progress.step, options.checkpoint_every, options.last_step):
-                        self._save(progress, optimiser)
-            except KeyboardInterrupt:
-                if settled:
-                    self._save(progress, optimiser)
-                raise
-        return progress
+            raw = self.pairs.features(inputs.to(accelerator.device))
+            with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                clean = model(raw)
+            squared, cosine = denoising_loss(clean, target.to(accelerator.device))
+            loss = squared + (1 - cosine)
+            require_finite(loss, "loss", step, samples, self.ids)
+            accelerator.backward(loss)
+            norm = gradient_norm(self.denoiser)
+            require_finite(norm, "gradient", step, samples, self.ids)
+
+            means = accelerator.reduce(torch.stack([loss, squared, cosine]).detach(), "mean").tolist()
+            figures = dict(zip(("loss", "mse", "cosine"), means, strict=True))
+            return figures | {"rate": rate, "gradient": norm.item(), "waited": waited}
+
+        def update() -> None:
+            prepared.step()
+            prepared.zero_grad()
+
+        steps = Steps(
+            folder=self.folder,
+            options=options,
+            gradients=gradients,
+            update=update,
+            look=lambda progress, log: self._look(progress, log, on_look),
+            save=lambda progress: self._save(progress, optimiser),
+            is_main=accelerator.is_main_process,
+        )
+        with contextlib.closing(batches):
+            return steps.run(progress, on_step)
 
     def _batches(self, start: int) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
         """Samples of this process at each step that is left, with what the pairs have of them."""
@@ -134,7 +127,7 @@ class Training:
             samples = self.sampler.step(step)[rank * size : (rank + 1) * size]
             yield samples, *self.pairs.read(samples)
 
-    def _look(self, progress: Progress, log: Log | None, on_look: Callable[[int, Figures], None]) -> Progress:
+    def _look(self, progress: Progress, log: Log | None, on_look: OnFigures) -> Progress:
         """Judges the denoiser by the held-out images, and keeps it where it is the best."""
         if log is not None:  # the first process alone
             written = shrunk(self.denoiser, self.options.shrink)
@@ -161,26 +154,6 @@ class Training:
         if self.accelerator.is_main_process:
             self.folder.checkpoints.save(progress, self.denoiser, optimiser)
 
-    def _log(self, step: int) -> Log | None:
-        """The log, of the first process alone; what an interrupted process logged beyond the checkpoint is dropped."""
-        if not self.accelerator.is_main_process:
-            return None
-        self.folder.cut_log(step)
-        return Log(self.folder.log, step)
-
-    @staticmethod
-    def _is_due(step: int, every: int, last: int) -> bool:
-        return step % every == 0 or step == last
-
-    def _require_finite(self, value: Tensor, what: str, step: int, samples: list[Sample]) -> None:
-        if math.isfinite(value.item()):
-            return
-        named = ", ".join(f"{self.ids[sample.image]} {_words(sample)}" for sample in samples)
-        raise TrainError(
-            f"step {step + 1}: the {what} is not finite ({value.item()}), and the run is stopped before it spoils the "
-            f"weights; the pairs were: {named}. Lower --learning-rate, or look at these images"
-        )
-
 
 @torch.no_grad()
 def shrunk(denoiser: Denoiser, factor: float) -> Denoiser:
@@ -204,10 +177,6 @@ def last_layers(denoiser: Denoiser) -> Iterator[Tensor]:
             yield parameter
 
 
-def _gradient_norm(model: torch.nn.Module) -> Tensor:
+def gradient_norm(model: torch.nn.Module) -> Tensor:
+    """Of all gradients that are there, as one vector."""
     return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-
-
-def _words(sample: Sample) -> str:
-    x0, y0, x1, y1 = sample.crop.box
-    return f"({x0:.2f} {y0:.2f} {x1:.2f} {y1:.2f}{', mirrored' if sample.crop.flip else ''})"

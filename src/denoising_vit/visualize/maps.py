@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from sklearn.cluster import KMeans
 
 from denoising_vit.visualize.pca import RESOLUTION, Features, robust_range, settle_signs, to_arrays
 
@@ -58,6 +57,8 @@ def cluster_maps(*features: Features, clusters: int = 6, seed: int = 0) -> list[
     Raises:
         ValueError: if clusters < 1, a map is not (h, w, C), channels differ, or values are not finite.
     """
+    from sklearn.cluster import KMeans  # seconds to import: only where it is used
+
     if clusters < 1:
         raise ValueError(f"clusters must be at least 1, got {clusters}")
     arrays = to_arrays(*features, maps=True)

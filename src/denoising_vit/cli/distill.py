@@ -1,0 +1,99 @@
+"""``dvit distill``: stage 3, a ViT that gives clean features by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.cli.run_reporting import StepsBar, ending
+from denoising_vit.dataset import Dataset, open_dataset
+from denoising_vit.errors import TrainError
+from denoising_vit.store import FeatureStore
+from denoising_vit.training import DistillJob, DistillOptions, Stored, ViewOptions
+
+
+def distill(
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
+    /,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
+    denoiser: str | None = None,
+    also: tuple[str, ...] = (),
+    fields: str | None = None,
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False,
+    training: tyro.conf.OmitArgPrefixes[DistillOptions] = DistillOptions(),  # noqa: B008, frozen
+    views: ViewOptions = ViewOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+) -> int:
+    """Stage 3: fine-tunes the ViT itself until it gives clean features, without any extra block.
+
+    The teacher is the frozen backbone with its denoiser. The folder gets `distilled.safetensors`, the best by held-out
+    photos, for `--weights` of all verbs and for timm's `checkpoint_path` (with `num_classes=0`); `last.safetensors`,
+    `log.jsonl`, TensorBoard's files, panels, and checkpoints. Interrupted, the same command with --resume goes on. On
+    several devices or machines: `accelerate launch -m denoising_vit distill ...` or
+    `torchrun -m denoising_vit distill ...`.
+
+    Args:
+        data: photos: a folder at any depth (names of classes mean nothing), a text list, or tar shards, here or at an
+            address like `https://host/shards-{0000..0009}.tar`.
+        out: the folder of the run; made where it does not exist.
+        denoiser: the teacher's: a file of `dvit train`, or voc_denoised or imgnet_denoised for the published ones.
+            Without it, the one that comes with the package.
+        also: denoisers of further layers, trained with --layer, which are taught at once: for decoders that read
+            several layers.
+        fields: a store that `dvit fit` made of these photos; its semantic fields teach instead of a denoiser.
+        resume: go on with the run that is there, bit for bit as if it had not stopped.
+        training: how long and how fast.
+        views: which views of photos.
+        model: the backbone, to teach and to be taught.
+    """
+    training.validate()
+    views.validate()
+    source = _source(data, fields)
+    left_out = source.skipped if isinstance(source, Dataset) else ()
+    job = DistillJob.prepare(source, out, model, training, views, denoiser=denoiser, also=also, resume=resume)
+    main, processes = job.accelerator.is_main_process, job.accelerator.num_processes
+    if main:
+        print_note(
+            f"backbone {job.teacher.backbone.extra_repr()} on {job.teacher.backbone.device}, {processes} process(es)"
+        )
+    try:
+        run = job.training()
+        if main:
+            told = f"{len(run.sampler.images)} photos to train on, {len(run.judge.images)} held out"
+            if training.shard and processes == 1:
+                print_note("--shard: one process, which has nothing to share out")
+            print_note(f"{told}; {job.options.steps} steps of {run.sampler.pairs} views; run {out}")
+        with StepsBar(job.options.last_step, shown=main) as bar:
+            progress = run.run(bar.step, bar.look)
+    except KeyboardInterrupt:
+        if main:
+            print_note("interrupted; --resume goes on from the last checkpoint")
+        return INTERRUPTED
+    skipped = job.skipped
+    if main:
+        for name, reason in [*((item.item, item.reason) for item in left_out), *skipped.items()]:
+            print_error(f"{name}: {reason}", "skipped")
+        print_note(ending(progress, job.options.steps, job.folder.distilled))
+    return SOME_FAILED if skipped or left_out else OK
+
+
+def _source(data: str, fields: str | None) -> Dataset | Stored:
+    """Photos, or photos with their fields.
+
+    Raises:
+        TrainError: if a store is given where photos are expected, or the other way round.
+    """
+    if FeatureStore.exists(data):
+        raise TrainError(f"{data} is a store; expected photos. Give PHOTOS --fields {data} to have its fields teach")
+    if fields is None:
+        return open_dataset(data)
+    if not FeatureStore.exists(fields):
+        raise TrainError(
+            f"{fields} is no store; run dvit fit {data} -o {fields} first, or give a denoiser (--denoiser)"
+        )
+    return Stored(FeatureStore.open(fields), open_dataset(data))

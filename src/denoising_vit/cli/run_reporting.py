@@ -1,0 +1,43 @@
+"""What runs of training show while they go, and at their end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from denoising_vit.cli.reporting import OnScreen, progress_bar
+from denoising_vit.training.checkpoints import Progress
+
+
+def ending(progress: Progress, steps: int, best: Path) -> str:
+    """How far a run is, and where its best model is."""
+    more = "" if progress.step == steps else " (--resume goes on)"
+    where = "" if progress.best_step is None else f", the best after step {progress.best_step}: {best}"
+    return f"{progress.step} of {steps} steps done{more}{where}"
+
+
+class StepsBar(OnScreen):
+    """Steps done with the loss; and a line for each look at the held-out images."""
+
+    def __init__(self, steps: int, *, shown: bool) -> None:
+        self._progress = progress_bar("steps, loss {task.fields[loss]}", speed_estimate_period=300)
+        self._progress.disable = self._progress.disable or not shown
+        self._task = self._progress.add_task("", total=steps, loss="-")
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Takes one step."""
+        self._progress.update(self._task, completed=step, loss=f"{figures['loss']:.3f}")
+
+    def look(self, step: int, figures: dict[str, float]) -> None:
+        """Says how the held-out images do."""
+        self._progress.print(
+            f"step {step}: held-out cosine {figures['cosine']:.4f} (raw {figures['raw_cosine']:.4f}), "
+            f"1 - cosine {figures['ratio']:.3f} of raw's, effective rank {figures['rank']:.0f} "
+            f"(raw {figures['raw_rank']:.0f}){_drift(figures)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _drift(figures: dict[str, float]) -> str:
+    return f", class token 1 - cosine {figures['class_drift']:.2g}" if "class_drift" in figures else ""
