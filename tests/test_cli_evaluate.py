@@ -525,7 +525,8 @@ def test_wrong_names_of_features_are_refused(
     where = photos if verb == "artifacts" else data
     done = dvit("evaluate", verb, "--data", where, "--features", features, "-o", out)
     assert done.code == 2
-    assert "features must be different ones of raw, subtract, exact, denoiser, distilled, separated by commas" in done.err
+    names = "raw, subtract, exact, denoiser, distilled"
+    assert f"features must be different ones of {names}, separated by commas" in done.err
     assert words in done.err
     assert_no_results(out)
 

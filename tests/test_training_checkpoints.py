@@ -173,7 +173,7 @@ def test_a_run_that_never_began_keeps_no_other_out(tmp_path: Path, pairs: bool) 
     folder.begin(IDENTITY | {"processes": 2}, resume=False)
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(left) == (["note.txt"] if pairs else []) + ["run.json"]
+    assert sorted(left) == ["about.json", *(["note.txt"] if pairs else []), "run.json"]
 
 
 @pytest.mark.parametrize("text", ["{}", '{"format": "another/program"}', "words"])

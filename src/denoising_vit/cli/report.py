@@ -17,6 +17,7 @@ def report(
     results: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RESULTS ...")],
     /,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")],
+    runs: tuple[Path, ...] = (),
 ) -> int:
     """Tables in Markdown from results files, with published figures beside measured ones.
 
@@ -25,6 +26,7 @@ def report(
     Args:
         results: files of JSON lines that `dvit evaluate` wrote, one or more.
         out: the file (.md).
+        runs: folders of `dvit train` or `dvit distill`, whose looks at held-out images are told of as well.
     """
     if not results:
         print_error("expected one or more files that `dvit evaluate` wrote, got none; name them before -o")
@@ -40,7 +42,7 @@ def report(
         print_error(f"{line.file}:{line.line}: {line.reason}", "skipped")
     try:
         with atomic_path(out) as temporary:
-            temporary.write_bytes(report_markdown(found).encode("utf-8", "backslashreplace"))  # no CRLF anywhere
+            temporary.write_bytes(report_markdown(found, runs).encode("utf-8", "backslashreplace"))  # no CRLF anywhere
     except OSError as error:
         print_error(f"cannot write {out} ({error.strerror or error})")
         return WRONG_USAGE

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.errors import TrainError
+from denoising_vit.evaluation.records import run_info
 from denoising_vit.files import atomic_path
 from denoising_vit.training.checkpoints import Checkpoints
 from denoising_vit.training.pair_files import REASONS, has_pairs, remove_pairs
@@ -16,7 +17,7 @@ from denoising_vit.training.records import differences, read_object
 
 FORMAT = "denoising-vit/run"
 
-_HEAD, _PAIRS = "run.json", "pairs"
+_HEAD, _ABOUT, _PAIRS = "run.json", "about.json", "pairs"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class RunFolder:
     def begin(self, identity: dict[str, Any], *, resume: bool) -> None:
         """Makes the folder for a run, or opens that of the same run to go on with it.
 
+        Beside what decides the run, it is recorded how it came about: command, hardware, software.
+
         A run that has nothing but its record could not begin (no room for its pairs), and does not keep others out.
 
         Args:
@@ -113,7 +116,7 @@ class RunFolder:
     def _is_begun(self) -> bool:
         """Whether there is more than the record of a run, or the record is none of ours."""
         ours = (read_object(self.path / _HEAD) or {}).get("format") == FORMAT
-        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _PAIRS, REASONS}
+        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _ABOUT, _PAIRS, REASONS}
         return not ours or bool(others) or has_pairs(self.pairs)
 
     def _record(self, identity: dict[str, Any]) -> None:
@@ -124,6 +127,8 @@ class RunFolder:
             (self.path / REASONS).unlink(missing_ok=True)
             with atomic_path(self.path / _HEAD) as temporary:
                 temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
+            with atomic_path(self.path / _ABOUT) as temporary:
+                temporary.write_text(json.dumps(run_info(), indent=1))
         except OSError as error:
             raise TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from denoising_vit.evaluation.tables.entries import TASKS
 from denoising_vit.evaluation.tables.figures import figure_tables, overview_table
@@ -10,6 +11,7 @@ from denoising_vit.evaluation.tables.markdown import code, plain
 from denoising_vit.evaluation.tables.provenance import failed_lines, provenance_line, settings_line
 from denoising_vit.evaluation.tables.published import comparison, discovery_comparison
 from denoising_vit.evaluation.tables.reading import Entries
+from denoising_vit.evaluation.tables.runs import run_section
 from denoising_vit.evaluation.tables.sections import Section, grouped, section_titles, sections
 
 _HEADINGS = {
@@ -26,8 +28,16 @@ _HEADINGS = {
 _OVERVIEW = ("features", "size", "crops")
 
 
-def report_markdown(results: Entries) -> str:
-    """Markdown with every table; the same text for the same results, so that it can be kept under version control."""
+def report_markdown(results: Entries, runs: Sequence[Path] = ()) -> str:
+    """Markdown with every table; the same text for the same results, so that it can be kept under version control.
+
+    Args:
+        results: what files of results hold.
+        runs: folders of training runs that are told of as well.
+
+    Raises:
+        EvaluationError: if a folder is none of a run.
+    """
     sources = ", ".join(code(name) for name in results.sources)
     blocks = [
         ["# Results"],
@@ -43,6 +53,8 @@ def report_markdown(results: Entries) -> str:
         if members:
             blocks += [[f"## {_HEADINGS[task]}"], *(_overviews(members) if task == "knn" else [])]
             blocks += [block for section in members for block in _section(section)]
+    if runs:
+        blocks += [["## Training runs"], *(block for folder in runs for block in run_section(folder))]
     blocks += [["## Published and measured"], *comparison(results.entries), *discovery_comparison(results.entries)]
     if results.broken:
         lines = [f"- {plain(f'{line.file.name}:{line.line}: {line.reason}')}" for line in results.broken]

@@ -20,7 +20,7 @@ from denoising_vit.training.distillation.files import write_distilled
 from denoising_vit.training.distillation.judging import HeldOut
 from denoising_vit.training.distillation.options import DistillOptions
 from denoising_vit.training.distillation.photos import ViewReader
-from denoising_vit.training.distillation.student import Average, Student, blocks_of
+from denoising_vit.training.distillation.student import Average, Student, blocks_of, trained_groups
 from denoising_vit.training.distillation.teacher import Lesson, Teacher
 from denoising_vit.training.judging import Figures
 from denoising_vit.training.logs import Log
@@ -80,6 +80,8 @@ class Distillation:
     ) -> Progress:
         """Trains from the last checkpoint, or from the start, to the last step.
 
+        After an exception the job is to be prepared again: its student may have taken steps that no checkpoint has.
+
         Args:
             on_step: called after each step with how many are done and its figures.
             on_look: called after each look at the held-out photos.
@@ -96,7 +98,8 @@ class Distillation:
         sharing = options.shard and accelerator.num_processes > 1
         if sharing:
             shard(self.student, blocks_of(self.student), accelerator)
-        optimiser = torch.optim.AdamW(_groups(self.student, options), weight_decay=options.weight_decay)
+        groups = trained_groups(self.student, options.weight_decay, options.layer_decay)
+        optimiser = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         average = Average(self.student, options.ema) if options.ema else None
         more = {} if average is None else average.values
         progress = self.folder.checkpoints.load(self.student, optimiser, more)
@@ -233,20 +236,6 @@ class Distillation:
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:
     """The same loss for prefix tokens (B, P, C)."""
     return F.mse_loss(prefix, frozen) + 1 - F.cosine_similarity(prefix, frozen, dim=-1).mean()
-
-
-def _groups(student: Student, options: DistillOptions) -> list[Any]:
-    """Parameters with their share of the learning rate: all of it, or less the further from the output."""
-    model: Any = getattr(student.backbone, "model", None)
-    if options.layer_decay == 1:
-        return [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if not hasattr(model, "group_matcher"):
-        raise TrainError(f"--layer-decay needs a timm model, whose blocks are known; got {student.backbone.name}")
-    from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
-
-    return param_groups_layer_decay(
-        model, options.weight_decay, weight_decay_exclude_1d=False, layer_decay=options.layer_decay
-    )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from denoising_vit.training.distillation.distil import Distillation
 from denoising_vit.training.distillation.judging import HeldOut
 from denoising_vit.training.distillation.options import DistillOptions
 from denoising_vit.training.distillation.photos import FittedPhotos, PlainPhotos, SeenPhotos, ViewReader
-from denoising_vit.training.distillation.student import Student, blocks_of
+from denoising_vit.training.distillation.student import Student, blocks_of, trained_groups
 from denoising_vit.training.distillation.teacher import DenoiserTeacher, FieldTeacher, Teacher
 from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
 from denoising_vit.training.job import Stored
@@ -99,8 +99,7 @@ class DistillJob:
         _require_crops(photos, views)
         taught = Student(student, teacher.layers)
         taught.require_grad(min(sizes), prefix=options.hold_prefix > 0)
-        if options.shard:
-            blocks_of(taught)
+        _require_blocks(taught, options)
         if options.checkpointing:
             _checkpoint_blocks(student)
         folder = RunFolder(Path(run))
@@ -187,6 +186,13 @@ def _require_crops(photos: SeenPhotos, views: ViewOptions) -> None:
             f"{photos.targets.store.url} keeps the patch grid alone, too coarse for crops; fit with --grid field, or "
             "train on whole photos (--views.whole 1)"
         )
+
+
+def _require_blocks(student: Student, options: DistillOptions) -> None:
+    """Refuses options that need to know a model's blocks now, not when the run begins."""
+    if options.shard:
+        blocks_of(student)
+    trained_groups(student, options.weight_decay, options.layer_decay)
 
 
 def _checkpoint_blocks(backbone: Backbone) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,3 +93,19 @@ def blocks_of(student: Student) -> nn.ModuleList | nn.Sequential:
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
         raise TrainError(f"--shard needs a timm model, whose blocks are known; got {student.backbone.name}")
     return blocks
+
+
+def trained_groups(student: Student, weight_decay: float, layer_decay: float) -> list[Any]:
+    """Parameters that are trained, with their share of the learning rate: less the further from the output.
+
+    Raises:
+        TrainError: if layers are to differ and the model is none of timm's.
+    """
+    model: Any = getattr(student.backbone, "model", None)
+    if layer_decay == 1:
+        return [parameter for _, parameter in trained(student)]
+    if not hasattr(model, "group_matcher"):
+        raise TrainError(f"--layer-decay needs a timm model, whose blocks are known; got {student.backbone.name}")
+    from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
+
+    return param_groups_layer_decay(model, weight_decay, weight_decay_exclude_1d=False, layer_decay=layer_decay)
