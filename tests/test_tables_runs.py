@@ -30,7 +30,8 @@ RESULT = {
 
 
 def look(step: int, cosine: float, **more: float) -> dict[str, Any]:
-    return {"step": step, "kind": "held_out", "cosine": cosine, "raw_cosine": 0.5, "ratio": 0.7, **more}
+    figures = {"cosine": cosine, "raw_cosine": 0.5, "ratio": 0.7, "rank": 9.0, "raw_rank": 10.0, "target_rank": 8.0}
+    return {"step": step, "kind": "held_out", **figures, **more}
 
 
 @pytest.fixture
@@ -50,11 +51,12 @@ def text_of(folder: Path) -> list[str]:
 
 def test_each_look_is_a_row_and_the_best_is_marked(run: Path) -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of(run) if line.startswith("|")]
-    assert rows[0] == ["step", "cosine", "1 - cosine of raw's", "class token, 1 - cosine"]
+    assert rows[0] == ["step", "cosine", "1 - cosine of raw's", "effective rank", "class token, 1 - cosine"]
     assert rows[2:] == [
-        ["10", "0.8000 (0.5000)", "0.7", "-"],
-        ["**20**", "0.9000 (0.5000)", "0.7", "0.25"],
-        ["30", "0.8500 (0.5000)", "0.7", "-"],
+        ["10", "0.8000 (0.5000)", "0.7", "9 (10)", "-"],
+        ["**20**", "0.9000 (0.5000)", "0.7", "9 (10)", "0.25"],
+        ["30", "0.8500 (0.5000)", "0.7", "9 (10)", "-"],
+        ["target", "-", "-", "8", "-"],
     ]
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
-from denoising_vit.cli.run_reporting import StepsBar, ending
+from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code
 from denoising_vit.dataset import Dataset, open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.store import FeatureStore
@@ -79,7 +79,7 @@ def distill(
         for name, reason in [*((item.item, item.reason) for item in left_out), *skipped.items()]:
             print_error(f"{name}: {reason}", "skipped")
         print_note(ending(progress, job.options.steps, job.folder.distilled))
-    return SOME_FAILED if skipped or left_out else OK
+    return exit_code(job.accelerator, some_failed=bool(skipped or left_out))
 
 
 def _source(data: str, fields: str | None) -> Dataset | Stored:

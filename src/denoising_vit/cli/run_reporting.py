@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from denoising_vit.cli.exit_codes import OK, SOME_FAILED
 from denoising_vit.cli.reporting import OnScreen, progress_bar
 from denoising_vit.training.checkpoints import Progress
 
@@ -13,6 +15,15 @@ def ending(progress: Progress, steps: int, best: Path) -> str:
     more = "" if progress.step == steps else " (--resume goes on)"
     where = "" if progress.best_step is None else f", the best after step {progress.best_step}: {best}"
     return f"{progress.step} of {steps} steps done{more}{where}"
+
+
+def exit_code(accelerator: Any, *, some_failed: bool) -> int:
+    """Of this process, once all are done: a launcher ends the others as soon as one of them fails.
+
+    Only the first says that some items failed, after it has written and told everything.
+    """
+    accelerator.wait_for_everyone()
+    return SOME_FAILED if some_failed and accelerator.is_main_process else OK
 
 
 class StepsBar(OnScreen):

@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note, watch
-from denoising_vit.cli.run_reporting import StepsBar, ending
+from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code
 from denoising_vit.dataset import open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.watching import unwatched
@@ -79,7 +79,7 @@ def train(
         return INTERRUPTED
     if main:
         print_note(ending(progress, training.steps, job.folder.denoiser))
-    return SOME_FAILED if job.skipped or left_out else OK
+    return exit_code(job.accelerator, some_failed=bool(job.skipped or left_out))
 
 
 def _source(

@@ -23,6 +23,11 @@ _COLUMNS = (
     ("class token, 1 - cosine", "class_drift", None),
 )
 
+_NOTE = (
+    "Held-out images against the target; in parentheses raw features, in the last row the target's own figures. Best by "
+    "cosine in bold."
+)
+
 
 def run_section(folder: Path) -> list[list[str]]:
     """A run: what was trained on what, and its looks at the held-out images, in Markdown.
@@ -43,7 +48,7 @@ def run_section(folder: Path) -> list[list[str]]:
     return [
         [f"### {plain(f'{title}: {folder.name}, {backbone}')}"],
         _table(looks),
-        ["Held-out images against the target; in parentheses raw features. Best by cosine in bold."],
+        [_NOTE],
         [_provenance(folder)],
         folded("Settings", [", ".join(listed)]),
     ]
@@ -56,6 +61,9 @@ def _table(looks: list[dict[str, Any]]) -> list[str]:
     for look in looks:
         cells = [_cell(look, key, raw) for _, key, raw in columns]
         rows.append([f"**{look['step']}**" if look is best else str(look["step"]), *cells])
+    target = [_figure(looks[-1].get(f"target_{key}"), key) for _, key, _ in columns]
+    if any(f"target_{key}" in looks[-1] for _, key, _ in columns):
+        rows.append(["target", *target])
     return table(["step", *(heading for heading, _, _ in columns)], rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,6 +104,8 @@ class Distillation:
         average = Average(self.student, options.ema) if options.ema else None
         more = {} if average is None else average.values
         progress = self.folder.checkpoints.load(self.student, optimiser, more)
+        # Of the class token's gradients, which are a few hundred numbers.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         model = self.student if sharing else accelerator.prepare(self.student)
         peak = peak_rate(options.learning_rate, self.sampler.pairs)
         batches = prefetched(self.reader.batches(self._plan(progress.step)), _AHEAD)
