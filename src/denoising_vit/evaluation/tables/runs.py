@@ -24,8 +24,8 @@ _COLUMNS = (
 )
 
 _NOTE = (
-    "Held-out images against the target; in parentheses raw features, in the last row the target's own figures. Best by "
-    "cosine in bold."
+    "Held-out images against the target; in parentheses raw features, in the last row the target's own figures. "
+    "Best by cosine in bold."
 )
 
 
