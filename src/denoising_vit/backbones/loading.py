@@ -21,6 +21,7 @@ from denoising_vit.backbones.bundled import (
     bundled_state_dict,
     is_bundled_name,
 )
+from denoising_vit.backbones.huggingface_loading import folder_config, is_huggingface, load_huggingface
 from denoising_vit.backbones.module import Layout, ModuleBackbone
 from denoising_vit.errors import BackboneError, WeightsError
 
@@ -49,25 +50,29 @@ def load_backbone(
     """Loads a pretrained ViT, frozen and ready to extract features.
 
     Args:
-        model: a timm name (any VisionTransformer or Eva model), or any module or function that maps normalised images
-            (B, 3, H, W) to a patch grid or to tokens. A module is put in evaluation mode and frozen, and moved and
-            converted where device and dtype are given.
+        model: a timm name (any VisionTransformer or Eva model); ``hf:`` and a hub id or directory of Hugging Face
+            transformers (DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP); a directory of either kind, such as `dvit export`
+            writes; or any module or function that maps normalised images (B, 3, H, W) to a patch grid or to tokens. A
+            module is put in evaluation mode and frozen, and moved and converted where device and dtype are given.
         weights: for a timm name: ``auto`` (bundled where it is that model and installed, else the hub), ``hub``,
-            ``bundled``, ``random``, or a safetensors or PyTorch file.
+            ``bundled``, ``random``, or a safetensors or PyTorch file. Directories and Hugging Face models bring theirs.
         stride: distance between patches in pixels; below the patch size for a finer grid (as in the paper).
-        layer: block whose output is taken, negative from the end. For a timm name.
-        norm: whether the final norm is applied. For a timm name.
+        layer: block whose output is taken, negative from the end. For a timm or Hugging Face model.
+        norm: whether the final norm is applied. For a timm or Hugging Face model.
         dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32; for a module, its own.
         device: ``auto`` is CUDA, then MPS, then the CPU; for a module, its own.
         patch_size: for a module: side of a patch in pixels.
-        mean: for a module: normalisation that images get; ImageNet's by default.
-        std: for a module: likewise.
-        default_size: for a module: side of the images it is shown by default.
+        mean: for a module: normalisation that images get, ImageNet's by default; for a Hugging Face model: instead of
+            its image processor's.
+        std: likewise.
+        default_size: for a module: side of the images it is shown by default; for a Hugging Face model: instead of its
+            configuration's.
         layout: for a module: what its output is, where the shape does not tell.
 
     Raises:
         BackboneError: if the model cannot be built or does not return a patch grid.
         WeightsError: if the weights are missing, of another model, or not finite.
+        DenoisingVitWarning: if the image processor of a Hugging Face model crops, which is not done here.
     """
     if not isinstance(model, str):
         if patch_size is None:
@@ -86,13 +91,20 @@ def load_backbone(
             device=place,
         )
         return own.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, own.device))
+    place = _device(device)
+    if is_huggingface(model):
+        if (stride, patch_size, layout) != (None, None, "auto"):
+            raise BackboneError(f"{model!r} brings its own stride, patch_size and layout")
+        choice = {"weights": str(weights), "layer": layer, "norm": norm}
+        found = load_huggingface(model, **choice, mean=mean, std=std, default_size=default_size)
+        return found.to(device=place, dtype=dtype_on(dtype, place))
     if (patch_size, mean, std, default_size, layout) != (None, None, None, None, "auto"):
         raise BackboneError(f"patch_size, mean, std, default_size and layout are for modules; {model!r} brings its own")
     from denoising_vit.backbones.timm_vit import TimmBackbone
 
-    built, source = _with_weights(model, weights)
-    backbone = TimmBackbone(built, name=model, stride=stride, layer=layer, norm=norm, weights=source)
-    place = _device(device)
+    name, weights = _of_folder(model, weights)
+    built, source = _with_weights(name, weights)
+    backbone = TimmBackbone(built, name=name, stride=stride, layer=layer, norm=norm, weights=source)
     return backbone.to(device=place, dtype=dtype_on(dtype, place))
 
 
@@ -124,6 +136,19 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
         return torch.bfloat16 if any(ask is not None and ask() for ask in asked) else torch.float32
     return torch.float32
+
+
+def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
+    """The timm name and the weights of a directory that timm or `dvit export` wrote; other names as they are."""
+    folder = Path(model).expanduser()
+    config = folder_config(folder)
+    if "architecture" not in config:
+        return model, weights
+    if str(weights) != "auto":
+        raise WeightsError(f"{model} brings its own weights; leave weights out, or give its timm name")
+    tag = config.get("pretrained_cfg", {}).get("tag")
+    name = str(config["architecture"])
+    return f"{name}.{tag}" if tag else name, folder / "model.safetensors"
 
 
 def _with_weights(name: str, weights: str | Path) -> tuple[VisionTransformer | Eva, str]:

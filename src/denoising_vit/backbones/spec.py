@@ -13,7 +13,8 @@ class BackboneSpec:
     """Which backbone, and how it is run.
 
     Attributes:
-        backbone: any timm VisionTransformer or Eva model; `dvit models` lists the published ones.
+        backbone: any timm VisionTransformer or Eva model (`dvit models` lists the published ones); hf:ID or hf:PATH for
+            a ViT of Hugging Face transformers; or a directory that `dvit export` wrote.
         weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
         stride: distance between patches in pixels; below the patch size for a finer grid.
         layer: block whose output is taken, negative from the end.

@@ -1,0 +1,153 @@
+"""Backbones from Hugging Face transformers: the ViTs whose patch tokens make a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from denoising_vit.backbones.base import Backbone
+from denoising_vit.errors import BackboneError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the models that transformers has.
+
+    Attributes:
+        model: the class in transformers that gives the tokens.
+        norm: where the model keeps its final norm.
+        normed: whether the tokens that it returns have been through that norm.
+        resamples: whether it takes ``interpolate_pos_encoding``, and refuses sizes that are not its own without it.
+        class_tokens: tokens before those of registers and patches.
+        build: further arguments of the class.
+        config: values that the configuration is given, to leave out what dense features never use.
+    """
+
+    model: str
+    norm: str
+    normed: bool = True
+    resamples: bool = False
+    class_tokens: int = 1
+    build: tuple[tuple[str, Any], ...] = ()
+    config: tuple[tuple[str, Any], ...] = ()
+
+    def prefix_tokens(self, config: Any) -> int:
+        """How many tokens stand before those of patches."""
+        return self.class_tokens + getattr(config, "num_register_tokens", 0)
+
+
+_UNPOOLED = (("add_pooling_layer", False),)
+_CLIP = Family("CLIPVisionModel", "post_layernorm", normed=False, resamples=True)
+_SIGLIP = Family(
+    "SiglipVisionModel", "post_layernorm", resamples=True, class_tokens=0, config=(("vision_use_head", False),)
+)
+
+#: By ``model_type``. Models with a text tower beside it have the image tower's configuration as ``vision_config``.
+FAMILIES: dict[str, Family] = {
+    "dinov2": Family("Dinov2Model", "layernorm"),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm"),
+    "dinov3_vit": Family("DINOv3ViTModel", "norm"),
+    "vit": Family("ViTModel", "layernorm", resamples=True, build=_UNPOOLED),
+    "deit": Family("DeiTModel", "layernorm", resamples=True, class_tokens=2, build=_UNPOOLED),
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a model's files say of the images it takes.
+
+    Attributes:
+        mean: per-channel mean of the normalisation.
+        std: per-channel deviation of it.
+        size: side of the square images it is shown.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    size: int
+
+
+class HuggingFaceBackbone(Backbone):
+    """A ViT of transformers. Its position embedding is resampled as transformers does, not as timm does.
+
+    Args:
+        model: of one of the families.
+        family: that it is of.
+        shown: the images it takes.
+        name: what to call it.
+        layer: block whose output is taken, negative from the end.
+        norm: whether to apply the model's final norm.
+        weights: where the weights came from, in words.
+
+    Raises:
+        BackboneError: if the layer does not exist, or patches are not square.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, shown: Shown, *, name: str, layer: int, norm: bool, weights: str
+    ) -> None:
+        config: Any = model.config
+        depth = int(config.num_hidden_layers)
+        if not -depth <= layer < depth:
+            raise BackboneError(f"{name} has {depth} blocks: layer must be {-depth} to {depth - 1}, got {layer}")
+        patch_size = square_side(config.patch_size, f"{name}: patch_size")
+        super().__init__(
+            name=name,
+            patch_size=patch_size,
+            stride=patch_size,
+            embed_dim=int(config.hidden_size),
+            mean=shown.mean,
+            std=shown.std,
+            default_size=shown.size,
+            layer=layer % depth,
+            norm=norm,
+            weights=weights,
+            depth=depth,
+        )
+        self.model = model
+        self.family = family
+        self._prefix = family.prefix_tokens(config)
+
+    def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        if self.layer != (self.depth or 0) - 1 or not self.norm:
+            return self._intermediate_tokens(image, ())[0]
+        tokens = self._run(image).last_hidden_state  # the common case keeps no other block's output
+        return self._split(tokens if self.family.normed else self._final_norm(tokens))
+
+    def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        states = self._run(image, output_hidden_states=True).hidden_states  # embeddings first, then one a block
+        assert self.layer is not None
+        tokens = [states[block + 1] for block in (self.layer, *blocks)]
+        return [self._split(self._final_norm(part) if self.norm else part) for part in tokens]
+
+    def _run(self, image: Tensor, **more: Any) -> Any:
+        sizes = {"interpolate_pos_encoding": True} if self.family.resamples else {}
+        return self.model(pixel_values=image, **sizes, **more)
+
+    def _final_norm(self, tokens: Tensor) -> Tensor:
+        return self.model.get_submodule(self.family.norm)(tokens)
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens[:, self._prefix :], tokens[:, : self._prefix]
+
+    def _fingerprint_size(self) -> int:
+        return 8 * self.patch_size  # as of timm's; the model takes any size
+
+
+def square_side(given: Any, what: str) -> int:
+    """The side that a configuration gives as one number or as two.
+
+    Raises:
+        BackboneError: if the two differ, or it is no whole number above zero.
+    """
+    sides = list(given) if isinstance(given, list | tuple) else [given, given]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    if len(sides) != 2 or not whole or sides[0] != sides[1]:
+        raise BackboneError(f"{what} must be a whole number above zero, or two that are the same, got {given!r}")
+    return sides[0]

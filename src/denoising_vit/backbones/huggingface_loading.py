@@ -1,0 +1,220 @@
+"""From a Hugging Face directory or hub id to a backbone: configuration, image processor and weights, all checked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
+from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
+
+#: What stands before a hub id or a directory.
+PREFIX = "hf:"
+
+INSTALL_HINT = "the extra `hf` (pip install '.[hf]' in a clone of denoising-vit)"
+
+_PROCESSOR = "preprocessor_config.json"
+
+Triple = tuple[float, float, float]
+
+
+def is_huggingface(model: str) -> bool:
+    """Whether a name is that of a Hugging Face model: by its prefix, or as a directory that holds one."""
+    return model.startswith(PREFIX) or "model_type" in folder_config(Path(model).expanduser())
+
+
+def folder_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a directory; empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def load_huggingface(
+    model: str,
+    *,
+    weights: str = "auto",
+    layer: int = -1,
+    norm: bool = True,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+    default_size: int | None = None,
+) -> HuggingFaceBackbone:
+    """Loads a ViT of transformers; code that comes with a model is never run.
+
+    Args:
+        model: a directory or hub id, with or without ``hf:`` before it.
+        weights: ``auto`` or ``hub`` for its own, ``random`` for none.
+        layer: block whose output is taken.
+        norm: whether the final norm is applied.
+        mean: instead of the image processor's.
+        std: likewise.
+        default_size: instead of the configuration's.
+
+    Raises:
+        BackboneError: if it cannot be built: no such directory, another kind of model, no patch size.
+        WeightsError: if its weights are missing, not finite, or do not fit its configuration.
+    """
+    from denoising_vit.backbones.loading import offline_if_unreachable
+
+    transformers = _transformers()
+    source = model.removeprefix(PREFIX)
+    folder = Path(source).expanduser()
+    local = bool(source) and folder.is_dir()
+    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise BackboneError(f"{model}: no such directory, and no hub id such as hf:facebook/dinov2-small")
+    if weights not in ("auto", "hub", "random"):
+        raise WeightsError(f"{model} brings its own weights; weights must be auto, hub or random, got {weights!r}")
+    where = str(folder) if local else source
+    name = PREFIX + (folder.resolve().name if local else source)
+    with quiet(transformers), contextlib.nullcontext() if local else offline_if_unreachable():
+        raw = _fetched(name, transformers.PreTrainedConfig.get_config_dict, where)[0]
+        family = _family(raw, name)
+        _require_patch_size(raw, name)
+        config = _fetched(name, transformers.AutoConfig.from_pretrained, where, trust_remote_code=False)
+        config = getattr(config, "vision_config", config)
+        for key, value in family.config:
+            setattr(config, key, value)
+        shown = _shown(transformers, where, name, config, mean, std, default_size)
+        cls = getattr(transformers, family.model)
+        built = _random(cls, config, family) if weights == "random" else _pretrained(cls, where, name, config, family)
+    told = "random" if weights == "random" else where if local else "hub"
+    return HuggingFaceBackbone(
+        built.eval().requires_grad_(False), family, shown, name=name, layer=layer, norm=norm, weights=told
+    )
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise BackboneError(f"Hugging Face models need transformers: install {INSTALL_HINT}") from error
+    return transformers
+
+
+def _family(raw: dict[str, Any], name: str) -> Family:
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise BackboneError(
+            f"{name} is a {kind!r}; expected one of {', '.join(FAMILIES)}. Wrap another model yourself: "
+            "load_backbone(module, patch_size=...)"
+        )
+    return FAMILIES[kind]
+
+
+def _require_patch_size(raw: dict[str, Any], name: str) -> None:
+    """Refuses what transformers would fill with a default: another patch size has another grid.
+
+    An image tower's configuration within that of a larger model may leave it out, as files on the hub do where it is
+    the default; the weights tell whether it is right.
+    """
+    if "vision_config" not in raw and raw.get("patch_size") is None:
+        raise BackboneError(f"{name}: its config.json has no patch_size, so its grid is not known; add it there")
+
+
+def _shown(
+    transformers: Any, where: str, name: str, config: Any, mean: Triple | None, std: Triple | None, size: int | None
+) -> Shown:
+    """Normalisation from the image processor, size from the configuration, unless given."""
+    processor: Any = {}
+    if mean is None or std is None:
+        processor = _processor(transformers, where, name)
+        mean, std = mean or _channels(processor, "image_mean", name), std or _channels(processor, "image_std", name)
+    own = size if size is not None else square_side(config.image_size, f"{name}: image_size")
+    if processor.get("do_center_crop"):
+        cut = processor.get("crop_size") or {}
+        warnings.warn(
+            f"the image processor of {name} cuts the centre out of photos ({cut.get('height')} x {cut.get('width')}); "
+            f"here they are shown whole, squeezed to the size that is asked for ({own} by default)",
+            DenoisingVitWarning,
+            stacklevel=4,
+        )
+    return Shown(mean, std, own)
+
+
+def _processor(transformers: Any, where: str, name: str) -> dict[str, Any]:
+    try:
+        found = transformers.AutoImageProcessor.from_pretrained(where, trust_remote_code=False).to_dict()
+    except Exception as error:  # transformers raises many kinds: no file, another kind of file, an unknown class
+        raise BackboneError(
+            f"{name}: no image processor that tells the normalisation ({_PROCESSOR}: {_first_line(error)}). Add the "
+            "file, or give mean and std: load_backbone(..., mean=(..), std=(..))"
+        ) from error
+    return found if found.get("do_normalize", True) else found | {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
+
+
+def _channels(processor: dict[str, Any], key: str, name: str) -> Triple:
+    values = processor.get(key)
+    numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+    if not isinstance(values, list | tuple) or not numbers or len(values) != 3:
+        raise BackboneError(f"{name}: {key} of {_PROCESSOR} must be three numbers, got {values!r}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _random(cls: Any, config: Any, family: Family) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # a model that is loaded must not disturb the caller's generator
+        torch.default_generator.manual_seed(0)
+        return cls(config, **dict(family.build))
+
+
+def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) -> nn.Module:
+    """The model with its weights, none of them missing, of another shape, or left over from more blocks."""
+    from denoising_vit.backbones.weights import require_finite
+
+    try:
+        model, info = cls.from_pretrained(
+            where, config=config, output_loading_info=True, dtype=torch.float32, **dict(family.build)
+        )
+    except Exception as error:  # transformers raises many kinds: no file, a damaged one, shapes that differ
+        misfit = isinstance(error, RuntimeError) and "size" in str(error)
+        what = "do not fit its config.json: tensors of another shape" if misfit else f"not loaded: {_first_line(error)}"
+        raise WeightsError(f"the weights of {name}: {what} ({type(error).__name__})") from error
+    missing = sorted(info["missing_keys"])
+    unused = sorted(key for key in info["unexpected_keys"] if "text" not in key and re.search(r"layers?\.\d+\.", key))
+    if missing or unused:
+        raise WeightsError(
+            f"the weights of {name} do not fit its config.json: {len(missing)} missing "
+            f"({', '.join(missing[:3]) or '-'}), {len(unused)} of blocks left over ({', '.join(unused[:3]) or '-'})"
+        )
+    require_finite(model, name)
+    return model
+
+
+def _fetched(name: str, fetch: Any, *arguments: Any, **more: Any) -> Any:
+    try:
+        return fetch(*arguments, **more)
+    except Exception as error:  # transformers and the hub's client raise many kinds
+        raise BackboneError(
+            f"the config.json of {name} could not be read or fetched ({type(error).__name__}: {_first_line(error)}). "
+            "Check the network, or give a local directory: hf:PATH"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Keeps bars and reports of loading off the screen: what is wrong comes as an error of ours."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
