@@ -20,6 +20,7 @@ from denoising_vit.errors import (
     BackboneError,
     DenoiserError,
     DenoisingVitError,
+    ExportError,
     FitError,
     FormatError,
     PhotoError,
@@ -27,6 +28,7 @@ from denoising_vit.errors import (
     SizeError,
     WeightsError,
 )
+from denoising_vit.export import ExportOptions, export_extractor, load_extractor, verify_export
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.views import CropOptions, ViewPlan
 
@@ -45,6 +47,8 @@ __all__ = [
     "DenoiserError",
     "DenoisingVitError",
     "DiagnoseOptions",
+    "ExportError",
+    "ExportOptions",
     "FitError",
     "FormatError",
     "NeuralFieldOptions",
@@ -56,7 +60,10 @@ __all__ = [
     "calibrate",
     "denoise_image",
     "diagnose",
+    "export_extractor",
     "load_artifact",
     "load_backbone",
     "load_denoiser",
+    "load_extractor",
+    "verify_export",
 ]

@@ -43,6 +43,10 @@ class DenoiserError(DenoisingVitError):
     """A denoiser that cannot be found, or belongs to another backbone."""
 
 
+class ExportError(DenoisingVitError):
+    """An export that cannot be made or checked as asked, or one that is not what it was."""
+
+
 class TrainError(DenoisingVitError):
     """A training run that cannot be started, resumed or carried on."""
 

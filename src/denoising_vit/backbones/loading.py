@@ -79,7 +79,7 @@ def load_backbone(
             raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
         if (weights, layer, norm) != ("auto", -1, True):
             raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
-        place = None if device == "auto" else _device(device)
+        place = None if device == "auto" else device_at(device)
         own = ModuleBackbone(
             model,
             patch_size=patch_size,
@@ -91,7 +91,7 @@ def load_backbone(
             device=place,
         )
         return own.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, own.device))
-    place = _device(device)
+    place = device_at(device)
     if is_huggingface(model):
         if (stride, patch_size, layout) != (None, None, "auto"):
             raise BackboneError(f"{model!r} brings its own stride, patch_size and layout")
@@ -226,7 +226,12 @@ def _reachable(url: str) -> bool:
         return False
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_at(device: str | torch.device) -> torch.device:
+    """The device that is meant, if it is there.
+
+    Raises:
+        BackboneError: if it cannot be used.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, WRONG_USAGE
@@ -28,6 +29,7 @@ VERBS: Mapping[str, Any] = {
     },
     "report": "report",
     "reproduce": "reproduce",
+    "export": "export",
     "models": "models",
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
 }
@@ -48,6 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _show_warnings(show: Callable[[str, str], None]) -> None:
+    """Has warnings of ours, which are meant for users, come in words instead of lines of code."""
+    from denoising_vit.errors import DenoisingVitWarning
+
+    before = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, DenoisingVitWarning):
+            show(str(message), "warning")
+        else:
+            before(message, category, *where)
+
+    warnings.showwarning = shown
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and returns its exit code.
 
@@ -61,7 +78,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     app = _app(VERBS, arguments)
     try:
-        return app.cli(args=arguments, prog="dvit", description=_DESCRIPTION) or OK
+        with warnings.catch_warnings():
+            _show_warnings(print_error)
+            return app.cli(args=arguments, prog="dvit", description=_DESCRIPTION) or OK
     except DenoisingVitError as error:
         print_error(str(error))
         return WRONG_USAGE

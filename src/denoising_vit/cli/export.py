@@ -1,0 +1,111 @@
+"""``dvit export``: models in the formats that others load, and whether they still compute what PyTorch does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_lines
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from denoising_vit.artifact import SHIPPED, load_artifact
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.huggingface_loading import PREFIX as HUGGINGFACE
+from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
+from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.denoised import DenoisedViT
+from denoising_vit.denoiser import find_denoiser
+from denoising_vit.export import Comparison, ExportOptions, export_extractor, verify_export
+from denoising_vit.export.timm_folder import WEIGHTS
+
+Features = Literal["raw", "distilled", "subtract", "denoiser"]
+
+
+def export(
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    features: Features | None = None,
+    exporting: tyro.conf.OmitArgPrefixes[ExportOptions] = ExportOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    artifact: str | None = None,
+    denoiser: str | None = None,
+    verify: Path | None = None,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """A model in a format that others load, with a model card, checked against PyTorch; always in float32.
+
+    `dvit export -o DIR --features denoiser --format onnx` writes ONNX with any batch, height and width; `dvit export
+    --verify DIR` checks it again, anywhere.
+
+    Args:
+        out: the folder that is written; it must not exist, or be empty.
+        features: raw; distilled (weights of stage 3); subtract (minus G); denoiser (backbone and one-pass denoiser). By
+            default what is asked for by --denoiser or --artifact, else raw.
+        exporting: how.
+        model: the backbone; device and dtype are those of the check, the export is made on the CPU in float32.
+        artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
+        denoiser: the denoiser: a file, voc_denoised or imgnet_denoised, or `shipped` (the default).
+        verify: check this export, a folder or a file in it, and write nothing.
+        json: print figures as one JSON line.
+    """
+    if verify is not None:
+        return _verify(verify, as_json=json)
+    if out is None:
+        print_error("nothing to do: -o DIR exports to a folder, --verify DIR checks one")
+        return WRONG_USAGE
+    if artifact is not None and denoiser is not None:
+        print_error("--artifact and --denoiser do not go together: features are cleaned by one of them")
+        return WRONG_USAGE
+    implied: Features = "denoiser" if denoiser is not None else "subtract" if artifact is not None else "raw"
+    features = features or implied
+    if implied not in ("raw", features):
+        print_error(f"--{'denoiser' if denoiser else 'artifact'} does not go with --features {features}")
+        return WRONG_USAGE
+    exporting.validate()
+    weights = _weights_file(model)
+    if features == "distilled" and weights is None:
+        print_error("--features distilled needs the weights of stage 3: --weights FILE")
+        return WRONG_USAGE
+    backbone = dataclasses.replace(model, device="cpu", dtype="float32").load()
+    extractor = _extractor(backbone, features, artifact, denoiser)
+    print_note(f"exporting {features} features of {backbone.extra_repr()} as {exporting.format}")
+    found = export_extractor(extractor, out, exporting, weights=weights, distilled=features == "distilled")
+    _tell(found, out, as_json=json)
+    return OK
+
+
+def _weights_file(model: BackboneSpec) -> Path | None:
+    """The file that the backbone's weights come from, if they come from one."""
+    folder = Path(model.backbone.removeprefix(HUGGINGFACE)).expanduser()
+    candidates = (Path(model.weights).expanduser(), folder / WEIGHTS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _extractor(
+    backbone: Backbone, features: Features, artifact: str | None, denoiser: str | None
+) -> Backbone | DenoisedViT:
+    if features == "subtract":
+        return DenoisedViT(backbone, load_artifact(artifact or SHIPPED, backbone))
+    if features == "denoiser":
+        return DenoisedViT(backbone, find_denoiser(denoiser, backbone).denoiser)
+    return backbone
+
+
+def _verify(path: Path, *, as_json: bool) -> int:
+    verdict = verify_export(path)
+    for problem in verdict.problems:
+        print_error(problem, "differs")
+    if verdict.comparison is not None:
+        _tell(verdict.comparison, path, as_json=as_json)
+    if not verdict.problems:
+        print_note(f"{path}: sound")
+    return SOME_FAILED if verdict.problems else OK
+
+
+def _tell(found: Comparison, path: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(json_lines.dumps({"export": str(path), **dataclasses.asdict(found)}))
+    print_note(
+        f"against PyTorch: largest difference {found.difference:.2g}, mean cosine {found.cosine:.6f}, least "
+        f"{found.least_cosine:.6f}; {path}"
+    )

@@ -1,0 +1,142 @@
+"""The README of an export: a model card for people and hubs, with how to use and check it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TITLES = {
+    "raw": "raw features",
+    "distilled": "distilled features: a ViT fine-tuned to give clean ones itself",
+    "subtract": "features minus the artifact (G) of the backbone",
+    "denoiser": "features cleaned in one pass by a denoiser",
+}
+
+_LIBRARIES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx", "program": "pytorch"}
+
+_USE = {
+    "timm": """import timm
+model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # "hf-hub:OWNER/NAME" once it is on the hub
+tokens = model.forward_features(image)  # (B, {prefix} + h w, {channels}), image (B, 3, H, W) normalised""",
+    "huggingface": """from transformers import AutoImageProcessor, AutoModel
+processor, model = AutoImageProcessor.from_pretrained("PATH"), AutoModel.from_pretrained("PATH").eval()
+tokens = model(**processor(photo, return_tensors="pt")).last_hidden_state  # (B, prefix + h w, {channels})""",
+    "onnx": """import onnxruntime
+session = onnxruntime.InferenceSession("PATH/{file}", providers=["CPUExecutionProvider"])
+features = session.run(["features"], {{"image": image}})[0]  # (B, h, w, {channels}), image (B, 3, H, W) float32""",
+    "program": """import torch
+model = torch.export.load("PATH/{file}").module()
+features = model(image)  # (B, h, w, {channels}), image (B, 3, H, W) float32; needs torch alone""",
+    "safetensors": """import denoising_vit as dv
+extractor = dv.load_extractor("PATH")
+features = extractor(image)  # (B, h, w, {channels}), image (B, 3, H, W) normalised""",
+}
+
+_SIZES = {
+    "timm": "Other sizes raise an error.",
+    "huggingface": "Other sizes are cut to whole patches without a word, as transformers does.",
+    "onnx": "Other sizes fail in a reshape whose name says which sizes fit (ONNX has no messages of its own).",
+    "program": "Other sizes raise an error that names the rule.",
+    "safetensors": "Other sizes raise an error that names the nearest ones.",
+}
+
+
+#: Mean cosine from which features count as the same in words.
+_SAME = 0.9999
+
+
+def card(meta: dict[str, Any]) -> str:
+    """Markdown with the metadata that hubs read."""
+    backbone, kind = meta["backbone"], meta["format_of_files"]
+    name = backbone["name"].removeprefix("hf:").split("/")[-1]
+    parts = [_front(meta), f"# {name}: {_TITLES[meta['features']]}", _about(meta), _table(meta), "## Use"]
+    use = _USE[kind].format(channels=backbone["embed_dim"], prefix="prefix", file=_model_file(meta))
+    parts += [f"```python\n{use}\n```", _images(meta), "## Check", _check(meta), "## Licence", _licence(meta)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(meta: dict[str, Any]) -> str:
+    library = _LIBRARIES.get(meta["format_of_files"], "denoising-vit")
+    tags = "".join(f"\n- {tag}" for tag in ("denoising-vit", "feature-extraction", "vision"))
+    return f"---\nlibrary_name: {library}\npipeline_tag: image-feature-extraction\nlicense: other\ntags:{tags}\n---"
+
+
+def _about(meta: dict[str, Any]) -> str:
+    text = "Made by `dvit export` of denoising-vit, after Denoising Vision Transformers (Yang et al., ECCV 2024)."
+    if meta["features"] in ("subtract", "denoiser"):
+        text += " What cleans the features depends on the place of each patch and stands after the model's final norm."
+    return text
+
+
+def _table(meta: dict[str, Any]) -> str:
+    backbone, cleaner = meta["backbone"], meta["cleaner"]
+    rows = {
+        "backbone": f"{backbone['name']} ({backbone['weights']})",
+        "SHA-256 of its weights": backbone["weights_digest"],
+        "layer, norm, patch, stride": ", ".join(
+            str(backbone[key]) for key in ("layer", "norm", "patch_size", "stride")
+        ),
+    }
+    if cleaner is not None:
+        rows[f"SHA-256 of its {cleaner['kind']}"] = cleaner["digest"]
+        rows["its own grid"] = " x ".join(map(str, cleaner["grid"])) + ", resampled for others"
+        rows |= {"position features": f"weight {cleaner['positions']:g}"} if cleaner["positions"] else {}
+    if meta["distilled"] is not None:
+        rows["distillation"] = ", ".join(f"{key}: {value}" for key, value in _short(meta["distilled"]).items())
+    rows |= {f"SHA-256 of {name}": digest for name, digest in meta["files"].items()}
+    rows["made with"] = ", ".join(f"{package} {version}" for package, version in meta["made_with"].items())
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a record."""
+    return {key: value for key, value in record.items() if isinstance(value, str | int | float)}
+
+
+def _images(meta: dict[str, Any]) -> str:
+    backbone, options = meta["backbone"], meta["options"]
+    patch, stride = backbone["patch_size"], backbone["stride"]
+    rule = f"multiples of {patch}" if patch == stride else f"{patch} + k · {stride}"
+    mean, std = (", ".join(f"{value:g}" for value in backbone[key]) for key in ("mean", "std"))
+    taken = "in [0, 1], normalised in the graph" if options["pixels"] else f"normalised by mean ({mean}), std ({std})"
+    text = (
+        f"Images are {taken}; height and width are {rule} pixels, any batch; shown by default at "
+        f"{backbone['default_size']} × {backbone['default_size']}. {_SIZES[meta['format_of_files']]}"
+    )
+    if options["prefix"]:
+        text += " The second output, `prefix`, has class and register tokens (B, P, C)."
+    return text
+
+
+def _check(meta: dict[str, Any]) -> str:
+    check = meta["check"]
+    sizes = ", ".join(" × ".join(map(str, size)) for size in check["sizes"])
+    lines = [
+        "```sh\ndvit export --verify PATH\n```\n",
+        f"compares the features of fixed images (batch × height × width: {sizes}) with those that PyTorch gave when "
+        f"this was made, which are in `{check['file']}`, and the digests of all files. Then: largest difference "
+        f"{check['difference']:.2g} (features' root mean square {check['scale']:.2g}), mean cosine "
+        f"{check['cosine']:.6f}, least {check['least_cosine']:.6f}.",
+    ]
+    if meta["options"]["int8"]:
+        lines.append("The linear layers multiply in int8, which these cosines show.")
+    if check.get("elsewhere", {}).get("cosine", 1) < _SAME:
+        lines.append(
+            "At other sizes transformers resamples the position embedding without antialiasing, timm with it: "
+            f"mean cosine {check['elsewhere']['cosine']:.4f}, least {check['elsewhere']['least_cosine']:.4f} at "
+            + ", ".join(" × ".join(map(str, size[1:])) for size in check["elsewhere"]["sizes"])
+            + "."
+        )
+    if meta["format_of_files"] == "program":
+        lines.append("Load programs from sources that you trust: torch's reader was not made for others.")
+    return "\n".join(lines)
+
+
+def _licence(meta: dict[str, Any]) -> str:
+    text = f"Weights of the backbone: {meta['licence']}."
+    if meta["features"] == "denoiser":
+        text += " Denoiser: the terms of the photographs that it was trained on may bear on it; see its own model card."
+    return text
+
+
+def _model_file(meta: dict[str, Any]) -> str:
+    return next(iter(meta["files"]))

@@ -1,0 +1,131 @@
+"""An extractor in one file of ours: backbone, and the G or denoiser that cleans its features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from denoising_vit.artifact import Artifact
+from denoising_vit.backbones.loading import Dtype, device_at, dtype_on
+from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
+from denoising_vit.backbones.weights import load_weights, require_finite
+from denoising_vit.denoised import DenoisedViT
+from denoising_vit.denoiser import Denoiser
+from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
+from denoising_vit.export.tensors import float_state, write_tensors
+from denoising_vit.export.timm_folder import WEIGHTS
+
+FORMAT = "denoising-vit/extractor"
+FORMAT_VERSION = 1
+
+_KEY = "denoising_vit"
+_BACKBONE, _DENOISER, _ARTIFACT = "backbone.", "denoiser.", "artifact"
+_REQUIRED = ("backbone", "positions")
+
+
+def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
+    """Writes one safetensors file that :func:`load_extractor` reads back; float32.
+
+    Raises:
+        ExportError: if the backbone is no timm model.
+    """
+    backbone = extractor.backbone
+    if not isinstance(backbone, TimmBackbone):
+        raise ExportError(f"safetensors is for models of timm, got {backbone.name}; use onnx or program")
+    tensors = {_BACKBONE + key: value for key, value in float_state(backbone.model).items()}
+    head: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "positions": extractor.positions}
+    head["backbone"] = {
+        "name": backbone.name,
+        "stride": backbone.stride,
+        "layer": backbone.layer,
+        "norm": backbone.norm,
+    }
+    if extractor.denoiser is not None:
+        head["denoiser"] = extractor.denoiser.config
+        tensors |= {_DENOISER + key: value for key, value in float_state(extractor.denoiser).items()}
+    elif extractor.artifact is not None:
+        artifact = extractor.artifact
+        head["artifact"] = {"size": artifact.size, "backbone": artifact.backbone, "info": _nameless(artifact.info)}
+        tensors[_ARTIFACT] = artifact.values.detach().float().cpu().contiguous()
+    write_tensors(tensors, folder / WEIGHTS, {_KEY: json.dumps(head)})
+
+
+def load_extractor(
+    path: str | Path, *, device: str | torch.device = "auto", dtype: Dtype | torch.dtype = "auto"
+) -> DenoisedViT:
+    """Reads what ``dvit export --format safetensors`` wrote: the directory, or the file in it.
+
+    Args:
+        path: either.
+        device: ``auto`` is CUDA, then MPS, then the CPU.
+        dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32.
+
+    Raises:
+        FormatError: if the file is missing, damaged, something else, or of a newer version.
+    """
+    path = Path(path).expanduser()
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            _check_head(path, head)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not an extractor, or damaged: expected a safetensors file ({error})") from error
+    try:
+        return _built(head, tensors, str(path), device, dtype)
+    except DenoisingVitError as error:
+        raise FormatError(f"{path}: damaged extractor ({error})") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path}: damaged extractor ({type(error).__name__}: {error})") from error
+
+
+def _built(
+    head: dict[str, Any], tensors: dict[str, Any], source: str, device: str | torch.device, dtype: Any
+) -> DenoisedViT:
+    about = head["backbone"]
+    name = str(about["name"])
+    model = build_timm_model(name, pretrained=False)
+    load_weights(model, _under(tensors, _BACKBONE), name=name, source=source)
+    require_finite(model, source)
+    options = {key: about[key] for key in ("stride", "layer", "norm")}
+    backbone = TimmBackbone(model, name=name, weights=Path(source).name, **options)
+    if "denoiser" in head:
+        cleaner: Denoiser | Artifact = Denoiser(**head["denoiser"])
+        cleaner.load_state_dict(_under(tensors, _DENOISER))
+        cleaner.eval().requires_grad_(False)
+    else:
+        record = head["artifact"]
+        size = cast("tuple[int, int]", tuple(record["size"]))
+        cleaner = Artifact(tensors[_ARTIFACT].float(), size, record["backbone"], record["info"])
+    made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # refuses what does not belong together
+    place = device_at(device)
+    return made.to(device=place, dtype=dtype_on(dtype, place))
+
+
+def _under(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _nameless(info: dict[str, Any]) -> dict[str, Any]:
+    """The record of a calibration without its list of photos: the file may be given away."""
+    return {key: value for key, value in info.items() if key not in ("photos", "skipped")}
+
+
+def _check_head(path: Path, head: Any) -> None:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise FormatError(f"{path}: a safetensors file, but not one with an extractor (no {FORMAT!r} metadata)")
+    version = head.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
+            "upgrade denoising-vit"
+        )
+    if lacking := [key for key in _REQUIRED if key not in head]:
+        raise FormatError(f"{path}: damaged extractor, its metadata lacks {', '.join(lacking)}")

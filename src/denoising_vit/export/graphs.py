@@ -1,0 +1,195 @@
+"""Graphs that run without this package: a ``torch.export`` program, and ONNX."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from denoising_vit.errors import ExportError
+from denoising_vit.export.traceable import TraceableExtractor
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto
+
+INPUT, OUTPUT, PREFIX = "image", "features", "prefix"
+
+#: Patches along a side that are declared possible; more than any model is shown.
+_MOST_PATCHES = 4096
+
+#: Above this, protocol buffers cannot hold the weights, which then lie in a file of their own.
+_LARGE = 1_800_000_000
+
+
+def trace(module: TraceableExtractor) -> ExportedProgram:
+    """A program for any batch, height and width that fits the patch grid; others it refuses.
+
+    Raises:
+        ExportError: if the model does something that cannot be traced.
+    """
+    backbone = module.backbone
+    patch, stride = backbone.patch_size, backbone.stride
+    # An example with sides that differ, and no size that the model may treat in a way of its own.
+    example = torch.zeros(2, 3, patch + 6 * stride, patch + 4 * stride)
+    sides = [stride * Dim(name, min=1, max=_MOST_PATCHES) + (patch - stride) for name in ("h", "w")]
+    if patch == stride:
+        sides = [stride * Dim(name, min=1, max=_MOST_PATCHES) for name in ("h", "w")]
+    shapes = {INPUT: {0: Dim("batch", min=1), 2: sides[0], 3: sides[1]}}
+    try:
+        with torch.no_grad(), module.tracing():
+            program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    except Exception as error:  # the tracer raises many kinds
+        raise ExportError(
+            f"{backbone.name} cannot be traced for any size ({type(error).__name__}: {first_line(error)}). timm's "
+            "models and those of Hugging Face transformers can"
+        ) from error
+    _require_any_size(program, backbone.name)
+    return program
+
+
+def _require_any_size(program: ExportedProgram, name: str) -> None:
+    """Refuses a program that holds the example's size: numbers that a model makes of a size are fixed in silence."""
+    outputs: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    fixed = [side for side in outputs[0].meta["val"].shape[:3] if isinstance(side, int)]
+    if fixed:
+        raise ExportError(f"{name} cannot be traced for any size: it makes plain numbers of the size of its images")
+
+
+def write_program(program: ExportedProgram, path: Path) -> None:
+    """Writes a ``.pt2`` file; example inputs, which would be pickled, are left out."""
+    program.example_inputs = None
+    torch.export.save(program, path)
+    refuse_pickles(path)
+
+
+def refuse_pickles(path: Path) -> None:
+    """Refuses a ``.pt2`` file with pickled parts: torch would run code that is hidden in them.
+
+    Raises:
+        ExportError: naming such a part; or if the file is no such program.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = [part for part in archive.infolist() if _is_pickled(archive, part)]
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ExportError(f"{path}: not a torch.export program, or damaged ({error})") from error
+    if pickled:
+        raise ExportError(f"{path}: refused, {pickled[0].filename} is pickled; programs of ours hold no pickle")
+
+
+def _is_pickled(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
+    """Whether torch would unpickle a part, or what a list of weights refers to."""
+    if part.filename.endswith("_config.json"):
+        listed = json.loads(archive.read(part)).get("config", {})
+        return any(entry.get("use_pickle") for entry in listed.values())
+    return part.file_size > 0 and part.filename.endswith((".pt", ".pkl"))
+
+
+def write_onnx(program: ExportedProgram, module: TraceableExtractor, path: Path, about: dict[str, str]) -> None:
+    """Writes an ONNX file with named axes, which refuses sizes off the patch grid when it is run.
+
+    Args:
+        program: of the module.
+        module: that it was traced from.
+        path: the file.
+        about: what goes into its metadata.
+    """
+    import onnx
+
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")  # of the converter, on what it leaves to itself
+        names = [OUTPUT, PREFIX] if module.prefix else [OUTPUT]
+        converted: Any = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=names)
+        model: ModelProto = converted.model_proto
+    backbone = module.backbone
+    _require_grid(model.graph, backbone.patch_size, backbone.stride)
+    _name_axes(model.graph)
+    for key, value in about.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    large = model.ByteSize() > _LARGE
+    onnx.save_model(model, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
+
+
+def quantise(source: Path, target: Path) -> None:
+    """Writes an ONNX file whose linear layers multiply in int8, with a scale for each output channel."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet("", "onnxruntime"):
+        quantize_dynamic(
+            str(source),
+            str(target),
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=["MatMul", "Gemm"],  # a convolution in int8 is slower than in float32 on CPUs
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+def _require_grid(graph: GraphProto, patch: int, stride: int) -> None:
+    """Puts a reshape before the model that fails, by its name, where patches do not cover the image exactly.
+
+    ONNX has no assertion, and a convolution would leave rows and columns out without a word. The reshape is to the
+    largest size that fits: the image's own, or one with fewer elements, which is an error in every runtime.
+    """
+    import onnx
+
+    rule = f"multiples_of_{patch}" if patch == stride else f"{patch}_plus_multiples_of_{stride}"
+    name = f"height_and_width_must_be_{rule}_pixels"
+    numbers = {"unit": [1, 1, stride, stride], "least": [0, 0, patch - stride, patch - stride]}
+    for key, value in numbers.items():
+        graph.initializer.append(onnx.helper.make_tensor(f"{name}_{key}", onnx.TensorProto.INT64, [4], value))
+    steps = [
+        ("Shape", [INPUT], "shape"),
+        ("Sub", [f"{name}_shape", f"{name}_least"], "inner"),
+        ("Div", [f"{name}_inner", f"{name}_unit"], "patches"),
+        ("Mul", [f"{name}_patches", f"{name}_unit"], "covered"),
+        ("Add", [f"{name}_covered", f"{name}_least"], "fitting"),
+    ]
+    nodes = [onnx.helper.make_node(kind, given, [f"{name}_{made}"], f"{name}_{made}") for kind, given, made in steps]
+    # A side below one patch leaves zero, which must not stand for "as it is".
+    checked = onnx.helper.make_node("Reshape", [INPUT, f"{name}_fitting"], [f"{INPUT}_checked"], name, allowzero=1)
+    nodes.append(checked)
+    for node in graph.node:
+        for index, given in enumerate(node.input):
+            if given == INPUT:
+                node.input[index] = f"{INPUT}_checked"
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *rest])
+
+
+def _name_axes(graph: GraphProto) -> None:
+    """Names axes for people, instead of the tracer's symbols, which other tensors' shapes go by."""
+    del graph.value_info[:]
+    axes = {INPUT: {0: "batch", 2: "height", 3: "width"}, OUTPUT: {0: "batch", 1: "h", 2: "w"}, PREFIX: {0: "batch"}}
+    for value in (*graph.input, *graph.output):
+        for index, axis in axes[value.name].items():
+            value.type.tensor_type.shape.dim[index].dim_param = axis
+
+
+class _quiet:
+    """Keeps loggers below errors for as long as a block lasts."""
+
+    def __init__(self, *names: str) -> None:
+        self._loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self._before = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_exception: object) -> None:
+        for logger, level in zip(self._loggers, self._before, strict=True):
+            logger.setLevel(level)
