@@ -169,6 +169,30 @@ def test_a_processor_that_does_not_normalise(folder: Path) -> None:
     assert (load(folder).mean, load(folder).std) == ((0.0,) * 3, (1.0,) * 3)
 
 
+# Models that are loaded already
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_transformers_is_a_backbone(folders: dict[str, Path], kind: str) -> None:
+    model = getattr(transformers, tiny.FAMILIES[kind][2]).from_pretrained(folders[kind]).train()
+    backbone = load_backbone(model, mean=tiny.MEAN, std=tiny.STD)
+    assert torch.equal(backbone(picture(24, 40)), load(folders[kind])(picture(24, 40)))
+    assert (backbone.patch_size, backbone.default_size, backbone.depth) == (8, tiny.SIDE, tiny.DEPTH)
+    assert not model.training
+    assert load_backbone(model).mean == (0.485, 0.456, 0.406)
+
+
+def test_of_a_model_with_a_head_the_vit_is_taken() -> None:
+    whole = transformers.Dinov2ForImageClassification(tiny.config("dinov2")).eval()
+    found = load_backbone(whole, layer=0)(picture(24, 40))
+    assert torch.equal(found, load_backbone(whole.dinov2, layer=0)(picture(24, 40)))
+    with pytest.raises(BackboneError, match="brings its own weights, stride and layout"):
+        load_backbone(whole, stride=4)
+    other = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1]))
+    with pytest.raises(BackboneError, match="ResNetModel is a 'resnet'; expected one of dinov2"):
+        load_backbone(other)
+
+
 # What is refused, and what is told
 
 

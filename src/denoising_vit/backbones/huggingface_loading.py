@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
 
@@ -92,6 +93,45 @@ def load_huggingface(
     return HuggingFaceBackbone(
         built.eval().requires_grad_(False), family, shown, name=name, layer=layer, norm=norm, weights=told
     )
+
+
+def is_model_of_transformers(model: object) -> bool:
+    """Whether an object is a model of transformers; the package is not imported for it."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
+
+
+def wrap_huggingface(
+    model: Any,
+    *,
+    layer: int = -1,
+    norm: bool = True,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+    default_size: int | None = None,
+) -> HuggingFaceBackbone:
+    """A model of transformers that is loaded already; of one with heads or a text tower, its ViT.
+
+    Args:
+        model: it.
+        layer: block whose output is taken.
+        norm: whether the final norm is applied.
+        mean: normalisation that images get; ImageNet's by default, since a model alone does not tell.
+        std: likewise.
+        default_size: instead of the configuration's.
+
+    Raises:
+        BackboneError: if it is of no family that is known.
+    """
+    name = type(model).__name__
+    family = _family({"model_type": getattr(model.config, "model_type", None)}, name)
+    candidates = (model, getattr(model, "vision_model", None), getattr(model, "base_model", None))
+    tower = next((part for part in candidates if type(part).__name__ == family.model), None)
+    if tower is None:
+        raise BackboneError(f"{name} holds no {family.model}; give that, or its directory or hub id: hf:...")
+    size = square_side(tower.config.image_size, f"{name}: image_size") if default_size is None else default_size
+    shown = Shown(mean or IMAGENET_MEAN, std or IMAGENET_STD, size)
+    frozen = tower.eval().requires_grad_(False)
+    return HuggingFaceBackbone(frozen, family, shown, name=name, layer=layer, norm=norm, weights="as given")
 
 
 def _transformers() -> Any:

@@ -21,7 +21,13 @@ from denoising_vit.backbones.bundled import (
     bundled_state_dict,
     is_bundled_name,
 )
-from denoising_vit.backbones.huggingface_loading import folder_config, is_huggingface, load_huggingface
+from denoising_vit.backbones.huggingface_loading import (
+    folder_config,
+    is_huggingface,
+    is_model_of_transformers,
+    load_huggingface,
+    wrap_huggingface,
+)
 from denoising_vit.backbones.module import Layout, ModuleBackbone
 from denoising_vit.errors import BackboneError, WeightsError
 
@@ -52,8 +58,9 @@ def load_backbone(
     Args:
         model: a timm name (any VisionTransformer or Eva model); ``hf:`` and a hub id or directory of Hugging Face
             transformers (DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP); a directory of either kind, such as `dvit export`
-            writes; or any module or function that maps normalised images (B, 3, H, W) to a patch grid or to tokens. A
-            module is put in evaluation mode and frozen, and moved and converted where device and dtype are given.
+            writes; a model of transformers; or any module or function that maps normalised images (B, 3, H, W) to a
+            patch grid or to tokens. A module is put in evaluation mode and frozen, and moved and converted where device
+            and dtype are given.
         weights: for a timm name: ``auto`` (bundled where it is that model and installed, else the hub), ``hub``,
             ``bundled``, ``random``, or a safetensors or PyTorch file. Directories and Hugging Face models bring theirs.
         stride: distance between patches in pixels; below the patch size for a finer grid (as in the paper).
@@ -74,6 +81,12 @@ def load_backbone(
         WeightsError: if the weights are missing, of another model, or not finite.
         DenoisingVitWarning: if the image processor of a Hugging Face model crops, which is not done here.
     """
+    if not isinstance(model, str) and patch_size is None and is_model_of_transformers(model):
+        if (str(weights), stride, layout) != ("auto", None, "auto"):
+            raise BackboneError("a model of transformers brings its own weights, stride and layout")
+        wrapped = wrap_huggingface(model, layer=layer, norm=norm, mean=mean, std=std, default_size=default_size)
+        place = wrapped.device if device == "auto" else _device(device)
+        return wrapped.to(device=place, dtype=None if dtype == "auto" else _dtype(dtype, place))
     if not isinstance(model, str):
         if patch_size is None:
             raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")

@@ -1,0 +1,559 @@
+"""Exports of tiny models: every format, every kind of features, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import denoising_vit as dv
+import tiny_export as tiny
+import tiny_huggingface
+from denoising_vit import (
+    Backbone,
+    DenoisedViT,
+    ExportError,
+    ExportOptions,
+    FormatError,
+    export_extractor,
+    load_extractor,
+    verify_export,
+)
+from denoising_vit.export import Format as Form
+from denoising_vit.export import traceable
+from denoising_vit.export.graphs import refuse_pickles
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: Two images of 48 x 80, and one smaller than the position embedding, one larger than it.
+SIZES = [(2, 48, 80), (1, 16, 16), (1, 256, 240)]
+
+Exported = Callable[[str, Form], Path]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny.backbone()
+
+
+@pytest.fixture(scope="module")
+def shallow() -> Backbone:
+    return tiny.shallow()
+
+
+@pytest.fixture(scope="module")
+def extractors(shallow: Backbone) -> dict[str, Backbone | DenoisedViT]:
+    """By what they give, of a model with two blocks; with position features as well."""
+    return {
+        "raw": shallow,
+        "subtract": DenoisedViT(shallow, tiny.artifact(shallow), positions=0.5),
+        "denoiser": DenoisedViT(shallow, tiny.denoiser(shallow)),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(backbone: Backbone) -> dict[str, Backbone | DenoisedViT]:
+    """The same of a model that timm can build by its name."""
+    return {
+        "subtract": DenoisedViT(backbone, tiny.artifact(backbone), positions=0.5),
+        "denoiser": DenoisedViT(backbone, tiny.denoiser(backbone)),
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(extractors: dict[str, Backbone | DenoisedViT], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Gives the folder of a graph by what it gives and its format; each is made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def folder(kind: str, form: Form) -> Path:
+        if (kind, form) not in made:
+            made[kind, form] = tmp_path_factory.mktemp(f"{kind}-{form}") / "out"
+            options = ExportOptions(format=form, licence="the house's own")
+            assert export_extractor(extractors[kind], made[kind, form], options).difference < 1e-4
+        return made[kind, form]
+
+    return folder
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def by_onnx(path: Path, image: Tensor) -> list[Tensor]:
+    return [torch.from_numpy(np.asarray(part)) for part in session(path).run(None, {"image": image.numpy()})]
+
+
+def meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "export.json").read_text())
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("kind", ["raw", "subtract", "denoiser"])
+def test_graphs_compute_what_pytorch_does_at_any_size(
+    extractors: dict[str, Backbone | DenoisedViT], exported: Exported, kind: str
+) -> None:
+    onnx, program = exported(kind, "onnx"), exported(kind, "program")
+    assert meta(onnx)["features"] == meta(program)["features"] == kind
+    module = torch.export.load(str(program / "model.pt2")).module()
+    for batch, height, width in SIZES:
+        image = tiny.picture(height, width, batch)
+        expected = extractors[kind](image)
+        (features,) = by_onnx(onnx / "model.onnx", image)
+        assert features.shape == (batch, height // 16, width // 16, tiny.WIDTH)
+        assert torch.allclose(features, expected, atol=1e-4)
+        assert torch.allclose(module(image), expected, atol=1e-4)
+
+
+def test_pixels_and_prefix(extractors: dict[str, Backbone | DenoisedViT], shallow: Backbone, tmp_path: Path) -> None:
+    pixels = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (shallow.mean, shallow.std))
+    expected = extractors["denoiser"].forward_with_prefix((pixels - mean) / std)
+    forms: tuple[Form, ...] = ("onnx", "program")
+    for form in forms:
+        options = ExportOptions(format=form, pixels=True, prefix=True)
+        export_extractor(extractors["denoiser"], tmp_path / form, options)
+    program = torch.export.load(str(tmp_path / "program" / "model.pt2")).module()
+    for found in (by_onnx(tmp_path / "onnx" / "model.onnx", pixels), program(pixels)):
+        assert len(found) == 2
+        for part, whole in zip(found, expected, strict=True):
+            assert torch.allclose(part, whole, atol=1e-4)
+    assert told(session(tmp_path / "onnx" / "model.onnx"))["prefix"] == ["batch", 1, tiny.WIDTH]
+
+
+def told(opened: onnxruntime.InferenceSession) -> dict[str, list[int | str]]:
+    """Names and axes of what goes in and comes out."""
+    return {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
+
+
+def test_names_and_axes_of_onnx(exported: Exported) -> None:
+    opened = session(exported("raw", "onnx") / "model.onnx")
+    assert told(opened) == {"image": ["batch", 3, "height", "width"], "features": ["batch", "h", "w", tiny.WIDTH]}
+    about = json.loads(opened.get_modelmeta().custom_metadata_map["denoising_vit"])
+    assert about["backbone"]["name"] == tiny.MODEL
+
+
+def test_other_layers_and_overlapping_patches(tmp_path: Path) -> None:
+    dense = tiny.shallow(stride=8, layer=0, norm=False)
+    export_extractor(dense, tmp_path / "out")
+    for height, width in ((48, 80), (16, 24), (40, 40)):
+        image = tiny.picture(height, width)
+        (features,) = by_onnx(tmp_path / "out" / "model.onnx", image)
+        assert torch.allclose(features, dense(image), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
+def test_other_architectures(tmp_path: Path, name: str) -> None:
+    """Rotary embeddings are computed in the graph as well."""
+    backbone: Any = tiny.shallow(name)
+    for name, value in backbone.named_parameters():
+        value.mul_(10 if "qkv.weight" in name or "q_proj.weight" in name else 1)  # so that places matter
+    export_extractor(backbone, tmp_path / "out", ExportOptions(format="program"))
+    program = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
+    for rows, columns in ((3, 5), (1, 1), (17, 2)):
+        image = tiny.picture(rows * backbone.patch_size, columns * backbone.patch_size)
+        assert torch.allclose(program(image), backbone(image), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tiny_huggingface.FAMILIES if kind != "vit"])  # as deit
+def test_hugging_face_models(tmp_path: Path, kind: str) -> None:
+    tiny_huggingface.write(tmp_path / "model", kind)
+    backbone = dv.load_backbone(str(tmp_path / "model"), dtype="float32", device="cpu")
+    export_extractor(backbone, tmp_path / "out", ExportOptions(format="program"))
+    program = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
+    for height, width in ((32, 32), (24, 40), (8, 64)):  # its own size is no exception
+        image = tiny.picture(height, width)
+        assert torch.allclose(program(image), backbone(image), atol=1e-4)
+
+
+def test_sizes_off_the_grid_are_refused_by_graphs(exported: Exported) -> None:
+    opened = session(exported("raw", "onnx") / "model.onnx")
+    program = torch.export.load(str(exported("raw", "program") / "model.pt2")).module()
+    for height, width in ((60, 64), (64, 63), (12, 64), (31, 16)):
+        image = torch.zeros(1, 3, height, width)
+        with pytest.raises(Exception, match="height_and_width_must_be_multiples_of_16_pixels"):
+            opened.run(None, {"image": image.numpy()})
+        with pytest.raises(Exception, match=r"of the form 16\*|% 16 == 0"):
+            program(image)
+
+
+def test_precision_and_place_of_the_extractor_do_not_matter(backbone: Backbone, tmp_path: Path) -> None:
+    rounded = tiny.backbone(dtype="bfloat16")
+    export_extractor(rounded, tmp_path / "out", ExportOptions(format="timm"))
+    assert rounded.dtype == torch.bfloat16  # as it was
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    weight = state["blocks.0.attn.qkv.weight"]
+    assert torch.equal(weight, backbone.get_parameter("model.blocks.0.attn.qkv.weight").bfloat16().float())
+
+
+def test_int8_is_measured(extractors: dict[str, Backbone | DenoisedViT], tmp_path: Path) -> None:
+    found = export_extractor(extractors["denoiser"], tmp_path / "out", ExportOptions(int8=True))
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.onnx*"))] == ["model.int8.onnx"]
+    assert 0.98 < found.least_cosine <= found.cosine < 0.99999
+    assert meta(tmp_path / "out")["check"]["cosine"] == found.cosine
+    assert f"mean cosine {found.cosine:.6f}" in (tmp_path / "out" / "README.md").read_text()
+    features = by_onnx(tmp_path / "out" / "model.int8.onnx", tiny.picture(48, 80))[0]
+    expected = extractors["denoiser"](tiny.picture(48, 80))
+    assert float(torch.cosine_similarity(features, expected, dim=-1).min()) > 0.98
+    assert verify_export(tmp_path / "out").problems == ()
+
+
+# Checkpoints
+
+
+def test_plain_timm_loads_it(backbone: Backbone, tmp_path: Path) -> None:
+    found = export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
+    assert found.difference == 0
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    for height, width in ((48, 80), (224, 224), (256, 240)):
+        image = tiny.picture(height, width)
+        tokens = model.forward_features(image)[:, 1:].unflatten(1, (height // 16, width // 16))
+        assert torch.allclose(tokens, backbone(image), atol=1e-5)
+    with pytest.raises(AssertionError, match="divisible by patch size"):
+        model(torch.zeros(1, 3, 60, 64))
+    plain = timm.create_model(tiny.MODEL, num_classes=0)
+    plain.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))  # strict
+
+
+def test_a_position_embedding_of_another_size_stays(tmp_path: Path) -> None:
+    """timm would build the one of 224 pixels, and resample to it."""
+    backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m", weights="random", dtype="float32", device="cpu")
+    export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert torch.equal(model.pos_embed, backbone.get_parameter("model.pos_embed"))
+
+
+def test_models_that_norm_behind_the_pooling(tmp_path: Path) -> None:
+    backbone = tiny.backbone("eva02_tiny_patch14_224")
+    assert export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm")).difference < 1e-5
+
+
+def test_a_directory_of_timm_is_a_backbone_again(backbone: Backbone, tmp_path: Path) -> None:
+    export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
+    again = dv.load_backbone(str(tmp_path / "out"), dtype="float32", device="cpu")
+    assert again.name == backbone.name
+    assert torch.equal(again(tiny.picture(48, 80)), backbone(tiny.picture(48, 80)))
+    with pytest.raises(dv.WeightsError, match="brings its own weights; leave weights out"):
+        dv.load_backbone(str(tmp_path / "out"), weights="random")
+
+
+@pytest.mark.parametrize("form", ["timm", "huggingface"])
+@pytest.mark.parametrize("change", [{"layer": 1}, {"norm": False}, {"stride": 8}], ids=str)
+def test_checkpoints_hold_no_settings(tmp_path: Path, form: Any, change: dict[str, Any]) -> None:
+    with pytest.raises(ExportError, match=f"{form} holds weights only.*use onnx or program"):
+        export_extractor(tiny.backbone(**change), tmp_path / "out", ExportOptions(format=form))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["timm", "huggingface"])
+@pytest.mark.parametrize("kind", ["subtract", "denoiser"])
+def test_checkpoints_hold_no_cleaner(
+    extractors: dict[str, Backbone | DenoisedViT], tmp_path: Path, form: Any, kind: str
+) -> None:
+    with pytest.raises(ExportError, match=f"{form} holds the weights of a ViT.*use onnx, program or safetensors"):
+        export_extractor(extractors[kind], tmp_path / "out", ExportOptions(format=form))
+
+
+# Our own file
+
+
+@pytest.mark.parametrize("kind", ["subtract", "denoiser"])
+def test_our_own_file_is_the_extractor(whole: dict[str, Backbone | DenoisedViT], tmp_path: Path, kind: str) -> None:
+    found = export_extractor(whole[kind], tmp_path / "out", ExportOptions(format="safetensors"))
+    assert found.difference == 0
+    for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        again = load_extractor(path, device="cpu", dtype="float32")
+        for batch, height, width in SIZES:
+            image = tiny.picture(height, width, batch)
+            assert torch.equal(again(image), whole[kind](image))
+    assert load_extractor(tmp_path / "out", device="cpu", dtype="bfloat16").backbone.dtype == torch.bfloat16
+
+
+def test_names_of_photos_stay_at_home(whole: dict[str, Backbone | DenoisedViT], tmp_path: Path) -> None:
+    for form in ("safetensors", "program"):
+        export_extractor(whole["subtract"], tmp_path / form, ExportOptions(format=form))
+    for path in tmp_path.rglob("*.*"):
+        assert path.is_dir() or b"holiday" not in path.read_bytes(), path
+    load_extractor(tmp_path / "safetensors").artifact.save(tmp_path / "g.safetensors")  # pyright: ignore
+
+
+def test_damaged_files_of_ours(whole: dict[str, Backbone | DenoisedViT], tmp_path: Path) -> None:
+    export_extractor(whole["denoiser"], tmp_path / "out", ExportOptions(format="safetensors"))
+    path = tmp_path / "out" / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        head, tensors = json.loads(file.metadata()["denoising_vit"]), load_file(path)
+
+    def refused(told: str, changed: dict[str, Any], **more: Tensor) -> None:
+        kept = {key: value for key, value in (tensors | more).items() if value.numel()}
+        save_file(kept, tmp_path / "bad.safetensors", metadata={"denoising_vit": json.dumps(head | changed)})
+        with pytest.raises(FormatError, match=told):
+            load_extractor(tmp_path / "bad.safetensors")
+
+    refused("not one with an extractor", {"format": "other"})
+    refused("format version 9, this release reads up to 1", {"format_version": 9})
+    refused(r"damaged extractor \(.*do not fit", {}, **{"backbone.norm.weight": torch.zeros(3)})
+    refused(r"damaged extractor \(.*1 missing", {}, **{"backbone.norm.weight": torch.zeros(0)})
+    refused(r"damaged extractor \(RuntimeError", {}, **{"denoiser.pos_embed": torch.zeros(0)})
+    refused("damaged extractor .*NaN", {}, **{"backbone.norm.weight": torch.full((192,), float("nan"))})
+    refused("damaged extractor .*trained for", {}, **{"backbone.norm.weight": torch.linspace(-1, 1, 192)})
+    with pytest.raises(FormatError, match="no such file"):
+        load_extractor(tmp_path / "none")
+    path.write_bytes(b"words")
+    with pytest.raises(FormatError, match="not an extractor, or damaged"):
+        load_extractor(path)
+
+
+def test_raw_features_need_no_file_of_ours(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="raw and distilled models: timm"):
+        export_extractor(backbone, tmp_path / "out", ExportOptions(format="safetensors"))
+
+
+# What comes along
+
+
+def test_card_and_record(exported: Exported) -> None:
+    folder = exported("denoiser", "onnx")
+    text, about = (folder / "README.md").read_text(), meta(folder)
+    assert text.startswith("---\nlibrary_name: onnx\n")
+    assert "dvit export --verify" in text
+    assert "Weights of the backbone: the house's own." in text
+    for digest in (about["backbone"]["weights_digest"], about["cleaner"]["digest"], about["files"]["model.onnx"]):
+        assert len(digest) == 64
+        assert digest in text
+    assert about["backbone"]["name"] == tiny.MODEL
+    assert about["made_with"]["torch"] == torch.__version__.split("+")[0]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "check.safetensors",
+        "export.json",
+        "model.onnx",
+    ]
+
+
+@pytest.mark.parametrize("head", ['{"format": "denoising-vit/distilled", "steps": 7}', None])
+def test_distilled_weights_are_said_to_be(tmp_path: Path, head: str | None) -> None:
+    weights = tiny.distilled(tmp_path / "distilled.safetensors", head)
+    backbone = tiny.backbone(weights=str(weights))
+    form = ExportOptions(format="timm")
+    export_extractor(backbone, tmp_path / "out", form, weights=weights, distilled=head is None)
+    about = meta(tmp_path / "out")
+    assert about["features"] == "distilled"
+    assert about["distilled"].get("steps") == (7 if head else None)
+    assert about["backbone"]["weights"] == "distilled.safetensors"  # not the folder it was in
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+    # It goes with the weights: exported again from there, it is still distilled.
+    again = dv.load_backbone(str(tmp_path / "out"), dtype="float32", device="cpu")
+    export_extractor(again, tmp_path / "twice", form, weights=tmp_path / "out" / "model.safetensors")
+    assert meta(tmp_path / "twice")["features"] == "distilled"
+
+
+def test_weights_that_are_not_distilled_are_raw(tmp_path: Path) -> None:
+    weights = tiny.distilled(tmp_path / "plain.safetensors", '{"format": "denoising-vit/denoiser"}')
+    plain = tiny.backbone(weights=str(weights))
+    export_extractor(plain, tmp_path / "out", ExportOptions(format="timm"), weights=weights)
+    assert meta(tmp_path / "out")["features"] == "raw"
+
+
+# What is refused
+
+
+def test_what_exists_is_never_touched(backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out in ("mine", "file"):
+        with pytest.raises(ExportError, match=f"{out} exists already; choose another folder with -o"):
+            export_extractor(backbone, tmp_path / out, ExportOptions(format="timm"))
+    assert (tmp_path / "mine" / "file").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_empty_folder_is_filled_and_new_ones_are_made(backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "a" / "b"):
+        export_extractor(backbone, out, ExportOptions(format="timm"))
+        assert (out / "model.safetensors").is_file()
+        mode = stat.S_IMODE((out / "model.safetensors").stat().st_mode)
+        assert mode == stat.S_IMODE((out / "README.md").stat().st_mode)
+
+
+def test_a_place_that_cannot_be_written(backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"cannot write to .*file/out \(Not a directory\); choose another"):
+        export_extractor(backbone, tmp_path / "file" / "out", ExportOptions(format="timm"))
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(ExportError, match=r"cannot write to .*Permission denied"):
+            export_extractor(backbone, tmp_path / "locked" / "out", ExportOptions(format="timm"))
+
+
+def test_an_export_that_computes_something_else_is_not_written(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from denoising_vit.export import timm_folder
+
+    def spoilt(module: torch.nn.Module) -> dict[str, Tensor]:
+        state = {key: value.clone() for key, value in module.state_dict().items()}
+        state["blocks.3.mlp.fc2.bias"][5] += 0.3
+        return state
+
+    monkeypatch.setattr(timm_folder, "float_state", spoilt)
+    with pytest.raises(ExportError, match=r"does not compute what PyTorch does: features .* apart"):
+        export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"format": "tflite"}, "format must be one of timm, huggingface, onnx, program, safetensors, got 'tflite'"),
+        ({"format": "timm", "pixels": True}, "--pixels is for formats that hold a graph .*; timm holds weights"),
+        ({"format": "safetensors", "prefix": True}, "--prefix is for formats that hold a graph"),
+        ({"format": "program", "int8": True}, "--int8 is for onnx, got program"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(
+    backbone: Backbone, tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ExportError, match=told):
+        export_extractor(backbone, tmp_path / "out", ExportOptions(**options))
+
+
+@pytest.mark.parametrize(("package", "form"), [("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx")])
+def test_a_missing_package_is_named_with_its_extra(
+    shallow: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, form: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ExportError, match=rf"this needs {package}: install the extra `{form}`"):
+        export_extractor(shallow, tmp_path / "out", ExportOptions(format=form))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_made_for_one_size(tmp_path: Path) -> None:
+    """A plain number made of a size would be fixed in the graph."""
+
+    class Fixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.Conv2d(3, 8, 16, 16)
+
+        def forward(self, image: Tensor) -> Tensor:
+            grid = self.project(image).permute(0, 2, 3, 1)
+            return grid + torch.zeros(int(grid.shape[1]) if grid.shape[1] > 4 else 1, 1, 8)
+
+    backbone = dv.load_backbone(Fixed(), patch_size=16, default_size=64)
+    with pytest.raises(ExportError, match=r"Fixed cannot be traced for any size|does not run on images of"):
+        export_extractor(backbone, tmp_path / "out", ExportOptions(format="program"))
+
+
+@pytest.mark.parametrize("indexing", ["ij", "xy"])
+def test_a_size_that_is_fixed_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexing: str) -> None:
+    """timm's own rotary embedding makes numbers of the grid, which the tracer takes for those of every grid."""
+    monkeypatch.setattr(traceable, "PLAIN_ROPE", None)
+    backbone: Any = tiny.shallow("vit_small_patch16_dinov3")
+    backbone.model.rope.grid_indexing = indexing
+    for block in backbone.model.blocks:
+        block.attn.qkv.weight.mul_(20)  # so that places matter, as they do to trained weights
+    with pytest.raises(ExportError, match=r"cannot be traced for any size|does not compute what PyTorch does"):
+        export_extractor(backbone, tmp_path / "out", ExportOptions(format="program"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_of_ones_own_goes_into_graphs_only(tmp_path: Path) -> None:
+    backbone = dv.load_backbone(torch.nn.Conv2d(3, 8, 16, 16), patch_size=16, default_size=64, layout="channels_first")
+    export_extractor(backbone, tmp_path / "out")
+    (features,) = by_onnx(tmp_path / "out" / "model.onnx", tiny.picture(48, 32))
+    assert torch.allclose(features, backbone(tiny.picture(48, 32)), atol=1e-5)
+    with pytest.raises(ExportError, match="timm is for models of timm, got Conv2d"):
+        export_extractor(backbone, tmp_path / "no", ExportOptions(format="timm"))
+
+
+# Checking again
+
+
+@pytest.fixture
+def sound(exported: Exported) -> Path:
+    return exported("raw", "program")
+
+
+def copied(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_a_sound_export_is_sound_anywhere(sound: Path, tmp_path: Path) -> None:
+    moved = copied(sound, tmp_path / "moved")
+    for path in (moved, moved / "model.pt2"):
+        verdict = verify_export(path)
+        assert verdict.problems == ()
+        assert verdict.comparison is not None and verdict.comparison.difference < 1e-5
+
+
+def test_a_file_that_was_changed_or_lost(sound: Path, tmp_path: Path) -> None:
+    folder = copied(sound, tmp_path / "out")
+    (folder / "model.pt2").write_bytes((sound / "model.pt2").read_bytes() + b"0")
+    (folder / "check.safetensors").unlink()
+    verdict = verify_export(folder)
+    assert verdict.comparison is None  # it was not loaded
+    assert len(verdict.problems) == 2
+    assert "model.pt2: not the file that was exported" in verdict.problems[0]
+    assert "check.safetensors: missing" in verdict.problems[1]
+
+
+def test_features_that_differ_are_told(sound: Path, tmp_path: Path) -> None:
+    """Digests that were brought into line do not hide it."""
+    import hashlib
+
+    folder = copied(sound, tmp_path / "out")
+    kept = load_file(folder / "check.safetensors")
+    kept["features_1"][0, 2, 3, 5] += 0.01
+    save_file(kept, folder / "check.safetensors")
+    about = meta(folder)
+    about["check"]["digest"] = hashlib.sha256((folder / "check.safetensors").read_bytes()).hexdigest()
+    (folder / "export.json").write_text(json.dumps(about))
+    (problem,) = verify_export(folder).problems
+    assert problem.startswith("features 0.01 apart, at most 0.0001 expected")
+
+
+def test_pickled_parts_of_a_program_are_refused(sound: Path, tmp_path: Path) -> None:
+    assert not [name for name in zipfile.ZipFile(sound / "model.pt2").namelist() if name.endswith(".pkl")]
+    refuse_pickles(sound / "model.pt2")
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), path)
+    with pytest.raises(ExportError, match=r"refused, .* is pickled"):
+        refuse_pickles(path)  # its example inputs are
+    path.write_bytes(b"words")
+    with pytest.raises(ExportError, match=r"not a torch\.export program, or damaged"):
+        refuse_pickles(path)
+
+
+def test_what_is_no_export(sound: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no export, or damaged: expected a folder of `dvit export`"):
+        verify_export(tmp_path)
+    for changes, told in (
+        ({"format": "other"}, "not the record of an export"),
+        ({"format_version": 9}, "format version 9, this release reads up to 1"),
+        ({"check": None}, "damaged record, it lacks check"),
+    ):
+        (tmp_path / "export.json").write_text(json.dumps(meta(sound) | changes))
+        with pytest.raises(ExportError, match=told):
+            verify_export(tmp_path)
