@@ -43,7 +43,8 @@ def differences(extractor: Any, run: Any) -> list[float]:
     found = []
     for batch, height, width in SIZES:
         image = tiny.picture(height, width, batch)
-        expected, features = extractor(image), run(image)
+        with torch.no_grad():
+            expected, features = extractor(image), run(image)
         assert features.shape == expected.shape == (batch, height // 14, width // 14, 384)
         found.append(float((features - expected).abs().max()))
     return found
@@ -58,7 +59,6 @@ def test_onnx(extractors: dict[str, Backbone | DenoisedViT], tmp_path: Path, kin
         return torch.from_numpy(np.asarray(session.run(["features"], {"image": image.numpy()})[0]))
 
     assert max(differences(extractors[kind], run)) < 1e-3
-    assert verify_export(tmp_path / "out").problems == ()
 
 
 @pytest.mark.parametrize("kind", ["raw", *CLEAN])
@@ -66,7 +66,6 @@ def test_program(extractors: dict[str, Backbone | DenoisedViT], tmp_path: Path, 
     export_extractor(extractors[kind], tmp_path / "out", ExportOptions(format="program"))
     module = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
     assert max(differences(extractors[kind], module)) < 1e-4
-    assert verify_export(tmp_path / "out").problems == ()
 
 
 @pytest.mark.parametrize("kind", CLEAN)
