@@ -387,7 +387,7 @@ def test_index_out_of_range_is_a_mistake_of_the_caller(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"ahead": 0}])
-def test_stream_without_workers_or_room_is_refused_at_once(tree: Path, options: dict[str, int]) -> None:
+def test_stream_without_workers_or_room_is_refused_at_once(tree: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         open_dataset(tree).stream([0], **options)
 

@@ -85,8 +85,8 @@ def load_backbone(
         if (str(weights), stride, layout) != ("auto", None, "auto"):
             raise BackboneError("a model of transformers brings its own weights, stride and layout")
         wrapped = wrap_huggingface(model, layer=layer, norm=norm, mean=mean, std=std, default_size=default_size)
-        place = wrapped.device if device == "auto" else _device(device)
-        return wrapped.to(device=place, dtype=None if dtype == "auto" else _dtype(dtype, place))
+        place = wrapped.device if device == "auto" else device_at(device)
+        return wrapped.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, place))
     if not isinstance(model, str):
         if patch_size is None:
             raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
