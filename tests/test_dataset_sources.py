@@ -299,6 +299,29 @@ def test_failure_of_any_kind_comes_as_skipped(tmp_path: Path, monkeypatch: pytes
     assert list(dataset.stream([0])) == [(0, Skipped("a.png", "TimeoutError", unreachable=True))]
 
 
+@pytest.mark.parametrize(("status", "may_pass"), [(403, False), (410, False), (408, True), (429, True), (503, True)])
+def test_what_a_server_refuses_for_good_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, may_pass: bool
+) -> None:
+    put(tmp_path / "a.png", picture(1))
+    dataset = open_dataset(tmp_path)
+    asked: list[float] = []
+
+    class Refused(Exception):
+        def __init__(self) -> None:
+            super().__init__("refused")
+            self.status = status
+
+    def refuse(*_: Any) -> bytes:
+        raise Refused
+
+    monkeypatch.setattr(dataset._storage, "read", refuse)
+    monkeypatch.setattr("denoising_vit.dataset.reading.time.sleep", asked.append)
+    ((_, found),) = dataset.stream([0], patience=(1.0, 5.0))
+    assert isinstance(found, Skipped) and found.unreachable == may_pass
+    assert asked == ([1.0, 5.0] if may_pass else [])
+
+
 # --- streaming ---
 
 

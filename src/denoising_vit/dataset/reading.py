@@ -17,6 +17,9 @@ from denoising_vit.dataset.storage import Storage, reason_of
 from denoising_vit.errors import PhotoError
 from denoising_vit.photos import read_photo_bytes
 
+#: Refusals of an HTTP server that may be another time: too slow, too early, too often.
+_PASSING = (408, 425, 429)
+
 
 class Dataset(Sequence[Item]):
     """The images of one source, as :func:`open_dataset` found them. It may be pickled and shared between threads.
@@ -130,5 +133,8 @@ class Dataset(Sequence[Item]):
 
 def _may_pass(cause: BaseException | None) -> bool:
     """Whether what kept a file from being read is the way to it, not the file: a network, a drive."""
+    status = getattr(cause, "status", None)  # of an HTTP answer
+    if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING:
+        return False
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, PhotoError, ValueError)
     return isinstance(cause, Exception) and not isinstance(cause, lasting)

@@ -1,0 +1,333 @@
+"""Figures of held-out photos by straightforward computation, and pictures of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny_distillation as tiny
+import tiny_fit
+from denoising_vit.dataset import open_dataset
+from denoising_vit.errors import TrainError
+from denoising_vit.evaluation.position import linear_position_r2
+from denoising_vit.evaluation.tokens import effective_rank
+from denoising_vit.photos import read_photo
+from denoising_vit.rendering import to_image
+from denoising_vit.training.distillation import distil, judging
+from denoising_vit.training.distillation.distil import Distillation
+from denoising_vit.training.distillation.judging import HeldOut
+from denoising_vit.training.distillation.student import Student
+from denoising_vit.training.distillation.teacher import DenoiserTeacher, Lesson
+from denoising_vit.training.samples import Sample, whole_view
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_fit.write_photos(tmp_path_factory.mktemp("photos"), 11)
+
+
+def changed(run: Distillation) -> Student:
+    """The student, with other weights than the teacher's."""
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in run.judged.parameters():
+            value.add_(torch.randn(value.shape, generator=chance) * 0.02)
+    return run.judged
+
+
+@torch.no_grad()
+def by_hand(run: Distillation, student: Student, size: tuple[int, int]) -> list[tuple[Any, Lesson]]:
+    """The student's answer and the lesson, photo by photo."""
+    found = []
+    for image in run.judge.images:
+        photo = to_image(read_photo(Path(open_dataset(run.reader.photos.dataset.source)[image].url)))  # pyright: ignore
+        view = whole_view(size, mirrored=False).render(photo, student.backbone.mean, student.backbone.std)[None]
+        (batch,) = run.reader.batches([[sample_of(image, run.sampler.sizes.index(size), size)]])
+        assert torch.equal(batch.images, view)
+        found.append((student(view), run.teacher(batch)))
+    return found
+
+
+def sample_of(image: int, number: int, size: tuple[int, int]) -> Sample:
+    return Sample(image, number, None, whole_view(size, mirrored=False))
+
+
+def cosine(one: Tensor, other: Tensor) -> Tensor:
+    one, other = one.double(), other.double()
+    return (one * other).sum(-1) / one.norm(dim=-1) / other.norm(dim=-1)
+
+
+def test_figures_by_a_straightforward_computation(photos: Path, tmp_path: Path) -> None:
+    backbone = tiny.backbone(3)
+    also = [tiny.denoiser(backbone.at_layer(0), seed=1)]
+    job = tiny.prepared(photos, tmp_path / "run", backbone, None, tiny.views(sizes="48,64x48"), also=also)
+    run = job.training()
+    student = changed(run)
+    figures = run.judge(student)
+    both = {size: by_hand(run, student, size) for size in ((48, 48), (64, 48))}
+    answers = [pair for pairs in both.values() for pair in pairs]
+    assert len(answers) == 2 * 3
+
+    def gathered(pick: Any) -> tuple[Tensor, Tensor]:
+        pairs = [pick(answer, lesson) for answer, lesson in answers]
+        return tuple(torch.cat([one.flatten(0, -2) for one in side]) for side in zip(*pairs, strict=True))  # pyright: ignore
+
+    clean, target = gathered(lambda answer, lesson: (answer[0][0], lesson.features[0]))
+    assert len(clean) == 3 * (9 + 12)
+    assert figures["cosine"] == pytest.approx(float(cosine(clean, target).mean()), abs=1e-4)
+    assert figures["mse"] == pytest.approx(float((clean - target).double().square().mean()), rel=1e-3)
+    raw, target = gathered(lambda _, lesson: (lesson.raw[0], lesson.features[0]))
+    assert figures["raw_cosine"] == pytest.approx(float(cosine(raw, target).mean()), abs=1e-4)
+    assert figures["raw_mse"] == pytest.approx(float((raw - target).double().square().mean()), rel=1e-3)
+    assert figures["ratio"] == pytest.approx((1 - figures["cosine"]) / (1 - figures["raw_cosine"]))
+    deep, target = gathered(lambda answer, lesson: (answer[0][1], lesson.features[1]))
+    assert figures["layer_0_cosine"] == pytest.approx(float(cosine(deep, target).mean()), abs=1e-4)
+    prefix, frozen = gathered(lambda answer, lesson: (answer[1][0], lesson.prefixes[0]))
+    assert figures["class_drift"] == pytest.approx(float(1 - cosine(prefix, frozen).mean()), abs=1e-4)
+    assert figures["class_drift"] > 0.001
+    assert figures["prefix_drift"] == figures["class_drift"]  # of a class token alone
+    first = both[(48, 48)]
+    assert figures["rank"] == pytest.approx(effective_rank(torch.cat([a[0][0] for a, _ in first])), rel=1e-3)
+    assert figures["raw_rank"] == pytest.approx(effective_rank(torch.cat([x.raw[0] for _, x in first])), rel=1e-3)
+    assert figures["target_rank"] == pytest.approx(
+        effective_rank(torch.cat([x.features[0] for _, x in first])), rel=1e-3
+    )
+    assert "place" not in figures  # of three photos
+
+
+def test_registers_count_for_the_drift_of_prefix_tokens_alone(photos: Path, tmp_path: Path) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", tiny.tokens(3)).training()
+    before = run.judge(run.judged)
+    with torch.no_grad():
+        run.judged.get_parameter("backbone.model.prefix")[:, 1:] *= -1
+    figures = run.judge(run.judged)
+    assert figures["class_drift"] == pytest.approx(before["class_drift"], abs=1e-9)
+    assert figures["prefix_drift"] > 0.5
+    assert figures["cosine"] == before["cosine"]
+
+
+def test_without_prefix_tokens_there_is_no_drift(photos: Path, tmp_path: Path) -> None:
+    job, _ = tiny.distilled(photos, tmp_path / "run", tiny.tokens(0))
+    for row in tiny.rows(tmp_path / "run", "held_out"):
+        assert not [name for name in row if "drift" in name]
+    assert {row["held"] for row in tiny.rows(tmp_path / "run", "train")} == {0}
+    assert job.folder.last.is_file()
+
+
+def test_a_student_that_learnt_nothing_is_raw(photos: Path, tmp_path: Path) -> None:
+    run = tiny.prepared(photos, tmp_path / "run").training()
+    figures = run.judge(run.judged)
+    assert figures["ratio"] == pytest.approx(1, abs=1e-3)
+    assert figures["cosine"] == pytest.approx(figures["raw_cosine"], abs=1e-4)
+    assert figures["rank"] == pytest.approx(figures["raw_rank"], rel=1e-2)
+    assert abs(figures["class_drift"]) < 1e-5
+
+
+def test_place_is_told_where_there_are_photos_enough(photos: Path, tmp_path: Path) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(held_out=8)).training()
+    figures = run.judge(run.judged)
+    student = run.judged
+    features = torch.cat([answer[0][0] for answer, _ in by_hand(run, student, (48, 48))])
+    assert figures["place"] == pytest.approx(linear_position_r2(features, train=4), abs=1e-3)
+    assert math.isfinite(figures["place_neighbours"])
+    assert {"raw_place", "target_place"} <= figures.keys()
+
+
+def test_the_teacher_is_asked_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    teach = DenoiserTeacher.__call__
+
+    def counted(self: DenoiserTeacher, batch: Any) -> Lesson:
+        seen.append(len(batch.samples))
+        return teach(self, batch)
+
+    monkeypatch.setattr(DenoiserTeacher, "__call__", counted)
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(held_out=9)).training()
+    assert seen == [8, 1]
+    run.judge(run.judged)
+    run.judge(run.judged)
+    assert seen == [8, 1]
+
+
+def test_what_float16_cannot_hold_is_kept_as_it_is(photos: Path, tmp_path: Path) -> None:
+    backbone = tiny.backbone()
+    with torch.no_grad():
+        backbone.get_parameter("model.norm.weight").mul_(1e5)
+    denoiser = tiny.denoiser(None)
+    run = tiny.prepared(photos, tmp_path / "run", backbone, denoiser=denoiser).training()
+    figures = run.judge(run.judged)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["raw_cosine"] == pytest.approx(figures["cosine"], abs=1e-4)
+
+
+def panel(run: Path, step: int) -> Image.Image:
+    return Image.open(run / "panels" / f"step-{step:07}.png")
+
+
+@pytest.mark.parametrize(("held_out", "rows"), [(1, 1), (6, 4)])
+def test_pictures_show_photo_raw_student_and_teacher(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: int, rows: int
+) -> None:
+    drawn: list[Any] = []
+    draw = judging.draw_panel
+
+    def watched(folder: Path, step: int, headings: Any, shown: Any) -> None:
+        drawn.append((step, headings, shown))
+        draw(folder, step, headings, shown)
+
+    monkeypatch.setattr(judging, "draw_panel", watched)
+    training = tiny.options(steps=1, held_out=held_out)
+    run = tiny.prepared(photos, tmp_path / "run", training=training).training()
+    run.run()
+    ((step, headings, shown),) = drawn
+    assert (step, headings) == (1, ("raw", "distilled, step 1", "teacher"))
+    assert [name for name, _, _ in shown] == [f"{image:02}.png" for image in run.judge.images[:rows]]
+    answers = by_hand(run, run.judged, (48, 48))
+    for (name, pixels, maps), (answer, lesson) in zip(shown, answers, strict=False):
+        assert (pixels == read_photo(photos / name)).all()
+        for found, expected in zip(maps, (lesson.raw[0], answer[0][0], lesson.features[0]), strict=True):
+            assert float(cosine(found, expected[0]).min()) > 0.999
+    assert panel(tmp_path / "run", 1).format == "PNG"
+
+
+def test_a_picture_that_cannot_be_written_ends_the_run_in_words(photos: Path, tmp_path: Path) -> None:
+    run = tiny.prepared(photos, tmp_path / "run").training()
+    (tmp_path / "run" / "panels").write_text("in the way")
+    with pytest.raises(TrainError, match="panels"):
+        run.run()
+
+
+# --- which of them is kept ---
+
+
+def head(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {})["denoising_vit"]
+
+
+def judged_as(run: Distillation, monkeypatch: pytest.MonkeyPatch, figures: Iterator[dict[str, float]]) -> None:
+    """Has the looks at held-out photos come out so."""
+    judge = HeldOut.__call__
+    monkeypatch.setattr(HeldOut, "__call__", lambda self, student: judge(self, student) | next(figures))
+    monkeypatch.setattr(HeldOut, "draw", lambda *_: None)
+
+
+def test_the_best_by_held_out_cosine_and_the_last_are_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
+    judged_as(run, monkeypatch, iter({"cosine": value, "ratio": 1.0} for value in (0.1, 0.7, 0.3, 0.7, 0.2, 0.5)))
+    states: dict[int, dict[str, Tensor]] = {}
+    progress = run.run(on_step=lambda step, _: states.update({step: tiny.copied(run.student)}))
+    assert (progress.step, progress.best, progress.best_step) == (6, 0.7, 2)  # the first of equals
+    for path, step in ((run.folder.distilled, 2), (run.folder.last, 6)):
+        for name, value in load_file(path).items():
+            assert torch.equal(value, states[step][f"backbone.model.{name}"].half()), (path, name)
+
+
+def test_the_best_is_that_of_the_whole_run_however_often_it_stopped(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = tiny.options(evaluate_every=1)
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1, stop_at=3)).training()
+    judged_as(run, monkeypatch, iter({"cosine": v, "ratio": 1.0} for v in (0.1, 0.9, 0.3, 0.4, 0.5, 0.6)))
+    run.run()
+    before = run.folder.distilled.read_bytes()
+    assert tiny.prepared(photos, tmp_path / "run", training=training, resume=True).training().run().best_step == 2
+    assert run.folder.distilled.read_bytes() == before
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_best(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
+    told = [(0.5, 0.9), (0.6, 0.8), (0.55, 1.9), (0.2, 2.1)]
+    judged_as(run, monkeypatch, iter({"cosine": c, "raw_cosine": 0.6, "ratio": ratio} for c, ratio in told))
+    with pytest.raises(
+        TrainError, match=r"step 4: the run diverged, .* more than 2 times .* the best model is kept"
+    ) as e:
+        run.run()
+    assert f"({run.folder.distilled}). Lower --learning-rate, or raise --warmup" in str(e.value)
+    assert run.folder.checkpoints.step == 2
+    assert '"step": 2' in head(run.folder.distilled)
+    assert tiny.rows(tmp_path / "run", "held_out")[-1]["ratio"] == 2.1
+
+
+def test_figures_that_are_none_are_a_run_that_diverged(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
+    good = {"cosine": 0.5, "ratio": 1.0}
+    judged_as(run, monkeypatch, iter([good, {"cosine": math.nan, "ratio": math.nan}]))
+    with pytest.raises(TrainError, match=r"step 2: the run diverged.*the best model is kept"):
+        run.run()
+    assert '"step": 1' in head(run.folder.distilled)
+
+
+def test_figures_that_are_none_say_so_before_the_rate_has_risen(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1, warmup=0.9)).training()
+    judged_as(run, monkeypatch, iter([{"cosine": math.nan, "ratio": math.nan}]))
+    with pytest.raises(TrainError, match=r"step 1: the run diverged.*no model was kept"):
+        run.run()
+    assert not run.folder.distilled.exists()
+
+
+def test_a_teacher_that_changes_nothing_is_not_diverged_from_by_a_trifle(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
+    judged_as(run, monkeypatch, itertools.repeat({"cosine": 0.9999, "raw_cosine": 0.99999, "ratio": 10.0}))
+    assert run.run().step == 6
+
+
+def test_while_the_rate_rises_a_student_may_be_far_off(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = tiny.options(evaluate_every=1, warmup=0.5)
+    run = tiny.prepared(photos, tmp_path / "run", training=training).training()
+    told = [(0.1, 5.0), (0.1, 5.0), (0.1, 5.0), (0.8, 1.0), (0.8, 1.0), (0.8, 1.0)]
+    judged_as(run, monkeypatch, iter({"cosine": c, "raw_cosine": 0.8, "ratio": ratio} for c, ratio in told))
+    assert run.run().step == 6
+
+
+def test_a_model_that_diverged_before_any_look_is_not_called_the_best(photos: Path, tmp_path: Path) -> None:
+    backbone = tiny.backbone()
+    denoiser = tiny.denoiser(backbone, strength=0.02)
+    training = tiny.options(learning_rate=100, evaluate_every=4)
+    run = tiny.prepared(photos, tmp_path / "run", backbone, training, denoiser=denoiser).training()
+    with pytest.raises(TrainError, match=r"step 4: the run diverged.*; no model was kept"):
+        run.run()
+    assert not run.folder.distilled.exists()
+
+
+def test_a_huge_rate_diverges_after_the_best_was_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOut, "draw", lambda *_: None)
+    backbone = tiny.backbone()
+    denoiser = tiny.denoiser(backbone, strength=0.02)
+    training = tiny.options(steps=12, learning_rate=3, evaluate_every=1, warmup=0.5)
+    job = tiny.prepared(photos, tmp_path / "run", backbone, training, denoiser=denoiser)
+    with pytest.raises(TrainError, match=r"step \d+: the run diverged.* the best model is kept"):
+        job.training().run()
+    told = tiny.rows(tmp_path / "run", "held_out")
+    best = max(told, key=lambda row: row["cosine"])
+    assert told[-1]["ratio"] > distil._DIVERGED
+    assert best["step"] < told[-1]["step"]
+    kept = job.training().judged
+    kept.load_state_dict({f"backbone.model.{name}": value for name, value in load_file(job.folder.distilled).items()})
+    assert job.training().judge(kept)["cosine"] == pytest.approx(best["cosine"], abs=1e-3)

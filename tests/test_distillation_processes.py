@@ -1,0 +1,266 @@
+"""Two processes equal one on the doubled batch, through the commands that users start."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny_distillation as tiny
+import tiny_fit
+from denoising_vit.errors import TrainError
+from denoising_vit.training.samples import Sampler, split
+from denoising_vit.training.train import gradient_norm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PHOTOS, HELD_OUT, STEPS = 7, 2, 4
+
+#: High enough for weights to move by more than a thousandth.
+RATE = 0.01
+
+#: Seconds that a command may take on a machine that has much else to do.
+PATIENCE = 900
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_panels() -> Iterator[None]:
+    with tiny.blank_panels():
+        yield
+
+
+class Given(NamedTuple):
+    """What all runs share."""
+
+    photos: Path
+    weights: Path
+    denoiser: Path
+
+
+@pytest.fixture(scope="module")
+def given(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Given:
+    folder = tmp_path_factory.mktemp("given")
+    weights = tiny_fit.write_weights(folder / "tiny.safetensors")
+    denoiser = tiny.write(tiny.denoiser(tiny_fit.spec_of(weights).load()), folder / "denoiser.safetensors")
+    return Given(tiny_fit.write_photos(folder / "photos", PHOTOS), weights, denoiser)
+
+
+OPTIONS = {"steps": STEPS, "learning_rate": RATE, "held_out": HELD_OUT, "evaluate_every": 4, "checkpoint_every": 1}
+SHOWN = {"sizes": "48,32x64", "whole": 0.5}
+
+
+def arguments(given: Given, run: Path, *more: str, batch: int = 2) -> list[str]:
+    options = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    shown = [text for name, value in SHOWN.items() for text in (f"--views.{name}", str(value))]
+    return [
+        *("distill", str(given.photos), "--denoiser", str(given.denoiser), "-o", str(run), "--batch-size", str(batch)),
+        *("--backbone", tiny.MODEL, "--weights", str(given.weights), "--device", "cpu", "--dtype", "float32"),
+        *("--precision", "float32", *options, *shown, *more),
+    ]
+
+
+def launched(launcher: list[str], command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command in two processes of a launcher, which wants the number of a free port as well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    whole = [sys.executable, "-m", *launcher, port, *command]
+    return subprocess.run(whole, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+#: With --cpu it would start one process, however many are asked for; where they compute, the program is told.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+
+MODULE = ["-m", "denoising_vit"]
+
+
+@pytest.fixture(scope="module")
+def one(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, with batches twice as large."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    training, shown = tiny.options(**OPTIONS, batch_size=4), tiny.views(**SHOWN)
+    with tiny.blank_panels():
+        tiny.distilled(given.photos, run, tiny_fit.spec_of(given.weights), training, shown, denoiser=given.denoiser)
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("two") / "run"
+    done = launched(TORCHRUN, [*MODULE, *arguments(given, run)])
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stderr
+    assert done.stderr.count("photos to train on") == 1  # the first process alone speaks
+    return run
+
+
+@pytest.fixture(scope="module")
+def shared(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights shared out between the processes, and activations computed again."""
+    run = tmp_path_factory.mktemp("shared") / "run"
+    done = launched(TORCHRUN, [*MODULE, *arguments(given, run, "--shard", "--checkpointing", "--ema", "0.5")])
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(params=["two", "shared"])
+def together(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def tensors(run: Path, kind: str, step: int = STEPS) -> dict[str, Tensor]:
+    """Of a checkpoint: of the model, or a part of the optimiser's state."""
+    found = load_file(run / "checkpoints" / f"step-{step:07}.safetensors")
+    return {name: value for name, value in found.items() if name.startswith("model.") or kind == name.rsplit(".", 1)[1]}
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors(run, "model", step).items() if name.startswith("model.")}
+
+
+# --- two processes ---
+
+
+def test_losses_gradients_and_rates_are_those_of_the_doubled_batch(one: Path, together: Path) -> None:
+    for alone, both in zip(tiny.rows(one, "train"), tiny.rows(together, "train"), strict=True):
+        assert both["rate"] == alone["rate"]
+        for figure in ("loss", "mse", "cosine", "held", "gradient"):
+            assert both[figure] == pytest.approx(alone[figure], rel=1e-5, abs=1e-6), figure
+
+
+def test_every_gradient_is_that_of_the_doubled_batch(one: Path, together: Path) -> None:
+    """AdamW keeps a moving average of them."""
+    alone, both = (tensors(run, "exp_avg") for run in (one, together))
+    assert alone.keys() == both.keys()
+    averages = [name for name in alone if name.endswith("exp_avg")]
+    assert len(averages) == len(weights(one))
+    for name in averages:
+        torch.testing.assert_close(both[name], alone[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_weights_are_those_of_the_doubled_batch(given: Given, one: Path, together: Path) -> None:
+    """All but a handful, whose gradients are so near to zero that AdamW enlarges what is rounded off."""
+    before = tiny_fit.spec_of(given.weights).load().state_dict()
+    moved = max(
+        float((v - before[name.removeprefix("model.backbone.")]).abs().max()) for name, v in weights(one).items()
+    )
+    assert moved > 1e-3
+    alone, both = (tiny.without_key_biases(weights(run)) for run in (one, together))
+    assert alone.keys() == both.keys()
+    apart = torch.cat([(both[name] - value).abs().flatten() for name, value in alone.items()])
+    assert int((apart > 1e-5).sum()) <= 1e-5 * len(apart)
+    assert float(apart.max()) < 0.2 * moved
+    assert float(apart.norm()) < 1e-3 * moved * len(apart) ** 0.5
+
+
+def test_held_out_figures_and_models_agree(one: Path, two: Path) -> None:
+    alone, both = (tiny.rows(run, "held_out") for run in (one, two))
+    assert [row["step"] for row in both] == [STEPS]
+    for there, here in zip(alone, both, strict=True):
+        assert here["cosine"] == pytest.approx(there["cosine"], abs=1e-5)
+        assert here["class_drift"] == pytest.approx(there["class_drift"], abs=1e-5)
+    for name in ("distilled.safetensors", "last.safetensors"):
+        there, here = (load_file(run / name) for run in (one, two))
+        for key, value in there.items():
+            torch.testing.assert_close(here[key], value, rtol=1e-3, atol=1e-3, msg=key)
+
+
+def test_the_average_of_shared_weights_is_whole(one: Path, shared: Path) -> None:
+    kept = load_file(shared / "checkpoints" / f"step-{STEPS:07}.safetensors")
+    last = load_file(shared / "last.safetensors")
+    for name, value in last.items():
+        raw, average = (kept[f"{kind}.backbone.model.{name}"] for kind in ("model", "more"))
+        assert raw.shape == average.shape == value.shape
+        assert torch.equal(average.half(), value)
+    assert last.keys() == load_file(one / "last.safetensors").keys()
+
+
+def test_a_run_of_two_processes_is_not_gone_on_with_by_one(given: Given, two: Path) -> None:
+    training, shown = tiny.options(**OPTIONS, batch_size=2), tiny.views(**SHOWN)
+    spec = tiny_fit.spec_of(given.weights)
+    with pytest.raises(TrainError, match="processes was 2, now 1"):
+        tiny.prepared(given.photos, two, spec, training, shown, denoiser=given.denoiser, resume=True)
+
+
+# --- accelerate's launcher, and a photo that one process alone cannot read ---
+
+
+def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(given: Given, tmp_path: Path) -> None:
+    """Gradients are means over processes: half of those of the one that has a photo."""
+    trained = split(range(PHOTOS), HELD_OUT, 0)[0]
+    first, second = Sampler(trained, ((48, 48), (32, 64)), tiny.views(**SHOWN), 0, 2).step(0)
+    photos = tmp_path / "photos"
+    spoilt = Given(tiny_fit.write_photos(photos, PHOTOS), given.weights, given.denoiser)
+    (photos / f"{second.image:02}.png").write_text("words")
+    done = launched(ACCELERATE, [*MODULE, *arguments(spoilt, tmp_path / "run", "--stop-at", "2", batch=1)])
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count(f"skipped: {second.image:02}.png: not an image file") == 1
+    assert f"2 of {STEPS} steps done" in done.stderr
+    training, spec = tiny.options(**OPTIONS), tiny_fit.spec_of(given.weights)
+    run = tiny.prepared(
+        photos, tmp_path / "alone", spec, training, tiny.views(**SHOWN), denoiser=given.denoiser
+    ).training()
+    (batch,) = run.reader.batches([[first]])
+    loss, _ = run._loss(run.student(batch.images), run.teacher(batch), batch.usable)
+    loss.backward()
+    row, _ = tiny.rows(tmp_path / "run", "train")
+    assert row["loss"] == pytest.approx(loss.item() / 2, rel=1e-5)
+    assert row["gradient"] == pytest.approx(gradient_norm(run.student).item() / 2, rel=1e-5)
+
+
+# --- a process that dies ---
+
+DYING = '''"""`dvit`, whose second process is killed in its third step."""
+
+import os
+import signal
+import sys
+
+import torch
+
+from denoising_vit.cli import main
+
+step, calls = torch.optim.AdamW.step, iter(range(9))
+
+
+def dying(self, *args):
+    if next(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+
+
+torch.optim.AdamW.step = dying
+main(sys.argv[1:])
+'''
+
+
+def test_a_process_that_is_killed_ends_the_command_and_the_run_goes_on_later(
+    given: Given, two: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    run = tmp_path / "run"
+    killed = launched(TORCHRUN, [str(tmp_path / "dying.py"), *arguments(given, run)])
+    assert killed.returncode != 0
+    assert "Signal 9 (SIGKILL)" in killed.stderr
+    assert not (run / "last.safetensors").exists()
+    left = max((run / "checkpoints").iterdir()).name
+    assert left in ("step-0000002.safetensors", "step-0000003.safetensors")  # the first may have been a step further
+    done = launched(TORCHRUN, [*MODULE, *arguments(given, run, "--resume")])
+    assert done.returncode == 0, done.stderr
+    assert f"{STEPS} of {STEPS} steps done" in done.stderr
+    there, here = tiny.results(two), tiny.results(run)
+    assert here.keys() == there.keys()
+    for name in there:
+        assert here[name] == there[name], name
