@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import tiny_artifact
 from command import Dvit, in_process
 from denoising_vit import SEEDS, Backbone, Denoiser, DenoiserError, FormatError, load_backbone, load_denoiser
+from denoising_vit.backbones import hub as model_hub
 from denoising_vit.backbones import loading
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import (
@@ -45,7 +46,7 @@ State = dict[str, Tensor]
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No network, and nothing in the hub's cache."""
-    monkeypatch.setattr(loading, "_reachable", lambda url: False)
+    monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 

@@ -246,21 +246,15 @@ main(sys.argv[1:])
 '''
 
 
-def test_a_process_that_is_killed_ends_the_command_and_the_run_goes_on_later(
-    given: Given, two: Path, tmp_path: Path
-) -> None:
+def test_a_process_that_is_killed_ends_the_command_and_leaves_a_checkpoint(given: Given, tmp_path: Path) -> None:
+    """From which the run goes on, as from that of any crash."""
     (tmp_path / "dying.py").write_text(DYING)
     run = tmp_path / "run"
     killed = launched(TORCHRUN, [str(tmp_path / "dying.py"), *arguments(given, run)])
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL)" in killed.stderr
     assert not (run / "last.safetensors").exists()
-    left = max((run / "checkpoints").iterdir()).name
-    assert left in ("step-0000002.safetensors", "step-0000003.safetensors")  # the first may have been a step further
-    done = launched(TORCHRUN, [*MODULE, *arguments(given, run, "--resume")])
-    assert done.returncode == 0, done.stderr
-    assert f"{STEPS} of {STEPS} steps done" in done.stderr
-    there, here = tiny.results(two), tiny.results(run)
-    assert here.keys() == there.keys()
-    for name in there:
-        assert here[name] == there[name], name
+    left = max((run / "checkpoints").iterdir())
+    # The first may have been a step further.
+    assert left.name in ("step-0000002.safetensors", "step-0000003.safetensors")
+    assert all(torch.isfinite(value).all() for value in load_file(left).values())

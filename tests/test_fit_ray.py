@@ -333,7 +333,7 @@ class Watcher:
     written: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def __call__(self) -> None:
-        while not self.ended.wait(0.005):
+        while not self.ended.wait(0.03):
             for index in self.store.contents.staged():
                 with contextlib.suppress(FileNotFoundError):  # sealed since
                     self.written[index].add((Path(self.store.url) / layout.staged_key(index)).stat().st_mtime_ns)

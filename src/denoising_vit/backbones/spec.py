@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from denoising_vit.backbones.base import Backbone
-from denoising_vit.backbones.loading import Dtype, load_backbone
+from denoising_vit.backbones.hardware import Dtype
+from denoising_vit.backbones.loading import load_backbone
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.backbones.loading import dtype_on
+from denoising_vit.backbones.hardware import dtype_on
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.dataset import Dataset
 from denoising_vit.denoiser import GivenDenoiser
