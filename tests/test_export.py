@@ -170,7 +170,7 @@ def test_other_architectures(tmp_path: Path, name: str) -> None:
         assert torch.allclose(program(image), backbone(image), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "dinov3_vit", "clip"])
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model"])
 def test_hugging_face_models(tmp_path: Path, kind: str) -> None:
     tiny_huggingface.write(tmp_path / "model", kind)
     backbone = dv.load_backbone(str(tmp_path / "model"), dtype="float32", device="cpu")
