@@ -22,8 +22,9 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights, read_state_dict
 from denoising_vit.errors import TrainError, WeightsError
+from denoising_vit.tensor_files import DISTILLED
 from denoising_vit.training.checkpoints import Checkpoints
-from denoising_vit.training.distillation import DISTILLED_FORMAT, files
+from denoising_vit.training.distillation import files
 from denoising_vit.training.distillation.distil import Distillation
 from denoising_vit.training.distillation.files import write_distilled
 
@@ -157,7 +158,7 @@ def head(path: Path) -> dict[str, Any]:
 def test_the_record_names_the_backbone_and_how_it_was_distilled(ran: tuple[Distillation, dv.Backbone]) -> None:
     run, raw = ran
     told = head(run.folder.distilled)
-    assert (told["format"], told["format_version"]) == (DISTILLED_FORMAT, 1)
+    assert (told["format"], told["format_version"]) == (DISTILLED, 1)
     assert told["backbone"] == json.loads(json.dumps(describe(raw)))
     assert told["backbone"]["name"] == tiny.MODEL
     assert told["step"] == 2

@@ -1,6 +1,6 @@
 """G of a backbone as a thing of its own: found by calibration, kept in a file, taken away from any features."""
 
-from denoising_vit.artifact.artifact import FORMAT, FORMAT_VERSION, Artifact, compact
+from denoising_vit.artifact.artifact import FORMAT, FORMAT_VERSION, Artifact
 from denoising_vit.artifact.known import (
     SHIPPED,
     KnownArtifact,
@@ -18,7 +18,6 @@ __all__ = [
     "Artifact",
     "KnownArtifact",
     "artifact_digest",
-    "compact",
     "known_artifact",
     "load_artifact",
     "resampling_note",

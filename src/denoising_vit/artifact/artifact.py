@@ -18,11 +18,11 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError
 from denoising_vit.files import atomic_path
+from denoising_vit.tensor_files import KEY, compact, read_record, refuse_newer
 
 FORMAT = "denoising-vit/artifact"
 FORMAT_VERSION = 1
 
-_KEY = "denoising_vit"
 _REQUIRED = ("format_version", "size", "backbone", "info")
 
 
@@ -92,7 +92,7 @@ class Artifact:
         tensors = {"artifact": compact(self.values)}
         with atomic_path(Path(path)) as temporary:
             try:
-                save_file(tensors, temporary, metadata={_KEY: json.dumps(head)})
+                save_file(tensors, temporary, metadata={KEY: json.dumps(head)})
             except SafetensorError as error:  # a full disk, for one
                 raise OSError(f"{path}: could not be written ({error})") from error
 
@@ -107,22 +107,15 @@ class Artifact:
         if not path.is_file():
             raise FormatError(f"{path}: no such file")
         try:
+            head = read_record(path)
+            _check_head(path, head)
             with safe_open(path, framework="pt") as file:
-                head = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-                _check_head(path, head)
                 values = file.get_tensor("artifact").float()
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise FormatError(f"{path}: not an artifact, or damaged: expected a safetensors file ({error})") from error
         if values.ndim != 3 or not torch.isfinite(values).all():
             raise FormatError(f"{path}: damaged artifact, expected finite values (h, w, C), got {tuple(values.shape)}")
         return cls(values, tuple(head["size"]), head["backbone"], head["info"])
-
-
-def compact(values: Tensor) -> Tensor:
-    """Values as they are stored: float16, unless they exceed its range."""
-    values = values.detach().cpu()
-    fits = not values.numel() or float(values.abs().max()) < torch.finfo(torch.float16).max
-    return (values.half() if fits else values.float()).contiguous()
 
 
 def _public(info: dict[str, Any]) -> dict[str, Any]:
@@ -143,11 +136,7 @@ def _check_head(path: Path, head: Any) -> None:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"{path}: a safetensors file, but not one with an artifact (no {FORMAT!r} metadata)")
     version = head.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
-            "upgrade denoising-vit"
-        )
+    refuse_newer(path, version, FORMAT_VERSION)
     if lacking := [key for key in _REQUIRED if key not in head]:
         raise FormatError(f"{path}: damaged artifact, its metadata lacks {', '.join(lacking)}")
     size, backbone = head["size"], head["backbone"]

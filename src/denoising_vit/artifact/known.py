@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from denoising_vit.artifact.artifact import Artifact, compact
+from denoising_vit.artifact.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.errors import ArtifactError, PlanError
+from denoising_vit.tensor_files import compact
 
 #: What stands for the artifact that comes with the package.
 SHIPPED = "shipped"

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.errors import FormatError
+from denoising_vit.tensor_files import KEY, compact, read_record
 
 if TYPE_CHECKING:
     from denoising_vit.decomposition.result import Decomposition
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 FORMAT = "denoising-vit/decomposition"
 FORMAT_VERSION = 1
 
-_KEY = "denoising_vit"
 _REQUIRED = ("format_version", "size", "patch_size", "stride", "info")
-_HALF_MAX = torch.finfo(torch.float16).max
 
 
 def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tensor] | None = None) -> None:
@@ -37,9 +35,9 @@ def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tens
         "stride": result.stride,
         "info": result.info,
     }
-    content = {key: _compact(value) for key, value in (tensors | (extra or {})).items()}
+    content = {key: compact(value) for key, value in (tensors | (extra or {})).items()}
     try:
-        save_file(content, path, metadata={_KEY: json.dumps(head)})
+        save_file(content, path, metadata={KEY: json.dumps(head)})
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{path}: could not be written ({error})") from error
 
@@ -75,9 +73,7 @@ def read_head(path: Path) -> dict[str, Any]:
         FormatError: if the file is not a decomposition that this version reads.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        head = json.loads(metadata.get(_KEY, "{}"))
+        head = read_record(path)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: not a decomposition: expected a safetensors file ({error})") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
@@ -91,10 +87,3 @@ def read_head(path: Path) -> dict[str, Any]:
             "upgrade denoising-vit"
         )
     return head
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    """float16 where the values fit: features without a final norm can exceed its range."""
-    tensor = tensor.detach().cpu()
-    fits = tensor.numel() == 0 or float(tensor.abs().max()) < _HALF_MAX
-    return (tensor.half() if fits else tensor.float()).contiguous()

@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from denoising_vit.artifact import compact
 from denoising_vit.backbones.recorded import names_backbone
 from denoising_vit.backbones.weights import read_state_dict
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
 from denoising_vit.files import atomic_path
+from denoising_vit.tensor_files import KEY, compact, read_record, refuse_newer
 
 FORMAT = "denoising-vit/denoiser"
 FORMAT_VERSION = 1
-
-_KEY = "denoising_vit"
 
 
 def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
@@ -46,7 +44,7 @@ def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
     }
     with atomic_path(Path(path)) as temporary:
         try:
-            save_file(state, temporary, metadata={_KEY: json.dumps(head)})
+            save_file(state, temporary, metadata={KEY: json.dumps(head)})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"{path}: could not be written ({error})") from error
 
@@ -77,8 +75,7 @@ def read_denoiser(path: str | Path) -> Denoiser:
 def _head(path: Path) -> dict[str, Any]:
     """The metadata of a file of ours; nothing of other safetensors files."""
     try:
-        with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+        head = read_record(path)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: not a denoiser, or damaged: expected a safetensors file ({error})") from error
     if head != {}:
@@ -91,11 +88,7 @@ def _check_head(head: Any, path: Path) -> None:
         kind = head.get("format") if isinstance(head, dict) else head
         raise FormatError(f"{path}: a safetensors file of {kind!r}, expected one of {FORMAT!r}")
     version, grid, record = head.get("format_version"), head.get("grid"), head.get("trained_for")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
-            "upgrade denoising-vit"
-        )
+    refuse_newer(path, version, FORMAT_VERSION)
     sides = isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
     if not isinstance(version, int) or not sides or not isinstance(head.get("info"), dict):
         raise FormatError(f"{path}: damaged denoiser, its metadata does not hold a version, a grid and a record")

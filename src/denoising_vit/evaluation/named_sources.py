@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.evaluation.watching import Watch
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.tensor_files import file_digest
 
 #: Names of the sources that are always there.
 SOURCES = ("raw", "subtract", "exact", "denoiser", "distilled")
@@ -164,6 +164,4 @@ def load_distilled(weights: str | Path | None, backbone: Backbone) -> tuple[Back
     path = Path(weights).expanduser()
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return with_weights(backbone, path), digest
+    return with_weights(backbone, path), file_digest(path)

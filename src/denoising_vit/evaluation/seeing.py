@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from denoising_vit.artifact import compact
 from denoising_vit.crops import Crop
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
@@ -24,6 +23,7 @@ from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.extraction import fitting_batch
 from denoising_vit.files import atomic_path
 from denoising_vit.prefetch import prefetched
+from denoising_vit.tensor_files import compact
 
 #: Most that a file takes besides its values.
 _HEADER = 256

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
@@ -19,11 +18,7 @@ from denoising_vit.denoiser import denoiser_digest
 from denoising_vit.errors import ExportError
 from denoising_vit.export.options import ExportOptions
 from denoising_vit.export.traceable import Extractor
-
-_KEY = "denoising_vit"
-
-#: ``format`` of the metadata of a distilled model's weights.
-DISTILLED = "denoising-vit/distilled"
+from denoising_vit.tensor_files import DISTILLED, read_record
 
 #: Versions that decide what a file holds and how it runs.
 _PACKAGES = ("denoising-vit", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -85,8 +80,7 @@ def distilled_record(weights: Path | None) -> dict[str, Any] | None:
     if weights is None or weights.suffix != ".safetensors":
         return None
     try:
-        with safe_open(weights, framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+        head = read_record(weights)
     except (SafetensorError, OSError, ValueError) as error:
         raise ExportError(f"{weights}: not a safetensors file that can be read ({error})") from error
     return head if isinstance(head, dict) and head.get("format") == DISTILLED else None

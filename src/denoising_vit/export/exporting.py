@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from denoising_vit.export.running import INT8, ONNX, PROGRAM, runner
 from denoising_vit.export.tensors import write_tensors
 from denoising_vit.export.timm_folder import WEIGHTS, write_timm
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
+from denoising_vit.tensor_files import file_digest
 
 FORMAT = "denoising-vit/export"
 FORMAT_VERSION = 1
@@ -179,12 +179,6 @@ def _check(
         if away is not None:
             check["elsewhere"] = dataclasses.asdict(away) | {"sizes": sizes}
     return check
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_first(folder: Path) -> list[Path]:

@@ -18,11 +18,11 @@ from denoising_vit.denoiser import Denoiser
 from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
 from denoising_vit.export.tensors import float_state, write_tensors
 from denoising_vit.export.timm_folder import WEIGHTS
+from denoising_vit.tensor_files import KEY, below, read_record, refuse_newer
 
 FORMAT = "denoising-vit/extractor"
 FORMAT_VERSION = 1
 
-_KEY = "denoising_vit"
 _BACKBONE, _DENOISER, _ARTIFACT = "backbone.", "denoiser.", "artifact"
 _REQUIRED = ("backbone", "positions")
 
@@ -51,7 +51,7 @@ def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
         artifact = extractor.artifact
         head["artifact"] = {"size": artifact.size, "backbone": artifact.backbone, "info": _nameless(artifact.info)}
         tensors[_ARTIFACT] = artifact.values.detach().float().cpu().contiguous()
-    write_tensors(tensors, folder / WEIGHTS, {_KEY: json.dumps(head)})
+    write_tensors(tensors, folder / WEIGHTS, {KEY: json.dumps(head)})
 
 
 def load_extractor(
@@ -72,9 +72,9 @@ def load_extractor(
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     try:
+        head = read_record(path)
+        _check_head(path, head)
         with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            _check_head(path, head)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: not an extractor, or damaged: expected a safetensors file ({error})") from error
@@ -92,13 +92,13 @@ def _built(
     about = head["backbone"]
     name = str(about["name"])
     model = build_timm_model(name, pretrained=False)
-    load_weights(model, _under(tensors, _BACKBONE), name=name, source=source)
+    load_weights(model, below(_BACKBONE, tensors), name=name, source=source)
     require_finite(model, source)
     options = {key: about[key] for key in ("stride", "layer", "norm")}
     backbone = TimmBackbone(model, name=name, weights=Path(source).name, **options)
     if "denoiser" in head:
         cleaner: Denoiser | Artifact = Denoiser(**head["denoiser"])
-        cleaner.load_state_dict(_under(tensors, _DENOISER))
+        cleaner.load_state_dict(below(_DENOISER, tensors))
         cleaner.eval().requires_grad_(False)
     else:
         record = head["artifact"]
@@ -107,10 +107,6 @@ def _built(
     made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # refuses what does not belong together
     place = device_at(device)
     return made.to(device=place, dtype=dtype_on(dtype, place))
-
-
-def _under(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _nameless(info: dict[str, Any]) -> dict[str, Any]:
@@ -122,10 +118,6 @@ def _check_head(path: Path, head: Any) -> None:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"{path}: a safetensors file, but not one with an extractor (no {FORMAT!r} metadata)")
     version = head.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
-            "upgrade denoising-vit"
-        )
+    refuse_newer(path, version, FORMAT_VERSION)
     if lacking := [key for key in _REQUIRED if key not in head]:
         raise FormatError(f"{path}: damaged extractor, its metadata lacks {', '.join(lacking)}")

@@ -64,7 +64,7 @@ def trained_denoiser(
     training = replace(recipe.training, seed=seed)
     source = Photos(photos, recipe.denoising)
     job = TrainJob.prepare(source, folder, backbone, training, recipe.views, resume=(folder / "run.json").is_file())
-    if job.folder.checkpoints.step < training.steps or not job.folder.last.is_file():
+    if not job.folder.is_over(training.steps):
         job.fill(watch)
         with watch("steps of the denoiser", training.steps) as advance:
             job.training().run(lambda _step, _figures: advance())

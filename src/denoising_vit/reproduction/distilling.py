@@ -57,7 +57,7 @@ def distilled_model(
     photos = training_photos(data, where)
     training, begun = replace(recipe.training, seed=seed), (folder / "run.json").is_file()
     job = DistillJob.prepare(photos, folder, backbone, training, recipe.views, denoiser=denoiser, resume=begun)
-    if job.folder.checkpoints.step < job.options.steps or not job.folder.last.is_file():
+    if not job.folder.is_over(job.options.steps):
         with watch("steps of the distillation", job.options.steps) as advance:
             job.training().run(lambda _step, _figures: advance())
     return job.folder.last

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from denoising_vit.errors import FieldError, StoreError
 from denoising_vit.store.manifest import Manifest
+from denoising_vit.tensor_files import KEY
 
 FORMAT = "denoising-vit/field"
 FORMAT_VERSION = 1
 
-_KEY = "denoising_vit"
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -54,7 +54,7 @@ def encode(stored: Tensor, index: int, record: dict[str, Any]) -> bytes:
             "crc32": zlib.crc32(stored.numpy().tobytes()),
             "record": record,
         }
-        metadata = {_KEY: json.dumps(head, allow_nan=False, sort_keys=True)}
+        metadata = {KEY: json.dumps(head, allow_nan=False, sort_keys=True)}
     except (TypeError, ValueError) as error:
         raise StoreError(f"{record.get('id')}: the record must be JSON values ({error})") from error
     return safetensors.torch.save({"field": stored}, metadata)
@@ -69,7 +69,7 @@ def decode(data: bytes, manifest: Manifest, where: str) -> tuple[Tensor, dict[st
     try:
         field = safetensors.torch.load(data)["field"]
         length = int.from_bytes(data[:8], "little")
-        head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
+        head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
         record, checksum = head["record"], head["crc32"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{where}: damaged, expected a safetensors object with a field ({error})") from error

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
+from denoising_vit.tensor_files import KEY, below
 from denoising_vit.training.sharding import gathered, shared_like
 
 #: Checkpoints that are kept: the last and the one before.
 _KEPT = 2
-
-_KEY = "denoising_vit"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Checkpoints:
         before = self.last
         try:
             with atomic_path(path) as temporary:
-                save_file(tensors, temporary, metadata={_KEY: json.dumps(asdict(progress))})
+                save_file(tensors, temporary, metadata={KEY: json.dumps(asdict(progress))})
         except (OSError, SafetensorError) as error:
             kept = "none was written before" if before is None else f"{before.name} is whole, --resume goes on from it"
             raise TrainError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
@@ -114,10 +113,10 @@ class Checkpoints:
             return Progress()
         try:
             with safe_open(path, framework="pt") as file:
-                progress = Progress(**json.loads((file.metadata() or {})[_KEY]))
+                progress = Progress(**json.loads((file.metadata() or {})[KEY]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             own = model.state_dict()
-            found = {name: (value, own.get(name, value)) for name, value in _below("model.", tensors).items()}
+            found = {name: (value, own.get(name, value)) for name, value in below("model.", tensors).items()}
             model.load_state_dict({name: shared_like(*both) for name, both in found.items()})
             optimiser.load_state_dict(_optimiser_state(tensors, optimiser) | {"param_groups": _groups(optimiser)})
             for name, value in more.items():
@@ -133,14 +132,10 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.safetensors"))
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def _optimiser_state(tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in _below("optimiser.", tensors).items():
+    for name, value in below("optimiser.", tensors).items():
         if (found := re.fullmatch(r"(\d+)\.(\w+)", name)) is None:
             raise ValueError(f"unknown tensor optimiser.{name}")
         state.setdefault(int(found[1]), {})[found[2]] = shared_like(value, parameters[int(found[1])])

@@ -65,6 +65,10 @@ class RunFolder:
         """Views that are kept, where no other place is named for them."""
         return self.path / _PAIRS
 
+    def is_over(self, steps: int) -> bool:
+        """Whether a run of so many steps has been carried out to its end."""
+        return self.checkpoints.step >= steps and self.last.is_file()
+
     def begin(self, identity: dict[str, Any], *, resume: bool) -> None:
         """Makes the folder for a run, or opens that of the same run to go on with it.
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.artifact import compact
 from denoising_vit.crops import Crop
 from denoising_vit.evaluation.depth.augmentation import Drawn, draw, require_room
 from denoising_vit.evaluation.depth.head import DepthProbe
@@ -23,6 +22,7 @@ from denoising_vit.evaluation.ordering import chosen
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.tensor_files import compact
 
 #: What a stream of draws is for.
 _CROPS = 3

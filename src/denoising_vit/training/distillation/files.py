@@ -11,14 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from denoising_vit.artifact import compact
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
+from denoising_vit.tensor_files import DISTILLED, KEY, compact
 
-FORMAT = "denoising-vit/distilled"
 FORMAT_VERSION = 1
-
-_KEY = "denoising_vit"
 
 
 def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
@@ -36,10 +33,10 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     """
     if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
         raise TrainError(f"{path}: {bad[0]} has values that are not finite; the run diverged")
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION, **record}
+    head = {"format": DISTILLED, "format_version": FORMAT_VERSION, **record}
     tensors = {name: compact(value) if value.is_floating_point() else value for name, value in state.items()}
     try:
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={_KEY: json.dumps(head)})
+            save_file(tensors, temporary, metadata={KEY: json.dumps(head)})
     except (OSError, SafetensorError) as error:
         raise TrainError(f"{path}: the model could not be written ({error}); --resume goes on") from error

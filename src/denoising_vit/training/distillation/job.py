@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.hardware import dtype_on
 from denoising_vit.backbones.recorded import describe
@@ -25,6 +23,7 @@ from denoising_vit.training.distillation.teacher import DenoiserTeacher, FieldTe
 from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
 from denoising_vit.training.job import Stored
 from denoising_vit.training.options import ViewOptions
+from denoising_vit.training.pair_files import read_reasons
 from denoising_vit.training.pairs import backbone_identity
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sampler, split
@@ -154,7 +153,7 @@ class DistillJob:
     @property
     def skipped(self) -> dict[str, str]:
         """Why photos could not be used, by id, as far as the run has come by them."""
-        return ViewReader(self.photos, self.teacher.backbone, torch.device("cpu"), self.sizes, self.folder.path).skipped
+        return read_reasons(self.folder.path)
 
 
 def _pair(model: BackboneSpec | Backbone, accelerator: Any) -> tuple[Backbone, Backbone]:

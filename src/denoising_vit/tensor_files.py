@@ -1,0 +1,66 @@
+"""What our safetensors files have in common: the record in their metadata, its version, and how values are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from denoising_vit.errors import FormatError
+
+T = TypeVar("T")
+
+#: Under which the record stands in a file's metadata, as JSON.
+KEY = "denoising_vit"
+
+#: ``format`` in the record of a distilled model's weights.
+DISTILLED = "denoising-vit/distilled"
+
+
+def read_record(path: Path) -> Any:
+    """The record in a file's metadata; an empty one where the file has none.
+
+    Raises:
+        SafetensorError, OSError, JSONDecodeError: if the file is none, or damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(KEY, "{}"))
+
+
+def refuse_newer(path: Path, version: Any, known: int) -> None:
+    """Refuses a file of a later release; what is no version at all, its reader refuses.
+
+    Raises:
+        FormatError: saying what to do.
+    """
+    if isinstance(version, int) and version > known:
+        raise FormatError(
+            f"{path}: written in format version {version}, this release reads up to {known}; upgrade denoising-vit"
+        )
+
+
+def compact(values: Tensor) -> Tensor:
+    """Values as they are stored: float16, unless they exceed its range, as features without a final norm can."""
+    values = values.detach().cpu()
+    fits = not values.numel() or float(values.abs().max()) < torch.finfo(torch.float16).max
+    return (values.half() if fits else values.float()).contiguous()
+
+
+def below(prefix: str, tensors: dict[str, T]) -> dict[str, T]:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
