@@ -23,7 +23,7 @@ from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.knn import KnnOptions, crops_of
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.scores import Counts, scores
@@ -31,6 +31,7 @@ from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.evaluation.workbench import Line, Workbench
+from denoising_vit.extractors import parse_names
 from denoising_vit.options import DenoiseOptions
 from tiny_fit import MODEL, spec_of, write_weights
 from tiny_labelled import coloured, colours, speckled, tiny_backbone, write_labelled
@@ -532,12 +533,12 @@ def test_linear_probes_of_more_seeds_reuse_those_that_are_there(tmp_path: Path, 
 
 @pytest.mark.parametrize("names", ["raw,rwa", "raw,,exact", "", "raw,raw", "Raw"])
 def test_names_of_sources_that_are_unknown_or_repeated_are_refused(names: str) -> None:
-    with pytest.raises(EvaluationError, match="features must be different ones of raw, subtract, exact"):
-        parse_names(names)
+    with pytest.raises(PlanError, match="features must be different ones of raw, subtract, exact"):
+        parse_names(names, SOURCES)
 
 
 def test_names_of_sources_keep_their_order() -> None:
-    assert parse_names("exact, raw") == parse_names(["exact", "raw"]) == ("exact", "raw")
+    assert parse_names("exact, raw", SOURCES) == parse_names(["exact", "raw"], SOURCES) == ("exact", "raw")
 
 
 def test_a_source_that_is_not_there_is_refused_in_words(tmp_path: Path, data: LabelledData) -> None:

@@ -12,9 +12,10 @@ from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import LabelledData, open_labelled
-from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.workbench import Workbench
+from denoising_vit.extractors import parse_names
 
 
 def knn(
@@ -39,7 +40,7 @@ def knn(
         json: print the lines of results instead of a table.
     """
     voting.validate()
-    names = parse_names(judged.features)
+    names = parse_names(judged.features, SOURCES)
     exact.denoising()
     return tell(judged, lambda: _bench(judged, classes, exact, model).knn(names, voting), as_json=json)
 
@@ -66,7 +67,7 @@ def segmentation(
         json: print the lines of results instead of a table.
     """
     training.protocol()
-    names = parse_names(judged.features)
+    names = parse_names(judged.features, SOURCES)
     exact.denoising()
     return tell(judged, lambda: _bench(judged, classes, exact, model).segmentation(names, training), as_json=json)
 

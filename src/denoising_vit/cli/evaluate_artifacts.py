@@ -15,13 +15,12 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.judging import finish
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, spread
-from denoising_vit.denoised import DenoisedViT
-from denoising_vit.denoiser import find_denoiser
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
-from denoising_vit.evaluation.named_sources import load_distilled, parse_names
+from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.sources import Extractor, backbone_settings
 from denoising_vit.evaluation.workbench import Line
+from denoising_vit.extractors import Cleaners, parse_names
 from denoising_vit.photos import photo_digest
 
 
@@ -57,7 +56,7 @@ def artifacts(
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
-    names = parse_names(features)
+    names = parse_names(features, SOURCES)
     diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
     dataset = open_dataset(data)
     chosen = spread(len(dataset), photos)
@@ -65,13 +64,12 @@ def artifacts(
     backbone = model.load()
     about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
     settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), **asdict(diagnosing)}
+    cleaners = Cleaners(denoiser=denoiser, distilled=distilled)
     extractors: dict[str, Extractor] = {}
-    if "denoiser" in names:
-        cleaner = find_denoiser(denoiser, backbone)
-        extractors["denoiser"] = DenoisedViT(backbone, cleaner.denoiser)
-        settings["denoiser"] = cleaner.digest
-    if "distilled" in names:
-        extractors["distilled"], settings["distilled"] = load_distilled(distilled, backbone)
+    for name in names:
+        if name in ("denoiser", "distilled"):  # the diagnosis makes the others itself, with the G it finds
+            extractors[name], identity = cleaners.extractor(name, backbone)
+            settings |= identity
     settings = json_lines.loads(json_lines.dumps(settings))
     blank = [Record("artifacts", name, settings, run=run_info()) for name in names]
     kept = [line for record in blank if (line := results.find(record)) is not None]

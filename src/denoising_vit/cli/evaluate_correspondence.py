@@ -12,8 +12,9 @@ from denoising_vit.evaluation import correspondence as evaluation
 from denoising_vit.evaluation.correspondence import MatchingOptions, PropagationOptions
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.judged import JudgedData
-from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.workbench import Line
+from denoising_vit.extractors import parse_names
 
 
 def correspondence(
@@ -41,7 +42,7 @@ def correspondence(
     """
     videos.validate()
     pairs.validate()
-    names = parse_names(judged.features)
+    names = parse_names(judged.features, SOURCES)
     exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:

@@ -12,8 +12,9 @@ from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation import discovery as evaluation
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.judged import JudgedData
-from denoising_vit.evaluation.named_sources import parse_names
+from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.workbench import Line
+from denoising_vit.extractors import parse_names
 
 
 def discovery(
@@ -45,7 +46,7 @@ def discovery(
         json: print the lines of results instead of a table.
     """
     finding.validate()
-    features = parse_names(judged.features)
+    features = parse_names(judged.features, SOURCES)
     exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:

@@ -5,26 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json as json_lines
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from denoising_vit.artifact import SHIPPED, load_artifact
-from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.huggingface_loading import PREFIX as HUGGINGFACE
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
-from denoising_vit.denoised import DenoisedViT
-from denoising_vit.denoiser import find_denoiser
 from denoising_vit.export import Comparison, ExportOptions, export_extractor, verify_export
 from denoising_vit.export.timm_folder import WEIGHTS
-
-Features = Literal["raw", "distilled", "subtract", "denoiser"]
+from denoising_vit.extractors import Cleaners, ExtractorName
 
 
 def export(
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    features: Features | None = None,
+    features: ExtractorName | None = None,
     exporting: tyro.conf.OmitArgPrefixes[ExportOptions] = ExportOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     artifact: str | None = None,
@@ -56,7 +52,7 @@ def export(
     if artifact is not None and denoiser is not None:
         print_error("--artifact and --denoiser do not go together: features are cleaned by one of them")
         return WRONG_USAGE
-    implied: Features = "denoiser" if denoiser is not None else "subtract" if artifact is not None else "raw"
+    implied: ExtractorName = "denoiser" if denoiser is not None else "subtract" if artifact is not None else "raw"
     features = features or implied
     if implied not in ("raw", features):
         print_error(f"--{'denoiser' if denoiser else 'artifact'} does not go with --features {features}")
@@ -67,7 +63,9 @@ def export(
         print_error("--features distilled needs the weights of stage 3: --weights FILE")
         return WRONG_USAGE
     backbone = dataclasses.replace(model, device="cpu", dtype="float32").load()
-    extractor = _extractor(backbone, features, artifact, denoiser)
+    # Distilled weights are the backbone's own here.
+    name = "raw" if features == "distilled" else features
+    extractor, _ = Cleaners(artifact, denoiser).extractor(name, backbone)
     print_note(f"exporting {features} features of {backbone.extra_repr()} as {exporting.format}")
     found = export_extractor(extractor, out, exporting, weights=weights, distilled=features == "distilled")
     _tell(found, out, as_json=json)
@@ -79,16 +77,6 @@ def _weights_file(model: BackboneSpec) -> Path | None:
     folder = Path(model.backbone.removeprefix(HUGGINGFACE)).expanduser()
     candidates = (Path(model.weights).expanduser(), folder / WEIGHTS)
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _extractor(
-    backbone: Backbone, features: Features, artifact: str | None, denoiser: str | None
-) -> Backbone | DenoisedViT:
-    if features == "subtract":
-        return DenoisedViT(backbone, load_artifact(artifact or SHIPPED, backbone))
-    if features == "denoiser":
-        return DenoisedViT(backbone, find_denoiser(denoiser, backbone).denoiser)
-    return backbone
 
 
 def _verify(path: Path, *, as_json: bool) -> int:

@@ -9,42 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from denoising_vit.artifact import SHIPPED, artifact_digest, load_artifact
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.backbones.loading import with_weights
-from denoising_vit.denoised import DenoisedViT
-from denoising_vit.denoiser import find_denoiser
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.evaluation.watching import Watch
+from denoising_vit.extractors import Cleaners
 from denoising_vit.options import DenoiseOptions
-from denoising_vit.tensor_files import file_digest
 
 #: Names of the sources that are always there.
 SOURCES = ("raw", "subtract", "exact", "denoiser", "distilled")
 
 #: Mean and deviation of images, where they are not to be the backbone's own.
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def parse_names(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of sources, in order.
-
-    Args:
-        names: in one text, separated by commas, or one by one.
-
-    Raises:
-        EvaluationError: if one is unknown or comes twice, or there are none.
-    """
-    given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
-    unknown = [name for name in given if name not in SOURCES]
-    if unknown or not given or len(set(given)) < len(given):
-        wrong = f"unknown: {', '.join(map(repr, unknown))}" if unknown else f"got {', '.join(given) or 'none'}"
-        raise EvaluationError(f"features must be different ones of {', '.join(SOURCES)}, separated by commas; {wrong}")
-    return given
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +68,10 @@ class NamedSources:
         """
         makers: dict[str, Callable[[], FeatureSource]] = {
             "raw": functools.partial(self._extractor, "raw", self.backbone, {}),
-            "subtract": self._subtract,
+            "subtract": functools.partial(self._cleaned, "subtract"),
             "exact": self._fields,
-            "denoiser": self._denoiser,
-            "distilled": self._distilled,
+            "denoiser": functools.partial(self._cleaned, "denoiser"),
+            "distilled": functools.partial(self._cleaned, "distilled"),
         }
         if taken := makers.keys() & self.extractors.keys():
             raise EvaluationError(f"extractors need names of their own; {', '.join(sorted(taken))} is there already")
@@ -106,19 +85,9 @@ class NamedSources:
         shown = {} if self.normalisation is None else {"normalisation": "imagenet"}
         return ExtractorSource(name, self.backbone, extractor, identity | shown, self.normalisation)
 
-    def _subtract(self) -> FeatureSource:
-        artifact = load_artifact(self.artifact or SHIPPED, self.backbone)
-        clean = DenoisedViT(self.backbone, artifact)
-        return self._extractor("subtract", clean, {"artifact": artifact_digest(artifact.values)})
-
-    def _denoiser(self) -> FeatureSource:
-        found = find_denoiser(self.denoiser, self.backbone)
-        clean = DenoisedViT(self.backbone, found.denoiser)
-        return self._extractor("denoiser", clean, {"denoiser": found.digest})
-
-    def _distilled(self) -> FeatureSource:
-        model, digest = load_distilled(self.distilled, self.backbone)
-        return self._extractor("distilled", model, {"distilled": digest})
+    def _cleaned(self, name: str) -> FeatureSource:
+        cleaners = Cleaners(self.artifact, self.denoiser, self.distilled)
+        return self._extractor(name, *cleaners.extractor(name, self.backbone))
 
     def _fields(self) -> FeatureSource:
         if self.exact.method != "exact":
@@ -148,20 +117,3 @@ class NamedSources:
         if self.beyond:
             source.identity = source.identity | {"of": "image"}
         return source
-
-
-def load_distilled(weights: str | Path | None, backbone: Backbone) -> tuple[Backbone, str]:
-    """A backbone with its weights after stage 3, and the SHA-256 of their file.
-
-    Raises:
-        EvaluationError: if no file is given, or it is not there.
-        WeightsError: if it holds weights of another model.
-    """
-    if weights is None:
-        raise EvaluationError(
-            "distilled features need the weights that dvit distill wrote: --distilled RUN/distilled.safetensors"
-        )
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise EvaluationError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")
-    return with_weights(backbone, path), file_digest(path)
