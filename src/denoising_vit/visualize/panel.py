@@ -18,15 +18,11 @@ from torch import Tensor
 
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.photos import PANEL_SOFTWARE
-from denoising_vit.visualize.maps import (
-    NORM_COLOURS,
-    SIMILARITY_COLOURS,
-    cluster_maps,
-    lookup,
-    norm_maps,
-    similarity_maps,
-)
+from denoising_vit.visualize.clusters import cluster_maps
+from denoising_vit.visualize.colouring import lookup
+from denoising_vit.visualize.norms import NORM_COLOURS, norm_maps
 from denoising_vit.visualize.pca import Features, PCABasis, to_arrays
+from denoising_vit.visualize.similarity import SIMILARITY_COLOURS, similarity_maps
 
 DPI = 150
 CELL, TALLEST = 330, 520  # pixels: the width of a cell; the greatest height of a picture in it
