@@ -31,6 +31,7 @@ VERBS: Mapping[str, Any] = {
     "reproduce": "reproduce",
     "export": "export",
     "models": "models",
+    "app": "serve:app",
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
 }
 

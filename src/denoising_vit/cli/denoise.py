@@ -19,7 +19,6 @@ from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error, print_note
 from denoising_vit.dataset import find_photos
 from denoising_vit.decomposition import Decomposition
-from denoising_vit.decomposition.files import write_decomposition
 from denoising_vit.denoise import denoise_image, settle, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.errors import DenoisingVitError
@@ -170,7 +169,7 @@ class _Job:
             about = result.info["photo"] | {"name": photo.name}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
             self._draw(pixels, result, output, progress)
-            self._write(result, output)  # last: where this file is, the photo is finished
+            result.save(output.result, upsample=self.upsample)  # last: where this file is, the photo is finished
         except (DenoisingVitError, OSError) as error:
             return Row(str(photo), "failed", note=str(error))
         except Exception as error:  # one photo must not end the batch, whatever is wrong with it
@@ -191,15 +190,9 @@ class _Job:
             result = Decomposition.load(output.result)
             self._draw(pixels, result, output, progress)
             if finer:
-                self._write(result, output)  # the field is there: nothing is computed again
+                result.save(output.result, upsample=self.upsample)  # the field is there: nothing is computed again
                 notes.append("finer features added")
         return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
-
-    def _write(self, result: Decomposition, output: Output) -> None:
-        extra = {"upsampled": result.upsample(self.upsample)} if self.upsample > 1 else None
-        result = dataclasses.replace(result, info=result.info | {"upsample": self.upsample})
-        with atomic_path(output.result) as temporary:
-            write_decomposition(result, temporary, extra)
 
     def _draw(self, pixels: np.ndarray, result: Decomposition, output: Output, progress: PhotoProgress) -> None:
         from denoising_vit.visualize import draw_panel  # matplotlib and scikit-learn take seconds to import
