@@ -15,6 +15,29 @@ from denoising_vit.evaluation.tokens import effective_rank, neighbour_similarity
 NONE = "–"
 
 
+#: Figures of either side: name, measure, how it is written, what it says.
+_OF_BOTH: tuple[tuple[str, Callable[[Tensor], float], str, str], ...] = (
+    (
+        "outlier tokens",
+        lambda features: outlier_share(features).total,
+        ".1%",
+        "Share of patches whose feature vector is much longer or shorter than the others'.",
+    ),
+    (
+        "similarity of neighbours",
+        neighbour_similarity,
+        ".3f",
+        "Mean cosine of adjacent patches. Noise lowers it and blur raises it: neither end is good by itself.",
+    ),
+    (
+        "effective rank",
+        effective_rank,
+        ".0f",
+        "How many directions the features use. A great loss would mean that content was lost.",
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Figure:
     """One line of the table.
@@ -37,33 +60,17 @@ def figures(found: Answer) -> list[Figure]:
     result = found.result
     raw, clean = result.raw[None], result.semantic[None]  # (1, h, w, C)
     kept = torch.nn.functional.cosine_similarity(result.raw, result.semantic, dim=-1)
-    lines = [
-        Figure(
-            "cosine of raw and denoised",
-            NONE,
-            f"{float(kept.mean()):.3f}",
-            "Mean over patches; 1 would mean that nothing was changed.",
-        ),
-        Figure(
-            "outlier tokens",
-            _number(_outliers, raw, ".1%"),
-            _number(_outliers, clean, ".1%"),
-            "Share of patches whose feature vector is much longer or shorter than the others'.",
-        ),
-        Figure(
-            "similarity of neighbours",
-            _number(neighbour_similarity, raw),
-            _number(neighbour_similarity, clean),
-            "Mean cosine of adjacent patches. Noise lowers it and blur raises it: neither end is good by itself.",
-        ),
-        Figure(
-            "effective rank",
-            _number(effective_rank, raw, ".0f"),
-            _number(effective_rank, clean, ".0f"),
-            "How many directions the features use. A great loss would mean that content was lost.",
-        ),
+    changed = Figure(
+        "cosine of raw and denoised",
+        NONE,
+        f"{float(kept.mean()):.3f}",
+        "Mean over patches; 1 would mean that nothing was changed.",
+    )
+    both = [
+        Figure(name, _told(measure, raw, form), _told(measure, clean, form), words)
+        for name, measure, form, words in _OF_BOTH
     ]
-    return [*_heldout(found), *lines, _times(found)]
+    return [*_heldout(found), changed, *both, _times(found)]
 
 
 def _heldout(found: Answer) -> list[Figure]:
@@ -82,12 +89,8 @@ def _times(found: Answer) -> Figure:
     return Figure("time", NONE, f"{sum(found.seconds.values()):.2f} s", f"{parts}; drawing comes on top.")
 
 
-def _number(measure: Callable[[Tensor], float], features: Tensor, form: str = ".3f") -> str:
+def _told(measure: Callable[[Tensor], float], features: Tensor, form: str) -> str:
     try:
         return format(measure(features), form)
     except EvaluationError:  # all features are the same, as of a backbone that sees nothing
         return NONE
-
-
-def _outliers(features: Tensor) -> float:
-    return outlier_share(features).total

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import html
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from denoising_vit.app.answering import Answer, Settings, answer, draw_sheet, largest_size, read_upload, shrunk
 from denoising_vit.app.figures import Figure, figures
@@ -54,6 +54,7 @@ class Visitors:
 
     def __init__(self) -> None:
         self._lock, self._waiting, self._left = threading.Lock(), set[str](), set[str]()
+        self._closed = False
 
     def leaves(self, session: str | None) -> None:
         """Takes note of a closed tab; what runs for it ends at the next batch of views."""
@@ -61,11 +62,19 @@ class Visitors:
             if session in self._waiting:
                 self._left.add(session)
 
+    def all_leave(self, seconds: float) -> None:
+        """Ends what runs, and waits so long for it at most; nobody is served any more."""
+        with self._lock:
+            self._closed = True
+        until = time.monotonic() + seconds
+        while self._waiting and time.monotonic() < until:
+            time.sleep(0.05)
+
     def watched(self, session: str, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """Progress that ends the work once the visitor has left."""
 
         def advance(done: int, total: int) -> None:
-            if session in self._left:
+            if self._closed or session in self._left:
                 raise Gone
             progress(done, total)
 
@@ -84,7 +93,7 @@ class Handlers:
     """The handlers of one page.
 
     Args:
-        models: backbones.
+        models: backbones; that of the start is loaded.
         keep: where answers lie.
         samples: photos by name.
     """
@@ -94,19 +103,22 @@ class Handlers:
         self.visitors = Visitors()
 
     @plainly
-    def choose(self, sample: str) -> tuple[Any, ...]:
-        """A sample's name -> the photo's file, its picture, a line about it."""
-        return self._photo(self.samples[sample])
+    def choose(self, sample: str, before: Path | None) -> tuple[Any, ...]:
+        """A sample's name -> the photo's file, a line about it, its picture, and nothing of the answer before."""
+        return self._photo(self.samples[sample], before)
 
     @plainly
-    def upload(self, file: str) -> tuple[Any, ...]:
+    def upload(self, file: str, before: Path | None) -> tuple[Any, ...]:
         """An uploaded file -> the same, or an error that says why it cannot be used."""
-        return self._photo(Path(file))
+        return self._photo(Path(file), before)
 
-    def _photo(self, path: Path) -> tuple[str, np.ndarray, str]:
+    def _photo(self, path: Path, before: Path | None) -> tuple[Any, ...]:
         pixels = read_upload(path)
+        self.keep.forget(before)
         height, width = pixels.shape[:2]
-        return str(path), shrunk(pixels, LONGER), f"**{_plain(path.name)}**, {width} × {height} pixels"
+        told = f"**{_plain(path.name)}**, {width} × {height} pixels"
+        off = gr.DownloadButton(interactive=False)
+        return str(path), told, shrunk(pixels, LONGER), None, None, None, None, "", off, off
 
     @plainly
     def choose_backbone(self, backbone: str) -> tuple[Any, ...]:

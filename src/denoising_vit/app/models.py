@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from denoising_vit.artifact import SHIPPED, Artifact, load_artifact, shipped_for
 from denoising_vit.backbones import SEEDS, Backbone, BackboneSpec
@@ -12,6 +14,8 @@ from denoising_vit.backbones.bundled import INSTALL_HINT, bundled_available
 from denoising_vit.denoiser import FoundDenoiser, find_denoiser, find_shipped
 from denoising_vit.errors import AppError, ArtifactError, DenoiserError
 from denoising_vit.options import Method
+
+T = TypeVar("T")
 
 #: Backbones that are kept in memory; of a further one the last used is dropped.
 KEPT = 2
@@ -115,8 +119,8 @@ class Models:
         denoiser, artifact = (self._denoiser, self._artifact) if given else (None, None)
         return Model(
             backbone,
-            _found_denoiser(denoiser, backbone),
-            _found_artifact(artifact, backbone),
+            _known(denoiser, find_shipped, find_denoiser, backbone),
+            _known(artifact, shipped_for, load_artifact, backbone),
             fits_artifact=artifact is None,
         )
 
@@ -143,21 +147,18 @@ def what_it_needs(name: str) -> str:
     return f"the weights of {name} are not on this computer: {fetch}{package}"
 
 
-def _found_denoiser(given: str | None, backbone: Backbone) -> FoundDenoiser | None:
+def _known(
+    given: str | None,
+    shipped: Callable[[Backbone], T | None],
+    find: Callable[[str, Backbone], T],
+    backbone: Backbone,
+) -> T | None:
+    """What cleans a backbone: what was given for it, else what comes with the package; None where neither fits."""
     if given is None or given == SHIPPED:
-        return find_shipped(backbone)
+        return shipped(backbone)
     try:
-        return find_denoiser(given, backbone)
-    except DenoiserError:  # of another layer
-        return None
-
-
-def _found_artifact(given: str | None, backbone: Backbone) -> Artifact | None:
-    if given is None or given == SHIPPED:
-        return shipped_for(backbone)
-    try:
-        return load_artifact(given, backbone)
-    except ArtifactError:  # of another layer
+        return find(given, backbone)
+    except (DenoiserError, ArtifactError):  # it is of another layer
         return None
 
 

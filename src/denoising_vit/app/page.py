@@ -9,7 +9,7 @@ import gradio as gr
 
 from denoising_vit.app.answering import MOST_SCALE, MOST_VIEWS, Settings, largest_size
 from denoising_vit.app.handlers import Handlers, about
-from denoising_vit.app.keeping import LIFETIME, Keep
+from denoising_vit.app.keeping import LIFETIME
 from denoising_vit.app.models import Models
 from denoising_vit.app.pictures import LEGENDS, MAPS
 from denoising_vit.backbones import SEEDS
@@ -100,33 +100,27 @@ class _Controls:
             self.sheet = gr.DownloadButton("Picture (.png)", interactive=False, elem_id="sheet")
 
 
-def build(models: Models, keep: Keep, samples: dict[str, Path]) -> gr.Blocks:
-    """The page, ready to be launched.
-
-    Args:
-        models: backbones; that of the start is loaded.
-        keep: where answers lie.
-        samples: photos by name.
-    """
-    handlers = Handlers(models, keep, samples)
+def build(handlers: Handlers) -> gr.Blocks:
+    """The page, ready to be launched."""
     with gr.Blocks(
         title="denoising-vit", analytics_enabled=False, delete_cache=(_TIDYING, int(LIFETIME)), fill_width=False
     ) as page:
-        answer = gr.State(None, time_to_live=LIFETIME, delete_callback=keep.forget)
-        controls = _Controls(models, samples)
-        _wire_settings(page, controls, handlers)
+        answer = gr.State(None, time_to_live=LIFETIME, delete_callback=handlers.keep.forget)
+        controls = _Controls(handlers.models, handlers.samples)
+        _wire_settings(page, controls, handlers, answer)
         _wire_results(controls, handlers, answer)
         page.unload(_leaving(handlers))
     page.queue(max_size=32, api_open=False)
     return page
 
 
-def _wire_settings(page: gr.Blocks, controls: _Controls, handlers: Handlers) -> None:
-    shown = [controls.photo, controls.picture, controls.about_photo]
+def _wire_settings(page: gr.Blocks, controls: _Controls, handlers: Handlers, answer: gr.State) -> None:
+    results = [controls.compare, controls.raw, controls.clean, controls.figures, controls.features, controls.sheet]
+    shown = [controls.photo, controls.about_photo, controls.picture, answer, *results]
     light: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", "concurrency_limit": 2}
-    page.load(handlers.choose, controls.sample, shown, **light)
-    controls.sample.input(handlers.choose, controls.sample, shown, **light)
-    controls.upload.upload(handlers.upload, controls.upload, shown, **light)
+    page.load(handlers.choose, [controls.sample, answer], shown, **light)
+    controls.sample.input(handlers.choose, [controls.sample, answer], shown, **light)
+    controls.upload.upload(handlers.upload, [controls.upload, answer], shown, **light)
     controls.backbone.input(
         handlers.choose_backbone,
         controls.backbone,

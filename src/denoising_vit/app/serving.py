@@ -6,9 +6,8 @@ import contextlib
 import importlib.util
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,9 @@ from denoising_vit.app.options import AppOptions
 from denoising_vit.app.samples import find_samples
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import AppError
+
+#: Seconds that a running answer has to end in when the page is closed: at most a batch of views.
+_PATIENCE = 20.0
 
 #: Ports after the one asked for that are tried, to name a free one.
 _TRIED = 100
@@ -30,12 +32,10 @@ class Opened:
     Attributes:
         url: its address on this computer or in the network.
         shared: its public address, if it has one.
-        wait: returns when the page is closed.
     """
 
     url: str
     shared: str | None
-    wait: Callable[[], Any]
 
 
 @contextlib.contextmanager
@@ -53,10 +53,12 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
     samples = find_samples(options.examples)
     warm(models)
     with Keep() as keep, _environment(GRADIO_TEMP_DIR=str(keep.served), GRADIO_ANALYTICS_ENABLED="False"):
+        from denoising_vit.app.handlers import Handlers
         from denoising_vit.app.page import build
         from denoising_vit.app.theme import CSS, theme
 
-        page = build(models, keep, samples)
+        handlers = Handlers(models, keep, samples)
+        page = build(handlers)
         try:
             _, url, shared = page.launch(
                 server_name=options.host,
@@ -75,8 +77,9 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
         except (OSError, RuntimeError, ValueError) as error:  # another process was faster, or no relay is reached
             raise AppError(f"the page could not be opened at {options.host}:{options.port} ({error})") from error
         try:
-            yield Opened(url, shared, page.block_thread)
+            yield Opened(url, shared)
         finally:
+            handlers.visitors.all_leave(_PATIENCE)
             page.close(verbose=False)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from gradio.themes import Default
+from gradio.themes import Base, Default
 
 #: No pixel of a map is smoothed, and nothing is wider than the screen.
 CSS = """
 .gradio-container { max-width: 1280px !important; }
+.min_value, .max_value { color: var(--block-info-text-color) !important; }
 .map img, .map canvas { image-rendering: pixelated; }
 .pick img { cursor: crosshair; }
 table.figures { width: 100%; border-collapse: collapse; font-size: 0.9rem; }
@@ -14,7 +15,7 @@ table.figures { width: 100%; border-collapse: collapse; font-size: 0.9rem; }
 table.figures th, table.figures td { text-align: left; vertical-align: top; padding: 0.35rem 0.6rem 0.35rem 0; }
 table.figures tr { border-bottom: 1px solid var(--border-color-primary); }
 table.figures td:nth-child(2), table.figures td:nth-child(3) { white-space: nowrap; }
-:is(button, input, a, label, [tabindex]):focus-visible, label:has(input:focus-visible) {
+:is(button, input, a, [tabindex]):focus-visible, label:has(input[type=radio]:focus-visible) {
   outline: 3px solid var(--color-accent) !important; outline-offset: 2px;
 }
 @media (max-width: 640px) {
@@ -31,7 +32,7 @@ table.figures td:nth-child(2), table.figures td:nth-child(3) { white-space: nowr
 """
 
 
-def theme() -> Default:
+def theme() -> Base:
     """Gradio's default with fonts that every system has: nothing is fetched."""
     return Default(
         primary_hue="blue",

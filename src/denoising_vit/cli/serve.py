@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+
 import tyro
 
 from denoising_vit.app.options import AppOptions
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK
+from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
 
 
@@ -46,8 +49,10 @@ def app(
     with serve(Models(model, denoiser, artifact), page) as opened:
         print_note(f"ready: {opened.url}" + (f" and {opened.shared}" if opened.shared else ""))
         print_note("Ctrl-C closes the page and removes its files")
+        # Whoever ends the process by its number is a reason to leave nothing behind as well.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            opened.wait()
+            threading.Event().wait()
         except KeyboardInterrupt:
-            return INTERRUPTED
-    return OK
+            print_note("closed")
+    return INTERRUPTED
