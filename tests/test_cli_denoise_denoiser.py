@@ -22,7 +22,7 @@ from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import denoise as verb
 from denoising_vit.denoiser.loading import denoiser_digest
-from denoising_vit.visualize.panel import CELL, GAP, LEFT, RIGHT
+from denoising_vit.visualize.sheet import CELL, GAP, LEFT, RIGHT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,14 +1,38 @@
-"""Pictures of features: PCA in one shared basis, norm, k-means, similarity, and a panel of all of them.
+"""Pictures of features: PCA, k-means, norm, similarity and more, each in colours that everything compared shares.
 
-Everything that is compared is coloured together: one basis, one range, one set of clusters. Two maps that look alike
-are alike, and a difference of colour is a difference of features.
+One basis, one range, one set of clusters: two maps that look alike are alike, and a difference of colour is a
+difference of features.
 """
 
 from __future__ import annotations
 
-from denoising_vit.visualize.maps import cluster_maps, norm_maps, similarity_maps
+from denoising_vit.visualize.clusters import Clusters, cluster_maps
+from denoising_vit.visualize.colouring import Colouring
+from denoising_vit.visualize.components import Component
+from denoising_vit.visualize.foreground import Foreground, ForegroundPCA
+from denoising_vit.visualize.norms import NormScale, norm_maps
+from denoising_vit.visualize.palette import TITLES, Palette
+from denoising_vit.visualize.palette_files import read_palette, write_palette
 from denoising_vit.visualize.panel import draw_panel
 from denoising_vit.visualize.pca import PCABasis
 from denoising_vit.visualize.rows import draw_rows
+from denoising_vit.visualize.similarity import similarity_maps
 
-__all__ = ["PCABasis", "cluster_maps", "draw_panel", "draw_rows", "norm_maps", "similarity_maps"]
+__all__ = [
+    "TITLES",
+    "Clusters",
+    "Colouring",
+    "Component",
+    "Foreground",
+    "ForegroundPCA",
+    "NormScale",
+    "PCABasis",
+    "Palette",
+    "cluster_maps",
+    "draw_panel",
+    "draw_rows",
+    "norm_maps",
+    "read_palette",
+    "similarity_maps",
+    "write_palette",
+]

@@ -63,23 +63,39 @@ class PCABasis:
         middle, half = (low + high) / 2, np.maximum(high - low, least) / 2
         return cls(mean=mean, components=components, low=middle - half, high=middle + half)
 
+    def shares(self, features: Features) -> np.ndarray:
+        """Where each component of the features (h, w, C) lies in its range: (h, w, 3) float64 in [0, 1], clipped.
+
+        Raises:
+            ValueError: if the shape is not (h, w, C) with this basis's C, or values are not finite.
+        """
+        (rows,) = to_arrays(features, maps=True)
+        require_channels(rows, len(self.mean))
+        # Row by row, because a float64 copy of a finely sampled map of a large model takes gigabytes.
+        projected = np.stack([(row.astype(np.float64) - self.mean) @ self.components for row in rows])  # (h, w, 3)
+        return np.clip((projected - self.low) / (self.high - self.low), 0, 1)
+
     def colours(self, features: Features) -> np.ndarray:
         """The features (h, w, C) as a picture (h, w, 3) uint8; values beyond the bounds are clipped.
 
         Raises:
             ValueError: if the shape is not (h, w, C) with this basis's C, or values are not finite.
         """
-        (rows,) = to_arrays(features, maps=True)
-        if rows.shape[-1] != len(self.mean):
-            raise ValueError(
-                f"this basis was fitted on {len(self.mean)} channels, got features of shape {rows.shape}; "
-                "fit one basis on all the maps you compare"
-            )
-        # Row by row, because a float64 copy of a finely sampled map of a large model takes gigabytes.
-        projected = np.stack([(row.astype(np.float64) - self.mean) @ self.components for row in rows])  # (h, w, 3)
-        shares = np.clip((projected - self.low) / (self.high - self.low), 0, 1)
         # A hair below, so that a component without structure, at 127.5 and some rounding, is one even grey.
-        return np.rint(shares * 255 - 1e-3).astype(np.uint8)
+        return np.rint(self.shares(features) * 255 - 1e-3).astype(np.uint8)
+
+
+def require_channels(array: np.ndarray, channels: int) -> None:
+    """Refuses a map with other channels than a colouring was fitted on.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if array.shape[-1] != channels:
+        raise ValueError(
+            f"these colours were fitted on {channels} channels, got features of shape {array.shape}; "
+            "fit them on all the maps you compare"
+        )
 
 
 def to_arrays(*features: Features, maps: bool = False) -> list[np.ndarray]:

@@ -1,0 +1,168 @@
+"""Palettes: one set of colours for all that is compared, kept in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from denoising_vit.backbones.recorded import describe
+from denoising_vit.errors import FormatError
+from denoising_vit.tensor_files import KEY
+from denoising_vit.visualize import TITLES, Foreground, Palette, read_palette, write_palette
+from denoising_vit.visualize.palette import ENOUGH
+from planted import backbone
+
+CHANNELS = 12
+
+
+def field(seed: int = 0, height: int = 14, width: int = 18) -> np.ndarray:
+    """A disc of one kind on a ground of another, (h, w, C), with structure in both."""
+    ground, disc = np.random.default_rng(99).standard_normal((2, CHANNELS)) * 3
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    inside = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (height / 3) ** 2
+    return np.where(inside[..., None], disc, ground) + random.standard_normal((height, width, CHANNELS)) * 0.2
+
+
+@pytest.fixture
+def palette() -> Palette:
+    return Palette.fit([field(), field(1) + 1])
+
+
+@pytest.mark.parametrize("kind", TITLES)
+def test_every_kind_gives_a_picture_of_the_grid(kind: str, palette: Palette) -> None:
+    picture = palette.colours(kind, field())
+    assert picture.shape == (14, 18, 3) and picture.dtype == np.uint8
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 1
+
+
+@pytest.mark.parametrize("kind", TITLES)
+def test_colours_do_not_depend_on_what_else_is_drawn_later(kind: str) -> None:
+    """The film's promise: the same features look the same in every frame."""
+    whole = Palette.fit([field(), field(1)])
+    first = whole.colours(kind, field())
+    whole.colours(kind, field(1))
+    assert (whole.colours(kind, field()) == first).all()
+
+
+@pytest.mark.parametrize("kind", TITLES)
+def test_permuted_patches_get_the_same_colours_patch_for_patch(kind: str) -> None:
+    if kind.startswith("foreground"):  # whose side is told by the border, that is by place: mirrored then
+        shown, order = field()[:, ::-1], np.arange(14 * 18).reshape(14, 18)[:, ::-1].ravel()
+    else:
+        order = np.random.default_rng(0).permutation(14 * 18)
+        shown = field().reshape(-1, CHANNELS)[order].reshape(14, 18, CHANNELS)
+    straight = Palette.fit([field()]).colours(kind, field()).reshape(-1, 3)[order]
+    assert (Palette.fit([shown]).colours(kind, shown).reshape(-1, 3) == straight).all()
+
+
+@pytest.mark.parametrize("kind", ["pca", "kmeans", "norm", "first", "second", "third"])
+def test_a_field_of_two_colours_stays_one(kind: str) -> None:
+    two = np.zeros((6, 8, CHANNELS))
+    two[:, 4:] = np.arange(CHANNELS) + 1
+    picture = Palette.fit([two]).colours(kind, two)
+    assert (picture[:, :4] == picture[0, 0]).all() and (picture[:, 4:] == picture[0, 7]).all()
+
+
+@pytest.mark.parametrize("kind", TITLES)
+@pytest.mark.parametrize("value", [0.0, 7.0])
+def test_equal_features_get_one_colour(kind: str, value: float) -> None:
+    flat = np.full((5, 6, CHANNELS), value)
+    picture = Palette.fit([flat]).colours(kind, flat)
+    assert (picture == picture[0, 0]).all()
+
+
+@pytest.mark.parametrize("kind", TITLES)
+def test_a_constant_channel_does_no_harm(kind: str) -> None:
+    constant = field()
+    constant[..., 3] = 100.0
+    assert len(np.unique(Palette.fit([constant]).colours(kind, constant).reshape(-1, 3), axis=0)) > 1
+
+
+def test_the_foreground_is_what_the_border_is_not() -> None:
+    for flip in (1, -1):  # whichever way the first component points
+        mask = Foreground.fit(flip * field()).mask(flip * field())
+        y, x = np.mgrid[:14, :18]
+        inside = (y - 7) ** 2 + (x - 9) ** 2 < (14 / 3) ** 2
+        assert (mask == inside).all()
+
+
+def test_the_background_of_foreground_components_is_black(palette: Palette) -> None:
+    picture, mask = palette.colours("foreground-pca", field()), palette.foreground.mask(field())
+    assert (picture[~mask] == 0).all() and (picture[mask].max(-1) > 0).any()
+
+
+def test_an_unknown_kind_is_refused_with_those_there_are(palette: Palette) -> None:
+    with pytest.raises(ValueError, match="no kind of map named 'pac'; there are pca, kmeans"):
+        palette.colours("pac", field())
+
+
+def test_nothing_to_colour_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one feature map"):
+        Palette.fit([])
+
+
+@pytest.mark.parametrize("kind", TITLES)
+def test_other_channels_are_refused(kind: str, palette: Palette) -> None:
+    if kind == "norm":  # lengths are lengths
+        return
+    with pytest.raises(ValueError, match="fitted on 12 channels"):
+        palette.colours(kind, np.ones((4, 4, 5)))
+
+
+def test_many_maps_are_thinned_and_keep_their_borders() -> None:
+    rows = np.arange(400, dtype=np.float32)[:, None, None].repeat(400, 1).repeat(2, 2)
+    palette = Palette.fit([rows, rows])
+    kept = palette._maps[0]
+    assert sum(one.shape[0] * one.shape[1] for one in palette._maps) <= ENOUGH * 1.01
+    assert (kept[0] == 0).all() and (kept[-1] == 399).all()
+
+
+def test_a_file_gives_the_same_colours(palette: Palette, tmp_path: Path) -> None:
+    write_palette(palette, tmp_path / "p.safetensors")
+    again = read_palette(tmp_path / "p.safetensors")
+    for kind in TITLES:
+        assert (again.colours(kind, field(5)) == palette.colours(kind, field(5))).all()
+
+
+def test_a_palette_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    one, other = backbone(), backbone(share=0.5)
+    maps = [np.random.default_rng(0).standard_normal((6, 6, one.embed_dim))]
+    write_palette(Palette.fit(maps, backbone=describe(one)), tmp_path / "p.safetensors")
+    read_palette(tmp_path / "p.safetensors", one)
+    with pytest.raises(FormatError, match="mean something in one backbone only"):
+        read_palette(tmp_path / "p.safetensors", other)
+
+
+def test_what_is_no_palette_is_refused(palette: Palette, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    with pytest.raises(FormatError, match="no such palette"):
+        read_palette(path)
+    path.write_text("not one")
+    with pytest.raises(FormatError, match="not a palette, or damaged"):
+        read_palette(path)
+    save_file({"x": np.ones(3)}, path)
+    with pytest.raises(FormatError, match="holds no palette"):
+        read_palette(path)
+    with pytest.raises(FormatError, match=r"\.safetensors"):
+        write_palette(palette, tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan"])
+def test_a_damaged_palette_is_refused(damage: str, palette: Palette, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    write_palette(palette, path)
+    tensors = load_file(path)
+    if damage == "missing":
+        del tensors["clusters.centres"]
+    else:
+        tensors["basis.low"] = np.zeros(2) if damage == "shape" else np.full(3, np.nan)
+    save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 1}'})
+    with pytest.raises(FormatError, match="a damaged palette"):
+        read_palette(path)
+    save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 9}'})
+    with pytest.raises(FormatError, match="upgrade denoising-vit"):
+        read_palette(path)
