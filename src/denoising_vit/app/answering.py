@@ -107,7 +107,10 @@ def read_upload(path: Path) -> np.ndarray:
         content = path.read_bytes()
     except OSError as error:
         raise PhotoError(f"{path.name} is no longer kept; choose or upload it again") from error
-    return read_photo_bytes(content, path.name, max_pixels=MAX_PIXELS)
+    try:
+        return read_photo_bytes(content, path.name, max_pixels=MAX_PIXELS)
+    except PhotoError as error:  # a visitor cannot raise the limit
+        raise PhotoError(str(error).partition(", or raise max_pixels")[0]) from error
 
 
 def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress: Progress | None = None) -> Answer:

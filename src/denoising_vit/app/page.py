@@ -119,9 +119,9 @@ def _wire_settings(page: gr.Blocks, controls: _Controls, handlers: Handlers, ans
     shown = [controls.photo, controls.about_photo, controls.picture, answer, *results]
     light: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", "concurrency_limit": 2}
     page.load(handlers.choose, [controls.sample, answer], shown, **light)
-    controls.sample.input(handlers.choose, [controls.sample, answer], shown, **light)
+    controls.sample.change(handlers.choose, [controls.sample, answer], shown, **light)
     controls.upload.upload(handlers.upload, [controls.upload, answer], shown, **light)
-    controls.backbone.input(
+    controls.backbone.change(
         handlers.choose_backbone,
         controls.backbone,
         [controls.layer, controls.size, controls.method, controls.about_backbone],

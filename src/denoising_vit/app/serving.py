@@ -71,6 +71,7 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
                 ssr_mode=False,
                 footer_links=[],
                 run_history=False,
+                enable_monitoring=False,
                 theme=theme(),
                 css=CSS,
             )

@@ -49,10 +49,16 @@ def app(
     with serve(Models(model, denoiser, artifact), page) as opened:
         print_note(f"ready: {opened.url}" + (f" and {opened.shared}" if opened.shared else ""))
         print_note("Ctrl-C closes the page and removes its files")
-        # Whoever ends the process by its number is a reason to leave nothing behind as well.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print_note("closed")
+        _wait()
     return INTERRUPTED
+
+
+def _wait() -> None:
+    """Returns when the process is asked to end, by Ctrl-C or by a service manager: its files are removed either way."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print_note("closing the page")
+    finally:
+        signal.signal(signal.SIGTERM, before)
