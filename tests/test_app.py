@@ -227,7 +227,7 @@ def test_photos_of_one_colour_and_steep_ones_are_answered(
         for side in shown.maps(kind, shown.centre):
             assert side.shape == (*shown.shape, 3)
     assert max(shown.shape) <= 4 * min(shown.shape) + 1  # drawn at 4:1 at most
-    assert all("nan" not in (line.raw + line.clean) for line in figures(found))
+    assert all("nan" not in f"{line.raw} {line.clean}" for line in figures(found))
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,9 @@ def test_closing_the_page_ends_all_work() -> None:
 
 
 def test_figures_are_a_table_with_headings() -> None:
-    html = table([Figure("norm", "1", "2", "says it.")])
-    assert "<th scope='row'>norm</th><td>1</td><td>2</td><td>says it.</td>" in html
+    html = table([Figure("norm", "1", "2", "says it."), Figure("time", None, "3 s", "of both.")])
+    assert "<th scope='row'>norm</th><td class='raw'>1</td><td class='denoised'>2</td><td>says it.</td>" in html
+    assert "<th scope='row'>time</th><td colspan='2'>3 s</td><td>of both.</td>" in html
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from denoising_vit.app.answering import Answer
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.tokens import effective_rank, neighbour_similarity, outlier_share
 
+#: Stands for what cannot be computed.
 NONE = "–"
 
 
@@ -44,13 +45,13 @@ class Figure:
 
     Attributes:
         name: what is measured.
-        raw: of raw features, as text; a dash where it is a figure of both.
-        clean: of denoised features, as text.
+        raw: of raw features, as text; None where it is a figure of both.
+        clean: of denoised features, or of both, as text.
         words: what it says.
     """
 
     name: str
-    raw: str
+    raw: str | None
     clean: str
     words: str
 
@@ -62,7 +63,7 @@ def figures(found: Answer) -> list[Figure]:
     kept = torch.nn.functional.cosine_similarity(result.raw, result.semantic, dim=-1)
     changed = Figure(
         "cosine of raw and denoised",
-        NONE,
+        None,
         f"{float(kept.mean()):.3f}",
         "Mean over patches; 1 would mean that nothing was changed.",
     )
@@ -79,14 +80,14 @@ def _heldout(found: Answer) -> list[Figure]:
     if r2 is None or cosine is None:
         return []
     return [
-        Figure("held-out R²", NONE, f"{r2:.3f}", "Share of the variance of crops not fitted that is predicted."),
-        Figure("held-out cosine", NONE, f"{cosine:.3f}", "Mean cosine to the features of these crops."),
+        Figure("held-out R²", None, f"{r2:.3f}", "Share of the variance of crops not fitted that is predicted."),
+        Figure("held-out cosine", None, f"{cosine:.3f}", "Mean cosine to the features of these crops."),
     ]
 
 
 def _times(found: Answer) -> Figure:
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.seconds.items())
-    return Figure("time", NONE, f"{sum(found.seconds.values()):.2f} s", f"{parts}; drawing comes on top.")
+    return Figure("time", None, f"{sum(found.seconds.values()):.2f} s", f"{parts}; drawing comes on top.")
 
 
 def _told(measure: Callable[[Tensor], float], features: Tensor, form: str) -> str:

@@ -228,12 +228,15 @@ def about(model: Model) -> str:
 
 def table(lines: list[Figure]) -> str:
     """Figures as a table in HTML."""
-    rows = "".join(
-        f"<tr><th scope='row'>{line.name}</th><td>{line.raw}</td><td>{line.clean}</td><td>{line.words}</td></tr>"
-        for line in lines
-    )
+    rows = "".join(f"<tr><th scope='row'>{line.name}</th>{_cells(line)}<td>{line.words}</td></tr>" for line in lines)
     head = "".join(f"<th scope='col'>{heading}</th>" for heading in ("figure", "raw", "denoised", "what it says"))
     return f"<table class='figures'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _cells(line: Figure) -> str:
+    if line.raw is None:
+        return f"<td colspan='2'>{line.clean}</td>"
+    return f"<td class='raw'>{line.raw}</td><td class='denoised'>{line.clean}</td>"
 
 
 def _methods(model: Model, wanted: Method | None) -> Any:

@@ -11,10 +11,10 @@ CSS = """
 .map img, .map canvas { image-rendering: pixelated; }
 .pick img { cursor: crosshair; }
 table.figures { width: 100%; border-collapse: collapse; font-size: 0.9rem; }
-#backbone input, #sample input { text-overflow: ellipsis; }
+#backbone input, #sample input { text-overflow: ellipsis; margin-right: 1.2rem; }
 table.figures th, table.figures td { text-align: left; vertical-align: top; padding: 0.35rem 0.6rem 0.35rem 0; }
 table.figures tr { border-bottom: 1px solid var(--border-color-primary); }
-table.figures td:nth-child(2), table.figures td:nth-child(3) { white-space: nowrap; }
+table.figures td:not(:last-child) { white-space: nowrap; }
 :is(button, input, a, [tabindex]):focus-visible, label:has(input[type=radio]:focus-visible) {
   outline: 3px solid var(--color-accent) !important; outline-offset: 2px;
 }
@@ -25,9 +25,9 @@ table.figures td:nth-child(2), table.figures td:nth-child(3) { white-space: nowr
   table.figures tr { padding: 0.4rem 0; }
   table.figures th { display: block; padding-bottom: 0; }
   table.figures td { display: inline; }
-  table.figures td:nth-child(2)::before { content: "raw "; }
-  table.figures td:nth-child(3)::before { content: "denoised "; }
-  table.figures td:nth-child(4) { display: block; }
+  table.figures td.raw::before { content: "raw "; }
+  table.figures td.denoised::before { content: "denoised "; }
+  table.figures td:last-child { display: block; }
 }
 """
 
