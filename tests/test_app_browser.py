@@ -219,6 +219,8 @@ def test_exact_with_few_views_says_how_well_it_predicts(visit: Callable[..., Vis
     assert visitor.page.locator("#views input[type=number]").is_disabled()  # of exact alone
     visitor.choose("method", "exact")
     visitor.page.wait_for_selector("#views input[type=number]:not([disabled])")
+    visitor.type("views", 0)
+    assert int(visitor.page.locator("#views input[type=number]").input_value()) == 8  # the least
     for name, value in (("views", 8), ("scale", 2), ("size", 168)):
         visitor.type(name, value)
     visitor.run()
@@ -290,14 +292,21 @@ def test_who_comes_second_waits_for_the_first(visit: Callable[..., Visitor]) -> 
     assert time.perf_counter() - started < 10
 
 
-def test_a_second_click_is_done_after_the_first(visit: Callable[..., Visitor]) -> None:
+def test_a_second_click_waits_for_the_first(visit: Callable[..., Visitor], tmp_path: Path) -> None:
     visitor = visit()
-    visitor.run()
-    visitor.page.click("#run")
-    visitor.choose("map", "norm")
-    visitor.page.click("#run")
-    visitor.page.wait_for_function("() => !document.querySelector('#sheet').disabled")
-    visitor.page.wait_for_selector("#legend:has-text('Length of the feature vectors')")
+    page = visitor.page
+    visitor.choose("method", "exact")
+    page.wait_for_selector("#views input[type=number]:not([disabled])")
+    visitor.type("size", 280)
+    visitor.type("views", 16)
+    page.click("#run")
+    page.wait_for_selector("#compare :text('views')")
+    visitor.choose("method", "denoiser")
+    page.click("#run")
+    page.wait_for_selector("#compare :text('queue: 1/1')")
+    page.wait_for_selector("#figures:has-text('held-out R²')")  # the first one's
+    page.wait_for_selector("#figures:not(:has-text('held-out R²'))")  # the second one's
+    assert dv.Decomposition.load(visitor.download("features", tmp_path)).info["method"] == "denoiser"
 
 
 def test_the_keyboard_reaches_everything(visit: Callable[..., Visitor]) -> None:
@@ -320,18 +329,22 @@ def test_the_keyboard_reaches_everything(visit: Callable[..., Visitor]) -> None:
     assert page.locator("#map input:checked").get_attribute("value") == "kmeans"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_readable_on_a_phone(visit: Callable[..., Visitor], scheme: str) -> None:
-    visitor = visit(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+def test_it_is_readable_on_a_phone(visit: Callable[..., Visitor]) -> None:
+    visitor = visit(viewport={"width": 400, "height": 800}, color_scheme="light")
+    page = visitor.page
     visitor.run()
-    visitor.page.wait_for_selector("#sheet:not([disabled])")
-    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.wait_for_selector("#sheet:not([disabled])")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
     for name in ("sample", "upload", "backbone", "method", "size", "run", "map", "compare", "photo", "row", "sheet"):
-        visitor.page.locator(f"#{name}").scroll_into_view_if_needed()
-        box = visitor.page.locator(f"#{name}").bounding_box()
+        page.locator(f"#{name}").scroll_into_view_if_needed()
+        box = page.locator(f"#{name}").bounding_box()
         assert box["x"] >= 0, name
         assert box["x"] + box["width"] <= 400, name
-    assert visitor.page.evaluate(LOW_CONTRAST) == []
+    assert page.evaluate(LOW_CONTRAST) == []
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_selector("body.dark")
+    page.wait_for_timeout(400)  # colours fade
+    assert page.evaluate(LOW_CONTRAST) == []
 
 
 def test_nothing_leaves_this_computer(visit: Callable[..., Visitor], site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -10,15 +11,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import gradio as gr
 import pytest
 
 import tiny_app as tiny
 from command import Dvit, in_process
 from denoising_vit.app import serving
 from denoising_vit.app.figures import Figure
-from denoising_vit.app.handlers import Gone, Visitors, plainly, table
 from denoising_vit.app.options import AppOptions
 from denoising_vit.app.serving import require_free
 from denoising_vit.errors import AppError
@@ -101,11 +101,12 @@ def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     seen: list[object] = []
+    ended = threading.Event()
 
     def end() -> None:
         """Looks at the page once it waits, and ends it as a service manager would."""
         until = time.monotonic() + 60
-        while time.monotonic() < until:
+        while time.monotonic() < until and not ended.is_set():
             if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
                     seen.extend([answer.status, *tmp_path.glob("dvit-app-*")])
@@ -116,6 +117,7 @@ def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
     ending = threading.Thread(target=end)
     ending.start()
     done = dvit("app", "--backbone", spec.backbone, "--weights", spec.weights, "--port", port)
+    ended.set()
     ending.join()
     assert done.code == 130, done.err
     assert f"ready: http://127.0.0.1:{port}/" in done.words
@@ -127,6 +129,12 @@ def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
 # Handlers
 
 
+@pytest.fixture
+def handlers() -> Any:
+    """The module, imported where it is used: Gradio takes seconds."""
+    return importlib.import_module("denoising_vit.app.handlers")
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -135,23 +143,23 @@ def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
         (ZeroDivisionError("secret"), "this could not be done \\(ZeroDivisionError\\)"),
     ],
 )
-def test_errors_reach_the_page_as_plain_words(error: Exception, words: str) -> None:
-    @plainly
+def test_errors_reach_the_page_as_plain_words(handlers: Any, error: Exception, words: str) -> None:
+    @handlers.plainly
     def fails() -> None:
         raise error
 
-    with pytest.raises(gr.Error, match=words) as found:
+    with pytest.raises(handlers.gr.Error, match=words) as found:
         fails()
     assert "secret" not in str(found.value)
 
 
-def test_who_closes_the_tab_ends_the_work() -> None:
-    visitors, told = Visitors(), []
+def test_who_closes_the_tab_ends_the_work(handlers: Any) -> None:
+    visitors, told = handlers.Visitors(), []
     watched = visitors.watched("a", lambda done, total: told.append(done))
     other = visitors.watched("b", lambda done, total: told.append(-done))
     watched(1, 9)
     visitors.leaves("a")
-    with pytest.raises(Gone):
+    with pytest.raises(handlers.Gone):
         watched(2, 9)
     other(2, 9)
     visitors.served("a")
@@ -159,17 +167,17 @@ def test_who_closes_the_tab_ends_the_work() -> None:
     assert told == [1, -2, 3]
 
 
-def test_closing_the_page_ends_all_work() -> None:
-    visitors = Visitors()
+def test_closing_the_page_ends_all_work(handlers: Any) -> None:
+    visitors = handlers.Visitors()
     watched = visitors.watched("a", lambda done, total: None)
     threading.Timer(0.2, visitors.served, ["a"]).start()
     visitors.all_leave(5)
-    with pytest.raises(Gone):
+    with pytest.raises(handlers.Gone):
         watched(1, 9)
 
 
-def test_figures_are_a_table_with_headings() -> None:
-    html = table([Figure("norm", "1", "2", "says it."), Figure("time", None, "3 s", "of both.")])
+def test_figures_are_a_table_with_headings(handlers: Any) -> None:
+    html = handlers.table([Figure("norm", "1", "2", "says it."), Figure("time", None, "3 s", "of both.")])
     assert "<th scope='row'>norm</th><td class='raw'>1</td><td class='denoised'>2</td><td>says it.</td>" in html
     assert "<th scope='row'>time</th><td colspan='2'>3 s</td><td>of both.</td>" in html
 
