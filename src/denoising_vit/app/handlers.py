@@ -184,9 +184,13 @@ class Handlers:
     @plainly
     def draw(self, folder: Path | None) -> Any:
         """An answer -> the picture that `dvit denoise` writes, to be downloaded."""
-        if folder is None:
-            return gr.skip()
-        return gr.DownloadButton(value=draw_sheet(Answer.load(folder)), interactive=True)
+        try:
+            sheet = None if folder is None else draw_sheet(Answer.load(folder))
+        except (AppError, OSError):
+            if folder is not None and folder.exists():
+                raise
+            sheet = None  # another photo was chosen meanwhile, or the tab was closed: nobody wants it
+        return gr.skip() if sheet is None else gr.DownloadButton(value=sheet, interactive=True)
 
     @plainly
     def switch(self, folder: Path | None, kind: str, row: int | None, column: int | None) -> tuple[Any, ...]:
