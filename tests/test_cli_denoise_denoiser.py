@@ -20,7 +20,7 @@ import tiny_denoiser as tiny
 from command import Dvit, in_process
 from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli import denoise as verb
+from denoising_vit.cli import denoise_job as verb
 from denoising_vit.denoiser.loading import denoiser_digest
 from denoising_vit.visualize.sheet import CELL, GAP, LEFT, RIGHT
 

@@ -29,6 +29,7 @@ VERBS: Mapping[str, Any] = {
     },
     "report": "report",
     "reproduce": "reproduce",
+    "show": "show",
     "export": "export",
     "models": "models",
     "app": "serve:app",
