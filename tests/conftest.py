@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+from browser import NONE_FOUND, chromium  # noqa: F401, a fixture
+
 # As the Ray engine does; some tests import Ray before it.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
@@ -29,3 +31,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says at the very end what was not tried, where nobody overlooks it."""
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    if any(NONE_FOUND in reason for reason in skipped):
+        terminalreporter.section("attention", sep="!")
+        terminalreporter.line(NONE_FOUND)

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
 
+import denoising_vit.decomposition.result
 import denoising_vit.visualize
 from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
@@ -631,7 +632,7 @@ def test_ctrl_c_while_writing_leaves_no_half_file(
 
 
 def _place_of(step: str) -> tuple[Any, str]:
-    return (denoising_vit.visualize if step == "draw_panel" else verb), step
+    return (denoising_vit.visualize if step == "draw_panel" else denoising_vit.decomposition.result), step
 
 
 def test_interrupt_anywhere_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,5 +63,9 @@ class EvaluationError(DenoisingVitError):
     """Data or features that a metric cannot be computed on."""
 
 
+class AppError(DenoisingVitError):
+    """A page that cannot be opened, or a question to it that cannot be answered as asked."""
+
+
 class DenoisingVitWarning(UserWarning):
     """Something worth knowing that does not stop the work."""

@@ -32,6 +32,7 @@ VERBS: Mapping[str, Any] = {
     "show": "show",
     "export": "export",
     "models": "models",
+    "app": "serve:app",
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
 }
 

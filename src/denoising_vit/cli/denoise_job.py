@@ -16,7 +16,6 @@ from denoising_vit.backbones import Backbone, Fingerprint
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Row
 from denoising_vit.decomposition import Decomposition
-from denoising_vit.decomposition.files import write_decomposition
 from denoising_vit.denoise import denoise_image, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.errors import DenoisingVitError
@@ -85,7 +84,7 @@ class DenoiseJob:
             exact = self._exact_beside(pixels, result, progress)
             self._draw(pixels, result, exact, output)
             self._show(photo, pixels, result, exact)
-            self._write(result, output)  # last: where this file is, the photo is finished
+            result.save(output.result, upsample=self.upsample)  # last: where this file is, the photo is finished
         except (DenoisingVitError, OSError) as error:
             return Row(str(photo), "failed", note=str(error))
         except Exception as error:  # one photo must not end the batch, whatever is wrong with it
@@ -110,15 +109,9 @@ class DenoiseJob:
             if redrawn:
                 self._draw(pixels, result, exact, output)
             if finer:
-                self._write(result, output)  # the field is there: nothing is computed again
+                result.save(output.result, upsample=self.upsample)  # the field is there: nothing is computed again
                 notes.append("finer features added")
         return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
-
-    def _write(self, result: Decomposition, output: Output) -> None:
-        extra = {"upsampled": result.upsample(self.upsample)} if self.upsample > 1 else None
-        result = dataclasses.replace(result, info=result.info | {"upsample": self.upsample})
-        with atomic_path(output.result) as temporary:
-            write_decomposition(result, temporary, extra)
 
     def _show(self, photo: Path, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None) -> None:
         if self.page is not None:

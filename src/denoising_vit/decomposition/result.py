@@ -104,10 +104,22 @@ class Decomposition:
             raise ValueError(f"factor must be a whole number of at least 1, got {factor}")
         return self._on_product_grid(*(_refine(*args, factor) for args in self._sides()))
 
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (float16) that :meth:`load` reads back, ``sample`` and ``upsample`` included."""
+    def save(self, path: str | Path, *, upsample: int | None = None) -> None:
+        """Writes a safetensors file (float16) that :meth:`load` reads back, ``sample`` and ``upsample`` included.
+
+        Args:
+            path: the file.
+            upsample: record this factor, and above 1 also store the clean features that many times finer, under
+                ``upsampled``, as `dvit denoise --upsample` does.
+
+        Raises:
+            ValueError: if ``upsample`` is not a positive whole number.
+            OSError: if the file cannot be written.
+        """
+        finer = {} if upsample in (None, 1) else {"upsampled": self.upsample(upsample)}
+        noted = self if upsample is None else dataclasses.replace(self, info=self.info | {"upsample": upsample})
         with atomic_path(Path(path)) as temporary:
-            write_decomposition(self, temporary)
+            write_decomposition(noted, temporary, finer)
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:

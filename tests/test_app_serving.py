@@ -1,0 +1,197 @@
+"""Opening the page: addresses, what is said before anybody is let in, and what is left behind."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_app as tiny
+from command import Dvit, in_process
+from denoising_vit.app import serving
+from denoising_vit.app.figures import Figure
+from denoising_vit.app.options import AppOptions
+from denoising_vit.app.serving import require_free
+from denoising_vit.errors import AppError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
+    return in_process(capsys, monkeypatch)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens at."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield listening.getsockname()[1]
+
+
+def test_a_port_in_use_ends_with_the_next_free_one(dvit: Dvit, taken: int) -> None:
+    done = dvit("app", "--port", taken)
+    assert done.code == 2
+    assert f"port {taken} of 127.0.0.1 is in use; the next free one is" in done.words
+    free = int(done.words.rpartition("--port ")[2])
+    assert free > taken
+    require_free("127.0.0.1", free)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--port", 0), "port must be 1 to 65535, got 0"),
+        (("--max-upload", 0), "max_upload must be more than 0"),
+        (("--max-upload", "nan"), "max_upload must be more than 0"),
+        (("--examples", "nowhere"), "examples must be a folder with photos, got nowhere"),
+        (("--host", "no.such.host.invalid"), "is no address that can be listened at"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(dvit: Dvit, options: tuple[object, ...], message: str) -> None:
+    done = dvit("app", *options)
+    assert done.code == 2
+    assert message in done.words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--host", "0.0.0.0"), "warning: --host 0.0.0.0 opens the page to the network"),
+        (("--share",), "warning: --share opens a public address"),
+    ],
+)
+def test_a_page_that_others_reach_says_so(dvit: Dvit, taken: int, options: tuple[str, ...], message: str) -> None:
+    done = dvit("app", *options, "--port", taken)  # in use, so that it ends there
+    assert done.code == 2
+    assert message in done.words
+    assert "warning" not in dvit("app", "--port", taken).words
+
+
+def test_without_gradio_the_extra_is_named(dvit: Dvit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
+    done = dvit("app")
+    assert done.code == 2
+    assert "install the extra `app` (pip install 'denoising-vit[app]')" in done.words
+
+
+def test_a_backbone_that_cannot_be_loaded_ends_the_command(dvit: Dvit, tmp_path: Path) -> None:
+    done = dvit("app", "--weights", tmp_path / "none.safetensors")
+    assert done.code == 2
+    assert "no such weights file" in done.words
+
+
+def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
+    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny.spec(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    seen: list[object] = []
+    ended = threading.Event()
+
+    def end() -> None:
+        """Looks at the page once it waits, and ends it as a service manager would."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not ended.is_set():
+            if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
+                    seen.extend([answer.status, *tmp_path.glob("dvit-app-*")])
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.1)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    done = dvit("app", "--backbone", spec.backbone, "--weights", spec.weights, "--port", port)
+    ended.set()
+    ending.join()
+    assert done.code == 130, done.err
+    assert f"ready: http://127.0.0.1:{port}/" in done.words
+    assert len(seen) == 2
+    assert seen[0] == 200
+    assert not list(tmp_path.glob("dvit-app-*"))
+
+
+# Handlers
+
+
+@pytest.fixture
+def handlers() -> Any:
+    """The module, imported where it is used: Gradio takes seconds."""
+    return importlib.import_module("denoising_vit.app.handlers")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AppError("<b>row</b> must be 0"), "&lt;b&gt;row&lt;/b&gt; must be 0"),
+        (MemoryError(), "not enough memory for this"),
+        (ZeroDivisionError("secret"), "this could not be done \\(ZeroDivisionError\\)"),
+    ],
+)
+def test_errors_reach_the_page_as_plain_words(handlers: Any, error: Exception, words: str) -> None:
+    @handlers.plainly
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(handlers.gr.Error, match=words) as found:
+        fails()
+    assert "secret" not in str(found.value)
+
+
+def test_who_closes_the_tab_ends_the_work(handlers: Any) -> None:
+    visitors, told = handlers.Visitors(), []
+    watched = visitors.watched("a", lambda done, total: told.append(done))
+    other = visitors.watched("b", lambda done, total: told.append(-done))
+    watched(1, 9)
+    visitors.leaves("a")
+    with pytest.raises(handlers.Gone):
+        watched(2, 9)
+    other(2, 9)
+    visitors.served("a")
+    visitors.watched("a", lambda done, total: told.append(done))(3, 9)  # the same tab, later
+    assert told == [1, -2, 3]
+
+
+def test_closing_the_page_ends_all_work(handlers: Any) -> None:
+    visitors = handlers.Visitors()
+    watched = visitors.watched("a", lambda done, total: None)
+    threading.Timer(0.2, visitors.served, ["a"]).start()
+    visitors.all_leave(5)
+    with pytest.raises(handlers.Gone):
+        watched(1, 9)
+
+
+def test_figures_are_a_table_with_headings(handlers: Any) -> None:
+    html = handlers.table([Figure("norm", "1", "2", "says it."), Figure("time", None, "3 s", "of both.")])
+    assert "<th scope='row'>norm</th><td class='raw'>1</td><td class='denoised'>2</td><td>says it.</td>" in html
+    assert "<th scope='row'>time</th><td colspan='2'>3 s</td><td>of both.</td>" in html
+
+
+@pytest.mark.parametrize(
+    ("host", "share", "local"),
+    [
+        ("127.0.0.1", False, True),
+        ("localhost", False, True),
+        ("::1", False, True),
+        ("0.0.0.0", False, False),
+        ("example.org", False, False),
+        ("127.0.0.1", True, False),
+    ],
+)
+def test_it_is_known_who_reaches_the_page(host: str, share: bool, local: bool) -> None:
+    assert AppOptions(host=host, share=share).local == local
