@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,13 +93,11 @@ class Visitor:
             arg=[name, before],
         )
 
-    def run(self) -> float:
-        """Presses the button and waits for the pictures: seconds from click to picture."""
-        started = time.perf_counter()
+    def run(self) -> None:
+        """Presses the button and waits for the pictures."""
         self.page.click("#run")
         self.page.wait_for_selector("#compare img")
         self.page.wait_for_selector("#similar-denoised img")
-        return time.perf_counter() - started
 
     def choose(self, name: str, value: str) -> None:
         """A choice of a radio."""
@@ -157,9 +154,7 @@ def test_from_a_sample_to_pictures_and_files(visit: Callable[..., Visitor], tmp_
     assert "noise.png, 90 × 60 pixels" in visitor.page.inner_text("#about-photo")  # --examples comes first
     visitor.changes("photo", lambda: visitor.pick("sample", "astronaut"))
     assert "astronaut.png, 512 × 512 pixels" in visitor.page.inner_text("#about-photo")
-    seconds = visitor.run()
-    print(f"\nfirst answer after the start, from click to picture in the browser: {seconds:.2f} s")
-    assert seconds < 15  # about 2 s where nothing else runs
+    visitor.run()
     assert visitor.page.locator("#compare img").count() == 2  # raw and denoised
     assert "cosine of raw and denoised" in visitor.page.inner_text("#figures")
     assert "time" in visitor.page.inner_text("#figures")
@@ -287,9 +282,7 @@ def test_who_comes_second_waits_for_the_first(visit: Callable[..., Visitor]) -> 
     second.page.click("#run")
     second.page.wait_for_selector("#compare :text('queue: 1/1')")
     first.context.close()  # leaves while it runs: its work ends, and the second's turn comes
-    started = time.perf_counter()
     second.page.wait_for_selector("#compare img")
-    assert time.perf_counter() - started < 10
 
 
 def test_a_second_click_waits_for_the_first(visit: Callable[..., Visitor], tmp_path: Path) -> None:
