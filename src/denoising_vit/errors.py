@@ -63,5 +63,9 @@ class EvaluationError(DenoisingVitError):
     """Data or features that a metric cannot be computed on."""
 
 
+class ClipError(DenoisingVitError):
+    """A video that cannot be read or made; a batch job skips it and says why."""
+
+
 class DenoisingVitWarning(UserWarning):
     """Something worth knowing that does not stop the work."""
