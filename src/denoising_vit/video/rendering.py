@@ -171,7 +171,8 @@ class _Run:
         maker, palette = self._maker, self._parts.palette
         if palette.is_file():
             return ClipColours.load(palette, maker.data_set)
-        chosen = set(spread(self._total, self._options.basis_frames))
+        most = self._options.basis_frames
+        chosen = set(spread(self._total, most - most % self._batch if most > self._batch else most))  # whole batches
         wanted = (frame for frame in self._frames(chosen.__contains__, max(chosen) + 1) if frame.number in chosen)
         while batch := list(itertools.islice(wanted, self._batch)):
             self._ready |= {frame.number: maps for frame, maps in self._seen(batch)}
