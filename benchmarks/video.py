@@ -2,12 +2,12 @@
 
     python benchmarks/video.py [CLIP] [--frames 80] [--repeats 3] [--memory-frames 80 800] [--json out.json]
 
-Time: in one process, in turn, the bare forward passes of backbone and denoiser on the clip's frames (decoded, shrunk and
-normalised beforehand, in batches as the video takes them), and `render_video` on the clip, from opening the file to the
-joined result; the model is loaded before. The ratio of their processor time is told as well, which other work on the
-machine does not change. Memory: a process of its own for each length, at a smaller size so that the
-long one takes minutes; its peak above what the loaded model takes. Without a clip, one of 854 x 480 is made up. Prints
-one JSON line.
+Time: in one process, in turn, the bare forward passes of backbone and denoiser on the clip's frames (decoded, shrunk
+and normalised beforehand, in batches as the video takes them), and `render_video` on the clip, from opening the file
+to the joined result; the model is loaded before. The ratio of their processor time is told as well, which other work
+on the machine does not change. Memory: a process of its own for each length, at a smaller size so that the long one
+takes a minute, but in batches as at full size; its peak above what the loaded model takes. Without a clip, one of
+854 x 480 is made up. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -79,7 +79,11 @@ def main(
         if only_memory_of is not None:
             print(peak_above(model, source, folder, only_memory_of, memory_size))
             return
-        found = {"hardware": hardware(), "backbone": model.extra_repr(), **speed(model, source, folder, frames, repeats)}
+        found = {
+            "hardware": hardware(),
+            "backbone": model.extra_repr(),
+            **speed(model, source, folder, frames, repeats),
+        }
     if all(memory_frames):
         peaks = [in_child(length, clip, backbone, weights, memory_size, memory_frames) for length in memory_frames]
         found |= {"memory_frames": memory_frames, "memory_size": memory_size, "peaks_mib": peaks}
@@ -144,9 +148,7 @@ def normalised(model: dv.Backbone, shown: list[np.ndarray], batch: int) -> Itera
         yield images.to(model.device, model.dtype)
 
 
-def in_child(
-    frames: int, clip: Path | None, backbone: str, weights: str, size: int, lengths: tuple[int, int]
-) -> float:
+def in_child(frames: int, clip: Path | None, backbone: str, weights: str, size: int, lengths: tuple[int, int]) -> float:
     """MiB above the loaded model, measured in a process of its own."""
     command = [sys.executable, __file__, *([str(clip)] if clip else []), "--backbone", backbone, "--weights", weights]
     command += ["--memory-size", str(size), "--memory-frames", *map(str, lengths), "--only-memory-of", str(frames)]
@@ -158,7 +160,9 @@ def peak_above(model: dv.Backbone, source: Path, folder: Path, frames: int, size
     _ = model.fingerprint  # one forward pass: libraries have allocated what they keep
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = resident()
-    done = render_video(model, source, folder / "video.mp4", size=size, max_frames=frames)
+    clip_size = open_clip(source, Fraction(24)).size
+    batch = fitting_batch(model.device, math.prod(model.grid_size(*shown_size(clip_size, model, VideoOptions()))))
+    done = render_video(model, source, folder / "video.mp4", size=size, max_frames=frames, batch_size=batch)
     if done.frames != frames:
         raise SystemExit(f"{source} has {done.frames} frames, fewer than {frames}")
     (told,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

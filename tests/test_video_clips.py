@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,9 +16,12 @@ import tiny_video as tiny
 from denoising_vit.errors import ClipError
 from denoising_vit.video import films
 from denoising_vit.video.clips import Clip, Frame
+from denoising_vit.video.encoding import join
 from denoising_vit.video.films import open_clip
 
 RATE = Fraction(24)
+
+Turn = Callable[[np.ndarray], np.ndarray]
 
 
 def opened(path: Path) -> Clip:
@@ -141,7 +147,7 @@ def test_frames_of_other_sizes_keep_their_aspect(tmp_path: Path, pictures: list[
         ((-1, 0, 0, 1), lambda pixels: pixels[:, ::-1]),
     ],
 )
-def test_orientation_is_honoured(tmp_path: Path, matrix: tuple[int, int, int, int], expected) -> None:  # noqa: ANN001
+def test_orientation_is_honoured(tmp_path: Path, matrix: tuple[int, int, int, int], expected: Turn) -> None:
     path = tiny.film(tmp_path / "a.mp4", [tiny.picture(0)] * 2)
     tiny.turn(path, matrix)
     clip = opened(path)
@@ -192,8 +198,6 @@ def test_what_is_no_clip_is_told(tmp_path: Path) -> None:
 
 
 def test_sound_alone_and_a_video_of_no_length(tmp_path: Path) -> None:
-    import av
-
     with av.open(str(tmp_path / "sound.m4a"), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -221,8 +225,6 @@ def test_all_frames_damaged(tmp_path: Path) -> None:
 
 def test_a_file_that_ends_early_is_shown_up_to_there(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     path = tiny.film(tmp_path / "a.mp4", pictures, options={"bf": "0"})
-    from denoising_vit.video.encoding import join
-
     join([path], tmp_path / "fast.mp4", Fraction(8, 25), "")  # its index stands before the frames
     content = (tmp_path / "fast.mp4").read_bytes()
     (tmp_path / "fast.mp4").write_bytes(content[: len(content) * 2 // 3])
@@ -245,5 +247,5 @@ def test_without_pyav_the_extra_is_named(
     tmp_path: Path, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.film(tmp_path / "a.mp4", pictures)
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     assert "install the extra `video`" in refused(path)

@@ -58,6 +58,7 @@ class PartWriter:
     def __init__(self, path: Path, size: tuple[int, int], time_base: Fraction, rate: Fraction, encoder: str) -> None:
         self._av = needed("av", "video", ClipError)
         self._time_base = time_base
+        self._scaler = self._av.video.reformatter.VideoReformatter()
         self._container = self._av.open(str(path), "w", format="nut")
         self._stream = self._container.add_stream(encoder, rate=rate, options=_SETTINGS[encoder])
         self._stream.height, self._stream.width = size
@@ -71,7 +72,9 @@ class PartWriter:
     def write(self, pixels: np.ndarray, time: int) -> None:
         """Adds a frame (H, W, 3) uint8 that is shown from a time on."""
         frame = self._av.VideoFrame.from_ndarray(pixels, "rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
+        frame = self._scaler.reformat(
+            frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
+        )
         frame.pts, frame.time_base = time, self._time_base
         self._container.mux(self._stream.encode(frame))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import heapq
 import logging
@@ -16,7 +17,7 @@ from denoising_vit.errors import ClipError
 from denoising_vit.extras import needed
 from denoising_vit.photos import MAX_PIXELS
 from denoising_vit.video.clips import Clip, FolderClip, Timed
-from denoising_vit.video.pictures import FilmPicture
+from denoising_vit.video.pictures import FilmPicture, display_matrix, shown_size
 
 #: Bytes at either end of a file that identify it, with its length.
 _ENDS = 1 << 20
@@ -68,14 +69,17 @@ class FilmClip(Clip):
         if not self.count:
             raise ClipError(f"{path}: a video of no length: it holds no frame")
         self.digest = _digest(path)
-        first = next((source.picture for source in self.timed() if source.picture is not None), None)
+        self._matrix: tuple[int, ...] | None = None
+        first = next((source.picture for source in self.timed() if isinstance(source.picture, FilmPicture)), None)
         if first is None:
             raise ClipError(f"{path}: none of its {self.count} frames can be decoded; is the file damaged?")
-        self.size = first.size()
+        self._matrix = display_matrix(first.frame)
+        self.size = shown_size((first.frame.height, first.frame.width), first.aspect, self._matrix)
 
     def timed(self) -> Iterator[Timed]:
         """Decoded frames in the order they are shown; those of packets that cannot be decoded come without picture."""
         lost: list[int] = []
+        scaler = functools.cache(lambda _size: self._av.video.reformatter.VideoReformatter())
         with self._opened() as (container, stream):
             aspect = float(stream.codec_context.sample_aspect_ratio or 1) or 1.0
             for packet in _until_broken(self._av, container.demux(stream)):
@@ -89,8 +93,8 @@ class FilmClip(Clip):
                     while lost and frame.pts is not None and lost[0] < frame.pts:
                         yield Timed(heapq.heappop(lost), self.step, None)
                     _require_possible(self.path, frame.height, frame.width)
-                    sound = not frame.is_corrupt
-                    yield Timed(frame.pts, frame.duration or self.step, FilmPicture(frame, aspect) if sound else None)
+                    picture = None if frame.is_corrupt else FilmPicture(frame, aspect, self._matrix, scaler)
+                    yield Timed(frame.pts, frame.duration or self.step, picture)
             while lost:
                 yield Timed(heapq.heappop(lost), self.step, None)
 

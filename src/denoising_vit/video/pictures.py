@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,30 +69,38 @@ class FilmPicture:
     Attributes:
         frame: of PyAV.
         aspect: width over height of a pixel.
+        matrix: how frames of this video are turned and mirrored.
+        scaler: of PyAV, shared by all frames, so that each size is prepared for once.
     """
 
     frame: Any
-    aspect: float = 1.0
+    aspect: float
+    matrix: tuple[int, ...] | None
+    scaler: Callable[[tuple[int, int]], Any]
 
     def size(self) -> tuple[int, int]:
         """(H, W) as players show it."""
-        return shown_size((self.frame.height, self.frame.width), self.aspect, display_matrix(self.frame))
+        return shown_size((self.frame.height, self.frame.width), self.aspect, self.matrix)
 
     def at(self, size: tuple[int, int]) -> np.ndarray:
         """The frame in (H, W) pixels; shrunk in its own colour format, so that no large copy in RGB is ever made."""
-        matrix = display_matrix(self.frame)
-        height, width = size[::-1] if _is_quarter(matrix) else size
+        height, width = size[::-1] if _is_quarter(self.matrix) else size
         alpha = self.frame.format.name == "pal8" or any(part.is_alpha for part in self.frame.format.components)
         unknown = self.frame.colorspace == _UNSPECIFIED and self.frame.height >= HIGH_DEFINITION
-        pixels = self.frame.reformat(
-            width=width,
-            height=height,
-            format="rgba" if alpha else "rgb24",
-            interpolation="AREA" if self.frame.height > height else "BICUBIC",
-            src_colorspace="ITU709" if unknown else None,
-            threads=1,
-        ).to_ndarray()
-        return upright(over_white(pixels) if alpha else pixels, matrix)
+        pixels = (
+            self.scaler(size)
+            .reformat(
+                self.frame,
+                width=width,
+                height=height,
+                format="rgba" if alpha else "rgb24",
+                interpolation="AREA" if self.frame.height > height else "BICUBIC",
+                src_colorspace="ITU709" if unknown else None,
+                threads=1,
+            )
+            .to_ndarray()
+        )
+        return upright(over_white(pixels) if alpha else pixels, self.matrix)
 
 
 def over_white(pixels: np.ndarray) -> np.ndarray:
@@ -102,7 +110,11 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def display_matrix(frame: Any) -> tuple[int, ...] | None:
-    """The nine numbers that say how a frame is turned and mirrored; None where it is to be shown as it is."""
+    """The nine numbers that say how a video is turned and mirrored; None where it is to be shown as it is.
+
+    To be asked of one frame only: PyAV keeps frames that were asked for such data until Python looks for cycles, which
+    for large frames is too late.
+    """
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             return tuple(np.frombuffer(bytes(data)[:36], np.int32).tolist())

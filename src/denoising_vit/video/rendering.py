@@ -146,6 +146,7 @@ class _Run:
         self._batch = options.batch_size or fitting_batch(maker.backbone.device, grid[0] * grid[1])
         self._total = min(-(-clip.count // options.every), options.max_frames or clip.count)
         self._ready: dict[int, Maps] = {}
+        self._settling: frozenset[int] = frozenset()
         self._lost: list[str] = []
         self._boxed = self._count = self._end = 0
 
@@ -180,6 +181,7 @@ class _Run:
         if not self._ready:  # fewer frames than the file says
             chosen = {0}
             self._ready = {frame.number: maps for frame, maps in self._seen([next(self._frames(lambda n: n == 0, 1))])}
+        self._settling = frozenset(self._ready)
         colours = ClipColours.fit([found for maps in self._ready.values() for found in maps.values()], maker.data_set)
         colours.save(palette, self._panels)
         return colours
@@ -235,7 +237,8 @@ class _Run:
                 if self._options.frames:
                     write_frame(sheet, self._out.with_suffix(""), frame.number)
                 self._note(frame)
-                self._progress(self._count + len(self._ready), self._total)
+                ahead = sum(number > frame.number for number in self._settling)  # their features are there already
+                self._progress(self._count + ahead, self._total)
         self._parts.add(self._parts.path(number), self._count - before)
 
     def _drawn(self, frame: Frame, maps: Maps, colours: ClipColours) -> np.ndarray:

@@ -48,20 +48,19 @@ class Sheet:
                 self._places[name, kind] = top + HEADING, left
                 heading = PANELS[kind] if name is None else f"{name}: {PANELS[kind]}"
                 draw.text((left, top + HEADING // 2), heading, _INK, _font(heading, panel[1]), anchor="lm")
-        self._empty = np.asarray(headings)
+        self._pixels = np.array(headings)
 
     def draw(self, image: np.ndarray, maps: Mapping[tuple[str | None, str], np.ndarray]) -> np.ndarray:
-        """The sheet (H, W, 3) uint8 of a frame.
+        """The sheet (H, W, 3) uint8 of a frame; the same array every time.
 
         Args:
             image: the frame in the size of a panel, (H, W, 3) uint8.
             maps: pictures (h, w, 3) uint8 by features and panel.
         """
-        sheet = self._empty.copy()
         for place, (top, left) in self._places.items():
             pixels = image if place[0] is None else self._enlarged(maps[place])
-            sheet[top : top + self._panel[0], left : left + self._panel[1]] = pixels
-        return sheet
+            self._pixels[top : top + self._panel[0], left : left + self._panel[1]] = pixels
+        return self._pixels
 
     def _enlarged(self, picture: np.ndarray) -> np.ndarray:
         """(h, w, 3) in the size of a panel."""
