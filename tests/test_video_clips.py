@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -28,7 +29,7 @@ def opened(path: Path) -> Clip:
     return open_clip(path, RATE)
 
 
-def all_frames(clip: Clip, **options: int) -> list[Frame]:
+def all_frames(clip: Clip, **options: Any) -> list[Frame]:
     """In the clip's own size."""
     return list(clip.frames(clip.size, clip.size, **options))
 

@@ -21,8 +21,9 @@ PANEL = 60, 101
 
 def drawn(*, smooth: bool = False) -> np.ndarray:
     sheet = Sheet(("raw", "denoiser"), ("image", "pca"), PANEL, smooth=smooth)
-    maps = {("raw", "pca"): np.zeros((2, 3, 3), np.uint8), ("denoiser", "pca"): np.full((2, 3, 3), 77, np.uint8)}
-    maps["raw", "pca"][0, 0] = 200
+    raw = np.zeros((2, 3, 3), np.uint8)
+    raw[0, 0] = 200
+    maps: dict[tuple[str | None, str], np.ndarray] = {("raw", "pca"): raw, ("denoiser", "pca"): np.full_like(raw, 77)}
     return sheet.draw(np.full((*PANEL, 3), 9, np.uint8), maps)
 
 
