@@ -24,8 +24,9 @@ from skimage import data
 
 import denoising_vit.visualize
 from denoising_vit import Decomposition
+from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import app
-from denoising_vit.cli import denoise as verb
+from denoising_vit.cli import denoise_job as verb
 
 #: A random ViT-Ti on a grid of 6 x 6: a photo takes a tenth of a second.
 FAST = [
@@ -694,7 +695,7 @@ def test_error_of_the_drawing_is_reported_per_photo(
 def test_backbone_that_yields_nan_is_reported_per_photo(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verb.BackboneSpec.load
+    real = BackboneSpec.load
 
     def broken(*arguments: Any, **options: Any) -> Any:
         model = real(*arguments, **options)
@@ -703,7 +704,7 @@ def test_backbone_that_yields_nan_is_reported_per_photo(
             next(model.parameters()).fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(verb.BackboneSpec, "load", broken)
+    monkeypatch.setattr(BackboneSpec, "load", broken)
     photos = [cat(tmp_path / "one.jpg"), cat(tmp_path / "two.jpg", bright=20)]
     done = dvit(*photos, "-o", tmp_path / "out")
     assert done.code == 1

@@ -20,7 +20,7 @@ from command import Dvit, in_process
 from denoising_vit import Artifact, Decomposition
 from denoising_vit.artifact import artifact_digest, known
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli import denoise as verb
+from denoising_vit.cli import denoise_job as verb
 from denoising_vit.dataset import spread
 from denoising_vit.store import FeatureStore
 

@@ -20,9 +20,9 @@ import tiny_denoiser as tiny
 from command import Dvit, in_process
 from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli import denoise as verb
+from denoising_vit.cli import denoise_job as verb
 from denoising_vit.denoiser.loading import denoiser_digest
-from denoising_vit.visualize.panel import CELL, GAP, LEFT, RIGHT
+from denoising_vit.visualize.sheet import CELL, GAP, LEFT, RIGHT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -135,7 +135,13 @@ def test_photos_become_a_model_that_the_text_names(distill: Distill, last: Any, 
     dv.load_backbone(tiny.MODEL, weights=named[1], device="cpu")
     timm.create_model(tiny.MODEL, num_classes=0, checkpoint_path=named[1])
     assert [row["step"] for row in tiny.rows(run, "train")] == [1, 2]
-    assert {path.name for path in run.iterdir()} >= {"last.safetensors", "run.json", "panels", "checkpoints"}
+    assert {path.name for path in run.iterdir()} >= {
+        "last.safetensors",
+        "run.json",
+        "run.html",
+        "panels",
+        "checkpoints",
+    }
 
 
 def test_epochs_are_as_good_as_steps(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:

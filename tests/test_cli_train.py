@@ -70,6 +70,8 @@ def test_a_store_becomes_a_denoiser(train: Train, store: Path, photos: Path, tmp
     assert re.search(rf"4 of 4 steps done, the best after step [24]: {run}/denoiser.safetensors", done.err)
     assert read_denoiser(run / "denoiser.safetensors").info["images"] == 4
     assert [row["step"] for row in tiny.rows(run, "train")] == [1, 2, 3, 4]
+    page = (run / "run.html").read_text("utf-8")
+    assert f"page {run}/run.html" in done.err and "4 of 4 steps; best after step" in page and "data:image/png" in page
 
 
 def test_stop_and_resume(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +20,14 @@ from denoising_vit.calibration import Calibration, Stability
 from denoising_vit.dataset import Skipped
 from denoising_vit.diagnosis import Diagnosis, Finding, Judgement, Verdict, verdict
 from denoising_vit.diagnosis.evidence import Evidence, Shown
-from denoising_vit.diagnosis.page import render_page, write_page
+from denoising_vit.diagnosis.page import render_page
 from denoising_vit.evaluation.artifacts import ArtifactMetrics
+from denoising_vit.pages import write_page
+from html_page import Page
 
 GRID, CHANNELS = (3, 5), 7
 SOURCES: list[str] = ["raw", "subtract", "other & <b>"]
 NASTY = "photos/<script>alert(1)<.&.jpg"
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, the text, and whether tags are balanced."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.text, self._open = "", []
-        self.feed(page)
-        assert not self._open, f"not closed: {self._open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {key: value or "" for key, value in attrs}))
-        self.text += " "  # cells of a table stand apart
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {key: value or "" for key, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    @property
-    def words(self) -> str:
-        return " ".join(self.text.split())
-
-    def images(self, start: str = "") -> list[dict[str, str]]:
-        return [about for tag, about in self.elements if tag == "img" and about["alt"].startswith(start)]
 
 
 def metrics(start: float, **changes: Any) -> ArtifactMetrics:
@@ -249,7 +216,7 @@ def test_six_photos_stay_small():
 
 def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "page.html"
-    write_page(made(), path)
+    write_page(render_page(made()), path)
     assert path.read_text("utf-8") == render_page(made())
     before = path.read_bytes()
 
@@ -258,13 +225,13 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space left"):
-        write_page(made(shown=0), path)
+        write_page(render_page(made(shown=0)), path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_names_that_are_not_text_are_written_escaped(tmp_path: Path):
     info = {**made().info, "photos": ["caf\udce9.jpg", "äö.jpg"]}
-    write_page(made(info=info), tmp_path / "page.html")
+    write_page(render_page(made(info=info)), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "caf\\udce9.jpg" in page and "äö.jpg" in page

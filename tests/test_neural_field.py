@@ -22,7 +22,7 @@ import denoising_vit as dv
 import denoising_vit.visualize
 from denoising_vit import Backbone, BackboneError, Decomposition, FitError, NeuralFieldOptions, PlanError, ViewPlan
 from denoising_vit.cli import app
-from denoising_vit.cli import denoise as verb
+from denoising_vit.cli import denoise_job as verb
 from denoising_vit.decomposition.neural_field import Evaluation, NeuralFit, SeenViews, fit_neural_field
 from denoising_vit.decomposition.neural_field import fit as loop
 from denoising_vit.decomposition.neural_field.fit import evaluate, learning_rate

@@ -14,8 +14,9 @@ from PIL import Image
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.visualize import draw_panel
 from denoising_vit.visualize import panel as panel_module
-from denoising_vit.visualize.panel import CELL, GAP, HEADING, LEFT, RIGHT, _caption, _compared, _halved, _number, _Sheet
+from denoising_vit.visualize.panel import _caption, _compared
 from denoising_vit.visualize.pca import PCABasis
+from denoising_vit.visualize.sheet import CELL, GAP, HEADING, LEFT, RIGHT, Sheet, halved, number
 
 
 def decomposition(height: int = 5, width: int = 7, channels: int = 6, **info: object) -> Decomposition:
@@ -49,7 +50,7 @@ def test_panel_is_a_png_of_the_photos_aspect(tmp_path: Path, height: int, width:
         tmp_path, photo(height, width), decomposition(backbone={"name": "vit"}, views=64, heldout_r2=0.7), title="a"
     )
     assert 1800 <= sheet.shape[1] <= 2400
-    box = _Sheet(width / height, None).box
+    box = Sheet([width / height], 1).box(0)
     assert box[1] / box[0] == pytest.approx(width / height, rel=0.02)
     assert sheet.shape[0] > 2 * box[0]
 
@@ -88,8 +89,8 @@ def test_caption_says_what_is_known():
     assert len(_caption(decomposition(backbone={"name": "x" * 500}), 1.0)) < 120
 
 
-def test_numbers_are_short():
-    assert [_number(value) for value in (0.0, -1, 4.3567, 53.71, 1234.5, 2e7)] == [
+def testnumbers_are_short():
+    assert [number(value) for value in (0.0, -1, 4.3567, 53.71, 1234.5, 2e7)] == [
         "0",
         "−1",
         "4.36",
@@ -162,11 +163,11 @@ def test_columns_and_rows_are_named_and_share_one_basis(tmp_path: Path, monkeypa
     labels, bases = [], []
     fit = PCABasis.fit
 
-    def picture(_sheet: _Sheet, row: int, column: int, pixels: np.ndarray, heading: str, *_more: Any) -> None:
+    def picture(_sheet: Sheet, row: int, column: int, pixels: np.ndarray, heading: str, *_more: Any) -> None:
         pictures[row, column] = heading, pixels
 
-    monkeypatch.setattr(_Sheet, "picture", picture)
-    monkeypatch.setattr(_Sheet, "row_label", lambda _sheet, _row, label: labels.append(label))
+    monkeypatch.setattr(Sheet, "picture", picture)
+    monkeypatch.setattr(Sheet, "row_label", lambda _sheet, _row, label: labels.append(label))
     monkeypatch.setattr(
         panel_module.PCABasis, "fit", lambda *maps, **more: bases.append((maps, fit(*maps, **more))) or bases[-1][1]
     )
@@ -203,10 +204,10 @@ def test_caption_says_where_the_denoiser_comes_from_and_how_exact_did():
     assert _compared(decomposition(views=64), None) == []
 
 
-def test_long_lines_of_the_caption_are_halved_between_their_parts():
-    assert _halved("one  ·  two  ·  three", 40) == ["one  ·  two  ·  three"]
-    assert _halved("one  ·  two  ·  three", 20) == ["one  ·  two", "three"]
-    assert _halved("x" * 50, 20) == ["x" * 50]
+def test_long_lines_of_the_caption_arehalved_between_their_parts():
+    assert halved("one  ·  two  ·  three", 40) == ["one  ·  two  ·  three"]
+    assert halved("one  ·  two  ·  three", 20) == ["one  ·  two", "three"]
+    assert halved("x" * 50, 20) == ["x" * 50]
 
 
 @pytest.mark.parametrize("shape", [(2, 4000), (4000, 2), (1, 1)])

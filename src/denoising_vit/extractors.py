@@ -56,13 +56,13 @@ class Cleaners:
         raise PlanError(f"no extractor named {name!r}; there are {', '.join(get_args(ExtractorName))}")
 
 
-def parse_names(names: str | Sequence[str], known: Sequence[str], what: str = "features") -> tuple[str, ...]:
-    """Names of features, in order.
+def parse_names(names: str | Sequence[str], known: Sequence[str], of: str = "features") -> tuple[str, ...]:
+    """Names, in order.
 
     Args:
         names: in one text, separated by commas, or one by one.
         known: the names there are.
-        what: they are names of, for errors.
+        of: what they are the names of.
 
     Raises:
         PlanError: if one is unknown or comes twice, or there are none.
@@ -71,7 +71,7 @@ def parse_names(names: str | Sequence[str], known: Sequence[str], what: str = "f
     unknown = [name for name in given if name not in known]
     if unknown or not given or len(set(given)) < len(given):
         wrong = f"unknown: {', '.join(map(repr, unknown))}" if unknown else f"got {', '.join(given) or 'none'}"
-        raise PlanError(f"{what} must be different ones of {', '.join(known)}, separated by commas; {wrong}")
+        raise PlanError(f"{of} must be different ones of {', '.join(known)}, separated by commas; {wrong}")
     return given
 
 

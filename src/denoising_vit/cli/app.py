@@ -30,6 +30,7 @@ VERBS: Mapping[str, Any] = {
     "video": "video",
     "report": "report",
     "reproduce": "reproduce",
+    "show": "show",
     "export": "export",
     "models": "models",
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import tyro
-from torch import Tensor
 
-from denoising_vit.artifact import SHIPPED, artifact_digest, resampling_note
-from denoising_vit.backbones import Backbone, BackboneSpec, Fingerprint
+from denoising_vit.artifact import SHIPPED, resampling_note
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.cli.denoise_job import DenoiseJob
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
-from denoising_vit.cli.outputs import Output, OutputFolder
+from denoising_vit.cli.outputs import OutputError, OutputFolder, require_writable
 from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error, print_note
 from denoising_vit.dataset import find_photos
-from denoising_vit.decomposition import Decomposition
-from denoising_vit.decomposition.files import write_decomposition
-from denoising_vit.denoise import denoise_image, settle, work
+from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser.loading import FoundDenoiser
-from denoising_vit.errors import DenoisingVitError
-from denoising_vit.files import atomic_path
+from denoising_vit.evaluation.records import run_info
 from denoising_vit.options import DenoiseOptions
-from denoising_vit.photos import photo_digest, read_photo
 from denoising_vit.preparing import given_artifact, prepare
-from denoising_vit.views import ViewPlan
+
+if TYPE_CHECKING:
+    from denoising_vit.pages.photos import PhotosPage
 
 
 def denoise(
@@ -40,6 +36,7 @@ def denoise(
     denoiser: str | None = None,
     no_exact: tyro.conf.FlagCreatePairsOff[bool] = False,
     upsample: int = 1,
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -59,6 +56,8 @@ def denoise(
         no_exact: with a denoiser, leave exact out of the pictures. They compare the denoiser with it otherwise, and it
             is fitted for them alone, with the options of stage 1: a pass for each view.
         upsample: also store the clean features this many times finer, and draw them so.
+        report: also write a page (.html) with maps and figures of all photos and the command that made them; it needs
+            no other file and no network.
         overwrite: do photos again whose results are there already.
         json: print one JSON line per photo instead of a table.
     """
@@ -68,13 +67,18 @@ def denoise(
     if upsample < 1:
         print_error(f"--upsample must be a whole number of at least 1, got {upsample}")
         return WRONG_USAGE
-    photos, missing = find_photos(inputs)
-    report = Report(as_json=json)
-    for item in missing:
-        report.add(Row(item.item, "failed", note=item.reason))
-    if not photos:
-        report.finish(out)
+    if report is not None and (report.suffix.lower() not in (".html", ".htm") or report.is_dir()):
+        print_error(f"--report {report}: expected the name of a .html file")
         return WRONG_USAGE
+    photos, missing = find_photos(inputs)
+    told = Report(as_json=json)
+    for item in missing:
+        told.add(Row(item.item, "failed", note=item.reason))
+    if not photos:
+        told.finish(out)
+        return WRONG_USAGE
+    if report is not None:
+        require_writable(report.parent)
     denoising.validate()
     backbone = model.load()
     options, found = settle(denoising, backbone, denoiser, artifact)
@@ -93,20 +97,49 @@ def denoise(
         print_note(f"pictures compare it with exact, {work(exact)} passes a photo; --no-exact leaves it out")
     if known is not None and (resampled := resampling_note(artifact or SHIPPED, backbone, plan.grid)):
         print_note(resampled)
-    job = _Job(backbone, options, plan, folder, upsample, known, found, exact)
+    page = None if report is None else _page()
+    job = DenoiseJob(backbone, options, plan, folder, upsample, known, found, exact, page)
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
+    interrupted = False
     with PhotoProgress(len(photos), job.work, unit) as progress:
         try:
             for photo in photos:
                 progress.start(photo.name)
-                report.add(job.run(photo, progress))
+                told.add(job.run(photo, progress))
                 progress.finish()
         except KeyboardInterrupt:
-            progress.stop()
-            report.finish(out)
-            print_note("interrupted; finished results stay, and the same command goes on from there")
-            return INTERRUPTED
-    return report.finish(out)
+            interrupted = True
+    code = told.finish(out)
+    if page is not None and report is not None:
+        _write_page(page, told, backbone, _told(options, found), report)
+    if interrupted:
+        print_note("interrupted; finished results stay, and the same command goes on from there")
+    return INTERRUPTED if interrupted else code
+
+
+def _page() -> PhotosPage:
+    from denoising_vit.pages.photos import PhotosPage  # matplotlib and scikit-learn take seconds to import
+
+    return PhotosPage(run_info()["command"])
+
+
+def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str, path: Path) -> None:
+    from denoising_vit.pages import write_page
+
+    run = run_info()
+    software = ", ".join(f"{name} {version}" for name, version in run["software"].items())
+    about = {
+        "backbone": backbone.extra_repr(),
+        "fingerprint": backbone.fingerprint.short,
+        "method": method,
+        "hardware": run["hardware"],
+        "software": software,
+    }
+    try:
+        write_page(page.render([asdict(row) for row in told.rows], about, backbone.name), path)
+    except OSError as error:
+        raise OutputError(f"--report {path}: cannot be written ({error.strerror or error})") from error
+    print_note(f"page {path}")
 
 
 def _told(options: DenoiseOptions, found: FoundDenoiser | None) -> str:
@@ -115,132 +148,3 @@ def _told(options: DenoiseOptions, found: FoundDenoiser | None) -> str:
         return options.method
     source = "comes with the package" if found.source == SHIPPED else found.source
     return f"{options.method} ({source}, {found.digest[:8]})"
-
-
-#: Options that change nothing in the result, or whose part in it the plan's digest tells.
-_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "taper", "seed", "batch_size"}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is the same for all photos of a run.
-
-    Attributes:
-        backbone: the extractor.
-        options: with the method that makes the results.
-        plan: the views of that method.
-        folder: for results and pictures.
-        upsample: how many times finer features are stored and drawn.
-        artifact: G (h, w, C) where it is known; a denoiser's results do not depend on it.
-        denoiser: that makes the results, if one does.
-        exact: options of stage 1 for pictures that compare it with the denoiser; None where none do.
-    """
-
-    backbone: Backbone
-    options: DenoiseOptions
-    plan: ViewPlan
-    folder: OutputFolder
-    upsample: int
-    artifact: Tensor | None
-    denoiser: FoundDenoiser | None
-    exact: DenoiseOptions | None
-
-    @property
-    def work(self) -> int:
-        """What progress on one photo counts up to."""
-        return work(self.options) + (0 if self.exact is None else work(self.exact))
-
-    def run(self, photo: Path, progress: PhotoProgress) -> Row:
-        """Does one photo, or finds it done. Whatever is wrong with this photo ends in its row, not in an exception."""
-        started = time.perf_counter()
-        try:
-            pixels = read_photo(photo)
-            output = self.folder.claim(photo, photo_digest(pixels))
-            if output.existing is not None:
-                return self._keep(photo, pixels, output, output.existing, progress)
-            result = denoise_image(
-                self.backbone,
-                pixels,
-                artifact=self._of_results,
-                denoiser=self.denoiser,
-                progress=progress.advance,
-                watch=progress.watch,
-                options=self.options,
-            )
-            about = result.info["photo"] | {"name": photo.name}
-            result = dataclasses.replace(result, info=result.info | {"photo": about})
-            self._draw(pixels, result, output, progress)
-            self._write(result, output)  # last: where this file is, the photo is finished
-        except (DenoisingVitError, OSError) as error:
-            return Row(str(photo), "failed", note=str(error))
-        except Exception as error:  # one photo must not end the batch, whatever is wrong with it
-            return Row(str(photo), "failed", note=f"{type(error).__name__}: {error}")
-        return self._row(photo, output, result.info, "done", seconds=round(time.perf_counter() - started, 2))
-
-    @property
-    def _of_results(self) -> Tensor | None:
-        """The known artifact that decides results."""
-        return self.artifact if self.denoiser is None else None
-
-    def _keep(
-        self, photo: Path, pixels: np.ndarray, output: Output, info: dict[str, Any], progress: PhotoProgress
-    ) -> Row:
-        notes = [] if self._made_alike(info) else ["made with other settings: --overwrite to do it again"]
-        finer = self.upsample > 1 and info.get("upsample") != self.upsample
-        if finer or not output.panel.exists():
-            result = Decomposition.load(output.result)
-            self._draw(pixels, result, output, progress)
-            if finer:
-                self._write(result, output)  # the field is there: nothing is computed again
-                notes.append("finer features added")
-        return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
-
-    def _write(self, result: Decomposition, output: Output) -> None:
-        extra = {"upsampled": result.upsample(self.upsample)} if self.upsample > 1 else None
-        result = dataclasses.replace(result, info=result.info | {"upsample": self.upsample})
-        with atomic_path(output.result) as temporary:
-            write_decomposition(result, temporary, extra)
-
-    def _draw(self, pixels: np.ndarray, result: Decomposition, output: Output, progress: PhotoProgress) -> None:
-        from denoising_vit.visualize import draw_panel  # matplotlib and scikit-learn take seconds to import
-
-        exact = self._exact_beside(pixels, result, progress)
-        with atomic_path(output.panel) as temporary:
-            draw_panel(pixels, result, temporary, upsample=self.upsample, exact=exact)
-
-    def _exact_beside(self, pixels: np.ndarray, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
-        """What the picture compares a denoiser's result with; not one that was kept and made in another way."""
-        if self.exact is None or not self._made_alike(result.info):
-            return None
-
-        def advance(done: int, total: int) -> None:
-            progress.advance(work(self.options) + done, total)
-
-        return denoise_image(self.backbone, pixels, artifact=self.artifact, progress=advance, options=self.exact)
-
-    def _made_alike(self, info: dict[str, Any]) -> bool:
-        """Whether an existing result came from this backbone, this plan and these options of the method."""
-        theirs = Fingerprint(tuple(info["backbone"]["fingerprint"]))
-        # The neural field draws with the seed, and may keep the step that held-out views like best.
-        indifferent = _INDIFFERENT - ({"seed", "held_out"} if self.options.method == "neural-field" else set())
-        decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
-        return (
-            info["plan"] == self.plan.digest
-            and info.get("artifact") == artifact_digest(self._of_results)
-            and info.get("denoiser", {}).get("digest") == (None if self.denoiser is None else self.denoiser.digest)
-            and self.backbone.fingerprint.matches(theirs)
-            and all(info.get(key) == value for key, value in decisive.items())
-        )
-
-    @staticmethod
-    def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:
-        return Row(
-            image=str(photo),
-            status=status,
-            output=str(output.result),
-            panel=str(output.panel),
-            views=info.get("views", 1),
-            heldout_r2=info["heldout_r2"],
-            heldout_cosine=info["heldout_cosine"],
-            **more,
-        )

@@ -79,12 +79,14 @@ def diagnose(
 
 
 def _write(found: Diagnosis, out: Path) -> None:
-    from denoising_vit.diagnosis.page import write_page  # matplotlib and scikit-learn take seconds to import
+    from denoising_vit.diagnosis.page import render_page  # matplotlib and scikit-learn take seconds to import
+    from denoising_vit.evaluation.records import run_info
+    from denoising_vit.pages import write_page
 
     found.evidence.calibration.artifact.save(out / "artifact.safetensors")
     with atomic_path(out / "diagnosis.json") as temporary:
         temporary.write_text(json_lines.dumps(found.record(), indent=1) + "\n")
-    write_page(found, out / "diagnosis.html")
+    write_page(render_page(found, run_info()["command"]), out / "diagnosis.html")
 
 
 def _tell(found: Diagnosis, *, as_json: bool) -> int:

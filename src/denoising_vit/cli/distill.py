@@ -10,7 +10,7 @@ import tyro
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
-from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code
+from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
 from denoising_vit.dataset import Dataset, open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.store import FeatureStore
@@ -33,9 +33,9 @@ def distill(
 
     The teacher is the frozen backbone with its denoiser. The folder gets `distilled.safetensors`, the best by held-out
     photos, for `--weights` of all verbs and for timm's `checkpoint_path` (with `num_classes=0`); `last.safetensors`,
-    `log.jsonl`, TensorBoard's files, panels, and checkpoints. Interrupted, the same command with --resume goes on. On
-    several devices or machines: `accelerate launch -m denoising_vit distill ...` or
-    `torchrun -m denoising_vit distill ...`.
+    `log.jsonl`, TensorBoard's files, panels, checkpoints, and in the end `run.html`, a page of it all. Interrupted, the
+    same command with --resume goes on. On several devices or machines: `accelerate launch -m denoising_vit distill ...`
+    or `torchrun -m denoising_vit distill ...`.
 
     Args:
         data: photos: a folder at any depth (names of classes mean nothing), a text list, or tar shards, here or at an
@@ -73,12 +73,14 @@ def distill(
     except KeyboardInterrupt:
         if main:
             print_note("interrupted; --resume goes on from the last checkpoint")
+            tell_page(out)
         return INTERRUPTED
     skipped = job.skipped
     if main:
         for name, reason in [*((item.item, item.reason) for item in left_out), *skipped.items()]:
             print_error(f"{name}: {reason}", "skipped")
         print_note(ending(progress, job.options.steps, job.folder.distilled))
+        tell_page(out)
     return exit_code(job.accelerator, some_failed=bool(skipped or left_out))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
-from denoising_vit.cli.reporting import OnScreen, progress_bar
+from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
+from denoising_vit.errors import DenoisingVitError
 from denoising_vit.training.checkpoints import Progress
 
 
@@ -24,6 +25,18 @@ def exit_code(accelerator: Any, *, some_failed: bool) -> int:
     """
     accelerator.wait_for_everyone()
     return SOME_FAILED if some_failed and accelerator.is_main_process else OK
+
+
+def tell_page(folder: Path) -> None:
+    """Writes the page of a run; a page that cannot be made is said, and ends no run."""
+    from denoising_vit.pages.run import write_run_page
+
+    if not (folder / "log.jsonl").is_file():
+        return  # it has not begun
+    try:
+        print_note(f"page {write_run_page(folder)}")
+    except (DenoisingVitError, OSError) as error:
+        print_error(f"the page of the run could not be written ({error})", "warning")
 
 
 class StepsBar(OnScreen):

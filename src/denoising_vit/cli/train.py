@@ -10,7 +10,7 @@ import tyro
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note, watch
-from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code
+from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
 from denoising_vit.dataset import open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.watching import unwatched
@@ -36,8 +36,9 @@ def train(
     """Stage 2: trains a denoiser that cleans features in one pass.
 
     Targets are the semantic fields of stage 1. The folder gets `denoiser.safetensors`, the best by the held-out images
-    (for `--denoiser`), `last.safetensors`, `log.jsonl`, TensorBoard's files, panels, and checkpoints. Interrupted, the
-    same command with --resume goes on. On several devices or machines: `accelerate launch -m denoising_vit train ...`.
+    (for `--denoiser`), `last.safetensors`, `log.jsonl`, TensorBoard's files, panels, checkpoints, and in the end
+    `run.html`, a page of it all. Interrupted, the same command with --resume goes on. On several devices or machines:
+    `accelerate launch -m denoising_vit train ...`.
 
     Args:
         data: a store of `dvit fit`, or photos with --on-the-fly.
@@ -76,9 +77,11 @@ def train(
     except KeyboardInterrupt:
         if main:
             print_note("interrupted; --resume goes on from here")
+            tell_page(out)
         return INTERRUPTED
     if main:
         print_note(ending(progress, training.steps, job.folder.denoiser))
+        tell_page(out)
     return exit_code(job.accelerator, some_failed=bool(job.skipped or left_out))
 
 

@@ -1,0 +1,168 @@
+"""What `dvit denoise` does with each photo: make its features, draw them, or find them done."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from denoising_vit.artifact import artifact_digest
+from denoising_vit.backbones import Backbone, Fingerprint
+from denoising_vit.cli.outputs import Output, OutputFolder
+from denoising_vit.cli.reporting import PhotoProgress, Row
+from denoising_vit.decomposition import Decomposition
+from denoising_vit.decomposition.files import write_decomposition
+from denoising_vit.denoise import denoise_image, work
+from denoising_vit.denoiser.loading import FoundDenoiser
+from denoising_vit.errors import DenoisingVitError
+from denoising_vit.files import atomic_path
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.photos import photo_digest, read_photo
+from denoising_vit.views import ViewPlan
+
+if TYPE_CHECKING:
+    from denoising_vit.pages.photos import PhotosPage
+
+#: Options that change nothing in the result, or whose part in it the plan's digest tells.
+_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "taper", "seed", "batch_size"}
+
+
+@dataclass(frozen=True)
+class DenoiseJob:
+    """What is the same for all photos of a run.
+
+    Attributes:
+        backbone: the extractor.
+        options: with the method that makes the results.
+        plan: the views of that method.
+        folder: for results and pictures.
+        upsample: how many times finer features are stored and drawn.
+        artifact: G (h, w, C) where it is known; a denoiser's results do not depend on it.
+        denoiser: that makes the results, if one does.
+        exact: options of stage 1 for pictures that compare it with the denoiser; None where none do.
+        page: that photos are put on, if one is made.
+    """
+
+    backbone: Backbone
+    options: DenoiseOptions
+    plan: ViewPlan
+    folder: OutputFolder
+    upsample: int
+    artifact: Tensor | None
+    denoiser: FoundDenoiser | None
+    exact: DenoiseOptions | None
+    page: PhotosPage | None = None
+
+    @property
+    def work(self) -> int:
+        """What progress on one photo counts up to."""
+        return work(self.options) + (0 if self.exact is None else work(self.exact))
+
+    def run(self, photo: Path, progress: PhotoProgress) -> Row:
+        """Does one photo, or finds it done. Whatever is wrong with this photo ends in its row, not in an exception."""
+        started = time.perf_counter()
+        try:
+            pixels = read_photo(photo)
+            output = self.folder.claim(photo, photo_digest(pixels))
+            if output.existing is not None:
+                return self._keep(photo, pixels, output, output.existing, progress)
+            result = denoise_image(
+                self.backbone,
+                pixels,
+                artifact=self._of_results,
+                denoiser=self.denoiser,
+                progress=progress.advance,
+                watch=progress.watch,
+                options=self.options,
+            )
+            about = result.info["photo"] | {"name": photo.name}
+            result = dataclasses.replace(result, info=result.info | {"photo": about})
+            exact = self._exact_beside(pixels, result, progress)
+            self._draw(pixels, result, exact, output)
+            self._show(photo, pixels, result, exact)
+            self._write(result, output)  # last: where this file is, the photo is finished
+        except (DenoisingVitError, OSError) as error:
+            return Row(str(photo), "failed", note=str(error))
+        except Exception as error:  # one photo must not end the batch, whatever is wrong with it
+            return Row(str(photo), "failed", note=f"{type(error).__name__}: {error}")
+        return self._row(photo, output, result.info, "done", seconds=round(time.perf_counter() - started, 2))
+
+    @property
+    def _of_results(self) -> Tensor | None:
+        """The known artifact that decides results."""
+        return self.artifact if self.denoiser is None else None
+
+    def _keep(
+        self, photo: Path, pixels: np.ndarray, output: Output, info: dict[str, Any], progress: PhotoProgress
+    ) -> Row:
+        notes = [] if self._made_alike(info) else ["made with other settings: --overwrite to do it again"]
+        finer = self.upsample > 1 and info.get("upsample") != self.upsample
+        redrawn = finer or not output.panel.exists()
+        if redrawn or self.page is not None:
+            result = Decomposition.load(output.result)
+            exact = self._exact_beside(pixels, result, progress) if redrawn else None
+            self._show(photo, pixels, result, exact)
+            if redrawn:
+                self._draw(pixels, result, exact, output)
+            if finer:
+                self._write(result, output)  # the field is there: nothing is computed again
+                notes.append("finer features added")
+        return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
+
+    def _write(self, result: Decomposition, output: Output) -> None:
+        extra = {"upsampled": result.upsample(self.upsample)} if self.upsample > 1 else None
+        result = dataclasses.replace(result, info=result.info | {"upsample": self.upsample})
+        with atomic_path(output.result) as temporary:
+            write_decomposition(result, temporary, extra)
+
+    def _show(self, photo: Path, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None) -> None:
+        if self.page is not None:
+            self.page.add(photo.name, pixels, result, exact)
+
+    def _draw(self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output) -> None:
+        from denoising_vit.visualize import draw_panel  # matplotlib and scikit-learn take seconds to import
+
+        with atomic_path(output.panel) as temporary:
+            draw_panel(pixels, result, temporary, upsample=self.upsample, exact=exact)
+
+    def _exact_beside(self, pixels: np.ndarray, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
+        """What the picture compares a denoiser's result with; not one that was kept and made in another way."""
+        if self.exact is None or not self._made_alike(result.info):
+            return None
+
+        def advance(done: int, total: int) -> None:
+            progress.advance(work(self.options) + done, total)
+
+        return denoise_image(self.backbone, pixels, artifact=self.artifact, progress=advance, options=self.exact)
+
+    def _made_alike(self, info: dict[str, Any]) -> bool:
+        """Whether an existing result came from this backbone, this plan and these options of the method."""
+        theirs = Fingerprint(tuple(info["backbone"]["fingerprint"]))
+        # The neural field draws with the seed, and may keep the step that held-out views like best.
+        indifferent = _INDIFFERENT - ({"seed", "held_out"} if self.options.method == "neural-field" else set())
+        decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
+        return (
+            info["plan"] == self.plan.digest
+            and info.get("artifact") == artifact_digest(self._of_results)
+            and info.get("denoiser", {}).get("digest") == (None if self.denoiser is None else self.denoiser.digest)
+            and self.backbone.fingerprint.matches(theirs)
+            and all(info.get(key) == value for key, value in decisive.items())
+        )
+
+    @staticmethod
+    def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:
+        return Row(
+            image=str(photo),
+            status=status,
+            output=str(output.result),
+            panel=str(output.panel),
+            views=info.get("views", 1),
+            heldout_r2=info["heldout_r2"],
+            heldout_cosine=info["heldout_cosine"],
+            **more,
+        )

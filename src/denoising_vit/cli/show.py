@@ -1,0 +1,212 @@
+"""``dvit show``: pictures of features, side by side in the same colours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.recorded import describe
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
+from denoising_vit.cli.outputs import require_writable
+from denoising_vit.cli.reporting import PhotoProgress, print_error, print_note
+from denoising_vit.dataset import find_photos
+from denoising_vit.errors import DenoisingVitError
+from denoising_vit.extractors import Cleaners
+from denoising_vit.photos import read_photo
+from denoising_vit.preparing import prepare
+from denoising_vit.showing.options import ShowOptions
+
+if TYPE_CHECKING:
+    from denoising_vit.showing.gathering import ShownPhoto
+    from denoising_vit.visualize import Palette
+
+#: Endings of the name of one sheet.
+_ONE_SHEET = (".png", ".pdf", ".svg")
+
+
+def show(
+    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PHOTO ...")],
+    /,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    showing: tyro.conf.OmitArgPrefixes[ShowOptions] = ShowOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    cleaners: tyro.conf.OmitArgPrefixes[Cleaners] = Cleaners(),  # noqa: B008, frozen
+    colours: Literal["each", "together"] = "each",
+    palette: Path | None = None,
+    save_palette: Path | None = None,
+    format: Literal["png", "pdf", "svg"] = "png",
+) -> int:
+    """Pictures of features: maps of raw and clean ones in the same colours, on one sheet or one for each photo.
+
+    Args:
+        inputs: image files, folders (searched recursively for image files) and globs (every file they match).
+        out: one sheet of all photos, where the name ends in .png, .pdf or .svg; else a folder for a sheet of each.
+        showing: what is shown.
+        model: the backbone, and how it is run.
+        cleaners: what cleans its features.
+        colours: features of one photo always share their colours. each: photos have colours of their own. together:
+            all photos share them; their features are all kept until the last is seen (about 2 MB a photo and kind).
+        palette: the colours of a file that --save-palette wrote, for all photos.
+        save_palette: write the colours of all photos together to this .safetensors file, for other pictures or films.
+        format: of sheets in a folder.
+    """
+    if not inputs:
+        print_error("no input: name image files, folders or globs, as in `dvit show photo.jpg -o sheet.png`")
+        return WRONG_USAGE
+    if palette is not None and (save_palette is not None or colours == "together"):
+        print_error("--palette gives the colours: --colours together and --save-palette find them; leave one out")
+        return WRONG_USAGE
+    showing.validate()
+    photos, missing = find_photos(inputs)
+    skipped = [(item.item, item.reason) for item in missing]
+    if not photos:
+        return _tell(0, skipped, out)
+    one = out.suffix.lower() in _ONE_SHEET
+    require_writable(out.parent if one else out)
+    job = _open(model, showing, cleaners, out, palette, colours, format)
+    try:
+        done = job.run(photos, skipped, save_palette=save_palette, one=one)
+    except KeyboardInterrupt:
+        print_note("interrupted; sheets that were finished stay")
+        return INTERRUPTED
+    return _tell(done, skipped, out)
+
+
+def _tell(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
+    """Says what was skipped and why. Returns the exit code."""
+    for name, reason in skipped:
+        print_error(reason if reason.startswith(name) else f"{name}: {reason}", "skipped")
+    told = f", {len(skipped)} skipped" if skipped else ""
+    print_note(f"{done} of {done + len(skipped)} photos shown{told}" + (f"; {out}" if done else ""))
+    return SOME_FAILED if skipped or not done else OK
+
+
+def _open(
+    model: BackboneSpec,
+    options: ShowOptions,
+    cleaners: Cleaners,
+    out: Path,
+    palette: Path | None,
+    colours: Literal["each", "together"],
+    kind: str,
+) -> _Job:
+    """Loads the backbone; what is wrong with options and files is said before a photo is touched."""
+    from denoising_vit.visualize import read_palette  # matplotlib takes a second to import
+
+    backbone = model.load()
+    names = options.names(backbone, cleaners.denoiser)
+    for name in set(names) - {"exact"}:
+        cleaners.extractor(name, backbone)  # refuses what is missing or of another backbone
+    for method in ("subtract", "exact") if "exact" in names else ("subtract",):
+        prepare(backbone, replace(options.denoising(), method=method))  # refuses sizes and views that do not do
+    given = None if palette is None else read_palette(palette, backbone)
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    print_note(f"features {', '.join(names)}; maps {', '.join(options.kinds())}")
+    return _Job(backbone, names, options, cleaners, out, given, colours == "together", kind)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for all photos.
+
+    Attributes:
+        backbone: the extractor.
+        names: of the features.
+        options: what is shown.
+        cleaners: what cleans features.
+        out: a sheet, or a folder for them.
+        given: the colours of all photos, where they come from a file.
+        together: whether all photos share their colours.
+        kind: of sheets in a folder.
+    """
+
+    backbone: Backbone
+    names: tuple[str, ...]
+    options: ShowOptions
+    cleaners: Cleaners
+    out: Path
+    given: Palette | None
+    together: bool
+    kind: str
+
+    def run(
+        self, photos: Sequence[Path], skipped: list[tuple[str, str]], *, save_palette: Path | None, one: bool
+    ) -> int:
+        """Draws one sheet of all photos, or one of each as soon as its colours are known. Returns how many were."""
+        seen = self._seen(photos, skipped)
+        if not (one or self.together or save_palette):
+            taken: set[str] = set()
+            for photo in seen:
+                self._draw([photo], [self._palette([photo])], self._path(photo, taken))
+            return len(taken)
+        kept = list(seen)
+        if kept:
+            self._draw_kept(kept, save_palette, one=one)
+        return len(kept)
+
+    def _draw_kept(self, photos: list[ShownPhoto], save_palette: Path | None, *, one: bool) -> None:
+        from denoising_vit.visualize import write_palette
+
+        common = self._palette(photos) if self.together or save_palette else None
+        if save_palette is not None and common is not None:
+            write_palette(common, save_palette)
+        # A palette that is only to be saved does not change the pictures.
+        shared = common if self.together else None
+        palettes = [shared or self._palette([photo]) for photo in photos]
+        if one:
+            self._draw(photos, palettes, self.out)
+            return
+        taken: set[str] = set()
+        for photo, palette in zip(photos, palettes, strict=True):
+            self._draw([photo], [palette], self._path(photo, taken))
+
+    def _seen(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[ShownPhoto]:
+        """The features of one photo after another; whatever is wrong with one, it is skipped."""
+        from denoising_vit.showing import gather
+        from denoising_vit.showing.gathering import passes
+
+        options = self.options.denoising()
+        with PhotoProgress(len(photos), passes(self.names, options), "passes") as progress:
+            for photo in photos:
+                progress.start(photo.name)
+                try:
+                    found = gather(
+                        self.backbone,
+                        read_photo(photo),
+                        self.names,
+                        self.cleaners,
+                        options,
+                        name=photo.name,
+                        progress=lambda done: progress.advance(done, 0),
+                    )
+                except (DenoisingVitError, OSError) as error:
+                    skipped.append((str(photo), str(error)))
+                else:
+                    yield found
+                progress.finish()
+
+    def _palette(self, photos: list[ShownPhoto]) -> Palette:
+        from denoising_vit.showing.drawing import palette_of
+
+        return self.given or palette_of(photos, self.options, describe(self.backbone))
+
+    def _draw(self, photos: list[ShownPhoto], palettes: list[Palette], path: Path) -> None:
+        from denoising_vit.showing import draw_sheet
+        from denoising_vit.visualize.sheet import BESIDE
+
+        exact = [f"exact of {self.options.views} views"] if "exact" in self.names else []
+        whose = "a palette" if self.given else "all photos" if self.together else "each photo"
+        told = [self.backbone.name, self.backbone.weights, *exact, f"colours of {whose}, the same for all features"]
+        draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(told)])
+
+    def _path(self, photo: ShownPhoto, taken: set[str]) -> Path:
+        """A name of its own: photos of one name do not overwrite each other."""
+        stem = Path(photo.name).stem
+        name = next(name for n in range(1, len(taken) + 2) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
+        taken.add(name)
+        return self.out / f"{name}.{self.kind}"

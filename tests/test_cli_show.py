@@ -1,0 +1,129 @@
+"""`dvit show` as people meet it: sheets, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import planted
+import tiny_export as tiny
+from command import Dvit, Outcome, in_process
+from denoising_vit.denoiser import write_denoiser
+from denoising_vit.photos import is_panel
+from denoising_vit.visualize import read_palette
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Show = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.distilled(tmp_path_factory.mktemp("weights") / "plain.safetensors", None)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for name, pixels in zip(("a", "b"), planted.photos(2), strict=True):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, weights: Path, tmp_path: Path) -> Show:
+    """Runs `dvit show ...` with the tiny model, small, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    dvit: Dvit = in_process(capsys, monkeypatch)
+    model = ("--backbone", tiny.MODEL, "--weights", weights, "--size", 64, "--views", 6, "--device", "cpu")
+    return lambda *more: dvit("show", *model, *more)
+
+
+def test_one_sheet_of_all_photos(show: Show, photos: Path, tmp_path: Path) -> None:
+    done = show(photos, "-o", "sheets/all.png")
+    assert done.code == 0, done.words
+    assert "features raw, exact; maps pca, kmeans, norm, similarity" in done.words  # no denoiser comes with this model
+    assert "2 of 2 photos shown; sheets/all.png" in done.words
+    assert is_panel(tmp_path / "sheets" / "all.png")
+
+
+def test_a_sheet_of_each_in_a_folder_under_names_of_their_own(show: Show, photos: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "a.png").write_bytes((photos / "b.png").read_bytes())
+    done = show(photos, again, "-o", "sheets", "--features", "raw", "--maps", "pca", "--format", "svg")
+    assert done.code == 0, done.words
+    assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"a.svg", "b.svg", "a-2.svg"}
+
+
+def test_colours_of_one_run_serve_another(show: Show, photos: Path, tmp_path: Path) -> None:
+    shown = ("--features", "raw", "--maps", "pca,kmeans,norm,foreground-pca")
+    assert show(photos, "-o", "both", *shown, "--colours", "together", "--save-palette", "p.safetensors").code == 0
+    assert read_palette(tmp_path / "p.safetensors").backbone is not None
+    assert show(photos / "b.png", "-o", "one", *shown, "--palette", "p.safetensors").code == 0
+    assert show(photos / "b.png", "-o", "own", *shown).code == 0
+    with (
+        Image.open(tmp_path / "both" / "b.png") as both,
+        Image.open(tmp_path / "one" / "b.png") as one,
+        Image.open(tmp_path / "own" / "b.png") as own,
+    ):
+        maps = (0, 0, one.width, one.height - 60)  # without the caption, which says where colours are from
+        assert one.crop(maps).tobytes() == both.crop(maps).tobytes() != own.crop(maps).tobytes()
+
+
+def test_a_denoiser_that_is_given_is_shown(show: Show, photos: Path, weights: Path, tmp_path: Path) -> None:
+    write_denoiser(tiny.denoiser(tiny.backbone(weights=str(weights))), tmp_path / "d.safetensors")
+    done = show(photos / "a.png", "-o", "a.png", "--denoiser", "d.safetensors", "--dtype", "float32")
+    assert done.code == 0 and "features raw, denoiser" in done.words
+
+
+def test_a_bad_photo_is_skipped_and_said(show: Show, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("no photo")
+    done = show("bad.jpg", photos, "missing.png", "-o", "s.pdf", "--features", "raw", "--maps", "norm")
+    assert done.code == 1
+    assert "bad.jpg: not an image file" in done.words and "missing.png: no such file" in done.words
+    assert "2 of 4 photos shown, 2 skipped" in done.words
+    assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_where_nothing_could_be_shown_nothing_is_written(show: Show, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("no photo")
+    done = show("bad.jpg", "-o", "s.png", "--features", "raw")
+    assert done.code == 1 and "0 of 1 photos shown, 1 skipped" in done.words
+    assert not (tmp_path / "s.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--maps", "pac"), "maps must be different ones of pca"),
+        (("--features", "raw,rwa"), "features must be different ones of raw"),
+        (("--features", "distilled"), "distilled features need the weights"),
+        (("--features", "denoiser"), "no denoiser of vit_tiny_patch16_224"),
+        (("--palette", "none.safetensors"), "no such palette"),
+        (("--palette", "p", "--colours", "together"), "leave one out"),
+        (("--at", "2", "0"), "at must be two shares"),
+        (("--size", "65"), "does not fit the patch grid"),
+        (("--features", "exact", "--views", "2"), "views"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(
+    arguments: tuple[str, ...], message: str, show: Show, photos: Path, tmp_path: Path
+) -> None:
+    done = show(photos, "-o", "s.png", *arguments)
+    assert done.code == 2 and message in done.words
+    assert not (tmp_path / "s.png").exists()
+
+
+def test_no_input_is_refused(show: Show) -> None:
+    done = show("-o", "s.png")
+    assert done.code == 2 and "no input" in done.words
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(show: Show, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = show(photos, "-o", "file/s.png")
+    assert done.code == 2 and "cannot write to" in done.words

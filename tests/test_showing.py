@@ -1,0 +1,148 @@
+"""Maps of a photo's features, side by side on one sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import planted
+from denoising_vit.denoise import denoise_image
+from denoising_vit.errors import DenoiserError, FormatError, PlanError
+from denoising_vit.extractors import Cleaners
+from denoising_vit.photos import is_panel
+from denoising_vit.showing import MAPS, ShownPhoto, ShowOptions, draw_sheet, gather
+from denoising_vit.showing.drawing import palette_of, pictures
+from denoising_vit.showing.gathering import passes
+from denoising_vit.visualize.sheet import CELL, GAP, LEFT, RIGHT, Sheet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = ShowOptions(features="raw,exact", maps=",".join(MAPS), views=9)
+
+
+def shown(seed: int = 0, names: tuple[str, ...] = ("raw", "exact")) -> ShownPhoto:
+    return gather(
+        planted.backbone(share=0.5), planted.photos(1, seed)[0], names, Cleaners(), OPTIONS.denoising(), name="a.png"
+    )
+
+
+@pytest.fixture(scope="module")
+def photo() -> ShownPhoto:
+    return shown()
+
+
+def test_features_are_those_of_denoising(photo: ShownPhoto) -> None:
+    result = denoise_image(planted.backbone(share=0.5), photo.pixels, options=OPTIONS.denoising())
+    maps = photo.maps()
+    assert list(maps) == ["raw", "exact"]
+    assert (maps["raw"] == result.raw).all() and (maps["exact"] == result.semantic).all()
+
+
+def test_raw_features_alone_take_one_pass() -> None:
+    counted: list[int] = []
+    backbone, pixels, options = planted.backbone(), planted.photos(1)[0], OPTIONS.denoising()
+    found = gather(backbone, pixels, ["raw"], Cleaners(), options, progress=counted.append)
+    assert counted[-1] == passes(["raw"], options) == 1
+    assert (found.maps()["raw"] == denoise_image(backbone, pixels, method="subtract", artifact="none").raw).all()
+
+
+def test_progress_counts_up_to_what_was_said() -> None:
+    counted: list[int] = []
+    options = OPTIONS.denoising()
+    gather(planted.backbone(), planted.photos(1)[0], ["raw", "exact"], Cleaners(), options, progress=counted.append)
+    assert counted == sorted(counted) and counted[-1] == passes(["raw", "exact"], options) == 9
+
+
+def test_a_finer_map_is_that_many_times_finer(photo: ShownPhoto) -> None:
+    h, w, _ = photo.maps()["raw"].shape
+    finer = photo.maps(3)
+    assert finer["raw"].shape[:2] == (h, w) and finer["exact"].shape[:2] == (3 * h, 3 * w)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_each_kind_of_map_is_drawn_of_each_feature_that_has_it(kind: str, photo: ShownPhoto) -> None:
+    found = pictures(photo, palette_of([photo], OPTIONS), ShowOptions(maps=kind))[kind]
+    assert list(found) == ["raw", "exact"] and found["exact"] is not None
+    assert len(np.unique(found["exact"].pixels.reshape(-1, 3), axis=0)) > 1
+    assert (found["raw"] is None) == (kind in ("artifact", "artifact-norm", "residual"))
+
+
+def test_raw_and_clean_have_one_scale(photo: ShownPhoto) -> None:
+    found = pictures(photo, palette_of([photo], OPTIONS), ShowOptions(maps="norm"))["norm"]
+    raw, exact = found["raw"], found["exact"]
+    assert raw is not None and exact is not None and raw.bar == exact.bar is not None
+
+
+def test_a_photo_has_colours_of_its_own_unless_they_are_shared(photo: ShownPhoto) -> None:
+    other = shown(1)
+    alone, shared = palette_of([photo], OPTIONS), palette_of([photo, other], OPTIONS)
+    first, second = (pictures(photo, one, ShowOptions(maps="pca"))["pca"]["raw"] for one in (alone, shared))
+    assert first is not None and second is not None and not (first.pixels == second.pixels).all()
+
+
+def test_similarity_is_to_the_patch_that_was_asked_for(photo: ShownPhoto) -> None:
+    for at in ((0.0, 0.0), (1.0, 1.0)):
+        found = pictures(photo, palette_of([photo], OPTIONS), ShowOptions(maps="similarity", at=at))["similarity"][
+            "raw"
+        ]
+        assert found is not None
+        redness = found.pixels[..., 0].astype(int) - found.pixels[..., 2]
+        corner = found.pixels[-1, -1] if at == (1.0, 1.0) else found.pixels[0, 0]
+        assert corner[1] == found.pixels[redness > 0][:, 1].min()  # the deepest red
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_a_sheet_is_a_file_of_its_kind_and_the_same_each_time(suffix: str, photo: ShownPhoto, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}{suffix}" for name in "ab"]
+    palette = palette_of([photo], OPTIONS)
+    for path in files:
+        draw_sheet([photo], [palette], path, OPTIONS, caption=["what it is"])
+    first, second = (path.read_bytes() for path in files)
+    assert first == second and first.startswith({".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[suffix])
+    if suffix == ".png":
+        assert is_panel(files[0])  # never taken for a photo
+    if suffix == ".svg":
+        assert "what it is" in first.decode() and "residual norm" in first.decode()  # text is text
+
+
+def test_pictures_keep_the_shape_of_their_photo(photo: ShownPhoto, tmp_path: Path) -> None:
+    """The panorama and the portrait of one sheet, one kind of map: a row each."""
+    wide = ShownPhoto("wide", np.zeros((40, 120, 3), np.uint8), photo.found)
+    tall = ShownPhoto("tall", np.zeros((120, 60, 3), np.uint8), photo.found)
+    options = ShowOptions(maps="pca")
+    palette = palette_of([photo], options)
+    draw_sheet([wide, tall], [palette, palette], tmp_path / "s.png", options)
+    sheet = Sheet([3.0, 0.5], 3)
+    assert [width / height for height, width in map(sheet.box, (0, 1))] == pytest.approx([3.0, 0.5], rel=0.01)
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.width == LEFT + 3 * CELL + 2 * GAP + RIGHT
+
+
+def test_another_ending_is_refused(photo: ShownPhoto, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"expected a name that ends in \.png, \.pdf, \.svg"):
+        draw_sheet([photo], [palette_of([photo], OPTIONS)], tmp_path / "s.jpg", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"maps": "pca,pac"}, "maps must be different ones of pca, kmeans"),
+        ({"features": "raw,exakt"}, "features must be different ones of raw, subtract"),
+        ({"at": (0.5, 1.5)}, "at must be two shares"),
+        ({"clusters": 0}, "clusters must be a whole number of at least 1, got 0"),
+        ({"views": 0}, "views must be"),
+        ({"upsample": 0}, "upsample must be"),
+    ],
+)
+def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        ShowOptions(**changes).validate()  # pyright: ignore[reportArgumentType]
+
+
+def test_a_missing_denoiser_is_said(photo: ShownPhoto) -> None:
+    assert ShowOptions().names(planted.backbone(), None) == ("raw", "exact")
+    with pytest.raises(DenoiserError, match="comes with the package"):
+        gather(planted.backbone(), photo.pixels, ["denoiser"], Cleaners(), OPTIONS.denoising())
