@@ -59,12 +59,12 @@ class DenoisedViT(nn.Module):
         Raises:
             SizeError: if H or W does not fit the patch grid.
         """
-        return self._clean(self.backbone(image))
+        return self.clean(self.backbone(image))
 
     def forward_with_prefix(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Clean features (B, h, w, C) and the prefix tokens as they are (B, P, C)."""
         features, prefix = self.backbone.forward_with_prefix(image)
-        return self._clean(features), prefix
+        return self.clean(features), prefix
 
     def forward_intermediates(self, image: Tensor, layers: Sequence[int]) -> Intermediates:
         """Clean features, and beside them prefix tokens and the raw features of other layers, of one forward pass.
@@ -81,9 +81,10 @@ class DenoisedViT(nn.Module):
             SizeError: if H or W does not fit the patch grid.
         """
         found = self.backbone.forward_intermediates(image, layers)
-        return found._replace(features=self._clean(found.features))
+        return found._replace(features=self.clean(found.features))
 
-    def _clean(self, features: Tensor) -> Tensor:
+    def clean(self, features: Tensor) -> Tensor:
+        """Clean features (B, h, w, C) of the backbone's own (B, h, w, C), where a caller has those already."""
         clean = features if self.denoiser is None else self.denoiser(features)
         if self.artifact is None and not self.positions:
             return clean

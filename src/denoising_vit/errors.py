@@ -67,5 +67,9 @@ class AppError(DenoisingVitError):
     """A page that cannot be opened, or a question to it that cannot be answered as asked."""
 
 
+class ClipError(DenoisingVitError):
+    """A video that cannot be read or made; a batch job skips it and says why."""
+
+
 class DenoisingVitWarning(UserWarning):
     """Something worth knowing that does not stop the work."""

@@ -27,6 +27,7 @@ VERBS: Mapping[str, Any] = {
         "correspondence": "evaluate_correspondence:correspondence",
         "artifacts": "evaluate_artifacts:artifacts",
     },
+    "video": "video",
     "report": "report",
     "reproduce": "reproduce",
     "show": "show",

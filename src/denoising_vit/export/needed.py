@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+from denoising_vit import extras
 from denoising_vit.errors import ExportError
 
 
@@ -14,9 +14,4 @@ def needed(package: str, extra: str) -> Any:
     Raises:
         ExportError: if it is not installed, naming the extra.
     """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ExportError(
-            f"this needs {package}: install the extra `{extra}` (pip install '.[{extra}]' in a clone of denoising-vit)"
-        ) from error
+    return extras.needed(package, extra, ExportError)

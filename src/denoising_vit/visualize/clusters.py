@@ -10,8 +10,8 @@ from matplotlib import colormaps
 
 from denoising_vit.visualize.pca import RESOLUTION, Features, require_channels, settle_signs, to_arrays
 
-FIT_POINTS = 4096
-"""Vectors of each map that k-means is fitted on; all of them are then assigned."""
+FIT_POINTS, MOST_POINTS = 4096, 16384
+"""Vectors of each map, and of all, that k-means is fitted on; all of them are then assigned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Clusters:
         if clusters < 1:
             raise ValueError(f"clusters must be at least 1, got {clusters}")
         points = [array.reshape(-1, array.shape[-1]) for array in to_arrays(*features, maps=True)]
-        count = min(FIT_POINTS, *(len(vectors) for vectors in points))
+        count = min(FIT_POINTS, max(MOST_POINTS // len(points), clusters), *(len(vectors) for vectors in points))
         sample = _in_order(np.concatenate([_thin(vectors, count) for vectors in points]))
         centre = sample.mean(0, dtype=np.float64)
         scale = float(np.abs(sample - centre).max()) or 1.0

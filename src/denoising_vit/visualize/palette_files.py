@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,14 @@ _HELD = {
 }
 
 
-def write_palette(palette: Palette, path: str | Path) -> None:
-    """Writes all colourings of a palette, fitting those that were not asked for yet.
+def write_palette(palette: Palette, path: str | Path, fields: Collection[str] = tuple(_HELD)) -> None:
+    """Writes colourings of a palette, fitting those that were not asked for yet.
+
+    Args:
+        palette: where they come from.
+        path: the file.
+        fields: which, by their fields of the palette; all of them unless told, and a palette that is read from a file
+            of fewer has only those.
 
     Raises:
         FormatError: if the name does not end in .safetensors.
@@ -46,9 +53,12 @@ def write_palette(palette: Palette, path: str | Path) -> None:
     tensors = {
         f"{name}.{field}": np.array(value, np.float64, order="C")
         for name in _HELD
+        if name in fields
         for field, value in vars(getattr(palette, name)).items()
     }
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "backbone": palette.backbone}
+    if set(fields) < _HELD.keys():
+        head["fields"] = sorted(fields)
     with atomic_path(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata={KEY: json.dumps(head)})
@@ -82,16 +92,18 @@ def read_palette(path: str | Path, backbone: Backbone | None = None) -> Palette:
             f"{path}: colours of {recorded_words(recorded)}, got {backbone_words(backbone)}; directions in feature "
             "space mean something in one backbone only. Make a palette of this one: dvit show --save-palette FILE"
         )
-    return Palette([], fitted=_colourings(path, tensors), backbone=recorded)
+    return Palette([], fitted=_colourings(path, tensors, head.get("fields", _HELD)), backbone=recorded)
 
 
-def _colourings(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def _colourings(path: Path, tensors: dict[str, np.ndarray], fields: Collection[str]) -> dict[str, Any]:
     shapes = {name: value.shape for name, value in tensors.items()}
     sound = all(np.isfinite(value).all() for value in tensors.values())
-    if shapes != _shapes(shapes.get("basis.mean", ()), shapes.get("clusters.centres", ())) or not sound:
+    channels = next((shape[-1:] for name, shape in shapes.items() if name.endswith((".mean", ".centres"))), ())
+    expected = _shapes(channels, shapes.get("clusters.centres", ()))
+    if shapes != {name: shape for name, shape in expected.items() if name.partition(".")[0] in fields} or not sound:
         raise FormatError(f"{path}: a damaged palette: parts are missing, do not fit together or are not finite")
     values = {name: value if value.ndim else float(value) for name, value in tensors.items()}
-    return {name: kind(**below(f"{name}.", values)) for name, kind in _HELD.items()}
+    return {name: kind(**below(f"{name}.", values)) for name, kind in _HELD.items() if name in fields}
 
 
 def _shapes(channels: tuple[int, ...], centres: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

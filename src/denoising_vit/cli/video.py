@@ -1,0 +1,192 @@
+"""``dvit video``: from videos or folders of frames to videos of their features, extractors side by side."""
+
+from __future__ import annotations
+
+import itertools
+import json as json_lines
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
+from denoising_vit.cli.outputs import require_writable
+from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
+from denoising_vit.errors import DenoisingVitError
+from denoising_vit.extractors import Cleaners
+from denoising_vit.video import VideoMaker, VideoOptions
+from denoising_vit.video.films import open_clip
+from denoising_vit.video.parts import Parts
+from denoising_vit.video.records import recorded_in
+
+
+def video(
+    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="VIDEO ...")],
+    /,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    showing: tyro.conf.OmitArgPrefixes[VideoOptions] = VideoOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    artifact: str | None = None,
+    denoiser: str | None = None,
+    distilled: str | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Videos of features: raw and clean ones side by side, in colours that stay the same over the whole clip.
+
+    Each becomes NAME.mp4 (H.264, with the times of its source) in the folder. A run that was stopped goes on where it
+    stopped when the same command is given again.
+
+    Args:
+        inputs: video files, and folders of frames in the order of their names.
+        out: folder for the results; made where it does not exist.
+        showing: what is shown, and how.
+        model: the backbone, and how it is run; --stride below the patch size gives finer maps.
+        artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
+        denoiser: the denoiser: a file, voc_denoised or imgnet_denoised, or `shipped` (the default).
+        distilled: the weights that `dvit distill` wrote.
+        overwrite: make videos again that are there already, or were begun with other settings.
+        json: print one JSON line per video instead of a table.
+    """
+    if not inputs:
+        print_error("no input: name video files or folders of frames, as in `dvit video clip.mp4 -o out`")
+        return WRONG_USAGE
+    showing.validate()
+    require_writable(out)
+    backbone = model.load()
+    maker = VideoMaker(backbone, showing, Cleaners(artifact, denoiser, distilled))
+    print_note(
+        f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}; "
+        f"features {', '.join(showing.names)}"
+    )
+    batch = _Batch(maker, out, overwrite)
+    rows: list[Row] = []
+    with ClipProgress() as progress:
+        try:
+            for given in inputs:
+                rows.append(batch.run(given, progress))
+                if json:
+                    print(json_lines.dumps(asdict(rows[-1])), flush=True)
+        except KeyboardInterrupt:
+            progress.stop()
+            _tell(rows, out, as_json=json)
+            print_note("interrupted; finished parts stay, and the same command goes on from there")
+            return INTERRUPTED
+    return _tell(rows, out, as_json=json)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one clip.
+
+    Attributes:
+        clip: the file or folder.
+        status: done, kept (it was there already), or failed.
+        output: the video.
+        frames: in it.
+        resumed: how many of them an earlier run had made.
+        seconds: time taken.
+        note: why it failed, or what else is worth knowing.
+    """
+
+    clip: str
+    status: Literal["done", "kept", "failed"]
+    output: str | None = None
+    frames: int | None = None
+    resumed: int | None = None
+    seconds: float | None = None
+    note: str | None = None
+
+
+class ClipProgress(OnScreen):
+    """Frames of the present clip that are done, with the time left; on standard error."""
+
+    def __init__(self) -> None:
+        self._progress = progress_bar("frames", speed_estimate_period=120)
+        self._task = self._progress.add_task("", total=None)
+        self._begun = False
+
+    def start(self, clip: str) -> None:
+        """Begins the next clip."""
+        self._progress.reset(self._task, total=None, description=escape(clip))
+        self._begun = False
+
+    def advance(self, done: int, total: int) -> None:
+        """Takes how many frames are done; those of an earlier run say nothing about speed."""
+        if not self._begun:
+            self._progress.reset(self._task, total=total, completed=done)
+            self._begun = True
+        self._progress.update(self._task, completed=done, total=max(done, total))
+
+
+class _Batch:
+    """Clips one after another, each with a name of its own in one folder."""
+
+    def __init__(self, maker: VideoMaker, folder: Path, overwrite: bool) -> None:
+        self._maker, self._folder, self._overwrite = maker, folder, overwrite
+        self._claimed: set[Path] = set()
+
+    def run(self, given: str, progress: ClipProgress) -> Row:
+        """Does one clip, or finds it done. Whatever is wrong with it ends in its row, not in an exception."""
+        started = time.perf_counter()
+        progress.start(Path(given).name)
+        try:
+            clip = open_clip(given, self._maker.options.rate)
+            out = self._claim(clip.path, clip.digest)
+            done = self._maker.render(clip, out, overwrite=self._overwrite, progress=progress.advance)
+        except (DenoisingVitError, OSError) as error:
+            return Row(given, "failed", note=str(error))
+        except Exception as error:  # one clip must not end the batch, whatever is wrong with it
+            return Row(given, "failed", note=f"{type(error).__name__}: {error}")
+        seconds = round(time.perf_counter() - started, 2) if done.status == "done" else None
+        note = "; ".join(done.notes) or None
+        return Row(given, done.status, str(out), done.frames, done.resumed, seconds, note)
+
+    def _claim(self, clip: Path, digest: str) -> Path:
+        """A name that belongs to this clip or to nothing: its own, or with a number."""
+        stem = clip.resolve().name if clip.is_dir() else clip.stem
+        for number in itertools.count(1):
+            path = self._folder / f"{stem if number == 1 else f'{stem}-{number}'}.mp4"
+            finished, unfinished = recorded_in(path), Parts(path).record
+            sources = {record["source"] for record in (finished, unfinished) if record is not None}
+            foreign = path.exists() and finished is None
+            if path not in self._claimed and not foreign and sources <= {digest}:
+                self._claimed.add(path)
+                return path
+        raise AssertionError("unreachable: numbers do not end")
+
+
+def _tell(rows: Sequence[Row], folder: Path, *, as_json: bool) -> int:
+    """The table, then what failed and why. Returns the exit code."""
+    good = [row for row in rows if row.status != "failed"]
+    if good and not as_json:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("clip", "result"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("frames", "seconds"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        for row in good:
+            notes = [row.status] * (row.status == "kept") + [f"{row.resumed} from before"] * bool(row.resumed)
+            table.add_row(
+                escape(row.clip),
+                escape(Path(row.output or "").name),
+                "-" if row.frames is None else str(row.frames),
+                "-" if row.seconds is None else f"{row.seconds:.1f}",
+                escape("; ".join([*notes, *filter(None, [row.note])])),
+            )
+        Console().print(table)
+    for row in rows:
+        if row.status == "failed":
+            print_error(str(row.note) if str(row.note).startswith(row.clip) else f"{row.clip}: {row.note}", "skipped")
+    failed = len(rows) - len(good)
+    skipped = f", {failed} skipped" if failed else ""
+    print_note(f"{len(good)} of {len(rows)} videos done{skipped}; results in {folder}")
+    return SOME_FAILED if failed else OK
