@@ -18,7 +18,7 @@ from skimage import data
 import denoising_vit as dv
 from denoising_vit.cli.app import run
 from denoising_vit.extractors import Cleaners
-from denoising_vit.showing import MAPS, ShownPhoto, ShowOptions, draw_sheet, gather
+from denoising_vit.showing import MAPS, Gatherer, ShownPhoto, ShowOptions, draw_sheet
 from denoising_vit.showing.drawing import palette_of
 
 #: All colour photographs of scikit-image that come with it and are free to show.
@@ -60,7 +60,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _draw_cat(arguments.out, folder)
     backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m")
-    photos = [_gathered(backbone, name, arguments.views) for name in PHOTOS]
+    options = ShowOptions(features=FEATURES, views=arguments.views)
+    gatherer = Gatherer(backbone, FEATURES.split(","), Cleaners(), options.denoising())
+    photos = [_gathered(gatherer, name) for name in PHOTOS]
     for kind in KINDS:
         options = ShowOptions(features=FEATURES, maps=kind)
         palettes = [palette_of([photo], options) for photo in photos]
@@ -91,10 +93,9 @@ def _draw_cat(out: Path, scratch: Path) -> None:
     (scratch / "cat.safetensors").unlink()
 
 
-def _gathered(backbone: dv.Backbone, name: str, views: int) -> ShownPhoto:
+def _gathered(gatherer: Gatherer, name: str) -> ShownPhoto:
     pixels = np.ascontiguousarray(getattr(data, name)()[..., :3])
-    options = ShowOptions(features=FEATURES, views=views)
-    return gather(backbone, pixels, FEATURES.split(","), Cleaners(), options.denoising(), name=name.replace("_", " "))
+    return gatherer(pixels, name=name.replace("_", " "))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import DenoiserError, FormatError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.photos import is_panel
-from denoising_vit.showing import MAPS, ShownPhoto, ShowOptions, draw_sheet, gather
+from denoising_vit.showing import MAPS, Gatherer, ShownPhoto, ShowOptions, draw_sheet
 from denoising_vit.showing.drawing import palette_of, pictures
-from denoising_vit.showing.gathering import passes
 from denoising_vit.visualize.sheet import CELL, GAP, LEFT, RIGHT, Sheet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,9 +23,8 @@ OPTIONS = ShowOptions(features="raw,exact", maps=",".join(MAPS), views=9)
 
 
 def shown(seed: int = 0, names: tuple[str, ...] = ("raw", "exact")) -> ShownPhoto:
-    return gather(
-        planted.backbone(share=0.5), planted.photos(1, seed)[0], names, Cleaners(), OPTIONS.denoising(), name="a.png"
-    )
+    gatherer = Gatherer(planted.backbone(share=0.5), names, Cleaners(), OPTIONS.denoising())
+    return gatherer(planted.photos(1, seed)[0], name="a.png")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +42,17 @@ def test_features_are_those_of_denoising(photo: ShownPhoto) -> None:
 def test_raw_features_alone_take_one_pass() -> None:
     counted: list[int] = []
     backbone, pixels, options = planted.backbone(), planted.photos(1)[0], OPTIONS.denoising()
-    found = gather(backbone, pixels, ["raw"], Cleaners(), options, progress=counted.append)
-    assert counted[-1] == passes(["raw"], options) == 1
+    gatherer = Gatherer(backbone, ["raw"], Cleaners(), options)
+    found = gatherer(pixels, progress=counted.append)
+    assert counted[-1] == gatherer.passes == 1
     assert (found.maps()["raw"] == denoise_image(backbone, pixels, method="subtract", artifact="none").raw).all()
 
 
 def test_progress_counts_up_to_what_was_said() -> None:
     counted: list[int] = []
-    options = OPTIONS.denoising()
-    gather(planted.backbone(), planted.photos(1)[0], ["raw", "exact"], Cleaners(), options, progress=counted.append)
-    assert counted == sorted(counted) and counted[-1] == passes(["raw", "exact"], options) == 9
+    gatherer = Gatherer(planted.backbone(), ["raw", "exact"], Cleaners(), OPTIONS.denoising())
+    gatherer(planted.photos(1)[0], progress=counted.append)
+    assert counted == sorted(counted) and counted[-1] == gatherer.passes == 9
 
 
 def test_a_finer_map_is_that_many_times_finer(photo: ShownPhoto) -> None:
@@ -142,7 +141,7 @@ def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> 
         ShowOptions(**changes).validate()  # pyright: ignore[reportArgumentType]
 
 
-def test_a_missing_denoiser_is_said(photo: ShownPhoto) -> None:
+def test_a_missing_denoiser_is_said() -> None:
     assert ShowOptions().names(planted.backbone(), None) == ("raw", "exact")
     with pytest.raises(DenoiserError, match="comes with the package"):
-        gather(planted.backbone(), photo.pixels, ["denoiser"], Cleaners(), OPTIONS.denoising())
+        Gatherer(planted.backbone(), ["denoiser"], Cleaners(), OPTIONS.denoising())

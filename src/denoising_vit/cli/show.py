@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.outputs import require_writable
@@ -18,11 +18,10 @@ from denoising_vit.dataset import find_photos
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.photos import read_photo
-from denoising_vit.preparing import prepare
 from denoising_vit.showing.options import ShowOptions
 
 if TYPE_CHECKING:
-    from denoising_vit.showing.gathering import ShownPhoto
+    from denoising_vit.showing.gathering import Gatherer, ShownPhoto
     from denoising_vit.visualize import Palette
 
 #: Endings of the name of one sheet.
@@ -96,18 +95,16 @@ def _open(
     kind: str,
 ) -> _Job:
     """Loads the backbone; what is wrong with options and files is said before a photo is touched."""
-    from denoising_vit.visualize import read_palette  # matplotlib takes a second to import
+    from denoising_vit.showing import Gatherer  # matplotlib takes a second to import
+    from denoising_vit.visualize import read_palette
 
     backbone = model.load()
     names = options.names(backbone, cleaners.denoiser)
-    for name in set(names) - {"exact"}:
-        cleaners.extractor(name, backbone)  # refuses what is missing or of another backbone
-    for method in ("subtract", "exact") if "exact" in names else ("subtract",):
-        prepare(backbone, replace(options.denoising(), method=method))  # refuses sizes and views that do not do
+    gatherer = Gatherer(backbone, names, cleaners, options.denoising())
     given = None if palette is None else read_palette(palette, backbone)
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     print_note(f"features {', '.join(names)}; maps {', '.join(options.kinds())}")
-    return _Job(backbone, names, options, cleaners, out, given, colours == "together", kind)
+    return _Job(gatherer, options, out, given, colours == "together", kind)
 
 
 @dataclass(frozen=True)
@@ -115,20 +112,16 @@ class _Job:
     """What is the same for all photos.
 
     Attributes:
-        backbone: the extractor.
-        names: of the features.
+        gatherer: takes features of photos.
         options: what is shown.
-        cleaners: what cleans features.
         out: a sheet, or a folder for them.
         given: the colours of all photos, where they come from a file.
         together: whether all photos share their colours.
         kind: of sheets in a folder.
     """
 
-    backbone: Backbone
-    names: tuple[str, ...]
+    gatherer: Gatherer
     options: ShowOptions
-    cleaners: Cleaners
     out: Path
     given: Palette | None
     together: bool
@@ -167,22 +160,12 @@ class _Job:
 
     def _seen(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[ShownPhoto]:
         """The features of one photo after another; whatever is wrong with one, it is skipped."""
-        from denoising_vit.showing import gather
-        from denoising_vit.showing.gathering import passes
-
-        options = self.options.denoising()
-        with PhotoProgress(len(photos), passes(self.names, options), "passes") as progress:
+        with PhotoProgress(len(photos), self.gatherer.passes, "passes") as progress:
             for photo in photos:
                 progress.start(photo.name)
                 try:
-                    found = gather(
-                        self.backbone,
-                        read_photo(photo),
-                        self.names,
-                        self.cleaners,
-                        options,
-                        name=photo.name,
-                        progress=lambda done: progress.advance(done, 0),
+                    found = self.gatherer(
+                        read_photo(photo), name=photo.name, progress=lambda done: progress.advance(done, 0)
                     )
                 except (DenoisingVitError, OSError) as error:
                     skipped.append((str(photo), str(error)))
@@ -193,15 +176,16 @@ class _Job:
     def _palette(self, photos: list[ShownPhoto]) -> Palette:
         from denoising_vit.showing.drawing import palette_of
 
-        return self.given or palette_of(photos, self.options, describe(self.backbone))
+        return self.given or palette_of(photos, self.options, describe(self.gatherer.backbone))
 
     def _draw(self, photos: list[ShownPhoto], palettes: list[Palette], path: Path) -> None:
         from denoising_vit.showing import draw_sheet
         from denoising_vit.visualize.sheet import BESIDE
 
-        exact = [f"exact of {self.options.views} views"] if "exact" in self.names else []
+        backbone = self.gatherer.backbone
+        exact = [f"exact of {self.options.views} views"] if "exact" in self.gatherer.names else []
         whose = "a palette" if self.given else "all photos" if self.together else "each photo"
-        told = [self.backbone.name, self.backbone.weights, *exact, f"colours of {whose}, the same for all features"]
+        told = [backbone.name, backbone.weights, *exact, f"colours of {whose}, the same for all features"]
         draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(told)])
 
     def _path(self, photo: ShownPhoto, taken: set[str]) -> Path:

@@ -1,7 +1,7 @@
 """Looking at features: maps of a photo's features, side by side in the same colours, on one sheet."""
 
 from denoising_vit.showing.drawing import draw_sheet
-from denoising_vit.showing.gathering import ShownPhoto, gather
+from denoising_vit.showing.gathering import Gatherer, ShownPhoto
 from denoising_vit.showing.options import FEATURES, MAPS, ShowOptions
 
-__all__ = ["FEATURES", "MAPS", "ShowOptions", "ShownPhoto", "draw_sheet", "gather"]
+__all__ = ["FEATURES", "MAPS", "Gatherer", "ShowOptions", "ShownPhoto", "draw_sheet"]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from denoising_vit.artifact import SHIPPED, load_artifact
 from denoising_vit.artifact.known import NONE
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import Decomposition
 from denoising_vit.denoise import denoise_image, work
+from denoising_vit.denoiser import find_denoiser
 from denoising_vit.extractors import Cleaners, load_distilled
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.preparing import prepare
 
 #: Features from which nothing is taken away.
 AS_THEY_ARE = ("raw", "distilled")
 
-#: ``progress(done)``: called with how much of :func:`passes` is done.
+#: ``progress(done)``: called with how much of :attr:`Gatherer.passes` is done.
 Progress = Callable[[int], None]
 
 
@@ -49,70 +53,80 @@ class ShownPhoto:
         }
 
 
-def gather(
-    backbone: Backbone,
-    pixels: np.ndarray,
-    names: Sequence[str],
-    cleaners: Cleaners,
-    options: DenoiseOptions,
-    *,
-    name: str = "photo",
-    progress: Progress = lambda _: None,
-) -> ShownPhoto:
-    """The features of a photo.
+class Gatherer:
+    """Takes the features of photos, one photo after another.
 
     Args:
         backbone: whose they are.
-        pixels: (H, W, 3) uint8.
         names: of features, of :data:`~denoising_vit.showing.FEATURES`.
-        cleaners: where denoisers, artifacts and distilled weights come from.
+        cleaners: where denoisers, artifacts and distilled weights come from; looked for once, here.
         options: of stage 1; the size counts for all features.
-        name: of the photo, for people.
-        progress: called as work goes on, with how much of :func:`passes` is done.
+
+    Attributes:
+        backbone: as given.
+        names: as given.
+        passes: what progress on one photo counts up to.
 
     Raises:
-        DenoisingVitError: whatever is wrong with the photo or what cleans its features; it says what to do.
+        ArtifactError, DenoiserError: if a cleaner is that of another backbone, or none comes with the package.
+        WeightsError: if weights of stage 3 are missing or those of another model.
+        FormatError: if a file is missing, damaged or something else.
+        SizeError, PlanError: if size or views do not do.
     """
-    found: dict[str, Decomposition] = {}
-    before = 0
-    # Raw features come with all others but distilled ones: last, so that no pass is made for them.
-    for feature in sorted(names, key=lambda one: one == "raw"):
-        others = [result for other, result in found.items() if other != "distilled"]
-        if feature == "raw" and others:
-            found[feature] = others[0]
-        else:
-            method = _options_of(feature, options)
+
+    def __init__(self, backbone: Backbone, names: Sequence[str], cleaners: Cleaners, options: DenoiseOptions) -> None:
+        self.backbone, self.names = backbone, tuple(names)
+        self._options = {name: _options_of(name, options) for name in names}
+        self._of = dict.fromkeys(names, backbone)
+        self._cleaned_by: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for name in names:
+            if name in AS_THEY_ARE:
+                self._cleaned_by[name] = {"artifact": NONE}
+            elif name == "denoiser":
+                self._cleaned_by[name] = {"denoiser": find_denoiser(cleaners.denoiser, backbone)}
+            else:
+                wanted = cleaners.artifact or (SHIPPED if name == "subtract" else None)
+                known = wanted if wanted in (None, NONE) else load_artifact(wanted, backbone)
+                self._cleaned_by[name] = {"artifact": known}
+            if name == "distilled":
+                self._of[name], _ = load_distilled(cleaners.distilled, backbone)
+            prepare(self._of[name], self._options[name])
+        # Raw features come with all others but distilled ones: no pass is made for them then.
+        self._apart = [name for name in names if name != "raw" or set(names) <= set(AS_THEY_ARE)]
+        self.passes = sum(work(self._options[name]) for name in self._apart)
+
+    def __call__(self, pixels: np.ndarray, *, name: str = "photo", progress: Progress = lambda _: None) -> ShownPhoto:
+        """The features of a photo.
+
+        Args:
+            pixels: (H, W, 3) uint8.
+            name: of the photo, for people.
+            progress: called as work goes on, with how much of :attr:`passes` is done.
+
+        Raises:
+            DenoisingVitError: whatever is wrong with the photo; it says what to do.
+        """
+        found: dict[str, Decomposition] = {}
+        before = 0
+        for feature in self._apart:
 
             def advance(done: int, _total: int, start: int = before) -> None:
                 progress(start + done)
 
             found[feature] = denoise_image(
-                load_distilled(cleaners.distilled, backbone)[0] if feature == "distilled" else backbone,
+                self._of[feature],
                 pixels,
-                artifact=_artifact_of(feature, cleaners),
-                denoiser=cleaners.denoiser if feature == "denoiser" else None,
                 progress=advance,
-                options=method,
+                options=self._options[feature],
+                **self._cleaned_by[feature],
             )
-            before += work(method)
-    progress(passes(names, options))
-    return ShownPhoto(name, pixels, {feature: found[feature] for feature in names})
-
-
-def passes(names: Sequence[str], options: DenoiseOptions) -> int:
-    """What progress on one photo counts up to: forward passes."""
-    apart = [name for name in names if name != "raw" or set(names) <= set(AS_THEY_ARE)]
-    return sum(work(_options_of(name, options)) for name in apart)
+            before += work(self._options[feature])
+        if "raw" not in found and "raw" in self.names:
+            found["raw"] = next(result for name, result in found.items() if name != "distilled")
+        return ShownPhoto(name, pixels, {feature: found[feature] for feature in self.names})
 
 
 def _options_of(feature: str, options: DenoiseOptions) -> DenoiseOptions:
     if feature == "denoiser":
         return replace(options, method="denoiser")
     return options if feature == "exact" else replace(options, method="subtract")
-
-
-def _artifact_of(feature: str, cleaners: Cleaners) -> str | None:
-    """What is taken away before or instead of fitting; of raw and distilled features, nothing."""
-    if feature in AS_THEY_ARE:
-        return NONE
-    return None if feature == "denoiser" else cleaners.artifact
