@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planted import backbone as planted
-from planted import photos
 from torch import Tensor, nn
 
 import denoising_vit as dv
@@ -13,6 +11,8 @@ from denoising_vit import BackboneError, DenoiseOptions
 from denoising_vit.batching import Passes, compiled
 from denoising_vit.ready import Ready
 from denoising_vit.stage_one import StageOne
+from planted import backbone as planted
+from planted import photos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
