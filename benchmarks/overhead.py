@@ -65,7 +65,7 @@ def overhead(model: Backbone, photo: Path, options: DenoiseOptions, runs: int, t
     }
     if torch_attention:
         plain = timm.create_model(model.name, pretrained=False, num_classes=0, dynamic_img_size=True)
-        plain = plain.to(model.device, model.dtype).eval().forward_features
+        plain = plain.to(model.device, model.dtype).eval()
         jobs["forward_timm"] = lambda: forward_all(plain, images, batch)
     times = alternate(jobs, runs)
     found: dict[str, Any] = {"runs": runs, "best_batch": batch}
