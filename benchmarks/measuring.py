@@ -7,6 +7,7 @@ accelerator they say nothing of the device.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -122,6 +123,15 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Lets :func:`peak` begin anew (Linux, CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def hardware() -> str:

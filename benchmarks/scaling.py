@@ -4,7 +4,7 @@
 
 Costs are processor seconds on a CPU (OMP_WAIT_POLICY=passive on a busy machine), wall seconds on an accelerator; each
 is the least of a few rounds, in which the amounts take turns. The slope is that of the logarithms: 1 is linear, where
-the work is. Memory is the peak above the loaded model after each amount, least first.
+the work is. Memory is the peak above the loaded model while it runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from measuring import Times, alternate, hardware, operations, peak, resident, slope, table, write
+from measuring import Times, alternate, hardware, operations, peak, reset_peak, resident, slope, table, write
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
@@ -115,6 +115,7 @@ def growing_model(names: Sequence[str], device: str, rounds: int) -> dict[str, A
     for name in names:
         model = dv.load_backbone(f"vit_{name}_patch14_dinov2.lvd142m", weights="random", device=device)
         before = resident() if model.device.type == "cpu" else torch.cuda.memory_allocated()
+        reset_peak(model.device)
         times = alternate({name: lambda model=model: forward(model, 518)}, rounds)[name]
         found["cost_s"].append(cost(times, model.device))
         found["above_model_bytes"].append(max(peak(model.device) - before, 0))
@@ -132,7 +133,8 @@ def grown(run: Callable[[int], None], amounts: Sequence[int], device: torch.devi
     """Cost and memory of each amount, and the slope of the cost."""
     before = resident() if device.type == "cpu" else torch.cuda.memory_allocated()
     peaks = []
-    for amount in sorted(amounts):  # least first: a peak never goes down
+    for amount in sorted(amounts):
+        reset_peak(device)
         run(amount)
         peaks.append(max(peak(device) - before, 0))
     times = alternate({str(amount): lambda amount=amount: run(amount) for amount in amounts}, rounds, warm=False)

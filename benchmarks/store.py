@@ -1,6 +1,6 @@
 """How fast a store takes and gives fields, and how many requests each photo costs an object store.
 
-    python benchmarks/store.py [--photos 64] [--per-shard 16] [--folder DIR] [--out DIR]
+    python benchmarks/store.py [--photos 64] [--per-shard 16] [--together 1] [--out DIR]
 
 Fields of noise, as large as those of DINOv2 ViT-S/14 at 518 pixels, are put, sealed, and read in order and at random.
 Requests are counted at the store's own interface: each read, write, conditional write, deletion and listing is one
@@ -15,6 +15,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,7 @@ KINDS = ("read", "write", "create", "delete", "names")
 def main(
     photos: int = 64,
     per_shard: int = 16,
+    together: int = 1,
     nodes: int = 74,
     channels: int = 384,
     folder: Path | None = None,
@@ -43,6 +45,7 @@ def main(
     Args:
         photos: how many.
         per_shard: photos in a shard.
+        together: photos that are staged at once, as after an accelerator.
         nodes: of a field, along each side.
         channels: of a field.
         folder: where the store is made and removed; a temporary one by default.
@@ -65,7 +68,7 @@ def main(
         store = FeatureStore.create_or_open(Path(place) / "store", manifest, [f"{n:08d}" for n in range(photos)])
         field = torch.randn(nodes, nodes, channels)
         with counted() as requests:
-            writing = seconds(lambda: fill(store, field))
+            writing = seconds(lambda: fill(store, field, together))
         again = FeatureStore.open(Path(place) / "store")
         in_order = seconds(lambda: [again.read(index) for index in range(photos)])
         order = random.Random(0).sample(range(photos), photos)
@@ -76,6 +79,7 @@ def main(
         "hardware": hardware(),
         "photos": photos,
         "per_shard": per_shard,
+        "together": together,
         "bytes_per_photo": used / photos,
         "requests_per_photo": {kind: count / photos for kind, count in requests.items()},
         "peak_bytes": max(peak(torch.device("cpu")) - before, 0),
@@ -85,13 +89,13 @@ def main(
     write(out, "store", found, markdown(found))
 
 
-def fill(store: FeatureStore, field: torch.Tensor) -> None:
+def fill(store: FeatureStore, field: torch.Tensor, together: int) -> None:
     """Puts the same field for every photo, and seals all shards."""
-    for shard in store.unfinished():
-        with store.writer(shard) as writer:
-            for index in writer.missing():
-                writer.put(index, field, {"heldout_r2": 0.5})
-            writer.finish()
+    with ThreadPoolExecutor(together) as pool:
+        for shard in store.unfinished():
+            with store.writer(shard) as writer:
+                list(pool.map(lambda index, to=writer: to.put(index, field, {"heldout_r2": 0.5}), writer.missing()))
+                writer.finish()
 
 
 @contextlib.contextmanager
@@ -128,7 +132,7 @@ def markdown(found: dict[str, Any]) -> str:
         for name in ("written", "read_in_order", "read_at_random")
     ]
     requests = [(kind, f"{count:.2f}") for kind, count in found["requests_per_photo"].items()]
-    text = f"{found['hardware']}; {found['photos']} photos, {found['per_shard']} a shard, "
+    text = f"{found['hardware']}; {found['photos']} photos, {found['per_shard']} a shard, {found['together']} at once, "
     text += f"{found['bytes_per_photo'] / 1e6:.2f} MB each; peak {found['peak_bytes'] / 1e6:.0f} MB\n\n"
     return text + table(("", "photos/s", "MB/s"), rates) + "\n" + table(("request", "a photo"), requests)
 

@@ -129,11 +129,13 @@ class _Writers:
     def __init__(self, run: LocalRun) -> None:
         self._run = run
         self._open: dict[int, _OpenShard] = {}
+        self._stage = ThreadPoolExecutor(_SOLVED, "stage")
 
     def __enter__(self) -> _Writers:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self._stage.shutdown()  # before the leases: what is being staged still needs them
         for shard in list(self._open):
             self._open.pop(shard).leases.close()
 
@@ -154,12 +156,21 @@ class _Writers:
         Raises:
             PhotoError: if strict, and a photo cannot be used.
         """
-        for result in _solved(group):
-            self._write(result)
+        results = _solved(group)
+        # Staging one photo is mostly waiting, for a disk or an answer: those of a group wait together.
+        stored = self._stage.map(self._staged, results) if len(results) > 1 else map(self._staged, results)
+        for result, failed in zip(results, stored, strict=True):
+            self._note(result, failed)
 
-    def _write(self, result: Done | Failed) -> None:
+    def _staged(self, result: Done | Failed) -> Failed | None:
+        """Stores a photo; why not, if it cannot be."""
+        if isinstance(result, Failed):
+            return result
+        return self._store(result, self._open[self._run.store.manifest.shard_of(result.index)].writer)
+
+    def _note(self, result: Done | Failed, failed: Failed | None) -> None:
+        """Tells what became of a photo, and seals its shard if it was the last of it."""
         shard = self._run.store.manifest.shard_of(result.index)
-        failed = result if isinstance(result, Failed) else self._store(result, self._open[shard].writer)
         if failed is not None and self._run.strict:
             raise PhotoError(f"{failed.name}: {failed.reason}")
         if failed is not None and failed.final:
