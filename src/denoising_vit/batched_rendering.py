@@ -1,4 +1,4 @@
-"""Rendering many views of one image at once, for devices where a launch costs more than its arithmetic.
+"""Rendering many views of one image at once, for devices that would have to wait for matrices made by a processor.
 
 The same resampling as one view at a time (:mod:`denoising_vit.rendering`, which is the readable reference), as batched
 products: each view brings a window of pixels, as large as the largest of its batch, and two matrices that are computed
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 #: Views that are rendered at once; all take as much memory as the one that shows most.
-_TOGETHER = 8
+_TOGETHER = 16
 
 _CUBIC = -0.5  # as for single views
 

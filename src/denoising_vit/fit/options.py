@@ -23,8 +23,8 @@ class FitOptions:
             the bytes, and gives up crops.
         images_per_shard: photos that share an object in the store.
         decoders: threads that read and decode photos.
-        compiled: compile the backbone, which takes minutes once and pays on accelerators; on a CPU it does not. Results
-            differ in their rounding.
+        compiled: compile the backbone, which takes minutes once; meant for accelerators, on a CPU it is slower.
+            Results differ in their rounding.
         strict: stop at the first photo that cannot be used.
         retry_failed: try photos again that an earlier run could not use.
     """
