@@ -38,7 +38,6 @@ from denoising_vit.options import DenoiseOptions
 from denoising_vit.ready import Ready, finish_together
 from denoising_vit.rendering import ViewRenderer, to_image
 from denoising_vit.stage_one import StageOne
-from denoising_vit.training.loss import denoising_loss
 
 #: The published run: photos, steps of stage 2, pairs in a step; and the hours that both stages may take.
 PHOTOS, STEPS, PAIRS, HOURS = 10_000, 50_000, 16, 1.0
@@ -239,6 +238,8 @@ def in_memory(spec: BackboneSpec, data: Dataset, options: DenoiseOptions, count:
 
 def stage_two(model: Backbone, size: int, runs: int) -> dict[str, Any]:
     """Seconds of a step of the denoiser on features that are there, and of the backbone's pass of as many views."""
+    from denoising_vit.training.loss import denoising_loss  # brings matplotlib, which the other parts do not need
+
     grid = model.grid_size(size, size)
     denoiser = dv.Denoiser(model.embed_dim, grid).to(model.device)
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)

@@ -104,7 +104,7 @@ def test_a_compiled_backbone_gives_the_same_fields(monkeypatch: pytest.MonkeyPat
         return real(*args, **{**options, "backend": "eager"})  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     monkeypatch.setattr(torch, "compile", eager)
-    options = DenoiseOptions(views=12, held_out=0, batch_size=6)
+    options = DenoiseOptions(views=12, held_out=0, batch_size=5)
     fields = []
     for backbone in (planted(share=0.1), compiled(planted(share=0.1))):
         (ready,) = StageOne(backbone, options).run([(0, "a", photos(1)[0])])
@@ -112,3 +112,18 @@ def test_a_compiled_backbone_gives_the_same_fields(monkeypatch: pytest.MonkeyPat
         fields.append(ready.finish().field)
     assert asked == [{"dynamic": False}]
     torch.testing.assert_close(fields[1], fields[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_backbone_sees_batches_of_one_size_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    module, backbone = with_room(99)
+    _ = backbone.fingerprint
+    module.tried.clear()
+    plain, passes = backbone(torch.ones(2, 3, 16, 24)), Passes(compiled(backbone))
+    module.tried.clear()
+    assert len(passes(torch.ones(6, 3, 16, 24))) == 6
+    torch.testing.assert_close(passes(torch.ones(2, 3, 16, 24)), plain)
+    assert module.tried == [6, 6]
+    module.room = 4
+    assert len(passes(torch.ones(5, 3, 16, 24))) == 5
+    assert module.tried == [6, 6, 6, 3, 3]

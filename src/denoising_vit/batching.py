@@ -21,6 +21,7 @@ class Passes:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
+        self._largest = 0
         self.most: int | None = None
 
     @torch.no_grad()  # not inference mode: results are to be usable in a caller's own training
@@ -31,23 +32,31 @@ class Passes:
             BackboneError: if the device has no memory for a single image, or the model returns no grid.
             SizeError: if H or W does not fit the patch grid.
         """
+        self._largest = max(len(images), self._largest)
         while True:
-            size = min(self.most or len(images), len(images))
+            most = min(self.most or self._largest, self._largest)
             try:
-                if size == len(images):
-                    return self._backbone(images)
-                return torch.cat([self._backbone(part) for part in images.split(size)])
+                return torch.cat([self._forward(part, most) for part in images.split(most)])
             except torch.OutOfMemoryError as error:
-                if size == 1:
+                if most == 1:
                     _, _, height, width = images.shape
                     raise BackboneError(
                         f"{self._backbone.name} on {self._backbone.device}: no memory for a single image of {height} x "
                         f"{width} pixels; take smaller views (--size), a smaller model, or another device"
                     ) from error
             # Outside of the handler: its traceback keeps what the failed pass had allocated.
-            self.most = size // 2
+            self.most = most // 2
             if self._backbone.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _forward(self, images: Tensor, most: int) -> Tensor:
+        """One pass. A compiled backbone would be compiled anew for the last views of all, which are fewer: it gets
+        zeros beside them.
+        """
+        count = len(images)
+        if self._backbone._compiled_call_impl is not None and count < most:
+            images = torch.cat([images, images.new_zeros(most - count, *images.shape[1:])])
+        return self._backbone(images)[:count]
 
 
 def compiled(backbone: Backbone) -> Backbone:
