@@ -52,6 +52,7 @@ def load_image(photo: Photo, backbone: Backbone) -> tuple[Tensor, dict[str, Any]
     return image, {"name": name, "height": height, "width": width, "sha256": digest}
 
 
+@torch.no_grad()  # not inference mode: results are to be usable in a caller's own training
 def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size: int | None = None) -> Iterator[Tensor]:
     """Features of the views of an image (3, H, W) in [0, 1], batch by batch, (B, h, w, C) float32 each."""
     batch_size = batch_size or fitting_batch(backbone.device, math.prod(plan.grid))
