@@ -111,14 +111,11 @@ def growing_views_size(model: Backbone, sides: Sequence[int], rounds: int) -> di
 
 def growing_model(names: Sequence[str], device: str, rounds: int) -> dict[str, Any]:
     """The bare pass of a view of larger and larger models."""
-    found: dict[str, Any] = {"amounts": list(names), "cost_s": [], "above_model_bytes": [], "gflop": []}
+    found: dict[str, Any] = {"amounts": list(names), "cost_s": [], "gflop": []}
     for name in names:
         model = dv.load_backbone(f"vit_{name}_patch14_dinov2.lvd142m", weights="random", device=device)
-        before = resident() if model.device.type == "cpu" else torch.cuda.memory_allocated()
-        reset_peak(model.device)
         times = alternate({name: lambda model=model: forward(model, 518)}, rounds)[name]
         found["cost_s"].append(cost(times, model.device))
-        found["above_model_bytes"].append(max(peak(model.device) - before, 0))
         found["gflop"].append(operations(lambda model=model: forward(model, 518)) / 1e9)
     return found
 
@@ -162,10 +159,9 @@ def markdown(found: dict[str, Any]) -> str:
         if part not in found:
             continue
         grew = found[part]
-        rows = [
-            ("seconds", *(f"{value:.2f}" for value in grew["cost_s"])),
-            ("peak above the model, MB", *(f"{value / 1e6:.0f}" for value in grew["above_model_bytes"])),
-        ]
+        rows = [("seconds", *(f"{value:.2f}" for value in grew["cost_s"]))]
+        if "above_model_bytes" in grew:
+            rows.append(("peak above the model, MB", *(f"{value / 1e6:.0f}" for value in grew["above_model_bytes"])))
         if "gflop" in grew:
             rows.append(("GFLOP", *(f"{value:.0f}" for value in grew["gflop"])))
             rates = (work / value for work, value in zip(grew["gflop"], grew["cost_s"], strict=True))
