@@ -25,7 +25,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import tyro
-from overhead import hardware
+from measuring import hardware
 
 import denoising_vit as dv
 from denoising_vit.artifact import Artifact

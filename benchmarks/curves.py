@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from measuring import hardware
 from neighbours import confusion, mean_iou, nearest_labels, patch_labels
-from overhead import hardware
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from overhead import hardware, synchronise
+from measuring import hardware, synchronise
 from torch import Tensor
 
 import denoising_vit as dv

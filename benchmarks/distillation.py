@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from denoised_vit import measured
-from overhead import hardware, synchronise
+from measuring import hardware, synchronise
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.loading import with_weights

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import onnxruntime
 import torch
 import tyro
-from overhead import hardware
+from measuring import hardware
 from torch import Tensor
 
 import denoising_vit as dv

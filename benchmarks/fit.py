@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import tyro
-from overhead import best_batch, forward_all, hardware, timed
+from measuring import hardware, timed
+from overhead import best_batch, forward_all
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.dataset import open_dataset

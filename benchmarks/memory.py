@@ -9,14 +9,13 @@ allocated memory on CUDA.
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 
 import torch
 import tyro
+from measuring import peak, resident
 
 import denoising_vit as dv
-from denoising_vit.backbones import Backbone
 
 
 def main(
@@ -33,22 +32,9 @@ def main(
     peaks = {}
     for count in sorted(views):  # fewest first: a peak never goes down
         dv.denoise_image(model, photo, views=count)
-        peaks[count] = (peak(model) - before) / 2**30
+        peaks[count] = (peak(model.device) - before) / 2**30
     few, many = sorted(views)
     print(json.dumps({"above_model_gib": peaks, "ratio": peaks[many] / peaks[few]}))
-
-
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak(model: Backbone) -> int:
-    """Most bytes so far."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """What stage 1 costs on top of the forward passes it needs.
 
-    python benchmarks/overhead.py PHOTO [--runs 5] [--json out.json]
+    python benchmarks/overhead.py PHOTO [--runs 5] [--out DIR]
 
 In one process, in alternating runs: the bare forward passes of the same views (rendered beforehand, in the model's own
-dtype, at the best batch size), and a warm `denoise_image`. Prints medians and their ratio; then what the overhead is
-made of, and the time to draw a plan and compute its factors at three grids.
+dtype, at the best batch size), and a warm `denoise_image`. Writes medians and ratios of pairs of runs, by wall and by
+processor seconds; then what the overhead is made of, and the time to draw a plan and compute its factors at three
+grids.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +17,7 @@ from typing import Annotated, Any
 import timm
 import torch
 import tyro
+from measuring import alternate, hardware, ratios, synchronise, table, timed, write
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
@@ -30,6 +28,11 @@ from denoising_vit.preparing import prepare
 from denoising_vit.rendering import ViewRenderer, to_image
 from denoising_vit.views import ViewPlan
 
+#: The most that `denoise_image` may take, in times of the bare forward passes.
+BAR = 1.10
+
+CLOCKS = ("wall", "processor")
+
 
 def main(
     photo: tyro.conf.Positional[Path],
@@ -39,43 +42,56 @@ def main(
     views: int = 64,
     runs: int = 5,
     grids: Annotated[bool, tyro.conf.arg(help="also time plans and factors at larger grids")] = True,
-    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    torch_attention: Annotated[bool, tyro.conf.arg(help="also time the passes with torch's own attention")] = True,
+    out: Annotated[Path | None, tyro.conf.arg(help="folder for JSON and Markdown")] = None,
 ) -> None:
     """Measures the overhead of stage 1 over bare forward passes."""
     model = dv.load_backbone(backbone, weights=weights)
     options = DenoiseOptions(views=views)
     found: dict[str, Any] = {"hardware": hardware(), "backbone": model.extra_repr(), "views": views + options.held_out}
-    found |= overhead(model, photo, options, runs)
+    found |= overhead(model, photo, options, runs, torch_attention)
     found["parts_s"] = parts(model, photo, options)
     found["plan_and_factors_s"] = plan_and_factors(grids)
-    print(json.dumps(found, indent=2))
-    if json_path is not None:
-        json_path.write_text(json.dumps(found, indent=2) + "\n")
+    write(out, "overhead", found, markdown(found))
 
 
-def overhead(model: Backbone, photo: Path, options: DenoiseOptions, runs: int) -> dict[str, Any]:
-    """Medians of alternating runs: forward with torch's attention, forward with ours, `denoise_image`."""
+def overhead(model: Backbone, photo: Path, options: DenoiseOptions, runs: int, torch_attention: bool) -> dict[str, Any]:
+    """Alternating runs: forward with ours, `denoise_image`, forward with torch's attention."""
     images = render_all(model, photo, options)
-    plain = timm.create_model(model.name, pretrained=False, num_classes=0, dynamic_img_size=True)
-    plain = plain.to(model.device, model.dtype).eval()
-    jobs: dict[str, Any] = {"timm": plain.forward_features, "ours": model}
-    batches = {name: best_batch(job, images) for name, job in jobs.items()}
-    times: dict[str, list[float]] = {"timm": [], "ours": [], "denoise": []}
-    dv.denoise_image(model, photo, options=options)
-    for _ in range(runs):
-        for name, job in jobs.items():
-            times[name].append(timed(lambda job=job, name=name: forward_all(job, images, batches[name])))
-        times["denoise"].append(timed(lambda: dv.denoise_image(model, photo, options=options)))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "runs": runs,
-        "best_batch": batches,
-        "forward_timm_s": median["timm"],
-        "forward_s": median["ours"],
-        "denoise_s": median["denoise"],
-        "ratio_to_forward": median["denoise"] / median["ours"],
-        "ratio_to_forward_timm": median["denoise"] / median["timm"],
+    batch = best_batch(model, images)
+    jobs: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward_all(model, images, batch),
+        "denoise": lambda: dv.denoise_image(model, photo, options=options),
     }
+    if torch_attention:
+        plain = timm.create_model(model.name, pretrained=False, num_classes=0, dynamic_img_size=True)
+        plain = plain.to(model.device, model.dtype).eval()
+        jobs["forward_timm"] = lambda: forward_all(plain, images, batch)
+    times = alternate(jobs, runs)
+    found: dict[str, Any] = {"runs": runs, "best_batch": batch}
+    found |= {f"{name}_s": {clock: took.median(clock) for clock in CLOCKS} for name, took in times.items()}
+    found["ratio_to_forward"] = ratios(times["denoise"], times["forward"])
+    if torch_attention:
+        found["ratio_to_forward_timm"] = ratios(times["denoise"], times["forward_timm"])
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The record as a table."""
+    rows = []
+    for clock in CLOCKS:
+        ratio = found["ratio_to_forward"][clock]
+        rows.append(
+            (
+                clock,
+                f"{found['forward_s'][clock]:.2f}",
+                f"{found['denoise_s'][clock]:.2f}",
+                f"{ratio['median']:.3f} ({ratio['least']:.3f} to {ratio['largest']:.3f})",
+                BAR,
+            )
+        )
+    head = ("clock", "bare forward, s", "denoise_image, s", "ratio", "at most")
+    return f"{found['hardware']}; {found['backbone']}; {found['views']} views\n\n{table(head, rows)}"
 
 
 def parts(model: Backbone, photo: Path, options: DenoiseOptions) -> dict[str, float]:
@@ -136,30 +152,6 @@ def best_batch(job: Callable[[torch.Tensor], Any], images: torch.Tensor) -> int:
     sizes = (16, 32, 64) if images.device.type == "cuda" else (1, 2, 4, 8)
     forward_all(job, images[: max(sizes)], max(sizes))
     return min(sizes, key=lambda size: timed(lambda: forward_all(job, images[:16], size), 2))
-
-
-def timed(job: Callable[[], Any], repeats: int = 1) -> float:
-    """Least seconds of a few repeats."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        job()
-        synchronise()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def synchronise() -> None:
-    """Waits for the accelerator, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def hardware() -> str:
-    """What this ran on, in a line."""
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    kind = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{chip}, {kind}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

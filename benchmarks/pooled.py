@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from overhead import hardware
+from measuring import hardware
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.denoised import DenoisedViT

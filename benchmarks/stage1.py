@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import tyro
-from overhead import hardware, synchronise
+from measuring import hardware, synchronise
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from overhead import hardware, synchronise
+from measuring import hardware, synchronise
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.dataset import Dataset, open_dataset, spread

@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from denoising_vit.errors import FitError, PhotoError, PlanError, StoreError
 from denoising_vit.fit import Estimate, FitJob, FitOptions
 from denoising_vit.fit.job import manifest_of
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.ready import Done, Ready, finish_together
 from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore, layout
 from denoising_vit.store.fields import FieldArray
@@ -739,3 +740,42 @@ def test_one_device_that_breaks_stops_the_others_soon(tmp_path: Path) -> None:
         job.run()
     assert len(job.store.done()) < 30
     assert list(job.store.verify()) == []
+
+
+# --- as an accelerator does it: rendering ahead, photos solved together ---
+
+
+def test_photos_solved_in_groups_are_those_solved_one_by_one(
+    photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+
+    def watched(ready: Sequence[Ready]) -> list[Done]:
+        groups.append(len(ready))
+        return finish_together(ready)
+
+    monkeypatch.setattr(StageOne, "on_cpu", property(lambda _: False))
+    monkeypatch.setattr("denoising_vit.fit.local._SOLVED", 3)
+    monkeypatch.setattr("denoising_vit.fit.local.finish_together", watched)
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    broken = data / "04.png"
+    broken.write_bytes(b"no photo")
+    told: dict[int, str | None] = {}
+    tiny.prepare(data, tmp_path / "store", spec).run(lambda index, reason: told.update({index: reason}))
+    assert groups == [3, 3]  # the broken one ends the second group of one photo: 0 1 2, 3 and the broken one, 5 6 7
+    assert list(told) == list(range(PHOTOS)) and [index for index, reason in told.items() if reason] == [4]
+    found, expected = FeatureStore.open(tmp_path / "store"), FeatureStore.open(undisturbed)
+    for index in sorted(found.done()):
+        torch.testing.assert_close(found[index].field, expected[index].field, rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_backbone_is_asked_for_once_a_device(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda _self, *, dynamic: asked.append(dynamic))
+    tiny.prepare(photos, tmp_path / "plain", spec)
+    assert asked == []
+    tiny.prepare(photos, tmp_path / "store", spec, compiled=True)
+    assert asked == [False]

@@ -13,6 +13,7 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
+from denoising_vit.batched_rendering import render_boxes
 from denoising_vit.rendering import ViewRenderer, resampling_matrix, to_image
 from denoising_vit.views import ViewPlan
 
@@ -232,3 +233,27 @@ def test_overlapping_patches_show_the_place_that_the_plan_says() -> None:
     torch.testing.assert_close(
         patches[:, 1, 2:-2, 2:-2], rows[:, inner, None].expand(-1, -1, plan.grid[1] - 4), rtol=0, atol=2e-3
     )
+
+
+# --- many views at once ---
+
+
+@pytest.mark.parametrize("shape", [(120, 90), (331, 467), (3, 400), (1200, 900)])
+@pytest.mark.parametrize("size", [(98, 98), (70, 126)])
+def test_batched_views_are_those_of_single_ones(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    photo = np.random.RandomState(0).randint(0, 256, (*shape, 3), dtype=np.uint8)
+    plan = ViewPlan.make(19, size=size, patch_size=14, seed=2)
+    assert plan.flips.any() and not plan.flips.all()
+    renderer = ViewRenderer(to_image(photo), plan, NO_MEAN, UNIT_STD)
+    batched = render_boxes(renderer.image, plan.boxes, plan.flips, plan.size)
+    assert batched.shape == (19, 3, *size) and batched.dtype == torch.float32
+    torch.testing.assert_close(batched.clamp(0, 1), renderer(slice(None)), rtol=0, atol=2e-4)
+
+
+def test_batched_views_in_half_precision_err_by_less_than_a_grey_level() -> None:
+    plan = ViewPlan.make(9, size=(98, 98), patch_size=14)
+    renderer = ViewRenderer(to_image(data.chelsea()), plan, NO_MEAN, UNIT_STD)
+    batched = render_boxes(renderer.image, plan.boxes, plan.flips, plan.size, torch.float16)
+    difference = (batched.clamp(0, 1) - renderer(slice(None))).abs()
+    assert 0 < float(difference.max()) < 0.5 / 255
+    assert float(difference.mean()) < 0.1 / 255

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import denoising_vit as dv
 from denoising_vit import Backbone, DenoiseOptions, PlanError
 from denoising_vit.dataset import Skipped
+from denoising_vit.ready import finish_together
 from denoising_vit.stage_one import Failed, Ready, StageOne
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,3 +142,17 @@ def test_a_source_that_breaks_is_heard_of(backbone: Backbone, photos: Photos) ->
 def test_other_methods_are_refused(backbone: Backbone) -> None:
     with pytest.raises(PlanError, match="exact method, got 'neural-field'"):
         StageOne(backbone, DenoiseOptions(method="neural-field"))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_photos_solved_together_are_those_solved_alone(backbone: Backbone, photos: Photos, known: bool) -> None:
+    stage = StageOne(backbone, OPTIONS, torch.randn(7, 7, 5) if known else None)
+    ready = [result for result in run(stage, photos) if isinstance(result, Ready)]
+    together = finish_together(ready)
+    assert [done.index for done in together] == [4, 7, 8, 11]
+    for done, photo in zip(together, ready, strict=True):
+        alone = photo.finish()
+        torch.testing.assert_close(done.field, alone.field, rtol=1e-6, atol=1e-6)
+        assert done.name == alone.name
+        assert done.record["photo"] == alone.record["photo"]
+        assert done.record["heldout_r2"] == pytest.approx(alone.record["heldout_r2"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from denoising_vit.decomposition import Statistics
-from denoising_vit.decomposition.statistics import clip_norms, field_products
+from denoising_vit.decomposition.statistics import clip_norms, field_products, weighted_sum
 from denoising_vit.errors import BackboneError
 from denoising_vit.views import ViewPlan
 
@@ -99,3 +99,11 @@ def test_clipping_is_counted_and_bounds_the_sums() -> None:
 def test_clip_must_be_positive() -> None:
     with pytest.raises(ValueError, match="positive"):
         Statistics(plan(), 3, clip=0.0)
+
+
+def test_views_weighed_at_once_are_those_weighed_one_by_one() -> None:
+    chance = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 5, 7, 3, dtype=torch.float64, generator=chance)
+    rows, columns = (torch.rand(4, count, dtype=torch.float64, generator=chance) for count in (5, 7))
+    expected = torch.einsum("vyxc,vy,vx->yxc", features, rows, columns)
+    torch.testing.assert_close(weighted_sum(features, rows, columns), expected)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.batching import Passes
 from denoising_vit.errors import PhotoError
 from denoising_vit.photos import photo_digest, read_photo
 from denoising_vit.rendering import ViewRenderer, to_image
@@ -55,9 +56,9 @@ def load_image(photo: Photo, backbone: Backbone) -> tuple[Tensor, dict[str, Any]
 def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size: int | None = None) -> Iterator[Tensor]:
     """Features of the views of an image (3, H, W) in [0, 1], batch by batch, (B, h, w, C) float32 each."""
     batch_size = batch_size or fitting_batch(backbone.device, math.prod(plan.grid))
-    render = ViewRenderer(image, plan, backbone.mean, backbone.std)
+    render, forward = ViewRenderer(image, plan, backbone.mean, backbone.std), Passes(backbone)
     for start in range(0, len(plan), batch_size):
-        yield backbone(render(slice(start, start + batch_size)))
+        yield forward(render(slice(start, start + batch_size)))
 
 
 def fitting_batch(device: torch.device, tokens: int) -> int:

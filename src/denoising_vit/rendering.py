@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.batched_rendering import render_boxes
 from denoising_vit.views import ViewPlan
 
 _CUBIC = -0.5  # the cubic kernel's parameter; Pillow and torch use this value for antialiased resampling
@@ -67,7 +68,11 @@ class ViewRenderer:
     def __call__(self, index: slice) -> Tensor:
         """Views ``index`` of the plan, normalised, (B, 3, H, W) float32."""
         boxes, flips = self.plan.boxes[index], self.plan.flips[index]
-        rendered = torch.stack([self._render(box, flip) for box, flip in zip(boxes, flips, strict=True)])
+        if self.image.device.type == "cpu":
+            rendered = torch.stack([self._render(box, flip) for box, flip in zip(boxes, flips, strict=True)])
+        else:
+            half = torch.float16 if self.image.device.type == "cuda" else torch.float32
+            rendered = render_boxes(self.image, boxes, flips, self.plan.size, half)
         # The cubic kernel overshoots at edges; no photo has values beyond [0, 1].
         return rendered.clamp_(0, 1).sub_(self._mean).div_(self._std)
 

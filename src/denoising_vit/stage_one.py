@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,103 +13,20 @@ from torch import Tensor
 
 from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone
+from denoising_vit.batching import Passes
 from denoising_vit.dataset import Skipped
-from denoising_vit.decomposition import ExactSolver, Statistics
-from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition import Statistics
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.extraction import fitting_batch, load_image
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.prefetch import prefetched
 from denoising_vit.preparing import given_artifact, prepare, solver_for
+from denoising_vit.ready import Failed, Ready
 from denoising_vit.rendering import ViewRenderer
-from denoising_vit.views import ViewPlan
 
 #: Batches of views that are rendered before they are needed.
 _AHEAD = 3
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A photo that could not be done.
-
-    Attributes:
-        index: its place in the data set.
-        name: its id.
-        reason: why, without its name.
-        final: whether another try would fail as well.
-    """
-
-    index: int
-    name: str
-    reason: str
-    final: bool = True
-
-
-@dataclass(frozen=True)
-class Done:
-    """A photo that is solved.
-
-    Attributes:
-        index: its place in the data set.
-        name: its id.
-        field: F on its nodes (Ry, Rx, C), float32 on the CPU.
-        record: how it went; JSON values.
-    """
-
-    index: int
-    name: str
-    field: Tensor
-    record: dict[str, Any]
-
-
-@dataclass
-class Ready:
-    """A photo whose views have all been seen; :meth:`finish` solves it.
-
-    Attributes:
-        index: its place in the data set.
-        about: its name, size and digest.
-        statistics: b and g of its views.
-        solver: of the plan.
-        held_out: the views to judge by, if any.
-        artifact: G (h, w, C) where it is known.
-        judged: features of these views.
-        raw: features of the whole photo (h, w, C), the first of its views.
-    """
-
-    index: int
-    about: dict[str, Any]
-    statistics: Statistics
-    solver: ExactSolver
-    held_out: ViewPlan | None
-    artifact: Tensor | None
-    judged: list[Tensor] = field(default_factory=list)
-    raw: Tensor | None = None
-
-    def solve_apart(self) -> tuple[Tensor, Tensor]:
-        """F as it would be without artifact (Ry, Rx, C), and G of this photo alone (h, w, C); float64.
-
-        Both are linear in the photo: from them, :meth:`ExactSolver.solve_field` gives F for any other G.
-        """
-        field = self.solver.solve_field(self.statistics.b)
-        return field, self.solver.solve_artifact(field, self.statistics.g)
-
-    def finish(self) -> Done:
-        """Solves it, and judges it by the views that were held out."""
-        b, g = self.statistics.b, self.statistics.g
-        if self.artifact is None:
-            nodes, artifact = self.solver.solve(b, g)
-        else:
-            artifact = self.artifact.to(b)
-            nodes = self.solver.solve_field(b, artifact)
-        record = {"photo": self.about, "clipped_tokens": self.statistics.clipped_tokens}
-        if self.held_out is not None:
-            judge = HeldOut(nodes, artifact, self.held_out)
-            for features in self.judged:
-                judge.add_views(features)
-            record |= {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
-        return Done(self.index, self.about["name"], nodes.float().cpu(), record)
 
 
 @dataclass
@@ -171,6 +87,7 @@ class StageOne:
         self.artifact = given_artifact(artifact, backbone, options)
         self.fitted, self.held_out = prepare(backbone, options, self.artifact)
         self.solver = solver_for(self.fitted, options, backbone.device)
+        self._passes = Passes(backbone)
         self.batch_size = options.batch_size or fitting_batch(backbone.device, math.prod(self.fitted.grid))
 
     @property
@@ -197,10 +114,9 @@ class StageOne:
             for batch in batches:
                 yield from self._take(batch)
 
-    @torch.no_grad()
     def _forward(self, images: list[Tensor]) -> Iterator[Tensor]:
         """Features (B, h, w, C) of each part (B, 3, H, W), from one forward pass."""
-        return iter(self.backbone(torch.cat(images)).split([len(part) for part in images]) if images else ())
+        return iter(self._passes(torch.cat(images)).split([len(part) for part in images]) if images else ())
 
     def _take(self, batch: list[_Piece]) -> Iterator[Ready | Failed]:
         features = self._forward([piece.images for piece in batch if piece.images is not None])

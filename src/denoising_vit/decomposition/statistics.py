@@ -64,8 +64,12 @@ class Statistics:
             # Moved first and converted then: a device without float64 can do no part of the conversion.
             self.b += field_products(features, wy, wx).to(self.b.device).to(self.b.dtype)
         features = features.to(self.g.device).to(self.g.dtype)
-        for view, rows, columns in zip(features, *(window[index] for window in self._windows), strict=True):
-            self.g.addcmul_(view, torch.outer(rows, columns)[..., None])
+        rows, columns = (window[index] for window in self._windows)
+        if features.device.type == "cpu":
+            for view, down, across in zip(features, rows, columns, strict=True):
+                self.g.addcmul_(view, torch.outer(down, across)[..., None])
+        else:
+            self.g += weighted_sum(features, rows, columns)
         self.views_seen += len(features)
 
     def _check(self, features: Tensor) -> None:
@@ -106,6 +110,11 @@ def field_products(features: Tensor, wy: Tensor, wx: Tensor) -> Tensor:
     wide = wide.reshape(views * h, wx.shape[2] * channels)
     summed = wy.reshape(views * h, wy.shape[2]).T @ wide  # (Ry, B h) (B h, Rx C): this sums over views as well
     return summed.view(wy.shape[2], wx.shape[2], channels)
+
+
+def weighted_sum(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``sum_v (u t^T)_v Y_v`` at once: features (B, h, w, C), rows (B, h), columns (B, w) -> (h, w, C)."""
+    return (features * (rows[:, :, None] * columns[:, None, :])[..., None]).sum(0)
 
 
 def clip_norms(features: Tensor, k: float) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.recorded import describe
+from denoising_vit.batching import compiled
 from denoising_vit.dataset import Dataset
 from denoising_vit.errors import FitError
 from denoising_vit.fit.estimate import Estimate, free_bytes, seconds_per_pass
@@ -75,7 +76,10 @@ class FitJob:
         devices = [device.strip() for device in spec.device.split(",")]
         if options.engine == "ray" and len(devices) > 1:
             raise FitError("engine 'ray' takes one device; give each worker its own by --workers and --worker-gpus")
-        stages = [StageOne(replace(spec, device=device).load(), denoising, artifact) for device in devices]
+        backbones = [replace(spec, device=device).load() for device in devices]
+        if options.compiled:
+            backbones = [compiled(backbone) for backbone in backbones]
+        stages = [StageOne(backbone, denoising, artifact) for backbone in backbones]
         manifest = manifest_of(stages[0], options)
         for device, stage in zip(devices, stages, strict=True):
             if differences := manifest.mismatch(manifest_of(stage, options)):

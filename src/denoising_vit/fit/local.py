@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,15 +18,19 @@ from torch import Tensor
 
 from denoising_vit.dataset import Dataset, Skipped
 from denoising_vit.errors import FieldError, PhotoError
-from denoising_vit.stage_one import Done, Failed, Ready, StageOne
+from denoising_vit.ready import Done, Failed, Ready, finish_together
+from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore, ShardWriter
 from denoising_vit.views import linear_weights, patch_centres
 
 #: Called with the index of a photo and None, or why it was not done.
 OnPhoto = Callable[[int, str | None], None]
 
-#: Photos that wait to be solved and written while the next are seen.
+#: Groups of photos that wait to be solved and written while the next are seen.
 _WAITING = 2
+
+#: Photos that an accelerator solves at once; each takes 40 MB until then.
+_SOLVED = 8
 
 
 @dataclass
@@ -81,11 +85,11 @@ class LocalRun:
             pending: collections.deque[Future[None]] = collections.deque()
             photos = self._photos(writers.open_shards(shards))
             # Closing the results stops the threads that render and read.
-            with contextlib.closing(stage.run(photos)) as results:
-                for result in results:
-                    if stage.on_cpu and isinstance(result, Ready):
-                        result = result.finish()
-                    pending.append(pool.submit(writers.write, result))
+            with contextlib.closing(_together(stage.run(photos), 1 if stage.on_cpu else _SOLVED)) as groups:
+                for group in groups:
+                    if stage.on_cpu:
+                        group = _solved(group)
+                    pending.append(pool.submit(writers.write, group))
                     while len(pending) > _WAITING:
                         pending.popleft().result()
                     if self._stopped.is_set():
@@ -125,11 +129,13 @@ class _Writers:
     def __init__(self, run: LocalRun) -> None:
         self._run = run
         self._open: dict[int, _OpenShard] = {}
+        self._stage = ThreadPoolExecutor(_SOLVED, "stage")
 
     def __enter__(self) -> _Writers:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self._stage.shutdown()  # before the leases: what is being staged still needs them
         for shard in list(self._open):
             self._open.pop(shard).leases.close()
 
@@ -144,14 +150,27 @@ class _Writers:
                 self._close(shard)
             yield from todo
 
-    def write(self, result: Ready | Done | Failed) -> None:
-        """Stores a photo, solved first if it is not yet, or records why not.
+    def write(self, group: Sequence[Ready | Done | Failed]) -> None:
+        """Stores photos, solved first if they are not yet, or records why not.
 
         Raises:
-            PhotoError: if strict, and the photo cannot be used.
+            PhotoError: if strict, and a photo cannot be used.
         """
+        results = _solved(group)
+        # Staging one photo is mostly waiting, for a disk or an answer: those of a group wait together.
+        stored = self._stage.map(self._staged, results) if len(results) > 1 else map(self._staged, results)
+        for result, failed in zip(results, stored, strict=True):
+            self._note(result, failed)
+
+    def _staged(self, result: Done | Failed) -> Failed | None:
+        """Stores a photo; why not, if it cannot be."""
+        if isinstance(result, Failed):
+            return result
+        return self._store(result, self._open[self._run.store.manifest.shard_of(result.index)].writer)
+
+    def _note(self, result: Done | Failed, failed: Failed | None) -> None:
+        """Tells what became of a photo, and seals its shard if it was the last of it."""
         shard = self._run.store.manifest.shard_of(result.index)
-        failed = result if isinstance(result, Failed) else self._store(result, self._open[shard].writer)
         if failed is not None and self._run.strict:
             raise PhotoError(f"{failed.name}: {failed.reason}")
         if failed is not None and failed.final:
@@ -161,8 +180,7 @@ class _Writers:
             self._close(shard)
         self._run.report(result.index, None if failed is None else failed.reason)
 
-    def _store(self, result: Ready | Done, writer: ShardWriter) -> Failed | None:
-        done = result.finish() if isinstance(result, Ready) else result
+    def _store(self, done: Done, writer: ShardWriter) -> Failed | None:
         try:
             writer.put(done.index, resampled(done.field, self._run.store.manifest.field), done.record)
         except FieldError as error:
@@ -173,6 +191,28 @@ class _Writers:
         opened = self._open.pop(shard)
         with opened.leases:
             opened.writer.finish()  # not if a photo could not be reached: the shard stays open for it
+
+
+def _together(
+    results: Generator[Ready | Failed, None, None], count: int
+) -> Generator[list[Ready | Failed], None, None]:
+    """The same results in groups; one that failed ends its group, so that its reason does not wait."""
+    with contextlib.closing(results):
+        group: list[Ready | Failed] = []
+        for result in results:
+            group.append(result)
+            if len(group) == count or isinstance(result, Failed):
+                yield group
+                group = []
+        if group:
+            yield group
+
+
+def _solved(group: Sequence[Ready | Done | Failed]) -> list[Done | Failed]:
+    """The same in their order, with the photos that are ready solved."""
+    ready = [result for result in group if isinstance(result, Ready)]
+    solved = iter(finish_together(ready) if len(ready) > 1 else [photo.finish() for photo in ready])
+    return [next(solved) if isinstance(result, Ready) else result for result in group]
 
 
 def resampled(nodes: Tensor, shape: tuple[int, int]) -> Tensor:

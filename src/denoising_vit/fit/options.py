@@ -23,6 +23,8 @@ class FitOptions:
             the bytes, and gives up crops.
         images_per_shard: photos that share an object in the store.
         decoders: threads that read and decode photos.
+        compiled: compile the backbone, which takes minutes once; meant for accelerators, on a CPU it is slower.
+            Results differ in their rounding.
         strict: stop at the first photo that cannot be used.
         retry_failed: try photos again that an earlier run could not use.
     """
@@ -35,6 +37,7 @@ class FitOptions:
     grid: Literal["field", "patch"] = "field"
     images_per_shard: int = 16
     decoders: int = 2
+    compiled: bool = False
     strict: bool = False
     retry_failed: bool = False
 

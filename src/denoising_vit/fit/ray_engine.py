@@ -73,13 +73,15 @@ class ShardFitter:
     def _load(self, job: RayJob) -> None:
         import torch
 
+        from denoising_vit.batching import compiled
         from denoising_vit.dataset import open_dataset
         from denoising_vit.fit.job import manifest_of
         from denoising_vit.stage_one import StageOne
 
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        self._stage = StageOne(job.spec.load(), job.denoising, job.artifact)
+        backbone = compiled(job.spec.load()) if job.options.compiled else job.spec.load()
+        self._stage = StageOne(backbone, job.denoising, job.artifact)
         self._dataset = open_dataset(job.source)
         # Photos may have been added since, and this machine may compute otherwise: then nothing is written.
         ours = manifest_of(self._stage, job.options).with_ids([item.id for item in self._dataset])

@@ -20,8 +20,9 @@ from denoising_vit.backbones.recorded import backbone_words, is_recorded, record
 from denoising_vit.dataset import Dataset, Skipped
 from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.photos import photo_digest
+from denoising_vit.ready import Failed
 from denoising_vit.rendering import to_image
-from denoising_vit.stage_one import Done, Failed, StageOne
+from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore
 
 #: How many ids a message names.
@@ -278,7 +279,7 @@ class FittedTargets:
                     raise TrainError(f"{result.name}: cannot be reached ({result.reason}); --resume tries again")
                 yield Unusable(result.index, result.reason)
                 continue
-            done = result if isinstance(result, Done) else result.finish()
+            done = result.finish()
             yield Fitted(done.index, waiting.pop(done.index), done.field)
 
     def photo(self, index: int) -> np.ndarray:

@@ -1,0 +1,157 @@
+"""What all benchmarks share: clocks, turns, matrix rates, counted operations, slopes, and how figures are written.
+
+Wall seconds depend on what else the machine does. Processor seconds (of all threads of this process) hardly do, if
+threads that wait for each other sleep: on a busy CPU set OMP_WAIT_POLICY=passive and trust their ratios. On an
+accelerator they say nothing of the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Side of the square bfloat16 product that stands for what the device can do.
+MATRIX_SIDE = 4096
+
+
+@dataclass
+class Times:
+    """Seconds of the runs of one job: by the clock on the wall, and of processors."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def median(self, clock: str) -> float:
+        """Of all runs, by one of the two clocks."""
+        return statistics.median(getattr(self, clock))
+
+    def add(self, job: Callable[[], Any]) -> None:
+        """Runs a job once, with everything that it starts."""
+        synchronise()
+        wall, processor = time.perf_counter(), time.process_time()
+        job()
+        synchronise()
+        self.wall.append(time.perf_counter() - wall)
+        self.processor.append(time.process_time() - processor)
+
+
+def alternate(jobs: Mapping[str, Callable[[], Any]], runs: int, *, warm: bool = True) -> dict[str, Times]:
+    """Runs jobs in turn, so that what disturbs one disturbs the other.
+
+    Args:
+        jobs: by name.
+        runs: of each.
+        warm: run each once before, unmeasured.
+    """
+    if warm:
+        for job in jobs.values():
+            job()
+    times = {name: Times() for name in jobs}
+    for _ in range(runs):
+        for name, job in jobs.items():
+            times[name].add(job)
+    return times
+
+
+def ratios(above: Times, below: Times) -> dict[str, Any]:
+    """How many times as long one job takes: the median over pairs of runs, by either clock, with least and largest."""
+    found = {}
+    for clock in ("wall", "processor"):
+        each = [a / b for a, b in zip(getattr(above, clock), getattr(below, clock), strict=True)]
+        found[clock] = {"median": statistics.median(each), "least": min(each), "largest": max(each)}
+    return found
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], Any], float]:
+    """A large product of random matrices, and its operations."""
+    left, right = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=out), 2.0 * MATRIX_SIDE**3
+
+
+def operations(job: Callable[[], Any]) -> float:
+    """Multiplications and additions of the products and convolutions of a job, counted as it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        job()
+    return float(counter.get_total_flops())
+
+
+def slope(amounts: Sequence[float], costs: Sequence[float]) -> float:
+    """Of costs against amounts, both as logarithms, by least squares: 1 is linear."""
+    x, y = [math.log(amount) for amount in amounts], [math.log(cost) for cost in costs]
+    return statistics.linear_regression(x, y).slope
+
+
+def timed(job: Callable[[], Any], repeats: int = 1) -> float:
+    """Least wall seconds of a few repeats."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        job()
+        synchronise()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def synchronise() -> None:
+    """Waits for the accelerator, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def resident() -> int:
+    """Bytes of this process in memory now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes so far: allocated on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Lets :func:`peak` begin anew (Linux, CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def hardware() -> str:
+    """What this ran on, in a line."""
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    kind = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{chip}, {kind}, torch {torch.__version__}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def write(out: Path | None, name: str, found: Mapping[str, Any], markdown: str) -> None:
+    """Prints figures, and writes them as JSON and Markdown into a folder where one is given."""
+    print(json.dumps(found, indent=2))
+    print(markdown)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (out / f"{name}.md").write_text(markdown)

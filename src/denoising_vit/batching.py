@@ -1,0 +1,66 @@
+"""Forward passes that fit into memory: where a batch does not, it is halved, and stays so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.errors import BackboneError
+
+
+class Passes:
+    """Forward passes of one backbone, in parts that its device has memory for.
+
+    Args:
+        backbone: the extractor.
+
+    Attributes:
+        most: images that are passed at once; None as long as every batch did fit.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._largest = 0
+        self.most: int | None = None
+
+    @torch.no_grad()  # not inference mode: results are to be usable in a caller's own training
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (B, h, w, C) float32 of normalised images (B, 3, H, W).
+
+        Raises:
+            BackboneError: if the device has no memory for a single image, or the model returns no grid.
+            SizeError: if H or W does not fit the patch grid.
+        """
+        self._largest = max(len(images), self._largest)
+        while True:
+            most = min(self.most or self._largest, self._largest)
+            try:
+                return torch.cat([self._forward(part, most) for part in images.split(most)])
+            except torch.OutOfMemoryError as error:
+                if most == 1:
+                    _, _, height, width = images.shape
+                    raise BackboneError(
+                        f"{self._backbone.name} on {self._backbone.device}: no memory for a single image of {height} x "
+                        f"{width} pixels; take smaller views (--size), a smaller model, or another device"
+                    ) from error
+            # Outside of the handler: its traceback keeps what the failed pass had allocated.
+            self.most = most // 2
+            if self._backbone.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _forward(self, images: Tensor, most: int) -> Tensor:
+        """One pass. A compiled backbone would be compiled anew for the last views of all, which are fewer: it gets
+        zeros beside them.
+        """
+        count = len(images)
+        if self._backbone._compiled_call_impl is not None and count < most:
+            images = torch.cat([images, images.new_zeros(most - count, *images.shape[1:])])
+        return self._backbone(images)[:count]
+
+
+def compiled(backbone: Backbone) -> Backbone:
+    """The same backbone, its forward pass compiled for each size of batch that comes."""
+    _ = backbone.fingerprint  # of another size: it would be compiled for it as well
+    backbone.compile(dynamic=False)
+    return backbone
