@@ -10,12 +10,16 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.visualize import TITLES, Palette, read_palette, write_palette
+from denoising_vit.visualize.palette import thin
 
 #: Panels, and their headings.
 PANELS: Mapping[str, str] = {"image": "image", "pca": "PCA", "dataset-pca": "data-set PCA"} | {
     kind: title for kind, title in TITLES.items() if kind != "pca"
 }
 
+
+#: Vectors that settle the colours of a clip.
+_ENOUGH = 8192
 
 #: Which fields of a palette panels take their colours from.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -43,8 +47,10 @@ class ClipColours:
 
     @classmethod
     def fit(cls, maps: Sequence[Tensor], data_set: Palette | None) -> ClipColours:
-        """The colours of all these maps (h, w, C) together."""
-        return cls(Palette.fit(maps), data_set)
+        """The colours of all these maps (h, w, C) together, of evenly spread rows and columns where they are many."""
+        vectors = sum(features.shape[0] * features.shape[1] for features in maps)
+        share = min(1.0, (_ENOUGH / vectors) ** 0.5)
+        return cls(Palette.fit([thin(features.numpy(), share) for features in maps]), data_set)
 
     @classmethod
     def load(cls, path: Path, data_set: Palette | None) -> ClipColours:

@@ -18,7 +18,7 @@ from denoising_vit.files import atomic_path
 ENCODERS = ("libx264", "libopenh264")
 
 #: Each frame refers to earlier ones only, so that parts can be joined by their times. Little is lost to the eye at 16.
-_SETTINGS = {"libx264": {"preset": "veryfast", "crf": "16", "bf": "0"}, "libopenh264": {"b": "8000000"}}
+_SETTINGS = {"libx264": {"preset": "superfast", "crf": "16", "bf": "0"}, "libopenh264": {"b": "8000000"}}
 
 #: BT.709, as video players expect: matrix, primaries and transfer; and studio range.
 _BT709, _STUDIO = 1, 1

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +37,8 @@ Progress = Callable[[int, int], None]
 
 #: Frames with their features that wait for being drawn.
 _WAITING = 4
+
+T = TypeVar("T")
 
 #: Features (h, w, C) of one frame by name.
 Maps = dict[str, Tensor]
@@ -154,7 +156,7 @@ class _Run:
         resumed = self._parts.frames
         self._progress(resumed, self._total)
         colours = self._settled()
-        with contextlib.closing(prefetched(self._featured(resumed), _WAITING)) as stream:
+        with contextlib.closing(self._ahead(self._featured(resumed), _WAITING)) as stream:
             for number, group in itertools.groupby(stream, lambda item: item[0].number // self._options.part_frames):
                 if number < len(self._parts.finished):
                     self._skip(group)
@@ -189,12 +191,21 @@ class _Run:
     def _frames(self, wanted: Callable[[int], bool], most: int | None) -> Iterator[Frame]:
         return self._clip.frames(self._shown, self._panel, wanted=wanted, every=self._options.every, most=most)
 
+    def _ahead(self, items: Iterator[T], most: int) -> Generator[T, None, None]:
+        """The same items: made beside the forward passes on an accelerator, one after the other on a CPU.
+
+        Each parallel part of a model waits for its slowest core: what runs beside it costs more than its own time.
+        """
+        if self._maker.backbone.device.type == "cpu":
+            return (item for item in items)
+        return prefetched(items, most)
+
     def _featured(self, start: int) -> Iterator[tuple[Frame, Maps]]:
         """All frames in order; those from a number on with their features, others with none."""
         frames = self._frames(lambda number: number >= start, self._options.max_frames)
         window: list[Frame] = []
         fresh = 0
-        with contextlib.closing(prefetched(frames, self._batch)) as ahead:
+        with contextlib.closing(self._ahead(frames, self._batch)) as ahead:
             for frame in ahead:
                 if frame.number < start:
                     yield frame, {}
