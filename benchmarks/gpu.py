@@ -7,6 +7,7 @@ Needs torch, timm and this package's sources (PYTHONPATH=src). In one process, e
 - roofline: forward passes (eager, compiled, CUDA graphs) against a bfloat16 product of 4096 x 4096, in turn;
 - stage 1: a warm `denoise_image`, and a stream of photos decoded, rendered, solved and written, against the bare
   forward passes of as many views; and what rendering, sums and solving take alone;
+- the published stage 1 (20,000 steps of the neural field on 768 views, scaled from some) against sums and solving;
 - both stages for 10,000 photos: this stream, and the published 50,000 steps of stage 2, measured on a few.
 
 On a CPU the same runs, at small sizes: `--size 112 --views 12 --count 4`.
@@ -25,7 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import alternate, hardware, matrix_product, operations, peak, ratios, table, timed, write
+from measuring import alternate, hardware, matrix_product, operations, passes, peak, ratios, table, timed, write
+from published_recipe import hours, neural_field, stage_two
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone, BackboneSpec
@@ -38,9 +40,6 @@ from denoising_vit.options import DenoiseOptions
 from denoising_vit.ready import Ready, finish_together
 from denoising_vit.rendering import ViewRenderer, to_image
 from denoising_vit.stage_one import StageOne
-
-#: The published run: photos, steps of stage 2, pairs in a step; and the hours that both stages may take.
-PHOTOS, STEPS, PAIRS, HOURS = 10_000, 50_000, 16, 1.0
 
 
 def main() -> None:
@@ -57,6 +56,7 @@ def main() -> None:
         "single": lambda: single(model, asked.photos, options, asked.runs),
         "stream": lambda: stream(spec, asked, options),
         "stage_two": lambda: stage_two(model, asked.size, asked.runs),
+        "published": lambda: neural_field(model, asked.size, asked.published_views, asked.timed_steps),
     }
     started = time.perf_counter()
     for name, part in parts.items():
@@ -81,6 +81,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=8)
     parser.add_argument("--count", type=int, default=128, help="photos of the stream")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--published-views", type=int, default=768, help="of the published stage 1")
+    parser.add_argument("--timed-steps", type=int, default=400, help="of its 20,000; all are scaled from them")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
 
@@ -123,16 +125,6 @@ def roofline(spec: BackboneSpec, asked: argparse.Namespace) -> dict[str, Any]:
 def sizes(fast: bool) -> tuple[int, ...]:
     """Batches that are tried."""
     return (16, 32, 64) if fast else (1, 2)
-
-
-def passes(model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Callable[[], None]:
-    """A job of one forward pass."""
-
-    @torch.inference_mode()
-    def job() -> None:
-        model(images)
-
-    return job
 
 
 def pieces(model: Backbone, photos: Path, options: DenoiseOptions) -> dict[str, float]:
@@ -236,28 +228,6 @@ def in_memory(spec: BackboneSpec, data: Dataset, options: DenoiseOptions, count:
     return (len(clock) - 1 - first) / (clock[-1] - clock[first])
 
 
-def stage_two(model: Backbone, size: int, runs: int) -> dict[str, Any]:
-    """Seconds of a step of the denoiser on features that are there, and of the backbone's pass of as many views."""
-    from denoising_vit.training.loss import denoising_loss  # brings matplotlib, which the other parts do not need
-
-    grid = model.grid_size(size, size)
-    denoiser = dv.Denoiser(model.embed_dim, grid).to(model.device)
-    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
-    images = torch.randn(PAIRS, 3, size, size).to(model.device, model.dtype)
-    raw, target = (torch.randn(PAIRS, *grid, model.embed_dim, device=model.device) for _ in range(2))
-
-    def step() -> None:
-        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
-            clean = denoiser(raw)
-        squared, cosine = denoising_loss(clean.float(), target)
-        (squared + 1 - cosine).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    times = alternate({"step": step, "features": passes(model, images)}, 3 * runs)
-    return {f"{name}_s": took.median("wall") for name, took in times.items()}
-
-
 def pictures(data: Dataset, count: int) -> list[np.ndarray]:
     """The first photos that can be used."""
     found = (pixels for _, pixels in data.stream(iter(range(len(data)))) if not isinstance(pixels, Skipped))
@@ -296,21 +266,14 @@ def markdown(found: dict[str, Any]) -> str:
         rows.append((f"stage 1 against the bare passes, {name}", f"{way['of_bare_passes']:.3f} times"))
     if "stream" in found and "stage_two" in found:
         rows += hours(found["stream"]["photos_per_s"], found["stage_two"])
+    if "published" in found and "pieces" in found:
+        ours = (found["pieces"]["sums_ms"] + found["pieces"]["solve_together_ms"]) / 1000
+        field = found["published"]["seconds"]
+        rows.append((f"{found['published']['steps']:,} steps of the published recipe, a photo", f"{field:.0f} s"))
+        rows.append(("sums and solving against them", f"{field / ours:,.0f} times as fast"))
     text.append(table(("what", "figure"), rows))
     text += [f"Not measured: {name} ({why})\n" for name, why in found["problems"].items()]
     return "\n".join(text)
-
-
-def hours(rate: float, step: dict[str, float]) -> list[tuple[str, str]]:
-    """Both stages of the published run, by what was measured."""
-    first = PHOTOS / rate / 3600
-    kept, fresh = (STEPS * seconds / 3600 for seconds in (step["step_s"], step["step_s"] + step["features_s"]))
-    return [
-        (f"stage 1 of {PHOTOS:,} photos", f"{first:.2f} h"),
-        (f"{STEPS:,} steps of stage 2, features kept; made in every step", f"{kept:.2f}; {fresh:.2f} h"),
-        (f"both, at most {HOURS:.0f} h", f"{first + kept:.2f} to {first + fresh:.2f} h"),
-        ("times the published 128 s of stage 1 a photo", f"{math.floor(128 * rate)}"),
-    ]
 
 
 if __name__ == "__main__":

@@ -155,3 +155,13 @@ def write(out: Path | None, name: str, found: Mapping[str, Any], markdown: str) 
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         (out / f"{name}.md").write_text(markdown)
+
+
+def passes(model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Callable[[], None]:
+    """A job of one forward pass."""
+
+    @torch.inference_mode()
+    def job() -> None:
+        model(images)
+
+    return job

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import tyro
 from measuring import hardware, synchronise
+from published_recipe import timed_field
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
@@ -143,13 +144,6 @@ def exact(seen: SeenViews, held_out: SeenViews, taper: float) -> Record:
     judge = HeldOut(field, artifact, replace(held_out.plan, resolution=resolution))
     judge.add_views(held_out.features)
     return {"cold_s": cold_s, "prepared_s": prepared_s, "r2": judge.r2, "cosine": judge.cosine}
-
-
-def timed_field(seen: SeenViews, few: NeuralFieldOptions, steps: int) -> Record:
-    """Seconds of a few steps of the neural field, and of all, scaled from them."""
-    fit_neural_field(seen, replace(few, steps=20))
-    seconds, _ = timed(lambda: fit_neural_field(seen, few), repeats=1)
-    return {"timed_steps": few.steps, "timed_s": seconds, "steps": steps, "seconds": seconds / few.steps * steps}
 
 
 def whole_field(seen: SeenViews, held_out: SeenViews, options: NeuralFieldOptions) -> Record:

@@ -1,0 +1,81 @@
+"""The published recipe beside ours: steps of the neural field and of stage 2, scaled to what was published."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from measuring import alternate, passes, synchronise
+
+import denoising_vit as dv
+from denoising_vit.backbones import Backbone
+from denoising_vit.decomposition.neural_field import NeuralFieldOptions, SeenViews, fit_neural_field
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.preparing import prepare
+
+#: The published run: photos, steps of stage 2, pairs in a step; and the hours that both stages may take.
+PHOTOS, STEPS, PAIRS, HOURS = 10_000, 50_000, 16, 1.0
+
+
+def neural_field(model: Backbone, size: int, views: int, timed_steps: int) -> dict[str, Any]:
+    """Seconds of the published stage 1 of one photo, without its forward passes; on noise, which takes as long.
+
+    Args:
+        model: whose features it would be.
+        size: of a view in pixels.
+        views: that it is fitted to.
+        timed_steps: steps that are timed, half of them with h; all are scaled from them.
+    """
+    options = DenoiseOptions(method="neural-field", views=views, held_out=0, size=size, coverage="plain")
+    plan, _ = prepare(model, options)
+    seen = SeenViews(plan, torch.randn(views, *plan.grid, model.embed_dim, device=model.device))
+    steps = NeuralFieldOptions().steps
+    return timed_field(seen, NeuralFieldOptions(steps=timed_steps), steps) | {"views": views}
+
+
+def timed_field(seen: SeenViews, few: NeuralFieldOptions, steps: int) -> dict[str, Any]:
+    """Seconds of a few steps of the neural field, and of all, scaled from them."""
+    fit_neural_field(seen, replace(few, steps=20))
+    synchronise()
+    started = time.perf_counter()
+    fit_neural_field(seen, few)
+    synchronise()
+    seconds = time.perf_counter() - started
+    return {"timed_steps": few.steps, "timed_s": seconds, "steps": steps, "seconds": seconds / few.steps * steps}
+
+
+def stage_two(model: Backbone, size: int, runs: int) -> dict[str, Any]:
+    """Seconds of a step of the denoiser on features that are there, and of the backbone's pass of as many views."""
+    from denoising_vit.training.loss import denoising_loss  # brings matplotlib, which the other parts do not need
+
+    grid = model.grid_size(size, size)
+    denoiser = dv.Denoiser(model.embed_dim, grid).to(model.device)
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
+    images = torch.randn(PAIRS, 3, size, size).to(model.device, model.dtype)
+    raw, target = (torch.randn(PAIRS, *grid, model.embed_dim, device=model.device) for _ in range(2))
+
+    def step() -> None:
+        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+            clean = denoiser(raw)
+        squared, cosine = denoising_loss(clean.float(), target)
+        (squared + 1 - cosine).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    times = alternate({"step": step, "features": passes(model, images)}, 3 * runs)
+    return {f"{name}_s": took.median("wall") for name, took in times.items()}
+
+
+def hours(rate: float, step: dict[str, float]) -> list[tuple[str, str]]:
+    """Both stages of the published run, by what was measured."""
+    first = PHOTOS / rate / 3600
+    kept, fresh = (STEPS * seconds / 3600 for seconds in (step["step_s"], step["step_s"] + step["features_s"]))
+    return [
+        (f"stage 1 of {PHOTOS:,} photos", f"{first:.2f} h"),
+        (f"{STEPS:,} steps of stage 2, features kept; made in every step", f"{kept:.2f}; {fresh:.2f} h"),
+        (f"both, at most {HOURS:.0f} h", f"{first + kept:.2f} to {first + fresh:.2f} h"),
+        ("times the published 128 s of stage 1 a photo", f"{math.floor(128 * rate)}"),
+    ]
