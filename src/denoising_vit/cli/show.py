@@ -60,13 +60,17 @@ def show(
     if palette is not None and (save_palette is not None or colours == "together"):
         print_error("--palette gives the colours: --colours together and --save-palette find them; leave one out")
         return WRONG_USAGE
+    if save_palette is not None and save_palette.suffix != ".safetensors":
+        print_error(f"--save-palette {save_palette}: expected the name of a .safetensors file")
+        return WRONG_USAGE
     showing.validate()
     photos, missing = find_photos(inputs)
     skipped = [(item.item, item.reason) for item in missing]
     if not photos:
         return _tell(0, skipped, out)
     one = out.suffix.lower() in _ONE_SHEET
-    require_writable(out.parent if one else out)
+    for folder in (out.parent if one else out, *([] if save_palette is None else [save_palette.parent])):
+        require_writable(folder)
     job = _open(model, showing, cleaners, out, palette, colours, format)
     try:
         done = job.run(photos, skipped, save_palette=save_palette, one=one)
