@@ -33,6 +33,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+#: Files that take minutes. They come first, so that no worker is left with one of them when the others are done.
+LONGEST = (
+    "test_fit_ray",
+    "test_distillation_processes",
+    "test_reproduce",
+    "test_app_browser",
+    "test_training_processes",
+    "test_end_to_end",
+    "test_export_bundled",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the longest files to the front; workers take files in this order."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says at the very end what was not tried, where nobody overlooks it."""
     skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
