@@ -24,7 +24,7 @@ import tiny_fit as tiny
 from child import Child
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import app
-from denoising_vit.errors import DenoisingVitError, DenoisingVitWarning, FitError, PhotoError
+from denoising_vit.errors import DenoisingVitError, DenoisingVitWarning, FitError
 from denoising_vit.fit import FitJob, ray_engine
 from denoising_vit.fit import job as jobs
 from denoising_vit.fit.ray_engine import RayJob, ShardFitter
@@ -224,14 +224,6 @@ def cluster() -> Iterator[Child]:
     child.end()
 
 
-@pytest.fixture
-def unconnected() -> Iterator[Child]:
-    """A process without a cluster: where Ray starts, it handles SIGTERM from then on, also if it is refused."""
-    child = Child(contextlib.nullcontext)
-    yield child
-    child.end()
-
-
 @dataclass(frozen=True)
 class Ran:
     """What came of a command, and whether Ray was still connected after it."""
@@ -269,23 +261,6 @@ def run_job(photos: Path, store: Path, spec: BackboneSpec, **options: Any) -> li
     seen: list[tuple[int, str | None]] = []
     tiny.prepare(photos, store, spec, engine="ray", **options).run(lambda index, reason: seen.append((index, reason)))
     return seen
-
-
-def run_to_error(photos: Path, store: Path, spec: BackboneSpec, **options: Any) -> DenoisingVitError:
-    """How a run with Ray ends that cannot end well."""
-    job = tiny.prepare(photos, store, spec, engine="ray", **options)
-    with pytest.raises(DenoisingVitError) as ended:
-        job.run()
-    assert list(job.store.verify()) == []
-    return ended.value
-
-
-def test_an_address_that_is_none_is_refused(
-    unconnected: Child, photos: Path, spec: BackboneSpec, tmp_path: Path
-) -> None:
-    error = unconnected(run_to_error, photos, tmp_path / "store", spec, ray_address="nonsense")
-    assert isinstance(error, FitError)
-    assert "no Ray cluster at nonsense" in str(error)
 
 
 def test_two_workers_give_the_store_of_the_local_engine_and_json_lines_alone(
@@ -374,20 +349,3 @@ def test_a_killed_worker_costs_its_shard_alone(cluster: Child, spec: BackboneSpe
     undisturbed = tiny.prepare(data, tmp_path / "undisturbed", spec, stage_one=slow)
     undisturbed.run()
     assert tiny.contents(tmp_path / "store") == tiny.contents(tmp_path / "undisturbed")
-
-
-@pytest.fixture(scope="module")
-def strict_error(
-    cluster: Child, photos: Path, spec: BackboneSpec, tmp_path_factory: pytest.TempPathFactory
-) -> DenoisingVitError:
-    """How a strict run ends."""
-    return cluster(run_to_error, photos, tmp_path_factory.mktemp("strict") / "store", spec, strict=True)
-
-
-def test_strict_stops_with_the_reason(strict_error: DenoisingVitError) -> None:
-    assert "not an image file" in str(strict_error)
-
-
-def test_strict_stops_as_the_local_engine_does(strict_error: DenoisingVitError) -> None:
-    assert isinstance(strict_error, PhotoError)
-    assert "Traceback" not in str(strict_error)
