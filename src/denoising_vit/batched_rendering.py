@@ -7,6 +7,8 @@ on the device.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch import Tensor
 #: Views that are rendered at once; all take as much memory as the one that shows most.
 _TOGETHER = 16
 
-_CUBIC = -0.5  # as for single views
+_CUBIC = -0.5  # the cubic kernel's parameter; Pillow and torch use this value for antialiased resampling
+
+Distances = TypeVar("Distances", np.ndarray, Tensor)
 
 
 def render_boxes(
@@ -49,6 +53,13 @@ def _render(image: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int
     return rendered.permute(0, 2, 1, 3).float()  # -> (B, 3, H, W)
 
 
+def cubic_kernel(distance: Distances) -> Distances:
+    """The cubic kernel at distances of at least 0, in widths of the kernel; 0 from 2 on."""
+    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * _CUBIC - 4 * _CUBIC
+    return near * (distance < 1) + far * ((distance >= 1) & (distance < 2))
+
+
 def resampling_matrices(
     starts: np.ndarray, stops: np.ndarray, length: int, count: int, mirrored: np.ndarray, like: Tensor
 ) -> tuple[list[int], Tensor]:
@@ -77,8 +88,6 @@ def resampling_matrices(
     grow = torch.from_numpy(widening.astype(np.float32)).to(like.device)[:, None, None]
     places = torch.from_numpy(centres.astype(np.float32)).to(like.device)[..., None]
     distance = (torch.arange(wide, device=like.device) + 0.5 - places).abs_().div_(grow)  # (B, count, wide)
-    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
-    far = ((distance - 5) * distance + 8) * distance * _CUBIC - 4 * _CUBIC
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    weights = cubic_kernel(distance)
     weights /= weights.sum(2, keepdim=True)
     return first.astype(int).tolist(), weights.to(like.dtype)

@@ -36,7 +36,8 @@ class Passes:
         while True:
             most = min(self.most or self._largest, self._largest)
             try:
-                return torch.cat([self._forward(part, most) for part in images.split(most)])
+                parts = [self._forward(part, most) for part in images.split(most)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
             except torch.OutOfMemoryError as error:
                 if most == 1:
                     _, _, height, width = images.shape

@@ -17,6 +17,9 @@ from denoising_vit.tensor_files import file_digest
 
 ExtractorName = Literal["raw", "subtract", "denoiser", "distilled"]
 
+#: All features that can be named: those of extractors, and exact, which stage 1 fits to each image.
+FEATURES = ("raw", "subtract", "exact", "denoiser", "distilled")
+
 
 @dataclass(frozen=True)
 class Cleaners:

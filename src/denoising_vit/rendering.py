@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.batched_rendering import render_boxes
+from denoising_vit.batched_rendering import cubic_kernel, render_boxes
 from denoising_vit.views import ViewPlan
-
-_CUBIC = -0.5  # the cubic kernel's parameter; Pillow and torch use this value for antialiased resampling
 
 
 def to_image(photo: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -43,9 +41,7 @@ def resampling_matrix(start: float, stop: float, length: int, count: int) -> tup
     first = max(math.floor(centres[0] - 2 * widening), 0)
     last = min(math.ceil(centres[-1] + 2 * widening), length)
     distance = np.abs(np.arange(first, last) + 0.5 - centres[:, None]) / widening
-    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
-    far = ((distance - 5) * distance + 8) * distance * _CUBIC - 4 * _CUBIC
-    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    weights = cubic_kernel(distance)
     return first, torch.from_numpy(weights / weights.sum(1, keepdims=True)).float()
 
 

@@ -12,12 +12,10 @@ from PIL import Image, ImageDraw
 from denoising_vit.app.answering import Answer
 from denoising_vit.errors import AppError
 from denoising_vit.visualize import TITLES, Palette, similarity_maps
+from denoising_vit.visualize.sheet import drawn_aspect
 
 #: Longer side of a picture in pixels, about.
 LONGER = 720
-
-#: Aspects beyond this are drawn at it.
-STEEPEST = 4.0
 
 SIMILARITY = "similarity"
 
@@ -74,7 +72,7 @@ class Scene:
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) in pixels of every picture: the photo's aspect, whole patches along the longer side."""
-        aspect = min(max(self.photo.shape[1] / self.photo.shape[0], 1 / STEEPEST), STEEPEST)
+        aspect = drawn_aspect(self.photo.shape[1] / self.photo.shape[0])
         h, w = self.clean.shape[:2]
         if aspect >= 1:
             width = w * max(round(LONGER / w), 1)

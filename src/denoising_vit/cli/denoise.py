@@ -18,7 +18,7 @@ from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error,
 from denoising_vit.dataset import find_photos
 from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser.loading import FoundDenoiser
-from denoising_vit.evaluation.records import run_info
+from denoising_vit.evaluation.records import run_info, software_words
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.preparing import given_artifact, prepare
 
@@ -127,13 +127,12 @@ def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str,
     from denoising_vit.pages import write_page
 
     run = run_info()
-    software = ", ".join(f"{name} {version}" for name, version in run["software"].items())
     about = {
         "backbone": backbone.extra_repr(),
         "fingerprint": backbone.fingerprint.short,
         "method": method,
         "hardware": run["hardware"],
-        "software": software,
+        "software": software_words(run),
     }
     try:
         write_page(page.render([asdict(row) for row in told.rows], about, backbone.name), path)

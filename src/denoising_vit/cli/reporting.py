@@ -66,8 +66,7 @@ class Report:
             Console().print(self._table())
         failed = [row for row in self.rows if row.status == "failed"]
         for row in failed:
-            named = str(row.note).startswith(row.image)
-            print_error(str(row.note) if named else f"{row.image}: {row.note}", "skipped")
+            print_skipped(row.image, str(row.note))
         good = len(self.rows) - len(failed)
         skipped = f", {len(failed)} skipped" if failed else ""
         print_note(f"{good} of {len(self.rows)} photos done{skipped}; results in {folder}")
@@ -201,6 +200,11 @@ def progress_bar(unit: str, **settings: Any) -> Progress:
 def print_error(message: str, label: str = "error") -> None:
     """Prints an error to standard error, unwrapped, so that it can be searched for and copied."""
     Console(stderr=True).print(f"[bold red]{label}:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def print_skipped(item: str, reason: str) -> None:
+    """Says of an item of a batch that it was skipped, and why; reasons that begin with its name stand as they are."""
+    print_error(reason if reason.startswith(item) else f"{item}: {reason}", "skipped")
 
 
 def print_note(message: str) -> None:

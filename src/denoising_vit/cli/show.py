@@ -13,7 +13,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.outputs import require_writable
-from denoising_vit.cli.reporting import PhotoProgress, print_error, print_note
+from denoising_vit.cli.reporting import PhotoProgress, print_error, print_note, print_skipped
 from denoising_vit.dataset import find_photos
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.extractors import Cleaners
@@ -83,7 +83,7 @@ def show(
 def _tell(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
     """Says what was skipped and why. Returns the exit code."""
     for name, reason in skipped:
-        print_error(reason if reason.startswith(name) else f"{name}: {reason}", "skipped")
+        print_skipped(name, reason)
     told = f", {len(skipped)} skipped" if skipped else ""
     print_note(f"{done} of {done + len(skipped)} photos shown{told}" + (f"; {out}" if done else ""))
     return SOME_FAILED if skipped or not done else OK

@@ -18,7 +18,7 @@ from rich.table import Table
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.outputs import require_writable
-from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
+from denoising_vit.cli.reporting import OnScreen, print_error, print_note, print_skipped, progress_bar
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.video import VideoMaker, VideoOptions
@@ -33,9 +33,7 @@ def video(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     showing: tyro.conf.OmitArgPrefixes[VideoOptions] = VideoOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
-    artifact: str | None = None,
-    denoiser: str | None = None,
-    distilled: str | None = None,
+    cleaners: tyro.conf.OmitArgPrefixes[Cleaners] = Cleaners(),  # noqa: B008, frozen
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -49,9 +47,7 @@ def video(
         out: folder for the results; made where it does not exist.
         showing: what is shown, and how.
         model: the backbone, and how it is run; --stride below the patch size gives finer maps.
-        artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
-        denoiser: the denoiser: a file, voc_denoised or imgnet_denoised, or `shipped` (the default).
-        distilled: the weights that `dvit distill` wrote.
+        cleaners: what cleans its features.
         overwrite: make videos again that are there already, or were begun with other settings.
         json: print one JSON line per video instead of a table.
     """
@@ -61,7 +57,7 @@ def video(
     showing.validate()
     require_writable(out)
     backbone = model.load()
-    maker = VideoMaker(backbone, showing, Cleaners(artifact, denoiser, distilled))
+    maker = VideoMaker(backbone, showing, cleaners)
     print_note(
         f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}; "
         f"features {', '.join(showing.names)}"
@@ -185,7 +181,7 @@ def _tell(rows: Sequence[Row], folder: Path, *, as_json: bool) -> int:
         Console().print(table)
     for row in rows:
         if row.status == "failed":
-            print_error(str(row.note) if str(row.note).startswith(row.clip) else f"{row.clip}: {row.note}", "skipped")
+            print_skipped(row.clip, str(row.note))
     failed = len(rows) - len(good)
     skipped = f", {failed} skipped" if failed else ""
     print_note(f"{len(good)} of {len(rows)} videos done{skipped}; results in {folder}")

@@ -16,11 +16,11 @@ from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.evaluation.watching import Watch
-from denoising_vit.extractors import Cleaners
+from denoising_vit.extractors import FEATURES, Cleaners
 from denoising_vit.options import DenoiseOptions
 
 #: Names of the sources that are always there.
-SOURCES = ("raw", "subtract", "exact", "denoiser", "distilled")
+SOURCES = FEATURES
 
 #: Mean and deviation of images, where they are not to be the backbone's own.
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]

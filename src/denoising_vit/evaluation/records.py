@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -175,6 +175,11 @@ def run_info(command: Sequence[str] | None = None) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def software_words(about: Mapping[str, Any]) -> str:
+    """The software that a run recorded, in words; nothing where it recorded none."""
+    return ", ".join(f"{name} {version}" for name, version in about.get("software", {}).items())
 
 
 def hardware() -> str:

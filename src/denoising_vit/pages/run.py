@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from denoising_vit.evaluation.records import software_words
 from denoising_vit.evaluation.tables.run_records import RunRecord, best_look, read_run
 from denoising_vit.pages.chart import LineChart, line_chart
 from denoising_vit.pages.rendering import Picture, data_uri, render, write_page
@@ -108,8 +109,7 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
 
 
 def _about(run: RunRecord) -> dict[str, str | None]:
-    software = ", ".join(f"{name} {version}" for name, version in run.about.get("software", {}).items())
-    return {"hardware": run.about.get("hardware"), "software": software or None}
+    return {"hardware": run.about.get("hardware"), "software": software_words(run.about) or None}
 
 
 def write_run_page(folder: Path) -> Path:

@@ -2,6 +2,6 @@
 
 from denoising_vit.showing.drawing import draw_sheet
 from denoising_vit.showing.gathering import Gatherer, ShownPhoto
-from denoising_vit.showing.options import FEATURES, MAPS, ShowOptions
+from denoising_vit.showing.options import MAPS, ShowOptions
 
-__all__ = ["FEATURES", "MAPS", "Gatherer", "ShowOptions", "ShownPhoto", "draw_sheet"]
+__all__ = ["MAPS", "Gatherer", "ShowOptions", "ShownPhoto", "draw_sheet"]

@@ -58,7 +58,7 @@ class Gatherer:
 
     Args:
         backbone: whose they are.
-        names: of features, of :data:`~denoising_vit.showing.FEATURES`.
+        names: of features, of :data:`~denoising_vit.extractors.FEATURES`.
         cleaners: where denoisers, artifacts and distilled weights come from; looked for once, here.
         options: of stage 1; the size counts for all features.
 

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from denoising_vit.backbones import Backbone
 from denoising_vit.denoiser.loading import find_shipped
 from denoising_vit.errors import PlanError
-from denoising_vit.extractors import parse_names
+from denoising_vit.extractors import FEATURES, parse_names
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.visualize.palette import TITLES
-
-#: Features that can be shown.
-FEATURES = ("raw", "subtract", "denoiser", "distilled", "exact")
 
 #: Kinds of maps, and their headings.
 MAPS = dict(TITLES) | {

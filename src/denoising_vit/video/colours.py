@@ -10,7 +10,6 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.visualize import TITLES, Palette, read_palette, write_palette
-from denoising_vit.visualize.palette import thin
 
 #: Panels, and their headings.
 PANELS: Mapping[str, str] = {"image": "image", "pca": "PCA", "dataset-pca": "data-set PCA"} | {
@@ -48,9 +47,7 @@ class ClipColours:
     @classmethod
     def fit(cls, maps: Sequence[Tensor], data_set: Palette | None) -> ClipColours:
         """The colours of all these maps (h, w, C) together, of evenly spread rows and columns where they are many."""
-        vectors = sum(features.shape[0] * features.shape[1] for features in maps)
-        share = min(1.0, (_ENOUGH / vectors) ** 0.5)
-        return cls(Palette.fit([thin(features.numpy(), share) for features in maps]), data_set)
+        return cls(Palette(maps, most=_ENOUGH), data_set)
 
     @classmethod
     def load(cls, path: Path, data_set: Palette | None) -> ClipColours:

@@ -8,11 +8,8 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from denoising_vit.errors import PlanError
-from denoising_vit.extractors import parse_names
+from denoising_vit.extractors import FEATURES, parse_names
 from denoising_vit.video.colours import PANELS
-
-#: Names of the features that a video may show.
-FEATURES = ("raw", "subtract", "denoiser", "distilled", "exact")
 
 #: Longest side of the patch grid's image where none is asked for, in pixels; what DINOv2 was trained for at its end.
 LONG_SIDE = 518

@@ -39,6 +39,7 @@ class Palette:
         fitted: colourings that are known already, by their field here: ``basis``, ``clusters``, ``norms``,
             ``foreground``, ``foreground_basis``.
         backbone: the backbone as it is recorded with results, where that is known.
+        most: vectors that it is fitted on, about; of more, evenly spread rows and columns are taken.
 
     Raises:
         ValueError: if there are neither maps nor colourings, a map is not (h, w, C), channels differ, or values are not
@@ -51,9 +52,10 @@ class Palette:
         *,
         fitted: Mapping[str, Any] | None = None,
         backbone: dict[str, Any] | None = None,
+        most: int = ENOUGH,
     ) -> None:
         self.backbone = backbone
-        self._maps = [] if not maps and fitted else _thinned(to_arrays(*maps, maps=True))
+        self._maps = [] if not maps and fitted else _thinned(to_arrays(*maps, maps=True), most)
         vars(self).update(fitted or {})  # takes the place of what would be fitted
 
     @classmethod
@@ -115,9 +117,9 @@ class Palette:
         return self[kind].colours(features)
 
 
-def _thinned(arrays: list[np.ndarray]) -> list[np.ndarray]:
+def _thinned(arrays: list[np.ndarray], most: int) -> list[np.ndarray]:
     """The maps themselves where they are few, else every so many rows and columns of each, borders kept."""
-    share = min(1.0, (ENOUGH / sum(array.shape[0] * array.shape[1] for array in arrays)) ** 0.5)
+    share = min(1.0, (most / sum(array.shape[0] * array.shape[1] for array in arrays)) ** 0.5)
     return arrays if share == 1 else [thin(array, share) for array in arrays]
 
 

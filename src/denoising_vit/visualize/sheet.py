@@ -43,7 +43,7 @@ class Sheet:
     def __init__(
         self, aspects: Sequence[float], columns: int, title: str | None = None, *, apart: int | None = None
     ) -> None:
-        self._boxes = [_box(min(max(aspect, 1 / STEEPEST), STEEPEST)) for aspect in aspects]
+        self._boxes = [_box(drawn_aspect(aspect)) for aspect in aspects]
         self._apart = columns if apart is None else apart
         self._top = TITLE if title else BETWEEN
         rows = sum(HEADING + height + BAR for height, _ in self._boxes) + (len(aspects) - 1) * BETWEEN
@@ -144,6 +144,11 @@ class Sheet:
             parse_math=False,
             **style,
         )
+
+
+def drawn_aspect(aspect: float) -> float:
+    """The width to height at which a photo of this one is drawn: no picture is a line."""
+    return min(max(aspect, 1 / STEEPEST), STEEPEST)
 
 
 def shrink(photo: np.ndarray, box: tuple[int, int]) -> np.ndarray:

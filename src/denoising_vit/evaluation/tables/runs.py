@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.records import software_words
 from denoising_vit.evaluation.tables.markdown import code, folded, plain, significant, table
 from denoising_vit.evaluation.tables.run_records import best_look, read_run
 
@@ -72,9 +73,8 @@ def _figure(value: float | None, key: str) -> str:
 
 
 def _provenance(about: Mapping[str, Any]) -> str:
-    software = ", ".join(f"{name} {version}" for name, version in about.get("software", {}).items())
     command = code(about["command"]) if about.get("command") else "not recorded"
-    told = {"Hardware": about.get("hardware"), "Software": software}
+    told = {"Hardware": about.get("hardware"), "Software": software_words(about)}
     return f"Command: {command}. " + " ".join(
         f"{key}: {plain(words or 'not recorded')}." for key, words in told.items()
     )
