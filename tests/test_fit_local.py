@@ -407,15 +407,15 @@ def test_an_error_while_the_next_photo_is_read_reaches_the_caller(
     read, write = Dataset.read, LocalObjects.write
 
     def slow(self: Dataset, index: int) -> np.ndarray:
-        if index == 6:
-            time.sleep(0.5)  # all photos before it have been rendered by then
+        if index == 4:  # the last that is asked for while the first is being written
+            time.sleep(0.5)
             reading.set()
             time.sleep(0.5)
         return read(self, index)
 
     def full(self: LocalObjects, key: str, data: bytes, *, durable: bool = True) -> None:
         if key.startswith(layout.STAGED):
-            reading.wait(20)
+            assert reading.wait(20), "the photo is not read ahead"
             raise no_room()
         write(self, key, data, durable=durable)
 
