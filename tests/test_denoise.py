@@ -577,6 +577,30 @@ def test_header_that_lacks_something_is_refused(result: Decomposition, tmp_path:
         Decomposition.load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"format_version": "one"}, {"size": 56}, {"size": [56, -1]}, {"patch_size": "14"}, {"stride": None}, {"info": []}],
+    ids=str,
+)
+def test_damaged_metadata_is_a_format_error(result: Decomposition, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "header.safetensors"
+    result.save(path)
+    with pytest.raises(FormatError, match=r"header\.safetensors: damaged"):
+        Decomposition.load(rewritten(path, change))
+
+
+@pytest.mark.parametrize("name", ["field", "artifact", "raw"])
+def test_tensors_that_do_not_fit_together_are_refused(result: Decomposition, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "parts.safetensors"
+    result.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name][..., :-1].contiguous()}, path, metadata=metadata)
+    with pytest.raises(FormatError, match=r"parts\.safetensors: damaged decomposition, its tensors do not fit"):
+        Decomposition.load(path)
+
+
 def test_other_safetensors_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FormatError, match=r"model.safetensors: a safetensors file, but not one with a decomposition"):

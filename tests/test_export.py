@@ -307,6 +307,7 @@ def test_damaged_files_of_ours(whole: dict[str, Backbone | DenoisedViT], tmp_pat
 
     refused("not one with an extractor", {"format": "other"})
     refused("format version 9, this release reads up to 1", {"format_version": 9})
+    refused("expected a number as its format_version, got 'one'", {"format_version": "one"})
     refused(r"damaged extractor \(.*do not fit", {}, **{"backbone.norm.weight": torch.zeros(3)})
     refused(r"damaged extractor \(.*1 missing", {}, **{"backbone.norm.weight": torch.zeros(0)})
     refused(r"damaged extractor \(RuntimeError", {}, **{"denoiser.pos_embed": torch.zeros(0)})

@@ -163,6 +163,9 @@ def test_a_damaged_palette_is_refused(damage: str, palette: Palette, tmp_path: P
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 1}'})
     with pytest.raises(FormatError, match="a damaged palette"):
         read_palette(path)
+    save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette"}'})
+    with pytest.raises(FormatError, match="lacks format_version"):
+        read_palette(path)
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 9}'})
     with pytest.raises(FormatError, match="upgrade denoising-vit"):
         read_palette(path)

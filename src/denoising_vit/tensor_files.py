@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,13 +33,18 @@ def read_record(path: Path) -> Any:
         return json.loads((file.metadata() or {}).get(KEY, "{}"))
 
 
-def refuse_newer(path: Path, version: Any, known: int) -> None:
-    """Refuses a file of a later release; what is no version at all, its reader refuses.
+def require_version(path: Path, head: Mapping[str, Any], known: int) -> None:
+    """Refuses a file whose record tells no version of its format, or that of a later release.
 
     Raises:
-        FormatError: saying what to do.
+        FormatError: saying what is wrong, or what to do.
     """
-    if isinstance(version, int) and version > known:
+    version = head.get("format_version")
+    if version is None:
+        raise FormatError(f"{path}: damaged, its metadata lacks format_version")
+    if not isinstance(version, int):
+        raise FormatError(f"{path}: damaged, expected a number as its format_version, got {version!r}")
+    if version > known:
         raise FormatError(
             f"{path}: written in format version {version}, this release reads up to {known}; upgrade denoising-vit"
         )

@@ -18,7 +18,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError
 from denoising_vit.files import atomic_path
-from denoising_vit.tensor_files import KEY, compact, read_record, refuse_newer
+from denoising_vit.tensor_files import KEY, compact, read_record, require_version
 
 FORMAT = "denoising-vit/artifact"
 FORMAT_VERSION = 1
@@ -135,13 +135,12 @@ def _public(info: dict[str, Any]) -> dict[str, Any]:
 def _check_head(path: Path, head: Any) -> None:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"{path}: a safetensors file, but not one with an artifact (no {FORMAT!r} metadata)")
-    version = head.get("format_version")
-    refuse_newer(path, version, FORMAT_VERSION)
+    require_version(path, head, FORMAT_VERSION)
     if lacking := [key for key in _REQUIRED if key not in head]:
         raise FormatError(f"{path}: damaged artifact, its metadata lacks {', '.join(lacking)}")
     size, backbone = head["size"], head["backbone"]
-    if not isinstance(version, int) or not _is_size(size) or not isinstance(head["info"], dict):
-        raise FormatError(f"{path}: damaged artifact, its metadata does not hold a version, a size and a record")
+    if not _is_size(size) or not isinstance(head["info"], dict):
+        raise FormatError(f"{path}: damaged artifact, its metadata does not hold a size and a record")
     if not names_backbone(backbone):
         raise FormatError(f"{path}: damaged artifact, its metadata does not name a backbone and its fingerprint")
 

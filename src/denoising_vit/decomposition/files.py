@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.errors import FormatError
-from denoising_vit.tensor_files import KEY, compact, read_record
+from denoising_vit.tensor_files import KEY, compact, read_record, require_version
 
 if TYPE_CHECKING:
     from denoising_vit.decomposition.result import Decomposition
@@ -58,6 +58,7 @@ def read_decomposition(path: Path) -> dict[str, Any]:
                 tensors["predicted_residual"] = file.get_tensor("residual").float()
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: damaged decomposition ({error})") from error
+    _require_shapes(path, tensors, head)
     return tensors | {
         "size": tuple(head["size"]),
         "patch_size": head["patch_size"],
@@ -81,9 +82,19 @@ def read_head(path: Path) -> dict[str, Any]:
     lacking = [key for key in _REQUIRED if key not in head]
     if lacking:
         raise FormatError(f"{path}: damaged decomposition, its metadata lacks {', '.join(lacking)}")
-    if head["format_version"] > FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: written in format version {head['format_version']}, this release reads up to {FORMAT_VERSION}; "
-            "upgrade denoising-vit"
-        )
+    require_version(path, head, FORMAT_VERSION)
+    size, info = head["size"], head["info"]
+    sides = [*size, head["patch_size"], head["stride"]] if isinstance(size, list) and len(size) == 2 else [None]
+    if not all(isinstance(side, int) and side > 0 for side in sides) or not isinstance(info, dict):
+        raise FormatError(f"{path}: damaged decomposition, its metadata does not hold sizes in pixels and a record")
     return head
+
+
+def _require_shapes(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
+    """Refuses tensors that do not fit together, or not the sizes in the metadata."""
+    patch, stride = head["patch_size"], head["stride"]
+    grid = tuple((side - patch) // stride + 1 for side in head["size"])
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    field = shapes.pop("field")
+    if len(field) != 3 or any(shape != (*grid, field[-1]) for shape in shapes.values()):
+        raise FormatError(f"{path}: damaged decomposition, its tensors do not fit a grid of {grid[0]} x {grid[1]}")

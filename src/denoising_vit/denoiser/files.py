@@ -18,7 +18,7 @@ from denoising_vit.backbones.weights import read_state_dict
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
 from denoising_vit.files import atomic_path
-from denoising_vit.tensor_files import KEY, compact, read_record, refuse_newer
+from denoising_vit.tensor_files import KEY, compact, read_record, require_version
 
 FORMAT = "denoising-vit/denoiser"
 FORMAT_VERSION = 1
@@ -87,11 +87,11 @@ def _check_head(head: Any, path: Path) -> None:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         kind = head.get("format") if isinstance(head, dict) else head
         raise FormatError(f"{path}: a safetensors file of {kind!r}, expected one of {FORMAT!r}")
-    version, grid, record = head.get("format_version"), head.get("grid"), head.get("trained_for")
-    refuse_newer(path, version, FORMAT_VERSION)
+    grid, record = head.get("grid"), head.get("trained_for")
+    require_version(path, head, FORMAT_VERSION)
     sides = isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
-    if not isinstance(version, int) or not sides or not isinstance(head.get("info"), dict):
-        raise FormatError(f"{path}: damaged denoiser, its metadata does not hold a version, a grid and a record")
+    if not sides or not isinstance(head.get("info"), dict):
+        raise FormatError(f"{path}: damaged denoiser, its metadata does not hold a grid and a record")
     if record is not None and not names_backbone(record):
         raise FormatError(f"{path}: damaged denoiser, its metadata does not name a backbone and its fingerprint")
 

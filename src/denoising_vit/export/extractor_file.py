@@ -18,7 +18,7 @@ from denoising_vit.denoiser import Denoiser
 from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
 from denoising_vit.export.tensors import float_state, write_tensors
 from denoising_vit.export.timm_folder import WEIGHTS
-from denoising_vit.tensor_files import KEY, below, read_record, refuse_newer
+from denoising_vit.tensor_files import KEY, below, read_record, require_version
 
 FORMAT = "denoising-vit/extractor"
 FORMAT_VERSION = 1
@@ -117,7 +117,6 @@ def _nameless(info: dict[str, Any]) -> dict[str, Any]:
 def _check_head(path: Path, head: Any) -> None:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"{path}: a safetensors file, but not one with an extractor (no {FORMAT!r} metadata)")
-    version = head.get("format_version")
-    refuse_newer(path, version, FORMAT_VERSION)
+    require_version(path, head, FORMAT_VERSION)
     if lacking := [key for key in _REQUIRED if key not in head]:
         raise FormatError(f"{path}: damaged extractor, its metadata lacks {', '.join(lacking)}")

@@ -15,7 +15,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import FormatError
 from denoising_vit.files import atomic_path
-from denoising_vit.tensor_files import KEY, below, read_record, refuse_newer
+from denoising_vit.tensor_files import KEY, below, read_record, require_version
 from denoising_vit.visualize.clusters import Clusters
 from denoising_vit.visualize.foreground import Foreground
 from denoising_vit.visualize.norms import NormScale
@@ -85,7 +85,7 @@ def read_palette(path: str | Path, backbone: Backbone | None = None) -> Palette:
         raise FormatError(f"{path}: not a palette, or damaged: expected a safetensors file ({error})") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"{path}: holds no palette; `dvit show PHOTOS --save-palette FILE` makes one")
-    refuse_newer(path, head.get("format_version"), FORMAT_VERSION)
+    require_version(path, head, FORMAT_VERSION)
     recorded: Any = head.get("backbone")
     if backbone is not None and names_backbone(recorded) and not is_recorded(recorded, backbone):
         raise FormatError(
