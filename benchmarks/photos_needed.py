@@ -1,0 +1,113 @@
+"""How near a denoiser comes to held-out photos, by the number of photos that it is trained on.
+
+    python benchmarks/photos_needed.py PHOTOS [--counts 30 60 120 240] [--out DIR]
+
+Stage 1 and the features of the views are computed once for all. For each number of photos, spread evenly over all, a
+denoiser is trained by the loop of `dvit train` from the same start, with as many steps, and judged by the same held-out
+photos; what differs is the photos alone. It tells whether more photos are worth getting before more steps are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from measuring import hardware, table, write
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.reporting import watch
+from denoising_vit.dataset import Dataset, open_dataset, spread
+from denoising_vit.options import DenoiseOptions
+from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
+from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.train import Training
+
+#: The highest rate, whatever the number of pairs in a step.
+_PEAK = 1e-3
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    /,
+    counts: tuple[int, ...] = (30, 60, 120, 240),
+    held_out: int = 24,
+    views: int = 12,
+    keep: int = 6,
+    size: int = 280,
+    steps: int = 400,
+    batch: int = 8,
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    out: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
+) -> None:
+    """Trains on more and more photos.
+
+    Args:
+        folder: photographs.
+        counts: how many of them are trained on, in turn.
+        held_out: further ones, by which all are judged.
+        views: of stage 1, for each photo.
+        keep: training pairs of each photo.
+        size: of all views in pixels.
+        steps: of each training.
+        batch: pairs in a step.
+        model: the backbone.
+        out: folder for the record.
+    """
+    found: dict[str, Any] = {"hardware": hardware(), "held_out": held_out, "views": views, "keep": keep}
+    found |= {"size": size, "steps": steps, "batch": batch, "counts": {}}
+    options = TrainOptions(
+        steps=steps,
+        batch_size=batch,
+        learning_rate=_PEAK * (256 / batch) ** 0.5,
+        held_out=held_out,
+        evaluate_every=steps,
+        checkpoint_every=steps,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        source = Photos(
+            chosen(folder, max(counts) + held_out), DenoiseOptions(views=views, held_out=0, size=size), "none"
+        )
+        job = TrainJob.prepare(source, Path(name) / "run", model, options, PairOptions(sizes=str(size), keep=keep))
+        found["backbone"] = job.backbone.extra_repr()
+        job.fill(watch)
+        for count in counts:
+            found["counts"][count] = trained_on(job.training(), count, Path(name) / str(count))
+            write(out, "photos_needed", found, markdown(found["counts"]))
+
+
+def chosen(folder: Path, count: int) -> Dataset:
+    """So many photos of a folder, evenly over all."""
+    photos = open_dataset(folder)
+    return Dataset(str(folder), [photos[index] for index in spread(len(photos), count)])
+
+
+def trained_on(run: Training, count: int, folder: Path) -> dict[str, float]:
+    """Held-out figures of a run on so many of its photos, after its last step."""
+    folder.mkdir()
+    there = run.sampler.images
+    sampler = replace(run.sampler, images=tuple(there[index] for index in spread(len(there), count)))
+    run = replace(run, folder=RunFolder(folder), sampler=sampler, draw=lambda _denoiser, _step: None)
+    seen: list[dict[str, float]] = []
+    told: list[float] = []
+    run.run(lambda _step, figures: told.append(figures["cosine"]), lambda _step, figures: seen.append(figures))
+    last = seen[-1]
+    return {
+        "whole": last["ratio"],
+        "crop": (1 - last["crop_cosine"]) / (1 - last["raw_crop_cosine"]),
+        "rank": last["rank"] / last["raw_rank"],
+        "training_cosine": sum(told[-50:]) / len(told[-50:]),
+    }
+
+
+def markdown(counts: dict[int, dict[str, float]]) -> str:
+    """A row for each number of photos."""
+    head = ["photos", "1 - cosine, relative to raw: whole", "crops", "effective rank, relative", "cosine in training"]
+    rows = [[count, *(f"{value:.3f}" for value in figures.values())] for count, figures in counts.items()]
+    return table(head, rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
