@@ -1,4 +1,4 @@
-"""What all benchmarks share: clocks, turns, matrix rates, counted operations, slopes, and how figures are written.
+"""What all benchmarks share: clocks, turns, rates, counted operations, slopes, photos, and how figures are written.
 
 Wall seconds depend on what else the machine does. Processor seconds (of all threads of this process) hardly do, if
 threads that wait for each other sleep: on a busy CPU set OMP_WAIT_POLICY=passive and trust their ratios. On an
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from denoising_vit.dataset import Dataset, open_dataset, spread
 
 #: Side of the square bfloat16 product that stands for what the device can do.
 MATRIX_SIDE = 4096
@@ -155,6 +157,12 @@ def write(out: Path | None, name: str, found: Mapping[str, Any], markdown: str) 
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         (out / f"{name}.md").write_text(markdown)
+
+
+def some_photos(folder: Path, count: int) -> Dataset:
+    """So many photos of a folder, evenly over all; all of them where there are fewer."""
+    photos = open_dataset(folder)
+    return Dataset(str(folder), [photos[index] for index in spread(len(photos), count)])
 
 
 def passes(model: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Callable[[], None]:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from measuring import hardware, table, write
+from measuring import hardware, some_photos, table, write
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.reporting import watch
-from denoising_vit.dataset import Dataset, open_dataset, spread
+from denoising_vit.dataset import spread
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
 from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.schedule import peak_rate
 from denoising_vit.training.train import Training
 
 #: The highest rate, whatever the number of pairs in a step.
@@ -61,27 +62,28 @@ def main(
     options = TrainOptions(
         steps=steps,
         batch_size=batch,
-        learning_rate=_PEAK * (256 / batch) ** 0.5,
+        learning_rate=_PEAK / peak_rate(1.0, batch),
         held_out=held_out,
         evaluate_every=steps,
         checkpoint_every=steps,
     )
     with tempfile.TemporaryDirectory() as name:
-        source = Photos(
-            chosen(folder, max(counts) + held_out), DenoiseOptions(views=views, held_out=0, size=size), "none"
-        )
+        photos = some_photos(folder, max(counts) + held_out)
+        require_enough(len(photos) - held_out, counts)
+        source = Photos(photos, DenoiseOptions(views=views, held_out=0, size=size), "none")
         job = TrainJob.prepare(source, Path(name) / "run", model, options, PairOptions(sizes=str(size), keep=keep))
         found["backbone"] = job.backbone.extra_repr()
         job.fill(watch)
+        require_enough(len(job.kept.usable()) - held_out, counts)
         for count in counts:
             found["counts"][count] = trained_on(job.training(), count, Path(name) / str(count))
             write(out, "photos_needed", found, markdown(found["counts"]))
 
 
-def chosen(folder: Path, count: int) -> Dataset:
-    """So many photos of a folder, evenly over all."""
-    photos = open_dataset(folder)
-    return Dataset(str(folder), [photos[index] for index in spread(len(photos), count)])
+def require_enough(there: int, counts: tuple[int, ...]) -> None:
+    """Ends the program where a row would be of fewer photos than it says."""
+    if not 0 < min(counts) <= max(counts) <= there:
+        raise SystemExit(f"expected --counts of 1 to {there} photos, as many as can be trained on; got {counts}")
 
 
 def trained_on(run: Training, count: int, folder: Path) -> dict[str, float]:

@@ -19,10 +19,9 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from measuring import hardware, synchronise
+from measuring import hardware, some_photos, synchronise
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.dataset import Dataset, open_dataset, spread
 from denoising_vit.evaluation.watching import unwatched
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
@@ -80,11 +79,11 @@ def main(
 
 def prepared(folder: Path, photos: int, run: Path, steps: int, batch: int, size: str) -> TrainJob:
     """A run on some of the photos."""
-    dataset = open_dataset(folder)
-    some = Dataset(str(folder), [dataset[index] for index in spread(len(dataset), photos)])
     denoising = DenoiseOptions(views=8, held_out=0, size=112)
     options = TrainOptions(steps=steps, batch_size=batch, held_out=2, evaluate_every=steps + 1)
-    return TrainJob.prepare(Photos(some, denoising), run, BackboneSpec(), options, PairOptions(sizes=size, keep=4))
+    return TrainJob.prepare(
+        Photos(some_photos(folder, photos), denoising), run, BackboneSpec(), options, PairOptions(sizes=size, keep=4)
+    )
 
 
 def bare(run: Any, steps: int) -> list[float]:
