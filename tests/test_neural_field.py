@@ -29,8 +29,8 @@ from denoising_vit.decomposition.neural_field.fit import evaluate, learning_rate
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.denoise import work
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.patch_grid import patch_centres
 from denoising_vit.separating import gather
-from denoising_vit.views import patch_centres
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

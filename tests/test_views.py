@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from denoising_vit.errors import PlanError
-from denoising_vit.views import CropOptions, ViewPlan, least_views, linear_weights, patch_centres
+from denoising_vit.views import CropOptions, ViewPlan, least_views, linear_weights
 
 DINO = {"size": (518, 518), "patch_size": 14}
 SMALL = {"size": (96, 96), "patch_size": 16}
@@ -20,35 +20,6 @@ SMALL = {"size": (96, 96), "patch_size": 16}
 
 def make(views: int = 16, **options: Any) -> ViewPlan:
     return ViewPlan.make(views, **{**SMALL, **options})
-
-
-# --- patch centres ---
-
-
-def test_centres_with_stride_equal_to_patch() -> None:
-    # 6 patches of 16 pixels: their middles are at 8, 24, ..., 88 of 96.
-    np.testing.assert_allclose(patch_centres(96, 16, 16), np.array([8, 24, 40, 56, 72, 88]) / 96, rtol=1e-15)
-    np.testing.assert_allclose(patch_centres(518, 14, 14), (np.arange(37) + 0.5) / 37, rtol=1e-12)
-
-
-def test_centres_with_overlapping_patches() -> None:
-    centres = patch_centres(518, 14, 7)
-    assert len(centres) == 73
-    assert centres[0] == pytest.approx(7 / 518)
-    assert centres[1] == pytest.approx(14 / 518)
-    assert centres[-1] == pytest.approx(511 / 518)
-    # Which is not the middle of 73 equal cells:
-    assert abs(centres[0] - 0.5 / 73) > 0.2 * 14 / 518
-
-
-def test_centres_of_a_single_patch() -> None:
-    assert patch_centres(14, 14, 14).tolist() == [0.5]
-
-
-def test_centres_are_symmetric_where_the_stride_fits() -> None:
-    centres = patch_centres(34, 10, 4)  # (34 - 10) / 4 = 6, so 7 patches
-    assert len(centres) == 7
-    np.testing.assert_allclose(centres + centres[::-1], 1)
 
 
 # --- linear weights ---

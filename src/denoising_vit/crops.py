@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.patch_grid import patch_centres
 from denoising_vit.rendering import ViewRenderer
-from denoising_vit.views import ViewPlan, linear_weights, patch_centres
+from denoising_vit.views import ViewPlan, linear_weights
 
 #: Least and largest side of a neutral crop, relative to the photo's.
 _NEUTRAL_SIDES = 0.4, 0.8

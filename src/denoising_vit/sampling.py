@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.views import ViewPlan, linear_weights, patch_centres
+from denoising_vit.patch_grid import patch_centres
+from denoising_vit.views import ViewPlan, linear_weights
 
 
 def at_patches(nodes: Tensor, view: ViewPlan) -> Tensor:

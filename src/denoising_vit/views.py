@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import PlanError
+from denoising_vit.patch_grid import patch_centres, patch_count
 
 Coverage = Literal["even", "plain"]
 
@@ -30,16 +31,6 @@ _BORDER_WEIGHT = 0.2
 
 #: Boxes are multiples of 1 / this.
 _GRAIN = 2.0**32
-
-
-def patch_centres(side: int, patch: int, stride: int) -> np.ndarray:
-    """Centres of the patches along one side, relative to that side: ``(k stride + patch / 2) / side``, shape (n,).
-
-    This equals ``(k + 0.5) / n`` only where the stride is the patch size. The published code takes patches edge to
-    edge instead, which is up to half a patch off.
-    """
-    count = (side - patch) // stride + 1
-    return (np.arange(count) * stride + patch / 2) / side
 
 
 def linear_weights(positions: np.ndarray, nodes: int) -> np.ndarray:
@@ -150,7 +141,7 @@ class ViewPlan:
         stride = patch_size if stride is None else stride
         if patch_size < 1 or not 1 <= stride <= patch_size:
             raise PlanError(f"patch_size must be positive and stride 1 to patch_size, got {patch_size} and {stride}")
-        grid = tuple((side - patch_size) // stride + 1 for side in size)
+        grid = tuple(patch_count(side, patch_size, stride) for side in size)
         if min(grid) < 1:
             raise PlanError(f"views of {size[0]} x {size[1]} pixels are smaller than one patch of {patch_size}")
         if resolution is None:
@@ -170,7 +161,7 @@ class ViewPlan:
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of a view's patch grid."""
-        h, w = ((side - self.patch_size) // self.stride + 1 for side in self.size)
+        h, w = (patch_count(side, self.patch_size, self.stride) for side in self.size)
         return h, w
 
     @cached_property

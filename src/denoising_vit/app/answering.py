@@ -14,12 +14,12 @@ from PIL import Image
 from denoising_vit.app.keeping import Keep
 from denoising_vit.app.models import Model, Models
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.base import nearest_sizes
 from denoising_vit.decomposition import Decomposition
 from denoising_vit.denoise import Progress, denoise_image
 from denoising_vit.errors import AppError, PhotoError
 from denoising_vit.files import atomic_path
 from denoising_vit.options import DenoiseOptions, Method
+from denoising_vit.patch_grid import nearest_sizes
 from denoising_vit.photos import read_photo_bytes
 
 #: Largest photo, in pixels; its float copy takes 12 bytes a pixel, and many may look at the page.

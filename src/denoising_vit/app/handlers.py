@@ -18,9 +18,9 @@ from denoising_vit.app.figures import Figure, figures
 from denoising_vit.app.keeping import Keep
 from denoising_vit.app.models import Model, Models
 from denoising_vit.app.pictures import LEGENDS, LONGER, SIMILARITY, Scene, scene_in
-from denoising_vit.backbones.base import nearest_sizes
 from denoising_vit.errors import AppError, DenoisingVitError
 from denoising_vit.options import Method
+from denoising_vit.patch_grid import nearest_sizes
 
 #: Seconds that an error stays on the page.
 _SHOWN = 20

@@ -13,7 +13,7 @@ from denoising_vit.app.keeping import LIFETIME
 from denoising_vit.app.models import Models
 from denoising_vit.app.pictures import LEGENDS, MAPS
 from denoising_vit.backbones import SEEDS
-from denoising_vit.backbones.base import nearest_sizes
+from denoising_vit.patch_grid import nearest_sizes
 
 #: Seconds between two looks for files that nobody needs any more.
 _TIDYING = 300

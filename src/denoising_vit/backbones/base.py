@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from denoising_vit.backbones.attention import BlockedAttention
 from denoising_vit.backbones.fingerprint import Fingerprint
 from denoising_vit.backbones.intermediates import Intermediates, block_numbers
-from denoising_vit.errors import BackboneError, SizeError
+from denoising_vit.errors import BackboneError
+from denoising_vit.patch_grid import check_side, nearest_sizes, patch_count
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -158,7 +159,7 @@ class Backbone(nn.Module, ABC):
         """
         for side in (height, width):
             check_side(side, self.patch_size, self.stride)
-        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+        return patch_count(height, self.patch_size, self.stride), patch_count(width, self.patch_size, self.stride)
 
     @property
     def device(self) -> torch.device:
@@ -191,27 +192,4 @@ class Backbone(nn.Module, ABC):
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.name}, patch {self.patch_size}, stride {self.stride}, C {self.embed_dim}, {dtype}, {self.weights}"
-        )
-
-
-def nearest_sizes(side: int, patch: int, stride: int) -> tuple[int, ...]:
-    """The sides nearest to ``side`` that fit the patch grid: itself, or the next below and above; at least a patch."""
-    if side < patch:
-        return (patch,)
-    below = patch + (side - patch) // stride * stride
-    return (below,) if below == side else (below, below + stride)
-
-
-def check_side(side: int, patch: int, stride: int) -> None:
-    """Refuses a side that is not covered by whole patches, ``patch + k stride``.
-
-    Raises:
-        SizeError: naming the nearest sides that are.
-    """
-    fitting = nearest_sizes(side, patch, stride)
-    if side not in fitting:
-        rule = f"a multiple of {patch}" if patch == stride else f"{patch} + k * {stride}"
-        raise SizeError(
-            f"a side of {side} pixels does not fit the patch grid: expected {rule} pixels (patch {patch}, stride "
-            f"{stride}). Nearest: {' or '.join(map(str, fitting))}"
         )

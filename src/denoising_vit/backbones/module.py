@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, nearest_sizes
+from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from denoising_vit.errors import BackboneError
+from denoising_vit.patch_grid import nearest_sizes
 
 Layout = Literal["auto", "channels_last", "channels_first", "tokens"]
 

@@ -12,8 +12,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from denoising_vit.backbones.base import Backbone, nearest_sizes
+from denoising_vit.backbones.base import Backbone
 from denoising_vit.errors import BackboneError
+from denoising_vit.patch_grid import nearest_sizes
 
 
 class TimmBackbone(Backbone):

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.errors import FormatError
+from denoising_vit.patch_grid import patch_count
 from denoising_vit.tensor_files import KEY, compact, read_record, require_version
-from denoising_vit.views import patch_centres
 
 if TYPE_CHECKING:
     from denoising_vit.decomposition.result import Decomposition
@@ -94,7 +94,7 @@ def read_head(path: Path) -> dict[str, Any]:
 def _require_shapes(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
     """Refuses tensors that do not fit together, or not the sizes in the metadata."""
     patch, stride = head["patch_size"], head["stride"]
-    grid = tuple(len(patch_centres(side, patch, stride)) for side in head["size"])
+    grid = tuple(patch_count(side, patch, stride) for side in head["size"])
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     field = shapes.pop("field")
     if len(field) != 3 or any(shape != (*grid, field[-1]) for shape in shapes.values()):

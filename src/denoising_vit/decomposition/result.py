@@ -14,7 +14,8 @@ from torch import Tensor
 
 from denoising_vit.decomposition.files import read_decomposition, write_decomposition
 from denoising_vit.files import atomic_path
-from denoising_vit.views import linear_weights, patch_centres
+from denoising_vit.patch_grid import patch_centres, patch_count
+from denoising_vit.views import linear_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +148,6 @@ class Decomposition:
 
 def _refine(side: int, patch: int, stride: int, factor: int) -> np.ndarray:
     """Centres of the ``factor`` equal parts of each patch's cell (a cell is one stride wide), relative to the side."""
-    count = (side - patch) // stride + 1
+    count = patch_count(side, patch, stride)
     parts = (np.arange(count * factor) + 0.5) / factor - 0.5  # in strides, from the first patch centre
     return (parts * stride + patch / 2) / side

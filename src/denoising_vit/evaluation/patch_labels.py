@@ -8,6 +8,7 @@ from torch import Tensor
 
 from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL
+from denoising_vit.patch_grid import patch_count
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:
@@ -26,7 +27,7 @@ def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stri
     Returns:
         (h, w, K + 1) int64.
     """
-    h, w = ((side - patch_size) // stride + 1 for side in crop.padded)
+    h, w = (patch_count(side, patch_size, stride) for side in crop.padded)
     rows, columns = crop.places(*labels.shape)
     row, column = (
         _nearest(places, count, patch_size, stride) for places, count in ((rows, h), (columns, w))

@@ -14,6 +14,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface import HuggingFaceBackbone
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.export.resampling import resample, resample_positions, timm_resamples_in_graph
+from denoising_vit.patch_grid import patch_count
 from denoising_vit.positions import sinusoidal_positions
 
 #: How timm lays out the rotary embedding of DINOv3: rows before columns, each axis by its own length.
@@ -72,7 +73,7 @@ class TraceableExtractor(nn.Module):
     def _grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w) without the check of :meth:`Backbone.grid_size`, which a graph cannot hold."""
         patch, stride = self.backbone.patch_size, self.backbone.stride
-        h, w = ((side - patch) // stride + 1 for side in image.shape[2:])
+        h, w = (patch_count(side, patch, stride) for side in image.shape[2:])
         return h, w
 
     def reference(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.base import nearest_sizes
 from denoising_vit.errors import ClipError
+from denoising_vit.patch_grid import nearest_sizes
 from denoising_vit.video.options import LONG_SIDE, VideoOptions
 
 

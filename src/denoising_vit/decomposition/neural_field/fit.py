@@ -16,7 +16,8 @@ from denoising_vit.decomposition.neural_field.losses import first_phase_loss, se
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import FitError, PlanError
-from denoising_vit.views import ViewPlan, patch_centres
+from denoising_vit.patch_grid import patch_centres
+from denoising_vit.views import ViewPlan
 
 #: A loss is looked at this often: every look waits for the device.
 _CHECK_EVERY = 100

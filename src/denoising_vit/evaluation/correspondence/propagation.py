@@ -18,7 +18,7 @@ from torch import Tensor
 from denoising_vit.crops import Crop
 from denoising_vit.evaluation.correspondence.options import PropagationOptions
 from denoising_vit.evaluation.segmentation.probe import at_places
-from denoising_vit.views import patch_centres
+from denoising_vit.patch_grid import patch_centres
 
 
 @dataclass(frozen=True, eq=False)

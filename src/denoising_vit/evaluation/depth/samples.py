@@ -22,6 +22,7 @@ from denoising_vit.evaluation.ordering import chosen
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.patch_grid import patch_count
 from denoising_vit.tensor_files import compact
 
 #: What a stream of draws is for.
@@ -195,7 +196,7 @@ def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -
 
 def _overlaps(pixels: int, side: int, patch_size: int, stride: int) -> Tensor:
     """How much of each pixel each patch covers along one side, (patches, pixels); the pixels are shown as ``side``."""
-    first = np.arange((side - patch_size) // stride + 1)[:, None] * stride
+    first = np.arange(patch_count(side, patch_size, stride))[:, None] * stride
     start, stop = first * pixels / side, (first + patch_size) * pixels / side
     edges = np.arange(pixels)
     shared = np.minimum(stop, edges + 1) - np.maximum(start, edges)

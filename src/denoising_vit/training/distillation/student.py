@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.base import nearest_sizes
 from denoising_vit.errors import TrainError
+from denoising_vit.patch_grid import nearest_sizes
 from denoising_vit.training.distillation.teacher import features_of
 
 #: Patches along a side of the image that shows which parameters are used.

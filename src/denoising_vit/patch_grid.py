@@ -1,0 +1,47 @@
+"""The patch grid: which sides of an image whole patches cover, how many there are, and where their centres lie."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from denoising_vit.errors import SizeError
+
+
+def patch_count(side: int, patch: int, stride: int) -> int:
+    """How many whole patches lie along one side, less than 1 where it is shorter than a patch.
+
+    No more than the formula, so that it also holds in graphs, where ``side`` is a symbol.
+    """
+    return (side - patch) // stride + 1
+
+
+def patch_centres(side: int, patch: int, stride: int) -> np.ndarray:
+    """Centres of the patches along one side, relative to that side: ``(k stride + patch / 2) / side``, shape (n,).
+
+    This equals ``(k + 0.5) / n`` only where the stride is the patch size. The published code takes patches edge to
+    edge instead, which is up to half a patch off.
+    """
+    return (np.arange(patch_count(side, patch, stride)) * stride + patch / 2) / side
+
+
+def nearest_sizes(side: int, patch: int, stride: int) -> tuple[int, ...]:
+    """The sides nearest to ``side`` that fit the patch grid: itself, or the next below and above; at least a patch."""
+    if side < patch:
+        return (patch,)
+    below = patch + (patch_count(side, patch, stride) - 1) * stride
+    return (below,) if below == side else (below, below + stride)
+
+
+def check_side(side: int, patch: int, stride: int) -> None:
+    """Refuses a side that is not covered by whole patches, ``patch + k stride``.
+
+    Raises:
+        SizeError: naming the nearest sides that are.
+    """
+    fitting = nearest_sizes(side, patch, stride)
+    if side not in fitting:
+        rule = f"a multiple of {patch}" if patch == stride else f"{patch} + k * {stride}"
+        raise SizeError(
+            f"a side of {side} pixels does not fit the patch grid: expected {rule} pixels (patch {patch}, stride "
+            f"{stride}). Nearest: {' or '.join(map(str, fitting))}"
+        )
