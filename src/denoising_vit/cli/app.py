@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.abc
+import importlib.metadata
+import importlib.util
 import os
 import sys
 import warnings
@@ -37,7 +40,13 @@ VERBS: Mapping[str, Any] = {
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
 }
 
-_DESCRIPTION = "Artifact-free dense features from any Vision Transformer."
+_DESCRIPTION = "Artifact-free dense features from any Vision Transformer. `dvit --version` tells which version this is."
+
+#: Of verbs that have verbs of their own.
+_DESCRIPTIONS: Mapping[str, str] = {
+    "evaluate": "Judges features, raw and clean ones side by side: `dvit evaluate --help` names the tasks.",
+    "store": "What a store of `dvit fit` holds: looked at, verified, taken out photo by photo.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,11 +83,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from the parser, with code 2 for wrong usage and 0 for ``--help``.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print(f"dvit {importlib.metadata.version('denoising-vit')}")
+        return OK
     # Imports take seconds (torch, timm); inside, so that Ctrl-C during them ends as quietly as any other time.
     from denoising_vit.cli.reporting import print_error
     from denoising_vit.errors import DenoisingVitError
 
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     app = _app(VERBS, arguments)
     try:
         with warnings.catch_warnings():
@@ -90,22 +102,42 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:
-    """The parser of these verbs. Where one is named, the others are not imported, which takes seconds."""
+    """The parser of these verbs. Only the one that is named is imported, which takes seconds; none is for the help."""
     import tyro
 
     app: Any = tyro.extras.SubcommandApp()
     named = arguments[0] if arguments else None
     for name, place in verbs.items():
-        if named in verbs and name != named:
-            app.command(_not_asked_for, name=name)
+        if name != named:
+            app.command(_not_asked_for(name, place), name=name)
         elif isinstance(place, str):
-            module, _, function = place.partition(":")
-            found = importlib.import_module(f"denoising_vit.cli.{module}")
-            app.command(getattr(found, function or module), name=name)
+            module, function = _home(name, place)
+            app.command(getattr(importlib.import_module(module), function), name=name)
         else:
-            app.command(_app(place, arguments[1:] if name == named else ()), name=name)
+            app.command(_app(place, arguments[1:]), name=name)
     return app
 
 
-def _not_asked_for() -> int:
-    raise AssertionError("another verb was named")
+def _home(name: str, place: str) -> tuple[str, str]:
+    """The module of a verb and its function there."""
+    module, _, function = place.partition(":")
+    return f"denoising_vit.cli.{module}", function or module
+
+
+def _not_asked_for(name: str, place: Any) -> Callable[[], int]:
+    """Stands for a verb in the help, with its description as its source tells it."""
+
+    def stub() -> int:
+        raise AssertionError("another verb was named")
+
+    stub.__doc__ = _DESCRIPTIONS.get(name) if isinstance(place, Mapping) else _documented(*_home(name, place))
+    return stub
+
+
+def _documented(module: str, function: str) -> str | None:
+    """The docstring of a function, read without importing its module."""
+    found = importlib.util.find_spec(module)
+    assert found is not None and isinstance(found.loader, importlib.abc.InspectLoader)
+    tree = ast.parse(found.loader.get_source(module) or "")
+    wanted = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return ast.get_docstring(next(wanted))

@@ -30,7 +30,7 @@ def export(
 ) -> int:
     """A model in a format that others load, with a model card, checked against PyTorch; always in float32.
 
-    `dvit export -o DIR --features denoiser --format onnx` writes ONNX with any batch, height and width; `dvit export
+    So `dvit export -o DIR --features denoiser --format onnx` writes ONNX with any batch, height and width; `dvit export
     --verify DIR` checks it again, anywhere.
 
     Args:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
-from denoising_vit.decomposition.neural_field import Evaluation
+
+if TYPE_CHECKING:  # it imports torch, for which the help would wait
+    from denoising_vit.decomposition.neural_field import Evaluation
 
 Status = Literal["done", "kept", "failed"]
 

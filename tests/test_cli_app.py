@@ -1,0 +1,82 @@
+"""The command itself: its verbs and version, and what its help does not wait for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from command import Dvit, in_process
+from denoising_vit.cli import app
+
+#: What takes seconds to import.
+HEAVY = ("torch", "timm", "matplotlib", "sklearn", "scipy")
+
+
+@pytest.fixture
+def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
+    return in_process(capsys, monkeypatch)
+
+
+def verbs(places: Mapping[str, Any] = app.VERBS, *above: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Each verb, with those above it, and where it is."""
+    for name, place in places.items():
+        if isinstance(place, str):
+            yield (*above, name), place
+        else:
+            yield from verbs(place, *above, name)
+
+
+@pytest.mark.parametrize(("path", "place"), list(verbs()), ids=[" ".join(path) for path, _ in verbs()])
+def test_help_describes_each_verb_as_its_function_does(dvit: Dvit, path: tuple[str, ...], place: str) -> None:
+    module, _, function = place.partition(":")
+    found = getattr(importlib.import_module(f"denoising_vit.cli.{module}"), function or module)
+    summary = " ".join(found.__doc__.split("\n\n")[0].split())
+    above = dvit(*path[:-1], "--help")
+    assert above.code == 0
+    assert f"• {path[-1]} {summary}" in above.words
+    assert summary in dvit(*path, "--help").words  # and that of the verb's own help
+
+
+@pytest.mark.parametrize("name", [name for name, place in app.VERBS.items() if isinstance(place, Mapping)])
+def test_verbs_of_several_are_described_too(dvit: Dvit, name: str) -> None:
+    told = dvit("--help").words
+    (described,) = [entry for entry in told.split("• ") if entry.startswith(f"{name} ")]
+    assert len(described.split()) > 5
+
+
+def test_version_is_that_of_the_package(dvit: Dvit) -> None:
+    done = dvit("--version")
+    assert (done.code, done.out) == (0, f"dvit {importlib.metadata.version('denoising-vit')}\n")
+    assert "--version" in dvit("--help").words
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("store",), ("store", "nonsense")])
+def test_what_is_no_verb_is_wrong_use_and_says_which_there_are(dvit: Dvit, arguments: tuple[str, ...]) -> None:
+    done = dvit(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    for name in app.VERBS["store"] if arguments[:1] == ("store",) else app.VERBS:
+        assert name in done.words
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import denoising_vit",
+        "import denoising_vit.cli as cli; cli.main(['--help'])",
+        "import denoising_vit.cli as cli; cli.main(['evaluate', '--help'])",
+        "import denoising_vit.cli as cli; cli.main(['--version'])",
+        "import denoising_vit.cli as cli; cli.main(['denoize', 'cat.jpg'])",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_used(program: str) -> None:
+    ending = f"import atexit, sys; atexit.register(lambda: print('heavy:', [n for n in {HEAVY} if n in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", f"{ending}\n{program}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"
