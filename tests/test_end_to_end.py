@@ -82,7 +82,8 @@ def test_the_same_seed_gives_the_same_bits(backbone: dv.Backbone) -> None:
 def test_bfloat16_and_float32_agree(backbone: dv.Backbone) -> None:
     exact = dv.load_backbone(MODEL, weights="bundled", dtype="float32")
     low = dv.load_backbone(MODEL, weights="bundled", dtype="bfloat16")
-    fields = [dv.denoise_image(model, data.coffee(), size=224, views=12).semantic for model in (exact, low)]
+    # Small: where the processor lacks bfloat16, it is six times as slow as float32.
+    fields = [dv.denoise_image(model, data.coffee(), size=140, views=8).semantic for model in (exact, low)]
     assert float(torch.cosine_similarity(*fields, dim=-1).mean()) > 0.999
 
 
@@ -107,7 +108,7 @@ def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert code is not None
     lines = code.group(1).replace('"examples/cat.jpg"', f'"{ROOT}/examples/cat.jpg"')
     monkeypatch.chdir(tmp_path)
-    few = functools.partial(dv.DenoiseOptions, views=16, held_out=0)  # a quarter of the time
+    few = functools.partial(dv.DenoiseOptions, views=8, held_out=0)  # an eighth of the time
     monkeypatch.setattr("denoising_vit.denoise.DenoiseOptions", few)
     namespace: dict[str, object] = {}
     exec(compile(lines, "README.md", "exec"), namespace)
