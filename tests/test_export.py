@@ -123,15 +123,15 @@ def test_graphs_compute_what_pytorch_does_at_any_size(
 def test_pixels_and_prefix(extractors: dict[str, Backbone | DenoisedViT], shallow: Backbone, tmp_path: Path) -> None:
     pixels = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (shallow.mean, shallow.std))
-    expected = extractors["denoiser"].forward_with_prefix((pixels - mean) / std)
-    forms: tuple[Form, ...] = ("onnx", "program")
-    for form in forms:
+    kinds: dict[Form, str] = {"onnx": "raw", "program": "denoiser"}
+    for form, kind in kinds.items():
         options = ExportOptions(format=form, pixels=True, prefix=True)
-        export_extractor(extractors["denoiser"], tmp_path / form, options)
+        export_extractor(extractors[kind], tmp_path / form, options)
     program = torch.export.load(str(tmp_path / "program" / "model.pt2")).module()
-    for found in (by_onnx(tmp_path / "onnx" / "model.onnx", pixels), program(pixels)):
-        assert len(found) == 2
-        for part, whole in zip(found, expected, strict=True):
+    given = {"onnx": by_onnx(tmp_path / "onnx" / "model.onnx", pixels), "program": program(pixels)}
+    for form, kind in kinds.items():
+        expected = extractors[kind].forward_with_prefix((pixels - mean) / std)
+        for part, whole in zip(given[form], expected, strict=True):
             assert torch.allclose(part, whole, atol=1e-4)
     assert told(session(tmp_path / "onnx" / "model.onnx"))["prefix"] == ["batch", 1, tiny.WIDTH]
 

@@ -37,6 +37,7 @@ from denoising_vit.reproduction import (
 )
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
+from tiny_distillation import blank_panels
 from tiny_labelled import tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,10 +100,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Dry runs by tiny protocols."""
     real = dry.dry_protocols
     monkeypatch.setattr(dry, "dry_protocols", lambda model: replace(real(model), segmentation=TINY, depth=TINY_DEPTH))
+    with blank_panels():
+        yield
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.dataset import Dataset, open_dataset
 from denoising_vit.denoiser import write_denoiser
-from denoising_vit.training import DistillJob, DistillOptions, Stored, ViewOptions
+from denoising_vit.training import DistillJob, DistillOptions, Stored, ViewOptions, panels
 from denoising_vit.training.checkpoints import Progress
 from denoising_vit.training.distillation import judging
 from tiny_training import rows
@@ -168,7 +168,8 @@ def _blank(folder: Path, step: int, *_: Any) -> None:
 def blank_panels() -> Iterator[None]:
     """Panels without anything on them: drawing takes longer than training here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "draw_panel", _blank)
+        for module in (judging, panels):
+            patch.setattr(module, "draw_panel", _blank)
         yield
 
 

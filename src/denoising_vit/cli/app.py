@@ -109,35 +109,39 @@ def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:
     named = arguments[0] if arguments else None
     for name, place in verbs.items():
         if name != named:
-            app.command(_not_asked_for(name, place), name=name)
+            app.command(_other(None if named in verbs else _description(name, place)), name=name)
         elif isinstance(place, str):
-            module, function = _home(name, place)
+            module, function = _home(place)
             app.command(getattr(importlib.import_module(module), function), name=name)
         else:
             app.command(_app(place, arguments[1:]), name=name)
     return app
 
 
-def _home(name: str, place: str) -> tuple[str, str]:
+def _other(description: str | None) -> Callable[[], int]:
+    """Stands for a verb that is not named, with what the help says of it."""
+
+    def stub() -> int:
+        raise AssertionError("another verb was named")
+
+    stub.__doc__ = description
+    return stub
+
+
+def _home(place: str) -> tuple[str, str]:
     """The module of a verb and its function there."""
     module, _, function = place.partition(":")
     return f"denoising_vit.cli.{module}", function or module
 
 
-def _not_asked_for(name: str, place: Any) -> Callable[[], int]:
-    """Stands for a verb in the help, with its description as its source tells it."""
-
-    def stub() -> int:
-        raise AssertionError("another verb was named")
-
-    stub.__doc__ = _DESCRIPTIONS.get(name) if isinstance(place, Mapping) else _documented(*_home(name, place))
-    return stub
-
-
-def _documented(module: str, function: str) -> str | None:
-    """The docstring of a function, read without importing its module."""
+def _description(name: str, place: Any) -> str | None:
+    """The docstring of a verb's function, read without importing its module."""
+    if not isinstance(place, str):
+        return _DESCRIPTIONS[name]
+    module, function = _home(place)
     found = importlib.util.find_spec(module)
     assert found is not None and isinstance(found.loader, importlib.abc.InspectLoader)
     tree = ast.parse(found.loader.get_source(module) or "")
-    wanted = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    return ast.get_docstring(next(wanted))
+    return next(
+        ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function
+    )
