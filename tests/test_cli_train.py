@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tiny_distillation
 import tiny_fit
 import tiny_training as tiny
 from command import Dvit, Outcome, in_process
@@ -22,6 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PHOTOS = 6
 
 Train = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_panels() -> Iterator[None]:
+    with tiny_distillation.blank_panels():
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny_artifact
+import tiny_distillation
 import tiny_training as tiny
 from denoising_vit import DenoisedViT, load_denoiser
 from denoising_vit.backbones.recorded import describe
@@ -32,6 +33,12 @@ from denoising_vit.training.samples import Sample, whole_view
 from denoising_vit.training.train import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_panels() -> Iterator[None]:
+    with tiny_distillation.blank_panels():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +470,7 @@ def test_the_denoiser_loads_and_works(data: tiny.Fitted, straight: Path) -> None
     assert clean.shape == (2, 5, 9, tiny.CHANNELS)
 
 
-def test_log_and_panels(straight: Path) -> None:
+def test_log(straight: Path) -> None:
     log = tiny.rows(straight)
     assert [row["step"] for row in log if row["kind"] == "train"] == list(range(1, 21))
     assert [row["step"] for row in log if row["kind"] == "held_out"] == [10, 20]
@@ -471,7 +478,6 @@ def test_log_and_panels(straight: Path) -> None:
         assert row["loss"] == pytest.approx(row["mse"] + 1 - row["cosine"], rel=1e-5)
         assert row["gradient"] > 0
     assert [path.name for path in sorted((straight / "panels").iterdir())] == ["step-0000010.png", "step-0000020.png"]
-    assert (straight / "panels" / "step-0000020.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tensorboard_holds_the_same(straight: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import tiny_artifact
@@ -161,7 +162,7 @@ def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _blank(folder: Path, step: int, *_: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"step-{step:07}.png").touch()
+    Image.new("RGB", (1, 1)).save(folder / f"step-{step:07}.png")
 
 
 @contextlib.contextmanager
