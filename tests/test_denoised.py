@@ -362,7 +362,7 @@ def extractors() -> dict[str, Callable[[], DenoisedViT]]:
     }
 
 
-@pytest.mark.parametrize("which", [which for which in extractors() if which != "denoiser"])  # less than the next one
+@pytest.mark.parametrize("which", extractors())
 def test_compiled_whole_it_gives_the_same_features_without_compiling_again(which: str) -> None:
     extractor = extractors()[which]()
     expected = {size: extractor(images(2, *size)) for size in ((48, 64), (80, 112))}

@@ -131,6 +131,7 @@ def test_pixels_and_prefix(extractors: dict[str, Backbone | DenoisedViT], shallo
     given = {"onnx": by_onnx(tmp_path / "onnx" / "model.onnx", pixels), "program": program(pixels)}
     for form, kind in kinds.items():
         expected = extractors[kind].forward_with_prefix((pixels - mean) / std)
+        assert len(given[form]) == 2
         for part, whole in zip(given[form], expected, strict=True):
             assert torch.allclose(part, whole, atol=1e-4)
     assert told(session(tmp_path / "onnx" / "model.onnx"))["prefix"] == ["batch", 1, tiny.WIDTH]

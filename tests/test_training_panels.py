@@ -38,6 +38,7 @@ def test_a_run_draws_its_held_out_images_at_each_evaluation(tmp_path: Path) -> N
     tiny.trained(data.stored, tmp_path / "run", None, tiny.options(steps=4, evaluate_every=2))
     panels = sorted((tmp_path / "run" / "panels").iterdir())
     assert [path.name for path in panels] == ["step-0000002.png", "step-0000004.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in panels)
     first, second = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in panels)
     assert first.std() > 20  # no blank picture
     assert (first != second).any()  # the denoiser has learnt
