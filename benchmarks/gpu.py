@@ -4,10 +4,10 @@
 
 Needs torch, timm and this package's sources (PYTHONPATH=src). In one process, each part written as it is done:
 
-- roofline: forward passes (eager, compiled, CUDA graphs) against a bfloat16 product of 4096 x 4096, in turn;
 - stage 1: a warm `denoise_image`, and a stream of photos decoded, rendered, solved and written, against the bare
   forward passes of as many views; and what rendering, sums and solving take alone;
 - the published stage 1 (20,000 steps of the neural field on 768 views, scaled from some) against sums and solving;
+- roofline: forward passes (eager, compiled, CUDA graphs) against a bfloat16 product of 4096 x 4096, in turn;
 - both stages for 10,000 photos: this stream, and the published 50,000 steps of stage 2, measured on a few.
 
 On a CPU the same runs, at small sizes: `--size 112 --views 12 --count 4`.
@@ -51,11 +51,11 @@ def main() -> None:
     found: dict[str, Any] = {"hardware": hardware(), "backbone": model.extra_repr(), "views": asked.views}
     found |= {"held_out": asked.held_out, "size": asked.size, "count": asked.count, "problems": {}}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "roofline": lambda: roofline(spec, asked),
         "pieces": lambda: pieces(model, asked.photos, options),
         "single": lambda: single(model, asked.photos, options, asked.runs),
-        "stream": lambda: stream(spec, asked, options),
         "stage_two": lambda: stage_two(model, asked.size, asked.runs),
+        "stream": lambda: stream(spec, asked, options),
+        "roofline": lambda: roofline(spec, asked),
         "published": lambda: neural_field(model, asked.size, asked.published_views, asked.timed_steps),
     }
     started = time.perf_counter()
@@ -65,6 +65,7 @@ def main() -> None:
         except Exception as error:  # what one part lacks is told, and the others go on
             found["problems"][name] = f"{type(error).__name__}: {error}"[:500]
         found["seconds"] = time.perf_counter() - started
+        print(f"{found['seconds']:.0f} s: {name} {found.get(name, found['problems'].get(name))}", flush=True)
         write(asked.out, "gpu", found, markdown(found))
 
 
