@@ -1,0 +1,163 @@
+"""Quick label probes on patches, by which views and targets are chosen: training data of labelled sets, split in two.
+
+Nothing here is a published protocol; `dvit evaluate` has those. Features of all images are kept on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scenes import normalised, read_photos, render
+from torch import Tensor
+from torch.nn import functional
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.metrics.blank_images import high_frequencies, noise_image, uniform_images, variance_over_places
+
+#: Classes that are scored: those of enough images.
+SCORED = {"voc": (0, 8, 10, 12, 13, 15, 17), "camvid": tuple(range(11))}
+
+#: Label of patches without one.
+NO_LABEL = 255
+
+_COLOURS = ((0, 0, 0), (0.5, 0.5, 0.5), (1, 1, 1), (0.8, 0.2, 0.2), (0.2, 0.6, 0.3), (0.2, 0.3, 0.8), (0.9, 0.8, 0.3))
+
+
+@dataclass
+class Labelled:
+    """Images of one set and the labels of their patches.
+
+    Attributes:
+        images: (3, H, W) uint8 each, on the device.
+        labels: classes (N, h, w) int64, or depth in metres (N, h, w), 0 where unknown.
+        memory: indices of the images that are fitted.
+        query: indices of those that are scored.
+    """
+
+    images: list[Tensor]
+    labels: Tensor
+    memory: Tensor
+    query: Tensor
+
+
+def load(folder: Path, grid: tuple[int, int], device: torch.device, most: int | None = None) -> dict[str, Labelled]:
+    """All sets of a folder: `NAME/*.webp` with `labels.npz`; a third of the images of each is scored.
+
+    Args:
+        folder: the folder.
+        grid: (h, w) of the patch grid; labels of another are sampled.
+        device: where features will be.
+        most: number of images of each set, evenly chosen.
+    """
+    found = {}
+    with np.load(folder / "labels.npz", allow_pickle=False) as labels:
+        for name in sorted(labels):
+            rows, columns = (torch.arange(n) * m // n for n, m in zip(grid, labels[name].shape[1:], strict=True))
+            images, values = read_photos(folder / name, device), torch.from_numpy(labels[name]).to(device)
+            places = np.linspace(0, len(images) - 1, min(most or len(images), len(images))).astype(int)
+            images, values = [images[place] for place in places], values[torch.from_numpy(places).to(device)]
+            number = torch.arange(len(images), device=device)
+            query = number % 3 == 2
+            values = (values.float() if name == "nyu" else values.long())[:, rows[:, None], columns]
+            found[name] = Labelled(images, values, number[~query], number[query])
+    return found
+
+
+def shown(data: Labelled, backbone: Backbone, size: tuple[int, int]) -> Tensor:
+    """Raw features (N, h, w, C) float16 of whole images."""
+    whole = np.array([[0.0, 0.0, 1.0, 1.0]])
+    views = (render(image, whole, np.array([False]), size, backbone) for image in data.images)
+    return torch.cat([backbone(view).half() for view in views])
+
+
+def blank_images(backbone: Backbone, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Content-free images by kind, (B, 3, H, W), normalised."""
+    generator = torch.Generator().manual_seed(99)
+    grey = torch.full((3,), 0.5)
+    noise = torch.stack([noise_image(size, grey, power, 1, generator) for power in (0.05, 0.2)])
+    kinds = {"uniform": uniform_images(torch.tensor(_COLOURS), size), "noise": noise}
+    return {name: normalised(images.to(backbone.device), backbone) for name, images in kinds.items()}
+
+
+def blank_figures(raw: Tensor, clean: Tensor) -> tuple[float, float]:
+    """Shares of raw's variance over places, and of its high frequencies, that are left."""
+    return variance_over_places(clean) / variance_over_places(raw), high_frequencies(clean) / high_frequencies(raw)
+
+
+def scores(name: str, data: Labelled, features: Tensor) -> dict[str, float]:
+    """Figures of one set: mIoU of nearest neighbours and of ridge regression, or RMSE in metres, and place."""
+    clean = functional.normalize(features.float(), dim=-1)
+    found = {"place": place(features)}
+    if name == "nyu":
+        return found | {"rmse": depth_error(data, features)}
+    return found | {"knn": neighbours(data, clean, SCORED[name]), "ridge": ridge_classes(data, features, SCORED[name])}
+
+
+def neighbours(data: Labelled, features: Tensor, scored: tuple[int, ...], k: int = 30, most: int = 60_000) -> float:
+    """MIoU in percent of the k nearest patches of other images."""
+    memory, labels = features[data.memory].flatten(0, 2), data.labels[data.memory].flatten()
+    known = torch.nonzero(labels != NO_LABEL).flatten()
+    step = max(len(known) // most, 1)
+    known = known[::step]
+    memory, labels = memory[known].half(), labels[known]
+    queries, truth = features[data.query].flatten(0, 2), data.labels[data.query].flatten()
+    keep = torch.nonzero(truth != NO_LABEL).flatten()[::2]
+    votes = []
+    for part in queries[keep].half().split(8192 if features.is_cuda else 512):
+        near, index = (part.to(memory) @ memory.T).float().topk(k, dim=-1)
+        one = torch.zeros(len(part), 256, device=part.device)
+        votes.append(one.scatter_add_(1, labels[index], (near / 0.07).softmax(-1)).argmax(1))
+    return mean_iou(torch.cat(votes), truth[keep], scored)
+
+
+def ridge_classes(data: Labelled, features: Tensor, scored: tuple[int, ...]) -> float:
+    """MIoU in percent of one-hot ridge regression on patches."""
+    labels = data.labels[data.memory].flatten()
+    known = labels != NO_LABEL
+    hot = functional.one_hot(labels[known], 256)[:, : int(labels[known].max()) + 1].double()
+    weights, mean, centre = ridge(features[data.memory].flatten(0, 2)[known].double(), hot)
+    queries, truth = features[data.query].flatten(0, 2).double(), data.labels[data.query].flatten()
+    keep = truth != NO_LABEL
+    return mean_iou(((queries[keep] - mean) @ weights + centre).argmax(1), truth[keep], scored)
+
+
+def depth_error(data: Labelled, features: Tensor) -> float:
+    """RMSE in metres of ridge regression of depth on patches."""
+    depth = data.labels[data.memory].flatten()
+    weights, mean, centre = ridge(
+        features[data.memory].flatten(0, 2)[depth > 0].double(), depth[depth > 0, None].double()
+    )
+    truth = data.labels[data.query].flatten()
+    found = (features[data.query].flatten(0, 2).double() - mean) @ weights + centre
+    return float((found[truth > 0, 0] - truth[truth > 0]).square().mean().sqrt())
+
+
+def place(features: Tensor) -> float:
+    """R2 of ridge regression of the place of patches: fitted on every other image, scored on the rest."""
+    h, w = features.shape[1:3]
+    grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij"), -1)
+    where = grid.to(features.device).double().expand(len(features), h, w, 2)
+    weights, mean, centre = ridge(features[::2].flatten(0, 2).double(), where[::2].flatten(0, 2))
+    truth = where[1::2].flatten(0, 2)
+    found = (features[1::2].flatten(0, 2).double() - mean) @ weights + centre
+    return float(1 - (found - truth).square().sum() / truth.square().sum())
+
+
+def ridge(features: Tensor, wanted: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (C, K), and the means of features (C,) and of what is wanted (K,)."""
+    mean, centre = features.mean(0), wanted.mean(0)
+    features = features - mean
+    gram = features.T @ features
+    gram.diagonal().add_(strength * gram.diagonal().mean())
+    return torch.linalg.solve(gram, features.T @ (wanted - centre)), mean, centre
+
+
+def mean_iou(predicted: Tensor, truth: Tensor, scored: tuple[int, ...]) -> float:
+    """In percent, over these classes."""
+    both = torch.bincount(truth * 256 + predicted, minlength=256 * 256).view(256, 256).double()
+    overlap = both.diagonal()
+    union = both.sum(0) + both.sum(1) - overlap
+    return float(100 * (overlap / union.clamp(min=1))[list(scored)].mean())

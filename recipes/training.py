@@ -1,0 +1,127 @@
+"""Stage 2 on pairs that are on the device: photos with fitted targets, and content-free images with known ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scenes import normalised
+from targets import Pairs
+from torch import Tensor
+from torch.nn import functional
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.denoiser import Denoiser
+from denoising_vit.metrics.blank_images import random_blank_images
+from denoising_vit.training.schedule import learning_rate
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the denoiser is trained.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch: pairs in a step.
+        blank: share of them that are content-free images.
+        rate: peak learning rate.
+        weight_decay: weight decay of AdamW.
+        average: decay of the moving average of the weights, which is what is kept.
+        subtract: targets without the calibrated artifact (G) if True.
+        seed: seed of the weights and of the order.
+    """
+
+    steps: int = 3000
+    batch: int = 32
+    blank: float = 0.2
+    rate: float = 1e-3
+    weight_decay: float = 1e-2
+    average: float = 0.998
+    subtract: bool = False
+    seed: int = 0
+
+
+@torch.no_grad()
+def blank_features(backbone: Backbone, size: Size, count: int, seed: int, batch: int = 64) -> Tensor:
+    """Raw features of random content-free images, (count, h, w, C) float16 on the device."""
+    images = random_blank_images(count, size, seed).split(batch)
+    return torch.cat([backbone(normalised(part.to(backbone.device), backbone)).half() for part in images])
+
+
+def train(
+    backbone: Backbone,
+    pairs: Mapping[Size, Pairs],
+    chosen: Mapping[Size, Tensor],
+    blanks: Mapping[Size, Tensor],
+    options: Training,
+    watch: Callable[[int, float], None],
+) -> Denoiser:
+    """Trains a denoiser.
+
+    Args:
+        backbone: whose features these are.
+        pairs: by size.
+        chosen: indices of the pairs that are trained on, by size.
+        blanks: raw features of content-free images, by size.
+        options: how.
+        watch: called with the step and the loss, a few times.
+    """
+    device = backbone.device
+    torch.manual_seed(options.seed)
+    sizes: Sequence[Size] = list(pairs)
+    denoiser = Denoiser(backbone.embed_dim, backbone.grid_size(*sizes[0])).to(device)
+    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    adam = torch.optim.AdamW(denoiser.parameters(), lr=options.rate, weight_decay=options.weight_decay)
+    order = torch.Generator().manual_seed(options.seed)
+    shares = torch.tensor([float(len(chosen[size])) for size in sizes])
+    known = round(options.blank * options.batch)
+    for step in range(options.steps):
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(step, options.steps, options.rate, 1e-6, 0.1)
+        size = sizes[int(torch.multinomial(shares, 1, generator=order))]
+        raw, target = batch_of(pairs[size], chosen[size], options.batch - known, options.subtract, order)
+        if known:
+            blank = blanks[size][torch.randint(len(blanks[size]), (known,), generator=order).to(device)].float()
+            raw, target = (
+                torch.cat([raw, blank]),
+                torch.cat([target, blank.mean((1, 2), keepdim=True).expand_as(blank)]),
+            )
+        with torch.autocast(device.type, torch.bfloat16):
+            clean = denoiser(raw)
+        loss = functional.mse_loss(clean, target) + 1 - functional.cosine_similarity(clean, target, dim=-1).mean()
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        decay = min(options.average, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), denoiser.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
+        if step % max(options.steps // 5, 1) == 0:
+            watch(step, loss.item())
+    return average
+
+
+def batch_of(pairs: Pairs, chosen: Tensor, count: int, subtract: bool, order: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Raw features and targets of some pairs, each mirrored or not, (count, h, w, C) float32."""
+    device = pairs.raw.device
+    index = chosen[torch.randint(len(chosen), (count,), generator=order).to(device)]
+    mirror = (torch.rand(count, generator=order) < 0.5).to(device)[:, None, None, None]
+    raw = torch.where(mirror, pairs.mirrored[index], pairs.raw[index]).float()
+    target = pairs.target[index].float()
+    if subtract:
+        target = target + pairs.shift[pairs.plan[index]].float()
+    return raw, torch.where(mirror, target.flip(2), target)
+
+
+@torch.no_grad()
+def apply(denoiser: Denoiser | None, raw: Tensor, batch: int = 64) -> Tensor:
+    """Clean features (N, h, w, C) float16 of raw ones; as they are without a denoiser."""
+    if denoiser is None:
+        return raw
+    with torch.autocast(raw.device.type, torch.bfloat16):
+        parts = [denoiser(part.float()) for part in raw.split(batch)]
+    return torch.cat([part.half() for part in parts])

@@ -1,0 +1,1 @@
+"""Label-free metrics of features."""
