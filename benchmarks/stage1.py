@@ -1,12 +1,18 @@
-"""Stage 1: bare forward passes, the exact solver, and the neural field as published, on the same features in one run.
+"""Stage 1: bare forward passes, the exact solver, and the neural field, on the same features in one run.
 
-    python benchmarks/stage1.py PHOTO... --out FOLDER [--views 64 256] [--full]
+    python benchmarks/stage1.py PHOTO... --out FOLDER [--weights FILE] [--views 65 257] [--recipes released paper]
 
 For each photo and each number of views: seconds of the forward passes (rendering included); seconds of the exact solver
-on these features, with nothing prepared (plan, factors, sums, solution) and with the factors at hand; seconds of
-20,000 steps of the neural field, scaled from 500 (half of them with h); and how well each predicts held-out views. With
-`--full`, the neural field takes all its steps, and its best step is reported beside its last. Writes
-`FOLDER/stage1.json` and `FOLDER/stage1.md` after every part; what is there already is not done again.
+on these features, with nothing prepared (plan, factors, sums, solution) and with the factors at hand; seconds of the
+neural field by each recipe; and how well each predicts 8 held-out views. Features are those of views as the released
+code makes them (`--coverage`), view 0 the whole photo. The recipes:
+
+- released: the released code's, 25,000 steps, with the places that it takes for patches (edge to edge of a view);
+- released-centres: the same with patches at their centres;
+- paper: the paper's, 20,000 steps, at the centres.
+
+The exact solver has the centres. `--no-full` times 500 steps of a recipe and scales them, instead of all its steps.
+Writes `FOLDER/stage1.json` and `FOLDER/stage1.md` after every part; what is there already is not done again.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -34,9 +40,14 @@ from denoising_vit.extraction import extract_views, load_image
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.preparing import prepare
 from denoising_vit.separating import gather
+from denoising_vit.views import Coverage
 
 Record = dict[str, Any]
+Recipe = Literal["released", "released-centres", "paper"]
 T = TypeVar("T")
+
+#: Steps that are timed and scaled where a recipe is not run to its end.
+TIMED_STEPS = 500
 
 
 def main(
@@ -45,10 +56,13 @@ def main(
     out: Path,
     backbone: str = "vit_small_patch14_dinov2.lvd142m",
     weights: str = "auto",
-    views: tuple[int, ...] = (64, 256),
-    full: tyro.conf.FlagCreatePairsOff[bool] = False,
-    timed_steps: int = 500,
-    neural: NeuralFieldOptions = NeuralFieldOptions(),  # noqa: B008, frozen
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
+    size: int | None = None,
+    views: tuple[int, ...] = (65, 257),
+    coverage: Coverage = "released",
+    recipes: tuple[Recipe, ...] = ("released",),
+    full: bool = True,
+    steps: int | None = None,
 ) -> None:
     """Compares the solvers of stage 1.
 
@@ -57,23 +71,26 @@ def main(
         out: folder of the results.
         backbone: a timm model.
         weights: as `load_backbone` takes them.
-        views: numbers of views to fit; features are made once, for the most.
-        full: also run the neural field to its end.
-        timed_steps: steps that are timed and scaled.
-        neural: the neural field's recipe.
+        dtype: of the backbone; the released code has float32.
+        size: of a view in pixels; the backbone's own where it is not given.
+        views: numbers of views to fit, the whole photo included; features are made once, for the most.
+        coverage: how crops are drawn.
+        recipes: of the neural field.
+        full: run each recipe to its end.
+        steps: fewer or more than a recipe's own.
     """
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     path = out / "stage1.json"
     found: Record = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    model = dv.load_backbone(backbone, weights=weights)
-    made_with = {"backbone": model.extra_repr(), "neural": asdict(neural)}
-    if found["rows"] and {key: found[key] for key in made_with} != made_with:
-        raise SystemExit(f"{path} was made with another backbone or recipe; name another folder (--out)")
+    model = dv.load_backbone(backbone, weights=weights, dtype=dtype)
+    made_with = {"backbone": model.extra_repr(), "size": size, "coverage": coverage, "steps": steps}
+    if found["rows"] and {key: found.get(key) for key in made_with} != made_with:
+        raise SystemExit(f"{path} was made with other settings than {made_with}; name another folder (--out)")
     found |= made_with
     rows = {(row["photo"], row["views"]): row for row in found["rows"]}
     for photo, count in ((photo, count) for photo in photos for count in views):
-        rows.setdefault((photo.name, count), {"photo": photo.name, "views": count})
+        rows.setdefault((photo.name, count), {"photo": photo.name, "views": count, "fields": {}})
 
     def write() -> None:
         found["rows"] = list(rows.values())
@@ -81,30 +98,29 @@ def main(
         (out / "stage1.md").write_text(markdown(found))
 
     for photo in photos:
-        open_rows = [rows[photo.name, count] for count in views]
-        open_rows = [
-            row for row in open_rows if not {"exact", "exact_untapered"} <= row.keys() or (full and "full" not in row)
-        ]
-        if not open_rows:
+        todo = [rows[photo.name, count] for count in views]
+        todo = [row for row in todo if "exact_untapered" not in row or missing(row, recipes, full)]
+        if not todo:
             continue
-        most = max(row["views"] for row in open_rows)
-        seen, held_out, forward = features_of(model, photo, DenoiseOptions(views=most))
-        for row in open_rows:
+        most = max(row["views"] for row in todo)
+        seen, held_out, forward = features_of(model, photo, DenoiseOptions(views=most, coverage=coverage, size=size))
+        for row in todo:
             part = SeenViews(seen.plan.subset(slice(row["views"])), seen.features[: row["views"]])
-            if "exact" not in row:
+            if "exact_untapered" not in row:
                 row |= {"hardware": hardware(), "forward_s": forward * row["views"]}
                 row["exact"] = exact(part, held_out, DenoiseOptions().taper)
-                row["neural"] = timed_field(part, replace(neural, steps=timed_steps), neural.steps)
-                row["times_as_fast"] = row["neural"]["seconds"] / row["exact"]["prepared_s"]
-                row["times_as_fast_with_nothing_prepared"] = row["neural"]["seconds"] / row["exact"]["cold_s"]
-                write()
-            if "exact_untapered" not in row:
                 row["exact_untapered"] = exact(part, held_out, 0.0)
                 write()
-            if full and "full" not in row:
-                row["full"] = whole_field(part, held_out, neural)
+            for recipe in missing(row, recipes, full):
+                row["fields"][recipe] = field(part, held_out, recipe, steps, full)
                 write()
     print(markdown(found))
+
+
+def missing(row: Record, recipes: tuple[Recipe, ...], full: bool) -> list[Recipe]:
+    """The recipes that a row lacks, or has only the time of."""
+    done = row["fields"]
+    return [recipe for recipe in recipes if recipe not in done or (full and "last" not in done[recipe])]
 
 
 def features_of(model: Backbone, photo: Path, options: DenoiseOptions) -> tuple[SeenViews, SeenViews, float]:
@@ -120,16 +136,21 @@ def features_of(model: Backbone, photo: Path, options: DenoiseOptions) -> tuple[
     return seen, gather(extract_views(model, image, held_out), held_out), seconds
 
 
+def at_centres(views: SeenViews) -> SeenViews:
+    """The same features with the patches where they are."""
+    return replace(views, plan=replace(views.plan, released=False))
+
+
 def exact(seen: SeenViews, held_out: SeenViews, taper: float) -> Record:
     """The exact solver on features that are there; without a taper it weighs all patches alike, as the field does."""
-    options = DenoiseOptions()
+    options, seen, held_out = DenoiseOptions(), at_centres(seen), at_centres(held_out)
     device = seen.features.device
     resolution = (2 * seen.plan.grid[0], 2 * seen.plan.grid[1])
     plan = replace(seen.plan, resolution=resolution, taper=taper)
 
     def solve(solver: ExactSolver) -> tuple[torch.Tensor, torch.Tensor]:
         sums = Statistics(plan, seen.features.shape[-1], device=device)
-        for part in seen.features.split(2):
+        for part in seen.features.split(2 if device.type == "cpu" else 32):
             sums.add(part.float())
         return solver.solve(sums.b, sums.g)
 
@@ -146,12 +167,19 @@ def exact(seen: SeenViews, held_out: SeenViews, taper: float) -> Record:
     return {"cold_s": cold_s, "prepared_s": prepared_s, "r2": judge.r2, "cosine": judge.cosine}
 
 
-def whole_field(seen: SeenViews, held_out: SeenViews, options: NeuralFieldOptions) -> Record:
-    """The neural field to its end: last and best step, and everything in between."""
+def field(seen: SeenViews, held_out: SeenViews, recipe: Recipe, steps: int | None, full: bool) -> Record:
+    """The neural field by a recipe: its time, and to its end the last and best step and everything in between."""
+    options = NeuralFieldOptions(recipe="paper" if recipe == "paper" else "released", steps=steps)
+    if recipe != "released":
+        seen, held_out = at_centres(seen), at_centres(held_out)
+    if not full:
+        return timed_field(seen, options, TIMED_STEPS)
     started = time.perf_counter()
     fit = fit_neural_field(seen, options, held_out=held_out, watch=lambda look: print(look, flush=True))
+    synchronise()
     return {
         "seconds": time.perf_counter() - started,
+        "steps": options.total_steps,
         "last": asdict(fit.history[-1]),
         "best": asdict(fit.best),
         "history": [asdict(look) for look in fit.history],
@@ -184,36 +212,39 @@ def keep_freed_memory() -> None:
 
 def markdown(found: Record) -> str:
     """The record as tables."""
+    rows = [row for row in found["rows"] if "exact_untapered" in row]
+    fits = [(row, recipe, fit) for row in rows for recipe, fit in row["fields"].items()]
     lines = [
-        f"{found['backbone']}; {', '.join(sorted({row['hardware'] for row in found['rows'] if 'hardware' in row}))}.",
+        f"{found['backbone']}; views: {found['coverage']}; {', '.join(sorted({row['hardware'] for row in rows}))}.",
         "",
-        "| photo | views | forward | exact | exact, nothing prepared | neural field (scaled) | times as fast |",
-        "|---|---|---|---|---|---|---|",
+        "| photo | views | forward | exact | exact, nothing prepared | recipe | its steps | times as fast |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in (row for row in found["rows"] if "exact" in row):
+    for row, recipe, fit in fits:
+        ours, scaled = row["exact"], "" if "last" in fit else " (scaled)"
         lines.append(
-            f"| {row['photo']} | {row['views']} | {row['forward_s']:.1f} s | {row['exact']['prepared_s']:.2f} s | "
-            f"{row['exact']['cold_s']:.2f} s | {row['neural']['seconds']:.0f} s | {row['times_as_fast']:.0f} "
-            f"({row['times_as_fast_with_nothing_prepared']:.0f} with nothing prepared) |"
+            f"| {row['photo']} | {row['views']} | {row['forward_s']:.1f} s | {ours['prepared_s']:.3f} s | "
+            f"{ours['cold_s']:.3f} s | {recipe} | {fit['seconds']:.0f} s{scaled} | "
+            f"{fit['seconds'] / ours['prepared_s']:,.0f} "
+            f"({fit['seconds'] / ours['cold_s']:,.0f} with nothing prepared) |"
         )
-    full = [row for row in found["rows"] if "full" in row and "exact" in row]
-    if full:
-        lines += ["", "Held-out views, R² (cosine):", ""]
-        lines += [
-            "| photo | views | exact F + G | exact, taper 0 | field, best step | field, last step | with h, last |"
-        ]
-        lines += ["|---|---|---|---|---|---|---|"]
-    for row in full:
-        best, last, ours = row["full"]["best"], row["full"]["last"], row["exact"]
-        plain = row.get("exact_untapered")
-        untapered = f"{plain['r2']:.3f} ({plain['cosine']:.3f})" if plain else "-"
+    lines += ["", "Held-out views, R² (cosine):", ""]
+    lines += ["| photo | views | exact F + G | exact, taper 0 | recipe | best step | last step | with h, last |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row, recipe, fit in (each for each in fits if "last" in each[2]):
+        best, last = fit["best"], fit["last"]
+        with_h = last["r2_with_residual"]
         lines.append(
-            f"| {row['photo']} | {row['views']} | {ours['r2']:.3f} ({ours['cosine']:.3f}) | "
-            f"{untapered} | {best['r2']:.3f} "
-            f"({best['cosine']:.3f}), step {best['step']} | {last['r2']:.3f} ({last['cosine']:.3f}) | "
-            f"{last['r2_with_residual'] or float('nan'):.3f} |"
+            f"| {row['photo']} | {row['views']} | {agreement(row['exact'])} | {agreement(row['exact_untapered'])} | "
+            f"{recipe} | {agreement(best)}, step {best['step']} | {agreement(last)} | "
+            f"{'-' if with_h is None else f'{with_h:.3f}'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def agreement(figures: Record) -> str:
+    """R² and cosine."""
+    return f"{figures['r2']:.3f} ({figures['cosine']:.3f})"
 
 
 if __name__ == "__main__":

@@ -392,7 +392,7 @@ def test_photo_of_one_colour_has_no_variance_to_predict(backbone: Backbone) -> N
         ({"smoothness": -1.0}, "smoothness must be at least 0, got -1.0"),
         ({"shrinkage": float("nan")}, "shrinkage must be at least 0, got nan"),
         ({"method": "magic"}, "method must be 'exact', 'neural-field', 'subtract', 'denoiser' or 'auto', got 'magic'"),
-        ({"coverage": "full"}, "coverage must be 'even' or 'plain'"),
+        ({"coverage": "full"}, "coverage must be 'even', 'plain' or 'released'"),
         ({"resolution": 1}, "at least 2 x 2 nodes"),
     ],
     ids=str,

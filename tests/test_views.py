@@ -353,7 +353,7 @@ def test_bad_argument_raises_a_plan_error_that_names_it(options: dict[str, Any],
         ({"ratio": (0.0, 1.0)}, "ratio must be"),
         ({"flip": 1.5}, r"flip must be a probability in \[0, 1\], got 1.5"),
         ({"flip": -0.1}, "flip must be"),
-        ({"coverage": "full"}, "coverage must be 'even' or 'plain', got 'full'"),
+        ({"coverage": "full"}, "coverage must be 'even', 'plain' or 'released', got 'full'"),
     ],
     ids=str,
 )

@@ -149,7 +149,7 @@ def work(options: DenoiseOptions) -> int:
     """What progress on one photo counts up to: views, and the steps of the neural field."""
     if options.method in ONE_PASS:
         return 1
-    steps = options.neural.steps if options.method == "neural-field" else 0
+    steps = options.neural.total_steps if options.method == "neural-field" else 0
     return options.views + options.held_out + steps
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions
 from denoising_vit.errors import PlanError
+from denoising_vit.views import Coverage
 
 Method = Literal["exact", "neural-field", "subtract", "denoiser", "auto"]
 
@@ -34,7 +35,9 @@ class DenoiseOptions:
         shrinkage: exact only; weight of the penalty on the artifact's size.
         clip: exact only; scale down tokens whose norm is more than this many median absolute deviations above the
             median, so that outliers pull less. Without it, none are.
-        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
+        coverage: even sees borders nearly as often as the middle; plain draws crops as published; released makes views
+            as the released code does (whole pixels of the photo squeezed to the size of a view, patches put from edge
+            to edge of a view), which hardly anything but the neural field's released recipe should use.
         taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
             (0), seams show where crops end.
         seed: of the crops and of the neural field's training; the same seed gives the same result.
@@ -50,11 +53,20 @@ class DenoiseOptions:
     smoothness: float = 1e-2
     shrinkage: float = 1e-3
     clip: float | None = None
-    coverage: Literal["even", "plain"] = "even"
+    coverage: Coverage = "even"
     taper: float = 0.3
     seed: int = 0
     batch_size: int | None = None
     neural: NeuralFieldOptions = NeuralFieldOptions()  # noqa: RUF009, frozen
+
+    @classmethod
+    def released(cls) -> DenoiseOptions:
+        """Stage 1 as the released code runs it: the neural field on 768 crops and the whole photo, 25,000 steps.
+
+        The released code runs the backbone in float32.
+        """
+        neural = NeuralFieldOptions(recipe="released")
+        return cls(method="neural-field", views=769, coverage="released", neural=neural)
 
     def validate(self) -> None:
         """Checks what does not depend on the backbone.

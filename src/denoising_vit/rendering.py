@@ -57,13 +57,16 @@ class ViewRenderer:
 
     def __init__(self, image: Tensor, plan: ViewPlan, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.plan = plan
-        self.image = _reduced(image, plan)
+        self.image = _squeezed(image, plan.size) if plan.released else _reduced(image, plan)
         self._mean = torch.tensor(mean, device=image.device)[:, None, None]
         self._std = torch.tensor(std, device=image.device)[:, None, None]
 
     def __call__(self, index: slice) -> Tensor:
         """Views ``index`` of the plan, normalised, (B, 3, H, W) float32."""
         boxes, flips = self.plan.boxes[index], self.plan.flips[index]
+        if self.plan.released:
+            rendered = torch.stack([self._cut(box, flip) for box, flip in zip(boxes, flips, strict=True)])
+            return rendered.sub_(self._mean).div_(self._std)
         if self.image.device.type == "cpu":
             rendered = torch.stack([self._render(box, flip) for box, flip in zip(boxes, flips, strict=True)])
         else:
@@ -81,6 +84,20 @@ class ViewRenderer:
             columns = columns.flip(0)
         pixels = self.image[:, top : top + rows.shape[1], left : left + columns.shape[1]]
         return rows.to(pixels) @ (pixels @ columns.to(pixels).T)  # (H, y) (3, y, x) (x, W) -> (3, H, W)
+
+    def _cut(self, box: np.ndarray, flip: bool) -> Tensor:
+        """A box of whole pixels, cut out before it is enlarged, as the released code does; overshoot included."""
+        height, width = self.plan.size
+        left, top, right, bottom = np.round(box * (width, height, width, height)).astype(int).tolist()
+        pixels = self.image[None, :, top:bottom, left:right]
+        view = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
+        return view.flip(2) if flip else view
+
+
+def _squeezed(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A photo resized to a view bilinearly, in 8 bits, as the released code does before it crops."""
+    pixels = image.mul(255).round().to("cpu", torch.uint8)
+    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].to(image) / 255
 
 
 def _reduced(image: Tensor, plan: ViewPlan) -> Tensor:

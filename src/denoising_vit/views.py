@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from denoising_vit.errors import PlanError
 from denoising_vit.patch_grid import patch_centres, patch_count
 
-Coverage = Literal["even", "plain"]
+Coverage = Literal["even", "plain", "released"]
 
 #: Changes whenever the same seed would give other views, so that digests of different versions never agree.
 PLAN_VERSION = 1
@@ -60,7 +60,8 @@ class CropOptions:
         flip: probability of a horizontal flip.
         coverage: ``even`` lets boxes overhang the image by up to their own size and moves them back inside, so that
             borders and corners are seen nearly as often as the middle, and spreads the draws evenly (a low-discrepancy
-            sequence); ``plain`` draws independent positions inside the image only, as published.
+            sequence); ``plain`` draws independent positions inside the image only, as published; ``released`` draws
+            them as the released code does, on whole pixels of a view, and makes a released plan of them.
     """
 
     area: tuple[float, float] = (0.1, 0.5)
@@ -75,8 +76,8 @@ class CropOptions:
             raise PlanError(f"crop ratio must be two increasing positive numbers, got {self.ratio}")
         if not 0 <= self.flip <= 1:
             raise PlanError(f"flip must be a probability in [0, 1], got {self.flip}")
-        if self.coverage not in ("even", "plain"):
-            raise PlanError(f"coverage must be 'even' or 'plain', got {self.coverage!r}")
+        if self.coverage not in get_args(Coverage):
+            raise PlanError(f"coverage must be 'even', 'plain' or 'released', got {self.coverage!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,8 @@ class ViewPlan:
         resolution: (Ry, Rx) nodes of the semantic field.
         taper: share of a view's side over which the weight of its patches rises from its border inwards; 0: all patches
             weigh the same.
+        released: views as the released code makes them. The photo is squeezed to ``size`` before it is cropped, and the
+            patches of a view are put from edge to edge of its box, up to half a patch beside their centres.
     """
 
     boxes: np.ndarray = field(repr=False)
@@ -101,6 +104,7 @@ class ViewPlan:
     stride: int
     resolution: tuple[int, int]
     taper: float = 0.0
+    released: bool = False
 
     @classmethod
     def make(
@@ -150,10 +154,11 @@ class ViewPlan:
             resolution = (resolution, resolution)
         if min(resolution) < 2:
             raise PlanError(f"the field needs at least 2 x 2 nodes, got {resolution[0]} x {resolution[1]}")
-        boxes, flips = _draw_crops(views, size, crops or CropOptions(), seed)
+        crops = crops or CropOptions()
+        boxes, flips = _draw_crops(views, size, crops, seed)
         if full_image:
             boxes[0], flips[0] = (0, 0, 1, 1), False
-        return cls(boxes, flips, size, patch_size, stride, resolution, taper)
+        return cls(boxes, flips, size, patch_size, stride, resolution, taper, crops.coverage == "released")
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -168,6 +173,7 @@ class ViewPlan:
     def digest(self) -> str:
         """SHA-256 of everything that defines the plan; equal digests mean equal sampling matrices."""
         head = [PLAN_VERSION, self.size, self.patch_size, self.stride, self.resolution, self.taper, len(self)]
+        head += ["released"] if self.released else []
         content = json.dumps(head).encode() + self.boxes.astype("<f8").tobytes() + self.flips.astype("u1").tobytes()
         return hashlib.sha256(content).hexdigest()
 
@@ -182,12 +188,31 @@ class ViewPlan:
         return replace(self, boxes=self.boxes[index], flips=self.flips[index])
 
     def centres(self) -> tuple[np.ndarray, np.ndarray]:
-        """Image coordinates of the patch centres, rows (V, h) and columns (V, w); mirrored views run right to left."""
-        rows = patch_centres(self.size[0], self.patch_size, self.stride)
-        columns = patch_centres(self.size[1], self.patch_size, self.stride)
+        """Image coordinates of the patch centres, rows (V, h) and columns (V, w); mirrored views run right to left.
+
+        Of a released plan they are those that the released code takes for them.
+        """
+        if self.released:
+            rows, columns = (np.linspace(0, 1, count) for count in self.grid)
+        else:
+            rows, columns = (patch_centres(side, self.patch_size, self.stride) for side in self.size)
         x0, y0, x1, y1 = self.boxes.T[:, :, None]  # each (V, 1)
         columns = np.where(self.flips[:, None], 1 - columns, columns)
         return y0 + rows * (y1 - y0), x0 + columns * (x1 - x0)
+
+    def coords_of_nodes(self, resolution: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Where a field fitted to this plan is read for nodes at cell centres: (Ry,) and (Rx,).
+
+        At the nodes themselves; of a released plan, where it takes the whole image's patches to be around the node.
+        """
+        nodes = [patch_centres(count, 1, 1) for count in resolution]
+        if self.released:
+            own = [patch_centres(side, self.patch_size, self.stride) for side in self.size]
+            nodes = [
+                np.interp(at, centres, np.linspace(0, 1, len(centres))) for at, centres in zip(nodes, own, strict=True)
+            ]
+        rows, columns = nodes
+        return rows, columns
 
     @cached_property
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -233,7 +258,7 @@ def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int
     """Boxes (V, 4) and flips (V,). Drawn view by view, so that more views extend a plan instead of replacing it."""
     # RandomState is the one NumPy generator whose streams are promised never to change.
     stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
-    if crops.coverage == "plain":
+    if crops.coverage != "even":
         draws = stream.random_sample((views, 5))
     else:
         # With independent draws, 1 plan of 64 views in 15 sees some corner less than 0.15 of the mean; with this
@@ -243,11 +268,24 @@ def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int
     frame = size[1] / size[0]
     width = np.minimum(np.sqrt(area * ratio / frame), 1)
     height = np.minimum(np.sqrt(area / ratio * frame), 1)
+    if crops.coverage == "released":
+        return _whole_pixels(width, height, draws, size), draws[:, 4] < crops.flip
     left, top = (_positions(draws[:, 2 + i], side, crops.coverage) for i, side in enumerate((width, height)))
     boxes = np.stack([left, top, left + width, top + height], axis=1)
     # exp, log and powers differ in their last bit between processors; the digest of a plan must not.
     boxes = np.round(np.clip(boxes, 0, 1) * _GRAIN) / _GRAIN
     return boxes, draws[:, 4] < crops.flip
+
+
+def _whole_pixels(width: np.ndarray, height: np.ndarray, draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boxes (V, 4) of relative sides that begin and end on whole pixels of a view; all places are equally likely."""
+    spans = []
+    for relative, draw, pixels in ((width, draws[:, 2], size[1]), (height, draws[:, 3], size[0])):
+        side = np.round(relative * pixels)
+        start = np.floor(draw * (pixels - side + 1))
+        spans.append((start / pixels, (start + side) / pixels))
+    (left, right), (top, bottom) = spans
+    return np.stack([left, top, right, bottom], axis=1)
 
 
 def areas_and_ratios(

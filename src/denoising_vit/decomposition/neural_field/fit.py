@@ -16,11 +16,13 @@ from denoising_vit.decomposition.neural_field.losses import first_phase_loss, se
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import FitError, PlanError
-from denoising_vit.patch_grid import patch_centres
 from denoising_vit.views import ViewPlan
 
 #: A loss is looked at this often: every look waits for the device.
 _CHECK_EVERY = 100
+
+#: The loss is multiplied by this in the released recipe, and its gradient never divided again.
+_RELEASED_SCALE = 1024
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class NeuralFit:
     """The fitted model, and how it went.
 
     Attributes:
+        plan: the views that were fitted.
         model: after the step that the options ask for.
         step: that step.
         has_residual: whether h was fitted by then.
         history: one evaluation every so many steps.
     """
 
+    plan: ViewPlan
     model: NeuralModel
     step: int
     has_residual: bool
@@ -70,7 +74,7 @@ class NeuralFit:
 
         The constant that G loses goes to F, so that their sum stays.
         """
-        rows, columns = (patch_centres(nodes, 1, 1) for nodes in resolution)
+        rows, columns = self.plan.coords_of_nodes(resolution)
         artifact = self.model.artifact.detach()
         mean = artifact.mean(0) if self.model.fits_artifact else torch.zeros_like(artifact[0])
         return self.model.semantic_on(rows, columns) + mean, (artifact - mean).view(shape)
@@ -139,10 +143,11 @@ def fit_neural_field(
         weight_decay=options.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    first_with_residual = math.ceil(options.residual_from * options.steps)
-    fit = NeuralFit(model, options.steps, has_residual=first_with_residual < options.steps)
+    steps, first_with_residual = options.total_steps, options.first_with_residual
+    scale = _RELEASED_SCALE if options.recipe == "released" else 1
+    fit = NeuralFit(views.plan, model, steps, has_residual=first_with_residual < steps)
     best: dict[str, Tensor] | None = None
-    for step in range(options.steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         chosen = torch.randint(len(features), (options.tokens,), generator=draw, device=device)
@@ -152,16 +157,16 @@ def fit_neural_field(
         with_residual = step >= first_with_residual
         if with_residual:
             weights = options.residual_weight, options.sparsity_weight
-            loss = second_phase_loss(semantic, shared, model.residual(target), target, *weights)
+            loss = second_phase_loss(semantic, shared, model.residual(target), target, *weights, options.recipe)
         else:
             loss = first_phase_loss(semantic, shared, target)
         optimizer.zero_grad()
-        loss.backward()
+        (scale * loss).backward()
         model.grid.densify_gradient()
         optimizer.step()  # parameters without a gradient (h at first, G later) are left alone
 
         done = step + 1
-        look = done % options.evaluate_every == 0 or done == options.steps
+        look = done % options.evaluate_every == 0 or done == steps
         if look or done % _CHECK_EVERY == 0:
             _require_finite(loss.item(), done)
         if look:
@@ -183,12 +188,13 @@ def fit_neural_field(
 def learning_rate(step: int, options: NeuralFieldOptions) -> float:
     """Linear warm-up, then a cosine from the full to the final learning rate, which the last step has.
 
-    A warm-up that leaves a single step or none ends at the full learning rate.
+    A warm-up that leaves a single step or none ends at the full learning rate. In the released recipe the first step
+    has a learning rate of 0, and the cosine would end one step after the last.
     """
-    warm_up = round(options.warm_up * options.steps)
+    warm_up, released = round(options.warm_up * options.total_steps), options.recipe == "released"
     if step < warm_up:
-        return options.learning_rate * (step + 1) / warm_up
-    share = (step - warm_up) / max(options.steps - 1 - warm_up, 1)
+        return options.learning_rate * (step if released else step + 1) / warm_up
+    share = (step - warm_up) / max(options.total_steps - (0 if released else 1) - warm_up, 1)
     fall = (1 + math.cos(math.pi * share)) / 2
     return options.final_learning_rate + (options.learning_rate - options.final_learning_rate) * fall
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ class HashGrid(nn.Module):
     A level of ``n`` vertices along each side has its outermost vertices on the edges of the square. Levels whose
     vertices fit the table have one entry each; others share entries by a hash of the vertex.
 
+    The released recipe has the levels of tiny-cuda-nn: of scale ``s = coarsest b^l - 1``, a place x lies at ``s x +
+    0.5``, so that up to half a cell at the right and lower edge lies beyond the ``ceil(s) + 1`` vertices, whose
+    neighbours there are the first of the next row (or of the level); the entries of a level are a multiple of 8.
+
     Args:
         levels: how many resolutions, growing geometrically.
         coarsest: vertices along each side of the first.
@@ -28,22 +33,40 @@ class HashGrid(nn.Module):
         channels: features of an entry.
         table_size: most entries of a level.
         sparse: give the table's gradient in sparse form; see :meth:`densify_gradient`.
+        released: place the vertices as tiny-cuda-nn does.
     """
 
+    scales: Tensor
     offsets: Tensor
     sides: Tensor
     sizes: Tensor
     dense: Tensor
 
     def __init__(
-        self, *, levels: int, coarsest: int, finest: int, channels: int, table_size: int, sparse: bool = False
+        self,
+        *,
+        levels: int,
+        coarsest: int,
+        finest: int,
+        channels: int,
+        table_size: int,
+        sparse: bool = False,
+        released: bool = False,
     ) -> None:
         super().__init__()
-        sides = level_sides(levels, coarsest, finest)
-        sizes = [min(side * side, table_size) for side in sides]
+        if released:
+            scales = released_scales(levels, coarsest, finest)
+            sides = [math.ceil(scale) + 1 for scale in scales]
+            sizes = [min(-(-side * side // 8) * 8, table_size) for side in sides]
+        else:
+            sides = level_sides(levels, coarsest, finest)
+            scales = [side - 1.0 for side in sides]
+            sizes = [min(side * side, table_size) for side in sides]
         self.channels = channels
         self.sparse = sparse
+        self.released = released
         self.table = nn.Parameter(torch.empty(sum(sizes), channels).uniform_(-_INITIAL, _INITIAL))
+        self.register_buffer("scales", torch.tensor(scales), persistent=False)
         self.register_buffer("sides", torch.tensor(sides), persistent=False)
         self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
         self.register_buffer("offsets", torch.tensor([0, *sizes[:-1]]).cumsum(0), persistent=False)
@@ -68,9 +91,12 @@ class HashGrid(nn.Module):
 
         The corners are in the order (x0, y0), (x1, y0), (x0, y1), (x1, y1).
         """
-        last = self.sides - 1  # (levels,)
-        place = coords.to(self.table.dtype).clamp(0, 1)[:, None, :] * last[:, None]  # (N, levels, 2)
-        lower = place.floor().minimum(last[:, None] - 1.0)
+        place = coords.to(self.table.dtype).clamp(0, 1)[:, None, :] * self.scales[:, None]  # (N, levels, 2)
+        if self.released:
+            place = place + 0.5
+            lower = place.floor()
+        else:
+            lower = place.floor().minimum(self.scales[:, None] - 1.0)
         share = place - lower
         (x, y), (sx, sy) = lower.long().unbind(-1), share.unbind(-1)  # (N, levels) each
         weights = torch.stack([(1 - sx) * (1 - sy), sx * (1 - sy), (1 - sx) * sy, sx * sy], -1)
@@ -79,7 +105,7 @@ class HashGrid(nn.Module):
 
     def _entries(self, x: Tensor, y: Tensor) -> Tensor:
         """Rows of the table for vertices (N, levels, 4)."""
-        in_order = y * self.sides[:, None] + x
+        in_order = (y * self.sides[:, None] + x) % self.sizes[:, None]  # released places lie beyond the last vertex
         hashed = (x ^ (y * _PRIME)) % self.sizes[:, None]
         return torch.where(self.dense[:, None], in_order, hashed) + self.offsets[:, None]
 
@@ -101,6 +127,17 @@ class HashGrid(nn.Module):
         else:
             self._gradient.index_add_(0, entries, values)
         self.table.grad = self._gradient
+
+
+def released_scales(levels: int, coarsest: int, finest: int) -> list[float]:
+    """Cells along each side of every level in tiny-cuda-nn, ``coarsest b^l - 1``, rounded to float32 as there.
+
+    The rounding counts: 16 levels from 16 to 1024 end a little above 1023 cells, so at 1,025 vertices, which no longer
+    fit a table of 2^20.
+    """
+    growth = np.float32(math.exp(math.log(finest / coarsest) / max(levels - 1, 1)))
+    factors = np.exp2(np.arange(levels, dtype=np.float32) * np.log2(growth))
+    return (factors * np.float32(coarsest) - np.float32(1)).tolist()
 
 
 def level_sides(levels: int, coarsest: int, finest: int) -> list[int]:

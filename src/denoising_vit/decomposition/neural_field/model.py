@@ -12,6 +12,9 @@ from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 #: Places whose features are computed at once outside the fit.
 _CHUNK = 16_384
 
+#: Of G at first, in the released recipe.
+_RELEASED_DEVIATION = 0.02
+
 
 class NeuralModel(nn.Module):
     """F, G and h of one image.
@@ -36,6 +39,7 @@ class NeuralModel(nn.Module):
             channels=options.level_channels,
             table_size=options.table_size,
             sparse=True,
+            released=options.recipe == "released",
         )
         hidden = options.field_hidden or max(channels // 2, 1)
         self.network = nn.Sequential(
@@ -43,7 +47,8 @@ class NeuralModel(nn.Module):
         )
         self.fits_artifact = artifact is None and options.shared_artifact
         if self.fits_artifact:
-            self.artifact = nn.Parameter(torch.zeros(positions, channels))
+            deviation = _RELEASED_DEVIATION if options.recipe == "released" else 0.0
+            self.artifact = nn.Parameter(torch.randn(positions, channels) * deviation)
         else:
             known = torch.zeros(positions, channels) if artifact is None else artifact.detach().float().clone()
             self.register_buffer("artifact", known)

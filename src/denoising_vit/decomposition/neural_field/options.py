@@ -8,13 +8,23 @@ from typing import Literal
 
 from denoising_vit.errors import PlanError
 
+Recipe = Literal["paper", "released"]
+
+#: Steps of Adam where none are given.
+_STEPS: dict[str, int] = {"paper": 20_000, "released": 25_000}
+
 
 @dataclass(frozen=True)
 class NeuralFieldOptions:
     """How the neural field is built and fitted. Defaults are those of the paper (section 4.1 and appendix A).
 
     Attributes:
-        steps: of Adam. The paper has 20,000, its released code 25,000.
+        recipe: paper does what the paper says. released does what its released code does: the loss times 1,024 and
+            never divided again, so that weight decay and eps act as if 1,024 times smaller; G random at first, of
+            deviation 0.02; the vertices of tiny-cuda-nn; once h is fitted, the cosine of F + G + h with the features,
+            one step later; a learning rate that rises from 0 and does not quite reach the final one. The released
+            views are another option (coverage released, 769 views).
+        steps: of Adam. Without it, 20,000 as in the paper, or the 25,000 of the released code.
         tokens: drawn for one step, from all patches of all views.
         learning_rate: after the warm-up.
         final_learning_rate: at the last step, reached along a cosine.
@@ -38,7 +48,8 @@ class NeuralFieldOptions:
         keep: the result of the last step, as published, or of the best one on the held-out views.
     """
 
-    steps: int = 20_000
+    recipe: Recipe = "paper"
+    steps: int | None = None
     tokens: int = 2048
     learning_rate: float = 1e-2
     final_learning_rate: float = 1e-3
@@ -60,6 +71,17 @@ class NeuralFieldOptions:
     shared_artifact: bool = True
     evaluate_every: int = 500
     keep: Literal["last", "best"] = "last"
+
+    @property
+    def total_steps(self) -> int:
+        """The steps that are taken."""
+        return _STEPS[self.recipe] if self.steps is None else self.steps
+
+    @property
+    def first_with_residual(self) -> int:
+        """The first step that fits h, counted from 0; the number of steps or more where none does."""
+        begin = self.residual_from * self.total_steps
+        return int(begin) + 1 if self.recipe == "released" else math.ceil(begin)
 
     def validate(self) -> None:
         """Checks every number's range.
@@ -90,5 +112,7 @@ class NeuralFieldOptions:
                 raise PlanError(f"{name} must be in [0, 1), got {value}")
         if not 2 <= self.coarsest <= self.finest:
             raise PlanError(f"coarsest must be 2 or more and finest no less, got {self.coarsest} and {self.finest}")
+        if self.recipe not in _STEPS:
+            raise PlanError(f"recipe must be 'paper' or 'released', got {self.recipe!r}")
         if self.keep not in ("last", "best"):
             raise PlanError(f"keep must be 'last' or 'best', got {self.keep!r}")
