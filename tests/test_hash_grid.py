@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from denoising_vit.decomposition.neural_field.hash_grid import HashGrid, level_sides
+from denoising_vit.decomposition.neural_field.hash_grid import HashGrid, level_sides, released_scales
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+PRIME = 2_654_435_761
 
 #: Levels have 2, 3, 4, 7, 11 and 17 vertices along each side; with 31 entries at most, those from 7 on are hashed.
 PRIME_SIZE = 31
@@ -40,7 +42,7 @@ def row_of(x: int, y: int, side: int, table_size: int) -> int:
     """Row within a level, by the published formula."""
     if side * side <= table_size:
         return y * side + x
-    return (x ^ (y * 2_654_435_761)) % table_size
+    return (x ^ (y * PRIME)) % table_size
 
 
 def by_hand(grid: HashGrid, place: tuple[float, float], sides: list[int], table_size: int) -> list[float]:
@@ -191,6 +193,57 @@ def test_no_two_levels_share_rows_and_dense_ones_have_one_row_a_vertex() -> None
         if grid.dense[level]:
             assert len(set(at)) == len(rows) == side * side
     assert max(seen) < len(grid.table)
+
+
+# --- as released ---
+
+
+def released_by_hand(grid: HashGrid, place: tuple[float, float], scales: list[float], table_size: int) -> list[float]:
+    """Features of one place as tiny-cuda-nn has them, in plain Python."""
+    table, features, offset = grid.table.tolist(), [], 0
+    for scale in scales:
+        side = math.ceil(scale) + 1
+        size = min((side * side + 7) // 8 * 8, table_size)
+        (x0, sx), (y0, sy) = ((math.floor(at), at - math.floor(at)) for at in (value * scale + 0.5 for value in place))
+        total = [0.0] * grid.channels
+        for x, y, weight in (
+            (x0, y0, (1 - sx) * (1 - sy)),
+            (x0 + 1, y0, sx * (1 - sy)),
+            (x0, y0 + 1, (1 - sx) * sy),
+            (x0 + 1, y0 + 1, sx * sy),
+        ):
+            row = (x + y * side if side * side <= size else x ^ (y * PRIME & 0xFFFFFFFF)) % size
+            total = [sum_ + weight * entry for sum_, entry in zip(total, table[offset + row], strict=True)]
+        features += total
+        offset += size
+    return features
+
+
+@pytest.mark.parametrize("table_size", [32, 16, 1024])
+def test_released_levels_equal_plain_python(table_size: int) -> None:
+    grid = HashGrid(levels=5, coarsest=3, finest=19, channels=3, table_size=table_size, released=True).double()
+    with torch.no_grad():
+        grid.table.copy_(torch.randn(grid.table.shape, dtype=torch.float64, generator=generator(1)))
+    scales, coords = released_scales(5, 3, 19), places(23)
+    assert scales[0] == 2
+    expected = [released_by_hand(grid, (x, y), scales, table_size) for x, y in coords.tolist()]
+    torch.testing.assert_close(grid(coords), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_released_place_beyond_the_last_vertex_mixes_in_the_next_row() -> None:
+    grid = HashGrid(levels=1, coarsest=3, finest=3, channels=1, table_size=16, released=True).double()
+    with torch.no_grad():
+        grid.table[:, 0] = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53])
+    found = grid(torch.tensor([[0.25, 0.25], [0.0, 0.25], [1.0, 0.25]])).flatten().tolist()
+    assert found == pytest.approx([11, (7 + 11) / 2, (13 + 17) / 2])  # x = 2.5 lies between rows 1 and 2
+
+
+def test_released_levels_have_the_sides_of_tiny_cuda_nn_and_hash_the_finest() -> None:
+    grid = HashGrid(levels=16, coarsest=16, finest=1024, channels=1, table_size=2**20, released=True)
+    assert grid.sides.tolist() == [16, 22, 28, 37, 49, 65, 85, 112, 148, 195, 257, 338, 446, 589, 777, 1025]
+    assert grid.dense.tolist() == [True] * 15 + [False]
+    assert grid.sizes.tolist()[:3] == [256, 488, 784]  # 22 x 22 = 484 is no multiple of 8
+    assert grid.sizes.tolist()[-1] == 2**20
 
 
 # --- gradients ---

@@ -28,8 +28,11 @@ from denoising_vit.decomposition.neural_field import fit as loop
 from denoising_vit.decomposition.neural_field.fit import evaluate, learning_rate
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.denoise import work
+from denoising_vit.extraction import extract_views
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.patch_grid import patch_centres
+from denoising_vit.preparing import prepare
+from denoising_vit.rendering import to_image
 from denoising_vit.separating import gather
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,6 +146,7 @@ class AdamByHand:
             if gradient is None:
                 continue
             parameter = parameters[name]
+            gradient = gradient * (1024 if self.options.recipe == "released" else 1)
             gradient = gradient + self.options.weight_decay * parameter
             zeros = torch.zeros_like(parameter)
             count, mean, square = self.state.get(name, (0, zeros, zeros))
@@ -173,6 +177,8 @@ def loss_by_hand(
         second = (first @ p["residual.2.weight"].T + p["residual.2.bias"]).relu()
         residual = second @ p["residual.4.weight"].T + p["residual.4.bias"]
         predicted, target = semantic + artifact.detach(), features - residual.detach()
+        if options.recipe == "released":
+            predicted, target = predicted + residual.detach(), features
         left = (features - semantic - artifact).detach()
         more = options.residual_weight * (residual - left).square().mean()
         more = more + options.sparsity_weight * residual.abs().mean()
@@ -180,27 +186,69 @@ def loss_by_hand(
     return (predicted - target).square().mean() + 1 - cosine.mean() + more
 
 
-@pytest.mark.parametrize(("steps", "residual_from"), [(1, 0.5), (1, 0.0), (3, 1.0), (5, 0.5)])
-def test_whole_steps_equal_steps_by_hand(steps: int, residual_from: float) -> None:
+RATES = {
+    ("paper", 1): [1e-2],
+    ("paper", 3): [1e-2, 1e-2, 1e-3],
+    ("paper", 5): [1e-2, 1e-2, 7.75e-3, 3.25e-3, 1e-3],
+    # From 0, and a cosine that would end at step 5, the sixth.
+    ("released", 5): [0, *(1e-3 + 9e-3 * (1 + math.cos(math.pi * share)) / 2 for share in (0, 0.25, 0.5, 0.75))],
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "residual_from", "first_with_residual"),
+    [
+        ("paper", 1, 0.5, 1),
+        ("paper", 1, 0.0, 0),
+        ("paper", 3, 1.0, 3),
+        ("paper", 5, 0.5, 3),
+        ("released", 5, 0.4, 3),  # the paper's would be 2
+        ("released", 5, 1.0, 6),
+    ],
+)
+def test_whole_steps_equal_steps_by_hand(
+    recipe: Any, steps: int, residual_from: float, first_with_residual: int
+) -> None:
     # A large eps, without which a first step of Adam is the sign of the gradient alone.
-    options = tiny(steps=steps, residual_from=residual_from, eps=1e-2, weight_decay=0.1, warm_up=0.2, tokens=31)
+    eps, decay = (10.0, 100.0) if recipe == "released" else (1e-2, 0.1)  # against gradients 1,024 times as large
+    options = tiny(
+        recipe=recipe, steps=steps, residual_from=residual_from, eps=eps, weight_decay=decay, warm_up=0.2, tokens=31
+    )
     views, seed = noisy_views(), 4
     fit = fit_neural_field(views, options, seed=seed)
 
     model, adam, draw = start(options, seed), AdamByHand(options), torch.Generator().manual_seed(seed)
     parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    rates = {1: [1e-2], 3: [1e-2, 1e-2, 1e-3], 5: [1e-2, 1e-2, 7.75e-3, 3.25e-3, 1e-3]}[steps]
     loss = torch.zeros(())
-    for step, rate in enumerate(rates):
+    for step, rate in enumerate(RATES[recipe, steps]):
         chosen = torch.randint(12 * math.prod(GRID), (31,), generator=draw)
         leaves = {name: parameter.clone().requires_grad_() for name, parameter in parameters.items()}
-        with_residual = step >= residual_from * steps
+        with_residual = step >= first_with_residual
         loss = loss_by_hand(leaves, model, views, chosen, options, with_residual=with_residual)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         adam.step(parameters, dict(zip(leaves, gradients, strict=True)), rate)
     assert fit.history[-1].loss == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in fit.model.named_parameters():
         torch.testing.assert_close(parameter.detach(), parameters[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_released_artifact_begins_small_and_random() -> None:
+    model = NeuralModel(400, 24, tiny(recipe="released"))
+    assert float(model.artifact.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert abs(float(model.artifact.detach().mean())) < 1e-3
+
+
+def test_released_recipe_has_the_numbers_of_the_released_code() -> None:
+    options = DenoiseOptions.released()
+    options.validate()
+    neural = options.neural
+    assert (options.views, options.coverage) == (769, "released")  # 768 crops and the whole photo
+    assert (neural.total_steps, neural.first_with_residual) == (25_000, 12_501)
+    rates = [learning_rate(step, neural) for step in (0, 1, 2499, 2500, 13_750)]
+    assert rates == pytest.approx([0, 1e-2 / 2500, 1e-2 * 2499 / 2500, 1e-2, 5.5e-3])
+    assert learning_rate(24_999, neural) > 1e-3
+    assert NeuralFieldOptions().total_steps == 20_000
+    assert NeuralFieldOptions(recipe="released", steps=30).total_steps == 30
 
 
 # --- the learning rate ---
@@ -474,6 +522,7 @@ NAN, INF = math.nan, math.inf
         *((name, value, rf"must be in \[0, 1\), got {value}") for name in ("beta1", "beta2") for value in (-0.1, 1.0)),
         ("coarsest", 1, r"must be 2 or more and finest no less, got 1 and 8"),
         ("coarsest", 9, r"must be 2 or more and finest no less, got 9 and 8"),
+        ("recipe", "published", r"must be 'paper' or 'released', got 'published'"),
         ("keep", "first", r"must be 'last' or 'best', got 'first'"),
     ],
 )
@@ -602,6 +651,21 @@ def test_non_square_size(backbone: Backbone, photo: np.ndarray) -> None:
     assert result.semantic.shape == result.artifact.shape == result.residual.shape == (5, 9, WIDTH)
     assert result.field.shape == (15, 27, WIDTH)
     json.dumps(result.info, allow_nan=False)
+
+
+def test_released_semantic_is_the_field_at_the_places_it_was_fitted_at(backbone: Backbone, photo: np.ndarray) -> None:
+    """The released code takes the whole photo's patches from edge to edge."""
+    options = neurally(coverage="released", neural=tiny(recipe="released"))
+    result = dv.denoise_image(backbone, photo, **options)
+    fitted, _ = prepare(backbone, DenoiseOptions(**options))
+    image = to_image(photo)
+    seen = gather(extract_views(backbone, image, fitted), fitted)
+    assert seen.features.dtype == torch.float32
+    fit = fit_neural_field(seen, tiny(recipe="released"), seed=0)
+    places = np.linspace(0, 1, 7)
+    mean = fit.model.artifact.mean(0)
+    torch.testing.assert_close(result.semantic, fit.model.semantic_on(places, places) + mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.raw, seen.features[0])
 
 
 def test_known_artifact_is_taken_as_it_is(backbone: Backbone, photo: np.ndarray) -> None:

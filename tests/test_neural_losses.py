@@ -76,7 +76,33 @@ def test_second_phase_is_the_sum_of_its_terms() -> None:
     assert loss.item() == pytest.approx(terms.item())
 
 
+def test_released_second_phase_takes_the_cosine_of_all_three_parts_with_the_features() -> None:
+    semantic, artifact, residual, features = parts()
+    left = features - semantic - artifact
+    whole = semantic + artifact + residual
+    cosine = (whole * features).sum(1) / (whole.norm(dim=1) * features.norm(dim=1))
+    terms = (
+        (whole - features).square().mean()
+        + (1 - cosine.mean())
+        + 0.1 * (residual - left).square().mean()
+        + 0.02 * residual.abs().mean()
+    )
+    loss = second_phase_loss(semantic, artifact, residual, features, *PUBLISHED, "released")
+    assert loss.item() == pytest.approx(terms.item())
+    assert loss.item() != pytest.approx(second_phase_loss(semantic, artifact, residual, features, *PUBLISHED).item())
+
+
 # --- gradients ---
+
+
+def test_released_second_phase_stops_the_same_gradients() -> None:
+    semantic, artifact, residual, features = parts()
+    second_phase_loss(semantic, artifact, residual, features, *PUBLISHED, "released").backward()
+    whole = semantic + artifact + residual
+    torch.testing.assert_close(grad(semantic), reconstruction_gradient(whole, features))
+    own, left = residual.detach(), (features - semantic - artifact).detach()
+    torch.testing.assert_close(grad(residual), (0.2 * (own - left) + 0.02 * own.sign()) / own.numel())
+    assert artifact.grad is None
 
 
 def test_first_phase_moves_field_and_artifact_alike() -> None:

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from skimage import data
 from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional
 
 from denoising_vit.batched_rendering import render_boxes
 from denoising_vit.rendering import ViewRenderer, resampling_matrix, to_image
-from denoising_vit.views import ViewPlan
+from denoising_vit.views import CropOptions, ViewPlan
 
 NO_MEAN, UNIT_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
@@ -257,3 +259,29 @@ def test_batched_views_in_half_precision_err_by_less_than_a_grey_level() -> None
     difference = (batched.clamp(0, 1) - renderer(slice(None))).abs()
     assert 0 < float(difference.max()) < 0.5 / 255
     assert float(difference.mean()) < 0.1 / 255
+
+
+# --- as released ---
+
+
+@pytest.mark.parametrize("shape", [(61, 97), (300, 451)])
+def test_released_views_are_torchvision_crops_of_the_squeezed_photo(shape: tuple[int, int]) -> None:
+    """Smaller and larger than a view; cut out before they are enlarged, overshoot included."""
+    photo = np.array(Image.fromarray(data.chelsea()).resize((shape[1], shape[0])))
+    plan = ViewPlan.make(12, size=(112, 112), patch_size=14, seed=1, crops=CropOptions(coverage="released"))
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
+    found = ViewRenderer(to_image(photo), plan, mean, std)(slice(None))
+    squeezed = transforms.Compose([
+        transforms.Resize((112, 112)), transforms.ToTensor(), transforms.Normalize(mean, std),
+    ])(Image.fromarray(photo))  # fmt: skip
+    assert isinstance(squeezed, Tensor)
+    assert plan.flips.any()
+    for view, (box, flip) in enumerate(zip(plan.boxes, plan.flips, strict=True)):
+        left, top, right, bottom = np.round(box * 112).astype(int).tolist()
+        size = [112, 112]
+        bicubic = transforms.InterpolationMode.BICUBIC
+        expected = functional.resized_crop(squeezed, top, left, bottom - top, right - left, size, bicubic)
+        expected = functional.hflip(expected) if flip else expected
+        # Pillow and torch round the squeezed photo's levels differently now and then, by one.
+        difference = (found[view] - expected).abs() * torch.tensor(std)[:, None, None] * 255
+        assert float(difference.max()) < 1.6 and float(difference.mean()) < 0.2

@@ -177,6 +177,43 @@ def test_boxes_lie_in_the_image_with_area_and_ratio_in_range(size: tuple[int, in
     assert ratio.min() >= 0.75 - 1e-9 and ratio.max() <= 4 / 3 + 1e-9
 
 
+def test_released_boxes_are_whole_pixels_of_a_view_and_reach_its_edges() -> None:
+    plan = make(2000, crops=CropOptions(coverage="released"))
+    pixels = plan.boxes * np.tile((plan.size[1], plan.size[0]), 2)
+    np.testing.assert_allclose(pixels, np.round(pixels), atol=1e-9)
+    assert (plan.boxes[1:].min(0)[:2] == 0).all() and (plan.boxes[1:].max(0)[2:] == 1).all()
+    width, height = (plan.boxes[1:, side + 2] - plan.boxes[1:, side] for side in (0, 1))
+    assert 0.095 < (width * height).min() < 0.11 and 0.49 < (width * height).max() < 0.505
+    assert 0.45 < plan.flips.mean() < 0.55
+
+
+def test_released_patches_lie_from_edge_to_edge_of_a_view() -> None:
+    plan = make(40, crops=CropOptions(coverage="released"))
+    rows, columns = plan.centres()
+    np.testing.assert_allclose(rows[:, [0, -1]], plan.boxes[:, [1, 3]], atol=1e-12)
+    ends = np.where(plan.flips[:, None], plan.boxes[:, [2, 0]], plan.boxes[:, [0, 2]])
+    np.testing.assert_allclose(columns[:, [0, -1]], ends, atol=1e-12)
+    assert plan.flips.any() and np.ptp(np.diff(rows, axis=1), axis=1).max() < 1e-12
+
+
+def test_released_plan_is_another_than_one_of_the_same_boxes() -> None:
+    plan = make(9, crops=CropOptions(coverage="released"))
+    assert plan != dataclasses.replace(plan, released=False)
+    assert plan.subset(slice(3)).released
+
+
+def test_nodes_are_read_where_they_are_and_of_a_released_plan_where_its_patches_are_taken_to_be() -> None:
+    plan = ViewPlan.make(3, size=(40, 56), patch_size=8, resolution=(15, 7))
+    rows, columns = plan.coords_of_nodes((15, 7))
+    np.testing.assert_allclose(rows, (np.arange(15) + 0.5) / 15)
+    np.testing.assert_allclose(columns, (np.arange(7) + 0.5) / 7)
+    rows, columns = dataclasses.replace(plan, released=True).coords_of_nodes((15, 7))
+    np.testing.assert_allclose(rows[1::3], np.linspace(0, 1, 5))  # three nodes a patch: these are patch centres
+    np.testing.assert_allclose(rows[2], 1 / 12)  # a third of the way from the first to the second
+    assert (rows[0], rows[-1]) == (0, 1)
+    np.testing.assert_allclose(columns, np.linspace(0, 1, 7))
+
+
 def test_area_and_ratio_fill_their_range() -> None:
     boxes = make(400).boxes[1:]
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
