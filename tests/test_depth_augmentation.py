@@ -15,10 +15,10 @@ from torch import Tensor
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.depth import PAPER, DepthImage
+from denoising_vit.evaluation.depth import PAPER, RELEASED, DepthImage
 from denoising_vit.evaluation.depth.augmentation import NYU_PART, Colours, Drawn, draw
 from denoising_vit.evaluation.depth.head import DepthProbe
-from denoising_vit.evaluation.depth.losses import depth_loss
+from denoising_vit.evaluation.depth.losses import depth_loss, scale_invariant_loss
 from denoising_vit.evaluation.depth.samples import DepthCrops
 from denoising_vit.evaluation.judged import JudgedSet
 from denoising_vit.evaluation.sources import ExtractorSource
@@ -227,10 +227,12 @@ def test_crops_are_decided_by_seed_and_step(images: JudgedSet[DepthImage]) -> No
     assert len(set(straight)) == 4
 
 
-@pytest.mark.parametrize(("patch", "stride"), [(6, 6), (8, 4), (7, 5)])
+@pytest.mark.parametrize(
+    ("patch", "stride", "released"), [(6, 6, False), (8, 4, False), (7, 5, False), (6, 6, True), (8, 8, True)]
+)
 @pytest.mark.parametrize("step", [1, 150])
 def test_the_loss_of_a_step_is_that_of_its_crops_by_hand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: int, stride: int, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: int, stride: int, released: bool, step: int
 ) -> None:
     """Features upsampled beside the class token, weighed, and depth brought to every pixel of the crop."""
     images = set_of(tmp_path, blocky(4, 5))
@@ -244,7 +246,10 @@ def test_the_loss_of_a_step_is_that_of_its_crops_by_hand(
 
     monkeypatch.setattr(DepthCrops, "_draw", kept)
     source, probe = Witness(patch, stride), DepthProbe(6, 16, 0.001, 10.0, 4, seed=0)
-    with DepthCrops(source, images, None, replace(TINY, farthest=4.0), seed=3) as samples:
+    protocol = replace(TINY, farthest=4.0)
+    if released:
+        protocol = replace(protocol, pads=RELEASED.pads, together=RELEASED.together, gradient=RELEASED.gradient)
+    with DepthCrops(source, images, None, protocol, seed=3) as samples:
         assert samples.channels == 6
         found = float(samples.loss(probe, step).detach())
     inputs = source.passed[-1]
@@ -265,4 +270,9 @@ def test_the_loss_of_a_step_is_that_of_its_crops_by_hand(
     truth = torch.stack([drawn[place].truth() for place in range(3)])
     truth[truth >= 4] = 0
     wanted = depth_loss(torch.from_numpy(wide).float(), truth, 0.5, mean_only=step < 100)
+    if released:  # the whole grid is brought to the crop; groups of two images, the third by itself; no gradient loss
+        wide = F.interpolate(torch.from_numpy(depth)[:, None], (21, 33), mode="bilinear")[:, 0]
+        parts = [slice(0, 2), slice(2, 3)]
+        losses = [scale_invariant_loss(wide[part], truth[part], mean_only=step < 100) for part in parts]
+        wanted = torch.stack(losses).mean()
     assert found == pytest.approx(float(wanted), rel=1e-4)

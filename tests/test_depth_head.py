@@ -16,7 +16,7 @@ from denoising_vit.crops import Crop
 from denoising_vit.evaluation.depth import PAPER, QUICK, DepthProtocol
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.judging import judge_depth
-from denoising_vit.evaluation.depth.samples import DepthCrops, KeptDepth, places_of
+from denoising_vit.evaluation.depth.samples import DepthCrops, KeptDepth
 from denoising_vit.evaluation.sources import ExtractorSource
 from tiny_depth import RED, backbone, linear_depth, linear_probe, pooled, ramp, set_of
 
@@ -244,7 +244,7 @@ def test_the_truth_of_a_patch_leaves_out_what_is_not_known(tmp_path: Path) -> No
 
 
 def test_places_of_a_crop_leave_out_its_pads() -> None:
-    rows, columns = places_of(Crop((0, 0, 1, 1), (3, 4), (2, 5, 1, 6)))
+    rows, columns = Crop((0, 0, 1, 1), (3, 4), (2, 5, 1, 6)).places_shown()
     assert rows.tolist() == [5.5, 6.5, 7.5]
     assert columns.tolist() == [2.5, 3.5, 4.5, 5.5]
 

@@ -28,6 +28,7 @@ from denoising_vit.evaluation.probing import Curve
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.segmentation import PAPER, QUICK, Protocol, Trained, linear_segmentation
+from denoising_vit.evaluation.segmentation.augmentation import centre_pads
 from denoising_vit.evaluation.segmentation.judging import judge, windows
 from denoising_vit.evaluation.segmentation.probe import LinearProbe
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops
@@ -574,6 +575,38 @@ def test_a_loss_that_is_not_finite_stops_the_training(value: float) -> None:
 
 
 # --- Judging
+
+
+def test_released_windows_are_judged_by_scores_stretched_over_them(even: LabelledData) -> None:
+    patch, source = 6, ExtractorSource("colours", backbone(grid_of(6, 6), 6))  # windows of 28 pixels are padded to 30
+    probe, image = moved_probe(3).eval(), even.val.images[0]
+    protocol = replace(TINY, pads="stretched", short_side=28, long_side=28)  # one window an image
+    found = judge(probe, source, replace(even.val, images=(image,)), protocol)
+    scale = 28 / max(image.height, image.width)
+    size = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
+    pads = centre_pads(*size, patch, patch)
+    shown = F.pad(source.inputs(image, Crop.whole(size)), (pads[0], pads[2], pads[1], pads[3]))
+    scores = F.interpolate(probe(pooled(shown[None], patch)).permute(0, 3, 1, 2), size, mode="bilinear")
+    wide = F.interpolate(scores, (image.height, image.width), mode="bilinear")
+    predicted, truth = wide[0].argmax(0), image.labels()
+    for kind in range(CLASSES):
+        hits = int(((predicted == kind) & (truth == kind)).sum())
+        assert found.hits[0, kind] == pytest.approx(hits, abs=2)
+
+
+def test_released_crops_have_scores_stretched_over_them_pads_and_all(mixed: LabelledData) -> None:
+    source, probe = Witness(grid_of(6, 6), 6), moved_probe(3)
+    with RandomCrops(source, mixed.train, replace(TINY, pads="stretched"), 7, 3) as samples:
+        found = float(samples.loss(probe, 3).detach())
+    predicted = probe(torch.stack([pooled(inputs[None], 6)[0] for _, _, inputs in source.asked]))
+    total = 0.0
+    for (image, crop, _), part in zip(source.asked, predicted, strict=True):
+        assert isinstance(image, LabelledImage)
+        shown = F.interpolate(part.permute(2, 0, 1)[None], (28, 28), mode="bilinear")
+        labels = torch.full((28, 28), NO_LABEL)
+        labels[: crop.size[0], : crop.size[1]] = _labels_by_hand(image, crop)
+        total += float(F.cross_entropy(shown, labels[None], ignore_index=NO_LABEL, reduction="sum").detach())
+    assert found == pytest.approx(total / (4 * 28 * 28), rel=1e-4)
 
 
 def test_windows_are_judged_by_the_mean_of_their_scores_where_they_overlap(mixed: LabelledData) -> None:

@@ -80,6 +80,20 @@ class Crop:
         left, top, right, bottom = self.pads
         return self.size[0] + top + bottom, self.size[1] + left + right
 
+    def places_shown(self, stretched: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Where the middles of the crop's own pixels are in what is shown, rows (H,) and columns (W,) in pixels of it.
+
+        Args:
+            stretched: (H, W) of pixels, from the crop's first on, over which the patch grid is taken to lie, pads and
+                all, as the released code does; None for where the pixels are.
+        """
+        left, top, _, _ = self.pads
+        own = [np.arange(side) + 0.5 for side in self.size]
+        if stretched is None:
+            return own[0] + top, own[1] + left
+        rows, columns = (at * shown / side for at, shown, side in zip(own, self.padded, stretched, strict=True))
+        return rows, columns
+
     def render(
         self,
         image: Tensor,

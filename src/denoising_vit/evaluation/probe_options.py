@@ -10,6 +10,9 @@ from denoising_vit.errors import PlanError
 
 Preset = Literal["paper", "quick"]
 
+#: Whether pads are cut off, or the patch grid is stretched over a crop as if there were none.
+Pads = Literal["cut", "stretched"]
+
 
 class Trainable(Protocol):
     """What the protocols of all probes say: a dataclass with these fields."""

@@ -4,11 +4,12 @@ from denoising_vit.evaluation.depth.data import DepthData, open_depth
 from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.judging import Depths, depth_errors
 from denoising_vit.evaluation.depth.linear import LinearDepth, by_protocol, depth
-from denoising_vit.evaluation.depth.protocol import PAPER, QUICK, DepthOptions, DepthProtocol
+from denoising_vit.evaluation.depth.protocol import PAPER, QUICK, RELEASED, DepthOptions, DepthProtocol
 
 __all__ = [
     "PAPER",
     "QUICK",
+    "RELEASED",
     "DepthData",
     "DepthImage",
     "DepthOptions",

@@ -14,7 +14,6 @@ from denoising_vit.crops import Crop
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.depth.samples import places_of
 from denoising_vit.evaluation.judged import JudgedSet
 from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
@@ -133,7 +132,8 @@ def _shown_padded(
         crop = Crop((0.0, 0.0, 1.0, 1.0), size, centre_pads(*size, *patch))
         crops = [crop, replace(crop, flip=True)] if protocol.flip_test else [crop]
         features, token = source.features_and_class(torch.stack([source.inputs(image, one) for one in crops]))
-        depth = probe.at_pixels(features, token if protocol.class_token else None, *places_of(crop), patch)
+        places = crop.places_shown(crop.size if protocol.pads == "stretched" else None)
+        depth = probe.at_pixels(features, token if protocol.class_token else None, *places, patch)
         # Each is brought between the limits before the mean is taken, as published.
         depth = depth.clamp(protocol.nearest, protocol.farthest)
         yield depth[0] if len(depth) == 1 else (depth[0] + depth[1].flip(1)) / 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from denoising_vit.errors import PlanError
-from denoising_vit.evaluation.probe_options import Preset, ProbeOptions, warmed
+from denoising_vit.evaluation.probe_options import Pads, Preset, ProbeOptions, warmed
 
 #: Share of the learning rate that the warm-up begins with, and share of it that is left at the end.
 _WARMUP_START, _RATE_END = 1e-3, 1e-8
@@ -38,6 +38,8 @@ class DepthProtocol:
         upsample: times by which features are upsampled before bins are weighed.
         gradient: weight of the gradient loss beside the scale-invariant one. The published code's own comes to nothing
             (docs/decisions.md).
+        together: images whose errors the scale-invariant loss takes together, the loss being the mean over such
+            groups; None for all images of a step.
         mean_first: steps in which the scale-invariant loss looks at the mean error alone.
         augment: whether every step sees random crops, forward passes and all; without it, features of whole images are
             taken once.
@@ -49,6 +51,8 @@ class DepthProtocol:
         colour: least and largest factor on each channel.
         flip_test: whether the prediction is the mean of that of a photo and that of its mirror image.
         normalisation: of images: the model's own, or ImageNet's for every model, as in the published evaluation.
+        pads: depth is brought to the pixels where the patches are, and pads are cut off; or the patch grid is stretched
+            over the crop as if there were no pads, as the released code does.
         size: without crops: height and width at which images are shown; None is their own, rounded to the patch grid.
     """
 
@@ -66,6 +70,7 @@ class DepthProtocol:
     class_token: bool = True
     upsample: int = 4
     gradient: float = 0.5
+    together: int | None = None
     mean_first: int = 100
     augment: bool = True
     rotate: float = 2.5
@@ -76,6 +81,7 @@ class DepthProtocol:
     colour: tuple[float, float] = (0.9, 1.1)
     flip_test: bool = True
     normalisation: Literal["own", "imagenet"] = "imagenet"
+    pads: Pads = "cut"
     size: int | tuple[int, int] | None = None
 
     def learning_rate_at(self, step: int) -> float:
@@ -101,6 +107,9 @@ def _eased(start: float, end: float, done: float) -> float:
 
 
 PAPER = DepthProtocol("paper", steps=38_400, warmup=12_800)
+
+#: What the released code runs: two images on each of eight devices, a gradient loss that is always 0.
+RELEASED = replace(PAPER, gradient=0.0, together=2, pads="stretched")
 
 #: The same probe on features of whole images, one prediction a patch in training, with the same share of warm-up. Few
 #: images a step and a higher rate take its loss lower in a minute than the published ones (docs/decisions.md).

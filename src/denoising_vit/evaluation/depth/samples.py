@@ -153,12 +153,17 @@ class DepthCrops:
         drawn = [future.result() for future in self._ahead.pop(step)]
         features, token = self._source.features_and_class(torch.stack([inputs for inputs, _, _ in drawn]))
         crop = drawn[0][1].crop
-        rows, columns = places_of(crop)
+        rows, columns = crop.places_shown(crop.size if self._protocol.pads == "stretched" else None)
         patch = self._source.patch_size, self._source.stride
         depth = probe.at_pixels(features, token if self._protocol.class_token else None, rows, columns, patch)
         truth = torch.stack([truth for _, _, truth in drawn]).to(depth.device)
         mean_only = step < self._protocol.mean_first
-        return depth_loss(depth, truth, self._protocol.gradient, mean_only=mean_only)
+        together, gradient = self._protocol.together or len(truth), self._protocol.gradient
+        losses = [
+            depth_loss(ours, theirs, gradient, mean_only=mean_only)
+            for ours, theirs in zip(depth.split(together), truth.split(together), strict=True)
+        ]
+        return torch.stack(losses).mean()
 
     def _render(self, step: int) -> None:
         if step not in self._ahead:
@@ -172,12 +177,6 @@ class DepthCrops:
         drawn = draw(self._images[index], self._protocol, self._part, patch, chance)
         inputs = self._source.inputs(drawn.image, drawn.crop, drawn.colours)
         return inputs, drawn, within(drawn.truth(), self._protocol.farthest)
-
-
-def places_of(crop: Crop) -> tuple[np.ndarray, np.ndarray]:
-    """Where the middles of a crop's own pixels are in what is shown, pads left out."""
-    left, top, _, _ = crop.pads
-    return np.arange(crop.size[0]) + 0.5 + top, np.arange(crop.size[1]) + 0.5 + left
 
 
 def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:

@@ -81,7 +81,8 @@ def _by_windows(
         times = torch.zeros(height, width, 1)
         for crop, features in zip(crops, _features(source, image, crops), strict=True):
             rows, columns = _part(crop, height, width)
-            total[rows, columns] += to_pixels(probe(features), crop, *patch).cpu()
+            frame = crop.size if protocol.pads == "stretched" else None
+            total[rows, columns] += to_pixels(probe(features), crop, *patch, frame).cpu()
             times[rows, columns] += 1
         yield to_image(total / times, image.height, image.width)
 

@@ -37,23 +37,22 @@ class LinearProbe(nn.Module):
         return self.classify(tokens).unflatten(0, features.shape[:-1])
 
 
-def to_pixels(scores: Tensor, crop: Crop, patch_size: int, stride: int) -> Tensor:
+def to_pixels(
+    scores: Tensor, crop: Crop, patch_size: int, stride: int, stretched: tuple[int, int] | None = None
+) -> Tensor:
     """Scores of a crop's patches, bilinear at the pixels that its box is rendered to, pads left out.
-
-    The published code stretches the patch grid over the crop as if there were no pads, up to 3 pixels off at 512.
 
     Args:
         scores: (h, w, K).
         crop: what was shown.
         patch_size: side of a patch in pixels.
         stride: distance between patches.
+        stretched: as for :meth:`Crop.places_shown`; up to 3 pixels off at 512.
 
     Returns:
         (H, W, K) for the crop's size H x W.
     """
-    left, top, _, _ = crop.pads
-    rows, columns = np.arange(crop.size[0]) + 0.5 + top, np.arange(crop.size[1]) + 0.5 + left
-    return at_places(scores, rows, columns, patch_size, stride)
+    return at_places(scores, *crop.places_shown(stretched), patch_size, stride)
 
 
 def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float) -> Tensor:

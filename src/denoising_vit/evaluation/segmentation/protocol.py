@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from denoising_vit.evaluation.probe_options import Preset, ProbeOptions, warmed
+from denoising_vit.evaluation.probe_options import Pads, Preset, ProbeOptions, warmed
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Protocol:
         window: side in pixels of the windows that test images are cut into.
         window_stride: distance between these windows in pixels.
         normalisation: of images: the model's own, or ImageNet's for every model, as in the published evaluation.
+        pads: scores are brought to the pixels where the patches are, and pads are cut off; or the patch grid is
+            stretched over the crop as if there were no pads, as the released code does.
         size: without crops: height and width at which images are shown; None is their own, rounded to the patch grid.
     """
 
@@ -53,6 +55,7 @@ class Protocol:
     window: int = 512
     window_stride: int = 341
     normalisation: Literal["own", "imagenet"] = "imagenet"
+    pads: Pads = "cut"
     size: int | tuple[int, int] | None = None
 
     @property
@@ -73,6 +76,9 @@ class Protocol:
 _WARMUP_START = 1e-6
 
 PAPER = Protocol("paper", steps=40_000, warmup=1_500)
+
+#: What the released code runs.
+RELEASED = replace(PAPER, pads="stretched")
 
 #: The same probe on features of whole images, with the same share of warm-up. With ten times the learning rate it is
 #: within a point of where four times as many steps take it; with the published one, not (docs/decisions.md).

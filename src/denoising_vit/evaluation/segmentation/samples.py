@@ -154,8 +154,10 @@ class RandomCrops:
         features = self._source.features(torch.stack([inputs for inputs, _, _ in drawn]))
         scores = probe(features)
         total = torch.zeros((), device=scores.device)
+        side = self._protocol.crop
+        frame = (side, side) if self._protocol.pads == "stretched" else None
         for patches, (_, crop, labels) in zip(scores, drawn, strict=True):
-            pixels = to_pixels(patches, crop, self._source.patch_size, self._source.stride).flatten(0, 1)
+            pixels = to_pixels(patches, crop, self._source.patch_size, self._source.stride, frame).flatten(0, 1)
             truth = labels.flatten().to(pixels.device)
             total = total + F.cross_entropy(pixels, truth, ignore_index=NO_LABEL, reduction="sum")
         return total / (len(drawn) * self._protocol.crop**2)
