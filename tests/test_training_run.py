@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny_artifact
@@ -603,6 +604,28 @@ def test_training_begins_at_raw_features_in_all_but_the_position(data: tiny.Fitt
     denoiser = tiny.prepared(data.stored, tmp_path / "run").training().denoiser
     raw = torch.randn(2, 7, 7, tiny.CHANNELS)
     torch.testing.assert_close(denoiser(raw), raw + denoiser.pos_embed.view(1, 7, 7, -1))
+
+
+def test_training_may_begin_at_random_as_published(data: tiny.Fitted, tmp_path: Path) -> None:
+    run = tiny.prepared(data.stored, tmp_path / "run", None, tiny.options(start="random")).training()
+    last = dict(run.denoiser.named_parameters())["denoiser.mlp.fc2.weight"].detach()
+    bound = last.shape[1] ** -0.5  # of a layer as torch begins it
+    assert 0.95 * bound < float(last.abs().max()) <= bound
+
+
+def test_two_batches_of_two_are_one_of_four(data: tiny.Fitted, tmp_path: Path) -> None:
+    for name, batch, accumulate in (("one", 4, 1), ("two", 2, 2), ("four", 1, 4)):
+        training = tiny.options(batch_size=batch, accumulate=accumulate, steps=4)
+        tiny.trained(data.stored, tmp_path / name, None, training)
+    one = tiny.rows(tmp_path / "one", "train")
+    assert one[0]["rate"] == pytest.approx(0.01 * (4 / 256) ** 0.5)  # by the views of a step, not of a batch
+    weights = load_file(tmp_path / "one" / "last.safetensors")
+    for name in ("two", "four"):
+        for there, here in zip(one, tiny.rows(tmp_path / name, "train"), strict=True):
+            for figure in ("loss", "mse", "cosine", "gradient", "rate"):
+                assert here[figure] == pytest.approx(there[figure], rel=1e-4, abs=1e-6), figure
+        for key, value in load_file(tmp_path / name / "last.safetensors").items():
+            torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-4, msg=key)
 
 
 def test_a_planted_artifact_is_learnt_away(data: tiny.Fitted, tmp_path: Path) -> None:

@@ -188,11 +188,12 @@ class TrainJob:
         if not self.views.keep:
             assert isinstance(self.targets, StoredTargets)
             pairs = FreshPairs(self.targets, self.backbone)
-        whole = options.batch_size * self.accelerator.num_processes
+        whole = options.views_a_step(self.accelerator.num_processes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             denoiser = Denoiser(self.backbone.embed_dim, self._grid, options.blocks, describe(self.backbone))
-        _start_as_identity(denoiser)
+        if options.start == "identity":
+            _start_as_identity(denoiser)
         denoiser.info = {
             "images": len(trained),
             "options": options.recorded(),

@@ -126,7 +126,8 @@ class RunOptions:
 
     Attributes:
         steps: optimiser steps of the whole run.
-        batch_size: views in a step, of each process.
+        batch_size: views in a forward pass, of each process.
+        accumulate: such batches whose gradients are added up before a step is taken.
         learning_rate: the highest, times the square root of (views in a step of all processes / 256).
         final_rate: the last.
         warmup: share of the steps over which the rate rises.
@@ -142,6 +143,7 @@ class RunOptions:
 
     steps: int = 50_000
     batch_size: int = 16
+    accumulate: int = 1
     learning_rate: float = 2e-4
     final_rate: float = 1e-6
     warmup: float = 0.15
@@ -155,7 +157,15 @@ class RunOptions:
 
     def _least(self) -> dict[str, int]:
         """The least value of each number."""
-        least = {"steps": 1, "batch_size": 1, "held_out": 1, "evaluate_every": 1, "checkpoint_every": 1, "stop_at": 1}
+        least = {
+            "steps": 1,
+            "batch_size": 1,
+            "accumulate": 1,
+            "held_out": 1,
+            "evaluate_every": 1,
+            "checkpoint_every": 1,
+            "stop_at": 1,
+        }
         return least | {"learning_rate": 0, "final_rate": 0, "weight_decay": 0, "seed": 0}
 
     def validate(self) -> None:
@@ -172,6 +182,10 @@ class RunOptions:
             raise TrainError(f"warmup must be a share in [0, 1), got {self.warmup}")
         if self.precision not in get_args(Precision):
             raise TrainError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+
+    def views_a_step(self, processes: int) -> int:
+        """Of all processes."""
+        return self.batch_size * self.accumulate * processes
 
     @property
     def last_step(self) -> int:
@@ -205,11 +219,14 @@ class TrainOptions(RunOptions):
 
     Attributes:
         blocks: transformer blocks of the denoiser.
+        start: identity begins with blocks that pass features on as they are, which a short training is better for;
+            random begins as published.
         shrink: factor on what the blocks add to features, in the denoiser that is judged and written; a little below 1
             undoes some of what a short training on few images learned by heart. Training itself is the same.
     """
 
     blocks: int = 1
+    start: Literal["identity", "random"] = "identity"
     shrink: float = 1.0
 
     def _least(self) -> dict[str, int]:
@@ -222,6 +239,8 @@ class TrainOptions(RunOptions):
             TrainError: naming the option, its range, and what came.
         """
         super().validate()
+        if self.start not in ("identity", "random"):
+            raise TrainError(f"start must be identity or random, got {self.start!r}")
         if not 0 < self.shrink <= 1:
             raise TrainError(f"shrink must be a factor in (0, 1], got {self.shrink}")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
 from denoising_vit.training.checkpoints import Progress
@@ -102,6 +102,28 @@ def require_finite(value: Tensor, what: str, step: int, samples: Sequence[Sample
         f"step {step + 1}: the {what} is not finite ({value.item()}), and the run is stopped before it spoils the "
         f"weights; the pairs were: {named}. Lower --learning-rate, or look at these images"
     )
+
+
+@contextlib.contextmanager
+def synchronised(model: nn.Module, last: bool, sharing: bool = False) -> Iterator[None]:
+    """Has processes exchange gradients after the last of several batches alone.
+
+    Args:
+        model: what is trained, as it was wrapped for several processes.
+        last: whether this is the last batch of a step.
+        sharing: whether its weights are shared out between the processes.
+    """
+    if sharing:
+        model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+    with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():  # pyright: ignore
+        yield
+
+
+def own_batches(samples: list[Sample], batch_size: int, accelerator: Any) -> Iterator[list[Sample]]:
+    """The samples of this process in a step, batch by batch, of those of all processes."""
+    whole, first = batch_size * accelerator.num_processes, batch_size * accelerator.process_index
+    for start in range(0, len(samples), whole):
+        yield samples[start + first : start + first + batch_size]
 
 
 def set_rate(optimiser: Any, rate: float) -> None:

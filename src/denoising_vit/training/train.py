@@ -24,7 +24,7 @@ from denoising_vit.training.options import TrainOptions
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sample, Sampler
 from denoising_vit.training.schedule import learning_rate, peak_rate
-from denoising_vit.training.steps import OnFigures, Steps, require_finite, set_rate
+from denoising_vit.training.steps import OnFigures, Steps, own_batches, require_finite, set_rate, synchronised
 
 #: Batches that are read before they are needed.
 _AHEAD = 4
@@ -84,23 +84,29 @@ class Training:
         batches = prefetched(self._batches(progress.step), _AHEAD)
 
         def gradients(step: int) -> Figures:
-            started = time.perf_counter()
-            samples, inputs, target = next(batches)
-            waited = time.perf_counter() - started
             rate = learning_rate(step, options.steps, peak, options.final_rate, options.warmup)
             set_rate(optimiser, rate)
+            totals, waited = torch.zeros(3, device=accelerator.device), 0.0
+            seen: list[Sample] = []
+            for number in range(options.accumulate):
+                started = time.perf_counter()
+                samples, inputs, target = next(batches)
+                waited += time.perf_counter() - started
+                seen += samples
 
-            raw = self.pairs.features(inputs.to(accelerator.device))
-            with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                clean = model(raw)
-            squared, cosine = denoising_loss(clean, target.to(accelerator.device))
-            loss = squared + (1 - cosine)
-            require_finite(loss, "loss", step, samples, self.ids)
-            accelerator.backward(loss)
+                raw = self.pairs.features(inputs.to(accelerator.device))
+                with synchronised(model, number == options.accumulate - 1):
+                    with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                        clean = model(raw)
+                    squared, cosine = denoising_loss(clean, target.to(accelerator.device))
+                    loss = squared + (1 - cosine)
+                    require_finite(loss, "loss", step, samples, self.ids)
+                    accelerator.backward(loss / options.accumulate)
+                totals += torch.stack([loss, squared, cosine]).detach() / options.accumulate
             norm = gradient_norm(self.denoiser)
-            require_finite(norm, "gradient", step, samples, self.ids)
+            require_finite(norm, "gradient", step, seen, self.ids)
 
-            means = accelerator.reduce(torch.stack([loss, squared, cosine]).detach(), "mean").tolist()
+            means = accelerator.reduce(totals, "mean").tolist()
             figures = dict(zip(("loss", "mse", "cosine"), means, strict=True))
             return figures | {"rate": rate, "gradient": norm.item(), "waited": waited}
 
@@ -121,11 +127,10 @@ class Training:
             return steps.run(progress, on_step)
 
     def _batches(self, start: int) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
-        """Samples of this process at each step that is left, with what the pairs have of them."""
-        size, rank = self.options.batch_size, self.accelerator.process_index
+        """Samples of this process in the steps that are left, batch by batch, with what the pairs have of them."""
         for step in range(start, self.options.last_step):
-            samples = self.sampler.step(step)[rank * size : (rank + 1) * size]
-            yield samples, *self.pairs.read(samples)
+            for samples in own_batches(self.sampler.step(step), self.options.batch_size, self.accelerator):
+                yield samples, *self.pairs.read(samples)
 
     def _look(self, progress: Progress, log: Log | None, on_look: OnFigures) -> Progress:
         """Judges the denoiser by the held-out images, and keeps it where it is the best."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from denoising_vit.errors import TrainError
 from denoising_vit.prefetch import prefetched
@@ -30,7 +30,7 @@ from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sample, Sampler
 from denoising_vit.training.schedule import learning_rate, peak_rate
 from denoising_vit.training.sharding import gathered, shard
-from denoising_vit.training.steps import OnFigures, Steps, require_finite, set_rate
+from denoising_vit.training.steps import OnFigures, Steps, own_batches, require_finite, set_rate, synchronised
 from denoising_vit.training.train import gradient_norm
 
 #: Batches that are read and rendered before they are needed.
@@ -122,7 +122,7 @@ class Distillation:
                 samples += batch.samples
 
                 lesson = self.teacher(batch)
-                with _synchronised(model, number == options.accumulate - 1, sharing):
+                with synchronised(model, number == options.accumulate - 1, sharing):
                     with torch.autocast(accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32):
                         answer = model(batch.images)
                     loss, parts = self._loss(answer, lesson, batch.usable)
@@ -158,12 +158,8 @@ class Distillation:
 
     def _plan(self, start: int) -> Iterator[list[Sample]]:
         """Samples of this process, batch by batch."""
-        size, processes = self.options.batch_size, self.accelerator.num_processes
         for step in range(start, self.options.last_step):
-            samples = self.sampler.step(step)
-            for number in range(self.options.accumulate):
-                first = (number * processes + self.accelerator.process_index) * size
-                yield samples[first : first + size]
+            yield from own_batches(self.sampler.step(step), self.options.batch_size, self.accelerator)
 
     def _loss(
         self, answer: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], lesson: Lesson, usable: Tensor
@@ -239,15 +235,6 @@ class Distillation:
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:
     """The same loss for prefix tokens (B, P, C)."""
     return F.mse_loss(prefix, frozen) + 1 - F.cosine_similarity(prefix, frozen, dim=-1).mean()
-
-
-@contextlib.contextmanager
-def _synchronised(model: nn.Module, last: bool, sharing: bool) -> Iterator[None]:
-    """Has processes exchange gradients after the last of several batches alone."""
-    if sharing:
-        model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
-    with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():  # pyright: ignore
-        yield
 
 
 def _plain(name: str) -> str:

@@ -16,7 +16,6 @@ class DistillOptions(RunOptions):
     Attributes:
         steps: optimiser steps of the whole run; 0 for as many as the epochs take.
         epochs: how often each photo is seen, where no steps are given.
-        accumulate: batches whose gradients are added up before a step is taken.
         layer_decay: factor on the learning rate from each block to the one before it; 1 is as published.
         ema: share of the old in a moving average of the weights, which is then what is judged and written; 0 for none.
         hold_prefix: weight of the loss that keeps class token and registers what they were; 0 lets them go.
@@ -27,7 +26,6 @@ class DistillOptions(RunOptions):
 
     steps: int = 0
     epochs: float = 5.0
-    accumulate: int = 1
     layer_decay: float = 1.0
     ema: float = 0.0
     hold_prefix: float = 1.0
@@ -35,7 +33,7 @@ class DistillOptions(RunOptions):
     shard: bool = False
 
     def _least(self) -> dict[str, int]:
-        return super()._least() | {"steps": 0, "epochs": 0, "accumulate": 1, "hold_prefix": 0}
+        return super()._least() | {"steps": 0, "epochs": 0, "hold_prefix": 0}
 
     def validate(self) -> None:
         """Checks every option's range.
@@ -50,10 +48,6 @@ class DistillOptions(RunOptions):
             raise TrainError(f"layer_decay must be a factor in (0, 1], got {self.layer_decay}")
         if not 0 <= self.ema < 1:
             raise TrainError(f"ema must be a share in [0, 1), got {self.ema}")
-
-    def views_a_step(self, processes: int) -> int:
-        """Of all processes."""
-        return self.batch_size * self.accumulate * processes
 
     def with_steps(self, images: int, processes: int) -> DistillOptions:
         """The same with the steps that the epochs take."""
