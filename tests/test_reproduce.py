@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
+from timm.models.eva import Eva
 
 from command import Dvit, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.cli import reproduce as verb
 from denoising_vit.denoiser import load_denoiser
+from denoising_vit.errors import PhotoError
 from denoising_vit.evaluation import depth, workbench
 from denoising_vit.evaluation.metrics import METRICS
-from denoising_vit.evaluation.segmentation import PAPER
+from denoising_vit.evaluation.segmentation import PAPER, RELEASED
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.published import published_rows
 from denoising_vit.reproduction import (
@@ -37,6 +41,8 @@ from denoising_vit.reproduction import (
 )
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
+from denoising_vit.training.samples import Sampler, whole_view
+from denoising_vit.training.schedule import peak_rate
 from tiny_distillation import blank_panels
 from tiny_labelled import tiny_backbone
 
@@ -251,12 +257,44 @@ def test_photos_to_train_on_are_named_where_they_are_missing(
     assert not out.exists()
 
 
-def test_a_denoiser_is_not_trained_on_photos_that_it_is_judged_on(data: Path) -> None:
-    photos = training_photos(data, VOC_PHOTOS)
+def test_a_denoiser_is_trained_on_the_first_photos_of_the_released_list(data: Path) -> None:
+    names = ["VOC2007/JPEGImages/000001.jpg", "VOC2012/JPEGImages/train_1.jpg", "VOC2012/JPEGImages/train_0.jpg"]
+    (data / "voc_train.txt").write_text("".join(f"data/VOCdevkit/{name}\n" for name in names))
+    photos = training_photos(data, VOC_PHOTOS, 2)
+    assert [item.id for item in photos] == ["VOC2007/000001.jpg", "VOC2012/train_1.jpg"]
+    assert [item.url for item in photos] == [str((data / "VOCdevkit" / name).absolute()) for name in names[:2]]
+    assert len(training_photos(data, VOC_PHOTOS)) == len(training_photos(data, VOC_PHOTOS, 10_000)) == 3
+
+
+def test_a_photo_of_the_list_that_is_missing_is_named(data: Path) -> None:
+    (data / VOC_PHOTOS.places[1] / "000001.jpg").unlink()
+    with pytest.raises(PhotoError, match=r"voc_train.txt: 1 of 4 photos are missing, such as .*2007/JPEGImages/000001"):
+        training_photos(data, VOC_PHOTOS)
+    (data / "voc_train.txt").write_text("")
+    with pytest.raises(PhotoError, match=r"voc_train.txt: is empty"):
+        training_photos(data, VOC_PHOTOS)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("variant", ["voc_denoised", "voc_distilled"])
+def test_a_list_that_is_missing_is_told_with_where_it_is_to_be_had(
+    dvit: Dvit, data: Path, out: Path, variant: str
+) -> None:
+    (data / "voc_train.txt").unlink()
+    done = dvit("reproduce", "--row", DINOV2_B, "--variant", variant, "--data", data, "-o", out)
+    assert done.code == 2
+    assert (
+        f"on the first photos of the list {data / 'voc_train.txt'}; it goes there from data/voc_train.txt" in done.err
+    )
+
+
+def test_photos_without_a_list_are_spread_evenly_and_none_is_judged_on(data: Path) -> None:
+    unlisted = replace(VOC_PHOTOS, listed=None)
+    photos = training_photos(data, unlisted)
     assert [item.id for item in photos] == [
         *("VOC2012/train_0.jpg", "VOC2012/train_1.jpg", "VOC2007/000000.jpg", "VOC2007/000001.jpg"),
     ]
-    assert [item.id for item in training_photos(data, VOC_PHOTOS, 2)] == ["VOC2012/train_1.jpg", "VOC2007/000001.jpg"]
+    assert [item.id for item in training_photos(data, unlisted, 2)] == ["VOC2012/train_1.jpg", "VOC2007/000001.jpg"]
 
 
 def test_row_has_to_be_named(dvit: Dvit, data: Path, out: Path) -> None:
@@ -594,30 +632,85 @@ def test_denoisers_of_imagenet_are_of_its_photos(
     assert trained == [IMAGENET_PHOTOS.places]
 
 
-def test_recipe_of_distilled_models_is_the_published_one() -> None:
-    recipe = DistilledRecipe()
-    assert (recipe.training.epochs, recipe.training.steps, recipe.training.learning_rate) == (5, 0, 2e-4)
+def test_recipe_of_distilled_models_is_the_released_one() -> None:
+    recipe, training = DistilledRecipe(), DistilledRecipe().training
+    assert (training.epochs, training.steps, training.hold_prefix, training.precision) == (5, 0, 0, "float32")
     assert (recipe.views.whole, recipe.views.sizes, recipe.views.flip) == (1, None, 0.5)
+    assert (training.batch_size, training.views_a_step(1)) == (64, 512)
+    assert peak_rate(training.learning_rate, 512) == pytest.approx(2.83e-4, rel=1e-3)
 
 
-def test_recipe_of_denoisers_is_the_published_one() -> None:
-    recipe = DenoiserRecipe()
-    assert (recipe.training.steps, recipe.training.batch_size, recipe.training.learning_rate) == (50_000, 16, 2e-4)
-    assert (recipe.views.whole, recipe.views.keep, recipe.views.inverted) == (1, 2, 0)
+def test_recipe_of_denoisers_is_the_released_one() -> None:
+    recipe, training = DenoiserRecipe(), DenoiserRecipe().training
+    assert (training.steps, training.start, training.precision, training.held_out) == (50_000, "random", "float32", 1)
+    assert (training.batch_size, training.views_a_step(1)) == (16, 128)
+    assert peak_rate(training.learning_rate, 128) == pytest.approx(1.41e-4, rel=5e-3)
     assert recipe.images == 10_000
+    sampler = Sampler((3, 5, 7), ((56, 56),), recipe.views, 0, 3)
+    shown = [sample for step in range(20) for sample in sampler.step(step)]
+    assert {sample.crop for sample in shown} == {whole_view((56, 56), mirrored=False)}  # never a crop, never mirrored
 
 
-def test_protocols_are_the_published_ones() -> None:
-    assert Protocols() == Protocols(PAPER, depth.PAPER, DenoiserRecipe(), DistilledRecipe())
+def test_protocols_are_the_released_ones() -> None:
+    assert Protocols() == Protocols(RELEASED, depth.RELEASED, DenoiserRecipe(), DistilledRecipe())
+    assert replace(RELEASED, pads="cut") == PAPER
+    assert replace(depth.RELEASED, pads="cut", together=None, gradient=0.5) == depth.PAPER
+    assert (depth.RELEASED.together, depth.RELEASED.gradient) == (2, 0)
 
 
-def test_dry_protocols_are_the_published_ones_but_for_their_length() -> None:
+def test_dry_protocols_are_the_released_ones_but_for_their_length() -> None:
     how = dry.dry_protocols(tiny_backbone())
     short = how.segmentation
-    assert replace(short, steps=PAPER.steps, warmup=PAPER.warmup, batch=PAPER.batch) == PAPER
-    published = depth.PAPER
-    assert replace(how.depth, steps=published.steps, warmup=published.warmup, batch=published.batch) == published
+    assert replace(short, steps=PAPER.steps, warmup=PAPER.warmup, batch=PAPER.batch) == RELEASED
+    released = depth.RELEASED
+    assert replace(how.depth, steps=released.steps, warmup=released.warmup, batch=released.batch) == released
     assert max(short.steps, how.depth.steps, how.recipe.training.steps, how.distilling.training.steps) < 10
+    for short, whole in ((how.recipe, DenoiserRecipe()), (how.distilling, DistilledRecipe())):
+        length = {name: getattr(whole.training, name) for name in ("steps", "batch_size", "accumulate", "held_out")}
+        assert replace(short.training, **length) == whole.training
+
+
+# --- which features ---
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("model", [SMALL, EVA])
+def test_baselines_are_segmented_by_the_features_that_the_released_code_takes(
+    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """timm's intermediate layers as they are; of EVA-02 the fourth of what its other path gives: the final output, and
+    its blocks, normed, of which the third is the last but one."""
+    made: dict[str, Backbone] = {}
+    compare = Workbench.compare
+
+    def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
+        made[more["task"]] = self.backbone
+        return compare(self, names, judge, **more)
+
+    monkeypatch.setattr(Workbench, "compare", note)
+    assert_dry(dvit, model, tmp_path, with_depth=model != EVA)
+    found = made["segmentation"]
+    assert isinstance(found, TimmBackbone)
+    side = 2 * found.patch_size
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if isinstance(found.model, Eva):
+            final, blocks = found.model.forward_intermediates(image, indices=[0, 1], norm=True, output_fmt="NCHW")
+            wanted = [final, *blocks][-2]
+        else:
+            wanted = found.model.get_intermediate_layers(image, n=[1], reshape=True)[-1]
+            normed = found.model.get_intermediate_layers(image, n=[1], reshape=True, norm=True)[-1]
+            torch.testing.assert_close(made["depth"](image), normed.permute(0, 2, 3, 1))  # pyright: ignore
+        torch.testing.assert_close(found(image), wanted.permute(0, 2, 3, 1))  # pyright: ignore
+
+
+@pytest.mark.parametrize("model", [SMALL, EVA])
+def test_denoisers_are_segmented_by_what_they_were_trained_on(model: str) -> None:
+    backbone = dry.dry_backbone(model)
+    assert running._as_segmented(backbone, "denoiser") is backbone
+    distilled = running._as_segmented(backbone, "distilled")
+    assert (distilled.layer, distilled.norm) == ((0, True) if model == EVA else (1, False))
+    assert (backbone.layer, backbone.norm) == (1, True)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def reproduce(
     seed: int = 0,
     dry: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Measures a published row again, by the published protocol, and prints both side by side.
+    """Measures a published row again, as the released code does, and prints both side by side.
 
     Does the steps whose data is there, and says what is missing for the others and where it goes.
 
@@ -45,8 +45,8 @@ def reproduce(
         row: the model, as `--list` names it.
         variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled. Without it, baseline.
         list: list every row with the status of its steps, and stop.
-        data: folder that holds VOCdevkit/VOC2012, ADEChallengeData2016 and nyu; for denoisers VOCdevkit/VOC2007 as
-            well, and imagenet/train for what is trained on ImageNet.
+        data: folder that holds VOCdevkit/VOC2012, ADEChallengeData2016 and nyu; for denoisers VOCdevkit/VOC2007 and
+            the released list of photos voc_train.txt as well, and imagenet/train for what is trained on ImageNet.
         out: the file that lines of results are appended to. The same command goes on where it was stopped.
         weights: of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not that of the table.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -68,7 +68,9 @@ def reproduce(
     if row is None:
         print_error("which row? Give --row MODEL; `dvit reproduce --list` names them")
         return WRONG_USAGE
-    return _reproduce(row, variant or _FIRST, data, out, BackboneSpec(row, weights, device=device), seed)
+    return _reproduce(
+        row, variant or _FIRST, data, out, BackboneSpec(row, weights, device=device, dtype="float32"), seed
+    )
 
 
 def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSpec, seed: int) -> int:

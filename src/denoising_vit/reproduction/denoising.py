@@ -7,6 +7,7 @@ from pathlib import Path
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.dataset import Dataset, Item, open_dataset, spread
+from denoising_vit.errors import PhotoError
 from denoising_vit.evaluation.watching import Watch
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.reproduction.rows import TrainingPhotos
@@ -18,19 +19,24 @@ _JUDGED_ON = Path("ImageSets", "Segmentation", "val.txt")
 
 @dataclass(frozen=True)
 class DenoiserRecipe:
-    """How the denoiser of a row is made: the published setting, but for stage 1, which is solved exactly.
+    """How the denoiser of a row is made: as the released code does, but for stage 1, which is solved exactly.
 
     Attributes:
-        images: photos, spread evenly over all; which 10,000 were taken was not published.
+        images: photos: of VOC the first of the released list, of ImageNet spread evenly over all.
         denoising: stage 1.
-        views: whole images and their mirror images, as published.
-        training: loss, optimiser, schedule and length as published.
+        views: whole images, never mirrored.
+        training: 50,000 steps of 128 pairs, which were 16 on each of 8 devices, in float32, from random weights. One
+            image is held out, for the figures of the run.
     """
 
     images: int = 10_000
     denoising: DenoiseOptions = field(default_factory=lambda: DenoiseOptions(held_out=0))
-    views: PairOptions = field(default_factory=lambda: PairOptions(whole=1, keep=2))
-    training: TrainOptions = field(default_factory=TrainOptions)
+    views: PairOptions = field(default_factory=lambda: PairOptions(whole=1, flip=0, keep=1))
+    training: TrainOptions = field(
+        default_factory=lambda: TrainOptions(
+            batch_size=16, accumulate=8, start="random", precision="float32", held_out=1
+        )
+    )
 
 
 def trained_denoiser(
@@ -72,13 +78,19 @@ def trained_denoiser(
 
 
 def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Dataset:
-    """Photos to train on, each folder's by its own name; 0 takes all.
+    """Photos to train on, named by their folder and their own name.
 
-    Those that are judged on are left out, as published.
+    Args:
+        data: folder that the photos' folders are in.
+        where: the photos.
+        count: the first so many of the list where there is one, else spread evenly over all but those that are judged
+            on; 0 takes all.
 
     Raises:
-        PhotoError: if there are none.
+        PhotoError: if there are none, or some of the list are missing.
     """
+    if where.listed is not None:
+        return Dataset(str(data / where.places[0]), _listed(data, where, count))
     items: list[Item] = []
     for place in where.places:
         folder = data / place
@@ -89,3 +101,15 @@ def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Datase
             items += [replace(item, id=f"{folder.parent.name}/{item.id}") for item in found]
     chosen = spread(len(items), count)
     return Dataset(str(data / where.places[0]), [items[index] for index in chosen])
+
+
+def _listed(data: Path, where: TrainingPhotos, count: int) -> list[Item]:
+    """The first photos of a list, whose lines are paths like ``data/VOCdevkit/VOC2012/JPEGImages/NAME.jpg``."""
+    assert where.listed is not None
+    names = (data / where.listed).read_text().split()
+    names = [name.removeprefix("data/") for name in (names[:count] if count else names)]
+    absent = [name for name in names if not (data / name).is_file()]
+    if absent or not names:
+        what = f"{len(absent)} of {len(names)} photos are missing, such as {data / absent[0]}" if absent else "is empty"
+        raise PhotoError(f"{data / where.listed}: {what}; photos go there from {where.source}")
+    return [Item(f"{Path(name).parts[-3]}/{Path(name).name}", str((data / name).absolute())) for name in names]

@@ -12,13 +12,13 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.depth.data import NYU_SIZE
-from denoising_vit.evaluation.segmentation import PAPER
+from denoising_vit.evaluation.segmentation import RELEASED
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.reproduction.denoising import DenoiserRecipe
 from denoising_vit.reproduction.distilling import DistilledRecipe
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS
 from denoising_vit.reproduction.running import Protocols
-from denoising_vit.training import DistillOptions, TrainOptions, ViewOptions
+from denoising_vit.training import ViewOptions
 
 #: Two images of each split, of unlike sizes, so that one of them is padded and the other cut into windows.
 _SIZES = ((48, 64), (60, 40))
@@ -35,16 +35,17 @@ def dry_backbone(model: str) -> Backbone:
 
 
 def dry_protocols(backbone: Backbone) -> Protocols:
-    """The published protocols, stopped after two steps of one crop or pair; training is shown 8 x 8 patches."""
+    """The released protocols, stopped after two steps of a crop, or of two pairs; training is shown 8 x 8 patches."""
+    denoised, distilled = DenoiserRecipe(), DistilledRecipe()
     return Protocols(
-        segmentation=replace(PAPER, steps=2, warmup=1, batch=1),
-        depth=replace(depth.PAPER, steps=2, warmup=1, batch=1),
+        segmentation=replace(RELEASED, steps=2, warmup=1, batch=1),
+        depth=replace(depth.RELEASED, steps=2, warmup=1, batch=1),
         recipe=DenoiserRecipe(
             denoising=DenoiseOptions(views=8, held_out=0, size=8 * backbone.patch_size),
-            training=TrainOptions(steps=2, batch_size=1, held_out=1),
+            training=replace(denoised.training, steps=2, batch_size=1, accumulate=2),
         ),
         distilling=DistilledRecipe(
-            training=DistillOptions(steps=2, batch_size=1, held_out=1),
+            training=replace(distilled.training, steps=2, batch_size=1, accumulate=2, held_out=1),
             views=ViewOptions(sizes=str(8 * backbone.patch_size)),
         ),
     )
@@ -60,6 +61,10 @@ def dry_data(folder: Path) -> Path:
         _write(folder / VOC_PHOTOS.places[1] / f"{number:06}.jpg", _noise(size, chance))
         for name in ("n01440764", "n01443537"):
             _write(folder / IMAGENET_PHOTOS.places[0] / name / f"{name}_{number}.JPEG", _noise(size, chance))
+    names = [f"VOC2012/JPEGImages/train_{number}.jpg" for number in range(len(_SIZES))]
+    names += [f"VOC2007/JPEGImages/{number:06}.jpg" for number in range(len(_SIZES))]
+    assert VOC_PHOTOS.listed is not None
+    (folder / VOC_PHOTOS.listed).write_text("".join(f"data/VOCdevkit/{name}\n" for name in names))
     return folder
 
 

@@ -72,13 +72,30 @@ class TrainingPhotos:
     Attributes:
         places: folders below the data folder; the first must be there, the others are taken where they are.
         source: where they can be had.
+        listed: a list of those that are taken, in its order, in the data folder; None where all are.
+        list_source: where the list can be had.
     """
 
     places: tuple[str, ...]
     source: str
+    listed: str | None = None
+    list_source: str = ""
+
+    def lacking(self, data: Path) -> tuple[str, str] | None:
+        """What is missing in the data folder, and where it goes there from; None where nothing is."""
+        if not (data / self.places[0]).exists():
+            return str(data / self.places[0]), self.source
+        if self.listed is not None and not (data / self.listed).is_file():
+            return f"the first photos of the list {data / self.listed}", self.list_source
+        return None
 
 
-VOC_PHOTOS = TrainingPhotos(("VOCdevkit/VOC2012/JPEGImages", "VOCdevkit/VOC2007/JPEGImages"), VOC.source)
+VOC_PHOTOS = TrainingPhotos(
+    ("VOCdevkit/VOC2012/JPEGImages", "VOCdevkit/VOC2007/JPEGImages"),
+    f"{VOC.source}, and VOCtrainval_06-Nov-2007.tar, http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
+    listed="voc_train.txt",
+    list_source="data/voc_train.txt of https://github.com/Jiawei-Yang/Denoising-ViT",
+)
 IMAGENET_PHOTOS = TrainingPhotos(("imagenet/train",), "ILSVRC2012_img_train.tar, https://image-net.org/download.php")
 
 
@@ -176,9 +193,8 @@ def _step(row: PublishedRow, benchmark: Benchmark, data: Path, lines: Sequence[d
         return Step(benchmark, "missing", words)
     made = VARIANTS_MADE[row.variant]
     for what, photos in (("denoiser is trained", made.denoiser), ("model is distilled", made.distilled)):
-        if photos is not None and not (data / photos.places[0]).exists():
-            words = f"the {what} on {data / photos.places[0]}; it goes there from {photos.source}"
-            return Step(benchmark, "missing", words)
+        if photos is not None and (needed := photos.lacking(data)) is not None:
+            return Step(benchmark, "missing", f"the {what} on {needed[0]}; it goes there from {needed[1]}")
     return Step(benchmark, "ready")
 
 

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from timm.models.eva import Eva
+
 from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.records import Results
-from denoising_vit.evaluation.segmentation import PAPER, Protocol
+from denoising_vit.evaluation.segmentation import RELEASED, Protocol
 from denoising_vit.evaluation.workbench import Line, Watch, Workbench, unwatched
 from denoising_vit.reproduction.denoising import DenoiserRecipe, trained_denoiser
 from denoising_vit.reproduction.distilling import DistilledRecipe, distilled_model
@@ -22,7 +25,7 @@ from denoising_vit.reproduction.rows import NYU, VARIANTS_MADE, VOC_PHOTOS, Benc
 
 @dataclass(frozen=True)
 class Protocols:
-    """How the steps of a row are done; as published by default.
+    """How the steps of a row are done; as the released code does them by default.
 
     Attributes:
         segmentation: of the probe for classes.
@@ -31,8 +34,8 @@ class Protocols:
         distilling: how the distilled model of a row is made.
     """
 
-    segmentation: Protocol = PAPER
-    depth: depth.DepthProtocol = depth.PAPER
+    segmentation: Protocol = RELEASED
+    depth: depth.DepthProtocol = depth.RELEASED
     recipe: DenoiserRecipe = field(default_factory=DenoiserRecipe)
     distilling: DistilledRecipe = field(default_factory=DistilledRecipe)
 
@@ -81,9 +84,10 @@ def reproduce_row(
         except DenoisingVitError as error:  # the other benchmark may be as it should be
             yield step, {"failed": str(error), "metrics": {}, "skipped": []}
             continue
+        features = VARIANTS_MADE[row.published.variant].features
         bench = Workbench(
             data=judged,
-            backbone=backbone,
+            backbone=_as_segmented(backbone, features) if step.benchmark.task == "segmentation" else backbone,
             spec=spec,
             results=results,
             folder=folder,
@@ -92,9 +96,23 @@ def reproduce_row(
             distilled=made.distilled,
             watch=watch,
         )
-        features = VARIANTS_MADE[row.published.variant].features
         for line, _ in _lines(bench, features, step.benchmark, protocols, seed, published):
             yield step, line
+
+
+def _as_segmented(backbone: Backbone, features: str) -> Backbone:
+    """The backbone as the released code segments with it.
+
+    Without a denoiser behind it the last block is taken as it is, before the final norm; of EVA-02, through another
+    path, the block before it, normed. Depth and denoisers have the normed last block.
+    """
+    if features == "denoiser" or not isinstance(backbone, TimmBackbone):
+        return backbone
+    if isinstance(backbone.model, Eva):
+        return backbone.at_layer(-2)
+    other = backbone.at_layer(-1)
+    other.norm = False
+    return other
 
 
 def _made(
