@@ -25,6 +25,7 @@ from denoising_vit.denoiser import load_denoiser
 from denoising_vit.errors import PhotoError
 from denoising_vit.evaluation import depth, workbench
 from denoising_vit.evaluation.metrics import METRICS
+from denoising_vit.evaluation.probe_options import recorded
 from denoising_vit.evaluation.segmentation import PAPER, RELEASED
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.published import published_rows
@@ -41,6 +42,7 @@ from denoising_vit.reproduction import (
 )
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
+from denoising_vit.training import TrainOptions
 from denoising_vit.training.samples import Sampler, whole_view
 from denoising_vit.training.schedule import peak_rate
 from tiny_distillation import blank_panels
@@ -656,6 +658,17 @@ def test_protocols_are_the_released_ones() -> None:
     assert replace(RELEASED, pads="cut") == PAPER
     assert replace(depth.RELEASED, pads="cut", together=None, gradient=0.5) == depth.PAPER
     assert (depth.RELEASED.together, depth.RELEASED.gradient) == (2, 0)
+
+
+def test_settings_that_came_later_are_recorded_only_where_they_change_what_is_done() -> None:
+    """So that earlier results are kept and earlier runs go on."""
+    for ours, released in ((PAPER, RELEASED), (depth.PAPER, depth.RELEASED)):
+        assert not {"pads", "together"} & recorded(ours).keys()
+        assert recorded(released)["pads"] == "stretched"
+    assert recorded(depth.RELEASED)["together"] == 2
+    assert not {"accumulate", "start"} & TrainOptions().recorded().keys()
+    training = DenoiserRecipe().training.recorded()
+    assert (training["accumulate"], training["start"]) == (8, "random")
 
 
 def test_dry_protocols_are_the_released_ones_but_for_their_length() -> None:

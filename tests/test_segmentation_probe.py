@@ -106,7 +106,7 @@ def test_scores_of_a_padded_crop_are_those_of_the_padded_size_with_the_pads_cut_
 
 @pytest.mark.parametrize("shown", [(512, 512), (300, 512), (411, 77)])
 def test_released_scores_are_torchs_of_the_whole_grid_brought_to_the_crop(shown: tuple[int, int]) -> None:
-    """37 patches of 14 cover 518 pixels; their scores are resized to the 512 of the crop, of which some show nothing."""
+    """37 patches of 14 cover 518 pixels; their scores are resized to the 512 of the crop."""
     scores = noise(37, 37, CLASSES)
     crop = Crop((0, 0, 1, 1), shown, (3, 3, 3 + 512 - shown[1], 3 + 512 - shown[0]))
     assert crop.padded == (518, 518)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,8 @@ def test_a_run_that_is_stopped_early_is_the_same_run() -> None:
 
 
 def test_all_else_is_another_run() -> None:
-    recorded = TrainOptions().recorded()
+    run = TrainOptions(accumulate=2, start="random")
+    recorded = run.recorded()
     assert recorded.keys() == {field for field in TrainOptions.__dataclass_fields__ if field != "stop_at"}
-    assert TrainOptions(seed=1).recorded() != recorded
+    for other in (replace(run, seed=1), replace(run, accumulate=3), replace(run, start="identity")):
+        assert other.recorded() != recorded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from denoising_vit.errors import PlanError
@@ -107,6 +107,15 @@ class ProbeOptions:
             raise PlanError(f"learning_rate must be a positive number, got {rate}")
         if decay is not None and not 0 <= decay < math.inf:
             raise PlanError(f"weight_decay must be 0 or more, got {decay}")
+
+
+def recorded(protocol: Any) -> dict[str, Any]:
+    """What results of a protocol, a dataclass, are kept under, as JSON values.
+
+    Settings that came later are left out where they are what was always done, so that earlier results still count.
+    """
+    always = {"pads": "cut", "together": None}
+    return {name: value for name, value in asdict(protocol).items() if name not in always or value != always[name]}
 
 
 def warmed(rate: float, step: int, warmup: int, start: float) -> float:

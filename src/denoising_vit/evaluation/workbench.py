@@ -19,6 +19,7 @@ from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbour
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import NamedSources, Normalisation
 from denoising_vit.evaluation.outcomes import Outcome
+from denoising_vit.evaluation.probe_options import recorded
 from denoising_vit.evaluation.records import Results, Task
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.seeing import FeatureCache, Shown
@@ -226,7 +227,7 @@ class Workbench:
     ) -> Iterator[Line]:
         """As :meth:`segmentation`, with every setting of the protocol given."""
         data = self._labelled
-        settings = asdict(protocol)
+        settings = recorded(protocol)
 
         def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
             probes = linear_segmentation(

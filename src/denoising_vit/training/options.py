@@ -244,6 +244,13 @@ class TrainOptions(RunOptions):
         if not 0 < self.shrink <= 1:
             raise TrainError(f"shrink must be a factor in (0, 1], got {self.shrink}")
 
+    def recorded(self) -> dict[str, Any]:
+        """As for all runs; options that came later are left out where they are what was always done, so that earlier
+        runs go on.
+        """
+        always = {"accumulate": 1, "start": "identity"}
+        return {name: value for name, value in super().recorded().items() if value != always.get(name, ...)}
+
 
 def _parsed(text: str) -> tuple[int, int]:
     """(H, W) of ``518`` or ``364x476``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from denoising_vit.evaluation.depth.judging import EIGEN, Depths, judge_depth
 from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
 from denoising_vit.evaluation.depth.samples import DepthCrops, KeptDepth
 from denoising_vit.evaluation.judged import JudgedSet
+from denoising_vit.evaluation.probe_options import recorded
 from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import FeatureSource
@@ -165,7 +166,7 @@ def by_protocol(
             "exact: fields of stage 1 belong to images as they are, not to rotated or recoloured ones, as the "
             "published training shows them; judge them by --preset quick, or leave them out of --features"
         )
-    settings = asdict(protocol) | {"blocks": data.blocks}
+    settings = recorded(protocol) | {"blocks": data.blocks}
 
     def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
         checkpoints = bench.checkpoints(source, settings)
