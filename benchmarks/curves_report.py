@@ -17,6 +17,8 @@ import numpy as np
 import tyro
 from neighbours import paired_interval
 
+from denoising_vit.evaluation.intervals import METHOD, Interval
+
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
@@ -41,7 +43,7 @@ class Point:
     cosine: float | None
     miou: float
     difference: float
-    interval: tuple[float, float]
+    interval: Interval
     run: Record
 
 
@@ -112,8 +114,8 @@ def table(points: list[Point]) -> str:
         "# Curves of stage 1",
         "",
         "Made by `benchmarks/curves_report.py` from the records of `benchmarks/curves.py`. R² and cosine are means of",
-        "frames; the last two columns are the mIoU against the default's on the same frames, with a 95 % bootstrap",
-        "interval over the frames that were asked for. [decisions.md](decisions.md) says what was made of them.",
+        "frames; the last two columns are the mIoU against the default's on the same frames, with a 95 % interval",
+        f"({METHOD}) over the frames that were asked for. [decisions.md](decisions.md) says what was made of them.",
         "",
     ]
     lines += [f"{run['hardware']}. Neural field of the ablation: {run['neural']}.", ""]
@@ -128,10 +130,11 @@ def table(points: list[Point]) -> str:
         lines += ["|---|---|---|---|---|---|---|"]
         for point in sorted(chosen, key=lambda point: (order(point.variant["curve"]), value(point))):
             r2, cosine = ("-" if x is None else f"{x:.4f}" for x in (point.r2, point.cosine))
-            low, high = point.interval
+            low, high = point.interval.low, point.interval.high
+            interval = "-" if low is None or high is None else f"{low:+.2f} to {high:+.2f}"
             lines.append(
                 f"| {point.variant['curve']} | {changes(point.variant)} | {r2} | {cosine} | {point.miou:.2f} | "
-                f"{point.difference:+.2f} | {low:+.2f} to {high:+.2f} |"
+                f"{point.difference:+.2f} | {interval} |"
             )
         lines.append("")
     return "\n".join(lines)

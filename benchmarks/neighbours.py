@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from denoising_vit.crops import Crop
+from denoising_vit.evaluation.intervals import Interval, interval_over
 from denoising_vit.evaluation.knn import KnnOptions, vote
 from denoising_vit.evaluation.labelled import NO_LABEL
 from denoising_vit.evaluation.patch_labels import commonest, patch_counts
@@ -46,11 +47,15 @@ def mean_iou(counts: np.ndarray) -> float:
     return float(100 * (hits[there] / union[there]).mean())
 
 
-def paired_interval(ours: np.ndarray, theirs: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval, over images, of the difference of mean IoU; counts (images, classes, classes) each."""
-    chance = np.random.default_rng(0)
-    images = len(ours)
-    picks = (chance.integers(images, size=images) for _ in range(draws))
-    differences = [mean_iou(ours[pick]) - mean_iou(theirs[pick]) for pick in picks]
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return float(low), float(high)
+def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """95 % interval, over images, of the difference of mean IoU; counts (images, classes, classes) each."""
+
+    def figure(weights: np.ndarray) -> np.ndarray:
+        return np.array(
+            [mean_iou(np.tensordot(row, ours, 1)) - mean_iou(np.tensordot(row, theirs, 1)) for row in weights]
+        )
+
+    difference = mean_iou(ours) - mean_iou(theirs)
+    return interval_over(
+        difference, np.arange(len(ours)), figure, [counts.sum((1, 2)) > 0 for counts in (ours, theirs)]
+    )

@@ -3,12 +3,13 @@
     python benchmarks/pooled.py camvid [--denoiser FILE] [--out pooled.json]
 
 Settings: the images' own size and 518 x 518, whole images and place-neutral crops; fit on train, scored on val. The
-95 % interval is that of the mean difference of the four, images drawn with replacement, the same in all settings.
+95 % interval is that of the mean difference of the four, over images, the same in all settings.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,12 +68,11 @@ def main(
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def told(ours: list[Counts], theirs: list[Counts]) -> dict[str, float]:
+def told(ours: list[Counts], theirs: list[Counts]) -> dict[str, float | None]:
     """Mean mIoU of both, and their difference with its interval."""
-    interval = paired_interval(ours, theirs)
     raw, clean = (float(np.mean([scores(one).miou for one in each])) for each in (theirs, ours))
-    figures = {"raw": raw, "denoiser": clean, "difference": interval.difference}
-    return {name: round(value, 2) for name, value in (figures | {"low": interval.low, "high": interval.high}).items()}
+    figures = {"raw": raw, "denoiser": clean, **asdict(paired_interval(ours, theirs))}
+    return {name: None if value is None else round(value, 2) for name, value in figures.items()}
 
 
 if __name__ == "__main__":

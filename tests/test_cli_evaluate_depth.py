@@ -216,7 +216,9 @@ def test_report_makes_a_table_of_depth(run: Run, planted: tiny_artifact.Planted,
     text = page.read_text()
     assert "## Depth by a trained head" in text
     assert "| features | RMSE | AbsRel | log10 | a1 | a2 | a3 |" in text
-    assert "Difference: RMSE less that of raw, 1000 draws over blocks; less is better." in text
+    assert (
+        "Difference: RMSE less that of raw, no interval over 2 blocks, which are fewer than 5; less is better." in text
+    )
     for line in lines_of(out):
         (row,) = [row for row in text.splitlines() if row.startswith(f"| {line['features']} |")]
         cells = [cell.strip() for cell in row.strip("|").split("|")]

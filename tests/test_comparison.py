@@ -407,7 +407,8 @@ def summary(told: list[Line]) -> list[tuple[str, float, Any]]:
     return [(line["features"], line["metrics"]["mIoU"], line["paired"]) for line, _ in told]
 
 
-def test_better_features_are_told_from_worse_ones(tmp_path: Path, data: LabelledData) -> None:
+def test_better_features_are_told_from_worse_ones(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", coloured(4, 1), coloured(6, 2))
     raw, clean = list(workbench(tmp_path, data, {"clean": colours}).knn(["raw", "clean"], FEW))
     assert clean[0]["metrics"]["mIoU"] > raw[0]["metrics"]["mIoU"] + 20
     assert raw[0]["paired"] is None
@@ -669,3 +670,17 @@ def test_stage_one_of_another_method_fails_in_words(
     told = list(exact_bench(tmp_path, larger, vit, method="subtract").knn(["raw", "exact"], FEW))
     assert told[0][0]["failed"] is None
     assert "exact method, got 'subtract'" in told[1][0]["failed"]
+
+
+def test_an_interval_of_another_method_is_made_again_from_the_counts(tmp_path: Path, data: LabelledData) -> None:
+    judge = Judge()
+    told = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
+    path = tmp_path / "results.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    for name in ("method", "groups"):
+        del old[1]["paired"][name]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    asked = list(judge.asked)
+    again = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
+    assert judge.asked == asked
+    assert [kept for _, kept in again] == [True, False] and again[1][0]["paired"] == told[1][0]["paired"]

@@ -362,7 +362,8 @@ def test_sources_are_compared_with_the_first(data: SplitData[BoxedImage], tmp_pa
     paired = clean["paired"]
     assert (paired["against"], paired["metric"], paired["over"]) == ("raw", "CorLoc", "images")
     assert paired["difference"] == pytest.approx(100 - raw["metrics"]["CorLoc"])
-    assert 50 < paired["low"] < paired["difference"] < paired["high"] <= 100
+    assert 50 < paired["low"] < paired["difference"] < paired["high"]
+    assert paired["groups"] == clean["images"]["val"]
     settings = clean["settings"]
     asked = {"seed_by": "degree", "k": 100, "iou": 0.5, "centred": False, "size": "native", "seeds": [0]}
     assert asked.items() <= settings.items()

@@ -1,4 +1,4 @@
-"""Figures item by item: means, draws of groups, and intervals of differences, against loops."""
+"""Figures item by item: means, weighted means, and intervals of differences, against loops."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation import intervals
+from denoising_vit.evaluation.intervals import METHOD, Interval
 from denoising_vit.evaluation.metrics import METRICS
-from denoising_vit.evaluation.outcomes import DRAWS, Interval, Measured, paired_interval, record_of
+from denoising_vit.evaluation.outcomes import Measured, paired_interval, record_of
 from denoising_vit.evaluation.scores import Counts
 
 
@@ -94,73 +97,109 @@ def test_every_main_metric_is_the_first_of_its_task() -> None:
 # --- Intervals
 
 
-def by_hand(ours: Sequence[Two], theirs: Sequence[Two], draws: int = DRAWS) -> Interval:
-    """Each draw takes as many groups as there are, and of each all its items as often as it was drawn."""
+def width(found: Interval) -> float:
+    assert found.low is not None and found.high is not None
+    return found.high - found.low
+
+
+def by_hand(ours: Sequence[Two], theirs: Sequence[Two]) -> tuple[float, float, float]:
+    """The t interval over groups, from the difference without each group in turn."""
     names = sorted(set(ours[0].groups.tolist()))
-    chance = np.random.default_rng(0)
-    found = []
-    for counts in chance.multinomial(len(names), [1 / len(names)] * len(names), size=draws).tolist():
-        drawn = [name for name, times in zip(names, counts, strict=True) for _ in range(times)]
-        differences = []
+
+    def difference(left_out: int | None) -> float:
+        each = []
         for a, b in zip(ours, theirs, strict=True):
-            means = []
-            for one in (a, b):
-                taken = [one.values[one.groups == name, 0] for name in drawn]
-                values = np.concatenate(taken)
-                values = values[~np.isnan(values)]
-                means.append(values.mean() if values.size else NAN)
-            differences.append(means[0] - means[1])
-        found.append(float(np.mean(differences)))
-    known = [value for value in found if not math.isnan(value)]
-    low, high = np.percentile(known, [2.5, 97.5])
-    difference = np.mean(
-        [np.nanmean(a.values[:, 0]) - np.nanmean(b.values[:, 0]) for a, b in zip(ours, theirs, strict=True)]
-    )
-    return Interval(float(difference), float(low), float(high))
+            means = [float(np.nanmean(one.values[one.groups != left_out, 0])) for one in (a, b)]
+            each.append(means[0] - means[1])
+        return float(np.mean(each))
 
-
-def near(found: Interval, wanted: Interval) -> bool:
-    return (found.difference, found.low, found.high) == pytest.approx((wanted.difference, wanted.low, wanted.high))
+    without = np.array([difference(name) for name in names])
+    n = len(names)
+    error = math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
+    found = difference(None)
+    reach = float(stats.t.ppf(0.975, n - 1)) * error
+    return found, found - reach, found + reach
 
 
 @pytest.mark.parametrize(
-    "groups", [[0, 0, 0, 1, 1, 2, 2, 2, 2, 3], [7, 7, -2, -2, 40, 7, 40, 5, 5, 5], list(range(10))]
+    "groups", [[0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4], [7, 7, -2, -2, 40, 7, 40, 5, 5, 5, 9, 8], list(range(10))]
 )
-def test_intervals_are_those_of_a_bootstrap_over_groups(groups: list[int]) -> None:
-    ours, theirs = ([random_two(10 * side + seed, groups) for seed in range(2)] for side in (1, 2))
-    assert near(paired_interval(ours, theirs), by_hand(ours, theirs))
-    few = paired_interval(ours, theirs, draws=50)
-    assert near(few, by_hand(ours, theirs, 50)) and few.low != paired_interval(ours, theirs).low
+def test_intervals_are_t_intervals_over_groups_or_wider_on_one_side(groups: list[int]) -> None:
+    ours, theirs = ([random_two(10 * side + seed, groups, gaps=False) for seed in range(2)] for side in (1, 2))
+    found, (difference, low, high) = paired_interval(ours, theirs), by_hand(ours, theirs)
+    assert found.difference == pytest.approx(difference) and found.groups == len(set(groups))
+    assert found.low is not None and found.high is not None
+    assert found.low <= low + 1e-9 and found.high >= high - 1e-9
+    assert found.low == pytest.approx(low) or found.high == pytest.approx(high)
+    assert width(found) < 4 * (high - low)  # one of five groups may decide alone
 
 
-def test_where_items_are_their_own_groups_intervals_are_over_items() -> None:
-    """As it was before there were groups: items are drawn with replacement, one by one."""
+def test_an_interval_of_five_means_by_hand() -> None:
+    """Differences -2 to 2: deviation sqrt(2.5), t of 4 degrees of freedom 2.776, no skewness."""
+    found = paired_interval([two([-2, -1, 0, 1, 2])], [two([0.0] * 5)])
+    assert (found.difference, found.low, found.high) == pytest.approx((0, -1.963, 1.963), abs=1e-3)
+
+
+def test_skewed_differences_reach_farther_on_the_side_of_the_rare_ones() -> None:
+    found = paired_interval([two([0.1, 0, 0.2, 0, 0.1, 0, 0, 0.1, 0, 5])], [two([0.0] * 10)])
+    _, low, high = by_hand([two([0.1, 0, 0.2, 0, 0.1, 0, 0, 0.1, 0, 5])], [two([0.0] * 10)])
+    assert found.low == pytest.approx(low) and found.high is not None and found.high > high + 0.5
+
+
+@pytest.mark.parametrize(("groups", "skewed", "least"), [(5, False, 0.93), (10, False, 0.93), (10, True, 0.925)])
+def test_95_of_100_intervals_hold_the_truth(groups: int, *, skewed: bool, least: float) -> None:
+    """Percentiles of a bootstrap hold it in 84, 89 and 85 of 100."""
+    chance, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        values = chance.exponential(1, groups) - 1 if skewed else chance.normal(0, 1, groups)
+        found = paired_interval([two(values.tolist())], [two([0.0] * groups)])
+        assert found.low is not None and found.high is not None
+        held += found.low <= 0 <= found.high
+    assert least <= held / 1000 <= 0.98
+
+
+def test_with_fewer_than_five_groups_there_is_no_interval() -> None:
+    four = two(list(range(12)), [number % 4 for number in range(12)])
+    assert paired_interval([four], [four]) == Interval(0.0, None, None, 4)
+    gaps = two([1.0, 2, 3, 4, NAN, NAN])  # two groups have nothing to say
+    assert paired_interval([gaps], [gaps]).groups == 4
+
+
+def test_where_items_are_their_own_groups_names_do_not_matter() -> None:
     ours, theirs = random_two(1, range(12), gaps=False), random_two(2, range(12), gaps=False)
-    weights = np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), size=DRAWS)
-    differences = weights @ (ours.values[:, 0] - theirs.values[:, 0]) / 12
-    found = paired_interval([ours], [theirs])
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
     named = [Two(one.values, np.arange(12)[::-1] * 3) for one in (ours, theirs)]
-    assert paired_interval(named[:1], named[1:]).difference == found.difference
+    found, other = paired_interval([ours], [theirs]), paired_interval(named[:1], named[1:])
+    assert (found.low, found.high) == pytest.approx((other.low, other.high))
 
 
-def test_counts_of_classes_are_drawn_image_by_image() -> None:
+def test_many_groups_are_left_out_in_turn_whatever_fits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = random_two(1, range(40)), random_two(2, range(40))
+    found = paired_interval([ours], [theirs])
+    monkeypatch.setattr(intervals, "_CHUNK", 7)
+    again = paired_interval([ours], [theirs])
+    assert (again.low, again.high) == pytest.approx((found.low, found.high))
+
+
+def test_counts_of_classes_are_left_out_image_by_image() -> None:
     chance = np.random.default_rng(0)
 
     def counts() -> Counts:
         hits = chance.integers(0, 50, (7, 3))
         return Counts(hits, hits + chance.integers(1, 30, hits.shape), hits + chance.integers(1, 30, hits.shape))
 
-    def miou(one: Counts, times: np.ndarray) -> float:
-        hits, truth, predicted = (times @ values for values in (one.hits, one.truth, one.predicted))
+    def miou(one: Counts, image: int | None) -> float:
+        hits, truth, predicted = (
+            np.delete(values, [] if image is None else image, 0).sum(0)
+            for values in (one.hits, one.truth, one.predicted)
+        )
         return float(100 * np.mean(hits / (truth + predicted - hits)))
 
     ours, theirs = counts(), counts()
-    weights = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=DRAWS)
-    differences = [miou(ours, times) - miou(theirs, times) for times in weights]
+    without = np.array([miou(ours, image) - miou(theirs, image) for image in range(7)])
+    difference = miou(ours, None) - miou(theirs, None)
     found = paired_interval([ours], [theirs])
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(differences, [2.5, 97.5])))
-    assert found.difference == pytest.approx(miou(ours, np.ones(7)) - miou(theirs, np.ones(7)))
+    assert (found.low, found.high) == pytest.approx(intervals.ends(difference, without))
+    assert found.difference == pytest.approx(difference)
 
 
 def test_items_that_belong_together_make_an_interval_wider() -> None:
@@ -169,28 +208,32 @@ def test_items_that_belong_together_make_an_interval_wider() -> None:
     ours, zeros = two(shared.tolist(), groups), two([0.0] * 30, groups)
     together = paired_interval([ours], [zeros])
     alone = paired_interval([two(shared.tolist())], [two([0.0] * 30)])
-    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+    assert width(together) > 1.5 * width(alone)
     assert together.difference == alone.difference
 
 
 def test_the_same_on_both_sides_differs_by_nothing() -> None:
-    one = random_two(1, [0, 0, 1, 1, 2])
-    assert paired_interval([one], [one]) == Interval(0, 0, 0)
+    one = random_two(1, [0, 0, 1, 1, 2, 3, 4], gaps=False)
+    assert paired_interval([one], [one]) == Interval(0, 0, 0, 5)
 
 
 def test_a_constant_difference_is_sure() -> None:
-    one = random_two(1, [0, 0, 1, 1, 2], gaps=False)
+    one = random_two(1, [0, 0, 1, 1, 2, 3, 4], gaps=False)
     found = paired_interval([Two(one.values + 0.5, one.groups)], [one])
     assert (found.difference, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_items_without_a_figure_do_not_widen_an_interval() -> None:
-    """They are drawn, and then are not there."""
     main = np.random.default_rng(0).normal(0, 1, 20).tolist()
     plain = paired_interval([two(main)], [two([0.0] * 20)])
     gaps = paired_interval([two([*main, *[NAN] * 20])], [two([0.0] * 20 + [NAN] * 20)])
-    assert gaps.difference == pytest.approx(plain.difference)
-    assert (gaps.high - gaps.low) == pytest.approx(plain.high - plain.low, rel=0.2)
+    assert (gaps.difference, gaps.low, gaps.high) == pytest.approx((plain.difference, plain.low, plain.high))
+    assert gaps.groups == 20
+
+
+def test_a_side_with_figures_of_fewer_groups_decides_whether_there_are_enough() -> None:
+    full, thin = two([1.0, 2, 3, 4, 5, 6]), two([1.0, NAN, NAN, NAN, NAN, NAN])
+    assert paired_interval([full], [thin]) == Interval(2.5, None, None, 1)
 
 
 def test_other_items_or_seeds_cannot_be_paired() -> None:
@@ -200,16 +243,17 @@ def test_other_items_or_seeds_cannot_be_paired() -> None:
             paired_interval(left, right)
 
 
-def test_the_record_of_a_difference_tells_what_was_drawn() -> None:
-    assert record_of(Interval(-0.5, -0.75, -0.25), "RMSE", "raw", "abc", "blocks") == {
+def test_the_record_of_a_difference_tells_what_it_is_over() -> None:
+    assert record_of(Interval(-0.5, -0.75, -0.25, 7), "RMSE", "raw", "abc", "blocks") == {
         "against": "raw",
         "reference": "abc",
         "metric": "RMSE",
         "difference": -0.5,
         "low": -0.75,
         "high": -0.25,
+        "groups": 7,
         "over": "blocks",
-        "draws": 1000,
+        "method": METHOD,
     }
 
 

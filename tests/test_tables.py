@@ -55,7 +55,8 @@ PAIRED: Line = {
     "low": -0.001,
     "high": 2.4,
     "over": "images",
-    "draws": 1000,
+    "groups": 101,
+    "method": "jackknife t",
 }
 
 
@@ -112,12 +113,24 @@ def test_scores_have_their_spread_and_difference_and_raw_comes_first(render: Ren
 
 
 def test_the_meaning_of_differences_is_said_once_or_for_each(render: Render) -> None:
-    assert "\nDifference: mIoU less that of raw, 1000 draws over images.\n" in render(line(), denoised())
-    other = denoised(features="other", paired=PAIRED | {"draws": 500})
+    words = "mIoU less that of raw, 95 % interval over 101 images (jackknife t)."
+    assert f"\nDifference: {words}\n" in render(line(), denoised())
+    other = denoised(features="other", paired=PAIRED | {"groups": 50})
     text = render(line(), denoised(), other)
-    assert "Difference of denoised: mIoU less that of raw, 1000 draws over images." in text
-    assert "Difference of other: mIoU less that of raw, 500 draws over images." in text
+    assert f"Difference of denoised: {words}" in text
+    assert "Difference of other: mIoU less that of raw, 95 % interval over 50 images (jackknife t)." in text
     assert "Difference" not in render(line())
+
+
+def test_too_few_groups_and_intervals_of_older_versions_leave_the_difference_alone(render: Render) -> None:
+    few = denoised(paired=PAIRED | {"low": None, "high": None, "groups": 3})
+    text = render(line(), few)
+    assert rows(text, TITLE)[2][5] == "+1.20"
+    assert "no interval over 3 images, which are fewer than 5." in text
+    old = {key: value for key, value in PAIRED.items() if key not in ("groups", "method")} | {"draws": 1000}
+    text = render(line(), denoised(paired=old))
+    assert rows(text, TITLE)[2][5] == "+1.20"
+    assert "without the interval of an older version: evaluate again" in text
 
 
 def test_one_seed_has_no_spread(render: Render) -> None:
@@ -330,7 +343,7 @@ BROKEN = {
     "point": (line(curve=[[1, 2]]), r"curve: expected \[step, loss, score\], got \[1, 2\]"),
     "skipped": (line(skipped=["a.png"]), 'skipped: expected a list, got "a.png"'),
     "seed": (line(seeds=[{"seed": True}]), "seeds.seed: expected a whole number, got true"),
-    "interval": (line(paired={**PAIRED, "low": None}), "paired.low: expected a finite number, got null"),
+    "interval": (line(paired={**PAIRED, "low": "0"}), 'low: expected a finite number, got "0"'),
 }
 
 

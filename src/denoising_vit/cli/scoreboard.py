@@ -67,8 +67,11 @@ def _difference(line: dict[str, Any], metric: Metric) -> str:
     paired = line["paired"]
     if paired is None:
         return ""
-    difference, low, high = (f"{paired[key]:+.{metric.digits}f}" for key in ("difference", "low", "high"))
-    return f"{difference} ({low} to {high})"
+    difference, groups = f"{paired['difference']:+.{metric.digits}f}", f"{paired['groups']} {paired['over']}"
+    if paired["low"] is None:
+        return f"{difference} (no interval: {groups})"
+    low, high = (f"{paired[key]:+.{metric.digits}f}" for key in ("low", "high"))
+    return f"{difference} ({low} to {high}; {groups})"
 
 
 def _figures(lines: Sequence[dict[str, Any]]) -> Table:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from denoising_vit.errors import DenoisingVitError
+from denoising_vit.evaluation.intervals import METHOD
 from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.metrics import main_metric
 from denoising_vit.evaluation.outcomes import Outcome, paired_interval, record_of
@@ -60,7 +61,7 @@ class Comparison:
         run: command, hardware, software.
         published: model and variant, where a published row is measured.
         outcome: of what kind the outcomes are.
-        over: what is drawn where a difference's interval is taken.
+        over: what the groups of items are that a difference's interval is taken over.
     """
 
     task: Task
@@ -140,7 +141,7 @@ class Comparison:
         ]
         classes = [one.classes(self.data) for one in found]
         paired = None
-        if reference is not None and _drawable(found[0]):
+        if reference is not None:
             interval = paired_interval(found, reference.counted()[0])
             metric = main_metric(self.task).name
             paired = record_of(interval, metric, reference.record.features, reference.key, self.over)
@@ -165,16 +166,11 @@ class Comparison:
         return outcome, [[int(step), loss, None if np.isnan(score) else score] for step, loss, score in looks]
 
 
-def _drawable(outcome: Outcome) -> bool:
-    """Whether an interval can be taken: of one group nothing can be drawn."""
-    return len(np.unique(outcome.groups)) > 1
-
-
 def _against(there: dict[str, Any], reference: _Reference | None) -> bool:
-    """Whether a line was held against this reference; what nothing can be drawn from is against none."""
-    if there["paired"] is None and reference is not None and not _drawable(reference.counted()[0][0]):
-        return True
-    return (there["paired"] or {}).get("reference") == (None if reference is None else reference.key)
+    """Whether a line was held against this reference, its interval made as it would be now."""
+    if reference is None or there["paired"] is None:
+        return reference is None and there["paired"] is None
+    return there["paired"].get("reference") == reference.key and there["paired"].get("method") == METHOD
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.intervals import METHOD, Interval, interval_over
 from denoising_vit.evaluation.judged import JudgedData
-
-#: Draws of the bootstrap.
-DRAWS = 1000
 
 
 class Outcome(Protocol):
@@ -25,7 +23,12 @@ class Outcome(Protocol):
 
     @property
     def groups(self) -> np.ndarray:
-        """(items,) int64: items of one number belong together, and are drawn together (frames of one video)."""
+        """(items,) int64: items of one number belong together, and are left out together (frames of one video)."""
+        ...
+
+    @property
+    def there(self) -> np.ndarray:
+        """(items,) bool: whether an item has anything that the main metric counts."""
         ...
 
     def scored(self) -> dict[str, float]:
@@ -33,7 +36,7 @@ class Outcome(Protocol):
         ...
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """The main metric (draws,) where items count as often as weights (draws, items) say; NaN where it is none."""
+        """The main metric (rows,) where items count as often as weights (rows, items) say; NaN where it is none."""
         ...
 
     def classes(self, data: JudgedData) -> dict[str, dict[str, float | None]]:
@@ -62,7 +65,7 @@ class Measured:
 
     Attributes:
         values: (items, figures) float64; NaN where an item has no such figure, which leaves it out of that mean.
-        groups: (items,) int64; items of one number are drawn together.
+        groups: (items,) int64; items of one number are left out together where an interval is taken.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ()
@@ -82,13 +85,18 @@ class Measured:
         """How many."""
         return len(self.values)
 
+    @property
+    def there(self) -> np.ndarray:
+        """(items,) bool: whether an item has the main figure."""
+        return ~np.isnan(self.values[:, 0])
+
     def scored(self) -> dict[str, float]:
         """Means over items.
 
         Raises:
             EvaluationError: if no item has the main figure.
         """
-        if np.isnan(self.values[:, 0]).all():
+        if not self.there.any():
             raise EvaluationError(f"none of {self.items} items has a figure of {self.METRICS[0]}: nothing to score")
         there = ~np.isnan(self.values)
         sums = np.where(there, self.values, 0).sum(0)
@@ -96,9 +104,8 @@ class Measured:
         return dict(zip(self.METRICS, means.tolist(), strict=True))
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """The main figure's mean (draws,) under weights (draws, items)."""
-        main = self.values[:, 0]
-        there = ~np.isnan(main)
+        """The main figure's mean (rows,) under weights (rows, items)."""
+        main, there = self.values[:, 0], self.there
         counts = weights[:, there].sum(1)
         sums = weights[:, there] @ main[there]
         return np.divide(sums, counts, out=np.full(len(weights), np.nan), where=counts > 0)
@@ -117,49 +124,28 @@ class Measured:
         return cls(arrays["values"], arrays["groups"])
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The difference of two sources' main metric, and where it may lie.
-
-    Attributes:
-        difference: of the scores of all items.
-        low: 2.5 % of the draws are below.
-        high: 2.5 % of the draws are above.
-    """
-
-    difference: float
-    low: float
-    high: float
-
-
-def paired_interval(ours: Sequence[Outcome], theirs: Sequence[Outcome], draws: int = DRAWS) -> Interval:
-    """95 % bootstrap interval of the difference of the main metric, paired: each draw takes the same groups of both.
+def paired_interval(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:
+    """95 % interval of the difference of the main metric over groups of items, paired: both lose the same group.
 
     Args:
         ours: of one source, for each seed of the probe; differences are averaged over seeds.
         theirs: of the other, for the same seeds.
-        draws: of as many groups as there are, with replacement; where each item is a group of its own, of items.
 
     Raises:
         EvaluationError: if there are not as many items or seeds on both sides, or items are grouped otherwise.
     """
-    if not ours or len(ours) != len(theirs) or any(a.items != b.items for a, b in zip(ours, theirs, strict=True)):
+    pairs = list(zip(ours, theirs, strict=False))
+    if not ours or len(ours) != len(theirs) or any(a.items != b.items for a, b in pairs):
         raise EvaluationError("a paired interval needs the same items and seeds on both sides")
-    if any(not np.array_equal(a.groups, ours[0].groups) for a in (*ours, *theirs)):
+    groups = ours[0].groups
+    if any(not np.array_equal(a.groups, groups) for a in (*ours, *theirs)):
         raise EvaluationError("a paired interval needs the same groups of items on both sides")
-    weights = _weights(ours[0].groups, draws)
-    found = np.mean([a.drawn(weights) - b.drawn(weights) for a, b in zip(ours, theirs, strict=True)], axis=0)
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    difference = np.mean([_main(a) - _main(b) for a, b in zip(ours, theirs, strict=True)])
-    return Interval(float(difference), float(low), float(high))
+    difference = float(np.mean([_main(a) - _main(b) for a, b in pairs]))
 
+    def figure(weights: np.ndarray) -> np.ndarray:
+        return np.mean([a.drawn(weights) - b.drawn(weights) for a, b in pairs], axis=0)
 
-def _weights(groups: np.ndarray, draws: int) -> np.ndarray:
-    """How often each item is drawn, (draws, items): groups are drawn with replacement, items come with theirs."""
-    _, member = np.unique(groups, return_inverse=True)
-    count = int(member.max()) + 1
-    chance = np.random.default_rng(0)
-    return chance.multinomial(count, np.full(count, 1 / count), size=draws)[:, member]
+    return interval_over(difference, groups, figure, [one.there for one in (*ours, *theirs)])
 
 
 def _main(outcome: Outcome) -> float:
@@ -169,11 +155,4 @@ def _main(outcome: Outcome) -> float:
 def record_of(interval: Interval, metric: str, against: str, reference: str, over: str) -> dict[str, Any]:
     """What a line of results tells of a difference, as JSON values."""
     told = {"against": against, "reference": reference, "metric": metric}
-    return (
-        told
-        | {"difference": interval.difference, "low": interval.low, "high": interval.high}
-        | {
-            "over": over,
-            "draws": DRAWS,
-        }
-    )
+    return told | asdict(interval) | {"over": over, "method": METHOD}

@@ -52,8 +52,13 @@ class Counts:
 
     @property
     def groups(self) -> np.ndarray:
-        """Each image is drawn alone."""
+        """Each image is a group of its own."""
         return np.arange(self.items)
+
+    @property
+    def there(self) -> np.ndarray:
+        """(images,) bool: whether an image has any label."""
+        return self.truth.sum(1) > 0
 
     def scored(self) -> dict[str, float]:
         """mIoU, mAcc and aAcc in percent.
@@ -65,7 +70,7 @@ class Counts:
         return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """The mIoU of each draw (draws,) in percent, NaN where none of its images has a label."""
+        """The mIoU (rows,) in percent under weights (rows, images), NaN where no weighted image has a label."""
         hits, truth, predicted = (weights @ values for values in (self.hits, self.truth, self.predicted))
         iou = _ratio(hits, truth + predicted - hits)
         there = ~np.isnan(iou)

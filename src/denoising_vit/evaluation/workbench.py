@@ -104,7 +104,7 @@ class Workbench:
             seeds: of the judge.
             size: at which images are shown; None for their own.
             outcome: of what kind the judge's outcomes are.
-            over: what is drawn for intervals.
+            over: what the groups are that intervals are taken over.
             normalisation: of images, where it is not the backbone's own.
             crops: by split, what is shown, where stage 1 is to fit each crop as an image of its own.
             beyond: whether crops are judged and stage 1 has seen the images beyond them.
@@ -154,7 +154,7 @@ class Workbench:
             looks: what is looked at, for the progress.
             count: how many looks there are.
             outcome: of what kind the outcome is.
-            over: what is drawn for intervals.
+            over: what the groups are that intervals are taken over.
             crops: as for :meth:`compare`.
             beyond: as for :meth:`compare`.
 

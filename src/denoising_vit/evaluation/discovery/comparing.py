@@ -15,7 +15,7 @@ from denoising_vit.evaluation.workbench import Line, Workbench
 def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions) -> Iterator[Line]:
     """Object discovery by each source, the first one being what others are held against.
 
-    Frames of a sequence are drawn together where a difference's interval is taken, as they are nearly alike.
+    Intervals of differences are over sequences, whose frames are nearly alike.
 
     Args:
         bench: with images that have boxes, and what sources are made from.

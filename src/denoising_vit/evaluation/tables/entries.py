@@ -23,19 +23,21 @@ class Paired:
         against: the reference's features.
         metric: what differs.
         difference: mean, positive where the reference has less.
-        low: lower end of the 95 % interval.
-        high: upper end of it.
-        over: what was drawn, such as images.
-        draws: how often.
+        low: lower end of the 95 % interval, None where there is none.
+        high: upper end of it, None likewise.
+        over: what the groups are that it is taken over, such as images.
+        groups: how many; None where an older version wrote the line, whose intervals are left out.
+        method: how the interval was made; None likewise.
     """
 
     against: str
     metric: str
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     over: str
-    draws: int
+    groups: int | None
+    method: str | None
 
 
 @dataclass(frozen=True)
@@ -175,17 +177,10 @@ def _classes(line: Mapping[str, Any]) -> Mapping[str, float | None]:
 def _paired(value: object, name: str) -> Paired:
     found = mapping(value, name)
     words = {key: text(required(found, key, "paired."), f"paired.{key}") for key in ("against", "metric", "over")}
-    numbers = {key: number(required(found, key, "paired."), f"paired.{key}") for key in ("difference", "low", "high")}
-    draws = count(required(found, "draws", "paired."), "paired.draws")
-    return Paired(
-        words["against"],
-        words["metric"],
-        numbers["difference"],
-        numbers["low"],
-        numbers["high"],
-        words["over"],
-        draws,
-    )
+    difference = number(required(found, "difference", "paired."), "paired.difference")
+    groups, method = value_or_none(found, "groups", count), value_or_none(found, "method", text)
+    low, high = (None if method is None else value_or_none(found, key, number) for key in ("low", "high"))
+    return Paired(words["against"], words["metric"], difference, low, high, words["over"], groups, method)
 
 
 def _curve(line: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from denoising_vit.evaluation.intervals import MIN_GROUPS
 from denoising_vit.evaluation.metrics import METRICS, main_metric
-from denoising_vit.evaluation.tables.entries import Entry
+from denoising_vit.evaluation.tables.entries import Entry, Paired
 from denoising_vit.evaluation.tables.markdown import NONE, fixed, flat, folded, plain, signed, significant, table
 from denoising_vit.evaluation.tables.sections import FIRST, Section, feature_settings
 
@@ -53,8 +54,9 @@ def _score_row(label: str, entry: Entry) -> list[str]:
     paired = entry.paired
     difference = NONE
     if paired is not None:
-        low, high = signed(paired.low, digits), signed(paired.high, digits)
-        difference = f"{signed(paired.difference, digits)} [{low}, {high}]"
+        difference = signed(paired.difference, digits)
+        if paired.low is not None and paired.high is not None:
+            difference += f" [{signed(paired.low, digits)}, {signed(paired.high, digits)}]"
     return [label, *scores, spread, difference, fixed(entry.seconds, 1)]
 
 
@@ -65,11 +67,20 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
         if entry.paired is not None:
             paired = entry.paired
             better = "; less is better" if main_metric(entry.task).lower else ""
-            words = f"{paired.metric} less that of {paired.against}, {paired.draws} draws over {paired.over}{better}"
+            words = f"{paired.metric} less that of {paired.against}, {_interval_words(paired)}{better}"
             by_words.setdefault(words, []).append(label)
     if len(by_words) == 1:
         return [f"Difference: {plain(next(iter(by_words)))}."]
     return [f"Difference of {plain(', '.join(labels))}: {plain(words)}.  " for words, labels in by_words.items()]
+
+
+def _interval_words(paired: Paired) -> str:
+    """How its interval was made, or why there is none."""
+    if paired.method is None:
+        return "without the interval of an older version: evaluate again, which is quick where its counts are kept"
+    if paired.low is None:
+        return f"no interval over {paired.groups} {paired.over}, which are fewer than {MIN_GROUPS}"
+    return f"95 % interval over {paired.groups} {paired.over} ({paired.method})"
 
 
 def _curve_table(section: Section) -> list[str]:
