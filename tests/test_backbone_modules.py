@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from denoising_vit import Backbone, BackboneError, SizeError, load_backbone
+from denoising_vit import Backbone, BackboneError, SizeError, denoise_image, load_backbone
 
 PATCH, WIDTH = 14, 5
 SHOWN = 56  # default_size: a grid of 4 x 4
@@ -255,3 +255,26 @@ def test_a_function_gets_images_where_and_as_it_was_asked_for() -> None:
     backbone = load_backbone(grid, patch_size=14, dtype="bfloat16", device="cpu", default_size=56)
     assert backbone(torch.zeros(1, 3, 28, 28)).dtype == torch.float32
     assert backbone.dtype == seen[-1] == torch.bfloat16
+
+
+# --- values that no image is normalised to ---
+
+
+@pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)])
+def test_pixels_of_0_to_255_are_refused_as_normalised_images(mean: tuple[float, ...]) -> None:
+    backbone = load(Patches("channels_last"), mean=mean, std=(0.225, 0.225, 0.225))
+    pixels = torch.rand(1, 3, SHOWN, SHOWN) * 255
+    with pytest.raises(
+        BackboneError, match=r"expected normalised images, about -2.* got values from .* bring pixels to 0"
+    ):
+        backbone(pixels)
+    with pytest.raises(BackboneError, match="expected normalised images"):
+        denoise_image(backbone, pixels, views=8)
+    normalised = (pixels / 255 - torch.tensor(mean)[:, None, None]) / 0.225
+    assert backbone(normalised).shape == (1, 4, 4, WIDTH)
+    assert backbone(normalised + torch.randn_like(normalised)).isfinite().all()
+
+
+def test_a_module_that_takes_pixels_of_0_to_255_is_given_them() -> None:
+    backbone = load(Patches("channels_last"), mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+    assert backbone(torch.full((1, 3, SHOWN, SHOWN), 255.0)).shape == (1, 4, 4, WIDTH)

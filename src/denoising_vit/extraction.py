@@ -27,6 +27,7 @@ def load_image(photo: Photo, backbone: Backbone) -> tuple[Tensor, dict[str, Any]
 
     Raises:
         PhotoError: if the photo cannot be read, or holds less than one patch.
+        BackboneError: if a tensor has values that no photo is normalised to.
     """
     if isinstance(photo, Tensor):
         if photo.ndim != 4 or len(photo) != 1 or photo.shape[1] != 3 or not photo.is_floating_point():
@@ -35,6 +36,7 @@ def load_image(photo: Photo, backbone: Backbone) -> tuple[Tensor, dict[str, Any]
         mean, std = (
             torch.tensor(values, device=backbone.device)[:, None, None] for values in (backbone.mean, backbone.std)
         )
+        backbone.check_values(photo)
         image, name = photo[0].to(backbone.device, torch.float32) * std + mean, None
         digest = photo_digest(photo.detach().float().cpu().numpy())
     else:

@@ -19,6 +19,12 @@ from denoising_vit.patch_grid import check_side, nearest_sizes, patch_count
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+#: What black and white become in normalised images: the least of the one, the most of the other.
+_ENDS = ((min, 0.0), (max, 1.0))
+
+#: How many times the range of photos values may lie outside; interpolation and noise stay far within.
+_MARGIN = 10.0
+
 
 class Backbone(nn.Module, ABC):
     """A frozen ViT as an extractor: ``backbone(image)`` maps (B, 3, H, W) to features (B, h, w, C).
@@ -139,6 +145,25 @@ class Backbone(nn.Module, ABC):
         if image.ndim != 4 or image.shape[1] != 3:
             raise BackboneError(f"expected images of shape (B, 3, H, W), got {tuple(image.shape)}")
         self.grid_size(*image.shape[2:])  # refuses sides that do not fit, before the model meets them
+        if image.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_values(image)  # elsewhere it would wait for the device
+
+    def check_values(self, image: Tensor) -> None:
+        """Refuses images (..., 3, H, W) that cannot be normalised ones: far from all that 0 to 1 becomes.
+
+        Raises:
+            BackboneError: naming the values, and what was expected.
+        """
+        if not image.numel():
+            return
+        least, most = (float(value) for value in image.detach().aminmax())
+        low, high = (pick((end - m) / s for m, s in zip(self.mean, self.std, strict=True)) for pick, end in _ENDS)
+        if least < low - _MARGIN * (high - low) or most > high + _MARGIN * (high - low):
+            raise BackboneError(
+                f"expected normalised images, about {low:.1f} to {high:.1f} for {self.name}, got values from {least:g} "
+                f"to {most:g}; bring pixels to 0 to 1 first, then subtract the mean {self.mean} and divide by the "
+                f"standard deviation {self.std}"
+            )
 
     def _on_grid(self, tokens: Tensor, image: Tensor) -> Tensor:
         """(B, h w, C) -> (B, h, w, C), float32, on the grid of the image."""
