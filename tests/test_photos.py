@@ -6,17 +6,29 @@ import io
 import random
 import re
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
 from skimage import data
 
-from denoising_vit.errors import PhotoError
-from denoising_vit.photos import photo_digest, read_photo
+import denoising_vit
+from denoising_vit.errors import DenoisingVitWarning, EvaluationError, PhotoError
+from denoising_vit.evaluation.depth.images import read_depth
+from denoising_vit.evaluation.labelled.images import Coding, read_mask
+from denoising_vit.photos import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    is_panel,
+    is_panel_start,
+    photo_digest,
+    read_photo,
+    read_photo_bytes,
+)
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -91,9 +103,6 @@ def test_name_too_long_for_the_file_system_is_a_photo_error(tmp_path: Path) -> N
         read_photo(tmp_path / ("a" * 300 + ".jpg"))
 
 
-FORMATS = ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF"]
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_file_of_any_format_is_a_picture_or_a_photo_error(tmp_path: Path, kind: str) -> None:
@@ -118,6 +127,106 @@ def test_damaged_file_of_any_format_is_a_picture_or_a_photo_error(tmp_path: Path
             assert pixels.ndim == 3 and pixels.shape[2] == 3
 
 
+# --- formats ---
+
+
+def encapsulated_postscript(path: Path) -> Path:
+    """What Pillow gives to Ghostscript, a program that runs what is in it."""
+    Image.fromarray(small_cat()).save(path, "EPS")
+    return path
+
+
+@pytest.mark.parametrize("name", ["photo.eps", "photo.jpg", "photo"])
+def test_postscript_is_refused_and_no_program_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def started(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("a program was started")
+
+    for call in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, call, started)
+    path = encapsulated_postscript(tmp_path / name)
+    refuses(path, "not an image file that can be read")
+    with pytest.raises(PhotoError, match="not an image file that can be read"):
+        read_photo_bytes(path.read_bytes(), "upload.png")
+    with pytest.raises(EvaluationError, match="not an image file that can be read"):
+        read_mask(path, Coding(2, "a list"))
+    with pytest.raises(EvaluationError, match="not an image file that can be read"):
+        read_depth(path)
+    assert not is_panel(path) and not is_panel_start(path.read_bytes())
+
+
+def test_every_file_is_opened_in_named_formats_only() -> None:
+    package = Path(denoising_vit.__file__).parent
+    opened = [line for file in package.rglob("*.py") for line in file.read_text().splitlines() if "Image.open(" in line]
+    assert opened and all("formats=" in line for line in opened)
+
+
+def test_endings_are_all_that_pillow_gives_to_these_formats() -> None:
+    Image.init()
+    found = {ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
+    assert found == IMAGE_SUFFIXES
+
+
+# --- metadata ---
+
+
+def large_text() -> PngImagePlugin.PngInfo:
+    told = PngImagePlugin.PngInfo()
+    told.add_text("workflow", "x" * 3_000_000, zip=True)
+    return told
+
+
+def test_large_text_in_a_png_does_not_cost_the_picture(tmp_path: Path) -> None:
+    path = tmp_path / "text.png"
+    Image.fromarray(small_cat()).save(path, pnginfo=large_text())
+    np.testing.assert_array_equal(read_photo(path), small_cat())
+    np.testing.assert_array_equal(read_photo_bytes(path.read_bytes(), "text.png"), small_cat())
+
+
+def test_a_broken_text_or_exif_in_a_png_does_not_cost_the_picture(tmp_path: Path) -> None:
+    Image.fromarray(small_cat()).save(tmp_path / "plain.png")
+    content = (tmp_path / "plain.png").read_bytes()
+    head, rest = content[:33], content[33:]  # signature and IHDR
+    for kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME", b"gAMA"):
+        broken = bytearray(png_chunk(kind, b"Comment\0\0" + bytes(range(60))))
+        broken[-1] ^= 255  # its checksum
+        np.testing.assert_array_equal(read_photo_bytes(head + bytes(broken) + rest, "broken.png"), small_cat())
+
+
+def test_damaged_pixels_beside_large_text_stay_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "text.png"
+    Image.fromarray(small_cat()).save(path, pnginfo=large_text())
+    path.write_bytes(path.read_bytes()[:-600])
+    refuses(path, "damaged or unreadable image")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_broken_exif_does_not_cost_the_picture(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"cat.{ending}"
+    Image.fromarray(small_cat()).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\x08broken", quality=100)
+    assert read_photo(path).shape == (40, 60, 3)
+
+
+def test_a_broken_tag_beside_the_orientation_does_not_cost_the_turn(tmp_path: Path) -> None:
+    entries = struct.pack(">HHHIHH", 2, 0x0112, 3, 1, 6, 0) + struct.pack(">HHII", 0x8769, 4, 1, 0xFFFFFF)
+    path = tmp_path / "cat.jpg"
+    Image.fromarray(small_cat()).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08" + entries + b"\0\0\0\0")
+    assert read_photo(path).shape == (60, 40, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int, ending: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"cat.{ending}"
+    Image.fromarray(small_cat()).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_photo(path), expected)
+
+
 # --- too large ---
 
 
@@ -137,7 +246,7 @@ def test_decompression_bomb_is_refused_before_decoding(
 
 def test_bomb_message_gives_size_limit_and_remedy(tmp_path: Path) -> None:
     bomb = png_declaring(tmp_path / "bomb.png", 12_000, 9_000)
-    refuses(bomb, r"12,000 x 9,000 pixels is more than the limit of 100,000,000; shrink it first")
+    refuses(bomb, r"12,000 x 9,000 pixels is more than the limit of 100,000,000; shrink it first$")
 
 
 def test_max_pixels_is_the_largest_number_that_is_accepted(tmp_path: Path) -> None:
@@ -243,6 +352,44 @@ def test_sixteen_bit_grayscale_is_scaled_to_eight_bits(tmp_path: Path) -> None:
     pixels = read_photo(tmp_path / "deep.png")
     expected = np.array([[0, 0, 1, 1], [2, 128, 254, 255]], dtype=np.uint8)
     np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize(("largest", "white"), [(200, 255), (1000, 1023), (4095, 4095), (9000, 16383)])
+def test_fewer_bits_in_sixteen_are_judged_by_the_largest_value_and_told(
+    tmp_path: Path, largest: int, white: int
+) -> None:
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.array([[0, largest // 2, largest]], dtype=np.uint16)).save(path)
+    with pytest.warns(DenoisingVitWarning, match=rf"deep.tif: no value .* above {largest:,}; .*\({white:,} is white"):
+        pixels = read_photo(path)
+    assert pixels[0, :, 0].tolist() == [round(value * 255 / white) for value in (0, largest // 2, largest)]
+
+
+def test_a_declared_largest_value_is_white(tmp_path: Path) -> None:
+    path = tmp_path / "deep.tif"
+    image = Image.fromarray(np.array([[0, 500, 1000]], dtype=np.uint16))
+    image.save(path, tiffinfo={281: 4095})
+    assert read_photo(path)[0, :, 0].tolist() == [0, 31, 62]
+
+
+def test_black_of_sixteen_bits_is_black_without_a_word(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((2, 3), dtype=np.uint16)).save(tmp_path / "black.png")
+    assert not read_photo(tmp_path / "black.png").any()
+
+
+@pytest.mark.parametrize(("largest", "refused"), [(4095, True), (16383, True), (40_000, False), (0, False)])
+def test_colours_of_sixteen_bits_that_would_be_nearly_black_are_refused(
+    tmp_path: Path, largest: int, *, refused: bool
+) -> None:
+    rows = np.linspace(0, largest, 12).astype(">u2").reshape(1, 4, 3)
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(b"\0" + rows.tobytes()))
+    path = tmp_path / "colours.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + png_chunk(b"IEND", b""))
+    if refused:
+        refuses(path, "colours of 16 bits whose values end below")
+    else:
+        assert int(read_photo(path).max()) == largest // 256
 
 
 def test_float_tiff_from_zero_to_one_is_scaled(tmp_path: Path) -> None:

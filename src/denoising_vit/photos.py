@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from denoising_vit.decoding import decoded, without_metadata
 from denoising_vit.errors import PhotoError
 
 #: Largest photo that is decoded, in pixels; a decoded photo takes 3 bytes a pixel, its float copy 12.
@@ -23,17 +24,22 @@ PANEL_SOFTWARE = "denoising-vit panel"
 #: Pillow's limit is one variable of the process.
 _PILLOW_LOCK = threading.RLock()
 
-#: Endings that a folder is searched for.
+#: Formats that are read. Pillow has more, among them some that start other programs (EPS) or are rarely tested.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+
+#: Endings that a folder is searched for: all that Pillow gives to these formats.
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".avif", ".avifs"}
 )
 
 
 def read_photo(source: str | Path | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads a photo as (H, W, 3) uint8, turned upright by its EXIF orientation.
 
-    Grayscale, palette and CMYK become RGB; transparency is laid over white; 16-bit grayscale is scaled to 8 bits; of
-    an animation the first frame is taken.
+    Grayscale, palette and CMYK become RGB; transparency is laid over white; of an animation the first frame is taken.
+    Grayscale of 16 bits is scaled to 8: by the largest value that a TIFF declares, else by the fewest of 8, 10, 12, 14
+    and 16 bits that hold its values, with a warning where these are fewer than 16. Broken metadata are ignored.
 
     Args:
         source: a path, a PIL image, or an (H, W, 3) uint8 array (returned as it is).
@@ -76,7 +82,7 @@ def is_panel_start(content: bytes) -> bool:
 
 def _names_panel_software(file: Path | io.BytesIO) -> bool:
     try:
-        with _without_pillow_limit(), Image.open(file) as image:  # of a large photo no pixel is decoded here
+        with open_image(file) as image:  # of a large photo no pixel is decoded here
             return image.info.get("Software") == PANEL_SOFTWARE
     except Exception:  # whatever it is, it is none of ours
         return False
@@ -111,11 +117,30 @@ def _read_content(content: bytes, name: str, max_pixels: int) -> np.ndarray:
     return _open_and_decode(io.BytesIO(content), name, max_pixels)
 
 
-def _open_and_decode(file: Path | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
+def open_image(file: Path | io.BytesIO) -> Image.Image:
+    """Opens an image file of one of FORMATS, whatever its ending; reads the header only.
+
+    Raises:
+        UnidentifiedImageError: if it is none of these.
+    """
+    Image.init()
     with _without_pillow_limit():
-        image = Image.open(file)  # reads the header only
-    with image:
-        return _decode(image, name, max_pixels)
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _open_and_decode(file: Path | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
+    try:
+        with open_image(file) as image:
+            return _decode(image, name, max_pixels)
+    except PhotoError:
+        raise
+    except Exception:
+        plain = without_metadata(file)
+        if plain is None:
+            raise
+        with contextlib.suppress(Exception), open_image(plain) as image:
+            return _decode(image, name, max_pixels)
+        raise
 
 
 @contextlib.contextmanager
@@ -138,31 +163,9 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
     width, height = image.size
     if width * height > max_pixels:
         raise PhotoError(
-            f"{name}: {width:,} x {height:,} pixels is more than the limit of {max_pixels:,}; shrink it first, "
-            "or raise max_pixels if you trust its source"
+            f"{name}: {width:,} x {height:,} pixels is more than the limit of {max_pixels:,}; shrink it first"
         )
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I", "F"):
-        return _from_deep_grayscale(np.asarray(image), name)
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def _from_deep_grayscale(pixels: np.ndarray, name: str) -> np.ndarray:
-    """16-bit (or 0 to 1 float) grayscale to RGB; other ranges have no agreed meaning as a picture."""
-    low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
-    if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
-        scaled = pixels * 255
-    elif pixels.dtype.kind in "iu" and low >= 0 and high <= 65535:
-        scaled = pixels / 257
-    else:
-        raise PhotoError(
-            f"{name}: {pixels.dtype} grayscale with values {low:g} to {high:g}; expected 0 to 65535, or 0 to 1 for "
-            "floats. Convert it to 8 bits first"
-        )
-    return np.repeat(np.round(scaled).astype(np.uint8)[..., None], 3, axis=-1)
+    return decoded(image, name)
 
 
 def _checked_array(pixels: np.ndarray) -> np.ndarray:

@@ -89,7 +89,7 @@ class Answer:
             AppError: if it has been removed since.
         """
         try:
-            with Image.open(folder / "photo.png") as image:
+            with Image.open(folder / "photo.png", formats=["PNG"]) as image:
                 photo = np.array(image.convert("RGB"))
             result = Decomposition.load(next(folder.glob("*.safetensors")))
         except (OSError, StopIteration) as error:
@@ -107,10 +107,7 @@ def read_upload(path: Path) -> np.ndarray:
         content = path.read_bytes()
     except OSError as error:
         raise PhotoError(f"{path.name} is no longer kept; choose or upload it again") from error
-    try:
-        return read_photo_bytes(content, path.name, max_pixels=MAX_PIXELS)
-    except PhotoError as error:  # a visitor cannot raise the limit
-        raise PhotoError(str(error).partition(", or raise max_pixels")[0]) from error
+    return read_photo_bytes(content, path.name, max_pixels=MAX_PIXELS)
 
 
 def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress: Progress | None = None) -> Answer:

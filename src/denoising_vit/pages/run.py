@@ -96,7 +96,7 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
     found = []
     for path in dict.fromkeys([*wanted, *paths[:1]]):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 ratio = image.width / image.height
         except UnidentifiedImageError:  # no picture, no reason to go without the rest
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.photos import MAX_PIXELS
+from denoising_vit.photos import MAX_PIXELS, open_image
 
 #: Pillow's modes of grayscale with more than 8 bits.
 _DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -81,7 +81,7 @@ def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         EvaluationError: if the file is missing, damaged, too large, or has 8 bits or colours.
     """
     try:
-        with Image.open(path) as image:  # reads the header only
+        with open_image(path) as image:
             if image.width * image.height > max_pixels:
                 raise EvaluationError(
                     f"{path}: {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}"

@@ -11,9 +11,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from denoising_vit.decoding import raw_mode
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.photos import MAX_PIXELS
+from denoising_vit.photos import MAX_PIXELS, open_image
 
 #: What a pixel has that belongs to no class.
 NO_LABEL = -1
@@ -132,7 +133,7 @@ def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np
     if path.stat().st_size == 0:
         raise EvaluationError(f"{path}: the file is empty (0 bytes), expected a mask")
     try:
-        with Image.open(path) as image:  # reads the header only
+        with open_image(path) as image:
             _check_header(image, path, max_pixels)
             stretch = _stretch_of(image)
             values = np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
@@ -166,9 +167,7 @@ def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
 
 def _stretch_of(image: Image.Image) -> int:
     """By what the decoder multiplies the numbers in the file; to be asked before it decodes."""
-    tiles = getattr(image, "tile", [])
-    raw_mode = tiles[0][3] if tiles else ""
-    return _STRETCHED.get(str(raw_mode[0] if isinstance(raw_mode, tuple) else raw_mode), 1)
+    return _STRETCHED.get(raw_mode(image), 1)
 
 
 def _listed(numbers: Sequence[int]) -> str:
