@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
@@ -88,12 +89,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"dvit {importlib.metadata.version('denoising-vit')}")
         return OK
     # Imports take seconds (torch, timm); inside, so that Ctrl-C during them ends as quietly as any other time.
-    from denoising_vit.cli.reporting import print_error
+    from denoising_vit.cli.reporting import print_error, print_note
+    from denoising_vit.cli.streams import logged, only_json
     from denoising_vit.errors import DenoisingVitError
 
     app = _app(VERBS, arguments)
     try:
-        with warnings.catch_warnings():
+        alone = only_json() if "--json" in arguments else contextlib.nullcontext()
+        with alone, logged(print_note), warnings.catch_warnings():
             _show_warnings(print_error)
             return app.cli(args=arguments, prog="dvit", description=_DESCRIPTION) or OK
     except DenoisingVitError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_lines
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.calibration import Calibration, CalibrationOptions, doubt_about, run_calibration
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
+from denoising_vit.cli.streams import print_json
 from denoising_vit.dataset import Skipped, named_photos, open_dataset, spread
 
 
@@ -72,7 +72,7 @@ def _tell(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: boo
     stability = found.stability
     if as_json:
         record = stability.record() | {"split_half_by_photos": found.split_half, "output": str(out)}
-        print(json_lines.dumps(record | {"skipped": [item.item for item in skipped]}))
+        print_json(record | {"skipped": [item.item for item in skipped]})
     halves = ", ".join(f"{value:.3f} ({count})" for count, value in found.split_half.items())
     print_note(f"split-half correlation (photos): {halves}")
     enough = f"; 0.95 takes {stability.suggested} photos" if stability.suggested else ""

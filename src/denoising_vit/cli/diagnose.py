@@ -14,6 +14,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
+from denoising_vit.cli.streams import print_json
 from denoising_vit.dataset import named_photos, open_dataset, spread
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser, find_shipped
@@ -94,7 +95,7 @@ def _tell(found: Diagnosis, *, as_json: bool) -> int:
     for name, reason in skipped:
         print_error(f"{name}: {reason}", "skipped")
     if as_json:
-        print(json_lines.dumps(found.record()))
+        print_json(found.record())
     else:
         console = Console()
         console.print(_table(found))

@@ -14,6 +14,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.judging import finish
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
+from denoising_vit.cli.streams import print_json
 from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, spread
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.evaluation.named_sources import SOURCES
@@ -95,7 +96,7 @@ def artifacts(
 def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
     if as_json:
         for line, _ in lines:
-            print(json_lines.dumps(line), flush=True)
+            print_json(line)
     return finish(lines, out, as_json=as_json)
 
 

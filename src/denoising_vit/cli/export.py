@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_lines
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.huggingface_loading import PREFIX as HUGGINGFACE
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.cli.streams import print_json
 from denoising_vit.export import Comparison, ExportOptions, export_extractor, verify_export
 from denoising_vit.export.timm_folder import WEIGHTS
 from denoising_vit.extractors import Cleaners, ExtractorName
@@ -92,7 +92,7 @@ def _verify(path: Path, *, as_json: bool) -> int:
 
 def _tell(found: Comparison, path: Path, *, as_json: bool) -> None:
     if as_json:
-        print(json_lines.dumps({"export": str(path), **dataclasses.asdict(found)}))
+        print_json({"export": str(path), **dataclasses.asdict(found)})
     print_note(
         f"against PyTorch: largest difference {found.difference:.2g}, mean cosine {found.cosine:.6f}, least "
         f"{found.least_cosine:.6f}; {path}"

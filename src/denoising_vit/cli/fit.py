@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_lines
 import time
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from denoising_vit.artifact import resampling_note
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
+from denoising_vit.cli.streams import print_json
 from denoising_vit.dataset import Dataset, open_dataset
 from denoising_vit.errors import FitError, PhotoError
 from denoising_vit.fit import FitJob, FitOptions
@@ -100,7 +100,7 @@ class _Report(OnScreen):
             self._unreached[index] = reason  # or failed, which the store tells
         if self._as_json:
             status = {"status": "done"} if reason is None else {"status": "failed", "note": reason}
-            print(json_lines.dumps({"image": self._dataset[index].id, **status}), flush=True)
+            print_json({"image": self._dataset[index].id, **status})
 
     def finish(self, job: FitJob) -> int:
         """Says what is there now. Returns the exit code."""

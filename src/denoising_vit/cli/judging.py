@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_lines
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
 from denoising_vit.cli.scoreboard import scoreboard
+from denoising_vit.cli.streams import print_json
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.judged import JudgedData
@@ -104,7 +104,7 @@ def tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool) 
         for line, kept in lines():
             found.append((line, kept))
             if as_json:
-                print(json_lines.dumps(line), flush=True)
+                print_json(line)
             if not line["failed"]:
                 metric = main_metric(line["task"])
                 value = line["metrics"][metric.name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
+from denoising_vit.cli.streams import print_json
 
 if TYPE_CHECKING:  # it imports torch, for which the help would wait
     from denoising_vit.decomposition.neural_field import Evaluation
@@ -60,7 +60,7 @@ class Report:
         """Takes one row; in JSON mode prints it."""
         self.rows.append(row)
         if self.as_json:
-            print(json.dumps(asdict(row)), flush=True)
+            print_json(asdict(row))
 
     def finish(self, folder: Path) -> int:
         """Prints the table, then what failed and why. Returns the exit code."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_lines
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
 from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.cli.streams import print_json
 from denoising_vit.errors import StoreError
 from denoising_vit.store import FeatureStore
 
@@ -29,7 +29,7 @@ def info(store: StoreName, /, json: tyro.conf.FlagCreatePairsOff[bool] = False) 
     opened = FeatureStore.open(store)
     found = opened.info()
     if json:
-        print(json_lines.dumps(found))
+        print_json(found)
         return OK
     manifest = opened.manifest
     field, size = (" x ".join(map(str, pair)) for pair in (manifest.field, manifest.size))

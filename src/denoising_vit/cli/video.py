@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json as json_lines
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import OnScreen, print_error, print_note, print_skipped, progress_bar
+from denoising_vit.cli.streams import print_json
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.video import VideoMaker, VideoOptions
@@ -69,7 +69,7 @@ def video(
             for given in inputs:
                 rows.append(batch.run(given, progress))
                 if json:
-                    print(json_lines.dumps(asdict(rows[-1])), flush=True)
+                    print_json(asdict(rows[-1]))
         except KeyboardInterrupt:
             progress.stop()
             _tell(rows, out, as_json=json)
