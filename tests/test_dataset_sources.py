@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from denoising_vit.dataset import Dataset, Item, Skipped, open_dataset
+from denoising_vit.dataset import Dataset, Item, Skipped, find_photos, open_dataset
 from denoising_vit.dataset.patterns import expand_braces
+from denoising_vit.dataset.storage import Storage
 from denoising_vit.errors import PhotoError
 from denoising_vit.photos import PANEL_SOFTWARE
 
@@ -429,6 +430,49 @@ def test_data_set_is_a_sequence_that_can_be_sent_to_another_process(tree: Path, 
     assert [item.id for item in dataset[2:]] == TREE_IDS[2:]
 
 
+# --- what is left out ---
+
+
+def left_out(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("denoising_vit")]
+
+
+def test_files_that_are_no_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jpg", "b.jfif", "c.JPE", "deep/d.heic", "e.heic", "f.json", "README", ".hidden"):
+        put(tmp_path / "photos" / name, b"")
+    caplog.set_level("INFO", "denoising_vit")
+    folder = str(tmp_path / "photos")
+    told = f"{folder}: 4 files left out whose ending is not that of an image (2 .heic, 1 no ending, 1 .json)"
+    assert ids(open_dataset(folder)) == ["a.jpg", "b.jfif", "c.JPE"]
+    assert left_out(caplog) == [told]
+    caplog.clear()
+    found, skipped = find_photos([folder])
+    assert [file.name for file in found] == ["a.jpg", "b.jfif", "c.JPE"] and not skipped
+    assert left_out(caplog) == [told]
+
+
+def test_members_of_shards_that_are_no_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path / "a.tar", tar({"1.jfif": picture(1), "1.json": b"{}", "1.cls": b"3"}))
+    put(tmp_path / "b.tar", tar({"2.png": picture(2), "2.json": b"{}"}))
+    caplog.set_level("INFO", "denoising_vit")
+    assert ids(open_dataset(tmp_path)) == ["a.tar/1.jfif", "b.tar/2.png"]
+    assert left_out(caplog) == ["tar shards: 3 files left out whose ending is not that of an image (2 .json, 1 .cls)"]
+
+
+def test_both_finders_follow_links_to_folders_and_name_what_is_in_the_way(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "a.jpg", picture(1))
+    folder = tmp_path / "photos"
+    put(folder / "b.jpg", picture(2))
+    (folder / "class").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    dataset, (found, skipped) = open_dataset(folder), find_photos([folder])
+    assert ids(dataset) == ["b.jpg", "class/a.jpg"]
+    assert [file.relative_to(folder).as_posix() for file in found] == ids(dataset)
+    assert [entry.item for entry in dataset.skipped] == ["circle", "gone.jpg"]
+    assert skipped == [Skipped(str(folder / entry.item), entry.reason) for entry in dataset.skipped]
+
+
 # --- text lists ---
 
 
@@ -469,6 +513,35 @@ def test_list_from_elsewhere_leads_neither_to_this_machine_nor_out_of_its_bucket
     upload(f"{memory}/lists/list.txt", line.encode())
     with pytest.raises(PhotoError, match=r"on this machine|out of the bucket"):
         open_dataset(f"{memory}/lists/list.txt")
+
+
+OUTSIDE = [
+    "https://photos.example/a.png",  # another scheme
+    "http://photos.example:8080/a.png",
+    "http://photos.example@10.0.0.1/a.png",
+    "http://169.254.169.254/latest/a.png",
+    "s3://bucket/a.png",
+    "memory://photos.example/a.png",
+    "gs://photos.example/a.png",
+]
+
+
+@pytest.mark.parametrize("line", OUTSIDE)
+def test_a_list_from_a_web_server_names_no_other_server(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    content = f"a.png\n{line}\nhttp://PHOTOS.example/b.png\n".encode()
+    monkeypatch.setattr(Storage, "read", lambda *_: content)
+    monkeypatch.setattr(Storage, "filesystem", lambda *_: None)
+    dataset = open_dataset("http://photos.example/list.txt")
+    assert ids(dataset) == ["a.png", "http://PHOTOS.example/b.png"]
+    (entry,) = dataset.skipped
+    assert entry.item == line
+    assert entry.reason.startswith("line 2: an address outside http://photos.example, where the list is; download")
+
+
+@pytest.mark.parametrize("line", OUTSIDE)
+def test_a_list_here_names_what_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setattr(Storage, "filesystem", lambda *_: None)
+    assert ids(open_dataset(put(tmp_path / "list.txt", line.encode()))) == [line]
 
 
 @pytest.mark.parametrize(

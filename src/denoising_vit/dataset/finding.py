@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from denoising_vit.dataset.folders import files_below, image_names
 from denoising_vit.dataset.items import Skipped
+from denoising_vit.dataset.storage import Storage
+from denoising_vit.errors import PhotoError
 from denoising_vit.photos import IMAGE_SUFFIXES, is_panel
 
 
@@ -21,12 +25,14 @@ def find_photos(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]
         whatever its ending.
     """
     found: dict[Path, Path] = {}
-    skipped = []
+    skipped: list[Skipped] = []
     for item in map(str, inputs):
         try:
-            files, reason = _expand(item)
-        except OSError as error:  # a name too long for the file system, a folder that may not be read
+            files, reason = _expand(item, skipped)
+        except OSError as error:  # a name too long for the file system
             files, reason = [], error.strerror or str(error)
+        except PhotoError as error:  # a folder that may not be read
+            files, reason = [], str(error)
         for file in files:
             found.setdefault(file.resolve(), file)  # one file under two spellings comes once
         if not files:
@@ -34,29 +40,27 @@ def find_photos(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]
     return list(found.values()), skipped
 
 
-def _expand(item: str) -> tuple[list[Path], str]:
-    """The files an input stands for, and why there are none where there are none."""
+def _expand(item: str, skipped: list[Skipped]) -> tuple[list[Path], str]:
+    """The files an input stands for, and why there are none where there are none; adds what is in the way."""
     path = Path(item)
     if not item.strip():
         return [], "an empty name"
     if path.is_dir():
-        return _images_below(path), f"no image files in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+        return _images_below(
+            path, skipped
+        ), f"no image files in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
     if path.exists():
         return [path], ""
     if not glob.has_magic(item):
         return [], "no such file or folder"
     matches = sorted(Path(match) for match in glob.glob(item, recursive=True))  # noqa: PTH207, may be absolute
-    files = [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
+    files = [file for match in matches for file in (_images_below(match, skipped) if match.is_dir() else [match])]
     return files, "the pattern matches no files"
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path, skipped: list[Skipped]) -> list[Path]:
     """Image files at any depth, without hidden ones and without pictures that were drawn of results."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-        and not is_panel(path)
-    )
+    names, others = files_below(Storage(), str(folder))
+    skipped += (replace(entry, item=str(folder / entry.item)) for entry in others)
+    files = (folder / name for name in image_names(names, str(folder)))
+    return sorted(file for file in files if not is_panel(file))

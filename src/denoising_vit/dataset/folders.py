@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import posixpath
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from denoising_vit.dataset.items import Skipped
-from denoising_vit.dataset.storage import Storage, reason_of, scheme_of
+from denoising_vit.dataset.storage import Storage, reason_of, scheme_of, suffix_of
 from denoising_vit.errors import PhotoError
+from denoising_vit.photos import IMAGE_SUFFIXES
+
+_LOG = logging.getLogger(__name__)
+
+#: Endings that are named of what is left out.
+_MOST_NAMED = 5
 
 
 def files_below(storage: Storage, folder: str) -> tuple[list[str], list[Skipped]]:
@@ -30,6 +39,24 @@ def files_below(storage: Storage, folder: str) -> tuple[list[str], list[Skipped]
         raise
     except Exception as error:  # every service has its own kinds
         raise PhotoError(f"{folder}: the folder cannot be listed ({reason_of(error)})") from error
+
+
+def image_names(names: Iterable[str], place: str) -> list[str]:
+    """Those with an ending of images; how many others there are is logged.
+
+    Args:
+        names: of files, as paths or addresses.
+        place: where they are, for the log.
+    """
+    names = list(names)
+    images = [name for name in names if suffix_of(name) in IMAGE_SUFFIXES]
+    if len(images) < len(names):
+        others = Counter(suffix_of(name) or "no ending" for name in names if suffix_of(name) not in IMAGE_SUFFIXES)
+        told = ", ".join(f"{count} {ending}" for ending, count in others.most_common(_MOST_NAMED))
+        more = ", ..." if len(others) > _MOST_NAMED else ""
+        files = f"{others.total()} file{'s' if others.total() > 1 else ''}"
+        _LOG.info("%s: %s left out whose ending is not that of an image (%s%s)", place, files, told, more)
+    return images
 
 
 def _local_files_below(root: str) -> tuple[list[str], list[Skipped]]:

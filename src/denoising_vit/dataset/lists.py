@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from denoising_vit.dataset.items import Item, Skipped
 from denoising_vit.dataset.shards import is_shard
@@ -51,12 +52,18 @@ def _place_of(line: str, address: str) -> str:
     """Where a line of the list at ``address`` leads.
 
     Raises:
-        ValueError: if it leads to this machine's files from a list that came from elsewhere, or out of its server.
+        ValueError: if a list that came from elsewhere leads to this machine's files, or to another server than its own.
     """
     place = local_or_remote(line)
     if not scheme_of(address):
         return place if scheme_of(place) else str(Path(address).parent / place)  # an absolute path stays as it is
     if scheme_of(place):
+        theirs, own = (_server(name) for name in (place, address))
+        if theirs != own:
+            raise ValueError(
+                f"an address outside {own[0]}://{own[1]}, where the list is; download the list and give that file if "
+                "what it names is to be fetched"
+            )
         return place
     if place != line or place.startswith("/"):
         raise ValueError(f"a path on this machine in a list at {scheme_of(address)}://; expected a full address")
@@ -67,6 +74,12 @@ def _place_of(line: str, address: str) -> str:
     if joined.split("/")[0] != path.split("/")[0]:
         raise ValueError("a path that leads out of the bucket or server of the list")
     return f"{scheme}://{joined}"
+
+
+def _server(address: str) -> tuple[str, str]:
+    """Scheme and host, or bucket, of an address."""
+    parts = urlsplit(address)
+    return parts.scheme, parts.netloc.lower()
 
 
 def _check(storage: Storage, place: str) -> None:

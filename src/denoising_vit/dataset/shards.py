@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from denoising_vit.dataset.folders import is_hidden
+from denoising_vit.dataset.folders import image_names, is_hidden
 from denoising_vit.dataset.items import Item, Skipped
 from denoising_vit.dataset.storage import Storage, can_list, path_of, reason_of
 from denoising_vit.photos import IMAGE_SUFFIXES
@@ -46,16 +46,20 @@ def index_shards(storage: Storage, shards: Sequence[tuple[str, str]]) -> tuple[l
     """
     items: list[Item] = []
     skipped: list[Skipped] = []
+    names: list[str] = []
     with ThreadPoolExecutor(max(1, min(_WORKERS, len(shards))), thread_name_prefix="dvit-index") as pool:
-        for found, left in pool.map(lambda shard: _index_shard(storage, *shard), shards):
+        for found, left, members in pool.map(lambda shard: _index_shard(storage, *shard), shards):
             items += found
             skipped += left
+            names += members
+    image_names(names, "tar shards")
     return sorted(items, key=lambda item: item.id), skipped
 
 
-def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item], list[Skipped]]:
+def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item], list[Skipped], list[str]]:
+    """Its images, what of it cannot be used, and the names of its files where some are images."""
     if path_of(address).lower().endswith(_COMPRESSED):
-        return [], [Skipped(name, _compressed("by its name"))]
+        return [], [Skipped(name, _compressed("by its name"))], []
     try:
         with storage.open(address) as file:
             length = _length(file, address)
@@ -63,19 +67,20 @@ def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item],
             file.seek(0)
             kinds = [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]
             if kinds:
-                return [], [Skipped(name, _compressed(kinds[0]))]
+                return [], [Skipped(name, _compressed(kinds[0]))], []
             if not length:
-                return [], [Skipped(name, "the file is empty (0 bytes)")]
+                return [], [Skipped(name, "the file is empty (0 bytes)")], []
             members, fault = _scan(file, length)
     except Exception as error:  # every service has its own kinds
-        return [], [Skipped(name, reason_of(error))]
+        return [], [Skipped(name, reason_of(error))], []
     items, skipped = _images(members, name, address)
     if fault:
         skipped.append(Skipped(name, f"{fault}; {len(items)} images before that are used"))
     elif not items and not skipped:
         count = sum(not member.isdir() for member in members)
         skipped.append(Skipped(name, f"no image files among its {count} members" if count else "an empty tar archive"))
-    return items, skipped
+    shown = (member.name for member in members if member.isreg())
+    return items, skipped, [name for name in shown if items and not is_hidden(posixpath.normpath(name))]
 
 
 def _length(file: BinaryIO, address: str) -> int:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from denoising_vit.dataset.folders import files_below, is_hidden, relative_to
+from denoising_vit.dataset.folders import files_below, image_names, is_hidden, relative_to
 from denoising_vit.dataset.items import Item, Skipped
 from denoising_vit.dataset.lists import read_list
 from denoising_vit.dataset.patterns import expand_braces, folder_of_pattern, is_pattern, matches
@@ -65,7 +65,7 @@ def _find(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]]:
     if kind == "folder":
         names, skipped = files_below(storage, address)
         files = [(name, posixpath.join(address, name)) for name in names]
-        items, others = _select(storage, files)
+        items, others = _select(storage, files, address)
         return items, skipped + others
     if kind == "file":
         return _from_file(storage, address)
@@ -127,15 +127,16 @@ def _from_pattern(storage: Storage, pattern: str) -> tuple[list[Item], list[Skip
             skipped += others
             for below in inner:
                 take(posixpath.join(address, below))
-    items, others = _select(storage, list(dict.fromkeys(files)))
+    items, others = _select(storage, list(dict.fromkeys(files)), pattern)
     return items, skipped + others
 
 
-def _select(storage: Storage, files: Sequence[tuple[str, str]]) -> tuple[list[Item], list[Skipped]]:
+def _select(storage: Storage, files: Sequence[tuple[str, str]], place: str) -> tuple[list[Item], list[Skipped]]:
     """The images among files (name, address), or those in the tar shards among them if there are no images."""
     shown = sorted((name, address) for name, address in files if not is_hidden(name))
-    images = [Item(name, address) for name, address in shown if suffix_of(address) in IMAGE_SUFFIXES]
     shards = [(name, address) for name, address in shown if is_shard(address)]
+    found = set(image_names((address for _, address in shown if not is_shard(address)), place))
+    images = [Item(name, address) for name, address in shown if address in found]
     items = _without_panels(storage, images)
     if not items:
         return index_shards(storage, shards)

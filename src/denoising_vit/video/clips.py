@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from denoising_vit.dataset.folders import image_names
 from denoising_vit.errors import ClipError, PhotoError
 from denoising_vit.photos import IMAGE_SUFFIXES, is_panel
 from denoising_vit.video.pictures import PhotoPicture, Picture
@@ -204,8 +205,8 @@ class FolderClip(Clip):
             inside = sorted(path.iterdir(), key=_by_numbers)
         except OSError as error:
             raise ClipError(f"{path}: cannot be read ({error.strerror or error})") from error
-        images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
-        self._files = [file for file in images if file.is_file() and not is_panel(file)]
+        shown = [file.name for file in inside if not file.name.startswith(".") and file.is_file()]
+        self._files = [path / name for name in image_names(shown, str(path)) if not is_panel(path / name)]
         if not self._files:
             folders = any(file.is_dir() for file in inside)
             raise ClipError(

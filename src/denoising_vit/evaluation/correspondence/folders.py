@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from denoising_vit.dataset.folders import image_names
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.inspecting import listed, visible
-from denoising_vit.photos import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def images_in(folder: Path) -> list[str]:
     """Names of the image files in a folder, in the order of the numbers in them; none where it is none."""
     if not folder.is_dir():
         return []
-    names = [entry.name for entry in visible(folder) if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+    names = image_names((entry.name for entry in visible(folder) if entry.is_file()), str(folder))
     return sorted(names, key=_by_number)
 
 

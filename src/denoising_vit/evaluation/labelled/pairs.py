@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from denoising_vit.dataset import Skipped
-from denoising_vit.dataset.folders import files_below
+from denoising_vit.dataset.folders import files_below, image_names
 from denoising_vit.dataset.storage import Storage
 from denoising_vit.errors import EvaluationError, PhotoError
 from denoising_vit.evaluation.labelled.classes import read_text
-from denoising_vit.photos import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,8 @@ def _by_stem(folder: Path, kind: str) -> tuple[dict[str, str], list[Skipped]]:
     except PhotoError as error:
         raise EvaluationError(str(error)) from error
     found: dict[str, str] = {}
-    for name in names:
+    for name in image_names(names, str(folder)):
         path = PurePosixPath(name)
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
         stem = path.with_suffix("").as_posix()
         if stem in found:
             skipped.append(Skipped(name, f"a second {kind} of the name {stem}; {found[stem]} is taken"))
