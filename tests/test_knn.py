@@ -237,6 +237,15 @@ def test_the_gallery_has_as_many_patches_of_each_image(tmp_path: Path, monkeypat
     assert torch.bincount(everything).tolist() == [36, 36, 36]
 
 
+@pytest.mark.parametrize("most", [1, 2, 7, 29, 31, 40])
+def test_the_gallery_never_has_more_patches_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    split = write_labelled(tmp_path, coloured(3, 0), coloured(1, 1))
+    gallery, _ = gallery_of(split, KnnOptions(k=1, gallery=most), monkeypatch)
+    assert len(gallery) == most
+
+
 def test_the_gallery_is_spread_over_the_images(data: LabelledData, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first patches of each image."""
     thinned, _ = gallery_of(data, KnnOptions(k=5, gallery=40), monkeypatch)

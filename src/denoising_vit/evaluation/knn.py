@@ -40,7 +40,7 @@ class KnnOptions:
             the view says nothing about the class.
         k: neighbours that vote.
         temperature: of the votes' weights, exp(cosine / temperature).
-        gallery: training patches that are compared with, drawn evenly from all images; 0 takes all.
+        gallery: training patches that are compared with, at most; as many from each image, or one more. 0 takes all.
         seed: of the gallery's draw and of the crops.
     """
 
@@ -135,10 +135,11 @@ def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see
     """Normalised features (N, C) and labels (N,) of the patches that are compared with."""
     shown = crops_of(train, source, options)
     generator = torch.Generator().manual_seed(options.seed)
-    most = -(-options.gallery // len(shown)) if options.gallery else None
     found, labels = [], []
-    for (image, crop), features in zip(shown, see_all(source, shown), strict=True):
+    for number, ((image, crop), features) in enumerate(zip(shown, see_all(source, shown), strict=True)):
         label = _labels(source, image, crop).flatten()
+        until, start = (options.gallery * n // len(shown) for n in (number + 1, number))
+        most = until - start if options.gallery else None
         known = torch.nonzero(label != NO_LABEL).flatten()
         known = known[torch.randperm(len(known), generator=generator)[:most]]
         found.append(F.normalize(features.flatten(0, 1)[known], dim=-1))
