@@ -412,3 +412,65 @@ def test_pieces_of_markdown() -> None:
     assert differing([{"a": "1", "b": "2"}], always=("a", "z")) == ["a 1"]
     assert code("a `b` c") == "`` a `b` c ``"
     assert plain(" a\n|b ") == r"a \|b"
+
+
+# --- published discovery ---
+
+DISCOVERY: Line = {
+    "task": "discovery",
+    "metrics": {"CorLoc": 31.25},
+    "seeds": [{"seed": 0, "CorLoc": 31.25}],
+    "classes": {},
+    "images": {"val": 5011},
+    "settings": {
+        "data": {"name": "VOC 2007 trainval", "layout": "voc", "digest": "d1"},
+        "backbone": {
+            "name": "vit_base_patch14_dinov2.lvd142m",
+            **{"weights": "hub", "fingerprint": "ab12", "layer": 11, "norm": True, "stride": 14, "dtype": "float32"},
+        },
+        **{"size": "native", "seed_by": "norm", "k": 100, "iou": 0.5, "centred": False, "seeds": [0], "features": {}},
+    },
+}
+
+
+def measured(render: Render, **changes: Any) -> list[str]:
+    """The measured figures of VOC 2007, one a published row."""
+    found = copy.deepcopy(KNN) | copy.deepcopy(DISCOVERY)
+    for key, value in changes.items():
+        place = found
+        *above, last = key.split("__")
+        for name in above:
+            place = place[name]
+        place[last] = value
+    return [row[3] for row in rows(render(found), "### Object discovery (CorLoc)")[1:]]
+
+
+def test_discovery_in_every_published_setting_is_a_measurement_of_it(render: Render) -> None:
+    assert measured(render) == ["31.2", "-", "-", "-"]
+    assert measured(render, settings__backbone__dtype="bfloat16") == ["31.2", "-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("settings__iou", 0.25),
+        ("settings__k", 20),
+        ("settings__size", 224),
+        ("settings__seed_by", "degree"),
+        ("settings__centred", True),
+        ("settings__features", {"artifact": "a"}),
+        ("settings__backbone__weights", "random"),
+        ("settings__backbone__layer", 5),
+        ("settings__backbone__norm", False),
+        ("settings__backbone__stride", 7),
+        ("settings__data__name", "VOC 2007 test"),
+        ("settings__data__name", "my VOC07"),
+        ("images", {"val": 5}),
+        ("skipped", [["000001.jpg", "damaged"]]),
+        ("features", "denoiser"),
+    ],
+)
+def test_discovery_in_another_setting_is_no_measurement_of_what_was_published(
+    render: Render, setting: str, value: object
+) -> None:
+    assert measured(render, **{setting: value}) == ["-"] * 4
