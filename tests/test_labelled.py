@@ -65,6 +65,29 @@ def street(tmp_path: Path) -> Path:
     return root
 
 
+def test_a_class_that_never_occurs_is_told_where_much_has_no_label(street: Path) -> None:
+    assert "no label" not in (open_labelled(street).note or "")
+    add_pair(street / "val", "v", [[0, 0, 0], [1, 255, 255]], 50)
+    note = open_labelled(street).note
+    assert note is not None and note.startswith("car: never in the masks of val, while 33 % of their pixels have")
+    write_classes(street, "sky\nroad\n")
+    assert "no label" not in (open_labelled(street).note or "")
+
+
+def test_masks_of_0_and_255_are_refused_as_nothing_to_tell_apart(tmp_path: Path) -> None:
+    root = tmp_path / "objects"
+    write_classes(root, "background\nobject\n")
+    for split in ("train", "val"):
+        add_pair(root / split, "a", [[0, 0, 255], [0, 255, 255]], 10)
+    data = open_labelled(root)
+    with pytest.raises(
+        EvaluationError, match=r"objects: the masks of val hold background of 2 classes; expected at least two, .* 50 %"
+    ):
+        data.require_two_classes()
+    add_pair(root / "val", "a", [[0, 0, 1], [0, 1, 1]], 10)
+    open_labelled(root).require_two_classes()
+
+
 def ids(data: LabelledData) -> tuple[list[str], list[str]]:
     return [image.id for image in data.train.images], [image.id for image in data.val.images]
 

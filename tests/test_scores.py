@@ -128,9 +128,17 @@ def test_all_right_is_a_hundred_and_all_wrong_is_nothing() -> None:
     assert (wrong.miou, wrong.macc, wrong.aacc) == (0.0, 0.0, 0.0)
 
 
-def test_a_data_set_of_one_class_can_be_scored() -> None:
-    found = scores(count(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 0, NO_LABEL]), 1))
-    assert (found.miou, found.macc, found.aacc) == (100.0, 100.0, 100.0)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_one_class_alone_is_no_score(classes: int) -> None:
+    """Two are listed, but the masks hold 0 and 255: any guess would score 100."""
+    found = count(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 0, NO_LABEL]), classes)
+    with pytest.raises(EvaluationError, match=rf"one of {classes} classes alone is there, .*; expected at least 2"):
+        scores(found)
+
+
+def test_one_class_that_is_mistaken_for_another_is_a_score() -> None:
+    found = scores(count(torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 0, NO_LABEL]), 2))
+    assert found.miou == pytest.approx(100 * (2 / 3 + 0) / 2)
 
 
 def test_an_image_without_any_label_adds_nothing() -> None:
@@ -205,35 +213,35 @@ def test_differences_are_averaged_over_seeds() -> None:
 
 
 def test_an_interval_of_two_images_is_refused() -> None:
-    ours = Counts.joined([image_of([4], [4], [4]), image_of([0], [4], [0])])
-    theirs = Counts.joined([image_of([0], [4], [0]), image_of([0], [4], [0])])
-    assert paired_interval([ours], [theirs]) == Interval(50.0, None, None, 2)
+    ours = Counts.joined([image_of([4, 1], [4, 1], [4, 1]), image_of([0, 1], [4, 1], [0, 1])])
+    theirs = Counts.joined([image_of([0, 1], [4, 1], [0, 1]), image_of([0, 1], [4, 1], [0, 1])])
+    assert paired_interval([ours], [theirs]) == Interval(25.0, None, None, 2)
 
 
 def test_an_interval_of_400_images() -> None:
-    """Half of 400 images are right: a mean of so many has a deviation of 2.5 points; 90 % would lie within 4.1."""
-    ours = Counts.joined([image_of([number % 2], [1], [number % 2]) for number in range(400)])
-    theirs = Counts.joined([image_of([0], [1], [0])] * 400)
+    """Half of 400 images are right in one of two classes: a mean of so many has a deviation of 2.5 points."""
+    ours = Counts.joined([image_of([number % 2, 1], [1, 1], [number % 2, 1]) for number in range(400)])
+    theirs = Counts.joined([image_of([0, 1], [1, 1], [0, 1])] * 400)
     found = paired_interval([ours], [theirs])
-    assert (found.difference, found.low, found.high) == pytest.approx((50, 50 - 4.92, 50 + 4.92), abs=0.03)
+    assert (found.difference, found.low, found.high) == pytest.approx((25, 25 - 2.46, 25 + 2.46), abs=0.02)
 
 
 def test_pairing_is_what_makes_an_interval_narrow() -> None:
     """Images of very different difficulty, each a little better: paired by image the difference is sure."""
-    hard = [image_of([10 * n + 5], [200], [10 * n + 5]) for n in range(15)]
-    easier = [image_of([10 * n + 8], [200], [10 * n + 8]) for n in range(15)]
+    hard = [image_of([10 * n + 5, 1], [200, 1], [10 * n + 5, 1]) for n in range(15)]
+    easier = [image_of([10 * n + 8, 1], [200, 1], [10 * n + 8, 1]) for n in range(15)]
     found = paired_interval([Counts.joined(easier)], [Counts.joined(hard)])
-    assert (found.difference, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert (found.difference, found.low, found.high) == pytest.approx((0.75, 0.75, 0.75))
     low, high = ends_of(paired_interval([Counts.joined(easier)], [Counts.joined(hard[::-1])]))
     assert low < 0 < high
 
 
 def test_images_without_any_label_make_no_difference_unsure() -> None:
     """Such images are no groups: without them five are left."""
-    ours = Counts.joined([*[image_of([4, 0], [4, 0], [4, 0])] * 5, *[Counts.nothing(2)] * 3])
-    theirs = Counts.joined([*[image_of([2, 0], [4, 0], [2, 2])] * 5, *[Counts.nothing(2)] * 3])
+    ours = Counts.joined([*[image_of([4, 1], [4, 1], [4, 1])] * 5, *[Counts.nothing(2)] * 3])
+    theirs = Counts.joined([*[image_of([2, 1], [4, 1], [2, 3])] * 5, *[Counts.nothing(2)] * 3])
     found = paired_interval([ours], [theirs])
-    assert found.difference == found.low == found.high == pytest.approx(75.0)
+    assert found.difference == found.low == found.high == pytest.approx(100 - 50 * (1 / 2 + 1 / 3))
     assert found.groups == 5
 
 

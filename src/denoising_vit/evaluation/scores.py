@@ -64,7 +64,7 @@ class Counts:
         """mIoU, mAcc and aAcc in percent.
 
         Raises:
-            EvaluationError: if no pixel has a label.
+            EvaluationError: if no pixel has a label, or there is but one class.
         """
         found = scores(self)
         return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
@@ -139,12 +139,17 @@ def scores(counts: Counts) -> Scores:
     """Scores of all images together, as published segmentation benchmarks define them.
 
     Raises:
-        EvaluationError: if no pixel has a label.
+        EvaluationError: if no pixel has a label, or there is but one class, of which everything is found.
     """
     hits, truth, predicted = (values.sum(0).astype(float) for values in (counts.hits, counts.truth, counts.predicted))
     if not truth.sum():
         raise EvaluationError("no pixel of the images that are judged has a label, so there is nothing to score")
     iou, acc = _ratio(hits, truth + predicted - hits), _ratio(hits, truth)
+    if np.isfinite(iou).sum() < 2:
+        raise EvaluationError(
+            f"one of {len(iou)} classes alone is there, and nothing else is predicted, which is no score; expected at "
+            "least 2. Are all classes in the masks, with the numbers of the list?"
+        )
     return Scores(
         miou=float(100 * np.nanmean(iou)),
         macc=float(100 * np.nanmean(acc)),

@@ -262,6 +262,7 @@ class Workbench:
     def _labelled(self) -> LabelledData:
         if not isinstance(self.data, LabelledData):
             raise EvaluationError(f"{self.data.name}: expected photos with masks of classes, got {self.data.layout}")
+        self.data.require_two_classes()
         return self.data
 
     def _settings(self) -> dict[str, Any]:

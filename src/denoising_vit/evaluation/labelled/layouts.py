@@ -47,6 +47,24 @@ class LabelledData:
         """Classes that no judged pixel has."""
         return self.val.absent
 
+    def require_two_classes(self) -> None:
+        """Refuses data of which any guess scores 100.
+
+        Raises:
+            EvaluationError: if the masks of ``val`` hold fewer than two classes.
+        """
+        there = [name for name in self.val.class_names if name not in self.absent]
+        if len(there) < 2:
+            held, note = " and ".join(there) or "none", f". {self.note}" if self.note else ""
+            raise EvaluationError(
+                f"{self.name}: the masks of val hold {held} of {len(self.val.class_names)} classes; expected at least "
+                f"two, as there is nothing to tell apart otherwise{note}"
+            )
+
+
+#: Share of pixels without a label that is told of where a class never occurs; borders of objects are about 0.05.
+_COMMON = 0.1
+
 
 class _Split(NamedTuple):
     pairs: list[Pair]
@@ -106,8 +124,20 @@ def open_labelled(
 
     train = _opened(root, "train", found, found.train, images, progress)
     val = _opened(root, "val", found, found.val, images, progress)
-    notes = [note for note in (found.note, shared_photos(train, val)) if note]
+    notes = [note for note in (found.note, shared_photos(train, val), _ignored_note(val, found.coding)) if note]
     return LabelledData(found.name, found.layout, train, val, "; ".join(notes) or None)
+
+
+def _ignored_note(split: LabelledSet, coding: Coding) -> str | None:
+    """What a reader should know where a class never occurs and much has no label: it may be written as that."""
+    unlabelled = 1 - sum(split.pixels) / sum(image.height * image.width for image in split.images)
+    if not split.absent or unlabelled < _COMMON:
+        return None
+    numbers = " and ".join(map(str, coding.ignored))
+    return (
+        f"{', '.join(split.absent)}: never in the masks of {split.split}, while {100 * unlabelled:.0f} % of their "
+        f"pixels have {numbers}, which means no label; if a class is written so, give it its number in the list"
+    )
 
 
 def _opened(
