@@ -184,6 +184,14 @@ def test_large_text_in_a_png_does_not_cost_the_picture(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_photo_bytes(path.read_bytes(), "text.png"), small_cat())
 
 
+def test_large_text_does_not_cost_a_mask_or_a_depth_map(tmp_path: Path) -> None:
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(values).save(tmp_path / "mask.png", pnginfo=large_text())
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", Coding(12, "a list")), values)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "depth.png", pnginfo=large_text())
+    np.testing.assert_array_equal(read_depth(tmp_path / "depth.png"), values)
+
+
 def test_a_broken_text_or_exif_in_a_png_does_not_cost_the_picture(tmp_path: Path) -> None:
     Image.fromarray(small_cat()).save(tmp_path / "plain.png")
     content = (tmp_path / "plain.png").read_bytes()
@@ -201,6 +209,7 @@ def test_damaged_pixels_beside_large_text_stay_damaged(tmp_path: Path) -> None:
     refuses(path, "damaged or unreadable image")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 def test_broken_exif_does_not_cost_the_picture(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"cat.{ending}"

@@ -8,12 +8,15 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from denoising_vit.decoding import decoded, without_metadata
-from denoising_vit.errors import PhotoError
+from denoising_vit.errors import DenoisingVitError, PhotoError
+
+_T = TypeVar("_T")
 
 #: Largest photo that is decoded, in pixels; a decoded photo takes 3 bytes a pixel, its float copy 12.
 MAX_PIXELS = 100_000_000
@@ -108,13 +111,13 @@ def _read_file(path: Path, max_pixels: int) -> np.ndarray:
         raise PhotoError(f"{path} is a directory, expected an image file")
     if path.stat().st_size == 0:
         raise PhotoError(f"{path}: the file is empty (0 bytes)")
-    return _open_and_decode(path, str(path), max_pixels)
+    return use_image(path, lambda image: _decode(image, str(path), max_pixels))
 
 
 def _read_content(content: bytes, name: str, max_pixels: int) -> np.ndarray:
     if not content:
         raise PhotoError(f"{name}: the file is empty (0 bytes)")
-    return _open_and_decode(io.BytesIO(content), name, max_pixels)
+    return use_image(io.BytesIO(content), lambda image: _decode(image, name, max_pixels))
 
 
 def open_image(file: Path | io.BytesIO) -> Image.Image:
@@ -128,18 +131,24 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
         return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _open_and_decode(file: Path | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
+def use_image(file: Path | io.BytesIO, use: Callable[[Image.Image], _T]) -> _T:
+    """What ``use`` makes of an image file whose header was read; a PNG with broken metadata is read without them.
+
+    Raises:
+        UnidentifiedImageError: if it is none of FORMATS.
+        Exception: of any kind that a decoder or ``use`` raises.
+    """
     try:
         with open_image(file) as image:
-            return _decode(image, name, max_pixels)
-    except PhotoError:
+            return use(image)
+    except DenoisingVitError:
         raise
     except Exception:
         plain = without_metadata(file)
         if plain is None:
             raise
         with contextlib.suppress(Exception), open_image(plain) as image:
-            return _decode(image, name, max_pixels)
+            return use(image)
         raise
 
 

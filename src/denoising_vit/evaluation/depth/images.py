@@ -13,7 +13,7 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.photos import MAX_PIXELS, open_image
+from denoising_vit.photos import MAX_PIXELS, use_image
 
 #: Pillow's modes of grayscale with more than 8 bits.
 _DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -81,14 +81,7 @@ def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         EvaluationError: if the file is missing, damaged, too large, or has 8 bits or colours.
     """
     try:
-        with open_image(path) as image:
-            if image.width * image.height > max_pixels:
-                raise EvaluationError(
-                    f"{path}: {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}"
-                )
-            if image.mode not in _DEEP:
-                raise EvaluationError(f"{path}: {_shallow(image.mode)}")
-            return np.asarray(image).astype(np.int32).clip(min=0)  # below 0 are marks of unknown depth
+        return use_image(path, lambda image: _numbers(image, path, max_pixels))
     except EvaluationError:
         raise
     except FileNotFoundError as error:
@@ -97,6 +90,15 @@ def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise EvaluationError(f"{path}: not an image file that can be read, expected depth as 16-bit PNG") from error
     except Exception as error:  # decoders meet damaged files with all kinds: OSError, SyntaxError, RuntimeError, ...
         raise EvaluationError(f"{path}: a damaged depth map ({error})") from error
+
+
+def _numbers(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
+    """What an opened depth map holds; its header is checked first."""
+    if image.width * image.height > max_pixels:
+        raise EvaluationError(f"{path}: {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
+    if image.mode not in _DEEP:
+        raise EvaluationError(f"{path}: {_shallow(image.mode)}")
+    return np.asarray(image).astype(np.int32).clip(min=0)  # below 0 are marks of unknown depth
 
 
 def _shallow(mode: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from denoising_vit.decoding import raw_mode
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.photos import MAX_PIXELS, open_image
+from denoising_vit.photos import MAX_PIXELS, use_image
 
 #: What a pixel has that belongs to no class.
 NO_LABEL = -1
@@ -133,10 +133,7 @@ def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np
     if path.stat().st_size == 0:
         raise EvaluationError(f"{path}: the file is empty (0 bytes), expected a mask")
     try:
-        with open_image(path) as image:
-            _check_header(image, path, max_pixels)
-            stretch = _stretch_of(image)
-            values = np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
+        values = use_image(path, lambda image: _numbers(image, path, max_pixels))
     except EvaluationError:
         raise
     except UnidentifiedImageError as error:
@@ -146,6 +143,13 @@ def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np
     except Exception as error:  # decoders meet damaged files with all kinds: OSError, SyntaxError, RuntimeError, ...
         raise EvaluationError(f"{path}: damaged or unreadable mask ({error})") from error
     return coding.decoded(values, str(path))
+
+
+def _numbers(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
+    """What an opened mask holds; its header is checked first."""
+    _check_header(image, path, max_pixels)
+    stretch = _stretch_of(image)
+    return np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
 
 
 def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
