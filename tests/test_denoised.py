@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import pytest
@@ -61,6 +63,28 @@ def test_sizes_may_alternate(extractor: DenoisedViT, backbone: Backbone, artifac
     for height, width in ((56, 56), (40, 72), (72, 40), (56, 56)):
         image = images(1, height, width)
         assert torch.equal(extractor(image), backbone(image) - artifact.at((height // 8, width // 8)))
+
+
+class Interrupted(DenoisedViT):
+    """Lets other threads run at the moment at which something new is kept."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_kept":
+            time.sleep(0.0001)
+
+
+def test_threads_with_sizes_of_their_own_do_not_meet(backbone: Backbone, artifact: Artifact) -> None:
+    extractor = Interrupted(backbone, artifact, positions=0.5)
+    grids = [(2 + side, 7) for side in range(4)]
+    places = {grid: 0.5 * sinusoidal_positions(grid, 6) - artifact.at(grid) for grid in grids}
+
+    def wrong(grid: tuple[int, int]) -> int:
+        found = [extractor.clean(torch.zeros(1, *grid, 6)) for _ in range(50)]
+        return sum(not torch.equal(features[0], places[grid]) for features in found)
+
+    with ThreadPoolExecutor(len(grids)) as pool:
+        assert list(pool.map(wrong, grids)) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("size", [(56, 56), (40, 72)], ids=str)

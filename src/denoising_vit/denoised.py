@@ -94,9 +94,10 @@ class DenoisedViT(nn.Module):
         """What all images of a grid have added, (h, w, C) float32; kept, as most callers have one size."""
         if torch.compiler.is_compiling():
             return self._made(grid, device)  # in the graph: one that reads what is kept would be compiled anew for it
-        if self._kept is None or self._kept[0] != grid or self._kept[1].device != device:
-            self._kept = grid, self._made(grid, device)
-        return self._kept[1]
+        kept = self._kept  # read once and replaced as a whole: another thread may have another size
+        if kept is None or kept[0] != grid or kept[1].device != device:
+            self._kept = kept = grid, self._made(grid, device)
+        return kept[1]
 
     def _made(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Weighted position features minus G, (h, w, C)."""
