@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import pickle
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +358,33 @@ def test_the_setting_of_the_hub_for_work_without_network_is_left_as_it_was() -> 
     with pytest.raises(WeightsError):
         load("hub", DINOV2)
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_threads_that_ask_for_the_hub_leave_its_setting_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
+
+    second, first_left = threading.Event(), threading.Event()
+
+    def later() -> None:
+        with model_hub.offline_if_unreachable():
+            second.set()
+            first_left.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with model_hub.offline_if_unreachable():
+            asked = pool.submit(later)
+            second.wait(0.1)  # the other is in it as well, unless it has to wait
+        first_left.set()
+        asked.result()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_random_weights_are_the_same_whatever_other_threads_load() -> None:
+    expected = load("random").state_dict()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: load("random").state_dict(), range(8)):
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_bundled_weights_of_another_model_are_refused() -> None:

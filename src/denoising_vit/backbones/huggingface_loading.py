@@ -16,6 +16,7 @@ from torch import nn
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
+from denoising_vit.seeding import seeded
 
 #: What stands before a hub id or a directory.
 PREFIX = "hf:"
@@ -202,8 +203,7 @@ def _channels(processor: dict[str, Any], key: str, name: str) -> Triple:
 
 
 def _random(cls: Any, config: Any, family: Family) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # a model that is loaded must not disturb the caller's generator
-        torch.default_generator.manual_seed(0)
+    with seeded(0):  # a model that is loaded must not disturb the caller's generator
         return cls(config, **dict(family.build))
 
 
@@ -212,9 +212,10 @@ def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) ->
     from denoising_vit.backbones.weights import require_finite
 
     try:
-        model, info = cls.from_pretrained(
-            where, config=config, output_loading_info=True, dtype=torch.float32, **dict(family.build)
-        )
+        with seeded(0):
+            model, info = cls.from_pretrained(
+                where, config=config, output_loading_info=True, dtype=torch.float32, **dict(family.build)
+            )
     except Exception as error:  # transformers raises many kinds: no file, a damaged one, shapes that differ
         misfit = isinstance(error, RuntimeError) and "size" in str(error)
         what = "do not fit its config.json: tensors of another shape" if misfit else f"not loaded: {_first_line(error)}"

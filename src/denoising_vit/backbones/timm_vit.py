@@ -6,7 +6,6 @@ import difflib
 from typing import Any
 
 import timm
-import torch
 from timm.data.config import resolve_model_data_config
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from denoising_vit.backbones.base import Backbone
 from denoising_vit.errors import BackboneError
 from denoising_vit.patch_grid import nearest_sizes
+from denoising_vit.seeding import seeded
 
 
 class TimmBackbone(Backbone):
@@ -129,8 +129,7 @@ def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None) -
         )
     try:
         # timm draws initial weights from the global generator; a model to be loaded must not disturb the caller's.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # of the CPU alone, which is what is restored
+        with seeded(0):
             blocks: dict[str, Any] = {} if depth is None else {"depth": depth}
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **blocks)
     except TypeError as error:  # an architecture without this option

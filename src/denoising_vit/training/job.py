@@ -17,6 +17,7 @@ from denoising_vit.denoiser import Denoiser
 from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.watching import Watch
 from denoising_vit.options import DenoiseOptions
+from denoising_vit.seeding import seeded
 from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore
 from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
@@ -189,8 +190,7 @@ class TrainJob:
             assert isinstance(self.targets, StoredTargets)
             pairs = FreshPairs(self.targets, self.backbone)
         whole = options.views_a_step(self.accelerator.num_processes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+        with seeded(options.seed):
             denoiser = Denoiser(self.backbone.embed_dim, self._grid, options.blocks, describe(self.backbone))
         if options.start == "identity":
             _start_as_identity(denoiser)

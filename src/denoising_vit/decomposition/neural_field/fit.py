@@ -16,6 +16,7 @@ from denoising_vit.decomposition.neural_field.losses import first_phase_loss, se
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import FitError, PlanError
+from denoising_vit.seeding import seeded
 from denoising_vit.views import ViewPlan
 
 #: A loss is looked at this often: every look waits for the device.
@@ -129,8 +130,7 @@ def fit_neural_field(
     if options.keep == "best" and held_out is None:
         raise PlanError("keep is 'best', which held-out views decide, and there are none")
     device, (positions, channels) = views.features.device, views.features.flatten(1, 2).shape[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # initial values come from the CPU: the same for every device
+    with seeded(seed):  # initial values come from the CPU: the same for every device
         known = None if artifact is None else artifact.flatten(0, 1)
         model = NeuralModel(positions, channels, options, known).to(device)
     draw = torch.Generator(device).manual_seed(seed)
