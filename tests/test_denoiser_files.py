@@ -300,7 +300,6 @@ DAMAGED_STATES: dict[str, tuple[Callable[[State], object], str]] = {
     "extra": (lambda state: state.update(more=torch.ones(2)), r"1 left over \(more\)"),
     "a third block's": (lambda state: state.update({"denoiser.2.norm1.bias": torch.ones(64)}), "tensors missing"),
     "another shape": (lambda state: state.update({FC2: torch.ones(64, 64)}), rf"another shape \({re.escape(FC2)}\)"),
-    "no position": (lambda state: state.pop("pos_embed"), r"expected pos_embed of shape \(1, h w, C\)"),
     "position of two dimensions": (lambda state: state.update(pos_embed=torch.ones(16, 64)), r"\(1, h w, C\)"),
     "position of a map": (lambda state: state.update(pos_embed=torch.ones(1, 64, 4, 4)), r"\(1, h w, C\)"),
     "two positions": (lambda state: state.update(pos_embed=torch.ones(2, 16, 64)), r"\(1, h w, C\)"),

@@ -23,6 +23,17 @@ KEY = "denoising_vit"
 DISTILLED = "denoising-vit/distilled"
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is a safetensors file by its beginning, whatever its name: a length, then the head as JSON.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
+
+
 def read_record(path: Path) -> Any:
     """The record in a file's metadata; an empty one where the file has none.
 

@@ -132,8 +132,9 @@ def with_weights(backbone: Backbone, path: Path) -> Backbone:
         BackboneError: if it is a module of the caller's.
         WeightsError: if the file is missing or damaged, of another model, or holds values that are not finite.
     """
+    from denoising_vit.backbones.checkpoints import read_state_dict
     from denoising_vit.backbones.timm_vit import TimmBackbone
-    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
+    from denoising_vit.backbones.weights import load_weights, require_finite
 
     if not isinstance(backbone, TimmBackbone):
         raise BackboneError(f"{backbone.name} is a module of its own: load its weights yourself, and wrap it again")
@@ -158,8 +159,9 @@ def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
 
 
 def _with_weights(name: str, weights: str | Path) -> tuple[VisionTransformer | Eva, str]:
+    from denoising_vit.backbones.checkpoints import read_state_dict
     from denoising_vit.backbones.timm_vit import build_timm_model
-    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
+    from denoising_vit.backbones.weights import load_weights, require_finite
 
     choice = str(weights)
     if choice == "auto":

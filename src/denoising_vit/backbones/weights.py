@@ -2,84 +2,92 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
-from pathlib import Path
+import re
 
 import timm.models.eva
 import timm.models.vision_transformer
 import torch
-from safetensors.torch import load_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from denoising_vit.backbones.checkpoints import models_among, the_model, without_containers
 from denoising_vit.errors import WeightsError
 
-#: Where published files keep the weights, and what they put in front of the names.
-_CONTAINERS = ("model", "state_dict", "teacher")
-_PREFIXES = ("module", "model", "backbone")
+#: What every ViT in timm's names has, under whatever prefix.
 _PATCHES = "patch_embed.proj.weight"
+
+#: The same in the names of CLIP's release, which timm translates.
+_PATCHES_OF_CLIP = r"visual\.conv1\.weight"
+
+#: The same in the names of Hugging Face transformers.
+_PATCHES_OF_TRANSFORMERS = re.compile(r"(.*\.)?embeddings\.patch_embeddings?(\.projection)?\.weight")
+
+#: Where files keep weights in other names that timm translates.
+_CONTAINERS = ("model", "state_dict", "teacher")
+
+#: What every denoiser has.
+_OF_A_DENOISER = re.compile(r"(.*\.)?denoiser\.(\d+\.)?norm1\.weight")
 
 #: Parts of checkpoints that dense features never use: classifiers, pooling heads, decoders, training tokens.
 _UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive", "visual.proj", "logit_scale")
 
 
-def read_state_dict(path: Path, containers: tuple[str, ...] = _CONTAINERS) -> dict[str, Tensor]:
-    """Reads a safetensors file or a PyTorch file, and unwraps it to plain parameter names.
+def load_weights(model: VisionTransformer | Eva, tensors: dict[str, Tensor], *, name: str, source: str) -> None:
+    """Loads weights, in timm's names or in those of the original release, into a timm model.
 
-    PyTorch files are read with ``weights_only=True``: code hidden in a pickle is refused, never run.
+    They may stand under any prefix, beside other models: the ViT is where its patch embedding is.
 
     Args:
-        path: the file.
-        containers: names under which published files keep them.
+        model: that gets them.
+        tensors: of a file, by their full names.
+        name: of the model, for messages.
+        source: the file, for messages.
 
     Raises:
-        WeightsError: if the file is missing, damaged, holds anything but weights, or holds none.
+        WeightsError: if there are none, or anything is missing, left over, or of another shape; the message names both
+            sides.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
-    if path.stat().st_size == 0:
-        raise WeightsError(f"{path}: the file is empty (0 bytes)")
-    try:
-        if path.suffix == ".safetensors":
-            state: object = load_file(path)
-        else:
-            # Several published files carry their command-line options: plain data.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: refused, the file is damaged or holds more than weights (code is never run from a checkpoint). "
-            "Convert it to safetensors where you trust it"
-        ) from error
-    except Exception as error:  # damaged files meet the readers with all kinds
-        raise WeightsError(
-            f"{path}: not a readable safetensors or PyTorch weights file ({type(error).__name__}: {error})"
-        ) from error
-    state = _unwrap(state, containers)
-    if not state:
-        raise WeightsError(f"{path}: no tensors found; expected a state dict, or one under {' or '.join(containers)}")
-    return state
-
-
-def load_weights(model: VisionTransformer | Eva, state: dict[str, Tensor], *, name: str, source: str) -> None:
-    """Loads a state dict, in timm's names or in those of the original release, into a timm model.
-
-    Raises:
-        WeightsError: if anything is missing, left over, or of another shape; the message names both sides.
-    """
-    _refuse_other_patches(model, state, name, source)
+    prefix, state = _vit_among(tensors, model, name, source)
+    where = f"the ViT under {prefix!r}" if prefix else "its weights"
+    misfit = f"{source}: {where} cannot be loaded, they do not fit {name}"
+    if reason := _other_patches(model, state):
+        raise WeightsError(f"{misfit}: {reason}")
     filters = timm.models.eva if isinstance(model, Eva) else timm.models.vision_transformer
     own = model.state_dict()
     try:
         fitted = dict(filters.checkpoint_filter_fn(dict(state), model))  # pyright: ignore[reportArgumentType]
     except Exception as error:  # timm reshapes what it takes for its own, and fails in many ways where it is not
         reason = _difference(own, state) or f"{type(error).__name__}: {error}"
-        raise WeightsError(f"{source}: weights of another model, they do not fit {name}: {reason}") from error
-    if difference := _difference(own, fitted):
-        raise WeightsError(f"{source}: weights of another model, they do not fit {name}: {difference}")
+        raise WeightsError(f"{misfit}: {reason}") from error
+    if reason := _difference(own, fitted):
+        beside = sorted(key for key in tensors if not key.startswith(prefix))
+        more = f"; {_some(beside, 'not under this prefix')}" if beside else ""
+        raise WeightsError(f"{misfit}: {reason}{more}")
     model.load_state_dict({key: value for key, value in fitted.items() if key in own}, strict=False)
+
+
+def _vit_among(
+    tensors: dict[str, Tensor], model: VisionTransformer | Eva, name: str, source: str
+) -> tuple[str, dict[str, Tensor]]:
+    """Prefix and tensors of the ViT; everything where none has its patch embedding by timm's name."""
+    models = models_among(tensors, re.escape(_PATCHES)) or models_among(tensors, _PATCHES_OF_CLIP)
+    # A student may be of another size than its teacher: then the size tells which is meant.
+    fitting = {prefix: state for prefix, state in models.items() if not _other_patches(model, state)}
+    if models:
+        prefix, state = the_model(fitting or models, source)
+        # Blocks trained in chunks: blocks.CHUNK.NUMBER. instead of blocks.NUMBER.
+        return prefix, {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+    if theirs := next(filter(_PATCHES_OF_TRANSFORMERS.fullmatch, tensors), None):
+        raise WeightsError(
+            f"{source}: {theirs} is a name of Hugging Face transformers, and {name} one of timm. Give the folder with "
+            "the file and its config.json, or the hub id, as the model: load_backbone('hf:FOLDER')"
+        )
+    if any(map(_OF_A_DENOISER.fullmatch, tensors)):
+        raise WeightsError(
+            f"{source}: a denoiser, not the weights of {name}; give it as one: load_denoiser(FILE), --denoiser FILE"
+        )
+    return "", without_containers(tensors, _CONTAINERS)
 
 
 def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
@@ -93,10 +101,14 @@ def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
         if key in state and state[key].shape != value.shape
     ]
     return "; ".join(
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        _some(keys, what)
         for what, keys in (("missing", missing), ("left over", unknown), ("of another shape", shapes))
         if keys
     )
+
+
+def _some(keys: list[str], what: str) -> str:
+    return f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
 
 
 def require_finite(model: nn.Module, source: str) -> None:
@@ -114,27 +126,9 @@ def require_finite(model: nn.Module, source: str) -> None:
             )
 
 
-def _unwrap(state: object, containers: tuple[str, ...]) -> dict[str, Tensor]:
-    while isinstance(state, dict) and (inner := next((state[k] for k in containers if k in state), None)) is not None:
-        if not isinstance(inner, dict):
-            break
-        state = inner
-    if not isinstance(state, dict):
-        return {}
-    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
-    # Names may be prefixed, and stand beside those of heads that are trained along: the ViT is where its patches are.
-    prefix = next((key.removesuffix(_PATCHES) for key in tensors if key.endswith(_PATCHES)), "")
-    if not prefix or prefix.strip(".").split(".")[0] not in _PREFIXES:
-        return tensors
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _refuse_other_patches(model: VisionTransformer | Eva, state: dict[str, Tensor], name: str, source: str) -> None:
-    """Timm would resample the patch embedding of another patch size without a word."""
-    there = state.get(_PATCHES)
-    mine = model.patch_embed.proj.weight
-    if there is not None and there.ndim == 4 and there.shape != mine.shape:
-        raise WeightsError(
-            f"{source}: weights of another model, they do not fit {name}: patch embedding of shape "
-            f"{tuple(there.shape)} instead of {tuple(mine.shape)}"
-        )
+def _other_patches(model: VisionTransformer | Eva, state: dict[str, Tensor]) -> str:
+    """What is wrong with the patch embedding: timm would resample one of another patch size without a word."""
+    there, mine = state.get(_PATCHES), model.patch_embed.proj.weight
+    if there is None or there.ndim != 4 or there.shape == mine.shape:
+        return ""
+    return f"patch embedding of shape {tuple(there.shape)} instead of {tuple(mine.shape)}"

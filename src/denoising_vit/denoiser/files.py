@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from denoising_vit.backbones.checkpoints import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.backbones.recorded import names_backbone
-from denoising_vit.backbones.weights import read_state_dict
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
 from denoising_vit.files import atomic_path
-from denoising_vit.tensor_files import KEY, compact, read_record, require_version
+from denoising_vit.tensor_files import KEY, compact, is_safetensors, read_record, require_version
 
 FORMAT = "denoising-vit/denoiser"
 FORMAT_VERSION = 1
@@ -50,7 +50,7 @@ def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
 
 
 def read_denoiser(path: str | Path) -> Denoiser:
-    """Reads what :func:`write_denoiser` wrote, or a published checkpoint: ``{"denoiser": ...}``, as ``.pth``.
+    """Reads what :func:`write_denoiser` wrote, or a published checkpoint, whatever it keeps the denoiser in.
 
     Width, grid and blocks are told by the tensors. Code in a pickle is refused, never run.
 
@@ -63,12 +63,15 @@ def read_denoiser(path: str | Path) -> Denoiser:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FormatError(f"{path}: no such denoiser file")
-    head = _head(path) if path.suffix == ".safetensors" else {}
+    head = _head(path) if is_safetensors(path) else {}
     try:
-        state = read_state_dict(path, ("denoiser",))
+        tensors = read_state_dict(path)
+        models = models_among(tensors, r"denoiser\.(?:\d+\.)?norm1\.weight")
+        state = the_model(models, str(path))[1] if models else without_containers(tensors, ("model", "denoiser"))
     except WeightsError as error:
         raise FormatError(str(error)) from error
-    state = {name: value for name, value in state.items() if not name.startswith("vit.")}  # the backbone, if along
+    if models:
+        state = {name: value for name, value in state.items() if not name.startswith("vit.")}  # the backbone, if along
     return _built(state, head, str(path)).eval()
 
 
@@ -98,6 +101,9 @@ def _check_head(head: Any, path: Path) -> None:
 
 def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoiser:
     """The denoiser that a state dict is of."""
+    if not head and "pos_embed" not in state and (width := _width(state)):
+        # Published training can do without a position embedding: one of zeros is the same on any grid.
+        state = state | {"pos_embed": torch.zeros(1, 1, width)}
     channels, grid = _shape(state, head, source)
     numbers = {int(found[1]) for name in state if (found := re.match(r"denoiser\.(\d+)\.", name))}
     blocks = max(numbers, default=0) + 1
@@ -123,17 +129,31 @@ def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoi
 
 def _shape(state: dict[str, Tensor], head: dict[str, Any], source: str) -> tuple[int, tuple[int, int]]:
     """Channels, and the grid of the position embedding: square where the file does not name one."""
-    position = state.get("pos_embed")
-    whole = "patch_embed.proj.weight" in state
-    if whole or position is None or position.ndim != 3 or len(position) != 1:
-        named = "a whole model, to be given as weights" if whole else ", ".join(list(state)[:3]) or "nothing"
-        raise FormatError(f"{source}: not a denoiser: expected pos_embed of shape (1, h w, C) and a block, got {named}")
+    position, kind = state.get("pos_embed"), _other_kind(state)
+    if kind or position is None or position.ndim != 3 or len(position) != 1:
+        got = kind or ", ".join(list(state)[:3]) or "nothing"
+        raise FormatError(f"{source}: not a denoiser: expected pos_embed of shape (1, h w, C) and a block, got {got}")
     places, channels = position.shape[1:]
     side = math.isqrt(places)
     h, w = head.get("grid") or (side, side)
     if not places or h * w != places:
         raise FormatError(f"{source}: a position embedding of {places} places is no square grid, and none is named")
     return channels, (h, w)
+
+
+def _width(state: dict[str, Tensor]) -> int:
+    """Channels of the first block; 0 where there is none."""
+    norm = next((state[name] for name in ("denoiser.norm1.weight", "denoiser.0.norm1.weight") if name in state), None)
+    return 0 if norm is None else norm.numel()
+
+
+def _other_kind(state: dict[str, Tensor]) -> str:
+    """What tensors are that are no denoiser, in words; empty where that is not known."""
+    if any(name.endswith("patch_embed.proj.weight") for name in state):
+        return "a whole model, to be given as weights"
+    if any(re.fullmatch(r"(denoiser\.)?0\.weight", name) for name in state):
+        return "a denoiser of convolutions, which is not supported"
+    return ""
 
 
 def require_finite(state: dict[str, Tensor], source: str) -> None:

@@ -18,7 +18,7 @@ from denoising_vit.denoiser import denoiser_digest
 from denoising_vit.errors import ExportError
 from denoising_vit.export.options import ExportOptions
 from denoising_vit.export.traceable import Extractor
-from denoising_vit.tensor_files import DISTILLED, read_record
+from denoising_vit.tensor_files import DISTILLED, is_safetensors, read_record
 
 #: Versions that decide what a file holds and how it runs.
 _PACKAGES = ("denoising-vit", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -77,9 +77,9 @@ def distilled_record(weights: Path | None) -> dict[str, Any] | None:
     Raises:
         ExportError: if it says so in a way that cannot be read.
     """
-    if weights is None or weights.suffix != ".safetensors":
-        return None
     try:
+        if weights is None or not is_safetensors(weights):
+            return None
         head = read_record(weights)
     except (SafetensorError, OSError, ValueError) as error:
         raise ExportError(f"{weights}: not a safetensors file that can be read ({error})") from error
