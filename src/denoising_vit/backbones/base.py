@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from denoising_vit.backbones.attention import BlockedAttention
-from denoising_vit.backbones.fingerprint import Fingerprint
+from denoising_vit.backbones.fingerprint import Fingerprint, state_digest
 from denoising_vit.backbones.intermediates import Intermediates, block_numbers
 from denoising_vit.errors import BackboneError
 from denoising_vit.patch_grid import check_side, nearest_sizes, patch_count
@@ -79,6 +80,7 @@ class Backbone(nn.Module, ABC):
         self.default_size = min(fitting, key=lambda side: abs(side - default_size))
         self.training = False
         self._fingerprint: Fingerprint | None = None
+        self._digest: tuple[list[tuple[Tensor, int]], str] | None = None
 
     @abstractmethod
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +206,26 @@ class Backbone(nn.Module, ABC):
             self._fingerprint = Fingerprint.of(self, self._fingerprint_size())
         return self._fingerprint
 
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the weights in the precision they have; None where there are none to be seen, as of a function.
+
+        The fingerprint is the same for weights that hardly differ, such as successive checkpoints; this is not.
+        """
+        if not self.state_dict():
+            return None
+        tensors = (*self.parameters(), *self.buffers())
+        now = [(value, 0 if value.is_inference() else value._version) for value in tensors]
+        known = self._digest
+        if known is None or not _unchanged(known[0], now):
+            self._digest = known = now, state_digest(self)
+        return known[1]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Moves or converts the weights, which are others to the bit then."""
+        self._digest = None
+        return super()._apply(fn, recurse)
+
     def _fingerprint_size(self) -> int:
         return self.default_size
 
@@ -218,3 +240,9 @@ class Backbone(nn.Module, ABC):
         return (
             f"{self.name}, patch {self.patch_size}, stride {self.stride}, C {self.embed_dim}, {dtype}, {self.weights}"
         )
+
+
+def _unchanged(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
+    """Whether these are the same tensors in the same versions: writing to one gives it another."""
+    pairs = zip(before, now, strict=False)
+    return len(before) == len(now) and all(old is new and was == version for (old, was), (new, version) in pairs)

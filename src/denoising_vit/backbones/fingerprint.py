@@ -1,13 +1,14 @@
-"""Fingerprints: weights identified by what they do, because the same weights come in files of different digests."""
+"""What identifies weights: what they do, as the same weights come in different files, and what they are, to the bit."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Cosine above which two fingerprints are of the same weights; bfloat16 and float32 of one model agree to 0.9998.
 SAME = 0.999
@@ -52,6 +53,15 @@ class Fingerprint:
         """Eight hexadecimal digits to tell weights apart at a glance; :meth:`matches` decides."""
         bits = "".join("1" if value > 0 else "0" for value in self.values[:32])
         return f"{int(bits, 2):08x}"
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers in float32, with their names and shapes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def synthetic_image(size: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from denoising_vit.backbones.base import Backbone
@@ -27,13 +29,32 @@ def recorded_words(recorded: dict[str, Any]) -> str:
     """A recorded backbone as its owner would tell it from another."""
     known = [(key, recorded.get(key)) for key in _TOLD]
     known.append(("fingerprint", Fingerprint(tuple(recorded["fingerprint"])).short))
+    known.append(("digest", (recorded.get("digest") or "")[:8] or None))
     return f"{recorded['name']} ({', '.join(f'{key} {value}' for key, value in known if value is not None)})"
 
 
 def backbone_words(backbone: Backbone) -> str:
     """A backbone at hand, in the same words."""
     known = {key: getattr(backbone, key) for key in ("name", *_TOLD)}
-    return recorded_words(known | {"fingerprint": backbone.fingerprint.values})
+    return recorded_words(known | {"fingerprint": backbone.fingerprint.values, "digest": backbone.digest})
+
+
+def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records are of the same weights, layer, norm and stride.
+
+    The digests decide where both have one of the same model in the same precision. Earlier versions recorded none, and
+    the same weights have another digest in another precision: then the fingerprints decide.
+    """
+    digests = [record.get("digest") for record in (one, other)]
+    if all(digests) and all(one.get(key) == other.get(key) for key in ("name", "dtype")) and digests[0] != digests[1]:
+        return False
+    prints = [tuple(record.get("fingerprint") or ()) for record in (one, other)]
+    return prints[0] == prints[1] or Fingerprint(prints[0]).matches(Fingerprint(prints[1]))
+
+
+def weights_key(backbone: Backbone) -> str:
+    """What files that hold features are named by: another for any other weights. Functions have a fingerprint only."""
+    return backbone.digest or hashlib.sha256(json.dumps(backbone.fingerprint.values).encode()).hexdigest()
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
@@ -42,6 +63,7 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "name": backbone.name,
         "weights": backbone.weights,
         "fingerprint": backbone.fingerprint.values,
+        "digest": backbone.digest,
         "layer": backbone.layer,
         "norm": backbone.norm,
         "dtype": str(backbone.dtype).removeprefix("torch."),

@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from denoising_vit.artifact import artifact_digest
-from denoising_vit.backbones import Backbone, Fingerprint
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import describe, same_weights
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Row
 from denoising_vit.decomposition import Decomposition
@@ -135,7 +136,6 @@ class DenoiseJob:
 
     def _made_alike(self, info: dict[str, Any]) -> bool:
         """Whether an existing result came from this backbone, this plan and these options of the method."""
-        theirs = Fingerprint(tuple(info["backbone"]["fingerprint"]))
         # The neural field draws with the seed, and may keep the step that held-out views like best.
         indifferent = _INDIFFERENT - ({"seed", "held_out"} if self.options.method == "neural-field" else set())
         decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
@@ -143,7 +143,7 @@ class DenoiseJob:
             info["plan"] == self.plan.digest
             and info.get("artifact") == artifact_digest(self._of_results)
             and info.get("denoiser", {}).get("digest") == (None if self.denoiser is None else self.denoiser.digest)
-            and self.backbone.fingerprint.matches(theirs)
+            and same_weights(info["backbone"], describe(self.backbone))
             and all(info.get(key) == value for key, value in decisive.items())
         )
 

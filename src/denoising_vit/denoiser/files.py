@@ -69,7 +69,8 @@ def read_denoiser(path: str | Path) -> Denoiser:
         models = models_among(tensors, r"denoiser\.(?:\d+\.)?norm1\.weight")
         state = the_model(models, str(path))[1] if models else without_containers(tensors, ("model", "denoiser"))
     except WeightsError as error:
-        raise FormatError(str(error)) from error
+        reason = str(error).removeprefix(f"{path}: ")
+        raise FormatError(f"{path}: not a denoiser, or damaged: {reason}") from error
     if models:
         state = {name: value for name, value in state.items() if not name.startswith("vit.")}  # the backbone, if along
     return _built(state, head, str(path)).eval()

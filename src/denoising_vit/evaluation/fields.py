@@ -14,6 +14,7 @@ from PIL import Image
 
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.dataset import Dataset, Item
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedData, JudgedImage, JudgedSet
@@ -174,7 +175,7 @@ def _fitted(
 
 def store_name(images: JudgedSet[JudgedImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
     """The same for the same fields of the same photos, whatever is judged on them."""
-    whose = {"weights": backbone.fingerprint.short, **asdict(spec), "images": images.photos_digest}
+    whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
     key = hashlib.sha256(json.dumps(identity | whose, sort_keys=True, default=str).encode()).hexdigest()
     return f"{images.split}-{key[:16]}"
 

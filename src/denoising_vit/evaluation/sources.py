@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import describe
+from denoising_vit.backbones.recorded import describe, weights_key
 from denoising_vit.crops import Crop
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.errors import EvaluationError
@@ -29,7 +29,8 @@ def backbone_settings(backbone: Backbone) -> dict[str, Any]:
     """What decides a backbone's features, as JSON values; the device is not among it."""
     described = {key: value for key, value in describe(backbone).items() if key != "device"}
     shown = {"stride": backbone.stride, "mean": list(backbone.mean), "std": list(backbone.std)}
-    return described | {"fingerprint": backbone.fingerprint.short} | shown
+    weights = {"fingerprint": backbone.fingerprint.short, "digest": weights_key(backbone)[:32]}
+    return described | weights | shown
 
 
 class FeatureSource(ABC):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.fingerprint import state_digest
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import denoiser_digest
@@ -52,7 +51,7 @@ def description(
         "mean": backbone.mean,
         "std": backbone.std,
     }
-    record = {key: value for key, value in record.items() if key not in ("device", "dtype")}
+    record = {key: value for key, value in record.items() if key not in ("device", "dtype", "digest")}
     return {
         "features": features_of(extractor, told),
         "backbone": record,
@@ -84,15 +83,6 @@ def distilled_record(weights: Path | None) -> dict[str, Any] | None:
     except (SafetensorError, OSError, ValueError) as error:
         raise ExportError(f"{weights}: not a safetensors file that can be read ({error})") from error
     return head if isinstance(head, dict) and head.get("format") == DISTILLED else None
-
-
-def state_digest(module: torch.nn.Module) -> str:
-    """SHA-256 of all parameters and buffers in float32, with their names and shapes."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _cleaner(extractor: Extractor) -> dict[str, Any] | None:

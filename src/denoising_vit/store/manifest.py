@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from denoising_vit.backbones.fingerprint import SAME, Fingerprint
+from denoising_vit.backbones.recorded import same_weights
 from denoising_vit.errors import StoreError
 
 FORMAT = "denoising-vit/store"
@@ -165,11 +166,14 @@ def _compare(kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> Iterato
 
 
 def _compare_weights(mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
-    here, there = (Fingerprint(tuple(backbone.get("fingerprint") or ())) for backbone in (mine, theirs))
-    if here.values == there.values or here.matches(there):
+    if same_weights(mine, theirs):
         return
+    here, there = (Fingerprint(tuple(backbone.get("fingerprint") or ())) for backbone in (mine, theirs))
     same_length = len(here.values) == len(there.values)
     likeness = f"their cosine is {here.cosine(there):.3f}, expected above {SAME}" if same_length else "of unlike length"
+    if here.matches(there):
+        digests = [str(backbone.get("digest"))[:8] for backbone in (mine, theirs)]
+        likeness = f"alike, but not the same: digests {digests[0]} and {digests[1]}"
     yield (
         f"weights: the store has {_show(mine.get('weights'))} (fingerprint {_short(here)}), "
         f"this run has {_show(theirs.get('weights'))} (fingerprint {_short(there)}); {likeness}"

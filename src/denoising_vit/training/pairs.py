@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.crops import Crop
 from denoising_vit.errors import TrainError
 from denoising_vit.extraction import fitting_batch
@@ -243,8 +244,9 @@ def sampled(field: Tensor, crops: Sequence[Crop], backbone: Backbone) -> Tensor:
 
 def backbone_identity(backbone: Backbone) -> dict[str, Any]:
     """What of a backbone decides its features; JSON values."""
-    told = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride")}
-    return told | {"fingerprint": backbone.fingerprint.short, "dtype": str(backbone.dtype).removeprefix("torch.")}
+    told = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride", "mean", "std")}
+    weights = {"fingerprint": backbone.fingerprint.short, "digest": weights_key(backbone)}
+    return told | weights | {"dtype": str(backbone.dtype).removeprefix("torch.")}
 
 
 def _stacked(array: np.memmap, places: Sequence[tuple[int, int | None]]) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 #: What earlier versions did not record; where it is not told, it is not compared, so that what they made stays valid.
-_ADDED = frozenset({"targets.photos"})
+_ADDED = frozenset({"targets.photos", "backbone.digest", "backbone.mean", "backbone.std"})
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

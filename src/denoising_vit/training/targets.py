@@ -16,7 +16,7 @@ from torch import Tensor
 
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, recorded_words
+from denoising_vit.backbones.recorded import backbone_words, describe, recorded_words, same_weights
 from denoising_vit.dataset import Dataset, Skipped
 from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.photos import photo_digest
@@ -109,7 +109,7 @@ class StoredTargets:
 
     def __init__(self, store: FeatureStore, photos: Dataset, backbone: Backbone) -> None:
         recorded = store.manifest.backbone
-        if not is_recorded(recorded, backbone):
+        if not same_weights(recorded, describe(backbone)):
             raise TrainError(
                 f"{store.url}: the store is of {recorded_words(recorded)}; got {backbone_words(backbone)}. Give the "
                 "backbone that it was fitted with, or fit a store with this one"

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from denoising_vit.backbones.fingerprint import Fingerprint
+from denoising_vit.backbones.recorded import same_weights
 from denoising_vit.video.encoding import comment_of
 
 #: Marks our records, with the version of their format.
 _FORMAT = "denoising-vit/video 1"
 
-#: What of a backbone does not decide its features.
-_INDIFFERENT = ("weights", "device")
+#: What of a backbone does not decide its features, or is compared apart.
+_INDIFFERENT = ("weights", "device", "fingerprint", "digest")
 
 
 def make_record(source: str, settings: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
@@ -36,11 +36,11 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
         if before.get(name) != (now := mine["settings"].get(name)):
             found.append(f"{name} {before.get(name)}, now {now}")
     backbones = [dict(record.get("backbone") or {}) for record in (theirs, mine)]
-    prints = [Fingerprint(tuple(backbone.pop("fingerprint", ()))) for backbone in backbones]
+    same = same_weights(*backbones)
     for backbone in backbones:
         for name in _INDIFFERENT:
             backbone.pop(name, None)
-    if backbones[0] != backbones[1] or not prints[0].matches(prints[1]):
+    if backbones[0] != backbones[1] or not same:
         found.append("another backbone or other weights")
     rest = (theirs.keys() | mine.keys()) - {"source", "settings", "backbone"}
     return found + [f"another {key}" for key in sorted(rest) if theirs.get(key) != mine.get(key)]

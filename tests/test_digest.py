@@ -1,0 +1,193 @@
+"""Weights that hardly differ, as successive checkpoints: nothing that is kept of one is taken for the other's."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import denoising_vit.visualize
+import tiny_artifact
+import tiny_training
+from command import in_process
+from denoising_vit import Backbone, load_backbone
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.backbones.recorded import describe, same_weights, weights_key
+from denoising_vit.crops import Crop
+from denoising_vit.errors import StoreError, TrainError
+from denoising_vit.evaluation.fields import store_name
+from denoising_vit.evaluation.judged import JudgedSet
+from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.sources import ExtractorSource
+from denoising_vit.store import FeatureStore
+from denoising_vit.training.pairs import KeptPairs
+from denoising_vit.training.targets import StoredTargets
+from denoising_vit.video.records import differences, make_record
+from tiny_labelled import SIZE, coloured, write_labelled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = ((56, 56),)
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return tiny_training.backbone()
+
+
+@pytest.fixture
+def later(backbone: Backbone) -> Backbone:
+    """The next checkpoint: one weight has moved."""
+    other = copy.deepcopy(backbone)
+    other.get_parameter("model.project.weight").data[3, 1, 2, 5] += 1e-4
+    other._fingerprint = None
+    assert other.fingerprint.short == backbone.fingerprint.short
+    assert other.fingerprint.matches(backbone.fingerprint)
+    return other
+
+
+# The digest
+
+
+def test_the_same_weights_have_the_same_digest_and_others_another(backbone: Backbone, later: Backbone) -> None:
+    assert backbone.digest == tiny_training.backbone().digest == copy.deepcopy(backbone).digest
+    assert backbone.digest != later.digest
+
+
+def test_weights_that_were_written_to_have_another_digest(backbone: Backbone) -> None:
+    before = backbone.digest
+    weight = backbone.get_parameter("model.project.weight")
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 1
+    written = backbone.digest
+    assert written not in (before, None)
+    with torch.no_grad():
+        weight[0, 0, 0, 0] -= 1
+        weight.copy_(tiny_training.backbone().get_parameter("model.project.weight"))
+    assert backbone.digest == before
+    assert backbone.to(dtype=torch.bfloat16).to(dtype=torch.float32).digest != before  # rounded
+    backbone.load_state_dict(tiny_training.backbone().state_dict(), assign=True)
+    assert backbone.digest == before
+
+
+def test_loaded_weights_have_the_digest_of_their_values_whatever_file_they_came_in(tmp_path: Path) -> None:
+    random = load_backbone("test_vit", weights="random", dtype="float32", device="cpu")
+    torch.save({"teacher": random.get_submodule("model").state_dict()}, tmp_path / "a.pth")
+    again = load_backbone("test_vit", weights=tmp_path / "a.pth", dtype="float32", device="cpu")
+    assert again.digest == random.digest == again.at_layer(2).digest
+
+
+def test_a_function_has_no_weights_to_be_seen_and_is_known_by_its_fingerprint() -> None:
+    functions = [tiny_artifact.plain(tiny_artifact.Planted(strength).forward) for strength in (1.0, 1.0, 1.5)]
+    assert {function.digest for function in functions} == {None}
+    first, same, other = map(weights_key, functions)
+    assert first == same != other
+
+
+def test_records_are_compared_by_digest_where_that_can_tell(backbone: Backbone, later: Backbone) -> None:
+    ours, theirs = describe(backbone), describe(later)
+    assert same_weights(ours, json.loads(json.dumps(ours)))
+    assert not same_weights(ours, theirs)
+    assert same_weights(ours, theirs | {"digest": None})
+    assert same_weights(ours, {key: value for key, value in theirs.items() if key != "digest"})  # as versions before
+    assert same_weights(ours, theirs | {"dtype": "bfloat16"})
+    assert not same_weights(ours, describe(tiny_training.backbone(seed=1)) | {"digest": None})
+
+
+# What is kept of features
+
+
+def test_kept_features_and_fields_have_other_names(backbone: Backbone, later: Backbone, tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", coloured(1, 0), coloured(1, 1))
+    shown = data.train.images[0], Crop.whole((SIZE, SIZE))
+    cache = FeatureCache(tmp_path / "cache")
+    ours, theirs = (ExtractorSource("raw", each) for each in (backbone, later))
+    assert cache.path(ours, shown) == cache.path(ExtractorSource("raw", copy.deepcopy(backbone)), shown)
+    assert cache.path(ours, shown) != cache.path(theirs, shown)
+    assert ours.backbone != theirs.backbone  # what results are recorded and found again by
+    images: JudgedSet = data.train
+    names = [store_name(images, each, BackboneSpec(), {}) for each in (backbone, later, copy.deepcopy(backbone))]
+    assert names[0] == names[2] != names[1]
+
+
+@pytest.fixture
+def fitted(backbone: Backbone, tmp_path: Path) -> tiny_training.Fitted:
+    return tiny_training.fitted(tmp_path / "data", 3)
+
+
+def test_a_store_is_not_filled_or_trained_on(fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone) -> None:
+    manifest = fitted.store.manifest
+    ours, theirs = ({**manifest.__dict__, "backbone": describe(each)} for each in (backbone, later))
+    assert FeatureStore.open(fitted.folder, type(manifest)(**ours)).ids == fitted.store.ids
+    with pytest.raises(StoreError, match=r"weights: .*alike, but not the same: digests \w{8} and \w{8}"):
+        FeatureStore.open(fitted.folder, type(manifest)(**theirs))
+    with pytest.raises(TrainError, match=r"the store is of .*, digest \w{8}\); got .*, digest \w{8}\)"):
+        StoredTargets(fitted.store, fitted.stored.photos, later)
+
+
+def test_a_store_without_a_digest_goes_on(fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone) -> None:
+    path = fitted.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["backbone"]["digest"]  # as versions before wrote it
+    path.write_text(json.dumps(content))
+    for each in (backbone, later):
+        assert StoredTargets(FeatureStore.open(fitted.folder), fitted.stored.photos, each).images == (0, 1, 2)
+
+
+def test_kept_pairs_are_refused_and_older_ones_open(
+    fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone, tmp_path: Path
+) -> None:
+    targets = StoredTargets(fitted.store, fitted.stored.photos, backbone)
+
+    def opened(by: Backbone) -> KeptPairs:
+        pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, by, SIZES, tiny_training.views(keep=2), seed=5)
+        pairs.open(create=True)
+        return pairs
+
+    opened(backbone).fill(targets.images)
+    with pytest.raises(TrainError, match=r'holds other pairs: backbone.digest was "\w+[.]{3}, now "\w+[.]{3}[.] Name'):
+        opened(later)
+    lighter = copy.deepcopy(backbone)
+    lighter.mean = (0.1, 0.1, 0.1)
+    with pytest.raises(TrainError, match=r"holds other pairs: backbone.mean was \[0.485, 0.456, 0.406\], now \[0.1"):
+        opened(lighter)
+    head = tmp_path / "pairs" / "pairs.json"
+    content = json.loads(head.read_text())
+    for name in ("digest", "mean", "std"):
+        del content["backbone"][name]  # as versions before wrote it
+    head.write_text(json.dumps(content))
+    assert opened(backbone).usable() == (0, 1, 2)
+
+
+def test_videos_are_not_gone_on_with(backbone: Backbone, later: Backbone) -> None:
+    ours, theirs = (make_record("clip", {"every": 1}, {"backbone": describe(each)}) for each in (backbone, later))
+    assert differences(ours, copy.deepcopy(ours)) == []
+    assert differences(ours, theirs) == ["another backbone or other weights"]
+    del theirs["backbone"]["digest"]
+    assert differences(theirs, ours) == []
+
+
+def test_results_are_told_to_be_made_with_other_weights(
+    backbone: Backbone,
+    later: Backbone,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photos = tiny_artifact.write_photos(tmp_path / "photos", 1)
+    dvit = in_process(capsys, monkeypatch)
+    monkeypatch.setattr(
+        denoising_vit.visualize, "draw_panel", lambda _photo, _result, path, **_: path.write_bytes(b".")
+    )
+
+    def note(by: Backbone) -> str:
+        monkeypatch.setattr(BackboneSpec, "load", lambda _spec: by)
+        command = ("denoise", photos, "-o", tmp_path / "out", "--views", "8", "--held-out", "2", "--json")
+        return dvit(*command, "--method", "exact").rows[0]["note"]
+
+    note(backbone)
+    assert note(backbone) == "kept"
+    assert note(later) == "kept, made with other settings: --overwrite to do it again"
