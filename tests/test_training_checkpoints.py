@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors import safe_open
 from denoising_vit import Denoiser
 from denoising_vit.errors import TrainError
 from denoising_vit.training import checkpoints as module
+from denoising_vit.training import holding, run_folder
 from denoising_vit.training.checkpoints import Checkpoints, Progress
+from denoising_vit.training.holding import HOLDING
 from denoising_vit.training.run_folder import RunFolder
 
 IDENTITY: dict[str, Any] = {"stage": "denoiser", "options": {"steps": 20, "seed": 0}, "processes": 1}
@@ -172,7 +175,7 @@ def test_a_run_that_never_began_keeps_no_other_out(tmp_path: Path, pairs: bool) 
             (folder.pairs / name).write_bytes(b"\0\0\0")
     folder.begin(IDENTITY | {"processes": 2}, resume=False)
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
-    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and HOLDING not in path.parts]
     assert sorted(left) == ["about.json", *(["note.txt"] if pairs else []), "run.json"]
 
 
@@ -248,3 +251,36 @@ def test_lines_of_the_log_that_are_none_are_dropped(tmp_path: Path) -> None:
 def test_no_log_is_nothing_to_cut(tmp_path: Path) -> None:
     RunFolder(tmp_path).cut_log(3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_a_run_on_another_machine_writes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.begin(IDENTITY, resume=False)
+    monkeypatch.setattr(holding, "_HELD", {})  # as another process sees it
+    for resume in (False, True):
+        with pytest.raises(TrainError, match=r"another run writes it .*process \d+ on "):
+            second.begin(IDENTITY, resume=resume)
+    monkeypatch.undo()
+    holding.let_go(first.path, "run")
+    second.begin(IDENTITY, resume=True)
+
+
+@dataclasses.dataclass
+class Second:
+    """What the second process of a run knows of the first."""
+
+    is_main_process: bool = False
+    process_index: int = 1
+
+
+def test_a_process_is_told_what_the_first_began_and_does_not_read_it_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "from_first", lambda _accelerator, _mine: IDENTITY)
+    folder = RunFolder(tmp_path / "not there yet")
+    folder.begin_together(IDENTITY, Second(), resume=False)
+    with pytest.raises(TrainError, match=r"process 1 was given other options or photos than the first: processes"):
+        folder.begin_together(IDENTITY | {"processes": 5}, Second(), resume=False)
+    assert not folder.path.exists()

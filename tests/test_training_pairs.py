@@ -23,9 +23,9 @@ from denoising_vit.crops import Crop
 from denoising_vit.dataset import open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.rendering import ViewRenderer, to_image
-from denoising_vit.training import Stored
+from denoising_vit.training import Stored, pair_files
 from denoising_vit.training.fresh import FreshPairs, HeldImages
-from denoising_vit.training.pair_files import read_reasons, write_reason
+from denoising_vit.training.pair_files import RowWriter, read_reasons, write_reason
 from denoising_vit.training.pairs import KeptPairs
 from denoising_vit.training.records import differences
 from denoising_vit.training.samples import Sample, kept_view, whole_view
@@ -318,6 +318,7 @@ def test_images_whose_reason_is_lost_are_told_without(spoilt: KeptPairs) -> None
     spoilt.fill(spoilt.todo())
     path = spoilt.folder / "unusable.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
+    spoilt.open(create=False)
     assert spoilt.unusable() == {"00.png": "no 0", "01.png": "it could not be used; what was noted of why is gone"}
     path.unlink()
     assert list(spoilt.unusable()) == ["00.png", "01.png"]
@@ -444,10 +445,11 @@ def test_files_that_another_process_left_half_made_do_not_take_the_room(
 ) -> None:
     pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
     (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "state.u8").write_bytes(bytes(3))
     (tmp_path / "pairs" / "raw-0-7x7.f16").write_bytes(b"\1" * 1000)
 
     def usage(folder: Path) -> tiny.Usage:
-        return tiny.Usage(0, 0, 0 if any(folder.iterdir()) else pairs.bytes)
+        return tiny.Usage(0, 0, 0 if any(folder.glob("*.*6")) else pairs.bytes)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     pairs.open(create=True)
@@ -498,3 +500,69 @@ def test_reading_before_opening_is_a_mistake_of_the_caller(
     with pytest.raises(AssertionError, match="comes first"):
         pairs.todo()
     assert whole_view((56, 56), mirrored=True).flip
+
+
+def test_pairs_are_on_the_disk_before_they_are_marked(kept: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut between the two must not leave an image that counts as done and has zeros for features."""
+    done, synced = os.fsync, []
+
+    def sync(file: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{file}").readlink().name, (kept.folder / "state.u8").read_bytes()))
+        done(file)
+
+    again = KeptPairs(kept.folder.with_name("anew"), kept._targets, kept.images, kept._backbone, SIZES, VIEWS, seed=5)
+    again.open(create=True)
+    monkeypatch.setattr(pair_files, "_AT_ONCE", 2)
+    monkeypatch.setattr(os, "fsync", sync)
+    kept = again
+    kept.fill(kept.todo())
+    names = [path.name for path, *_ in kept._files()]
+    state, arrays = names[0], names[1:]
+    assert [name for name, _ in synced] == [*arrays, state] * 2  # two images, then the third
+    assert [marks for name, marks in synced if name == arrays[0]] == [bytes(3), bytes([1, 1, 0])]
+    assert (kept.folder / state).read_bytes() == bytes([1, 1, 1])
+
+
+def test_files_that_nobody_knows_are_neither_removed_nor_taken_for_pairs(
+    targets: StoredTargets, extractor: Backbone, tmp_path: Path
+) -> None:
+    pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    pairs.folder.mkdir()
+    (pairs.folder / "raw-0-7x7.f16").write_bytes(b"theirs")
+    with pytest.raises(TrainError, match=r"holds raw-0-7x7\.f16 and no pairs\.json"):
+        pairs.open(create=True)
+    (pairs.folder / "state.u8").write_bytes(b"\0\1\0")
+    with pytest.raises(TrainError, match=r"holds state\.u8 and no pairs\.json"):
+        pairs.open(create=True)
+    assert (pairs.folder / "raw-0-7x7.f16").read_bytes() == b"theirs"
+
+
+def test_what_became_of_images_is_told_between_processes_and_not_read_from_the_disk(
+    spoilt: KeptPairs, targets: StoredTargets, extractor: Backbone
+) -> None:
+    """A disk that machines share over a network may show each of them another state for a while."""
+    other = KeptPairs(spoilt.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    other.open(create=False)
+    spoilt.fill([0, 2])
+    other.fill([1])
+    assert other.usable() == (1,)
+    known = [spoilt.marks(), other.marks()]
+    for pairs in (spoilt, other):
+        for marks, told in known:
+            pairs.adopt(marks, told)
+        assert pairs.usable() == (1, 2)
+        assert pairs.unusable() == {"00.png": "no 0"}
+        assert pairs.todo() == []
+
+
+def test_two_machines_that_share_the_files_do_not_overwrite_each_others_rows(tmp_path: Path) -> None:
+    state, rows = tmp_path / "state.u8", tmp_path / "rows.f16"
+    state.write_bytes(bytes(3))
+    rows.write_bytes(bytes(30))
+    with RowWriter([state, rows]) as first, RowWriter([state, rows]) as second:
+        first.write(0, [np.full(5, 1, np.float16)])
+        first.mark(0, 1)
+        second.write(2, [np.full(5, 3, np.float16)])
+        second.mark(2, 2)
+    assert np.frombuffer(rows.read_bytes(), np.float16).reshape(3, 5).tolist() == [[1] * 5, [0] * 5, [3] * 5]
+    assert state.read_bytes() == bytes([1, 0, 2])

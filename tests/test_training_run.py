@@ -196,14 +196,14 @@ def test_after_a_crash_what_was_logged_beyond_the_checkpoint_is_done_again(
 def test_a_crash_while_pairs_are_made_costs_those_of_one_image(
     data: tiny.Fitted, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep, crash = KeptPairs._keep, Interrupt(5, Crash)
+    halves, crash = KeptPairs._halves, Interrupt(5, Crash)
 
-    def crashing(self: KeptPairs, *args: Any) -> None:
+    def crashing(self: KeptPairs, *args: Any) -> Any:
         crash()
-        keep(self, *args)
+        return halves(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptPairs, "_keep", crashing)
+        patch.setattr(KeptPairs, "_halves", crashing)
         with pytest.raises(Crash):
             tiny.prepared(data.stored, tmp_path / "run")
     job = TrainJob.prepare(data.stored, tmp_path / "run", tiny.backbone(), tiny.options(), tiny.views(), resume=True)

@@ -31,6 +31,10 @@ class FitError(DenoisingVitError):
     """A fit that failed numerically, or cannot be carried out."""
 
 
+class OutputError(DenoisingVitError):
+    """A place that cannot be written to, or holds something that is not ours to replace."""
+
+
 class FormatError(DenoisingVitError):
     """A file that is not what this package writes, or was written for something else."""
 

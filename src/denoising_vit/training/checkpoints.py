@@ -89,10 +89,10 @@ class Checkpoints:
         if not write:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{progress.step:07}.safetensors"
+        path = self._path(progress.step)
         before = self.last
         try:
-            with atomic_path(path) as temporary:
+            with atomic_path(path, durable=True) as temporary:
                 save_file(tensors, temporary, metadata={KEY: json.dumps(asdict(progress))})
         except (OSError, SafetensorError) as error:
             kept = "none was written before" if before is None else f"{before.name} is whole, --resume goes on from it"
@@ -101,16 +101,28 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
     def load(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, more: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        more: Mapping[str, Tensor] = MappingProxyType({}),
+        *,
+        step: int | None = None,
     ) -> Progress:
-        """Restores the newest, further tensors in place; where there is none, nothing.
+        """Restores one, further tensors in place.
+
+        Args:
+            model: that it is of.
+            optimiser: of its parameters.
+            more: further tensors by name.
+            step: which one; 0 restores nothing, and without it it is the newest, where there is any.
 
         Raises:
             TrainError: if it is damaged, or of another model.
         """
-        path = self.last
-        if path is None:
+        step = self.step if step is None else step
+        if step == 0:
             return Progress()
+        path = self._path(step)
         try:
             with safe_open(path, framework="pt") as file:
                 progress = Progress(**json.loads((file.metadata() or {})[KEY]))
@@ -127,6 +139,9 @@ class Checkpoints:
                 f"{path}: damaged checkpoint ({reason}); remove it, and --resume goes on from the one before"
             ) from error
         return progress
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07}.safetensors"
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from denoising_vit.backbones.hardware import fast_dtype
 from denoising_vit.errors import TrainError
 from denoising_vit.training.options import Precision
+
+T = TypeVar("T")
 
 #: How long processes wait for each other: one may have to fit photos for hours more than another, or make all pairs of
 #: a long run alone; launchers allow for ten minutes or thirty. One that dies is noticed by the launcher, not by this.
@@ -57,6 +59,27 @@ def arithmetic(device: torch.device, precision: Precision) -> torch.dtype:
 def device_of(accelerator: Any, device: str) -> str:
     """Where the backbone of this process goes."""
     return str(accelerator.device) if device in ("auto", "cuda") else device
+
+
+def from_first(accelerator: Any, value: T) -> T:
+    """What the first process has, in all of them: one decides, whatever the others read from a shared disk.
+
+    Args:
+        accelerator: the processes; all of them must ask.
+        value: any that can be pickled; of other processes than the first it is passed over.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def from_all(accelerator: Any, value: T) -> list[T]:
+    """What each process has, in the order of their ranks, in all of them."""
+    from accelerate.utils import gather_object
+
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
 
 
 def _is_there(device: str) -> bool:

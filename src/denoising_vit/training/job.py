@@ -20,7 +20,7 @@ from denoising_vit.options import DenoiseOptions
 from denoising_vit.seeding import seeded
 from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore
-from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
+from denoising_vit.training.engine import arithmetic, device_of, from_all, from_first, make_accelerator
 from denoising_vit.training.fresh import FreshPairs, Pairs
 from denoising_vit.training.judging import Judge
 from denoising_vit.training.options import PairOptions, TrainOptions
@@ -164,12 +164,16 @@ class TrainJob:
             accelerator.wait_for_everyone()
             if not accelerator.is_main_process:
                 self.kept.open(create=False)
-            todo = self.kept.todo()
-            accelerator.wait_for_everyone()  # before anything is marked as done
+            # The first process decides what is to do, and what was done is told, not read from a disk that machines
+            # share: each may see another state of it for a while.
+            todo = from_first(accelerator, self.kept.todo())
             mine = todo[accelerator.process_index :: accelerator.num_processes]
             with watch("images seen", len(mine)) as advance:
                 self.kept.fill(mine, advance)
-            accelerator.wait_for_everyone()
+            known = from_all(accelerator, self.kept.marks())
+            self.kept.open(create=False)  # what others wrote is there now
+            for marks, told in known:
+                self.kept.adopt(marks, told)
         except OSError as error:
             raise TrainError(
                 f"{self.kept.folder}: cannot be written to ({error.strerror or error}); what is there stays, and "

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, Self
+
+import numpy as np
 
 #: The files that tell what pairs are there, and what became of each image.
 HEAD, STATE = "pairs.json", "state.u8"
@@ -15,6 +20,9 @@ REASONS = "unusable.jsonl"
 
 #: All that a folder of pairs holds; without the first, the others are worth nothing.
 _ALL = (HEAD, STATE, REASONS, "raw-*.f16", "target-*.f16")
+
+#: Rows that are written before their marks are.
+_AT_ONCE = 16
 
 #: How a disk says that it is full, or that a user's share of it is.
 NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
@@ -40,6 +48,68 @@ def reserve(path: Path, size: int) -> None:
                 if error.errno not in _NOT_SUPPORTED:
                     raise
         file.truncate(size)
+
+
+class RowWriter:
+    """Writes rows of files that are there, and marks them in the first file only when they are on the disk.
+
+    Used as a context, at whose end all that was written is marked, also after an error. Exactly the bytes of a row are
+    written, so that machines which share the files over a network do not overwrite each other's rows, as they would
+    through memory maps, which write whole pages.
+
+    Args:
+        files: one byte a row in the first, one array a row in each of the others.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._paths = files
+        self._open = contextlib.ExitStack()
+        self._marks: dict[int, int] = {}
+
+    def write(self, row: int, arrays: Sequence[np.ndarray]) -> None:
+        """One array for each file but the first.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        for file, array in zip(self._files[1:], arrays, strict=True):
+            content = np.ascontiguousarray(array).data.cast("B")
+            file.seek(row * len(content))
+            file.write(content)
+
+    def mark(self, row: int, mark: int) -> None:
+        """What became of a row; it reaches the disk after the row itself, some rows at a time.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self._marks[row] = mark
+        if len(self._marks) >= _AT_ONCE:
+            self._settle()
+
+    def _settle(self) -> None:
+        state, *arrays = self._files
+        for file in arrays if self._marks else ():
+            _flush(file)
+        for row, mark in self._marks.items():
+            state.seek(row)
+            state.write(bytes([mark]))
+        if self._marks:
+            _flush(state)
+        self._marks.clear()
+
+    def __enter__(self) -> Self:
+        self._files = [self._open.enter_context(path.open("r+b")) for path in self._paths]
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._open:
+            self._settle()
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def has_pairs(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,8 +21,9 @@ from denoising_vit.crops import Crop
 from denoising_vit.errors import TrainError
 from denoising_vit.extraction import fitting_batch
 from denoising_vit.files import atomic_path
+from denoising_vit.training.holding import held
 from denoising_vit.training.options import PairOptions
-from denoising_vit.training.pair_files import HEAD, NO_ROOM, STATE, read_reasons, reserve, write_reason
+from denoising_vit.training.pair_files import HEAD, NO_ROOM, STATE, RowWriter, read_reasons, reserve, write_reason
 from denoising_vit.training.records import differences, read_object
 from denoising_vit.training.samples import Sample, kept_view
 from denoising_vit.training.targets import Fitted, Targets, Unusable
@@ -66,7 +68,8 @@ class KeptPairs:
         self._rows = {image: row for row, image in enumerate(self.images)}
         self._sizes, self._views, self._seed = tuple(sizes), views, seed
         self._grids = [backbone.grid_size(*size) for size in self._sizes]
-        self._state: np.memmap | None = None
+        self._state: np.ndarray | None = None
+        self._told: dict[str, str] = {}
         self._arrays: list[tuple[np.memmap, np.memmap]] = []
 
     @property
@@ -102,7 +105,9 @@ class KeptPairs:
         return 2 * 2 * len(self.images) * self._views.keep * values
 
     def open(self, *, create: bool) -> None:
-        """Opens the files, or makes them; only one process may make them.
+        """Opens the files for reading, or makes them; only one process may make them.
+
+        What other machines have written before is seen: network file systems look again when a file is opened.
 
         Raises:
             TrainError: if the folder holds other pairs, or there is no room.
@@ -112,10 +117,13 @@ class KeptPairs:
         if head.is_file():
             self._require_same(head)
         elif create:
-            self._make()
-            with atomic_path(head) as temporary:
-                temporary.write_text(json.dumps(self.identity, indent=1))
-        self._state, *arrays = (self._mapped(*file) for file in self._files())
+            with held(self.folder, "pairs"):
+                if not head.is_file():
+                    self._make()
+                    with atomic_path(head, new=True) as temporary:
+                        temporary.write_text(json.dumps(self.identity, indent=1))
+        state, *arrays = (self._mapped(*file) for file in self._files())
+        self._state, self._told = np.array(state), {}
         self._arrays = list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def _files(self) -> Iterator[tuple[Path, type, tuple[int, ...]]]:
@@ -128,7 +136,7 @@ class KeptPairs:
 
     def _make(self) -> None:
         """Makes the files, empty, with their room on the disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._require_leftovers()
         files = [(path, math.prod(shape) * np.dtype(kind).itemsize) for path, kind, shape in self._files()]
         for path, _ in files:
             path.unlink(missing_ok=True)  # of a process that was killed just here
@@ -145,6 +153,20 @@ class KeptPairs:
                 raise
             raise self._no_room(f"which are not free ({error.strerror})") from error
 
+    def _require_leftovers(self) -> None:
+        """Refuses files of these names that a process which was stopped here did not leave: its state is all zeros.
+
+        Raises:
+            TrainError: naming the folder and a file.
+        """
+        there = [path for path, *_ in self._files() if os.path.lexists(path)]
+        state = self.folder / STATE
+        if there and not (state.is_file() and not any(state.read_bytes())):
+            raise TrainError(
+                f"{self.folder} holds {there[0].name} and no {HEAD}, so it is not known whose features they are; name "
+                "another place (--cache), or move them away"
+            )
+
     def _no_room(self, why: str) -> TrainError:
         return TrainError(
             f"{self.folder}: the features of {self._views.keep} views of {len(self.images)} images take "
@@ -155,7 +177,7 @@ class KeptPairs:
         size = math.prod(shape) * np.dtype(kind).itemsize
         if not path.is_file() or path.stat().st_size != size:  # it would be filled up with zeros
             raise TrainError(f"{path}: damaged, expected {size} bytes; remove {self.folder} to compute them anew")
-        return np.memmap(path, kind, "r+", shape=shape)
+        return np.memmap(path, kind, "r", shape=shape)
 
     def todo(self) -> list[int]:
         """The images whose pairs are not there yet."""
@@ -168,6 +190,7 @@ class KeptPairs:
     def unusable(self) -> dict[str, str]:
         """Why images have no pairs, by id; of this run and of those before it."""
         reasons, ids = read_reasons(self.folder), self._targets.ids
+        reasons |= self._told
         names = [ids[image] for image, row in self._rows.items() if self._opened[row] == _UNUSABLE]
         return {name: reasons.get(name, _UNTOLD) for name in names}
 
@@ -182,15 +205,33 @@ class KeptPairs:
             TrainError: if a target is missing, or features are not finite.
             OSError: if the files cannot be written to.
         """
-        for result in self._targets.stream(images):
-            if isinstance(result, Unusable):
-                write_reason(self.folder, self._targets.ids[result.index], result.reason)
-                self._opened[self._rows[result.index]] = _UNUSABLE
-            else:
-                for place, size in enumerate(self._sizes):
-                    self._keep(result, place, size)
-                self._opened[self._rows[result.index]] = _DONE
-            on_image()
+        with RowWriter([path for path, *_ in self._files()]) as writer:
+            for result in self._targets.stream(images):
+                row = self._rows[result.index]
+                if isinstance(result, Unusable):
+                    name = self._targets.ids[result.index]
+                    write_reason(self.folder, name, result.reason)
+                    self._told[name], mark = result.reason, _UNUSABLE
+                else:
+                    halves = [half for place, size in enumerate(self._sizes) for half in self._halves(result, size)]
+                    writer.write(row, halves)
+                    mark = _DONE
+                writer.mark(row, mark)
+                self._opened[row] = mark
+                on_image()
+
+    def marks(self) -> tuple[dict[int, int], dict[str, str]]:
+        """What this process knows: what became of each image that is not to do any more, by row, and why some failed.
+
+        Processes exchange it (:meth:`adopt`) instead of reading it from files that others write.
+        """
+        return {row: int(mark) for row, mark in enumerate(self._opened) if mark != _TO_DO}, dict(self._told)
+
+    def adopt(self, marks: dict[int, int], told: dict[str, str]) -> None:
+        """Takes what all processes know together."""
+        for row, mark in marks.items():
+            self._opened[row] = mark
+        self._told |= told
 
     def read(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Raw features and targets (B, h, w, C) float32 of samples of one size."""
@@ -203,17 +244,16 @@ class KeptPairs:
         return raw
 
     @property
-    def _opened(self) -> np.memmap:
+    def _opened(self) -> np.ndarray:
         assert self._state is not None, "open() comes first"
         return self._state
 
-    def _keep(self, fitted: Fitted, place: int, size: tuple[int, int]) -> None:
+    def _halves(self, fitted: Fitted, size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Raw features and target (keep, h, w, C) float16 of an image at one size."""
         name = self._targets.ids[fitted.index]
         crops = [kept_view(self._seed, fitted.index, n, size, self._views) for n in range(self._views.keep)]
-        raw, target = self._arrays[place]
-        row = self._rows[fitted.index]
-        raw[row] = _half(see(self._backbone, fitted.image, crops), name, "features")
-        target[row] = _half(sampled(fitted.field, crops, self._backbone), name, "target")
+        yield _half(see(self._backbone, fitted.image, crops), name, "features")
+        yield _half(sampled(fitted.field, crops, self._backbone), name, "target")
 
     def _require_same(self, head: Path) -> None:
         there = read_object(head)

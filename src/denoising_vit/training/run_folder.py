@@ -12,6 +12,8 @@ from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.records import run_info
 from denoising_vit.files import atomic_path
 from denoising_vit.training.checkpoints import Checkpoints
+from denoising_vit.training.engine import from_first
+from denoising_vit.training.holding import HOLDING, hold
 from denoising_vit.training.pair_files import REASONS, has_pairs, remove_pairs
 from denoising_vit.training.records import differences, read_object
 
@@ -84,17 +86,16 @@ class RunFolder:
             TrainError: if the folder holds something else, holds a run and none is to be resumed, holds none and one
                 is, or holds one with other options, each named with both sides.
         """
-        head = self.path / _HEAD
-        if not head.is_file():
-            if resume:
-                raise TrainError(f"{self.path}: no run to resume; start it without --resume")
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise TrainError(f"{self.path} is there and is no run of this program; expected a new or empty folder")
-        elif not resume and self._is_begun():
-            raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
+        self._require_fit(resume=resume)
+        try:
+            hold(self.path, "run")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._require_fit(resume=resume)  # another run may have begun meanwhile
         if not resume:
             self._record(identity)
             return
+        head = self.path / _HEAD
         there = read_object(head)
         if there is None:
             raise TrainError(f"{head}: damaged (expected a JSON object); start anew in another folder")
@@ -106,21 +107,34 @@ class RunFolder:
             )
 
     def begin_together(self, identity: dict[str, Any], accelerator: Any, *, resume: bool) -> None:
-        """What :meth:`begin` does, by the first process; the others wait, and check that they are of the same run.
+        """What :meth:`begin` does, by the first process; the others are told what it began, and check that they agree.
 
         Raises:
             TrainError: as :meth:`begin` does, or if a process was given other options.
         """
         if accelerator.is_main_process:
             self.begin(identity, resume=resume)
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            self.begin(identity, resume=True)
+        first = from_first(accelerator, identity)
+        if different := differences(json.loads(json.dumps(first)), json.loads(json.dumps(identity))):
+            raise TrainError(
+                f"{self.path}: process {accelerator.process_index} was given other options or photos than the first: "
+                f"{'; '.join(different)}. Give all the same"
+            )
+
+    def _require_fit(self, *, resume: bool) -> None:
+        """Refuses a folder that is not as it has to be for a run to begin or be resumed."""
+        if not (self.path / _HEAD).is_file():
+            if resume:
+                raise TrainError(f"{self.path}: no run to resume; start it without --resume")
+            if self.path.exists() and (not self.path.is_dir() or {e.name for e in self.path.iterdir()} - {HOLDING}):
+                raise TrainError(f"{self.path} is there and is no run of this program; expected a new or empty folder")
+        elif not resume and self._is_begun():
+            raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
 
     def _is_begun(self) -> bool:
         """Whether there is more than the record of a run, or the record is none of ours."""
         ours = (read_object(self.path / _HEAD) or {}).get("format") == FORMAT
-        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _ABOUT, _PAIRS, REASONS}
+        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _ABOUT, _PAIRS, REASONS, HOLDING}
         return not ours or bool(others) or has_pairs(self.pairs)
 
     def _record(self, identity: dict[str, Any]) -> None:
@@ -134,7 +148,10 @@ class RunFolder:
             with atomic_path(self.path / _ABOUT) as temporary:
                 temporary.write_text(json.dumps(run_info(), indent=1))
         except OSError as error:
-            raise TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> TrainError:
+        return TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder")
 
     def cut_log(self, step: int) -> None:
         """Drops what was logged after a step, which is going to be done again."""

@@ -16,6 +16,7 @@ from denoising_vit.denoiser import Denoiser, write_denoiser
 from denoising_vit.errors import TrainError
 from denoising_vit.prefetch import prefetched
 from denoising_vit.training.checkpoints import Progress
+from denoising_vit.training.engine import from_first
 from denoising_vit.training.fresh import Pairs
 from denoising_vit.training.judging import Figures, Judge
 from denoising_vit.training.logs import Log
@@ -78,7 +79,8 @@ class Training:
         """
         options, accelerator = self.options, self.accelerator
         optimiser = torch.optim.AdamW(self.denoiser.parameters(), weight_decay=options.weight_decay)
-        progress = self.folder.checkpoints.load(self.denoiser, optimiser)
+        checkpoints = self.folder.checkpoints
+        progress = checkpoints.load(self.denoiser, optimiser, step=from_first(accelerator, checkpoints.step))
         model, prepared = accelerator.prepare(self.denoiser, optimiser)
         peak = peak_rate(options.learning_rate, self.sampler.pairs)
         batches = prefetched(self._batches(progress.step), _AHEAD)

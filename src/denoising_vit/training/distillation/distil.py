@@ -23,6 +23,7 @@ from denoising_vit.training.distillation.options import DistillOptions
 from denoising_vit.training.distillation.photos import ViewReader
 from denoising_vit.training.distillation.student import Average, Student, blocks_of, trained_groups
 from denoising_vit.training.distillation.teacher import Lesson, Teacher
+from denoising_vit.training.engine import from_first
 from denoising_vit.training.judging import Figures
 from denoising_vit.training.logs import Log
 from denoising_vit.training.loss import denoising_loss
@@ -103,7 +104,8 @@ class Distillation:
         optimiser = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         average = Average(self.student, options.ema) if options.ema else None
         more = {} if average is None else average.values
-        progress = self.folder.checkpoints.load(self.student, optimiser, more)
+        checkpoints = self.folder.checkpoints
+        progress = checkpoints.load(self.student, optimiser, more, step=from_first(accelerator, checkpoints.step))
         # Of the class token's gradients, which are a few hundred numbers.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         model = self.student if sharing else accelerator.prepare(self.student)
