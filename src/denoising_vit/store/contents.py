@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from denoising_vit.errors import StoreError
 from denoising_vit.store import layout
 from denoising_vit.store.manifest import Manifest
 from denoising_vit.store.objects import Objects
+from denoising_vit.store.packing import unpacked
 
 #: Markers kept in memory; one holds the records of a shard's images.
 _MARKERS_KEPT = 256
@@ -35,7 +35,7 @@ class Contents:
 
     def __init__(self, objects: Objects, manifest: Manifest) -> None:
         self._objects, self._manifest = objects, manifest
-        self._markers: OrderedDict[int, Marker] = OrderedDict()
+        self._markers: OrderedDict[int, tuple[object, Marker]] = OrderedDict()
 
     def done(self) -> set[int]:
         """Indices of the images that are finished, whether their shard is sealed or not."""
@@ -80,7 +80,7 @@ class Contents:
         """
         key = layout.failed_key(index)
         try:
-            return str(json.loads(self._objects.read(key))["reason"])
+            return str(unpacked(self._objects.read(key))["reason"])
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self._objects.url}: {key} is damaged ({error})") from error
 
@@ -90,23 +90,27 @@ class Contents:
         Raises:
             StoreError: if the marker is damaged.
         """
-        if shard not in self._markers:
-            key = layout.sealed_key(shard)
-            try:
-                content = json.loads(self._objects.read(key))
-                records = {int(index): dict(record) for index, record in content["images"].items()}
-                failed = {int(index): str(reason) for index, reason in content["failed"].items()}
-            except FileNotFoundError:
-                return None
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise StoreError(f"{self._objects.url}: {key} is damaged ({error})") from error
-            self._markers[shard] = Marker(records, failed)  # it changes only if failed images are tried again
-            while len(self._markers) > _MARKERS_KEPT:
-                self._markers.popitem(last=False)
-        return self._markers[shard]
+        key = layout.sealed_key(shard)
+        stamp = self._objects.stamp(key)  # before it is read: what is written meanwhile is read again next time
+        kept = self._markers.get(shard)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        self.forget(shard)
+        try:
+            content = unpacked(self._objects.read(key))
+            records = {int(index): dict(record) for index, record in content["images"].items()}
+            failed = {int(index): str(reason) for index, reason in content["failed"].items()}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{self._objects.url}: {key} is damaged ({error})") from error
+        self._markers[shard] = stamp, Marker(records, failed)
+        while len(self._markers) > _MARKERS_KEPT:
+            self._markers.popitem(last=False)
+        return self._markers[shard][1]
 
     def forget(self, shard: int) -> None:
-        """Reads the marker of a shard anew when it is asked for next: the shard was opened again."""
+        """Reads the marker of a shard anew when it is asked for next: the shard was, or may have been, opened again."""
         self._markers.pop(shard, None)
 
     def _numbers(self, folder: str) -> set[int]:

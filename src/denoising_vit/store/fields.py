@@ -50,6 +50,7 @@ class FieldArray:
             dimension_names=("image", "y", "x", "channel"),
             overwrite=True,
         )
+        objects.settle(f"{layout.FIELD}/zarr.json")
 
     def read(self, index: int) -> np.ndarray:
         """One image, (Ry, Rx, C): two ranged reads, its place in the shard and its chunk.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from denoising_vit.errors import FieldError, StoreError
 from denoising_vit.store.manifest import Manifest
+from denoising_vit.store.packing import checked, packed
 from denoising_vit.tensor_files import KEY
 
 FORMAT = "denoising-vit/field"
@@ -52,7 +53,7 @@ def encode(stored: Tensor, index: int, record: dict[str, Any]) -> bytes:
             "format_version": FORMAT_VERSION,
             "index": index,
             "crc32": zlib.crc32(stored.numpy().tobytes()),
-            "record": record,
+            "record": packed(record),
         }
         metadata = {KEY: json.dumps(head, allow_nan=False, sort_keys=True)}
     except (TypeError, ValueError) as error:
@@ -70,7 +71,7 @@ def decode(data: bytes, manifest: Manifest, where: str) -> tuple[Tensor, dict[st
         field = safetensors.torch.load(data)["field"]
         length = int.from_bytes(data[:8], "little")
         head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
-        record, checksum = head["record"], head["crc32"]
+        record, checksum = checked(head["record"]), head["crc32"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{where}: damaged, expected a safetensors object with a field ({error})") from error
     if zlib.crc32(field.numpy().tobytes()) != checksum:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from denoising_vit.files import atomic_path
+from denoising_vit.files import atomic_path, flush_file, flush_folder
 from denoising_vit.store.objects import Objects
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
-
-#: What file systems without hard links answer.
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
 class LocalObjects(Objects):
@@ -37,32 +33,29 @@ class LocalObjects(Objects):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root / key)) from error
 
     def write(self, key: str, data: bytes, *, durable: bool = True) -> None:
-        """Temporary file, ``fsync`` if durable, rename."""
+        """Temporary file, ``fsync`` if durable, rename, and the same for the folder."""
         target = self._root / key
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary, temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+        self._make_folder(target.parent)
+        with atomic_path(target, durable=durable) as temporary:
+            temporary.write_bytes(data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """A hard link fails where there is something, unlike a rename, and shows no half file, unlike mode ``x``."""
+        """As :meth:`write`, by a hard link, which fails where there is something."""
         target = self._root / key
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
+        self._make_folder(target.parent)
         try:
-            temporary.write_bytes(data)
-            os.link(temporary, target)
+            with atomic_path(target, new=True, durable=True) as temporary:
+                temporary.write_bytes(data)
         except FileExistsError:
             return False
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            return _create_without_links(target, data)
-        finally:
-            temporary.unlink(missing_ok=True)
         return True
+
+    def _make_folder(self, folder: Path) -> None:
+        """Makes it; a power cut must not take a new folder with what was flushed into it."""
+        missing = [above for above in (folder, *folder.parents) if not above.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            flush_folder(made.parent)
 
     def delete(self, key: str) -> None:
         """Removes the file."""
@@ -95,9 +88,20 @@ class LocalObjects(Objects):
         return LocalStore(self._root / folder, read_only=read_only)
 
     def settle(self, key: str) -> None:
-        """Has the file's content reach the disk."""
-        with (self._root / key).open("rb") as file:
-            os.fsync(file.fileno())
+        """Has the file's content reach the disk, and the folders that it is in."""
+        path = self._root / key
+        flush_file(path)
+        while path != self._root:
+            path = path.parent
+            flush_folder(path)
+
+    def stamp(self, key: str) -> object:
+        """Time, size and number of the file."""
+        try:
+            told = (self._root / key).stat()
+        except FileNotFoundError:
+            return None
+        return told.st_mtime_ns, told.st_size, told.st_ino
 
     def sweep(self, keys: Iterable[str]) -> None:
         """Removes temporary files of these objects."""
@@ -108,13 +112,3 @@ class LocalObjects(Objects):
             for path in (self._root / folder).glob(".*.part"):
                 if path.name[1:].rsplit(".", 2)[0] in names:  # .<name>.<random>.part
                     path.unlink(missing_ok=True)
-
-
-def _create_without_links(target: Path, data: bytes) -> bool:
-    """For FAT and some network drives. A reader may see the file before its content."""
-    try:
-        with target.open("xb") as file:
-            file.write(data)
-    except FileExistsError:
-        return False
-    return True

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from denoising_vit.backbones.fingerprint import SAME, Fingerprint
 from denoising_vit.backbones.recorded import same_weights
 from denoising_vit.errors import StoreError
+from denoising_vit.store.packing import checked, packed
 
 FORMAT = "denoising-vit/store"
 FORMAT_VERSION = 1
@@ -120,7 +121,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """For ``manifest.json``; the same manifest gives the same text."""
-        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=1, sort_keys=True)
+        content = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(packed(content), indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
@@ -148,6 +150,7 @@ class Manifest:
         if lacking:
             raise StoreError(f"{where}: damaged manifest, it lacks {', '.join(lacking)}")
         try:
+            content = checked(content)
             return cls(**{name: content[name] for name in names})
         except (TypeError, ValueError) as error:
             raise StoreError(f"{where}: damaged manifest ({error})") from error

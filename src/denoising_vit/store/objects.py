@@ -68,6 +68,14 @@ class Objects(ABC):
     def settle(self, key: str) -> None:  # noqa: B027, only files need it
         """Makes an object that another library wrote survive a power cut."""
 
+    def stamp(self, key: str) -> object:
+        """Another value where an object was written again, as far as that can be told without reading it.
+
+        Of an object store it is always the same: asking would cost as much as reading.
+        """
+        del key
+        return ()
+
     def sweep(self, keys: Iterable[str]) -> None:  # noqa: B027, only files need it
         """Removes what killed writers of these objects left half-written."""
 

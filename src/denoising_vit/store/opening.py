@@ -13,8 +13,13 @@ from denoising_vit.store.fields import FieldArray
 from denoising_vit.store.manifest import Manifest, digest_ids
 from denoising_vit.store.objects import Objects
 
-#: What a creation that was killed may have left; the manifest comes last.
-_LEFT_BY_CREATION = {layout.IDS, layout.FIELD}
+#: What a creation that was killed, or lost its power, may have left: the manifest comes last, and may be empty.
+_LEFT_BY_CREATION = {layout.IDS, layout.FIELD, layout.MANIFEST}
+
+_EMPTY_MANIFEST = (
+    f"{{}}: {layout.MANIFEST} is empty, as a power cut leaves it. Without it nothing is known of what was fitted; the "
+    "same `dvit fit` makes the store anew where nothing is finished, else fit to a new place"
+)
 
 
 def create_objects(objects: Objects, manifest: Manifest, ids: list[str]) -> None:
@@ -26,27 +31,51 @@ def create_objects(objects: Objects, manifest: Manifest, ids: list[str]) -> None
     _require_usable(ids)
     with _reaching(objects):
         there = set(objects.names())
-    if layout.MANIFEST in there:
+    if layout.MANIFEST in there and objects.read(layout.MANIFEST):
         raise StoreError(f"{objects.url}: there is a feature store already; open it, or choose another place")
     if not there <= _LEFT_BY_CREATION:
+        if layout.MANIFEST in there:
+            raise StoreError(_EMPTY_MANIFEST.format(objects.url))
         raise StoreError(
             f"{objects.url}: expected an empty or new folder for a feature store, found {', '.join(sorted(there)[:3])}"
         )
+    _require_leftovers(objects, there, ids)
     objects.probe()
     objects.write(layout.IDS, json.dumps(ids).encode())
     FieldArray.create(objects, manifest)
+    if layout.MANIFEST in there:
+        objects.delete(layout.MANIFEST)
     if not objects.create(layout.MANIFEST, manifest.to_json().encode()):
         raise StoreError(f"{objects.url}: another process has just made a feature store here; open it")
 
 
+def _require_leftovers(objects: Objects, there: set[str], ids: list[str]) -> None:
+    """Refuses files that have the names of a store's and were not left by making one of the same images.
+
+    Raises:
+        StoreError: naming them.
+    """
+    foreign = sorted(set(objects.names(layout.FIELD)) - {"zarr.json"}) if layout.FIELD in there else []
+    if foreign:
+        raise StoreError(
+            f"{objects.url}: expected an empty or new folder for a feature store; its folder {layout.FIELD} holds "
+            f"{', '.join(foreign[:3])}. Choose another place"
+        )
+    if layout.IDS in there and objects.read(layout.IDS) not in (json.dumps(ids).encode(), b""):
+        raise StoreError(
+            f"{objects.url}: {layout.IDS} lists other images than those to be fitted; choose another place, or remove "
+            "it if it was left by a run that was stopped"
+        )
+
+
 def is_store(objects: Objects) -> bool:
-    """Whether there is a manifest.
+    """Whether there is a manifest with any content.
 
     Raises:
         StoreError: if the place cannot be reached.
     """
     with _reaching(objects):
-        return layout.MANIFEST in objects.names()
+        return layout.MANIFEST in objects.names() and bool(objects.read(layout.MANIFEST))
 
 
 def read_manifest(objects: Objects) -> Manifest:
@@ -60,6 +89,8 @@ def read_manifest(objects: Objects) -> Manifest:
             content = objects.read(layout.MANIFEST)
         except FileNotFoundError as error:
             raise StoreError(f"{objects.url}: {_what_instead(objects)}; `dvit fit DATA -o STORE` makes one") from error
+    if not content:
+        raise StoreError(_EMPTY_MANIFEST.format(objects.url))
     return Manifest.from_json(content, objects.url)
 
 

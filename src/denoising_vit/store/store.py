@@ -221,6 +221,14 @@ class FeatureStore:
             MissingImageError: if it is not finished, or failed.
             StoreError: if it is damaged.
         """
+        try:
+            return self._read(index)
+        except StoreError:
+            # Another process may have opened the shard again, and sealed it with other images, since it was looked at.
+            self.contents.forget(self.manifest.shard_of(index))
+            return self._read(index)
+
+    def _read(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
         shard = self.manifest.shard_of(index)
         if self.contents.marker(shard) is None:
             try:
@@ -269,6 +277,7 @@ class FeatureStore:
 
         Raises:
             StoreError: if the kind is unknown, or an image is damaged.
+            OutputError: if there is a file with other content, by name; nothing is written then.
             OSError: if the folder cannot be written to.
         """
         return export_images(self, Path(folder), kind, progress)

@@ -14,6 +14,7 @@ from denoising_vit.errors import StoreError
 from denoising_vit.store import layout
 from denoising_vit.store.images import compact, decode, encode
 from denoising_vit.store.leases import Lease
+from denoising_vit.store.packing import packed
 
 if TYPE_CHECKING:
     from denoising_vit.store.store import FeatureStore
@@ -72,7 +73,7 @@ class ShardWriter:
             OSError: if it cannot be written.
         """
         name = self._require(index)
-        content = {"id": name, "reason": reason}
+        content = packed({"id": name, "reason": reason})
         self._store.objects.write(layout.failed_key(index), json.dumps(content).encode())
 
     def finish(self) -> bool:
@@ -99,7 +100,7 @@ class ShardWriter:
         self._held().check()  # loading a large shard takes a while, and so does writing it
         self._store.array.write_shard(self.shard, block if records else None)
         self._held().check()
-        marker = {"shard": self.shard, "images": records, "failed": failed}
+        marker = packed({"shard": self.shard, "images": records, "failed": failed})
         text = json.dumps(marker, sort_keys=True)
         self._store.objects.write(layout.sealed_key(self.shard), text.encode())
         self._sealed = True

@@ -1,0 +1,195 @@
+"""Stores over power cuts, other processes and hands that change them: nothing stale, nothing changed unseen."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from denoising_vit.errors import StoreError
+from denoising_vit.store import FeatureStore, Manifest
+from denoising_vit.store.local import LocalObjects
+from denoising_vit.tensor_files import KEY
+
+SHAPE = (3, 4, 5)
+IDS = ["a.jpg", "b.jpg", "c.jpg"]
+MANIFEST = Manifest(
+    backbone={"name": "vit", "fingerprint": [float(value) for value in np.linspace(-1, 1, 128)]},
+    plan="abc",
+    options={"views": 64},
+    size=(42, 56),
+    patch_size=14,
+    stride=14,
+    grid=(3, 4),
+    field=SHAPE[:2],
+    channels=SHAPE[2],
+    images_per_shard=2,
+)
+
+
+def field_of(index: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(index))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A store whose first shard is sealed with one image that failed, and whose second has one image staged."""
+    store = FeatureStore.create(tmp_path / "store", MANIFEST, IDS)
+    with store.writer(0) as writer:
+        writer.put(0, field_of(0), {"heldout_r2": 0.5})
+        writer.fail(1, "no luck")
+        assert writer.finish()
+    with store.writer(1) as writer:
+        writer.put(2, field_of(2), {"heldout_r2": 0.75, "more": {10: 1, 9: 2}})
+    assert list(store.verify()) == []
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files and folders in the order in which they are flushed to the disk, by the names that they have then."""
+    done, names = os.fsync, []
+
+    def sync(file: int) -> None:
+        names.append(Path(f"/proc/self/fd/{file}").readlink())
+        done(file)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    return names
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_all_that_makes_a_store_reaches_the_disk(tmp_path: Path, synced: list[Path]) -> None:
+    root = tmp_path / "new" / "store"
+    store = FeatureStore.create(root, MANIFEST, IDS)
+    manifest = next(place for place, path in enumerate(synced) if path.name.startswith(".manifest.json."))
+    before, after = synced[:manifest], synced[manifest + 1 :]
+    assert {tmp_path, tmp_path / "new", root, root / "field", root / "field" / "zarr.json"} <= set(before)
+    assert any(path.name.startswith(".ids.json.") for path in before)  # the manifest says that the others are there
+    assert after[0] == root
+    synced.clear()
+    with store.writer(0) as writer:
+        writer.put(0, field_of(0))
+        writer.put(1, field_of(1))
+        assert root / "staged" in synced
+        writer.finish()
+    shard, marker = synced.index(root / "field/c/0/0/0/0"), synced.index(root / "sealed")
+    assert shard < synced.index(root / "field/c/0/0/0") < marker
+    assert root in synced[shard:]
+
+
+def test_an_empty_manifest_is_no_dead_end(tmp_path: Path) -> None:
+    """As a power cut left it where it was not flushed, beside nothing that was finished."""
+    FeatureStore.create(tmp_path, MANIFEST, IDS)
+    (tmp_path / "manifest.json").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"manifest\.json is empty, as a power cut leaves it.*the same `dvit fit`"):
+        FeatureStore.open(tmp_path)
+    assert not FeatureStore.exists(tmp_path)
+    assert FeatureStore.create_or_open(tmp_path, MANIFEST, IDS).unfinished() == [0, 1]
+    assert FeatureStore.open(tmp_path).ids == IDS
+
+
+def test_an_empty_manifest_beside_finished_images_costs_none_of_them(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(b"")
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match=r"manifest\.json is empty.*else fit to a new place"):
+        FeatureStore.create_or_open(folder, MANIFEST, IDS)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("name", ["field/photo.png", "ids.json"])
+def test_files_that_have_a_stores_names_are_no_leftovers(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"theirs")
+    with pytest.raises(StoreError, match=r"photo\.png|ids\.json lists other images"):
+        FeatureStore.create(tmp_path, MANIFEST, IDS)
+    assert path.read_bytes() == b"theirs"
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["files", "object store"])
+def test_an_open_reader_sees_that_a_shard_was_sealed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    if not told:  # where nothing says that an object was written again
+        monkeypatch.setattr(LocalObjects, "stamp", lambda _self, _key: ())
+    reader = FeatureStore.open(folder)
+    with pytest.raises(StoreError, match=r"b\.jpg failed: no luck"):
+        reader[1]
+    writing = FeatureStore.open(folder, writable=True)
+    assert writing.retry_failed() == [1]
+    assert reader[0].record["heldout_r2"] == 0.5  # staged in between
+    with writing.writer(0) as writer:
+        writer.put(1, field_of(1), {"heldout_r2": 0.25})
+        assert writer.finish()
+    assert reader[1].record["heldout_r2"] == 0.25
+    assert torch.equal(reader[1].field, field_of(1).half().float())
+    assert reader.failed() == {}
+
+
+def in_marker(folder: Path) -> None:
+    path = folder / "sealed" / "000000.json"
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+
+
+def in_reason_of_marker(folder: Path) -> None:
+    path = folder / "sealed" / "000000.json"
+    path.write_text(path.read_text().replace("no luck", "bad luck"))
+
+
+def in_staged(folder: Path) -> None:
+    path = folder / "staged" / "00000002.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"0.75", b"0.99"))
+
+
+def in_failed(folder: Path) -> None:
+    path = folder / "failed" / "00000001.json"
+    path.write_text(path.read_text().replace("no luck", "bad luck"))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (in_marker, "sealed/000000.json"),
+        (in_reason_of_marker, "sealed/000000.json"),
+        (in_staged, "staged/00000002.safetensors"),
+        (in_failed, "failed/00000001.json"),
+    ],
+)
+def test_verify_sees_a_changed_record(folder: Path, change: Callable[[Path], None], where: str) -> None:
+    change(folder)
+    problems = list(FeatureStore.open(folder).verify())
+    assert [problem.where for problem in problems] == [where]
+    assert "it was changed: its checksum is not the one it was written with" in problems[0].what
+
+
+def test_a_changed_manifest_is_refused(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"views": 64', '"views": 32'))
+    with pytest.raises(StoreError, match=r"damaged manifest .*it was changed"):
+        FeatureStore.open(folder)
+
+
+def test_stores_of_earlier_releases_have_no_checksums_and_stay_readable(folder: Path) -> None:
+    for name in ("manifest.json", "sealed/000000.json", "failed/00000001.json"):
+        content = json.loads((folder / name).read_text())
+        del content["crc32"]
+        (folder / name).write_text(json.dumps(content))
+    path = folder / "staged" / "00000002.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    head: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+    del head["record"]["crc32"]
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load(data), {KEY: json.dumps(head)}))
+    store = FeatureStore.open(folder)
+    assert list(store.verify()) == []
+    assert store[2].record == {"id": "c.jpg", "heldout_r2": 0.75, "more": {"10": 1, "9": 2}}
