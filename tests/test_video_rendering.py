@@ -19,7 +19,7 @@ import tiny_artifact
 import tiny_denoiser
 import tiny_video as tiny
 from denoising_vit import Backbone
-from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, PlanError
+from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.video import RenderedVideo, VideoOptions, render_video, rendering
 from denoising_vit.video.colours import PANELS
@@ -224,7 +224,7 @@ def test_a_stopped_run_goes_on_and_loses_nothing(
 def test_a_run_stopped_before_its_parts_were_joined(
     render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **_named: Any) -> None:
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -283,7 +283,7 @@ def test_what_is_finished_is_kept(render: Render, frames: Path, tmp_path: Path) 
     assert render(frames, max_frames=3, overwrite=True).status == "done"
     assert len(tiny.decoded(first.path)) == len(pngs(first)) == 3  # no PNG of the longer one is left
     (tmp_path / "mine.mp4").write_bytes(b"mine")
-    with pytest.raises(ClipError, match="exists and is no video of ours"):
+    with pytest.raises(OutputError, match="exists and is no video of ours"):
         render(frames, "mine")
 
 
@@ -298,7 +298,7 @@ def test_damaged_and_other_frames_are_told(render: Render, tmp_path: Path) -> No
     sheets = pngs(done)
     assert np.array_equal(sheets[5], sheets[4])
     clip = tiny.folder(tmp_path / "mixed", [tiny.picture(0), tiny.picture(1, (80, 48))])
-    assert "1 frames of another aspect ratio than the first have black bars" in render(clip, "mixed").notes[0]
+    assert "1 frames of another aspect ratio than the first have black bars" in render(clip, "boxed").notes[0]
 
 
 def test_progress_counts_each_frame_once(render: Render, frames: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,11 @@ import tyro
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.calibration import Calibration, CalibrationOptions, doubt_about, run_calibration
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
+from denoising_vit.cli.outputs import input_digest
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.dataset import Skipped, named_photos, open_dataset, spread
+from denoising_vit.files import Mark, owned_path, require_ours
 
 
 def calibrate(
@@ -42,6 +45,8 @@ def calibrate(
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
+    mark = Mark("artifact", input_digest(data, model))
+    require_ours(out, mark)
     calibration.denoising()  # what is wrong with the options is said before the model is loaded
     dataset = open_dataset(data)
     for item in dataset.skipped:
@@ -59,7 +64,8 @@ def calibrate(
             print_note("interrupted; nothing was written")
             return INTERRUPTED
     try:
-        found.artifact.save(out)
+        with owned_path(out, mark) as temporary:
+            replace(found.artifact, info=found.artifact.info | {"made": str(mark)}).save(temporary)
     except OSError as error:
         print_error(f"cannot write {out} ({error.strerror or error})")
         return WRONG_USAGE

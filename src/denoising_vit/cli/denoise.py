@@ -19,6 +19,7 @@ from denoising_vit.dataset import find_photos
 from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.evaluation.records import run_info, software_words
+from denoising_vit.files import Mark, digest_of, require_ours
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.preparing import given_artifact, prepare
 
@@ -77,7 +78,9 @@ def denoise(
     if not photos:
         told.finish(out)
         return WRONG_USAGE
+    mark = Mark("page", digest_of(*map(Path, inputs)))
     if report is not None:
+        require_ours(report, mark, photos)
         require_writable(report.parent)
     denoising.validate()
     backbone = model.load()
@@ -111,7 +114,7 @@ def denoise(
             interrupted = True
     code = told.finish(out)
     if page is not None and report is not None:
-        _write_page(page, told, backbone, _told(options, found), report)
+        _write_page(page, told, backbone, _told(options, found), report, mark)
     if interrupted:
         print_note("interrupted; finished results stay, and the same command goes on from there")
     return INTERRUPTED if interrupted else code
@@ -123,7 +126,7 @@ def _page() -> PhotosPage:
     return PhotosPage(run_info()["command"])
 
 
-def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str, path: Path) -> None:
+def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str, path: Path, mark: Mark) -> None:
     from denoising_vit.pages import write_page
 
     run = run_info()
@@ -135,7 +138,7 @@ def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str,
         "software": software_words(run),
     }
     try:
-        write_page(page.render([asdict(row) for row in told.rows], about, backbone.name), path)
+        write_page(page.render([asdict(row) for row in told.rows], about, backbone.name), path, mark)
     except OSError as error:
         raise OutputError(f"--report {path}: cannot be written ({error.strerror or error})") from error
     print_note(f"page {path}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from denoising_vit.decomposition import Decomposition
 from denoising_vit.denoise import denoise_image, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.errors import DenoisingVitError
-from denoising_vit.files import atomic_path
+from denoising_vit.files import atomic_path, digest_of, readable
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.photos import photo_digest, read_photo
 from denoising_vit.views import ViewPlan
@@ -68,7 +70,8 @@ class DenoiseJob:
         started = time.perf_counter()
         try:
             pixels = read_photo(photo)
-            output = self.folder.claim(photo, photo_digest(pixels))
+            digest = photo_digest(pixels)
+            output = self.folder.claim(photo, digest)
             if output.existing is not None:
                 return self._keep(photo, pixels, output, output.existing, progress)
             result = denoise_image(
@@ -80,17 +83,21 @@ class DenoiseJob:
                 watch=progress.watch,
                 options=self.options,
             )
-            about = result.info["photo"] | {"name": photo.name}
+            about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
             exact = self._exact_beside(pixels, result, progress)
-            self._draw(pixels, result, exact, output)
+            while not self._write(pixels, result, exact, output):  # another run has taken the name meanwhile
+                self.folder.release(output)
+                output = self.folder.claim(photo, digest)
+                if output.existing is not None:
+                    return self._keep(photo, pixels, output, output.existing, progress)
             self._show(photo, pixels, result, exact)
-            result.save(output.result, upsample=self.upsample)  # last: where this file is, the photo is finished
         except (DenoisingVitError, OSError) as error:
             return Row(str(photo), "failed", note=str(error))
         except Exception as error:  # one photo must not end the batch, whatever is wrong with it
             return Row(str(photo), "failed", note=f"{type(error).__name__}: {error}")
-        return self._row(photo, output, result.info, "done", seconds=round(time.perf_counter() - started, 2))
+        seconds = round(time.perf_counter() - started, 2)
+        return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
 
     @property
     def _of_results(self) -> Tensor | None:
@@ -108,7 +115,8 @@ class DenoiseJob:
             exact = self._exact_beside(pixels, result, progress) if redrawn else None
             self._show(photo, pixels, result, exact)
             if redrawn:
-                self._draw(pixels, result, exact, output)
+                with self._drawn(pixels, result, exact, output):
+                    pass
             if finer:
                 result.save(output.result, upsample=self.upsample)  # the field is there: nothing is computed again
                 notes.append("finer features added")
@@ -118,11 +126,33 @@ class DenoiseJob:
         if self.page is not None:
             self.page.add(photo.name, pixels, result, exact)
 
-    def _draw(self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output) -> None:
+    def _write(self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output) -> bool:
+        """Puts the result in place, then its picture; neither where another run has taken the name.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        try:
+            with (
+                self._drawn(pixels, result, exact, output),
+                atomic_path(output.result, new=not output.replaces) as temporary,
+            ):
+                result.save(temporary, upsample=self.upsample)
+        except FileExistsError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _drawn(
+        self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output
+    ) -> Iterator[None]:
+        """Draws the picture, which comes to its place if the block succeeds."""
         from denoising_vit.visualize import draw_panel  # matplotlib and scikit-learn take seconds to import
 
         with atomic_path(output.panel) as temporary:
             draw_panel(pixels, result, temporary, upsample=self.upsample, exact=exact)
+            output.mark.add(temporary, ".png")
+            yield
 
     def _exact_beside(self, pixels: np.ndarray, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
         """What the picture compares a denoiser's result with; not one that was kept and made in another way."""

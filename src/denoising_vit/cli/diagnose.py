@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_lines
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +13,17 @@ from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.outputs import require_writable
+from denoising_vit.cli.outputs import input_digest, require_writable
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.dataset import named_photos, open_dataset, spread
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser, find_shipped
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
-from denoising_vit.files import atomic_path
+from denoising_vit.files import Mark, owned_path, require_ours
+
+#: What is written, and what it is marked as.
+_FILES = {"artifact.safetensors": "artifact", "diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
 
 
 def diagnose(
@@ -50,6 +54,9 @@ def diagnose(
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
+    source = input_digest(data, model)
+    for name, kind in _FILES.items():
+        require_ours(out / name, Mark(kind, source))
     diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
     dataset = open_dataset(data)
     for item in dataset.skipped:
@@ -71,7 +78,7 @@ def diagnose(
             return INTERRUPTED
     code = _tell(found, as_json=json)
     try:
-        _write(found, out)
+        _write(found, out, source)
     except OSError as error:
         print_error(f"cannot write to {out} ({error.strerror or error})")
         return WRONG_USAGE
@@ -79,15 +86,18 @@ def diagnose(
     return SOME_FAILED if dataset.skipped else code
 
 
-def _write(found: Diagnosis, out: Path) -> None:
+def _write(found: Diagnosis, out: Path, source: str) -> None:
     from denoising_vit.diagnosis.page import render_page  # matplotlib and scikit-learn take seconds to import
     from denoising_vit.evaluation.records import run_info
     from denoising_vit.pages import write_page
 
-    found.evidence.calibration.artifact.save(out / "artifact.safetensors")
-    with atomic_path(out / "diagnosis.json") as temporary:
-        temporary.write_text(json_lines.dumps(found.record(), indent=1) + "\n")
-    write_page(render_page(found, run_info()["command"]), out / "diagnosis.html")
+    artifact, figures, page = (Mark(kind, source) for kind in _FILES.values())
+    with owned_path(out / "artifact.safetensors", artifact) as temporary:
+        told = found.evidence.calibration.artifact
+        replace(told, info=told.info | {"made": str(artifact)}).save(temporary)
+    with owned_path(out / "diagnosis.json", figures) as temporary:
+        temporary.write_text(json_lines.dumps({"made": str(figures), **found.record()}, indent=1) + "\n")
+    write_page(render_page(found, run_info()["command"]), out / "diagnosis.html", page)
 
 
 def _tell(found: Diagnosis, *, as_json: bool) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
 from denoising_vit.cli.streams import print_json
+from denoising_vit.files import readable
 
 if TYPE_CHECKING:  # it imports torch, for which the help would wait
     from denoising_vit.decomposition.neural_field import Evaluation
@@ -86,7 +87,7 @@ class Report:
         for row in self.rows:
             if row.status != "failed":
                 table.add_row(
-                    escape(Path(row.image).name if alone else row.image),
+                    escape(readable(Path(row.image).name if alone else row.image)),
                     escape(Path(row.output or "").name),
                     str(row.views),
                     "-" if row.heldout_r2 is None else f"{row.heldout_r2:.3f}",

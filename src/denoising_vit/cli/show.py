@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,9 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USA
 from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import PhotoProgress, print_error, print_note, print_skipped
 from denoising_vit.dataset import find_photos
-from denoising_vit.errors import DenoisingVitError
+from denoising_vit.errors import DenoisingVitError, OutputError
 from denoising_vit.extractors import Cleaners
+from denoising_vit.files import Mark, digest_of, owned_path, plain_stem, readable, require_ours
 from denoising_vit.photos import read_photo
 from denoising_vit.showing.options import ShowOptions
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Endings of the name of one sheet.
 _ONE_SHEET = (".png", ".pdf", ".svg")
+
+#: What sheets and palettes are marked as.
+_SHEET, _PALETTE = "sheet", "palette"
 
 
 def show(
@@ -69,11 +75,15 @@ def show(
     if not photos:
         return _tell(0, skipped, out)
     one = out.suffix.lower() in _ONE_SHEET
+    source = digest_of(*map(Path, inputs))
+    for file, kind in ((out if one else None, _SHEET), (save_palette, _PALETTE)):
+        if file is not None:
+            require_ours(file, Mark(kind, source), photos)
     for folder in (out.parent if one else out, *([] if save_palette is None else [save_palette.parent])):
         require_writable(folder)
     job = _open(model, showing, cleaners, out, palette, colours, format)
     try:
-        done = job.run(photos, skipped, save_palette=save_palette, one=one)
+        done = job.run(photos, skipped, source, save_palette=save_palette, one=one)
     except KeyboardInterrupt:
         print_note("interrupted; sheets that were finished stay")
         return INTERRUPTED
@@ -132,49 +142,71 @@ class _Job:
     kind: str
 
     def run(
-        self, photos: Sequence[Path], skipped: list[tuple[str, str]], *, save_palette: Path | None, one: bool
+        self,
+        photos: Sequence[Path],
+        skipped: list[tuple[str, str]],
+        source: str,
+        *,
+        save_palette: Path | None,
+        one: bool,
     ) -> int:
         """Draws one sheet of all photos, or one of each as soon as its colours are known. Returns how many were."""
         seen = self._seen(photos, skipped)
         if not (one or self.together or save_palette):
-            taken: set[str] = set()
-            for photo in seen:
-                self._draw([photo], [self._palette([photo])], self._path(photo, taken))
+            taken: set[Path] = set()
+            for file, photo in seen:
+                self._draw_own(file, photo, self._palette([photo]), taken)
             return len(taken)
         kept = list(seen)
         if kept:
-            self._draw_kept(kept, save_palette, one=one)
+            self._draw_kept(kept, source, save_palette, one=one)
         return len(kept)
 
-    def _draw_kept(self, photos: list[ShownPhoto], save_palette: Path | None, *, one: bool) -> None:
+    def _draw_kept(
+        self, photos: list[tuple[Path, ShownPhoto]], source: str, save_palette: Path | None, *, one: bool
+    ) -> None:
         from denoising_vit.visualize import write_palette
 
-        common = self._palette(photos) if self.together or save_palette else None
+        shown = [photo for _, photo in photos]
+        common = self._palette(shown) if self.together or save_palette else None
         if save_palette is not None and common is not None:
-            write_palette(common, save_palette)
+            write_palette(common, save_palette, mark=Mark(_PALETTE, source))
         # A palette that is only to be saved does not change the pictures.
         shared = common if self.together else None
-        palettes = [shared or self._palette([photo]) for photo in photos]
+        palettes = [shared or self._palette([photo]) for photo in shown]
         if one:
-            self._draw(photos, palettes, self.out)
+            with owned_path(self.out, Mark(_SHEET, source)) as temporary:
+                self._draw(shown, palettes, temporary, self.out.suffix)
             return
-        taken: set[str] = set()
-        for photo, palette in zip(photos, palettes, strict=True):
-            self._draw([photo], [palette], self._path(photo, taken))
+        taken: set[Path] = set()
+        for (file, photo), palette in zip(photos, palettes, strict=True):
+            self._draw_own(file, photo, palette, taken)
 
-    def _seen(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[ShownPhoto]:
+    def _draw_own(self, file: Path, photo: ShownPhoto, palette: Palette, taken: set[Path]) -> None:
+        """A sheet of one photo, by a name that is free or has an earlier sheet of it."""
+        mark, stem = Mark(_SHEET, digest_of(file.resolve())), plain_stem(file.stem)
+        for number in itertools.count(1):
+            path = self.out / f"{stem if number == 1 else f'{stem}-{number}'}.{self.kind}"
+            if path in taken:
+                continue
+            with contextlib.suppress(OutputError, FileExistsError), owned_path(path, mark) as temporary:
+                self._draw([photo], [palette], temporary, path.suffix)
+                taken.add(path)
+                return
+
+    def _seen(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[tuple[Path, ShownPhoto]]:
         """The features of one photo after another; whatever is wrong with one, it is skipped."""
         with PhotoProgress(len(photos), self.gatherer.passes, "passes") as progress:
             for photo in photos:
                 progress.start(photo.name)
                 try:
                     found = self.gatherer(
-                        read_photo(photo), name=photo.name, progress=lambda done: progress.advance(done, 0)
+                        read_photo(photo), name=readable(photo.name), progress=lambda done: progress.advance(done, 0)
                     )
                 except (DenoisingVitError, OSError) as error:
                     skipped.append((str(photo), str(error)))
                 else:
-                    yield found
+                    yield photo, found
                 progress.finish()
 
     def _palette(self, photos: list[ShownPhoto]) -> Palette:
@@ -182,7 +214,7 @@ class _Job:
 
         return self.given or palette_of(photos, self.options, describe(self.gatherer.backbone))
 
-    def _draw(self, photos: list[ShownPhoto], palettes: list[Palette], path: Path) -> None:
+    def _draw(self, photos: list[ShownPhoto], palettes: list[Palette], path: Path, suffix: str) -> None:
         from denoising_vit.showing import draw_sheet
         from denoising_vit.visualize.sheet import BESIDE
 
@@ -190,11 +222,4 @@ class _Job:
         exact = [f"exact of {self.options.views} views"] if "exact" in self.gatherer.names else []
         whose = "a palette" if self.given else "all photos" if self.together else "each photo"
         told = [backbone.name, backbone.weights, *exact, f"colours of {whose}, the same for all features"]
-        draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(told)])
-
-    def _path(self, photo: ShownPhoto, taken: set[str]) -> Path:
-        """A name of its own: photos of one name do not overwrite each other."""
-        stem = Path(photo.name).stem
-        name = next(name for n in range(1, len(taken) + 2) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
-        taken.add(name)
-        return self.out / f"{name}.{self.kind}"
+        draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(told)], suffix=suffix)

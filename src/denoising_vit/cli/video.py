@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USA
 from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import OnScreen, print_error, print_note, print_skipped, progress_bar
 from denoising_vit.cli.streams import print_json
-from denoising_vit.errors import DenoisingVitError
+from denoising_vit.errors import DenoisingVitError, OutputError
 from denoising_vit.extractors import Cleaners
+from denoising_vit.files import plain_stem, readable
 from denoising_vit.video import VideoMaker, VideoOptions
+from denoising_vit.video.clips import Clip
 from denoising_vit.video.films import open_clip
-from denoising_vit.video.parts import Parts
-from denoising_vit.video.records import recorded_in
+from denoising_vit.video.frame_files import require_frames
+from denoising_vit.video.parts import BegunElsewhereError
+from denoising_vit.video.rendering import require_own_video
 
 
 def video(
@@ -135,8 +139,13 @@ class _Batch:
         progress.start(Path(given).name)
         try:
             clip = open_clip(given, self._maker.options.rate)
-            out = self._claim(clip.path, clip.digest)
-            done = self._maker.render(clip, out, overwrite=self._overwrite, progress=progress.advance)
+            while True:
+                out = self._claim(clip)
+                try:
+                    done = self._maker.render(clip, out, overwrite=self._overwrite, progress=progress.advance)
+                    break
+                except BegunElsewhereError:
+                    self._claimed.discard(out)
         except (DenoisingVitError, OSError) as error:
             return Row(given, "failed", note=str(error))
         except Exception as error:  # one clip must not end the batch, whatever is wrong with it
@@ -145,15 +154,18 @@ class _Batch:
         note = "; ".join(done.notes) or None
         return Row(given, done.status, str(out), done.frames, done.resumed, seconds, note)
 
-    def _claim(self, clip: Path, digest: str) -> Path:
+    def _claim(self, clip: Clip) -> Path:
         """A name that belongs to this clip or to nothing: its own, or with a number."""
-        stem = clip.resolve().name if clip.is_dir() else clip.stem
+        name = clip.path.resolve().name if clip.path.is_dir() else clip.path.stem
+        stem = plain_stem(name)
         for number in itertools.count(1):
             path = self._folder / f"{stem if number == 1 else f'{stem}-{number}'}.mp4"
-            finished, unfinished = recorded_in(path), Parts(path).record
-            sources = {record["source"] for record in (finished, unfinished) if record is not None}
-            foreign = path.exists() and finished is None
-            if path not in self._claimed and not foreign and sources <= {digest}:
+            if path in self._claimed:
+                continue
+            with contextlib.suppress(OutputError):
+                require_own_video(path, clip)
+                if self._maker.options.frames:
+                    require_frames(path.with_suffix(""), clip.digest, clip.path)
                 self._claimed.add(path)
                 return path
         raise AssertionError("unreachable: numbers do not end")
@@ -172,7 +184,7 @@ def _tell(rows: Sequence[Row], folder: Path, *, as_json: bool) -> int:
         for row in good:
             notes = [row.status] * (row.status == "kept") + [f"{row.resumed} from before"] * bool(row.resumed)
             table.add_row(
-                escape(row.clip),
+                escape(readable(row.clip)),
                 escape(Path(row.output or "").name),
                 "-" if row.frames is None else str(row.frames),
                 "-" if row.seconds is None else f"{row.seconds:.1f}",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from denoising_vit.export.running import INT8, ONNX, PROGRAM, runner
 from denoising_vit.export.tensors import write_tensors
 from denoising_vit.export.timm_folder import WEIGHTS, write_timm
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
+from denoising_vit.files import clipped, current_umask
 from denoising_vit.tensor_files import file_digest
 
 FORMAT = "denoising-vit/export"
@@ -196,13 +197,16 @@ def _appearing(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists already; choose another folder with -o, or remove it")
-    temporary = out.parent / f".{out.name}.{os.getpid()}.part"
+    temporary = None
     try:
-        temporary.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{clipped(out.name, 200)}.", suffix=".part"))
         yield temporary
+        temporary.chmod(0o777 & ~current_umask())
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ExportError(f"cannot write to {out} ({reason}); choose another folder with -o") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

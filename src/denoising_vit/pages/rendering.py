@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from denoising_vit.files import atomic_path
+from denoising_vit.files import Mark, atomic_path, owned_path
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,20 @@ def render(template: str, package: str = "denoising_vit.pages", **values: Any) -
     return environment.get_template(template).render(version=importlib.metadata.version("denoising-vit"), **values)
 
 
-def write_page(page: str, path: Path) -> None:
+def write_page(page: str, path: Path, mark: Mark | None = None) -> None:
     """Writes a page; there is either all of it or what was there before.
 
+    Args:
+        page: its text.
+        path: the file.
+        mark: of what it is made; with one, no file is replaced that has another.
+
     Raises:
+        OutputError: if there is a file with another mark, or none.
         OSError: if the file cannot be written.
     """
     # Names of files need not be valid text; what is not is shown escaped.
-    with atomic_path(Path(path)) as temporary:
+    with atomic_path(Path(path)) if mark is None else owned_path(Path(path), mark) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 

@@ -101,6 +101,7 @@ def draw_sheet(
     options: ShowOptions,
     *,
     caption: Sequence[str] = (),
+    suffix: str | None = None,
 ) -> None:
     """Draws photos and maps of their features as a PNG, PDF or SVG.
 
@@ -113,13 +114,14 @@ def draw_sheet(
         path: the file; its ending says which kind.
         options: which maps, and how.
         caption: lines at the bottom.
+        suffix: .png, .pdf or .svg, where the path does not end in it.
 
     Raises:
         FormatError: if the path ends in none of .png, .pdf, .svg.
         ValueError: if features are not finite.
         OSError: if the file cannot be written.
     """
-    suffix = Path(path).suffix.lower()
+    suffix = (suffix or Path(path).suffix).lower()
     if suffix not in FORMATS:
         raise FormatError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
     kinds, names = options.kinds(), list(photos[0].found)

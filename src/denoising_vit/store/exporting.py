@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import torch
 
-from denoising_vit.errors import StoreError
+from denoising_vit.errors import OutputError, StoreError
 from denoising_vit.files import atomic_path
 from denoising_vit.store.images import encode
 
@@ -29,26 +31,46 @@ def export_images(
 
     Raises:
         StoreError: if the kind is unknown.
+        OutputError: if there is a file with other content, by name; nothing is written then.
         OSError: if the folder cannot be written to.
     """
     if kind not in get_args(ExportKind):
         raise StoreError(f"export writes {' or '.join(get_args(ExportKind))}, got {kind!r}")
     folder.mkdir(parents=True, exist_ok=True)
     names = file_names(store.ids)
-    done = sorted(store.done())
-    written = []
-    for index in done:
-        path = folder / f"{names[index]}.{kind}"
-        field, record = store.read(index)
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            if kind == "npy":
-                np.save(file, field, allow_pickle=False)
-            else:
-                file.write(encode(torch.from_numpy(field), index, record))
-        written.append(path)
+    paths = {index: folder / f"{names[index]}.{kind}" for index in sorted(store.done())}
+    there = {index for index, path in paths.items() if os.path.lexists(path)}
+    for index in sorted(there):  # before anything is written
+        _require_same(paths[index], _content(store, index, kind))
+    for count, (index, path) in enumerate(paths.items(), 1):
+        if index not in there:
+            with atomic_path(path, new=True) as temporary:
+                temporary.write_bytes(_content(store, index, kind))
         if progress is not None:
-            progress(len(written), len(done))
-    return written
+            progress(count, len(paths))
+    return list(paths.values())
+
+
+def _content(store: FeatureStore, index: int, kind: ExportKind) -> bytes:
+    """The file of an image, which is the same whenever it is written."""
+    field, record = store.read(index)
+    if kind == "safetensors":
+        return encode(torch.from_numpy(field), index, record)
+    file = io.BytesIO()
+    np.save(file, field, allow_pickle=False)
+    return file.getvalue()
+
+
+def _require_same(path: Path, content: bytes) -> None:
+    """Refuses a file that an earlier export of the same store has not written; an .npy file has no room for a mark.
+
+    Raises:
+        OutputError: naming it.
+    """
+    if not path.is_file() or path.read_bytes() != content:
+        raise OutputError(
+            f"{path} exists and holds something else than would be written; export to another folder, or move it away"
+        )
 
 
 def file_names(ids: Sequence[str]) -> list[str]:

@@ -101,7 +101,7 @@ def frames_in(part: Path) -> int:
         return 0
 
 
-def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str) -> None:
+def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str, *, new: bool = False) -> None:
     """Puts the frames of all parts into one MP4 file that plays while it loads.
 
     Args:
@@ -109,13 +109,14 @@ def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str) -> None
         path: the file.
         end: when the last frame ends, in seconds.
         comment: what the file says of itself.
+        new: never replace a file.
 
     Raises:
         OSError: if it cannot be written.
     """
     av = needed("av", "video", ClipError)
     with (
-        atomic_path(path) as temporary,
+        atomic_path(path, new=new) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         container.metadata["comment"] = comment

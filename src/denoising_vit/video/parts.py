@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from denoising_vit.errors import ClipError
-from denoising_vit.files import atomic_path
+from denoising_vit.errors import ClipError, OutputError
+from denoising_vit.files import atomic_path, current_umask
 from denoising_vit.video.encoding import frames_in, join
-from denoising_vit.video.records import differences, parsed
+from denoising_vit.video.records import differences, parsed, recorded_in
+
+
+class BegunElsewhereError(ClipError):
+    """Another run has taken the name of a video; the next free one will do."""
 
 
 class Parts:
@@ -57,6 +64,8 @@ class Parts:
 
         Raises:
             ClipError: if there are parts that were made in another way.
+            OutputError: if the folder holds something else.
+            BegunElsewhereError: if another run has just begun a video of this name.
             OSError: if the folder cannot be written to.
         """
         before = self.record
@@ -66,14 +75,48 @@ class Parts:
                 f"{self._video}: an unfinished run was made with other settings ({'; '.join(changed)}); the same "
                 "settings go on from there, --overwrite begins anew"
             )
+        self.require_of(record["source"])
         if before is None or changed or not self.palette.is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            with atomic_path(self.folder / "record.json") as temporary:
-                temporary.write_text(json.dumps(record))
+            self._begin(record)
         for leftover in self.folder.glob(".*.part"):  # of a run that was killed
             leftover.unlink()
         self._find(each)
+
+    def require_of(self, source: str) -> None:
+        """Refuses a folder that holds something else than parts of the clip with this digest.
+
+        Raises:
+            OutputError: naming it.
+        """
+        record = self.record
+        if record is None and os.path.lexists(self.folder) and not self._is_empty():
+            raise OutputError(f"{self.folder} exists and holds no parts of a video; move it away, or choose another -o")
+        if record is not None and record.get("source") != source:
+            raise OutputError(
+                f"{self.folder} holds an unfinished video of another clip, or of this one before it changed; remove "
+                "it, or choose another name"
+            )
+
+    def _is_empty(self) -> bool:
+        return self.folder.is_dir() and all(path.name.endswith(".part") for path in self.folder.iterdir())
+
+    def _begin(self, record: dict[str, Any]) -> None:
+        """Makes the folder with its record in one step: of several processes, one has the name.
+
+        Raises:
+            BegunElsewhereError: if another has just made it.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".video-", suffix=".part"))
+        try:
+            (made / "record.json").write_text(json.dumps(record))
+            made.chmod(0o777 & ~current_umask())
+            made.rename(self.folder)  # not onto a folder that holds anything
+        except OSError as error:
+            shutil.rmtree(made, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise BegunElsewhereError(f"{self._video}: another run has just begun it") from error
+            raise
 
     def path(self, number: int) -> Path:
         """Where a part belongs."""
@@ -94,7 +137,7 @@ class Parts:
         Args:
             end: when the last frame ends, in seconds.
         """
-        join(self.finished, self._video, end, json.dumps(self.record))
+        join(self.finished, self._video, end, json.dumps(self.record), new=recorded_in(self._video) is None)
         shutil.rmtree(self.folder)
 
     def _find(self, each: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.dataset.choosing import spread
-from denoising_vit.errors import ClipError
+from denoising_vit.errors import ClipError, OutputError
 from denoising_vit.extraction import fitting_batch
 from denoising_vit.extractors import Cleaners
 from denoising_vit.prefetch import prefetched
@@ -25,7 +26,7 @@ from denoising_vit.video.colours import ClipColours, data_set_palette
 from denoising_vit.video.encoding import PartWriter, find_encoder
 from denoising_vit.video.features import FrameFeatures
 from denoising_vit.video.films import open_clip
-from denoising_vit.video.frame_files import drop_frames, write_frame
+from denoising_vit.video.frame_files import drop_frames, require_frames, write_frame
 from denoising_vit.video.options import VideoOptions
 from denoising_vit.video.parts import Parts
 from denoising_vit.video.records import differences, make_record, recorded_in
@@ -92,6 +93,7 @@ def render_video(
     Raises:
         ClipError: if the clip cannot be read, PyAV or its encoder is missing, or an unfinished run was made with other
             settings.
+        OutputError: if the video or its frames would replace what was not made from this clip.
         PlanError: if an option is out of range.
         ArtifactError, DenoiserError, WeightsError, FormatError: if what cleans features, or a palette, is missing or of
             another backbone.
@@ -122,16 +124,31 @@ class VideoMaker:
         if out.suffix.lower() != ".mp4":
             raise ClipError(f"{out}: expected the name of an .mp4 file")
         record = make_record(clip.digest, self.options.recorded(), self._identity)
-        existing = recorded_in(out)
-        if out.exists() and not overwrite:
-            if existing is None:
-                raise ClipError(f"{out} exists and is no video of ours; choose another name, or --overwrite")
+        existing = require_own_video(out, clip)
+        if self.options.frames:
+            require_frames(out.with_suffix(""), clip.digest, clip.path)
+        if existing is not None and not overwrite:
             changed = differences(existing, record)
             note = f"made with other settings ({'; '.join(changed)}): --overwrite to do it again" if changed else ""
             return RenderedVideo(out, "kept", notes=(note,) if note else ())
         parts = Parts(out)
         parts.open(record, self.options.part_frames, overwrite=overwrite)
         return _Run(self, clip, out, parts, progress or (lambda done, total: None)).run()
+
+
+def require_own_video(out: Path, clip: Clip) -> dict[str, Any] | None:
+    """The record of the video that is there, which a clip's may replace; None where there is nothing.
+
+    Raises:
+        OutputError: if there is something else, a video of another clip, or an unfinished one of another clip.
+    """
+    existing = recorded_in(out)
+    if os.path.lexists(out) and (existing is None or (clip.path.exists() and clip.path.samefile(out))):
+        raise OutputError(f"{out} exists and is no video of ours; choose another name")
+    if existing is not None and existing.get("source") != clip.digest:
+        raise OutputError(f"{out} is a video of another clip, or of this one before it changed; choose another name")
+    Parts(out).require_of(clip.digest)
+    return existing
 
 
 class _Run:
@@ -165,7 +182,7 @@ class _Run:
         if not self._count:
             raise ClipError(f"{self._clip.path}: a video of no length: it holds no frame")
         if self._options.frames:
-            drop_frames(self._out.with_suffix(""), self._count)
+            drop_frames(self._out.with_suffix(""), self._count, self._clip.digest)
         self._parts.finish(self._end * self._clip.time_base)
         return RenderedVideo(self._out, "done", self._count, resumed, tuple(self._notes()))
 
@@ -246,7 +263,7 @@ class _Run:
                 sheet = self._drawn(frame, maps, colours)
                 writer.write(sheet, frame.time)
                 if self._options.frames:
-                    write_frame(sheet, self._out.with_suffix(""), frame.number)
+                    write_frame(sheet, self._out.with_suffix(""), frame.number, self._clip.digest)
                 self._note(frame)
                 ahead = sum(number > frame.number for number in self._settling)  # their features are there already
                 self._progress(self._count + ahead, self._total)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import FormatError
-from denoising_vit.files import atomic_path
+from denoising_vit.files import Mark, atomic_path, owned_path
 from denoising_vit.tensor_files import KEY, below, read_record, require_version
 from denoising_vit.visualize.clusters import Clusters
 from denoising_vit.visualize.foreground import Foreground
@@ -35,7 +35,9 @@ _HELD = {
 }
 
 
-def write_palette(palette: Palette, path: str | Path, fields: Collection[str] = tuple(_HELD)) -> None:
+def write_palette(
+    palette: Palette, path: str | Path, fields: Collection[str] = tuple(_HELD), *, mark: Mark | None = None
+) -> None:
     """Writes colourings of a palette, fitting those that were not asked for yet.
 
     Args:
@@ -43,8 +45,10 @@ def write_palette(palette: Palette, path: str | Path, fields: Collection[str] = 
         path: the file.
         fields: which, by their fields of the palette; all of them unless told, and a palette that is read from a file
             of fewer has only those.
+        mark: of what it is made; with one, no file is replaced that has another.
 
     Raises:
+        OutputError: if there is a file with another mark, or none.
         FormatError: if the name does not end in .safetensors.
         OSError: if it cannot be written.
     """
@@ -59,7 +63,9 @@ def write_palette(palette: Palette, path: str | Path, fields: Collection[str] = 
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "backbone": palette.backbone}
     if set(fields) < _HELD.keys():
         head["fields"] = sorted(fields)
-    with atomic_path(Path(path)) as temporary:
+    if mark is not None:
+        head["made"] = str(mark)
+    with atomic_path(Path(path)) if mark is None else owned_path(Path(path), mark) as temporary:
         try:
             save_file(tensors, temporary, metadata={KEY: json.dumps(head)})
         except SafetensorError as error:  # a full disk, for one
