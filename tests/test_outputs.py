@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,10 +16,16 @@ import tiny_export
 import tiny_fit
 import tiny_labelled
 from command import Dvit, Outcome, in_process
+from denoising_vit import Decomposition
+from denoising_vit.cli import denoise_job
 from denoising_vit.cli.app import VERBS, run
 from denoising_vit.denoiser import write_denoiser
 from denoising_vit.errors import OutputError
 from denoising_vit.files import Mark, atomic_path, clipped, digest_of, owned_path, plain_stem, require_ours
+from denoising_vit.photos import photo_digest, read_photo
+from denoising_vit.showing import drawing
+from denoising_vit.video.parts import Parts
+from denoising_vit.video.records import recorded_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -275,3 +282,126 @@ def test_marks_tell_paths_apart_from_texts(tmp_path: Path, monkeypatch: pytest.M
     assert digest_of(Path("a")) == digest_of(tmp_path / "a")
     assert digest_of("a") != digest_of(Path("a"))
     assert json.loads(json.dumps(str(Mark("page", digest_of())))).startswith("denoising-vit page of ")
+
+
+# --- names ---
+
+
+def denoised(place: Place, *arguments: object) -> list[dict[str, Any]]:
+    done = place.dvit("denoise", *arguments, "-o", "out", "--json", *own(*SEEN, "--held-out", 0, "--method", "exact"))
+    assert done.code == 0, done.err
+    return done.rows
+
+
+def two_of_one_name(place: Place) -> tuple[Path, Path]:
+    """Different photos called `same.png`."""
+    paths = place.folder / "a" / "same.png", place.folder / "b" / "same.png"
+    for path, photo in zip(paths, ("00.png", "01.png"), strict=True):
+        path.parent.mkdir()
+        shutil.copy(place.folder / photo, path)
+    return paths
+
+
+def once(action: Callable[[], object], real: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, before whose first call something else happens."""
+    waiting = [action]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if waiting:
+            waiting.pop()()
+        return real(*arguments, **options)
+
+    return call
+
+
+def test_of_two_runs_of_denoise_in_one_folder_none_loses_its_result(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = two_of_one_name(place)
+    monkeypatch.setattr(
+        denoise_job, "denoise_image", once(lambda: denoised(place, two), denoise_job.denoise_image)
+    )  # the other run claims the name after this one, and is done before it
+    denoised(place, one)
+    for name, photo in (("same", two), ("same-2", one)):
+        digest = photo_digest(read_photo(photo))
+        assert Decomposition.load(place.folder / "out" / f"{name}.safetensors").info["photo"]["sha256"] == digest
+        assert Mark.read(place.folder / "out" / f"{name}.png") == Mark("panel", digest)
+    names = {path.name for path in (place.folder / "out").iterdir()}
+    assert names == {"same.safetensors", "same.png", "same-2.safetensors", "same-2.png"}
+
+
+def test_two_runs_of_the_same_photo_leave_one_result(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        denoise_job, "denoise_image", once(lambda: denoised(place, "00.png"), denoise_job.denoise_image)
+    )
+    assert [row["status"] for row in denoised(place, "00.png")] == ["kept"]
+    assert {path.name for path in (place.folder / "out").iterdir()} == {"00.safetensors", "00.png"}
+
+
+def test_of_two_runs_of_show_none_loses_its_sheet(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = two_of_one_name(place)
+
+    def show(photo: Path) -> Outcome:
+        return place.dvit("show", photo, "-o", "out", *own("--features", "raw", "--maps", "pca"))
+
+    draw = once(lambda: show(two), drawing.draw_sheet)
+    monkeypatch.setattr("denoising_vit.showing.draw_sheet", draw)
+    assert show(one).code == 0
+    marks = {path.name: Mark.read(path) for path in (place.folder / "out").iterdir()}
+    assert marks == {"same.png": Mark("sheet", digest_of(two)), "same-2.png": Mark("sheet", digest_of(one))}
+
+
+def test_of_two_runs_of_video_none_loses_its_film(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = place.folder / "other" / "clip"
+    tiny_fit.write_photos(other, 3, seed=2)
+
+    def video(clip: str | Path) -> Outcome:
+        return place.dvit("video", clip, "-o", "out", *own("--panel-size", 80, "--features", "raw"))
+
+    monkeypatch.setattr(Parts, "_begin", once(lambda: video(other), Parts._begin))
+    assert video("clip").code == 0
+    sources = {path.name: (recorded_in(path) or {}).get("source") for path in (place.folder / "out").iterdir()}
+    assert set(sources) == {"clip.mp4", "clip-2.mp4"}
+    assert len(set(sources.values())) == 2
+
+
+def test_an_edited_photo_replaces_its_own_result_with_overwrite_and_else_it_is_said(place: Place) -> None:
+    denoised(place, "00.png")
+    Image.fromarray(255 - read_photo("00.png")).save("00.png")
+    (row,) = denoised(place, "00.png", "--overwrite")
+    assert (Path(row["output"]).name, row["note"]) == ("00.safetensors", None)
+    assert {path.name for path in (place.folder / "out").iterdir()} == {"00.safetensors", "00.png"}
+    told = Decomposition.load(place.folder / "out" / "00.safetensors").info["photo"]
+    assert told["sha256"] == photo_digest(read_photo("00.png"))
+    Image.fromarray(255 - read_photo("00.png")).save("00.png")
+    (row,) = denoised(place, "00.png")
+    assert Path(row["output"]).name == "00-2.safetensors"
+    expected = "00.safetensors stays: it was made from this photo before it changed; --overwrite replaces it"
+    assert row["note"] == expected
+
+
+@pytest.mark.parametrize("verb", ["denoise", "show", "video"])
+@pytest.mark.parametrize(
+    "stem", [pytest.param("caf\udce9", id="no UTF-8"), pytest.param("ü" * 122, id="long"), pytest.param("x" * 250)]
+)
+def test_photos_of_any_name_are_done_once(place: Place, verb: str, stem: str) -> None:
+    """Bytes that are no UTF-8, as older systems wrote them, and names that leave no room for an ending."""
+    given = place.folder / (stem if verb == "video" else f"{stem}.png")
+    try:
+        if verb == "video":
+            shutil.copytree(place.folder / "clip", given)
+        else:
+            shutil.copy(place.folder / "00.png", given)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    options = {"denoise": (*SEEN, "--method", "exact"), "show": ("--features", "raw", "--maps", "pca")}
+    command = (verb, given, "-o", "out", *own(*options.get(verb, ("--panel-size", 80, "--features", "raw"))))
+    first = place.dvit(*command)
+    assert first.code == 0, first.err
+    names = sorted(path.name for path in (place.folder / "out").iterdir())
+    assert len(names) == (2 if verb == "denoise" else 1)
+    assert all(name.encode() for name in names)
+    second = place.dvit(*command)
+    assert second.code == 0, second.err
+    assert sorted(path.name for path in (place.folder / "out").iterdir()) == names
+    assert "kept" in second.out or verb == "show"

@@ -117,6 +117,14 @@ class Parts:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise BegunElsewhereError(f"{self._video}: another run has just begun it") from error
             raise
+        if os.path.lexists(self._video) and not self._replaces(record):  # finished since its name was found free
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise BegunElsewhereError(f"{self._video}: another run has just finished it")
+
+    def _replaces(self, record: dict[str, Any] | None) -> bool:
+        """Whether the video that is there is one of the same clip."""
+        there = recorded_in(self._video)
+        return there is not None and record is not None and there.get("source") == record["source"]
 
     def path(self, number: int) -> Path:
         """Where a part belongs."""
@@ -137,7 +145,8 @@ class Parts:
         Args:
             end: when the last frame ends, in seconds.
         """
-        join(self.finished, self._video, end, json.dumps(self.record), new=recorded_in(self._video) is None)
+        record = self.record
+        join(self.finished, self._video, end, json.dumps(record), new=not self._replaces(record))
         shutil.rmtree(self.folder)
 
     def _find(self, each: int) -> None:
