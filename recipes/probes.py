@@ -102,12 +102,13 @@ def neighbours(data: Labelled, features: Tensor, scored: tuple[int, ...], k: int
     known = torch.nonzero(labels != NO_LABEL).flatten()
     step = max(len(known) // most, 1)
     known = known[::step]
-    memory, labels = memory[known].half(), labels[known]
+    fast = torch.float16 if features.is_cuda else torch.float32
+    memory, labels = memory[known].to(fast), labels[known]
     queries, truth = features[data.query].flatten(0, 2), data.labels[data.query].flatten()
     keep = torch.nonzero(truth != NO_LABEL).flatten()[::2]
     votes = []
-    for part in queries[keep].half().split(8192 if features.is_cuda else 512):
-        near, index = (part.to(memory) @ memory.T).float().topk(k, dim=-1)
+    for part in queries[keep].to(fast).split(8192 if features.is_cuda else 512):
+        near, index = (part @ memory.T).float().topk(k, dim=-1)
         one = torch.zeros(len(part), 256, device=part.device)
         votes.append(one.scatter_add_(1, labels[index], (near / 0.07).softmax(-1)).argmax(1))
     return mean_iou(torch.cat(votes), truth[keep], scored)

@@ -185,8 +185,8 @@ def test_result_is_that_of_the_library_and_again_the_same(dvit: Dvit, photo: Pat
 
 
 def test_result_does_not_depend_on_the_comparison(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
-    dvit(photo, "-o", tmp_path / "with", "--denoiser", file)
-    dvit(photo, "-o", tmp_path / "without", "--denoiser", file, "--no-exact")
+    dvit(photo, "-o", tmp_path / "with", "--denoiser", file, "--compare")
+    dvit(photo, "-o", tmp_path / "without", "--denoiser", file)
     one, two = (result_of(tmp_path / folder) for folder in ("with", "without"))
     assert torch.equal(one.field, two.field)
     assert one.info | {"seconds": 0} == two.info | {"seconds": 0}
@@ -213,8 +213,8 @@ def test_finer_features_are_stored(dvit: Dvit, photo: Path, tmp_path: Path, file
 def test_picture_compares_with_exact_of_the_options_given(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
-    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--seed", "3", "--views", "9")
-    assert "pictures compare it with exact, 11 passes a photo; --no-exact leaves it out" in done.err
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--seed", "3", "--views", "9")
+    assert "pictures compare it with exact: 11 more passes a photo" in done.err
     assert ran == ["denoiser", "exact"]
     ((result, exact),) = drawn
     assert result.info["method"] == "denoiser"
@@ -226,7 +226,7 @@ def test_picture_compares_with_exact_of_the_options_given(
 def test_without_exact_it_is_not_computed(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
-    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--no-exact", "--views", "4")  # too few for it
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--views", "4")  # too few for it
     assert done.code == 0 and "compare" not in done.err
     assert ran == ["denoiser"]
     assert [exact for _, exact in drawn] == [None]
@@ -237,14 +237,15 @@ def test_artifact_beside_a_denoiser_is_that_of_the_comparison(
 ) -> None:
     artifact = tiny_artifact.artifact_of(tiny.backbone())
     artifact.save(tmp_path / "g.safetensors")
-    assert dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--artifact", tmp_path / "g.safetensors").code == 0
+    more = ("--denoiser", file, "--compare", "--artifact", tmp_path / "g.safetensors")
+    assert dvit(photo, "-o", tmp_path / "out", *more).code == 0
     ((result, exact),) = drawn
     assert not result.artifact.any() and result.info["artifact"] is None
     assert exact is not None
     torch.testing.assert_close(exact.artifact, artifact.values, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("more", "columns"), [((), 4), (("--no-exact",), 3)], ids=["exact", "no exact"])
+@pytest.mark.parametrize(("more", "columns"), [(("--compare",), 4), ((), 3)], ids=["exact", "no exact"])
 def test_picture_has_a_column_for_each(
     whole: Dvit, photo: Path, tmp_path: Path, file: Path, more: tuple[str, ...], columns: int
 ) -> None:
@@ -263,7 +264,7 @@ def test_result_is_kept_on_the_second_run(
     dvit(*command)
     before = (tmp_path / "out" / "00.safetensors").read_bytes()
     no_computing()
-    for more in ((), ("--no-exact",), ("--views", "9"), ("--seed", "4")):  # of the picture alone
+    for more in ((), ("--compare",), ("--views", "9"), ("--seed", "4")):  # of the picture alone
         (row,) = dvit(*command, *more).rows
         assert (row["status"], row["note"], row["heldout_r2"]) == ("kept", "kept", None)
     assert (tmp_path / "out" / "00.safetensors").read_bytes() == before
@@ -296,10 +297,10 @@ def test_results_of_other_denoisers_and_methods_are_not_taken_for_the_same(
 def test_deleted_picture_is_drawn_again_with_exact_alone_computed(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
-    dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
+    dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare")
     before = (tmp_path / "out" / "00.safetensors").read_bytes()
     (tmp_path / "out" / "00.png").unlink()
-    dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
+    dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare")
     assert ran == ["denoiser", "exact", "exact"]
     assert len(drawn) == 2 and all(exact is not None for _, exact in drawn)
     assert (tmp_path / "out" / "00.safetensors").read_bytes() == before
@@ -310,7 +311,7 @@ def test_picture_of_a_kept_result_of_another_way_is_not_compared(
 ) -> None:
     dvit(photo, "-o", tmp_path / "out")
     (tmp_path / "out" / "00.png").unlink()
-    (row,) = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--json").rows
+    (row,) = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--json").rows
     assert "other settings" in row["note"]
     assert ran == ["exact"]
     assert [(result.info["method"], exact) for result, exact in drawn] == [("exact", None), ("exact", None)]
@@ -353,12 +354,12 @@ def test_denoiser_that_cannot_be_used_is_refused_before_any_photo(dvit: Dvit, ph
 def test_too_few_views_for_the_comparison_are_refused_before_any_photo(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path
 ) -> None:
-    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--views", "4")
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--views", "4")
     assert done.code == 2 and "4 views" in done.err
     assert not (tmp_path / "out").exists()
 
 
 def test_help_names_the_options(dvit: Dvit) -> None:
     words = dvit("--help").words
-    for option in ("--denoiser", "--no-exact", "--method {exact,neural-field,subtract,denoiser,auto}"):
+    for option in ("--denoiser", "--compare", "--method {exact,neural-field,subtract,denoiser,auto}"):
         assert option in words

@@ -187,7 +187,7 @@ def test_denoise_takes_an_exported_directory_back(dvit: Dvit, tmp_path: Path, pr
 
 def test_denoise_takes_a_directory_of_timm_back(export: Export, dvit: Dvit, tmp_path: Path, denoiser: Path) -> None:
     assert export("--format", "timm").code == 0
-    more = ("--denoiser", denoiser, "--no-exact", "--size", 64, "--dtype", "float32", "--json")
+    more = ("--denoiser", denoiser, "--size", 64, "--dtype", "float32", "--json")
     done = denoise(dvit, tmp_path, tmp_path / "out", *more)
     assert done.code == 0, done.err  # the denoiser takes it for the backbone that it was trained for
     assert done.rows[0]["status"] == "done"

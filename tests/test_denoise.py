@@ -18,6 +18,7 @@ from skimage import data
 from torch import Tensor, nn
 
 import denoising_vit as dv
+import planted as tiny
 from denoising_vit import (
     Backbone,
     BackboneError,
@@ -646,3 +647,14 @@ def test_artifact_that_is_not_finite_is_refused(backbone: Backbone, photo: np.nd
 def test_artifact_that_learns_is_taken_as_it_is(backbone: Backbone, photo: np.ndarray) -> None:
     artifact = torch.zeros(7, 7, CHANNELS, requires_grad=True)
     assert not dv.denoise_image(backbone, photo, artifact=artifact, **FEW).field.requires_grad
+
+
+def test_wide_crops_are_a_choice_and_published_ones_are_recorded_as_before() -> None:
+    assert "area" not in DenoiseOptions().recorded() and "ratio" not in DenoiseOptions().recorded()
+    wide = DenoiseOptions.context()
+    assert (wide.views, wide.recorded()["area"]) == (16, (0.4, 1.0))
+    plan, _ = prepare(tiny.backbone(), wide)
+    sides = plan.boxes[:, 2:] - plan.boxes[:, :2]
+    assert sides.prod(1).min() >= 0.4 - 1e-9 and sides.prod(1).min() < 0.5
+    with pytest.raises(PlanError, match=r"crop area must be two increasing shares in \(0, 1\], got \(0.5, 0.1\)"):
+        DenoiseOptions(area=(0.5, 0.1)).validate()

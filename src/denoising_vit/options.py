@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions
 from denoising_vit.errors import PlanError
-from denoising_vit.views import Coverage
+from denoising_vit.views import Coverage, CropOptions
 
 Method = Literal["exact", "neural-field", "subtract", "denoiser", "auto"]
 
@@ -38,6 +38,10 @@ class DenoiseOptions:
         coverage: even sees borders nearly as often as the middle; plain draws crops as published; released makes views
             as the released code does (whole pixels of the photo squeezed to the size of a view, patches put from edge
             to edge of a view), which hardly anything but the neural field's released recipe should use.
+        area: least and largest share of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the context of
+            the whole photo, and 8 to 16 of them do; but they tell artifact from content less well, so give the
+            backbone's artifact with them, or `none`.
+        ratio: least and largest width over height of a crop, measured in the frame of the views.
         taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
             (0), seams show where crops end.
         seed: of the crops and of the neural field's training; the same seed gives the same result.
@@ -54,6 +58,8 @@ class DenoiseOptions:
     shrinkage: float = 1e-3
     clip: float | None = None
     coverage: Coverage = "even"
+    area: tuple[float, float] = CropOptions.area
+    ratio: tuple[float, float] = CropOptions.ratio
     taper: float = 0.3
     seed: int = 0
     batch_size: int | None = None
@@ -82,6 +88,7 @@ class DenoiseOptions:
             value = getattr(self, name)
             if value is not None and not value >= least_value:  # NaN is not
                 raise PlanError(f"{name} must be at least {least_value}, got {value}")
+        self.crops()
         if self.clip is not None and not self.clip > 0:
             raise PlanError(f"clip must be a positive number of median absolute deviations, got {self.clip}")
         if self.method == "neural-field":
@@ -89,9 +96,26 @@ class DenoiseOptions:
             if self.neural.keep == "best" and not self.held_out:
                 raise PlanError("keep is 'best', which held-out views decide; held_out must be at least 1")
 
+    def crops(self) -> CropOptions:
+        """How crops are drawn.
+
+        Raises:
+            PlanError: if area, ratio or coverage is out of range.
+        """
+        return CropOptions(area=self.area, ratio=self.ratio, coverage=self.coverage)
+
+    @classmethod
+    def context(cls) -> DenoiseOptions:
+        """The exact solver on 16 wide views, for a backbone whose artifact is known or weak (docs/decisions.md)."""
+        return cls(views=16, held_out=0, area=(0.4, 1.0))
+
     def recorded(self) -> dict[str, Any]:
-        """The options that decide the result of the method, as JSON values."""
+        """The options that decide the result of the method, as JSON values.
+
+        The published areas and ratios of crops are left out, as in records from when there were no others.
+        """
         if self.method in ONE_PASS:
             return {"method": self.method, "size": self.size}
         unused = {"neural"} if self.method == "exact" else set(_EXACT_ONLY)
+        unused |= {name for name in ("area", "ratio") if getattr(self, name) == getattr(CropOptions, name)}
         return {name: value for name, value in asdict(self).items() if name not in unused}

@@ -11,7 +11,7 @@ from denoising_vit.artifact import SHIPPED, KnownArtifact, known_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import ExactSolver
 from denoising_vit.options import ONE_PASS, DenoiseOptions
-from denoising_vit.views import CropOptions, ViewPlan
+from denoising_vit.views import ViewPlan
 
 #: Added to the seed for the views that are left out of the fit, so that they are others than the fitted ones.
 _HELD_OUT_SEED = 1_000_003
@@ -82,7 +82,7 @@ def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -
             seed=seed,
             full_image=full_image,
             taper=options.taper if exact else 0,
-            crops=CropOptions(coverage=options.coverage),
+            crops=options.crops(),
         )
 
     if once:

@@ -22,6 +22,8 @@ class CalibrationOptions:
         clip: scale down tokens whose norm is more than this many median absolute deviations above the median. Without
             it, none are.
         coverage: even sees borders nearly as often as the middle; plain draws crops as published.
+        area: least and largest share of the photo that a crop covers.
+        ratio: least and largest width over height of a crop, measured in the frame of the views.
         taper: share of a crop's side over which its patches gain weight from the border inwards.
         seed: of the crops, and of the random halves that are compared; the same seed gives the same artifact.
         batch_size: views in one forward pass. Without it, what suits the device.
@@ -34,6 +36,8 @@ class CalibrationOptions:
     shrinkage: float = 1e-3
     clip: float | None = None
     coverage: Literal["even", "plain"] = "even"
+    area: tuple[float, float] = DenoiseOptions.area
+    ratio: tuple[float, float] = DenoiseOptions.ratio
     taper: float = 0.3
     seed: int = 0
     batch_size: int | None = None
@@ -53,6 +57,8 @@ class CalibrationOptions:
             shrinkage=self.shrinkage,
             clip=self.clip,
             coverage=self.coverage,
+            area=self.area,
+            ratio=self.ratio,
             taper=self.taper,
             seed=self.seed,
             batch_size=self.batch_size,

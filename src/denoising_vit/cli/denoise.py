@@ -35,7 +35,7 @@ def denoise(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     artifact: str | None = None,
     denoiser: str | None = None,
-    no_exact: tyro.conf.FlagCreatePairsOff[bool] = False,
+    compare: tyro.conf.FlagCreatePairsOff[bool] = False,
     upsample: int = 1,
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -54,8 +54,8 @@ def denoise(
             denoiser, it has exact run.
         denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
             for the one that comes with the package, which is taken without it as well.
-        no_exact: with a denoiser, leave exact out of the pictures. They compare the denoiser with it otherwise, and it
-            is fitted for them alone, with the options of stage 1: a pass for each view.
+        compare: with a denoiser, also run the exact method and draw it beside, with the options of stage 1: a pass for
+            each view.
         upsample: also store the clean features this many times finer, and draw them so.
         report: also write a page (.html) with maps and figures of all photos and the command that made them; it needs
             no other file and no network.
@@ -85,7 +85,7 @@ def denoise(
     denoising.validate()
     backbone = model.load()
     options, found = settle(denoising, backbone, denoiser, artifact)
-    exact = dataclasses.replace(options, method="exact") if found is not None and not no_exact else None
+    exact = dataclasses.replace(options, method="exact") if found is not None and compare else None
     # What is wrong with the options is said before any photo is touched.
     known = given_artifact(artifact, backbone, options)
     plan, _ = prepare(backbone, options, known)
@@ -97,7 +97,7 @@ def denoise(
         f"method {_told(options, found)}"
     )
     if exact is not None:
-        print_note(f"pictures compare it with exact, {work(exact)} passes a photo; --no-exact leaves it out")
+        print_note(f"pictures compare it with exact: {work(exact)} more passes a photo")
     if known is not None and (resampled := resampling_note(artifact or SHIPPED, backbone, plan.grid)):
         print_note(resampled)
     page = None if report is None else _page()

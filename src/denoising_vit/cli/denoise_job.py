@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from denoising_vit.pages.photos import PhotosPage
 
 #: Options that change nothing in the result, or whose part in it the plan's digest tells.
-_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "taper", "seed", "batch_size"}
+_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "area", "ratio", "taper", "seed", "batch_size"}
 
 
 @dataclass(frozen=True)

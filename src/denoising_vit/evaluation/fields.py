@@ -47,6 +47,8 @@ class FieldOptions:
         clip: scale down tokens whose norm is more than this many median absolute deviations above the median. Without
             it, none are.
         coverage: even sees borders nearly as often as the middle; plain draws crops as published.
+        area: least and largest share of the image that a crop covers.
+        ratio: least and largest width over height of a crop, measured in the frame of the views.
         taper: share of a crop's side over which its patches gain weight from the border inwards.
         seed: of the crops.
         of: where crops of images are judged (`--crops neutral`): crop fits each crop as an image of its own, so that
@@ -61,6 +63,8 @@ class FieldOptions:
     shrinkage: float = DenoiseOptions.shrinkage
     clip: float | None = None
     coverage: Coverage = DenoiseOptions.coverage
+    area: tuple[float, float] = DenoiseOptions.area
+    ratio: tuple[float, float] = DenoiseOptions.ratio
     taper: float = DenoiseOptions.taper
     seed: int = DenoiseOptions.seed
     of: Literal["crop", "image"] = "crop"
