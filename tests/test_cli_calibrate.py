@@ -123,11 +123,22 @@ def test_list_of_photos_is_taken_as_data(dvit: Dvit, photos: Path, tmp_path: Pat
     assert done.rows[0]["photos"] == 5
 
 
-def test_existing_artifact_is_replaced(dvit: Dvit, photos: Path, calibrated: Path) -> None:
+def test_artifact_of_the_same_data_is_replaced(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "g.safetensors"
+    out.parent.mkdir()
+    assert dvit("calibrate", photos, "-o", out).code == 0
+    before = out.read_bytes()
+    assert dvit("calibrate", photos, "-o", out, "--photos", 6).code == 0
+    assert out.read_bytes() != before
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_artifact_without_a_mark_is_left_alone(dvit: Dvit, photos: Path, calibrated: Path) -> None:
     before = calibrated.read_bytes()
-    assert dvit("calibrate", photos, "-o", calibrated).code == 0
-    assert calibrated.read_bytes() != before
-    assert [path.name for path in calibrated.parent.iterdir()] == [calibrated.name]
+    done = dvit("calibrate", photos, "-o", calibrated)
+    assert done.code == 2
+    assert f"{calibrated} exists and carries no mark of this command" in done.err
+    assert calibrated.read_bytes() == before
 
 
 # --- calibrate: which photos ---

@@ -157,8 +157,8 @@ def require_ours(
     if any(path.exists() and target.exists() and path.samefile(target) for path in inputs):
         raise OutputError(f"{target} is an input and is never written to; name another file for the output")
     found = read(target)
-    if found is None or found.kind != mark.kind:
-        told = f"carries no mark of a {mark.kind} of ours" if found is None else f"is a {found.kind}, not a {mark.kind}"
+    if found is None or found.kind != mark.kind:  # a file of an earlier release may be ours, and is not known
+        told = "carries no mark of this command" if found is None else f"is a {found.kind}, not a {mark.kind}"
         raise OutputError(f"{target} exists and {told}; name another file, or move this one away")
     if found != mark:
         raise OutputError(

@@ -59,7 +59,7 @@ def denoise(
         upsample: also store the clean features this many times finer, and draw them so.
         report: also write a page (.html) with maps and figures of all photos and the command that made them; it needs
             no other file and no network.
-        overwrite: do photos again whose results are there already.
+        overwrite: do photos again whose results are there already, also of what they were before they changed.
         json: print one JSON line per photo instead of a table.
     """
     if not inputs:

@@ -50,7 +50,8 @@ def show(
 
     Args:
         inputs: image files, folders (searched recursively for image files) and globs (every file they match).
-        out: one sheet of all photos, where the name ends in .png, .pdf or .svg; else a folder for a sheet of each.
+        out: one sheet of all photos, where the name ends in .png, .pdf or .svg; else a folder for a sheet of each. Only
+            earlier sheets of the same photos are replaced.
         showing: what is shown.
         model: the backbone, and how it is run.
         cleaners: what cleans its features.

@@ -74,7 +74,8 @@ def export(
 
     Args:
         store: a folder or URL.
-        out: a local folder; made where it does not exist.
+        out: a local folder; made where it does not exist. Files in it are left as they are: one of the same name and
+            other content is refused before anything is written.
         kind: npy (the field alone) or safetensors (with its record).
     """
     try:
