@@ -35,6 +35,8 @@ class ShowOptions:
         clusters: of k-means.
         upsample: draw clean features of stage 1 and 2 so many times finer than patches.
         views: exact only; crops that are fitted.
+        area: exact only; least and largest share of the photo that a crop covers.
+        ratio: exact only; least and largest width over height of a crop.
         size: height and width at which photos are shown to the backbone, or one number for a square. Without it, the
             backbone's own.
         seed: exact only; of the crops.
@@ -46,6 +48,8 @@ class ShowOptions:
     clusters: int = 6
     upsample: int = 1
     views: int = DenoiseOptions.views
+    area: tuple[float, float] = DenoiseOptions.area
+    ratio: tuple[float, float] = DenoiseOptions.ratio
     size: int | tuple[int, int] | None = None
     seed: int = DenoiseOptions.seed
 
@@ -76,4 +80,6 @@ class ShowOptions:
 
     def denoising(self) -> DenoiseOptions:
         """Stage 1 as options; nobody looks at held-out views, so there are none."""
-        return DenoiseOptions(views=self.views, held_out=0, size=self.size, seed=self.seed)
+        return DenoiseOptions(
+            views=self.views, held_out=0, area=self.area, ratio=self.ratio, size=self.size, seed=self.seed
+        )
