@@ -21,10 +21,10 @@ import torch
 import tyro
 from measuring import hardware, some_photos, table, write
 from scenes import Scene
+from stage_two import Training, apply, blank_features, train
 from targets import fit, indices, plans
 from torch import Tensor, nn
 from torch.nn import functional
-from training import Training, apply, blank_features, train
 
 import denoising_vit as dv
 from denoising_vit.artifact import Artifact

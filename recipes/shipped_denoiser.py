@@ -23,8 +23,8 @@ import numpy as np
 import probes
 import torch
 from scenes import SHAPES, draw_scenes, read_photos
+from stage_two import Training, apply, blank_features, train
 from targets import Pairs, clock, fit, indices, plans
-from training import Training, apply, blank_features, train
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone, BackboneSpec
