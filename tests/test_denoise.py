@@ -652,7 +652,7 @@ def test_artifact_that_learns_is_taken_as_it_is(backbone: Backbone, photo: np.nd
 def test_wide_crops_are_a_choice_and_published_ones_are_recorded_as_before() -> None:
     assert "area" not in DenoiseOptions().recorded() and "ratio" not in DenoiseOptions().recorded()
     wide = DenoiseOptions.context()
-    assert (wide.views, wide.recorded()["area"]) == (16, (0.4, 1.0))
+    assert (wide.views, wide.recorded()["area"]) == (16, [0.4, 1.0])
     plan, _ = prepare(tiny.backbone(), wide)
     sides = plan.boxes[:, 2:] - plan.boxes[:, :2]
     assert sides.prod(1).min() >= 0.4 - 1e-9 and sides.prod(1).min() < 0.5

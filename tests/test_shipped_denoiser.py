@@ -12,6 +12,7 @@ import denoising_vit as dv
 from denoising_vit.crops import Crop
 from denoising_vit.denoiser import find_shipped
 from denoising_vit.evaluation.tokens import effective_rank
+from denoising_vit.metrics.blank_images import high_frequencies, uniform_images, variance_over_places
 from denoising_vit.rendering import to_image
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -84,5 +85,14 @@ def test_other_weights_of_the_same_model_are_refused(backbone: dv.Backbone) -> N
 def test_it_says_how_it_was_made() -> None:
     made = dv.load_denoiser(MODEL)
     assert made.trained_for is not None and made.trained_for["name"] == MODEL
-    assert made.info["images"] == 400
-    assert made.info["held_out"]["cosine"] > made.info["held_out"]["raw_cosine"]
+    assert made.info["recipe"] == "recipes/shipped_denoiser.py"
+    assert (made.info["photos"], made.info["views"], made.info["blank"]) == (2231, 12, 0.5)
+
+
+def test_hardly_any_artifact_is_left_on_images_without_content(backbone: dv.Backbone, clean: dv.DenoisedViT) -> None:
+    colours = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.8, 0.2, 0.2]])
+    mean, std = (torch.tensor(value)[:, None, None] for value in (backbone.mean, backbone.std))
+    images = (uniform_images(colours, (518, 518)) - mean) / std
+    raw, denoised = backbone(images), clean(images)
+    assert variance_over_places(denoised) < 0.15 * variance_over_places(raw)
+    assert high_frequencies(denoised) < 0.25 * high_frequencies(raw)

@@ -118,4 +118,5 @@ class DenoiseOptions:
             return {"method": self.method, "size": self.size}
         unused = {"neural"} if self.method == "exact" else set(_EXACT_ONLY)
         unused |= {name for name in ("area", "ratio") if getattr(self, name) == getattr(CropOptions, name)}
-        return {name: value for name, value in asdict(self).items() if name not in unused}
+        kept = {name: value for name, value in asdict(self).items() if name not in unused}
+        return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}

@@ -158,7 +158,7 @@ def joined(
     stability = Stability.of(products, options.seed, sum(energies) / len(energies))
     by_count = curve(products, options.seed)
     info = {
-        **asdict(options),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()},
         "plan": stage.fitted.digest,
         "stability": stability.record(),
         "split_half": {str(count): value for count, value in by_count.items()},

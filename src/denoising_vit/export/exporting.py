@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -205,7 +207,9 @@ def _appearing(out: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~current_umask())
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        # A file where a folder is needed is said to exist, which would not tell what is wrong.
+        file = isinstance(error, FileExistsError)
+        reason = os.strerror(errno.ENOTDIR) if file else getattr(error, "strerror", None) or error
         raise ExportError(f"cannot write to {out} ({reason}); choose another folder with -o") from error
     finally:
         if temporary is not None:
