@@ -536,7 +536,7 @@ def test_wrong_names_of_features_are_refused(
     [
         (("knn", "--k", 0), "k must be at least 1, got 0"),
         (("knn", "--gallery", -1), "gallery must be at least 0, got -1"),
-        (("knn", "--temperature", 0), "temperature must be positive, got 0"),
+        (("knn", "--temperature", 0), "temperature must be a positive number, got 0"),
         (("knn", "--seed", -1), "seed must be at least 0, got -1"),
         (("knn", "--images", -1), "expected a number of images of at least 1, or 0 for all, got -1"),
         (("knn", "--exact.views", 0), "views must be at least 1, got 0"),

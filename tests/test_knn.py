@@ -296,8 +296,8 @@ def test_features_on_another_grid_are_refused_by_name(data: LabelledData) -> Non
         (KnnOptions(k=0), "k must be at least 1, got 0"),
         (KnnOptions(gallery=-1), "gallery must be at least 0, got -1"),
         (KnnOptions(seed=-1), "seed must be at least 0, got -1"),
-        (KnnOptions(temperature=0.0), "temperature must be positive, got 0"),
-        (KnnOptions(temperature=float("nan")), "temperature must be positive, got nan"),
+        (KnnOptions(temperature=0.0), "temperature must be a positive number, got 0"),
+        (KnnOptions(temperature=float("nan")), "temperature must be a positive number, got nan"),
     ],
 )
 def test_options_out_of_range_are_refused(data: LabelledData, options: KnnOptions, reason: str) -> None:

@@ -26,6 +26,7 @@ VERBS: Mapping[str, Any] = {
     "evaluate": {
         "knn": "evaluate:knn",
         "segmentation": "evaluate:segmentation",
+        "hummingbird": "evaluate:hummingbird",
         "depth": "evaluate_depth:depth",
         "discovery": "evaluate_discovery:discovery",
         "correspondence": "evaluate_correspondence:correspondence",

@@ -1,8 +1,9 @@
-"""``dvit evaluate knn`` and ``segmentation``: sources of features, judged alike on photos with masks of classes."""
+"""``dvit evaluate`` on photos with masks of classes: sources of features, judged alike by several tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -10,6 +11,8 @@ import tyro
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation.fields import FieldOptions
+from denoising_vit.evaluation.hummingbird import HummingbirdOptions
+from denoising_vit.evaluation.hummingbird import hummingbird as compare_retrieval
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import LabelledData, open_labelled
 from denoising_vit.evaluation.named_sources import SOURCES
@@ -18,9 +21,22 @@ from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.extractors import parse_names
 
 
+@dataclass(frozen=True)
+class JudgedClasses(Judged):
+    """What is judged, where photos have masks of classes.
+
+    Attributes:
+        classes: file with one class name a line, where the data has none.
+        score: names of classes, separated by commas, that scores are of, where the data hold too little of the others;
+            these can still be predicted.
+    """
+
+    classes: Path | None = None
+    score: str = ""
+
+
 def knn(
-    judged: tyro.conf.OmitArgPrefixes[Judged],
-    classes: Path | None = None,
+    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
     voting: tyro.conf.OmitArgPrefixes[KnnOptions] = KnnOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -33,7 +49,6 @@ def knn(
 
     Args:
         judged: what is judged.
-        classes: file with one class name a line, where the data has none.
         voting: how.
         exact: how stage 1 is done, where exact features are judged.
         model: the backbone, and how it is run.
@@ -42,12 +57,11 @@ def knn(
     voting.validate()
     names = parse_names(judged.features, SOURCES)
     exact.denoising()
-    return tell(judged, lambda: _bench(judged, classes, exact, model).knn(names, voting), as_json=json)
+    return tell(judged, lambda: _bench(judged, exact, model).knn(names, voting), as_json=json)
 
 
 def segmentation(
-    judged: tyro.conf.OmitArgPrefixes[Judged],
-    classes: Path | None = None,
+    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
     training: tyro.conf.OmitArgPrefixes[SegmentationOptions] = SegmentationOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -60,7 +74,6 @@ def segmentation(
 
     Args:
         judged: what is judged.
-        classes: file with one class name a line, where the data has none.
         training: how the probe is trained.
         exact: how stage 1 is done, where exact features are judged.
         model: the backbone, and how it is run.
@@ -69,11 +82,38 @@ def segmentation(
     training.protocol()
     names = parse_names(judged.features, SOURCES)
     exact.denoising()
-    return tell(judged, lambda: _bench(judged, classes, exact, model).segmentation(names, training), as_json=json)
+    return tell(judged, lambda: _bench(judged, exact, model).segmentation(names, training), as_json=json)
 
 
-def _bench(judged: Judged, classes: Path | None, exact: FieldOptions, model: BackboneSpec) -> Workbench:
+def hummingbird(
+    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
+    retrieval: tyro.conf.OmitArgPrefixes[HummingbirdOptions] = HummingbirdOptions(),  # noqa: B008, frozen
+    exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Dense nearest-neighbour retrieval (Hummingbird): pixels are labelled by a memory bank of training patches.
+
+    Data: as for `dvit evaluate knn`, which is the quick look: it scores patches.
+
+    Args:
+        judged: what is judged.
+        retrieval: how.
+        exact: how stage 1 is done, where exact features are judged.
+        model: the backbone, and how it is run.
+        json: print the lines of results instead of a table.
+    """
+    retrieval.validate()
+    names = parse_names(judged.features, SOURCES)
+    exact.denoising()
+    return tell(judged, lambda: compare_retrieval(_bench(judged, exact, model), names, retrieval), as_json=json)
+
+
+def _bench(judged: JudgedClasses, exact: FieldOptions, model: BackboneSpec) -> Workbench:
+    score = tuple(name.strip() for name in judged.score.split(",")) if judged.score else ()
+
     def labelled(progress: Callable[[], None]) -> LabelledData:
-        return open_labelled(judged.data, classes=classes, images=judged.images, progress=progress)
+        data = open_labelled(judged.data, classes=judged.classes, images=judged.images, progress=progress)
+        return data.scoring(score)
 
     return open_bench(judged, exact, model, labelled)

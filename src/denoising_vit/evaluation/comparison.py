@@ -189,5 +189,7 @@ def _digest(key: str, seed: int) -> str:
 
 def _save(path: Path, outcome: Outcome, curve: Curve) -> None:
     looks = np.array([[step, loss, np.nan if score is None else score] for step, loss, score in curve]).reshape(-1, 3)
+    # Bytes are written in the order of memory, whatever the strides.
+    arrays = {name: np.ascontiguousarray(values) for name, values in (outcome.arrays() | {"curve": looks}).items()}
     with atomic_path(path) as temporary:
-        save_file(outcome.arrays() | {"curve": looks}, temporary)
+        save_file(arrays, temporary)

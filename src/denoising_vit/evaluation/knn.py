@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.crops import Crop
-from denoising_vit.errors import EvaluationError, PlanError
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, LabelledSet
+from denoising_vit.evaluation.neighbours import nearest
 from denoising_vit.evaluation.patch_labels import commonest, patch_counts
+from denoising_vit.evaluation.ranges import at_least, positive
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
 from denoising_vit.evaluation.sizes import Patches, shown_size
@@ -24,9 +26,6 @@ from denoising_vit.evaluation.sources import FeatureSource
 _VAL_SEED = 1_000_003
 
 _SeeAll = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
-
-#: Similarities (queries times gallery) that are held at a time.
-_AT_ONCE = 2**27
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,8 @@ class KnnOptions:
         Raises:
             PlanError: naming the option, its range, and what came.
         """
-        for name, least in {"k": 1, "gallery": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise PlanError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise PlanError(f"temperature must be positive, got {self.temperature}")
+        at_least(self, k=1, gallery=0, seed=0)
+        positive(self, "temperature")
 
 
 def nearest_neighbours(
@@ -121,14 +117,10 @@ def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list
 
 def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
     """Classes (Q,) of queries (Q, C) by the k nearest of a gallery (N, C), normalised, with labels (N,)."""
-    queries = F.normalize(queries, dim=-1)
-    found = []
-    for part in queries.split(max(_AT_ONCE // len(gallery), 1)):
-        similarity, nearest = (part @ gallery.T).topk(k, dim=-1)  # (q, k)
-        weights = (similarity / temperature).softmax(-1)
-        votes = torch.zeros(len(part), classes, device=part.device)
-        found.append(votes.scatter_add_(1, labels[nearest], weights).argmax(-1))
-    return torch.cat(found)
+    similarity, found = nearest(queries, gallery, k)
+    weights = (similarity / temperature).softmax(-1)
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    return votes.scatter_add_(1, labels[found], weights).argmax(-1)
 
 
 def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see_all: _SeeAll) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,8 @@ _CLASSES = (Metric("mIoU"), Metric("mAcc"), Metric("aAcc"))
 METRICS: dict[str, tuple[Metric, ...]] = {
     "knn": _CLASSES,
     "segmentation": _CLASSES,
+    "hummingbird": _CLASSES,
+    "clustering": _CLASSES,
     # Metres; relative; decades; percent of pixels within 1.25, 1.25^2, 1.25^3 of the truth.
     "depth": (
         Metric("RMSE", 4, lower=True),

@@ -17,7 +17,9 @@ import torch
 
 from denoising_vit.errors import EvaluationError
 
-Task = Literal["knn", "segmentation", "depth", "discovery", "propagation", "matching", "artifacts"]
+Task = Literal[
+    "knn", "segmentation", "hummingbird", "clustering", "depth", "discovery", "propagation", "matching", "artifacts"
+]
 
 
 #: What every line of results begins with.

@@ -57,8 +57,13 @@ class Counts:
 
     @property
     def there(self) -> np.ndarray:
-        """(images,) bool: whether an image has any label."""
-        return self.truth.sum(1) > 0
+        """(images,) bool: whether an image has anything to count."""
+        return (self.truth + self.predicted).sum(1) > 0
+
+    def only(self, classes: Sequence[int]) -> Counts:
+        """The counts of some classes alone: pixels of others still count where they were predicted as one of these."""
+        chosen = list(classes)
+        return Counts(self.hits[:, chosen], self.truth[:, chosen], self.predicted[:, chosen])
 
     def scored(self) -> dict[str, float]:
         """mIoU, mAcc and aAcc in percent.
@@ -79,7 +84,7 @@ class Counts:
     def classes(self, data: Any) -> dict[str, dict[str, float | None]]:
         """IoU and Acc of each class of labelled data."""
         found = scores(self)
-        names = data.train.class_names
+        names = data.scored
         return {name: {"IoU": found.iou[k], "Acc": found.acc[k]} for k, name in enumerate(names)}
 
     def arrays(self) -> dict[str, np.ndarray]:

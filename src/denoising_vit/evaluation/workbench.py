@@ -120,7 +120,7 @@ class Workbench:
             data=self.data,
             settings=self._settings() | dict(settings) | {"size": size or "native"},
             seeds=seeds,
-            judge=judge,
+            judge=self._limited(judge),
             results=self.results,
             counts=self.folder / "counts",
             run=self.run,
@@ -191,7 +191,7 @@ class Workbench:
             EvaluationError: if the data have no classes.
         """
         options.validate()
-        data = self._labelled
+        data = self.labelled
         check_size(options.size, self.backbone.patch_size, self.backbone.stride)
         crops, neutral = None, options.crops == "neutral"
         if neutral and self.fields_of == "crop":
@@ -226,7 +226,7 @@ class Workbench:
         self, names: Sequence[str], protocol: Protocol, seeds: tuple[int, ...], published: dict[str, str] | None = None
     ) -> Iterator[Line]:
         """As :meth:`segmentation`, with every setting of the protocol given."""
-        data = self._labelled
+        data = self.labelled
         settings = recorded(protocol)
 
         def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
@@ -259,16 +259,36 @@ class Workbench:
         return self.folder / "checkpoints" / _digest(key)
 
     @property
-    def _labelled(self) -> LabelledData:
+    def labelled(self) -> LabelledData:
+        """The data, where they have classes.
+
+        Raises:
+            EvaluationError: if they have none, or fewer than two to score.
+        """
         if not isinstance(self.data, LabelledData):
             raise EvaluationError(f"{self.data.name}: expected photos with masks of classes, got {self.data.layout}")
         self.data.require_two_classes()
         return self.data
 
+    def _limited(self, judge: Judge) -> Judge:
+        """The same with counts of the classes that are scored alone."""
+        data = self.data
+        if not isinstance(data, LabelledData) or not data.score:
+            return judge
+        columns = [number for number, name in enumerate(data.val.class_names) if name in data.score]
+
+        def limited(source: FeatureSource, seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
+            for seed, outcome, curve in judge(source, seeds):
+                yield seed, outcome.only(columns) if isinstance(outcome, Counts) else outcome, curve
+
+        return limited
+
     def _settings(self) -> dict[str, Any]:
         data = self.data
         digest = hashlib.sha256(" ".join(images.digest for images in data.splits).encode()).hexdigest()[:16]
-        about = {"name": data.name, "layout": data.layout, "digest": digest}
+        about: dict[str, Any] = {"name": data.name, "layout": data.layout, "digest": digest}
+        if isinstance(data, LabelledData) and data.score:
+            about["scored"] = list(data.score)
         return {"data": about, "backbone": backbone_settings(self.backbone)}
 
     def _makers(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from denoising_vit.errors import PlanError
+from denoising_vit.evaluation.ranges import at_least, positive
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class PropagationOptions:
         Raises:
             PlanError: naming the option, its range, and what came.
         """
-        _at_least({"context": (self.context, 0), "k": (self.k, 1), "radius": (self.radius, 0)})
-        _positive({"temperature": self.temperature})
+        at_least(self, context=0, k=1, radius=0)
+        positive(self, "temperature")
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,5 @@ class MatchingOptions:
         Raises:
             PlanError: naming the option, its range, and what came.
         """
-        _positive({"alpha": self.alpha})
-        _at_least({"upsample": (self.upsample, 1)})
-
-
-def _at_least(options: dict[str, tuple[int, int]]) -> None:
-    for name, (value, least) in options.items():
-        if value < least:
-            raise PlanError(f"{name} must be at least {least}, got {value}")
-
-
-def _positive(options: dict[str, float]) -> None:
-    for name, value in options.items():
-        if not 0 < value < math.inf:
-            raise PlanError(f"{name} must be a positive number, got {value}")
+        positive(self, "alpha")
+        at_least(self, upsample=1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,6 +29,7 @@ class LabelledData:
         train: what probes are trained on.
         val: what they are judged on.
         note: what a reader of the results should know, if anything.
+        score: names of the classes that scores are of; none for all. The others can still be predicted.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LabelledData:
     train: LabelledSet
     val: LabelledSet
     note: str | None
+    score: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[LabelledSet, ...]:
@@ -43,9 +45,14 @@ class LabelledData:
         return self.train, self.val
 
     @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of the classes that scores are of, in the order of their labels."""
+        return tuple(name for name in self.val.class_names if not self.score or name in self.score)
+
+    @property
     def absent(self) -> tuple[str, ...]:
-        """Classes that no judged pixel has."""
-        return self.val.absent
+        """Classes to score that no judged pixel has."""
+        return tuple(name for name in self.val.absent if name in self.scored)
 
     def require_two_classes(self) -> None:
         """Refuses data of which any guess scores 100.
@@ -53,13 +60,28 @@ class LabelledData:
         Raises:
             EvaluationError: if the masks of ``val`` hold fewer than two classes.
         """
-        there = [name for name in self.val.class_names if name not in self.absent]
+        there = [name for name in self.scored if name not in self.absent]
         if len(there) < 2:
             held, note = " and ".join(there) or "none", f". {self.note}" if self.note else ""
             raise EvaluationError(
-                f"{self.name}: the masks of val hold {held} of {len(self.val.class_names)} classes; expected at least "
+                f"{self.name}: the masks of val hold {held} of {len(self.scored)} classes; expected at least "
                 f"two, as there is nothing to tell apart otherwise{note}"
             )
+
+    def scoring(self, score: Sequence[str]) -> LabelledData:
+        """The same data with scores of these classes alone; none for all.
+
+        Raises:
+            EvaluationError: if a name is no class of the data, or there is but one.
+        """
+        names = self.val.class_names
+        unknown = [name for name in score if name not in names]
+        if unknown or len(set(score)) != len(score) or len(score) == 1:
+            raise EvaluationError(
+                f"score must be two or more different classes of {self.name}, got {', '.join(score)}; "
+                f"its classes: {', '.join(names)}"
+            )
+        return replace(self, score=tuple(name for name in names if name in score))
 
 
 #: Share of pixels without a label that is told of where a class never occurs; borders of objects are about 0.05.

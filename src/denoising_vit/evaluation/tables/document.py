@@ -17,6 +17,8 @@ from denoising_vit.evaluation.tables.sections import Section, grouped, section_t
 _HEADINGS = {
     "knn": "Nearest neighbours",
     "segmentation": "Segmentation by a trained head",
+    "hummingbird": "Retrieval of nearest neighbours, scored at pixels",
+    "clustering": "Clusters of patches",
     "depth": "Depth by a trained head",
     "discovery": "Object discovery",
     "propagation": "Label propagation in video",
