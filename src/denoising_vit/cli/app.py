@@ -27,6 +27,7 @@ VERBS: Mapping[str, Any] = {
         "knn": "evaluate:knn",
         "segmentation": "evaluate:segmentation",
         "hummingbird": "evaluate:hummingbird",
+        "clustering": "evaluate:clustering",
         "depth": "evaluate_depth:depth",
         "discovery": "evaluate_discovery:discovery",
         "correspondence": "evaluate_correspondence:correspondence",

@@ -10,6 +10,8 @@ import tyro
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.evaluation.clustering import ClusteringOptions
+from denoising_vit.evaluation.clustering import clustering as compare_clusters
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.hummingbird import HummingbirdOptions
 from denoising_vit.evaluation.hummingbird import hummingbird as compare_retrieval
@@ -107,6 +109,35 @@ def hummingbird(
     names = parse_names(judged.features, SOURCES)
     exact.denoising()
     return tell(judged, lambda: compare_retrieval(_bench(judged, exact, model), names, retrieval), as_json=json)
+
+
+def clustering(
+    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
+    grouping: tyro.conf.OmitArgPrefixes[ClusteringOptions] = ClusteringOptions(),  # noqa: B008, frozen
+    exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Clusters of patches (k-means, also many more than there are classes), given classes by their pixels.
+
+    Data: as for `dvit evaluate knn`; only the images of val are looked at.
+
+    Args:
+        judged: what is judged.
+        grouping: how.
+        exact: how stage 1 is done, where exact features are judged.
+        model: the backbone, and how it is run.
+        json: print the lines of results instead of a table.
+    """
+    grouping.validate()
+    names = parse_names(judged.features, SOURCES)
+    exact.denoising()
+    return tell(
+        judged,
+        lambda: compare_clusters(_bench(judged, exact, model), names, grouping),
+        as_json=json,
+        varied=("clusters", "matching"),
+    )
 
 
 def _bench(judged: JudgedClasses, exact: FieldOptions, model: BackboneSpec) -> Workbench:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,6 +19,7 @@ from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.metrics import main_metric
 from denoising_vit.evaluation.records import Results, run_info
+from denoising_vit.evaluation.tables.markdown import readable
 from denoising_vit.evaluation.workbench import Line, Workbench
 
 
@@ -97,8 +98,15 @@ def open_bench(
     return bench
 
 
-def tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool) -> int:
-    """Says how each source did when it is done, then all of them. Returns the exit code."""
+def tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool, varied: tuple[str, ...] = ()) -> int:
+    """Says how each source did when it is done, then all of them. Returns the exit code.
+
+    Args:
+        judged: what is judged.
+        lines: of results.
+        as_json: print them instead of a table.
+        varied: settings in which lines of one command differ; there is a table for each.
+    """
     found: list[Line] = []
     try:
         for line, kept in lines():
@@ -109,18 +117,21 @@ def tell(judged: Judged, lines: Callable[[], Iterator[Line]], *, as_json: bool) 
                 metric = main_metric(line["task"])
                 value = line["metrics"][metric.name]
                 words = f"{metric.name} {value:.{metric.digits}f} in {line['seconds']:.0f} s"
-                print_note(f"{line['features']}: {words}{' (kept from an earlier run)' if kept else ''}")
+                told = ", ".join([line["features"], *filter(None, [_setting(line, varied)])])
+                print_note(f"{told}: {words}{' (kept from an earlier run)' if kept else ''}")
     except KeyboardInterrupt:
         print_note("interrupted; finished results stay, and the same command goes on from there")
         return INTERRUPTED
-    return finish(found, judged.out, as_json=as_json)
+    return finish(found, judged.out, as_json=as_json, varied=varied)
 
 
-def finish(found: Sequence[Line], out: Path, *, as_json: bool) -> int:
-    """Prints a table of lines of results, and says what failed or was skipped. Returns the exit code."""
+def finish(found: Sequence[Line], out: Path, *, as_json: bool, varied: tuple[str, ...] = ()) -> int:
+    """Prints tables of lines of results, and says what failed or was skipped. Returns the exit code."""
     lines = [line for line, _ in found]
-    if not as_json:
-        scoreboard(lines)
+    for setting in dict.fromkeys(_setting(line, varied) for line in lines if not as_json):
+        if setting:
+            print(f"\n{setting}")
+        scoreboard([line for line in lines if _setting(line, varied) == setting])
     for line in lines:
         if line["failed"]:
             print_error(line["failed"], f"{line['features']} failed")
@@ -129,3 +140,7 @@ def finish(found: Sequence[Line], out: Path, *, as_json: bool) -> int:
         print_error(f"{name}: {reason}", "skipped")
     print_note(f"results in {out}; `dvit report {out} -o results.md` makes tables of them")
     return SOME_FAILED if skipped or any(line["failed"] for line in lines) else OK
+
+
+def _setting(line: dict[str, Any], varied: Sequence[str]) -> str:
+    return ", ".join(f"{name} {readable(line['settings'][name])}" for name in varied)

@@ -1,0 +1,184 @@
+"""Clusters of patches, found without labels and then given classes: how well features group what belongs together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.crops import Crop
+from denoising_vit.errors import EvaluationError, PlanError
+from denoising_vit.evaluation.comparison import Curve
+from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.patch_labels import patch_counts
+from denoising_vit.evaluation.ranges import at_least
+from denoising_vit.evaluation.scores import Counts
+from denoising_vit.evaluation.seeing import FeatureCache, see
+from denoising_vit.evaluation.sizes import shown_size
+from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import Line, Workbench
+
+#: How clusters get classes: each the commonest class of its pixels, or one cluster a class.
+Matching = Literal["majority", "hungarian"]
+
+
+@dataclass(frozen=True)
+class ClusteringOptions:
+    """How patches are clustered.
+
+    Attributes:
+        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
+            rounded to the patch grid.
+        clusters: how many; each number is a line of results. Each cluster gets the commonest class of its pixels; with
+            as many clusters as classes there is a second line, of one cluster a class (Hungarian).
+        patches: that k-means is fitted on, at most; as many from each image, or one more. 0 takes all.
+        seeds: of k-means and of the draw of these patches; scores are means over them.
+    """
+
+    size: int | tuple[int, int] | None = None
+    clusters: tuple[int, ...] = (21, 100, 300)
+    patches: int = 100_000
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def validate(self) -> None:
+        """Checks every number's range.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        at_least(self, patches=0)
+        for name, least in {"clusters": 1, "seeds": 0}.items():
+            numbers = getattr(self, name)
+            if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
+                raise PlanError(f"{name} must be one number or more, {least} or above and different, got {numbers}")
+
+
+def clustered(
+    source: FeatureSource,
+    data: LabelledData,
+    options: ClusteringOptions,
+    clusters: int,
+    seed: int,
+    *,
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Clusters the patches of ``val`` by k-means (Euclidean distance of features) and counts the pixels of each class.
+
+    A pixel is in the cluster of the patch whose centre is nearest.
+
+    Args:
+        source: of the features.
+        data: the labelled images; those of ``train`` are not looked at.
+        options: how.
+        clusters: how many, k.
+        seed: of k-means and of the draw of patches.
+        cache: where features are kept: each image is seen twice.
+        progress: called after each image, twice.
+
+    Returns:
+        (images, k, K) int32: labelled pixels.
+
+    Raises:
+        PlanError: if an option is out of range.
+        EvaluationError: if there are fewer patches than clusters, or features are not finite.
+    """
+    options.validate()
+    images = data.val.images
+    shown = [(image, Crop.whole(shown_size(options.size, image, source))) for image in images]
+    generator = torch.Generator().manual_seed(seed)
+    some = []
+    for number, features in enumerate(see(source, shown, cache, progress)):
+        until, start = (options.patches * n // len(shown) for n in (number + 1, number))
+        chosen = torch.randperm(features[..., 0].numel(), generator=generator)
+        some.append(features.flatten(0, 1)[chosen[: until - start if options.patches else None]])
+    model = _fitted(torch.cat(some), clusters, seed)
+    tables = []
+    for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
+        found = torch.from_numpy(model.predict(features.flatten(0, 1).numpy())).long()
+        pixels = patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride)[..., :-1]
+        table = torch.zeros(clusters, image.classes, dtype=torch.int64).index_add_(0, found, pixels.flatten(0, 1))
+        tables.append(table.int().numpy())
+    return np.stack(tables)
+
+
+def matched(tables: np.ndarray, matching: Matching) -> Counts:
+    """Gives each cluster a class by all images together, and counts hits image by image.
+
+    Args:
+        tables: (images, k, K) pixels of each cluster and class.
+        matching: majority: the commonest class of the cluster's pixels. hungarian: one cluster a class, so that the sum
+            of their intersections over unions is largest; k has to be K.
+
+    Raises:
+        EvaluationError: if one cluster a class is asked for, and there are not as many.
+    """
+    total = tables.sum(0, dtype=np.int64)  # (k, K)
+    if matching == "majority":
+        classes = total.argmax(1)
+    else:
+        if total.shape[0] != total.shape[1]:
+            raise EvaluationError(f"expected as many clusters as classes, got {total.shape[0]} and {total.shape[1]}")
+        from scipy.optimize import linear_sum_assignment  # not needed by most commands
+
+        union = total.sum(0) + total.sum(1, keepdims=True) - total
+        classes = linear_sum_assignment(total / np.maximum(union, 1), maximize=True)[1]
+    chosen = np.eye(total.shape[1], dtype=np.int64)[classes]  # (k, K)
+    hits = np.einsum("ikc,kc->ic", tables, chosen)
+    return Counts(hits, tables.sum(1, dtype=np.int64), tables.sum(2, dtype=np.int64) @ chosen)
+
+
+def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOptions) -> Iterator[Line]:
+    """Clusters of the features of each source, the first one being what others are held against.
+
+    Yields:
+        Lines of each number of clusters, and of each way to give them classes, in turn.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if the data have no classes, or a name is unknown.
+    """
+    options.validate()
+    data = bench.labelled
+    for clusters in options.clusters:
+        ways: list[Matching] = ["majority", "hungarian"] if clusters == len(data.val.class_names) else ["majority"]
+        for matching in ways:
+
+            def judge(
+                source: FeatureSource,
+                seeds: tuple[int, ...],
+                clusters: int = clusters,
+                matching: Matching = matching,
+            ) -> Iterator[tuple[int, Counts, Curve]]:
+                for seed in seeds:
+                    with bench.watch(f"{source.name}: images, {clusters} clusters", 2 * len(data.val.images)) as step:
+                        tables = clustered(source, data, options, clusters, seed, cache=bench.cache, progress=step)
+                    yield seed, matched(tables, matching), []
+
+            settings: dict[str, Any] = asdict(options) | {"clusters": clusters, "matching": matching}
+            del settings["seeds"]
+            yield from bench.compare(
+                names, judge, task="clustering", settings=settings, seeds=options.seeds, size=options.size
+            )
+
+
+def _fitted(points: Tensor, clusters: int, seed: int) -> Any:
+    """K-means of points (N, C)."""
+    from sklearn.cluster import KMeans  # seconds to import
+    from sklearn.exceptions import ConvergenceWarning
+
+    if len(points) < clusters:
+        raise EvaluationError(
+            f"{len(points)} patches are less than {clusters} clusters; give more images, larger ones (--size), more "
+            "--patches or fewer --clusters"
+        )
+    runs: Any = 1  # scikit-learn has no annotations
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different features than clusters: some stay empty
+        return KMeans(clusters, n_init=runs, random_state=seed).fit(points.numpy())
