@@ -125,8 +125,10 @@ def test_keypoints_are_matched_where_the_data_have_them(dvit: Dvit, tmp_path: Pa
     done = dvit(*command, "--pairs.alpha", 0.2)
     assert done.code == 0, done.err
     (line,) = lines_of(out)
-    assert (line["task"], line["settings"]["alpha"]) == ("matching", 0.2)
+    assert (line["task"], line["settings"]["alpha"]) == ("matching", [0.2])
     assert "PCK" in done.out
+    assert dvit(*command).code == 0
+    assert [line["settings"]["alpha"] for line in lines_of(out)] == [[0.2], [0.05], [0.1], [0.15]]
 
 
 @pytest.mark.usefixtures("no_model")
@@ -135,7 +137,7 @@ def test_keypoints_are_matched_where_the_data_have_them(dvit: Dvit, tmp_path: Pa
     [
         (("--videos.k", 0), "k must be at least 1, got 0"),
         (("--videos.temperature", 0), "temperature must be a positive number, got 0"),
-        (("--pairs.alpha", -1), "alpha must be a positive number, got -1"),
+        (("--pairs.alpha", -1), "alpha must be one positive number or more"),
     ],
 )
 def test_wrong_options_of_correspondence_are_named(

@@ -54,7 +54,7 @@ def carried(bench: Workbench, **options: int) -> Iterator[Line]:
 
 
 def matched(bench: Workbench, **options: int) -> Iterator[Line]:
-    return matching(bench, ["raw", "clean"], MatchingOptions(**options))
+    return matching(bench, ["raw", "clean"], MatchingOptions(alpha=(0.1,), **options))
 
 
 class Counted:
@@ -91,14 +91,14 @@ def test_videos_tell_better_features_from_worse_ones(tmp_path: Path) -> None:
 
 def test_pairs_tell_better_features_from_worse_ones(tmp_path: Path, pairs: PairData) -> None:
     bench = workbench(tmp_path, pairs, {"clean": colours})
-    raw, clean = (line for line, _ in matching(bench, ["raw", "clean"], MatchingOptions(size=(64, 96))))
-    assert clean["metrics"] == {"PCK": 100.0} and raw["metrics"]["PCK"] < 95
+    raw, clean = (line for line, _ in matching(bench, ["raw", "clean"], MatchingOptions(size=(64, 96), alpha=(0.1,))))
+    assert clean["metrics"] == {"PCK": 100.0, "PCK per point": 100.0} and raw["metrics"]["PCK"] < 95
     paired = clean["paired"]
     assert (paired["against"], paired["metric"], paired["over"]) == ("raw", "PCK", "pairs")
     assert paired["difference"] == pytest.approx(100 - raw["metrics"]["PCK"]) and paired["low"] > 0
     settings = clean["settings"]
     assert clean["task"] == "matching" and clean["images"] == {"val": 4}
-    assert (settings["alpha"], settings["upsample"], settings["size"]) == (0.1, 1, [64, 96])
+    assert (settings["alpha"], settings["upsample"], settings["size"]) == ([0.1], 1, [64, 96])
     assert settings["data"]["name"] == "SPair-71k"
 
 
@@ -197,7 +197,7 @@ def test_options_out_of_range_are_refused_before_anything_is_written(
     with pytest.raises(SizeError):
         list(carried(workbench(tmp_path, clips, {"clean": colours}), size=50))
     with pytest.raises(EvaluationError, match="no features named cleen"):
-        list(matching(workbench(tmp_path, pairs), ["raw", "cleen"], MatchingOptions()))
+        list(matching(workbench(tmp_path, pairs), ["raw", "cleen"], MatchingOptions(alpha=(0.1,))))
     assert not (tmp_path / "results.jsonl").read_text()
 
 
@@ -214,7 +214,7 @@ def test_fields_of_stage_one_are_judged_as_well(
     backbone, spec = vit
     bench = workbench(tmp_path, pairs, backbone=backbone)
     bench = replace(bench, spec=spec, exact=DenoiseOptions(views=16, size=64))
-    lines = [line for line, _ in matching(bench, ["raw", "exact"], MatchingOptions(size=64))]
+    lines = [line for line, _ in matching(bench, ["raw", "exact"], MatchingOptions(size=64, alpha=(0.1,)))]
     assert [line["failed"] for line in lines] == [None, None]
     assert lines[1]["settings"]["features"]["views"] == 16
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1]) == lines[1]

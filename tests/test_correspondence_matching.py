@@ -18,10 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError, PhotoError, PlanError, SizeError
-from denoising_vit.evaluation.correspondence import MatchingOptions, PairData, match, open_correspondence, open_pairs
+from denoising_vit.evaluation.correspondence import (
+    Matched,
+    MatchingOptions,
+    PairData,
+    open_correspondence,
+    open_pairs,
+)
 from denoising_vit.evaluation.correspondence import keypoints as kp
+from denoising_vit.evaluation.correspondence import match as errors_of
 from denoising_vit.evaluation.correspondence.matched import looks
 from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.sources import FeatureSource
 from tiny_correspondence import marked, moving, pair_of, shuffled, write_davis, write_pair, write_spair
 from tiny_labelled import PATCH, colours, source_of, speckled
 
@@ -44,6 +52,12 @@ def data(folder: Path) -> PairData:
 def own(tmp_path: Path) -> Path:
     """Pairs that a test may spoil."""
     return write_spair(tmp_path / "own", PAIRS)
+
+
+def match(source: FeatureSource, data: PairData, options: MatchingOptions, **more: Any) -> Matched:
+    """At the one alpha that is given, or at 0.1."""
+    alpha = options.alpha[0] if len(options.alpha) == 1 else 0.1
+    return Matched.within(errors_of(source, data, options, **more), alpha)
 
 
 # --- the pieces ---
@@ -102,20 +116,25 @@ def test_points_there_and_back() -> None:
     assert kp.from_shown(places, 50, 100, (24, 32)).tolist() == [pytest.approx(point) for point in points]
 
 
-def test_a_match_is_right_up_to_the_border() -> None:
+def test_pck_by_hand_at_four_alphas() -> None:
+    """A match is right up to the border; pairs count alike per image, keypoints per point."""
     truth = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 5.0], [3.0, 4.0]])
-    found = truth + np.array([[3.0, 4.0], [5.1, 0.0], [0.0, -5.0], [0.0, 0.0]])
-    assert kp.correct(found, truth, 5) == 0.75
+    apart = kp.apart(truth + np.array([[3.0, 4.0], [7.4, 0.0], [0.0, -10.0], [0.0, 0.0]]), truth)
+    assert apart.tolist() == pytest.approx([5, 7.4, 10, 0])
+    errors = [apart / 50, np.array([0.04])]
+    told = [Matched.within(errors, alpha).scored() for alpha in (0.05, 0.1, 0.15, 0.2)]
+    assert [found["PCK"] for found in told] == [62.5, 75, 87.5, 100]
+    assert [found["PCK per point"] for found in told] == pytest.approx([40, 60, 80, 100])
 
 
 # --- what it finds ---
 
 
 def test_keypoints_whose_colour_tells_them_are_found(data: PairData) -> None:
-    found = match(source_of(colours), data, MatchingOptions(alpha=1e-6))
-    assert found.values.tolist() == [[100.0]] * len(PAIRS)
+    found = match(source_of(colours), data, MatchingOptions(alpha=(1e-6,)))
+    assert found.values.tolist() == [[100.0, 4.0]] * len(PAIRS)
     assert found.groups.tolist() == list(range(len(PAIRS)))
-    assert found.scored() == {"PCK": 100.0}
+    assert found.scored() == {"PCK": 100.0, "PCK per point": 100.0}
 
 
 def pck_by_loops(model: Callable[[Tensor], Tensor], folder: Path, alpha: float) -> list[float]:
@@ -142,7 +161,7 @@ def pck_by_loops(model: Callable[[Tensor], Tensor], folder: Path, alpha: float) 
 @pytest.mark.parametrize("alpha", [0.1, 0.35])
 @pytest.mark.parametrize("model", [speckled, shuffled])
 def test_pck_is_what_loops_count(data: PairData, folder: Path, model: Callable[[Tensor], Tensor], alpha: float) -> None:
-    found = match(source_of(model), data, MatchingOptions(alpha=alpha))
+    found = match(source_of(model), data, MatchingOptions(alpha=(alpha,)))
     assert found.values[:, 0].tolist() == pytest.approx(pck_by_loops(model, folder, alpha))
     assert found.values.mean() < 75
 
@@ -159,12 +178,15 @@ def test_the_box_decides_how_near_is_near(own: Path) -> None:
 
 
 def test_pairs_count_alike_however_many_keypoints_they_have(own: Path) -> None:
-    """Per image; per point it would be 4 of 9."""
+    """Per image; per point it is 1 of 5."""
     shutil.rmtree(own / "PairAnnotation")
     good, bad = pair_of(0, 1), pair_of(0, 2, trg_kps=[[0.0, 0.0]] * 4)
     write_pair(own, "0", good | {"src_kps": good["src_kps"][:1], "trg_kps": good["trg_kps"][:1]})
     write_pair(own, "1", bad | {"trg_bndbox": [0, 0, 5, 5]})
-    assert match(source_of(colours), open_pairs(own), MatchingOptions()).scored() == {"PCK": 50.0}
+    assert match(source_of(colours), open_pairs(own), MatchingOptions()).scored() == {
+        "PCK": 50.0,
+        "PCK per point": 20.0,
+    }
 
 
 def test_features_at_other_places_find_nothing_and_better_ones_more(data: PairData) -> None:
@@ -185,10 +207,10 @@ def test_finer_places_are_nearer(tmp_path: Path) -> None:
     content = pair_of(0, 1, category="ramp", src_imname="a.png", trg_imname="b.png", src_kps=points, trg_kps=points)
     write_pair(tmp_path, "0", content | {"src_imsize": [96, 8, 3], "trg_imsize": [96, 8, 3]})
     rough, fine = (
-        match(source_of(colours), open_pairs(tmp_path), MatchingOptions(alpha=3.5 / 96, upsample=upsample)).scored()
+        match(source_of(colours), open_pairs(tmp_path), MatchingOptions(alpha=(3.5 / 96,), upsample=upsample)).scored()
         for upsample in (1, 4)
     )
-    assert rough == {"PCK": 0.0} and fine == {"PCK": 100.0}
+    assert (rough["PCK"], fine["PCK"]) == (0, 100)
 
 
 def test_photos_of_any_size_are_matched_in_their_own_pixels(own: Path) -> None:
@@ -201,8 +223,8 @@ def test_photos_of_any_size_are_matched_in_their_own_pixels(own: Path) -> None:
     write_pair(own, "0", pair_of(0, 1, trg_kps=scaled, trg_imsize=[193, 129, 3], trg_bndbox=[0, 0, 193, 129]))
     write_pair(own, "1", pair_of(1, 0, src_kps=scaled, src_imsize=[193, 129, 3]))
     for size in (None, (64, 96)):
-        found = match(source_of(colours), open_pairs(own), MatchingOptions(size=size, alpha=0.04))
-        assert found.values.tolist() == [[100.0], [100.0]]
+        found = match(source_of(colours), open_pairs(own), MatchingOptions(size=size, alpha=(0.04,)))
+        assert found.values[:, 0].tolist() == [100, 100]
 
 
 def test_each_photo_is_seen_once_as_source_and_once_as_target(tmp_path: Path, data: PairData) -> None:
@@ -223,15 +245,15 @@ def test_each_photo_is_seen_once_as_source_and_once_as_target(tmp_path: Path, da
 
 
 def test_the_same_again_is_the_same(data: PairData) -> None:
-    first, again = (match(source_of(speckled), data, MatchingOptions(alpha=0.3)) for _ in range(2))
+    first, again = (match(source_of(speckled), data, MatchingOptions(alpha=(0.3,))) for _ in range(2))
     assert np.array_equal(first.values, again.values)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (MatchingOptions(alpha=0), "alpha must be a positive number, got 0"),
-        (MatchingOptions(alpha=float("nan")), "alpha must be a positive number, got nan"),
+        (MatchingOptions(alpha=(0,)), r"alpha must be one positive number or more, all different, got \(0,\)"),
+        (MatchingOptions(alpha=(float("nan"),)), "alpha must be one positive number or more, all different, got .nan"),
         (MatchingOptions(upsample=0), "upsample must be at least 1, got 0"),
     ],
 )
@@ -424,3 +446,69 @@ def test_either_layout_is_recognised(tmp_path: Path, folder: Path) -> None:
     assert videos.layout == "davis" and len(videos.splits[0].images) == 3
     pairs = open_correspondence(folder, pairs=2)
     assert pairs.layout == "spair" and isinstance(pairs, PairData) and len(pairs.pairs) == 2
+
+
+# --- a folder of keypoints ---
+
+
+def write_keypoints(root: Path, seeds: dict[str, int], **boxes: list[float]) -> Path:
+    """Marked photos by their names below images/, with named keypoints."""
+    for name, seed in seeds.items():
+        pixels, points = marked(seed)
+        for kind in ("images", "keypoints"):
+            (root / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / "images" / f"{name}.png")
+        content = {"keypoints": dict(zip("abcd", points, strict=True))}
+        content |= {"box": boxes[name]} if name in boxes else {}
+        (root / "keypoints" / f"{name}.json").write_text(json.dumps(content))
+    return root
+
+
+def test_photos_with_named_keypoints_make_pairs_within_their_folder(tmp_path: Path) -> None:
+    root = write_keypoints(tmp_path / "own", {"cats/one": 0, "cats/two": 1, "dogs/one": 2, "dogs/two": 3})
+    path = root / "keypoints" / "dogs" / "two.json"
+    few = dict(list(json.loads(path.read_text())["keypoints"].items())[::-1][:2])
+    path.write_text(json.dumps({"keypoints": few | {"tail": [1, 2]}, "box": [0, 0, 40, 20]}))
+    data = open_correspondence(root)
+    assert isinstance(data, PairData) and (data.name, data.layout) == ("own", "keypoints")
+    assert data.note == "4 pairs of 4 photos"
+    names = [pair.name.replace(".png", "") for pair in data.pairs]
+    assert names == ["cats/one cats/two", "cats/two cats/one", "dogs/one dogs/two", "dogs/two dogs/one"]
+    cats, _, dogs, _ = data.pairs
+    assert [list(point) for point in cats.source_points] == marked(0)[1]
+    x, y = zip(*marked(1)[1], strict=True)
+    assert cats.box == (min(x), min(y), max(x) + 1, max(y) + 1)
+    assert [list(point) for point in dogs.target_points] == marked(3)[1][2:] and dogs.side == 40
+    assert match(source_of(colours), data, MatchingOptions()).scored() == {"PCK": 100.0, "PCK per point": 100.0}
+
+
+def test_a_folder_of_keypoints_is_matched_as_spair_is(tmp_path: Path, data: PairData) -> None:
+    """The same pairs, whichever way they are written."""
+    boxes = {f"{seed:02}": [0, 0, 96, 64] for seed in range(4)}
+    folder = open_pairs(write_keypoints(tmp_path, {name: int(name) for name in boxes}, **boxes))
+    assert len(folder.pairs) == 12 and len(open_pairs(tmp_path, pairs=5).pairs) == 5
+    errors = dict(zip([pair.name for pair in folder.pairs], errors_of(source_of(speckled), folder, MatchingOptions())))
+    for pair, error in zip(data.pairs, errors_of(source_of(speckled), data, MatchingOptions()), strict=True):
+        name = " ".join(id.removeprefix("mark/") for id in (pair.source, pair.target))
+        assert errors[name].tolist() == pytest.approx(error.tolist())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "expected keypoints as JSON .no such file"),
+        ("{", "expected keypoints as JSON"),
+        ("[]", "with at least one keypoint"),
+        ('{"keypoints": {}}', "with at least one keypoint"),
+        ('{"keypoints": {"a": [1]}}', "keypoints: expected 2 finite numbers each"),
+        ('{"keypoints": {"a": [1, 2]}, "box": [3, 3, 1, 4]}', "expected a box x0, y0, x1, y1 with an area"),
+        ('{"keypoints": {"a": [97, 2]}}', "keypoint 97, 2 is outside of the photo of 96 x 64"),
+    ],
+)
+def test_keypoints_that_cannot_be_used_are_left_out(tmp_path: Path, content: str | None, words: str) -> None:
+    root = write_keypoints(tmp_path, {"one": 0, "two": 1, "three": 2})
+    path = root / "keypoints" / "three.json"
+    path.unlink() if content is None else path.write_text(content)
+    data = open_pairs(root)
+    assert [pair.name for pair in data.pairs] == ["one.png two.png", "two.png one.png"]
+    assert data.val.skipped and all(re.search(words, entry.reason) for entry in data.val.skipped)

@@ -28,8 +28,9 @@ def correspondence(
 ) -> int:
     """Correspondence: labels carried through videos (J and F), or keypoints found in another photo (PCK).
 
-    Which of them is a matter of the data: DAVIS 2016 or 2017 (JPEGImages/480p, Annotations/480p), or SPair-71k
-    (JPEGImages/, PairAnnotation/). Of videos, --images counts sequences; of SPair-71k, pairs.
+    Which of them is a matter of the data: DAVIS 2016 or 2017 (JPEGImages/480p, Annotations/480p), SPair-71k
+    (JPEGImages/, PairAnnotation/), or photos in images/ with keypoints/NAME.json: {"keypoints": {"left eye": [x, y]}},
+    perhaps with "box": [x0, y0, x1, y1]. Of videos, --images counts sequences; of keypoints, pairs.
 
     Args:
         judged: what is judged.
@@ -55,4 +56,4 @@ def correspondence(
             return evaluation.propagation(bench, names, videos)
         return evaluation.matching(bench, names, pairs)
 
-    return tell(judged, lines, as_json=json)
+    return tell(judged, lines, as_json=json, varied=("alpha",))

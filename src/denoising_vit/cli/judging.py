@@ -143,4 +143,5 @@ def finish(found: Sequence[Line], out: Path, *, as_json: bool, varied: tuple[str
 
 
 def _setting(line: dict[str, Any], varied: Sequence[str]) -> str:
-    return ", ".join(f"{name} {readable(line['settings'][name])}" for name in varied)
+    settings = line["settings"]
+    return ", ".join(f"{name} {readable(settings[name])}" for name in varied if name in settings)

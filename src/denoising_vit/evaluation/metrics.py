@@ -42,8 +42,8 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "discovery": (Metric("CorLoc"),),
     # Percent: region similarity and contour accuracy of DAVIS, and their mean.
     "propagation": (Metric("J&F"), Metric("J"), Metric("F")),
-    # Percent of keypoints within 0.1 of the object's larger side.
-    "matching": (Metric("PCK"),),
+    # Percent of keypoints within a share of the object's larger side: mean over pairs, and of all keypoints.
+    "matching": (Metric("PCK"), Metric("PCK per point")),
 }
 
 

@@ -5,7 +5,8 @@ from denoising_vit.evaluation.correspondence.comparing import matching, propagat
 from denoising_vit.evaluation.correspondence.matched import Matched, match
 from denoising_vit.evaluation.correspondence.opening import open_correspondence
 from denoising_vit.evaluation.correspondence.options import MatchingOptions, PropagationOptions
-from denoising_vit.evaluation.correspondence.pairs import KeypointPair, PairData, PairedPhoto, PairSet, open_pairs
+from denoising_vit.evaluation.correspondence.pair import KeypointPair
+from denoising_vit.evaluation.correspondence.pairs import PairData, PairedPhoto, PairSet, open_pairs
 from denoising_vit.evaluation.correspondence.propagated import Propagated, propagate
 
 __all__ = [

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence.clips import ClipData
@@ -10,6 +14,7 @@ from denoising_vit.evaluation.correspondence.matched import Matched, looks, matc
 from denoising_vit.evaluation.correspondence.options import MatchingOptions, PropagationOptions
 from denoising_vit.evaluation.correspondence.pairs import PairData
 from denoising_vit.evaluation.correspondence.propagated import Propagated, propagate
+from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 
 
@@ -44,7 +49,7 @@ def propagation(bench: Workbench, names: Sequence[str], options: PropagationOpti
 
 
 def matching(bench: Workbench, names: Sequence[str], options: MatchingOptions) -> Iterator[Line]:
-    """Keypoint matching of each source, the first one being what others are held against.
+    """Keypoint matching of each source, the first one being what others are held against; a line for each alpha.
 
     Args:
         bench: with pairs of photos as data.
@@ -59,15 +64,22 @@ def matching(bench: Workbench, names: Sequence[str], options: MatchingOptions) -
     options.validate()
     data = bench.data
     if not isinstance(data, PairData):
-        raise EvaluationError(f"{data.name}: expected pairs of photos with keypoints (SPair-71k), got {data.layout}")
+        raise EvaluationError(f"{data.name}: expected pairs of photos with keypoints, got {data.layout}")
+    errors: dict[str, list[np.ndarray]] = {}
 
-    yield from bench.measure(
-        names,
-        lambda source, advance: match(source, data, options, cache=bench.cache, progress=advance),
-        options,
-        task="matching",
-        looks="photos",
-        count=looks(data),
-        outcome=Matched,
-        over="pairs",
-    )
+    def find(source: FeatureSource, advance: Callable[[], None], alpha: float) -> Matched:
+        if source.name not in errors:
+            errors[source.name] = match(source, data, options, cache=bench.cache, progress=advance)
+        return Matched.within(errors[source.name], alpha)
+
+    for alpha in options.alpha:
+        yield from bench.measure(
+            names,
+            functools.partial(find, alpha=alpha),
+            replace(options, alpha=(alpha,)),
+            task="matching",
+            looks="photos",
+            count=looks(data),
+            outcome=Matched,
+            over="pairs",
+        )

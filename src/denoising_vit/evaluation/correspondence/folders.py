@@ -43,6 +43,13 @@ SPAIR = Arrangement(
     "SPair-71k (pairs in PairAnnotation/<split>/*.json and photos in JPEGImages/<category>)",
 )
 
+KEYPOINTS = Arrangement(
+    "keypoints",
+    (".",),
+    ("images", "keypoints"),
+    "a folder of keypoints (photos in images/ and their keypoints in files of the same names in keypoints/*.json)",
+)
+
 
 def locate(path: Path, arrangements: Sequence[Arrangement]) -> tuple[Arrangement, Path]:
     """Which arrangement a folder has, and where it begins.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.evaluation.correspondence.pairs import Point
+from denoising_vit.evaluation.correspondence.pair import Point
 from denoising_vit.evaluation.segmentation.probe import at_places
 from denoising_vit.views import linear_weights
 
@@ -77,6 +77,6 @@ def from_shown(places: np.ndarray, height: int, width: int, size: tuple[int, int
     return np.stack([column / size[1] * width - 0.5, row / size[0] * height - 0.5], axis=-1)
 
 
-def correct(found: np.ndarray, truth: np.ndarray, within: float) -> float:
-    """Share of points (n, 2) that are at most so many pixels away from where they should be, in [0, 1]."""
-    return float((np.linalg.norm(found - truth, axis=-1) <= within).mean())
+def apart(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """How far points (n, 2) are from where they should be: (n,), in their unit."""
+    return np.linalg.norm(found - truth, axis=-1)

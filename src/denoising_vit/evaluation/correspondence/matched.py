@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from denoising_vit.crops import Crop
-from denoising_vit.evaluation.correspondence.keypoints import at_points, best_places, correct, from_shown, to_shown
+from denoising_vit.evaluation.correspondence.keypoints import apart, at_points, best_places, from_shown, to_shown
 from denoising_vit.evaluation.correspondence.options import MatchingOptions
-from denoising_vit.evaluation.correspondence.pairs import KeypointPair, PairData, PairedPhoto, Point
+from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point
+from denoising_vit.evaluation.correspondence.pairs import PairData, PairedPhoto
 from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
@@ -26,13 +27,24 @@ _Described = Mapping[tuple[str, Point], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Matched(Measured):
-    """Percent of each pair's keypoints that were found; each pair is drawn alone.
+    """Percent of each pair's keypoints that were found, and how many keypoints it has; each pair is drawn alone.
 
     PCK is the mean over pairs of the share of each ("per image"), so that pairs with many keypoints count no more than
-    others. Some publications take the share of all keypoints instead ("per point"), which is another number.
+    others; differences are of it. PCK per point is the share of all keypoints.
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ("PCK",)
+    METRICS: ClassVar[tuple[str, ...]] = ("PCK", "keypoints")
+
+    @classmethod
+    def within(cls, errors: Sequence[np.ndarray], alpha: float) -> Matched:
+        """Of pairs of which each keypoint's error (n,) is known, as a share of the object's larger side."""
+        values = [[100 * np.mean(one <= alpha), len(one)] for one in errors]
+        return cls(np.array(values), np.arange(len(values)))
+
+    def scored(self) -> dict[str, float]:
+        """PCK per image and per point."""
+        share, keypoints = self.values.T
+        return {"PCK": super().scored()["PCK"], "PCK per point": float(share @ keypoints / keypoints.sum())}
 
 
 def match(
@@ -42,7 +54,7 @@ def match(
     *,
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> Matched:
+) -> list[np.ndarray]:
     """Looks for each keypoint of a pair's source at the place of its target with the most similar feature (cosine).
 
     Photos that are sources are seen first, and only the features of keypoints kept; then those that are targets, one
@@ -56,7 +68,7 @@ def match(
         progress: called after each photo, :func:`looks` times in all.
 
     Returns:
-        PCK of each pair, in their order.
+        The error (n,) of each keypoint, as a share of the larger side of the target's box, of each pair in their order.
 
     Raises:
         PlanError: if an option is out of range.
@@ -80,7 +92,7 @@ def match(
         found = at_points(features.to(source.device), places, *grid)
         described.update(((photo.id, point), feature) for point, feature in zip(points, found, strict=True))
 
-    values = np.full((len(data.pairs), 1), np.nan)
+    errors: list[np.ndarray] = [np.empty(0)] * len(data.pairs)
     shown = seen(by_target)
     for (photo, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
         queries = _queries(described, [pair for _, pair in by_target[photo.id]])
@@ -89,9 +101,9 @@ def match(
         taken = 0
         for number, pair in by_target[photo.id]:
             truth = np.array(pair.target_points)
-            values[number] = 100 * correct(found[taken : taken + len(truth)], truth, options.alpha * pair.side)
+            errors[number] = apart(found[taken : taken + len(truth)], truth) / pair.side
             taken += len(truth)
-    return Matched(values, np.arange(len(values)))
+    return errors
 
 
 def looks(data: PairData) -> int:

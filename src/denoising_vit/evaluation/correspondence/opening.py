@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from denoising_vit.evaluation.correspondence.clips import ClipData, open_clips
-from denoising_vit.evaluation.correspondence.folders import DAVIS, SPAIR, locate
+from denoising_vit.evaluation.correspondence.folders import DAVIS, KEYPOINTS, SPAIR, locate
 from denoising_vit.evaluation.correspondence.pairs import PairData, open_pairs
 
 
@@ -18,7 +18,7 @@ def open_correspondence(
     pairs: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> ClipData | PairData:
-    """Opens videos in the layout of DAVIS or pairs in that of SPair-71k, whichever the folder holds.
+    """Opens videos in the layout of DAVIS, pairs in that of SPair-71k, or a folder of keypoints.
 
     Args:
         path: the folder.
@@ -28,9 +28,9 @@ def open_correspondence(
         progress: called after each frame or photo.
 
     Raises:
-        EvaluationError: if the folder holds neither, or nothing usable.
+        EvaluationError: if the folder holds none of them, or nothing usable.
     """
-    arrangement, _ = locate(Path(path), [SPAIR, DAVIS])  # the more particular one first
+    arrangement, _ = locate(Path(path), [SPAIR, DAVIS, KEYPOINTS])  # the more particular one first
     if arrangement is DAVIS:
         return open_clips(path, progress=progress, sequences=sequences)
     return open_pairs(path, split=split, pairs=pairs, progress=progress)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from denoising_vit.errors import PlanError
 from denoising_vit.evaluation.ranges import at_least, positive
 
 
@@ -45,13 +47,14 @@ class MatchingOptions:
     Attributes:
         size: height and width in pixels at which photos are shown, or one number for a square. Without it, their own,
             rounded to the patch grid.
-        alpha: a match is right within this share of the larger side of the target object's box.
+        alpha: a match is right within this share of the larger side of the target object's box; each share that is
+            given is a line of results.
         upsample: by what the target's features are interpolated before the best place is looked for; 1 takes the
             patches as they are.
     """
 
     size: int | tuple[int, int] | None = None
-    alpha: float = 0.1
+    alpha: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2)
     upsample: int = 1
 
     def validate(self) -> None:
@@ -60,5 +63,7 @@ class MatchingOptions:
         Raises:
             PlanError: naming the option, its range, and what came.
         """
-        positive(self, "alpha")
+        different = len(set(self.alpha)) == len(self.alpha) > 0
+        if not (different and all(0 < one < math.inf for one in self.alpha)):
+            raise PlanError(f"alpha must be one positive number or more, all different, got {self.alpha}")
         at_least(self, upsample=1)

@@ -13,46 +13,15 @@ from typing import Any
 
 from denoising_vit.dataset import Skipped, spread
 from denoising_vit.errors import EvaluationError, PhotoError
-from denoising_vit.evaluation.correspondence.folders import SPAIR, folders_in, locate
+from denoising_vit.evaluation.correspondence.folders import KEYPOINTS, SPAIR, folders_in, locate
+from denoising_vit.evaluation.correspondence.keypoint_folder import keypoint_folder
+from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point, Written, numbers
 from denoising_vit.evaluation.judged import JudgedImage, JudgedSet, SplitData
 from denoising_vit.evaluation.labelled.classes import read_text
 from denoising_vit.photos import photo_digest, read_photo
 
-#: (x, y) in pixels from the top left one, whose middle is (0, 0).
-Point = tuple[float, float]
-
-#: No photo is so large; a number that is not finite is not less.
-_FAR = 1e9
-
 #: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.
 _THREADS = 4
-
-
-@dataclass(frozen=True)
-class KeypointPair:
-    """Two photos of things of one kind, and where both show the same.
-
-    Attributes:
-        name: of its file.
-        source: id of the photo whose keypoints are given.
-        target: id of the photo in which they are looked for.
-        source_points: in pixels of the source.
-        target_points: where they are right, in pixels of the target.
-        box: x0, y0, x1, y1 of the object in the target, in pixels.
-    """
-
-    name: str
-    source: str
-    target: str
-    source_points: tuple[Point, ...]
-    target_points: tuple[Point, ...]
-    box: tuple[float, float, float, float]
-
-    @property
-    def side(self) -> float:
-        """The larger side of the target's box in pixels."""
-        x0, y0, x1, y1 = self.box
-        return max(x1 - x0, y1 - y0)
 
 
 @dataclass(frozen=True)
@@ -108,14 +77,14 @@ class PairData(SplitData[PairedPhoto]):
 def open_pairs(
     path: str | Path, *, split: str = "test", pairs: int = 0, progress: Callable[[], None] | None = None
 ) -> PairData:
-    """Opens pairs in the layout of SPair-71k; every photo of the pairs that are taken is read once.
+    """Opens pairs in the layout of SPair-71k, or a folder of keypoints; every photo that is taken is read once.
 
-    Pairs are those of ``Layout/large/<split>.txt``, in its order, or all in ``PairAnnotation/<split>``; photos are in
-    ``JPEGImages/<category>``.
+    Pairs of SPair-71k are those of ``Layout/large/<split>.txt``, in its order, or all in ``PairAnnotation/<split>``;
+    photos are in ``JPEGImages/<category>``. For a folder of keypoints see `keypoint_folder`.
 
     Args:
         path: the folder.
-        split: ``trn``, ``val`` or ``test``; it becomes the split ``val``, which is what is judged.
+        split: of SPair-71k: ``trn``, ``val`` or ``test``; it becomes the split ``val``, which is what is judged.
         pairs: at most so many, spread evenly; 0 takes all.
         progress: called after each photo.
 
@@ -124,12 +93,15 @@ def open_pairs(
     """
     if pairs < 0:
         raise EvaluationError(f"expected a number of pairs of at least 1, or 0 for all, got {pairs}")
-    root = locate(Path(path), [SPAIR])[1]
+    arrangement, root = locate(Path(path), [SPAIR, KEYPOINTS])
     try:
-        names = _names(root, split)
-        found = [_parse(root, split, names[index]) for index in spread(len(names), pairs)]
-        whole = [one for one in found if isinstance(one, _Written)]
-        photos = _photos(root, {id for one in whole for id in (one.pair.source, one.pair.target)}, progress)
+        if arrangement is SPAIR:
+            names, folder = _names(root, split), root / "JPEGImages"
+            found = [_parse(root, split, names[index]) for index in spread(len(names), pairs)]
+        else:
+            found, folder = keypoint_folder(root, pairs), root / "images"
+        whole = [one for one in found if isinstance(one, Written)]
+        photos = _photos(folder, {id for one in whole for id in (one.pair.source, one.pair.target)}, progress)
     except OSError as error:  # a folder that may not be looked into
         raise EvaluationError(f"{root}: cannot be read ({error.strerror or error})") from error
     checked = [one if isinstance(one, Skipped) else _checked(one, photos) for one in found]
@@ -142,9 +114,10 @@ def open_pairs(
         )
     used = sorted({id for pair in kept for id in (pair.source, pair.target)})
     images = tuple(photo for id in used if isinstance(photo := photos[id], PairedPhoto))
-    note = f"{len(kept)} pairs of {len(images)} photos, split {split}"
-    name = "SPair-71k" if split == "test" else f"SPair-71k {split}"
-    return PairData(name, SPAIR.layout, (PairSet("val", images, skipped=skipped, pairs=kept),), note)
+    note, name = f"{len(kept)} pairs of {len(images)} photos", root.resolve().name
+    if arrangement is SPAIR:
+        note, name = f"{note}, split {split}", "SPair-71k" if split == "test" else f"SPair-71k {split}"
+    return PairData(name, arrangement.layout, (PairSet("val", images, skipped=skipped, pairs=kept),), note)
 
 
 def _names(root: Path, split: str) -> list[str]:
@@ -162,15 +135,7 @@ def _names(root: Path, split: str) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A pair as its file has it, and what it says of the sizes (W, H) of its photos, if anything."""
-
-    pair: KeypointPair
-    sizes: tuple[tuple[int, int] | None, tuple[int, int] | None]
-
-
-def _parse(root: Path, split: str, name: str) -> _Written | Skipped:
+def _parse(root: Path, split: str, name: str) -> Written | Skipped:
     path = root / "PairAnnotation" / split / f"{name}.json"
     try:
         content = json.loads(path.read_bytes())
@@ -184,7 +149,7 @@ def _parse(root: Path, split: str, name: str) -> _Written | Skipped:
         return Skipped(name, f"{path}: {error}")
 
 
-def _written(name: str, content: object) -> _Written:
+def _written(name: str, content: object) -> Written:
     """A pair from its file's content.
 
     Raises:
@@ -195,10 +160,10 @@ def _written(name: str, content: object) -> _Written:
     needed = ("category", "src_imname", "trg_imname", "src_kps", "trg_kps", "trg_bndbox")
     if missing := [key for key in needed if key not in content]:
         raise EvaluationError(f"expected {', '.join(needed)}; {', '.join(missing)} missing")
-    source, target = (_numbers(content, key, 2) for key in ("src_kps", "trg_kps"))
+    source, target = (numbers(content, key, 2) for key in ("src_kps", "trg_kps"))
     if not source or len(source) != len(target):
         raise EvaluationError(f"expected as many keypoints in both photos, got {len(source)} and {len(target)}")
-    (x0, y0, x1, y1), *_ = _numbers({"trg_bndbox": [content["trg_bndbox"]]}, "trg_bndbox", 4)
+    (x0, y0, x1, y1), *_ = numbers({"trg_bndbox": [content["trg_bndbox"]]}, "trg_bndbox", 4)
     if not (x1 > x0 and y1 > y0):
         raise EvaluationError(f"expected a box x0, y0, x1, y1 with an area (trg_bndbox), got {x0}, {y0}, {x1}, {y1}")
     pair = KeypointPair(
@@ -209,21 +174,7 @@ def _written(name: str, content: object) -> _Written:
         tuple((x, y) for x, y in target),
         (x0, y0, x1, y1),
     )
-    return _Written(pair, (_size(content, "src_imsize"), _size(content, "trg_imsize")))
-
-
-def _numbers(content: Mapping[str, Any], key: str, each: int) -> list[list[float]]:
-    rows = content[key]
-    if not (
-        isinstance(rows, list)
-        and all(isinstance(row, list) and len(row) == each and all(map(_is_number, row)) for row in rows)
-    ):
-        raise EvaluationError(f"{key}: expected {each} finite numbers each, got {json.dumps(rows)[:80]}")
-    return [[float(value) for value in row] for row in rows]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FAR
+    return Written(pair, (_size(content, "src_imsize"), _size(content, "trg_imsize")))
 
 
 def _id(content: Mapping[str, Any], key: str) -> str:
@@ -242,13 +193,13 @@ def _size(content: Mapping[str, Any], key: str) -> tuple[int, int] | None:
     return None
 
 
-def _photos(root: Path, ids: Iterable[str], progress: Callable[[], None] | None) -> dict[str, PairedPhoto | str]:
+def _photos(folder: Path, ids: Iterable[str], progress: Callable[[], None] | None) -> dict[str, PairedPhoto | str]:
     """Each photo, read once, or why it cannot be used."""
     found: dict[str, PairedPhoto | str] = {}
     names = sorted(ids)
     pool = ThreadPoolExecutor(_THREADS, "pairs")
     try:
-        for id, photo in zip(names, pool.map(lambda id: _photo(root, id), names), strict=True):
+        for id, photo in zip(names, pool.map(lambda id: _photo(folder / id, id), names), strict=True):
             found[id] = photo
             if progress is not None:
                 progress()
@@ -257,8 +208,7 @@ def _photos(root: Path, ids: Iterable[str], progress: Callable[[], None] | None)
     return found
 
 
-def _photo(root: Path, id: str) -> PairedPhoto | str:
-    path = root / "JPEGImages" / id
+def _photo(path: Path, id: str) -> PairedPhoto | str:
     try:
         pixels = read_photo(path)
     except (PhotoError, OSError) as error:
@@ -267,7 +217,7 @@ def _photo(root: Path, id: str) -> PairedPhoto | str:
     return PairedPhoto("val", id, path, height, width, photo_digest(pixels))
 
 
-def _checked(written: _Written, photos: Mapping[str, PairedPhoto | str]) -> KeypointPair | Skipped:
+def _checked(written: Written, photos: Mapping[str, PairedPhoto | str]) -> KeypointPair | Skipped:
     """The pair, if its photos are there and its keypoints in them."""
     pair = written.pair
     sides = (pair.source, pair.source_points), (pair.target, pair.target_points)
