@@ -238,6 +238,8 @@ def test_artifacts_of_a_real_model_are_figures_of_each_source(dvit: Dvit, photos
     found = by_features(lines_of(out))
     assert list(found) == ["raw", "subtract", "exact"]
     assert len({json.dumps(line["metrics"]) for line in found.values()}) == 3
+    left = [found[name]["metrics"]["blank_variance"] for name in ("raw", "subtract", "exact")]
+    assert left[0] == 1 and left[1] not in (None, 1) and left[2] is None
     for line in found.values():
         assert (line["task"], line["images"], line["failed"]) == ("artifacts", {"photos": 8}, None)
         assert line["settings"]["data"]["name"] == "photos"

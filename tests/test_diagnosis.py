@@ -91,6 +91,16 @@ def test_blur_does_not_pass_for_denoising(share: float, outliers: float) -> None
     assert found.verdict.method != "blurred"
 
 
+def test_what_is_left_on_blank_images_is_told_of_all_but_exact() -> None:
+    metrics = diagnosis(0.2).metrics
+    names = ("blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance")
+    assert [getattr(metrics["raw"], name) for name in names] == [1] * 5
+    assert [getattr(metrics["exact"], name) for name in names] == [None] * 5
+    subtracted, blurred = metrics["subtract"], metrics["blurred"]
+    assert (subtracted.blank_variance or 1) < 0.1 and (subtracted.photo_variance or 0) > 0.7
+    assert (blurred.blank_detail or 1) < 0.1 < (blurred.blank_variance or 0)
+
+
 def test_the_linear_probe_finds_a_pattern_only_until_it_is_subtracted() -> None:
     metrics = diagnosis(0.2).metrics
     assert metrics["raw"].linear_position > 0.9

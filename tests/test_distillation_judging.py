@@ -110,6 +110,8 @@ def test_figures_by_a_straightforward_computation(photos: Path, tmp_path: Path) 
 def test_registers_count_for_the_drift_of_prefix_tokens_alone(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run", tiny.tokens(3)).training()
     before = run.judge(run.judged)
+    for name in ("blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance"):
+        assert before[name] == pytest.approx(1, rel=1e-3)  # the student is the frozen backbone still
     with torch.no_grad():
         run.judged.get_parameter("backbone.model.prefix")[:, 1:] *= -1
     figures = run.judge(run.judged)

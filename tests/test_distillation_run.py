@@ -603,7 +603,9 @@ def test_log_and_panels(straight: Path) -> None:
         assert row["loss"] == pytest.approx(row["mse"] + 1 - row["cosine"] + row["held"], rel=1e-5)
         assert row["gradient"] > 0
     raw = {name for name in log[3] if name.startswith(("raw_", "target_"))}
-    assert log[3].keys() - raw == {"step", "kind", "cosine", "mse", "rank", "ratio", "class_drift", "prefix_drift"}
+    blank = {"blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance"}
+    own = {"step", "kind", "cosine", "mse", "rank", "ratio", "class_drift", "prefix_drift"}
+    assert log[3].keys() - raw == own | blank
     assert sorted(path.name for path in (straight / "panels").iterdir()) == ["step-0000003.png", "step-0000006.png"]
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == [
         "step-0000004.safetensors",

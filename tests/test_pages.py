@@ -90,7 +90,7 @@ def test_figures_have_three_digits() -> None:
 
 def look(step: int, cosine: float) -> dict[str, Any]:
     figures = {"cosine": cosine, "raw_cosine": 0.5, "mse": 0.25, "raw_mse": 0.75, "rank": 9.0, "target_rank": 8.0}
-    return {"step": step, "kind": "held_out", "ratio": 0.7, **figures}
+    return {"step": step, "kind": "held_out", "ratio": 0.7, "blank_variance": 0.25, **figures}
 
 
 @pytest.fixture
@@ -114,9 +114,10 @@ def test_the_page_of_a_run_tells_all_of_it(run: Path) -> None:
     assert is_alone(html) and "my <run>" in page.words
     assert "30 of 40 steps; best after step 20: held-out cosine 0.9000 (raw features 0.5000)" in page.words
     assert "MSE 0.750 0.250 -" in page.words and "effective rank - 9.00 8.00" in page.words
+    assert "blank images, variance left - 0.250 - " in page.words
     assert "dvit train <photos>" in page.words and "2 CPU cores" in page.words and "options.steps 40" in page.words
     assert len(page.images("features after step")) == 2
-    assert len([tag for tag, _ in page.elements if tag == "polyline"]) == 7  # cosine 2, ratio, rank 2, loss, rate
+    assert len([tag for tag, _ in page.elements if tag == "polyline"]) == 8  # cosine and rank 2
 
 
 def test_the_panels_are_the_best_and_the_first(run: Path) -> None:

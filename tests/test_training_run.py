@@ -404,7 +404,8 @@ def test_a_cache_is_filled_once_for_runs_with_other_rates(data: tiny.Fitted, tmp
     passes = planted.passes
     slower = tiny.options(learning_rate=1e-3, steps=7)
     job, progress = tiny.trained(data.stored, tmp_path / "two", extractor, slower, cache=tmp_path / "cache")
-    assert (planted.passes, progress.step) == (passes, 7)
+    blank = 6  # the blank-image test: 8 blank images, 3 blurred photos, and these 3 with each of 3 shifts, 4 at once
+    assert (planted.passes, progress.step) == (passes + blank, 7)
     assert not (tmp_path / "two" / "pairs").exists()
     assert len(job.training().sampler.images) == tiny.PHOTOS - 3
     with pytest.raises(TrainError, match=r"holds other pairs: seed was 0, now 1; views.keep was 4, now 5"):
@@ -576,6 +577,8 @@ def test_figures_by_a_straightforward_computation(data: tiny.Fitted, tmp_path: P
     assert figures["target_rank"] == pytest.approx(effective_rank(target), rel=1e-6)
     assert figures["rank"] == pytest.approx(effective_rank(denoiser(raw)), rel=1e-5)
     assert "place" not in figures  # of three images
+    for name in ("blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance"):
+        assert figures[name] == pytest.approx(0.25, rel=1e-4)  # half of the raw features
 
 
 @pytest.mark.parametrize(("views", "crop"), [({"flip": 0, "keep": 2}, 1), ({"keep": 2, "whole": 1}, None)])

@@ -20,6 +20,7 @@ from denoising_vit.dataset import named_photos, open_dataset, spread
 from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser, find_shipped
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
+from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
 from denoising_vit.files import Mark, owned_path, require_ours
 
 #: What is written, and what it is marked as.
@@ -121,20 +122,7 @@ def _table(found: Diagnosis) -> Table:
     table.add_column("")
     for name in found.metrics:
         table.add_column(name, justify="right")
-    rows = {
-        "same in all photos (energy)": "shared",
-        "place, linear probe (R²)": "linear_position",
-        "place, nearest neighbours (R²)": "neighbour_position",
-        "place, information coefficient": "mic",
-        "leakage of empty images": "leakage",
-        "outlier tokens, high norm": "outliers_high",
-        "outlier tokens, low norm": "outliers_low",
-        "agreement of views (R²)": "consistency",
-        "effective rank": "effective_rank",
-        "similarity of neighbours": "neighbour_similarity",
-        "detail": "detail",
-    }
-    for label, key in rows.items():
+    for key, label in ARTIFACT_LABELS.items():
         values = [getattr(metrics, key) for metrics in found.metrics.values()]
         table.add_row(label, *("-" if value is None else f"{value:.3g}" for value in values))
     outcomes = [found.judgements[name].outcome if name in found.judgements else "" for name in found.metrics]

@@ -22,6 +22,7 @@ from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.sources import Extractor, backbone_settings
 from denoising_vit.evaluation.workbench import Line
 from denoising_vit.extractors import Cleaners, parse_names
+from denoising_vit.metrics.blank_test import BLANK_TEST
 from denoising_vit.photos import photo_digest
 
 
@@ -38,7 +39,9 @@ def artifacts(
 ) -> int:
     """Label-free figures of artifacts, those of `dvit diagnose`: no single one of them means anything alone.
 
-    Each half of the photos is cleaned with the artifact found in the other half, as new photos would be.
+    Each half of the photos is cleaned with the artifact found in the other half, as new photos would be. Among the
+    figures is the blank-image test: what is left of raw's variance over places on images without content, which a
+    constant map wins. It is left out for exact, which would take a fit of each of its images.
 
     Args:
         data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
@@ -64,7 +67,8 @@ def artifacts(
     results = Results(out)
     backbone = model.load()
     about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
-    settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), **asdict(diagnosing)}
+    settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), "blank_test": BLANK_TEST}
+    settings |= asdict(diagnosing)
     cleaners = Cleaners(denoiser=denoiser, distilled=distilled)
     extractors: dict[str, Extractor] = {}
     for name in names:

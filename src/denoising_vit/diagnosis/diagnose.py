@@ -30,6 +30,7 @@ from denoising_vit.diagnosis.verdict import (
 )
 from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics
 from denoising_vit.evaluation.tokens import typical_energy
+from denoising_vit.metrics.blank_test import blank_figures
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,11 @@ def run_diagnosis(
 
 def _metrics(evidence: Evidence, seed: int) -> dict[str, ArtifactMetrics]:
     """The figures of every source."""
+    blank = {name: blank_figures(probe, evidence.blank["raw"]) for name, probe in evidence.blank.items()}
     return {
-        name: artifact_metrics(features, responses=evidence.responses, pair=evidence.pairs.get(name), seed=seed)
+        name: replace(
+            artifact_metrics(features, responses=evidence.responses, pair=evidence.pairs.get(name), seed=seed),
+            **blank.get(name, {}),
+        )
         for name, features in evidence.crops.items()
     }

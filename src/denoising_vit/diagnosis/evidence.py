@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from denoising_vit.calibration import Calibration
+from denoising_vit.metrics.blank_test import BlankProbe
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Evidence:
         calibration: the artifact of all photos together, and how far they agree; names what was skipped.
         responses: to an all-black and an all-mean image, (2, h, w, C).
         shown: a few photos with their maps.
+        blank: features of the blank-image test by source, without ``exact``, which is no one pass.
     """
 
     crops: dict[str, Tensor]
@@ -38,3 +40,4 @@ class Evidence:
     calibration: Calibration
     responses: Tensor
     shown: tuple[Shown, ...]
+    blank: dict[str, BlankProbe] = field(default_factory=dict)

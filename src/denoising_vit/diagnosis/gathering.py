@@ -18,6 +18,7 @@ from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.diagnosis.evidence import Evidence, Shown
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
+from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.rendering import ViewRenderer, to_image
 from denoising_vit.sampling import at_patches, on_nodes
 from denoising_vit.stage_one import Failed, Ready, StageOne
@@ -41,6 +42,7 @@ class _Photo:
     crop: Crop
     images: tuple[Tensor, Tensor]  # crop and whole photo, (1, 3, H, W)
     pixels: np.ndarray | None  # where it is to be shown
+    full: np.ndarray | None  # all pixels, where the blank-image test takes them
     name: str = ""
     artifact: Tensor = field(default_factory=lambda: torch.empty(0))
     energy: float = 0.0
@@ -108,8 +110,9 @@ class Gathering:
                 image = to_image(pixels, self._backbone.device)
                 whole = ViewRenderer(image, self._whole, self._backbone.mean, self._backbone.std)(slice(1))
                 kept = _thumbnail(pixels) if self._accepted < self._options.shown else None
+                full = pixels if self._accepted < BLANK_PHOTOS else None
                 shown = crop.render(image, self._backbone.mean, self._backbone.std)[None]
-                self._waiting[index] = _Photo(crop, (shown, whole), kept)
+                self._waiting[index] = _Photo(crop, (shown, whole), kept, full)
                 self._accepted += 1
             yield index, name, pixels
 
@@ -160,6 +163,7 @@ class Gathering:
                 for photo in seen
                 if photo.pixels is not None
             ),
+            blank=self._blank([photo.full for photo in seen if photo.full is not None], calibration.artifact.values),
         )
 
     def _clean(self, photos: list[_Photo], artifact: Tensor) -> None:
@@ -179,6 +183,13 @@ class Gathering:
                 }
             if photo.pixels is None:
                 photo.at_whole.clear()
+
+    def _blank(self, photos: list[np.ndarray], artifact: Tensor) -> dict[str, BlankProbe]:
+        """Features of the blank-image test by source; ``exact`` would take a fit of each image."""
+        images = BlankProbe.of(self._backbone, self._whole.size, photos)
+        raw = images.through(self._backbone)
+        others = {name: images.through(extractor) for name, extractor in self._others.items()}
+        return {"raw": raw, "subtract": raw.through(lambda features: features - artifact), **others}
 
     @torch.no_grad()
     def _responses(self) -> Tensor:

@@ -52,6 +52,12 @@ class ArtifactMetrics:
         effective_rank: RankMe, 1 to C.
         neighbour_similarity: mean cosine of adjacent patches.
         detail: share of the variance in differences of adjacent patches.
+        blank_variance: share of raw's variance over places that is left on images without content. This and the next
+            four are those of :func:`~denoising_vit.metrics.blank_test.blank_figures`; None for what is no one pass.
+        blank_detail: the same of its high frequencies.
+        blurred_detail: the same on heavily blurred photos.
+        shift_change: change of features at the same place of a photo shifted by part of a patch, relative to raw's.
+        photo_variance: share of raw's variance over places that is left on photos; a constant map wins all four above.
     """
 
     shared: float
@@ -65,6 +71,11 @@ class ArtifactMetrics:
     effective_rank: float
     neighbour_similarity: float
     detail: float
+    blank_variance: float | None = None
+    blank_detail: float | None = None
+    blurred_detail: float | None = None
+    shift_change: float | None = None
+    photo_variance: float | None = None
 
     @property
     def outliers(self) -> float:

@@ -19,6 +19,8 @@ _LOOKS = (
     ("1 − cosine, relative to raw features'", "ratio"),
     ("effective rank", "rank"),
     ("place, linear probe (R²)", "place"),
+    ("blank images, variance left of raw's", "blank_variance"),
+    ("photos, variance left of raw's", "photo_variance"),
     ("class token, 1 − cosine to the frozen backbone's", "class_drift"),
 )
 #: Charts of single steps.
@@ -31,6 +33,19 @@ _FIGURES = (
     ("effective rank", "rank", "How many directions features really use; far below the target's, content is lost."),
     ("place, R²", "place", "How well a linear fit tells a patch's place; lower is cleaner."),
     ("place by neighbours, R²", "place_neighbours", "The same by the nearest patches of other images."),
+    (
+        "blank images, variance left",
+        "blank_variance",
+        "On images without content, the share of raw's variance over places; less is cleaner, a constant map has 0.",
+    ),
+    ("blank images, high frequencies left", "blank_detail", "The same of the differences from patch to patch."),
+    ("blurred photos, high frequencies left", "blurred_detail", "The same on heavily blurred photos."),
+    ("change by shifts, of raw's", "shift_change", "At the same place of a photo shifted by part of a patch."),
+    (
+        "photos, variance left",
+        "photo_variance",
+        "Share of raw's variance over places on photos: the content, which should stay while the four above fall.",
+    ),
 )
 
 

@@ -16,6 +16,7 @@ from denoising_vit.dataset import Dataset
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.watching import Watch
+from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.options import DenoiseOptions
 from denoising_vit.seeding import seeded
 from denoising_vit.stage_one import StageOne
@@ -209,13 +210,18 @@ class TrainJob:
             denoiser=denoiser,
             pairs=pairs,
             sampler=Sampler(trained, self.sizes, self.views, options.seed, whole),
-            judge=Judge(self.kept, held_out, self.sizes, self.accelerator.device),
+            judge=Judge(self.kept, held_out, self.sizes, self.accelerator.device, lambda: self._blank(held_out)),
             ids=ids,
             options=options,
             accelerator=self.accelerator,
             dtype=arithmetic(self.accelerator.device, options.precision),
             draw=HeldOutPanel(self.folder.panels, self.targets, self.kept, held_out, ids).draw,
         )
+
+    def _blank(self, held_out: Sequence[int]) -> BlankProbe:
+        """Raw features of the blank-image test."""
+        photos = [self.targets.photo(image) for image in held_out[:BLANK_PHOTOS]]
+        return BlankProbe.of(self.backbone, self.sizes[0], photos).through(self.backbone)
 
     @property
     def skipped(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from denoising_vit.evaluation.position import linear_position_r2, neighbour_position_r2
 from denoising_vit.evaluation.tokens import effective_rank
+from denoising_vit.metrics.blank_test import BlankProbe, blank_figures
 from denoising_vit.training.pairs import KeptPairs
 from denoising_vit.training.samples import Sample, whole_view
 
@@ -32,12 +33,15 @@ class Judge:
         images: their indices.
         sizes: (H, W) that are trained on; rank and place are measured at the first.
         device: where the denoiser is.
+        blank: gives raw features of the blank-image test; called once.
     """
 
     pairs: KeptPairs
     images: Sequence[int]
     sizes: Sequence[tuple[int, int]]
     device: torch.device
+    blank: Callable[[], BlankProbe]
+    _blank: BlankProbe | None = field(default=None, init=False, repr=False)
     _raw: Figures | None = field(default=None, init=False, repr=False)
 
     def __call__(self, denoiser: Callable[[Tensor], Tensor]) -> Figures:
@@ -46,15 +50,17 @@ class Judge:
         ``cosine`` and ``mse`` are to the targets, means over whole images at all sizes; ``crop_cosine`` the same for
         one crop of each image. ``ratio`` is (1 - cosine) over that of raw features. ``rank`` is the effective rank,
         ``place`` and ``place_neighbours`` the R^2 of a linear and of a nearest-neighbour probe for the place in the
-        view.
+        view. To them come the figures of :func:`~denoising_vit.metrics.blank_test.blank_figures`, relative to raw.
         """
-        if self._raw is None:
+        if self._raw is None or self._blank is None:
+            self._blank = self.blank()
             self._raw = {f"raw_{name}": value for name, value in self._figures(lambda raw: raw).items()}
             targets = torch.cat([target for _, target in self._batches(0, 0)])
             self._raw |= {f"target_{name}": value for name, value in spread(targets).items()}
         figures = self._figures(denoiser)
         ratio = (1 - figures["cosine"]) / max(1 - self._raw["raw_cosine"], 1e-12)
-        return figures | {"ratio": ratio} | self._raw
+        blank = self._blank.through(lambda raw: denoiser(raw.to(self.device)))
+        return figures | {"ratio": ratio} | known_blank_figures(blank, self._blank) | self._raw
 
     @torch.no_grad()
     def _figures(self, denoiser: Callable[[Tensor], Tensor]) -> Figures:
@@ -75,6 +81,11 @@ class Judge:
         view = whole_view(self.sizes[size], mirrored=False)  # kept views are read by their number alone
         samples = [Sample(image, size, number, view) for image in self.images]
         return [self.pairs.read(samples[at : at + _BATCH]) for at in range(0, len(samples), _BATCH)]
+
+
+def known_blank_figures(features: BlankProbe, raw: BlankProbe) -> Figures:
+    """Of the blank-image test, those that there are: logs have numbers alone."""
+    return {name: value for name, value in blank_figures(features, raw).items() if value is not None}
 
 
 class Agreement:

@@ -23,6 +23,11 @@ ARTIFACT_LABELS = {
     "effective_rank": "effective rank",
     "neighbour_similarity": "similarity of neighbours",
     "detail": "detail",
+    "blank_variance": "blank images, variance left",
+    "blank_detail": "blank images, high frequencies left",
+    "blurred_detail": "blurred photos, high frequencies left",
+    "shift_change": "change by shifts, of raw's",
+    "photo_variance": "photos, variance left (content)",
 }
 
 

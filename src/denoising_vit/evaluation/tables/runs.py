@@ -19,6 +19,9 @@ _COLUMNS = (
     ("effective rank", "rank", "raw_rank"),
     ("place, R²", "place", "raw_place"),
     ("place by neighbours, R²", "place_neighbours", "raw_place_neighbours"),
+    ("blank images, variance left", "blank_variance", None),
+    ("blank images, high frequencies left", "blank_detail", None),
+    ("photos, variance left", "photo_variance", None),
     ("class token, 1 - cosine", "class_drift", None),
 )
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import TrainError
+from denoising_vit.metrics.blank_test import BlankProbe
 from denoising_vit.training.distillation.photos import Seen, ViewReader
 from denoising_vit.training.distillation.student import Student
 from denoising_vit.training.distillation.teacher import Lesson, Teacher
-from denoising_vit.training.judging import Agreement, Figures, spread
+from denoising_vit.training.judging import Agreement, Figures, known_blank_figures, spread
 from denoising_vit.training.panels import SHOWN, draw_panel
 from denoising_vit.training.samples import Sample, whole_view
 
@@ -41,6 +42,7 @@ class HeldOut:
         ids: names of all photos.
         shown: pixels (H, W, 3) uint8 of the first of them, for pictures.
         folder: where pictures go.
+        blank: images of the blank-image test, and the frozen backbone's features of them.
     """
 
     images: tuple[int, ...]
@@ -48,6 +50,7 @@ class HeldOut:
     ids: Sequence[str]
     shown: tuple[np.ndarray, ...]
     folder: Path
+    blank: tuple[BlankProbe, BlankProbe]
     _raw_figures: Figures | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -74,7 +77,9 @@ class HeldOut:
                 f"none of the {len(images)} held-out photos can be read: {next(iter(reader.skipped.items()))}"
             )
         shown = tuple(_pixels(one.image) for one in reader.photos.stream(usable[:SHOWN]) if isinstance(one, Seen))
-        return cls(tuple(usable), tuple(kept), reader.photos.ids, shown, reader.told / "panels")
+        blank = BlankProbe.of(teacher.backbone, reader.sizes[0], shown)
+        raw = blank.through(teacher.backbone)
+        return cls(tuple(usable), tuple(kept), reader.photos.ids, shown, reader.told / "panels", (blank, raw))
 
     def __call__(self, student: Student) -> Figures:
         """Figures of a student beside those of the frozen backbone.
@@ -82,13 +87,14 @@ class HeldOut:
         ``cosine`` and ``mse`` are of the features of its own layer to the teacher's, means over whole photos at all
         sizes; ``ratio`` is (1 - cosine) over that of raw features; ``layer_N_cosine`` those of other layers.
         ``class_drift`` and ``prefix_drift`` are 1 - cosine of class tokens, and of all prefix tokens, to those of the
-        frozen backbone. ``rank`` and the two of place are as stage 2 has them.
+        frozen backbone. ``rank``, the two of place and those of the blank-image test are as stage 2 has them.
         """
         if self._raw_figures is None:
             self._raw_figures = self._raw()
         found, raw = self._agreement(student), self._raw_figures
         found["ratio"] = (1 - found["cosine"]) / max(1 - raw["raw_cosine"], 1e-12)
-        return found | raw
+        blank = self.blank[0].through(lambda images: student(images.to(student.backbone.device))[0][0])
+        return found | known_blank_figures(blank, self.blank[1]) | raw
 
     @torch.no_grad()
     def draw(self, student: Student, step: int) -> None:
