@@ -23,6 +23,7 @@ def report(
     /,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")],
     runs: tuple[Path, ...] = (),
+    leaderboard: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Tables in Markdown from results files, with published figures beside measured ones.
 
@@ -32,6 +33,7 @@ def report(
         results: files of JSON lines that `dvit evaluate` wrote, one or more.
         out: the file (.md).
         runs: folders of `dvit train` or `dvit distill`, whose looks at held-out images are told of as well.
+        leaderboard: begin with a table of features by tasks, which marks the differences that are certain.
     """
     if not results:
         print_error("expected one or more files that `dvit evaluate` wrote, got none; name them before -o")
@@ -49,7 +51,8 @@ def report(
         print_error(f"{line.file}:{line.line}: {line.reason}", "skipped")
     try:
         with atomic_path(out, new=not replaces) as temporary:
-            temporary.write_bytes(report_markdown(found, runs).encode("utf-8", "backslashreplace"))  # no CRLF anywhere
+            text = report_markdown(found, runs, leading=leaderboard)
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # no CRLF anywhere
     except OSError as error:
         print_error(f"cannot write {out} ({error.strerror or error})")
         return WRONG_USAGE

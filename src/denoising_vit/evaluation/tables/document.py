@@ -7,6 +7,7 @@ from pathlib import Path
 
 from denoising_vit.evaluation.tables.entries import TASKS
 from denoising_vit.evaluation.tables.figures import figure_tables, overview_table
+from denoising_vit.evaluation.tables.leaderboard import leaderboard
 from denoising_vit.evaluation.tables.markdown import code, plain
 from denoising_vit.evaluation.tables.provenance import failed_lines, provenance_line, settings_line
 from denoising_vit.evaluation.tables.published import comparison, discovery_comparison
@@ -30,12 +31,13 @@ _HEADINGS = {
 _OVERVIEW = ("features", "size", "crops")
 
 
-def report_markdown(results: Entries, runs: Sequence[Path] = ()) -> str:
+def report_markdown(results: Entries, runs: Sequence[Path] = (), *, leading: bool = False) -> str:
     """Markdown with every table; the same text for the same results, so that it can be kept under version control.
 
     Args:
         results: what files of results hold.
         runs: folders of training runs that are told of as well.
+        leading: begin with a leaderboard of features by tasks; the rest are its details.
 
     Raises:
         EvaluationError: if a folder is none of a run.
@@ -50,6 +52,8 @@ def report_markdown(results: Entries, runs: Sequence[Path] = ()) -> str:
         ],
     ]
     found = sections(results.entries)
+    if leading:
+        blocks += [["## Leaderboard"], *leaderboard(found)]
     for task in TASKS:
         members = [section for section in found if section.task == task]
         if members:

@@ -72,14 +72,14 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
         if entry.paired is not None:
             paired = entry.paired
             better = "; less is better" if main_metric(entry.task).lower else ""
-            words = f"{paired.metric} less that of {paired.against}, {_interval_words(paired)}{better}"
+            words = f"{paired.metric} less that of {paired.against}, {interval_words(paired)}{better}"
             by_words.setdefault(words, []).append(label)
     if len(by_words) == 1:
         return [f"Difference: {plain(next(iter(by_words)))}."]
     return [f"Difference of {plain(', '.join(labels))}: {plain(words)}.  " for words, labels in by_words.items()]
 
 
-def _interval_words(paired: Paired) -> str:
+def interval_words(paired: Paired) -> str:
     """How its interval was made, or why there is none."""
     if paired.method is None:
         return "without the interval of an older version: evaluate again, which is quick where its counts are kept"

@@ -66,7 +66,7 @@ def section_titles(groups: Sequence[Sequence[Entry]], without: Sequence[str] = (
     titles: dict[int, str] = {}
     alike: dict[tuple[str, str], list[int]] = {}
     for index, group in enumerate(groups):
-        alike.setdefault((group[0].task, _title(group[0])), []).append(index)
+        alike.setdefault((group[0].task, data_title(group[0])), []).append(index)
     for (_, title), indices in alike.items():
         labels = differing(_told([groups[index][0] for index in indices], without))
         titles |= {index: f"{title}: {label}" if label else title for index, label in zip(indices, labels, strict=True)}
@@ -84,7 +84,8 @@ def _told(entries: Sequence[Entry], without: Sequence[str]) -> list[dict[str, st
     return told
 
 
-def _title(entry: Entry) -> str:
+def data_title(entry: Entry) -> str:
+    """What every title begins with: data and backbone."""
     return f"{entry.data}, {entry.backbone['name']} ({readable(entry.backbone.get('weights'))})"
 
 
