@@ -70,7 +70,7 @@ def test_counts_are_those_of_a_straightforward_k_means(data: LabelledData) -> No
     generator = torch.Generator().manual_seed(1)
     for start in range(0, len(points), 36):
         chosen.append(points[start : start + 36][torch.randperm(36, generator=generator).numpy()])
-    centres = KMeans(4, n_init=1, random_state=1).fit(np.concatenate(chosen)).cluster_centers_
+    centres = KMeans(4, n_init=1, random_state=1).fit(np.concatenate(chosen)).cluster_centers_  # pyright: ignore[reportArgumentType]
     owners = ((points[:, None] - centres) ** 2).sum(-1).argmin(1).reshape(6, 6, 6)
     means = np.stack([points[owners.flatten() == k].mean(0) for k in range(4)])
     assert np.allclose(means, centres, atol=1e-4)

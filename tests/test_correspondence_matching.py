@@ -484,10 +484,16 @@ def test_photos_with_named_keypoints_make_pairs_within_their_folder(tmp_path: Pa
 
 def test_a_folder_of_keypoints_is_matched_as_spair_is(tmp_path: Path, data: PairData) -> None:
     """The same pairs, whichever way they are written."""
-    boxes = {f"{seed:02}": [0, 0, 96, 64] for seed in range(4)}
+    boxes = {f"{seed:02}": [0.0, 0.0, 96.0, 64.0] for seed in range(4)}
     folder = open_pairs(write_keypoints(tmp_path, {name: int(name) for name in boxes}, **boxes))
     assert len(folder.pairs) == 12 and len(open_pairs(tmp_path, pairs=5).pairs) == 5
-    errors = dict(zip([pair.name for pair in folder.pairs], errors_of(source_of(speckled), folder, MatchingOptions())))
+    errors = dict(
+        zip(
+            [pair.name for pair in folder.pairs],
+            errors_of(source_of(speckled), folder, MatchingOptions()),
+            strict=True,
+        )
+    )
     for pair, error in zip(data.pairs, errors_of(source_of(speckled), data, MatchingOptions()), strict=True):
         name = " ".join(id.removeprefix("mark/") for id in (pair.source, pair.target))
         assert errors[name].tolist() == pytest.approx(error.tolist())
