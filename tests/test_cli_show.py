@@ -127,4 +127,4 @@ def test_no_input_is_refused(show: Show) -> None:
 def test_a_folder_that_cannot_be_written_to_is_said(show: Show, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = show(photos, "-o", "file/s.png")
-    assert done.code == 2 and "cannot write to" in done.words
+    assert done.code == 2 and "cannot write to file (Not a directory)" in done.words

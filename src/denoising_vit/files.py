@@ -228,3 +228,10 @@ def current_umask() -> int:
         current = os.umask(0o077)
         os.umask(current)
     return current
+
+
+def unwritable(error: Exception) -> str:
+    """Why a folder cannot be written, in words; a file where a folder is needed is said to be no directory."""
+    if isinstance(error, FileExistsError):  # the system's words, "File exists", would not tell what is wrong
+        return os.strerror(errno.ENOTDIR)
+    return getattr(error, "strerror", None) or str(error)

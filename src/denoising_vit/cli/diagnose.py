@@ -21,7 +21,7 @@ from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser, find_shipped
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
-from denoising_vit.files import Mark, owned_path, require_ours
+from denoising_vit.files import Mark, owned_path, require_ours, unwritable
 
 #: What is written, and what it is marked as.
 _FILES = {"artifact.safetensors": "artifact", "diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
@@ -81,7 +81,7 @@ def diagnose(
     try:
         _write(found, out, source)
     except OSError as error:
-        print_error(f"cannot write to {out} ({error.strerror or error})")
+        print_error(f"cannot write to {out} ({unwritable(error)})")
         return WRONG_USAGE
     print_note(f"maps and figures in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
     return SOME_FAILED if dataset.skipped else code

@@ -11,7 +11,7 @@ from typing import Any
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.files import read_head
 from denoising_vit.errors import FormatError, OutputError
-from denoising_vit.files import Mark, atomic_path, digest_of, plain_stem, readable
+from denoising_vit.files import Mark, atomic_path, digest_of, plain_stem, readable, unwritable
 from denoising_vit.photos import is_panel
 
 __all__ = ["Output", "OutputError", "OutputFolder", "input_digest", "require_writable"]
@@ -57,7 +57,7 @@ def require_writable(folder: Path) -> None:
             pass
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({error.strerror or error}); choose another with -o") from error
+        raise OutputError(f"cannot write to {folder} ({unwritable(error)}); choose another with -o") from error
 
 
 class OutputFolder:

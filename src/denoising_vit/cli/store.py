@@ -14,6 +14,7 @@ from denoising_vit.cli.exit_codes import OK, SOME_FAILED
 from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.errors import StoreError
+from denoising_vit.files import unwritable
 from denoising_vit.store import FeatureStore
 
 StoreName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORE")]
@@ -81,6 +82,6 @@ def export(
     try:
         files = FeatureStore.open(store).export(out, kind)
     except OSError as error:
-        raise StoreError(f"cannot write to {out} ({error.strerror or error}); choose another with -o") from error
+        raise StoreError(f"cannot write to {out} ({unwritable(error)}); choose another with -o") from error
     print_note(f"{len(files)} files in {out}")
     return OK

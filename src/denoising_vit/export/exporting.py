@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +28,7 @@ from denoising_vit.export.running import INT8, ONNX, PROGRAM, runner
 from denoising_vit.export.tensors import write_tensors
 from denoising_vit.export.timm_folder import WEIGHTS, write_timm
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
-from denoising_vit.files import clipped, current_umask
+from denoising_vit.files import clipped, current_umask, unwritable
 from denoising_vit.tensor_files import file_digest
 
 FORMAT = "denoising-vit/export"
@@ -207,10 +205,7 @@ def _appearing(out: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~current_umask())
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
-        # A file where a folder is needed is said to exist, which would not tell what is wrong.
-        file = isinstance(error, FileExistsError)
-        reason = os.strerror(errno.ENOTDIR) if file else getattr(error, "strerror", None) or error
-        raise ExportError(f"cannot write to {out} ({reason}); choose another folder with -o") from error
+        raise ExportError(f"cannot write to {out} ({unwritable(error)}); choose another folder with -o") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
