@@ -96,7 +96,7 @@ def main(
         calibration: number of photos that G is calibrated on.
         training: number of photos that the denoiser is trained on.
         size: height and width of views in pixels.
-        steps: optimizer steps of the denoiser.
+        steps: optimizer steps of the denoiser; 0 leaves stage 2 out.
         model: the backbone.
         out: folder for the record.
     """
@@ -117,7 +117,7 @@ def main(
             default_size=size,
         )
         calibrated = dv.calibrate(wrapped, others[:calibration], views=16, size=size)
-        denoiser = denoiser_of(wrapped, others[:training], calibrated, size, steps)
+        denoiser = denoiser_of(wrapped, others[:training], calibrated, size, steps) if steps else None
         for name, method in methods(wrapped, calibrated, denoiser).items():
             row = {"share": amount, "outliers": outliers, "method": name, **left(planted, method, judged, size)}
             print(row, flush=True)
@@ -125,7 +125,7 @@ def main(
             write(out, "planted", found, markdown(found["rows"]))
 
 
-def methods(backbone: Backbone, known: Artifact, denoiser: nn.Module) -> dict[str, Method]:
+def methods(backbone: Backbone, known: Artifact, denoiser: nn.Module | None) -> dict[str, Method]:
     """Clean features (h, w, C) of a photo, by method."""
 
     def once(photo: np.ndarray) -> dv.Decomposition:
@@ -134,13 +134,15 @@ def methods(backbone: Backbone, known: Artifact, denoiser: nn.Module) -> dict[st
     def exact(photo: np.ndarray, views: int, artifact: Artifact | None) -> Tensor:
         return dv.denoise_image(backbone, photo, views=views, held_out=0, artifact=artifact).semantic
 
-    return {
+    found: dict[str, Method] = {
         "raw": lambda photo: once(photo).raw,
         "raw minus G": lambda photo: once(photo).semantic,
         "stage 1, 64 crops": lambda photo: exact(photo, 64, None),
         "stage 1, 16 crops, G known": lambda photo: exact(photo, 16, known),
-        "stage 2": lambda photo: denoiser(once(photo).raw[None])[0],
     }
+    if denoiser is not None:
+        found["stage 2"] = lambda photo: denoiser(once(photo).raw[None])[0]
+    return found
 
 
 def denoiser_of(backbone: Backbone, photos: list[np.ndarray], known: Artifact, size: int, steps: int) -> nn.Module:
