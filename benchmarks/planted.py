@@ -218,7 +218,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"{row['share']:.0%}",
                 "1.5 %" if row["outliers"] else "-",
                 row["method"],
-                f"{row['pattern_left']:.4f}",
+                f"{row['pattern_left']:.3%}",
                 f"{row['outliers_left']:.3f}" if "outliers_left" in row else "-",
                 f"{row['cosine']:.3f}",
             ]
