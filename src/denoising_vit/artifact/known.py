@@ -16,7 +16,7 @@ from denoising_vit.tensor_files import compact
 #: What stands for the artifact that comes with the package.
 SHIPPED = "shipped"
 
-#: What stands for no artifact at all: nothing is put down to the place in the view.
+#: What stands for no artifact at all: no artifact is modelled.
 NONE = "none"
 
 #: An artifact, a file that holds one, ``shipped``, ``none`` for zeros, or the values (h, w, C) on the

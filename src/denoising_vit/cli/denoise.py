@@ -49,9 +49,9 @@ def denoise(
         denoising: how semantic field and artifact are separated.
         model: the backbone, and how it is run.
         artifact: the backbone's artifact where it is known, which takes fewer views: a file of `dvit calibrate`, or
-            `shipped` for the one that comes with the package; with `none`, nothing is put down to the place in the
-            view. Without it, one is fitted in each photo; subtract takes the shipped one. Given without a method or a
-            denoiser, it has exact run.
+            `shipped` for the one that comes with the package; with `none`, no artifact is modelled. Without it, one is
+            fitted in each photo; subtract takes the shipped one. Selects the exact method unless a method or a denoiser
+            is given.
         denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
             for the one that comes with the package, which is taken without it as well.
         compare: with a denoiser, also run the exact method and draw it beside, with the options of stage 1: a pass for

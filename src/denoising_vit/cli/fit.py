@@ -40,7 +40,7 @@ def fit(
             saves them.
         model: the backbone, and how it is run; several devices, as in `--device cuda:0,cuda:1`, share the work.
         artifact: the backbone's artifact where it is known: a file of `dvit calibrate`, or `shipped`; with `none`,
-            nothing is put down to the place in the view. Without it, each photo has one of its own.
+            no artifact is modelled. Without it, each photo has one of its own.
         running: how the data set is gone through.
         json: print one JSON line per photo.
     """
