@@ -61,7 +61,7 @@ class Planted(nn.Module):
     def flat(self, image: Tensor) -> Tensor:
         """Whether a patch is among the flattest, (B, h, w)."""
         patch = self.backbone.patch_size
-        mean, square = (functional.avg_pool2d(part, patch).mean(1) for part in (image, image.square()))
+        mean, square = (functional.avg_pool2d(part, patch).mean(1) for part in (image.float(), image.float().square()))
         contrast = (square - mean.square()).flatten(1)
         bound = contrast.quantile(OUTLIERS, dim=1, keepdim=True)
         return (contrast <= bound).unflatten(1, square.shape[1:])
