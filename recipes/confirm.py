@@ -17,11 +17,12 @@ import probes
 import torch
 from stage_two import apply
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 import denoising_vit as dv
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.evaluation.intervals import interval_over
+from denoising_vit.evaluation.knn import vote
 
 #: Patches of the memory, and every so many-th patch that is asked for.
 MEMORY, EVERY = 20_000, 6
@@ -78,33 +79,26 @@ def neighbours(train: probes.Labelled, memory: Tensor, queries: Tensor) -> list[
     memory, labels = normalize(memory.flatten(0, 2)[known].float(), dim=-1), labels[known]
     found = []
     for image in queries:
-        patches = normalize(image.flatten(0, 1).float(), dim=-1)
-        near, index = (patches[::EVERY] @ memory.T).topk(30, dim=-1)
-        votes = torch.zeros(len(near), 256, device=near.device)
-        votes.scatter_add_(1, labels[index], (near / 0.07).softmax(-1))
-        predicted = torch.full((len(patches),), -1, device=near.device)
-        predicted[::EVERY] = votes.argmax(1)
+        patches = image.flatten(0, 1).float()
+        votes = vote(patches[::EVERY], memory, labels, 256, 30, probes.TEMPERATURE)
+        predicted = torch.full((len(patches),), -1, device=patches.device)
+        predicted[::EVERY] = votes
         found.append(predicted)
     return found
 
 
 def ridge(train: probes.Labelled, memory: Tensor, queries: Tensor) -> list[Tensor]:
     """The class of every patch of each image by one-hot ridge regression."""
-    labels = train.labels.flatten()
-    known = labels != probes.NO_LABEL
-    hot = one_hot(labels[known], 256)[:, : int(labels[known].max()) + 1].double()
-    weights, mean, centre = probes.ridge(memory.flatten(0, 2)[known].double(), hot)
-    return [((image.flatten(0, 1).double() - mean) @ weights + centre).argmax(1) for image in queries]
+    predict = probes.class_regression(memory, train.labels)
+    return [predict(image.flatten(0, 1)) for image in queries]
 
 
 def depth_errors(train: probes.Labelled, val: probes.Labelled, memory: Tensor, queries: Tensor) -> np.ndarray:
     """Sums of squared errors in square metres, and numbers of patches, of ridge regression, (images, 2)."""
-    depth = train.labels.flatten()
-    known = depth > 0
-    weights, mean, centre = probes.ridge(memory.flatten(0, 2)[known].double(), depth[known, None].double())
+    predict = probes.depth_regression(memory, train.labels)
     rows = []
     for image, truth in zip(queries, val.labels.flatten(1), strict=True):
-        found = ((image.flatten(0, 1).double() - mean) @ weights + centre)[:, 0]
+        found = predict(image.flatten(0, 1))
         there = truth > 0
         rows.append([float((found - truth)[there].square().sum()), float(there.sum())])
     return np.array(rows)

@@ -5,6 +5,7 @@ Nothing here is a published protocol; `dvit evaluate` has those. Features of all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.evaluation.knn import vote
 from denoising_vit.metrics.blank_images import high_frequencies, noise_image, uniform_images, variance_over_places
 
 #: Classes that are scored: those of enough images.
 SCORED = {"voc": (0, 8, 10, 12, 13, 15, 17), "camvid": tuple(range(11))}
+
+#: Temperature of the votes of neighbours.
+TEMPERATURE = 0.07
 
 #: Label of patches without one.
 NO_LABEL = 255
@@ -102,38 +107,43 @@ def neighbours(data: Labelled, features: Tensor, scored: tuple[int, ...], k: int
     known = torch.nonzero(labels != NO_LABEL).flatten()
     step = max(len(known) // most, 1)
     known = known[::step]
-    fast = torch.float16 if features.is_cuda else torch.float32
-    memory, labels = memory[known].to(fast), labels[known]
     queries, truth = features[data.query].flatten(0, 2), data.labels[data.query].flatten()
     keep = torch.nonzero(truth != NO_LABEL).flatten()[::2]
-    votes = []
-    for part in queries[keep].to(fast).split(8192 if features.is_cuda else 512):
-        near, index = (part @ memory.T).float().topk(k, dim=-1)
-        one = torch.zeros(len(part), 256, device=part.device)
-        votes.append(one.scatter_add_(1, labels[index], (near / 0.07).softmax(-1)).argmax(1))
-    return mean_iou(torch.cat(votes), truth[keep], scored)
+    predicted = vote(queries[keep], memory[known], labels[known], 256, k, TEMPERATURE)
+    return mean_iou(predicted, truth[keep], scored)
 
 
 def ridge_classes(data: Labelled, features: Tensor, scored: tuple[int, ...]) -> float:
     """MIoU in percent of one-hot ridge regression on patches."""
-    labels = data.labels[data.memory].flatten()
+    predict = class_regression(features[data.memory], data.labels[data.memory])
+    truth = data.labels[data.query].flatten()
+    keep = truth != NO_LABEL
+    return mean_iou(predict(features[data.query].flatten(0, 2)[keep]), truth[keep], scored)
+
+
+def class_regression(features: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """One-hot ridge regression of labels (N, h, w) on features (N, h, w, C): classes (Q,) of patches (Q, C)."""
+    labels = labels.flatten()
     known = labels != NO_LABEL
     hot = functional.one_hot(labels[known], 256)[:, : int(labels[known].max()) + 1].double()
-    weights, mean, centre = ridge(features[data.memory].flatten(0, 2)[known].double(), hot)
-    queries, truth = features[data.query].flatten(0, 2).double(), data.labels[data.query].flatten()
-    keep = truth != NO_LABEL
-    return mean_iou(((queries[keep] - mean) @ weights + centre).argmax(1), truth[keep], scored)
+    weights, mean, centre = ridge(features.flatten(0, 2)[known].double(), hot)
+    return lambda patches: ((patches.double() - mean) @ weights + centre).argmax(1)
+
+
+def depth_regression(features: Tensor, depth: Tensor) -> Callable[[Tensor], Tensor]:
+    """Ridge regression of depth (N, h, w), 0 where unknown, on features (N, h, w, C): metres (Q,) of patches (Q, C)."""
+    depth = depth.flatten()
+    known = depth > 0
+    weights, mean, centre = ridge(features.flatten(0, 2)[known].double(), depth[known, None].double())
+    return lambda patches: ((patches.double() - mean) @ weights + centre)[:, 0]
 
 
 def depth_error(data: Labelled, features: Tensor) -> float:
     """RMSE in metres of ridge regression of depth on patches."""
-    depth = data.labels[data.memory].flatten()
-    weights, mean, centre = ridge(
-        features[data.memory].flatten(0, 2)[depth > 0].double(), depth[depth > 0, None].double()
-    )
+    predict = depth_regression(features[data.memory], data.labels[data.memory])
     truth = data.labels[data.query].flatten()
-    found = (features[data.query].flatten(0, 2).double() - mean) @ weights + centre
-    return float((found[truth > 0, 0] - truth[truth > 0]).square().mean().sqrt())
+    found = predict(features[data.query].flatten(0, 2))
+    return float((found[truth > 0] - truth[truth > 0]).square().mean().sqrt())
 
 
 def place(features: Tensor) -> float:

@@ -66,7 +66,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="vit_small_patch14_dinov2.lvd142m")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scenes", type=int, default=4, help="scenes of each photo")
-    parser.add_argument("--views", type=int, default=16, help="views of each scene")
+    parser.add_argument("--views", type=int, default=12, help="views of each scene")
     parser.add_argument("--area", type=float, nargs=2, default=(0.4, 1.0), help="least and largest area of a view")
     parser.add_argument("--plans", type=int, default=8, help="plans of each size that scenes take in turn")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of each denoiser")

@@ -10,11 +10,11 @@ import torch
 from scenes import normalised
 from targets import Pairs
 from torch import Tensor
-from torch.nn import functional
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.metrics.blank_images import random_blank_images
+from denoising_vit.training.loss import denoising_loss
 from denoising_vit.training.schedule import learning_rate
 
 Size = tuple[int, int]
@@ -92,7 +92,8 @@ def train(
             )
         with torch.autocast(device.type, torch.bfloat16):
             clean = denoiser(raw)
-        loss = functional.mse_loss(clean, target) + 1 - functional.cosine_similarity(clean, target, dim=-1).mean()
+        squared, cosine = denoising_loss(clean, target)
+        loss = squared + 1 - cosine
         loss.backward()
         adam.step()
         adam.zero_grad()
