@@ -23,10 +23,10 @@ from PIL import Image
 from skimage import data
 
 import denoising_vit as dv
-from denoising_vit.app.models import Models
-from denoising_vit.app.options import AppOptions
-from denoising_vit.app.serving import serve
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.show.app.models import Models
+from denoising_vit.show.app.options import AppOptions
+from denoising_vit.show.app.serving import serve
 
 #: The most that the first answer may take, in seconds.
 BAR = 5.0

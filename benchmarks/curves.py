@@ -29,11 +29,11 @@ from torch import Tensor
 
 import denoising_vit as dv
 from denoising_vit.decomposition import Decomposition, ExactSolver, Statistics
+from denoising_vit.decomposition.extraction import extract_views, load_image
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions, SeenViews, fit_neural_field
-from denoising_vit.extraction import extract_views, load_image
 from denoising_vit.files import atomic_path
-from denoising_vit.views import CropOptions, ViewPlan
+from denoising_vit.views.plan import CropOptions, ViewPlan
 
 CLASSES, GRID, PATCH, HELD_OUT = 11, (37, 37), 14, 8
 #: Gallery patches are thinned where there are many: by this for all frames, not at all for some.

@@ -31,9 +31,9 @@ from measuring import hardware, timed
 from overhead import best_batch, forward_all
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.dataset import open_dataset
+from denoising_vit.data import open_dataset
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.fit import FitJob, FitOptions
-from denoising_vit.options import DenoiseOptions
 
 app = tyro.extras.SubcommandApp()
 

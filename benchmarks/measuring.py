@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from denoising_vit.dataset import Dataset, open_dataset, spread
+from denoising_vit.data import Dataset, open_dataset, spread
 
 #: Side of the square bfloat16 product that stands for what the device can do.
 MATRIX_SIDE = 4096

@@ -21,12 +21,12 @@ from measuring import alternate, hardware, ratios, synchronise, table, timed, wr
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
+from denoising_vit.data.photos import read_photo
 from denoising_vit.decomposition import ExactSolver, Statistics
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.photos import read_photo
-from denoising_vit.preparing import prepare
-from denoising_vit.rendering import ViewRenderer, to_image
-from denoising_vit.views import ViewPlan
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.preparing import prepare
+from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.rendering import ViewRenderer, to_image
 
 #: The most that `denoise_image` may take, in times of the bare forward passes.
 BAR = 1.10

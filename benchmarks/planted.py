@@ -194,8 +194,8 @@ def left(planted: Planted, method: Method, photos: list[np.ndarray], size: int) 
 
 def shown(backbone: Backbone, photo: np.ndarray, size: int) -> Tensor:
     """The whole photo as the backbone is shown it, (1, 3, H, W)."""
-    from denoising_vit.rendering import ViewRenderer, to_image
-    from denoising_vit.views import ViewPlan
+    from denoising_vit.views.plan import ViewPlan
+    from denoising_vit.views.rendering import ViewRenderer, to_image
 
     plan = ViewPlan.make(1, size=(size, size), patch_size=backbone.patch_size)
     return ViewRenderer(to_image(photo), plan, backbone.mean, backbone.std)(slice(0, 1))

@@ -18,7 +18,6 @@ import tyro
 from measuring import hardware
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import find_denoiser
 from denoising_vit.evaluation.knn import KnnOptions, nearest_neighbours
 from denoising_vit.evaluation.labelled import open_labelled
@@ -26,6 +25,7 @@ from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import ExtractorSource
+from denoising_vit.extractors import DenoisedViT
 
 SETTINGS = {
     "native, whole": KnnOptions(),

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
-from denoising_vit.photos import read_photo
-from denoising_vit.rendering import ViewRenderer, to_image
-from denoising_vit.views import ViewPlan
+from denoising_vit.data.photos import read_photo
+from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.rendering import ViewRenderer, to_image
 
 _BASE, _ATTENTION = "denoising_vit.backbones.base", "denoising_vit.backbones.attention"
 

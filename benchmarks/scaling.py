@@ -20,10 +20,10 @@ from measuring import Times, alternate, hardware, operations, peak, reset_peak, 
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
-from denoising_vit.dataset import Skipped, open_dataset
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.ready import Ready
-from denoising_vit.stage_one import StageOne
+from denoising_vit.data import Skipped, open_dataset
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.ready import Ready
+from denoising_vit.decomposition.stage_one import StageOne
 
 Part = Literal["images", "views", "resolution", "models"]
 

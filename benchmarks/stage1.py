@@ -34,13 +34,13 @@ from published_recipe import timed_field
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import ExactSolver, Statistics
+from denoising_vit.decomposition.extraction import extract_views, load_image
 from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.neural_field import NeuralFieldOptions, SeenViews, fit_neural_field
-from denoising_vit.extraction import extract_views, load_image
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.preparing import prepare
-from denoising_vit.separating import gather
-from denoising_vit.views import Coverage
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.preparing import prepare
+from denoising_vit.decomposition.separating import gather
+from denoising_vit.views.plan import Coverage
 
 Record = dict[str, Any]
 Recipe = Literal["released", "released-centres", "paper"]

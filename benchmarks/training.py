@@ -22,8 +22,8 @@ import tyro
 from measuring import hardware, some_photos, synchronise
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.evaluation.watching import unwatched
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.progress import unwatched
 from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
 from denoising_vit.training.loss import denoising_loss
 

@@ -34,11 +34,11 @@ from overhead import hardware, synchronise
 from torch import Tensor
 
 import denoising_vit as dv
-from denoising_vit.extraction import fitting_batch
-from denoising_vit.rendering import to_image
-from denoising_vit.video import VideoOptions, render_video
-from denoising_vit.video.films import open_clip
-from denoising_vit.video.sizes import panel_size, shown_size
+from denoising_vit.decomposition.extraction import fitting_batch
+from denoising_vit.show.video import VideoOptions, render_video
+from denoising_vit.show.video.films import open_clip
+from denoising_vit.show.video.sizes import panel_size, shown_size
+from denoising_vit.views.rendering import to_image
 
 #: The most that a video may cost in times of its forward passes, and a long one in times of a short one's memory.
 TIME_BAR, MEMORY_BAR = 1.3, 1.0

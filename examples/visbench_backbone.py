@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.fingerprint import state_digest
-from denoising_vit.rendering import ViewRenderer, to_image
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.rendering import ViewRenderer, to_image
 
 
 def visbench_backbone(extractor: nn.Module, backbone: Backbone, name: str):

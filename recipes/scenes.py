@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.batched_rendering import render_boxes
-from denoising_vit.dataset import open_dataset
-from denoising_vit.views import areas_and_ratios
+from denoising_vit.data import open_dataset
+from denoising_vit.views.batched_rendering import render_boxes
+from denoising_vit.views.plan import areas_and_ratios
 
 #: Grids (h, w) in patches of what the backbone is shown, with the share of scenes of each; the first is square.
 SHAPES = (((37, 37), 0.56), ((26, 34), 0.12), ((34, 26), 0.08), ((24, 24), 0.12), ((34, 46), 0.12))

@@ -14,7 +14,7 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition import ExactSolver
 from denoising_vit.decomposition.statistics import field_products
-from denoising_vit.views import CropOptions, ViewPlan
+from denoising_vit.views.plan import CropOptions, ViewPlan
 
 #: Scenes that are solved together.
 _TOGETHER = 16

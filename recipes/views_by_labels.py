@@ -22,7 +22,7 @@ from torch import Tensor
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition.statistics import weighted_sum
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 AREAS = ((0.4, 1.0), (0.1, 0.5), (0.25, 1.0), (0.6, 1.0), (0.1, 1.0))
 COUNTS = (4, 8, 12, 16, 32, 64)

@@ -15,17 +15,17 @@ from safetensors import safe_open
 
 import denoising_vit as dv
 import tiny_app as tiny
-from denoising_vit.app import answering, keeping
-from denoising_vit.app.answering import Answer, Settings, answer, draw_sheet
-from denoising_vit.app.figures import NONE, figures
-from denoising_vit.app.keeping import Keep
-from denoising_vit.app.models import KEPT, Models
-from denoising_vit.app.pictures import LEGENDS, MAPS, SIMILARITY, Scene
-from denoising_vit.app.samples import find_samples
 from denoising_vit.backbones import SEEDS, BackboneSpec
+from denoising_vit.data.photos import is_panel, read_photo
 from denoising_vit.errors import AppError, BackboneError, DenoiserError, PhotoError, SizeError
-from denoising_vit.photos import is_panel, read_photo
-from denoising_vit.visualize import Palette
+from denoising_vit.maps import Palette
+from denoising_vit.show.app import answering, keeping
+from denoising_vit.show.app.answering import Answer, Settings, answer, draw_sheet
+from denoising_vit.show.app.figures import NONE, figures
+from denoising_vit.show.app.keeping import Keep
+from denoising_vit.show.app.models import KEPT, Models
+from denoising_vit.show.app.pictures import LEGENDS, MAPS, SIMILARITY, Scene
+from denoising_vit.show.app.samples import find_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

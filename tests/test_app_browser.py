@@ -15,11 +15,11 @@ from PIL import Image
 
 import denoising_vit as dv
 import tiny_app as tiny
-from denoising_vit.app.models import Models
-from denoising_vit.app.options import AppOptions
-from denoising_vit.app.serving import serve
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.photos import is_panel
+from denoising_vit.data.photos import is_panel
+from denoising_vit.show.app.models import Models
+from denoising_vit.show.app.options import AppOptions
+from denoising_vit.show.app.serving import serve
 
 pytestmark = pytest.mark.slow
 

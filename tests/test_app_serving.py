@@ -17,11 +17,11 @@ import pytest
 
 import tiny_app as tiny
 from command import Dvit, in_process
-from denoising_vit.app import serving
-from denoising_vit.app.figures import Figure
-from denoising_vit.app.options import AppOptions
-from denoising_vit.app.serving import require_free
 from denoising_vit.errors import AppError
+from denoising_vit.show.app import serving
+from denoising_vit.show.app.figures import Figure
+from denoising_vit.show.app.options import AppOptions
+from denoising_vit.show.app.serving import require_free
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,7 +132,7 @@ def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
 @pytest.fixture
 def handlers() -> Any:
     """The module, imported where it is used: Gradio takes seconds."""
-    return importlib.import_module("denoising_vit.app.handlers")
+    return importlib.import_module("denoising_vit.show.app.handlers")
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from torch import Tensor
 import denoising_vit as dv
 import tiny_artifact as tiny
 from denoising_vit import Artifact, ArtifactError, Backbone, CalibrationOptions, PlanError, SizeError
-from denoising_vit.calibration import Calibration, Stability, doubt_about, named_pixels, run_calibration
-from denoising_vit.calibration.stability import curve, split_half
+from denoising_vit.decomposition.calibration import Calibration, Stability, doubt_about, named_pixels, run_calibration
+from denoising_vit.decomposition.calibration.stability import curve, split_half
+from denoising_vit.decomposition.stage_one import Ready, StageOne
 from denoising_vit.errors import DenoisingVitWarning
-from denoising_vit.stage_one import Ready, StageOne
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

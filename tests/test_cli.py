@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from skimage import data
 
 import denoising_vit.decomposition.result
-import denoising_vit.visualize
+import denoising_vit.maps
 from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import app
@@ -52,14 +52,14 @@ class Outcome:
 
 
 Dvit = Callable[..., Outcome]
-REAL_PANEL = denoising_vit.visualize.draw_panel
+REAL_PANEL = denoising_vit.maps.draw_panel
 
 
 @pytest.fixture
 def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
     """Runs `dvit denoise ...` in this process, with the fast options and dots for pictures; later options win."""
     monkeypatch.setenv("COLUMNS", "200")  # no wrapped lines
-    monkeypatch.setattr(denoising_vit.visualize, "draw_panel", draw_dot)
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", draw_dot)
 
     def call(*arguments: object) -> Outcome:
         capsys.readouterr()
@@ -73,7 +73,7 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def real_panels(dvit: Dvit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws whole pictures."""
-    monkeypatch.setattr(denoising_vit.visualize, "draw_panel", REAL_PANEL)
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", REAL_PANEL)
 
 
 def draw_dot(_photo: np.ndarray, _result: Decomposition, path: Path, **_options: Any) -> None:
@@ -632,7 +632,7 @@ def test_ctrl_c_while_writing_leaves_no_half_file(
 
 
 def _place_of(step: str) -> tuple[Any, str]:
-    return (denoising_vit.visualize if step == "draw_panel" else denoising_vit.decomposition.result), step
+    return (denoising_vit.maps if step == "draw_panel" else denoising_vit.decomposition.result), step
 
 
 def test_interrupt_anywhere_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -678,7 +678,7 @@ def test_full_disk_is_reported_per_photo(
 def test_error_of_the_drawing_is_reported_per_photo(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = denoising_vit.visualize.draw_panel, []
+    real, calls = denoising_vit.maps.draw_panel, []
 
     def fail_at_the_first(*arguments: Any, **options: Any) -> None:
         calls.append(1)
@@ -686,7 +686,7 @@ def test_error_of_the_drawing_is_reported_per_photo(
             raise ValueError("features are not finite")  # which its documentation announces
         real(*arguments, **options)
 
-    monkeypatch.setattr(denoising_vit.visualize, "draw_panel", fail_at_the_first)
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", fail_at_the_first)
     done = dvit(cat(tmp_path / "one.jpg"), cat(tmp_path / "two.jpg", bright=20), "-o", tmp_path / "out")
     assert done.code == 1
     assert "features are not finite" in done.err

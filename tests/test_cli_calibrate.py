@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import denoising_vit.visualize
+import denoising_vit.maps
 import tiny_artifact as tiny
 import tiny_fit
 from command import Dvit, in_process
@@ -21,7 +21,7 @@ from denoising_vit import Artifact, Decomposition
 from denoising_vit.artifact import artifact_digest, known
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import denoise_job as verb
-from denoising_vit.dataset import spread
+from denoising_vit.data import spread
 from denoising_vit.store import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
     """Runs `dvit ...` in this process; the parser's own exit is an exit code as well."""
-    monkeypatch.setattr(denoising_vit.visualize, "draw_panel", draw_dot)
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", draw_dot)
     return in_process(capsys, monkeypatch)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import denoising_vit as dv
-import denoising_vit.visualize
+import denoising_vit.maps
 import tiny_artifact
 import tiny_denoiser as tiny
 from command import Dvit, in_process
@@ -22,7 +22,7 @@ from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import denoise_job as verb
 from denoising_vit.denoiser.loading import denoiser_digest
-from denoising_vit.visualize.sheet import CELL, GAP, LEFT, RIGHT
+from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,7 +63,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
         seen.append((result, exact))
         Image.new("RGB", (1, 1)).save(path, format="PNG")
 
-    monkeypatch.setattr(denoising_vit.visualize, "draw_panel", draw_dot)
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", draw_dot)
     return seen
 
 

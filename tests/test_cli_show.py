@@ -11,9 +11,9 @@ from PIL import Image
 import planted
 import tiny_export as tiny
 from command import Dvit, Outcome, in_process
+from denoising_vit.data.photos import is_panel
 from denoising_vit.denoiser import write_denoiser
-from denoising_vit.photos import is_panel
-from denoising_vit.visualize import read_palette
+from denoising_vit.maps import read_palette
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

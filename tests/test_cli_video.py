@@ -11,7 +11,7 @@ import tiny_export
 import tiny_video as tiny
 from command import Dvit, Outcome, in_process
 from denoising_vit.denoiser import write_denoiser
-from denoising_vit.video import rendering
+from denoising_vit.show.video import rendering
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.crops import Crop
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
@@ -29,10 +29,10 @@ from denoising_vit.evaluation.records import Record, Results, run_info
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
-from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.extractors import parse_names
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.progress import Watch, unwatched
+from denoising_vit.views.crops import Crop
 from tiny_fit import MODEL, spec_of, write_weights
 from tiny_labelled import coloured, colours, speckled, tiny_backbone, write_labelled
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
 from denoising_vit.evaluation.correspondence import (
     ClipData,
@@ -27,7 +28,6 @@ from denoising_vit.evaluation.correspondence import (
 )
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.workbench import Line, Workbench
-from denoising_vit.options import DenoiseOptions
 from tiny_correspondence import crossing, moving, shuffled, workbench, write_davis, write_spair
 from tiny_fit import MODEL, spec_of, write_weights
 from tiny_labelled import coloured, colours, write_labelled

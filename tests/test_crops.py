@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
-from denoising_vit.sampling import at_patches
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.sampling import at_patches
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
 PLAIN: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

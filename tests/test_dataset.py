@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from denoising_vit.dataset import Skipped, find_photos
+from denoising_vit.data import Skipped, find_photos
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from denoising_vit.dataset import Dataset, Item, Skipped, find_photos, open_dataset
-from denoising_vit.dataset.patterns import expand_braces
-from denoising_vit.dataset.storage import Storage
+from denoising_vit.data import Dataset, Item, Skipped, find_photos, open_dataset
+from denoising_vit.data.patterns import expand_braces
+from denoising_vit.data.photos import PANEL_SOFTWARE
+from denoising_vit.data.storage import Storage
 from denoising_vit.errors import PhotoError
-from denoising_vit.photos import PANEL_SOFTWARE
 
 
 def picture(value: int, ending: str = "png", **options: Any) -> bytes:
@@ -317,7 +317,7 @@ def test_what_a_server_refuses_for_good_is_not_asked_for_again(
         raise Refused
 
     monkeypatch.setattr(dataset._storage, "read", refuse)
-    monkeypatch.setattr("denoising_vit.dataset.reading.time.sleep", asked.append)
+    monkeypatch.setattr("denoising_vit.data.reading.time.sleep", asked.append)
     ((_, found),) = dataset.stream([0], patience=(1.0, 5.0))
     assert isinstance(found, Skipped) and found.unreachable == may_pass
     assert asked == ([1.0, 5.0] if may_pass else [])
@@ -891,7 +891,7 @@ def test_shard_at_a_server_that_ignores_byte_ranges_is_refused(
 def test_whole_file_in_answer_to_a_part_is_never_decoded(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset(shards)
     whole = (shards / "s-00.tar").read_bytes()
-    monkeypatch.setattr("denoising_vit.dataset.storage._read_local", lambda *_: whole)
+    monkeypatch.setattr("denoising_vit.data.storage._read_local", lambda *_: whole)
     with pytest.raises(PhotoError, match=r"expected [0-9]+ bytes .* came; .* its server ignores byte ranges"):
         dataset.read(0)
 

@@ -28,10 +28,10 @@ from denoising_vit import (
     SizeError,
 )
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from denoising_vit.decomposition.options import Method
 from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser import loading
 from denoising_vit.denoiser.loading import denoiser_digest, find_denoiser, shipped_denoiser_for
-from denoising_vit.options import Method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.depth import PAPER, QUICK, DepthProtocol
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.judging import judge_depth
 from denoising_vit.evaluation.depth.samples import DepthCrops, KeptDepth
 from denoising_vit.evaluation.sources import ExtractorSource
+from denoising_vit.views.crops import Crop
 from tiny_depth import RED, backbone, linear_depth, linear_probe, pooled, ramp, set_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, FitError, PlanError, SizeError
 from denoising_vit.evaluation import probing
 from denoising_vit.evaluation.depth import (
@@ -40,8 +39,9 @@ from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
-from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.evaluation.workbench import Workbench
+from denoising_vit.progress import Watch, unwatched
+from denoising_vit.views.crops import Crop
 from tiny_depth import (
     backbone,
     blocky,

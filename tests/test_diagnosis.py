@@ -13,11 +13,11 @@ import torch
 
 import denoising_vit as dv
 import planted
-from denoising_vit.calibration import Stability
+from denoising_vit.decomposition.calibration import Stability
 from denoising_vit.diagnosis import Diagnosis, verdict
 from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge, too_few
-from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics, features_of
-from denoising_vit.evaluation.consistency import consistency
+from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics, features_of
+from denoising_vit.metrics.consistency import consistency
 
 PHOTOS, VIEWS = 24, 12
 

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from denoising_vit.artifact import Artifact
-from denoising_vit.calibration import Calibration, Stability
-from denoising_vit.dataset import Skipped
+from denoising_vit.data import Skipped
+from denoising_vit.decomposition.calibration import Calibration, Stability
 from denoising_vit.diagnosis import Diagnosis, Finding, Judgement, Verdict, verdict
 from denoising_vit.diagnosis.evidence import Evidence, Shown
 from denoising_vit.diagnosis.page import render_page
-from denoising_vit.evaluation.artifacts import ArtifactMetrics
-from denoising_vit.pages import write_page
+from denoising_vit.metrics.artifacts import ArtifactMetrics
+from denoising_vit.show.pages import write_page
 from html_page import Page
 
 GRID, CHANNELS = (3, 5), 7

@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-import denoising_vit.visualize
+import denoising_vit.maps
 import tiny_artifact
 import tiny_training
 from command import in_process
 from denoising_vit import Backbone, load_backbone
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.recorded import describe, same_weights, weights_key
-from denoising_vit.crops import Crop
+from denoising_vit.denoiser.pairs import KeptPairs
+from denoising_vit.denoiser.targets import StoredTargets
 from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.evaluation.fields import store_name
 from denoising_vit.evaluation.judged import JudgedSet
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import ExtractorSource
+from denoising_vit.show.video.records import differences, make_record
 from denoising_vit.store import FeatureStore
-from denoising_vit.training.pairs import KeptPairs
-from denoising_vit.training.targets import StoredTargets
-from denoising_vit.video.records import differences, make_record
+from denoising_vit.views.crops import Crop
 from tiny_labelled import SIZE, coloured, write_labelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,9 +179,7 @@ def test_results_are_told_to_be_made_with_other_weights(
 ) -> None:
     photos = tiny_artifact.write_photos(tmp_path / "photos", 1)
     dvit = in_process(capsys, monkeypatch)
-    monkeypatch.setattr(
-        denoising_vit.visualize, "draw_panel", lambda _photo, _result, path, **_: path.write_bytes(b".")
-    )
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", lambda _photo, _result, path, **_: path.write_bytes(b"."))
 
     def note(by: Backbone) -> str:
         monkeypatch.setattr(BackboneSpec, "load", lambda _spec: by)

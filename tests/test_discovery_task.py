@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.crops import Crop
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
 from denoising_vit.evaluation.discovery import (
     BoxedImage,
@@ -32,9 +32,9 @@ from denoising_vit.evaluation.metrics import METRICS
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
-from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.progress import Watch, unwatched
+from denoising_vit.views.crops import Crop
 from tiny_discovery import GRID, scene, scenes, write_davis, write_folders
 from tiny_fit import MODEL, spec_of, write_weights
 from tiny_labelled import PATCH, coloured, colours, source_of, speckled, tiny_backbone, write_labelled

@@ -22,12 +22,12 @@ from denoising_vit.backbones.checkpoints import read_state_dict
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights
+from denoising_vit.distilled import files
+from denoising_vit.distilled.files import write_distilled
+from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import TrainError, WeightsError
-from denoising_vit.tensor_files import DISTILLED
+from denoising_vit.files import DISTILLED
 from denoising_vit.training.checkpoints import Checkpoints
-from denoising_vit.training.distillation import files
-from denoising_vit.training.distillation.distil import Distillation
-from denoising_vit.training.distillation.files import write_distilled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,15 +14,15 @@ from torch import Tensor
 import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
-from denoising_vit.crops import Crop
-from denoising_vit.dataset import open_dataset
+from denoising_vit.data import open_dataset
+from denoising_vit.data.photos import read_photo
+from denoising_vit.denoiser.samples import Sample, split
+from denoising_vit.distilled import photos as photos_module
+from denoising_vit.distilled.photos import Batch, PlainPhotos, Seen, ViewReader
+from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import TrainError
-from denoising_vit.photos import read_photo
-from denoising_vit.rendering import to_image
-from denoising_vit.training.distillation import photos as photos_module
-from denoising_vit.training.distillation.distil import Distillation
-from denoising_vit.training.distillation.photos import Batch, PlainPhotos, Seen, ViewReader
-from denoising_vit.training.samples import Sample, split
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.rendering import to_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -342,7 +342,7 @@ def test_a_photo_that_stays_away_ends_the_run_which_goes_on_later(
 ) -> None:
     monkeypatch.setattr(photos_module, "_AGAIN", (0, 0))
     monkeypatch.setattr(photos_module, "_DECODED", 1)  # so that the first steps are done before
-    monkeypatch.setattr("denoising_vit.training.distillation.distil._AHEAD", 1)
+    monkeypatch.setattr("denoising_vit.distilled.train._AHEAD", 1)
     training = tiny.options(checkpoint_every=1)
     tiny.distilled(listed, tmp_path / "straight", training=training)
     with tiny.served(listed) as server:

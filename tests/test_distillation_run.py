@@ -18,14 +18,14 @@ from torch import Tensor
 import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
+from denoising_vit.denoiser.samples import Sample
+from denoising_vit.distilled.student import trained_groups
+from denoising_vit.distilled.teacher import DenoiserTeacher
+from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import SizeError, TrainError
 from denoising_vit.training import DistillJob, DistillOptions
 from denoising_vit.training.checkpoints import Progress
-from denoising_vit.training.distillation.distil import Distillation
-from denoising_vit.training.distillation.student import trained_groups
-from denoising_vit.training.distillation.teacher import DenoiserTeacher
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.samples import Sample
 from denoising_vit.training.schedule import learning_rate, peak_rate
 from denoising_vit.training.steps import Steps
 from tiny_training import weights_of
@@ -142,13 +142,11 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_that_step(
     assert resumed(photos, tmp_path / "run") == tiny.results(straight)
 
 
-@pytest.mark.parametrize(
-    "where", ["torch.optim.AdamW.step", "denoising_vit.training.distillation.distil.Average.update"]
-)
+@pytest.mark.parametrize("where", ["torch.optim.AdamW.step", "denoising_vit.distilled.train.Average.update"])
 def test_ctrl_c_while_weights_change_goes_on_from_the_checkpoint_before(
     photos: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    import denoising_vit.training.distillation.distil as module
+    import denoising_vit.distilled.train as module
 
     owner: Any = torch.optim.AdamW if "AdamW" in where else module.Average
     name, interrupt = where.rsplit(".", 1)[1], Interrupt(4)
@@ -531,7 +529,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_photos(
     if where == "loss":
         run.teacher = spoilt  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        norm = "denoising_vit.training.distillation.distil.gradient_norm"
+        norm = "denoising_vit.distilled.train.gradient_norm"
         monkeypatch.setattr(norm, lambda _: torch.tensor(next(norms)))
     with pytest.raises(
         TrainError, match=rf"step 4: the {where} is not finite \((nan|inf)\).*Lower --learning-rate"

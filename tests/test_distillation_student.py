@@ -15,8 +15,8 @@ import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
 from denoising_vit import Backbone
+from denoising_vit.distilled.student import Average, Student, trained
 from denoising_vit.errors import TrainError
-from denoising_vit.training.distillation.student import Average, Student, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from denoising_vit.decomposition import ExactSolver, Statistics
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import PlanError
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 PATCH = 14
 

@@ -22,13 +22,13 @@ import denoising_vit as dv
 import tiny_fit as tiny
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.dataset import Dataset, open_dataset
+from denoising_vit.data import Dataset, open_dataset
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.ready import Done, Ready, finish_together
+from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import FitError, PhotoError, PlanError, StoreError
 from denoising_vit.fit import Estimate, FitJob, FitOptions
 from denoising_vit.fit.job import manifest_of
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.ready import Done, Ready, finish_together
-from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore, layout
 from denoising_vit.store.fields import FieldArray
 from denoising_vit.store.local import LocalObjects

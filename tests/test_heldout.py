@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from denoising_vit.decomposition.heldout import HeldOut
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 PLAN = ViewPlan.make(3, size=(28, 42), patch_size=14, resolution=(5, 6), full_image=False)
 

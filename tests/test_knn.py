@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
 from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours, vote
@@ -18,6 +17,7 @@ from denoising_vit.evaluation.labelled import LabelledData, open_labelled
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sources import Colour, ExtractorSource
+from denoising_vit.views.crops import Crop
 from tiny_labelled import (
     PALETTE,
     PATCH,

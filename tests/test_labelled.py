@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from denoising_vit.data.photos import photo_digest
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, open_labelled
 from denoising_vit.evaluation.labelled.images import Coding, read_mask
-from denoising_vit.photos import photo_digest
 
 HEIGHT, WIDTH = 2, 3
 ABC = Coding(3, "the list", ignored=(3, 255))

@@ -19,21 +19,21 @@ from skimage import data
 from torch import Tensor, nn
 
 import denoising_vit as dv
-import denoising_vit.visualize
+import denoising_vit.maps
 from denoising_vit import Backbone, BackboneError, Decomposition, FitError, NeuralFieldOptions, PlanError, ViewPlan
 from denoising_vit.cli import app
 from denoising_vit.cli import denoise_job as verb
+from denoising_vit.decomposition.extraction import extract_views
 from denoising_vit.decomposition.neural_field import Evaluation, NeuralFit, SeenViews, fit_neural_field
 from denoising_vit.decomposition.neural_field import fit as loop
 from denoising_vit.decomposition.neural_field.fit import evaluate, learning_rate
 from denoising_vit.decomposition.neural_field.model import NeuralModel
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.preparing import prepare
+from denoising_vit.decomposition.separating import gather
 from denoising_vit.denoise import work
-from denoising_vit.extraction import extract_views
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.patch_grid import patch_centres
-from denoising_vit.preparing import prepare
-from denoising_vit.rendering import to_image
-from denoising_vit.separating import gather
+from denoising_vit.views.patch_grid import patch_centres
+from denoising_vit.views.rendering import to_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -745,7 +745,7 @@ def test_command_line_fits_keeps_and_notices_another_recipe(
     def draw_dot(_photo: np.ndarray, _result: Decomposition, path: Path, **_options: Any) -> None:
         Image.new("RGB", (1, 1)).save(path, format="PNG")
 
-    monkeypatch.setattr(denoising_vit.visualize, "draw_panel", draw_dot)
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", draw_dot)
     photo, out = tmp_path / "one.png", tmp_path / "out"
     Image.fromarray(data.chelsea()).resize((90, 60)).save(photo)
 

@@ -19,13 +19,13 @@ from command import Dvit, Outcome, in_process
 from denoising_vit import Decomposition
 from denoising_vit.cli import denoise_job
 from denoising_vit.cli.app import VERBS, run
+from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.denoiser import write_denoiser
 from denoising_vit.errors import OutputError
 from denoising_vit.files import Mark, atomic_path, clipped, digest_of, owned_path, plain_stem, require_ours
-from denoising_vit.photos import photo_digest, read_photo
-from denoising_vit.showing import drawing
-from denoising_vit.video.parts import Parts
-from denoising_vit.video.records import recorded_in
+from denoising_vit.show import drawing
+from denoising_vit.show.video.parts import Parts
+from denoising_vit.show.video.records import recorded_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -345,7 +345,7 @@ def test_of_two_runs_of_show_none_loses_its_sheet(place: Place, monkeypatch: pyt
         return place.dvit("show", photo, "-o", "out", *own("--features", "raw", "--maps", "pca"))
 
     draw = once(lambda: show(two), drawing.draw_sheet)
-    monkeypatch.setattr("denoising_vit.showing.draw_sheet", draw)
+    monkeypatch.setattr("denoising_vit.show.draw_sheet", draw)
     assert show(one).code == 0
     marks = {path.name: Mark.read(path) for path in (place.folder / "out").iterdir()}
     assert marks == {"same.png": Mark("sheet", digest_of(two)), "same-2.png": Mark("sheet", digest_of(one))}

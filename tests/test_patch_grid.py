@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from denoising_vit.errors import SizeError
-from denoising_vit.patch_grid import check_side, nearest_sizes, patch_centres, patch_count
+from denoising_vit.views.patch_grid import check_side, nearest_sizes, patch_centres, patch_count
 
 # --- counts ---
 

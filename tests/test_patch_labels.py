@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL
 from denoising_vit.evaluation.patch_labels import commonest, patch_counts
+from denoising_vit.views.crops import Crop
 
 #: 4 x 4 pixels of three classes.
 LABELS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, -1], [2, 2, -1, -1], [2, 0, -1, 1]])

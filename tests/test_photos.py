@@ -17,10 +17,7 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
 from skimage import data
 
 import denoising_vit
-from denoising_vit.errors import DenoisingVitWarning, EvaluationError, PhotoError
-from denoising_vit.evaluation.depth.images import read_depth
-from denoising_vit.evaluation.labelled.images import Coding, read_mask
-from denoising_vit.photos import (
+from denoising_vit.data.photos import (
     FORMATS,
     IMAGE_SUFFIXES,
     is_panel,
@@ -29,6 +26,9 @@ from denoising_vit.photos import (
     read_photo,
     read_photo_bytes,
 )
+from denoising_vit.errors import DenoisingVitWarning, EvaluationError, PhotoError
+from denoising_vit.evaluation.depth.images import read_depth
+from denoising_vit.evaluation.labelled.images import Coding, read_mask
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.position import linear_position_r2, neighbour_position_r2
+from denoising_vit.metrics.position import linear_position_r2, neighbour_position_r2
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

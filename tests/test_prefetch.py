@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from denoising_vit.prefetch import prefetched
+from denoising_vit.progress import prefetched
 
 
 def workers() -> int:

@@ -8,8 +8,8 @@ from importlib.resources import files
 import pytest
 
 from denoising_vit.backbones.seeds import SEEDS
+from denoising_vit.denoiser.published import FIGURES, VARIANTS, published_row, published_rows
 from denoising_vit.errors import EvaluationError
-from denoising_vit.published import FIGURES, VARIANTS, published_row, published_rows
 
 
 def figures(model: str, variant: str) -> list[float | None]:
@@ -17,7 +17,7 @@ def figures(model: str, variant: str) -> list[float | None]:
 
 
 def test_the_file_names_its_source_first() -> None:
-    text = files("denoising_vit.published").joinpath("figures.csv").read_text(encoding="utf-8")
+    text = files("denoising_vit.denoiser.published").joinpath("figures.csv").read_text(encoding="utf-8")
     assert text.startswith(
         "# Yang et al., Denoising Vision Transformers, ECCV 2024 (arXiv 2401.02957), and the tables released with its"
         " code\n"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
 from denoising_vit.evaluation.sources import ExtractorSource
-from denoising_vit.tensor_files import compact
+from denoising_vit.files import compact
+from denoising_vit.views.crops import Crop
 from tiny_labelled import PATCH, SIZE, coloured, colours, tiny_backbone, write_labelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")

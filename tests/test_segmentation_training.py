@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, FitError
 from denoising_vit.evaluation import probing
 from denoising_vit.evaluation.judged import JudgedImage
@@ -33,6 +32,7 @@ from denoising_vit.evaluation.segmentation.judging import judge, windows
 from denoising_vit.evaluation.segmentation.probe import LinearProbe
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops
 from denoising_vit.evaluation.sources import ExtractorSource
+from denoising_vit.views.crops import Crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 import planted
+from denoising_vit.data.photos import is_panel
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import DenoiserError, FormatError, PlanError
 from denoising_vit.extractors import Cleaners
-from denoising_vit.photos import is_panel
-from denoising_vit.showing import MAPS, Gatherer, ShownPhoto, ShowOptions, draw_sheet
-from denoising_vit.showing.drawing import palette_of, pictures
-from denoising_vit.visualize.sheet import CELL, GAP, LEFT, RIGHT, Sheet
+from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT, Sheet
+from denoising_vit.show import MAPS, Gatherer, ShownPhoto, ShowOptions, draw_sheet
+from denoising_vit.show.drawing import palette_of, pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import denoising_vit as dv
 from denoising_vit import Backbone, DenoiseOptions, PlanError
-from denoising_vit.dataset import Skipped
-from denoising_vit.ready import finish_together
-from denoising_vit.stage_one import Failed, Ready, StageOne
+from denoising_vit.data import Skipped
+from denoising_vit.decomposition.ready import finish_together
+from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ import torch
 from denoising_vit.decomposition import Statistics
 from denoising_vit.decomposition.statistics import clip_norms, field_products, weighted_sum
 from denoising_vit.errors import BackboneError
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 
 def plan(views: int = 7, taper: float = 0.0) -> ViewPlan:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import StoreError
+from denoising_vit.files import KEY
 from denoising_vit.store import FeatureStore, Manifest
 from denoising_vit.store.local import LocalObjects
-from denoising_vit.tensor_files import KEY
 
 SHAPE = (3, 4, 5)
 IDS = ["a.jpg", "b.jpg", "c.jpg"]

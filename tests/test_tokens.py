@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.checks import checked
-from denoising_vit.evaluation.tokens import (
+from denoising_vit.metrics.checks import checked
+from denoising_vit.metrics.tokens import (
     OutlierShare,
     detail,
     effective_rank,

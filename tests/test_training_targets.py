@@ -13,14 +13,14 @@ from PIL import Image
 import tiny_artifact
 import tiny_training as tiny
 from denoising_vit import Backbone
-from denoising_vit.dataset import open_dataset
+from denoising_vit.data import open_dataset
+from denoising_vit.denoiser.fresh import FreshPairs
+from denoising_vit.denoiser.pairs import KeptPairs
+from denoising_vit.denoiser.targets import Fitted, FittedTargets, StoredTargets, Unusable
 from denoising_vit.errors import DenoisingVitError, TrainError
 from denoising_vit.store import FeatureStore, layout
 from denoising_vit.store.fields import FieldArray
 from denoising_vit.store.writing import ShardWriter
-from denoising_vit.training.fresh import FreshPairs
-from denoising_vit.training.pairs import KeptPairs
-from denoising_vit.training.targets import Fitted, FittedTargets, StoredTargets, Unusable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

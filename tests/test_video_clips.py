@@ -15,10 +15,10 @@ from PIL import Image
 
 import tiny_video as tiny
 from denoising_vit.errors import ClipError
-from denoising_vit.video import films
-from denoising_vit.video.clips import Clip, Frame
-from denoising_vit.video.encoding import join
-from denoising_vit.video.films import open_clip
+from denoising_vit.show.video import films
+from denoising_vit.show.video.clips import Clip, Frame
+from denoising_vit.show.video.encoding import join
+from denoising_vit.show.video.films import open_clip
 
 RATE = Fraction(24)
 

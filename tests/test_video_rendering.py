@@ -21,10 +21,10 @@ import tiny_video as tiny
 from denoising_vit import Backbone
 from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
-from denoising_vit.video import RenderedVideo, VideoOptions, render_video, rendering
-from denoising_vit.video.colours import PANELS
-from denoising_vit.video.sheet import GAP, HEADING
-from denoising_vit.visualize import Palette, write_palette
+from denoising_vit.maps import Palette, write_palette
+from denoising_vit.show.video import RenderedVideo, VideoOptions, render_video, rendering
+from denoising_vit.show.video.colours import PANELS
+from denoising_vit.show.video.sheet import GAP, HEADING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,7 +228,7 @@ def test_a_run_stopped_before_its_parts_were_joined(
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr("denoising_vit.video.parts.join", fail)
+        patch.setattr("denoising_vit.show.video.parts.join", fail)
         render(frames)
     done = render(frames)
     assert (done.resumed, done.frames) == (10, 10)
@@ -364,7 +364,7 @@ def test_wrong_files(render: Render, frames: Path, tmp_path: Path) -> None:
 
 
 def test_without_an_encoder(render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("denoising_vit.video.encoding.ENCODERS", ("libnothing",))
+    monkeypatch.setattr("denoising_vit.show.video.encoding.ENCODERS", ("libnothing",))
     with pytest.raises(ClipError, match=r"has no H\.264 encoder: expected libnothing.*pip install"):
         render(frames)
 

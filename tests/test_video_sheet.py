@@ -10,11 +10,11 @@ import torch
 
 import tiny_denoiser
 from denoising_vit.errors import FormatError
-from denoising_vit.video import VideoOptions
-from denoising_vit.video.pictures import over_white, upright
-from denoising_vit.video.sheet import GAP, HEADING, Sheet
-from denoising_vit.video.sizes import panel_size, shown_size
-from denoising_vit.visualize import Palette, read_palette, write_palette
+from denoising_vit.maps import Palette, read_palette, write_palette
+from denoising_vit.show.video import VideoOptions
+from denoising_vit.show.video.pictures import over_white, upright
+from denoising_vit.show.video.sheet import GAP, HEADING, Sheet
+from denoising_vit.show.video.sizes import panel_size, shown_size
 
 PANEL = 60, 101
 

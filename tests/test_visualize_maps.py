@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib import colormaps
 
-from denoising_vit.visualize import cluster_maps, norm_maps, similarity_maps
+from denoising_vit.maps import cluster_maps, norm_maps, similarity_maps
 
 
 def quarters(side: int = 6, channels: int = 8, noise: float = 0.0, seed: int = 0) -> torch.Tensor:

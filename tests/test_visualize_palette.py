@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.errors import FormatError
-from denoising_vit.tensor_files import KEY
-from denoising_vit.visualize import TITLES, Foreground, Palette, read_palette, write_palette
-from denoising_vit.visualize.palette import ENOUGH
+from denoising_vit.files import KEY
+from denoising_vit.maps import TITLES, Foreground, Palette, read_palette, write_palette
+from denoising_vit.maps.palette import ENOUGH
 from planted import backbone
 
 CHANNELS = 12

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.visualize import draw_panel
-from denoising_vit.visualize import panel as panel_module
-from denoising_vit.visualize.panel import _caption, _compared
-from denoising_vit.visualize.pca import PCABasis
-from denoising_vit.visualize.sheet import CELL, GAP, HEADING, LEFT, RIGHT, Sheet, halved, number
+from denoising_vit.maps import draw_panel
+from denoising_vit.maps import panel as panel_module
+from denoising_vit.maps.panel import _caption, _compared
+from denoising_vit.maps.pca import PCABasis
+from denoising_vit.maps.sheet import CELL, GAP, HEADING, LEFT, RIGHT, Sheet, halved, number
 
 
 def decomposition(height: int = 5, width: int = 7, channels: int = 6, **info: object) -> Decomposition:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from denoising_vit.visualize import PCABasis
-from denoising_vit.visualize.pca import robust_range, settle_signs
+from denoising_vit.maps import PCABasis
+from denoising_vit.maps.pca import robust_range, settle_signs
 
 
 def smooth_features(height: int = 11, width: int = 7, channels: int = 13, seed: int = 0) -> torch.Tensor:

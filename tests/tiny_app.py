@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 import tiny_export
-from denoising_vit.app.models import Models
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.denoiser import write_denoiser
+from denoising_vit.show.app.models import Models
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "cat.jpg"
 

@@ -16,8 +16,8 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.sources import Extractor
-from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.evaluation.workbench import Workbench
+from denoising_vit.progress import Watch, unwatched
 from tiny_labelled import PATCH, colours, speckled, tiny_backbone
 
 #: Of a video's frames.

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.dataset import open_dataset
+from denoising_vit.data import open_dataset
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.fit import FitJob, FitOptions
-from denoising_vit.options import DenoiseOptions
 from denoising_vit.store import FeatureStore
 
 MODEL = "vit_tiny_patch16_224"

@@ -15,10 +15,10 @@ from torch import Tensor
 import tiny_artifact
 from denoising_vit import Backbone
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.dataset import open_dataset
-from denoising_vit.evaluation.watching import unwatched
+from denoising_vit.data import open_dataset
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.fit import FitJob, FitOptions
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.progress import unwatched
 from denoising_vit.store import FeatureStore
 from denoising_vit.training import PairOptions, Photos, Stored, TrainJob, TrainOptions
 from denoising_vit.training.checkpoints import Progress

@@ -1,11 +1,11 @@
 # The public names and where each is: read by type checkers, and by lazy_loader when a name is first used.
 from .artifact import Artifact, load_artifact
 from .backbones import SEEDS, Backbone, load_backbone
-from .calibration import CalibrationOptions, calibrate
 from .decomposition import Decomposition
+from .decomposition.calibration import CalibrationOptions, calibrate
 from .decomposition.neural_field import NeuralFieldOptions
+from .decomposition.options import DenoiseOptions
 from .denoise import denoise_image
-from .denoised import DenoisedViT
 from .denoiser import Denoiser, load_denoiser
 from .diagnosis import DiagnoseOptions, diagnose
 from .errors import (
@@ -22,8 +22,8 @@ from .errors import (
     WeightsError,
 )
 from .export import ExportOptions, export_extractor, load_extractor, verify_export
-from .options import DenoiseOptions
-from .views import CropOptions, ViewPlan
+from .extractors import DenoisedViT
+from .views.plan import CropOptions, ViewPlan
 
 __all__ = [
     "SEEDS",

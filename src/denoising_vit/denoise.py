@@ -14,7 +14,11 @@ from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.decomposition import Decomposition
+from denoising_vit.decomposition.extraction import Photo, load_image
 from denoising_vit.decomposition.neural_field import Evaluation
+from denoising_vit.decomposition.options import ONE_PASS, DenoiseOptions
+from denoising_vit.decomposition.preparing import given_artifact, prepare
+from denoising_vit.decomposition.separating import Job, map_to_clean, separate_exactly, separate_neurally, subtract
 from denoising_vit.denoiser.loading import (
     FoundDenoiser,
     GivenDenoiser,
@@ -23,10 +27,6 @@ from denoising_vit.denoiser.loading import (
     source_name,
 )
 from denoising_vit.errors import PlanError
-from denoising_vit.extraction import Photo, load_image
-from denoising_vit.options import ONE_PASS, DenoiseOptions
-from denoising_vit.preparing import given_artifact, prepare
-from denoising_vit.separating import Job, map_to_clean, separate_exactly, separate_neurally, subtract
 
 Progress = Callable[[int, int], None]
 

@@ -1,25 +1,27 @@
-"""Writing files so that none is ever half there, and none that is not ours is ever replaced.
-
-The rule of every verb: what is written is new, or carries our mark and belongs to the same input, or is refused by
-name; an input is never an output. :func:`owned_path` is this rule.
-"""
+"""Files: written whole or not at all, never over what is not ours; safetensors records; optional packages."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import re
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from denoising_vit.errors import OutputError
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from denoising_vit.errors import DenoisingVitError, FormatError, OutputError
 
 _UMASK_LOCK = threading.Lock()
 
@@ -235,3 +237,86 @@ def unwritable(error: Exception) -> str:
     if isinstance(error, FileExistsError):  # the system's words, "File exists", would not tell what is wrong
         return os.strerror(errno.ENOTDIR)
     return getattr(error, "strerror", None) or str(error)
+
+
+T = TypeVar("T")
+
+#: Under which the record stands in a file's metadata, as JSON.
+KEY = "denoising_vit"
+
+#: ``format`` in the record of a distilled model's weights.
+DISTILLED = "denoising-vit/distilled"
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is a safetensors file by its beginning, whatever its name: a length, then the head as JSON.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
+
+
+def read_record(path: Path) -> Any:
+    """The record in a file's metadata; an empty one where the file has none.
+
+    Raises:
+        SafetensorError, OSError, JSONDecodeError: if the file is none, or damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(KEY, "{}"))
+
+
+def require_version(path: Path, head: Mapping[str, Any], known: int) -> None:
+    """Refuses a file whose record tells no version of its format, or that of a later release.
+
+    Raises:
+        FormatError: saying what is wrong, or what to do.
+    """
+    version = head.get("format_version")
+    if version is None:
+        raise FormatError(f"{path}: damaged, its metadata lacks format_version")
+    if not isinstance(version, int):
+        raise FormatError(f"{path}: damaged, expected a number as its format_version, got {version!r}")
+    if version > known:
+        raise FormatError(
+            f"{path}: written in format version {version}, this release reads up to {known}; upgrade denoising-vit"
+        )
+
+
+def compact(values: Tensor) -> Tensor:
+    """Values as they are stored: float16, unless they exceed its range, as features without a final norm can."""
+    values = values.detach().cpu()
+    fits = not values.numel() or float(values.abs().max()) < torch.finfo(torch.float16).max
+    return (values.half() if fits else values.float()).contiguous()
+
+
+def below(prefix: str, tensors: dict[str, T]) -> dict[str, T]:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def needed(package: str, extra: str, error: type[DenoisingVitError]) -> Any:
+    """Imports a package of an extra.
+
+    Raises:
+        DenoisingVitError: of the type that is given, if it is not installed, naming the extra.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as missing:
+        raise error(
+            f"this needs {package}: install the extra `{extra}` (pip install '.[{extra}]' in a clone of denoising-vit)"
+        ) from missing

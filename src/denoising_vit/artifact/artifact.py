@@ -17,8 +17,7 @@ from torch.nn.functional import interpolate
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError
-from denoising_vit.files import atomic_path
-from denoising_vit.tensor_files import KEY, compact, read_record, require_version
+from denoising_vit.files import KEY, atomic_path, compact, read_record, require_version
 
 FORMAT = "denoising-vit/artifact"
 FORMAT_VERSION = 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from denoising_vit.artifact.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.errors import ArtifactError, PlanError
-from denoising_vit.tensor_files import compact
+from denoising_vit.files import compact
 
 #: What stands for the artifact that comes with the package.
 SHIPPED = "shipped"

@@ -15,7 +15,7 @@ from denoising_vit.backbones.attention import BlockedAttention
 from denoising_vit.backbones.fingerprint import Fingerprint, state_digest
 from denoising_vit.backbones.intermediates import Intermediates, block_numbers
 from denoising_vit.errors import BackboneError
-from denoising_vit.patch_grid import check_side, nearest_sizes, patch_count
+from denoising_vit.views.patch_grid import check_side, nearest_sizes, patch_count
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

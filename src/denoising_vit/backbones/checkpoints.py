@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from denoising_vit.errors import WeightsError
-from denoising_vit.tensor_files import is_safetensors
+from denoising_vit.files import is_safetensors
 
 #: Parts of names that compilation, data parallelism and the like add, at any place in a name.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -15,8 +15,8 @@ from torch import nn
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
+from denoising_vit.backbones.seeding import seeded
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
-from denoising_vit.seeding import seeded
 
 #: What stands before a hub id or a directory.
 PREFIX = "hf:"

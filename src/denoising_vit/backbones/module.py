@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from denoising_vit.errors import BackboneError
-from denoising_vit.patch_grid import nearest_sizes
+from denoising_vit.views.patch_grid import nearest_sizes
 
 Layout = Literal["auto", "channels_last", "channels_first", "tokens"]
 

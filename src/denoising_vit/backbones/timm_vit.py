@@ -12,9 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denoising_vit.backbones.base import Backbone
+from denoising_vit.backbones.seeding import seeded
 from denoising_vit.errors import BackboneError
-from denoising_vit.patch_grid import nearest_sizes
-from denoising_vit.seeding import seeded
+from denoising_vit.views.patch_grid import nearest_sizes
 
 
 class TimmBackbone(Backbone):

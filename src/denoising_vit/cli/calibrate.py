@@ -9,12 +9,12 @@ from typing import Annotated
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.calibration import Calibration, CalibrationOptions, doubt_about, run_calibration
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.outputs import input_digest
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.dataset import Skipped, named_photos, open_dataset, spread
+from denoising_vit.data import Skipped, named_photos, open_dataset, spread
+from denoising_vit.decomposition.calibration import Calibration, CalibrationOptions, doubt_about, run_calibration
 from denoising_vit.files import Mark, owned_path, require_ours
 
 

@@ -15,16 +15,16 @@ from denoising_vit.cli.denoise_job import DenoiseJob
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.outputs import OutputError, OutputFolder, require_writable
 from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error, print_note
-from denoising_vit.dataset import find_photos
+from denoising_vit.data import find_photos
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.preparing import given_artifact, prepare
 from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.evaluation.records import run_info, software_words
 from denoising_vit.files import Mark, digest_of, require_ours
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.preparing import given_artifact, prepare
 
 if TYPE_CHECKING:
-    from denoising_vit.pages.photos import PhotosPage
+    from denoising_vit.show.pages.photos import PhotosPage
 
 
 def denoise(
@@ -121,13 +121,13 @@ def denoise(
 
 
 def _page() -> PhotosPage:
-    from denoising_vit.pages.photos import PhotosPage  # matplotlib and scikit-learn take seconds to import
+    from denoising_vit.show.pages.photos import PhotosPage  # matplotlib and scikit-learn take seconds to import
 
     return PhotosPage(run_info()["command"])
 
 
 def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str, path: Path, mark: Mark) -> None:
-    from denoising_vit.pages import write_page
+    from denoising_vit.show.pages import write_page
 
     run = run_info()
     about = {

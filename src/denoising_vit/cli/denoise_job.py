@@ -18,17 +18,17 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe, same_weights
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Row
+from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.decomposition import Decomposition
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoise import denoise_image, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path, digest_of, readable
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.photos import photo_digest, read_photo
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 if TYPE_CHECKING:
-    from denoising_vit.pages.photos import PhotosPage
+    from denoising_vit.show.pages.photos import PhotosPage
 
 #: Options that change nothing in the result, or whose part in it the plan's digest tells.
 _INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "area", "ratio", "taper", "seed", "batch_size"}
@@ -147,7 +147,7 @@ class DenoiseJob:
         self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output
     ) -> Iterator[None]:
         """Draws the picture, which comes to its place if the block succeeds."""
-        from denoising_vit.visualize import draw_panel  # matplotlib and scikit-learn take seconds to import
+        from denoising_vit.maps import draw_panel  # matplotlib and scikit-learn take seconds to import
 
         with atomic_path(output.panel) as temporary:
             draw_panel(pixels, result, temporary, upsample=self.upsample, exact=exact)

@@ -16,11 +16,11 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USA
 from denoising_vit.cli.outputs import input_digest, require_writable
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.dataset import named_photos, open_dataset, spread
-from denoising_vit.denoised import DenoisedViT
+from denoising_vit.data import named_photos, open_dataset, spread
 from denoising_vit.denoiser import find_denoiser, find_shipped
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
+from denoising_vit.extractors import DenoisedViT
 from denoising_vit.files import Mark, owned_path, require_ours, unwritable
 
 #: What is written, and what it is marked as.
@@ -90,7 +90,7 @@ def diagnose(
 def _write(found: Diagnosis, out: Path, source: str) -> None:
     from denoising_vit.diagnosis.page import render_page  # matplotlib and scikit-learn take seconds to import
     from denoising_vit.evaluation.records import run_info
-    from denoising_vit.pages import write_page
+    from denoising_vit.show.pages import write_page
 
     artifact, figures, page = (Mark(kind, source) for kind in _FILES.values())
     with owned_path(out / "artifact.safetensors", artifact) as temporary:

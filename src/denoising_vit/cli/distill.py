@@ -11,7 +11,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
-from denoising_vit.dataset import Dataset, open_dataset
+from denoising_vit.data import Dataset, open_dataset
 from denoising_vit.errors import TrainError
 from denoising_vit.store import FeatureStore
 from denoising_vit.training import DistillJob, DistillOptions, Stored, ViewOptions

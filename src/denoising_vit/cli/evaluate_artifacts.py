@@ -15,7 +15,8 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.judging import finish
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.dataset import Dataset, Skipped, named_photos, open_dataset, spread
+from denoising_vit.data import Dataset, Skipped, named_photos, open_dataset, spread
+from denoising_vit.data.photos import photo_digest
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.records import Record, Results, run_info
@@ -23,7 +24,6 @@ from denoising_vit.evaluation.sources import Extractor, backbone_settings
 from denoising_vit.evaluation.workbench import Line
 from denoising_vit.extractors import Cleaners, parse_names
 from denoising_vit.metrics.blank_test import BLANK_TEST
-from denoising_vit.photos import photo_digest
 
 
 def artifacts(

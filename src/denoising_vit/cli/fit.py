@@ -12,10 +12,10 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
 from denoising_vit.cli.streams import print_json
-from denoising_vit.dataset import Dataset, open_dataset
+from denoising_vit.data import Dataset, open_dataset
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import FitError, PhotoError
 from denoising_vit.fit import FitJob, FitOptions
-from denoising_vit.options import DenoiseOptions
 
 
 def fit(

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.data.photos import is_panel
 from denoising_vit.decomposition.files import read_head
 from denoising_vit.errors import FormatError, OutputError
 from denoising_vit.files import Mark, atomic_path, digest_of, plain_stem, readable, unwritable
-from denoising_vit.photos import is_panel
 
 __all__ = ["Output", "OutputError", "OutputFolder", "input_digest", "require_writable"]
 

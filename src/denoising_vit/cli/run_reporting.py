@@ -29,7 +29,7 @@ def exit_code(accelerator: Any, *, some_failed: bool) -> int:
 
 def tell_page(folder: Path) -> None:
     """Writes the page of a run; a page that cannot be made is said, and ends no run."""
-    from denoising_vit.pages.run import write_run_page
+    from denoising_vit.show.pages.run import write_run_page
 
     if not (folder / "log.jsonl").is_file():
         return  # it has not begun

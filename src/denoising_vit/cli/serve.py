@@ -7,10 +7,10 @@ import threading
 
 import tyro
 
-from denoising_vit.app.options import AppOptions
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.show.app.options import AppOptions
 
 
 def app(
@@ -30,8 +30,8 @@ def app(
             exact fits one in each photo, and subtract takes the one that comes with the package.
     """
     page.validate()
-    from denoising_vit.app.models import Models
-    from denoising_vit.app.serving import serve
+    from denoising_vit.show.app.models import Models
+    from denoising_vit.show.app.serving import serve
 
     if page.share:
         print_error(

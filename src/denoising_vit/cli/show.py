@@ -16,16 +16,16 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import PhotoProgress, print_error, print_note, print_skipped
-from denoising_vit.dataset import find_photos
+from denoising_vit.data import find_photos
+from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import DenoisingVitError, OutputError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, owned_path, plain_stem, readable, require_ours
-from denoising_vit.photos import read_photo
-from denoising_vit.showing.options import ShowOptions
+from denoising_vit.show.options import ShowOptions
 
 if TYPE_CHECKING:
-    from denoising_vit.showing.gathering import Gatherer, ShownPhoto
-    from denoising_vit.visualize import Palette
+    from denoising_vit.maps import Palette
+    from denoising_vit.show.gathering import Gatherer, ShownPhoto
 
 #: Endings of the name of one sheet.
 _ONE_SHEET = (".png", ".pdf", ".svg")
@@ -110,8 +110,8 @@ def _open(
     kind: str,
 ) -> _Job:
     """Loads the backbone; what is wrong with options and files is said before a photo is touched."""
-    from denoising_vit.showing import Gatherer  # matplotlib takes a second to import
-    from denoising_vit.visualize import read_palette
+    from denoising_vit.maps import read_palette
+    from denoising_vit.show import Gatherer  # matplotlib takes a second to import
 
     backbone = model.load()
     names = options.names(backbone, cleaners.denoiser)
@@ -166,7 +166,7 @@ class _Job:
     def _draw_kept(
         self, photos: list[tuple[Path, ShownPhoto]], source: str, save_palette: Path | None, *, one: bool
     ) -> None:
-        from denoising_vit.visualize import write_palette
+        from denoising_vit.maps import write_palette
 
         shown = [photo for _, photo in photos]
         common = self._palette(shown) if self.together or save_palette else None
@@ -211,13 +211,13 @@ class _Job:
                 progress.finish()
 
     def _palette(self, photos: list[ShownPhoto]) -> Palette:
-        from denoising_vit.showing.drawing import palette_of
+        from denoising_vit.show.drawing import palette_of
 
         return self.given or palette_of(photos, self.options, describe(self.gatherer.backbone))
 
     def _draw(self, photos: list[ShownPhoto], palettes: list[Palette], path: Path, suffix: str) -> None:
-        from denoising_vit.showing import draw_sheet
-        from denoising_vit.visualize.sheet import BESIDE
+        from denoising_vit.maps.sheet import BESIDE
+        from denoising_vit.show import draw_sheet
 
         backbone = self.gatherer.backbone
         exact = [f"exact of {self.options.views} views"] if "exact" in self.gatherer.names else []

@@ -11,10 +11,10 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
-from denoising_vit.dataset import open_dataset
+from denoising_vit.data import open_dataset
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import TrainError
-from denoising_vit.evaluation.watching import unwatched
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.progress import unwatched
 from denoising_vit.store import FeatureStore
 from denoising_vit.training import PairOptions, Photos, Stored, TrainJob, TrainOptions
 

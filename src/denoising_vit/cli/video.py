@@ -23,12 +23,12 @@ from denoising_vit.cli.streams import print_json
 from denoising_vit.errors import DenoisingVitError, OutputError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import plain_stem, readable
-from denoising_vit.video import VideoMaker, VideoOptions
-from denoising_vit.video.clips import Clip
-from denoising_vit.video.films import open_clip
-from denoising_vit.video.frame_files import require_frames
-from denoising_vit.video.parts import BegunElsewhereError
-from denoising_vit.video.rendering import require_own_video
+from denoising_vit.show.video import VideoMaker, VideoOptions
+from denoising_vit.show.video.clips import Clip
+from denoising_vit.show.video.films import open_clip
+from denoising_vit.show.video.frame_files import require_frames
+from denoising_vit.show.video.parts import BegunElsewhereError
+from denoising_vit.show.video.rendering import require_own_video
 
 
 def video(

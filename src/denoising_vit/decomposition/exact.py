@@ -20,7 +20,7 @@ from torch import Tensor
 
 from denoising_vit.decomposition.block_tridiagonal import BlockTridiagonal
 from denoising_vit.errors import PlanError
-from denoising_vit.views import ViewPlan, least_views
+from denoising_vit.views.plan import ViewPlan, least_views
 
 #: Rows of L^-1 K^T that are gathered before they enter T, and columns of T updated at once: large enough for the
 #: products to run at full speed, small enough for memory to stay O(nodes per side x positions).

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.errors import FormatError
-from denoising_vit.patch_grid import patch_count
-from denoising_vit.tensor_files import KEY, compact, read_record, require_version
+from denoising_vit.files import KEY, compact, read_record, require_version
+from denoising_vit.views.patch_grid import patch_count
 
 if TYPE_CHECKING:
     from denoising_vit.decomposition.result import Decomposition

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.decomposition.statistics import require_finite
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 
 class Agreement:

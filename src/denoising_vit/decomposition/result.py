@@ -14,8 +14,8 @@ from torch import Tensor
 
 from denoising_vit.decomposition.files import read_decomposition, write_decomposition
 from denoising_vit.files import atomic_path
-from denoising_vit.patch_grid import patch_centres, patch_count
-from denoising_vit.views import linear_weights
+from denoising_vit.views.patch_grid import patch_centres, patch_count
+from denoising_vit.views.plan import linear_weights
 
 
 @dataclass(frozen=True, eq=False)

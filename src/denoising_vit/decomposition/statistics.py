@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import BackboneError
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 
 class Statistics:

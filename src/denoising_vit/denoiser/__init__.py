@@ -11,7 +11,7 @@ from denoising_vit.denoiser.loading import (
     source_name,
 )
 from denoising_vit.denoiser.module import Denoiser
-from denoising_vit.denoiser.published import HUB_ID, fetch_published, published_file, published_variants
+from denoising_vit.denoiser.published.checkpoints import HUB_ID, fetch_published, published_file, published_variants
 
 __all__ = [
     "HUB_ID",

@@ -17,8 +17,7 @@ from denoising_vit.backbones.checkpoints import models_among, read_state_dict, t
 from denoising_vit.backbones.recorded import names_backbone
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
-from denoising_vit.files import atomic_path
-from denoising_vit.tensor_files import KEY, compact, is_safetensors, read_record, require_version
+from denoising_vit.files import KEY, atomic_path, compact, is_safetensors, read_record, require_version
 
 FORMAT = "denoising-vit/denoiser"
 FORMAT_VERSION = 1

@@ -12,9 +12,9 @@ from denoising_vit.backbones.hub import offline_if_unreachable
 from denoising_vit.backbones.recorded import is_recorded
 from denoising_vit.denoiser.files import read_denoiser, require_finite
 from denoising_vit.denoiser.module import Denoiser
-from denoising_vit.denoiser.published import fetch_published, published_variants
+from denoising_vit.denoiser.published import VARIANTS
+from denoising_vit.denoiser.published.checkpoints import fetch_published, published_variants
 from denoising_vit.errors import DenoiserError, FormatError
-from denoising_vit.published import VARIANTS
 
 #: Checkpoints that are denoisers; the others are whole models.
 DENOISED = tuple(variant for variant in VARIANTS if variant.endswith("denoised"))

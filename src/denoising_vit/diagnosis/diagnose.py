@@ -12,8 +12,8 @@ import numpy as np
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.calibration import OnPhoto, doubt_about, named_pixels
-from denoising_vit.dataset import Skipped
+from denoising_vit.data import Skipped
+from denoising_vit.decomposition.calibration import OnPhoto, doubt_about, named_pixels
 from denoising_vit.diagnosis.evidence import Evidence
 from denoising_vit.diagnosis.gathering import Extractor, Gathering
 from denoising_vit.diagnosis.options import DiagnoseOptions
@@ -28,9 +28,9 @@ from denoising_vit.diagnosis.verdict import (
     judge,
     too_few,
 )
-from denoising_vit.evaluation.artifacts import ArtifactMetrics, artifact_metrics
-from denoising_vit.evaluation.tokens import typical_energy
+from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics
 from denoising_vit.metrics.blank_test import blank_figures
+from denoising_vit.metrics.tokens import typical_energy
 
 
 @dataclass(frozen=True, eq=False)

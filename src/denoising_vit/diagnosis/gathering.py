@@ -11,17 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.calibration import Calibration, OnPhoto, energy_of, joined, require_enough, telling
-from denoising_vit.crops import Crop
-from denoising_vit.dataset import Skipped
+from denoising_vit.data import Skipped
+from denoising_vit.decomposition.calibration import Calibration, OnPhoto, energy_of, joined, require_enough, telling
+from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.diagnosis.evidence import Evidence, Shown
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
 from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
-from denoising_vit.rendering import ViewRenderer, to_image
-from denoising_vit.sampling import at_patches, on_nodes
-from denoising_vit.stage_one import Failed, Ready, StageOne
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.rendering import ViewRenderer, to_image
+from denoising_vit.views.sampling import at_patches, on_nodes
 
 Extractor = Callable[[Tensor], Tensor]
 

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from denoising_vit.calibration.stability import ENOUGH
+from denoising_vit.decomposition.calibration.stability import ENOUGH
 from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.evidence import Evidence
-from denoising_vit.pages import Picture, jpeg_uri, png_uri, render
-from denoising_vit.pages.rendering import basename
-from denoising_vit.pages.scales import scale_colours
-from denoising_vit.visualize import PCABasis, norm_maps
+from denoising_vit.maps import PCABasis, norm_maps
+from denoising_vit.show.pages import Picture, jpeg_uri, png_uri, render
+from denoising_vit.show.pages.rendering import basename
+from denoising_vit.show.pages.scales import scale_colours
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from denoising_vit.calibration import Stability
+from denoising_vit.decomposition.calibration import Stability
 from denoising_vit.decomposition.statistics import clip_norms
-from denoising_vit.evaluation.artifacts import ArtifactMetrics
-from denoising_vit.evaluation.tokens import detail, effective_rank
+from denoising_vit.metrics.artifacts import ArtifactMetrics
+from denoising_vit.metrics.tokens import detail, effective_rank
 
 Strength = Literal["weak", "moderate", "strong"]
 Kind = Literal["positional", "outlier tokens"]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation.comparison import Curve
 from denoising_vit.evaluation.labelled import LabelledData
@@ -22,6 +21,7 @@ from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
+from denoising_vit.views.crops import Crop
 
 #: How clusters get classes: each the commonest class of its pixels, or one cluster a class.
 Matching = Literal["majority", "hungarian"]

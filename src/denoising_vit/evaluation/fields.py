@@ -15,7 +15,10 @@ from PIL import Image
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.recorded import weights_key
-from denoising_vit.dataset import Dataset, Item
+from denoising_vit.data import Dataset, Item
+from denoising_vit.data.photos import photo_digest
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.preparing import given_artifact
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedData, JudgedImage, JudgedSet
 from denoising_vit.evaluation.seeing import Shown
@@ -23,11 +26,8 @@ from denoising_vit.evaluation.sizes import native_size
 from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.files import atomic_path
 from denoising_vit.fit import FitJob, FitOptions
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.photos import photo_digest
-from denoising_vit.preparing import given_artifact
 from denoising_vit.store import FeatureStore
-from denoising_vit.views import Coverage
+from denoising_vit.views.plan import Coverage
 
 #: Called with the split that is being fitted, images done, and images in all.
 OnFitted = Callable[[str, int, int], None]

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.neighbours import nearest
@@ -21,6 +20,7 @@ from denoising_vit.evaluation.segmentation.probe import at_places
 from denoising_vit.evaluation.sizes import Patches, shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
+from denoising_vit.views.crops import Crop
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from denoising_vit.dataset import Skipped
+from denoising_vit.data import Skipped
 from denoising_vit.errors import EvaluationError, PhotoError
 
 #: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.

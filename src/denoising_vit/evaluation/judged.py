@@ -11,8 +11,8 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from denoising_vit.dataset import Skipped
-from denoising_vit.photos import read_photo
+from denoising_vit.data import Skipped
+from denoising_vit.data.photos import read_photo
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.neighbours import nearest
@@ -21,6 +20,7 @@ from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
 from denoising_vit.evaluation.sizes import Patches, shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.views.crops import Crop
 
 #: Added to the seed for the crops of the images that are judged, so that they are others than the gallery's.
 _VAL_SEED = 1_000_003

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
-from denoising_vit.evaluation.watching import Watch
 from denoising_vit.extractors import FEATURES, Cleaners
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.progress import Watch
 
 #: Names of the sources that are always there.
 SOURCES = FEATURES

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL
-from denoising_vit.patch_grid import patch_count
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.patch_grid import patch_count
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:

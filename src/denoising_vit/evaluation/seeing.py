@@ -16,14 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from denoising_vit.crops import Crop
+from denoising_vit.decomposition.extraction import fitting_batch
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.extraction import fitting_batch
-from denoising_vit.files import atomic_path
-from denoising_vit.prefetch import prefetched
-from denoising_vit.tensor_files import compact
+from denoising_vit.files import atomic_path, compact
+from denoising_vit.progress import prefetched
+from denoising_vit.views.crops import Crop
 
 #: Most that a file takes besides its values.
 _HEADER = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.patch_grid import check_side, nearest_sizes
+from denoising_vit.views.patch_grid import check_side, nearest_sizes
 
 
 class Patches(Protocol):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe, weights_key
-from denoising_vit.crops import Crop
-from denoising_vit.denoised import DenoisedViT
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.rendering import to_image
+from denoising_vit.extractors import DenoisedViT
 from denoising_vit.store import FeatureStore
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.rendering import to_image
 
 #: extractor(image (B, 3, H, W)) -> features (B, h, w, C).
 Extractor = Callable[[Tensor], Tensor]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.comparison import Comparison, Curve, Judge
 from denoising_vit.evaluation.judged import JudgedData
@@ -26,8 +27,7 @@ from denoising_vit.evaluation.seeing import FeatureCache, Shown
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
 from denoising_vit.evaluation.sizes import check_size
 from denoising_vit.evaluation.sources import Extractor, FeatureSource, backbone_settings
-from denoising_vit.evaluation.watching import Watch, unwatched
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.progress import Watch, unwatched
 
 #: Mean and deviation that the published evaluation gives images of every model.
 IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)

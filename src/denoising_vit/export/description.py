@@ -12,12 +12,12 @@ from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.fingerprint import state_digest
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.denoised import DenoisedViT
 from denoising_vit.denoiser import denoiser_digest
 from denoising_vit.errors import ExportError
 from denoising_vit.export.options import ExportOptions
 from denoising_vit.export.traceable import Extractor
-from denoising_vit.tensor_files import DISTILLED, is_safetensors, read_record
+from denoising_vit.extractors import DenoisedViT
+from denoising_vit.files import DISTILLED, is_safetensors, read_record
 
 #: Versions that decide what a file holds and how it runs.
 _PACKAGES = ("denoising-vit", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime")

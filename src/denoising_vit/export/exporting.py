@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from denoising_vit.denoised import DenoisedViT
 from denoising_vit.errors import ExportError
 from denoising_vit.export.card import card
 from denoising_vit.export.comparison import CHECKED, TOLERANCES, Comparison, Run, compare, record
@@ -28,8 +27,8 @@ from denoising_vit.export.running import INT8, ONNX, PROGRAM, runner
 from denoising_vit.export.tensors import write_tensors
 from denoising_vit.export.timm_folder import WEIGHTS, write_timm
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
-from denoising_vit.files import clipped, current_umask, unwritable
-from denoising_vit.tensor_files import file_digest
+from denoising_vit.extractors import DenoisedViT
+from denoising_vit.files import clipped, current_umask, file_digest, unwritable
 
 FORMAT = "denoising-vit/export"
 FORMAT_VERSION = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from denoising_vit import extras
+from denoising_vit import files as extras
 from denoising_vit.errors import ExportError
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface import HuggingFaceBackbone
-from denoising_vit.denoised import DenoisedViT
 from denoising_vit.export.resampling import resample, resample_positions, timm_resamples_in_graph
-from denoising_vit.patch_grid import patch_count
-from denoising_vit.positions import sinusoidal_positions
+from denoising_vit.extractors import DenoisedViT
+from denoising_vit.views.patch_grid import patch_count
+from denoising_vit.views.positions import sinusoidal_positions
 
 #: How timm lays out the rotary embedding of DINOv3: rows before columns, each axis by its own length.
 PLAIN_ROPE = ("ij", "separate")

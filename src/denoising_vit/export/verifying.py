@@ -15,7 +15,7 @@ from denoising_vit.errors import ExportError
 from denoising_vit.export.comparison import INT8_SLACK, Comparison, compare, record
 from denoising_vit.export.exporting import FORMAT, FORMAT_VERSION, META, REFERENCE
 from denoising_vit.export.running import runner
-from denoising_vit.tensor_files import file_digest
+from denoising_vit.files import file_digest
 
 
 @dataclass(frozen=True)

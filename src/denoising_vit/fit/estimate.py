@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import FitError
-from denoising_vit.stage_one import StageOne
 
 #: Batches that are timed, after one that warms up.
 _TIMED = 2

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.backbones.batching import compiled
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.batching import compiled
-from denoising_vit.dataset import Dataset
+from denoising_vit.data import Dataset
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import FitError
 from denoising_vit.fit.estimate import Estimate, free_bytes, seconds_per_pass
 from denoising_vit.fit.local import LocalRun, OnPhoto
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.fit.ray_engine import RayJob, fit_with_ray, local_threads
-from denoising_vit.options import DenoiseOptions
-from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore, Manifest
 
 #: Options that are told by the plan, the size or the number of nodes, or that change nothing in the stored fields.

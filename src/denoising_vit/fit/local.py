@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.dataset import Dataset, Skipped
+from denoising_vit.data import Dataset, Skipped
+from denoising_vit.decomposition.ready import Done, Failed, Ready, finish_together
+from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import FieldError, PhotoError
-from denoising_vit.patch_grid import patch_centres
-from denoising_vit.ready import Done, Failed, Ready, finish_together
-from denoising_vit.stage_one import StageOne
 from denoising_vit.store import FeatureStore, ShardWriter
-from denoising_vit.views import linear_weights
+from denoising_vit.views.patch_grid import patch_centres
+from denoising_vit.views.plan import linear_weights
 
 #: Called with the index of a photo and None, or why it was not done.
 OnPhoto = Callable[[int, str | None], None]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from denoising_vit import errors
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitError, FitError
 from denoising_vit.fit.local import LocalRun, OnPhoto
 from denoising_vit.fit.options import FitOptions
-from denoising_vit.options import DenoiseOptions
 from denoising_vit.store import FeatureStore
 
 #: Of a machine's processors, the share that workers ask for; the rest reads and schedules.
@@ -73,10 +73,10 @@ class ShardFitter:
     def _load(self, job: RayJob) -> None:
         import torch
 
-        from denoising_vit.batching import compiled
-        from denoising_vit.dataset import open_dataset
+        from denoising_vit.backbones.batching import compiled
+        from denoising_vit.data import open_dataset
+        from denoising_vit.decomposition.stage_one import StageOne
         from denoising_vit.fit.job import manifest_of
-        from denoising_vit.stage_one import StageOne
 
         if job.threads is not None:
             torch.set_num_threads(job.threads)

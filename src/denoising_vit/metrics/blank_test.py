@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.metrics.blank_images import high_frequencies, noise_image, uniform_images, variance_over_places
-from denoising_vit.rendering import to_image
+from denoising_vit.views.rendering import to_image
 
 #: What results are told apart by: which images and figures there are.
 BLANK_TEST = 1

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.dataset import Dataset, Item, open_dataset, spread
+from denoising_vit.data import Dataset, Item, open_dataset, spread
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import PhotoError
-from denoising_vit.evaluation.watching import Watch
-from denoising_vit.options import DenoiseOptions
+from denoising_vit.progress import Watch
 from denoising_vit.reproduction.rows import TrainingPhotos
 from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
 

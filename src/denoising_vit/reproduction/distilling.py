@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.evaluation.watching import Watch
+from denoising_vit.progress import Watch
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import TrainingPhotos
 from denoising_vit.training import DistillJob, DistillOptions, ViewOptions

@@ -10,10 +10,10 @@ from PIL import Image
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.depth.data import NYU_SIZE
 from denoising_vit.evaluation.segmentation import RELEASED
-from denoising_vit.options import DenoiseOptions
 from denoising_vit.reproduction.denoising import DenoiserRecipe
 from denoising_vit.reproduction.distilling import DistilledRecipe
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS

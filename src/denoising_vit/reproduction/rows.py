@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from denoising_vit.published import PublishedRow, published_row, published_rows
+from denoising_vit.denoiser.published import PublishedRow, published_row, published_rows
 
 #: Whether a step can be done: done already, ready, or data is missing.
 Status = Literal["done", "ready", "missing"]
@@ -114,7 +114,7 @@ class Variant:
     distilled: TrainingPhotos | None = None
 
 
-#: All of :data:`~denoising_vit.published.VARIANTS`. Whatever the denoiser was trained on, models were distilled on
+#: All of `VARIANTS`. Whatever the denoiser was trained on, models were distilled on
 #: ImageNet-1k.
 VARIANTS_MADE: Mapping[str, Variant] = {
     "baseline": Variant("raw"),

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from denoising_vit.errors import FieldError, StoreError
+from denoising_vit.files import KEY
 from denoising_vit.store.manifest import Manifest
 from denoising_vit.store.packing import checked, packed
-from denoising_vit.tensor_files import KEY
 
 FORMAT = "denoising-vit/field"
 FORMAT_VERSION = 1

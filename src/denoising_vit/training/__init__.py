@@ -1,7 +1,7 @@
 """Training: stage 2, the one-pass denoiser, and stage 3, the distilled ViT."""
 
-from denoising_vit.training.distillation import DistillJob, DistillOptions
-from denoising_vit.training.job import Photos, Stored, TrainJob
+from denoising_vit.denoiser.job import Photos, Stored, TrainJob
+from denoising_vit.distilled import DistillJob, DistillOptions
 from denoising_vit.training.options import PairOptions, TrainOptions, ViewOptions
 
 __all__ = [

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
-from denoising_vit.files import atomic_path
-from denoising_vit.tensor_files import KEY, below
+from denoising_vit.files import KEY, atomic_path, below
 from denoising_vit.training.sharding import gathered, shared_like
 
 #: Checkpoints that are kept: the last and the one before.

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from denoising_vit.denoiser.pair_files import REASONS, has_pairs, remove_pairs
 from denoising_vit.errors import TrainError
 from denoising_vit.evaluation.records import run_info
 from denoising_vit.files import atomic_path
 from denoising_vit.training.checkpoints import Checkpoints
 from denoising_vit.training.engine import from_first
 from denoising_vit.training.holding import HOLDING, hold
-from denoising_vit.training.pair_files import REASONS, has_pairs, remove_pairs
 from denoising_vit.training.records import differences, read_object
 
 FORMAT = "denoising-vit/run"

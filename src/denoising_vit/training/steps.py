@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from denoising_vit.denoiser.judging import Figures
+from denoising_vit.denoiser.samples import Sample
 from denoising_vit.errors import TrainError
 from denoising_vit.training.checkpoints import Progress
-from denoising_vit.training.judging import Figures
 from denoising_vit.training.logs import Log
 from denoising_vit.training.options import RunOptions
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.samples import Sample
 
 #: Called with how many steps are done and their figures.
 OnFigures = Callable[[int, Figures], None]

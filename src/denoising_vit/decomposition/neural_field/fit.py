@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.backbones.seeding import seeded
 from denoising_vit.decomposition.heldout import Agreement
 from denoising_vit.decomposition.neural_field.losses import first_phase_loss, second_phase_loss
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import FitError, PlanError
-from denoising_vit.seeding import seeded
-from denoising_vit.views import ViewPlan
+from denoising_vit.views.plan import ViewPlan
 
 #: A loss is looked at this often: every look waits for the device.
 _CHECK_EVERY = 100

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from denoising_vit.dataset import Skipped, spread
+from denoising_vit.data import Skipped, spread
+from denoising_vit.data.photos import IMAGE_SUFFIXES, photo_digest, read_photo
 from denoising_vit.errors import EvaluationError, PhotoError
 from denoising_vit.evaluation.correspondence.folders import DAVIS, folders_in, images_in, locate
 from denoising_vit.evaluation.correspondence.masks import Objects, read_values
 from denoising_vit.evaluation.inspecting import listed
 from denoising_vit.evaluation.judged import JudgedImage, JudgedSet, SplitData
 from denoising_vit.evaluation.labelled.classes import read_text
-from denoising_vit.photos import IMAGE_SUFFIXES, photo_digest, read_photo
 
 #: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.
 _THREADS = 4

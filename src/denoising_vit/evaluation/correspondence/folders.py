@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from denoising_vit.dataset.folders import image_names
+from denoising_vit.data.folders import image_names
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.inspecting import listed, visible
 

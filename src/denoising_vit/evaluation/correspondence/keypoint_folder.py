@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from denoising_vit.dataset import Skipped, spread
+from denoising_vit.data import Skipped, spread
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence.folders import folders_in, images_in
 from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point, Written, numbers

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.pair import Point
 from denoising_vit.evaluation.segmentation.probe import at_places
-from denoising_vit.views import linear_weights
+from denoising_vit.views.plan import linear_weights
 
 #: Interpolated feature values that are held at a time.
 _AT_ONCE = 2**24

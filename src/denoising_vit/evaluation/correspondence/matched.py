@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.correspondence.keypoints import apart, at_points, best_places, from_shown, to_shown
 from denoising_vit.evaluation.correspondence.options import MatchingOptions
 from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point
@@ -20,6 +19,7 @@ from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.views.crops import Crop
 
 #: Features (C,) of keypoints by the photo's id and the point.
 _Described = Mapping[tuple[str, Point], Tensor]

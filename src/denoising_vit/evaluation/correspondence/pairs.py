@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from denoising_vit.dataset import Skipped, spread
+from denoising_vit.data import Skipped, spread
+from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError, PhotoError
 from denoising_vit.evaluation.correspondence.folders import KEYPOINTS, SPAIR, folders_in, locate
 from denoising_vit.evaluation.correspondence.keypoint_folder import keypoint_folder
 from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point, Written, numbers
 from denoising_vit.evaluation.judged import JudgedImage, JudgedSet, SplitData
 from denoising_vit.evaluation.labelled.classes import read_text
-from denoising_vit.photos import photo_digest, read_photo
 
 #: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.
 _THREADS = 4

@@ -9,7 +9,6 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.correspondence.clips import ClipData, Frame
 from denoising_vit.evaluation.correspondence.options import PropagationOptions
 from denoising_vit.evaluation.correspondence.propagation import at_patches, carry, to_mask
@@ -19,6 +18,7 @@ from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.views.crops import Crop
 
 
 @dataclass(frozen=True, eq=False)

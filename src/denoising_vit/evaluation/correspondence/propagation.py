@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.correspondence.options import PropagationOptions
 from denoising_vit.evaluation.segmentation.probe import at_places
-from denoising_vit.patch_grid import patch_centres
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.patch_grid import patch_centres
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
 from denoising_vit.evaluation.segmentation.augmentation import centre_pads
+from denoising_vit.views.crops import Crop
 
 #: The part of a photo of NYUv2 that training crops come from: rows, then columns; its border is white.
 NYU_PART = (45, 472), (43, 608)

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from denoising_vit.data.photos import MAX_PIXELS, use_image
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.photos import MAX_PIXELS, use_image
 
 #: Pillow's modes of grayscale with more than 8 bits.
 _DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})

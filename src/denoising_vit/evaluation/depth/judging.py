@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
@@ -20,6 +19,7 @@ from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
 from denoising_vit.evaluation.segmentation.augmentation import centre_pads
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.views.crops import Crop
 
 #: Rows and columns of photos of NYUv2 that are judged (Eigen et al. 2014).
 EIGEN = (45, 471), (41, 601)

@@ -24,8 +24,8 @@ from denoising_vit.evaluation.probe_options import recorded
 from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.watching import Watch, unwatched
 from denoising_vit.evaluation.workbench import IMAGENET, Line, Workbench
+from denoising_vit.progress import Watch, unwatched
 
 
 @dataclass(frozen=True)

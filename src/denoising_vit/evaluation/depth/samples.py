@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.depth.augmentation import Drawn, draw, require_room
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.images import DepthImage
@@ -22,8 +21,9 @@ from denoising_vit.evaluation.ordering import chosen
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.patch_grid import patch_count
-from denoising_vit.tensor_files import compact
+from denoising_vit.files import compact
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.patch_grid import patch_count
 
 #: What a stream of draws is for.
 _CROPS = 3

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from denoising_vit.dataset import Skipped
+from denoising_vit.data import Skipped
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box, within
 from denoising_vit.evaluation.discovery.inspecting import Candidate, check_size

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from denoising_vit.dataset import Skipped
+from denoising_vit.data import Skipped
+from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box
 from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.inspecting import inspect_all
-from denoising_vit.photos import photo_digest, read_photo
 
 
 class Truth(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from denoising_vit.dataset import Skipped, spread
+from denoising_vit.data import Skipped, spread
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.coco import coco_candidates
 from denoising_vit.evaluation.discovery.images import BoxedImage

@@ -8,7 +8,6 @@ from typing import ClassVar, get_args
 
 import numpy as np
 
-from denoising_vit.crops import Crop
 from denoising_vit.errors import PlanError
 from denoising_vit.evaluation.discovery.boxes import best_overlap, on_image
 from denoising_vit.evaluation.discovery.images import BoxedImage
@@ -18,6 +17,7 @@ from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.views.crops import Crop
 
 
 @dataclass(frozen=True)

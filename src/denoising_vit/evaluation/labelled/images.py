@@ -11,10 +11,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from denoising_vit.decoding import raw_mode
+from denoising_vit.data.decoding import raw_mode
+from denoising_vit.data.photos import MAX_PIXELS, use_image
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.photos import MAX_PIXELS, use_image
 
 #: What a pixel has that belongs to no class.
 NO_LABEL = -1

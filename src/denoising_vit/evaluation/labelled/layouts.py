@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from denoising_vit.dataset import Skipped, spread
+from denoising_vit.data import Skipped, spread
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.inspecting import listed
 from denoising_vit.evaluation.judged import shared_photos

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from denoising_vit.dataset import Skipped
-from denoising_vit.dataset.folders import files_below, image_names
-from denoising_vit.dataset.storage import Storage
+from denoising_vit.data import Skipped
+from denoising_vit.data.folders import files_below, image_names
+from denoising_vit.data.storage import Storage
 from denoising_vit.errors import EvaluationError, PhotoError
 from denoising_vit.evaluation.labelled.classes import read_text
 

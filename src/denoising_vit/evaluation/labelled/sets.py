@@ -8,13 +8,13 @@ from functools import cached_property
 
 import numpy as np
 
-from denoising_vit.dataset import Skipped, spread
+from denoising_vit.data import Skipped, spread
+from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.inspecting import inspect_all
 from denoising_vit.evaluation.judged import JudgedSet
 from denoising_vit.evaluation.labelled.images import Coding, LabelledImage, read_mask
 from denoising_vit.evaluation.labelled.pairs import Pair
-from denoising_vit.photos import photo_digest, read_photo
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL
 from denoising_vit.evaluation.segmentation.protocol import Protocol
+from denoising_vit.views.crops import Crop
 
 #: Crops that are refused because a class fills them, before one is taken unseen.
 _TRIES = 10

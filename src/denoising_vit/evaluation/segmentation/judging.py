@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import LabelledImage, LabelledSet
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.seeing import FeatureCache, see
@@ -16,6 +15,7 @@ from denoising_vit.evaluation.segmentation.probe import LinearProbe, at_places, 
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.views.crops import Crop
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from denoising_vit.crops import Crop
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.probing import Curve, train
@@ -20,7 +19,8 @@ from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops, Samples
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.watching import Watch, unwatched
+from denoising_vit.progress import Watch, unwatched
+from denoising_vit.views.crops import Crop
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.crops import Crop
-from denoising_vit.views import linear_weights
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.plan import linear_weights
 
 #: Deviation of the weights that the published head starts from.
 _INITIAL_DEVIATION = 0.01

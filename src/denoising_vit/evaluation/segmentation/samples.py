@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.crops import Crop
 from denoising_vit.evaluation.labelled import NO_LABEL, LabelledSet
 from denoising_vit.evaluation.ordering import chosen
 from denoising_vit.evaluation.patch_labels import patch_counts
@@ -23,7 +22,8 @@ from denoising_vit.evaluation.segmentation.probe import LinearProbe, to_pixels
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.tensor_files import compact
+from denoising_vit.files import compact
+from denoising_vit.views.crops import Crop
 
 #: What a stream of draws is for; the order has 1, so that no two share their numbers.
 _CROPS = 2

@@ -6,16 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.tables.entries import Entry
-from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, flat, plain, table
-from denoising_vit.published import (
+from denoising_vit.denoiser.published import (
     DiscoveryRow,
     PublishedRow,
     published_discovery,
     published_row,
     published_rows,
 )
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.tables.entries import Entry
+from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, flat, plain, table
 
 
 @dataclass(frozen=True)

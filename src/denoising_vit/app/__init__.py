@@ -1,7 +1,0 @@
-"""A page in the browser: clean the features of one's own photos, and look at them. Needs the extra `app`."""
-
-from __future__ import annotations
-
-from denoising_vit.app.options import AppOptions
-
-__all__ = ["AppOptions"]

@@ -1,0 +1,153 @@
+"""Tar shards: where in them the images are. Nothing is ever unpacked to disk."""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from denoising_vit.data.folders import image_names, is_hidden
+from denoising_vit.data.items import Item, Skipped
+from denoising_vit.data.photos import IMAGE_SUFFIXES
+from denoising_vit.data.storage import Storage, can_list, path_of, reason_of
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
+
+#: How compressed files begin, whatever they are called.
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+
+#: Shards of a data set are indexed in parallel, because remote ones mostly wait.
+_WORKERS = 8
+
+
+def is_shard(address: str) -> bool:
+    """Whether a file is called like a tar archive, compressed or not."""
+    return path_of(address).lower().endswith((".tar", *_COMPRESSED))
+
+
+def index_shards(storage: Storage, shards: Sequence[tuple[str, str]]) -> tuple[list[Item], list[Skipped]]:
+    """The images in tar shards, each with the bytes that it occupies.
+
+    Args:
+        storage: through which the shards are read.
+        shards: the name of each, with which the ids of its members begin, and its address.
+
+    Returns:
+        The members, sorted by id; and what of the shards cannot be used. A shard that is cut off or
+        damaged gives the members before that place.
+    """
+    items: list[Item] = []
+    skipped: list[Skipped] = []
+    names: list[str] = []
+    with ThreadPoolExecutor(max(1, min(_WORKERS, len(shards))), thread_name_prefix="dvit-index") as pool:
+        for found, left, members in pool.map(lambda shard: _index_shard(storage, *shard), shards):
+            items += found
+            skipped += left
+            names += members
+    image_names(names, "tar shards")
+    return sorted(items, key=lambda item: item.id), skipped
+
+
+def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item], list[Skipped], list[str]]:
+    """Its images, what of it cannot be used, and the names of its files where some are images."""
+    if path_of(address).lower().endswith(_COMPRESSED):
+        return [], [Skipped(name, _compressed("by its name"))], []
+    try:
+        with storage.open(address) as file:
+            length = _length(file, address)
+            start = file.read(8)
+            file.seek(0)
+            kinds = [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]
+            if kinds:
+                return [], [Skipped(name, _compressed(kinds[0]))], []
+            if not length:
+                return [], [Skipped(name, "the file is empty (0 bytes)")], []
+            members, fault = _scan(file, length)
+    except Exception as error:  # every service has its own kinds
+        return [], [Skipped(name, reason_of(error))], []
+    items, skipped = _images(members, name, address)
+    if fault:
+        skipped.append(Skipped(name, f"{fault}; {len(items)} images before that are used"))
+    elif not items and not skipped:
+        count = sum(not member.isdir() for member in members)
+        skipped.append(Skipped(name, f"no image files among its {count} members" if count else "an empty tar archive"))
+    shown = (member.name for member in members if member.isreg())
+    return items, skipped, [name for name in shown if items and not is_hidden(posixpath.normpath(name))]
+
+
+def _length(file: BinaryIO, address: str) -> int:
+    """The length of a shard, once it is sure that parts of it can be read."""
+    try:
+        length = file.seek(0, 2)
+        if length > 1 and not can_list(address):
+            file.seek(length - 1)
+            file.read(1)
+        file.seek(0)
+    except ValueError as error:  # what fsspec makes of an answer with the whole file
+        raise OSError("its server does not give parts of files (byte ranges); download the shard first") from error
+    return length
+
+
+def _compressed(kind: str) -> str:
+    return f"a compressed archive ({kind}), of which no part can be read alone; unpack it to a plain .tar first"
+
+
+def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
+    """Members whose bytes are all there, and what is wrong with the archive, if anything.
+
+    ``tarfile`` takes a damaged header for the end and does not ask whether the last member is whole.
+    """
+    members: list[tarfile.TarInfo] = []
+    place = -1
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if member.offset_data <= place or member.size < 0:
+                    return members, f"damaged at byte {place:,}"  # a negative size would lead in a circle
+                place = member.offset_data
+                if member.isreg() and place + member.size > length:
+                    return members, f"cut off at byte {length:,}, within {member.name}"
+                members.append(member)
+            place = archive.offset
+            file.seek(place)
+            block = file.read(tarfile.BLOCKSIZE)
+    except Exception as error:  # damaged headers make tarfile raise all kinds
+        return members, f"not a tar archive, or damaged ({reason_of(error)})"
+    if block.strip(b"\0"):
+        return members, f"damaged at byte {place:,}"
+    if len(block) < tarfile.BLOCKSIZE:
+        return members, f"cut off at byte {length:,}, where another member or the end mark was expected"
+    return members, ""
+
+
+def _images(members: list[tarfile.TarInfo], shard: str, address: str) -> tuple[list[Item], list[Skipped]]:
+    items = []
+    skipped = []
+    for member in members:
+        if posixpath.splitext(member.name)[1].lower() not in IMAGE_SUFFIXES or member.isdir():
+            continue
+        name = posixpath.normpath(member.name)
+        reason = _unusable(member)
+        if reason:
+            skipped.append(Skipped(f"{shard}/{member.name}", reason))
+        elif not is_hidden(name):  # among them the shadows ._a.jpg that macOS adds
+            items.append(Item(f"{shard}/{name}", address, member.offset_data, member.size))
+    return items, skipped
+
+
+def _unusable(member: tarfile.TarInfo) -> str:
+    if member.issym() or member.islnk():
+        return f"a link (to {member.linkname}); links in shards are not followed"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "a path that leads out of the archive"
+    if not member.isreg() or member.issparse():
+        return "not a plain file within the archive"
+    return ""

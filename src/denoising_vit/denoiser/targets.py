@@ -1,0 +1,296 @@
+"""Where targets come from: semantic fields out of a store, or fitted here and now."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.artifact import artifact_digest
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import backbone_words, describe, recorded_words, same_weights
+from denoising_vit.data import Dataset, Skipped
+from denoising_vit.data.photos import photo_digest
+from denoising_vit.decomposition.ready import Failed
+from denoising_vit.decomposition.stage_one import StageOne
+from denoising_vit.errors import StoreError, TrainError
+from denoising_vit.store import FeatureStore
+from denoising_vit.views.rendering import to_image
+
+#: How many ids a message names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An image with its semantic field.
+
+    Attributes:
+        index: its place in the data set.
+        image: (3, H, W) in [0, 1], on the CPU.
+        field: F on its nodes (Ry, Rx, C), on the CPU, in the type that it is stored in.
+    """
+
+    index: int
+    image: Tensor
+    field: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of image and field."""
+        return self.image.nbytes + self.field.nbytes
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """An image that stage 1 could not do.
+
+    Attributes:
+        index: its place in the data set.
+        reason: why.
+    """
+
+    index: int
+    reason: str
+
+
+class Targets(Protocol):
+    """Images and their fields."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of all images, in the order of their indices."""
+        ...
+
+    @property
+    def images(self) -> Sequence[int]:
+        """Indices of those that may be trained on."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels of the views that the fields come from."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the targets; JSON values."""
+        ...
+
+    def stream(self, images: Iterable[int]) -> Iterator[Fitted | Unusable]:
+        """Images with their fields, in the order asked for."""
+        ...
+
+    def photo(self, index: int) -> np.ndarray:
+        """The pixels of an image, (H, W, 3) uint8."""
+        ...
+
+
+class StoredTargets:
+    """Fields out of a store, and the photos that they were fitted on.
+
+    Args:
+        store: opened for reading.
+        photos: where the photos are; ids are those of the store.
+        backbone: that is trained for.
+
+    Raises:
+        TrainError: if the store is of another backbone, not finished, or keeps the patch grid alone; or if photos are
+            missing.
+    """
+
+    def __init__(self, store: FeatureStore, photos: Dataset, backbone: Backbone) -> None:
+        recorded = store.manifest.backbone
+        if not same_weights(recorded, describe(backbone)):
+            raise TrainError(
+                f"{store.url}: the store is of {recorded_words(recorded)}; got {backbone_words(backbone)}. Give the "
+                "backbone that it was fitted with, or fit a store with this one"
+            )
+        done, failed = store.done(), store.failed()
+        unfinished = [index for index in range(len(store)) if index not in done and index not in failed]
+        if unfinished:
+            raise TrainError(
+                f"{store.url}: {len(unfinished)} of {len(store)} images have no target yet "
+                f"({_named(store.ids, unfinished)}); run `dvit fit` to its end first"
+            )
+        self.store, self.photos = store, photos
+        self.images = tuple(sorted(done))
+        self._places = {item.id: place for place, item in enumerate(photos)}
+        missing = [index for index in self.images if store.ids[index] not in self._places]
+        if missing:
+            raise TrainError(
+                f"{photos.source}: {len(missing)} of the store's {len(store)} photos are not there "
+                f"({_named(store.ids, missing)}); expected the photos that {store.url} was fitted on"
+            )
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of all images of the store."""
+        return self.store.ids
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels of the views that were fitted."""
+        return self.store.manifest.size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the store was made with, for which images, and of which pictures.
+
+        Raises:
+            StoreError: if what the store tells of its images is damaged.
+        """
+        manifest = self.store.manifest
+        return {
+            "plan": manifest.plan,
+            "options": manifest.options,
+            "nodes": list(manifest.field),
+            "images": len(self.images),
+            "ids": manifest.ids_digest,
+            "photos": self._pictures,
+        }
+
+    @cached_property
+    def _pictures(self) -> str:
+        """SHA-256 of the photos' digests: the same names may be those of other pictures."""
+        digests = [[index, self._record(index).get("photo", {}).get("sha256")] for index in self.images]
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def _record(self, index: int) -> dict[str, Any]:
+        """What was recorded with an image: of a whole shard by one small object, so that no field is read."""
+        marker = self.store.contents.marker(self.store.manifest.shard_of(index))
+        if marker is not None and index in marker.records:
+            return marker.records[index]
+        return self.store.read(index)[1]  # in a shard that a crash kept from being sealed: field and all
+
+    @property
+    def keeps_fields(self) -> bool:
+        """Whether there are more nodes than patches, as crops need."""
+        return min(self.store.manifest.field) > min(self.store.manifest.grid)
+
+    def stream(self, images: Iterable[int], patience: Sequence[float] = ()) -> Generator[Fitted, None, None]:
+        """Images with their fields.
+
+        Args:
+            images: indices, perhaps endless.
+            patience: seconds that are waited before a photo is asked for again that cannot be reached.
+
+        Raises:
+            TrainError: if a target or a photo is gone, or is another than was fitted; nothing takes its place.
+        """
+        wanted, again = itertools.tee(images)
+        places = (self._places[self.ids[index]] for index in again)
+        for index, (_, pixels) in zip(wanted, self.photos.stream(places, patience=patience), strict=True):
+            yield self._fitted(index, pixels)
+
+    def at(self, index: int) -> Fitted:
+        """One image with its field.
+
+        Raises:
+            TrainError: as :meth:`stream` does.
+        """
+        return next(self.stream([index]))
+
+    def photo(self, index: int) -> np.ndarray:
+        """The pixels of an image, (H, W, 3) uint8.
+
+        Raises:
+            PhotoError: if it cannot be read.
+        """
+        return self.photos.read(self._places[self.ids[index]])
+
+    def _fitted(self, index: int, pixels: np.ndarray | Skipped) -> Fitted:
+        name = self.ids[index]
+        if isinstance(pixels, Skipped):
+            more = "; --resume goes on from the last checkpoint" if pixels.unreachable else ""
+            raise TrainError(f"{name}: the photo of a target cannot be read ({pixels.reason}){more}")
+        try:
+            field, record = self.store.read(index)
+        except StoreError as error:
+            raise TrainError(f"{name}: its target is missing ({error})") from error
+        digest = record.get("photo", {}).get("sha256")
+        if digest is not None and digest != photo_digest(pixels):
+            raise TrainError(
+                f"{name}: the photo is another than the store was fitted on; expected the same pixels. Fit the "
+                "photos as they are now into a new store"
+            )
+        return Fitted(index, to_image(pixels), torch.from_numpy(field))
+
+
+class FittedTargets:
+    """Fields that are fitted when they are needed, without a store.
+
+    Args:
+        stage: the exact solver.
+        photos: what is fitted.
+    """
+
+    def __init__(self, stage: StageOne, photos: Dataset) -> None:
+        self.stage, self.photos = stage, photos
+        self.images = tuple(range(len(photos)))
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Names of all photos."""
+        return [item.id for item in self.photos]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels of the views that are fitted."""
+        return self.stage.fitted.size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The plan, its options, and the names of the photos."""
+        return {
+            "plan": self.stage.fitted.digest,
+            "options": self.stage.options.recorded() | {"artifact": artifact_digest(self.stage.artifact)},
+            "nodes": list(self.stage.fitted.resolution),
+            "images": len(self.photos),
+            "ids": self.photos.digest,
+        }
+
+    def stream(self, images: Iterable[int]) -> Generator[Fitted | Unusable, None, None]:
+        """Fits images; those that cannot be read are told, in their place.
+
+        Raises:
+            TrainError: if a photo cannot be reached at the moment.
+        """
+        waiting: dict[int, Tensor] = {}
+
+        def photos() -> Iterator[tuple[int, str, np.ndarray | Skipped]]:
+            for index, pixels in self.photos.stream(images):
+                if not isinstance(pixels, Skipped):
+                    waiting[index] = to_image(pixels)
+                yield index, self.photos[index].id, pixels
+
+        for result in self.stage.run(photos()):
+            if isinstance(result, Failed):
+                waiting.pop(result.index, None)
+                if not result.final:
+                    raise TrainError(f"{result.name}: cannot be reached ({result.reason}); --resume tries again")
+                yield Unusable(result.index, result.reason)
+                continue
+            done = result.finish()
+            yield Fitted(done.index, waiting.pop(done.index), done.field)
+
+    def photo(self, index: int) -> np.ndarray:
+        """The pixels of a photo, (H, W, 3) uint8.
+
+        Raises:
+            PhotoError: if it cannot be read.
+        """
+        return self.photos.read(index)
+
+
+def _named(ids: Sequence[str], indices: Sequence[int]) -> str:
+    more = f", and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""
+    return ", ".join(ids[index] for index in indices[:_NAMED]) + more

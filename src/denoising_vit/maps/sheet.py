@@ -1,0 +1,189 @@
+"""A sheet of pictures in rows and columns with headings, labels and colour bars, as PNG, PDF or SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patheffects import withStroke
+from PIL import Image
+
+from denoising_vit.data.photos import PANEL_SOFTWARE
+from denoising_vit.maps.colouring import lookup
+
+DPI, FINE_DPI = 150, 300
+CELL, TALLEST = 330, 520  # pixels: the width of a cell; the greatest height of a picture in it
+LEFT, RIGHT, GAP, ASIDE = 70, 26, 20, 28  # pixels: margins; space between columns; more of it before one set apart
+TITLE, HEADING, BAR, BETWEEN, CAPTION = 62, 40, 36, 14, 62  # pixels: heights of the bands, from top to bottom
+LINE, LETTER = 20, 9.5  # pixels: from one line of the caption to the next; the width of a letter in it
+INK, SOFT, FONT = "#1a1a1a", "#5c5c5c", "DejaVu Sans"
+BESIDE = "  ·  "
+"""Between the parts of the caption."""
+STEEPEST = 4.0
+"""Aspects beyond 4:1 or 1:4 are drawn at that."""
+FORMATS = (".png", ".pdf", ".svg")
+
+
+class Sheet:
+    """A figure of rows and columns, laid out in whole pixels so that patches stay sharp.
+
+    Args:
+        aspects: width to height of the pictures of each row; drawn at 4:1 or 1:4 where they are steeper.
+        columns: how many.
+        title: a line above everything.
+        apart: the column that is set apart from those before it.
+    """
+
+    def __init__(
+        self, aspects: Sequence[float], columns: int, title: str | None = None, *, apart: int | None = None
+    ) -> None:
+        self._boxes = [_box(drawn_aspect(aspect)) for aspect in aspects]
+        self._apart = columns if apart is None else apart
+        self._top = TITLE if title else BETWEEN
+        rows = sum(HEADING + height + BAR for height, _ in self._boxes) + (len(aspects) - 1) * BETWEEN
+        self._height = self._top + rows + CAPTION
+        self._width = LEFT + columns * CELL + (columns - 1) * GAP + (ASIDE if self._apart < columns else 0) + RIGHT
+        self._figure = Figure((self._width / DPI, self._height / DPI), dpi=DPI, facecolor="white")
+        if title:
+            self._text(LEFT, self._top * 0.5, shorten(title, 100), size=14, weight="bold", ha="left")
+
+    def box(self, row: int) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures of a row."""
+        return self._boxes[row]
+
+    def picture(
+        self, row: int, column: int, pixels: np.ndarray, heading: str, ring: tuple[float, float] | None = None
+    ) -> None:
+        """Draws (h, w, 3) uint8 under its heading, with a ring at (y, x) in [0, 1] of it."""
+        left, top = self._corner(row, column)
+        height, width = self.box(row)
+        axes = self._axes(left, top, width, height)
+        axes.imshow(pixels, interpolation="nearest", aspect="auto", extent=(0, 1, 1, 0))
+        if ring:
+            stroke = [withStroke(linewidth=3.2, foreground="black")]
+            axes.plot(ring[1], ring[0], "o", ms=8, mfc="none", mec="white", mew=1.6, path_effects=stroke, clip_on=False)
+        self._text(left + width / 2, top - HEADING * 0.42, heading, size=9.5)
+
+    def bar(self, row: int, column: int, colours: str, span: tuple[float, float]) -> None:
+        """Draws a colour bar with its two ends under a picture."""
+        left, top = self._corner(row, column)
+        height, width = self.box(row)
+        left, top = left + (width - CELL) // 2, top + height + BAR // 2
+        axes = self._axes(left + CELL // 4, top - 4, CELL // 2, 8)
+        axes.imshow(lookup(np.linspace(0, 1, 256)[None], colours), aspect="auto", extent=(0, 1, 1, 0))
+        for place, align, value in ((CELL // 4 - 8, "right", span[0]), (CELL * 3 // 4 + 8, "left", span[1])):
+            self._text(left + place, top, number(value), size=7.5, colour=SOFT, ha=align)
+
+    def row_label(self, row: int, label: str) -> None:
+        """Writes what a row shows along its left edge."""
+        top = self._corner(row, 0)[1]
+        self._text(LEFT * 0.55, top + self.box(row)[0] / 2, label, size=11, weight="bold", rotation=90)
+
+    def caption(self, *lines: str) -> None:
+        """Writes lines at the bottom, in two where one is too long for the sheet."""
+        fitting = [part for line in lines for part in halved(line, int((self._width - LEFT - RIGHT) / LETTER))]
+        for place, line in enumerate(fitting):
+            below = (place - (len(fitting) - 1) / 2) * LINE
+            self._text(LEFT, self._height - CAPTION * 0.5 + below, line, size=8, colour=SOFT, ha="left")
+
+    def save(self, path: str | Path, suffix: str = ".png") -> None:
+        """Renders and writes it; the same sheet gives the same file.
+
+        Args:
+            path: the file to write, whatever its name ends in.
+            suffix: one of :data:`FORMATS`; text stays text in .pdf and .svg.
+        """
+        FigureCanvasAgg(self._figure)
+        kind = suffix.removeprefix(".")
+        # By its software a PNG is known, and not taken for a photo. A date would make every file another.
+        about = {
+            "png": {"Software": PANEL_SOFTWARE},
+            "pdf": {"Creator": PANEL_SOFTWARE, "CreationDate": None},
+            "svg": {"Creator": PANEL_SOFTWARE, "Date": None},
+        }
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dvit", "pdf.fonttype": 42}):
+            dpi = DPI if kind == "png" else FINE_DPI
+            self._figure.savefig(path, format=kind, dpi=dpi, facecolor="white", metadata=about[kind])
+
+    def _corner(self, row: int, column: int) -> tuple[int, int]:
+        """(left, top) in pixels of a picture, centred in its cell."""
+        above = sum(HEADING + height + BAR + BETWEEN for height, _ in self._boxes[:row])
+        aside = ASIDE if column >= self._apart else 0
+        left = LEFT + column * (CELL + GAP) + aside + (CELL - self.box(row)[1]) // 2
+        return left, self._top + HEADING + above
+
+    def _axes(self, left: int, top: int, width: int, height: int) -> Any:
+        place = (
+            left / self._width,
+            1 - (top + height) / self._height,
+            width / self._width,
+            height / self._height,
+        )
+        axes = self._figure.add_axes(place)
+        axes.set_axis_off()
+        return axes
+
+    def _text(
+        self, left: float, top: float, text: str, *, size: float, colour: str = INK, ha: str = "center", **style: Any
+    ) -> None:
+        self._figure.text(
+            left / self._width,
+            1 - top / self._height,
+            printable(text),
+            fontsize=size,
+            color=colour,
+            ha=ha,
+            va="center",
+            family=FONT,
+            parse_math=False,
+            **style,
+        )
+
+
+def drawn_aspect(aspect: float) -> float:
+    """The width to height at which a photo of this one is drawn: no picture is a line."""
+    return min(max(aspect, 1 / STEEPEST), STEEPEST)
+
+
+def shrink(photo: np.ndarray, box: tuple[int, int]) -> np.ndarray:
+    """The photo at the size of the box; thinned first, because a 100-megapixel copy for a thumbnail is wasteful."""
+    rows, columns = (max(1, side // (4 * goal)) for side, goal in zip(photo.shape[:2], box, strict=True))
+    thinned = np.ascontiguousarray(photo[::rows, ::columns])
+    return np.asarray(Image.fromarray(thinned).resize((box[1], box[0]), Image.Resampling.LANCZOS))
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}".replace("-", "−")
+
+
+def halved(line: str, longest: int) -> list[str]:
+    """The line, or its parts on two lines where it is too long."""
+    parts = line.split(BESIDE)
+    if len(line) <= longest or len(parts) == 1:
+        return [line]
+    half = (len(parts) + 1) // 2
+    return [BESIDE.join(parts[:half]), BESIDE.join(parts[half:])]
+
+
+def shorten(text: str, longest: int) -> str:
+    """The text without its middle where it is too long for the sheet."""
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """The text on one line, with a box for each character the font lacks (matplotlib would warn about each)."""
+    font = get_font(findfont(FONT))
+    return "".join(mark if font.get_char_index(ord(mark)) else "□" for mark in " ".join(text.split()))
+
+
+def _box(aspect: float) -> tuple[int, int]:
+    wide = min(float(CELL), TALLEST * aspect)
+    return round(wide / aspect), round(wide)

@@ -1,0 +1,144 @@
+"""How well features tell where in the grid a patch sits, whatever it shows.
+
+Neither probe is to be read alone. Both are won by maps that say nothing: a nearly constant or meaningless map has no
+place in it either. And subtracting the mean over images per position, a cheap way to remove the artifact, takes every
+linear trace of place away by construction: the linear probe then reads 0 even where the rest of the feature still gives
+the place away, which the neighbour probe sees.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.errors import EvaluationError
+from denoising_vit.metrics.checks import checked, moments
+
+_LEAST_IMAGES = 2
+
+
+def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> float:
+    """R^2 of a ridge regression from one patch's features to its place, mean over x and y.
+
+    Subtracting the mean over images per position makes this 0 by construction: what is left is uncorrelated with any
+    function of the position. Read it beside :func:`neighbour_position_r2`.
+
+    Args:
+        features: (N, h, w, C), standardised here with the mean and deviation of the training images.
+        train: how many images, the first ones, the regression is fitted on; the others are predicted.
+        ridge: weight of the squared coefficients against the mean squared error. With a few dozen images and hundreds
+            of channels, less of it learns the training images by heart (docs/decisions.md).
+
+    Returns:
+        1 for perfect prediction, 0 for none; negative where it is worse than the centre of the grid.
+
+    Raises:
+        EvaluationError: if there are fewer than 2 images on either side, the grid has a side of 1, or features are not
+            finite or constant.
+    """
+    features = _checked_split(features, train)
+    if ridge < 0:
+        raise EvaluationError(f"ridge must be 0 or more, got {ridge}")
+    places = _places(features)  # (h w, 2)
+    centred_places = places - places.mean(0)
+    mean, _ = moments(features[:train])
+    gram, cross = torch.zeros(len(mean), len(mean), dtype=torch.float64), torch.zeros(len(mean), 2, dtype=torch.float64)
+    for image in features[:train]:
+        tokens = image.flatten(0, 1).double() - mean  # (h, w, C) -> (h w, C)
+        gram += tokens.T @ tokens
+        cross += tokens.T @ centred_places
+    count = train * len(places)
+    deviation = (gram.diagonal() / count).sqrt()
+    scale = torch.where(deviation > 0, 1 / deviation, 0)  # a channel that never changes says nothing
+    gram, cross = gram * torch.outer(scale, scale) / count, cross * scale[:, None] / count
+    # Least squares of minimal norm, so that ridge = 0 with dependent channels has an answer as well.
+    weights = torch.linalg.lstsq(
+        gram + ridge * torch.eye(len(mean), dtype=torch.float64), cross, driver="gelsd"
+    ).solution
+    weights = weights * scale[:, None]
+    predicted = [places.mean(0) + (image.flatten(0, 1).double() - mean) @ weights for image in features[train:]]
+    return _r2(places.repeat(len(predicted), 1), torch.cat(predicted))
+
+
+def neighbour_position_r2(
+    features: Tensor, *, train: int, neighbours: int = 20, tokens_per_image: int = 256, seed: int = 0
+) -> float:
+    """R^2 of the mean place of a patch's nearest neighbours by cosine, among patches of other images.
+
+    Subtracting the mean over images per position zeroes the linear probe by construction, but not this one, so the two
+    belong together. It also finds place where the content does (sky above, road below), so a clean map is not at 0.
+
+    Args:
+        features: (N, h, w, C), centred here per channel with the mean of the training images.
+        train: how many images, the first ones, neighbours are looked for in; places in the others are predicted.
+        neighbours: how many.
+        tokens_per_image: patches drawn of each image, all of them where there are fewer.
+        seed: of that draw; the same seed draws the same patches of any features of the same shape.
+
+    Returns:
+        1 for perfect prediction, about 0 for none: averages of k random places come to about -1 / k.
+
+    Raises:
+        EvaluationError: if there are fewer than 2 images on either side, or than ``neighbours`` training patches, the
+            grid has a side of 1, or features are not finite or constant.
+    """
+    from sklearn.neighbors import KNeighborsRegressor  # takes a second to import
+
+    features = _checked_split(features, train)
+    if neighbours < 1 or tokens_per_image < 1:
+        raise EvaluationError(
+            f"neighbours and tokens_per_image must be 1 or more, got {neighbours} and {tokens_per_image}"
+        )
+    places = _places(features)
+    drawn = _drawn(len(features), len(places), tokens_per_image, seed)  # (N, t)
+    if drawn[:train].numel() < neighbours:
+        raise EvaluationError(
+            f"{neighbours} neighbours need as many training patches, got {drawn[:train].numel()}; take more images, or "
+            "fewer neighbours"
+        )
+    mean, _ = moments(features[:train])
+    tokens = torch.stack([image.flatten(0, 1)[index] for image, index in zip(features, drawn, strict=True)])
+    tokens = torch.nn.functional.normalize(tokens.double() - mean, dim=-1).float()  # (N, t, C)
+    targets = places[drawn]  # (N, t, 2)
+    # On unit vectors the order by distance is the order by cosine; scikit-learn's fast path is the distance.
+    probe = KNeighborsRegressor(neighbours, algorithm="brute", metric="euclidean")
+    probe.fit(tokens[:train].flatten(0, 1).numpy(), targets[:train].flatten(0, 1).numpy())
+    predicted = torch.from_numpy(np.asarray(probe.predict(tokens[train:].flatten(0, 1).numpy())))
+    return _r2(targets[train:].flatten(0, 1), predicted)
+
+
+def _checked_split(features: Tensor, train: int) -> Tensor:
+    """The features if they can be split into training and test images, checked on both sides: (N, h, w, C)."""
+    features = checked(features)
+    images, h, w, _ = features.shape
+    if train < _LEAST_IMAGES or images - train < _LEAST_IMAGES:
+        raise EvaluationError(
+            f"a position probe needs at least {_LEAST_IMAGES} images to fit and {_LEAST_IMAGES} to test, got "
+            f"{train} and {images - train}; give at least {2 * _LEAST_IMAGES} images"
+        )
+    if h < 2 or w < 2:
+        raise EvaluationError(f"a position probe needs a grid of at least 2 x 2 patches, got {h} x {w}")
+    checked(features[:train], "the training images")
+    return features
+
+
+def _places(features: Tensor) -> Tensor:
+    """(x, y) in [0, 1] of the patch centres of (N, h, w, C), row by row: (h w, 2) float64."""
+    _, h, w, _ = features.shape
+    y = (torch.arange(h, dtype=torch.float64) + 0.5) / h
+    x = (torch.arange(w, dtype=torch.float64) + 0.5) / w
+    return torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=1)
+
+
+def _drawn(images: int, patches: int, count: int, seed: int) -> Tensor:
+    """Which patches of each image take part: (images, count) indices without repeats."""
+    # RandomState is the one NumPy generator whose streams are promised never to change.
+    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    return torch.from_numpy(stream.random_sample((images, patches)).argsort(axis=1)[:, :count].copy())
+
+
+def _r2(truth: Tensor, predicted: Tensor) -> float:
+    """One minus error over variance, both (n, 2), mean over the two columns."""
+    error = (truth - predicted).square().sum(0)
+    return float((1 - error / (truth - truth.mean(0)).square().sum(0)).mean())

@@ -1,5 +1,0 @@
-"""Pages: what was run, on what, with which result, in one HTML file that needs nothing else."""
-
-from denoising_vit.pages.rendering import Picture, jpeg_uri, png_uri, render, write_page
-
-__all__ = ["Picture", "jpeg_uri", "png_uri", "render", "write_page"]

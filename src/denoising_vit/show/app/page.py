@@ -1,0 +1,196 @@
+"""The page's layout, and which control calls which handler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from denoising_vit.backbones import SEEDS
+from denoising_vit.show.app.answering import MOST_SCALE, MOST_VIEWS, Settings, largest_size
+from denoising_vit.show.app.handlers import Handlers, about
+from denoising_vit.show.app.keeping import LIFETIME
+from denoising_vit.show.app.models import Models
+from denoising_vit.show.app.pictures import LEGENDS, MAPS
+from denoising_vit.views.patch_grid import nearest_sizes
+
+#: Seconds between two looks for files that nobody needs any more.
+_TIDYING = 300
+
+_INTRODUCTION = """# Clean features of a Vision Transformer
+Choose or upload a photo, press **Denoise**, and compare raw with denoised features. Both sides have the same
+colours: what looks alike is alike. Photos stay on the computer that runs this page, and are removed again."""
+
+
+class _Controls:
+    """The page's components; made within a gr.Blocks."""
+
+    def __init__(self, models: Models, samples: dict[str, Path]) -> None:
+        self.photo = gr.State(None, time_to_live=LIFETIME)
+        gr.Markdown(_INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                self._settings(models, samples)
+            with gr.Column(scale=5, min_width=320):
+                self._results()
+
+    def _settings(self, models: Models, samples: dict[str, Path]) -> None:
+        model = models.get(models.spec.backbone)
+        own = model.backbone
+        self.sample = gr.Dropdown(list(samples), value=next(iter(samples)), label="Sample photo", elem_id="sample")
+        self.upload = gr.UploadButton("Upload a photo", file_types=["image"], elem_id="upload", size="md")
+        self.about_photo = gr.Markdown(elem_id="about-photo")
+        self.backbone = gr.Dropdown(
+            [(_told(name, models), name) for name in models.names],
+            value=models.spec.backbone,
+            label="Backbone",
+            elem_id="backbone",
+        )
+        self.about_backbone = gr.Markdown(about(model), elem_id="about-backbone")
+        self.method = gr.Radio(
+            list(model.methods),
+            value=model.methods[0],
+            label="Method",
+            info="denoiser: one pass. exact: stage 1, a pass for each view. subtract: minus the known artifact.",
+            elem_id="method",
+        )
+        self.layer = gr.Number(models.spec.layer, label="Layer", precision=0, elem_id="layer")
+        self.size = gr.Slider(
+            nearest_sizes(own.default_size // 3, own.patch_size, own.stride)[0],
+            largest_size(own),
+            value=own.default_size,
+            step=own.stride,
+            label="Image size (pixels)",
+            elem_id="size",
+        )
+        exact = model.methods[0] == "exact"
+        self.views = gr.Slider(
+            8, MOST_VIEWS, value=Settings.views, step=8, label="Views (exact)", interactive=exact, elem_id="views"
+        )
+        self.scale = gr.Slider(
+            1, MOST_SCALE, value=1, step=1, label="Output scale (exact)", interactive=exact, elem_id="scale"
+        )
+        self.run = gr.Button("Denoise", variant="primary", elem_id="run")
+
+    def _results(self) -> None:
+        self.kind = gr.Radio([*MAPS.items()], value="pca", label="Map", elem_id="map")
+        self.compare = gr.ImageSlider(
+            label="Raw (left) and denoised (right)",
+            format="png",
+            interactive=False,
+            buttons=["fullscreen"],
+            max_height=560,
+            elem_id="compare",
+            elem_classes="map",
+        )
+        self.legend = gr.Markdown(LEGENDS["pca"], elem_id="legend")
+        self.divide = gr.Slider(0, 100, value=50, step=1, label="Divide at (%)", elem_id="divide")
+        gr.Markdown("### What is alike to a patch\nClick a patch in any of the three pictures, or type its place.")
+        with gr.Row():
+            self.picture = _clickable("Photo", "photo")
+            self.raw = _clickable("Raw: similarity", "similar-raw")
+            self.clean = _clickable("Denoised: similarity", "similar-denoised")
+        with gr.Row():
+            self.row = gr.Number(None, label="Row", precision=0, minimum=0, elem_id="row", min_width=100)
+            self.column = gr.Number(None, label="Column", precision=0, minimum=0, elem_id="column", min_width=100)
+        self.figures = gr.HTML(elem_id="figures", apply_default_css=False)
+        with gr.Row():
+            self.features = gr.DownloadButton("Features (.safetensors)", interactive=False, elem_id="features")
+            self.sheet = gr.DownloadButton("Picture (.png)", interactive=False, elem_id="sheet")
+
+
+def build(handlers: Handlers) -> gr.Blocks:
+    """The page, ready to be launched."""
+    with gr.Blocks(
+        title="denoising-vit", analytics_enabled=False, delete_cache=(_TIDYING, int(LIFETIME)), fill_width=False
+    ) as page:
+        answer = gr.State(None, time_to_live=LIFETIME, delete_callback=handlers.keep.forget)
+        controls = _Controls(handlers.models, handlers.samples)
+        _wire_settings(page, controls, handlers, answer)
+        _wire_results(controls, handlers, answer)
+        page.unload(_leaving(handlers))
+    page.queue(max_size=32, api_open=False)
+    return page
+
+
+def _wire_settings(page: gr.Blocks, controls: _Controls, handlers: Handlers, answer: gr.State) -> None:
+    results = [controls.compare, controls.raw, controls.clean, controls.figures, controls.features, controls.sheet]
+    shown = [controls.photo, controls.about_photo, controls.picture, answer, *results]
+    light: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", "concurrency_limit": 2}
+    page.load(handlers.choose, [controls.sample, answer], shown, **light)
+    controls.sample.change(handlers.choose, [controls.sample, answer], shown, **light)
+    controls.upload.upload(handlers.upload, [controls.upload, answer], shown, **light)
+    controls.backbone.change(
+        handlers.choose_backbone,
+        controls.backbone,
+        [controls.layer, controls.size, controls.method, controls.about_backbone],
+        **light,
+    )
+    controls.layer.input(
+        handlers.choose_layer,
+        [controls.backbone, controls.layer, controls.method],
+        [controls.method, controls.about_backbone],
+        **light,
+    )
+    controls.method.change(_only_exact, controls.method, [controls.views, controls.scale], **light)
+
+
+def _wire_results(controls: _Controls, handlers: Handlers, answer: gr.State) -> None:
+    light: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 2}
+    asked = [controls.backbone, controls.method, controls.layer, controls.size, controls.views, controls.scale]
+    pictures = [controls.compare, controls.picture, controls.raw, controls.clean]
+    place = [controls.row, controls.column]
+    controls.run.click(
+        handlers.run,
+        [controls.photo, *asked, controls.kind, answer],
+        [answer, *pictures, controls.legend, *place, controls.figures, controls.features, controls.sheet],
+        concurrency_limit=1,  # one model, one answer at a time; the others see their place in the queue
+        trigger_mode="multiple",
+        api_visibility="private",
+        show_progress_on=controls.compare,
+    ).success(handlers.draw, answer, controls.sheet, **light)
+    controls.kind.input(handlers.switch, [answer, controls.kind, *place], [controls.compare, controls.legend], **light)
+    controls.divide.input(_divided, controls.divide, controls.compare, **light)
+    for picture in (controls.picture, controls.raw, controls.clean):
+        picture.select(handlers.click, [answer, controls.kind], [*place, *pictures], **light)
+    for number in place:
+        number.input(
+            handlers.type_patch, [answer, controls.kind, *place], pictures, trigger_mode="always_last", **light
+        )
+
+
+def _clickable(label: str, name: str) -> gr.Image:
+    return gr.Image(
+        label=label,
+        format="png",
+        interactive=False,
+        buttons=[],
+        min_width=200,
+        elem_id=name,
+        elem_classes=["map", "pick"],
+        alt_text=label,
+    )
+
+
+def _only_exact(method: str) -> tuple[Any, Any]:
+    """Views and output scale are of exact alone."""
+    return gr.Slider(interactive=method == "exact"), gr.Slider(interactive=method == "exact")
+
+
+def _divided(share: float) -> Any:
+    """The keyboard's way to move the divider."""
+    return gr.ImageSlider(slider_position=share)
+
+
+def _leaving(handlers: Handlers) -> Any:
+    def leave(request: gr.Request) -> None:
+        handlers.visitors.leaves(request.session_hash)
+
+    return leave
+
+
+def _told(name: str, models: Models) -> str:
+    """A backbone in the list, and whether its weights are not on this computer."""
+    lacks = "" if models.at_hand(name) else "not here: "
+    return f"{lacks}{name}" + (f", {SEEDS[name].family}" if name in SEEDS else "")

@@ -1,0 +1,85 @@
+"""What is shown of a photo, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.denoiser.loading import find_shipped
+from denoising_vit.errors import PlanError
+from denoising_vit.extractors import FEATURES, parse_names
+from denoising_vit.maps.palette import TITLES
+
+#: Kinds of maps, and their headings.
+MAPS = dict(TITLES) | {
+    "similarity": "similarity to ○",
+    "artifact": "G",
+    "artifact-norm": "|G|",
+    "residual": "residual norm",
+}
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What is shown of each photo.
+
+    Attributes:
+        features: names separated by commas: raw, subtract (minus the artifact G), denoiser (stage 2, one pass),
+            distilled (stage 3), exact (stage 1, fitted to the photo). Without it, raw and denoiser where one is given
+            or comes with the package for this backbone, else raw and exact.
+        maps: names separated by commas: pca, kmeans, norm, similarity (to the patch of --at), first, second and third
+            (single components), foreground-pca, foreground; and of what was taken away: artifact (G, in colours of its
+            own), artifact-norm, residual (the norm of raw minus clean minus G).
+        at: place of the patch that similarity is to, as shares of height and width; the centre without it.
+        clusters: of k-means.
+        upsample: draw clean features of stage 1 and 2 so many times finer than patches.
+        views: exact only; crops that are fitted.
+        area: exact only; least and largest share of the photo that a crop covers.
+        ratio: exact only; least and largest width over height of a crop.
+        size: height and width at which photos are shown to the backbone, or one number for a square. Without it, the
+            backbone's own.
+        seed: exact only; of the crops.
+    """
+
+    features: str | None = None
+    maps: str = "pca,kmeans,norm,similarity"
+    at: tuple[float, float] = (0.5, 0.5)
+    clusters: int = 6
+    upsample: int = 1
+    views: int = DenoiseOptions.views
+    area: tuple[float, float] = DenoiseOptions.area
+    ratio: tuple[float, float] = DenoiseOptions.ratio
+    size: int | tuple[int, int] | None = None
+    seed: int = DenoiseOptions.seed
+
+    def validate(self) -> None:
+        """Checks what does not depend on the backbone.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        self.kinds()
+        if self.features is not None:
+            parse_names(self.features, FEATURES)
+        for name in ("clusters", "upsample", "views"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} must be a whole number of at least 1, got {getattr(self, name)}")
+        if not all(0 <= place <= 1 for place in self.at):
+            raise PlanError(f"at must be two shares of height and width, 0 to 1, got {self.at}")
+
+    def kinds(self) -> tuple[str, ...]:
+        """The maps, in order."""
+        return parse_names(self.maps, tuple(MAPS), "maps")
+
+    def names(self, backbone: Backbone, denoiser: str | None) -> tuple[str, ...]:
+        """The features, in order."""
+        if self.features is not None:
+            return parse_names(self.features, FEATURES)
+        return "raw", "exact" if denoiser is None and find_shipped(backbone) is None else "denoiser"
+
+    def denoising(self) -> DenoiseOptions:
+        """Stage 1 as options; nobody looks at held-out views, so there are none."""
+        return DenoiseOptions(
+            views=self.views, held_out=0, area=self.area, ratio=self.ratio, size=self.size, seed=self.seed
+        )

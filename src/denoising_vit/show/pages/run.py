@@ -1,0 +1,139 @@
+"""The page of a training run: how it went, what it learned, and the command to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from denoising_vit.evaluation.records import software_words
+from denoising_vit.evaluation.tables.run_records import RunRecord, best_look, read_run
+from denoising_vit.show.pages.chart import LineChart, line_chart
+from denoising_vit.show.pages.rendering import Picture, data_uri, render, write_page
+
+#: Charts of looks at held-out images: title, key of what was trained; ``raw_`` and ``target_`` of it lie beside.
+_LOOKS = (
+    ("held-out cosine to the target", "cosine"),
+    ("1 − cosine, relative to raw features'", "ratio"),
+    ("effective rank", "rank"),
+    ("place, linear probe (R²)", "place"),
+    ("blank images, variance left of raw's", "blank_variance"),
+    ("photos, variance left of raw's", "photo_variance"),
+    ("class token, 1 − cosine to the frozen backbone's", "class_drift"),
+)
+#: Charts of single steps.
+_STEPS = (("loss of the batch", "loss"), ("learning rate", "rate"), ("norm of the gradient", "gradient"))
+
+#: Figures of the table: name, key, what it says.
+_FIGURES = (
+    ("cosine", "cosine", "How alike features and target are; 1 is the same."),
+    ("MSE", "mse", "Mean squared difference to the target."),
+    ("effective rank", "rank", "How many directions features really use; far below the target's, content is lost."),
+    ("place, R²", "place", "How well a linear fit tells a patch's place; lower is cleaner."),
+    ("place by neighbours, R²", "place_neighbours", "The same by the nearest patches of other images."),
+    (
+        "blank images, variance left",
+        "blank_variance",
+        "On images without content, the share of raw's variance over places; less is cleaner, a constant map has 0.",
+    ),
+    ("blank images, high frequencies left", "blank_detail", "The same of the differences from patch to patch."),
+    ("blurred photos, high frequencies left", "blurred_detail", "The same on heavily blurred photos."),
+    ("change by shifts, of raw's", "shift_change", "At the same place of a photo shifted by part of a patch."),
+    (
+        "photos, variance left",
+        "photo_variance",
+        "Share of raw's variance over places on photos: the content, which should stay while the four above fall.",
+    ),
+)
+
+
+def render_run(folder: Path) -> str:
+    """The page of the run in a folder, as far as it has come.
+
+    Raises:
+        EvaluationError: if it is no folder of a run.
+        OSError: if a panel cannot be read.
+    """
+    run = read_run(folder)
+    best = best_look(run.looks) if run.looks else None
+    return render(
+        "run.html",
+        run=run,
+        name=folder.resolve().name,
+        best=best,
+        last=run.steps[-1]["step"] if run.steps else (run.looks[-1]["step"] if run.looks else 0),
+        of=run.settings.get("options.steps", "-"),
+        charts=_charts(run),
+        figures=_figures(best),
+        panels=_panels(folder / "panels", best),
+        about=_about(run),
+        command=run.about.get("command"),
+    )
+
+
+def _charts(run: RunRecord) -> list[LineChart]:
+    looks = [
+        line_chart(
+            title,
+            "steps",
+            {
+                name: _values(run.looks, f"{before}{key}")
+                for name, before in (("trained", ""), ("raw", "raw_"), ("target", "target_"))
+            },
+        )
+        for title, key in _LOOKS
+    ]
+    steps = [line_chart(title, "steps", {key: _values(run.steps, key)}) for title, key in _STEPS]
+    return [chart for chart in (*looks, *steps) if chart is not None]
+
+
+def _values(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(float(line["step"]), float(line[key])) for line in lines if isinstance(line.get(key), int | float)]
+
+
+def _figures(best: Mapping[str, Any] | None) -> list[tuple[str, float | None, float | None, float | None, str]]:
+    """Rows of the best look: name, raw, trained, target, what it says."""
+    if best is None:
+        return []
+    return [
+        (name, best.get(f"raw_{key}"), best.get(key), best.get(f"target_{key}"), says)
+        for name, key, says in _FIGURES
+        if key in best
+    ]
+
+
+def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
+    """Held-out images before the run had gone far, and at its best look."""
+    paths = sorted(folder.glob("step-*.png"))
+    wanted = [path for path in paths if best is not None and path.stem == f"step-{best['step']:07}"] or paths[-1:]
+    found = []
+    for path in dict.fromkeys([*wanted, *paths[:1]]):
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                ratio = image.width / image.height
+        except UnidentifiedImageError:  # no picture, no reason to go without the rest
+            continue
+        step = int(path.stem.removeprefix("step-"))
+        uri = data_uri(path.read_bytes(), "image/png")
+        found.append(
+            Picture(uri, ratio, f"held-out images after step {step}", f"features after step {step} as colours")
+        )
+    return found
+
+
+def _about(run: RunRecord) -> dict[str, str | None]:
+    return {"hardware": run.about.get("hardware"), "software": software_words(run.about) or None}
+
+
+def write_run_page(folder: Path) -> Path:
+    """Writes ``run.html`` into the folder of a run. Returns its path.
+
+    Raises:
+        EvaluationError: if it is no folder of a run.
+        OSError: if it cannot be written.
+    """
+    path = folder / "run.html"
+    write_page(render_run(folder), path)
+    return path

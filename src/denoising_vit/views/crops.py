@@ -1,0 +1,178 @@
+"""Crops: a part of an image as it is shown to a backbone, and the same part of its semantic field and of its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from denoising_vit.views.patch_grid import patch_centres
+from denoising_vit.views.plan import ViewPlan, linear_weights
+from denoising_vit.views.rendering import ViewRenderer
+
+#: Least and largest side of a neutral crop, relative to the photo's.
+_NEUTRAL_SIDES = 0.4, 0.8
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One crop of one image.
+
+    Attributes:
+        box: x0, y0, x1, y1 in [0, 1] of the image.
+        size: (H, W) in pixels that the box is rendered to.
+        pads: pixels to the left, top, right and bottom of it that show nothing.
+        flip: whether it is mirrored left to right.
+        inverted: whether it is turned by 180 degrees.
+    """
+
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    flip: bool = False
+    inverted: bool = False
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> Crop:
+        """The whole image."""
+        return cls((0.0, 0.0, 1.0, 1.0), size)
+
+    @classmethod
+    def neutral(cls, number: int, size: tuple[int, int], seed: int) -> Crop:
+        """A random square, half of them upside down, so that place in the view says little about content.
+
+        In whole photos skies are above and roads below, so that any features tell the place, clean ones as well.
+
+        Args:
+            number: of the image; the same numbers give the same crop.
+            size: of a view.
+            seed: of all crops.
+        """
+        stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, number])))
+        side, left, top = stream.random_sample(3).tolist()
+        side = _NEUTRAL_SIDES[0] + side * (_NEUTRAL_SIDES[1] - _NEUTRAL_SIDES[0])
+        left, top = left * (1 - side), top * (1 - side)
+        # Not every other one: where photos are halved by turns, both halves have both.
+        return cls((left, top, left + side, top + side), size, inverted=number % 4 >= 2)
+
+    def snapped(self, height: int, width: int) -> Crop:
+        """The same with a box of whole pixels of an image of H x W pixels, one at least."""
+        x0, y0, x1, y1 = self.box
+        (left, right), (top, bottom) = _whole_pixels(x0, x1, width), _whole_pixels(y0, y1, height)
+        return replace(self, box=(left / width, top / height, right / width, bottom / height))
+
+    def cut(self, pixels: np.ndarray) -> np.ndarray:
+        """The pixels of an image (H, W, 3) that the box holds, mirrored and turned as they are shown: (h, w, 3)."""
+        height, width = pixels.shape[:2]
+        x0, y0, x1, y1 = self.box
+        (left, right), (top, bottom) = _whole_pixels(x0, x1, width), _whole_pixels(y0, y1, height)
+        part = pixels[top:bottom, left:right]
+        part = part[:, ::-1] if self.flip else part
+        return part[::-1, ::-1] if self.inverted else part
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(H, W) in pixels of what the backbone is shown."""
+        left, top, right, bottom = self.pads
+        return self.size[0] + top + bottom, self.size[1] + left + right
+
+    def places_shown(self, stretched: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Where the middles of the crop's own pixels are in what is shown, rows (H,) and columns (W,) in pixels of it.
+
+        Args:
+            stretched: (H, W) of pixels, from the crop's first on, over which the patch grid is taken to lie, pads and
+                all, as the released code does; None for where the pixels are.
+        """
+        left, top, _, _ = self.pads
+        own = [np.arange(side) + 0.5 for side in self.size]
+        if stretched is None:
+            return own[0] + top, own[1] + left
+        rows, columns = (at * shown / side for at, shown, side in zip(own, self.padded, stretched, strict=True))
+        return rows, columns
+
+    def render(
+        self,
+        image: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        colour: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The crop of an image (3, H, W) in [0, 1], normalised, (3, H, W) of :attr:`padded`; pads are 0.
+
+        Args:
+            image: on any device.
+            mean: per-channel mean that is subtracted.
+            std: per-channel deviation that is divided by.
+            colour: what is done to its colours, (3, H, W) in [0, 1], before they are normalised.
+        """
+        view = ViewPlan(np.array([self.box]), np.array([self.flip]), self.size, 1, 1, (2, 2))
+        shown = ViewRenderer(image, view, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(slice(1))[0]
+        if colour is not None:
+            shown = colour(shown)
+        shift, scale = (torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
+        shown = (shown - shift) / scale
+        if self.inverted:
+            shown = shown.flip((1, 2))
+        left, top, right, bottom = self.pads
+        return F.pad(shown, (left, right, top, bottom))
+
+    def sample(self, nodes: Tensor, patch_size: int, stride: int) -> Tensor:
+        """A field of the image (Ry, Rx, C) on nodes at cell centres, at the crop's patches, as shown: (h, w, C)."""
+        x0, y0, x1, y1 = self.box
+        # In pixels of what is shown.
+        rows, columns = (patch_centres(side, patch_size, stride) * side for side in self.padded)
+        down = torch.from_numpy(linear_weights(y0 + self._rows(rows) * (y1 - y0), nodes.shape[0])).to(nodes)
+        across = torch.from_numpy(linear_weights(x0 + self._columns(columns) * (x1 - x0), nodes.shape[1])).to(nodes)
+        return torch.einsum("yr,rsc,xs->yxc", down, nodes, across)
+
+    def pixels(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which row and column of an image of H x W pixels each row and column of what is shown comes from; -1: none.
+
+        Returns:
+            (H,) and (W,) int64, by nearest neighbour.
+        """
+        x0, y0, x1, y1 = self.box
+        rows, columns = self._rows(np.arange(self.padded[0]) + 0.5), self._columns(np.arange(self.padded[1]) + 0.5)
+        return _pixel(rows, y0, y1, height), _pixel(columns, x0, x1, width)
+
+    def places(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the rows and columns of an image of H x W pixels are shown, in pixels; NaN where they are not.
+
+        Returns:
+            (H,) and (W,) float64, of pixel centres.
+        """
+        x0, y0, x1, y1 = self.box
+        left, top, _, _ = self.pads
+        rows, columns = ((np.arange(count) + 0.5) / count for count in (height, width))
+        return (
+            _place((rows - y0) / (y1 - y0), self.inverted, self.size[0]) + top,
+            _place((columns - x0) / (x1 - x0), self.flip != self.inverted, self.size[1]) + left,
+        )
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        """From rows of what is shown, in pixels, to the box: in [0, 1], less or more on the pads."""
+        place = (rows - self.pads[1]) / self.size[0]
+        return 1 - place if self.inverted else place
+
+    def _columns(self, columns: np.ndarray) -> np.ndarray:
+        place = (columns - self.pads[0]) / self.size[1]
+        return 1 - place if self.flip != self.inverted else place
+
+
+def _whole_pixels(start: float, stop: float, count: int) -> tuple[int, int]:
+    first = min(round(start * count), count - 1)
+    return first, max(round(stop * count), first + 1)
+
+
+def _pixel(place: np.ndarray, start: float, stop: float, count: int) -> np.ndarray:
+    pixel = np.clip(np.floor((start + place * (stop - start)) * count), 0, count - 1).astype(np.int64)
+    return np.where((place > 0) & (place < 1), pixel, -1)
+
+
+def _place(place: np.ndarray, mirrored: bool, side: int) -> np.ndarray:
+    place = np.where((place > 0) & (place < 1), place, np.nan)
+    return (1 - place if mirrored else place) * side

@@ -1,0 +1,45 @@
+"""From a field on nodes to the patches of a view, and from features of patches to a field."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.views.patch_grid import patch_centres
+from denoising_vit.views.plan import ViewPlan, linear_weights
+
+
+def at_patches(nodes: Tensor, view: ViewPlan) -> Tensor:
+    """A field (Ry, Rx, C) on nodes at cell centres, at the patches of the one view of a plan: (h, w, C)."""
+    down, across = (
+        torch.from_numpy(linear_weights(centres[0], count)).to(nodes)
+        for centres, count in zip(view.centres(), nodes.shape[:2], strict=True)
+    )
+    return torch.einsum("yr,rsc,xs->yxc", down, nodes, across)
+
+
+def on_nodes(features: Tensor, plan: ViewPlan) -> Tensor:
+    """The smoothest field on the plan's nodes (Ry, Rx, C) that has given features (h, w, C) at the patch centres.
+
+    Without overlapping patches nodes and patch centres are the same places, where the plan has as many.
+    """
+    down, across = (
+        _interpolation(patch_centres(side, plan.patch_size, plan.stride), nodes).to(features)
+        for side, nodes in zip(plan.size, plan.resolution, strict=True)
+    )
+    return torch.einsum("ry,yxc,sx->rsc", down, features, across)
+
+
+def _interpolation(centres: np.ndarray, nodes: int) -> Tensor:
+    """(nodes, n): from values at n places to the nodes with the least squared differences that sample to them."""
+    sampled = torch.from_numpy(linear_weights(centres, nodes))  # (n, nodes)
+    count = len(sampled)
+    if count == nodes and torch.allclose(sampled, torch.eye(count, dtype=sampled.dtype)):
+        return torch.eye(count, dtype=sampled.dtype)
+    difference = torch.eye(nodes, dtype=sampled.dtype).diff(dim=0)
+    # Lagrange: [D^T D, W^T; W, 0] [F; multipliers] = [0; values]
+    upper = torch.cat([difference.T @ difference, sampled.T], dim=1)
+    lower = torch.cat([sampled, torch.zeros(count, count, dtype=sampled.dtype)], dim=1)
+    right = torch.cat([torch.zeros(nodes, count, dtype=sampled.dtype), torch.eye(count, dtype=sampled.dtype)])
+    return torch.linalg.solve(torch.cat([upper, lower]), right)[:nodes]
