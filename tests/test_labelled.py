@@ -484,7 +484,7 @@ def test_voc_without_its_lists_says_what_is_missing(tmp_path: Path) -> None:
 def test_voc_with_an_empty_list(tmp_path: Path) -> None:
     make_voc(tmp_path)
     (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
-    with pytest.raises(EvaluationError, match=r"val\.txt: expected names of photos, one a line, found none"):
+    with pytest.raises(EvaluationError, match=r"val\.txt: expected names, one a line, found none"):
         open_labelled(tmp_path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from denoising_vit.data.folders import image_names
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.inspecting import listed, visible
+from denoising_vit.evaluation.layouts import listed, visible
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,8 @@ from denoising_vit.data import Skipped, spread
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth.images import DepthImage, read_depth
-from denoising_vit.evaluation.inspecting import inspect_all, listed
 from denoising_vit.evaluation.judged import JudgedSet, SplitData, shared_photos
-from denoising_vit.evaluation.labelled.classes import read_text
-from denoising_vit.evaluation.labelled.pairs import Pair, pairs_in_folders
-from denoising_vit.evaluation.labelled.sets import check_count
+from denoising_vit.evaluation.layouts import Pair, check_count, inspect_all, listed, pairs_in_folders, read_text
 
 #: Layout of NYUv2; its photos are of one size.
 NYU, NYU_SIZE = "nyu", (480, 640)

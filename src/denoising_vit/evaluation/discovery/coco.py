@@ -12,7 +12,7 @@ from denoising_vit.data import Skipped
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box, within
 from denoising_vit.evaluation.discovery.inspecting import Candidate, check_size
-from denoising_vit.evaluation.labelled.classes import read_text
+from denoising_vit.evaluation.layouts import read_text
 
 #: How many missing photos are told one by one.
 _TOLD = 20

@@ -12,7 +12,7 @@ from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box
 from denoising_vit.evaluation.discovery.images import BoxedImage
-from denoising_vit.evaluation.inspecting import inspect_all
+from denoising_vit.evaluation.layouts import inspect_all
 
 
 class Truth(Protocol):

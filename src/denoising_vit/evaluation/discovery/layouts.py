@@ -15,11 +15,8 @@ from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.discovery.inspecting import Candidate, Inspected, inspect
 from denoising_vit.evaluation.discovery.masks import MaskTruth
 from denoising_vit.evaluation.discovery.voc import VocTruth
-from denoising_vit.evaluation.inspecting import listed
 from denoising_vit.evaluation.judged import JudgedSet, SplitData
-from denoising_vit.evaluation.labelled.classes import read_text
-from denoising_vit.evaluation.labelled.pairs import pairs_in_folders
-from denoising_vit.evaluation.labelled.sets import check_count
+from denoising_vit.evaluation.layouts import check_count, listed, pairs_in_folders, read_text
 from denoising_vit.evaluation.object_masks import WHITE
 
 #: What layout has photos in sequences.

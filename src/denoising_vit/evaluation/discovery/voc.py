@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box, within
 from denoising_vit.evaluation.discovery.inspecting import check_size
-from denoising_vit.evaluation.labelled.classes import read_text
+from denoising_vit.evaluation.layouts import read_text
 
 #: Largest file that is parsed, in bytes; those of VOC have a few thousand.
 _MOST_BYTES = 10_000_000

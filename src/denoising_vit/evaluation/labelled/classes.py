@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.layouts import read_text
 
 #: The classes of Pascal VOC in the order of their labels.
 VOC_CLASSES = (
@@ -56,17 +57,3 @@ def read_ade_names(table: Path) -> tuple[str, ...]:
             f"and name last, found {len(rows)} rows that are not these; fetch the file again, or remove it"
         )
     return tuple(row[-1].strip() for row in rows)
-
-
-def read_text(path: Path) -> str:
-    """A text file.
-
-    Raises:
-        EvaluationError: if it cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: expected UTF-8 text, found other bytes ({error})") from error
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -9,12 +9,11 @@ from typing import Literal, NamedTuple
 
 from denoising_vit.data import Skipped, spread
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.inspecting import listed
 from denoising_vit.evaluation.judged import shared_photos
 from denoising_vit.evaluation.labelled.classes import ADE_CLASSES, VOC_CLASSES, read_ade_names, read_class_list
 from denoising_vit.evaluation.labelled.images import Coding
-from denoising_vit.evaluation.labelled.pairs import Pair, pairs_in_folders, pairs_in_list
-from denoising_vit.evaluation.labelled.sets import LabelledSet, check_count, inspect
+from denoising_vit.evaluation.labelled.sets import LabelledSet, inspect
+from denoising_vit.evaluation.layouts import Pair, check_count, listed, pairs_in_folders, pairs_in_list
 
 Layout = Literal["voc2012", "ade20k", "folders"]
 

@@ -11,10 +11,9 @@ import numpy as np
 from denoising_vit.data import Skipped, spread
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.inspecting import inspect_all
 from denoising_vit.evaluation.judged import JudgedSet
 from denoising_vit.evaluation.labelled.images import Coding, LabelledImage, read_mask
-from denoising_vit.evaluation.labelled.pairs import Pair
+from denoising_vit.evaluation.layouts import Pair, check_count, inspect_all
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,6 @@ class LabelledSet(JudgedSet[LabelledImage]):
         """
         check_count(count)
         return replace(self, images=tuple(self.images[index] for index in spread(len(self.images), count)))
-
-
-def check_count(count: int) -> None:
-    """Raises EvaluationError unless this is a number of images, 0 standing for all."""
-    if count < 0:
-        raise EvaluationError(f"expected a number of images of at least 1, or 0 for all, got {count}")
 
 
 def inspect(

@@ -1,0 +1,309 @@
+"""Folder layouts of evaluation data, shared by all tasks.
+
+A task lists its layouts as :class:`Layout` records, and :func:`find_layout` returns the one a folder has. Photos are
+paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_list`, then read once by
+:func:`inspect_all`. Entries that cannot be used are returned as ``Skipped``, each with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Generic, Protocol, TypeVar
+
+from denoising_vit.data import Skipped, spread
+from denoising_vit.data.folders import files_below, image_names
+from denoising_vit.data.storage import Storage
+from denoising_vit.errors import EvaluationError, PhotoError
+
+#: Decoding releases the GIL. More threads gain little and hold more photos in memory.
+_THREADS = 4
+
+#: Number of names in a folder that a message shows.
+_SHOWN = 8
+
+#: Type of the function that opens a layout.
+Opener = TypeVar("Opener", covariant=True)
+
+
+@dataclass(frozen=True)
+class Layout(Generic[Opener]):
+    """Files and folders that make a folder a known data set.
+
+    Attributes:
+        title: name for messages.
+        required: paths that must exist below a root. A path with an ending is a file, any other a folder; ``*`` is a
+            wildcard, and ``|`` separates alternatives.
+        open: opens a folder with this layout.
+        roots: folders below the given one where the layout may begin.
+    """
+
+    title: str
+    required: tuple[str, ...]
+    open: Opener
+    roots: tuple[str, ...] = (".",)
+
+
+def find_layout(path: Path, layouts: Sequence[Layout[Opener]]) -> tuple[Layout[Opener], Path]:
+    """Return the first of the layouts that a folder has, and the root where it begins.
+
+    Raises:
+        EvaluationError: if the path is no folder, has none of the layouts, or has one of them at several roots.
+    """
+    expected = ", or ".join(f"{layout.title} ({', '.join(layout.required).replace('|', ' or ')})" for layout in layouts)
+    partial = []
+    with readable(path):
+        if not path.is_dir():
+            what = "a file" if path.exists() else "nothing"
+            raise EvaluationError(f"{path}: expected the folder of a data set, found {what} there")
+        for layout in layouts:
+            roots = []
+            for root in (path / below for below in layout.roots):
+                missing = [entry for entry in layout.required if not _exists(root, entry)]
+                if not missing:
+                    roots.append(root)
+                elif len(missing) < len(layout.required):
+                    partial.append(f"{root} looks like {layout.title}, but lacks {', '.join(missing)}")
+            if len(roots) > 1:
+                raise EvaluationError(f"{path} has {' and '.join(map(str, roots))}; give one of them")
+            if roots:
+                return layout, roots[0]
+        if partial:
+            raise EvaluationError(f"{partial[0]}; expected {expected}")
+        raise EvaluationError(f"{path}: expected {expected}; found {listed(path)}")
+
+
+def _exists(root: Path, entry: str) -> bool:
+    if "|" in entry:
+        return any(_exists(root, one) for one in entry.split("|"))
+    if "*" in entry:
+        return any(root.glob(entry))
+    path = root / entry
+    return path.is_file() if path.suffix else path.is_dir()
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise the OSErrors of a folder (no permission, name too long) as EvaluationError."""
+    try:
+        yield
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def visible(folder: Path) -> list[Path]:
+    """Entries of a folder that are not hidden."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+
+
+def listed(folder: Path) -> str:
+    """Entries of a folder for a message."""
+    names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in visible(folder))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN]) or 'an empty folder'}{more}"
+
+
+# --- lists ---
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        EvaluationError: if it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path}: expected UTF-8 text, found other bytes ({error})") from error
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
+    """Read the names in a text file, one a line, each once; repeated names are skipped.
+
+    Raises:
+        EvaluationError: if the file cannot be read or has no names.
+    """
+    lines = [line for line in map(str.strip, read_text(path).split("\n")) if line]
+    if not lines:
+        raise EvaluationError(f"{path}: expected names, one a line, found none")
+    names = list(dict.fromkeys(lines))
+    return names, [Skipped(name, f"named a second time in {path}") for name in names if lines.count(name) > 1]
+
+
+Entry = TypeVar("Entry")
+
+
+def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[Entry]:
+    """At most ``count`` entries, spread evenly over all of them; 0 takes all.
+
+    Raises:
+        EvaluationError: if the count is negative.
+    """
+    check_count(count, what)
+    return [entries[index] for index in spread(len(entries), count)]
+
+
+def check_count(count: int, what: str = "images") -> None:
+    """Raise EvaluationError for a negative number of entries."""
+    if count < 0:
+        raise EvaluationError(f"expected a number of {what} of at least 1, or 0 for all, got {count}")
+
+
+# --- photos with masks ---
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A photo and its mask or depth map, not yet read.
+
+    Attributes:
+        id: path of the photo below its folder, with ``/`` as separator.
+        photo: file of the photo.
+        mask: file of the mask or depth map.
+    """
+
+    id: str
+    photo: Path
+    mask: Path
+
+
+def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[list[Pair], list[Skipped]]:
+    """Pair photos and masks by their path below each folder, without the ending; sorted by id.
+
+    Args:
+        photos: folder of the photos.
+        masks: folder of the masks.
+        what: word for a mask in messages.
+
+    Returns:
+        Pairs; and photos without a mask, masks without a photo, and second files of the same name.
+
+    Raises:
+        EvaluationError: if a folder cannot be read.
+    """
+    photo_of, skipped_photos = _by_stem(photos, "photo")
+    mask_of, skipped_masks = _by_stem(masks, what)
+    pairs = [
+        Pair(name, photos / name, masks / mask_of[stem])
+        for stem, name in sorted(photo_of.items(), key=lambda entry: entry[1])
+        if stem in mask_of
+    ]
+    unpaired = [
+        Skipped(name, f"a photo without a {what}; expected {masks / stem}.png, or with another ending")
+        for stem, name in photo_of.items()
+        if stem not in mask_of
+    ] + [
+        Skipped(name, f"a {what} without a photo; expected {photos / stem}.jpg, or with another ending")
+        for stem, name in mask_of.items()
+        if stem not in photo_of
+    ]
+    return pairs, sorted([*skipped_photos, *skipped_masks, *unpaired], key=lambda entry: entry.item)
+
+
+def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
+    """Image files below a folder by their path without ending; the first one where several share it."""
+    try:
+        names, skipped = files_below(Storage(), str(folder))
+    except PhotoError as error:
+        raise EvaluationError(str(error)) from error
+    found: dict[str, str] = {}
+    for name in image_names(names, str(folder)):
+        stem = PurePosixPath(name).with_suffix("").as_posix()
+        if found.setdefault(stem, name) != name:
+            skipped.append(Skipped(name, f"a second {what} of the name {stem}; {found[stem]} is taken"))
+    return found, skipped
+
+
+def pairs_in_list(names: Path, photos: Path, masks: Path) -> tuple[list[Pair], list[Skipped]]:
+    """Pair photos (.jpg) and masks (.png) by a list of names without ending, in its order; files are not looked for.
+
+    Returns:
+        Pairs; and repeated names.
+
+    Raises:
+        EvaluationError: if the list cannot be read or has no names.
+    """
+    stems, repeated = read_names(names)
+    pairs = [Pair(f"{stem}.jpg", photos / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems]
+    return pairs, [Skipped(f"{entry.item}.jpg", entry.reason) for entry in repeated]
+
+
+def check_same_size(photo: tuple[int, ...], mask: tuple[int, ...], path: Path, what: str = "mask") -> None:
+    """Raise EvaluationError if photo and mask (H, W, ...) differ in size; ``path`` is the file of the mask."""
+    if photo[:2] != mask[:2]:
+        raise EvaluationError(
+            f"expected photo and {what} of the same size, got a photo of {photo[1]} x {photo[0]} pixels and a {what} "
+            f"of {mask[1]} x {mask[0]} ({path})"
+        )
+
+
+# --- reading ---
+
+
+class Unread(Protocol):
+    """An entry with a photo that has not been read."""
+
+    @property
+    def id(self) -> str:
+        """Name for messages."""
+        ...
+
+    @property
+    def photo(self) -> Path:
+        """File of the photo."""
+        ...
+
+
+Item = TypeVar("Item", bound=Unread)
+Found = TypeVar("Found")
+
+
+def inspect_all(
+    inspect_one: Callable[[Item], Found | Skipped], items: Sequence[Item], progress: Callable[[], None] | None
+) -> tuple[list[Found], list[Skipped]]:
+    """Read photos in a few threads, in order.
+
+    Args:
+        inspect_one: reads one photo. Its PhotoError, EvaluationError or OSError becomes the reason for skipping it.
+        items: the photos.
+        progress: called after each.
+
+    Returns:
+        Results for the usable photos, and the skipped ones.
+    """
+
+    def inspected(item: Item) -> Found | Skipped:
+        try:
+            return inspect_one(item)
+        except PhotoError as error:
+            return Skipped(item.id, str(error).removeprefix(f"{item.photo}: "))  # the id names the photo already
+        except (EvaluationError, OSError) as error:
+            return Skipped(item.id, str(error))
+
+    usable: list[Found] = []
+    failed: list[Skipped] = []
+    pool = ThreadPoolExecutor(_THREADS, "inspect")
+    try:
+        for found in pool.map(inspected, items):
+            if isinstance(found, Skipped):
+                failed.append(found)
+            else:
+                usable.append(found)
+            if progress is not None:
+                progress()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
+    return usable, failed
+
+
+def require_usable(usable: Sequence[object], expected: str, count: int, skipped: Sequence[Skipped]) -> None:
+    """Raise EvaluationError with the first reason if none of ``count`` entries can be used."""
+    if not usable:
+        first = f"; the first reason: {skipped[0].item}: {skipped[0].reason}" if skipped else ""
+        raise EvaluationError(f"expected {expected}, none of {count} can be used{first}")
