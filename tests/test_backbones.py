@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from denoising_vit import SEEDS, Backbone, BackboneError, DenoisingVitError, SizeError, WeightsError, load_backbone
-from denoising_vit.backbones.hardware import fast_dtype
+from denoising_vit.backbones.runtime import fast_dtype
 from denoising_vit.backbones.timm_vit import TimmBackbone
 
 TINY = "vit_tiny_patch16_224"

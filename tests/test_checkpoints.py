@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denoising_vit import Backbone, Denoiser, FormatError, WeightsError, load_backbone, load_denoiser
-from denoising_vit.backbones.checkpoints import models_among, read_state_dict
+from denoising_vit.backbones.weights import models_among, read_state_dict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

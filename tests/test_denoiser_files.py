@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import tiny_artifact
 from command import Dvit, in_process
 from denoising_vit import SEEDS, Backbone, Denoiser, DenoiserError, FormatError, load_backbone, load_denoiser
-from denoising_vit.backbones import hub as model_hub
 from denoising_vit.backbones import loading
+from denoising_vit.backbones import runtime as model_hub
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import (
     HUB_ID,

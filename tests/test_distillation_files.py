@@ -18,10 +18,9 @@ from torch import Tensor
 import denoising_vit as dv
 import tiny_distillation as tiny
 import tiny_fit
-from denoising_vit.backbones.checkpoints import read_state_dict
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
-from denoising_vit.backbones.weights import load_weights
+from denoising_vit.backbones.weights import load_weights, read_state_dict
 from denoising_vit.distilled import files
 from denoising_vit.distilled.files import write_distilled
 from denoising_vit.distilled.train import Distillation

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tiny_huggingface as tiny
 from denoising_vit import Backbone, BackboneError, SizeError, WeightsError, load_backbone
-from denoising_vit.backbones import hub as model_hub
+from denoising_vit.backbones import runtime as model_hub
 from denoising_vit.errors import DenoisingVitWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")

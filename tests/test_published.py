@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pytest
 
-from denoising_vit.backbones.seeds import SEEDS
+from denoising_vit.backbones.catalog import SEEDS
 from denoising_vit.denoiser.published import FIGURES, VARIANTS, published_row, published_rows
 from denoising_vit.errors import EvaluationError
 

@@ -20,8 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from denoising_vit import Backbone, WeightsError, load_backbone
-from denoising_vit.backbones import hub as model_hub
 from denoising_vit.backbones import loading
+from denoising_vit.backbones import runtime as model_hub
 
 NAME = "test_vit"  # timm's small ViT: patch 16, width 64, 6 blocks, grid 10 x 10
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"

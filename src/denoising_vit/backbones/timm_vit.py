@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denoising_vit.backbones.base import Backbone
-from denoising_vit.backbones.seeding import seeded
+from denoising_vit.backbones.runtime import seeded
 from denoising_vit.errors import BackboneError
 from denoising_vit.views.patch_grid import nearest_sizes
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from denoising_vit.backbones.checkpoints import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.backbones.recorded import names_backbone
+from denoising_vit.backbones.weights import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
 from denoising_vit.files import KEY, atomic_path, compact, is_safetensors, read_record, require_version

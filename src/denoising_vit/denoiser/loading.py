@@ -8,8 +8,8 @@ from pathlib import Path
 
 from denoising_vit.artifact import SHIPPED
 from denoising_vit.backbones import SEEDS, Backbone
-from denoising_vit.backbones.hub import offline_if_unreachable
 from denoising_vit.backbones.recorded import is_recorded
+from denoising_vit.backbones.runtime import offline_if_unreachable
 from denoising_vit.denoiser.files import read_denoiser, require_finite
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.denoiser.published import VARIANTS

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.backbones.hardware import dtype_on
 from denoising_vit.backbones.recorded import describe
+from denoising_vit.backbones.runtime import dtype_on
 from denoising_vit.data import Dataset
 from denoising_vit.denoiser import GivenDenoiser
 from denoising_vit.denoiser.job import Stored

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from denoising_vit.artifact import Artifact
-from denoising_vit.backbones.hardware import Dtype, device_at, dtype_on
+from denoising_vit.backbones.runtime import Dtype, device_at, dtype_on
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights, require_finite
 from denoising_vit.denoiser import Denoiser

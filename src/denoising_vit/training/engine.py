@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from denoising_vit.backbones.hardware import fast_dtype
+from denoising_vit.backbones.runtime import fast_dtype
 from denoising_vit.errors import TrainError
 from denoising_vit.training.options import Precision
 

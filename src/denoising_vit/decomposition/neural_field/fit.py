@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.backbones.seeding import seeded
+from denoising_vit.backbones.runtime import seeded
 from denoising_vit.decomposition.heldout import Agreement
 from denoising_vit.decomposition.neural_field.losses import first_phase_loss, second_phase_loss
 from denoising_vit.decomposition.neural_field.model import NeuralModel

@@ -41,7 +41,7 @@ def fetch_published(model: str, variant: str) -> Path:
         raise DenoiserError(f"no {variant} was published for {model}{there}")
     from huggingface_hub import hf_hub_download
 
-    from denoising_vit.backbones.hub import offline_if_unreachable
+    from denoising_vit.backbones.runtime import offline_if_unreachable
 
     name = published_file(model, variant)
     try:

@@ -1,4 +1,4 @@
-"""The models that the method was published for; any other ViT works the same way."""
+"""Models the method was published for."""
 
 from __future__ import annotations
 
