@@ -23,7 +23,7 @@ from measuring import hardware, some_photos, synchronise
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.progress import unwatched
+from denoising_vit.progress import no_progress
 from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
 from denoising_vit.training.loss import denoising_loss
 
@@ -56,7 +56,7 @@ def main(
     bare_s: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         job = prepared(folder, photos, Path(name) / "run", steps * rounds, batch, size)
-        job.fill(unwatched)
+        job.fill(no_progress)
         run = job.training()
         for number in range(rounds):
             run.options = replace(run.options, stop_at=(number + 1) * steps)

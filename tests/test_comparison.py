@@ -31,7 +31,7 @@ from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.extractors import parse_names
-from denoising_vit.progress import Watch, unwatched
+from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 from tiny_fit import MODEL, spec_of, write_weights
 from tiny_labelled import coloured, colours, speckled, tiny_backbone, write_labelled
@@ -389,7 +389,7 @@ def workbench(
     data: LabelledData,
     extractors: Mapping[str, Extractor] | None = None,
     backbone: Backbone | None = None,
-    watch: Watch = unwatched,
+    watch: Progress = no_progress,
 ) -> Workbench:
     return Workbench(
         data=data,
@@ -574,7 +574,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> LabelledData:
 
 
 def exact_bench(
-    folder: Path, data: LabelledData, vit: tuple[Backbone, BackboneSpec], watch: Watch = unwatched, **options: Any
+    folder: Path, data: LabelledData, vit: tuple[Backbone, BackboneSpec], watch: Progress = no_progress, **options: Any
 ) -> Workbench:
     backbone, spec = vit
     stage_one = DenoiseOptions(views=16, size=64, **options)

@@ -40,7 +40,7 @@ from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.progress import Watch, unwatched
+from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 from tiny_depth import (
     backbone,
@@ -289,7 +289,7 @@ class Counting(ExtractorSource):
         return super().inputs(image, crop, colour)
 
 
-def stopping(after: int) -> Watch:
+def stopping(after: int) -> Progress:
     """Stops after so many steps, all trainings together."""
     left = [after]
 
@@ -367,7 +367,7 @@ def test_nothing_to_learn_from_is_refused(tmp_path: Path, how: DepthProtocol) ->
 
 
 def bench_of(
-    folder: Path, data: Any, extractors: Mapping[str, Extractor] | None = None, watch: Watch = unwatched
+    folder: Path, data: Any, extractors: Mapping[str, Extractor] | None = None, watch: Progress = no_progress
 ) -> Workbench:
     return Workbench(
         data=data,

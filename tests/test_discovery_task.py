@@ -33,7 +33,7 @@ from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.progress import Watch, unwatched
+from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 from tiny_discovery import GRID, scene, scenes, write_davis, write_folders
 from tiny_fit import MODEL, spec_of, write_weights
@@ -339,7 +339,7 @@ def workbench(
     folder: Path,
     data: SplitData[BoxedImage],
     extractors: Mapping[str, Extractor] | None = None,
-    watch: Watch = unwatched,
+    watch: Progress = no_progress,
 ) -> Workbench:
     return Workbench(
         data=data,

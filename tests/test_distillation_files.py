@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_file_before_as_it_was(tmp_path: Path, monkeypatc
     def full(*_args: Any, **_more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(files, "write_tensors", full)
     with pytest.raises(TrainError, match=r"m\.safetensors: the model could not be written .*No space left.*--resume"):
         write_distilled({"a": torch.zeros(2)}, path, {})
     assert path.read_bytes() == before
@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_the_file_before_as_it_was(tmp_path: Path, monkeypatc
 def test_a_run_with_a_full_disk_goes_on_later(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = tiny.options(held_out=1)
     tiny.distilled(photos, tmp_path / "straight", training=training)
-    save, calls = files.save_file, iter(range(9))
+    save, calls = files.write_tensors, iter(range(9))
 
     def full(*args: Any, **more: Any) -> None:
         if next(calls):
@@ -244,7 +244,7 @@ def test_a_run_with_a_full_disk_goes_on_later(photos: Path, tmp_path: Path, monk
         save(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", full)
+        patch.setattr(files, "write_tensors", full)
         with pytest.raises(TrainError, match="the model could not be written"):
             tiny.distilled(photos, tmp_path / "run", training=training)
     assert tiny.rows(tmp_path / "run", "train")[-1]["step"] == 6

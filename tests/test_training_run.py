@@ -29,7 +29,7 @@ from denoising_vit.denoiser.samples import Sample, whole_view
 from denoising_vit.denoiser.train import Training
 from denoising_vit.errors import SizeError, TrainError
 from denoising_vit.metrics.tokens import effective_rank
-from denoising_vit.progress import unwatched
+from denoising_vit.progress import no_progress
 from denoising_vit.training import TrainJob, checkpoints
 from denoising_vit.training.checkpoints import Checkpoints
 
@@ -520,8 +520,8 @@ def test_a_full_disk_at_a_checkpoint_ends_the_run_and_it_goes_on_later(
 ) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run")
     with monkeypatch.context() as patch:
-        save, calls = checkpoints.save_file, iter(range(10))
-        patch.setattr(checkpoints, "save_file", lambda *a, **b: save(*a, **b) if next(calls) < 2 else full())
+        save, calls = checkpoints.write_tensors, iter(range(10))
+        patch.setattr(checkpoints, "write_tensors", lambda *a, **b: save(*a, **b) if next(calls) < 2 else full())
         with pytest.raises(TrainError, match=r"step-0000015.*No space left.*step-0000010.safetensors is whole"):
             job.training().run()
     assert tiny.results(resumed(data, tmp_path / "run")) == tiny.results(straight)
@@ -663,7 +663,7 @@ def test_what_is_watched_is_each_image_once(data: tiny.Fitted, tmp_path: Path) -
 
     def watch(what: str, total: int | None) -> Any:
         seen.append((what, total))
-        return unwatched(what, total)
+        return no_progress(what, total)
 
     job = TrainJob.prepare(data.stored, tmp_path / "run", tiny.backbone(), tiny.options(), tiny.views())
     job.fill(watch)

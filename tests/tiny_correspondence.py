@@ -17,7 +17,7 @@ from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.records import Results, run_info
 from denoising_vit.evaluation.sources import Extractor
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.progress import Watch, unwatched
+from denoising_vit.progress import Progress, no_progress
 from tiny_labelled import PATCH, colours, speckled, tiny_backbone
 
 #: Of a video's frames.
@@ -137,7 +137,7 @@ def workbench(
     folder: Path,
     data: JudgedData,
     extractors: Mapping[str, Extractor] | None = None,
-    watch: Watch = unwatched,
+    watch: Progress = no_progress,
     backbone: Backbone | None = None,
 ) -> Workbench:
     return Workbench(

@@ -18,7 +18,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.fit import FitJob, FitOptions
-from denoising_vit.progress import unwatched
+from denoising_vit.progress import no_progress
 from denoising_vit.store import FeatureStore
 from denoising_vit.training import PairOptions, Photos, Stored, TrainJob, TrainOptions
 from denoising_vit.training.checkpoints import Progress
@@ -122,7 +122,7 @@ def prepared(
 ) -> TrainJob:
     """A job whose pairs are there."""
     job = TrainJob.prepare(source, run, extractor or backbone(), training or options(), pairs or views(), **more)
-    job.fill(unwatched)
+    job.fill(no_progress)
     return job
 
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, never over what is not ours; safetensors records; optional packages."""
+"""File helpers: atomic and durable writes, ownership marks, digests, safetensors files, optional packages."""
 
 from __future__ import annotations
 
@@ -18,45 +18,54 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.errors import DenoisingVitError, FormatError, OutputError
 
-_UMASK_LOCK = threading.Lock()
+T = TypeVar("T")
 
-#: What file systems without hard links answer.
+#: Metadata key of our JSON record in a safetensors file.
+KEY = "denoising_vit"
+
+#: ``format`` in the record of a distilled model's weights.
+DISTILLED = "denoising-vit/distilled"
+
+#: Errors of file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
-#: Bytes of a file name that file systems allow, and those that the name of a temporary file adds.
+#: Longest file name in bytes that file systems allow, and the bytes that a temporary name adds.
 _LONGEST, _ADDED = 255, 15
 
-#: Bytes at either end of a file in which a mark is looked for; of safetensors, the most of a header that is read.
+#: Bytes at either end of a file that are searched for a mark, and the longest safetensors header that is read.
 _END, _HEADER = 4096, 1 << 24
 
 _MARK = re.compile(rb"denoising-vit (?P<kind>[a-z-]+) of (?P<source>[0-9a-f]{64})")
 
+_UMASK_LOCK = threading.Lock()
+
 
 @contextlib.contextmanager
 def atomic_path(target: Path, *, new: bool = False, durable: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``target`` to write to; it becomes the target only if the block succeeds.
+    """Yield a temporary path next to ``target``, which replaces it if the block succeeds.
 
     Args:
         target: the file.
-        new: never replace a file that is there by then, whoever wrote it.
-        durable: have content and name reach the disk, in this order, so that a power cut leaves no empty file.
+        new: never replace an existing file.
+        durable: flush the content before the rename and the folder after it, so that a power cut leaves no empty file.
 
     Raises:
-        FileExistsError: if ``new`` and there is something.
+        FileExistsError: if ``new`` and the target exists.
         OSError: if the folder cannot be written to.
     """
-    name = clipped(target.name, _LONGEST - _ADDED)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{name}.", suffix=".part")
+    short = clipped(target.name, _LONGEST - _ADDED)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{short}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~current_umask())  # temporary files are private; results follow the user's umask
+        temporary.chmod(0o666 & ~current_umask())  # mkstemp makes private files; results follow the user's umask
         if durable:
             flush_file(temporary)
         if new:
@@ -70,28 +79,94 @@ def atomic_path(target: Path, *, new: bool = False, durable: bool = False) -> It
 
 
 def place_new(temporary: Path, target: Path) -> None:
-    """Gives a whole file its name, which of several processes one can do: a name is taken by having a file.
+    """Give a complete file its name; of several processes, only one succeeds.
 
     Raises:
-        FileExistsError: if there is something of that name.
+        FileExistsError: if the name is taken.
     """
     try:
-        os.link(temporary, target)  # fails where there is something, unlike a rename
-        return
+        os.link(temporary, target)  # unlike a rename, fails if the target exists
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-    target.open("xb").close()  # FAT and some network drives; for a moment the file is there without its content
-    temporary.replace(target)
+        target.open("xb").close()  # FAT and some network drives: the target is empty for a moment
+        temporary.replace(target)
+
+
+def flush_file(path: Path) -> None:
+    """Flush a file's content to disk (``fsync``)."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Flush a folder's entries to disk where the platform supports it; otherwise a power cut may lose new files."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, and some network drives flush none
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def current_umask() -> int:
+    """The process's umask. It can only be read by setting it, so it is the strictest for a moment."""
+    with _UMASK_LOCK:  # two threads at once would leave the strictest behind
+        current = os.umask(0o077)
+        os.umask(current)
+    return current
+
+
+def unwritable(error: Exception) -> str:
+    """Why a folder cannot be written to; a file in its place is reported as "not a directory"."""
+    if isinstance(error, FileExistsError):  # the system's "File exists" would not explain the problem
+        return os.strerror(errno.ENOTDIR)
+    return getattr(error, "strerror", None) or str(error)
+
+
+def plain_stem(name: str) -> str:
+    """A file stem for the results of a photo or clip: valid UTF-8, with room for a number and a suffix.
+
+    Bytes that are not UTF-8 become ``_``, because other programs and file formats reject them.
+    """
+    valid = os.fsencode(name).decode("utf-8", "replace").replace("\ufffd", "_")
+    return clipped(valid, _LONGEST - 35)
+
+
+def readable(name: str) -> str:
+    """A file name as text, with bytes that are not UTF-8 escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def clipped(name: str, most: int) -> str:
+    """A name cut to at most ``most`` bytes, never within a character."""
+    content = os.fsencode(name)
+    return name if len(content) <= most else content[:most].decode("utf-8", "ignore")
+
+
+def digest(values: object, length: int = 64) -> str:
+    """First hex digits of the SHA-256 of JSON values; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+def digest_of(*inputs: object) -> str:
+    """SHA-256 of the inputs of a file: paths made absolute, all other values as text."""
+    return digest([os.path.abspath(value) if isinstance(value, Path) else str(value) for value in inputs])  # noqa: PTH100
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What a file says of itself so that it is known again as ours.
+    """Identification that we write into our files, to recognize them before replacing them.
 
     Attributes:
-        kind: of file, in lower-case letters and hyphens.
-        source: SHA-256 of the input that it was made of; see :func:`digest_of`.
+        kind: kind of file, in lower-case letters and hyphens.
+        source: SHA-256 of the inputs; see :func:`digest_of`.
     """
 
     kind: str
@@ -102,7 +177,7 @@ class Mark:
 
     @classmethod
     def read(cls, path: Path) -> Mark | None:
-        """The mark of a file; None where it has none, or cannot be read."""
+        """The mark of a file; None without a mark, or if the file cannot be read."""
         try:
             with path.open("rb") as file:
                 start = file.read(_END)
@@ -118,50 +193,44 @@ class Mark:
         return None if found is None else cls(found["kind"].decode(), found["source"].decode())
 
     def add(self, path: Path, suffix: str) -> None:
-        """Writes it into a picture or a page; files of other kinds hold it in their own record.
+        """Append the mark to a picture or page; files of other kinds keep it in their own record.
 
         Args:
-            path: the file, whatever its name ends in.
-            suffix: what kind of file it is: .png, .pdf, .svg, .html or .md.
+            path: the file, under any name.
+            suffix: type of the file: .png, .pdf, .svg, .html or .md.
         """
         text = str(self).encode()
         if suffix == ".png":
             content, chunk = path.read_bytes(), b"tEXtSource\0" + text
             chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
             path.write_bytes(content[:-12] + chunk + content[-12:])  # before the end chunk
-        elif suffix == ".pdf" or suffix in (".svg", ".html", ".htm", ".md"):
+        elif suffix in (".pdf", ".svg", ".html", ".htm", ".md"):
             with path.open("ab") as file:
                 file.write(b"%% %b\n" % text if suffix == ".pdf" else b"\n<!-- %b -->\n" % text)
-
-
-def digest_of(*inputs: object) -> str:
-    """SHA-256 of what a file is made of: paths are taken as absolute, addresses and other values as they are."""
-    told = [os.path.abspath(value) if isinstance(value, Path) else str(value) for value in inputs]  # noqa: PTH100
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def require_ours(
     target: Path, mark: Mark, inputs: Iterable[Path] = (), read: Callable[[Path], Mark | None] = Mark.read
 ) -> bool:
-    """Whether writing replaces an earlier file of the same kind and input; False where there is nothing yet.
+    """Check that a file may be written: it is new (False), or replaces ours of the same kind and inputs (True).
 
     Args:
-        target: the file to be written.
-        mark: it will have.
-        inputs: files that are read.
-        read: how the mark of a file is read.
+        target: the file to write.
+        mark: mark of the new file.
+        inputs: files that the command reads.
+        read: reads the mark of a file.
 
     Raises:
-        OutputError: if it is an input, or there is something that is not ours or was made from another input.
+        OutputError: if the target is an input, is not ours, or was made from other inputs.
     """
     if not os.path.lexists(target):
         return False
     if any(path.exists() and target.exists() and path.samefile(target) for path in inputs):
         raise OutputError(f"{target} is an input and is never written to; name another file for the output")
     found = read(target)
-    if found is None or found.kind != mark.kind:  # a file of an earlier release may be ours, and is not known
-        told = "carries no mark of this command" if found is None else f"is a {found.kind}, not a {mark.kind}"
-        raise OutputError(f"{target} exists and {told}; name another file, or move this one away")
+    if found is None or found.kind != mark.kind:  # files of releases without marks cannot be recognized
+        reason = "carries no mark of this command" if found is None else f"is a {found.kind}, not a {mark.kind}"
+        raise OutputError(f"{target} exists and {reason}; name another file, or move this one away")
     if found != mark:
         raise OutputError(
             f"{target} exists and was made from another input; name another file, or remove it to have it made anew"
@@ -171,11 +240,11 @@ def require_ours(
 
 @contextlib.contextmanager
 def owned_path(target: Path, mark: Mark, inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """As :func:`atomic_path`, for a file that carries our mark, by the rule of :func:`require_ours`.
+    """Like :func:`atomic_path`, for a marked file that :func:`require_ours` allows to write.
 
     Raises:
-        OutputError: if the file is not ours to write.
-        FileExistsError: if another process made one meanwhile.
+        OutputError: if the file is not ours to replace.
+        FileExistsError: if another process created it in the meantime.
         OSError: if it cannot be written.
     """
     replaces = require_ours(target, mark, inputs)
@@ -184,96 +253,48 @@ def owned_path(target: Path, mark: Mark, inputs: Iterable[Path] = ()) -> Iterato
         mark.add(temporary, target.suffix.lower())
 
 
-def plain_stem(name: str) -> str:
-    """A file's name for the results of a photo or clip: valid UTF-8, with room for a number and an ending.
-
-    Bytes that are not UTF-8 become ``_``: other programs and file formats take no such names.
-    """
-    valid = os.fsencode(name).decode("utf-8", "replace").replace("\ufffd", "_")
-    return clipped(valid, _LONGEST - 35)
-
-
-def readable(name: str) -> str:
-    """A file name as text; bytes that are not UTF-8 are shown escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def clipped(name: str, most: int) -> str:
-    """A name of at most so many bytes, its end cut off; no character is cut in two."""
-    content = os.fsencode(name)
-    return name if len(content) <= most else content[:most].decode("utf-8", "ignore")
-
-
-def flush_file(path: Path) -> None:
-    """Has a file's content reach the disk.
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: dict[str, str] | None = None,
+    *,
+    new: bool = False,
+    durable: bool = False,
+) -> None:
+    """Write a safetensors file with :func:`atomic_path`, readable as the umask says.
 
     Raises:
-        OSError: if it does not.
+        OSError: if it cannot be written, such as on a full disk, which safetensors reports with its own error.
     """
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(path: Path) -> None:
-    """Has the names in a folder reach the disk, where the platform knows how; a new file may be lost without."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, and some network drives flush none
-        handle = os.open(path, os.O_RDONLY)
+    with atomic_path(path, new=new, durable=durable) as temporary:
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by changing it: for that moment to the strictest."""
-    with _UMASK_LOCK:  # two threads at a time would leave the strictest behind
-        current = os.umask(0o077)
-        os.umask(current)
-    return current
-
-
-def unwritable(error: Exception) -> str:
-    """Why a folder cannot be written, in words; a file where a folder is needed is said to be no directory."""
-    if isinstance(error, FileExistsError):  # the system's words, "File exists", would not tell what is wrong
-        return os.strerror(errno.ENOTDIR)
-    return getattr(error, "strerror", None) or str(error)
-
-
-T = TypeVar("T")
-
-#: Under which the record stands in a file's metadata, as JSON.
-KEY = "denoising_vit"
-
-#: ``format`` in the record of a distilled model's weights.
-DISTILLED = "denoising-vit/distilled"
+            save_file(dict(tensors), temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is a safetensors file by its beginning, whatever its name: a length, then the head as JSON.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
+    """True if a file begins like a safetensors file: a length, then a JSON header. The name does not matter."""
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
 
 
 def read_record(path: Path) -> Any:
-    """The record in a file's metadata; an empty one where the file has none.
+    """Our record in the metadata of a safetensors file; empty if there is none.
 
     Raises:
-        SafetensorError, OSError, JSONDecodeError: if the file is none, or damaged.
+        SafetensorError, OSError, JSONDecodeError: if the file is damaged or of another type.
     """
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get(KEY, "{}"))
 
 
 def require_version(path: Path, head: Mapping[str, Any], known: int) -> None:
-    """Refuses a file whose record tells no version of its format, or that of a later release.
+    """Check the format version in the record of a file.
 
     Raises:
-        FormatError: saying what is wrong, or what to do.
+        FormatError: if it is missing, not a number, or newer than ``known``.
     """
     version = head.get("format_version")
     if version is None:
@@ -287,32 +308,22 @@ def require_version(path: Path, head: Mapping[str, Any], known: int) -> None:
 
 
 def compact(values: Tensor) -> Tensor:
-    """Values as they are stored: float16, unless they exceed its range, as features without a final norm can."""
+    """Values as stored: float16, or float32 if they exceed its range, as features without a final norm can."""
     values = values.detach().cpu()
     fits = not values.numel() or float(values.abs().max()) < torch.finfo(torch.float16).max
     return (values.half() if fits else values.float()).contiguous()
 
 
 def below(prefix: str, tensors: dict[str, T]) -> dict[str, T]:
-    """Those whose names begin with a prefix, without it."""
+    """The entries with a prefix, keyed by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def needed(package: str, extra: str, error: type[DenoisingVitError]) -> Any:
-    """Imports a package of an extra.
+    """Import a package of an optional extra.
 
     Raises:
-        DenoisingVitError: of the type that is given, if it is not installed, naming the extra.
+        DenoisingVitError: of type ``error``, naming the extra, if the package is not installed.
     """
     try:
         return importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""Progress reporting, and reading ahead."""
+"""Progress reporting, and reading ahead in a thread."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from typing import TypeVar
 
 import torch
 
-#: ``watch(what, how many)`` is a block within which the function that it gives is called after each of them; None
-#: where it is not known how many there are.
-Watch = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[], None]]]
+T = TypeVar("T")
+
+#: ``with progress(label, total) as advance:``, then ``advance()`` after each item; the total may be unknown (None).
+Progress = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[], None]]]
 
 
 @contextlib.contextmanager
-def unwatched(_what: str, _total: int | None) -> Iterator[Callable[[], None]]:
-    """Nobody looks."""
+def no_progress(_label: str, _total: int | None) -> Iterator[Callable[[], None]]:
+    """No-op progress."""
     yield lambda: None
 
 
-T = TypeVar("T")
-
 _END = object()
 
-#: Seconds between two looks whether the reader has gone.
-_LOOK = 0.1
+#: Seconds between checks for a consumer that stopped.
+_POLL = 0.1
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
 def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
-    """The same items, made in a thread of their own, at most ``ahead`` of them waiting.
+    """Yield the items, which a background thread produces at most ``ahead`` in advance.
 
-    An exception in the iterator reaches the reader at its place. A reader that stops early stops the thread.
+    Exceptions of the iterator are raised to the consumer in order. The thread ends when the consumer stops.
     """
     waiting: queue.Queue[object] = queue.Queue(ahead)
     stopped = threading.Event()
-    # Torch's setting reaches a new thread with its first parallel loop, not before: sums taken earlier would be split
-    # among another number of threads, and differ in their last bits.
+    # A new thread takes over torch's number of threads only with its first parallel loop: sums before that would be
+    # split differently, and differ in their last bits.
     threads = torch.get_num_threads()
 
     def put(item: object) -> bool:
         while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=_LOOK)
-            except queue.Full:
-                continue
-            return True
+            with contextlib.suppress(queue.Full):
+                waiting.put(item, timeout=_POLL)
+                return True
         return False
 
     def work() -> None:
         torch.set_num_threads(threads)
         try:
-            for item in items:
-                if not put(item):
-                    return
-            put(_END)
-        except BaseException as error:  # carried over to the reader's thread
+            if all(put(item) for item in items):
+                put(_END)
+        except BaseException as error:  # raised again in the consumer's thread
             put(_Raised(error))
         finally:
-            close = getattr(items, "close", None)  # a generator's clean-up belongs to the thread that ran it
+            close = getattr(items, "close", None)  # a generator is closed in the thread that ran it
             if close is not None:
                 close()
 
@@ -73,8 +73,3 @@ def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
     finally:
         stopped.set()
         thread.join()
-
-
-class _Raised:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError
-from denoising_vit.files import KEY, atomic_path, compact, read_record, require_version
+from denoising_vit.files import KEY, compact, read_record, require_version, write_tensors
 
 FORMAT = "denoising-vit/artifact"
 FORMAT_VERSION = 1
@@ -88,12 +87,7 @@ class Artifact:
             "backbone": self.backbone,
             "info": _public(self.info),
         }
-        tensors = {"artifact": compact(self.values)}
-        with atomic_path(Path(path)) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={KEY: json.dumps(head)})
-            except SafetensorError as error:  # a full disk, for one
-                raise OSError(f"{path}: could not be written ({error})") from error
+        write_tensors({"artifact": compact(self.values)}, Path(path), {KEY: json.dumps(head)})
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:

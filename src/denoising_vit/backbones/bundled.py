@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from denoising_vit.errors import WeightsError
-from denoising_vit.files import atomic_path
+from denoising_vit.files import write_tensors
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -150,7 +150,6 @@ def _save_atomically(state: dict[str, Tensor], path: Path) -> None:
     """Writes beside the target and renames, so that two processes at once never see half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file(state, temporary)
-    except (OSError, SafetensorError):
+        write_tensors(state, path)
+    except OSError:
         pass  # a cache that cannot be written (read-only home, full disk) costs a conversion each time, nothing else

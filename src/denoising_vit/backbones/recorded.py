@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.fingerprint import Fingerprint
+from denoising_vit.files import digest
 
 #: What owners tell backbones apart by, besides their names.
 _TOLD = ("layer", "norm", "stride", "weights")
@@ -54,7 +53,7 @@ def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def weights_key(backbone: Backbone) -> str:
     """What files that hold features are named by: another for any other weights. Functions have a fingerprint only."""
-    return backbone.digest or hashlib.sha256(json.dumps(backbone.fingerprint.values).encode()).hexdigest()
+    return backbone.digest or digest(backbone.fingerprint.values)
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_pa
 from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import TrainError
-from denoising_vit.progress import unwatched
+from denoising_vit.progress import no_progress
 from denoising_vit.store import FeatureStore
 from denoising_vit.training import PairOptions, Photos, Stored, TrainJob, TrainOptions
 
@@ -65,7 +65,7 @@ def train(
     if main:
         print_note(f"backbone {job.backbone.extra_repr()} on {job.backbone.device}, {processes} process(es)")
     try:
-        job.fill(watch if main else unwatched)
+        job.fill(watch if main else no_progress)
         if main:
             for name, reason in [*((item.item, item.reason) for item in left_out), *job.skipped.items()]:
                 print_error(f"{name}: {reason}", "skipped")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.errors import FormatError
-from denoising_vit.files import KEY, compact, read_record, require_version
+from denoising_vit.files import KEY, compact, read_record, require_version, write_tensors
 from denoising_vit.views.patch_grid import patch_count
 
 if TYPE_CHECKING:
@@ -37,10 +36,7 @@ def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tens
         "info": result.info,
     }
     content = {key: compact(value) for key, value in (tensors | (extra or {})).items()}
-    try:
-        save_file(content, path, metadata={KEY: json.dumps(head)})
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{path}: could not be written ({error})") from error
+    write_tensors(content, path, {KEY: json.dumps(head)})
 
 
 def read_decomposition(path: Path) -> dict[str, Any]:

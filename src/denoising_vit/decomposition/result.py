@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from denoising_vit.decomposition.files import read_decomposition, write_decomposition
-from denoising_vit.files import atomic_path
 from denoising_vit.views.patch_grid import patch_centres, patch_count
 from denoising_vit.views.plan import linear_weights
 
@@ -119,8 +118,7 @@ class Decomposition:
         """
         finer = {} if upsample in (None, 1) else {"upsampled": self.upsample(upsample)}
         noted = self if upsample is None else dataclasses.replace(self, info=self.info | {"upsample": upsample})
-        with atomic_path(Path(path)) as temporary:
-            write_decomposition(noted, temporary, finer)
+        write_decomposition(noted, Path(path), finer)
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.backbones.recorded import names_backbone
 from denoising_vit.backbones.weights import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.errors import FormatError, WeightsError
-from denoising_vit.files import KEY, atomic_path, compact, is_safetensors, read_record, require_version
+from denoising_vit.files import KEY, compact, is_safetensors, read_record, require_version, write_tensors
 
 FORMAT = "denoising-vit/denoiser"
 FORMAT_VERSION = 1
@@ -41,11 +40,7 @@ def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
         "trained_for": denoiser.trained_for,
         "info": denoiser.info,
     }
-    with atomic_path(Path(path)) as temporary:
-        try:
-            save_file(state, temporary, metadata={KEY: json.dumps(head)})
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(f"{path}: could not be written ({error})") from error
+    write_tensors(state, Path(path), {KEY: json.dumps(head)})
 
 
 def read_denoiser(path: str | Path) -> Denoiser:

@@ -26,7 +26,7 @@ from denoising_vit.denoiser.targets import FittedTargets, StoredTargets, Targets
 from denoising_vit.denoiser.train import Training, last_layers
 from denoising_vit.errors import TrainError
 from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
-from denoising_vit.progress import Watch
+from denoising_vit.progress import Progress
 from denoising_vit.store import FeatureStore
 from denoising_vit.training.engine import arithmetic, device_of, from_all, from_first, make_accelerator
 from denoising_vit.training.options import PairOptions, TrainOptions
@@ -152,7 +152,7 @@ class TrainJob:
         kept = KeptPairs(place, targets, images, backbone, sizes, kept_views, options.seed)
         return cls(folder, backbone, targets, options, views, sizes, kept, accelerator)
 
-    def fill(self, watch: Watch) -> None:
+    def fill(self, watch: Progress) -> None:
         """Sees the views that are kept and are not there yet; several processes share them.
 
         Raises:

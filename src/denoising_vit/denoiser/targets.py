@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +20,7 @@ from denoising_vit.data.photos import photo_digest
 from denoising_vit.decomposition.ready import Failed
 from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import StoreError, TrainError
+from denoising_vit.files import digest
 from denoising_vit.store import FeatureStore
 from denoising_vit.views.rendering import to_image
 
@@ -162,7 +161,7 @@ class StoredTargets:
     def _pictures(self) -> str:
         """SHA-256 of the photos' digests: the same names may be those of other pictures."""
         digests = [[index, self._record(index).get("photo", {}).get("sha256")] for index in self.images]
-        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        return digest(digests)
 
     def _record(self, index: int) -> dict[str, Any]:
         """What was recorded with an image: of a whole shard by one small object, so that no field is read."""

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from denoising_vit.errors import TrainError
-from denoising_vit.files import DISTILLED, KEY, atomic_path, compact
+from denoising_vit.files import DISTILLED, KEY, compact, write_tensors
 
 FORMAT_VERSION = 1
 
@@ -35,7 +33,6 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     head = {"format": DISTILLED, "format_version": FORMAT_VERSION, **record}
     tensors = {name: compact(value) if value.is_floating_point() else value for name, value in state.items()}
     try:
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={KEY: json.dumps(head)})
-    except (OSError, SafetensorError) as error:
+        write_tensors(tensors, path, {KEY: json.dumps(head)})
+    except OSError as error:
         raise TrainError(f"{path}: the model could not be written ({error}); --resume goes on") from error

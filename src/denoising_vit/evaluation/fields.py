@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from denoising_vit.evaluation.judged import JudgedData, JudgedImage, JudgedSet
 from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sizes import native_size
 from denoising_vit.evaluation.sources import FieldSource
-from denoising_vit.files import atomic_path
+from denoising_vit.files import atomic_path, digest
 from denoising_vit.fit import FitJob, FitOptions
 from denoising_vit.store import FeatureStore
 from denoising_vit.views.plan import Coverage
@@ -180,8 +178,7 @@ def _fitted(
 def store_name(images: JudgedSet[JudgedImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
     """The same for the same fields of the same photos, whatever is judged on them."""
     whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
-    key = hashlib.sha256(json.dumps(identity | whose, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{images.split}-{key[:16]}"
+    return f"{images.split}-{digest(identity | whose, 16)}"
 
 
 def _common_size(data: JudgedData, backbone: Backbone) -> tuple[int, int]:

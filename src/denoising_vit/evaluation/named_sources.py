@@ -17,7 +17,7 @@ from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.extractors import FEATURES, Cleaners
-from denoising_vit.progress import Watch
+from denoising_vit.progress import Progress
 
 #: Names of the sources that are always there.
 SOURCES = FEATURES
@@ -55,7 +55,7 @@ class NamedSources:
     denoiser: str | None
     distilled: str | None
     extractors: Mapping[str, Extractor]
-    watch: Watch
+    watch: Progress
     normalisation: Normalisation | None = None
     crops: Mapping[str, Sequence[Shown]] | None = None
     beyond: bool = False

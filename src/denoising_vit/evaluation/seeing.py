@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,16 +11,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from denoising_vit.decomposition.extraction import fitting_batch
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
 from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.files import atomic_path, compact
+from denoising_vit.files import compact, digest, write_tensors
 from denoising_vit.progress import prefetched
 from denoising_vit.views.crops import Crop
+
+#: Hex digits in the names of cached files.
+_DIGITS = 24
 
 #: Most that a file takes besides its values.
 _HEADER = 256
@@ -61,8 +62,8 @@ class FeatureCache:
     def path(self, source: FeatureSource, shown: Shown) -> Path:
         """Where the features of a crop are, or would be."""
         image, crop = shown
-        whose = _digest({"name": source.name, "identity": source.identity, "backbone": source.backbone})
-        return self.folder / whose / f"{_digest({'image': image.digest, **asdict(crop)})}.safetensors"
+        whose = digest({"name": source.name, "identity": source.identity, "backbone": source.backbone}, _DIGITS)
+        return self.folder / whose / f"{digest({'image': image.digest, **asdict(crop)}, _DIGITS)}.safetensors"
 
     def get(self, path: Path) -> Tensor | None:
         """Features (h, w, C) float32, None where there are none or the file is damaged."""
@@ -79,9 +80,8 @@ class FeatureCache:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                save_file({"features": kept}, temporary)
-        except (OSError, SafetensorError) as error:
+            write_tensors({"features": kept}, path)
+        except OSError as error:
             self.limit = 0.0  # what is kept saves time only: the work goes on without
             warnings.warn(f"features are not kept on disk any more ({error})", DenoisingVitWarning, stacklevel=2)
             return
@@ -162,7 +162,3 @@ def _forward(
         if cache is not None and path is not None:
             cache.put(path, features)
         yield compact(features).float()
-
-
-def _digest(values: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]

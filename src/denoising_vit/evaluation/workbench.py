@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -27,7 +26,8 @@ from denoising_vit.evaluation.seeing import FeatureCache, Shown
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
 from denoising_vit.evaluation.sizes import check_size
 from denoising_vit.evaluation.sources import Extractor, FeatureSource, backbone_settings
-from denoising_vit.progress import Watch, unwatched
+from denoising_vit.files import digest
+from denoising_vit.progress import Progress, no_progress
 
 #: Mean and deviation that the published evaluation gives images of every model.
 IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
@@ -71,7 +71,7 @@ class Workbench:
     denoiser: str | None = None
     distilled: str | None = None
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
-    watch: Watch = unwatched
+    watch: Progress = no_progress
 
     @cached_property
     def cache(self) -> FeatureCache:
@@ -256,7 +256,7 @@ class Workbench:
     def checkpoints(self, source: FeatureSource, settings: Mapping[str, Any]) -> Path:
         """Where probes of a source in these settings are kept while they are trained."""
         key = [self._settings() | dict(settings), source.name, source.identity]
-        return self.folder / "checkpoints" / _digest(key)
+        return self.folder / "checkpoints" / digest(key, 16)
 
     @property
     def labelled(self) -> LabelledData:
@@ -321,7 +321,3 @@ def _looks(probe: Trained) -> Curve:
     """[step, loss, mIoU or None] at each look."""
     judged = dict(probe.curve.looks)
     return [[step, loss, judged.get(step)] for step, loss in probe.curve.losses]
-
-
-def _digest(values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

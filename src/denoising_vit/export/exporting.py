@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from denoising_vit.errors import ExportError
 from denoising_vit.export.card import card
@@ -24,11 +23,10 @@ from denoising_vit.export.huggingface_folder import own_side, write_huggingface
 from denoising_vit.export.needed import needed
 from denoising_vit.export.options import CHECKPOINTS, ExportOptions
 from denoising_vit.export.running import INT8, ONNX, PROGRAM, runner
-from denoising_vit.export.tensors import write_tensors
 from denoising_vit.export.timm_folder import WEIGHTS, write_timm
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
 from denoising_vit.extractors import DenoisedViT
-from denoising_vit.files import clipped, current_umask, file_digest, unwritable
+from denoising_vit.files import clipped, current_umask, file_digest, unwritable, write_tensors
 
 FORMAT = "denoising-vit/export"
 FORMAT_VERSION = 1
@@ -203,7 +201,7 @@ def _appearing(out: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~current_umask())
         temporary.replace(out)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ExportError(f"cannot write to {out} ({unwritable(error)}); choose another folder with -o") from error
     finally:
         if temporary is not None:

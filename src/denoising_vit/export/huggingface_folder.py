@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.errors import ExportError
-from denoising_vit.export.tensors import float_state, write_tensors
+from denoising_vit.export.tensors import float_state
 from denoising_vit.export.timm_folder import CONFIG, WEIGHTS, plain_timm
+from denoising_vit.files import write_tensors
 
 PROCESSOR = "preprocessor_config.json"
 

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from denoising_vit.files import atomic_path
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a file that all may read who may read its folder; safetensors alone makes it private."""
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
 
 
 def float_state(module: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.errors import ExportError
-from denoising_vit.export.tensors import float_state, write_tensors
+from denoising_vit.export.tensors import float_state
+from denoising_vit.files import write_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import FormatError
-from denoising_vit.files import KEY, Mark, atomic_path, below, owned_path, read_record, require_version
+from denoising_vit.files import KEY, Mark, below, read_record, require_ours, require_version, write_tensors
 from denoising_vit.maps.clusters import Clusters
 from denoising_vit.maps.foreground import Foreground
 from denoising_vit.maps.norms import NormScale
@@ -54,7 +55,7 @@ def write_palette(
     if Path(path).suffix != ".safetensors":
         raise FormatError(f"{path}: expected the name of a .safetensors file")
     tensors = {
-        f"{name}.{field}": np.array(value, np.float64, order="C")
+        f"{name}.{field}": torch.from_numpy(np.array(value, np.float64, order="C"))
         for name in _HELD
         if name in fields
         for field, value in vars(getattr(palette, name)).items()
@@ -64,11 +65,8 @@ def write_palette(
         head["fields"] = sorted(fields)
     if mark is not None:
         head["made"] = str(mark)
-    with atomic_path(Path(path)) if mark is None else owned_path(Path(path), mark) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={KEY: json.dumps(head)})
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(f"{path}: could not be written ({error})") from error
+    new = mark is not None and not require_ours(Path(path), mark)
+    write_tensors(tensors, Path(path), {KEY: json.dumps(head)}, new=new)
 
 
 def read_palette(path: str | Path, backbone: Backbone | None = None) -> Palette:

@@ -9,7 +9,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.data import Dataset, Item, open_dataset, spread
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import PhotoError
-from denoising_vit.progress import Watch
+from denoising_vit.progress import Progress
 from denoising_vit.reproduction.rows import TrainingPhotos
 from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
 
@@ -45,7 +45,7 @@ def trained_denoiser(
     where: TrainingPhotos,
     folder: Path,
     recipe: DenoiserRecipe,
-    watch: Watch,
+    watch: Progress,
     seed: int = 0,
 ) -> Path:
     """Fits the photos and trains the denoiser of a backbone; what is done already is not done again.

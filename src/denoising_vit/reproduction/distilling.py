@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.progress import Watch
+from denoising_vit.progress import Progress
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import TrainingPhotos
 from denoising_vit.training import DistillJob, DistillOptions, ViewOptions
@@ -35,7 +35,7 @@ def distilled_model(
     where: TrainingPhotos,
     folder: Path,
     recipe: DistilledRecipe,
-    watch: Watch,
+    watch: Progress,
     seed: int = 0,
 ) -> Path:
     """Distils a backbone from its denoiser; what is done already is not done again.

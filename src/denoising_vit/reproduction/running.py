@@ -17,7 +17,7 @@ from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.segmentation import RELEASED, Protocol
-from denoising_vit.evaluation.workbench import Line, Watch, Workbench, unwatched
+from denoising_vit.evaluation.workbench import Line, Progress, Workbench, no_progress
 from denoising_vit.reproduction.denoising import DenoiserRecipe, trained_denoiser
 from denoising_vit.reproduction.distilling import DistilledRecipe, distilled_model
 from denoising_vit.reproduction.rows import NYU, VARIANTS_MADE, VOC_PHOTOS, Benchmark, Row, Step
@@ -51,7 +51,7 @@ def reproduce_row(
     run: Mapping[str, Any],
     seed: int = 0,
     protocols: Protocols | None = None,
-    watch: Watch = unwatched,
+    watch: Progress = no_progress,
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
     """Does the steps of a row that are ready, by the published protocol.
 
@@ -116,7 +116,7 @@ def _as_segmented(backbone: Backbone, features: str) -> Backbone:
 
 
 def _made(
-    row: Row, data: Path, backbone: Backbone, folder: Path, protocols: Protocols, watch: Watch, seed: int
+    row: Row, data: Path, backbone: Backbone, folder: Path, protocols: Protocols, watch: Progress, seed: int
 ) -> _Made:
     """Trains what a row needs, where it is not there yet."""
     model, variant = row.published.model, VARIANTS_MADE[row.published.variant]

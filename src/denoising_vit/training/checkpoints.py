@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
-from denoising_vit.files import KEY, atomic_path, below
+from denoising_vit.files import KEY, below, write_tensors
 from denoising_vit.training.sharding import gathered, shared_like
 
 #: Checkpoints that are kept: the last and the one before.
@@ -91,9 +90,8 @@ class Checkpoints:
         path = self._path(progress.step)
         before = self.last
         try:
-            with atomic_path(path, durable=True) as temporary:
-                save_file(tensors, temporary, metadata={KEY: json.dumps(asdict(progress))})
-        except (OSError, SafetensorError) as error:
+            write_tensors(tensors, path, {KEY: json.dumps(asdict(progress))}, durable=True)
+        except OSError as error:
             kept = "none was written before" if before is None else f"{before.name} is whole, --resume goes on from it"
             raise TrainError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
         for old in self._all()[:-_KEPT]:

@@ -25,7 +25,7 @@ from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import IMAGENET, Line, Workbench
-from denoising_vit.progress import Watch, unwatched
+from denoising_vit.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LinearDepth:
     protocol: DepthProtocol
     cache: FeatureCache | None = None
     checkpoints: Path | None = None
-    watch: Watch = unwatched
+    watch: Progress = no_progress
 
     def probes(self, seeds: Sequence[int]) -> Iterator[tuple[int, Depths, Curve]]:
         """The errors of each seed's probes on all judged photos, and the curve of the first seed's first probe.

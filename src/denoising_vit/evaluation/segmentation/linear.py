@@ -19,7 +19,7 @@ from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops, Samples
 from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.progress import Watch, unwatched
+from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 
 
@@ -47,7 +47,7 @@ def linear_segmentation(
     *,
     cache: FeatureCache | None = None,
     checkpoints: Path | None = None,
-    watch: Watch = unwatched,
+    watch: Progress = no_progress,
 ) -> Iterator[Trained]:
     """A linear probe on the images of ``train``, judged on those of ``val``, for each seed in turn.
 
