@@ -27,8 +27,9 @@ from measuring import hardware, synchronise
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.loading import with_weights
 from denoising_vit.data import open_dataset
+from denoising_vit.distilled import DistillJob, DistillOptions
 from denoising_vit.distilled.train import Distillation
-from denoising_vit.training import DistillJob, DistillOptions, ViewOptions
+from denoising_vit.training.options import ViewOptions
 
 #: The most that a step may cost, in times of the bare passes, and a distilled model, in times of the raw one.
 STEP_BAR, FORWARD_BAR = 1.1, 1.02

@@ -21,10 +21,11 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.reporting import watch
 from denoising_vit.data import spread
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.denoiser.job import Photos, TrainJob
+from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.denoiser.train import Training
-from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
+from denoising_vit.training.loop import peak_rate
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.schedule import peak_rate
 
 #: The highest rate, whatever the number of pairs in a step.
 _PEAK = 1e-3

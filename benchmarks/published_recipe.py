@@ -49,7 +49,7 @@ def timed_field(seen: SeenViews, options: NeuralFieldOptions, few: int) -> dict[
 
 def stage_two(model: Backbone, size: int, runs: int) -> dict[str, Any]:
     """Seconds of a step of the denoiser on features that are there, and of the backbone's pass of as many views."""
-    from denoising_vit.training.loss import denoising_loss  # brings matplotlib, which the other parts do not need
+    from denoising_vit.training.loop import denoising_loss  # brings matplotlib, which the other parts do not need
 
     grid = model.grid_size(size, size)
     denoiser = dv.Denoiser(model.embed_dim, grid).to(model.device)

@@ -23,9 +23,10 @@ from measuring import hardware, some_photos, synchronise
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.denoiser.job import Photos, TrainJob
+from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.progress import no_progress
-from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
-from denoising_vit.training.loss import denoising_loss
+from denoising_vit.training.loop import denoising_loss
 
 #: The most that a step may cost, in times of the bare passes.
 BAR = 1.2

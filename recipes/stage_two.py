@@ -14,8 +14,7 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.metrics.blank_images import random_blank_images
-from denoising_vit.training.loss import denoising_loss
-from denoising_vit.training.schedule import learning_rate
+from denoising_vit.training.loop import denoising_loss, learning_rate
 
 Size = tuple[int, int]
 

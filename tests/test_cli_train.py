@@ -15,8 +15,8 @@ import tiny_fit
 import tiny_training as tiny
 from command import Dvit, Outcome, in_process
 from denoising_vit.denoiser import read_denoiser
+from denoising_vit.denoiser.job import TrainJob
 from denoising_vit.denoiser.train import Training
-from denoising_vit.training import TrainJob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
@@ -25,7 +26,7 @@ from denoising_vit.evaluation.knn import KnnOptions, crops_of
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.outcomes import paired_interval
-from denoising_vit.evaluation.records import Record, Results, run_info
+from denoising_vit.evaluation.records import Record, Results
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource

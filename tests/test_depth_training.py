@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, FitError, PlanError, SizeError
 from denoising_vit.evaluation import probing
 from denoising_vit.evaluation.depth import (
@@ -36,7 +37,7 @@ from denoising_vit.evaluation.depth.losses import depth_loss
 from denoising_vit.evaluation.depth.samples import KeptDepth
 from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.evaluation.outcomes import paired_interval
-from denoising_vit.evaluation.records import Results, run_info
+from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
 from denoising_vit.evaluation.discovery import (
     BoxedImage,
@@ -29,7 +30,7 @@ from denoising_vit.evaluation.discovery import (
 from denoising_vit.evaluation.discovery.boxes import best_overlap, on_image
 from denoising_vit.evaluation.judged import SplitData
 from denoising_vit.evaluation.metrics import METRICS
-from denoising_vit.evaluation.records import Results, run_info
+from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench

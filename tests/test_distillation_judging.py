@@ -19,7 +19,6 @@ import tiny_distillation as tiny
 import tiny_fit
 from denoising_vit.data import open_dataset
 from denoising_vit.data.photos import read_photo
-from denoising_vit.denoiser.samples import Sample, whole_view
 from denoising_vit.distilled import judging
 from denoising_vit.distilled import train as distil
 from denoising_vit.distilled.judging import HeldOut
@@ -29,6 +28,7 @@ from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import TrainError
 from denoising_vit.metrics.position import linear_position_r2
 from denoising_vit.metrics.tokens import effective_rank
+from denoising_vit.training.samples import Sample, whole_view
 from denoising_vit.views.rendering import to_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")

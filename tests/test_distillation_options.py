@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from denoising_vit.distilled import DistillOptions
 from denoising_vit.errors import TrainError
-from denoising_vit.training import DistillOptions, ViewOptions
+from denoising_vit.training.options import ViewOptions
 
 
 def test_the_published_recipe_is_the_default() -> None:

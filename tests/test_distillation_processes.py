@@ -17,9 +17,9 @@ from torch import Tensor
 
 import tiny_distillation as tiny
 import tiny_fit
-from denoising_vit.denoiser.samples import Sampler, split
-from denoising_vit.denoiser.train import gradient_norm
 from denoising_vit.errors import TrainError
+from denoising_vit.training.loop import gradient_norm
+from denoising_vit.training.samples import Sampler, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,16 +18,15 @@ from torch import Tensor
 import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
-from denoising_vit.denoiser.samples import Sample
+from denoising_vit.distilled import DistillJob, DistillOptions
 from denoising_vit.distilled.student import trained_groups
 from denoising_vit.distilled.teacher import DenoiserTeacher
 from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import SizeError, TrainError
-from denoising_vit.training import DistillJob, DistillOptions
 from denoising_vit.training.checkpoints import Progress
+from denoising_vit.training.loop import Steps, learning_rate, peak_rate
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.schedule import learning_rate, peak_rate
-from denoising_vit.training.steps import Steps
+from denoising_vit.training.samples import Sample
 from tiny_training import weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,12 +17,12 @@ from denoising_vit import Backbone, DenoisedViT, Denoiser
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import open_dataset
 from denoising_vit.denoiser import find_denoiser, loading
-from denoising_vit.denoiser.samples import Sample
+from denoising_vit.denoiser.job import Stored
 from denoising_vit.distilled.photos import Batch
 from denoising_vit.distilled.teacher import DenoiserTeacher, FieldTeacher
 from denoising_vit.errors import BackboneError, DenoiserError, FormatError, TrainError
 from denoising_vit.store import FeatureStore
-from denoising_vit.training import Stored
+from denoising_vit.training.samples import Sample
 from denoising_vit.views.crops import Crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")

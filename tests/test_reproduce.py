@@ -22,8 +22,8 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.cli import reproduce as verb
 from denoising_vit.denoiser import load_denoiser
+from denoising_vit.denoiser.options import TrainOptions
 from denoising_vit.denoiser.published import published_rows
-from denoising_vit.denoiser.samples import Sampler, whole_view
 from denoising_vit.errors import PhotoError
 from denoising_vit.evaluation import depth, workbench
 from denoising_vit.evaluation.metrics import METRICS
@@ -43,8 +43,8 @@ from denoising_vit.reproduction import (
 )
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
-from denoising_vit.training import TrainOptions
-from denoising_vit.training.schedule import peak_rate
+from denoising_vit.training.loop import peak_rate
+from denoising_vit.training.samples import Sampler, whole_view
 from tiny_distillation import blank_panels
 from tiny_labelled import tiny_backbone
 

@@ -14,10 +14,9 @@ from safetensors import safe_open
 
 from denoising_vit import Denoiser
 from denoising_vit.errors import TrainError
-from denoising_vit.training import holding, run_folder
+from denoising_vit.training import run_folder
 from denoising_vit.training.checkpoints import Checkpoints, Progress
-from denoising_vit.training.holding import HOLDING
-from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.run_folder import HOLDING, RunFolder
 
 IDENTITY: dict[str, Any] = {"stage": "denoiser", "options": {"steps": 20, "seed": 0}, "processes": 1}
 
@@ -257,12 +256,12 @@ def test_a_folder_that_a_run_on_another_machine_writes_is_refused(
 ) -> None:
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     first.begin(IDENTITY, resume=False)
-    monkeypatch.setattr(holding, "_HELD", {})  # as another process sees it
+    monkeypatch.setattr(run_folder, "_HELD", {})  # as another process sees it
     for resume in (False, True):
         with pytest.raises(TrainError, match=r"another run writes it .*process \d+ on "):
             second.begin(IDENTITY, resume=resume)
     monkeypatch.undo()
-    holding.let_go(first.path, "run")
+    run_folder.let_go(first.path, "run")
     second.begin(IDENTITY, resume=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from denoising_vit.errors import TrainError
-from denoising_vit.training.logs import Log
+from denoising_vit.training.loop import Log
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.errors import TrainError
-from denoising_vit.training import PairOptions, TrainOptions
 
 
 def test_the_published_recipe_is_the_default() -> None:

@@ -20,15 +20,15 @@ import tiny_artifact
 import tiny_training as tiny
 from denoising_vit import Backbone
 from denoising_vit.data import open_dataset
-from denoising_vit.denoiser import pair_files
 from denoising_vit.denoiser.fresh import FreshPairs, HeldImages
-from denoising_vit.denoiser.pair_files import RowWriter, read_reasons, write_reason
+from denoising_vit.denoiser.job import Stored
 from denoising_vit.denoiser.pairs import KeptPairs
-from denoising_vit.denoiser.samples import Sample, kept_view, whole_view
 from denoising_vit.denoiser.targets import Fitted, StoredTargets, Unusable
 from denoising_vit.errors import TrainError
-from denoising_vit.training import Stored
-from denoising_vit.training.records import differences
+from denoising_vit.training import pair_files
+from denoising_vit.training.pair_files import RowWriter, read_reasons, write_reason
+from denoising_vit.training.run_folder import differences
+from denoising_vit.training.samples import Sample, kept_view, whole_view
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer, to_image

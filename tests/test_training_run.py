@@ -24,14 +24,15 @@ import tiny_training as tiny
 from denoising_vit import DenoisedViT, load_denoiser
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import read_denoiser
+from denoising_vit.denoiser.job import TrainJob
 from denoising_vit.denoiser.pairs import KeptPairs
-from denoising_vit.denoiser.samples import Sample, whole_view
 from denoising_vit.denoiser.train import Training
 from denoising_vit.errors import SizeError, TrainError
 from denoising_vit.metrics.tokens import effective_rank
 from denoising_vit.progress import no_progress
-from denoising_vit.training import TrainJob, checkpoints
+from denoising_vit.training import checkpoints
 from denoising_vit.training.checkpoints import Checkpoints
+from denoising_vit.training.samples import Sample, whole_view
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

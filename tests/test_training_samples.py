@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from denoising_vit.denoiser.samples import Sample, Sampler, fresh_view, kept_view, split, whole_view
-from denoising_vit.training.options import PairOptions
+from denoising_vit.denoiser.options import PairOptions
+from denoising_vit.training.samples import Sample, Sampler, fresh_view, kept_view, split, whole_view
 
 IMAGES = (2, 3, 5, 7, 11, 13, 17)
 SIZES = ((56, 56), (40, 72))

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import tiny_training as tiny
-from denoising_vit.training.loss import denoising_loss
-from denoising_vit.training.schedule import learning_rate, peak_rate
+from denoising_vit.training.loop import denoising_loss, learning_rate, peak_rate
 
 
 def published(step: int, peak: float = 5e-5) -> float:

@@ -11,9 +11,9 @@ import torch
 import tiny_training as tiny
 from denoising_vit import Denoiser
 from denoising_vit.denoiser import read_denoiser
+from denoising_vit.denoiser.options import TrainOptions
 from denoising_vit.denoiser.train import shrunk
 from denoising_vit.errors import TrainError
-from denoising_vit.training import TrainOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

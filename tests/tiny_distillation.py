@@ -25,9 +25,10 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.data import Dataset, open_dataset
 from denoising_vit.denoiser import panels, write_denoiser
-from denoising_vit.distilled import judging
-from denoising_vit.training import DistillJob, DistillOptions, Stored, ViewOptions
+from denoising_vit.denoiser.job import Stored
+from denoising_vit.distilled import DistillJob, DistillOptions, judging
 from denoising_vit.training.checkpoints import Progress
+from denoising_vit.training.options import ViewOptions
 from tiny_training import rows
 
 MODEL, CHANNELS = tiny_fit.MODEL, 192

@@ -17,10 +17,11 @@ from denoising_vit import Backbone
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.denoiser.job import Photos, Stored, TrainJob
+from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.fit import FitJob, FitOptions
 from denoising_vit.progress import no_progress
 from denoising_vit.store import FeatureStore
-from denoising_vit.training import PairOptions, Photos, Stored, TrainJob, TrainOptions
 from denoising_vit.training.checkpoints import Progress
 
 CHANNELS = 64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from denoising_vit.denoiser.loading import (
     find_shipped,
     source_name,
 )
+from denoising_vit.environment import package_version
 from denoising_vit.errors import PlanError
 
 Progress = Callable[[int, int], None]
@@ -102,7 +102,7 @@ def denoise_image(
         stride=backbone.stride,
         predicted_residual=None if parts.residual is None else parts.residual.float().cpu(),
         info={
-            "version": importlib.metadata.version("denoising-vit"),
+            "version": package_version(),
             "photo": about,
             "backbone": describe(backbone),
             "plan": fitted.digest,

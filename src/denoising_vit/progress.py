@@ -8,8 +8,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
-import torch
-
 T = TypeVar("T")
 
 #: ``with progress(label, total) as advance:``, then ``advance()`` after each item; the total may be unknown (None).
@@ -38,6 +36,8 @@ def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
 
     Exceptions of the iterator are raised to the consumer in order. The thread ends when the consumer stops.
     """
+    import torch  # here, so that progress of a command does not wait for it
+
     waiting: queue.Queue[object] = queue.Queue(ahead)
     stopped = threading.Event()
     # A new thread takes over torch's number of threads only with its first parallel loop: sums before that would be

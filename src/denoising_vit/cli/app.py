@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.abc
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, WRONG_USAGE
+from denoising_vit.environment import package_version
 
 #: Where each verb is: a module of this package and the function in it, where that has another name; or more verbs.
 VERBS: Mapping[str, Any] = {
@@ -88,7 +88,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["--version"]:
-        print(f"dvit {importlib.metadata.version('denoising-vit')}")
+        print(f"dvit {package_version()}")
         return OK
     # Imports take seconds (torch, timm); inside, so that Ctrl-C during them ends as quietly as any other time.
     from denoising_vit.cli.reporting import print_error, print_note

@@ -20,7 +20,7 @@ from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import given_artifact, prepare
 from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser.loading import FoundDenoiser
-from denoising_vit.evaluation.records import run_info, software_words
+from denoising_vit.environment import run_info, software_words
 from denoising_vit.files import Mark, digest_of, require_ours
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def diagnose(
 
 def _write(found: Diagnosis, out: Path, source: str) -> None:
     from denoising_vit.diagnosis.page import render_page  # matplotlib and scikit-learn take seconds to import
-    from denoising_vit.evaluation.records import run_info
+    from denoising_vit.environment import run_info
     from denoising_vit.show.pages import write_page
 
     artifact, figures, page = (Mark(kind, source) for kind in _FILES.values())

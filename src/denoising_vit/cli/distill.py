@@ -12,9 +12,11 @@ from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
 from denoising_vit.data import Dataset, open_dataset
+from denoising_vit.denoiser.job import Stored
+from denoising_vit.distilled import DistillJob, DistillOptions
 from denoising_vit.errors import TrainError
 from denoising_vit.store import FeatureStore
-from denoising_vit.training import DistillJob, DistillOptions, Stored, ViewOptions
+from denoising_vit.training.options import ViewOptions
 
 
 def distill(

@@ -18,8 +18,9 @@ from denoising_vit.cli.streams import print_json
 from denoising_vit.data import Dataset, Skipped, named_photos, open_dataset, spread
 from denoising_vit.data.photos import photo_digest
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
+from denoising_vit.environment import run_info
 from denoising_vit.evaluation.named_sources import SOURCES
-from denoising_vit.evaluation.records import Record, Results, run_info
+from denoising_vit.evaluation.records import Record, Results
 from denoising_vit.evaluation.sources import Extractor, backbone_settings
 from denoising_vit.evaluation.workbench import Line
 from denoising_vit.extractors import Cleaners, parse_names

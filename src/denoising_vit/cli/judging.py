@@ -14,11 +14,12 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
 from denoising_vit.cli.scoreboard import scoreboard
 from denoising_vit.cli.streams import print_json
+from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.fields import FieldOptions
 from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.metrics import main_metric
-from denoising_vit.evaluation.records import Results, run_info
+from denoising_vit.evaluation.records import Results
 from denoising_vit.evaluation.tables.markdown import readable
 from denoising_vit.evaluation.workbench import Line, Workbench
 

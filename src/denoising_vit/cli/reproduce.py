@@ -15,8 +15,9 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.denoiser.published import VARIANTS, published_rows
+from denoising_vit.environment import run_info
 from denoising_vit.evaluation.metrics import METRICS, main_metric
-from denoising_vit.evaluation.records import Results, run_info
+from denoising_vit.evaluation.records import Results
 from denoising_vit.reproduction import Protocols, Row, Step, find_row, list_rows, reproduce_row
 
 #: The variant that is meant where a model is named alone.

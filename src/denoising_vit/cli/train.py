@@ -13,10 +13,11 @@ from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
 from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.denoiser.job import Photos, Stored, TrainJob
+from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.errors import TrainError
 from denoising_vit.progress import no_progress
 from denoising_vit.store import FeatureStore
-from denoising_vit.training import PairOptions, Photos, Stored, TrainJob, TrainOptions
 
 
 def train(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.denoiser.pairs import KeptPairs, sampled
-from denoising_vit.denoiser.samples import Sample
 from denoising_vit.denoiser.targets import Fitted, StoredTargets
+from denoising_vit.training.samples import Sample
 
 #: Bytes of photos and fields that are held.
 _HELD_BYTES = 2 * 1024**3

@@ -19,9 +19,9 @@ from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.denoiser.fresh import FreshPairs, Pairs
 from denoising_vit.denoiser.judging import Judge
+from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.denoiser.pairs import KeptPairs, backbone_identity
 from denoising_vit.denoiser.panels import HeldOutPanel
-from denoising_vit.denoiser.samples import Sampler, split
 from denoising_vit.denoiser.targets import FittedTargets, StoredTargets, Targets
 from denoising_vit.denoiser.train import Training, last_layers
 from denoising_vit.errors import TrainError
@@ -29,8 +29,8 @@ from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.progress import Progress
 from denoising_vit.store import FeatureStore
 from denoising_vit.training.engine import arithmetic, device_of, from_all, from_first, make_accelerator
-from denoising_vit.training.options import PairOptions, TrainOptions
 from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.samples import Sampler, split
 
 
 @dataclass(frozen=True)

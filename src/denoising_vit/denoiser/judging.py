@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.denoiser.pairs import KeptPairs
-from denoising_vit.denoiser.samples import Sample, whole_view
 from denoising_vit.metrics.blank_test import BlankProbe, blank_figures
 from denoising_vit.metrics.position import linear_position_r2, neighbour_position_r2
 from denoising_vit.metrics.tokens import effective_rank
+from denoising_vit.training.loop import Figures
+from denoising_vit.training.samples import Sample, whole_view
 
 #: Pairs in one pass.
 _BATCH = 8
 
 #: Fewer images than this tell nothing about the place.
 _PLACED = 8
-
-Figures = dict[str, float]
 
 
 @dataclass

@@ -18,14 +18,13 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.decomposition.extraction import fitting_batch
-from denoising_vit.denoiser.pair_files import HEAD, NO_ROOM, STATE, RowWriter, read_reasons, reserve, write_reason
-from denoising_vit.denoiser.samples import Sample, kept_view
+from denoising_vit.denoiser.options import PairOptions
 from denoising_vit.denoiser.targets import Fitted, Targets, Unusable
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
-from denoising_vit.training.holding import held
-from denoising_vit.training.options import PairOptions
-from denoising_vit.training.records import differences, read_object
+from denoising_vit.training.pair_files import HEAD, NO_ROOM, STATE, RowWriter, read_reasons, reserve, write_reason
+from denoising_vit.training.run_folder import differences, held, read_object
+from denoising_vit.training.samples import Sample, kept_view
 from denoising_vit.views.crops import Crop
 
 #: What became of an image.

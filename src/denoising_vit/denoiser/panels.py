@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from denoising_vit.denoiser.pairs import KeptPairs
-from denoising_vit.denoiser.samples import Sample, whole_view
 from denoising_vit.denoiser.targets import Targets
 from denoising_vit.errors import TrainError
 from denoising_vit.files import atomic_path
 from denoising_vit.maps import PCABasis, draw_rows
+from denoising_vit.training.samples import Sample, whole_view
 
 #: Images on a panel.
 SHOWN = 4

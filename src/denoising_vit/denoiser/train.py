@@ -14,18 +14,28 @@ from torch import Tensor
 
 from denoising_vit.denoiser import Denoiser, write_denoiser
 from denoising_vit.denoiser.fresh import Pairs
-from denoising_vit.denoiser.judging import Figures, Judge
-from denoising_vit.denoiser.samples import Sample, Sampler
+from denoising_vit.denoiser.judging import Judge
+from denoising_vit.denoiser.options import TrainOptions
 from denoising_vit.errors import TrainError
 from denoising_vit.progress import prefetched
 from denoising_vit.training.checkpoints import Progress
 from denoising_vit.training.engine import from_first
-from denoising_vit.training.logs import Log
-from denoising_vit.training.loss import denoising_loss
-from denoising_vit.training.options import TrainOptions
+from denoising_vit.training.loop import (
+    Figures,
+    Log,
+    OnFigures,
+    Steps,
+    denoising_loss,
+    gradient_norm,
+    learning_rate,
+    own_batches,
+    peak_rate,
+    require_finite,
+    set_rate,
+    synchronised,
+)
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.schedule import learning_rate, peak_rate
-from denoising_vit.training.steps import OnFigures, Steps, own_batches, require_finite, set_rate, synchronised
+from denoising_vit.training.samples import Sample, Sampler
 
 #: Batches that are read before they are needed.
 _AHEAD = 4
@@ -182,8 +192,3 @@ def last_layers(denoiser: Denoiser) -> Iterator[Tensor]:
     for name, parameter in denoiser.named_parameters():
         if "attn.proj" in name or "mlp.fc2" in name:
             yield parameter
-
-
-def gradient_norm(model: torch.nn.Module) -> Tensor:
-    """Of all gradients that are there, as one vector."""
-    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ from denoising_vit.diagnosis.verdict import (
     judge,
     too_few,
 )
+from denoising_vit.environment import package_version
 from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics
 from denoising_vit.metrics.blank_test import blank_figures
 from denoising_vit.metrics.tokens import typical_energy
@@ -125,7 +125,7 @@ def run_diagnosis(
         "photos": artifact.info["photos"],
         "skipped": artifact.info["skipped"],
         "doubt": doubt_about(stability),
-        "version": importlib.metadata.version("denoising-vit"),
+        "version": package_version(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     verdict = conclude(found, judgements, metrics, too_few(shared, stability))

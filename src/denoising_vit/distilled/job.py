@@ -14,9 +14,7 @@ from denoising_vit.backbones.runtime import dtype_on
 from denoising_vit.data import Dataset
 from denoising_vit.denoiser import GivenDenoiser
 from denoising_vit.denoiser.job import Stored
-from denoising_vit.denoiser.pair_files import read_reasons
 from denoising_vit.denoiser.pairs import backbone_identity
-from denoising_vit.denoiser.samples import Sampler, split
 from denoising_vit.denoiser.targets import StoredTargets
 from denoising_vit.distilled.judging import HeldOut
 from denoising_vit.distilled.options import DistillOptions
@@ -27,7 +25,9 @@ from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import TrainError
 from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
 from denoising_vit.training.options import ViewOptions
+from denoising_vit.training.pair_files import read_reasons
 from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.samples import Sampler, split
 
 
 @dataclass

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.denoiser.judging import Agreement, Figures, known_blank_figures, spread
+from denoising_vit.denoiser.judging import Agreement, known_blank_figures, spread
 from denoising_vit.denoiser.panels import SHOWN, draw_panel
-from denoising_vit.denoiser.samples import Sample, whole_view
 from denoising_vit.distilled.photos import Seen, ViewReader
 from denoising_vit.distilled.student import Student
 from denoising_vit.distilled.teacher import Lesson, Teacher
 from denoising_vit.errors import TrainError
 from denoising_vit.metrics.blank_test import BlankProbe
+from denoising_vit.training.loop import Figures
+from denoising_vit.training.samples import Sample, whole_view
 
 #: Views in one pass.
 _BATCH = 8

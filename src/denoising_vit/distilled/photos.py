@@ -13,11 +13,11 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Dataset, Skipped
-from denoising_vit.denoiser.pair_files import read_reasons, write_reason
 from denoising_vit.denoiser.pairs import sampled
-from denoising_vit.denoiser.samples import Sample
 from denoising_vit.denoiser.targets import StoredTargets
 from denoising_vit.errors import TrainError
+from denoising_vit.training.pair_files import read_reasons, write_reason
+from denoising_vit.training.samples import Sample
 from denoising_vit.views.rendering import to_image
 
 #: Decoding threads, and photos that wait decoded.

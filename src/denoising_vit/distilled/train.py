@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.denoiser.judging import Figures
-from denoising_vit.denoiser.samples import Sample, Sampler
-from denoising_vit.denoiser.train import gradient_norm
 from denoising_vit.distilled.files import write_distilled
 from denoising_vit.distilled.judging import HeldOut
 from denoising_vit.distilled.options import DistillOptions
@@ -26,13 +23,23 @@ from denoising_vit.distilled.teacher import Lesson, Teacher
 from denoising_vit.errors import TrainError
 from denoising_vit.progress import prefetched
 from denoising_vit.training.checkpoints import Progress
-from denoising_vit.training.engine import from_first
-from denoising_vit.training.logs import Log
-from denoising_vit.training.loss import denoising_loss
+from denoising_vit.training.engine import from_first, gathered, shard
+from denoising_vit.training.loop import (
+    Figures,
+    Log,
+    OnFigures,
+    Steps,
+    denoising_loss,
+    gradient_norm,
+    learning_rate,
+    own_batches,
+    peak_rate,
+    require_finite,
+    set_rate,
+    synchronised,
+)
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.schedule import learning_rate, peak_rate
-from denoising_vit.training.sharding import gathered, shard
-from denoising_vit.training.steps import OnFigures, Steps, own_batches, require_finite, set_rate, synchronised
+from denoising_vit.training.samples import Sample, Sampler
 
 #: Batches that are read and rendered before they are needed.
 _AHEAD = 3

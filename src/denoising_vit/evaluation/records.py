@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from denoising_vit.errors import EvaluationError
 
@@ -164,31 +157,3 @@ def _is_cut_off(rest: bytes) -> bool:
     except ValueError:
         return rest.startswith(_BEGINNING[: len(rest)])
     return False
-
-
-def run_info(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command, hardware and software of this process, for the record; no names of machines or folders beyond these."""
-    return {
-        "command": shlex.join(["dvit", *(sys.argv[1:] if command is None else command)]),
-        "hardware": hardware(),
-        "software": {
-            "denoising-vit": importlib.metadata.version("denoising-vit"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def software_words(about: Mapping[str, Any]) -> str:
-    """The software that a run recorded, in words; nothing where it recorded none."""
-    return ", ".join(f"{name} {version}" for name, version in about.get("software", {}).items())
-
-
-def hardware() -> str:
-    """Processor and accelerator in words."""
-    kinds = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-    fast = [name for name, ask in kinds.items() if getattr(torch.cpu, ask, lambda: False)()]
-    words = f"{os.cpu_count()} CPU cores ({platform.machine()}{''.join(', ' + name for name in fast)})"
-    if torch.cuda.is_available():
-        words = f"{torch.cuda.get_device_name()}, {words}"
-    return words

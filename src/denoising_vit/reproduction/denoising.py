@@ -8,10 +8,11 @@ from pathlib import Path
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Dataset, Item, open_dataset, spread
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.denoiser.job import Photos, TrainJob
+from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.errors import PhotoError
 from denoising_vit.progress import Progress
 from denoising_vit.reproduction.rows import TrainingPhotos
-from denoising_vit.training import PairOptions, Photos, TrainJob, TrainOptions
 
 #: The list of photos that a folder's benchmark is judged on, beside it.
 _JUDGED_ON = Path("ImageSets", "Segmentation", "val.txt")

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.distilled import DistillJob, DistillOptions
 from denoising_vit.progress import Progress
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import TrainingPhotos
-from denoising_vit.training import DistillJob, DistillOptions, ViewOptions
+from denoising_vit.training.options import ViewOptions
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from denoising_vit.reproduction.denoising import DenoiserRecipe
 from denoising_vit.reproduction.distilling import DistilledRecipe
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS
 from denoising_vit.reproduction.running import Protocols
-from denoising_vit.training import ViewOptions
+from denoising_vit.training.options import ViewOptions
 
 #: Two images of each split, of unlike sizes, so that one of them is padded and the other cut into windows.
 _SIZES = ((48, 64), (60, 40))

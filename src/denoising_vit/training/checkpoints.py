@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
 from denoising_vit.files import KEY, below, write_tensors
-from denoising_vit.training.sharding import gathered, shared_like
+from denoising_vit.training.engine import gathered, shared_like
 
 #: Checkpoints that are kept: the last and the one before.
 _KEPT = 2

@@ -1,21 +1,101 @@
-"""The folder of a run: what it is, its log, its checkpoints, its best model."""
+"""The folder of a run: records, log, checkpoints, best model."""
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from denoising_vit.denoiser.pair_files import REASONS, has_pairs, remove_pairs
-from denoising_vit.errors import TrainError
-from denoising_vit.evaluation.records import run_info
+from denoising_vit.environment import run_info
+from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.files import atomic_path
+from denoising_vit.store.layout import LEASES
+from denoising_vit.store.leases import Lease, Leases
+from denoising_vit.store.local import LocalObjects
 from denoising_vit.training.checkpoints import Checkpoints
 from denoising_vit.training.engine import from_first
-from denoising_vit.training.holding import HOLDING, hold
-from denoising_vit.training.records import differences, read_object
+from denoising_vit.training.pair_files import REASONS, has_pairs, remove_pairs
+
+#: What earlier versions did not record; where it is not told, it is not compared, so that what they made stays valid.
+_ADDED = frozenset({"targets.photos", "backbone.digest", "backbone.mean", "backbone.std"})
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], path: str = "") -> list[str]:
+    """Each value in which a record that is there differs from that of now, with both sides."""
+    found = []
+    for name in sorted(there.keys() | here.keys()):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{path}{name}.")
+        elif old != new and (name in there or f"{path}{name}" not in _ADDED):
+            found.append(f"{path}{name} was {_short(old)}, now {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+#: The hidden folder in which it is noted.
+HOLDING = ".held"
+
+_HELD: dict[tuple[Path, str], Lease] = {}
+
+
+def hold(folder: Path, name: str) -> None:
+    """Keeps other processes from writing a folder, until this one ends or :func:`let_go` is called.
+
+    Raises:
+        TrainError: naming the process that writes it.
+        OSError: if the folder cannot be written to.
+    """
+    key = folder.resolve(), name
+    if key in _HELD:
+        with suppress(StoreError):  # the folder was removed since, and made anew
+            _HELD[key].check()
+            return
+        let_go(folder, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _HELD[key] = Leases(LocalObjects(folder / HOLDING)).acquire(name)
+    except StoreError as error:
+        raise TrainError(f"{folder}: another run writes it ({error})") from error
+    atexit.register(let_go, folder, name)
+
+
+def let_go(folder: Path, name: str) -> None:
+    """Lets other processes write it."""
+    lease = _HELD.pop((folder.resolve(), name), None)
+    if lease is not None:
+        lease.release(forget=True)
+        with suppress(OSError):  # others note there that they hold something else
+            for empty in (folder / HOLDING / LEASES, folder / HOLDING):
+                empty.rmdir()
+
+
+@contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """As :func:`hold`, for as long as the block lasts."""
+    hold(folder, name)
+    try:
+        yield
+    finally:
+        let_go(folder, name)
+
 
 FORMAT = "denoising-vit/run"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from denoising_vit.environment import software_words
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.records import software_words
 from denoising_vit.evaluation.tables.markdown import code, folded, plain, significant, table
 from denoising_vit.evaluation.tables.run_records import best_look, read_run
 

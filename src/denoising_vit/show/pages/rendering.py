@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from denoising_vit.environment import package_version
 from denoising_vit.files import Mark, atomic_path, owned_path
 
 
@@ -52,7 +52,7 @@ def render(template: str, package: str = "denoising_vit.show.pages", **values: A
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": figure, "percent": percent, "basename": basename}
-    return environment.get_template(template).render(version=importlib.metadata.version("denoising-vit"), **values)
+    return environment.get_template(template).render(version=package_version(), **values)
 
 
 def write_page(page: str, path: Path, mark: Mark | None = None) -> None:

@@ -1,25 +1,29 @@
-"""The steps of a run, and what is done around them: log, looks at held-out images, checkpoints, an end without loss."""
+"""What the training loops of stages 2 and 3 share: loss, learning rate, logs, checks."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from denoising_vit.denoiser.judging import Figures
-from denoising_vit.denoiser.samples import Sample
 from denoising_vit.errors import TrainError
 from denoising_vit.training.checkpoints import Progress
-from denoising_vit.training.logs import Log
 from denoising_vit.training.options import RunOptions
 from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.samples import Sample
 
-#: Called with how many steps are done and their figures.
+Figures = dict[str, float]
+
+#: Called with the number of steps done and their figures.
 OnFigures = Callable[[int, Figures], None]
 
 
@@ -139,3 +143,82 @@ def _is_due(step: int, every: int, last: int) -> bool:
 def _words(sample: Sample) -> str:
     x0, y0, x1, y1 = sample.crop.box
     return f"({x0:.2f} {y0:.2f} {x1:.2f} {y1:.2f}{', mirrored' if sample.crop.flip else ''})"
+
+
+class Log:
+    """Writes figures of steps, line by line, and to TensorBoard.
+
+    Args:
+        path: of the JSON lines; TensorBoard's files go beside it.
+        step: that the run goes on from.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _board(path.parent / "tensorboard", step)
+
+    def write(self, step: int, kind: str, figures: dict[str, float]) -> None:
+        """One line: the step, ``train`` or ``held_out``, and figures; those that are not finite as null.
+
+        Raises:
+            TrainError: if it cannot be written.
+        """
+        plain = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        try:
+            self._file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainError(f"{self._file.name}: cannot be written to ({error}); --resume goes on") from error
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Ends both."""
+        with contextlib.suppress(OSError):  # a full disk was told when the line was written
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # JSON lines hold the same
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def learning_rate(step: int, steps: int, peak: float, final: float, warmup: float) -> float:
+    """The rate of a step: from near zero to the peak over the first part, then by a cosine to the final rate.
+
+    Args:
+        step: counted from 0.
+        steps: of the whole run.
+        peak: the highest.
+        final: the last.
+        warmup: share of the steps in [0, 1) over which it rises.
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    done = (step - rising) / max(steps - 1 - rising, 1)
+    return final + (peak - final) * (1 + math.cos(math.pi * min(done, 1))) / 2
+
+
+def peak_rate(rate: float, pairs: int) -> float:
+    """The highest rate for so many pairs in a step, of all processes: ``rate sqrt(pairs / 256)``, as published."""
+    return rate * math.sqrt(pairs / 256)
+
+
+def denoising_loss(clean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error, and mean over patches of the cosine, of features (B, h, w, C) against targets.
+
+    The published loss of stages 2 and 3 is ``MSE + (1 - cosine)`` (section 4.2 of the paper).
+    """
+    return F.mse_loss(clean, target), F.cosine_similarity(clean, target, dim=-1).mean()
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Of all gradients that are there, as one vector."""
+    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
