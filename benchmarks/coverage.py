@@ -15,8 +15,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from denoising_vit.evaluation.intervals import METHOD, MIN_GROUPS
-from denoising_vit.evaluation.outcomes import Measured, Outcome, paired_interval
+from denoising_vit.evaluation.outcomes import METHOD, MIN_GROUPS, Measured, Outcome, paired_interval
 from denoising_vit.evaluation.scores import Counts, scores
 
 GROUPS = (5, 10, 30, 100)

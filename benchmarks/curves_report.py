@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from neighbours import paired_interval
 
-from denoising_vit.evaluation.intervals import METHOD, Interval
+from denoising_vit.evaluation.outcomes import METHOD, Interval
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

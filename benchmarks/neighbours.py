@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from denoising_vit.evaluation.intervals import Interval, interval_over
 from denoising_vit.evaluation.knn import KnnOptions, vote
-from denoising_vit.evaluation.labelled import NO_LABEL
-from denoising_vit.evaluation.patch_labels import commonest, patch_counts
+from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.outcomes import Interval, interval_over
+from denoising_vit.evaluation.patches import commonest, patch_counts
 from denoising_vit.views.crops import Crop
 
 #: As in nearest-neighbour probes of DINO, and by default in `dvit evaluate knn`.

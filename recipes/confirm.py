@@ -21,8 +21,8 @@ from torch.nn.functional import normalize
 
 import denoising_vit as dv
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.evaluation.intervals import interval_over
 from denoising_vit.evaluation.knn import vote
+from denoising_vit.evaluation.outcomes import interval_over
 
 #: Patches of the memory, and every so many-th patch that is asked for.
 MEMORY, EVERY = 20_000, 6

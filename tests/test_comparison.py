@@ -26,7 +26,7 @@ from denoising_vit.evaluation.knn import KnnOptions, crops_of
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.outcomes import paired_interval
-from denoising_vit.evaluation.records import Record, Results
+from denoising_vit.evaluation.results import Record, Results
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource

@@ -28,7 +28,7 @@ from denoising_vit.evaluation.correspondence import (
 from denoising_vit.evaluation.correspondence import keypoints as kp
 from denoising_vit.evaluation.correspondence import match as errors_of
 from denoising_vit.evaluation.correspondence.matched import looks
-from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.sources import FeatureSource
 from tiny_correspondence import marked, moving, pair_of, shuffled, write_davis, write_pair, write_spair
 from tiny_labelled import PATCH, colours, source_of, speckled

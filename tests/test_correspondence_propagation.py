@@ -18,7 +18,7 @@ from denoising_vit.evaluation.correspondence import ClipData, PropagationOptions
 from denoising_vit.evaluation.correspondence.propagated import compared, judged_frames
 from denoising_vit.evaluation.correspondence.propagation import Held, at_patches, carried, carry, filled, to_mask
 from denoising_vit.evaluation.correspondence.similarity import contour_accuracy, region_similarity
-from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.features import FeatureCache
 from tiny_correspondence import HEIGHT, WIDTH, Shot, crossing, frame, moving, shuffled, write_davis
 from tiny_labelled import PATCH, colours, source_of, speckled
 

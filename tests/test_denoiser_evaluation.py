@@ -17,7 +17,7 @@ from denoising_vit.environment import run_info
 from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import SOURCES
-from denoising_vit.evaluation.records import Results
+from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.extractors import parse_names

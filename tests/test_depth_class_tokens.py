@@ -17,7 +17,7 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth import PAPER, QUICK, LinearDepth
 from denoising_vit.evaluation.depth.samples import KeptDepth
-from denoising_vit.evaluation.seeing import FeatureCache, see
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource, FieldSource
 from denoising_vit.extractors import DenoisedViT
 from denoising_vit.views.crops import Crop

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import JudgedImage
 from denoising_vit.evaluation.depth import (
     PAPER,
     QUICK,
@@ -25,7 +26,6 @@ from denoising_vit.evaluation.depth import (
 )
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.judging import judge_depth
-from denoising_vit.evaluation.judged import JudgedImage
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.views.crops import Crop
 from tiny_depth import Picture, backbone, blocky, flat, pooled, red_of, set_of, source_of, write_nyu, write_splits

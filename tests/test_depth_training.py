@@ -19,6 +19,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, FitError, PlanError, SizeError
 from denoising_vit.evaluation import probing
+from denoising_vit.evaluation.data import JudgedImage
 from denoising_vit.evaluation.depth import (
     PAPER,
     QUICK,
@@ -35,10 +36,9 @@ from denoising_vit.evaluation.depth import (
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.losses import depth_loss
 from denoising_vit.evaluation.depth.samples import KeptDepth
-from denoising_vit.evaluation.judged import JudgedImage
+from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.outcomes import paired_interval
-from denoising_vit.evaluation.records import Results
-from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.progress import Progress, no_progress

@@ -19,9 +19,9 @@ from denoising_vit.backbones.recorded import describe, same_weights, weights_key
 from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.denoiser.targets import StoredTargets
 from denoising_vit.errors import StoreError, TrainError
+from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.fields import store_name
-from denoising_vit.evaluation.judged import JudgedSet
-from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.show.video.records import differences, make_record
 from denoising_vit.store import FeatureStore

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import SplitData
 from denoising_vit.evaluation.discovery import BoxedImage, open_boxed
 from denoising_vit.evaluation.discovery.boxes import within
-from denoising_vit.evaluation.judged import SplitData
 from tiny_discovery import (
     Scene,
     coco_json,

@@ -18,6 +18,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
+from denoising_vit.evaluation.data import SplitData
 from denoising_vit.evaluation.discovery import (
     BoxedImage,
     DiscoveryOptions,
@@ -28,10 +29,8 @@ from denoising_vit.evaluation.discovery import (
     open_boxed,
 )
 from denoising_vit.evaluation.discovery.boxes import best_overlap, on_image
-from denoising_vit.evaluation.judged import SplitData
-from denoising_vit.evaluation.metrics import METRICS
-from denoising_vit.evaluation.records import Results
-from denoising_vit.evaluation.seeing import FeatureCache
+from denoising_vit.evaluation.features import FeatureCache
+from denoising_vit.evaluation.results import METRICS, Results
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.progress import Progress, no_progress
@@ -267,7 +266,7 @@ def test_features_from_disk_and_other_batches_score_the_same(
         found = localise(source_of(speckled), data, PLAIN, cache=cache, progress=lambda: steps.append(1))
         assert np.array_equal(found.values, first.values) and len(steps) == 30 * times
     assert len(list(tmp_path.rglob("*.safetensors"))) == 30
-    monkeypatch.setattr("denoising_vit.evaluation.seeing.fitting_batch", lambda *_: 7)
+    monkeypatch.setattr("denoising_vit.evaluation.features.fitting_batch", lambda *_: 7)
     assert np.array_equal(localise(source_of(speckled), data, PLAIN).values, first.values)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from denoising_vit.errors import EvaluationError, PlanError
-from denoising_vit.evaluation import neighbours
+from denoising_vit.evaluation import patches
 from denoising_vit.evaluation.hummingbird import HummingbirdOptions, Memory, drawn, hummingbird, retrieved
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.scores import Counts, scores
@@ -53,12 +53,12 @@ def test_soft_labels_by_hand() -> None:
 def test_the_nearest_are_those_of_one_sort_however_many_are_compared_at_a_time(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(neighbours, "_AT_ONCE", at_once)
-    monkeypatch.setattr(neighbours, "_QUERIES", 4)
+    monkeypatch.setattr(patches, "_AT_ONCE", at_once)
+    monkeypatch.setattr(patches, "_QUERIES", 4)
     chance = torch.Generator().manual_seed(0)
     queries, bank = torch.randn(11, 5, generator=chance), F.normalize(torch.randn(37, 5, generator=chance), dim=-1)
     without = torch.rand(37, generator=chance) < 0.3
-    similarity, rows = neighbours.nearest(queries, bank, 7, without)
+    similarity, rows = patches.nearest(queries, bank, 7, without)
     cosines = F.cosine_similarity(queries[:, None], bank[None], dim=-1).masked_fill(without, -2)
     expected = cosines.sort(dim=-1, descending=True)
     assert torch.equal(rows, expected.indices[:, :7])

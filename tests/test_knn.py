@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
-from denoising_vit.evaluation.judged import JudgedImage
+from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours, vote
 from denoising_vit.evaluation.labelled import LabelledData, open_labelled
 from denoising_vit.evaluation.scores import Counts, scores
-from denoising_vit.evaluation.seeing import FeatureCache, see
 from denoising_vit.evaluation.sources import Colour, ExtractorSource
 from denoising_vit.views.crops import Crop
 from tiny_labelled import (

@@ -16,8 +16,8 @@ from PIL import Image
 
 from denoising_vit.data.photos import photo_digest
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, open_labelled
-from denoising_vit.evaluation.labelled.images import Coding, read_mask
+from denoising_vit.evaluation.labelled import LabelledData, open_labelled
+from denoising_vit.evaluation.masks import NO_LABEL, Coding, read_mask
 
 HEIGHT, WIDTH = 2, 3
 ABC = Coding(3, "the list", ignored=(3, 255))

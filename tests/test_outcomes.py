@@ -11,10 +11,9 @@ import pytest
 from scipy import stats
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation import intervals
-from denoising_vit.evaluation.intervals import METHOD, Interval
-from denoising_vit.evaluation.metrics import METRICS
-from denoising_vit.evaluation.outcomes import Measured, paired_interval, record_of
+from denoising_vit.evaluation import outcomes
+from denoising_vit.evaluation.outcomes import METHOD, Interval, Measured, paired_interval, record_of
+from denoising_vit.evaluation.results import METRICS
 from denoising_vit.evaluation.scores import Counts
 
 
@@ -175,7 +174,7 @@ def test_where_items_are_their_own_groups_names_do_not_matter() -> None:
 def test_many_groups_are_left_out_in_turn_whatever_fits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = random_two(1, range(40)), random_two(2, range(40))
     found = paired_interval([ours], [theirs])
-    monkeypatch.setattr(intervals, "_CHUNK", 7)
+    monkeypatch.setattr(outcomes, "_CHUNK", 7)
     again = paired_interval([ours], [theirs])
     assert (again.low, again.high) == pytest.approx((found.low, found.high))
 
@@ -198,7 +197,7 @@ def test_counts_of_classes_are_left_out_image_by_image() -> None:
     without = np.array([miou(ours, image) - miou(theirs, image) for image in range(7)])
     difference = miou(ours, None) - miou(theirs, None)
     found = paired_interval([ours], [theirs])
-    assert (found.low, found.high) == pytest.approx(intervals.ends(difference, without))
+    assert (found.low, found.high) == pytest.approx(outcomes.ends(difference, without))
     assert found.difference == pytest.approx(difference)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoising_vit.evaluation.labelled import NO_LABEL
-from denoising_vit.evaluation.patch_labels import commonest, patch_counts
+from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.patches import commonest, patch_counts
 from denoising_vit.views.crops import Crop
 
 #: 4 x 4 pixels of three classes.

@@ -26,8 +26,8 @@ from denoising_vit.denoiser.options import TrainOptions
 from denoising_vit.denoiser.published import published_rows
 from denoising_vit.errors import PhotoError
 from denoising_vit.evaluation import depth, workbench
-from denoising_vit.evaluation.metrics import METRICS
-from denoising_vit.evaluation.probe_options import recorded
+from denoising_vit.evaluation.options import recorded
+from denoising_vit.evaluation.results import METRICS
 from denoising_vit.evaluation.segmentation import PAPER, RELEASED
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.reproduction import (

@@ -9,9 +9,8 @@ from torch import Tensor
 from torchmetrics import JaccardIndex
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.intervals import Interval
-from denoising_vit.evaluation.labelled import NO_LABEL
-from denoising_vit.evaluation.outcomes import paired_interval
+from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.outcomes import Interval, paired_interval
 from denoising_vit.evaluation.scores import Counts, count, scores
 
 CLASSES = 7

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from denoising_vit.evaluation.features import FeatureCache, Shown, see
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.files import compact
 from denoising_vit.views.crops import Crop
@@ -101,7 +101,7 @@ def test_batches_are_no_larger_than_the_device_takes(shown: list[Shown], monkeyp
         asked.append(tokens)
         return 2
 
-    monkeypatch.setattr("denoising_vit.evaluation.seeing.fitting_batch", two)
+    monkeypatch.setattr("denoising_vit.evaluation.features.fitting_batch", two)
     extractor = Counted()
     found = list(see(extractor.source(), shown))
     assert [shape[0] for shape in extractor.shapes] == [2, 2, 1]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.evaluation.segmentation.probe import LinearProbe, at_places, to_image, to_pixels
+from denoising_vit.evaluation.patches import at_places, to_image, to_pixels
+from denoising_vit.evaluation.segmentation.scoring import LinearProbe
 from denoising_vit.views.crops import Crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from denoising_vit import PlanError
+from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.segmentation import PAPER, QUICK, SegmentationOptions
-from denoising_vit.evaluation.segmentation.augmentation import centre_pads, scaled_size
-from denoising_vit.evaluation.segmentation.judging import windows
+from denoising_vit.evaluation.segmentation.crops import scaled_size
+from denoising_vit.evaluation.segmentation.scoring import windows
 
 
 @pytest.mark.parametrize(

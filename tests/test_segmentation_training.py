@@ -21,16 +21,16 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.errors import EvaluationError, FitError
 from denoising_vit.evaluation import probing
-from denoising_vit.evaluation.judged import JudgedImage
-from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, open_labelled
+from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.features import FeatureCache
+from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, open_labelled
+from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import Curve
 from denoising_vit.evaluation.scores import Counts, scores
-from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.segmentation import PAPER, QUICK, Protocol, Trained, linear_segmentation
-from denoising_vit.evaluation.segmentation.augmentation import centre_pads
-from denoising_vit.evaluation.segmentation.judging import judge, windows
-from denoising_vit.evaluation.segmentation.probe import LinearProbe
-from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops
+from denoising_vit.evaluation.segmentation.scoring import LinearProbe, judge, windows
+from denoising_vit.evaluation.segmentation.training import KeptFeatures, RandomCrops
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.views.crops import Crop
 

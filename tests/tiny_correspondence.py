@@ -14,8 +14,8 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.environment import run_info
-from denoising_vit.evaluation.judged import JudgedData
-from denoising_vit.evaluation.records import Results
+from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.sources import Extractor
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.progress import Progress, no_progress

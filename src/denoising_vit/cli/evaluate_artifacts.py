@@ -20,7 +20,7 @@ from denoising_vit.data.photos import photo_digest
 from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
 from denoising_vit.environment import run_info
 from denoising_vit.evaluation.named_sources import SOURCES
-from denoising_vit.evaluation.records import Record, Results
+from denoising_vit.evaluation.results import Record, Results
 from denoising_vit.evaluation.sources import Extractor, backbone_settings
 from denoising_vit.evaluation.workbench import Line
 from denoising_vit.extractors import Cleaners, parse_names

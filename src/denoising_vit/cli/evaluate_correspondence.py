@@ -10,8 +10,8 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation import correspondence as evaluation
 from denoising_vit.evaluation.correspondence import MatchingOptions, PropagationOptions
+from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.fields import FieldOptions
-from denoising_vit.evaluation.judged import JudgedData
 from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.workbench import Line
 from denoising_vit.extractors import parse_names

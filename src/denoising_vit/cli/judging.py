@@ -16,10 +16,9 @@ from denoising_vit.cli.scoreboard import scoreboard
 from denoising_vit.cli.streams import print_json
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.fields import FieldOptions
-from denoising_vit.evaluation.judged import JudgedData
-from denoising_vit.evaluation.metrics import main_metric
-from denoising_vit.evaluation.records import Results
+from denoising_vit.evaluation.results import Results, main_metric
 from denoising_vit.evaluation.tables.markdown import readable
 from denoising_vit.evaluation.workbench import Line, Workbench
 

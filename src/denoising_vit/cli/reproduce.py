@@ -16,8 +16,7 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USA
 from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.denoiser.published import VARIANTS, published_rows
 from denoising_vit.environment import run_info
-from denoising_vit.evaluation.metrics import METRICS, main_metric
-from denoising_vit.evaluation.records import Results
+from denoising_vit.evaluation.results import METRICS, Results, main_metric
 from denoising_vit.reproduction import Protocols, Row, Step, find_row, list_rows, reproduce_row
 
 #: The variant that is meant where a model is named alone.

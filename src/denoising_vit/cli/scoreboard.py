@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from denoising_vit.evaluation.metrics import METRICS, Metric
+from denoising_vit.evaluation.results import METRICS, Metric
 
 #: With more metrics than this, differences go below the table: a terminal is 80 columns wide.
 _MOST_BESIDE = 3

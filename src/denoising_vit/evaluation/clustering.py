@@ -13,12 +13,11 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation.comparison import Curve
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.patch_labels import patch_counts
-from denoising_vit.evaluation.ranges import at_least
+from denoising_vit.evaluation.options import at_least
+from denoising_vit.evaluation.patches import patch_counts
 from denoising_vit.evaluation.scores import Counts
-from denoising_vit.evaluation.seeing import FeatureCache, see
-from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop

@@ -16,11 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from denoising_vit.errors import DenoisingVitError
-from denoising_vit.evaluation.intervals import METHOD
-from denoising_vit.evaluation.judged import JudgedData
-from denoising_vit.evaluation.metrics import main_metric
-from denoising_vit.evaluation.outcomes import Outcome, paired_interval, record_of
-from denoising_vit.evaluation.records import Record, Results, Task
+from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.outcomes import METHOD, Outcome, paired_interval, record_of
+from denoising_vit.evaluation.results import Record, Results, Task, main_metric
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import atomic_path

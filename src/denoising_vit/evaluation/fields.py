@@ -18,9 +18,8 @@ from denoising_vit.data.photos import photo_digest
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import given_artifact
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.judged import JudgedData, JudgedImage, JudgedSet
-from denoising_vit.evaluation.seeing import Shown
-from denoising_vit.evaluation.sizes import native_size
+from denoising_vit.evaluation.data import JudgedData, JudgedImage, JudgedSet
+from denoising_vit.evaluation.features import Shown, native_size
 from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.files import atomic_path, digest
 from denoising_vit.fit import FitJob, FitOptions

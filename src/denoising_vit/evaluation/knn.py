@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.labelled import NO_LABEL, LabelledData, LabelledImage, LabelledSet
-from denoising_vit.evaluation.neighbours import nearest
-from denoising_vit.evaluation.patch_labels import commonest, patch_counts
-from denoising_vit.evaluation.ranges import at_least, positive
+from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, see, shown_size
+from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
+from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.options import at_least, positive
+from denoising_vit.evaluation.patches import commonest, nearest, patch_counts
 from denoising_vit.evaluation.scores import Counts, count
-from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
-from denoising_vit.evaluation.sizes import Patches, shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.views.crops import Crop
 

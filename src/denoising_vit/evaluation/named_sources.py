@@ -12,9 +12,9 @@ from typing import Any
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.features import Shown
 from denoising_vit.evaluation.fields import fitted_fields
-from denoising_vit.evaluation.judged import JudgedData
-from denoising_vit.evaluation.seeing import Shown
 from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
 from denoising_vit.extractors import FEATURES, Cleaners
 from denoising_vit.progress import Progress

@@ -1,19 +1,37 @@
-"""The training of a probe, whatever its task: one loop, that goes on where it was stopped."""
+"""Training a probe with AdamW; an interrupted training resumes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from denoising_vit.errors import FitError
 from denoising_vit.files import atomic_path
 
+#: What the stream of draws is for.
+_ORDER = 1
+
+
+def chosen(images: int, batch: int, step: int, seed: int) -> list[int]:
+    """The images of a step: every image comes once in an epoch, and a batch may begin in one and end in the next."""
+    wanted = range(step * batch, (step + 1) * batch)
+    return [int(_order(images, position // images, seed)[position % images]) for position in wanted]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(images: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, _ORDER, epoch]).permutation(images)
+
+
 Probe = TypeVar("Probe", bound=nn.Module)
+
 
 #: Steps between two checkpoints of a training that takes hours.
 _CHECKPOINT_EVERY = 1_000

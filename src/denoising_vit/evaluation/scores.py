@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.labelled import NO_LABEL
+from denoising_vit.evaluation.masks import NO_LABEL
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,17 +14,16 @@ from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.comparison import Comparison, Curve, Judge
-from denoising_vit.evaluation.judged import JudgedData
+from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.features import FeatureCache, Shown, check_size
 from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import NamedSources, Normalisation
+from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.outcomes import Outcome
-from denoising_vit.evaluation.probe_options import recorded
-from denoising_vit.evaluation.records import Results, Task
+from denoising_vit.evaluation.results import Results, Task
 from denoising_vit.evaluation.scores import Counts
-from denoising_vit.evaluation.seeing import FeatureCache, Shown
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
-from denoising_vit.evaluation.sizes import check_size
 from denoising_vit.evaluation.sources import Extractor, FeatureSource, backbone_settings
 from denoising_vit.files import digest
 from denoising_vit.progress import Progress, no_progress

@@ -13,9 +13,9 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.evaluation import depth
-from denoising_vit.evaluation.judged import JudgedData
+from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.labelled import open_labelled
-from denoising_vit.evaluation.records import Results
+from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import RELEASED, Protocol
 from denoising_vit.evaluation.workbench import Line, Progress, Workbench, no_progress
 from denoising_vit.reproduction.denoising import DenoiserRecipe, trained_denoiser

@@ -17,7 +17,7 @@ from denoising_vit.data.photos import IMAGE_SUFFIXES, photo_digest, read_photo
 from denoising_vit.errors import EvaluationError, PhotoError
 from denoising_vit.evaluation.correspondence.folders import DAVIS, folders_in, images_in, locate
 from denoising_vit.evaluation.correspondence.masks import Objects, read_values
-from denoising_vit.evaluation.judged import JudgedImage, JudgedSet, SplitData
+from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
 from denoising_vit.evaluation.layouts import listed, read_text
 
 #: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.

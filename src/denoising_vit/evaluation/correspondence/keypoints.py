@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.pair import Point
-from denoising_vit.evaluation.segmentation.probe import at_places
+from denoising_vit.evaluation.patches import at_places
 from denoising_vit.views.plan import linear_weights
 
 #: Interpolated feature values that are held at a time.

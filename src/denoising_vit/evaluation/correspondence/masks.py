@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.labelled.images import NO_LABEL, Coding, read_mask
-from denoising_vit.evaluation.object_masks import MAX_OBJECTS, WHITE
+from denoising_vit.evaluation.masks import MAX_OBJECTS, NO_LABEL, WHITE, Coding, read_mask
 
 #: How many values of a mask a message shows.
 _SHOWN = 5

@@ -15,9 +15,8 @@ from denoising_vit.evaluation.correspondence.keypoints import apart, at_points, 
 from denoising_vit.evaluation.correspondence.options import MatchingOptions
 from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point
 from denoising_vit.evaluation.correspondence.pairs import PairData, PairedPhoto
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.seeing import FeatureCache, see
-from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.views.crops import Crop
 

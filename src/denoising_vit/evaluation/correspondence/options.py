@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from denoising_vit.errors import PlanError
-from denoising_vit.evaluation.ranges import at_least, positive
+from denoising_vit.evaluation.options import at_least, positive
 
 
 @dataclass(frozen=True)

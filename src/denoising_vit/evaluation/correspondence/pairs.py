@@ -17,7 +17,7 @@ from denoising_vit.errors import EvaluationError, PhotoError
 from denoising_vit.evaluation.correspondence.folders import KEYPOINTS, SPAIR, folders_in, locate
 from denoising_vit.evaluation.correspondence.keypoint_folder import keypoint_folder
 from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point, Written, numbers
-from denoising_vit.evaluation.judged import JudgedImage, JudgedSet, SplitData
+from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
 from denoising_vit.evaluation.layouts import read_text
 
 #: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.

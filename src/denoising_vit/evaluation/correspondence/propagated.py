@@ -13,10 +13,9 @@ from denoising_vit.evaluation.correspondence.clips import ClipData, Frame
 from denoising_vit.evaluation.correspondence.options import PropagationOptions
 from denoising_vit.evaluation.correspondence.propagation import at_patches, carry, to_mask
 from denoising_vit.evaluation.correspondence.similarity import contour_accuracy, region_similarity
-from denoising_vit.evaluation.labelled import NO_LABEL
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.seeing import FeatureCache, see
-from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.views.crops import Crop
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.options import PropagationOptions
-from denoising_vit.evaluation.segmentation.probe import at_places
+from denoising_vit.evaluation.patches import at_places
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_centres
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.segmentation.augmentation import centre_pads
+from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.views.crops import Crop
 
 #: The part of a photo of NYUv2 that training crops come from: rows, then columns; its border is white.

@@ -13,8 +13,8 @@ import numpy as np
 from denoising_vit.data import Skipped, spread
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import JudgedSet, SplitData, shared_photos
 from denoising_vit.evaluation.depth.images import DepthImage, read_depth
-from denoising_vit.evaluation.judged import JudgedSet, SplitData, shared_photos
 from denoising_vit.evaluation.layouts import Pair, check_count, inspect_all, listed, pairs_in_folders, read_text
 
 #: Layout of NYUv2; its photos are of one size.

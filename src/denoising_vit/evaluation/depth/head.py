@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from denoising_vit.evaluation.segmentation.probe import at_places
+from denoising_vit.evaluation.patches import at_places
 
 #: Added to the weights of all bins, so that none is out of reach.
 _FLOOR = 0.1

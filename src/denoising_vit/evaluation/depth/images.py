@@ -13,7 +13,7 @@ from torch import Tensor
 
 from denoising_vit.data.photos import MAX_PIXELS, use_image
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.judged import JudgedImage
+from denoising_vit.evaluation.data import JudgedImage
 
 #: Pillow's modes of grayscale with more than 8 bits.
 _DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})

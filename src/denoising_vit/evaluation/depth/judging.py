@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.evaluation.data import JudgedSet
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.judged import JudgedSet
+from denoising_vit.evaluation.features import FeatureCache, Shown, see, shown_size
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.seeing import FeatureCache, Shown, see
-from denoising_vit.evaluation.segmentation.augmentation import centre_pads
-from denoising_vit.evaluation.sizes import shown_size
+from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.views.crops import Crop
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.comparison import Curve
+from denoising_vit.evaluation.data import JudgedSet
 from denoising_vit.evaluation.depth.augmentation import NYU_PART
 from denoising_vit.evaluation.depth.data import NYU, DepthData, block_splits
 from denoising_vit.evaluation.depth.head import DepthProbe
@@ -19,10 +20,9 @@ from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.judging import EIGEN, Depths, judge_depth
 from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
 from denoising_vit.evaluation.depth.samples import DepthCrops, KeptDepth
-from denoising_vit.evaluation.judged import JudgedSet
-from denoising_vit.evaluation.probe_options import recorded
+from denoising_vit.evaluation.features import FeatureCache
+from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.probing import train
-from denoising_vit.evaluation.seeing import FeatureCache
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import IMAGENET, Line, Workbench
 from denoising_vit.progress import Progress, no_progress

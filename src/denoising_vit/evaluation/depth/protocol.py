@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from denoising_vit.errors import PlanError
-from denoising_vit.evaluation.probe_options import Pads, Preset, ProbeOptions, warmed
+from denoising_vit.evaluation.options import Pads, Preset, ProbeOptions, warmed
 
 #: Share of the learning rate that the warm-up begins with, and share of it that is left at the end.
 _WARMUP_START, _RATE_END = 1e-3, 1e-8

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.evaluation.data import JudgedSet
 from denoising_vit.evaluation.depth.augmentation import Drawn, draw, require_room
 from denoising_vit.evaluation.depth.head import DepthProbe
 from denoising_vit.evaluation.depth.images import DepthImage
 from denoising_vit.evaluation.depth.losses import depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.judged import JudgedSet
-from denoising_vit.evaluation.ordering import chosen
-from denoising_vit.evaluation.seeing import FeatureCache, see
-from denoising_vit.evaluation.sizes import shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.probing import chosen
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact
 from denoising_vit.views.crops import Crop

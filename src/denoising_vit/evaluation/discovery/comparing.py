@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import JudgedData, SplitData
 from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.discovery.layouts import DAVIS
 from denoising_vit.evaluation.discovery.localising import DiscoveryOptions, Localised, localise
-from denoising_vit.evaluation.judged import JudgedData, SplitData
 from denoising_vit.evaluation.workbench import Line, Workbench
 
 

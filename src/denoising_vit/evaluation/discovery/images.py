@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from denoising_vit.evaluation.data import JudgedImage
 from denoising_vit.evaluation.discovery.boxes import Box
-from denoising_vit.evaluation.judged import JudgedImage
 
 
 @dataclass(frozen=True)

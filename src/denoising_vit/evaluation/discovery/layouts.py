@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from denoising_vit.data import Skipped, spread
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import JudgedSet, SplitData
 from denoising_vit.evaluation.discovery.coco import coco_candidates
 from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.discovery.inspecting import Candidate, Inspected, inspect
 from denoising_vit.evaluation.discovery.masks import MaskTruth
 from denoising_vit.evaluation.discovery.voc import VocTruth
-from denoising_vit.evaluation.judged import JudgedSet, SplitData
 from denoising_vit.evaluation.layouts import check_count, listed, pairs_in_folders, read_text
-from denoising_vit.evaluation.object_masks import WHITE
+from denoising_vit.evaluation.masks import WHITE
 
 #: What layout has photos in sequences.
 DAVIS = "davis"

@@ -9,13 +9,12 @@ from typing import ClassVar, get_args
 import numpy as np
 
 from denoising_vit.errors import PlanError
+from denoising_vit.evaluation.data import SplitData
 from denoising_vit.evaluation.discovery.boxes import best_overlap, on_image
 from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.discovery.lost import SeedBy, find_object
-from denoising_vit.evaluation.judged import SplitData
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.seeing import FeatureCache, see
-from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.views.crops import Crop
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import Box, box_around
-from denoising_vit.evaluation.labelled.images import Coding, read_mask
-from denoising_vit.evaluation.object_masks import MAX_OBJECTS, WHITE
+from denoising_vit.evaluation.masks import MAX_OBJECTS, WHITE, Coding, read_mask
 
 
 class _Numbers(Coding):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from denoising_vit.evaluation.probe_options import Pads, Preset, ProbeOptions, warmed
+from denoising_vit.evaluation.options import Pads, Preset, ProbeOptions, warmed
 
 
 @dataclass(frozen=True)

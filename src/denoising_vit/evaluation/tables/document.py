@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from denoising_vit.evaluation.tables.entries import TASKS
-from denoising_vit.evaluation.tables.figures import figure_tables, overview_table
-from denoising_vit.evaluation.tables.leaderboard import leaderboard
+from denoising_vit.evaluation.tables.entries import TASKS, Entries
+from denoising_vit.evaluation.tables.figures import figure_tables, leaderboard, overview_table
 from denoising_vit.evaluation.tables.markdown import code, plain
-from denoising_vit.evaluation.tables.provenance import failed_lines, provenance_line, settings_line
 from denoising_vit.evaluation.tables.published import comparison, discovery_comparison
-from denoising_vit.evaluation.tables.reading import Entries
 from denoising_vit.evaluation.tables.runs import run_section
-from denoising_vit.evaluation.tables.sections import Section, grouped, section_titles, sections
+from denoising_vit.evaluation.tables.sections import (
+    Section,
+    failed_lines,
+    grouped,
+    provenance_line,
+    section_titles,
+    sections,
+    settings_line,
+)
 
 _HEADINGS = {
     "knn": "Nearest neighbours",

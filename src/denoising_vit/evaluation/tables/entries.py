@@ -1,15 +1,97 @@
-"""One line of a results file, checked, so that no table can stumble over it."""
+"""Results files: JSON lines, checked one by one; a broken line costs only itself."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from denoising_vit.errors import FormatError
-from denoising_vit.evaluation.metrics import METRICS
-from denoising_vit.evaluation.tables.checking import count, listed, mapping, number, required, text, value_or_none
+from denoising_vit.errors import EvaluationError, FormatError
+from denoising_vit.evaluation.results import METRICS
+
+_T = TypeVar("_T")
+
+
+#: Characters of a wrong value that are shown.
+_SHOWN = 60
+
+
+def required(line: Mapping[str, Any], key: str, within: str = "") -> Any:
+    """The value of a key.
+
+    Raises:
+        FormatError: if it is missing.
+    """
+    if key not in line:
+        raise FormatError(f"{within}{key} is missing; expected a line that `dvit evaluate` wrote")
+    return line[key]
+
+
+def value_or_none(line: Mapping[str, Any], key: str, check: Callable[[object, str], _T]) -> _T | None:
+    """The checked value of a key, None where it is missing or null."""
+    value = line.get(key)
+    return None if value is None else check(value, key)
+
+
+def mapping(value: object, name: str) -> Mapping[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        FormatError: if it is something else.
+    """
+    return value if isinstance(value, dict) else _refuse(value, name, "an object")
+
+
+def listed(value: object, name: str) -> Sequence[Any]:
+    """A list; null is an empty one.
+
+    Raises:
+        FormatError: if it is something else.
+    """
+    if value is None:
+        return ()
+    return value if isinstance(value, list) else _refuse(value, name, "a list")
+
+
+def text(value: object, name: str) -> str:
+    """A text that is not empty.
+
+    Raises:
+        FormatError: if it is something else.
+    """
+    return value if isinstance(value, str) and value else _refuse(value, name, "a text")
+
+
+def number(value: object, name: str) -> float:
+    """A finite number.
+
+    Raises:
+        FormatError: if it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return _refuse(value, name, "a finite number")
+    return float(value)
+
+
+def count(value: object, name: str) -> int:
+    """A whole number, 0 or more.
+
+    Raises:
+        FormatError: if it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        return _refuse(value, name, "a whole number")
+    return value
+
+
+def _refuse(value: object, name: str, expected: str) -> Any:
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    raise FormatError(f"{name}: expected {expected}, got {shown}")
+
 
 #: What can be evaluated, in the order of the report.
 TASKS = (*METRICS, "artifacts")
@@ -205,3 +287,93 @@ def _published(value: object, name: str) -> tuple[str, str]:
     found = mapping(value, name)
     model, variant = (text(required(found, key, "published."), f"published.{key}") for key in ("model", "variant"))
     return model, variant
+
+
+@dataclass(frozen=True)
+class BrokenLine:
+    """A line that no table is made from.
+
+    Attributes:
+        file: the results file.
+        line: its number, from 1.
+        reason: what is wrong with it.
+    """
+
+    file: Path
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What results files hold.
+
+    Attributes:
+        sources: names of the files, without folders.
+        entries: one for each set of settings, in the order in which these first appear.
+        broken: lines that were skipped.
+    """
+
+    sources: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    broken: tuple[BrokenLine, ...]
+
+
+def read_entries(paths: Sequence[Path]) -> Entries:
+    """Reads results files in the order given; where the same settings occur twice, the later line wins.
+
+    Raises:
+        EvaluationError: if a file cannot be read, or no line of them can be used.
+    """
+    entries: dict[str, Entry] = {}
+    broken: list[BrokenLine] = []
+    for path in paths:
+        for position, line in enumerate(_lines(path), start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = parse_entry(_parsed(line))
+            except FormatError as error:
+                broken.append(BrokenLine(path, position, str(error)))
+            else:
+                entries[entry.key] = entry  # in the place of the first, so that a repeat does not reorder tables
+    _drop_failures_that_passed(entries)
+    if not entries:
+        first = f"; {broken[0].file}:{broken[0].line}: {broken[0].reason}" if broken else ""
+        raise EvaluationError(
+            f"expected lines that `dvit evaluate` wrote in {', '.join(map(str, paths))}, got none that can be used"
+            f"{first}; run `dvit evaluate` first"
+        )
+    return Entries(tuple(path.name for path in paths), tuple(entries.values()), tuple(broken))
+
+
+def _drop_failures_that_passed(entries: dict[str, Entry]) -> None:
+    """Drops failures from before the features were known, where the same was measured in the end."""
+    passed = {_without_features(entry) for entry in entries.values() if entry.failed is None}
+    for key, entry in list(entries.items()):
+        if entry.failed is not None and "features" not in entry.settings and _without_features(entry) in passed:
+            del entries[key]
+
+
+def _without_features(entry: Entry) -> str:
+    settings = {name: value for name, value in entry.settings.items() if name != "features"}
+    return canonical([entry.task, entry.features, settings])
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise EvaluationError(f"expected a results file at {path}, but it cannot be read ({reason})") from error
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise FormatError(f"not JSON ({error}); the line may have been cut off while it was written") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from denoising_vit.environment import software_words
-from denoising_vit.evaluation.tables.run_records import RunRecord, best_look, read_run
+from denoising_vit.evaluation.tables.runs import RunRecord, best_look, read_run
 from denoising_vit.show.pages.chart import LineChart, line_chart
 from denoising_vit.show.pages.rendering import Picture, data_uri, render, write_page
 

@@ -1,19 +1,215 @@
-"""Which labelled data set a folder holds: VOC 2012, ADE20K, or folders of photos and masks."""
+"""Photos with class masks: VOC 2012, ADE20K, or folders of photos and masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from denoising_vit.data import Skipped, spread
+from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.judged import shared_photos
-from denoising_vit.evaluation.labelled.classes import ADE_CLASSES, VOC_CLASSES, read_ade_names, read_class_list
-from denoising_vit.evaluation.labelled.images import Coding
-from denoising_vit.evaluation.labelled.sets import LabelledSet, inspect
-from denoising_vit.evaluation.layouts import Pair, check_count, listed, pairs_in_folders, pairs_in_list
+from denoising_vit.evaluation.data import JudgedImage, JudgedSet, shared_photos
+from denoising_vit.evaluation.layouts import (
+    Pair,
+    check_count,
+    inspect_all,
+    listed,
+    pairs_in_folders,
+    pairs_in_list,
+    read_text,
+)
+from denoising_vit.evaluation.masks import Coding, read_mask
+
+#: The classes of Pascal VOC in the order of their labels.
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+#: How many classes ADE20K's scene parsing benchmark has.
+ADE_CLASSES = 150
+
+
+_REMEDY = "Write the names of the classes into it, one a line, that of label 0 first"
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """Names of classes, one a line; the first line names label 0.
+
+    Raises:
+        EvaluationError: if the file is missing, has no name, an empty line among names, or a name twice.
+    """
+    if not path.is_file():
+        raise EvaluationError(f"{path}: expected a list of classes, found no such file. {_REMEDY}")
+    names = [line.strip() for line in read_text(path).rstrip().split("\n")]
+    if names == [""]:
+        raise EvaluationError(f"{path}: expected a list of classes, found an empty file. {_REMEDY}")
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if not name:
+            # Leaving it out would give every later class the label of its neighbour.
+            raise EvaluationError(f"{path}: line {number} is empty, expected the name of label {number - 1}")
+        if first.setdefault(name, number) != number:
+            raise EvaluationError(
+                f"{path}: line {number} is {name!r}, as line {first[name]}; expected a name of its own for each class"
+            )
+    return tuple(names)
+
+
+def read_ade_names(table: Path) -> tuple[str, ...]:
+    """Names from ADE20K's ``objectInfo150.txt``, or ``class 1`` to ``class 150`` where that is missing.
+
+    Raises:
+        EvaluationError: if the table is there and does not number 150 classes.
+    """
+    if not table.is_file():
+        return tuple(f"class {number}" for number in range(1, ADE_CLASSES + 1))
+    rows = [line.strip().split("\t") for line in read_text(table).split("\n") if line.strip()][1:]
+    if [row[0].strip() for row in rows] != [str(number) for number in range(1, ADE_CLASSES + 1)]:
+        raise EvaluationError(
+            f"{table}: expected a header and then classes 1 to {ADE_CLASSES} in tab-separated columns, number first "
+            f"and name last, found {len(rows)} rows that are not these; fetch the file again, or remove it"
+        )
+    return tuple(row[-1].strip() for row in rows)
+
+
+@dataclass(frozen=True)
+class LabelledImage(JudgedImage):
+    """A photo with a class for each pixel, inspected once and read again when it is needed.
+
+    Attributes:
+        mask: the file of the mask, which has the photo's size.
+        coding: what the mask's numbers mean.
+        mask_digest: of the labels.
+        class_pixels: labelled pixels of each class, K of them.
+    """
+
+    mask: Path
+    coding: Coding
+    mask_digest: str
+    class_pixels: tuple[int, ...]
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are, K."""
+        return self.coding.classes
+
+    @property
+    def shift(self) -> int:
+        """The number that the mask has for class 0."""
+        return self.coding.shift
+
+    @property
+    def truth_digest(self) -> str:
+        """Of the labels."""
+        return self.mask_digest
+
+    def labels(self) -> Tensor:
+        """Classes (H, W) int64 in 0 to K - 1, NO_LABEL where there is none.
+
+        Raises:
+            EvaluationError: if the mask can no longer be read.
+        """
+        return torch.from_numpy(read_mask(self.mask, self.coding))
+
+
+@dataclass(frozen=True)
+class LabelledSet(JudgedSet[LabelledImage]):
+    """One split, in a fixed order.
+
+    Attributes:
+        class_names: of classes 0 to K - 1.
+    """
+
+    class_names: tuple[str, ...]
+
+    @cached_property
+    def pixels(self) -> tuple[int, ...]:
+        """Labelled pixels of each class, K of them."""
+        counts = np.zeros(len(self.class_names), dtype=np.int64)
+        for image in self.images:
+            counts += image.class_pixels
+        return tuple(counts.tolist())
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes that have no pixel here."""
+        return tuple(name for name, count in zip(self.class_names, self.pixels, strict=True) if count == 0)
+
+    def subset(self, count: int) -> LabelledSet:
+        """At most so many images, evenly spread over all of them; 0 takes all.
+
+        Raises:
+            EvaluationError: if the count is negative.
+        """
+        check_count(count)
+        return replace(self, images=tuple(self.images[index] for index in spread(len(self.images), count)))
+
+
+def inspect(
+    split: str,
+    pairs: Sequence[Pair],
+    coding: Coding,
+    class_names: tuple[str, ...],
+    *,
+    skipped: Sequence[Skipped] = (),
+    progress: Callable[[], None] | None = None,
+) -> LabelledSet:
+    """Reads every photo and mask once, so that what cannot be used is known before the work begins.
+
+    Args:
+        split: ``train`` or ``val``.
+        pairs: in the order that the set shall have.
+        coding: what the masks' numbers mean.
+        class_names: of classes 0 to K - 1.
+        skipped: what was found to be unusable before.
+        progress: called after each pair.
+
+    Raises:
+        EvaluationError: if nothing usable remains.
+    """
+    images, unusable = inspect_all(lambda pair: _inspect_one(split, pair, coding), pairs, progress)
+    failed = [*skipped, *unusable]
+    if not images:
+        first = f"; the first reason: {failed[0].item}: {failed[0].reason}" if failed else ""
+        raise EvaluationError(
+            f"expected photos with masks for the split {split}, none of {len(pairs)} pairs can be used{first}"
+        )
+    return LabelledSet(split, tuple(images), class_names, skipped=tuple(failed))
+
+
+def _inspect_one(split: str, pair: Pair, coding: Coding) -> LabelledImage | Skipped:
+    photo = read_photo(pair.photo)
+    labels = read_mask(pair.mask, coding)
+    height, width = labels.shape
+    if photo.shape[:2] != labels.shape:
+        return Skipped(
+            pair.id,
+            f"expected photo and mask of the same size, got a photo of {photo.shape[1]} x {photo.shape[0]} pixels and "
+            f"a mask of {width} x {height} ({pair.mask})",
+        )
+    counts = np.bincount(labels[labels >= 0], minlength=coding.classes)
+    return LabelledImage(
+        split=split,
+        id=pair.id,
+        photo=pair.photo,
+        mask=pair.mask,
+        coding=coding,
+        height=height,
+        width=width,
+        digest=photo_digest(photo),
+        mask_digest=photo_digest(labels.astype("<i4")),  # the same on every machine
+        class_pixels=tuple(counts.tolist()),
+    )
+
 
 Layout = Literal["voc2012", "ade20k", "folders"]
 
@@ -291,6 +487,7 @@ _ARRANGEMENTS = (
     ),
     _Arrangement("folders without splits", (".",), ("images", "masks"), _find_one_folder),
 )
+
 
 _EXPECTED = (
     "VOC 2012 (JPEGImages, SegmentationClass, ImageSets/Segmentation with train.txt and val.txt), ADE20K (images and "

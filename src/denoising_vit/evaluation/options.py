@@ -1,4 +1,4 @@
-"""What a user may say of how a linear probe is trained, whatever its task."""
+"""Options of linear probes, and range checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,23 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from denoising_vit.errors import PlanError
 
+
+def at_least(options: Any, **least: int) -> None:
+    """Raises PlanError unless each named option is this number or more."""
+    for name, number in least.items():
+        if getattr(options, name) < number:
+            raise PlanError(f"{name} must be at least {number}, got {getattr(options, name)}")
+
+
+def positive(options: Any, *names: str) -> None:
+    """Raises PlanError unless each named option is a positive number."""
+    for name in names:
+        if not 0 < getattr(options, name) < math.inf:
+            raise PlanError(f"{name} must be a positive number, got {getattr(options, name)}")
+
+
 Preset = Literal["paper", "quick"]
+
 
 #: Whether pads are cut off, or the patch grid is stretched over a crop as if there were none.
 Pads = Literal["cut", "stretched"]

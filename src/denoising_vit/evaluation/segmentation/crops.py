@@ -7,7 +7,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from denoising_vit.evaluation.labelled import NO_LABEL
+from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.views.crops import Crop
 
@@ -19,14 +20,6 @@ def scaled_size(height: int, width: int, short_side: float, long_side: float) ->
     """(H, W) of an image scaled, proportions kept, as large as both limits allow."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
-
-
-def centre_pads(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int, int, int]:
-    """Pads (left, top, right, bottom) that bring an image to whole patches, as even on both sides as can be."""
-    (top, bottom), (left, right) = (
-        _halves(-(side - patch_size) % stride if side >= patch_size else patch_size - side) for side in (height, width)
-    )
-    return left, top, right, bottom
 
 
 def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], chance: np.random.Generator) -> Crop:
@@ -93,7 +86,3 @@ def _mixed(labels: Tensor, most: float) -> bool:
     """Whether there are two classes at least, none of which has more than a share of the labels."""
     counts = torch.bincount(labels[labels != NO_LABEL].flatten())
     return int((counts > 0).sum()) > 1 and float(counts.max()) < most * float(counts.sum())
-
-
-def _halves(pixels: int) -> tuple[int, int]:
-    return pixels // 2, pixels - pixels // 2

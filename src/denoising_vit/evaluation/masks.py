@@ -1,4 +1,4 @@
-"""One photo with its mask, and what the numbers in a mask mean."""
+"""Index masks: reading them, and the meaning of their values."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from denoising_vit.data.decoding import raw_mode
 from denoising_vit.data.photos import MAX_PIXELS, use_image
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.judged import JudgedImage
 
 #: What a pixel has that belongs to no class.
 NO_LABEL = -1
 
+
 #: Pillow's modes whose values are numbers rather than colours; of a palette image the indices are read.
 _INDEX_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+
 
 #: Grayscale of 2 or 4 bits is stretched to 0 to 255 when it is decoded; tools that shrink PNG files write it.
 _STRETCHED = {"L;2": 85, "L;4": 17}
@@ -73,46 +72,6 @@ class Coding:
             f"{self.classes} classes of {self.source}, or {_listed(self.ignored)} for no label. "
             "Correct the mask or the list of classes"
         )
-
-
-@dataclass(frozen=True)
-class LabelledImage(JudgedImage):
-    """A photo with a class for each pixel, inspected once and read again when it is needed.
-
-    Attributes:
-        mask: the file of the mask, which has the photo's size.
-        coding: what the mask's numbers mean.
-        mask_digest: of the labels.
-        class_pixels: labelled pixels of each class, K of them.
-    """
-
-    mask: Path
-    coding: Coding
-    mask_digest: str
-    class_pixels: tuple[int, ...]
-
-    @property
-    def classes(self) -> int:
-        """How many classes there are, K."""
-        return self.coding.classes
-
-    @property
-    def shift(self) -> int:
-        """The number that the mask has for class 0."""
-        return self.coding.shift
-
-    @property
-    def truth_digest(self) -> str:
-        """Of the labels."""
-        return self.mask_digest
-
-    def labels(self) -> Tensor:
-        """Classes (H, W) int64 in 0 to K - 1, NO_LABEL where there is none.
-
-        Raises:
-            EvaluationError: if the mask can no longer be read.
-        """
-        return torch.from_numpy(read_mask(self.mask, self.coding))
 
 
 def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -176,3 +135,11 @@ def _stretch_of(image: Image.Image) -> int:
 
 def _listed(numbers: Sequence[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
+
+
+#: The object in masks of 0 and 255 (DAVIS 2016); where objects are numbered (DAVIS 2017), what belongs to none.
+WHITE = 255
+
+
+#: Most objects that a mask may number; higher numbers are shades of gray.
+MAX_OBJECTS = 50

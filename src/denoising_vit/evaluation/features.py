@@ -1,4 +1,4 @@
-"""From labelled images to features, one crop of each, batch by batch; kept on disk where that is worth it."""
+"""Features of image crops: batched forward passes, and a cache on disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -16,20 +17,63 @@ from torch import Tensor
 
 from denoising_vit.decomposition.extraction import fitting_batch
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
-from denoising_vit.evaluation.judged import JudgedImage
+from denoising_vit.evaluation.data import JudgedImage
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact, digest, write_tensors
 from denoising_vit.progress import prefetched
 from denoising_vit.views.crops import Crop
+from denoising_vit.views.patch_grid import check_side, nearest_sizes
+
+
+class Patches(Protocol):
+    """Whatever cuts images into patches: a backbone, a source of features."""
+
+    patch_size: int
+    stride: int
+
+
+def shown_size(size: int | tuple[int, int] | None, image: JudgedImage, patches: Patches) -> tuple[int, int]:
+    """(H, W) in pixels at which an image is shown.
+
+    Raises:
+        SizeError: if the size that is asked for does not fit the patch grid.
+    """
+    if size is None:
+        return native_size(image.height, image.width, patches.patch_size, patches.stride)
+    check_size(size, patches.patch_size, patches.stride)
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_size(size: int | tuple[int, int] | None, patch_size: int, stride: int) -> None:
+    """Refuses a size that is not covered by whole patches.
+
+    Raises:
+        SizeError: naming the nearest sides that are.
+    """
+    for side in () if size is None else (size,) if isinstance(size, int) else size:
+        check_side(side, patch_size, stride)
+
+
+def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
+    """The nearest sides that fit the patch grid, the larger one of two that are as near."""
+    down, across = (
+        max(nearest_sizes(side, patch_size, stride), key=lambda fitting: (-abs(fitting - side), fitting))
+        for side in (height, width)
+    )
+    return down, across
+
 
 #: Hex digits in the names of cached files.
 _DIGITS = 24
 
+
 #: Most that a file takes besides its values.
 _HEADER = 256
 
+
 #: Batches that are rendered ahead where an accelerator does the forward passes.
 _AHEAD = 3
+
 
 #: One image and the crop of it that is looked at.
 Shown = tuple[JudgedImage, Crop]

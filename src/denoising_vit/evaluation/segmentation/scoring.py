@@ -1,21 +1,47 @@
-"""Judging a probe: its classes at every pixel of the validation images, against their masks."""
+"""The linear probe, and its scores on the validation images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size
 from denoising_vit.evaluation.labelled import LabelledImage, LabelledSet
+from denoising_vit.evaluation.patches import at_places, centre_pads, to_image, to_pixels
 from denoising_vit.evaluation.scores import Counts, count
-from denoising_vit.evaluation.seeing import FeatureCache, see
-from denoising_vit.evaluation.segmentation.augmentation import centre_pads, scaled_size
-from denoising_vit.evaluation.segmentation.probe import LinearProbe, at_places, to_image, to_pixels
+from denoising_vit.evaluation.segmentation.crops import scaled_size
 from denoising_vit.evaluation.segmentation.protocol import Protocol
-from denoising_vit.evaluation.sizes import shown_size
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.views.crops import Crop
+
+#: Deviation of the weights that the published head starts from.
+_INITIAL_DEVIATION = 0.01
+
+
+class LinearProbe(nn.Module):
+    """Batch norm and a 1 x 1 convolution: features (..., C) -> scores of classes (..., K).
+
+    Args:
+        channels: C.
+        classes: K.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, channels: int, classes: int, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+        self.classify = nn.Linear(channels, classes)  # a 1 x 1 convolution of tokens in a row
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.classify.weight.normal_(0, _INITIAL_DEVIATION, generator=generator)
+            self.classify.bias.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., K)."""
+        tokens = self.norm(features.flatten(0, -2))  # (..., C) -> (N, C)
+        return self.classify(tokens).unflatten(0, features.shape[:-1])
 
 
 @torch.no_grad()

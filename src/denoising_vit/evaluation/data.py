@@ -1,4 +1,7 @@
-"""What features are judged on, whatever the task: photos that were read once, in sets, and what was left out."""
+"""Photos to evaluate on, whatever the task.
+
+A data set has one or two splits of images. An image knows its photo and ground truth, and reads them when needed.
+"""
 
 from __future__ import annotations
 
