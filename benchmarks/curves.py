@@ -28,12 +28,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import denoising_vit as dv
-from denoising_vit.decomposition import Decomposition, ExactSolver, Statistics
+from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.extraction import extract_views, load_image
 from denoising_vit.decomposition.heldout import HeldOut
-from denoising_vit.decomposition.neural_field import NeuralFieldOptions, SeenViews, fit_neural_field
+from denoising_vit.decomposition.neural_field.fit import SeenViews, fit_neural_field
+from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
+from denoising_vit.decomposition.result import Decomposition
+from denoising_vit.decomposition.statistics import Statistics
 from denoising_vit.files import atomic_path
-from denoising_vit.views.plan import CropOptions, ViewPlan
+from denoising_vit.views.options import CropOptions
+from denoising_vit.views.plan import ViewPlan
 
 CLASSES, GRID, PATCH, HELD_OUT = 11, (37, 37), 14, 8
 #: Gallery patches are thinned where there are many: by this for all frames, not at all for some.

@@ -27,7 +27,8 @@ from measuring import hardware, synchronise
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.loading import with_weights
 from denoising_vit.data import open_dataset
-from denoising_vit.distilled import DistillJob, DistillOptions
+from denoising_vit.distilled.job import DistillJob
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
 from denoising_vit.training.options import ViewOptions
 

@@ -33,7 +33,8 @@ from overhead import best_batch, forward_all
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.fit import FitJob, FitOptions
+from denoising_vit.fit.job import FitJob
+from denoising_vit.fit.options import FitOptions
 
 app = tyro.extras.SubcommandApp()
 

@@ -12,7 +12,8 @@ from measuring import alternate, passes, synchronise
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
-from denoising_vit.decomposition.neural_field import NeuralFieldOptions, SeenViews, fit_neural_field
+from denoising_vit.decomposition.neural_field.fit import SeenViews, fit_neural_field
+from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import prepare
 

@@ -35,8 +35,9 @@ from torch import Tensor
 
 import denoising_vit as dv
 from denoising_vit.decomposition.extraction import fitting_batch
-from denoising_vit.show.video import VideoOptions, render_video
 from denoising_vit.show.video.films import open_clip
+from denoising_vit.show.video.options import VideoOptions
+from denoising_vit.show.video.rendering import render_video
 from denoising_vit.show.video.sizes import panel_size, shown_size
 from denoising_vit.views.rendering import to_image
 

@@ -18,8 +18,9 @@ from skimage import data
 import denoising_vit as dv
 from denoising_vit.cli.app import run
 from denoising_vit.extractors import Cleaners
-from denoising_vit.show import MAPS, Gatherer, ShownPhoto, ShowOptions, draw_sheet
-from denoising_vit.show.drawing import palette_of
+from denoising_vit.show.drawing import draw_sheet, palette_of
+from denoising_vit.show.gathering import Gatherer, ShownPhoto
+from denoising_vit.show.options import MAPS, ShowOptions
 
 #: All colour photographs of scikit-image that come with it and are free to show.
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")

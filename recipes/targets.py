@@ -12,9 +12,10 @@ from scenes import Scene, render
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.decomposition import ExactSolver
+from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.statistics import field_products
-from denoising_vit.views.plan import CropOptions, ViewPlan
+from denoising_vit.views.options import CropOptions
+from denoising_vit.views.plan import ViewPlan
 
 #: Scenes that are solved together.
 _TOGETHER = 16

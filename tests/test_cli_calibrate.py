@@ -290,7 +290,7 @@ def test_full_disk_is_told_and_leaves_nothing(
     def full(*_arguments: Any, **_options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("denoising_vit.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     done = dvit("calibrate", photos, "-o", tmp_path / "g.safetensors")
     assert done.code == 2
     assert f"cannot write {tmp_path / 'g.safetensors'} (No space left on device)" in done.err

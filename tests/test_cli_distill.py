@@ -19,8 +19,9 @@ import tiny_fit
 from command import Dvit, Outcome, in_process
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.data import open_dataset
-from denoising_vit.distilled import DistillJob, DistillOptions
 from denoising_vit.distilled import photos as photos_module
+from denoising_vit.distilled.job import DistillJob
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
 from denoising_vit.training.options import ViewOptions
 from denoising_vit.training.samples import split

@@ -24,7 +24,7 @@ from command import Dvit, Outcome, in_process
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.cli import app
 from denoising_vit.decomposition.stage_one import StageOne
-from denoising_vit.fit import FitJob
+from denoising_vit.fit.job import FitJob
 from denoising_vit.store import FeatureStore, ShardWriter, layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")

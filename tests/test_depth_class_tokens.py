@@ -14,12 +14,12 @@ from denoising_vit import Artifact, Denoiser
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.recorded import describe
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth import PAPER, QUICK, LinearDepth
 from denoising_vit.evaluation.depth.samples import KeptDepth
 from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource, FieldSource
-from denoising_vit.extractors import DenoisedViT
 from denoising_vit.views.crops import Crop
 from tiny_depth import PATCH, backbone, blocky, data_of, flat, set_of, token_backbone, with_token
 

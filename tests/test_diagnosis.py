@@ -13,8 +13,9 @@ import torch
 
 import denoising_vit as dv
 import planted
-from denoising_vit.decomposition.calibration import Stability
-from denoising_vit.diagnosis import Diagnosis, verdict
+from denoising_vit.decomposition.calibration.stability import Stability
+from denoising_vit.diagnosis import verdict
+from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge, too_few
 from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics, features_of
 from denoising_vit.metrics.consistency import consistency

@@ -17,10 +17,13 @@ from PIL import Image
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.calibration import Calibration, Stability
-from denoising_vit.diagnosis import Diagnosis, Finding, Judgement, Verdict, verdict
+from denoising_vit.decomposition.calibration.calibrate import Calibration
+from denoising_vit.decomposition.calibration.stability import Stability
+from denoising_vit.diagnosis import verdict
+from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.evidence import Evidence, Shown
 from denoising_vit.diagnosis.page import render_page
+from denoising_vit.diagnosis.verdict import Finding, Judgement, Verdict
 from denoising_vit.metrics.artifacts import ArtifactMetrics
 from denoising_vit.show.pages import write_page
 from html_page import Page

@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_file_before_as_it_was(tmp_path: Path, monkeypatc
     def full(*_args: Any, **_more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("denoising_vit.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(TrainError, match=r"m\.safetensors: the model could not be written .*No space left.*--resume"):
         write_distilled({"a": torch.zeros(2)}, path, {})
     assert path.read_bytes() == before

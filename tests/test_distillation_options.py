@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from denoising_vit.distilled import DistillOptions
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.errors import TrainError
 from denoising_vit.training.options import ViewOptions
 

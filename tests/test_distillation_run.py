@@ -18,7 +18,8 @@ from torch import Tensor
 import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
-from denoising_vit.distilled import DistillJob, DistillOptions
+from denoising_vit.distilled.job import DistillJob
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.student import trained_groups
 from denoising_vit.distilled.teacher import DenoiserTeacher
 from denoising_vit.distilled.train import Distillation

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from denoising_vit.decomposition import ExactSolver, Statistics
+from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.statistics import Statistics
 from denoising_vit.errors import PlanError
 from denoising_vit.views.plan import ViewPlan
 

@@ -33,9 +33,9 @@ from denoising_vit import (
     load_extractor,
     verify_export,
 )
-from denoising_vit.export import Format as Form
 from denoising_vit.export import traceable
 from denoising_vit.export.graphs import refuse_pickles
+from denoising_vit.export.options import Format as Form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,8 +27,9 @@ from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.ready import Done, Ready, finish_together
 from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import FitError, PhotoError, PlanError, StoreError
-from denoising_vit.fit import Estimate, FitJob, FitOptions
-from denoising_vit.fit.job import manifest_of
+from denoising_vit.fit.estimate import Estimate
+from denoising_vit.fit.job import FitJob, manifest_of
+from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore, layout
 from denoising_vit.store.fields import FieldArray
 from denoising_vit.store.local import LocalObjects

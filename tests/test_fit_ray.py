@@ -25,8 +25,9 @@ from child import Child
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import app
 from denoising_vit.errors import DenoisingVitError, DenoisingVitWarning, FitError
-from denoising_vit.fit import FitJob, ray_engine
 from denoising_vit.fit import job as jobs
+from denoising_vit.fit import ray_engine
+from denoising_vit.fit.job import FitJob
 from denoising_vit.fit.ray_engine import RayJob, ShardFitter
 from denoising_vit.store import FeatureStore, layout
 

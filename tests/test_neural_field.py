@@ -24,9 +24,15 @@ from denoising_vit import Backbone, BackboneError, Decomposition, FitError, Neur
 from denoising_vit.cli import app
 from denoising_vit.cli import denoise_job as verb
 from denoising_vit.decomposition.extraction import extract_views
-from denoising_vit.decomposition.neural_field import Evaluation, NeuralFit, SeenViews, fit_neural_field
 from denoising_vit.decomposition.neural_field import fit as loop
-from denoising_vit.decomposition.neural_field.fit import evaluate, learning_rate
+from denoising_vit.decomposition.neural_field.fit import (
+    Evaluation,
+    NeuralFit,
+    SeenViews,
+    evaluate,
+    fit_neural_field,
+    learning_rate,
+)
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import prepare

@@ -14,8 +14,9 @@ from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import DenoiserError, FormatError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT, Sheet
-from denoising_vit.show import MAPS, Gatherer, ShownPhoto, ShowOptions, draw_sheet
-from denoising_vit.show.drawing import palette_of, pictures
+from denoising_vit.show.drawing import draw_sheet, palette_of, pictures
+from denoising_vit.show.gathering import Gatherer, ShownPhoto
+from denoising_vit.show.options import MAPS, ShowOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

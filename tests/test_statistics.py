@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from denoising_vit.decomposition import Statistics
-from denoising_vit.decomposition.statistics import clip_norms, field_products, weighted_sum
+from denoising_vit.decomposition.statistics import Statistics, clip_norms, field_products, weighted_sum
 from denoising_vit.errors import BackboneError
 from denoising_vit.views.plan import ViewPlan
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from denoising_vit.decomposition import Decomposition
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.errors import StoreError
 from denoising_vit.store import FeatureStore, Manifest, MissingImageError, ShardSampler, StoreDataset
 from denoising_vit.store.exporting import file_names

@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
 ) -> None:
     trained = model()
     before = {path.name: path.read_bytes() for path in there.folder.iterdir()}
-    monkeypatch.setattr("denoising_vit.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(
         TrainError, match=r"step-0000003.*could not be written \(.*No space left.*step-0000002.* is whole, --resume"
     ):
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
 
 
 def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("denoising_vit.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     trained = model()
     with pytest.raises(TrainError, match="none was written before"):
         Checkpoints(tmp_path / "checkpoints").save(Progress(3), trained, optimiser_of(trained))

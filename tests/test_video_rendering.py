@@ -22,8 +22,9 @@ from denoising_vit import Backbone
 from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.maps import Palette, write_palette
-from denoising_vit.show.video import RenderedVideo, VideoOptions, render_video, rendering
-from denoising_vit.show.video.colours import PANELS
+from denoising_vit.show.video import rendering
+from denoising_vit.show.video.options import PANELS, VideoOptions
+from denoising_vit.show.video.rendering import RenderedVideo, render_video
 from denoising_vit.show.video.sheet import GAP, HEADING
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ import torch
 import tiny_denoiser
 from denoising_vit.errors import FormatError
 from denoising_vit.maps import Palette, read_palette, write_palette
-from denoising_vit.show.video import VideoOptions
+from denoising_vit.show.video.options import VideoOptions
 from denoising_vit.show.video.pictures import over_white, upright
 from denoising_vit.show.video.sheet import GAP, HEADING, Sheet
 from denoising_vit.show.video.sizes import panel_size, shown_size

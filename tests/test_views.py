@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from denoising_vit.errors import PlanError
-from denoising_vit.views.plan import CropOptions, ViewPlan, least_views, linear_weights
+from denoising_vit.views.options import CropOptions
+from denoising_vit.views.plan import ViewPlan, least_views, linear_weights
 
 DINO = {"size": (518, 518), "patch_size": 14}
 SMALL = {"size": (96, 96), "patch_size": 16}

@@ -26,7 +26,9 @@ from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.data import Dataset, open_dataset
 from denoising_vit.denoiser import panels, write_denoiser
 from denoising_vit.denoiser.job import Stored
-from denoising_vit.distilled import DistillJob, DistillOptions, judging
+from denoising_vit.distilled import judging
+from denoising_vit.distilled.job import DistillJob
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.training.checkpoints import Progress
 from denoising_vit.training.options import ViewOptions
 from tiny_training import rows

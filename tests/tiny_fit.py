@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.fit import FitJob, FitOptions
+from denoising_vit.fit.job import FitJob
+from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore
 
 MODEL = "vit_tiny_patch16_224"

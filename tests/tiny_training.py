@@ -19,7 +19,8 @@ from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoiser.job import Photos, Stored, TrainJob
 from denoising_vit.denoiser.options import PairOptions, TrainOptions
-from denoising_vit.fit import FitJob, FitOptions
+from denoising_vit.fit.job import FitJob
+from denoising_vit.fit.options import FitOptions
 from denoising_vit.progress import no_progress
 from denoising_vit.store import FeatureStore
 from denoising_vit.training.checkpoints import Progress

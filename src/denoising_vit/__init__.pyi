@@ -1,13 +1,16 @@
 # The public names and where each is: read by type checkers, and by lazy_loader when a name is first used.
 from .artifact import Artifact, load_artifact
 from .backbones import SEEDS, Backbone, load_backbone
-from .decomposition import Decomposition
-from .decomposition.calibration import CalibrationOptions, calibrate
-from .decomposition.neural_field import NeuralFieldOptions
+from .decomposition.calibration.calibrate import calibrate
+from .decomposition.calibration.options import CalibrationOptions
+from .decomposition.neural_field.options import NeuralFieldOptions
 from .decomposition.options import DenoiseOptions
+from .decomposition.result import Decomposition
 from .denoise import denoise_image
 from .denoiser import Denoiser, load_denoiser
-from .diagnosis import DiagnoseOptions, diagnose
+from .denoiser.denoised_vit import DenoisedViT
+from .diagnosis.diagnose import diagnose
+from .diagnosis.options import DiagnoseOptions
 from .errors import (
     ArtifactError,
     BackboneError,
@@ -21,9 +24,12 @@ from .errors import (
     SizeError,
     WeightsError,
 )
-from .export import ExportOptions, export_extractor, load_extractor, verify_export
-from .extractors import DenoisedViT
-from .views.plan import CropOptions, ViewPlan
+from .export.exporting import export_extractor
+from .export.extractor_file import load_extractor
+from .export.options import ExportOptions
+from .export.verifying import verify_export
+from .views.options import CropOptions
+from .views.plan import ViewPlan
 
 __all__ = [
     "SEEDS",

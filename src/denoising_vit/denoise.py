@@ -12,11 +12,11 @@ from torch import Tensor
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.extraction import Photo, load_image
-from denoising_vit.decomposition.neural_field import Evaluation
+from denoising_vit.decomposition.neural_field.fit import Evaluation
 from denoising_vit.decomposition.options import ONE_PASS, DenoiseOptions
 from denoising_vit.decomposition.preparing import given_artifact, prepare
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.decomposition.separating import Job, map_to_clean, separate_exactly, separate_neurally, subtract
 from denoising_vit.denoiser.loading import (
     FoundDenoiser,

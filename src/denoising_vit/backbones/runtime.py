@@ -7,13 +7,11 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 
+from denoising_vit.backbones.spec import Dtype
 from denoising_vit.errors import BackboneError
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _SEED_LOCK = threading.RLock()
 _HUB_LOCK = threading.RLock()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.outputs import input_digest
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.data import Skipped, named_photos, open_dataset, spread
-from denoising_vit.decomposition.calibration import Calibration, CalibrationOptions, doubt_about, run_calibration
+from denoising_vit.decomposition.calibration.options import CalibrationOptions
 from denoising_vit.files import Mark, owned_path, require_ours
+
+if TYPE_CHECKING:
+    from denoising_vit.data import Skipped
+    from denoising_vit.decomposition.calibration.calibrate import Calibration
 
 
 def calibrate(
@@ -39,6 +41,10 @@ def calibrate(
         photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
         json: print the figures as one JSON line.
     """
+    from denoising_vit.cli.outputs import input_digest
+    from denoising_vit.data import named_photos, open_dataset, spread
+    from denoising_vit.decomposition.calibration.calibrate import run_calibration
+
     if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
         print_error(f"-o {out}: expected the name of a .safetensors file in a folder that exists")
         return WRONG_USAGE
@@ -73,6 +79,8 @@ def calibrate(
 
 
 def _tell(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: bool) -> int:
+    from denoising_vit.decomposition.calibration.calibrate import doubt_about
+
     for item in found.skipped:
         print_error(f"{item.item}: {item.reason}", "skipped")
     stability = found.stability

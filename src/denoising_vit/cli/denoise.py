@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from denoising_vit.artifact import SHIPPED, resampling_note
-from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.cli.denoise_job import DenoiseJob
+from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.outputs import OutputError, OutputFolder, require_writable
 from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error, print_note
-from denoising_vit.data import find_photos
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.preparing import given_artifact, prepare
-from denoising_vit.denoise import settle, work
-from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.environment import run_info, software_words
 from denoising_vit.files import Mark, digest_of, require_ours
 
 if TYPE_CHECKING:
+    from denoising_vit.backbones import Backbone
+    from denoising_vit.denoiser.loading import FoundDenoiser
     from denoising_vit.show.pages.photos import PhotosPage
 
 
@@ -62,6 +58,12 @@ def denoise(
         overwrite: do photos again whose results are there already, also of what they were before they changed.
         json: print one JSON line per photo instead of a table.
     """
+    from denoising_vit.artifact import SHIPPED, resampling_note
+    from denoising_vit.cli.denoise_job import DenoiseJob
+    from denoising_vit.data import find_photos
+    from denoising_vit.decomposition.preparing import given_artifact, prepare
+    from denoising_vit.denoise import settle, work
+
     if not inputs:
         print_error("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
         return WRONG_USAGE
@@ -146,6 +148,8 @@ def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str,
 
 def _told(options: DenoiseOptions, found: FoundDenoiser | None) -> str:
     """The method in words, and where its denoiser comes from."""
+    from denoising_vit.artifact import SHIPPED
+
     if found is None:
         return options.method
     source = "comes with the package" if found.source == SHIPPED else found.source

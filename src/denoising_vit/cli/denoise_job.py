@@ -19,8 +19,8 @@ from denoising_vit.backbones.recorded import describe, same_weights
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Row
 from denoising_vit.data.photos import photo_digest, read_photo
-from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import denoise_image, work
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.errors import DenoisingVitError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_lines
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -13,15 +13,14 @@ from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.outputs import input_digest, require_writable
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.data import named_photos, open_dataset, spread
-from denoising_vit.denoiser import find_denoiser, find_shipped
-from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
-from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
-from denoising_vit.extractors import DenoisedViT
+from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.files import Mark, owned_path, require_ours, unwritable
+
+if TYPE_CHECKING:
+    from denoising_vit.diagnosis.diagnose import Diagnosis
+
 
 #: What is written, and what it is marked as.
 _FILES = {"artifact.safetensors": "artifact", "diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
@@ -52,6 +51,12 @@ def diagnose(
             the one that comes with the package, if there is one for this backbone.
         json: print the figures as one JSON line instead of a table.
     """
+    from denoising_vit.cli.outputs import input_digest, require_writable
+    from denoising_vit.data import named_photos, open_dataset, spread
+    from denoising_vit.denoiser import find_denoiser, find_shipped
+    from denoising_vit.denoiser.denoised_vit import DenoisedViT
+    from denoising_vit.diagnosis.diagnose import run_diagnosis
+
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
@@ -118,6 +123,8 @@ def _tell(found: Diagnosis, *, as_json: bool) -> int:
 
 
 def _table(found: Diagnosis) -> Table:
+    from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
+
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in found.metrics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -11,12 +11,13 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
-from denoising_vit.data import Dataset, open_dataset
-from denoising_vit.denoiser.job import Stored
-from denoising_vit.distilled import DistillJob, DistillOptions
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.errors import TrainError
-from denoising_vit.store import FeatureStore
 from denoising_vit.training.options import ViewOptions
+
+if TYPE_CHECKING:
+    from denoising_vit.data import Dataset
+    from denoising_vit.denoiser.job import Stored
 
 
 def distill(
@@ -53,6 +54,9 @@ def distill(
         views: which views of photos.
         model: the backbone, to teach and to be taught.
     """
+    from denoising_vit.data import Dataset
+    from denoising_vit.distilled.job import DistillJob
+
     training.validate()
     views.validate()
     source = _source(data, fields)
@@ -92,6 +96,10 @@ def _source(data: str, fields: str | None) -> Dataset | Stored:
     Raises:
         TrainError: if a store is given where photos are expected, or the other way round.
     """
+    from denoising_vit.data import open_dataset
+    from denoising_vit.denoiser.job import Stored
+    from denoising_vit.store import FeatureStore
+
     if FeatureStore.exists(data):
         raise TrainError(f"{data} is a store; expected photos. Give PHOTOS --fields {data} to have its fields teach")
     if fields is None:

@@ -17,7 +17,8 @@ from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.data import Dataset, Skipped, named_photos, open_dataset, spread
 from denoising_vit.data.photos import photo_digest
-from denoising_vit.diagnosis import DiagnoseOptions, Diagnosis, run_diagnosis
+from denoising_vit.diagnosis.diagnose import Diagnosis, run_diagnosis
+from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.environment import run_info
 from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.results import Record, Results

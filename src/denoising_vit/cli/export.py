@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.backbones.huggingface_loading import PREFIX as HUGGINGFACE
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.export import Comparison, ExportOptions, export_extractor, verify_export
-from denoising_vit.export.timm_folder import WEIGHTS
+from denoising_vit.export.options import ExportOptions
 from denoising_vit.extractors import Cleaners, ExtractorName
+
+if TYPE_CHECKING:
+    from denoising_vit.export.comparison import Comparison
 
 
 def export(
@@ -44,6 +45,8 @@ def export(
         verify: check this export, a folder or a file in it, and write nothing.
         json: print figures as one JSON line.
     """
+    from denoising_vit.export.exporting import export_extractor
+
     if verify is not None:
         return _verify(verify, as_json=json)
     if out is None:
@@ -74,12 +77,17 @@ def export(
 
 def _weights_file(model: BackboneSpec) -> Path | None:
     """The file that the backbone's weights come from, if they come from one."""
+    from denoising_vit.backbones.huggingface_loading import PREFIX as HUGGINGFACE
+    from denoising_vit.export.timm_folder import WEIGHTS
+
     folder = Path(model.backbone.removeprefix(HUGGINGFACE)).expanduser()
     candidates = (Path(model.weights).expanduser(), folder / WEIGHTS)
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _verify(path: Path, *, as_json: bool) -> int:
+    from denoising_vit.export.verifying import verify_export
+
     verdict = verify_export(path)
     for problem in verdict.problems:
         print_error(problem, "differs")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from denoising_vit.artifact import resampling_note
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
 from denoising_vit.cli.streams import print_json
-from denoising_vit.data import Dataset, open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import FitError, PhotoError
-from denoising_vit.fit import FitJob, FitOptions
+from denoising_vit.fit.options import FitOptions
+
+if TYPE_CHECKING:
+    from denoising_vit.data import Dataset
+    from denoising_vit.fit.job import FitJob
 
 
 def fit(
@@ -44,6 +46,10 @@ def fit(
         running: how the data set is gone through.
         json: print one JSON line per photo.
     """
+    from denoising_vit.artifact import resampling_note
+    from denoising_vit.data import open_dataset
+    from denoising_vit.fit.job import FitJob
+
     denoising.validate()
     running.validate()
     dataset = open_dataset(data)

@@ -6,9 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from denoising_vit.backbones import SEEDS
-from denoising_vit.backbones.bundled import bundled_available
 from denoising_vit.cli.reporting import print_note
-from denoising_vit.denoiser import HUB_ID, published_file, published_variants
 
 
 def models() -> None:
@@ -16,6 +14,9 @@ def models() -> None:
 
     Any other timm VisionTransformer or Eva model works by its name in the same way.
     """
+    from denoising_vit.backbones.bundled import bundled_available
+    from denoising_vit.denoiser import HUB_ID, published_file, published_variants
+
     table = Table(box=None, pad_edge=False)
     table.add_column("backbone", no_wrap=True)  # names are there to be copied
     table.add_column("pretraining")

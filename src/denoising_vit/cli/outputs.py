@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.data.photos import is_panel
-from denoising_vit.decomposition.files import read_head
 from denoising_vit.errors import FormatError, OutputError
 from denoising_vit.files import Mark, atomic_path, digest_of, plain_stem, readable, unwritable
 
@@ -120,6 +118,8 @@ class OutputFolder:
 
     @staticmethod
     def _recorded(path: Path) -> dict[str, Any] | None:
+        from denoising_vit.decomposition.files import read_head
+
         try:
             return read_head(path)["info"]
         except FormatError:
@@ -134,6 +134,8 @@ def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
         digest: of the photo that the result beside it is, or will be, made from.
         recorded: whether that result is there: its picture may be of a release that marked no photo.
     """
+    from denoising_vit.data.photos import is_panel
+
     if not os.path.lexists(panel):
         return True
     found = Mark.read(panel)

@@ -10,8 +10,6 @@ import tyro
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
-from denoising_vit.evaluation.tables import read_entries, report_markdown
-from denoising_vit.evaluation.tables.markdown import code
 from denoising_vit.files import Mark, atomic_path, digest_of, require_ours
 
 #: Bytes of a report in which its line stands.
@@ -35,6 +33,9 @@ def report(
         runs: folders of `dvit train` or `dvit distill`, whose looks at held-out images are told of as well.
         leaderboard: begin with a table of features by tasks, which marks the differences that are certain.
     """
+    from denoising_vit.evaluation.tables import read_entries, report_markdown
+    from denoising_vit.evaluation.tables.markdown import code
+
     if not results:
         print_error("expected one or more files that `dvit evaluate` wrote, got none; name them before -o")
         return WRONG_USAGE

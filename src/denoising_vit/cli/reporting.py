@@ -18,7 +18,7 @@ from denoising_vit.cli.streams import print_json
 from denoising_vit.files import readable
 
 if TYPE_CHECKING:  # it imports torch, for which the help would wait
-    from denoising_vit.decomposition.neural_field import Evaluation
+    from denoising_vit.decomposition.neural_field.fit import Evaluation
 
 Status = Literal["done", "kept", "failed"]
 

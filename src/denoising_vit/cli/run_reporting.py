@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
 from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
 from denoising_vit.errors import DenoisingVitError
-from denoising_vit.training.checkpoints import Progress
+
+if TYPE_CHECKING:
+    from denoising_vit.training.checkpoints import Progress
 
 
 def ending(progress: Progress, steps: int, best: Path) -> str:

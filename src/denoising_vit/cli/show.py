@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.backbones.recorded import describe
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import PhotoProgress, print_error, print_note, print_skipped
-from denoising_vit.data import find_photos
-from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import DenoisingVitError, OutputError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, owned_path, plain_stem, readable, require_ours
@@ -61,6 +57,9 @@ def show(
         save_palette: write the colours of all photos together to this .safetensors file, for other pictures or films.
         format: of sheets in a folder.
     """
+    from denoising_vit.cli.outputs import require_writable
+    from denoising_vit.data import find_photos
+
     if not inputs:
         print_error("no input: name image files, folders or globs, as in `dvit show photo.jpg -o sheet.png`")
         return WRONG_USAGE
@@ -111,7 +110,7 @@ def _open(
 ) -> _Job:
     """Loads the backbone; what is wrong with options and files is said before a photo is touched."""
     from denoising_vit.maps import read_palette
-    from denoising_vit.show import Gatherer  # matplotlib takes a second to import
+    from denoising_vit.show.gathering import Gatherer
 
     backbone = model.load()
     names = options.names(backbone, cleaners.denoiser)
@@ -197,6 +196,8 @@ class _Job:
 
     def _seen(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[tuple[Path, ShownPhoto]]:
         """The features of one photo after another; whatever is wrong with one, it is skipped."""
+        from denoising_vit.data.photos import read_photo
+
         with PhotoProgress(len(photos), self.gatherer.passes, "passes") as progress:
             for photo in photos:
                 progress.start(photo.name)
@@ -211,13 +212,14 @@ class _Job:
                 progress.finish()
 
     def _palette(self, photos: list[ShownPhoto]) -> Palette:
+        from denoising_vit.backbones.recorded import describe
         from denoising_vit.show.drawing import palette_of
 
         return self.given or palette_of(photos, self.options, describe(self.gatherer.backbone))
 
     def _draw(self, photos: list[ShownPhoto], palettes: list[Palette], path: Path, suffix: str) -> None:
         from denoising_vit.maps.sheet import BESIDE
-        from denoising_vit.show import draw_sheet
+        from denoising_vit.show.drawing import draw_sheet
 
         backbone = self.gatherer.backbone
         exact = [f"exact of {self.options.views} views"] if "exact" in self.gatherer.names else []

@@ -15,7 +15,6 @@ from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.errors import StoreError
 from denoising_vit.files import unwritable
-from denoising_vit.store import FeatureStore
 
 StoreName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORE")]
 
@@ -27,6 +26,8 @@ def info(store: StoreName, /, json: tyro.conf.FlagCreatePairsOff[bool] = False) 
         store: a folder or URL.
         json: print JSON, with the whole manifest.
     """
+    from denoising_vit.store import FeatureStore
+
     opened = FeatureStore.open(store)
     found = opened.info()
     if json:
@@ -55,6 +56,8 @@ def verify(store: StoreName, /) -> int:
     Args:
         store: a folder or URL.
     """
+    from denoising_vit.store import FeatureStore
+
     opened = FeatureStore.open(store)
     problems = 0
     for problem in opened.verify():
@@ -79,6 +82,8 @@ def export(
             other content is refused before anything is written.
         kind: npy (the field alone) or safetensors (with its record).
     """
+    from denoising_vit.store import FeatureStore
+
     try:
         files = FeatureStore.open(store).export(out, kind)
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -11,13 +11,13 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.cli.run_reporting import StepsBar, ending, exit_code, tell_page
-from denoising_vit.data import open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.denoiser.job import Photos, Stored, TrainJob
 from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.errors import TrainError
 from denoising_vit.progress import no_progress
-from denoising_vit.store import FeatureStore
+
+if TYPE_CHECKING:
+    from denoising_vit.denoiser.job import Photos, Stored
 
 
 def train(
@@ -56,6 +56,8 @@ def train(
         model: the backbone, which stays as it is.
         exact: with --on-the-fly: how stage 1 is run.
     """
+    from denoising_vit.denoiser.job import Stored, TrainJob
+
     training.validate()
     pairs.validate()
     source = _source(data, photos, on_the_fly, exact, artifact)
@@ -94,6 +96,10 @@ def _source(
     Raises:
         TrainError: if what is given does not go together.
     """
+    from denoising_vit.data import open_dataset
+    from denoising_vit.denoiser.job import Photos, Stored
+    from denoising_vit.store import FeatureStore
+
     is_store = FeatureStore.exists(data)
     if is_store and on_the_fly:
         raise TrainError(f"{data} is a store, which has the fields; leave --on-the-fly out")

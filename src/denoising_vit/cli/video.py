@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -17,18 +17,16 @@ from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.outputs import require_writable
 from denoising_vit.cli.reporting import OnScreen, print_error, print_note, print_skipped, progress_bar
 from denoising_vit.cli.streams import print_json
 from denoising_vit.errors import DenoisingVitError, OutputError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import plain_stem, readable
-from denoising_vit.show.video import VideoMaker, VideoOptions
-from denoising_vit.show.video.clips import Clip
-from denoising_vit.show.video.films import open_clip
-from denoising_vit.show.video.frame_files import require_frames
-from denoising_vit.show.video.parts import BegunElsewhereError
-from denoising_vit.show.video.rendering import require_own_video
+from denoising_vit.show.video.options import VideoOptions
+
+if TYPE_CHECKING:
+    from denoising_vit.show.video.clips import Clip
+    from denoising_vit.show.video.rendering import VideoMaker
 
 
 def video(
@@ -55,6 +53,9 @@ def video(
         overwrite: make videos again that are there already, or were begun with other settings.
         json: print one JSON line per video instead of a table.
     """
+    from denoising_vit.cli.outputs import require_writable
+    from denoising_vit.show.video.rendering import VideoMaker
+
     if not inputs:
         print_error("no input: name video files or folders of frames, as in `dvit video clip.mp4 -o out`")
         return WRONG_USAGE
@@ -135,6 +136,9 @@ class _Batch:
 
     def run(self, given: str, progress: ClipProgress) -> Row:
         """Does one clip, or finds it done. Whatever is wrong with it ends in its row, not in an exception."""
+        from denoising_vit.show.video.films import open_clip
+        from denoising_vit.show.video.parts import BegunElsewhereError
+
         started = time.perf_counter()
         progress.start(Path(given).name)
         try:
@@ -156,6 +160,9 @@ class _Batch:
 
     def _claim(self, clip: Clip) -> Path:
         """A name that belongs to this clip or to nothing: its own, or with a number."""
+        from denoising_vit.show.video.frame_files import require_frames
+        from denoising_vit.show.video.rendering import require_own_video
+
         name = clip.path.resolve().name if clip.path.is_dir() else clip.path.stem
         stem = plain_stem(name)
         for number in itertools.count(1):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from denoising_vit.decomposition.neural_field import NeuralFieldOptions
+from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import PlanError
-from denoising_vit.views.plan import Coverage, CropOptions
+from denoising_vit.views.options import Coverage, CropOptions
 
 Method = Literal["exact", "neural-field", "subtract", "denoiser", "auto"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from denoising_vit.artifact import SHIPPED, KnownArtifact, known_artifact
 from denoising_vit.backbones import Backbone
-from denoising_vit.decomposition import ExactSolver
+from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.options import ONE_PASS, DenoiseOptions
 from denoising_vit.views.plan import ViewPlan
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from denoising_vit.decomposition import ExactSolver, Statistics
+from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition.statistics import Statistics
 from denoising_vit.views.plan import ViewPlan
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.decomposition import Statistics
 from denoising_vit.decomposition.extraction import extract_views
 from denoising_vit.decomposition.heldout import HeldOut
-from denoising_vit.decomposition.neural_field import Evaluation, SeenViews, fit_neural_field
+from denoising_vit.decomposition.neural_field.fit import Evaluation, SeenViews, fit_neural_field
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import solver_for
-from denoising_vit.decomposition.statistics import require_finite
+from denoising_vit.decomposition.statistics import Statistics, require_finite
 from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.sampling import on_nodes

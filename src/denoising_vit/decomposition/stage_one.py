@@ -15,12 +15,11 @@ from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.batching import Passes
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition import Statistics
 from denoising_vit.decomposition.extraction import fitting_batch, load_image
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import given_artifact, prepare, solver_for
 from denoising_vit.decomposition.ready import Failed, Ready
-from denoising_vit.decomposition.statistics import require_finite
+from denoising_vit.decomposition.statistics import Statistics, require_finite
 from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.progress import prefetched
 from denoising_vit.views.rendering import ViewRenderer

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from denoising_vit.decomposition.calibration import Calibration
+from denoising_vit.decomposition.calibration.calibrate import Calibration
 from denoising_vit.metrics.blank_test import BlankProbe
 
 

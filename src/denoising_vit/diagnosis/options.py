@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from denoising_vit.decomposition.calibration import CalibrationOptions
+from denoising_vit.decomposition.calibration.options import CalibrationOptions
 from denoising_vit.errors import PlanError
 
 

@@ -22,9 +22,10 @@ from denoising_vit.evaluation.data import JudgedData, JudgedImage, JudgedSet
 from denoising_vit.evaluation.features import Shown, native_size
 from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.files import atomic_path, digest
-from denoising_vit.fit import FitJob, FitOptions
+from denoising_vit.fit.job import FitJob
+from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore
-from denoising_vit.views.plan import Coverage
+from denoising_vit.views.options import Coverage
 
 #: Called with the split that is being fitted, images done, and images in all.
 OnFitted = Callable[[str, int, int], None]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe, weights_key
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedImage
-from denoising_vit.extractors import DenoisedViT
 from denoising_vit.store import FeatureStore
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import to_image

@@ -13,10 +13,10 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.fingerprint import state_digest
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import denoiser_digest
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import ExportError
 from denoising_vit.export.options import ExportOptions
 from denoising_vit.export.traceable import Extractor
-from denoising_vit.extractors import DenoisedViT
 from denoising_vit.files import DISTILLED, is_safetensors, read_record
 
 #: Versions that decide what a file holds and how it runs.

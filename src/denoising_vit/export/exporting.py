@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import ExportError
 from denoising_vit.export.card import card
 from denoising_vit.export.comparison import CHECKED, TOLERANCES, Comparison, Run, compare, record
@@ -25,7 +26,6 @@ from denoising_vit.export.options import CHECKPOINTS, ExportOptions
 from denoising_vit.export.running import INT8, ONNX, PROGRAM, runner
 from denoising_vit.export.timm_folder import WEIGHTS, write_timm
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
-from denoising_vit.extractors import DenoisedViT
 from denoising_vit.files import clipped, current_umask, file_digest, unwritable, write_tensors
 
 FORMAT = "denoising-vit/export"

@@ -10,14 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from denoising_vit.artifact import Artifact
-from denoising_vit.backbones.runtime import Dtype, device_at, dtype_on
+from denoising_vit.backbones.runtime import device_at, dtype_on
+from denoising_vit.backbones.spec import Dtype
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights, require_finite
 from denoising_vit.denoiser import Denoiser
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
 from denoising_vit.export.tensors import float_state
 from denoising_vit.export.timm_folder import WEIGHTS
-from denoising_vit.extractors import DenoisedViT
 from denoising_vit.files import KEY, below, read_record, require_version, write_tensors
 
 FORMAT = "denoising-vit/extractor"

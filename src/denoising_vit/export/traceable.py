@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface import HuggingFaceBackbone
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.export.resampling import resample, resample_positions, timm_resamples_in_graph
-from denoising_vit.extractors import DenoisedViT
 from denoising_vit.views.patch_grid import patch_count
 from denoising_vit.views.positions import sinusoidal_positions
 

@@ -15,18 +15,6 @@ from denoising_vit.maps.foreground import Foreground, ForegroundPCA
 from denoising_vit.maps.norms import NormScale
 from denoising_vit.maps.pca import Features, PCABasis, to_arrays
 
-#: Kinds of maps that a palette colours, and their headings.
-TITLES: Mapping[str, str] = {
-    "pca": "PCA",
-    "kmeans": "k-means",
-    "norm": "norm",
-    "first": "1st component",
-    "second": "2nd component",
-    "third": "3rd component",
-    "foreground-pca": "foreground PCA",
-    "foreground": "foreground",
-}
-
 #: Vectors that a palette of many maps is fitted on.
 ENOUGH = 131_072
 

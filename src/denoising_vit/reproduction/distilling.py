@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.distilled import DistillJob, DistillOptions
+from denoising_vit.distilled.job import DistillJob
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.progress import Progress
 from denoising_vit.reproduction.denoising import training_photos
 from denoising_vit.reproduction.rows import TrainingPhotos

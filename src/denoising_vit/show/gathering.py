@@ -12,9 +12,9 @@ from torch import Tensor
 from denoising_vit.artifact import SHIPPED, load_artifact
 from denoising_vit.artifact.known import NONE
 from denoising_vit.backbones import Backbone
-from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import prepare
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import denoise_image, work
 from denoising_vit.denoiser import find_denoiser
 from denoising_vit.extractors import Cleaners, load_distilled

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.denoiser.loading import find_shipped
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import FEATURES, parse_names
-from denoising_vit.maps.palette import TITLES
+from denoising_vit.maps.titles import TITLES
+
+if TYPE_CHECKING:
+    from denoising_vit.backbones import Backbone
 
 #: Kinds of maps, and their headings.
 MAPS = dict(TITLES) | {
@@ -76,6 +78,8 @@ class ShowOptions:
         """The features, in order."""
         if self.features is not None:
             return parse_names(self.features, FEATURES)
+        from denoising_vit.denoiser.loading import find_shipped
+
         return "raw", "exact" if denoiser is None and find_shipped(backbone) is None else "denoiser"
 
     def denoising(self) -> DenoiseOptions:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from denoising_vit.decomposition import Decomposition
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.errors import StoreError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from denoising_vit.errors import PlanError, TrainError
-from denoising_vit.views.plan import CropOptions
+from denoising_vit.views.options import CropOptions
 
 Precision = Literal["auto", "float32", "bfloat16"]
 

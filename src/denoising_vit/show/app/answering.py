@@ -13,8 +13,8 @@ from PIL import Image
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.photos import read_photo_bytes
-from denoising_vit.decomposition import Decomposition
 from denoising_vit.decomposition.options import DenoiseOptions, Method
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import Progress, denoise_image
 from denoising_vit.errors import AppError, PhotoError
 from denoising_vit.files import atomic_path

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from denoising_vit.decomposition import Decomposition
-from denoising_vit.show import MAPS, ShownPhoto, ShowOptions
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.show.drawing import Picture as Drawn
 from denoising_vit.show.drawing import palette_of, pictures
+from denoising_vit.show.gathering import ShownPhoto
+from denoising_vit.show.options import MAPS, ShowOptions
 from denoising_vit.show.pages.rendering import Picture, jpeg_uri, png_uri, render
 from denoising_vit.show.pages.scales import scale_colours
 

@@ -9,13 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.maps import TITLES, Palette, read_palette, write_palette
-
-#: Panels, and their headings.
-PANELS: Mapping[str, str] = {"image": "image", "pca": "PCA", "dataset-pca": "data-set PCA"} | {
-    kind: title for kind, title in TITLES.items() if kind != "pca"
-}
-
+from denoising_vit.maps import Palette, read_palette, write_palette
 
 #: Vectors that settle the colours of a clip.
 _ENOUGH = 8192

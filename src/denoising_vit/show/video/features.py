@@ -12,7 +12,8 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoise import denoise_image
-from denoising_vit.extractors import Cleaners, DenoisedViT
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
+from denoising_vit.extractors import Cleaners
 from denoising_vit.show.video.options import VideoOptions
 
 

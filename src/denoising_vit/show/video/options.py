@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import FEATURES, parse_names
-from denoising_vit.show.video.colours import PANELS
+from denoising_vit.maps.titles import TITLES
+
+#: Panels, and their headings.
+PANELS: Mapping[str, str] = {"image": "image", "pca": "PCA", "dataset-pca": "data-set PCA"} | {
+    kind: title for kind, title in TITLES.items() if kind != "pca"
+}
 
 #: Longest side of the patch grid's image where none is asked for, in pixels; what DINOv2 was trained for at its end.
 LONG_SIDE = 518

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from denoising_vit.show.video.colours import PANELS
+from denoising_vit.show.video.options import PANELS
 
 #: Pixels between panels and around them, and height of a heading.
 GAP, HEADING = 8, 26

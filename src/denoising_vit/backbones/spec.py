@@ -1,0 +1,54 @@
+"""The specification of a backbone: what another process needs to load the same one. No heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from denoising_vit.backbones.base import Backbone
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Which backbone, and how it is run.
+
+    Attributes:
+        backbone: any timm VisionTransformer or Eva model (`dvit models` lists the published ones); hf:ID or hf:PATH for
+            a ViT of Hugging Face transformers; or a directory that `dvit export` wrote.
+        weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
+        stride: distance between patches in pixels; below the patch size for a finer grid.
+        layer: block whose output is taken, negative from the end.
+        norm: whether the model's final norm is applied.
+        device: auto, cpu, cuda, cuda:1, mps.
+        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
+    """
+
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"
+    weights: str = "auto"
+    stride: int | None = None
+    layer: int = -1
+    norm: bool = True
+    device: str = "auto"
+    dtype: Dtype = "auto"
+
+    def load(self) -> Backbone:
+        """Loads it.
+
+        Raises:
+            BackboneError: if the model cannot be built.
+            WeightsError: if the weights are missing, of another model, or not finite.
+        """
+        from denoising_vit.backbones.loading import load_backbone
+
+        return load_backbone(
+            self.backbone,
+            weights=self.weights,
+            stride=self.stride,
+            layer=self.layer,
+            norm=self.norm,
+            dtype=self.dtype,
+            device=self.device,
+        )
