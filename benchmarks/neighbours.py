@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from denoising_vit.evaluation.knn import KnnOptions, vote
+from denoising_vit.evaluation.knn import vote
 from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.outcomes import Interval, interval_over
 from denoising_vit.evaluation.patches import commonest, patch_counts
 from denoising_vit.views.crops import Crop

@@ -21,8 +21,9 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.denoiser import find_denoiser
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.evaluation.features import FeatureCache
-from denoising_vit.evaluation.knn import KnnOptions, nearest_neighbours
+from denoising_vit.evaluation.knn import nearest_neighbours
 from denoising_vit.evaluation.labelled import open_labelled
+from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.sources import ExtractorSource

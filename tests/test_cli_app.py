@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from command import Dvit, in_process
 from denoising_vit.cli import app
 
 #: What takes seconds to import.
-HEAVY = ("torch", "timm", "matplotlib", "sklearn", "scipy")
+HEAVY = ("torch", "torchvision", "timm", "matplotlib", "sklearn", "scipy")
 
 
 @pytest.fixture
@@ -80,3 +81,34 @@ def test_nothing_heavy_is_imported_before_it_is_used(program: str) -> None:
     done = subprocess.run([sys.executable, "-c", f"{ending}\n{program}"], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+#: Runs every verb given as JSON twice, for its help and with a wrong option, and refuses to import anything heavy.
+PARSE_ALL = """
+import importlib.abc, json, sys
+
+heavy, verbs = json.loads(sys.argv[1])
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] not in heavy, f"{verb}: {name} is imported before any work"
+
+sys.meta_path.insert(0, Refuse())
+from denoising_vit.cli import app
+
+for verb in verbs:
+    for option, code in (("--help", 0), ("--no-such-option", 2)):
+        try:
+            app.run([*verb, option])
+        except SystemExit as ended:
+            assert ended.code == code, (verb, option, ended.code)
+        else:
+            raise AssertionError(f"{verb} {option} did not end")
+"""
+
+
+def test_no_verb_imports_anything_heavy_for_its_help_or_a_wrong_option() -> None:
+    arguments = json.dumps([HEAVY, [path for path, _ in verbs()]])
+    done = subprocess.run([sys.executable, "-c", PARSE_ALL, arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: dvit") == len(list(verbs()))

@@ -19,7 +19,6 @@ import tiny_fit
 import tiny_labelled as tiny
 from command import Dvit, Outcome, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.cli import evaluate_artifacts
 from denoising_vit.evaluation import workbench
 from denoising_vit.evaluation.segmentation import protocol
 
@@ -282,7 +281,7 @@ def test_interrupted_artifacts_leave_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate_artifacts, "run_diagnosis", interrupted)
+    monkeypatch.setattr("denoising_vit.diagnosis.diagnose.run_diagnosis", interrupted)
     done = dvit("evaluate", "artifacts", "--data", photos, "-o", out)
     assert done.code == 130
     assert "interrupted" in done.err

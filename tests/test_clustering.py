@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from denoising_vit.errors import EvaluationError, PlanError
-from denoising_vit.evaluation.clustering import ClusteringOptions, clustered, clustering, matched
+from denoising_vit.evaluation.clustering import clustered, clustering, matched
 from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.options import ClusteringOptions
 from denoising_vit.evaluation.scores import scores
 from tiny_correspondence import workbench
 from tiny_labelled import PATCH, coloured, colours, source_of, speckled, tiny_backbone, write_labelled

@@ -22,9 +22,10 @@ from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
-from denoising_vit.evaluation.knn import KnnOptions, crops_of
+from denoising_vit.evaluation.knn import crops_of
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import SOURCES
+from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.results import Record, Results
 from denoising_vit.evaluation.scores import Counts, scores

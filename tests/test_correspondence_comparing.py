@@ -26,7 +26,7 @@ from denoising_vit.evaluation.correspondence import (
     open_pairs,
     propagation,
 )
-from denoising_vit.evaluation.knn import KnnOptions
+from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.workbench import Line, Workbench
 from tiny_correspondence import crossing, moving, shuffled, workbench, write_davis, write_spair
 from tiny_fit import MODEL, spec_of, write_weights

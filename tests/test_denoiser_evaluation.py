@@ -14,9 +14,9 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import denoiser_digest, write_denoiser
 from denoising_vit.environment import run_info
-from denoising_vit.evaluation.knn import KnnOptions
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import SOURCES
+from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.workbench import Workbench

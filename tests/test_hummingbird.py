@@ -12,8 +12,9 @@ from PIL import Image
 
 from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.evaluation import patches
-from denoising_vit.evaluation.hummingbird import HummingbirdOptions, Memory, drawn, hummingbird, retrieved
+from denoising_vit.evaluation.hummingbird import Memory, drawn, hummingbird, retrieved
 from denoising_vit.evaluation.labelled import LabelledData
+from denoising_vit.evaluation.options import HummingbirdOptions
 from denoising_vit.evaluation.scores import Counts, scores
 from tiny_correspondence import workbench
 from tiny_labelled import PATCH, SIZE, Picture, coloured, source_of, speckled, tiny_backbone, write_labelled

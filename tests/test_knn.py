@@ -13,8 +13,9 @@ from torch import Tensor
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
 from denoising_vit.evaluation.data import JudgedImage
 from denoising_vit.evaluation.features import FeatureCache, see
-from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours, vote
+from denoising_vit.evaluation.knn import crops_of, nearest_neighbours, vote
 from denoising_vit.evaluation.labelled import LabelledData, open_labelled
+from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.sources import Colour, ExtractorSource
 from denoising_vit.views.crops import Crop

@@ -345,7 +345,7 @@ def test_of_two_runs_of_show_none_loses_its_sheet(place: Place, monkeypatch: pyt
         return place.dvit("show", photo, "-o", "out", *own("--features", "raw", "--maps", "pca"))
 
     draw = once(lambda: show(two), drawing.draw_sheet)
-    monkeypatch.setattr("denoising_vit.show.draw_sheet", draw)
+    monkeypatch.setattr("denoising_vit.show.drawing.draw_sheet", draw)
     assert show(one).code == 0
     marks = {path.name: Mark.read(path) for path in (place.folder / "out").iterdir()}
     assert marks == {"same.png": Mark("sheet", digest_of(two)), "same-2.png": Mark("sheet", digest_of(one))}

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from timm.models.eva import Eva
 
 from command import Dvit, in_process
+from denoising_vit import reproduction
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.cli import reproduce as verb
 from denoising_vit.denoiser import load_denoiser
 from denoising_vit.denoiser.options import TrainOptions
 from denoising_vit.denoiser.published import published_rows
@@ -103,7 +103,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
         return tiny_backbone()
 
     monkeypatch.setattr(BackboneSpec, "load", load)
-    monkeypatch.setattr(verb, "Protocols", lambda: Protocols(TINY, TINY_DEPTH))
+    monkeypatch.setattr(reproduction, "Protocols", lambda: Protocols(TINY, TINY_DEPTH))
     return loaded
 
 
@@ -740,7 +740,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocols, str]]
                 metrics = {metric.name: 1.0 for metric in METRICS[task]}
                 yield step, {"task": task, "metrics": metrics, "failed": None, "skipped": []}
 
-    monkeypatch.setattr(verb, "reproduce_row", at_once)
+    monkeypatch.setattr(reproduction, "reproduce_row", at_once)
     monkeypatch.setattr(dry, "dry_backbone", lambda _model: tiny_backbone())
     return asked
 
@@ -768,7 +768,7 @@ def test_dry_run_that_fails_says_so(dvit: Dvit, tmp_path: Path, monkeypatch: pyt
     def at_once(row: Row, **_: Any) -> Iterator[tuple[Step, Line]]:
         yield row.steps[0], {"metrics": {}, "failed": "no features", "skipped": []}
 
-    monkeypatch.setattr(verb, "reproduce_row", at_once)
+    monkeypatch.setattr(reproduction, "reproduce_row", at_once)
     monkeypatch.setattr(dry, "dry_backbone", lambda _model: tiny_backbone())
     done = dvit("reproduce", "--dry", "--row", SMALL, "-o", tmp_path / "reproduced.jsonl")
     assert done.code == 1
@@ -779,7 +779,7 @@ def test_interrupted_dry_run_promises_nothing(dvit: Dvit, tmp_path: Path, monkey
     def interrupted(_row: Row, **_: Any) -> Iterator[tuple[Step, Line]]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "reproduce_row", interrupted)
+    monkeypatch.setattr(reproduction, "reproduce_row", interrupted)
     monkeypatch.setattr(dry, "dry_backbone", lambda _model: tiny_backbone())
     done = dvit("reproduce", "--dry", "--row", SMALL)
     assert done.code == 130

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
-from denoising_vit.evaluation.clustering import ClusteringOptions
-from denoising_vit.evaluation.clustering import clustering as compare_clusters
-from denoising_vit.evaluation.fields import FieldOptions
-from denoising_vit.evaluation.hummingbird import HummingbirdOptions
-from denoising_vit.evaluation.hummingbird import hummingbird as compare_retrieval
-from denoising_vit.evaluation.knn import KnnOptions
-from denoising_vit.evaluation.labelled import LabelledData, open_labelled
-from denoising_vit.evaluation.named_sources import SOURCES
+from denoising_vit.evaluation.options import ClusteringOptions, FieldOptions, HummingbirdOptions, KnnOptions
 from denoising_vit.evaluation.segmentation import SegmentationOptions
-from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.extractors import parse_names
+from denoising_vit.extractors import FEATURES, parse_names
+
+if TYPE_CHECKING:
+    from denoising_vit.evaluation.labelled import LabelledData
+    from denoising_vit.evaluation.workbench import Workbench
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def knn(
         json: print the lines of results instead of a table.
     """
     voting.validate()
-    names = parse_names(judged.features, SOURCES)
+    names = parse_names(judged.features, FEATURES)
     exact.denoising()
     return tell(judged, lambda: _bench(judged, exact, model).knn(names, voting), as_json=json)
 
@@ -82,7 +79,7 @@ def segmentation(
         json: print the lines of results instead of a table.
     """
     training.protocol()
-    names = parse_names(judged.features, SOURCES)
+    names = parse_names(judged.features, FEATURES)
     exact.denoising()
     return tell(judged, lambda: _bench(judged, exact, model).segmentation(names, training), as_json=json)
 
@@ -105,8 +102,10 @@ def hummingbird(
         model: the backbone, and how it is run.
         json: print the lines of results instead of a table.
     """
+    from denoising_vit.evaluation.hummingbird import hummingbird as compare_retrieval
+
     retrieval.validate()
-    names = parse_names(judged.features, SOURCES)
+    names = parse_names(judged.features, FEATURES)
     exact.denoising()
     return tell(judged, lambda: compare_retrieval(_bench(judged, exact, model), names, retrieval), as_json=json)
 
@@ -129,8 +128,10 @@ def clustering(
         model: the backbone, and how it is run.
         json: print the lines of results instead of a table.
     """
+    from denoising_vit.evaluation.clustering import clustering as compare_clusters
+
     grouping.validate()
-    names = parse_names(judged.features, SOURCES)
+    names = parse_names(judged.features, FEATURES)
     exact.denoising()
     return tell(
         judged,
@@ -141,6 +142,8 @@ def clustering(
 
 
 def _bench(judged: JudgedClasses, exact: FieldOptions, model: BackboneSpec) -> Workbench:
+    from denoising_vit.evaluation.labelled import open_labelled
+
     score = tuple(name.strip() for name in judged.score.split(",")) if judged.score else ()
 
     def labelled(progress: Callable[[], None]) -> LabelledData:

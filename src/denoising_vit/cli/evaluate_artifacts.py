@@ -6,7 +6,7 @@ import hashlib
 import json as json_lines
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,17 +15,16 @@ from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
 from denoising_vit.cli.judging import finish
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.data import Dataset, Skipped, named_photos, open_dataset, spread
-from denoising_vit.data.photos import photo_digest
-from denoising_vit.diagnosis.diagnose import Diagnosis, run_diagnosis
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.environment import run_info
-from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.results import Record, Results
-from denoising_vit.evaluation.sources import Extractor, backbone_settings
-from denoising_vit.evaluation.workbench import Line
-from denoising_vit.extractors import Cleaners, parse_names
-from denoising_vit.metrics.blank_test import BLANK_TEST
+from denoising_vit.extractors import FEATURES, Cleaners, parse_names
+
+if TYPE_CHECKING:
+    from denoising_vit.data import Dataset
+    from denoising_vit.diagnosis.diagnose import Diagnosis
+    from denoising_vit.evaluation.sources import Extractor
+    from denoising_vit.evaluation.workbench import Line
 
 
 def artifacts(
@@ -59,10 +58,15 @@ def artifacts(
             published file.
         json: print the lines of results instead of a table.
     """
+    from denoising_vit.data import named_photos, open_dataset, spread
+    from denoising_vit.diagnosis.diagnose import run_diagnosis
+    from denoising_vit.evaluation.sources import backbone_settings
+    from denoising_vit.metrics.blank_test import BLANK_TEST
+
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
-    names = parse_names(features, SOURCES)
+    names = parse_names(features, FEATURES)
     diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
     dataset = open_dataset(data)
     chosen = spread(len(dataset), photos)
@@ -100,6 +104,7 @@ def artifacts(
 
 
 def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
+
     if as_json:
         for line, _ in lines:
             print_json(line)
@@ -108,6 +113,9 @@ def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
 
 def _digest(dataset: Dataset, chosen: list[int]) -> str:
     """SHA-256 of the photos' pixels, in order; of those that cannot be read, the reason."""
+    from denoising_vit.data import Skipped, named_photos
+    from denoising_vit.data.photos import photo_digest
+
     digest = hashlib.sha256()
     for _, pixels in named_photos(dataset, chosen):
         digest.update((pixels.reason if isinstance(pixels, Skipped) else photo_digest(pixels)).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -10,11 +11,12 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation import correspondence as evaluation
 from denoising_vit.evaluation.correspondence import MatchingOptions, PropagationOptions
-from denoising_vit.evaluation.data import JudgedData
-from denoising_vit.evaluation.fields import FieldOptions
-from denoising_vit.evaluation.named_sources import SOURCES
-from denoising_vit.evaluation.workbench import Line
-from denoising_vit.extractors import parse_names
+from denoising_vit.evaluation.options import FieldOptions
+from denoising_vit.extractors import FEATURES, parse_names
+
+if TYPE_CHECKING:
+    from denoising_vit.evaluation.data import JudgedData
+    from denoising_vit.evaluation.workbench import Line
 
 
 def correspondence(
@@ -43,7 +45,7 @@ def correspondence(
     """
     videos.validate()
     pairs.validate()
-    names = parse_names(judged.features, SOURCES)
+    names = parse_names(judged.features, FEATURES)
     exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:

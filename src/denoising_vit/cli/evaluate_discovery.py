@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation import discovery as evaluation
-from denoising_vit.evaluation.data import JudgedData
-from denoising_vit.evaluation.fields import FieldOptions
-from denoising_vit.evaluation.named_sources import SOURCES
-from denoising_vit.evaluation.workbench import Line
-from denoising_vit.extractors import parse_names
+from denoising_vit.evaluation.options import FieldOptions
+from denoising_vit.extractors import FEATURES, parse_names
+
+if TYPE_CHECKING:
+    from denoising_vit.evaluation.data import JudgedData
+    from denoising_vit.evaluation.workbench import Line
 
 
 def discovery(
@@ -46,7 +48,7 @@ def discovery(
         json: print the lines of results instead of a table.
     """
     finding.validate()
-    features = parse_names(judged.features, SOURCES)
+    features = parse_names(judged.features, FEATURES)
     exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:

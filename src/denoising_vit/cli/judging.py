@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -16,11 +16,12 @@ from denoising_vit.cli.scoreboard import scoreboard
 from denoising_vit.cli.streams import print_json
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedData
-from denoising_vit.evaluation.fields import FieldOptions
+from denoising_vit.evaluation.options import FieldOptions
 from denoising_vit.evaluation.results import Results, main_metric
-from denoising_vit.evaluation.tables.markdown import readable
-from denoising_vit.evaluation.workbench import Line, Workbench
+
+if TYPE_CHECKING:
+    from denoising_vit.evaluation.data import JudgedData
+    from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def open_bench(
         EvaluationError: if the data cannot be used, or results or cache cannot be written.
         BackboneError: if the backbone cannot be loaded.
     """
+    from denoising_vit.evaluation.workbench import Workbench
+
     if not judged.cache_gb >= 0:
         raise EvaluationError(f"cache_gb must be 0 or more, got {judged.cache_gb}")
     with CountProgress(None, "images read") as progress:
@@ -143,5 +146,7 @@ def finish(found: Sequence[Line], out: Path, *, as_json: bool, varied: tuple[str
 
 
 def _setting(line: dict[str, Any], varied: Sequence[str]) -> str:
+    from denoising_vit.evaluation.tables.markdown import readable
+
     settings = line["settings"]
     return ", ".join(f"{name} {readable(settings[name])}" for name in varied if name in settings)

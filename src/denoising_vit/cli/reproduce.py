@@ -5,25 +5,29 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from denoising_vit.backbones import Backbone, BackboneSpec
+from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note, watch
 from denoising_vit.denoiser.published import VARIANTS, published_rows
 from denoising_vit.environment import run_info
 from denoising_vit.evaluation.results import METRICS, Results, main_metric
-from denoising_vit.reproduction import Protocols, Row, Step, find_row, list_rows, reproduce_row
+
+if TYPE_CHECKING:
+    from denoising_vit.backbones import Backbone
+    from denoising_vit.reproduction import Protocols, Row, Step
+
+    #: Steps and their lines of results.
+    _Measured = Sequence[tuple[Step, dict[str, Any]]]
+
 
 #: The variant that is meant where a model is named alone.
 _FIRST = VARIANTS[0]
-
-#: Steps and their lines of results.
-_Measured = Sequence[tuple[Step, dict[str, Any]]]
 
 
 def reproduce(
@@ -54,6 +58,8 @@ def reproduce(
         dry: every step on made-up data, with two blocks of random weights and two steps of training; without a row,
             all of the variant, and without both, all rows. Its figures mean nothing and are not kept.
     """
+    from denoising_vit.reproduction import list_rows
+
     if list:
         _print_list(list_rows(data, Results(out).lines if out.exists() else []))
         return OK
@@ -74,6 +80,8 @@ def reproduce(
 
 
 def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSpec, seed: int) -> int:
+    from denoising_vit.reproduction import Protocols, find_row
+
     found = find_row(model, variant, data)  # by the data alone: what is done already is printed again
     if not _able(found):
         return WRONG_USAGE
@@ -93,6 +101,7 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
 
 
 def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
+    from denoising_vit.reproduction import find_row
     from denoising_vit.reproduction.dry import dry_backbone, dry_data, dry_protocols
 
     chosen = [(row.model, row.variant) for row in published_rows() if variant in (None, row.variant)]
@@ -141,6 +150,8 @@ def _measured(
     folder: Path,
     seed: int,
 ) -> list[tuple[Step, dict[str, Any]]]:
+    from denoising_vit.reproduction import reproduce_row
+
     steps = reproduce_row(
         row,
         data=data,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.errors import EvaluationError, PlanError
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.comparison import Curve
 from denoising_vit.evaluation.features import FeatureCache, see, shown_size
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.options import at_least
+from denoising_vit.evaluation.options import ClusteringOptions
 from denoising_vit.evaluation.patches import patch_counts
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import FeatureSource
@@ -24,37 +24,6 @@ from denoising_vit.views.crops import Crop
 
 #: How clusters get classes: each the commonest class of its pixels, or one cluster a class.
 Matching = Literal["majority", "hungarian"]
-
-
-@dataclass(frozen=True)
-class ClusteringOptions:
-    """How patches are clustered.
-
-    Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
-            rounded to the patch grid.
-        clusters: how many; each number is a line of results. Each cluster gets the commonest class of its pixels; with
-            as many clusters as classes there is a second line, of one cluster a class (Hungarian).
-        patches: that k-means is fitted on, at most; as many from each image, or one more. 0 takes all.
-        seeds: of k-means and of the draw of these patches; scores are means over them.
-    """
-
-    size: int | tuple[int, int] | None = None
-    clusters: tuple[int, ...] = (21, 100, 300)
-    patches: int = 100_000
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-    def validate(self) -> None:
-        """Checks every number's range.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
-        at_least(self, patches=0)
-        for name, least in {"clusters": 1, "seeds": 0}.items():
-            numbers = getattr(self, name)
-            if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
-                raise PlanError(f"{name} must be one number or more, {least} or above and different, got {numbers}")
 
 
 def clustered(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,58 +25,9 @@ from denoising_vit.files import atomic_path, digest
 from denoising_vit.fit.job import FitJob
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore
-from denoising_vit.views.options import Coverage
 
 #: Called with the split that is being fitted, images done, and images in all.
 OnFitted = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class FieldOptions:
-    """How stage 1 of the images is done: by the exact method, once for all tasks.
-
-    Attributes:
-        views: crops of each image that are fitted, the whole image included.
-        size: height and width of a view in pixels, or one number for a square. Without it, the size at which images
-            are shown; where they are shown at sizes of their own that differ, the backbone's own.
-        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
-        smoothness: weight of the penalty on differences within the semantic field.
-        shrinkage: weight of the penalty on the artifact's size.
-        clip: scale down tokens whose norm is more than this many median absolute deviations above the median. Without
-            it, none are.
-        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
-        area: least and largest share of the image that a crop covers.
-        ratio: least and largest width over height of a crop, measured in the frame of the views.
-        taper: share of a crop's side over which its patches gain weight from the border inwards.
-        seed: of the crops.
-        of: where crops of images are judged (`--crops neutral`): crop fits each crop as an image of its own, so that
-            stage 1 sees what the other features see; image fits whole images and samples their fields in the crops,
-            which is no comparison of like with like: those fields have seen the rest of the image, and upright.
-    """
-
-    views: int = DenoiseOptions.views
-    size: int | tuple[int, int] | None = None
-    resolution: int | None = None
-    smoothness: float = DenoiseOptions.smoothness
-    shrinkage: float = DenoiseOptions.shrinkage
-    clip: float | None = None
-    coverage: Coverage = DenoiseOptions.coverage
-    area: tuple[float, float] = DenoiseOptions.area
-    ratio: tuple[float, float] = DenoiseOptions.ratio
-    taper: float = DenoiseOptions.taper
-    seed: int = DenoiseOptions.seed
-    of: Literal["crop", "image"] = "crop"
-
-    def denoising(self) -> DenoiseOptions:
-        """As options of stage 1; nobody looks at held-out views, so there are none.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
-        own = {key: value for key, value in asdict(self).items() if key != "of"}
-        options = DenoiseOptions(held_out=0, **own)
-        options.validate()
-        return options
 
 
 def fitted_fields(

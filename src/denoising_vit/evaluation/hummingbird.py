@@ -12,42 +12,14 @@ from torch import Tensor
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.features import FeatureCache, Patches, see, shown_size
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
-from denoising_vit.evaluation.options import at_least, positive
+from denoising_vit.evaluation.options import (
+    HummingbirdOptions,
+)
 from denoising_vit.evaluation.patches import at_places, nearest, patch_counts
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
-
-
-@dataclass(frozen=True)
-class HummingbirdOptions:
-    """How labels are retrieved; as published where nothing else is said.
-
-    Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
-            rounded to the patch grid. Published: 504 for patches of 14 pixels, 512 for 16.
-        k: neighbours that labels are taken from.
-        temperature: of their weights, softmax(cosine / temperature).
-        memory: patches of the training images in the memory bank, at most; as many from each image, or one more.
-            0 takes all. Published: 10,240,000, and 102,400 as the smallest.
-        seed: of the draw of these patches.
-    """
-
-    size: int | tuple[int, int] | None = None
-    k: int = 30
-    temperature: float = 0.02
-    memory: int = 102_400
-    seed: int = 0
-
-    def validate(self) -> None:
-        """Checks every number's range.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
-        at_least(self, k=1, memory=0, seed=0)
-        positive(self, "temperature")
 
 
 @dataclass(frozen=True, eq=False)

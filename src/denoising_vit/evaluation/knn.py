@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,9 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, see, shown_size
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
-from denoising_vit.evaluation.options import at_least, positive
+from denoising_vit.evaluation.options import (
+    KnnOptions,
+)
 from denoising_vit.evaluation.patches import commonest, nearest, patch_counts
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
@@ -25,38 +25,6 @@ from denoising_vit.views.crops import Crop
 _VAL_SEED = 1_000_003
 
 _SeeAll = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
-
-
-@dataclass(frozen=True)
-class KnnOptions:
-    """How nearest-neighbour segmentation is done.
-
-    Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
-            rounded to the patch grid.
-        crops: whole shows whole images; neutral one random square of each, half of them upside down, so that place in
-            the view says nothing about the class.
-        k: neighbours that vote.
-        temperature: of the votes' weights, exp(cosine / temperature).
-        gallery: training patches that are compared with, at most; as many from each image, or one more. 0 takes all.
-        seed: of the gallery's draw and of the crops.
-    """
-
-    size: int | tuple[int, int] | None = None
-    crops: Literal["whole", "neutral"] = "whole"
-    k: int = 20
-    temperature: float = 0.07
-    gallery: int = 60_000
-    seed: int = 0
-
-    def validate(self) -> None:
-        """Checks every number's range.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
-        at_least(self, k=1, gallery=0, seed=0)
-        positive(self, "temperature")
 
 
 def nearest_neighbours(

@@ -1,4 +1,4 @@
-"""Options of linear probes, and range checks."""
+"""Options of the tasks and of stage 1 in them, and range checks. No heavy imports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import PlanError
+from denoising_vit.views.options import Coverage
 
 
 def at_least(options: Any, **least: int) -> None:
@@ -137,3 +139,144 @@ def recorded(protocol: Any) -> dict[str, Any]:
 def warmed(rate: float, step: int, warmup: int, start: float) -> float:
     """A rate in a linear warm-up over so many steps, from a share of it; after that as it is."""
     return rate if step >= warmup else rate * (1 - (1 - step / warmup) * (1 - start))
+
+
+@dataclass(frozen=True)
+class KnnOptions:
+    """How nearest-neighbour segmentation is done.
+
+    Attributes:
+        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
+            rounded to the patch grid.
+        crops: whole shows whole images; neutral one random square of each, half of them upside down, so that place in
+            the view says nothing about the class.
+        k: neighbours that vote.
+        temperature: of the votes' weights, exp(cosine / temperature).
+        gallery: training patches that are compared with, at most; as many from each image, or one more. 0 takes all.
+        seed: of the gallery's draw and of the crops.
+    """
+
+    size: int | tuple[int, int] | None = None
+    crops: Literal["whole", "neutral"] = "whole"
+    k: int = 20
+    temperature: float = 0.07
+    gallery: int = 60_000
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Checks every number's range.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        at_least(self, k=1, gallery=0, seed=0)
+        positive(self, "temperature")
+
+
+@dataclass(frozen=True)
+class HummingbirdOptions:
+    """How labels are retrieved; as published where nothing else is said.
+
+    Attributes:
+        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
+            rounded to the patch grid. Published: 504 for patches of 14 pixels, 512 for 16.
+        k: neighbours that labels are taken from.
+        temperature: of their weights, softmax(cosine / temperature).
+        memory: patches of the training images in the memory bank, at most; as many from each image, or one more.
+            0 takes all. Published: 10,240,000, and 102,400 as the smallest.
+        seed: of the draw of these patches.
+    """
+
+    size: int | tuple[int, int] | None = None
+    k: int = 30
+    temperature: float = 0.02
+    memory: int = 102_400
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Checks every number's range.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        at_least(self, k=1, memory=0, seed=0)
+        positive(self, "temperature")
+
+
+@dataclass(frozen=True)
+class ClusteringOptions:
+    """How patches are clustered.
+
+    Attributes:
+        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
+            rounded to the patch grid.
+        clusters: how many; each number is a line of results. Each cluster gets the commonest class of its pixels; with
+            as many clusters as classes there is a second line, of one cluster a class (Hungarian).
+        patches: that k-means is fitted on, at most; as many from each image, or one more. 0 takes all.
+        seeds: of k-means and of the draw of these patches; scores are means over them.
+    """
+
+    size: int | tuple[int, int] | None = None
+    clusters: tuple[int, ...] = (21, 100, 300)
+    patches: int = 100_000
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def validate(self) -> None:
+        """Checks every number's range.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        at_least(self, patches=0)
+        for name, least in {"clusters": 1, "seeds": 0}.items():
+            numbers = getattr(self, name)
+            if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
+                raise PlanError(f"{name} must be one number or more, {least} or above and different, got {numbers}")
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """How stage 1 of the images is done: by the exact method, once for all tasks.
+
+    Attributes:
+        views: crops of each image that are fitted, the whole image included.
+        size: height and width of a view in pixels, or one number for a square. Without it, the size at which images
+            are shown; where they are shown at sizes of their own that differ, the backbone's own.
+        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
+        smoothness: weight of the penalty on differences within the semantic field.
+        shrinkage: weight of the penalty on the artifact's size.
+        clip: scale down tokens whose norm is more than this many median absolute deviations above the median. Without
+            it, none are.
+        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
+        area: least and largest share of the image that a crop covers.
+        ratio: least and largest width over height of a crop, measured in the frame of the views.
+        taper: share of a crop's side over which its patches gain weight from the border inwards.
+        seed: of the crops.
+        of: where crops of images are judged (`--crops neutral`): crop fits each crop as an image of its own, so that
+            stage 1 sees what the other features see; image fits whole images and samples their fields in the crops,
+            which is no comparison of like with like: those fields have seen the rest of the image, and upright.
+    """
+
+    views: int = DenoiseOptions.views
+    size: int | tuple[int, int] | None = None
+    resolution: int | None = None
+    smoothness: float = DenoiseOptions.smoothness
+    shrinkage: float = DenoiseOptions.shrinkage
+    clip: float | None = None
+    coverage: Coverage = DenoiseOptions.coverage
+    area: tuple[float, float] = DenoiseOptions.area
+    ratio: tuple[float, float] = DenoiseOptions.ratio
+    taper: float = DenoiseOptions.taper
+    seed: int = DenoiseOptions.seed
+    of: Literal["crop", "image"] = "crop"
+
+    def denoising(self) -> DenoiseOptions:
+        """As options of stage 1; nobody looks at held-out views, so there are none.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        own = {key: value for key, value in asdict(self).items() if key != "of"}
+        options = DenoiseOptions(held_out=0, **own)
+        options.validate()
+        return options

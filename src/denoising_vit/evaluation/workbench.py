@@ -16,10 +16,10 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.comparison import Comparison, Curve, Judge
 from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.features import FeatureCache, Shown, check_size
-from denoising_vit.evaluation.knn import KnnOptions, crops_of, nearest_neighbours
+from denoising_vit.evaluation.knn import crops_of, nearest_neighbours
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.named_sources import NamedSources, Normalisation
-from denoising_vit.evaluation.options import recorded
+from denoising_vit.evaluation.options import KnnOptions, recorded
 from denoising_vit.evaluation.outcomes import Outcome
 from denoising_vit.evaluation.results import Results, Task
 from denoising_vit.evaluation.scores import Counts

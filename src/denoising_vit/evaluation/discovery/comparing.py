@@ -8,7 +8,8 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedData, SplitData
 from denoising_vit.evaluation.discovery.images import BoxedImage
 from denoising_vit.evaluation.discovery.layouts import DAVIS
-from denoising_vit.evaluation.discovery.localising import DiscoveryOptions, Localised, localise
+from denoising_vit.evaluation.discovery.localising import Localised, localise
+from denoising_vit.evaluation.discovery.options import DiscoveryOptions
 from denoising_vit.evaluation.workbench import Line, Workbench
 
 

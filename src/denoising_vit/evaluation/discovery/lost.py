@@ -14,7 +14,6 @@ of the candidates, and nothing else changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,9 +22,7 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import CellBox, box_around
-
-#: What ranks patches.
-SeedBy = Literal["degree", "norm"]
+from denoising_vit.evaluation.discovery.options import SeedBy
 
 #: Similarities (patches times patches) that are held at a time.
 _AT_ONCE = 2**24

@@ -1,6 +1,5 @@
 """Linear segmentation: a probe of batch norm and a 1 x 1 convolution, by the published protocol or a quick one."""
 
-from denoising_vit.evaluation.segmentation.protocol import PAPER, QUICK, RELEASED, Protocol, SegmentationOptions
-from denoising_vit.evaluation.segmentation.training import Trained, linear_segmentation
+import lazy_loader
 
-__all__ = ["PAPER", "QUICK", "RELEASED", "Protocol", "SegmentationOptions", "Trained", "linear_segmentation"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+# The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
+from .protocol import PAPER, QUICK, RELEASED, Protocol, SegmentationOptions
+from .training import Trained, linear_segmentation
+
+__all__ = ["PAPER", "QUICK", "RELEASED", "Protocol", "SegmentationOptions", "Trained", "linear_segmentation"]
