@@ -109,19 +109,21 @@ def wrap_huggingface(
     mean: Triple | None = None,
     std: Triple | None = None,
     default_size: int | None = None,
+    frozen: bool = True,
 ) -> HuggingFaceBackbone:
-    """A model of transformers that is loaded already; of one with heads or a text tower, its ViT.
+    """A loaded model of transformers as a backbone; of one with heads or a text tower, its ViT.
 
     Args:
-        model: it.
-        layer: block whose output is taken.
-        norm: whether the final norm is applied.
-        mean: normalisation that images get; ImageNet's by default, since a model alone does not tell.
-        std: likewise.
-        default_size: instead of the configuration's.
+        model: the model.
+        layer: block whose output is taken, negative from the end.
+        norm: apply the final norm.
+        mean: mean of the normalisation; ImageNet's by default, since the model does not hold it.
+        std: deviation of the normalisation, likewise.
+        default_size: side of the images, instead of the configuration's.
+        frozen: freeze the model and put it in evaluation mode.
 
     Raises:
-        BackboneError: if it is of no family that is known.
+        BackboneError: if the model is of an unknown family.
     """
     name = type(model).__name__
     family = _family({"model_type": getattr(model.config, "model_type", None)}, name)
@@ -129,10 +131,11 @@ def wrap_huggingface(
     tower = next((part for part in candidates if type(part).__name__ == family.model), None)
     if tower is None:
         raise BackboneError(f"{name} holds no {family.model}; give that, or its directory or hub id: hf:...")
+    if frozen:
+        tower.eval().requires_grad_(False)
     size = square_side(tower.config.image_size, f"{name}: image_size") if default_size is None else default_size
     shown = Shown(mean or IMAGENET_MEAN, std or IMAGENET_STD, size)
-    frozen = tower.eval().requires_grad_(False)
-    return HuggingFaceBackbone(frozen, family, shown, name=name, layer=layer, norm=norm, weights="as given")
+    return HuggingFaceBackbone(tower, family, shown, name=name, layer=layer, norm=norm, weights="as given")
 
 
 def _transformers() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.bundled import (
@@ -31,8 +31,7 @@ from denoising_vit.backbones.spec import Dtype
 from denoising_vit.errors import BackboneError, WeightsError
 
 if TYPE_CHECKING:
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
+    from denoising_vit.backbones.timm_vit import TimmViT
 
 
 def load_backbone(
@@ -50,87 +49,110 @@ def load_backbone(
     default_size: int | None = None,
     layout: Layout = "auto",
 ) -> Backbone:
-    """Loads a pretrained ViT, frozen and ready to extract features.
+    """Load a pretrained ViT, frozen and in evaluation mode.
 
     Args:
-        model: a timm name (any VisionTransformer or Eva model); ``hf:`` and a hub id or directory of Hugging Face
+        model: a timm name (any VisionTransformer, Eva or NaFlexVit); ``hf:`` and a hub id or directory of Hugging Face
             transformers (DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP); a directory of either kind, such as `dvit export`
-            writes; a model of transformers; or any module or function that maps normalised images (B, 3, H, W) to a
-            patch grid or to tokens. A module is put in evaluation mode and frozen, and moved and converted where device
-            and dtype are given.
-        weights: for a timm name: ``auto`` (bundled where it is that model and installed, else the hub), ``hub``,
-            ``bundled``, ``random``, or a safetensors or PyTorch file. Directories and Hugging Face models bring theirs.
+            writes; a model of timm or transformers; or, with ``patch_size``, any module or function that maps
+            normalised images (B, 3, H, W) to a patch grid or to tokens. A given module is frozen in place.
+        weights: for a timm name: ``auto`` (the bundled ones if installed, else the hub), ``hub``, ``bundled``,
+            ``random``, or a safetensors or PyTorch file.
         stride: distance between patches in pixels; below the patch size for a finer grid (as in the paper).
-        layer: block whose output is taken, negative from the end. For a timm or Hugging Face model.
-        norm: whether the final norm is applied. For a timm or Hugging Face model.
-        dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32; for a module, its own.
-        device: ``auto`` is CUDA, then MPS, then the CPU; for a module, its own.
-        patch_size: for a module: side of a patch in pixels.
-        mean: for a module: normalisation that images get, ImageNet's by default; for a Hugging Face model: instead of
-            its image processor's.
-        std: likewise.
-        default_size: for a module: side of the images it is shown by default; for a Hugging Face model: instead of its
-            configuration's.
-        layout: for a module: what its output is, where the shape does not tell.
+        layer: block whose output is taken, negative from the end; for models of timm and transformers.
+        norm: apply the final norm; for models of timm and transformers.
+        dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32; a given module keeps its own.
+        device: ``auto`` is CUDA, then MPS, then the CPU; a given module stays where it is.
+        patch_size: side of a patch in pixels, for a module.
+        mean: mean of the normalisation, for a module (default: ImageNet's) or instead of an image processor's.
+        std: deviation of the normalisation, likewise.
+        default_size: side of the images, for a module, or instead of a Hugging Face configuration's.
+        layout: output layout of a module, if its shape is ambiguous.
 
     Raises:
-        BackboneError: if the model cannot be built or does not return a patch grid.
-        WeightsError: if the weights are missing, of another model, or not finite.
+        BackboneError: if the model cannot be built or does not return a patch grid, or an option is not for this kind.
+        WeightsError: if the weights are missing, for another model, or not finite.
         DenoisingVitWarning: if the image processor of a Hugging Face model crops, which is not done here.
     """
     shown = {"mean": mean, "std": std, "default_size": default_size}
+    for_modules = {"patch_size": patch_size, "layout": layout}
+    for_names = {"weights": str(weights), "layer": layer, "norm": norm}
     if not isinstance(model, str):
-        return _wrapped(model, str(weights), stride, layer, norm, dtype, device, patch_size, layout, shown)
+        place = None if device == "auto" else device_at(device)
+        if patch_size is not None:
+            own = _module(model, for_names, place, stride=stride, **for_modules, **shown)
+        elif is_model_of_transformers(model):
+            own = _transformers_model(model, for_names, for_modules | {"stride": stride}, shown)
+        else:
+            own = _timm_model(model, for_names, shown, stride)
+        return own.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, place or own.device))
     place = device_at(device)
     if is_huggingface(model):
-        if (stride, patch_size, layout) != (None, None, "auto"):
-            raise BackboneError(f"{model!r} brings its own stride, patch_size and layout")
-        found: Backbone = load_huggingface(model, weights=str(weights), layer=layer, norm=norm, **shown)
-        return found.to(device=place, dtype=dtype_on(dtype, place))
-    if (patch_size, mean, std, default_size, layout) != (None, None, None, None, "auto"):
-        raise BackboneError(f"patch_size, mean, std, default_size and layout are for modules; {model!r} brings its own")
+        _require_default(model, "stride, patch_size and layout", for_modules | {"stride": stride})
+        found: Backbone = load_huggingface(model, **for_names, **shown)
+    else:
+        _require_default(model, "patch_size, mean, std, default_size and layout", for_modules | shown)
+        found = _timm_named(model, weights, stride, layer, norm)
+    return found.to(device=place, dtype=dtype_on(dtype, place))
+
+
+def _timm_named(model: str, weights: str | Path, stride: int | None, layer: int, norm: bool) -> Backbone:
+    """A timm name, or a directory that timm or `dvit export` wrote."""
     from denoising_vit.backbones.timm_vit import TimmBackbone
 
     name, weights = _of_folder(model, weights)
     built, source = _with_weights(name, weights)
-    backbone = TimmBackbone(built, name=name, stride=stride, layer=layer, norm=norm, weights=source)
-    return backbone.to(device=place, dtype=dtype_on(dtype, place))
+    return TimmBackbone(built, name=name, stride=stride, layer=layer, norm=norm, weights=source)
 
 
-def _wrapped(
-    model: Callable[[Tensor], Any],
-    weights: str,
-    stride: int | None,
-    layer: int,
-    norm: bool,
-    dtype: Dtype | torch.dtype,
-    device: str | torch.device,
-    patch_size: int | None,
-    layout: Layout,
-    shown: dict[str, Any],
+def _timm_model(model: Any, for_names: dict[str, Any], shown: dict[str, Any], stride: int | None) -> Backbone:
+    """A timm ViT that the caller built."""
+    from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT, any_size, timm_name
+
+    if not isinstance(model, TimmViT):
+        raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
+    if for_names["weights"] != "auto" or any(value is not None for value in shown.values()):
+        raise BackboneError("weights, mean, std and default_size are not for models of timm, which bring their own")
+    if stride is not None:
+        model = copy.copy(model)  # another patch embedding is put into it
+        model._modules = dict(model._modules)
+    frozen = any_size(model.eval().requires_grad_(False))
+    layer, norm = for_names["layer"], for_names["norm"]
+    return TimmBackbone(frozen, name=timm_name(model), stride=stride, layer=layer, norm=norm, weights="as given")
+
+
+def _transformers_model(
+    model: Any, for_names: dict[str, Any], for_modules: dict[str, Any], shown: dict[str, Any]
 ) -> Backbone:
-    """A model that the caller built: where it is, and in its precision, unless told otherwise."""
-    place = None if device == "auto" else device_at(device)
-    if patch_size is None and is_model_of_transformers(model):
-        if (weights, stride, layout) != ("auto", None, "auto"):
-            raise BackboneError("a model of transformers brings its own weights, stride and layout")
-        own: Backbone = wrap_huggingface(model, layer=layer, norm=norm, **shown)
-    else:
-        if patch_size is None:
-            raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
-        if (weights, layer, norm) != ("auto", -1, True):
-            raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
-        given = {name: value for name, value in shown.items() if value is not None}
-        own = ModuleBackbone(model, patch_size=patch_size, stride=stride, layout=layout, device=place, **given)
-    return own.to(device=place, dtype=None if dtype == "auto" else dtype_on(dtype, place or own.device))
+    """A model of transformers that the caller built."""
+    if for_names["weights"] != "auto" or any(value not in (None, "auto") for value in for_modules.values()):
+        raise BackboneError("a model of transformers brings its own weights, stride and layout")
+    return wrap_huggingface(model, layer=for_names["layer"], norm=for_names["norm"], **shown)
+
+
+def _module(
+    model: Callable[[Tensor], Any], for_names: dict[str, Any], place: torch.device | None, **given: Any
+) -> Backbone:
+    """Any other module or function."""
+    if for_names != {"weights": "auto", "layer": -1, "norm": True}:
+        raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
+    if isinstance(model, nn.Module):
+        model.eval().requires_grad_(False)
+    return ModuleBackbone(model, device=place, **{name: value for name, value in given.items() if value is not None})
+
+
+def _require_default(model: str, names: str, values: dict[str, Any]) -> None:
+    """Refuse options that are for another kind of model."""
+    if any(value not in (None, "auto") for value in values.values()):
+        raise BackboneError(f"{model!r} brings its own {names}; these options are for modules")
 
 
 def with_weights(backbone: Backbone, path: Path) -> Backbone:
-    """A copy of a timm backbone with the weights of a file, as distilled ones; on its device, in its precision.
+    """A copy of a timm backbone with weights from a file, on the same device and in the same dtype.
 
     Raises:
-        BackboneError: if it is a module of the caller's.
-        WeightsError: if the file is missing or damaged, of another model, or holds values that are not finite.
+        BackboneError: if the backbone is not from timm.
+        WeightsError: if the file is missing or damaged, for another model, or not finite.
     """
     from denoising_vit.backbones.timm_vit import TimmBackbone
     from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
@@ -145,7 +167,7 @@ def with_weights(backbone: Backbone, path: Path) -> Backbone:
 
 
 def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
-    """The timm name and the weights of a directory that timm or `dvit export` wrote; other names as they are."""
+    """The timm name and weights file of a directory; other names are returned as given."""
     folder = Path(model).expanduser()
     config = folder_config(folder)
     if "architecture" not in config:
@@ -157,7 +179,7 @@ def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
     return f"{name}.{tag}" if tag else name, folder / "model.safetensors"
 
 
-def _with_weights(name: str, weights: str | Path) -> tuple[VisionTransformer | Eva, str]:
+def _with_weights(name: str, weights: str | Path) -> tuple[TimmViT, str]:
     from denoising_vit.backbones.timm_vit import build_timm_model
     from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
 
@@ -188,7 +210,7 @@ def _with_weights(name: str, weights: str | Path) -> tuple[VisionTransformer | E
     return model, source
 
 
-def _from_hub(name: str) -> VisionTransformer | Eva:
+def _from_hub(name: str) -> TimmViT:
     from denoising_vit.backbones.timm_vit import build_timm_model
 
     try:

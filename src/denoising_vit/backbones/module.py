@@ -1,12 +1,13 @@
-"""Backbones from anything that maps images to a grid or to tokens."""
+"""Backbones from any module or function that maps images to a grid or to tokens."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from denoising_vit.errors import BackboneError
@@ -19,19 +20,19 @@ _MOST_PREFIX_TOKENS = 32
 
 
 class ModuleBackbone(Backbone):
-    """A user's own module or function as a backbone.
+    """A module or function of the user's as a backbone. A module should be in evaluation mode.
 
     Args:
         model: maps normalised images (B, 3, H, W) to (B, h, w, C), (B, C, h, w), or tokens (B, prefix + h w, C); or
             returns these as ``last_hidden_state``, under ``x_norm_patchtokens``, or first in a tuple or list.
         patch_size: side of a patch in pixels.
-        stride: distance between patches; the patch size by default.
-        mean: normalisation that images get; ImageNet's by default.
-        std: likewise.
-        default_size: side of the images it is shown; the multiple of the patch size up to 518 by default.
-        layout: what the output is, where its shape does not tell.
-        name: what to call it; its class or function name by default.
-        device: where a function wants its images; a module's parameters tell.
+        stride: distance between patches in pixels; the patch size by default.
+        mean: mean of the normalisation; ImageNet's by default.
+        std: deviation of the normalisation; ImageNet's by default.
+        default_size: side of the images; the multiple of the patch size up to 518 by default.
+        layout: output layout, if its shape is ambiguous.
+        name: name for messages and records; the class or function name by default.
+        device: device of a function's images; a module's parameters tell.
     """
 
     def __init__(
@@ -61,9 +62,7 @@ class ModuleBackbone(Backbone):
         self.layout = layout
         # What a function computes on and in cannot be read off it; this moves and converts with the backbone.
         self.register_buffer("_place", torch.zeros((), device=device), persistent=False)
-        if isinstance(model, nn.Module):
-            model.eval().requires_grad_(False)  # frozen, and before the probe: dropout and batch norm must not act
-        self.model = model  # a module is registered by this, so that its device and dtype are seen
+        self.model = model  # registers a module, so that its device and dtype are known
         self.prefix_tokens: int | None = None
         with torch.no_grad():
             features, prefix = self.forward_with_prefix(torch.zeros(1, 3, self.default_size, self.default_size))
@@ -72,41 +71,76 @@ class ModuleBackbone(Backbone):
                 self._probe_half()
 
     def _probe_half(self) -> None:
-        """Tokens beside those of patches are as many at any size; where the patch size is wrong they are not."""
+        """Check that the number of prefix tokens is the same at half the size; a wrong patch size changes it."""
         side = nearest_sizes(self.default_size // 2, self.patch_size, self.stride)[0]
         try:
             self.forward(torch.zeros(1, 3, side, side))
         except BackboneError:
             raise
-        except Exception:  # a model of one size only, which raises whatever it likes
+        except Exception:  # a model of one size only, which may raise anything
             return
 
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        found = _tensor_in(self.model(image), self.name)
+        found = tensor_in(self.model(image), self.name)
         h, w = self.grid_size(*image.shape[2:])
-        match self.layout if self.layout != "auto" else _layout(found, h, w, self.name):
-            case "channels_last":
-                tokens = found.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
-            case "channels_first":
-                tokens = found.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
-            case _:
-                tokens = found
+        tokens = self.as_tokens(found, (h, w))
         prefix = tokens.shape[1] - h * w
         expected = range(_MOST_PREFIX_TOKENS + 1) if self.prefix_tokens is None else (self.prefix_tokens,)
         if prefix not in expected:  # a wrong patch size leaves far too many, or too few
             return tokens, tokens[:, :0]  # refused by the caller, with what was expected
         return tokens[:, prefix:], tokens[:, :prefix]
 
+    def as_tokens(self, output: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, h, w, C), (B, C, h, w) or tokens -> tokens (B, prefix + h w, C)."""
+        match self.layout if self.layout != "auto" else _layout(output, *grid, self.name):
+            case "channels_last":
+                return output.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
+            case "channels_first":
+                return output.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
+            case _:
+                return output
 
-def _tensor_in(output: Any, name: str) -> Tensor:
+
+def tensor_in(output: Any, name: str) -> Tensor:
+    """The features in what a model returned.
+
+    Raises:
+        BackboneError: if there is no tensor.
+    """
+    key = _key(output)
+    if key is None:
+        found = getattr(output, "last_hidden_state", output)
+    else:
+        found = output[key]
+    if not isinstance(found, Tensor):
+        raise BackboneError(f"{name} returned {type(found).__name__}; expected a tensor of features")
+    return found
+
+
+def with_tensor(output: Any, features: Tensor) -> Any:
+    """What a model returned, with other features where :func:`tensor_in` finds them."""
+    key = _key(output)
+    if key is None:
+        if not hasattr(output, "last_hidden_state"):
+            return features
+        changed = copy.copy(output)
+        changed.last_hidden_state = features
+        return changed
+    if isinstance(output, tuple | list):
+        changed = (features, *output[1:])
+        if isinstance(output, list):
+            return list(changed)
+        return type(output)(*changed) if hasattr(output, "_fields") else changed
+    changed = copy.copy(output)
+    changed[key] = features
+    return changed
+
+
+def _key(output: Any) -> str | int | None:
+    """Key or index of the features in what a model returned; None if there is none."""
     if isinstance(output, dict):
-        output = output.get("x_norm_patchtokens", output.get("last_hidden_state", output))
-    output = getattr(output, "last_hidden_state", output)
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise BackboneError(f"{name} returned {type(output).__name__}; expected a tensor of features")
-    return output
+        return next((key for key in ("x_norm_patchtokens", "last_hidden_state") if key in output), None)
+    return 0 if isinstance(output, tuple | list) and output else None
 
 
 def _layout(output: Tensor, h: int, w: int, name: str) -> Layout:

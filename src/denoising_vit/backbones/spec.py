@@ -13,15 +13,16 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Which backbone, and how it is run.
+    """Backbone options; enough for another process to load the same backbone.
 
     Attributes:
-        backbone: any timm VisionTransformer or Eva model (`dvit models` lists the published ones); hf:ID or hf:PATH for
-            a ViT of Hugging Face transformers; or a directory that `dvit export` wrote.
-        weights: auto (bundled where installed, else the hub), hub, bundled, random, or a .safetensors or .pth file.
+        backbone: any timm VisionTransformer, Eva or NaFlexVit (`dvit models` lists the published ones); hf:ID or
+            hf:PATH for a ViT of Hugging Face transformers; or a directory written by `dvit export`.
+        weights: auto (the bundled ones if installed, else the hub), hub, bundled, random, or a .safetensors or .pth
+            file.
         stride: distance between patches in pixels; below the patch size for a finer grid.
         layer: block whose output is taken, negative from the end.
-        norm: whether the model's final norm is applied.
+        norm: apply the model's final norm.
         device: auto, cpu, cuda, cuda:1, mps.
         dtype: auto is bfloat16 where the hardware is fast at it, else float32.
     """

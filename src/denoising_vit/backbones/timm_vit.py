@@ -1,40 +1,46 @@
-"""Backbones from timm: every VisionTransformer and Eva model with patch tokens, by its timm name."""
+"""Backbones from timm: VisionTransformer, Eva and NaFlexVit models by their timm names."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import timm
 from timm.data.config import resolve_model_data_config
+from timm.layers.format import Format
+from timm.models import model_entrypoint
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.runtime import seeded
+from denoising_vit.backbones.subclassing import shallow
 from denoising_vit.errors import BackboneError
 from denoising_vit.views.patch_grid import nearest_sizes
+
+#: timm's classes whose tokens make one patch grid at any image size.
+TimmViT = VisionTransformer | Eva | NaFlexVit
 
 
 class TimmBackbone(Backbone):
     """A timm ViT.
 
     Args:
-        model: built by :func:`build_timm_model`.
-        name: its timm name.
-        stride: distance between patches; the patch size by default.
+        model: a model that takes any image size, as :func:`build_timm_model` and :func:`any_size` give.
+        name: timm name.
+        stride: distance between patches in pixels; the patch size by default.
         layer: block whose output is taken, negative from the end.
-        norm: whether to apply the model's final norm.
-        weights: where the weights came from, in words.
+        norm: apply the model's final norm.
+        weights: origin of the weights, for records and messages.
 
     Raises:
         BackboneError: if the layer does not exist or the stride is out of range.
     """
 
-    def __init__(
-        self, model: VisionTransformer | Eva, *, name: str, stride: int | None, layer: int, norm: bool, weights: str
-    ) -> None:
+    def __init__(self, model: TimmViT, *, name: str, stride: int | None, layer: int, norm: bool, weights: str) -> None:
         config = resolve_model_data_config(model)
         patch_size = _square_patch(model, name)
         depth = len(model.blocks)
@@ -54,6 +60,8 @@ class TimmBackbone(Backbone):
             depth=depth,
         )
         if self.stride != patch_size:
+            if isinstance(model, NaFlexVit):
+                raise BackboneError(f"{name} is a NaFlexVit, whose patches cannot overlap: leave the stride out")
             model.set_submodule("patch_embed", OverlappingPatchEmbed(model.patch_embed, self.stride))
         self.model = model
 
@@ -63,8 +71,8 @@ class TimmBackbone(Backbone):
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         assert self.layer is not None
         blocks = (self.layer, *blocks)
-        rising = sorted(set(blocks))  # timm gives each block once, in its own order
-        # Tokens are asked for in a row: reshaped by timm they get the wrong grid where patches overlap.
+        rising = sorted(set(blocks))  # timm returns each block once, in rising order
+        # Tokens in a row (NLC): timm's own reshape gives the wrong grid where patches overlap.
         found: Any = self.model.forward_intermediates(
             image,
             indices=rising,
@@ -78,7 +86,7 @@ class TimmBackbone(Backbone):
         return [tokens[rising.index(block)] for block in blocks]
 
     def _split(self, tokens: Any) -> tuple[Tensor, Tensor]:
-        """Patch tokens and prefix tokens of one block, normalised: a pair where the model has prefix tokens."""
+        """Patch and prefix tokens of one block, normalised; timm returns a pair where the model has prefix tokens."""
         patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
         # Models that pool by the mean keep their final norm behind the pooling.
         pooled = self.norm and isinstance(self.model.norm, nn.Identity)
@@ -90,9 +98,9 @@ class TimmBackbone(Backbone):
 
 
 class OverlappingPatchEmbed(nn.Module):
-    """timm's patch embedding with a stride of its own: (B, 3, H, W) -> (B, h, w, C).
+    """timm's patch embedding with another stride: (B, 3, H, W) -> (B, h, w, C).
 
-    timm's module refuses sizes that are no multiple of the patch, which overlapping patches do not need.
+    timm's module only takes multiples of the patch size, which overlapping patches do not need.
     """
 
     def __init__(self, embed: Any, stride: int) -> None:
@@ -108,16 +116,17 @@ class OverlappingPatchEmbed(nn.Module):
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
 
-def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None) -> VisionTransformer | Eva:
-    """Builds a timm model that takes any image size.
+def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, **changes: Any) -> TimmViT:
+    """Build a timm model that takes any image size, frozen and in evaluation mode.
 
     Args:
-        name: as timm knows it, with or without the tag of its weights.
+        name: timm name, with or without the tag of the weights.
         pretrained: fetch the weights from the hub.
-        depth: number of blocks where it is not to be the model's own; for trials with random weights.
+        depth: number of blocks, for trials with random weights; the model's own by default.
+        **changes: further arguments of the model, likewise for trials.
 
     Raises:
-        BackboneError: if timm does not know it, or it is no plain ViT.
+        BackboneError: if timm does not know the name, or the model is not a plain ViT.
     """
     architecture = name.split(".")[0]
     if architecture not in timm.list_models():
@@ -127,28 +136,90 @@ def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None) -
             + (f"; similar: {similar}" if similar else "")
             + ". `dvit models` lists the published ones; any other module can be passed with its patch size"
         )
+    flexible = model_entrypoint(architecture).__module__ == NaFlexVit.__module__  # takes any size as it is
+    options = changes | ({} if flexible else {"dynamic_img_size": True}) | ({} if depth is None else {"depth": depth})
     try:
-        # timm draws initial weights from the global generator; a model to be loaded must not disturb the caller's.
-        with seeded(0):
-            blocks: dict[str, Any] = {} if depth is None else {"depth": depth}
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **blocks)
+        with seeded(0):  # timm draws initial weights from the global generator
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except TypeError as error:  # an architecture without this option
         raise BackboneError(f"{name} is no plain ViT (it takes no dynamic_img_size): {error}") from error
     except RuntimeError as error:
         if pretrained and "tag" not in str(error):
             raise
         raise BackboneError(f"timm could not build {name!r}: {error}") from error
-    if not isinstance(model, VisionTransformer | Eva):
+    if not isinstance(model, TimmViT):
         raise BackboneError(
-            f"{name} is a {type(model).__name__}; expected a VisionTransformer or Eva with patch tokens. "
+            f"{name} is a {type(model).__name__}; expected a VisionTransformer, Eva or NaFlexVit with patch tokens. "
             "Wrap it yourself: load_backbone(module, patch_size=...)"
         )
     return model.eval().requires_grad_(False)
 
 
-def _square_patch(model: VisionTransformer | Eva, name: str) -> int:
-    patch = getattr(model.patch_embed, "patch_size", None)
-    proj = getattr(model.patch_embed, "proj", None)
-    if not isinstance(proj, nn.Conv2d) or proj.in_channels != 3 or patch is None or patch[0] != patch[1]:
-        raise BackboneError(f"{name} does not cut the image into square patches ({type(model.patch_embed).__name__})")
+def any_size(model: TimmViT) -> TimmViT:
+    """A view of a timm model that takes any image size; weights are shared, and the model stays as it is.
+
+    Raises:
+        BackboneError: if its rotary positions are fixed to one size.
+    """
+    if isinstance(model, NaFlexVit) or model.dynamic_img_size:
+        return model
+    if isinstance(model, Eva):
+        raise BackboneError(
+            "this Eva model has its rotary positions fixed to one image size; build it with "
+            "timm.create_model(..., dynamic_img_size=True)"
+        )
+    view = shallow(model)
+    embed = shallow(view.patch_embed)
+    embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+    view.patch_embed, view.dynamic_img_size = embed, True
+    return view
+
+
+def timm_name(model: TimmViT) -> str:
+    """The timm name of a model, with the tag of its weights."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name, tag = config.get("architecture") or type(model).__name__, config.get("tag")
+    return f"{name}.{tag}" if tag else str(name)
+
+
+def edit_intermediates(
+    found: Any, patches: Callable[[Tensor, int], Tensor], final: Callable[[Tensor], Tensor] | None
+) -> Any:
+    """What timm's ``forward_intermediates`` returned, edited.
+
+    Args:
+        found: a list; (final tokens, list); or a dictionary. The list holds patch tokens, or pairs of patch and prefix
+            tokens.
+        patches: from patch tokens and their number in the list to new patch tokens.
+        final: from the final tokens, prefix first, to new ones; None keeps them.
+    """
+
+    def listed(entries: list[Any]) -> list[Any]:
+        return [
+            (patches(entry[0], number), *entry[1:]) if isinstance(entry, tuple) else patches(entry, number)
+            for number, entry in enumerate(entries)
+        ]
+
+    if isinstance(found, dict):
+        edited = found | {"image_intermediates": listed(found["image_intermediates"])}
+        if final is not None and "image_features" in found:
+            edited["image_features"] = final(found["image_features"])
+        return edited
+    if isinstance(found, tuple):
+        tokens, entries = found
+        return (tokens if final is None else final(tokens)), listed(entries)
+    return listed(found)
+
+
+def _square_patch(model: TimmViT, name: str) -> int:
+    embed: Any = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+    patch, proj = getattr(embed, "patch_size", None), getattr(embed, "proj", None)
+    if isinstance(proj, nn.Conv2d):
+        channels = proj.in_channels
+    elif isinstance(proj, nn.Linear) and isinstance(model, NaFlexVit) and patch is not None:
+        channels = proj.in_features // (patch[0] * patch[1])
+    else:
+        channels = 0
+    if channels != 3 or patch is None or patch[0] != patch[1]:
+        raise BackboneError(f"{name} does not cut the image into square patches ({type(embed).__name__})")
     return int(patch[0])

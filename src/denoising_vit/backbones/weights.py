@@ -20,8 +20,7 @@ from denoising_vit.errors import WeightsError
 from denoising_vit.files import is_safetensors
 
 if TYPE_CHECKING:  # timm takes seconds to import
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
+    from denoising_vit.backbones.timm_vit import TimmViT
 
 #: Parts of names that compilation, data parallelism and the like add, at any place in a name.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -166,7 +165,7 @@ _OF_A_DENOISER = re.compile(r"(.*\.)?denoiser\.(\d+\.)?norm1\.weight")
 _UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive", "visual.proj", "logit_scale")
 
 
-def load_weights(model: VisionTransformer | Eva, tensors: dict[str, Tensor], *, name: str, source: str) -> None:
+def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, source: str) -> None:
     """Loads weights, in timm's names or in those of the original release, into a timm model.
 
     They may stand under any prefix, beside other models: the ViT is where its patch embedding is.
@@ -200,9 +199,7 @@ def load_weights(model: VisionTransformer | Eva, tensors: dict[str, Tensor], *, 
     model.load_state_dict({key: value for key, value in fitted.items() if key in own}, strict=False)
 
 
-def _vit_among(
-    tensors: dict[str, Tensor], model: VisionTransformer | Eva, name: str, source: str
-) -> tuple[str, dict[str, Tensor]]:
+def _vit_among(tensors: dict[str, Tensor], model: TimmViT, name: str, source: str) -> tuple[str, dict[str, Tensor]]:
     """Prefix and tensors of the ViT; everything where none has its patch embedding by timm's name."""
     models = models_among(tensors, re.escape(_PATCHES)) or models_among(tensors, _PATCHES_OF_CLIP)
     # A student may be of another size than its teacher: then the size tells which is meant.
@@ -259,9 +256,12 @@ def require_finite(model: nn.Module, source: str) -> None:
             )
 
 
-def _other_patches(model: VisionTransformer | Eva, state: dict[str, Tensor]) -> str:
+def _other_patches(model: TimmViT, state: dict[str, Tensor]) -> str:
     """What is wrong with the patch embedding: timm would resample one of another patch size without a word."""
-    there, mine = state.get(_PATCHES), model.patch_embed.proj.weight
+    there, embed = state.get(_PATCHES), getattr(model, "patch_embed", None)
+    if embed is None:  # a NaFlexVit, whose patch embedding is resampled by design
+        return ""
+    mine = embed.proj.weight
     if there is None or there.ndim != 4 or there.shape == mine.shape:
         return ""
     return f"patch embedding of shape {tuple(there.shape)} instead of {tuple(mine.shape)}"

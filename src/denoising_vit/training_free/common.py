@@ -1,0 +1,100 @@
+"""Shared by the training-free methods: photos as images, and small safetensors files with a record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
+from denoising_vit.data import find_photos
+from denoising_vit.data.photos import read_photo
+from denoising_vit.errors import ArtifactError, FormatError, PhotoError
+from denoising_vit.files import KEY, atomic_path, read_record, require_version
+from denoising_vit.views.rendering import to_image
+
+FORMAT_VERSION = 1
+
+
+def photo_images(photos: Iterable[Any], backbone: Backbone, size: tuple[int, int]) -> list[Tensor]:
+    """Normalised images (1, 3, H, W) of whole photos, squeezed to ``size``.
+
+    Args:
+        photos: a folder, paths, PIL images or (H, W, 3) uint8 arrays; or normalised images (N, 3, H, W), kept as given.
+        backbone: gives the normalisation and the device.
+        size: (H, W) in pixels.
+
+    Raises:
+        PhotoError: if a photo cannot be read, or there is none.
+    """
+    if isinstance(photos, Tensor):
+        return list(photos.to(backbone.device).split(1))
+    if isinstance(photos, str | Path):
+        photos, _ = find_photos([photos])
+    if isinstance(photos, Image.Image | np.ndarray):
+        photos = [photos]
+    mean, std = (torch.tensor(values, device=backbone.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
+    images = []
+    for photo in photos:
+        image = to_image(read_photo(photo), backbone.device)[None]
+        image = interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
+        images.append((image - mean) / std)
+    if not images:
+        raise PhotoError("no photos given; a few dozen unlabelled ones are needed")
+    return images
+
+
+def write(path: Path, kind: str, values: Tensor, backbone: dict[str, Any], info: dict[str, Any]) -> None:
+    """Write ``values`` and the record of the backbone they belong to."""
+    head = {"format": kind, "format_version": FORMAT_VERSION, "backbone": backbone, "info": info}
+    with atomic_path(path) as temporary:
+        try:
+            save_file({"values": values.detach().cpu().contiguous()}, temporary, metadata={KEY: json.dumps(head)})
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
+
+
+def read(path: Path, kind: str) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    """Values (rows, columns), record of the backbone, and info of a file of this kind.
+
+    Raises:
+        FormatError: if the file is missing, damaged, or of another kind.
+    """
+    try:
+        head = read_record(path)
+        if not isinstance(head, dict) or head.get("format") != kind:
+            raise FormatError(f"{path}: expected a file with {kind!r} metadata")
+        require_version(path, head, FORMAT_VERSION)
+        with safe_open(path, framework="pt") as file:
+            values = file.get_tensor("values")
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: missing, damaged, or not a safetensors file ({error})") from error
+    backbone, info = head.get("backbone"), head.get("info")
+    if not names_backbone(backbone) or not isinstance(info, dict):
+        raise FormatError(f"{path}: damaged, its metadata does not name a backbone and its fingerprint")
+    if values.ndim != 2 or not torch.isfinite(values).all():
+        raise FormatError(f"{path}: damaged, expected a finite matrix, got shape {tuple(values.shape)}")
+    return values, backbone, info
+
+
+def require_same(recorded: dict[str, Any], backbone: Backbone, what: str) -> None:
+    """Refuse another backbone than the recorded one.
+
+    Raises:
+        ArtifactError: naming both.
+    """
+    if not is_recorded(recorded, backbone):
+        raise ArtifactError(
+            f"{what} found for {recorded_words(recorded)}; got {backbone_words(backbone)}. Use that backbone, or find "
+            "them again for this one"
+        )

@@ -1,0 +1,222 @@
+"""Project features onto the complement of the directions that encode position; no training.
+
+Directions come from one of three sources:
+
+- ``blank``: features of a black image differ from place to place by position alone. Their principal directions, as in
+  INSID3 (CVPR 2026): SVD of the normalised, centred tokens.
+- ``artifact``: principal directions of a calibrated G.
+- ``place``: directions of a ridge regression from features to (x, y), removed and fitted again, round by round, as in
+  RASA (Franca, 2025).
+
+The rank is chosen on unlabelled photos, see :func:`choose_rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from denoising_vit.artifact import Artifact
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import describe
+from denoising_vit.errors import PlanError
+from denoising_vit.metrics.position import linear_position_r2
+from denoising_vit.training_free import common
+
+KIND = "denoising-vit/subspace"
+
+Source = Literal["blank", "artifact", "place"]
+
+#: Rank without photos to choose it on. In a first trial, 8 to 32 directions gave about the same (docs/clean.md).
+DEFAULT_RANK = 16
+
+_RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+#: Singular values below this share of the first are rounding.
+_ROUNDING = 1e-5
+
+
+class Subspace(nn.Module):
+    """Orthogonal projection that removes a subspace: ``subspace(features)`` maps (..., C) to (..., C) in float32.
+
+    Args:
+        directions: orthonormal rows (rank, C).
+        backbone: record of the backbone they belong to.
+        info: source, rank and how it was chosen; JSON values.
+    """
+
+    directions: Tensor
+
+    def __init__(self, directions: Tensor, backbone: dict[str, Any], info: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.register_buffer("directions", directions.detach().float())
+        self.backbone, self.info = backbone, info or {}
+
+    @property
+    def rank(self) -> int:
+        """Number of directions removed."""
+        return len(self.directions)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (..., C) without their components along the directions."""
+        features, directions = features.float(), self.directions.float()
+        return features - features @ directions.T @ directions
+
+    def require_of(self, backbone: Backbone) -> None:
+        """Refuse another backbone.
+
+        Raises:
+            ArtifactError: naming both.
+        """
+        common.require_same(self.backbone, backbone, "these positional directions were")
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that :meth:`load` reads."""
+        common.write(Path(path), KIND, self.directions, self.backbone, self.info)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Subspace:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FormatError: if the file is missing, damaged, or something else.
+        """
+        return cls(*common.read(Path(path), KIND))
+
+    def extra_repr(self) -> str:
+        """One line for ``repr``."""
+        return f"{self.rank} of {self.directions.shape[1]} directions, from {self.info.get('source', 'given')}"
+
+
+@torch.no_grad()
+def find_subspace(
+    backbone: Backbone,
+    photos: Iterable[Any] | None = None,
+    *,
+    source: Source = "blank",
+    rank: int | Literal["auto"] = "auto",
+    artifact: Artifact | None = None,
+    size: tuple[int, int] | None = None,
+) -> Subspace:
+    """Find the directions of a backbone's features that encode position.
+
+    Args:
+        backbone: the extractor.
+        photos: a few dozen unlabelled photos: paths, PIL images or (H, W, 3) uint8 arrays. They choose the rank, and
+            ``place`` fits its directions to them. Without photos, ``auto`` is 16.
+        source: where directions come from, see the module's docstring.
+        rank: number of directions, or ``auto`` for :func:`choose_rank`.
+        artifact: G of the backbone, for the source ``artifact``.
+        size: (H, W) in pixels; the backbone's default size if not given.
+
+    Raises:
+        PlanError: if the source is unknown, or what it needs is missing, or there are not as many directions as the
+            rank asks for.
+        ArtifactError: if the artifact is for another backbone.
+    """
+    size = size or (backbone.default_size, backbone.default_size)
+    images = [] if photos is None else common.photo_images(photos, backbone, size)
+    features = torch.cat([backbone(image).cpu() for image in images]) if images else None
+    if source == "blank":
+        directions = blank_directions(backbone, size)
+    elif source == "artifact":
+        if artifact is None:
+            raise PlanError("source='artifact' needs the artifact: find_subspace(..., artifact=dv.load_artifact(...))")
+        artifact.require_of(backbone)
+        directions = principal_directions(artifact.values)
+    elif source == "place":
+        if features is None:
+            raise PlanError("source='place' fits directions to photos: give a few dozen of them")
+        directions = place_directions(features, min(max(_RANKS), backbone.embed_dim // 2))
+    else:
+        raise PlanError(f"unknown source {source!r}; choose from {', '.join(get_args(Source))}")
+    info: dict[str, Any] = {"source": source, "size": list(size)}
+    if rank == "auto" and features is not None:
+        rank, info["ranks"] = choose_rank(features, directions)
+        info["photos"] = len(features)
+    elif rank == "auto":
+        rank = min(DEFAULT_RANK, len(directions), backbone.embed_dim // 4)
+    if not 0 <= rank <= len(directions):
+        raise PlanError(f"rank must be 0 to {len(directions)}, the directions that {source!r} gives, got {rank}")
+    return Subspace(directions[:rank], describe(backbone), info | {"rank": rank})
+
+
+def principal_directions(features: Tensor, *, unit: bool = False) -> Tensor:
+    """Principal directions (n, C) over places of features (h, w, C), strongest first; those that are rounding left out.
+
+    Args:
+        features: (h, w, C).
+        unit: scale tokens to unit norm first.
+    """
+    tokens = features.flatten(0, 1).double().cpu()  # (h, w, C) -> (h w, C)
+    tokens = normalize(tokens, dim=-1) if unit else tokens
+    _, values, directions = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
+    return directions[values > _ROUNDING * values[0].clamp(min=1e-12)].float()
+
+
+def blank_directions(backbone: Backbone, size: tuple[int, int]) -> Tensor:
+    """Principal directions (n, C) of the normalised, centred tokens of a black image (INSID3)."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
+    black = (-mean / std).expand(3, *size)[None]
+    return principal_directions(backbone(black)[0], unit=True)
+
+
+def place_directions(features: Tensor, most: int, *, ridge: float = 0.3) -> Tensor:
+    """Directions that a ridge regression reads place from, two a round, each round fitted to what is left (RASA).
+
+    Args:
+        features: (N, h, w, C).
+        most: number of directions, about.
+        ridge: weight of the squared coefficients, relative to the mean variance of a channel.
+    """
+    _, h, w, channels = features.shape
+    tokens = features.flatten(0, 2).double().cpu()  # (N, h, w, C) -> (N h w, C)
+    tokens = tokens - tokens.mean(0)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    place = torch.stack([x, y], dim=-1).flatten(0, 1).double().repeat(len(features), 1)  # (N h w, 2)
+    gram, cross = tokens.T @ tokens / len(tokens), tokens.T @ place / len(tokens)
+    penalty = ridge * gram.diagonal().mean() * torch.eye(channels, dtype=torch.float64)
+    found = torch.zeros(0, channels, dtype=torch.float64)
+    while len(found) + 2 <= most:
+        left = torch.eye(channels, dtype=torch.float64) - found.T @ found
+        weights = left @ torch.linalg.solve(left @ gram @ left + penalty, left @ cross)  # (C, 2)
+        new, strength = torch.linalg.qr(weights)
+        if strength.diagonal().abs().min() < 1e-9:
+            break  # nothing linear is left
+        found = torch.cat([found, new.T])
+    return found.float()
+
+
+def choose_rank(features: Tensor, directions: Tensor) -> tuple[int, list[dict[str, float]]]:
+    """The rank with the best trade of place against content, and the figures of every rank that was tried.
+
+    For each rank k (0, 1, 2, 4, ...): ``place`` is the R^2 of a linear probe for position on held-out photos after the
+    projection, as a share of what it was before, and ``lost`` is the share of content variance in the subspace, where
+    content is the tokens minus their mean over photos at each place. The rank minimises ``place + lost``; the smaller
+    one where two are equal. No labels are used.
+
+    Args:
+        features: (N, h, w, C) of N >= 4 photos.
+        directions: orthonormal rows (n, C), strongest first.
+    """
+    if len(features) < 4:
+        raise PlanError(f"choosing the rank needs at least 4 photos, got {len(features)}; give more, or rank=16")
+    content = (features - features.mean(0)).flatten(0, 2).double().cpu()  # (N h w, C)
+    total = float(content.square().sum())
+    lost = (content @ directions.double().T).square().sum(0).cumsum(0) / total  # (n,)
+    most = min(len(directions), features.shape[-1] // 2)
+    tried: list[dict[str, float]] = []
+    before = 0.0
+    for rank in [rank for rank in _RANKS if rank <= most]:
+        left = features - features @ directions[:rank].T @ directions[:rank]
+        place = max(linear_position_r2(left, train=len(features) // 2), 0.0)
+        before = before if rank else max(place, 1e-6)
+        gone = float(lost[rank - 1]) if rank else 0.0
+        tried.append({"rank": rank, "place": round(place, 4), "lost": round(gone, 4), "score": place / before + gone})
+    best = min(tried, key=lambda row: row["score"])
+    return int(best["rank"]), tried
