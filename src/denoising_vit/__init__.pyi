@@ -30,6 +30,10 @@ from .export.options import ExportOptions
 from .export.verifying import verify_export
 from .views.options import CropOptions
 from .views.plan import ViewPlan
+from .export import ExportOptions, export_extractor, load_extractor, verify_export
+from .inplace import clean, restore
+from .training_free import Registers, Subspace, find_registers, find_subspace
+from .views.plan import CropOptions, ViewPlan
 
 __all__ = [
     "SEEDS",
@@ -53,16 +57,22 @@ __all__ = [
     "NeuralFieldOptions",
     "PhotoError",
     "PlanError",
+    "Registers",
     "SizeError",
+    "Subspace",
     "ViewPlan",
     "WeightsError",
     "calibrate",
+    "clean",
     "denoise_image",
     "diagnose",
     "export_extractor",
+    "find_registers",
+    "find_subspace",
     "load_artifact",
     "load_backbone",
     "load_denoiser",
     "load_extractor",
+    "restore",
     "verify_export",
 ]

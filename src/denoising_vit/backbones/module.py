@@ -83,22 +83,31 @@ class ModuleBackbone(Backbone):
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         found = tensor_in(self.model(image), self.name)
         h, w = self.grid_size(*image.shape[2:])
-        tokens = self.as_tokens(found, (h, w))
+        tokens = as_tokens(found, self.layout, (h, w), self.name)
         prefix = tokens.shape[1] - h * w
         expected = range(_MOST_PREFIX_TOKENS + 1) if self.prefix_tokens is None else (self.prefix_tokens,)
         if prefix not in expected:  # a wrong patch size leaves far too many, or too few
             return tokens, tokens[:, :0]  # refused by the caller, with what was expected
         return tokens[:, prefix:], tokens[:, :prefix]
 
-    def as_tokens(self, output: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, h, w, C), (B, C, h, w) or tokens -> tokens (B, prefix + h w, C)."""
-        match self.layout if self.layout != "auto" else _layout(output, *grid, self.name):
-            case "channels_last":
-                return output.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
-            case "channels_first":
-                return output.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
-            case _:
-                return output
+
+def as_tokens(output: Tensor, layout: Layout, grid: tuple[int, int], name: str) -> Tensor:
+    """(B, h, w, C), (B, C, h, w) or tokens -> tokens (B, prefix + h w, C)."""
+    match layout if layout != "auto" else layout_of(output, *grid, name):
+        case "channels_last":
+            return output.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
+        case "channels_first":
+            return output.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h w, C)
+        case _:
+            return output
+
+
+def as_output(tokens: Tensor, layout: Layout, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, prefix + h w, C) in a layout, as :func:`as_tokens` took them."""
+    if layout == "tokens":
+        return tokens
+    features = tokens.unflatten(1, grid)  # (B, h w, C) -> (B, h, w, C)
+    return features if layout == "channels_last" else features.permute(0, 3, 1, 2)
 
 
 def tensor_in(output: Any, name: str) -> Tensor:
@@ -108,10 +117,7 @@ def tensor_in(output: Any, name: str) -> Tensor:
         BackboneError: if there is no tensor.
     """
     key = _key(output)
-    if key is None:
-        found = getattr(output, "last_hidden_state", output)
-    else:
-        found = output[key]
+    found = getattr(output, "last_hidden_state", output) if key is None else output[key]
     if not isinstance(found, Tensor):
         raise BackboneError(f"{name} returned {type(found).__name__}; expected a tensor of features")
     return found
@@ -143,7 +149,12 @@ def _key(output: Any) -> str | int | None:
     return 0 if isinstance(output, tuple | list) and output else None
 
 
-def _layout(output: Tensor, h: int, w: int, name: str) -> Layout:
+def layout_of(output: Tensor, h: int, w: int, name: str) -> Layout:
+    """Layout of an output, by its shape.
+
+    Raises:
+        BackboneError: if the shape fits no layout, or two.
+    """
     if output.ndim == 3:
         return "tokens"
     last = output.ndim == 4 and tuple(output.shape[1:3]) == (h, w)
