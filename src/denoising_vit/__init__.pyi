@@ -28,12 +28,10 @@ from .export.exporting import export_extractor
 from .export.extractor_file import load_extractor
 from .export.options import ExportOptions
 from .export.verifying import verify_export
-from .views.options import CropOptions
-from .views.plan import ViewPlan
-from .export import ExportOptions, export_extractor, load_extractor, verify_export
 from .inplace import clean, restore
 from .training_free import Registers, Subspace, find_registers, find_subspace
-from .views.plan import CropOptions, ViewPlan
+from .views.options import CropOptions
+from .views.plan import ViewPlan
 
 __all__ = [
     "SEEDS",

@@ -1,4 +1,4 @@
-"""Models the method was published for."""
+"""Models the method was published for, and families of models that load."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Seed:
     """One published model.
 
     Attributes:
-        family: how it was pretrained.
+        family: pretraining.
         patch_size: side of a patch in pixels.
-        size: side of the images that features are taken from.
-        in_paper: whether the paper names it (the others are in the published code only).
+        size: side of the images in pixels.
+        in_paper: True if the paper names it; the others are in the published code only.
     """
 
     family: str
@@ -48,3 +48,53 @@ SEEDS: dict[str, Seed] = {
     "vit_huge_patch14_224.mae": _seed("MAE", 14, in_paper=False),
     "vit_base_patch16_clip_224.openai": _seed("CLIP", 16, in_paper=False),
 }
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family of models, and whether it makes a backbone.
+
+    Attributes:
+        name: family.
+        example: smallest timm name, or a Hugging Face id.
+        loads: True if ``load_backbone`` takes it by name.
+        note: kind of positions and prefix tokens; for others, the reason and what to do.
+    """
+
+    name: str
+    example: str
+    loads: bool
+    note: str
+
+
+#: Families by the classes of the installed timm and by `model_type` of transformers; tests build each one.
+MODEL_FAMILIES: tuple[ModelFamily, ...] = (
+    ModelFamily("ViT, DINO, MAE, CLIP, DeiT", "vit_tiny_patch16_224", True, "learned positions, class token"),
+    ModelFamily("DINOv2", "vit_small_patch14_reg4_dinov2", True, "learned positions, class token, 0 or 4 registers"),
+    ModelFamily("DINOv3, EUPE", "vit_small_patch16_dinov3", True, "rotary positions, class token, 4 registers"),
+    ModelFamily("SigLIP, SigLIP 2", "vit_base_patch16_siglip_224", True, "learned positions, no prefix tokens"),
+    ModelFamily("SigLIP 2 NaFlex", "naflexvit_base_patch16_siglip", True, "learned positions, no prefix tokens"),
+    ModelFamily(
+        "C-RADIO v3, v4", "naflexvit_base_patch16_radio_v3", True, "learned positions, 8 prefix tokens"
+    ),
+    ModelFamily("TIPSv2", "vit_base_patch14_reg1_tipsv2", True, "learned positions, class token, 1 register"),
+    ModelFamily(
+        "PE-Spatial, PE-Core", "vit_pe_spatial_tiny_patch16_512", True, "rotary and learned positions"
+    ),
+    ModelFamily("AIMv2", "aimv2_large_patch14_224", True, "learned positions, no prefix tokens, RMS norm"),
+    ModelFamily("EVA-02", "eva02_tiny_patch14_224", True, "rotary and learned positions, class token"),
+    ModelFamily("BEiT-3", "beit3_base_patch16_224", True, "learned positions, class token"),
+    ModelFamily("Hugging Face", "hf:facebook/dinov2-small", True, "DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP"),
+    ModelFamily("Hiera", "hiera_tiny_224", False, "grids of several stages: wrap forward_features with patch_size=32"),
+    ModelFamily(
+        "BEiT, BEiT v2", "beit_base_patch16_224", False, "one size only: wrap with patch_size=16"
+    ),
+    ModelFamily(
+        "ViT with relative positions", "vit_relpos_small_patch16_224", False, "one size only: wrap it"
+    ),
+    ModelFamily("SAM", "samvit_base_patch16", False, "windows of one size: wrap forward_features with patch_size=16"),
+    ModelFamily("Hybrid ViT", "vit_small_r26_s32_224", False, "patches of a ResNet: wrap forward_features"),
+    ModelFamily(
+        "Swin, XCiT, CaiT, ConvNeXt", "swin_tiny_patch4_window7_224", False, "no plain ViT: wrap it"
+    ),
+)
