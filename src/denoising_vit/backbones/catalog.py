@@ -74,27 +74,17 @@ MODEL_FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily("DINOv3, EUPE", "vit_small_patch16_dinov3", True, "rotary positions, class token, 4 registers"),
     ModelFamily("SigLIP, SigLIP 2", "vit_base_patch16_siglip_224", True, "learned positions, no prefix tokens"),
     ModelFamily("SigLIP 2 NaFlex", "naflexvit_base_patch16_siglip", True, "learned positions, no prefix tokens"),
-    ModelFamily(
-        "C-RADIO v3, v4", "naflexvit_base_patch16_radio_v3", True, "learned positions, 8 prefix tokens"
-    ),
+    ModelFamily("C-RADIO v3, v4", "naflexvit_base_patch16_radio_v3", True, "learned positions, 8 prefix tokens"),
     ModelFamily("TIPSv2", "vit_base_patch14_reg1_tipsv2", True, "learned positions, class token, 1 register"),
-    ModelFamily(
-        "PE-Spatial, PE-Core", "vit_pe_spatial_tiny_patch16_512", True, "rotary and learned positions"
-    ),
+    ModelFamily("PE-Spatial, PE-Core", "vit_pe_spatial_tiny_patch16_512", True, "rotary and learned positions"),
     ModelFamily("AIMv2", "aimv2_large_patch14_224", True, "learned positions, no prefix tokens, RMS norm"),
     ModelFamily("EVA-02", "eva02_tiny_patch14_224", True, "rotary and learned positions, class token"),
     ModelFamily("BEiT-3", "beit3_base_patch16_224", True, "learned positions, class token"),
     ModelFamily("Hugging Face", "hf:facebook/dinov2-small", True, "DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP"),
     ModelFamily("Hiera", "hiera_tiny_224", False, "grids of several stages: wrap forward_features with patch_size=32"),
-    ModelFamily(
-        "BEiT, BEiT v2", "beit_base_patch16_224", False, "one size only: wrap with patch_size=16"
-    ),
-    ModelFamily(
-        "ViT with relative positions", "vit_relpos_small_patch16_224", False, "one size only: wrap it"
-    ),
+    ModelFamily("BEiT, BEiT v2", "beit_base_patch16_224", False, "one size only: wrap with patch_size=16"),
+    ModelFamily("ViT with relative positions", "vit_relpos_small_patch16_224", False, "one size only: wrap it"),
     ModelFamily("SAM", "samvit_base_patch16", False, "windows of one size: wrap forward_features with patch_size=16"),
     ModelFamily("Hybrid ViT", "vit_small_r26_s32_224", False, "patches of a ResNet: wrap forward_features"),
-    ModelFamily(
-        "Swin, XCiT, CaiT, ConvNeXt", "swin_tiny_patch4_window7_224", False, "no plain ViT: wrap it"
-    ),
+    ModelFamily("Swin, XCiT, CaiT, ConvNeXt", "swin_tiny_patch4_window7_224", False, "no plain ViT: wrap it"),
 )

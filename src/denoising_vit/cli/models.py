@@ -26,6 +26,7 @@ def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg
         return
     from denoising_vit.backbones.bundled import bundled_available
     from denoising_vit.denoiser import HUB_ID, published_file, published_variants
+
     table = Table(box=None, pad_edge=False)
     table.add_column("backbone", no_wrap=True)  # names are there to be copied
     table.add_column("pretraining")
