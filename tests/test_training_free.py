@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -108,9 +108,9 @@ def test_photos_choose_the_rank(tmp_path: Path) -> None:
         again.require_of(planted.backbone(seed=1))
     with pytest.raises(dv.FormatError, match="expected a file with 'denoising-vit/registers' metadata"):
         Registers.load(tmp_path / "a.safetensors")
-    for wrong in ({"source": "x"}, {"source": "place"}, {"source": "artifact"}):
+    for wrong in ("x", "place", "artifact"):
         with pytest.raises(dv.PlanError):
-            find_subspace(backbone, **wrong)
+            find_subspace(backbone, source=wrong)  # pyright: ignore[reportArgumentType]
 
 
 # --- average
@@ -168,9 +168,8 @@ BLOCK, NEURON = 1, 5
 def outlying(image: Tensor, white: Tensor) -> Any:
     """A ViT in which one neuron writes a long direction at white patches."""
     torch.manual_seed(0)
-    model: Any = timm.create_model(
-        "vit_tiny_patch16_224", img_size=96, embed_dim=64, depth=4, num_heads=2, num_classes=0, dynamic_img_size=True
-    ).eval()
+    shape: dict[str, Any] = {"img_size": 96, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 0}
+    model = cast(Any, timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **shape).eval())
     mlp, seen = model.blocks[BLOCK].mlp, []
     handle = mlp.fc1.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -262,7 +261,7 @@ class _Features(nn.Module):
 
 def test_a_model_without_outliers_stays_as_it_is() -> None:
     torch.manual_seed(0)
-    model: Any = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0, img_size=96).eval()
+    model = cast(Any, timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0, img_size=96).eval())
     image = torch.randn(4, 3, 96, 96)
     raw, before = model.forward_features(image), repr(model)
     with pytest.warns(dv.errors.DenoisingVitWarning, match="the model is left as it is"):

@@ -429,8 +429,9 @@ class _CleanTransformers(_Cleaned):
         found = run(*args, **kwargs)
         cleaning = self._cleaning
 
+        others = {name: value for name, value in kwargs.items() if name != "pixel_values"}
+
         def again(moved_image: Tensor) -> Tensor:
-            others = {name: value for name, value in kwargs.items() if name != "pixel_values"}
             return tensor_in(run(pixel_values=moved_image, **others), "the model")
 
         def cleaned(tokens: Tensor, normed: bool, rerun: Callable[[Tensor], Tensor]) -> Tensor:
@@ -446,16 +447,13 @@ class _CleanTransformers(_Cleaned):
         states, where = _hidden_states(found)
         if states is None:
             return changed
-        if states[-1] is last:
-            end = clean
-        else:
-            end = cleaned(
-                states[-1],
-                False,
-                lambda other: _hidden_states(
-                    run(pixel_values=other, **{name: value for name, value in kwargs.items() if name != "pixel_values"})
-                )[0][-1],
-            )
+
+        def again_before_the_norm(moved_image: Tensor) -> Tensor:
+            more = _hidden_states(run(pixel_values=moved_image, **others))[0]
+            assert more is not None  # as in the first pass
+            return more[-1]
+
+        end = clean if states[-1] is last else cleaned(states[-1], False, again_before_the_norm)
         states = (*states[:-1], end)
         if isinstance(where, int):
             return (*changed[:where], states, *changed[where + 1 :])

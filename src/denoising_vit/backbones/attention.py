@@ -1,4 +1,4 @@
-"""Attention that is fast in bfloat16 on CPUs: a few heads at a time, as three plain matrix operations.
+"""Fast bfloat16 attention on CPUs: a few heads at a time, as plain matrix products.
 
 The scores of one head of 1,370 tokens (3.8 MB) stay in the cache, and products and softmax run at the full rate of the
 vendor's kernels; torch's fused CPU kernel reaches less than half of that in bfloat16. docs/decisions.md has the figures
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: Below this many tokens the fused kernel has no disadvantage.
+#: With fewer tokens the fused kernel is as fast.
 _LEAST_TOKENS = 256
 
-#: Scores that are held at once, few enough for the cache: one head of 1,370 tokens (3.8 MB), or several of fewer.
+#: Number of scores held at once, so that they fit the cache: one head of 1,370 tokens (3.8 MB), or several of fewer.
 _MOST_SCORES = 1 << 21
 
 
@@ -46,7 +46,7 @@ class BlockedAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """The result, or None where the call is left to torch; the signature is torch's."""
+        """The result, or None to let torch compute it; the signature is torch's."""
         plain = attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa
         if not plain or not _applies(query, key, value):
             return None
@@ -81,7 +81,7 @@ def blocked_attention(
 
 
 def _scratch_shape(query: Tensor) -> tuple[int, int, int, int]:
-    """Room for scores and for shares of as many heads as are taken at once."""
+    """Shape of the buffer for scores and softmax of the heads computed at once."""
     _, heads, tokens, _ = query.shape
     return 2, min(max(_MOST_SCORES // tokens**2, 1), heads), tokens, tokens
 

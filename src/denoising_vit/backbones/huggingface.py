@@ -1,4 +1,4 @@
-"""Backbones from Hugging Face transformers: the ViTs whose patch tokens make a grid."""
+"""Backbones from Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from denoising_vit.errors import BackboneError
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the models that transformers has.
+    """Differences between the model families of transformers.
 
     Attributes:
-        model: the class in transformers that gives the tokens.
-        norm: where the model keeps its final norm.
-        normed: whether the tokens that it returns have been through that norm.
-        resamples: whether it takes ``interpolate_pos_encoding``, and refuses sizes that are not its own without it.
-        class_tokens: tokens before those of registers and patches.
+        model: name of the class in transformers that returns the tokens.
+        norm: name of the final norm in the model.
+        normed: True if the returned tokens are normalised.
+        resamples: True if it takes ``interpolate_pos_encoding``, and needs it for other image sizes.
+        class_tokens: number of tokens before registers and patches.
         build: further arguments of the class.
-        config: values that the configuration is given, to leave out what dense features never use.
+        config: values set in the configuration, to leave out parts that dense features do not use.
     """
 
     model: str
@@ -34,7 +34,7 @@ class Family:
     config: tuple[tuple[str, Any], ...] = ()
 
     def prefix_tokens(self, config: Any) -> int:
-        """How many tokens stand before those of patches."""
+        """Number of tokens before the patch tokens."""
         return self.class_tokens + getattr(config, "num_register_tokens", 0)
 
 
@@ -44,7 +44,7 @@ _SIGLIP = Family(
     "SiglipVisionModel", "post_layernorm", resamples=True, class_tokens=0, config=(("vision_use_head", False),)
 )
 
-#: By ``model_type``. Models with a text tower beside it have the image tower's configuration as ``vision_config``.
+#: By ``model_type``. Models with a text tower keep the image tower's configuration in ``vision_config``.
 FAMILIES: dict[str, Family] = {
     "dinov2": Family("Dinov2Model", "layernorm"),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm"),
@@ -60,12 +60,12 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """What a model's files say of the images it takes.
+    """Images that a model takes.
 
     Attributes:
         mean: per-channel mean of the normalisation.
-        std: per-channel deviation of it.
-        size: side of the square images it is shown.
+        std: per-channel deviation of the normalisation.
+        size: default side of the square images in pixels.
     """
 
     mean: tuple[float, float, float]
@@ -74,16 +74,16 @@ class Shown:
 
 
 class HuggingFaceBackbone(Backbone):
-    """A ViT of transformers. Its position embedding is resampled as transformers does, not as timm does.
+    """A ViT of transformers. Its position embedding is resampled as transformers does it, not as timm does.
 
     Args:
-        model: of one of the families.
-        family: that it is of.
-        shown: the images it takes.
-        name: what to call it.
+        model: a model of one of the families.
+        family: its family.
+        shown: images that it takes.
+        name: name for messages and records.
         layer: block whose output is taken, negative from the end.
-        norm: whether to apply the model's final norm.
-        weights: where the weights came from, in words.
+        norm: apply the model's final norm.
+        weights: origin of the weights, for records and messages.
 
     Raises:
         BackboneError: if the layer does not exist, or patches are not square.
@@ -117,7 +117,7 @@ class HuggingFaceBackbone(Backbone):
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         if self.layer != (self.depth or 0) - 1 or not self.norm:
             return self._intermediate_tokens(image, ())[0]
-        tokens = self._run(image).last_hidden_state  # the common case keeps no other block's output
+        tokens = self._run(image).last_hidden_state  # keeps no other block's output in memory
         return self._split(tokens if self.family.normed else self._final_norm(tokens))
 
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -137,14 +137,14 @@ class HuggingFaceBackbone(Backbone):
         return tokens[:, self._prefix :], tokens[:, : self._prefix]
 
     def _fingerprint_size(self) -> int:
-        return 8 * self.patch_size  # as of timm's; the model takes any size
+        return 8 * self.patch_size  # as for timm; the model takes any size
 
 
 def square_side(given: Any, what: str) -> int:
-    """The side that a configuration gives as one number or as two.
+    """Side of a square that a configuration gives as one number or two.
 
     Raises:
-        BackboneError: if the two differ, or it is no whole number above zero.
+        BackboneError: if the numbers differ or are not positive integers.
     """
     sides = list(given) if isinstance(given, list | tuple) else [given, given]
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)

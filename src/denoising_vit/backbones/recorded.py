@@ -1,4 +1,4 @@
-"""A backbone as it is recorded in files: whether one at hand is it, and how to tell people of it."""
+"""Records of backbones in result files: write, compare, describe in messages."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.fingerprint import Fingerprint
 from denoising_vit.files import digest
 
-#: What owners tell backbones apart by, besides their names.
+#: Keys of a record that messages name.
 _TOLD = ("layer", "norm", "stride", "weights")
 
 
 def names_backbone(record: Any) -> bool:
-    """Whether a value that a file holds is such a record: a name, and numbers as fingerprint."""
+    """True if a value read from a file is a record: a dictionary with a name and a numeric fingerprint."""
     fingerprint = record.get("fingerprint") if isinstance(record, dict) else None
     numbers = isinstance(fingerprint, list) and all(isinstance(value, int | float) for value in fingerprint)
     return numbers and isinstance(record.get("name"), str)
 
 
 def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
-    """Whether a backbone has the recorded weights, layer, norm and stride: by its fingerprint."""
+    """True if the backbone has the recorded weights, layer, norm and stride, by its fingerprint."""
     return backbone.fingerprint.matches(Fingerprint(tuple(recorded["fingerprint"])))
 
 
 def recorded_words(recorded: dict[str, Any]) -> str:
-    """A recorded backbone as its owner would tell it from another."""
+    """A recorded backbone for messages."""
     known = [(key, recorded.get(key)) for key in _TOLD]
     known.append(("fingerprint", Fingerprint(tuple(recorded["fingerprint"])).short))
     known.append(("digest", (recorded.get("digest") or "")[:8] or None))
@@ -33,16 +33,15 @@ def recorded_words(recorded: dict[str, Any]) -> str:
 
 
 def backbone_words(backbone: Backbone) -> str:
-    """A backbone at hand, in the same words."""
+    """A loaded backbone for messages, in the words of :func:`recorded_words`."""
     known = {key: getattr(backbone, key) for key in ("name", *_TOLD)}
     return recorded_words(known | {"fingerprint": backbone.fingerprint.values, "digest": backbone.digest})
 
 
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two records are of the same weights, layer, norm and stride.
+    """True if two records have the same weights, layer, norm and stride.
 
-    The digests decide where both have one of the same model in the same precision. Earlier versions recorded none, and
-    the same weights have another digest in another precision: then the fingerprints decide.
+    Digests decide if both records have one, for the same model in the same precision; fingerprints decide otherwise.
     """
     digests = [record.get("digest") for record in (one, other)]
     if all(digests) and all(one.get(key) == other.get(key) for key in ("name", "dtype")) and digests[0] != digests[1]:
@@ -52,12 +51,12 @@ def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def weights_key(backbone: Backbone) -> str:
-    """What files that hold features are named by: another for any other weights. Functions have a fingerprint only."""
+    """Key for files of cached features: the digest of the weights, or of the fingerprint if there is no digest."""
     return backbone.digest or digest(backbone.fingerprint.values)
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
-    """What is recorded of a backbone with every result, as JSON values."""
+    """Record of a backbone for result files; JSON values."""
     return {
         "name": backbone.name,
         "weights": backbone.weights,

@@ -31,7 +31,7 @@ def generalise(module: nn.Module) -> None:
 
 
 @functools.cache
-def _subclass(mixin: type[Specialised], base: type[nn.Module]) -> type:
+def _subclass(mixin: type[Specialised], base: type[nn.Module]) -> Any:
     # The same name and module as the original: other libraries look classes up by them. `forward` keeps its signature,
     # which transformers inspects.
     names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -137,7 +137,9 @@ def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, *
             + ". `dvit models` lists the published ones; any other module can be passed with its patch size"
         )
     flexible = model_entrypoint(architecture).__module__ == NaFlexVit.__module__  # takes any size as it is
-    options = changes | ({} if flexible else {"dynamic_img_size": True}) | ({} if depth is None else {"depth": depth})
+    options: dict[str, Any] = (
+        changes | ({} if flexible else {"dynamic_img_size": True}) | ({} if depth is None else {"depth": depth})
+    )
     try:
         with seeded(0):  # timm draws initial weights from the global generator
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)

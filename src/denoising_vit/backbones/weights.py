@@ -22,17 +22,16 @@ from denoising_vit.files import is_safetensors
 if TYPE_CHECKING:  # timm takes seconds to import
     from denoising_vit.backbones.timm_vit import TimmViT
 
-#: Parts of names that compilation, data parallelism and the like add, at any place in a name.
+#: Name parts that compilation, data parallelism and similar wrappers add anywhere in a name.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
-#: Words in a prefix, from the model that is meant to be used to the one that is not.
+#: Words in a prefix, in order of preference.
 _BEST, _AVERAGED, _LAST = {"teacher", "target"}, {"ema"}, {"student", "online"}
 
-#: The function that NumPy's scalars are pickled by; its module was renamed in NumPy 2.
+#: Function by which NumPy scalars are pickled; its module was renamed in NumPy 2.
 _SCALAR = np.float64(0).__reduce__()[0]
 
-#: What checkpoints hold besides tensors: command lines, and numbers of NumPy, as schedules make learning rates. None of
-#: them runs code: a number is made of a type and its bytes.
+#: Types besides tensors that checkpoints hold: command lines, and NumPy scalars such as learning rates. None runs code.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -40,18 +39,18 @@ _HARMLESS: list[Any] = [
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
 ]
 
-#: What is let through is a setting of the whole process.
+#: The allowed types are a setting of the whole process.
 _TURN = threading.Lock()
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch file by their names: those of nested containers before them, with dots.
+    """Tensors of a safetensors or PyTorch file by name; names of nested containers are joined by dots.
 
-    The content tells the kind of file, not its name. PyTorch files are read with ``weights_only=True``: code hidden in
-    a pickle is refused, never run. States of optimizers are left out, and what wrappers add to names.
+    The file's content decides the format, not its name. PyTorch files are read with ``weights_only=True``, so code in a
+    pickle is refused. Optimizer states and the name parts of wrappers are left out.
 
     Raises:
-        WeightsError: if the file is missing, damaged, holds anything but weights, or holds none.
+        WeightsError: if the file is missing, damaged, holds more than weights, or holds none.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
@@ -69,7 +68,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: refused, the file is damaged or holds more than weights (code is never run from a checkpoint). "
             "Convert it to safetensors where you trust it"
         ) from error
-    except Exception as error:  # damaged files meet the readers with all kinds
+    except Exception as error:  # damaged files raise errors of many kinds
         raise WeightsError(
             f"{path}: not a readable safetensors or PyTorch weights file ({type(error).__name__}: {error})"
         ) from error
@@ -81,13 +80,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def models_among(tensors: dict[str, Tensor], landmark: str) -> dict[str, dict[str, Tensor]]:
-    """The models in a checkpoint: their own names to tensors, by the prefix that the checkpoint has before them.
+    """Models in a checkpoint by prefix: for each, its tensors without the prefix.
 
-    A teacher comes before an average of weights (EMA), this before others, and a student comes last.
+    A teacher comes first, then an average of weights (EMA), then others, a student last.
 
     Args:
-        tensors: by their full names.
-        landmark: pattern of a name that each of them has once.
+        tensors: tensors by full name.
+        landmark: pattern of a name that each model has once.
     """
     found = (re.fullmatch(rf"((?:.*\.)?){landmark}", name) for name in tensors)
     prefixes = sorted({match[1] for match in found if match}, key=len, reverse=True)
@@ -100,10 +99,10 @@ def models_among(tensors: dict[str, Tensor], landmark: str) -> dict[str, dict[st
 
 
 def the_model(models: dict[str, dict[str, Tensor]], source: str) -> tuple[str, dict[str, Tensor]]:
-    """Prefix and tensors of the one to be used of those that :func:`models_among` found.
+    """Prefix and tensors of the preferred model of those that :func:`models_among` found.
 
     Raises:
-        WeightsError: if nothing tells which; it names their prefixes.
+        WeightsError: if two are equally preferred; it names their prefixes.
     """
     best, *others = models
     if alike := [prefix for prefix in others if _rank(prefix) == _rank(best)]:
@@ -115,7 +114,7 @@ def the_model(models: dict[str, dict[str, Tensor]], source: str) -> tuple[str, d
 
 
 def without_containers(tensors: dict[str, Tensor], containers: tuple[str, ...]) -> dict[str, Tensor]:
-    """Names without those of containers that all tensors are in."""
+    """Tensors without the names of containers that hold all of them."""
     for container in containers:
         if tensors and all(name.startswith(f"{container}.") for name in tensors):
             inner = {name.removeprefix(f"{container}."): tensor for name, tensor in tensors.items()}
@@ -130,7 +129,7 @@ def _rank(prefix: str) -> int:
 
 
 def _unpickled(path: Path) -> object:
-    # An open file: torch would take one for safetensors by its name.
+    # An open file: torch would choose the format by the file's name.
     with _TURN, torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -146,19 +145,19 @@ def _named(content: object, before: tuple[str, ...] = ()) -> Iterator[tuple[str,
             yield from _named(value, parts)
 
 
-#: What every ViT in timm's names has, under whatever prefix.
+#: Landmark of a ViT under timm's names.
 _PATCHES = "patch_embed.proj.weight"
 
-#: The same in the names of CLIP's release, which timm translates.
+#: The same under the names of CLIP's release, which timm translates.
 _PATCHES_OF_CLIP = r"visual\.conv1\.weight"
 
-#: The same in the names of Hugging Face transformers.
+#: The same under the names of Hugging Face transformers.
 _PATCHES_OF_TRANSFORMERS = re.compile(r"(.*\.)?embeddings\.patch_embeddings?(\.projection)?\.weight")
 
-#: Where files keep weights in other names that timm translates.
+#: Containers of weights under other names that timm translates.
 _CONTAINERS = ("model", "state_dict", "teacher")
 
-#: What every denoiser has.
+#: Landmark of a denoiser.
 _OF_A_DENOISER = re.compile(r"(.*\.)?denoiser\.(\d+\.)?norm1\.weight")
 
 #: Parts of checkpoints that dense features never use: classifiers, pooling heads, decoders, training tokens.
@@ -166,19 +165,18 @@ _UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive
 
 
 def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, source: str) -> None:
-    """Loads weights, in timm's names or in those of the original release, into a timm model.
+    """Load weights under timm's names, or those of the original release, into a timm model.
 
-    They may stand under any prefix, beside other models: the ViT is where its patch embedding is.
+    They may have any prefix, and other models may be in the same file.
 
     Args:
-        model: that gets them.
-        tensors: of a file, by their full names.
-        name: of the model, for messages.
-        source: the file, for messages.
+        model: model to load into.
+        tensors: tensors of the file, by full name.
+        name: name of the model, for messages.
+        source: name of the file, for messages.
 
     Raises:
-        WeightsError: if there are none, or anything is missing, left over, or of another shape; the message names both
-            sides.
+        WeightsError: if there are none, or any is missing, left over, or of another shape.
     """
     prefix, state = _vit_among(tensors, model, name, source)
     where = f"the ViT under {prefix!r}" if prefix else "its weights"
@@ -189,7 +187,7 @@ def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, sourc
     own = model.state_dict()
     try:
         fitted = dict(filters.checkpoint_filter_fn(dict(state), model))
-    except Exception as error:  # timm reshapes what it takes for its own, and fails in many ways where it is not
+    except Exception as error:  # timm reshapes tensors, and raises errors of many kinds
         reason = _difference(own, state) or f"{type(error).__name__}: {error}"
         raise WeightsError(f"{misfit}: {reason}") from error
     if reason := _difference(own, fitted):
@@ -200,9 +198,9 @@ def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, sourc
 
 
 def _vit_among(tensors: dict[str, Tensor], model: TimmViT, name: str, source: str) -> tuple[str, dict[str, Tensor]]:
-    """Prefix and tensors of the ViT; everything where none has its patch embedding by timm's name."""
+    """Prefix and tensors of the ViT; all tensors if none is a patch embedding under timm's name."""
     models = models_among(tensors, re.escape(_PATCHES)) or models_among(tensors, _PATCHES_OF_CLIP)
-    # A student may be of another size than its teacher: then the size tells which is meant.
+    # A student may have another size than its teacher: prefer the one that fits.
     fitting = {prefix: state for prefix, state in models.items() if not _other_patches(model, state)}
     if models:
         prefix, state = the_model(fitting or models, source)
@@ -221,8 +219,8 @@ def _vit_among(tensors: dict[str, Tensor], model: TimmViT, name: str, source: st
 
 
 def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """What is missing, left over, or of another shape; empty where nothing is."""
-    # A norm behind the pooling is not needed of a file, unless the model has one: then it is the final norm.
+    """Missing, left over or misshapen tensors, for messages; empty if there are none."""
+    # A norm behind the pooling may be missing in the file, unless the model uses it as the final norm.
     missing = [key for key in own if key not in state and not (key.startswith(_UNUSED) and "fc_norm" not in key)]
     unknown = [key for key in state if key not in own and not key.startswith(_UNUSED)]
     shapes = [
@@ -242,7 +240,7 @@ def _some(keys: list[str], what: str) -> str:
 
 
 def require_finite(model: nn.Module, source: str) -> None:
-    """Refuses weights with NaN or infinity, naming the first.
+    """Refuse weights with NaN or infinity.
 
     Raises:
         WeightsError: if any parameter or buffer is not finite.
@@ -257,7 +255,7 @@ def require_finite(model: nn.Module, source: str) -> None:
 
 
 def _other_patches(model: TimmViT, state: dict[str, Tensor]) -> str:
-    """What is wrong with the patch embedding: timm would resample one of another patch size without a word."""
+    """Describe a patch embedding of another shape, which timm would resample silently; empty if it fits."""
     there, embed = state.get(_PATCHES), getattr(model, "patch_embed", None)
     if embed is None:  # a NaFlexVit, whose patch embedding is resampled by design
         return ""

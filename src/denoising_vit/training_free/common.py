@@ -80,7 +80,7 @@ def read(path: Path, kind: str) -> tuple[Tensor, dict[str, Any], dict[str, Any]]
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: missing, damaged, or not a safetensors file ({error})") from error
     backbone, info = head.get("backbone"), head.get("info")
-    if not names_backbone(backbone) or not isinstance(info, dict):
+    if not isinstance(backbone, dict) or not names_backbone(backbone) or not isinstance(info, dict):
         raise FormatError(f"{path}: damaged, its metadata does not name a backbone and its fingerprint")
     if values.ndim != 2 or not torch.isfinite(values).all():
         raise FormatError(f"{path}: damaged, expected a finite matrix, got shape {tuple(values.shape)}")

@@ -253,7 +253,7 @@ def _vision_transformer(backbone: Backbone) -> VisionTransformer:
     return model
 
 
-def _output_layer(model: Any, block: int) -> nn.Module:
+def _output_layer(model: Any, block: int) -> nn.Linear:
     layer = getattr(getattr(model.blocks[block], "mlp", None), "fc2", None)
     if not isinstance(layer, nn.Linear):
         raise BackboneError(f"block {block} has no MLP with a second linear layer (mlp.fc2), which registers need")
@@ -293,7 +293,7 @@ def _ranked_neurons(
     scores = []
     for block, total in enumerate(sums):
         at, elsewhere = total / counts[:, None]
-        gamma = getattr(getattr(model.blocks[block], "ls2", None), "gamma", torch.ones(()))
+        gamma: Any = getattr(getattr(model.blocks[block], "ls2", None), "gamma", torch.ones(()))
         written = (_output_layer(model, block).weight.float() * gamma.float().reshape(-1, 1)).norm(dim=0).cpu()
         scores.append((at - elsewhere).abs() * written)
     order = torch.cat(scores).argsort(descending=True)[:_MOST_NEURONS].tolist()
