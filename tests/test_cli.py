@@ -27,7 +27,7 @@ import denoising_vit.maps
 from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli import app
-from denoising_vit.cli import denoise_job as verb
+from denoising_vit.denoise import Denoising
 
 #: A random ViT-Ti on a grid of 6 x 6: a photo takes a tenth of a second.
 FAST = [
@@ -104,7 +104,7 @@ def never(*_arguments: Any, **_options: Any) -> None:
 @pytest.fixture
 def no_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it to forbid stage 1 from here on."""
-    return lambda: monkeypatch.setattr(verb, "denoise_image", never)
+    return lambda: monkeypatch.setattr(Denoising, "__call__", never)
 
 
 # --- success ---
@@ -593,7 +593,7 @@ def test_help_exits_with_0(dvit: Dvit, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_ctrl_c_keeps_what_is_finished(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = [cat(tmp_path / f"{name}.jpg", bright=10 * i) for i, name in enumerate(("one", "two", "three"))]
-    real, calls = verb.denoise_image, []
+    real, calls = Denoising.__call__, []
 
     def stop_at_the_second(*arguments: Any, **options: Any) -> Decomposition:
         calls.append(1)
@@ -601,14 +601,14 @@ def test_ctrl_c_keeps_what_is_finished(dvit: Dvit, tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(verb, "denoise_image", stop_at_the_second)
+    monkeypatch.setattr(Denoising, "__call__", stop_at_the_second)
     done = dvit(*photos, "-o", tmp_path / "out")
     assert done.code == 130
     assert len(calls) == 2
     assert listing(tmp_path / "out") == ["one.png", "one.safetensors"]
     assert "interrupted; finished results stay" in done.err
 
-    monkeypatch.setattr(verb, "denoise_image", real)
+    monkeypatch.setattr(Denoising, "__call__", real)
     rows = dvit(*photos, "-o", tmp_path / "out", "--json").rows  # the same command goes on from there
     assert [row["status"] for row in rows] == ["kept", "done", "done"]
 

@@ -20,7 +20,7 @@ import tiny_denoiser as tiny
 from command import Dvit, in_process
 from denoising_vit import Decomposition
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli import denoise_job as verb
+from denoising_vit.denoise import Denoising
 from denoising_vit.denoiser.loading import denoiser_digest
 from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT
 
@@ -87,13 +87,13 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The methods that were run, in order."""
-    real, methods = verb.denoise_image, []
+    real, methods = Denoising.__call__, []
 
     def run(*arguments: Any, **options: Any) -> Decomposition:
-        methods.append(options["options"].method)
+        methods.append(arguments[0].options.method)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(verb, "denoise_image", run)
+    monkeypatch.setattr(Denoising, "__call__", run)
     return methods
 
 
@@ -104,7 +104,7 @@ def no_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def never(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("this must not be called")
 
-    return lambda: monkeypatch.setattr(verb, "denoise_image", never)
+    return lambda: monkeypatch.setattr(Denoising, "__call__", never)
 
 
 def result_of(folder: Path) -> Decomposition:
@@ -361,5 +361,5 @@ def test_too_few_views_for_the_comparison_are_refused_before_any_photo(
 
 def test_help_names_the_options(dvit: Dvit) -> None:
     words = dvit("--help").words
-    for option in ("--denoiser", "--compare", "--method {exact,neural-field,subtract,denoiser,auto}"):
+    for option in ("--denoiser", "--compare", "--method", "neural-field is the published", "auto is denoiser"):
         assert option in words

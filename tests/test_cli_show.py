@@ -99,8 +99,8 @@ def test_where_nothing_could_be_shown_nothing_is_written(show: Show, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--maps", "pac"), "maps must be different ones of pca"),
-        (("--features", "raw,rwa"), "features must be different ones of raw"),
+        (("--maps", "pac"), "unknown maps: 'pac'; choose from pca"),
+        (("--features", "raw,rwa"), "unknown features: 'rwa'; choose from raw"),
         (("--features", "distilled"), "distilled features need the weights"),
         (("--features", "denoiser"), "no denoiser of vit_tiny_patch16_224"),
         (("--palette", "none.safetensors"), "no such palette"),

@@ -113,7 +113,7 @@ def test_stride_and_size(video: Dvit, frames: Path) -> None:
     ("options", "told"),
     [
         (("--panels", "dataset-pca"), "needs the colours of a data set: --palette FILE"),
-        (("--features", "new"), "features must be different ones of raw"),
+        (("--features", "new"), "unknown features: 'new'; choose from raw"),
         (("--features", "denoiser"), "no denoiser of vit_tiny"),
         (("--features", "distilled"), "--distilled"),
         (("--every", "0"), "every must be at least 1"),

@@ -24,15 +24,14 @@ from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.knn import crops_of
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.results import Record, Results
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation import SegmentationOptions
-from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
+from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource
 from denoising_vit.evaluation.workbench import Line, Workbench
-from denoising_vit.extractors import parse_names
+from denoising_vit.extractors import KINDS, Extractor, parse_names
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 from tiny_fit import MODEL, spec_of, write_weights
@@ -536,12 +535,12 @@ def test_linear_probes_of_more_seeds_reuse_those_that_are_there(tmp_path: Path, 
 
 @pytest.mark.parametrize("names", ["raw,rwa", "raw,,exact", "", "raw,raw", "Raw"])
 def test_names_of_sources_that_are_unknown_or_repeated_are_refused(names: str) -> None:
-    with pytest.raises(PlanError, match="features must be different ones of raw, subtract, exact"):
-        parse_names(names, SOURCES)
+    with pytest.raises(PlanError, match=r"features.*; choose from raw, subtract, exact"):
+        parse_names(names, KINDS)
 
 
 def test_names_of_sources_keep_their_order() -> None:
-    assert parse_names("exact, raw", SOURCES) == parse_names(["exact", "raw"], SOURCES) == ("exact", "raw")
+    assert parse_names("exact, raw", KINDS) == parse_names(["exact", "raw"], KINDS) == ("exact", "raw")
 
 
 def test_a_source_that_is_not_there_is_refused_in_words(tmp_path: Path, data: LabelledData) -> None:

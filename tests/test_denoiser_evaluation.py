@@ -15,12 +15,11 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import denoiser_digest, write_denoiser
 from denoising_vit.environment import run_info
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.named_sources import SOURCES
 from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import SegmentationOptions
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.extractors import parse_names
+from denoising_vit.extractors import KINDS, parse_names
 from tiny_labelled import coloured, colours, tiny_backbone, write_labelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,8 +82,8 @@ def cached(folder: Path) -> int:
 
 
 def test_a_denoiser_is_a_source_by_its_name() -> None:
-    assert "denoiser" in SOURCES
-    assert parse_names("raw,denoiser", SOURCES) == ("raw", "denoiser")
+    assert "denoiser" in KINDS
+    assert parse_names("raw,denoiser", KINDS) == ("raw", "denoiser")
 
 
 def test_a_denoiser_gives_a_line_that_is_held_against_the_first(

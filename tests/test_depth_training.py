@@ -39,8 +39,9 @@ from denoising_vit.evaluation.depth.samples import KeptDepth
 from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.outcomes import paired_interval
 from denoising_vit.evaluation.results import Results
-from denoising_vit.evaluation.sources import Extractor, ExtractorSource
+from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench
+from denoising_vit.extractors import Extractor
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 from tiny_depth import (

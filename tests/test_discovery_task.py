@@ -31,8 +31,9 @@ from denoising_vit.evaluation.discovery import (
 from denoising_vit.evaluation.discovery.boxes import best_overlap, on_image
 from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.results import METRICS, Results
-from denoising_vit.evaluation.sources import Extractor, ExtractorSource
+from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.evaluation.workbench import Workbench
+from denoising_vit.extractors import Extractor
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 from tiny_discovery import GRID, scene, scenes, write_davis, write_folders

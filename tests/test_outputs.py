@@ -17,9 +17,9 @@ import tiny_fit
 import tiny_labelled
 from command import Dvit, Outcome, in_process
 from denoising_vit import Decomposition
-from denoising_vit.cli import denoise_job
 from denoising_vit.cli.app import VERBS, run
 from denoising_vit.data.photos import photo_digest, read_photo
+from denoising_vit.denoise import Denoising
 from denoising_vit.denoiser import write_denoiser
 from denoising_vit.errors import OutputError
 from denoising_vit.files import Mark, atomic_path, clipped, digest_of, owned_path, plain_stem, require_ours
@@ -319,7 +319,7 @@ def test_of_two_runs_of_denoise_in_one_folder_none_loses_its_result(
 ) -> None:
     one, two = two_of_one_name(place)
     monkeypatch.setattr(
-        denoise_job, "denoise_image", once(lambda: denoised(place, two), denoise_job.denoise_image)
+        Denoising, "__call__", once(lambda: denoised(place, two), Denoising.__call__)
     )  # the other run claims the name after this one, and is done before it
     denoised(place, one)
     for name, photo in (("same", two), ("same-2", one)):
@@ -331,9 +331,7 @@ def test_of_two_runs_of_denoise_in_one_folder_none_loses_its_result(
 
 
 def test_two_runs_of_the_same_photo_leave_one_result(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        denoise_job, "denoise_image", once(lambda: denoised(place, "00.png"), denoise_job.denoise_image)
-    )
+    monkeypatch.setattr(Denoising, "__call__", once(lambda: denoised(place, "00.png"), Denoising.__call__))
     assert [row["status"] for row in denoised(place, "00.png")] == ["kept"]
     assert {path.name for path in (place.folder / "out").iterdir()} == {"00.safetensors", "00.png"}
 

@@ -587,7 +587,7 @@ def test_a_denoiser_is_fitted_trained_and_probed(
     compare = Workbench.compare
 
     def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
-        info = load_denoiser(str(self.denoiser), backbone=self.backbone).info
+        info = load_denoiser(str(self.cleaners.denoiser), backbone=self.backbone).info
         judged.append(f"{more['task']}: {names[0]} after step {info['step']}, {info['images']} images")
         return compare(self, names, judge, **more)
 
@@ -606,7 +606,7 @@ def test_a_model_of_each_architecture_is_denoised_distilled_and_probed(
     compare = Workbench.compare
 
     def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
-        with safe_open(str(self.distilled), framework="pt") as file:
+        with safe_open(str(self.cleaners.distilled), framework="pt") as file:
             record = json.loads(file.metadata()["denoising_vit"])
         judged.append(f"{more['task']}: {names[0]} after step {record['step']}, {record['info']['photos']} photos")
         return compare(self, names, judge, **more)

@@ -16,8 +16,8 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.environment import run_info
 from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.results import Results
-from denoising_vit.evaluation.sources import Extractor
 from denoising_vit.evaluation.workbench import Workbench
+from denoising_vit.extractors import Extractor
 from denoising_vit.progress import Progress, no_progress
 from tiny_labelled import PATCH, colours, speckled, tiny_backbone
 

@@ -1,4 +1,4 @@
-"""One photo: render views, run the backbone over them, separate what they agree on; or denoise it in one pass."""
+"""Denoise photos: separate one photo's features by stage 1, or clean them in one pass."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import describe
+from denoising_vit.backbones.recorded import describe, same_weights
 from denoising_vit.decomposition.extraction import Photo, load_image
 from denoising_vit.decomposition.neural_field.fit import Evaluation
-from denoising_vit.decomposition.options import ONE_PASS, DenoiseOptions
+from denoising_vit.decomposition.options import STAGE_ONE, DenoiseOptions
 from denoising_vit.decomposition.preparing import given_artifact, prepare
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.decomposition.separating import Job, map_to_clean, separate_exactly, separate_neurally, subtract
-from denoising_vit.denoiser.loading import (
-    FoundDenoiser,
-    GivenDenoiser,
-    find_denoiser,
-    find_shipped,
-    source_name,
-)
+from denoising_vit.decomposition.separating import Job, Parts, separate_exactly, separate_neurally
+from denoising_vit.decomposition.statistics import require_finite
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
+from denoising_vit.denoiser.loading import FoundDenoiser, GivenDenoiser, find_denoiser, find_shipped, source_name
 from denoising_vit.environment import package_version
 from denoising_vit.errors import PlanError
+from denoising_vit.extractors import KINDS, Cleaners, Extractor
+from denoising_vit.views.rendering import ViewRenderer
+from denoising_vit.views.sampling import on_nodes
 
+#: ``progress(done, total)``.
 Progress = Callable[[int, int], None]
+
+#: What a method in one pass records as held-out figures: there are no held-out views.
+_UNJUDGED = {"heldout_r2": None, "heldout_cosine": None}
+
+#: Options that change nothing in the result, or that the plan's digest covers.
+_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "area", "ratio", "taper", "seed", "batch_size"}
 
 
 def denoise_image(
@@ -42,22 +49,22 @@ def denoise_image(
     options: DenoiseOptions | None = None,
     **changes: Any,
 ) -> Decomposition:
-    """Separates a photo's features into semantic field, shared artifact and residual (the paper's per-image denoising).
+    """Separate a photo's features into semantic field, shared artifact and residual (the paper's per-image denoising).
 
-    With ``method="denoiser"`` one pass over the whole photo is mapped to the semantic field (stage 2). A denoiser does
-    not tell the artifact from what else it removes: the artifact is zero then, and all of it is in the residual.
+    With ``method="denoiser"``, one pass over the whole photo is mapped to the semantic field (stage 2). A denoiser does
+    not tell the artifact from what else it removes: the artifact is then zero, and the residual holds all of it.
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
         photo: a path, a PIL image, an (H, W, 3) uint8 array, or a normalised (1, 3, H, W) tensor.
-        artifact: the backbone's artifact where it is known: an :class:`~denoising_vit.Artifact`, a file of one,
-            ``"shipped"``, or values (h, w, C); then only the field is fitted.
+        artifact: the backbone's artifact if known: an :class:`~denoising_vit.Artifact`, a file of one, ``"shipped"``,
+            or values (h, w, C). Stage 1 then fits the field only.
         denoiser: the backbone's denoiser: a :class:`~denoising_vit.Denoiser`, or what
-            :func:`~denoising_vit.load_denoiser` takes; only with the methods ``denoiser`` and ``auto``, which take the
-            one that comes with the package where none is given.
-        progress: called as ``progress(done, total)`` after each batch of views; with the neural field, after each step
-            as well: ``total`` is :func:`work`.
-        watch: called with every look that the neural field takes at the held-out views.
+            :func:`~denoising_vit.load_denoiser` takes. For the methods ``denoiser`` and ``auto``, which otherwise use
+            the one in the package.
+        progress: called as ``progress(done, total)`` after each batch of views, and after each step of the neural
+            field; ``total`` is :func:`work`.
+        watch: called with each evaluation of the neural field on the held-out views.
         options: how to run; the defaults where none.
         **changes: single fields of :class:`DenoiseOptions`, such as ``views=128``.
 
@@ -74,44 +81,132 @@ def denoise_image(
         DenoiserError: if the denoiser is for another backbone, or the method needs one and none is given or found.
         FormatError: if the file of the artifact or the denoiser is missing, damaged or something else.
     """
-    started = time.perf_counter()
-    options, found = settle(replace(options or DenoiseOptions(), **changes), backbone, denoiser, artifact)
-    if found is not None and artifact is not None:
-        raise PlanError("an artifact is given, which the method 'denoiser' does not use; leave it out")
-    image, about = load_image(photo, backbone)
-    if isinstance(photo, Tensor) and options.size is None:
+    options = replace(options or DenoiseOptions(), **changes)
+    if isinstance(photo, Tensor) and photo.ndim == 4 and options.size is None:
         options = replace(options, size=tuple(photo.shape[2:]))  # its owner has prepared it: it is shown as it is
-    # Fails before the forward passes, not after them, where views are too few or the size is off the grid.
-    known = given_artifact(artifact, backbone, options)
-    fitted, held_out = prepare(backbone, options, known)
-    job = Job(backbone, image, fitted, held_out, options, _Reporter(progress, work(options)).add)
-    if options.method == "exact":
-        parts = separate_exactly(job, known)
-    elif options.method == "neural-field":
-        parts = separate_neurally(job, known, watch)
-    elif found is not None:
-        parts = map_to_clean(job, found)
-    else:
-        parts = subtract(job, known)
-    return Decomposition(
-        field=parts.field.float().cpu(),
-        artifact=parts.artifact.float().cpu(),
-        raw=parts.raw.float().cpu(),
-        size=fitted.size,
-        patch_size=backbone.patch_size,
-        stride=backbone.stride,
-        predicted_residual=None if parts.residual is None else parts.residual.float().cpu(),
-        info={
-            "version": package_version(),
-            "photo": about,
-            "backbone": describe(backbone),
-            "plan": fitted.digest,
-            **options.recorded(),
-            **parts.info,
-            "artifact": artifact_digest(known),  # None where it was fitted, or there is none
-            "seconds": round(time.perf_counter() - started, 3),
-        },
-    )
+    return Denoising(backbone, options, artifact=artifact, denoiser=denoiser)(photo, progress=progress, watch=watch)
+
+
+class Denoising:
+    """One method of denoising, set up once for any number of photos; see :func:`denoise_image` for the arguments.
+
+    Attributes:
+        backbone: as given.
+        options: as given, with the method that ``auto`` stands for.
+        artifact: G (h, w, C) on the grid of the views if known, else None.
+        denoiser: the denoiser if the method uses one.
+        fitted: the views that are fitted; the first shows the whole photo.
+        held_out: the views that judge the fit, if any.
+        work: what progress on one photo counts up to.
+
+    Raises:
+        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as :func:`denoise_image`, before any forward
+            pass over a photo.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: DenoiseOptions,
+        *,
+        artifact: KnownArtifact | None = None,
+        denoiser: GivenDenoiser | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.options, self.denoiser = settle(options, backbone, denoiser, artifact)
+        method = self.options.method
+        needs = "artifact" if method in STAGE_ONE else KINDS[method].needs
+        if artifact is not None and needs != "artifact":
+            raise PlanError(f"an artifact is given, which the method {method!r} does not use; leave it out")
+        self._extractor: Extractor | None = None
+        self._identity: dict[str, str] = {}
+        self.artifact: Tensor | None = None
+        if method in STAGE_ONE or method == "subtract":
+            self.artifact = given_artifact(artifact, backbone, self.options)
+        elif self.denoiser is None:
+            if isinstance(artifact, Tensor):
+                raise PlanError(f"the method {method!r} takes an artifact as Artifact or file name, got a tensor")
+            self._extractor, self._identity = Cleaners(artifact).extractor(method, backbone)
+        self.fitted, self.held_out = prepare(backbone, self.options, self.artifact)
+        self.work = work(self.options)
+
+    def __call__(
+        self,
+        photo: Photo,
+        *,
+        progress: Progress | None = None,
+        watch: Callable[[Evaluation], None] | None = None,
+    ) -> Decomposition:
+        """Denoise a photo; see :func:`denoise_image`."""
+        started = time.perf_counter()
+        image, about = load_image(photo, self.backbone)
+        reporter = _Reporter(progress, self.work)
+        job = Job(self.backbone, image, self.fitted, self.held_out, self.options, reporter.add)
+        if self.options.method == "exact":
+            parts = separate_exactly(job, self.artifact)
+        elif self.options.method == "neural-field":
+            parts = separate_neurally(job, self.artifact, watch)
+        else:
+            parts = self._one_pass(job)
+        return Decomposition(
+            field=parts.field.float().cpu(),
+            artifact=parts.artifact.float().cpu(),
+            raw=parts.raw.float().cpu(),
+            size=self.fitted.size,
+            patch_size=self.backbone.patch_size,
+            stride=self.backbone.stride,
+            predicted_residual=None if parts.residual is None else parts.residual.float().cpu(),
+            info={
+                "version": package_version(),
+                "photo": about,
+                "backbone": describe(self.backbone),
+                "plan": self.fitted.digest,
+                **self.options.recorded(),
+                **parts.info,
+                "artifact": artifact_digest(self.artifact),  # None where it was fitted, or there is none
+                **self._identity,
+                "seconds": round(time.perf_counter() - started, 3),
+            },
+        )
+
+    def made(self, info: dict[str, Any]) -> bool:
+        """True if a result with this ``info`` came from this backbone, these views and these settings."""
+        # The neural field draws with the seed, and may keep the step that is best on held-out views.
+        indifferent = _INDIFFERENT - ({"seed", "held_out"} if self.options.method == "neural-field" else set())
+        decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
+        decisive |= {"plan": self.fitted.digest, "artifact": artifact_digest(self.artifact)} | self._identity
+        return (
+            all(info.get(key) == value for key, value in decisive.items())
+            and info.get("denoiser", {}).get("digest") == (None if self.denoiser is None else self.denoiser.digest)
+            and same_weights(info["backbone"], describe(self.backbone))
+        )
+
+    @torch.no_grad()
+    def _one_pass(self, job: Job) -> Parts:
+        """One pass over the whole photo; what is not known as artifact goes into the residual."""
+        (features,) = job.features(job.fitted)
+        require_finite(features)
+        raw = features[0]
+        artifact = torch.zeros_like(raw) if self.artifact is None else self.artifact.to(raw)
+        info: dict[str, Any] = dict(_UNJUDGED)
+        if self.denoiser is not None:
+            module = self.denoiser.denoiser
+            clean = module(features.to(module.pos_embed.device))[0]
+            info["denoiser"] = self.denoiser.recorded
+        elif self._extractor is None:
+            clean = raw - artifact
+        elif isinstance(self._extractor, DenoisedViT) and self._extractor.backbone is self.backbone:
+            clean = self._extractor.clean(features)[0]
+        else:
+            view = ViewRenderer(job.image, job.fitted, self.backbone.mean, self.backbone.std)(slice(1))
+            clean = self._extractor(view)[0]
+        require_finite(clean)
+        return Parts(on_nodes(clean, job.fitted), artifact, raw, None, info)
+
+
+def methods() -> tuple[str, ...]:
+    """What ``method`` may be: stage 1, the features that are cleaned in one pass, and ``auto``."""
+    return (*STAGE_ONE, *(kind.name for kind in KINDS.values() if kind.cleans and not kind.per_image), "auto")
 
 
 def settle(
@@ -120,17 +215,20 @@ def settle(
     denoiser: GivenDenoiser | None = None,
     artifact: KnownArtifact | None = None,
 ) -> tuple[DenoiseOptions, FoundDenoiser | None]:
-    """The options with the method that is run, and the denoiser where that uses one.
+    """The options with the method that is run, and the denoiser if that uses one.
 
-    ``auto`` is denoiser where one is given, exact where an artifact is given, which only stage 1 uses, and otherwise
-    denoiser where one comes with the package for this backbone with these weights, layer and stride, else exact.
+    ``auto`` is denoiser if one is given, exact if an artifact is given, which only stage 1 uses, and otherwise
+    denoiser if one comes with the package for this backbone with these weights, layer and stride, else exact.
 
     Raises:
-        PlanError: if a denoiser is given for a method that uses none, or an option is out of range.
+        PlanError: if the method is unknown, a denoiser is given for a method that uses none, or an option is out of
+            range.
         DenoiserError: if the denoiser is for another backbone, or cannot be found or fetched.
         FormatError: if the denoiser's file is damaged or something else.
     """
     options.validate()
+    if options.method not in methods():
+        raise PlanError(f"unknown method {options.method!r}; choose from {', '.join(methods())}")
     if options.method not in ("auto", "denoiser"):
         if denoiser is not None:
             raise PlanError(
@@ -147,7 +245,7 @@ def settle(
 
 def work(options: DenoiseOptions) -> int:
     """What progress on one photo counts up to: views, and the steps of the neural field."""
-    if options.method in ONE_PASS:
+    if options.method not in STAGE_ONE:
         return 1
     steps = options.neural.total_steps if options.method == "neural-field" else 0
     return options.views + options.held_out + steps

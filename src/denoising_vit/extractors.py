@@ -1,102 +1,168 @@
-"""Extractors by name: raw features of a backbone, or clean features in one forward pass.
+"""The one table of kinds of features, and extractors by name.
 
-Imports neither torch nor timm before an extractor is made: the command line reads its options from here.
+A new kind of features is an entry of :data:`KINDS` and a function that makes its extractor. Every verb, the page and
+the export read this table. Importing it takes no torch, so that `dvit VERB --help` is fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import tyro
 
 from denoising_vit.errors import PlanError, WeightsError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from denoising_vit.artifact import Artifact
     from denoising_vit.backbones import Backbone
-    from denoising_vit.denoiser.denoised_vit import DenoisedViT
+    from denoising_vit.denoiser.loading import GivenDenoiser
 
-ExtractorName = Literal["raw", "subtract", "denoiser", "distilled"]
+    GivenArtifact: TypeAlias = Artifact | str | Path
+else:
+    GivenArtifact = GivenDenoiser = str  # what the command line parses
 
-#: All features that can be named: those of extractors, and exact, which stage 1 fits to each image.
-FEATURES = ("raw", "subtract", "exact", "denoiser", "distilled")
+#: extractor(image (B, 3, H, W)) -> features (B, h, w, C).
+Extractor = Callable[["Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
 class Cleaners:
-    """Where named extractors take what cleans features from.
+    """What cleans the features.
 
     Attributes:
-        artifact: G of the backbone, for subtract: a file of `dvit calibrate`; the one that comes with the package where
-            none is given.
-        denoiser: of the backbone, as `load_denoiser` takes it; the one that comes with the package where none is given.
-        distilled: the weights that `dvit distill` wrote, for distilled.
+        artifact: artifact G of the backbone: a file of `dvit calibrate`, or `shipped` for the one in the package.
+            Without it, subtract takes the shipped one, and exact fits one in each image.
+        denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones. Without it,
+            the one in the package.
+        distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
+            published file.
     """
 
-    artifact: str | None = None
-    denoiser: str | None = None
+    artifact: GivenArtifact | None = None
+    denoiser: GivenDenoiser | None = None
     distilled: str | None = None
 
-    def extractor(self, name: str, backbone: Backbone) -> tuple[Backbone | DenoisedViT, dict[str, str]]:
-        """The extractor of that name, images (B, 3, H, W) -> features (B, h, w, C), and what identifies its cleaner.
+    def extractor(self, name: str, backbone: Backbone) -> tuple[Extractor, dict[str, str]]:
+        """The extractor of that kind, and what identifies its cleaner.
 
         Raises:
-            PlanError: if there is no such name.
-            ArtifactError, DenoiserError: if the cleaner is that of another backbone, or none comes with the package.
-            WeightsError: if weights are missing or those of another model.
+            PlanError: if the name is unknown, or the features are fitted to each image (`exact`).
+            ArtifactError, DenoiserError: if the cleaner is for another backbone, or the package has none.
+            WeightsError: if weights are missing or for another model.
             FormatError: if a file is missing, damaged or something else.
         """
-        from denoising_vit.artifact import SHIPPED, artifact_digest, load_artifact
-        from denoising_vit.denoiser import find_denoiser
-        from denoising_vit.denoiser.denoised_vit import DenoisedViT
-
-        if name == "raw":
-            return backbone, {}
-        if name == "subtract":
-            artifact = load_artifact(self.artifact or SHIPPED, backbone)
-            return DenoisedViT(backbone, artifact), {"artifact": str(artifact_digest(artifact.values))}
-        if name == "denoiser":
-            found = find_denoiser(self.denoiser, backbone)
-            return DenoisedViT(backbone, found.denoiser), {"denoiser": found.digest}
-        if name == "distilled":
-            model, digest = load_distilled(self.distilled, backbone)
-            return model, {"distilled": digest}
-        raise PlanError(f"no extractor named {name!r}; there are {', '.join(get_args(ExtractorName))}")
+        kind = KINDS.get(name)
+        if kind is None or kind.make is None:
+            known = [other.name for other in KINDS.values() if not other.per_image]
+            raise PlanError(f"no extractor named {name!r}; choose from {', '.join(known)}")
+        return kind.make(backbone, self)
 
 
-def parse_names(names: str | Sequence[str], known: Sequence[str], of: str = "features") -> tuple[str, ...]:
-    """Names, in order.
+@dataclass(frozen=True)
+class FeatureKind:
+    """A kind of features.
 
-    Args:
-        names: in one text, separated by commas, or one by one.
-        known: the names there are.
-        of: what they are the names of.
-
-    Raises:
-        PlanError: if one is unknown or comes twice, or there are none.
+    Attributes:
+        name: as in ``--features``.
+        summary: a few words for ``--help``.
+        make: makes the extractor, and the record that identifies what it cleans with. None for features that stage 1
+            fits to each image: these are read from fields, and no extractor gives them.
+        needs: the field of :class:`Cleaners` that it cannot do without; where that is not given, the package may
+            have one.
+        cleans: False if the features are the output of a backbone as it is.
     """
-    given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
-    unknown = [name for name in given if name not in known]
-    if unknown or not given or len(set(given)) < len(given):
-        wrong = f"unknown: {', '.join(map(repr, unknown))}" if unknown else f"got {', '.join(given) or 'none'}"
-        raise PlanError(f"{of} must be different ones of {', '.join(known)}, separated by commas; {wrong}")
-    return given
+
+    name: str
+    summary: str
+    make: Callable[[Backbone, Cleaners], tuple[Extractor, dict[str, str]]] | None
+    needs: Literal["artifact", "denoiser", "distilled"] | None = None
+    cleans: bool = True
+
+    @property
+    def per_image(self) -> bool:
+        """True if the features are fitted to each image instead of extracted in one pass."""
+        return self.make is None
 
 
-def load_distilled(weights: str | Path | None, backbone: Backbone) -> tuple[Backbone, str]:
-    """A backbone with its weights after stage 3, and the SHA-256 of their file.
+def _raw(backbone: Backbone, _cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
+    return backbone, {}
 
-    Raises:
-        WeightsError: if no file is given, it is not there, or it holds weights of another model.
-    """
+
+def _subtract(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
+    from denoising_vit.artifact import SHIPPED, Artifact, artifact_digest, load_artifact
+    from denoising_vit.denoiser.denoised_vit import DenoisedViT
+
+    given = cleaners.artifact or SHIPPED
+    artifact = given if isinstance(given, Artifact) else load_artifact(given, backbone)
+    return DenoisedViT(backbone, artifact), {"artifact": str(artifact_digest(artifact.values))}
+
+
+def _denoiser(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
+    from denoising_vit.denoiser import find_denoiser
+    from denoising_vit.denoiser.denoised_vit import DenoisedViT
+
+    found = find_denoiser(cleaners.denoiser, backbone)
+    return DenoisedViT(backbone, found.denoiser), {"denoiser": found.digest}
+
+
+def _distilled(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
     from denoising_vit.backbones.loading import with_weights
     from denoising_vit.files import file_digest
 
-    if weights is None:
+    if cleaners.distilled is None:
         raise WeightsError(
             "distilled features need the weights that dvit distill wrote: --distilled RUN/distilled.safetensors"
         )
-    path = Path(weights).expanduser()
+    path = Path(cleaners.distilled).expanduser()
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")
-    return with_weights(backbone, path), file_digest(path)
+    return with_weights(backbone, path), {"distilled": file_digest(path)}
+
+
+#: All kinds of features, by name.
+KINDS: dict[str, FeatureKind] = {
+    kind.name: kind
+    for kind in (
+        FeatureKind("raw", "the backbone's own", _raw, cleans=False),
+        FeatureKind("subtract", "minus the artifact G, one pass", _subtract, needs="artifact"),
+        FeatureKind("exact", "stage 1, fitted to each image", None),
+        FeatureKind("denoiser", "stage 2, one pass", _denoiser, needs="denoiser"),
+        FeatureKind("distilled", "stage 3, weights of --distilled", _distilled, needs="distilled", cleans=False),
+    )
+}
+
+
+def features_help(kinds: Iterable[FeatureKind] | None = None) -> str:
+    """Names and summaries of kinds of features, for ``--help``; all kinds where none are given."""
+    return ", ".join(f"{kind.name} ({kind.summary})" for kind in (KINDS.values() if kinds is None else kinds))
+
+
+def features_arg(more: str = "") -> Any:
+    """The help of ``--features``, to annotate such an option with."""
+    return tyro.conf.arg(help=f"names separated by commas: {features_help()}. {more}".strip())
+
+
+def parse_names(names: str | Sequence[str], known: Iterable[str], of: str = "features") -> tuple[str, ...]:
+    """Parse names, keeping their order.
+
+    Args:
+        names: in one text, separated by commas, or one by one.
+        known: the names to choose from.
+        of: what they name, for the error message.
+
+    Raises:
+        PlanError: if a name is unknown or repeated, or there is none.
+    """
+    given = tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
+    choices = f"choose from {', '.join(known)}"
+    if unknown := [name for name in given if name not in known]:
+        raise PlanError(f"unknown {of}: {', '.join(map(repr, unknown))}; {choices}")
+    if not given or len(set(given)) < len(given):
+        got = ", ".join(given) or "none"
+        raise PlanError(f"expected one or more different {of}, separated by commas, got {got}; {choices}")
+    return given

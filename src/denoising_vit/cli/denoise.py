@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,8 +60,7 @@ def denoise(
     from denoising_vit.artifact import SHIPPED, resampling_note
     from denoising_vit.cli.denoise_job import DenoiseJob
     from denoising_vit.data import find_photos
-    from denoising_vit.decomposition.preparing import given_artifact, prepare
-    from denoising_vit.denoise import settle, work
+    from denoising_vit.denoise import Denoising, settle
 
     if not inputs:
         print_error("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
@@ -87,23 +85,23 @@ def denoise(
     denoising.validate()
     backbone = model.load()
     options, found = settle(denoising, backbone, denoiser, artifact)
-    exact = dataclasses.replace(options, method="exact") if found is not None and compare else None
-    # What is wrong with the options is said before any photo is touched.
-    known = given_artifact(artifact, backbone, options)
-    plan, _ = prepare(backbone, options, known)
-    if exact is not None:
-        prepare(backbone, exact, known)
+    # Errors in the options are reported before any photo is read.
+    clean = Denoising(backbone, options, artifact=artifact if found is None else None, denoiser=found)
+    exact = None
+    if found is not None and compare:
+        exact = Denoising(backbone, replace(options, method="exact"), artifact=artifact)
     folder = OutputFolder(out, overwrite=overwrite)
     print_note(
         f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}; "
         f"method {_told(options, found)}"
     )
     if exact is not None:
-        print_note(f"pictures compare it with exact: {work(exact)} more passes a photo")
-    if known is not None and (resampled := resampling_note(artifact or SHIPPED, backbone, plan.grid)):
-        print_note(resampled)
+        print_note(f"pictures compare it with exact: {exact.work} more passes a photo")
+    subtracted = next((one for one in (clean, exact) if one is not None and one.artifact is not None), None)
+    if subtracted is not None and (note := resampling_note(artifact or SHIPPED, backbone, subtracted.fitted.grid)):
+        print_note(note)
     page = None if report is None else _page()
-    job = DenoiseJob(backbone, options, plan, folder, upsample, known, found, exact, page)
+    job = DenoiseJob(clean, folder, upsample, exact, page)
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
     interrupted = False
     with PhotoProgress(len(photos), job.work, unit) as progress:

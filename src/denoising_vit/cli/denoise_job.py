@@ -11,27 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from denoising_vit.artifact import artifact_digest
-from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import describe, same_weights
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Row
 from denoising_vit.data.photos import photo_digest, read_photo
-from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.denoise import denoise_image, work
-from denoising_vit.denoiser.loading import FoundDenoiser
+from denoising_vit.denoise import Denoising
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path, digest_of, readable
-from denoising_vit.views.plan import ViewPlan
 
 if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage
-
-#: Options that change nothing in the result, or whose part in it the plan's digest tells.
-_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "area", "ratio", "taper", "seed", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -39,31 +29,23 @@ class DenoiseJob:
     """What is the same for all photos of a run.
 
     Attributes:
-        backbone: the extractor.
-        options: with the method that makes the results.
-        plan: the views of that method.
+        clean: makes the results.
         folder: for results and pictures.
         upsample: how many times finer features are stored and drawn.
-        artifact: G (h, w, C) where it is known; a denoiser's results do not depend on it.
-        denoiser: that makes the results, if one does.
-        exact: options of stage 1 for pictures that compare it with the denoiser; None where none do.
-        page: that photos are put on, if one is made.
+        exact: stage 1, for pictures that compare it with a denoiser, if wanted.
+        page: the page for photos, if one is made.
     """
 
-    backbone: Backbone
-    options: DenoiseOptions
-    plan: ViewPlan
+    clean: Denoising
     folder: OutputFolder
     upsample: int
-    artifact: Tensor | None
-    denoiser: FoundDenoiser | None
-    exact: DenoiseOptions | None
+    exact: Denoising | None
     page: PhotosPage | None = None
 
     @property
     def work(self) -> int:
         """What progress on one photo counts up to."""
-        return work(self.options) + (0 if self.exact is None else work(self.exact))
+        return self.clean.work + (0 if self.exact is None else self.exact.work)
 
     def run(self, photo: Path, progress: PhotoProgress) -> Row:
         """Does one photo, or finds it done. Whatever is wrong with this photo ends in its row, not in an exception."""
@@ -74,15 +56,7 @@ class DenoiseJob:
             output = self.folder.claim(photo, digest)
             if output.existing is not None:
                 return self._keep(photo, pixels, output, output.existing, progress)
-            result = denoise_image(
-                self.backbone,
-                pixels,
-                artifact=self._of_results,
-                denoiser=self.denoiser,
-                progress=progress.advance,
-                watch=progress.watch,
-                options=self.options,
-            )
+            result = self.clean(pixels, progress=progress.advance, watch=progress.watch)
             about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
             exact = self._exact_beside(pixels, result, progress)
@@ -99,15 +73,10 @@ class DenoiseJob:
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
 
-    @property
-    def _of_results(self) -> Tensor | None:
-        """The known artifact that decides results."""
-        return self.artifact if self.denoiser is None else None
-
     def _keep(
         self, photo: Path, pixels: np.ndarray, output: Output, info: dict[str, Any], progress: PhotoProgress
     ) -> Row:
-        notes = [] if self._made_alike(info) else ["made with other settings: --overwrite to do it again"]
+        notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
         finer = self.upsample > 1 and info.get("upsample") != self.upsample
         redrawn = finer or not output.panel.exists()
         if redrawn or self.page is not None:
@@ -156,26 +125,13 @@ class DenoiseJob:
 
     def _exact_beside(self, pixels: np.ndarray, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
         """What the picture compares a denoiser's result with; not one that was kept and made in another way."""
-        if self.exact is None or not self._made_alike(result.info):
+        if self.exact is None or not self.clean.made(result.info):
             return None
 
         def advance(done: int, total: int) -> None:
-            progress.advance(work(self.options) + done, total)
+            progress.advance(self.clean.work + done, total)
 
-        return denoise_image(self.backbone, pixels, artifact=self.artifact, progress=advance, options=self.exact)
-
-    def _made_alike(self, info: dict[str, Any]) -> bool:
-        """Whether an existing result came from this backbone, this plan and these options of the method."""
-        # The neural field draws with the seed, and may keep the step that held-out views like best.
-        indifferent = _INDIFFERENT - ({"seed", "held_out"} if self.options.method == "neural-field" else set())
-        decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
-        return (
-            info["plan"] == self.plan.digest
-            and info.get("artifact") == artifact_digest(self._of_results)
-            and info.get("denoiser", {}).get("digest") == (None if self.denoiser is None else self.denoiser.digest)
-            and same_weights(info["backbone"], describe(self.backbone))
-            and all(info.get(key) == value for key, value in decisive.items())
-        )
+        return self.exact(pixels, progress=advance)
 
     @staticmethod
     def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:

@@ -13,7 +13,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation.options import ClusteringOptions, FieldOptions, HummingbirdOptions, KnnOptions
 from denoising_vit.evaluation.segmentation import SegmentationOptions
-from denoising_vit.extractors import FEATURES, parse_names
+from denoising_vit.extractors import KINDS, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.evaluation.labelled import LabelledData
@@ -54,7 +54,7 @@ def knn(
         json: print the lines of results instead of a table.
     """
     voting.validate()
-    names = parse_names(judged.features, FEATURES)
+    names = parse_names(judged.features, KINDS)
     exact.denoising()
     return tell(judged, lambda: _bench(judged, exact, model).knn(names, voting), as_json=json)
 
@@ -79,7 +79,7 @@ def segmentation(
         json: print the lines of results instead of a table.
     """
     training.protocol()
-    names = parse_names(judged.features, FEATURES)
+    names = parse_names(judged.features, KINDS)
     exact.denoising()
     return tell(judged, lambda: _bench(judged, exact, model).segmentation(names, training), as_json=json)
 
@@ -105,7 +105,7 @@ def hummingbird(
     from denoising_vit.evaluation.hummingbird import hummingbird as compare_retrieval
 
     retrieval.validate()
-    names = parse_names(judged.features, FEATURES)
+    names = parse_names(judged.features, KINDS)
     exact.denoising()
     return tell(judged, lambda: compare_retrieval(_bench(judged, exact, model), names, retrieval), as_json=json)
 
@@ -131,7 +131,7 @@ def clustering(
     from denoising_vit.evaluation.clustering import clustering as compare_clusters
 
     grouping.validate()
-    names = parse_names(judged.features, FEATURES)
+    names = parse_names(judged.features, KINDS)
     exact.denoising()
     return tell(
         judged,

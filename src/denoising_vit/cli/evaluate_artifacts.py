@@ -18,18 +18,17 @@ from denoising_vit.cli.streams import print_json
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.environment import run_info
 from denoising_vit.evaluation.results import Record, Results
-from denoising_vit.extractors import FEATURES, Cleaners, parse_names
+from denoising_vit.extractors import KINDS, Cleaners, Extractor, features_arg, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.data import Dataset
     from denoising_vit.diagnosis.diagnose import Diagnosis
-    from denoising_vit.evaluation.sources import Extractor
     from denoising_vit.evaluation.workbench import Line
 
 
 def artifacts(
     data: str,
-    features: str = "raw,subtract,exact",
+    features: Annotated[str, features_arg()] = "raw,subtract,exact",
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl"),
     diagnosing: tyro.conf.OmitArgPrefixes[DiagnoseOptions] = DiagnoseOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -46,8 +45,7 @@ def artifacts(
 
     Args:
         data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
-        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1), denoiser (stage 2,
-            one pass), distilled (stage 3).
+        features: names of features.
         out: the file that lines of results are appended to.
         diagnosing: how much is looked at.
         model: the backbone, and how it is run.
@@ -60,13 +58,14 @@ def artifacts(
     """
     from denoising_vit.data import named_photos, open_dataset, spread
     from denoising_vit.diagnosis.diagnose import run_diagnosis
+    from denoising_vit.diagnosis.gathering import OWN
     from denoising_vit.evaluation.sources import backbone_settings
     from denoising_vit.metrics.blank_test import BLANK_TEST
 
     if photos < 0:
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
-    names = parse_names(features, FEATURES)
+    names = parse_names(features, KINDS)
     diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
     dataset = open_dataset(data)
     chosen = spread(len(dataset), photos)
@@ -78,7 +77,7 @@ def artifacts(
     cleaners = Cleaners(denoiser=denoiser, distilled=distilled)
     extractors: dict[str, Extractor] = {}
     for name in names:
-        if name in ("denoiser", "distilled"):  # the diagnosis makes the others itself, with the G it finds
+        if name not in OWN:  # the diagnosis makes these itself, with the G it finds
             extractors[name], identity = cleaners.extractor(name, backbone)
             settings |= identity
     settings = json_lines.loads(json_lines.dumps(settings))

@@ -12,7 +12,7 @@ from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation import correspondence as evaluation
 from denoising_vit.evaluation.correspondence import MatchingOptions, PropagationOptions
 from denoising_vit.evaluation.options import FieldOptions
-from denoising_vit.extractors import FEATURES, parse_names
+from denoising_vit.extractors import KINDS, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.evaluation.data import JudgedData
@@ -45,7 +45,7 @@ def correspondence(
     """
     videos.validate()
     pairs.validate()
-    names = parse_names(judged.features, FEATURES)
+    names = parse_names(judged.features, KINDS)
     exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:

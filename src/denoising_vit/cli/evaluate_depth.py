@@ -10,7 +10,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation import depth as evaluation
 from denoising_vit.evaluation.options import FieldOptions
-from denoising_vit.extractors import FEATURES, parse_names
+from denoising_vit.extractors import KINDS, parse_names
 
 
 def depth(
@@ -37,7 +37,7 @@ def depth(
         json: print the lines of results instead of a table.
     """
     training.protocol()
-    names = parse_names(judged.features, FEATURES)
+    names = parse_names(judged.features, KINDS)
     exact.denoising()
 
     def opened(progress: Callable[[], None]) -> evaluation.DepthData:

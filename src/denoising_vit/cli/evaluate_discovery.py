@@ -12,7 +12,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.judging import Judged, open_bench, tell
 from denoising_vit.evaluation import discovery as evaluation
 from denoising_vit.evaluation.options import FieldOptions
-from denoising_vit.extractors import FEATURES, parse_names
+from denoising_vit.extractors import KINDS, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.evaluation.data import JudgedData
@@ -48,7 +48,7 @@ def discovery(
         json: print the lines of results instead of a table.
     """
     finding.validate()
-    features = parse_names(judged.features, FEATURES)
+    features = parse_names(judged.features, KINDS)
     exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:

@@ -13,15 +13,20 @@ from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.export.options import ExportOptions
-from denoising_vit.extractors import Cleaners, ExtractorName
+from denoising_vit.extractors import KINDS, Cleaners, features_help, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.export.comparison import Comparison
 
+_FEATURES = (
+    f"kind of features: {features_help(kind for kind in KINDS.values() if not kind.per_image)}. By default that of "
+    "--denoiser or --artifact, else raw."
+)
+
 
 def export(
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    features: ExtractorName | None = None,
+    features: Annotated[str | None, tyro.conf.arg(help=_FEATURES)] = None,
     exporting: tyro.conf.OmitArgPrefixes[ExportOptions] = ExportOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     artifact: str | None = None,
@@ -36,8 +41,7 @@ def export(
 
     Args:
         out: the folder that is written; it must not exist, or be empty.
-        features: raw; distilled (weights of stage 3); subtract (minus G); denoiser (backbone and one-pass denoiser). By
-            default what is asked for by --denoiser or --artifact, else raw.
+        features: kind of features.
         exporting: how.
         model: the backbone; device and dtype are those of the check, the export is made on the CPU in float32.
         artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
@@ -45,6 +49,8 @@ def export(
         verify: check this export, a folder or a file in it, and write nothing.
         json: print figures as one JSON line.
     """
+    from denoising_vit.backbones import Backbone
+    from denoising_vit.denoiser.denoised_vit import DenoisedViT
     from denoising_vit.export.exporting import export_extractor
 
     if verify is not None:
@@ -55,8 +61,8 @@ def export(
     if artifact is not None and denoiser is not None:
         print_error("--artifact and --denoiser do not go together: features are cleaned by one of them")
         return WRONG_USAGE
-    implied: ExtractorName = "denoiser" if denoiser is not None else "subtract" if artifact is not None else "raw"
-    features = features or implied
+    implied = "denoiser" if denoiser is not None else "subtract" if artifact is not None else "raw"
+    (features,) = parse_names([features or implied], [kind.name for kind in KINDS.values() if not kind.per_image])
     if implied not in ("raw", features):
         print_error(f"--{'denoiser' if denoiser else 'artifact'} does not go with --features {features}")
         return WRONG_USAGE
@@ -69,6 +75,9 @@ def export(
     # Distilled weights are the backbone's own here.
     name = "raw" if features == "distilled" else features
     extractor, _ = Cleaners(artifact, denoiser).extractor(name, backbone)
+    if not isinstance(extractor, Backbone | DenoisedViT):
+        print_error(f"{features} features are not the output of one model, and cannot be exported")
+        return WRONG_USAGE
     print_note(f"exporting {features} features of {backbone.extra_repr()} as {exporting.format}")
     found = export_extractor(extractor, out, exporting, weights=weights, distilled=features == "distilled")
     _tell(found, out, as_json=json)

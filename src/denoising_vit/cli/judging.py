@@ -18,6 +18,7 @@ from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.options import FieldOptions
 from denoising_vit.evaluation.results import Results, main_metric
+from denoising_vit.extractors import Cleaners, features_arg
 
 if TYPE_CHECKING:
     from denoising_vit.evaluation.data import JudgedData
@@ -30,28 +31,21 @@ class Judged:
 
     Attributes:
         data: the folder of the data; which layouts are known is said above.
-        features: names separated by commas: raw, subtract (minus the artifact G), exact (stage 1), denoiser (stage 2,
-            one pass), distilled (stage 3). The first is what the others are compared with.
+        features: names of features.
         out: the file that lines of results are appended to. The same command goes on where it was stopped.
         cache: folder for features and fields. Without it, one beside the results.
         cache_gb: most that cached features may take; fields of stage 1 come on top.
         images: how many images of each split are used, spread evenly over it; 0 takes all.
-        artifact: of the backbone: a file of `dvit calibrate`, or `shipped`. Without it, subtract takes the shipped
-            one, and exact fits one in each image.
-        denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones.
-        distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
-            published file.
+        cleaners: what cleans the features.
     """
 
     data: Path
-    features: str = "raw,subtract,exact"
+    features: Annotated[str, features_arg("The first is what the others are compared with.")] = "raw,subtract,exact"
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl")
     cache: Path | None = None
     cache_gb: float = 10.0
     images: int = 0
-    artifact: str | None = None
-    denoiser: str | None = None
-    distilled: str | None = None
+    cleaners: tyro.conf.OmitArgPrefixes[Cleaners] = Cleaners()  # noqa: RUF009, frozen
 
 
 def open_bench(
@@ -92,9 +86,7 @@ def open_bench(
         cache_bytes=judged.cache_gb * 1e9,
         exact=exact.denoising(),
         fields_of=exact.of,
-        artifact=judged.artifact,
-        denoiser=judged.denoiser,
-        distilled=judged.distilled,
+        cleaners=judged.cleaners,
         watch=watch,
     )
     _ = bench.cache  # a folder that cannot be written to is said at once

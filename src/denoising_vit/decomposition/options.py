@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import PlanError
 from denoising_vit.views.options import Coverage, CropOptions
 
-Method = Literal["exact", "neural-field", "subtract", "denoiser", "auto"]
-
-#: Methods that look at the whole photo once and fit nothing.
-ONE_PASS = ("subtract", "denoiser")
+#: Methods that fit views; all others take one pass over the whole photo.
+STAGE_ONE = ("exact", "neural-field")
 
 _EXACT_ONLY = ("smoothness", "shrinkage", "clip", "taper")
 
@@ -24,8 +22,9 @@ class DenoiseOptions:
     Attributes:
         method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
             views and plain coverage); subtract takes a known artifact away from one pass over the whole photo, denoiser
-            maps the features of that pass to clean ones (stage 2), and both use none of the options below but the size;
-            auto is denoiser where one is given, or comes with the package for these weights, else exact.
+            maps the features of that pass to clean ones (stage 2), and these, as all other clean features in one pass
+            (see `dvit show --features`), use none of the options below but the size; auto is denoiser if one is given
+            or in the package for these weights, else exact.
         views: crops of the photo that are fitted, the whole photo included.
         held_out: further crops, which only judge the fit.
         size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
@@ -49,7 +48,7 @@ class DenoiseOptions:
         neural: neural-field only; its recipe.
     """
 
-    method: Method = "exact"
+    method: str = "exact"
     views: int = 64
     held_out: int = 8
     size: int | tuple[int, int] | None = None
@@ -80,9 +79,6 @@ class DenoiseOptions:
         Raises:
             PlanError: naming the option, its range, and what came.
         """
-        if self.method not in get_args(Method):
-            *others, last = map(repr, get_args(Method))
-            raise PlanError(f"method must be {', '.join(others)} or {last}, got {self.method!r}")
         least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
         for name, least_value in least.items():
             value = getattr(self, name)
@@ -114,7 +110,7 @@ class DenoiseOptions:
 
         The published areas and ratios of crops are left out, as in records from when there were no others.
         """
-        if self.method in ONE_PASS:
+        if self.method not in STAGE_ONE:
             return {"method": self.method, "size": self.size}
         unused = {"neural"} if self.method == "exact" else set(_EXACT_ONLY)
         unused |= {name for name in ("area", "ratio") if getattr(self, name) == getattr(CropOptions, name)}

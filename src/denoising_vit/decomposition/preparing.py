@@ -10,7 +10,7 @@ from torch import Tensor
 from denoising_vit.artifact import SHIPPED, KnownArtifact, known_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition.exact import ExactSolver
-from denoising_vit.decomposition.options import ONE_PASS, DenoiseOptions
+from denoising_vit.decomposition.options import STAGE_ONE, DenoiseOptions
 from denoising_vit.views.plan import ViewPlan
 
 #: Added to the seed for the views that are left out of the fit, so that they are others than the fitted ones.
@@ -67,7 +67,7 @@ def _view_size(backbone: Backbone, options: DenoiseOptions) -> tuple[int, int]:
 
 def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -> tuple[ViewPlan, ViewPlan | None]:
     h, w = backbone.grid_size(*size)
-    exact, once = options.method == "exact", options.method in ONE_PASS
+    exact, once = options.method == "exact", options.method not in STAGE_ONE
     # Patch centres are nodes at odd multiples of the grid: there, sampling the network loses nothing.
     overlap = backbone.stride < backbone.patch_size
     own_nodes = None if exact or (once and overlap) else (h, w) if once else (3 * h, 3 * w)

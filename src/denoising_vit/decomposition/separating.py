@@ -17,9 +17,7 @@ from denoising_vit.decomposition.neural_field.fit import Evaluation, SeenViews, 
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.preparing import solver_for
 from denoising_vit.decomposition.statistics import Statistics, require_finite
-from denoising_vit.denoiser.loading import FoundDenoiser
 from denoising_vit.views.plan import ViewPlan
-from denoising_vit.views.sampling import on_nodes
 
 
 @dataclass(frozen=True)
@@ -120,28 +118,6 @@ def separate_neurally(job: Job, artifact: Tensor | None, watch: Callable[[Evalua
     }
     field, shared = fit.separate(job.fitted.resolution, tuple(raw.shape))
     return Parts(field, shared, raw, fit.predict_residual(raw), info)
-
-
-def subtract(job: Job, artifact: Tensor | None) -> Parts:
-    """One pass over the whole photo, minus the known artifact; there is nothing to fit."""
-    assert artifact is not None
-    (features,) = job.features(job.fitted)
-    require_finite(features)
-    raw = features[0]
-    artifact = artifact.to(raw)
-    field = on_nodes(raw - artifact, job.fitted)
-    return Parts(field, artifact, raw, None, {"heldout_r2": None, "heldout_cosine": None})
-
-
-def map_to_clean(job: Job, found: FoundDenoiser) -> Parts:
-    """One pass over the whole photo, mapped to clean features; what G was and what h was, nothing tells."""
-    (features,) = job.features(job.fitted)
-    require_finite(features)
-    with torch.no_grad():
-        clean = found.denoiser(features.to(found.denoiser.pos_embed.device))
-    require_finite(clean)
-    info = {"heldout_r2": None, "heldout_cosine": None, "denoiser": found.recorded}
-    return Parts(on_nodes(clean[0], job.fitted), torch.zeros_like(features[0]), features[0], None, info)
 
 
 def gather(features: Iterator[Tensor], plan: ViewPlan) -> SeenViews:

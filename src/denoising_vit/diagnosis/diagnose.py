@@ -15,7 +15,7 @@ from denoising_vit.data import Skipped
 from denoising_vit.decomposition.calibration.calibrate import OnPhoto, doubt_about
 from denoising_vit.decomposition.calibration.photos import named_pixels
 from denoising_vit.diagnosis.evidence import Evidence
-from denoising_vit.diagnosis.gathering import Extractor, Gathering
+from denoising_vit.diagnosis.gathering import Gathering
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.diagnosis.verdict import (
     CLIP,
@@ -29,6 +29,7 @@ from denoising_vit.diagnosis.verdict import (
     too_few,
 )
 from denoising_vit.environment import package_version
+from denoising_vit.extractors import Extractor
 from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics
 from denoising_vit.metrics.blank_test import blank_figures
 from denoising_vit.metrics.tokens import typical_energy

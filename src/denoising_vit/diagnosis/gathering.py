@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,15 +19,14 @@ from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.diagnosis.evidence import Evidence, Shown
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
+from denoising_vit.extractors import Extractor
 from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import ViewRenderer, to_image
 from denoising_vit.views.sampling import at_patches, on_nodes
 
-Extractor = Callable[[Tensor], Tensor]
-
-#: Sources that are always there.
-_OWN = ("raw", "subtract", "exact")
+#: Features that every diagnosis includes.
+OWN = ("raw", "subtract", "exact")
 
 #: Fewest photos: two halves, each with a training and a test side of two.
 LEAST_PHOTOS = 8
@@ -65,7 +64,7 @@ class Gathering:
     """
 
     def __init__(self, backbone: Backbone, options: DiagnoseOptions, others: Mapping[str, Extractor]) -> None:
-        if taken := sorted(set(others) & set(_OWN)):
+        if taken := sorted(set(others) & set(OWN)):
             raise EvaluationError(f"extractors must have names of their own; {', '.join(taken)} is there already")
         self._backbone, self._options, self._others = backbone, options, dict(others)
         self._calibration = options.calibration()
@@ -151,7 +150,7 @@ class Gathering:
         found = [torch.stack([photo.artifact for photo in half]).mean(0) for half in halves]
         for half, artifact in zip(halves, found[::-1], strict=True):
             self._clean(half, artifact)
-        names = [*_OWN, *self._others]
+        names = [*OWN, *self._others]
         ordered = [photo for half in halves for photo in half]
         upright = [photo for photo in ordered if not photo.crop.inverted]
         return Evidence(

@@ -15,12 +15,9 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.features import Shown
 from denoising_vit.evaluation.fields import fitted_fields
-from denoising_vit.evaluation.sources import Extractor, ExtractorSource, FeatureSource
-from denoising_vit.extractors import FEATURES, Cleaners
+from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource
+from denoising_vit.extractors import KINDS, Cleaners, Extractor
 from denoising_vit.progress import Progress
-
-#: Names of the sources that are always there.
-SOURCES = FEATURES
 
 #: Mean and deviation of images, where they are not to be the backbone's own.
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -36,9 +33,7 @@ class NamedSources:
         spec: the same in words.
         folder: for the fields of stage 1.
         exact: options of stage 1.
-        artifact: G of the backbone where one is given: a file, or ``shipped``.
-        denoiser: of the backbone, as `load_denoiser` takes it; the one that comes with the package where none is given.
-        distilled: file of the backbone's weights after stage 3, where such features are judged.
+        cleaners: what cleans the features.
         extractors: further sources by name.
         watch: shows progress.
         normalisation: of images, ImageNet's for every model; None for the backbone's own.
@@ -51,9 +46,7 @@ class NamedSources:
     spec: BackboneSpec
     folder: Path
     exact: DenoiseOptions
-    artifact: str | None
-    denoiser: str | None
-    distilled: str | None
+    cleaners: Cleaners
     extractors: Mapping[str, Extractor]
     watch: Progress
     normalisation: Normalisation | None = None
@@ -67,11 +60,8 @@ class NamedSources:
             EvaluationError: if a name is unknown, or an extractor has the name of a source that is always there.
         """
         makers: dict[str, Callable[[], FeatureSource]] = {
-            "raw": functools.partial(self._extractor, "raw", self.backbone, {}),
-            "subtract": functools.partial(self._cleaned, "subtract"),
-            "exact": self._fields,
-            "denoiser": functools.partial(self._cleaned, "denoiser"),
-            "distilled": functools.partial(self._cleaned, "distilled"),
+            kind.name: self._fields if kind.per_image else functools.partial(self._named, kind.name)
+            for kind in KINDS.values()
         }
         if taken := makers.keys() & self.extractors.keys():
             raise EvaluationError(f"extractors need names of their own; {', '.join(sorted(taken))} is there already")
@@ -85,9 +75,8 @@ class NamedSources:
         shown = {} if self.normalisation is None else {"normalisation": "imagenet"}
         return ExtractorSource(name, self.backbone, extractor, identity | shown, self.normalisation)
 
-    def _cleaned(self, name: str) -> FeatureSource:
-        cleaners = Cleaners(self.artifact, self.denoiser, self.distilled)
-        return self._extractor(name, *cleaners.extractor(name, self.backbone))
+    def _named(self, name: str) -> FeatureSource:
+        return self._extractor(name, *self.cleaners.extractor(name, self.backbone))
 
     def _fields(self) -> FeatureSource:
         if self.exact.method != "exact":
@@ -110,7 +99,7 @@ class NamedSources:
                 self.backbone,
                 self.spec,
                 replace(self.exact, held_out=0),  # nobody looks at held-out views
-                artifact=self.artifact,
+                artifact=self.cleaners.artifact,
                 crops=self.crops,
                 on_fitted=fitted,
             )

@@ -14,12 +14,10 @@ from denoising_vit.backbones.recorded import describe, weights_key
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.extractors import Extractor
 from denoising_vit.store import FeatureStore
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import to_image
-
-#: extractor(image (B, 3, H, W)) -> features (B, h, w, C).
-Extractor = Callable[[Tensor], Tensor]
 
 #: What is done to the colours of a crop, (3, H, W) in [0, 1].
 Colour = Callable[[Tensor], Tensor]

@@ -24,7 +24,8 @@ from denoising_vit.evaluation.outcomes import Outcome
 from denoising_vit.evaluation.results import Results, Task
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
-from denoising_vit.evaluation.sources import Extractor, FeatureSource, backbone_settings
+from denoising_vit.evaluation.sources import FeatureSource, backbone_settings
+from denoising_vit.extractors import Cleaners, Extractor
 from denoising_vit.files import digest
 from denoising_vit.progress import Progress, no_progress
 
@@ -49,9 +50,7 @@ class Workbench:
         cache_bytes: most that cached features may take.
         exact: options of stage 1.
         fields_of: where crops are judged, whether stage 1 fits each crop as an image of its own, or whole images.
-        artifact: G of the backbone where one is given: a file, or ``shipped``.
-        denoiser: of the backbone, as `load_denoiser` takes it; the one that comes with the package where none is given.
-        distilled: file of the backbone's weights after stage 3, where such features are judged.
+        cleaners: what cleans the features.
         extractors: further sources: extractor(image (B, 3, H, W)) -> (B, h, w, C), by names that stand for their
             features in caches and results.
         watch: shows progress.
@@ -66,9 +65,7 @@ class Workbench:
     cache_bytes: float = 10e9
     exact: DenoiseOptions = field(default_factory=DenoiseOptions)
     fields_of: Literal["crop", "image"] = "crop"
-    artifact: str | None = None
-    denoiser: str | None = None
-    distilled: str | None = None
+    cleaners: Cleaners = Cleaners()  # noqa: RUF009, frozen
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
     watch: Progress = no_progress
 
@@ -304,9 +301,7 @@ class Workbench:
             spec=self.spec,
             folder=self.folder / "fields",
             exact=replace(self.exact, size=self.exact.size or size),
-            artifact=self.artifact,
-            denoiser=self.denoiser,
-            distilled=self.distilled,
+            cleaners=self.cleaners,
             extractors=self.extractors,
             watch=self.watch,
             normalisation=normalisation,

@@ -18,6 +18,7 @@ from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import RELEASED, Protocol
 from denoising_vit.evaluation.workbench import Line, Progress, Workbench, no_progress
+from denoising_vit.extractors import Cleaners
 from denoising_vit.reproduction.denoising import DenoiserRecipe, trained_denoiser
 from denoising_vit.reproduction.distilling import DistilledRecipe, distilled_model
 from denoising_vit.reproduction.rows import NYU, VARIANTS_MADE, VOC_PHOTOS, Benchmark, Row, Step
@@ -92,8 +93,7 @@ def reproduce_row(
             results=results,
             folder=folder,
             run=run,
-            denoiser=made.denoiser,
-            distilled=made.distilled,
+            cleaners=Cleaners(denoiser=made.denoiser, distilled=made.distilled),
             watch=watch,
         )
         for line, _ in _lines(bench, features, step.benchmark, protocols, seed, published):

@@ -10,12 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from denoising_vit.errors import FormatError
+from denoising_vit.extractors import KINDS
 from denoising_vit.files import atomic_path
 from denoising_vit.maps import Clusters, NormScale, Palette, PCABasis, similarity_maps
 from denoising_vit.maps.norms import NORM_COLOURS
 from denoising_vit.maps.sheet import FORMATS, Sheet, shrink
 from denoising_vit.maps.similarity import SIMILARITY_COLOURS
-from denoising_vit.show.gathering import AS_THEY_ARE, ShownPhoto
+from denoising_vit.show.gathering import ShownPhoto
 from denoising_vit.show.options import MAPS, ShowOptions
 
 #: Where a picture comes with a colour bar: the colours, and the values at its ends.
@@ -66,7 +67,7 @@ def _of_kind(
 
 def _taken_away(kind: str, photo: ShownPhoto) -> dict[str, Picture | None]:
     """G, its norm or the residual's, on a scale of its own, because they are small beside the features."""
-    cleaned = {name: result for name, result in photo.found.items() if name not in AS_THEY_ARE}
+    cleaned = {name: result for name, result in photo.found.items() if KINDS[name].cleans}
     parts = {name: result.residual if kind == "residual" else result.artifact for name, result in cleaned.items()}
     # A denoiser does not tell G from what else it takes away: its G is zero, and no picture.
     parts = {name: part for name, part in parts.items() if kind == "residual" or bool(part.any())}

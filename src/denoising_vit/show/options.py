@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import PlanError
-from denoising_vit.extractors import FEATURES, parse_names
+from denoising_vit.extractors import KINDS, GivenDenoiser, features_arg, parse_names
 from denoising_vit.maps.titles import TITLES
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ class ShowOptions:
     """What is shown of each photo.
 
     Attributes:
-        features: names separated by commas: raw, subtract (minus the artifact G), denoiser (stage 2, one pass),
-            distilled (stage 3), exact (stage 1, fitted to the photo). Without it, raw and denoiser where one is given
-            or comes with the package for this backbone, else raw and exact.
+        features: names of features.
         maps: names separated by commas: pca, kmeans, norm, similarity (to the patch of --at), first, second and third
             (single components), foreground-pca, foreground; and of what was taken away: artifact (G, in colours of its
             own), artifact-norm, residual (the norm of raw minus clean minus G).
@@ -44,7 +42,10 @@ class ShowOptions:
         seed: exact only; of the crops.
     """
 
-    features: str | None = None
+    features: Annotated[
+        str | None,
+        features_arg("Without it, raw and denoiser if one is given or in the package for this backbone, else exact."),
+    ] = None
     maps: str = "pca,kmeans,norm,similarity"
     at: tuple[float, float] = (0.5, 0.5)
     clusters: int = 6
@@ -63,7 +64,7 @@ class ShowOptions:
         """
         self.kinds()
         if self.features is not None:
-            parse_names(self.features, FEATURES)
+            parse_names(self.features, KINDS)
         for name in ("clusters", "upsample", "views"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, got {getattr(self, name)}")
@@ -74,10 +75,10 @@ class ShowOptions:
         """The maps, in order."""
         return parse_names(self.maps, tuple(MAPS), "maps")
 
-    def names(self, backbone: Backbone, denoiser: str | None) -> tuple[str, ...]:
+    def names(self, backbone: Backbone, denoiser: GivenDenoiser | None) -> tuple[str, ...]:
         """The features, in order."""
         if self.features is not None:
-            return parse_names(self.features, FEATURES)
+            return parse_names(self.features, KINDS)
         from denoising_vit.denoiser.loading import find_shipped
 
         return "raw", "exact" if denoiser is None and find_shipped(backbone) is None else "denoiser"

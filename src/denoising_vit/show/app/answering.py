@@ -13,10 +13,11 @@ from PIL import Image
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.photos import read_photo_bytes
-from denoising_vit.decomposition.options import DenoiseOptions, Method
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import Progress, denoise_image
 from denoising_vit.errors import AppError, PhotoError
+from denoising_vit.extractors import KINDS
 from denoising_vit.files import atomic_path
 from denoising_vit.show.app.keeping import Keep
 from denoising_vit.show.app.models import Model, Models
@@ -43,7 +44,7 @@ class Settings:
 
     Attributes:
         backbone: name of one that the page has.
-        method: denoiser, exact or subtract.
+        method: a kind of clean features.
         layer: block whose output is taken, negative from the end.
         size: side of the square that the photo is shown to the backbone in, in pixels; None for its own.
         views: crops that exact fits.
@@ -51,7 +52,7 @@ class Settings:
     """
 
     backbone: str
-    method: Method = "denoiser"
+    method: str = "denoiser"
     layer: int = -1
     size: int | None = None
     views: int = 32
@@ -170,10 +171,10 @@ def largest_size(backbone: Backbone) -> int:
 
 
 def _cleaner(model: Model, settings: Settings) -> dict[str, Any]:
-    if settings.method == "denoiser":
-        return {"denoiser": model.denoiser}
-    fitted = settings.method == "exact" and model.fits_artifact
-    return {} if fitted else {"artifact": model.artifact}
+    if settings.method == "exact":
+        return {} if model.fits_artifact else {"artifact": model.artifact}
+    needs = KINDS[settings.method].needs
+    return {} if needs is None else {needs: getattr(model, needs)}
 
 
 def draw_sheet(found: Answer) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 
 import gradio as gr
 
-from denoising_vit.decomposition.options import Method
 from denoising_vit.errors import AppError, DenoisingVitError
 from denoising_vit.show.app.answering import Answer, Settings, answer, draw_sheet, largest_size, read_upload, shrunk
 from denoising_vit.show.app.figures import Figure, figures
@@ -131,7 +130,7 @@ class Handlers:
         return layer, size, _methods(model, None), about(model)
 
     @plainly
-    def choose_layer(self, backbone: str, layer: int | None, method: Method) -> tuple[Any, ...]:
+    def choose_layer(self, backbone: str, layer: int | None, method: str) -> tuple[Any, ...]:
         """A layer -> its methods, and what it is."""
         model = self.models.get(backbone, _whole(layer, "layer"))
         return _methods(model, method), about(model)
@@ -141,7 +140,7 @@ class Handlers:
         self,
         photo: str | None,
         backbone: str,
-        method: Method,
+        method: str,
         layer: int | None,
         size: int,
         views: int,
@@ -243,7 +242,7 @@ def _cells(line: Figure) -> str:
     return f"<td class='raw'>{line.raw}</td><td class='denoised'>{line.clean}</td>"
 
 
-def _methods(model: Model, wanted: Method | None) -> Any:
+def _methods(model: Model, wanted: str | None) -> Any:
     return gr.Radio(choices=list(model.methods), value=wanted if wanted in model.methods else model.methods[0])
 
 

@@ -11,9 +11,9 @@ from typing import TypeVar
 from denoising_vit.artifact import SHIPPED, Artifact, load_artifact, shipped_for
 from denoising_vit.backbones import SEEDS, Backbone, BackboneSpec
 from denoising_vit.backbones.bundled import INSTALL_HINT, bundled_available
-from denoising_vit.decomposition.options import Method
 from denoising_vit.denoiser import FoundDenoiser, find_denoiser, find_shipped
 from denoising_vit.errors import AppError, ArtifactError, DenoiserError
+from denoising_vit.extractors import KINDS
 
 T = TypeVar("T")
 
@@ -46,14 +46,11 @@ class Model:
     fits_artifact: bool = True
 
     @property
-    def methods(self) -> tuple[Method, ...]:
-        """What can be asked for, the cheapest that is good first."""
-        known: tuple[tuple[Method, bool], ...] = (
-            ("denoiser", self.denoiser is not None),
-            ("exact", True),
-            ("subtract", self.artifact is not None),
-        )
-        return tuple(name for name, there in known if there)
+    def methods(self) -> tuple[str, ...]:
+        """Available kinds of clean features, the cheapest good one first."""
+        there = {None: True, "denoiser": self.denoiser is not None, "artifact": self.artifact is not None}
+        names = [kind.name for kind in KINDS.values() if kind.cleans and there.get(kind.needs, False)]
+        return tuple(sorted(names, key=lambda name: {"denoiser": 0, "exact": 1}.get(name, 2)))
 
 
 class Models:

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from denoising_vit.backbones import SEEDS
+from denoising_vit.extractors import KINDS, features_help
 from denoising_vit.show.app.answering import MOST_SCALE, MOST_VIEWS, Settings, largest_size
 from denoising_vit.show.app.handlers import Handlers, about
 from denoising_vit.show.app.keeping import LIFETIME
@@ -52,7 +53,7 @@ class _Controls:
             list(model.methods),
             value=model.methods[0],
             label="Method",
-            info="denoiser: one pass. exact: stage 1, a pass for each view. subtract: minus the known artifact.",
+            info=f"{features_help(KINDS[name] for name in model.methods)}.",
             elem_id="method",
         )
         self.layer = gr.Number(models.spec.layer, label="Layer", precision=0, elem_id="layer")

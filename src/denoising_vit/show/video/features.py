@@ -13,7 +13,7 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoise import denoise_image
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
-from denoising_vit.extractors import Cleaners
+from denoising_vit.extractors import KINDS, Cleaners, Extractor
 from denoising_vit.show.video.options import VideoOptions
 
 
@@ -37,9 +37,9 @@ class FrameFeatures:
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:
         self.backbone, self._names, self._views = backbone, options.names, options.views
         self.identity: dict[str, Any] = {"backbone": describe(backbone)}
-        self._extractors: dict[str, Backbone | DenoisedViT] = {}
+        self._extractors: dict[str, Extractor] = {}
         for name in self._names:
-            if name != "exact":
+            if not KINDS[name].per_image:
                 self._extractors[name], found = cleaners.extractor(name, backbone)
                 self.identity |= found
 
@@ -56,11 +56,13 @@ class FrameFeatures:
             extractor = self._extractors.get(name)
             if extractor is None:
                 found[name] = torch.stack([self._exact(frame) for frame in frames])
-            elif name == "distilled":
-                found[name] = extractor(images)
-            else:
+            elif extractor is self.backbone:
+                found[name] = raw = self.backbone(images) if raw is None else raw
+            elif isinstance(extractor, DenoisedViT) and extractor.backbone is self.backbone:
                 raw = self.backbone(images) if raw is None else raw
-                found[name] = extractor.clean(raw) if isinstance(extractor, DenoisedViT) else raw
+                found[name] = extractor.clean(raw)
+            else:
+                found[name] = extractor(images)
         return found
 
     def _normalised(self, frames: np.ndarray) -> Tensor:

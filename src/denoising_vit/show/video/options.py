@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from denoising_vit.errors import PlanError
-from denoising_vit.extractors import FEATURES, parse_names
+from denoising_vit.extractors import KINDS, features_arg, parse_names
 from denoising_vit.maps.titles import TITLES
 
 #: Panels, and their headings.
@@ -29,8 +29,7 @@ class VideoOptions:
     """What a video shows, and how.
 
     Attributes:
-        features: one row each: raw, denoiser, subtract (minus G), distilled (needs --distilled), exact (stage 1 fitted
-            in every frame, which takes minutes a second of video); separated by commas.
+        features: names of features.
         panels: one column each: image, pca (in the basis of this clip), dataset-pca (in that of --palette), kmeans,
             first, second, third (principal components), foreground-pca, norm, foreground (by the mapping of --palette
             where it is given, else of this clip); separated by commas.
@@ -50,7 +49,7 @@ class VideoOptions:
         batch_size: frames in one forward pass. Without it, what suits the device.
     """
 
-    features: str = "raw,denoiser"
+    features: Annotated[str, features_arg("One row each; exact takes minutes for a second of video.")] = "raw,denoiser"
     panels: str = "image,pca"
     size: int | None = None
     side: Literal["long", "short"] = "long"
@@ -72,7 +71,7 @@ class VideoOptions:
         Raises:
             PlanError: naming the option, its range, and what came.
         """
-        parse_names(self.features, FEATURES)
+        parse_names(self.features, KINDS)
         if "dataset-pca" in self.shown and self.palette is None:
             raise PlanError("the panel dataset-pca needs the colours of a data set: --palette FILE, a saved palette")
         least = {"size": 1, "panel_size": 64, "every": 1, "max_frames": 1, "basis_frames": 1, "part_frames": 1}
@@ -88,7 +87,7 @@ class VideoOptions:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the features, in order."""
-        return parse_names(self.features, FEATURES)
+        return parse_names(self.features, KINDS)
 
     @property
     def shown(self) -> tuple[str, ...]:
