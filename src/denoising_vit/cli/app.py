@@ -1,4 +1,4 @@
-"""Verbs, and how errors reach people."""
+"""The verbs, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, WRONG_USAGE
 from denoising_vit.environment import package_version
 
-#: Where each verb is: a module of this package and the function in it, where that has another name; or more verbs.
+#: Each verb's module in this package, with its function after a colon if it has another name; or further verbs.
 VERBS: Mapping[str, Any] = {
     "denoise": "denoise",
     "fit": "fit",
@@ -43,17 +43,20 @@ VERBS: Mapping[str, Any] = {
     "store": {"info": "store:info", "verify": "store:verify", "export": "store:export"},
 }
 
-_DESCRIPTION = "Artifact-free dense features from any Vision Transformer. `dvit --version` tells which version this is."
+_DESCRIPTION = (
+    "Artifact-free dense features from any Vision Transformer. Every verb takes `--quiet`, which hides progress. "
+    "`dvit --version` prints the version."
+)
 
-#: Of verbs that have verbs of their own.
+#: Descriptions of verbs that have subcommands.
 _DESCRIPTIONS: Mapping[str, str] = {
-    "evaluate": "Judges features, raw and clean ones side by side: `dvit evaluate --help` names the tasks.",
-    "store": "What a store of `dvit fit` holds: looked at, verified, taken out photo by photo.",
+    "evaluate": "Evaluate raw and clean features side by side; `dvit evaluate --help` lists the tasks.",
+    "store": "Inspect, verify or export a feature store that `dvit fit` wrote.",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb and exits: 0 all succeeded, 1 some items failed, 2 wrong usage, 130 interrupted."""
+    """Runs a verb and exits with 0 (success), 1 (some items failed), 2 (wrong usage) or 130 (interrupted)."""
     try:
         code = run(arguments)
     except KeyboardInterrupt:
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show_warnings(show: Callable[[str, str], None]) -> None:
-    """Has warnings of ours, which are meant for users, come in words instead of lines of code."""
+    """Shows our own warnings as messages, without the line of code that raised them."""
     from denoising_vit.errors import DenoisingVitWarning
 
     before = warnings.showwarning
@@ -84,21 +87,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and returns its exit code.
 
     Raises:
-        SystemExit: from the parser, with code 2 for wrong usage and 0 for ``--help``.
+        SystemExit: raised by the parser, with code 2 for wrong usage and 0 for ``--help``.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["--version"]:
         print(f"dvit {package_version()}")
         return OK
-    # Imports take seconds (torch, timm); inside, so that Ctrl-C during them ends as quietly as any other time.
-    from denoising_vit.cli.reporting import print_error, print_note
+    hidden = "--quiet" in arguments  # an option of all verbs
+    arguments = [argument for argument in arguments if argument != "--quiet"]
+    # Imports are inside, so that Ctrl-C during them ends as quietly as at any other time.
+    from denoising_vit.cli.reporting import print_error, print_note, quiet
     from denoising_vit.cli.streams import logged, only_json
     from denoising_vit.errors import DenoisingVitError
 
     app = _app(VERBS, arguments)
     try:
         alone = only_json() if "--json" in arguments else contextlib.nullcontext()
-        with alone, logged(print_note), warnings.catch_warnings():
+        with alone, quiet(hidden), logged(print_note), warnings.catch_warnings():
             _show_warnings(print_error)
             return app.cli(args=arguments, prog="dvit", description=_DESCRIPTION) or OK
     except DenoisingVitError as error:
@@ -107,7 +112,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:
-    """The parser of these verbs. Only the one that is named is imported, which takes seconds; none is for the help."""
+    """The parser of these verbs. Only the module of the named verb is imported."""
     import tyro
 
     app: Any = tyro.extras.SubcommandApp()
@@ -124,7 +129,7 @@ def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:
 
 
 def _other(description: str | None) -> Callable[[], int]:
-    """Stands for a verb that is not named, with what the help says of it."""
+    """A placeholder for a verb that was not named, with its description for the help."""
 
     def stub() -> int:
         raise AssertionError("another verb was named")
@@ -134,13 +139,13 @@ def _other(description: str | None) -> Callable[[], int]:
 
 
 def _home(place: str) -> tuple[str, str]:
-    """The module of a verb and its function there."""
+    """Module and function of a verb."""
     module, _, function = place.partition(":")
     return f"denoising_vit.cli.{module}", function or module
 
 
 def _description(name: str, place: Any) -> str | None:
-    """The docstring of a verb's function, read without importing its module."""
+    """The docstring of a verb, read without importing its module."""
     if not isinstance(place, str):
         return _DESCRIPTIONS[name]
     module, function = _home(place)

@@ -1,4 +1,4 @@
-"""What a batch says while it works and when it is done: progress, a table or JSON lines, and what was skipped."""
+"""Progress, tables, JSON lines and messages of the command line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from denoising_vit.cli.exit_codes import OK, SOME_FAILED
 from denoising_vit.cli.streams import print_json
@@ -22,21 +31,27 @@ if TYPE_CHECKING:  # it imports torch, for which the help would wait
 
 Status = Literal["done", "kept", "failed"]
 
+#: Least time between two lines of progress in a log file.
+SECONDS_BETWEEN_LINES = 60.0
+
+#: Whether progress is hidden, one value for each :func:`quiet` block that is open.
+_quiet: list[bool] = []
+
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one photo.
+    """The outcome of one photo.
 
     Attributes:
-        image: the photo.
-        status: done, kept (a result was there already), or failed.
-        output: the safetensors file.
-        panel: the picture.
+        image: path of the photo.
+        status: done, kept (a result existed), or failed.
+        output: path of the safetensors file.
+        panel: path of the picture.
         seconds: time taken.
-        views: crops that were fitted.
-        heldout_r2: share of the variance of left-out views that is predicted.
-        heldout_cosine: mean cosine to left-out views.
-        note: why it failed, or what else is worth knowing.
+        views: number of crops fitted.
+        heldout_r2: share of the variance of held-out views that is predicted.
+        heldout_cosine: mean cosine to held-out views.
+        note: reason of a failure, or another remark.
     """
 
     image: str
@@ -51,20 +66,20 @@ class Row:
 
 
 class Report:
-    """Collects rows; JSON lines go to standard output at once, the table comes at the end."""
+    """Collects rows. Prints JSON lines at once, or a table at the end."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Takes one row; in JSON mode prints it."""
+        """Adds a row, and prints it in JSON mode."""
         self.rows.append(row)
         if self.as_json:
             print_json(asdict(row))
 
     def finish(self, folder: Path) -> int:
-        """Prints the table, then what failed and why. Returns the exit code."""
+        """Prints the table and the failures. Returns the exit code."""
         if not self.as_json and any(row.status != "failed" for row in self.rows):
             Console().print(self._table())
         failed = [row for row in self.rows if row.status == "failed"]
@@ -99,7 +114,7 @@ class Report:
 
 
 class OnScreen:
-    """A progress bar that is on the screen for as long as a block lasts, or until it is stopped."""
+    """A progress display that is open for a block, or until it is stopped."""
 
     _progress: Progress
 
@@ -111,17 +126,17 @@ class OnScreen:
         self.stop()
 
     def stop(self) -> None:
-        """Takes the bar off the screen."""
+        """Closes the display."""
         self._progress.stop()
 
 
 class PhotoProgress(OnScreen):
-    """A progress bar over the work on all photos, with the time left; on standard error.
+    """Progress over the work on all photos, with the time left; on standard error.
 
     Args:
-        photos: how many.
-        each: work on one of them.
-        unit: what work is counted in.
+        photos: number of photos.
+        each: amount of work per photo.
+        unit: unit of this work, such as "views".
     """
 
     def __init__(self, photos: int, each: int, unit: str) -> None:
@@ -132,33 +147,33 @@ class PhotoProgress(OnScreen):
         self._finished = 0
 
     def start(self, photo: str) -> None:
-        """Begins the next photo."""
+        """Starts the next photo."""
         self._at, self._photo = 0, photo
         self._progress.update(self._task, description=escape(photo))
 
     def watch(self, look: Evaluation) -> None:
-        """Shows how well held-out views are predicted so far."""
+        """Shows the current R² on held-out views."""
         if look.r2 is not None:
             self._progress.update(self._task, description=f"{escape(self._photo)} held-out R² {look.r2:.3f}")
 
     def advance(self, done: int, _total: int) -> None:
-        """Takes how much of the work on the present photo is done."""
+        """Sets the work done on the current photo."""
         self._at = done
         self._progress.update(self._task, completed=self._finished + done)
 
     def finish(self) -> None:
-        """Ends the present photo; work that was not needed leaves the total, so that the time left stays right."""
+        """Ends the current photo. Work that was not needed leaves the total, so that the time left stays right."""
         self._left -= 1
         self._finished += self._at
         self._progress.update(self._task, total=self._finished + self._left * self._each)
 
 
 class CountProgress(OnScreen):
-    """A bar over things that are counted one by one.
+    """Progress over items that are counted one by one.
 
     Args:
-        total: how many; None where that is not known.
-        unit: what they are.
+        total: number of items, None if unknown.
+        unit: name of the items.
     """
 
     def __init__(self, total: int | None, unit: str) -> None:
@@ -166,25 +181,88 @@ class CountProgress(OnScreen):
         self._task = self._progress.add_task("", total=total)
 
     def advance(self) -> None:
-        """Takes one more."""
+        """Counts one item."""
         self._progress.advance(self._task)
 
 
 @contextlib.contextmanager
 def watch(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A bar for as long as a block lasts; gives what is to be called after each."""
+    """Shows progress while a block runs; yields the function to call after each item."""
     with CountProgress(total, what) as progress:
         yield progress.advance
 
 
-def progress_bar(unit: str, **settings: Any) -> Progress:
-    """A bar with a description, how many of how many, the time taken and the time left; none where nobody looks.
+class LogProgress(Progress):
+    """Progress as plain lines on standard error, at most one a minute: for log files.
+
+    A line reads ``cat.jpg: 120 / 1,000 views, 3.1 views/s, 5 min left``.
 
     Args:
-        unit: what is counted; ``{task.fields[name]}`` stands for a field of the task.
-        **settings: of rich's `Progress`.
+        unit: as for :func:`progress_bar`.
+        **settings: further settings of rich's `Progress`.
+    """
+
+    def __init__(self, unit: str, **settings: Any) -> None:
+        super().__init__(disable=True, **({"speed_estimate_period": 300} | settings))
+        self._unit, self._next_line = unit, self.get_time() + SECONDS_BETWEEN_LINES
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Updates a task as rich does, and prints a line when one is due."""
+        super().update(task_id, **changes)
+        self._print_line(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Advances a task as rich does, and prints a line when one is due."""
+        super().advance(task_id, advance)
+        self._print_line(task_id)
+
+    def _print_line(self, task_id: TaskID) -> None:
+        now = self.get_time()
+        if now < self._next_line:
+            return
+        self._next_line = now + SECONDS_BETWEEN_LINES
+        task = self._tasks[task_id]
+        total = "" if task.total is None else f" / {task.total:,.0f}"
+        words = [f"{task.completed:,.0f}{total} {self._unit.format(task=task)}"]
+        if task.speed and "/s" not in words[0]:
+            words.append(f"{task.speed:.3g} {self._unit.partition(',')[0]}/s")
+        if task.time_remaining is not None and not task.finished:
+            words.append(f"{_duration(task.time_remaining)} left")
+        stage = Text.from_markup(task.description).plain
+        print_note(f"{stage}: {', '.join(words)}" if stage else ", ".join(words))
+
+
+def _duration(seconds: float) -> str:
+    """A duration in its largest unit, such as "5 min"."""
+    for name, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Shows no progress while a block runs."""
+    _quiet.append(on)
+    try:
+        yield
+    finally:
+        _quiet.pop()
+
+
+def progress_bar(unit: str, *, shown: bool = True, **settings: Any) -> Progress:
+    """A progress display on standard error: a bar on a terminal, otherwise a plain line at most once a minute.
+
+    Args:
+        unit: unit of the count; ``{task.fields[name]}`` stands for a field of the task.
+        shown: False shows nothing, as `--quiet` does.
+        **settings: further settings of rich's `Progress`.
     """
     console = Console(stderr=True)
+    if not shown or any(_quiet):
+        return Progress(disable=True, console=console, **settings)
+    if not console.is_terminal:
+        return LogProgress(unit, console=console, **settings)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -195,21 +273,20 @@ def progress_bar(unit: str, **settings: Any) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
         **settings,
     )
 
 
 def print_error(message: str, label: str = "error") -> None:
-    """Prints an error to standard error, unwrapped, so that it can be searched for and copied."""
+    """Prints an error to standard error, unwrapped, so that it can be searched and copied."""
     Console(stderr=True).print(f"[bold red]{label}:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def print_skipped(item: str, reason: str) -> None:
-    """Says of an item of a batch that it was skipped, and why; reasons that begin with its name stand as they are."""
+    """Prints that an item was skipped and why. A reason that begins with the item's name is printed as it is."""
     print_error(reason if reason.startswith(item) else f"{item}: {reason}", "skipped")
 
 
 def print_note(message: str) -> None:
-    """Prints something worth knowing to standard error."""
+    """Prints a message to standard error."""
     Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)

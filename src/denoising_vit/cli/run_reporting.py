@@ -45,8 +45,7 @@ class StepsBar(OnScreen):
     """Steps done with the loss; and a line for each look at the held-out images."""
 
     def __init__(self, steps: int, *, shown: bool) -> None:
-        self._progress = progress_bar("steps, loss {task.fields[loss]}", speed_estimate_period=300)
-        self._progress.disable = self._progress.disable or not shown
+        self._progress = progress_bar("steps, loss {task.fields[loss]}", shown=shown, speed_estimate_period=300)
         self._task = self._progress.add_task("", total=steps, loss="-")
 
     def step(self, step: int, figures: dict[str, float]) -> None:
