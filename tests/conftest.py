@@ -46,9 +46,68 @@ LONGEST = (
 )
 
 
+#: Further files that start processes, train, fit whole data sets, or run verbs: `-m "not slow"` leaves them out.
+SLOW = (
+    *LONGEST,
+    "test_app",
+    "test_app_serving",
+    "test_bundled",
+    "test_calibration",
+    "test_cli",
+    "test_cli_calibrate",
+    "test_cli_denoise_denoiser",
+    "test_cli_diagnose",
+    "test_cli_distill",
+    "test_cli_evaluate",
+    "test_cli_evaluate_depth",
+    "test_cli_evaluate_tasks",
+    "test_cli_export",
+    "test_cli_fit",
+    "test_cli_show",
+    "test_cli_train",
+    "test_cli_video",
+    "test_comparison",
+    "test_denoise",
+    "test_denoise_denoiser",
+    "test_depth_class_tokens",
+    "test_depth_training",
+    "test_diagnosis",
+    "test_diagnosis_page",
+    "test_distillation_judging",
+    "test_distillation_photos",
+    "test_distillation_run",
+    "test_distillation_student",
+    "test_distillation_teacher",
+    "test_export",
+    "test_export_huggingface",
+    "test_fit_local",
+    "test_fit_resume",
+    "test_huggingface",
+    "test_neural_field",
+    "test_outputs",
+    "test_pages",
+    "test_recipe",
+    "test_segmentation_training",
+    "test_showing",
+    "test_shipped_denoiser",
+    "test_store_durability",
+    "test_store_leases",
+    "test_training_engine",
+    "test_training_pairs",
+    "test_training_panels",
+    "test_training_run",
+    "test_training_targets",
+    "test_video_rendering",
+    "test_video_sheet",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the longest files to the front; workers take files in this order."""
+    """Marks the slow files, and sorts the longest to the front; workers take files in this order."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
 
 
