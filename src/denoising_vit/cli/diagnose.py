@@ -15,7 +15,6 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.files import Mark, owned_path, require_ours, unwritable
 
@@ -55,6 +54,7 @@ def diagnose(
     from denoising_vit.cli.outputs import input_digest, require_writable
     from denoising_vit.data import named_photos, open_dataset, spread
     from denoising_vit.denoiser import find_denoiser, find_shipped
+    from denoising_vit.denoiser.denoised_vit import DenoisedViT
     from denoising_vit.diagnosis.diagnose import run_diagnosis
 
     if photos < 0:
