@@ -36,9 +36,8 @@ from torch import Tensor
 import denoising_vit as dv
 from denoising_vit.decomposition.extraction import fitting_batch
 from denoising_vit.show.video.films import open_clip
-from denoising_vit.show.video.options import VideoOptions
+from denoising_vit.show.video.options import VideoOptions, panel_size, shown_size
 from denoising_vit.show.video.rendering import render_video
-from denoising_vit.show.video.sizes import panel_size, shown_size
 from denoising_vit.views.rendering import to_image
 
 #: The most that a video may cost in times of its forward passes, and a long one in times of a short one's memory.

@@ -18,9 +18,8 @@ from skimage import data
 import denoising_vit as dv
 from denoising_vit.cli.app import run
 from denoising_vit.extractors import Cleaners
-from denoising_vit.show.drawing import draw_sheet, palette_of
-from denoising_vit.show.gathering import Gatherer, ShownPhoto
 from denoising_vit.show.options import MAPS, ShowOptions
+from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, palette_of
 
 #: All colour photographs of scikit-image that come with it and are free to show.
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
@@ -61,8 +60,8 @@ def main() -> None:
     _draw_cat(arguments.out, folder)
     backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m")
     options = ShowOptions(features=FEATURES, views=arguments.views, area=(0.4, 1.0))
-    gatherer = Gatherer(backbone, FEATURES.split(","), Cleaners(artifact="shipped"), options.denoising())
-    photos = [_gathered(gatherer, name) for name in PHOTOS]
+    extractor = PhotoExtractor(backbone, FEATURES.split(","), Cleaners(artifact="shipped"), options.denoising())
+    photos = [_extracted(extractor, name) for name in PHOTOS]
     for kind in KINDS:
         options = ShowOptions(features=FEATURES, maps=kind)
         palettes = [palette_of([photo], options) for photo in photos]
@@ -93,9 +92,9 @@ def _draw_cat(out: Path, scratch: Path) -> None:
     (scratch / "cat.safetensors").unlink()
 
 
-def _gathered(gatherer: Gatherer, name: str) -> ShownPhoto:
+def _extracted(extractor: PhotoExtractor, name: str) -> ShownPhoto:
     pixels = np.ascontiguousarray(getattr(data, name)()[..., :3])
-    return gatherer(pixels, name=name.replace("_", " "))
+    return extractor(pixels, name=name.replace("_", " "))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ from denoising_vit.backbones import SEEDS, BackboneSpec
 from denoising_vit.data.photos import is_panel, read_photo
 from denoising_vit.errors import AppError, BackboneError, DenoiserError, PhotoError, SizeError
 from denoising_vit.maps import Palette
-from denoising_vit.show.app import answering, keeping
-from denoising_vit.show.app.answering import Answer, Settings, answer, draw_sheet
-from denoising_vit.show.app.figures import NONE, figures
-from denoising_vit.show.app.keeping import Keep
+from denoising_vit.show.app import answers
+from denoising_vit.show.app.answers import Answer, Keep, Settings, answer, draw_sheet
 from denoising_vit.show.app.models import KEPT, Models
-from denoising_vit.show.app.pictures import LEGENDS, MAPS, SIMILARITY, Scene
-from denoising_vit.show.app.samples import find_samples
+from denoising_vit.show.app.scene import LEGENDS, MAPS, NONE, SIMILARITY, Scene, figures
+from denoising_vit.show.app.serving import find_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +47,7 @@ def settings(models: Models, **changes: object) -> Settings:
 
 def scene(raw: torch.Tensor, clean: torch.Tensor, photo: tuple[int, int] = (120, 90)) -> Scene:
     arrays = raw.numpy(), clean.numpy()
-    return Scene(np.zeros((*photo, 3), np.uint8), *arrays, Palette.fit(arrays))
+    return Scene(np.zeros((*photo, 3), np.uint8), *arrays, Palette(arrays))
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -61,7 +59,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_one_photo_with_its_licence_comes_with_the_package() -> None:
     cat = find_samples()["cat"]
-    assert cat.is_relative_to(Path(answering.__file__).parent)
+    assert cat.is_relative_to(Path(answers.__file__).parent)
     assert cat.stat().st_size < 100_000
     assert "CC0" in (cat.parent / "README.txt").read_text()
     assert read_photo(cat).shape == (300, 451, 3)
@@ -122,13 +120,13 @@ def test_a_layer_that_is_not_there_is_refused(models: Models) -> None:
 
 def test_only_the_last_backbones_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Models(tiny.spec(tmp_path))
-    own = found.spec.load()
-    monkeypatch.setattr(BackboneSpec, "load", lambda spec: own)
+    own, loads = found.spec.load(), []
+    monkeypatch.setattr(BackboneSpec, "load", lambda spec: loads.append(spec.backbone) or own)
     monkeypatch.setattr(Models, "at_hand", lambda self, name: True)
-    for name in list(SEEDS)[: KEPT + 1]:
+    first, *last = list(SEEDS)[: KEPT + 1]
+    for name in (first, *last, *last, first):
         found.get(name)
-    assert list(found._loaded) == list(SEEDS)[1 : KEPT + 1]
-    assert {name for name, _ in found._models} == set(found._loaded)
+    assert loads == [first, *last, first]
 
 
 def test_a_denoiser_of_another_backbone_is_refused_at_the_start(models: Models, tmp_path: Path) -> None:
@@ -178,7 +176,7 @@ def test_an_answer_is_read_back_as_it_was(models: Models, keep: Keep) -> None:
     torch.testing.assert_close(again.result.raw, found.result.raw, atol=5e-3, rtol=1e-3)
     np.testing.assert_array_equal(again.photo, found.photo)
     keep.forget(found.folder)
-    with pytest.raises(AppError, match="no longer kept; denoise the photo again"):
+    with pytest.raises(AppError, match="has been deleted; denoise the photo again"):
         Answer.load(found.folder)
 
 
@@ -207,7 +205,7 @@ def test_files_that_are_no_photos_are_refused_without_naming_a_folder(
 def test_too_many_pixels_are_refused_before_they_are_decoded(
     models: Models, keep: Keep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "MAX_PIXELS", 999)
+    monkeypatch.setattr(answers, "MAX_PIXELS", 999)
     with pytest.raises(PhotoError, match=r"^photo.png: 50 x 20 pixels is more than the limit of 999; shrink it first$"):
         answer(models, keep, tiny.photo(tmp_path, 20, 50), settings(models))
 
@@ -357,10 +355,10 @@ def test_answers_are_private_and_leave_nothing_behind() -> None:
 
 def test_old_answers_go(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     old, young = keep.new(), keep.new()
-    os.utime(old, (0, time.time() - keeping.LIFETIME - 9))
+    os.utime(old, (0, time.time() - answers.LIFETIME - 9))
     newest = keep.new()
     assert (old.exists(), young.exists(), newest.exists()) == (False, True, True)
-    monkeypatch.setattr(keeping, "MOST", 2)
+    monkeypatch.setattr(answers, "MOST", 2)
     os.utime(young, (0, time.time() - 9))
     keep.new()
     assert (young.exists(), newest.exists()) == (False, True)

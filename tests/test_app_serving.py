@@ -19,8 +19,8 @@ import tiny_app as tiny
 from command import Dvit, in_process
 from denoising_vit.errors import AppError
 from denoising_vit.show.app import serving
-from denoising_vit.show.app.figures import Figure
 from denoising_vit.show.app.options import AppOptions
+from denoising_vit.show.app.scene import Figure
 from denoising_vit.show.app.serving import require_free
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -183,7 +183,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     ("extractor", "message"),
     [
-        (lambda image: torch.zeros(1, 3, 3, planted.CHANNELS), r"mine: expected features \(1, 11, 11, 24\)"),
+        (lambda image: torch.zeros(1, 3, 3, planted.CHANNELS), r"mine: expected features of shape \(1, 11, 11, 24\)"),
         (lambda image: torch.full((1, 11, 11, planted.CHANNELS), torch.nan), "mine: features are not finite"),
     ],
 )
@@ -193,7 +193,7 @@ def test_extractors_that_cannot_be_compared_are_refused_by_name(extractor: Any, 
 
 
 def test_names_of_sources_are_taken() -> None:
-    with pytest.raises(dv.DenoisingVitError, match="names of their own; raw is there already"):
+    with pytest.raises(dv.DenoisingVitError, match="must not be named raw, subtract, exact; got raw"):
         dv.diagnose(planted.backbone(), planted.photos(8), views=VIEWS, extractors={"raw": planted.backbone()})
 
 

@@ -23,7 +23,7 @@ from denoising_vit.evaluation.data import JudgedSet
 from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.fields import store_name
 from denoising_vit.evaluation.sources import ExtractorSource
-from denoising_vit.show.video.records import differences, make_record
+from denoising_vit.show.video.parts import differences, make_record
 from denoising_vit.store import FeatureStore
 from denoising_vit.views.crops import Crop
 from tiny_labelled import SIZE, coloured, write_labelled

@@ -408,14 +408,14 @@ def test_a_place_that_cannot_be_written(backbone: Backbone, tmp_path: Path) -> N
 def test_an_export_that_computes_something_else_is_not_written(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from denoising_vit.export import timm_folder
+    from denoising_vit.export import checkpoints
 
     def spoilt(module: torch.nn.Module) -> dict[str, Tensor]:
         state = {key: value.clone() for key, value in module.state_dict().items()}
         state["blocks.3.mlp.fc2.bias"][5] += 0.3
         return state
 
-    monkeypatch.setattr(timm_folder, "float_state", spoilt)
+    monkeypatch.setattr(checkpoints, "float_state", spoilt)
     with pytest.raises(ExportError, match=r"does not compute what PyTorch does: features .* apart"):
         export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ import denoising_vit as dv
 import tiny_export as tiny
 from denoising_vit import ExportError, ExportOptions, export_extractor, verify_export
 from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.export import running
+from denoising_vit.export import verification
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +118,7 @@ def test_a_directory_that_transformers_cannot_load_is_no_export(
     def damaged(folder: Path) -> None:
         raise ValueError("no such thing\nmore")
 
-    monkeypatch.setattr(running, "_huggingface", damaged)
+    monkeypatch.setattr(verification, "_huggingface", damaged)
     with pytest.raises(ExportError, match=r"could not be loaded \(ValueError: no such thing\)"):
         export_extractor(tiny.dinov2(), tmp_path / "out", FORM)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import eva, vision_transformer
 from torch.nn.functional import interpolate
 
-from denoising_vit.export.resampling import bicubic_matrix, resample, resample_positions, timm_resamples_in_graph
+from denoising_vit.export.traceable import bicubic_matrix, resample, resample_positions, timm_resamples_in_graph
 
 SIZES = [(7, 5), (3, 4), (1, 1), (23, 11), (2, 31), (7, 6)]
 

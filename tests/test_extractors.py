@@ -15,9 +15,9 @@ from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import KINDS, Cleaners, Extractor, FeatureKind, features_help, parse_names
 from denoising_vit.show.app.models import Model
-from denoising_vit.show.gathering import Gatherer
 from denoising_vit.show.options import ShowOptions
-from denoising_vit.show.video.features import FrameFeatures
+from denoising_vit.show.sheets import PhotoExtractor
+from denoising_vit.show.video.frames import FrameFeatures
 from denoising_vit.show.video.options import VideoOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +87,7 @@ def test_photos_are_denoised_and_shown_by_a_new_kind(made_up: str) -> None:
     result = denoise_image(backbone, photo, method=made_up)
     torch.testing.assert_close(result.semantic, result.raw / 2)
     assert result.info["method"] == made_up and result.info["share"] == "half"
-    shown = Gatherer(backbone, ["raw", made_up], Cleaners(), ShowOptions().denoising())(photo)
+    shown = PhotoExtractor(backbone, ["raw", made_up], Cleaners(), ShowOptions().denoising())(photo)
     torch.testing.assert_close(shown.maps()[made_up], shown.maps()["raw"] / 2)
 
 

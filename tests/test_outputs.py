@@ -23,9 +23,8 @@ from denoising_vit.denoise import Denoising
 from denoising_vit.denoiser import write_denoiser
 from denoising_vit.errors import OutputError
 from denoising_vit.files import Mark, atomic_path, clipped, digest_of, owned_path, plain_stem, require_ours
-from denoising_vit.show import drawing
-from denoising_vit.show.video.parts import Parts
-from denoising_vit.show.video.records import recorded_in
+from denoising_vit.show import sheets
+from denoising_vit.show.video.parts import Parts, recorded_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -342,8 +341,8 @@ def test_of_two_runs_of_show_none_loses_its_sheet(place: Place, monkeypatch: pyt
     def show(photo: Path) -> Outcome:
         return place.dvit("show", photo, "-o", "out", *own("--features", "raw", "--maps", "pca"))
 
-    draw = once(lambda: show(two), drawing.draw_sheet)
-    monkeypatch.setattr("denoising_vit.show.drawing.draw_sheet", draw)
+    draw = once(lambda: show(two), sheets.draw_sheet)
+    monkeypatch.setattr(sheets, "draw_sheet", draw)
     assert show(one).code == 0
     marks = {path.name: Mark.read(path) for path in (place.folder / "out").iterdir()}
     assert marks == {"same.png": Mark("sheet", digest_of(two)), "same-2.png": Mark("sheet", digest_of(one))}

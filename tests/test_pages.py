@@ -123,13 +123,13 @@ def test_the_page_of_a_run_tells_all_of_it(run: Path) -> None:
 def test_the_panels_are_the_best_and_the_first(run: Path) -> None:
     words = Page(render_run(run)).words
     assert words.index("held-out images after step 20") < words.index("held-out images after step 10")
-    assert "after step 30" not in words.split("How it went")[0].split("best after step 20", 1)[1]
+    assert "after step 30" not in words.split("Training curves")[0].split("best after step 20", 1)[1]
 
 
 def test_a_run_that_has_hardly_begun_has_a_page(run: Path) -> None:
     (run / "log.jsonl").write_text('{"step": 1, "kind": "train", "loss": null}\n')
     (run / "about.json").unlink()
-    assert "1 of 40 steps; held-out images were not looked at yet" in Page(render_run(run)).words
+    assert "1 of 40 steps; not evaluated yet" in Page(render_run(run)).words
 
 
 def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_stage_1_is_shown_beside_another_method(result: Decomposition) -> None:
     assert [image["alt"] for image in Page(html).images("PCA of")] == [
         f"PCA of {name} features of a.jpg" for name in ("raw", "denoiser", "exact")
     ]
-    assert "To do it again" not in html
+    assert "<h3>Command</h3>" not in html
 
 
 def vars_of(result: Decomposition) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import DenoiserError, FormatError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT, Sheet
-from denoising_vit.show.drawing import draw_sheet, palette_of, pictures
-from denoising_vit.show.gathering import Gatherer, ShownPhoto
 from denoising_vit.show.options import MAPS, ShowOptions
+from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, palette_of, pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,8 +23,8 @@ OPTIONS = ShowOptions(features="raw,exact", maps=",".join(MAPS), views=9)
 
 
 def shown(seed: int = 0, names: tuple[str, ...] = ("raw", "exact")) -> ShownPhoto:
-    gatherer = Gatherer(planted.backbone(share=0.5), names, Cleaners(), OPTIONS.denoising())
-    return gatherer(planted.photos(1, seed)[0], name="a.png")
+    extractor = PhotoExtractor(planted.backbone(share=0.5), names, Cleaners(), OPTIONS.denoising())
+    return extractor(planted.photos(1, seed)[0], name="a.png")
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +42,17 @@ def test_features_are_those_of_denoising(photo: ShownPhoto) -> None:
 def test_raw_features_alone_take_one_pass() -> None:
     counted: list[int] = []
     backbone, pixels, options = planted.backbone(), planted.photos(1)[0], OPTIONS.denoising()
-    gatherer = Gatherer(backbone, ["raw"], Cleaners(), options)
-    found = gatherer(pixels, progress=counted.append)
-    assert counted[-1] == gatherer.passes == 1
+    extractor = PhotoExtractor(backbone, ["raw"], Cleaners(), options)
+    found = extractor(pixels, progress=counted.append)
+    assert counted[-1] == extractor.passes == 1
     assert (found.maps()["raw"] == denoise_image(backbone, pixels, method="subtract", artifact="none").raw).all()
 
 
 def test_progress_counts_up_to_what_was_said() -> None:
     counted: list[int] = []
-    gatherer = Gatherer(planted.backbone(), ["raw", "exact"], Cleaners(), OPTIONS.denoising())
-    gatherer(planted.photos(1)[0], progress=counted.append)
-    assert counted == sorted(counted) and counted[-1] == gatherer.passes == 9
+    extractor = PhotoExtractor(planted.backbone(), ["raw", "exact"], Cleaners(), OPTIONS.denoising())
+    extractor(planted.photos(1)[0], progress=counted.append)
+    assert counted == sorted(counted) and counted[-1] == extractor.passes == 9
 
 
 def test_a_finer_map_is_that_many_times_finer(photo: ShownPhoto) -> None:
@@ -145,4 +144,4 @@ def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> 
 def test_a_missing_denoiser_is_said() -> None:
     assert ShowOptions().names(planted.backbone(), None) == ("raw", "exact")
     with pytest.raises(DenoiserError, match="comes with the package"):
-        Gatherer(planted.backbone(), ["denoiser"], Cleaners(), OPTIONS.denoising())
+        PhotoExtractor(planted.backbone(), ["denoiser"], Cleaners(), OPTIONS.denoising())

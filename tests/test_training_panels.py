@@ -12,6 +12,7 @@ from PIL import Image
 import tiny_training as tiny
 from denoising_vit.denoiser.panels import draw_panel
 from denoising_vit.errors import TrainError
+from denoising_vit.maps.sheet import CELL, GAP, LEFT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,9 +59,10 @@ def test_equal_features_have_equal_colours(tmp_path: Path) -> None:
 
 def columns(picture: np.ndarray) -> list[set[tuple[int, ...]]]:
     """Colours in the middle of each of three columns."""
-    height, width = picture.shape[:2]
+    height = picture.shape[0]
     rows = slice(int(height * 0.4), int(height * 0.6))
-    spans = [slice(int(width * (column + 0.2) / 3), int(width * (column + 0.8) / 3)) for column in range(3)]
+    lefts = [LEFT + column * (CELL + GAP) for column in range(3)]
+    spans = [slice(left + CELL // 5, left + CELL * 4 // 5) for left in lefts]
     return [{tuple(colour) for colour in picture[rows, span].reshape(-1, 3).tolist()} for span in spans]
 
 

@@ -23,9 +23,9 @@ from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, Outp
 from denoising_vit.extractors import Cleaners
 from denoising_vit.maps import Palette, write_palette
 from denoising_vit.show.video import rendering
+from denoising_vit.show.video.frames import GAP, HEADING
 from denoising_vit.show.video.options import PANELS, VideoOptions
 from denoising_vit.show.video.rendering import RenderedVideo, render_video
-from denoising_vit.show.video.sheet import GAP, HEADING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,7 +114,7 @@ def test_one_basis_for_all_frames_and_features(render: Render, frames: Path, tmp
             pixels = torch.from_numpy(tiny.picture(number)).permute(2, 0, 1)[None] / 255
             image = (pixels - torch.tensor(backbone.mean)[:, None, None]) / torch.tensor(backbone.std)[:, None, None]
             maps += [backbone(image)[0], clean(image)[0]]
-    palette = Palette.fit(maps)
+    palette = Palette(maps)
     for (number, sheet), row in itertools.product(enumerate(pngs(done)), range(2)):
         top = GAP + HEADING + row * (48 + HEADING + GAP)
         drawn = sheet[top : top + 48, GAP : GAP + 80]
@@ -136,7 +136,7 @@ def test_features_are_computed_once_and_the_pass_is_shared(render: Render, frame
 def test_all_panels_and_features(render: Render, frames: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone()
     palette = tmp_path / "palette.safetensors"
-    write_palette(Palette.fit([torch.randn(6, 7, tiny_denoiser.CHANNELS) for _ in range(2)]), palette)
+    write_palette(Palette([torch.randn(6, 7, tiny_denoiser.CHANNELS) for _ in range(2)]), palette)
     artifact = tmp_path / "g.safetensors"
     tiny_artifact.artifact_of(backbone).save(artifact)
     done = render(
@@ -284,7 +284,7 @@ def test_what_is_finished_is_kept(render: Render, frames: Path, tmp_path: Path) 
     assert render(frames, max_frames=3, overwrite=True).status == "done"
     assert len(tiny.decoded(first.path)) == len(pngs(first)) == 3  # no PNG of the longer one is left
     (tmp_path / "mine.mp4").write_bytes(b"mine")
-    with pytest.raises(OutputError, match="exists and is no video of ours"):
+    with pytest.raises(OutputError, match="exists and was not made by dvit video"):
         render(frames, "mine")
 
 
@@ -338,8 +338,8 @@ def test_few_frames_are_held(frames: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"features": "raw,new"}, "features must be different ones of raw, subtract, .*unknown: 'new'"),
-        ({"panels": "image,image"}, "panels must be different ones of image, pca"),
+        ({"features": "raw,new"}, "unknown features: 'new'; choose from raw, subtract"),
+        ({"panels": "image,image"}, "different panels, separated by commas, got image, image; choose from image, pca"),
         ({"panels": "dataset-pca"}, "needs the colours of a data set: --palette FILE"),
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"panel_size": 8}, "panel_size must be at least 64"),

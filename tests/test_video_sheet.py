@@ -11,16 +11,15 @@ import torch
 import tiny_denoiser
 from denoising_vit.errors import FormatError
 from denoising_vit.maps import Palette, read_palette, write_palette
-from denoising_vit.show.video.options import VideoOptions
-from denoising_vit.show.video.pictures import over_white, upright
-from denoising_vit.show.video.sheet import GAP, HEADING, Sheet
-from denoising_vit.show.video.sizes import panel_size, shown_size
+from denoising_vit.show.video.films import over_white, upright
+from denoising_vit.show.video.frames import GAP, HEADING, FrameSheet
+from denoising_vit.show.video.options import VideoOptions, panel_size, shown_size
 
 PANEL = 60, 101
 
 
 def drawn(*, smooth: bool = False) -> np.ndarray:
-    sheet = Sheet(("raw", "denoiser"), ("image", "pca"), PANEL, smooth=smooth)
+    sheet = FrameSheet(("raw", "denoiser"), ("image", "pca"), PANEL, smooth=smooth)
     raw = np.zeros((2, 3, 3), np.uint8)
     raw[0, 0] = 200
     maps: dict[tuple[str | None, str], np.ndarray] = {("raw", "pca"): raw, ("denoiser", "pca"): np.full_like(raw, 77)}
@@ -55,7 +54,7 @@ def test_smooth_maps_have_no_edges() -> None:
 
 
 def test_narrow_panels_have_smaller_letters() -> None:
-    sheet = Sheet(("denoiser",), ("first", "second"), (120, 64), smooth=False)
+    sheet = FrameSheet(("denoiser",), ("first", "second"), (120, 64), smooth=False)
     picture = np.zeros((2, 1, 3), np.uint8)
     pixels = sheet.draw(picture, {("denoiser", "first"): picture, ("denoiser", "second"): picture})
     assert (pixels[: GAP + HEADING, 64 + GAP : 64 + 2 * GAP] == 255).mean() > 0.9  # headings do not run into each other
@@ -98,7 +97,7 @@ def test_over_white_by_hand() -> None:
 def test_a_palette_of_some_colours_alone(tmp_path: Path) -> None:
     features = torch.randn(5, 7, 11)
     path = tmp_path / "some.safetensors"
-    palette = Palette.fit([features])
+    palette = Palette([features])
     write_palette(palette, path, {"basis", "norms"})
     again = read_palette(path)
     for kind in ("pca", "second", "norm"):

@@ -7,7 +7,17 @@ import pytest
 import torch
 from matplotlib import colormaps
 
-from denoising_vit.maps import cluster_maps, norm_maps, similarity_maps
+from denoising_vit.maps import Clusters, NormScale, similarity_maps
+
+
+def norm_maps(*features: torch.Tensor) -> tuple[list[np.ndarray], tuple[float, float]]:
+    scale = NormScale.fit(*features)
+    return [scale.colours(item) for item in features], (scale.low, scale.high)
+
+
+def cluster_maps(*features: torch.Tensor, **options: int) -> list[np.ndarray]:
+    clusters = Clusters.fit(*features, **options)
+    return [clusters.colours(item) for item in features]
 
 
 def quarters(side: int = 6, channels: int = 8, noise: float = 0.0, seed: int = 0) -> torch.Tensor:

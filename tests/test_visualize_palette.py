@@ -29,7 +29,7 @@ def field(seed: int = 0, height: int = 14, width: int = 18) -> np.ndarray:
 
 @pytest.fixture
 def palette() -> Palette:
-    return Palette.fit([field(), field(1) + 1])
+    return Palette([field(), field(1) + 1])
 
 
 @pytest.mark.parametrize("kind", TITLES)
@@ -42,7 +42,7 @@ def test_every_kind_gives_a_picture_of_the_grid(kind: str, palette: Palette) -> 
 @pytest.mark.parametrize("kind", TITLES)
 def test_colours_do_not_depend_on_what_else_is_drawn_later(kind: str) -> None:
     """The film's promise: the same features look the same in every frame."""
-    whole = Palette.fit([field(), field(1)])
+    whole = Palette([field(), field(1)])
     first = whole.colours(kind, field())
     whole.colours(kind, field(1))
     assert (whole.colours(kind, field()) == first).all()
@@ -55,15 +55,15 @@ def test_permuted_patches_get_the_same_colours_patch_for_patch(kind: str) -> Non
     else:
         order = np.random.default_rng(0).permutation(14 * 18)
         shown = field().reshape(-1, CHANNELS)[order].reshape(14, 18, CHANNELS)
-    straight = Palette.fit([field()]).colours(kind, field()).reshape(-1, 3)[order]
-    assert (Palette.fit([shown]).colours(kind, shown).reshape(-1, 3) == straight).all()
+    straight = Palette([field()]).colours(kind, field()).reshape(-1, 3)[order]
+    assert (Palette([shown]).colours(kind, shown).reshape(-1, 3) == straight).all()
 
 
 @pytest.mark.parametrize("kind", ["pca", "kmeans", "norm", "first", "second", "third"])
 def test_a_field_of_two_colours_stays_one(kind: str) -> None:
     two = np.zeros((6, 8, CHANNELS))
     two[:, 4:] = np.arange(CHANNELS) + 1
-    picture = Palette.fit([two]).colours(kind, two)
+    picture = Palette([two]).colours(kind, two)
     assert (picture[:, :4] == picture[0, 0]).all() and (picture[:, 4:] == picture[0, 7]).all()
 
 
@@ -71,7 +71,7 @@ def test_a_field_of_two_colours_stays_one(kind: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 7.0])
 def test_equal_features_get_one_colour(kind: str, value: float) -> None:
     flat = np.full((5, 6, CHANNELS), value)
-    picture = Palette.fit([flat]).colours(kind, flat)
+    picture = Palette([flat]).colours(kind, flat)
     assert (picture == picture[0, 0]).all()
 
 
@@ -79,7 +79,7 @@ def test_equal_features_get_one_colour(kind: str, value: float) -> None:
 def test_a_constant_channel_does_no_harm(kind: str) -> None:
     constant = field()
     constant[..., 3] = 100.0
-    assert len(np.unique(Palette.fit([constant]).colours(kind, constant).reshape(-1, 3), axis=0)) > 1
+    assert len(np.unique(Palette([constant]).colours(kind, constant).reshape(-1, 3), axis=0)) > 1
 
 
 def test_the_foreground_is_what_the_border_is_not() -> None:
@@ -102,7 +102,7 @@ def test_an_unknown_kind_is_refused_with_those_there_are(palette: Palette) -> No
 
 def test_nothing_to_colour_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one feature map"):
-        Palette.fit([])
+        Palette([])
 
 
 @pytest.mark.parametrize("kind", TITLES)
@@ -115,7 +115,7 @@ def test_other_channels_are_refused(kind: str, palette: Palette) -> None:
 
 def test_many_maps_are_thinned_and_keep_their_borders() -> None:
     rows = np.arange(400, dtype=np.float32)[:, None, None].repeat(400, 1).repeat(2, 2)
-    palette = Palette.fit([rows, rows])
+    palette = Palette([rows, rows])
     kept = palette._maps[0]
     assert sum(one.shape[0] * one.shape[1] for one in palette._maps) <= ENOUGH * 1.01
     assert (kept[0] == 0).all() and (kept[-1] == 399).all()
@@ -131,7 +131,7 @@ def test_a_file_gives_the_same_colours(palette: Palette, tmp_path: Path) -> None
 def test_a_palette_of_another_backbone_is_refused(tmp_path: Path) -> None:
     one, other = backbone(), backbone(share=0.5)
     maps = [np.random.default_rng(0).standard_normal((6, 6, one.embed_dim))]
-    write_palette(Palette.fit(maps, backbone=describe(one)), tmp_path / "p.safetensors")
+    write_palette(Palette(maps, backbone=describe(one)), tmp_path / "p.safetensors")
     read_palette(tmp_path / "p.safetensors", one)
     with pytest.raises(FormatError, match="mean something in one backbone only"):
         read_palette(tmp_path / "p.safetensors", other)

@@ -163,7 +163,7 @@ def test_columns_and_rows_are_named_and_share_one_basis(tmp_path: Path, monkeypa
     labels, bases = [], []
     fit = PCABasis.fit
 
-    def picture(_sheet: Sheet, row: int, column: int, pixels: np.ndarray, heading: str, *_more: Any) -> None:
+    def picture(_sheet: Sheet, row: int, column: int, pixels: np.ndarray, heading: str, **_more: Any) -> None:
         pictures[row, column] = heading, pixels
 
     monkeypatch.setattr(Sheet, "picture", picture)

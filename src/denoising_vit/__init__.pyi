@@ -27,7 +27,7 @@ from .errors import (
 from .export.exporting import export_extractor
 from .export.extractor_file import load_extractor
 from .export.options import ExportOptions
-from .export.verifying import verify_export
+from .export.verification import verify_export
 from .inplace import clean, restore
 from .training_free import Registers, Subspace, find_registers, find_subspace
 from .views.options import CropOptions

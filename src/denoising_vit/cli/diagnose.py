@@ -1,4 +1,4 @@
-"""``dvit diagnose``: does this model on these images have artifacts, and is cleaning worth it."""
+"""``dvit diagnose``: artifacts of a backbone, and whether cleaning is worth it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from denoising_vit.diagnosis.diagnose import Diagnosis
 
 
-#: What is written, and what it is marked as.
+#: Files of the results, and the kinds of their marks.
 _FILES = {"artifact.safetensors": "artifact", "diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
 
 
@@ -36,19 +36,19 @@ def diagnose(
     denoiser: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Whether a backbone has artifacts on your photos, of which kind, and whether cleaning is worth it.
+    """Measure a backbone's artifacts on your photos, and whether cleaning is worth it.
 
-    Writes DIR/diagnosis.html (a page with maps, to be opened in a browser), DIR/diagnosis.json, and
-    DIR/artifact.safetensors (for `--artifact`).
+    Writes DIR/diagnosis.html (a page with maps, for a browser), DIR/diagnosis.json, and DIR/artifact.safetensors (for
+    `--artifact`).
 
     Args:
         data: a folder, text list, tar shards or URL, as for `dvit fit`.
-        out: folder for the results; made where it does not exist.
-        diagnosing: how much is looked at.
-        model: the backbone, and how it is run.
-        photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
-        denoiser: to be judged as well: a file, or voc_denoised or imgnet_denoised for the published ones. Without it,
-            the one that comes with the package, if there is one for this backbone.
+        out: folder for the results; created if missing.
+        diagnosing: options of the diagnosis.
+        model: the backbone.
+        photos: number of photos, evenly spread over the data set; 0 for all.
+        denoiser: a denoiser to judge as well: a file, or voc_denoised or imgnet_denoised for the published ones; the
+            one in the package for this backbone by default.
         json: print the figures as one JSON line instead of a table.
     """
     from denoising_vit.cli.outputs import input_digest, require_writable
@@ -63,7 +63,7 @@ def diagnose(
     source = input_digest(data, model)
     for name, kind in _FILES.items():
         require_ours(out / name, Mark(kind, source))
-    diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
+    diagnosing.calibration()  # checks the options before the model is loaded
     dataset = open_dataset(data)
     for item in dataset.skipped:
         print_error(f"{item.item}: {item.reason}", "skipped")
@@ -99,8 +99,8 @@ def _write(found: Diagnosis, out: Path, source: str) -> None:
 
     artifact, figures, page = (Mark(kind, source) for kind in _FILES.values())
     with owned_path(out / "artifact.safetensors", artifact) as temporary:
-        told = found.evidence.calibration.artifact
-        replace(told, info=told.info | {"made": str(artifact)}).save(temporary)
+        stored = found.evidence.calibration.artifact
+        replace(stored, info=stored.info | {"made": str(artifact)}).save(temporary)
     with owned_path(out / "diagnosis.json", figures) as temporary:
         temporary.write_text(json_lines.dumps({"made": str(figures), **found.record()}, indent=1) + "\n")
     write_page(render_page(found, run_info()["command"]), out / "diagnosis.html", page)

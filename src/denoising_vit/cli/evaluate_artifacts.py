@@ -58,7 +58,7 @@ def artifacts(
     """
     from denoising_vit.data import named_photos, open_dataset, spread
     from denoising_vit.diagnosis.diagnose import run_diagnosis
-    from denoising_vit.diagnosis.gathering import OWN
+    from denoising_vit.diagnosis.evidence import OWN
     from denoising_vit.evaluation.sources import backbone_settings
     from denoising_vit.metrics.blank_test import BLANK_TEST
 

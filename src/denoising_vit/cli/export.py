@@ -1,4 +1,4 @@
-"""``dvit export``: models in the formats that others load, and whether they still compute what PyTorch does."""
+"""``dvit export``: models in the formats of other libraries, checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from denoising_vit.export.options import ExportOptions
 from denoising_vit.extractors import KINDS, Cleaners, features_help, parse_names
 
 if TYPE_CHECKING:
-    from denoising_vit.export.comparison import Comparison
+    from denoising_vit.export.verification import Comparison
 
 _FEATURES = (
     f"kind of features: {features_help(kind for kind in KINDS.values() if not kind.per_image)}. By default that of "
@@ -34,19 +34,19 @@ def export(
     verify: Path | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """A model in a format that others load, with a model card, checked against PyTorch; always in float32.
+    """Export a model in float32 to the format of another library, with a model card, and check it against PyTorch.
 
-    So `dvit export -o DIR --features denoiser --format onnx` writes ONNX with any batch, height and width; `dvit export
-    --verify DIR` checks it again, anywhere.
+    `dvit export -o DIR --features denoiser --format onnx` writes ONNX for any batch size, height and width; `dvit
+    export --verify DIR` checks it again on any machine.
 
     Args:
-        out: the folder that is written; it must not exist, or be empty.
+        out: folder of the export; it must not exist, or be empty.
         features: kind of features.
-        exporting: how.
-        model: the backbone; device and dtype are those of the check, the export is made on the CPU in float32.
+        exporting: format and options.
+        model: the backbone; exports are always made on the CPU in float32.
         artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
         denoiser: the denoiser: a file, voc_denoised or imgnet_denoised, or `shipped` (the default).
-        verify: check this export, a folder or a file in it, and write nothing.
+        verify: check an existing export instead: its folder or a file in it.
         json: print figures as one JSON line.
     """
     from denoising_vit.backbones import Backbone
@@ -72,7 +72,7 @@ def export(
         print_error("--features distilled needs the weights of stage 3: --weights FILE")
         return WRONG_USAGE
     backbone = dataclasses.replace(model, device="cpu", dtype="float32").load()
-    # Distilled weights are the backbone's own here.
+    # Here distilled weights are the weights of the backbone.
     name = "raw" if features == "distilled" else features
     extractor, _ = Cleaners(artifact, denoiser).extractor(name, backbone)
     if not isinstance(extractor, Backbone | DenoisedViT):
@@ -85,9 +85,9 @@ def export(
 
 
 def _weights_file(model: BackboneSpec) -> Path | None:
-    """The file that the backbone's weights come from, if they come from one."""
+    """File of the backbone's weights, if there is one."""
     from denoising_vit.backbones.huggingface_loading import PREFIX as HUGGINGFACE
-    from denoising_vit.export.timm_folder import WEIGHTS
+    from denoising_vit.export.checkpoints import WEIGHTS
 
     folder = Path(model.backbone.removeprefix(HUGGINGFACE)).expanduser()
     candidates = (Path(model.weights).expanduser(), folder / WEIGHTS)
@@ -95,7 +95,7 @@ def _weights_file(model: BackboneSpec) -> Path | None:
 
 
 def _verify(path: Path, *, as_json: bool) -> int:
-    from denoising_vit.export.verifying import verify_export
+    from denoising_vit.export.verification import verify_export
 
     verdict = verify_export(path)
     for problem in verdict.problems:

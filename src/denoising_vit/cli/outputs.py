@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from denoising_vit.errors import FormatError, OutputError
 from denoising_vit.files import Mark, atomic_path, digest_of, plain_stem, readable, unwritable
 
 __all__ = ["Output", "OutputError", "OutputFolder", "input_digest", "require_writable"]
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """``stem``, ``stem-2``, ``stem-3``, ..."""
+    yield stem
+    yield from (f"{stem}-{number}" for number in itertools.count(2))
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,7 @@ class OutputFolder:
         mark, place = Mark("panel", digest), digest_of(photo.resolve())
         stem, note = plain_stem(photo.stem), None
         edited: Output | None = None
-        for number in itertools.count(1):
-            name = stem if number == 1 else f"{stem}-{number}"
+        for name in numbered(stem):
             if name in self._claimed:
                 continue
             result, panel = self.folder / f"{name}.safetensors", self.folder / f"{name}.png"

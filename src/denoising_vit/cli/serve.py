@@ -1,4 +1,4 @@
-"""``dvit app``: the page to play with."""
+"""``dvit app``: the browser page."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def app(
     denoiser: str | None = None,
     artifact: str | None = None,
 ) -> int:
-    """A page in the browser: raw and denoised features of your photos side by side. Needs the extra `app`.
+    """Serve a browser page that shows raw and denoised features of your photos side by side. Needs the extra `app`.
 
     Args:
-        page: where it is, and what it takes.
-        model: the backbone it begins with, and how all are run.
-        denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones; without it,
-            the one that comes with the package.
-        artifact: the backbone's artifact, for subtract and exact: a file of `dvit calibrate`, or `shipped`. Without it,
-            exact fits one in each photo, and subtract takes the one that comes with the package.
+        page: address and limits of the page.
+        model: the first backbone; device and precision hold for all.
+        denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones; the one in
+            the package by default.
+        artifact: artifact of the backbone for subtract and exact: a file of `dvit calibrate`, or `shipped`. By default
+            exact fits one in each photo, and subtract uses the one in the package.
     """
     page.validate()
     from denoising_vit.show.app.models import Models
@@ -35,13 +35,13 @@ def app(
 
     if page.share:
         print_error(
-            "--share opens a public address: whoever has it can use this computer's page, and photos pass through "
+            "--share opens a public address: anyone who has it can use this computer's page, and photos pass through "
             "Gradio's relay",
             "warning",
         )
     elif not page.local:
         print_error(
-            f"--host {page.host} opens the page to the network: whoever reaches this computer can use it, without a "
+            f"--host {page.host} opens the page to the network: anyone who reaches this computer can use it, without a "
             "password and without encryption",
             "warning",
         )
@@ -54,7 +54,7 @@ def app(
 
 
 def _wait() -> None:
-    """Returns when the process is asked to end, by Ctrl-C or by a service manager: its files are removed either way."""
+    """Waits for Ctrl-C or SIGTERM; files are removed in either case."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()

@@ -1,9 +1,8 @@
-"""``dvit show``: pictures of features, side by side in the same colours."""
+"""``dvit show``: maps of features side by side in the same colours."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ from denoising_vit.show.options import ShowOptions
 
 if TYPE_CHECKING:
     from denoising_vit.maps import Palette
-    from denoising_vit.show.gathering import Gatherer, ShownPhoto
+    from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto
 
-#: Endings of the name of one sheet.
+#: Suffixes of a sheet.
 _ONE_SHEET = (".png", ".pdf", ".svg")
 
-#: What sheets and palettes are marked as.
+#: Kinds of marks.
 _SHEET, _PALETTE = "sheet", "palette"
 
 
@@ -42,20 +41,20 @@ def show(
     save_palette: Path | None = None,
     format: Literal["png", "pdf", "svg"] = "png",
 ) -> int:
-    """Pictures of features: maps of raw and clean ones in the same colours, on one sheet or one for each photo.
+    """Draw maps of raw and clean features in the same colours, on one sheet or on one for each photo.
 
     Args:
         inputs: image files, folders (searched recursively for image files) and globs (every file they match).
-        out: one sheet of all photos, where the name ends in .png, .pdf or .svg; else a folder for a sheet of each. Only
-            earlier sheets of the same photos are replaced.
-        showing: what is shown.
-        model: the backbone, and how it is run.
+        out: one sheet of all photos (.png, .pdf or .svg), or a folder for a sheet of each. Only earlier sheets of the
+            same photos are replaced.
+        showing: what to draw.
+        model: the backbone.
         cleaners: what cleans its features.
-        colours: features of one photo always share their colours. each: photos have colours of their own. together:
-            all photos share them; their features are all kept until the last is seen (about 2 MB a photo and kind).
-        palette: the colours of a file that --save-palette wrote, for all photos.
-        save_palette: write the colours of all photos together to this .safetensors file, for other pictures or films.
-        format: of sheets in a folder.
+        colours: the colours shared by all features of a photo. each: different ones for every photo. together: the same
+            for all photos, whose features are kept in memory (about 2 MB for each photo and kind).
+        palette: file of --save-palette, the colours of all photos.
+        save_palette: write the colours of all photos together to this .safetensors file, for other pictures or videos.
+        format: format of sheets in a folder.
     """
     from denoising_vit.cli.outputs import require_writable
     from denoising_vit.data import find_photos
@@ -91,11 +90,11 @@ def show(
 
 
 def _tell(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
-    """Says what was skipped and why. Returns the exit code."""
+    """Prints what was skipped and why. Returns the exit code."""
     for name, reason in skipped:
         print_skipped(name, reason)
-    told = f", {len(skipped)} skipped" if skipped else ""
-    print_note(f"{done} of {done + len(skipped)} photos shown{told}" + (f"; {out}" if done else ""))
+    missing = f", {len(skipped)} skipped" if skipped else ""
+    print_note(f"{done} of {done + len(skipped)} photos shown{missing}" + (f"; {out}" if done else ""))
     return SOME_FAILED if skipped or not done else OK
 
 
@@ -108,33 +107,33 @@ def _open(
     colours: Literal["each", "together"],
     kind: str,
 ) -> _Job:
-    """Loads the backbone; what is wrong with options and files is said before a photo is touched."""
+    """Loads backbone, cleaners and palette, so that errors in options come before the first photo."""
     from denoising_vit.maps import read_palette
-    from denoising_vit.show.gathering import Gatherer
+    from denoising_vit.show.sheets import PhotoExtractor
 
     backbone = model.load()
     names = options.names(backbone, cleaners.denoiser)
-    gatherer = Gatherer(backbone, names, cleaners, options.denoising())
+    extractor = PhotoExtractor(backbone, names, cleaners, options.denoising())
     given = None if palette is None else read_palette(palette, backbone)
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     print_note(f"features {', '.join(names)}; maps {', '.join(options.kinds())}")
-    return _Job(gatherer, options, out, given, colours == "together", kind)
+    return _Job(extractor, options, out, given, colours == "together", kind)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is the same for all photos.
+    """Settings for all photos.
 
     Attributes:
-        gatherer: takes features of photos.
-        options: what is shown.
-        out: a sheet, or a folder for them.
-        given: the colours of all photos, where they come from a file.
-        together: whether all photos share their colours.
-        kind: of sheets in a folder.
+        extractor: extracts the features.
+        options: what to draw.
+        out: a sheet, or a folder of sheets.
+        given: palette from a file.
+        together: all photos share their colours.
+        kind: format of sheets in a folder.
     """
 
-    gatherer: Gatherer
+    extractor: PhotoExtractor
     options: ShowOptions
     out: Path
     given: Palette | None
@@ -150,43 +149,38 @@ class _Job:
         save_palette: Path | None,
         one: bool,
     ) -> int:
-        """Draws one sheet of all photos, or one of each as soon as its colours are known. Returns how many were."""
-        seen = self._seen(photos, skipped)
-        if not (one or self.together or save_palette):
-            taken: set[Path] = set()
-            for file, photo in seen:
-                self._draw_own(file, photo, self._palette([photo]), taken)
-            return len(taken)
-        kept = list(seen)
-        if kept:
-            self._draw_kept(kept, source, save_palette, one=one)
-        return len(kept)
-
-    def _draw_kept(
-        self, photos: list[tuple[Path, ShownPhoto]], source: str, save_palette: Path | None, *, one: bool
-    ) -> None:
+        """Draws one sheet of all photos, or one of each as soon as its colours are known. Returns their number."""
         from denoising_vit.maps import write_palette
 
-        shown = [photo for _, photo in photos]
-        common = self._palette(shown) if self.together or save_palette else None
-        if save_palette is not None and common is not None:
-            write_palette(common, save_palette, mark=Mark(_PALETTE, source))
-        # A palette that is only to be saved does not change the pictures.
-        shared = common if self.together else None
-        palettes = [shared or self._palette([photo]) for photo in shown]
-        if one:
-            with owned_path(self.out, Mark(_SHEET, source)) as temporary:
-                self._draw(shown, palettes, temporary, self.out.suffix)
-            return
+        extracted = self._extracted(photos, skipped)
+        common = None
+        if one or self.together or save_palette:
+            extracted = list(extracted)
+            if not extracted:
+                return 0
+            shown = [photo for _, photo in extracted]
+            common = self._palette(shown) if self.together or save_palette else None
+            if save_palette is not None and common is not None:
+                write_palette(common, save_palette, mark=Mark(_PALETTE, source))
+            # Saving a palette does not change the pictures.
+            common = common if self.together else None
+            if one:
+                with owned_path(self.out, Mark(_SHEET, source)) as temporary:
+                    palettes = [common or self._palette([photo]) for photo in shown]
+                    self._draw(shown, palettes, temporary, self.out.suffix)
+                return len(shown)
         taken: set[Path] = set()
-        for (file, photo), palette in zip(photos, palettes, strict=True):
-            self._draw_own(file, photo, palette, taken)
+        for file, photo in extracted:
+            self._draw_own(file, photo, common or self._palette([photo]), taken)
+        return len(taken)
 
     def _draw_own(self, file: Path, photo: ShownPhoto, palette: Palette, taken: set[Path]) -> None:
-        """A sheet of one photo, by a name that is free or has an earlier sheet of it."""
-        mark, stem = Mark(_SHEET, digest_of(file.resolve())), plain_stem(file.stem)
-        for number in itertools.count(1):
-            path = self.out / f"{stem if number == 1 else f'{stem}-{number}'}.{self.kind}"
+        """Draws the sheet of one photo, under a name that is free or belongs to an earlier sheet of it."""
+        from denoising_vit.cli.outputs import numbered
+
+        mark = Mark(_SHEET, digest_of(file.resolve()))
+        for name in numbered(plain_stem(file.stem)):
+            path = self.out / f"{name}.{self.kind}"
             if path in taken:
                 continue
             with contextlib.suppress(OutputError, FileExistsError), owned_path(path, mark) as temporary:
@@ -194,15 +188,15 @@ class _Job:
                 taken.add(path)
                 return
 
-    def _seen(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[tuple[Path, ShownPhoto]]:
-        """The features of one photo after another; whatever is wrong with one, it is skipped."""
+    def _extracted(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[tuple[Path, ShownPhoto]]:
+        """Photos with their features; unusable ones are skipped."""
         from denoising_vit.data.photos import read_photo
 
-        with PhotoProgress(len(photos), self.gatherer.passes, "passes") as progress:
+        with PhotoProgress(len(photos), self.extractor.passes, "passes") as progress:
             for photo in photos:
                 progress.start(photo.name)
                 try:
-                    found = self.gatherer(
+                    found = self.extractor(
                         read_photo(photo), name=readable(photo.name), progress=lambda done: progress.advance(done, 0)
                     )
                 except (DenoisingVitError, OSError) as error:
@@ -213,16 +207,16 @@ class _Job:
 
     def _palette(self, photos: list[ShownPhoto]) -> Palette:
         from denoising_vit.backbones.recorded import describe
-        from denoising_vit.show.drawing import palette_of
+        from denoising_vit.show.sheets import palette_of
 
-        return self.given or palette_of(photos, self.options, describe(self.gatherer.backbone))
+        return self.given or palette_of(photos, self.options, describe(self.extractor.backbone))
 
     def _draw(self, photos: list[ShownPhoto], palettes: list[Palette], path: Path, suffix: str) -> None:
         from denoising_vit.maps.sheet import BESIDE
-        from denoising_vit.show.drawing import draw_sheet
+        from denoising_vit.show.sheets import draw_sheet
 
-        backbone = self.gatherer.backbone
-        exact = [f"exact of {self.options.views} views"] if "exact" in self.gatherer.names else []
+        backbone = self.extractor.backbone
+        exact = [f"exact of {self.options.views} views"] if "exact" in self.extractor.names else []
         whose = "a palette" if self.given else "all photos" if self.together else "each photo"
-        told = [backbone.name, backbone.weights, *exact, f"colours of {whose}, the same for all features"]
-        draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(told)], suffix=suffix)
+        parts = [backbone.name, backbone.weights, *exact, f"colours of {whose}, the same for all features"]
+        draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(parts)], suffix=suffix)

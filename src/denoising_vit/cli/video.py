@@ -1,9 +1,8 @@
-"""``dvit video``: from videos or folders of frames to videos of their features, extractors side by side."""
+"""``dvit video``: videos of features from videos or folders of frames."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,18 +38,18 @@ def video(
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Videos of features: raw and clean ones side by side, in colours that stay the same over the whole clip.
+    """Render videos of raw and clean features side by side, in the same colours for all frames of a clip.
 
-    Each becomes NAME.mp4 (H.264, with the times of its source) in the folder. A run that was stopped goes on where it
-    stopped when the same command is given again.
+    Each clip becomes NAME.mp4 (H.264, with the times of its source) in the folder. The same command resumes an
+    interrupted run.
 
     Args:
         inputs: video files, and folders of frames in the order of their names.
-        out: folder for the results; made where it does not exist.
-        showing: what is shown, and how.
-        model: the backbone, and how it is run; --stride below the patch size gives finer maps.
+        out: folder for the results; created if missing.
+        showing: what the videos show.
+        model: the backbone; --stride below the patch size gives finer maps.
         cleaners: what cleans its features.
-        overwrite: make videos again that are there already, or were begun with other settings.
+        overwrite: replace existing videos, and unfinished ones of other settings.
         json: print one JSON line per video instead of a table.
     """
     from denoising_vit.cli.outputs import require_writable
@@ -85,16 +84,16 @@ def video(
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one clip.
+    """The outcome for a clip.
 
     Attributes:
         clip: the file or folder.
-        status: done, kept (it was there already), or failed.
+        status: done, kept (it existed), or failed.
         output: the video.
-        frames: in it.
-        resumed: how many of them an earlier run had made.
+        frames: number of frames.
+        resumed: number of frames from an earlier run.
         seconds: time taken.
-        note: why it failed, or what else is worth knowing.
+        note: reason of a failure, or remarks.
     """
 
     clip: str
@@ -107,7 +106,7 @@ class Row:
 
 
 class ClipProgress(OnScreen):
-    """Frames of the present clip that are done, with the time left; on standard error."""
+    """Progress over the frames of the current clip, on standard error."""
 
     def __init__(self) -> None:
         self._progress = progress_bar("frames", speed_estimate_period=120)
@@ -115,12 +114,12 @@ class ClipProgress(OnScreen):
         self._begun = False
 
     def start(self, clip: str) -> None:
-        """Begins the next clip."""
+        """Starts the next clip."""
         self._progress.reset(self._task, total=None, description=escape(clip))
         self._begun = False
 
     def advance(self, done: int, total: int) -> None:
-        """Takes how many frames are done; those of an earlier run say nothing about speed."""
+        """Updates the number of finished frames; resumed ones do not count for the speed."""
         if not self._begun:
             self._progress.reset(self._task, total=total, completed=done)
             self._begun = True
@@ -128,14 +127,14 @@ class ClipProgress(OnScreen):
 
 
 class _Batch:
-    """Clips one after another, each with a name of its own in one folder."""
+    """Renders clips one after another, under different names in one folder."""
 
     def __init__(self, maker: VideoMaker, folder: Path, overwrite: bool) -> None:
         self._maker, self._folder, self._overwrite = maker, folder, overwrite
         self._claimed: set[Path] = set()
 
     def run(self, given: str, progress: ClipProgress) -> Row:
-        """Does one clip, or finds it done. Whatever is wrong with it ends in its row, not in an exception."""
+        """Renders one clip, unless it is done. Errors are recorded in the row."""
         from denoising_vit.show.video.films import open_clip
         from denoising_vit.show.video.parts import BegunElsewhereError
 
@@ -152,34 +151,33 @@ class _Batch:
                     self._claimed.discard(out)
         except (DenoisingVitError, OSError) as error:
             return Row(given, "failed", note=str(error))
-        except Exception as error:  # one clip must not end the batch, whatever is wrong with it
+        except Exception as error:  # one clip must not end the batch
             return Row(given, "failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2) if done.status == "done" else None
         note = "; ".join(done.notes) or None
         return Row(given, done.status, str(out), done.frames, done.resumed, seconds, note)
 
     def _claim(self, clip: Clip) -> Path:
-        """A name that belongs to this clip or to nothing: its own, or with a number."""
-        from denoising_vit.show.video.frame_files import require_frames
-        from denoising_vit.show.video.rendering import require_own_video
+        """A name that is free or belongs to a video of this clip."""
+        from denoising_vit.cli.outputs import numbered
+        from denoising_vit.show.video.parts import FrameFolder, require_own_video
 
-        name = clip.path.resolve().name if clip.path.is_dir() else clip.path.stem
-        stem = plain_stem(name)
-        for number in itertools.count(1):
-            path = self._folder / f"{stem if number == 1 else f'{stem}-{number}'}.mp4"
+        stem = plain_stem(clip.path.resolve().name if clip.path.is_dir() else clip.path.stem)
+        for name in numbered(stem):
+            path = self._folder / f"{name}.mp4"
             if path in self._claimed:
                 continue
             with contextlib.suppress(OutputError):
                 require_own_video(path, clip)
                 if self._maker.options.frames:
-                    require_frames(path.with_suffix(""), clip.digest, clip.path)
+                    FrameFolder(path.with_suffix(""), clip.digest).require_free(clip.path)
                 self._claimed.add(path)
                 return path
         raise AssertionError("unreachable: numbers do not end")
 
 
 def _tell(rows: Sequence[Row], folder: Path, *, as_json: bool) -> int:
-    """The table, then what failed and why. Returns the exit code."""
+    """Prints the table, then failures and their reasons. Returns the exit code."""
     good = [row for row in rows if row.status != "failed"]
     if good and not as_json:
         table = Table(box=None, pad_edge=False)

@@ -77,6 +77,6 @@ def draw_panel(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / f"step-{step:07}.png") as temporary:
-            draw_rows(("photo", *headings), pictures, temporary)
+            draw_rows(headings, pictures, temporary)
     except OSError as error:
         raise TrainError(f"{folder}: a panel cannot be written ({error}); --resume goes on") from error

@@ -1,1 +1,1 @@
-"""Know before you clean: whether a backbone has artifacts, of which kind, and whether cleaning is worth it."""
+"""Diagnosis of a backbone: its artifacts, and whether cleaning is worth it."""

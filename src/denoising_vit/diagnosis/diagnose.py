@@ -1,4 +1,4 @@
-"""Whether this model has artifacts on these images, how bad they are, and whether cleaning is worth it."""
+"""diagnose: figures, findings and verdict of a backbone on photos."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import Skipped
 from denoising_vit.decomposition.calibration.calibrate import OnPhoto, doubt_about
 from denoising_vit.decomposition.calibration.photos import named_pixels
-from denoising_vit.diagnosis.evidence import Evidence
-from denoising_vit.diagnosis.gathering import Gathering
+from denoising_vit.diagnosis.evidence import Evidence, EvidenceCollector
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.diagnosis.verdict import (
     CLIP,
@@ -37,16 +36,16 @@ from denoising_vit.metrics.tokens import typical_energy
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """The answer, and everything that it rests on.
+    """The result of a diagnosis.
 
     Attributes:
         verdict: whether to clean, and how.
-        findings: the artifacts of the raw features.
-        judgements: what each way of cleaning did, by its name.
-        metrics: label-free figures by source: raw, subtract, exact, and whatever else was judged.
+        findings: artifacts of the raw features.
+        judgements: effect of each method, by name.
+        metrics: label-free figures by source: raw, subtract, exact and further extractors.
         shared: share of the raw features' energy that is the same pattern in every photo.
-        evidence: features, artifact, and maps to be shown.
-        info: backbone, options, photos, seconds; JSON values.
+        evidence: features, artifact and maps.
+        info: backbone, options, photos and seconds as JSON values.
     """
 
     verdict: Verdict
@@ -58,7 +57,7 @@ class Diagnosis:
     info: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, without features."""
+        """The diagnosis as JSON values, without features."""
         calibration = self.evidence.calibration
         return {
             "verdict": asdict(self.verdict),
@@ -85,11 +84,11 @@ def diagnose(
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
-        photos: paths, PIL images or (H, W, 3) uint8 arrays; 8 at least, some dozens to be sure. Those that cannot be
-            used are skipped; ``info["skipped"]`` says which and why.
-        extractors: further sources of features on the same grid that claim to be clean, to be judged as well.
-        progress: called after each photo with its name, and None or why it was not used.
-        options: how; the defaults where none.
+        photos: paths, PIL images or (H, W, 3) uint8 arrays; at least 8, better some dozens. Unusable ones are skipped
+            and listed in ``info["skipped"]``.
+        extractors: further extractors to judge, on the same grid.
+        progress: called after each photo with its name, and why it was skipped or None.
+        options: options of the diagnosis.
         **changes: single fields of :class:`DiagnoseOptions`, such as ``views=16``.
 
     Raises:
@@ -109,9 +108,9 @@ def run_diagnosis(
     progress: OnPhoto,
     options: DiagnoseOptions,
 ) -> Diagnosis:
-    """As :func:`diagnose`, from photos by name (pixels, or why there are none)."""
+    """As :func:`diagnose`, from names with pixels, or why a photo was skipped."""
     started = time.perf_counter()
-    evidence = Gathering(backbone, options, extractors).run(photos, progress)
+    evidence = EvidenceCollector(backbone, options, extractors).run(photos, progress)
     metrics = _metrics(evidence, options.seed)
     stability = evidence.calibration.stability
     signal = max(stability.signal, 0.0)
@@ -135,7 +134,7 @@ def run_diagnosis(
 
 
 def _metrics(evidence: Evidence, seed: int) -> dict[str, ArtifactMetrics]:
-    """The figures of every source."""
+    """Label-free figures of every source."""
     blank = {name: blank_figures(probe, evidence.blank["raw"]) for name, probe in evidence.blank.items()}
     return {
         name: replace(

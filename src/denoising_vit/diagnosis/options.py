@@ -1,4 +1,4 @@
-"""The options of a diagnosis."""
+"""Options of a diagnosis."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from denoising_vit.errors import PlanError
 
 @dataclass(frozen=True)
 class DiagnoseOptions:
-    """How much is looked at.
+    """Options of a diagnosis.
 
     Attributes:
-        views: crops of each photo that stage 1 is fitted on, the whole photo included; with the artifact known from
-            all photos together, few suffice.
-        size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
-        clip: scale down tokens whose norm is more than this many median absolute deviations above the median before
-            they are fitted, so that outlier tokens pull less on what is cleaned. Without it, none are.
-        shown: photos whose maps are kept for the page.
-        seed: of the crops and probes; the same seed gives the same diagnosis.
-        batch_size: views in one forward pass. Without it, what suits the device.
+        views: number of crops of each photo for stage 1, including the whole photo; few suffice, because all photos
+            share the artifact.
+        size: height and width of a view in pixels, or one number for a square; the backbone's own by default.
+        clip: scale down tokens with norms more than this many median absolute deviations above the median before
+            fitting, so that outlier tokens matter less; off if None.
+        shown: number of photos with maps on the page.
+        seed: seed for crops and probes.
+        batch_size: views per forward pass; chosen for the device by default.
     """
 
     views: int = 8
@@ -31,10 +31,10 @@ class DiagnoseOptions:
     batch_size: int | None = None
 
     def calibration(self) -> CalibrationOptions:
-        """As options of a calibration.
+        """Options of the calibration.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: naming the option, its range and its value.
         """
         if self.shown < 0:
             raise PlanError(f"shown must be 0 or more, got {self.shown}")

@@ -1,50 +1,36 @@
-"""The page of a diagnosis: one HTML file with everything in it, for readers who do not know the method.
-
-What it says is in ``page.html``; here are its pictures and numbers.
-"""
+"""The page of a diagnosis, one self-contained HTML file: pictures and numbers for the text in ``page.html``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import numpy as np
 
 from denoising_vit.decomposition.calibration.stability import ENOUGH
 from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.evidence import Evidence
-from denoising_vit.maps import PCABasis, norm_maps
+from denoising_vit.maps import Palette
 from denoising_vit.show.pages import Picture, jpeg_uri, png_uri, render
-from denoising_vit.show.pages.rendering import basename
-from denoising_vit.show.pages.scales import scale_colours
+from denoising_vit.show.pages.chart import line_chart
+from denoising_vit.show.pages.rendering import basename, scale_colours
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A shown photo: the photo, and a line of PCA maps and one of norms, a picture for each source."""
+    """A photo with a line of PCA maps and a line of norms, one picture for each source."""
 
     photo: Picture
     colours: list[Picture]
     norms: list[Picture]
 
 
-@dataclass(frozen=True)
-class _Chart:
-    """A line in a box of 480 x 220: points (x, y, photos, correlation, labelled or not), ticks (y, correlation)."""
-
-    points: list[tuple[float, float, int, float, bool]]
-    ticks: list[tuple[float, float]]
-
-
 def render_page(diagnosis: Diagnosis, command: str | None = None) -> str:
-    """The page of a diagnosis as HTML: self-contained, without scripts, for screens and paper.
+    """The page as HTML without scripts, for screens and paper.
 
     Args:
-        diagnosis: what it tells of.
-        command: that does it again, where it came from one.
+        diagnosis: the diagnosis.
+        command: command line that repeats it.
     """
     evidence = diagnosis.evidence
     calibration = evidence.calibration
@@ -64,7 +50,13 @@ def render_page(diagnosis: Diagnosis, command: str | None = None) -> str:
         rows=rows,
         scale=scale,
         bar=scale_colours(),
-        chart=_chart(calibration.split_half),
+        chart=line_chart(
+            "Correlation between the artifacts of two halves of the photos, by number of photos",
+            "photos",
+            {"correlation": sorted(calibration.split_half.items())},
+            doubling=True,
+            span=(min([0.0, *(math.floor(4 * value) / 4 for value in calibration.split_half.values())]), 1.0),
+        ),
         enough=ENOUGH,
         thresholds=_thresholds(),
         command=command,
@@ -72,70 +64,52 @@ def render_page(diagnosis: Diagnosis, command: str | None = None) -> str:
 
 
 def _severity(diagnosis: Diagnosis) -> Literal["good", "weak", "bad"]:
-    """The colour of the verdict: how strong the artifacts are, whether or not something can be done about them."""
+    """The colour of the verdict: the strength of the artifacts."""
     if not diagnosis.findings:
         return "good"
     return "weak" if all(finding.strength == "weak" for finding in diagnosis.findings) else "bad"
 
 
 def _thresholds() -> dict[str, tuple[float, ...]]:
-    """All that the verdict draws a line at, by name; read from there, so that the page never lags behind."""
+    """All thresholds of the verdict by name."""
     named = {name: value for name, value in vars(verdict).items() if name.isupper() and not name.startswith("_")}
     return {name: value if isinstance(value, tuple) else (value,) for name, value in named.items()}
 
 
 def _artifact(evidence: Evidence) -> tuple[list[Picture], tuple[float, float]]:
-    """G in colours of its own, because it is small beside the features, and its norm with the ends of the scale."""
+    """G and its norm in their own colours, because G is small beside the features, and the ends of the scale."""
     artifact = evidence.calibration.artifact
     ratio = artifact.size[1] / artifact.size[0]
-    (norm,), scale = norm_maps(artifact.values)
-    colours = PCABasis.fit(artifact.values).colours(artifact.values)
+    palette = Palette([artifact.values])
+    colours, norm = (palette.colours(kind, artifact.values) for kind in ("pca", "norm"))
     return [
         Picture(png_uri(colours), ratio, "G, as colours", "the artifact G, its three principal components as colours"),
         Picture(png_uri(norm), ratio, "G, size", "the size of the artifact G at each patch"),
-    ], scale
+    ], (palette.norms.low, palette.norms.high)
 
 
 def _rows(evidence: Evidence) -> tuple[list[_Row], tuple[float, float]]:
-    """The shown photos, everything in the same colours and norms on one scale, with the ends of that scale."""
+    """The photos in shared colours, and the ends of the scale of norms."""
     if not evidence.shown:
         return [], (0.0, 0.0)
-    every = [features for shown in evidence.shown for features in shown.maps.values()]
-    basis = PCABasis.fit(*every)
-    norms, scale = norm_maps(*every)
-    pictures = iter(norms)
+    palette = Palette([features for shown in evidence.shown for features in shown.maps.values()])
     rows = []
     for shown in evidence.shown:
         ratio = shown.pixels.shape[1] / shown.pixels.shape[0]
         name = basename(shown.name)
         photo = Picture(jpeg_uri(shown.pixels), ratio, "photo", f"the photo {name}")
         colours = [
-            Picture(png_uri(basis.colours(features)), ratio, source, f"{source} features of {name} as colours")
+            Picture(png_uri(palette.colours("pca", features)), ratio, source, f"{source} features of {name} as colours")
             for source, features in shown.maps.items()
         ]
         sizes = [
-            Picture(png_uri(next(pictures)), ratio, f"{source}, length", f"length of {source} features of {name}")
-            for source in shown.maps
+            Picture(
+                png_uri(palette.colours("norm", features)),
+                ratio,
+                f"{source}, length",
+                f"length of {source} features of {name}",
+            )
+            for source, features in shown.maps.items()
         ]
         rows.append(_Row(photo, colours, sizes))
-    return rows, scale
-
-
-def _chart(correlations: Mapping[int, float]) -> _Chart | None:
-    """The line of correlation by number of photos, which doubles from point to point."""
-    if not correlations:
-        return None
-    left, right, top, bottom = 44.0, 456.0, 14.0, 184.0
-    least = min(0.0, math.floor(min(correlations.values()) * 4) / 4)
-    counts = sorted(correlations)
-    span = math.log(counts[-1] / counts[0]) or 1.0
-    across = [left + 16 + (right - left - 32) * math.log(count / counts[0]) / span for count in counts]
-
-    def down(value: float) -> float:
-        return round(bottom - (bottom - top) * (value - least) / (1 - least), 1)
-
-    points = []
-    for place, count, following in zip(across, counts, [*across[1:], math.inf], strict=True):
-        fits = following - place > 26  # the last of 64 and 70 photos is the one to be read
-        points.append((round(place, 1), down(correlations[count]), count, correlations[count], fits))
-    return _Chart(points, [(down(value), float(value)) for value in np.arange(least, 1.01, 0.25)])
+    return rows, (palette.norms.low, palette.norms.high)

@@ -1,7 +1,7 @@
-"""From figures to words: which kind of artifact, how strong, is cleaning worth it, and which method.
+"""Findings, judgements and verdict from label-free figures.
 
-Every threshold stands here. They are conventions, set between planted artifacts, planted clean features and the models
-at hand (docs/decisions.md); the figures are there for whoever would draw the line elsewhere.
+The thresholds are conventions, set between planted artifacts, planted clean features and available models
+(docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -21,59 +21,52 @@ Strength = Literal["weak", "moderate", "strong"]
 Kind = Literal["positional", "outlier tokens"]
 Outcome = Literal["denoised", "partly", "blurred", "damaged", "unchanged", "unknown"]
 
-#: Share of the features' energy that is the same for all photos: from where it is weak, moderate, strong.
+#: Share of the features' energy common to all photos that counts as weak, moderate, strong.
 SHARED = (0.005, 0.02, 0.1)
 
-#: The shared part must be more than chance: reliability of the calibrated artifact.
+#: Reliability of the calibrated artifact above which the shared part is more than chance.
 RELIABLE = 0.5
 
-#: R^2 of the neighbour probe on neutral crops from where features tell the place although nothing is shared additively.
+#: R^2 of the neighbour probe above which features encode position, although no common pattern is found.
 PLACE = 0.25
 
-#: Share of tokens with outlying norms: from where they are weak, moderate, strong.
+#: Share of tokens with outlying norms that counts as weak, moderate, strong.
 OUTLIERS = (0.001, 0.01, 0.05)
 
-#: R^2 of a probe from where it saw anything.
+#: Least R^2 of a probe that detects anything.
 _SEEN = 0.03
 
-#: What is left of a figure, relative to raw features, where an artifact counts as removed.
+#: An artifact counts as removed if no more than this share of a raw figure is left.
 REMOVED = 0.5
 
-#: A blurred map has less than this share of the content's detail; or less than the next, with a lower effective rank.
+#: A map is blurred below this share of the content's detail, or below the next with a lower effective rank.
 BLURRED, BLURRED_DETAIL, BLURRED_RANK = 0.4, 0.6, 0.95
 
-#: Effective rank, relative to the content's, and loss of consistency, beyond which features are damaged.
+#: Features are damaged below this share of the content's effective rank, or beyond this loss of consistency.
 DAMAGED_RANK, DAMAGED_CONSISTENCY = 0.8, 0.05
 
-#: Norms this many median absolute deviations above the median are no content.
+#: Norms this many median absolute deviations above the median are not content.
 CLIP = 6.0
 
-#: Consistency that the exact method must gain over subtraction to be worth its many passes.
+#: Gain of consistency over subtraction that makes the exact method worth its many passes.
 WORTH = 0.03
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of artifact in the raw features.
-
-    Attributes:
-        kind: positional, or outlier tokens.
-        strength: from the thresholds of this module.
-        share: of the features' energy (positional), or of the tokens.
-        words: the same as a sentence.
-    """
+    """One kind of artifact in the raw features."""
 
     kind: Kind
     strength: Strength
-    share: float
+    share: float  #: of the features' energy (positional) or of the tokens
     words: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """What cleaning may not lose: figures of raw features without what can be told apart from content at once.
+    """Rank and detail of the content, which cleaning must keep.
 
-    Raw features themselves have the rank and the detail of their artifacts on top.
+    Raw features also have the rank and detail of their artifacts.
 
     Attributes:
         effective_rank: RankMe.
@@ -85,19 +78,19 @@ class Content:
 
     @classmethod
     def of(cls, features: Tensor, clip: float) -> Content:
-        """Of features without the shared artifact (N, h, w, C), their outlying norms clipped as they are for a fit."""
+        """From features without the shared artifact (N, h, w, C), with outlying norms clipped as for a fit."""
         clipped, _ = clip_norms(features, clip)
         return cls(effective_rank(clipped), detail(clipped))
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one way of cleaning did to the features.
+    """The effect of one method.
 
     Attributes:
-        outcome: denoised only if all that was found is gone, and neither sharpness nor content with it (partly: some
-            of it); unknown where the photos are too few to tell.
-        words: why.
+        outcome: denoised if all findings are gone without loss of sharpness or content (partly: some of them); unknown
+            if the photos are too few.
+        words: reason.
     """
 
     outcome: Outcome
@@ -106,12 +99,12 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer.
+    """Whether to clean, and how.
 
     Attributes:
-        clean_up: whether cleaning is worth it.
-        method: the cheapest that does it: subtract, exact, or another that was judged; None where none is worth it.
-        words: the same in one or two sentences.
+        clean_up: True if cleaning is worth it.
+        method: the cheapest method that works: subtract, exact or another extractor; None if none does.
+        words: the verdict in one or two sentences.
     """
 
     clean_up: bool
@@ -120,13 +113,7 @@ class Verdict:
 
 
 def findings(raw: ArtifactMetrics, shared: float, stability: Stability) -> tuple[Finding, ...]:
-    """The artifacts of raw features.
-
-    Args:
-        raw: their figures, on neutral crops.
-        shared: share of their energy that is the same for all photos.
-        stability: how far photos agree about it.
-    """
+    """Artifacts of raw features, given the share of their energy common to all photos."""
     found = []
     strength = _strength(shared, SHARED) if stability.reliability >= RELIABLE else None
     placed = raw.neighbour_position >= PLACE
@@ -139,13 +126,13 @@ def findings(raw: ArtifactMetrics, shared: float, stability: Stability) -> tuple
         found.append(Finding("positional", "weak", max(shared, 0.0), words))
     if strength := _strength(raw.outliers, OUTLIERS):
         sides = {"high": raw.outliers_high, "low": raw.outliers_low}
-        told = " and ".join(f"{share:.1%} of {side} norm" for side, share in sides.items() if share >= OUTLIERS[0] / 2)
-        found.append(Finding("outlier tokens", strength, raw.outliers, f"of the tokens {told}"))
+        parts = " and ".join(f"{share:.1%} of {side} norm" for side, share in sides.items() if share >= OUTLIERS[0] / 2)
+        found.append(Finding("outlier tokens", strength, raw.outliers, f"of the tokens {parts}"))
     return tuple(found)
 
 
 def too_few(shared: float, stability: Stability) -> str | None:
-    """Why photos are too few to tell whether they share a pattern, and how many would do; None where they suffice."""
+    """Why there are too few photos to tell whether they share a pattern; None if they suffice."""
     if shared < SHARED[0] or stability.reliability >= RELIABLE:
         return None
     number = f"; about {stability.suggested} would do" if stability.suggested else ""
@@ -156,15 +143,8 @@ def too_few(shared: float, stability: Stability) -> str | None:
 
 
 def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, found: tuple[Finding, ...]) -> Judgement:
-    """What a way of cleaning did, from the figures before and after.
-
-    Args:
-        cleaned: after.
-        raw: before.
-        content: the measure of what cleaning may not lose.
-        found: the artifacts of the raw features.
-    """
-    # Where artifacts have less detail or rank than the content, nothing can be lost that was not there.
+    """Judges a method by the figures before and after."""
+    # Artifacts may have less detail or rank than the content.
     rank = cleaned.effective_rank / min(content.effective_rank, raw.effective_rank)
     sharpness = cleaned.detail / min(content.detail, raw.detail)
     if sharpness < BLURRED or (sharpness < BLURRED_DETAIL and rank < BLURRED_RANK):
@@ -191,33 +171,33 @@ def conclude(
     metrics: Mapping[str, ArtifactMetrics],
     doubt: str | None = None,
 ) -> Verdict:
-    """Whether to clean, and how; ``doubt`` says why the photos do not suffice to tell."""
+    """Whether to clean, and how; ``doubt`` is the reason if there are too few photos."""
     if not found:
         return Verdict(False, None, doubt or "No artifact was found. Do not clean: there is nothing to gain.")
-    told = f"Found: {' and '.join(f'{item.strength} {item.kind} artifact ({item.words})' for item in found)}."
+    summary = f"Found: {' and '.join(f'{item.strength} {item.kind} artifact ({item.words})' for item in found)}."
     outcomes = {outcome: [n for n, j in judgements.items() if j.outcome == outcome] for outcome in get_args(Outcome)}
     able = outcomes["denoised"] or outcomes["partly"]
     if not able and outcomes["unknown"]:
-        return Verdict(False, None, f"{told} The photos are too few to tell whether cleaning works: take more.")
+        return Verdict(False, None, f"{summary} The photos are too few to tell whether cleaning works: take more.")
     if not able:
-        return Verdict(False, None, f"{told} None of the methods tried removes it without harm; do not clean.")
+        return Verdict(False, None, f"{summary} None of the methods tried removes it without harm; do not clean.")
     method = _cheapest(able, metrics)
     if all(finding.strength == "weak" for finding in found):
-        return Verdict(False, method, f"{told} Cleaning ({method}) removes it, but so little is hardly worth it.")
+        return Verdict(False, method, f"{summary} Cleaning ({method}) removes it, but so little is hardly worth it.")
     if not outcomes["denoised"]:
         part = f"which removes a part: {judgements[method].words}"
-        return Verdict(True, method, f"{told} Clean with method {method}, {part}.")
+        return Verdict(True, method, f"{summary} Clean with method {method}, {part}.")
     why = {
         "subtract": "one pass and a subtraction do it",
         "exact": "views agree clearly better with it than after subtraction"
         if "subtract" in able
         else "subtraction alone does not do it",
     }.get(method, "it removes what was found")
-    return Verdict(True, method, f"{told} Clean with method {method}: {why}.")
+    return Verdict(True, method, f"{summary} Clean with method {method}: {why}.")
 
 
 def _cheapest(able: list[str], metrics: Mapping[str, ArtifactMetrics]) -> str:
-    """The first that does it (they come by cost), unless exact is worth its many passes."""
+    """The first method, as they are ordered by cost, unless exact is worth its many passes."""
     if able[0] == "subtract" and "exact" in able and (_gain(metrics["exact"], metrics["subtract"]) or 0) >= WORTH:
         return "exact"
     return able[0]
@@ -237,18 +217,18 @@ def _gain(cleaned: ArtifactMetrics, other: ArtifactMetrics) -> float | None:
 def _is_gone(finding: Finding, cleaned: ArtifactMetrics, raw: ArtifactMetrics) -> bool:
     if finding.kind == "outlier tokens":
         return cleaned.outliers <= REMOVED * raw.outliers
-    # Any of these may be blind to an artifact (the linear probe to some, the other where content drowns it, all where
-    # photos are few): what saw it before must have gone. Leakage is a share, which grows as outliers go: no criterion.
-    looks = [
+    # Each probe may miss an artifact (the linear one some kinds, the other if content dominates, all with few photos),
+    # so all that detected it before must have fallen. Leakage is a share that grows as outliers go: not a criterion.
+    probes = [
         (cleaned.shared, raw.shared, SHARED[0]),
         (cleaned.linear_position, raw.linear_position, _SEEN),
         (cleaned.neighbour_position, raw.neighbour_position, _SEEN),
     ]
-    fallen = [after <= REMOVED * before for after, before, seen in looks if before >= seen]
+    fallen = [after <= REMOVED * before for after, before, seen in probes if before >= seen]
     return bool(fallen) and all(fallen)
 
 
 def _is_seen(finding: Finding, raw: ArtifactMetrics) -> bool:
-    """Whether the crops show what was found, so that they can tell whether it has gone."""
+    """True if the crops show a finding, so that they can show its removal."""
     seen = raw.shared >= SHARED[0] or max(raw.linear_position, raw.neighbour_position) >= _SEEN
     return seen or finding.kind == "outlier tokens"

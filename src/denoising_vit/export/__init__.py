@@ -1,1 +1,1 @@
-"""Taking models out: to timm, Hugging Face, ONNX, ``torch.export`` and our own files, checked and documented."""
+"""Exports models to timm, Hugging Face, ONNX, ``torch.export`` and extractor files, with a check and a model card."""

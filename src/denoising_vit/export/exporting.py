@@ -1,4 +1,4 @@
-"""export_extractor: from an extractor to a folder that people can deploy, checked before it is there."""
+"""export_extractor: writes a folder with the model, checks it, and moves it into place."""
 
 from __future__ import annotations
 
@@ -15,25 +15,39 @@ import torch
 
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import ExportError
-from denoising_vit.export.card import card
-from denoising_vit.export.comparison import CHECKED, TOLERANCES, Comparison, Run, compare, record
-from denoising_vit.export.description import DISTILLED, description
+from denoising_vit.export.card import card, description
+from denoising_vit.export.checkpoints import WEIGHTS, own_side, write_huggingface, write_timm
 from denoising_vit.export.extractor_file import write_extractor
 from denoising_vit.export.graphs import quantise, trace, write_onnx, write_program
-from denoising_vit.export.huggingface_folder import own_side, write_huggingface
-from denoising_vit.export.needed import needed
 from denoising_vit.export.options import CHECKPOINTS, ExportOptions
-from denoising_vit.export.running import INT8, ONNX, PROGRAM, runner
-from denoising_vit.export.timm_folder import WEIGHTS, write_timm
 from denoising_vit.export.traceable import Extractor, TraceableExtractor
-from denoising_vit.files import clipped, current_umask, file_digest, unwritable, write_tensors
+from denoising_vit.export.verification import (
+    CHECKED,
+    FORMAT,
+    FORMAT_VERSION,
+    INT8,
+    META,
+    ONNX,
+    PROGRAM,
+    REFERENCE,
+    TOLERANCES,
+    Comparison,
+    Run,
+    compare,
+    record,
+    runner,
+)
+from denoising_vit.files import DISTILLED, clipped, current_umask, file_digest, needed, unwritable, write_tensors
 
-FORMAT = "denoising-vit/export"
-FORMAT_VERSION = 1
-
-README, META, REFERENCE = "README.md", "export.json", "check.safetensors"
+README = "README.md"
 
 Sizes = list[list[int]]
+
+#: Packages of a format, with their extra.
+_NEEDED: dict[str, tuple[tuple[str, str], ...]] = {
+    "onnx": (("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx")),
+    "huggingface": (("transformers", "hf"),),
+}
 
 
 def export_extractor(
@@ -44,22 +58,21 @@ def export_extractor(
     weights: Path | None = None,
     distilled: bool = False,
 ) -> Comparison:
-    """Writes a folder with the model, its card, and what checks it; it is there whole or not at all.
+    """Writes a folder with the model, its card and reference features, atomically.
 
     Args:
-        extractor: a backbone, or what :class:`~denoising_vit.DenoisedViT` makes of it; any precision, exported in
-            float32.
-        out: the folder, which must not exist, or be empty.
-        options: how.
-        weights: the file that the backbone's weights came from, which tells whether it is distilled.
-        distilled: whether it is, where the file does not tell.
+        extractor: a backbone or :class:`~denoising_vit.DenoisedViT`; exported in float32.
+        out: the folder; it must not exist, or be empty.
+        options: format and options.
+        weights: file of the backbone's weights, which may record a distillation.
+        distilled: the weights are distilled, where the file does not tell.
 
     Returns:
-        How far the export is from PyTorch.
+        The difference from PyTorch.
 
     Raises:
-        ExportError: if the format cannot hold it, the folder exists or cannot be written, a package is missing, or what
-            was written does not compute what PyTorch does.
+        ExportError: if the format cannot hold the extractor, the folder exists or cannot be written, a package is
+            missing, or the export does not compute what PyTorch does.
     """
     options = options or ExportOptions()
     options.validate()
@@ -69,10 +82,20 @@ def export_extractor(
     meta |= description(extractor, options, weights, distilled=distilled)
     with _appearing(Path(out).expanduser()) as folder:
         _write_model(extractor, module, folder, options, meta)
-        reference = record(_in_pytorch(module), _sizes(module, options), pixels=options.pixels)
+        sizes = _sizes(module, options.format)
+        reference = record(_in_pytorch(module), sizes, pixels=options.pixels)
         run = runner(folder, options.format, int8=options.int8)
-        found = _checked(reference, run, _sizes(module, options), options)
-        meta["check"] = _check(found, reference, module, run, options)
+        found = compare(reference, record(run, sizes, pixels=options.pixels))
+        allowed = TOLERANCES[options.format]
+        if found is None or (not options.int8 and found.relative > allowed):  # int8 is measured only
+            problem = "of other shapes, or not finite" if found is None else f"{found.difference:.2g} apart"
+            raise ExportError(
+                f"the export does not compute what PyTorch does: features {problem} (at most {allowed:g}). Nothing was "
+                "written"
+            )
+        meta["check"] = {"file": REFERENCE, "sizes": sizes, "tolerance": allowed, **dataclasses.asdict(found)}
+        if options.format == "huggingface":
+            meta["check"] |= _elsewhere(module, run)
         meta["files"] = {path.name: file_digest(path) for path in _model_first(folder)}
         write_tensors(reference, folder / REFERENCE)
         meta["check"]["digest"] = file_digest(folder / REFERENCE)
@@ -81,17 +104,10 @@ def export_extractor(
     return found
 
 
-#: Packages and their extra that a format takes to write and to check.
-_NEEDED: dict[str, tuple[tuple[str, str], ...]] = {
-    "onnx": (("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx")),
-    "huggingface": (("transformers", "hf"),),
-}
-
-
 def _require_held(extractor: Extractor, options: ExportOptions) -> None:
-    """Refuses what a format cannot hold, and formats whose packages are missing."""
+    """Raises ExportError if the format cannot hold the extractor, or a package is missing."""
     for package, extra in _NEEDED.get(options.format, ()):
-        needed(package, extra)
+        needed(package, extra, ExportError)
     clean = isinstance(extractor, DenoisedViT)
     if clean and options.format in CHECKPOINTS:
         raise ExportError(
@@ -124,12 +140,12 @@ def _write_model(
 
 
 def _carried(meta: dict[str, Any]) -> dict[str, str]:
-    """Metadata of a checkpoint: that it is distilled goes with the weights."""
+    """Metadata of a checkpoint: the record of distillation."""
     return {} if meta["distilled"] is None else {"denoising_vit": json.dumps({"format": DISTILLED} | meta["distilled"])}
 
 
 def _in_pytorch(module: TraceableExtractor) -> Run:
-    """The extractor itself in float32, by the way that its users take, not by the one that was traced."""
+    """Runs the extractor itself in float32, not the traced module."""
     pure = module.reference()
 
     def run(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -140,57 +156,35 @@ def _in_pytorch(module: TraceableExtractor) -> Run:
     return run
 
 
-def _sizes(module: TraceableExtractor, options: ExportOptions) -> Sizes:
-    """Batch, height and width of the images that are compared."""
+def _sizes(module: TraceableExtractor, form: str) -> Sizes:
+    """Batch size, height and width of the compared images."""
     backbone = module.backbone
     patch, stride = backbone.patch_size, backbone.stride
-    if options.format == "huggingface":
+    if form == "huggingface":
         side = own_side(backbone)
         return [[1, side, side]]
     return [[batch, patch + (h - 1) * stride, patch + (w - 1) * stride] for batch, h, w in CHECKED]
 
 
-def _checked(reference: dict[str, Any], run: Run, sizes: Sizes, options: ExportOptions) -> Comparison:
-    """How far an export is from the reference.
-
-    Raises:
-        ExportError: if it is further than rounding takes it; int8 is measured, not judged.
-    """
-    found = compare(reference, record(run, sizes, pixels=options.pixels))
-    allowed = TOLERANCES[options.format]
-    if found is None or (not options.int8 and found.relative > allowed):
-        told = "of other shapes, or not finite" if found is None else f"{found.difference:.2g} apart"
-        raise ExportError(
-            f"the export does not compute what PyTorch does: features {told} (at most {allowed:g}). Nothing was written"
-        )
-    return found
-
-
-def _check(
-    found: Comparison, reference: dict[str, Any], module: TraceableExtractor, run: Run, options: ExportOptions
-) -> dict[str, Any]:
-    check = {"file": REFERENCE, "sizes": _sizes(module, options), "tolerance": TOLERANCES[options.format]}
-    check |= dataclasses.asdict(found)
-    if options.format == "huggingface":  # how far transformers is from timm where positions are resampled
-        sizes = _sizes(module, ExportOptions(format="timm"))
-        away = compare(record(_in_pytorch(module), sizes, pixels=False), record(run, sizes, pixels=False))
-        if away is not None:
-            check["elsewhere"] = dataclasses.asdict(away) | {"sizes": sizes}
-    return check
+def _elsewhere(module: TraceableExtractor, run: Run) -> dict[str, Any]:
+    """Difference of transformers from timm at sizes where position embeddings are resampled."""
+    sizes = _sizes(module, "timm")
+    away = compare(record(_in_pytorch(module), sizes, pixels=False), record(run, sizes, pixels=False))
+    return {} if away is None else {"elsewhere": dataclasses.asdict(away) | {"sizes": sizes}}
 
 
 def _model_first(folder: Path) -> list[Path]:
-    """Files of an export, that with the weights first."""
+    """Files of an export, the model first."""
     first = (ONNX, INT8, PROGRAM, WEIGHTS)
     return sorted(folder.iterdir(), key=lambda path: (path.name not in first, path.name))
 
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write to, which becomes it if the block succeeds.
+    """A temporary folder beside ``out`` that is renamed to it if the block succeeds.
 
     Raises:
-        ExportError: if there is something already, or it cannot be written.
+        ExportError: if ``out`` exists and is not empty, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists already; choose another folder with -o, or remove it")

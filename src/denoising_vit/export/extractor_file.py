@@ -1,4 +1,4 @@
-"""An extractor in one file of ours: backbone, and the G or denoiser that cleans its features."""
+"""Extractor files: a backbone with the denoiser or G that cleans its features, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from denoising_vit.backbones.weights import load_weights, require_finite
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
-from denoising_vit.export.tensors import float_state
-from denoising_vit.export.timm_folder import WEIGHTS
+from denoising_vit.export.checkpoints import WEIGHTS, float_state
 from denoising_vit.files import KEY, below, read_record, require_version, write_tensors
 
 FORMAT = "denoising-vit/extractor"
@@ -29,28 +28,25 @@ _REQUIRED = ("backbone", "positions")
 
 
 def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
-    """Writes one safetensors file that :func:`load_extractor` reads back; float32.
+    """Writes a float32 file for :func:`load_extractor`.
 
     Raises:
-        ExportError: if the backbone is no timm model.
+        ExportError: if the backbone is not a timm model.
     """
     backbone = extractor.backbone
     if not isinstance(backbone, TimmBackbone):
         raise ExportError(f"safetensors is for models of timm, got {backbone.name}; use onnx or program")
     tensors = {_BACKBONE + key: value for key, value in float_state(backbone.model).items()}
     head: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "positions": extractor.positions}
-    head["backbone"] = {
-        "name": backbone.name,
-        "stride": backbone.stride,
-        "layer": backbone.layer,
-        "norm": backbone.norm,
-    }
+    head["backbone"] = {key: getattr(backbone, key) for key in ("name", "stride", "layer", "norm")}
     if extractor.denoiser is not None:
         head["denoiser"] = extractor.denoiser.config
         tensors |= {_DENOISER + key: value for key, value in float_state(extractor.denoiser).items()}
     elif extractor.artifact is not None:
         artifact = extractor.artifact
-        head["artifact"] = {"size": artifact.size, "backbone": artifact.backbone, "info": _nameless(artifact.info)}
+        # Without the names of photos: the file may be given away.
+        info = {key: value for key, value in artifact.info.items() if key not in ("photos", "skipped")}
+        head["artifact"] = {"size": artifact.size, "backbone": artifact.backbone, "info": info}
         tensors[_ARTIFACT] = artifact.values.detach().float().cpu().contiguous()
     write_tensors(tensors, folder / WEIGHTS, {KEY: json.dumps(head)})
 
@@ -58,10 +54,10 @@ def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
 def load_extractor(
     path: str | Path, *, device: str | torch.device = "auto", dtype: Dtype | torch.dtype = "auto"
 ) -> DenoisedViT:
-    """Reads what ``dvit export --format safetensors`` wrote: the directory, or the file in it.
+    """Reads a file of ``dvit export --format safetensors``.
 
     Args:
-        path: either.
+        path: its directory, or the file.
         device: ``auto`` is CUDA, then MPS, then the CPU.
         dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32.
 
@@ -105,14 +101,9 @@ def _built(
         record = head["artifact"]
         size = cast("tuple[int, int]", tuple(record["size"]))
         cleaner = Artifact(tensors[_ARTIFACT].float(), size, record["backbone"], record["info"])
-    made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # refuses what does not belong together
+    made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # checks that they belong together
     place = device_at(device)
     return made.to(device=place, dtype=dtype_on(dtype, place))
-
-
-def _nameless(info: dict[str, Any]) -> dict[str, Any]:
-    """The record of a calibration without its list of photos: the file may be given away."""
-    return {key: value for key, value in info.items() if key not in ("photos", "skipped")}
 
 
 def _check_head(path: Path, head: Any) -> None:

@@ -1,11 +1,13 @@
-"""Graphs that run without this package: a ``torch.export`` program, and ONNX."""
+"""Graphs that run without this package: ``torch.export`` programs and ONNX."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +22,22 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT, PREFIX = "image", "features", "prefix"
 
-#: Patches along a side that are declared possible; more than any model is shown.
+#: Declared upper bound of patches along a side.
 _MOST_PATCHES = 4096
 
-#: Above this, protocol buffers cannot hold the weights, which then lie in a file of their own.
+#: Bytes above which the weights go to a separate file, because protocol buffers cannot hold them.
 _LARGE = 1_800_000_000
 
 
 def trace(module: TraceableExtractor) -> ExportedProgram:
-    """A program for any batch, height and width that fits the patch grid; others it refuses.
+    """A program for any batch size, height and width on the patch grid; it rejects others.
 
     Raises:
-        ExportError: if the model does something that cannot be traced.
+        ExportError: if the model cannot be traced.
     """
     backbone = module.backbone
     patch, stride = backbone.patch_size, backbone.stride
-    # An example with sides that differ, and no size that the model may treat in a way of its own.
+    # An example with different sides, and no size that the model may handle specially.
     example = torch.zeros(2, 3, patch + 6 * stride, patch + 4 * stride)
     sides = [stride * Dim(name, min=1, max=_MOST_PATCHES) + (patch - stride) for name in ("h", "w")]
     if patch == stride:
@@ -54,7 +56,7 @@ def trace(module: TraceableExtractor) -> ExportedProgram:
 
 
 def _require_any_size(program: ExportedProgram, name: str) -> None:
-    """Refuses a program that holds the example's size: numbers that a model makes of a size are fixed in silence."""
+    """Raises ExportError if the example's size was silently fixed in the program."""
     outputs: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
     fixed = [side for side in outputs[0].meta["val"].shape[:3] if isinstance(side, int)]
     if fixed:
@@ -62,17 +64,17 @@ def _require_any_size(program: ExportedProgram, name: str) -> None:
 
 
 def write_program(program: ExportedProgram, path: Path) -> None:
-    """Writes a ``.pt2`` file; example inputs, which would be pickled, are left out."""
+    """Writes a ``.pt2`` file without example inputs, which would be pickled."""
     program.example_inputs = None
     torch.export.save(program, path)
     refuse_pickles(path)
 
 
 def refuse_pickles(path: Path) -> None:
-    """Refuses a ``.pt2`` file with pickled parts: torch would run code that is hidden in them.
+    """Rejects ``.pt2`` files with pickled parts, from which torch would run hidden code.
 
     Raises:
-        ExportError: naming such a part; or if the file is no such program.
+        ExportError: naming such a part, or if the file is not a program.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -80,11 +82,11 @@ def refuse_pickles(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ExportError(f"{path}: not a torch.export program, or damaged ({error})") from error
     if pickled:
-        raise ExportError(f"{path}: refused, {pickled[0].filename} is pickled; programs of ours hold no pickle")
+        raise ExportError(f"{path}: refused, {pickled[0].filename} is pickled; our programs contain no pickle")
 
 
 def _is_pickled(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
-    """Whether torch would unpickle a part, or what a list of weights refers to."""
+    """True if torch would unpickle a part, or weights that it lists."""
     if part.filename.endswith("_config.json"):
         listed = json.loads(archive.read(part)).get("config", {})
         return any(entry.get("use_pickle") for entry in listed.values())
@@ -92,18 +94,18 @@ def _is_pickled(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
 
 
 def write_onnx(program: ExportedProgram, module: TraceableExtractor, path: Path, about: dict[str, str]) -> None:
-    """Writes an ONNX file with named axes, which refuses sizes off the patch grid when it is run.
+    """Writes an ONNX file with named axes that rejects sizes off the patch grid at run time.
 
     Args:
-        program: of the module.
-        module: that it was traced from.
+        program: the traced module.
+        module: the module it was traced from.
         path: the file.
-        about: what goes into its metadata.
+        about: metadata of the file.
     """
     import onnx
 
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        warnings.simplefilter("ignore")  # of the converter, on what it leaves to itself
+        warnings.simplefilter("ignore")  # from the converter
         names = [OUTPUT, PREFIX] if module.prefix else [OUTPUT]
         converted: Any = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=names)
         model: ModelProto = converted.model_proto
@@ -118,7 +120,7 @@ def write_onnx(program: ExportedProgram, module: TraceableExtractor, path: Path,
 
 
 def quantise(source: Path, target: Path) -> None:
-    """Writes an ONNX file whose linear layers multiply in int8, with a scale for each output channel."""
+    """Writes an ONNX file with linear layers in int8, with a scale for each output channel."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet("", "onnxruntime"):
@@ -132,16 +134,16 @@ def quantise(source: Path, target: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another package says, in one line."""
+    """First line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no reason given"
 
 
 def _require_grid(graph: GraphProto, patch: int, stride: int) -> None:
-    """Puts a reshape before the model that fails, by its name, where patches do not cover the image exactly.
+    """Inserts a named reshape before the model that fails if patches do not cover the image exactly.
 
-    ONNX has no assertion, and a convolution would leave rows and columns out without a word. The reshape is to the
-    largest size that fits: the image's own, or one with fewer elements, which is an error in every runtime.
+    ONNX has no assertion, and a convolution would silently drop rows and columns. The reshape is to the largest size on
+    the grid: the image's own, or one with fewer elements, which every runtime rejects.
     """
     import onnx
 
@@ -158,7 +160,7 @@ def _require_grid(graph: GraphProto, patch: int, stride: int) -> None:
         ("Add", [f"{name}_covered", f"{name}_least"], "fitting"),
     ]
     nodes = [onnx.helper.make_node(kind, given, [f"{name}_{made}"], f"{name}_{made}") for kind, given, made in steps]
-    # A side below one patch leaves zero, which must not stand for "as it is".
+    # A side below one patch gives zero, which must not mean "unchanged".
     checked = onnx.helper.make_node("Reshape", [INPUT, f"{name}_fitting"], [f"{INPUT}_checked"], name, allowzero=1)
     nodes.append(checked)
     for node in graph.node:
@@ -171,7 +173,7 @@ def _require_grid(graph: GraphProto, patch: int, stride: int) -> None:
 
 
 def _name_axes(graph: GraphProto) -> None:
-    """Names axes for people, instead of the tracer's symbols, which other tensors' shapes go by."""
+    """Gives input and output axes readable names instead of the tracer's symbols."""
     del graph.value_info[:]
     axes = {INPUT: {0: "batch", 2: "height", 3: "width"}, OUTPUT: {0: "batch", 1: "h", 2: "w"}, PREFIX: {0: "batch"}}
     for value in (*graph.input, *graph.output):
@@ -179,17 +181,15 @@ def _name_axes(graph: GraphProto) -> None:
             value.type.tensor_type.shape.dim[index].dim_param = axis
 
 
-class _quiet:
-    """Keeps loggers below errors for as long as a block lasts."""
-
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self._before = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_exception: object) -> None:
-        for logger, level in zip(self._loggers, self._before, strict=True):
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Silences loggers below errors for a block."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""What is exported, and how."""
+"""Options of an export."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from denoising_vit.errors import ExportError
 
 Format = Literal["timm", "huggingface", "onnx", "program", "safetensors"]
 
-#: Formats that hold weights under the names of another library, and nothing after them.
+#: Formats that hold only weights, under the names of another library.
 CHECKPOINTS: tuple[Format, ...] = ("timm", "huggingface")
 
-#: Formats that hold what is computed, so that nothing of ours is needed to run them.
+#: Formats that hold the computation and run without this package.
 GRAPHS: tuple[Format, ...] = ("onnx", "program")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a model is exported.
+    """Format and options of an export.
 
     Attributes:
-        format: onnx; program (torch.export, .pt2); timm (safetensors that timm loads); huggingface (a directory that
-            transformers loads); safetensors (our own, for dv.load_extractor). timm and huggingface hold raw and
-            distilled models only, safetensors those with G or a denoiser only.
-        pixels: put the normalisation into the graph: it takes images in [0, 1]. onnx and program.
-        prefix: give class and register tokens as a second output. onnx and program.
-        int8: write linear layers in int8, and measure what that costs. onnx.
-        licence: that of the weights, for the model card; where it is known, that is the default.
+        format: onnx; program (torch.export, .pt2); timm (safetensors for timm); huggingface (a directory for
+            transformers); safetensors (for dv.load_extractor). timm and huggingface hold raw and distilled models only,
+            safetensors only models with G or a denoiser.
+        pixels: normalise in the graph, which then takes images in [0, 1]; onnx and program.
+        prefix: output class and register tokens as well; onnx and program.
+        int8: write linear layers in int8, and measure the loss; onnx.
+        licence: licence of the weights for the model card; the known one by default.
     """
 
     format: Format = "onnx"
@@ -37,11 +37,7 @@ class ExportOptions:
     licence: str | None = None
 
     def validate(self) -> None:
-        """Refuses options that do not go together.
-
-        Raises:
-            ExportError: naming the option.
-        """
+        """Raises ExportError if options do not go together."""
         if self.format not in get_args(Format):
             raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {self.format!r}")
         for name in ("pixels", "prefix"):

@@ -1,8 +1,4 @@
-"""Pictures of features: PCA, k-means, norm, similarity and more, each in colours that everything compared shares.
-
-One basis, one range, one set of clusters: two maps that look alike are alike, and a difference of colour is a
-difference of features.
-"""
+"""Pictures of features (PCA, k-means, norm, similarity and more) in colours shared by all maps that are compared."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The length of each feature vector as a colour."""
+"""Norms of features, and their similarity to one patch, as colours of one scale."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from denoising_vit.maps.colouring import lookup
-from denoising_vit.maps.pca import RESOLUTION, Features, robust_range, to_arrays
+from denoising_vit.maps.features import RESOLUTION, Bar, Features, lookup, robust_range, to_arrays, to_map
 
 NORM_COLOURS = "magma"
+
+SIMILARITY_BAR: Bar = ("RdBu_r", (-1.0, 1.0))
 
 
 @dataclass(frozen=True)
 class NormScale:
-    """Lengths as colours, dark for short; where all lengths are equal every patch gets the middle colour.
+    """Norms as colours, dark for short; one middle colour where all norms are equal.
 
     Attributes:
-        low: the length that is drawn darkest.
-        high: the length that is drawn brightest; lengths beyond are clipped.
+        low: norm drawn darkest.
+        high: norm drawn brightest; larger ones are clipped.
     """
 
     low: float
@@ -26,43 +27,65 @@ class NormScale:
 
     @classmethod
     def fit(cls, *features: Features) -> NormScale:
-        """The scale from the 1st to the 99th percentile of all lengths: a few outlier tokens do not darken the rest.
-
-        Args:
-            *features: maps (h, w, C).
+        """The 1st to the 99th percentile of all norms of maps (h, w, C), so that a few outlier tokens change little.
 
         Raises:
             ValueError: if a map is not (h, w, C), channels differ, or values are not finite.
         """
         return cls(*robust_range(np.concatenate([_norms(array).ravel() for array in to_arrays(*features, maps=True)])))
 
+    @property
+    def bar(self) -> Bar:
+        """The colour bar."""
+        return NORM_COLOURS, (self.low, self.high)
+
     def colours(self, features: Features) -> np.ndarray:
-        """The lengths of features (h, w, C) as a picture (h, w, 3) uint8.
+        """Norms of features (h, w, C) as a picture (h, w, 3) uint8.
 
         Raises:
             ValueError: if the shape is not (h, w, C), or values are not finite.
         """
-        norms = _norms(*to_arrays(features, maps=True))
+        norms = _norms(to_map(features))
         span = self.high - self.low
         flat = span <= RESOLUTION * self.high
         return lookup(np.full_like(norms, 0.5) if flat else (norms - self.low) / span, NORM_COLOURS)
 
 
-def norm_maps(*features: Features) -> tuple[list[np.ndarray], tuple[float, float]]:
-    """The length of each feature vector as a colour, dark for short, on one scale for all maps.
+def _norms(array: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("hwc,hwc->hw", array, array, dtype=np.float64))
+
+
+def similarity_maps(*features: Features, at: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """Cosine of each feature with the feature of one patch of the same map: red alike, white unrelated, blue opposite.
+
+    ViT features share a large mean that brings all cosines close to 1, so the mean over all maps (each map counting
+    alike) is subtracted first. Colours span [-1, 1]; where a centred feature is zero the similarity is 0.
 
     Args:
         *features: maps (h, w, C).
+        at: (row, column) of the patch in the first map, the centre by default; other maps use the same place.
 
     Returns:
-        One picture (h, w, 3) uint8 for each map, and (low, high), the lengths at the two ends of the scale.
+        One picture (h, w, 3) uint8 for each map.
 
     Raises:
-        ValueError: if a map is not (h, w, C), channels differ, or values are not finite.
+        ValueError: if ``at`` is outside the first map, a map is not (h, w, C), channels differ, or values are not
+            finite.
     """
-    scale = NormScale.fit(*features)
-    return [scale.colours(item) for item in features], (scale.low, scale.high)
-
-
-def _norms(array: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("hwc,hwc->hw", array, array, dtype=np.float64))
+    arrays = to_arrays(*features, maps=True)
+    height, width = arrays[0].shape[:2]
+    row, column = at if at is not None else (height // 2, width // 2)
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"at must be (row, column) within the {height} x {width} grid of the first map, got {at}")
+    mean = np.mean([array.mean((0, 1), dtype=np.float64) for array in arrays], axis=0).astype(np.float32)
+    pictures = []
+    for array in arrays:
+        scale = float(np.abs(array).max()) or 1.0
+        centred = (array - mean) / scale
+        place = (2 * row + 1) * len(array) // (2 * height), (2 * column + 1) * array.shape[1] // (2 * width)
+        lengths = np.linalg.norm(centred, axis=-1)
+        products = lengths * lengths[place]
+        nonzero = (lengths > RESOLUTION) & (lengths[place] > RESOLUTION)
+        cosines = np.divide(centred @ centred[place], products, out=np.zeros_like(products), where=nonzero)
+        pictures.append(lookup((cosines + 1) / 2, SIMILARITY_BAR[0]))
+    return pictures

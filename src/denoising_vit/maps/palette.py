@@ -1,33 +1,57 @@
-"""Palette: the colours that everything in one comparison shares, from one photo, a film, or a whole data set."""
+"""Palettes: the colours shared by all maps of a comparison, kept in a small safetensors file if wanted."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
+from denoising_vit.errors import FormatError
+from denoising_vit.files import KEY, Mark, below, read_record, require_ours, require_version, write_tensors
 from denoising_vit.maps.clusters import Clusters
-from denoising_vit.maps.colouring import Colouring
-from denoising_vit.maps.components import Component
-from denoising_vit.maps.foreground import Foreground, ForegroundPCA
+from denoising_vit.maps.features import Bar, Features, lookup, to_arrays
 from denoising_vit.maps.norms import NormScale
-from denoising_vit.maps.pca import Features, PCABasis, to_arrays
+from denoising_vit.maps.pca import Foreground, PCABasis
+from denoising_vit.maps.titles import TITLES
 
-#: Vectors that a palette of many maps is fitted on.
+#: Approximate number of vectors that a palette of many maps is fitted on.
 ENOUGH = 131_072
+
+FORMAT = "denoising-vit/palette"
+FORMAT_VERSION = 1
+
+#: Colourings that a file holds, by their attribute of a palette.
+_STORED = {
+    "basis": PCABasis,
+    "clusters": Clusters,
+    "norms": NormScale,
+    "foreground": Foreground,
+    "foreground_basis": PCABasis,
+}
+
+#: Kinds that one colouring draws, and its attribute.
+_WHOLE = {"pca": "basis", "kmeans": "clusters", "norm": "norms"}
+
+_COMPONENTS, _COMPONENT_COLOURS = ("first", "second", "third"), "viridis"
 
 
 class Palette:
-    """The colourings that one comparison shares, each fitted when it is first asked for.
+    """The colourings of one comparison, each fitted on first use.
 
     Args:
-        maps: features (h, w, C) that are compared; all of them together decide every colour.
-        fitted: colourings that are known already, by their field here: ``basis``, ``clusters``, ``norms``,
-            ``foreground``, ``foreground_basis``.
-        backbone: the backbone as it is recorded with results, where that is known.
-        most: vectors that it is fitted on, about; of more, evenly spread rows and columns are taken.
+        maps: features (h, w, C) that are compared; they decide all colours together.
+        fitted: known colourings by attribute: ``basis``, ``clusters``, ``norms``, ``foreground``, ``foreground_basis``.
+        backbone: record of the backbone, where known.
+        most: approximate number of vectors to fit on; more are thinned to evenly spaced rows and columns.
 
     Raises:
         ValueError: if there are neither maps nor colourings, a map is not (h, w, C), channels differ, or values are not
@@ -44,77 +68,149 @@ class Palette:
     ) -> None:
         self.backbone = backbone
         self._maps = [] if not maps and fitted else _thinned(to_arrays(*maps, maps=True), most)
-        vars(self).update(fitted or {})  # takes the place of what would be fitted
-
-    @classmethod
-    def fit(cls, maps: Sequence[Features], *, backbone: dict[str, Any] | None = None) -> Palette:
-        """The palette of these maps (h, w, C), all counting alike by their vectors."""
-        return cls(maps, backbone=backbone)
+        vars(self).update(fitted or {})  # replaces what would be fitted
 
     @functools.cached_property
     def basis(self) -> PCABasis:
-        """Of the PCA and of single components."""
+        """PCA basis, also of single components."""
         return PCABasis.fit(*self._maps)
 
     @functools.cached_property
     def clusters(self) -> Clusters:
-        """Of k-means."""
+        """k-means clusters."""
         return Clusters.fit(*self._maps)
 
     @functools.cached_property
     def norms(self) -> NormScale:
-        """Of lengths."""
+        """Scale of norms."""
         return NormScale.fit(*self._maps)
 
     @functools.cached_property
     def foreground(self) -> Foreground:
-        """What is foreground."""
+        """Foreground threshold."""
         return Foreground.fit(*self._maps)
 
     @functools.cached_property
     def foreground_basis(self) -> PCABasis:
-        """Of the foreground's own PCA."""
-        return ForegroundPCA.fit(*self._maps, foreground=self.foreground).basis
-
-    def __getitem__(self, kind: str) -> Colouring:
-        """The colouring of a kind of map.
-
-        Raises:
-            ValueError: if there is no such kind.
-        """
-        makers: dict[str, Callable[[], Colouring]] = {
-            "pca": lambda: self.basis,
-            "kmeans": lambda: self.clusters,
-            "norm": lambda: self.norms,
-            "first": lambda: Component(self.basis, 0),
-            "second": lambda: Component(self.basis, 1),
-            "third": lambda: Component(self.basis, 2),
-            "foreground-pca": lambda: ForegroundPCA(self.foreground, self.foreground_basis),
-            "foreground": lambda: self.foreground,
-        }
-        if kind not in makers:
-            raise ValueError(f"no kind of map named {kind!r}; there are {', '.join(makers)}")
-        return makers[kind]()
+        """PCA basis of the foreground alone; of all features where there is no foreground."""
+        inner = np.concatenate([array[self.foreground.mask(array)] for array in self._maps])  # (N, C)
+        return PCABasis.fit(*([inner] if len(inner) else self._maps))
 
     def colours(self, kind: str, features: Features) -> np.ndarray:
-        """Features (h, w, C) as a picture (h, w, 3) uint8 of a kind of :data:`TITLES`.
+        """Features (h, w, C) as a picture (h, w, 3) uint8.
+
+        Args:
+            kind: one of :data:`TITLES`.
+            features: one map.
 
         Raises:
-            ValueError: if there is no such kind, the shape is not (h, w, C) with this C, or values are not finite.
+            ValueError: if the kind is unknown, the shape is not (h, w, C) with this C, or values are not finite.
         """
-        return self[kind].colours(features)
+        if kind in _WHOLE:
+            return getattr(self, _WHOLE[kind]).colours(features)
+        if kind in _COMPONENTS:
+            return lookup(self.basis.shares(features)[..., _COMPONENTS.index(kind)], _COMPONENT_COLOURS)
+        if kind not in TITLES:
+            raise ValueError(f"no kind of map named {kind!r}; there are {', '.join(TITLES)}")
+        inside = self.foreground.mask(features)[..., None]
+        shown = 255 if kind == "foreground" else self.foreground_basis.colours(features)
+        return np.where(inside, shown, np.zeros(3, np.uint8)).astype(np.uint8)
+
+    def bar(self, kind: str) -> Bar | None:
+        """The colour bar of a kind of map, where it has one."""
+        return self.norms.bar if kind == "norm" else None
 
 
 def _thinned(arrays: list[np.ndarray], most: int) -> list[np.ndarray]:
-    """The maps themselves where they are few, else every so many rows and columns of each, borders kept."""
+    """The maps as they are if few, else evenly spaced rows and columns of each, including the borders."""
     share = min(1.0, (most / sum(array.shape[0] * array.shape[1] for array in arrays)) ** 0.5)
-    return arrays if share == 1 else [thin(array, share) for array in arrays]
+    if share == 1:
+        return arrays
+    kept = []
+    for array in arrays:
+        rows, columns = (
+            np.unique(np.rint(np.linspace(0, side - 1, max(2, round(side * share)))).astype(int))
+            for side in array.shape[:2]
+        )
+        kept.append(array[rows][:, columns])
+    return kept
 
 
-def thin(array: np.ndarray, share: float) -> np.ndarray:
-    """A share of the rows and of the columns of a map (h, w, C), evenly spread, the first and the last among them."""
-    rows, columns = (
-        np.unique(np.rint(np.linspace(0, side - 1, max(2, round(side * share)))).astype(int))
-        for side in array.shape[:2]
-    )
-    return array[rows][:, columns]
+def write_palette(
+    palette: Palette, path: str | Path, fields: Collection[str] = tuple(_STORED), *, mark: Mark | None = None
+) -> None:
+    """Writes colourings of a palette, fitting those that were not used yet.
+
+    Args:
+        palette: the palette.
+        path: a .safetensors file.
+        fields: attributes of the palette to write, all by default.
+        mark: mark of the file; with one, only a file with the same mark is replaced.
+
+    Raises:
+        OutputError: if there is a file with another mark or none.
+        FormatError: if the name does not end in .safetensors.
+        OSError: if the file cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise FormatError(f"{path}: expected the name of a .safetensors file")
+    tensors = {
+        f"{name}.{field}": torch.from_numpy(np.array(value, np.float64, order="C"))
+        for name in _STORED
+        if name in fields
+        for field, value in vars(getattr(palette, name)).items()
+    }
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "backbone": palette.backbone}
+    if set(fields) < _STORED.keys():
+        head["fields"] = sorted(fields)
+    if mark is not None:
+        head["made"] = str(mark)
+    new = mark is not None and not require_ours(Path(path), mark)
+    write_tensors(tensors, Path(path), {KEY: json.dumps(head)}, new=new)
+
+
+def read_palette(path: str | Path, backbone: Backbone | None = None) -> Palette:
+    """Reads a file of :func:`write_palette`.
+
+    Args:
+        path: the file.
+        backbone: backbone of the features to colour; palettes of another one are refused.
+
+    Raises:
+        FormatError: if the file is missing, damaged, something else, of a newer version, or of another backbone.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FormatError(f"{path}: no such palette; `dvit show PHOTOS --save-palette FILE` makes one")
+    try:
+        head, tensors = read_record(path), load_file(path)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not a palette, or damaged: expected a safetensors file ({error})") from error
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise FormatError(f"{path}: holds no palette; `dvit show PHOTOS --save-palette FILE` makes one")
+    require_version(path, head, FORMAT_VERSION)
+    recorded: Any = head.get("backbone")
+    if backbone is not None and names_backbone(recorded) and not is_recorded(recorded, backbone):
+        raise FormatError(
+            f"{path}: colours of {recorded_words(recorded)}, got {backbone_words(backbone)}; directions in feature "
+            "space mean something in one backbone only. Make a palette of this one: dvit show --save-palette FILE"
+        )
+    return Palette([], fitted=_colourings(path, tensors, head.get("fields", _STORED)), backbone=recorded)
+
+
+def _colourings(path: Path, tensors: dict[str, np.ndarray], fields: Collection[str]) -> dict[str, Any]:
+    shapes = {name: value.shape for name, value in tensors.items()}
+    channels = next((shape[-1:] for name, shape in shapes.items() if name.endswith((".mean", ".centres"))), ())
+    basis = {"mean": channels, "components": (*channels, 3), "low": (3,), "high": (3,)}
+    expected = {
+        "basis": basis,
+        "clusters": {"centres": (*shapes.get("clusters.centres", ())[:1], *channels)},
+        "norms": {"low": (), "high": ()},
+        "foreground": {"mean": channels, "direction": channels, "threshold": ()},
+        "foreground_basis": basis,
+    }
+    wanted = {f"{name}.{key}": shape for name in _STORED if name in fields for key, shape in expected[name].items()}
+    if shapes != wanted or not all(np.isfinite(value).all() for value in tensors.values()):
+        raise FormatError(f"{path}: a damaged palette: parts are missing, do not fit together or are not finite")
+    values = {name: value if value.ndim else float(value) for name, value in tensors.items()}
+    return {name: kind(**below(f"{name}.", values)) for name, kind in _STORED.items() if name in fields}

@@ -1,34 +1,29 @@
-"""Features as colours: three principal components in one basis shared by everything that is compared."""
+"""Principal components: colours in one shared basis, and foreground by the first component."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
-Features = Tensor | np.ndarray
-"""A feature map, channels last: a tensor of any real dtype on any device, or an array."""
+from denoising_vit.maps.features import RESOLUTION, Features, project, robust_range, to_arrays, to_map
 
 LEAST_SPAN = 0.05
-"""A component that varies less than this share of the strongest one is not stretched to the full range of colours."""
-
-RESOLUTION = 1e-6
-"""Differences below this share of the features' own size are rounding, not structure."""
+"""Components that vary less than this share of the strongest one are not stretched to the full range of colours."""
 
 
 @dataclass(frozen=True, eq=False)
 class PCABasis:
     """Three directions in feature space, and the ranges that become red, green and blue.
 
-    The basis depends on the set of feature vectors only, not on where they are: an image that is mirrored or whose
-    patches are permuted gets the same colours, patch for patch.
+    The basis depends on the set of feature vectors only, not on their places: mirrored or permuted patches keep their
+    colours.
 
     Attributes:
-        mean: (C,) float64, the centre of the features.
+        mean: (C,) float64.
         components: (C, 3) float64, orthonormal columns, strongest first; columns beyond C are zero.
-        low: (3,) float64, the projection that is drawn as 0.
-        high: (3,) float64, the projection that is drawn as 255; above ``low``.
+        low: (3,) float64, projections drawn as 0.
+        high: (3,) float64, projections drawn as 255; above ``low``.
     """
 
     mean: np.ndarray
@@ -38,7 +33,7 @@ class PCABasis:
 
     @classmethod
     def fit(cls, *features: Features, bounds: tuple[float, float] = (1.0, 99.0)) -> PCABasis:
-        """The basis of all ``features`` (..., C) together; every vector counts once.
+        """Fits one basis to all ``features`` (..., C); every vector counts once.
 
         Args:
             *features: one or more maps with the same C; sizes may differ.
@@ -64,85 +59,25 @@ class PCABasis:
         return cls(mean=mean, components=components, low=middle - half, high=middle + half)
 
     def shares(self, features: Features) -> np.ndarray:
-        """Where each component of the features (h, w, C) lies in its range: (h, w, 3) float64 in [0, 1], clipped.
+        """Position of each component of features (h, w, C) in its range: (h, w, 3) float64 in [0, 1], clipped.
 
         Raises:
-            ValueError: if the shape is not (h, w, C) with this basis's C, or values are not finite.
+            ValueError: if the shape is not (h, w, C) with the basis's C, or values are not finite.
         """
-        (rows,) = to_arrays(features, maps=True)
-        require_channels(rows, len(self.mean))
-        # Row by row, because a float64 copy of a finely sampled map of a large model takes gigabytes.
-        projected = np.stack([(row.astype(np.float64) - self.mean) @ self.components for row in rows])  # (h, w, 3)
+        projected = project(to_map(features, len(self.mean)), self.mean, self.components)  # (h, w, 3)
         return np.clip((projected - self.low) / (self.high - self.low), 0, 1)
 
     def colours(self, features: Features) -> np.ndarray:
-        """The features (h, w, C) as a picture (h, w, 3) uint8; values beyond the bounds are clipped.
-
-        Raises:
-            ValueError: if the shape is not (h, w, C) with this basis's C, or values are not finite.
-        """
+        """Features (h, w, C) as a picture (h, w, 3) uint8; raises ValueError as :meth:`shares` does."""
         # A hair below, so that a component without structure, at 127.5 and some rounding, is one even grey.
         return np.rint(self.shares(features) * 255 - 1e-3).astype(np.uint8)
 
 
-def require_channels(array: np.ndarray, channels: int) -> None:
-    """Refuses a map with other channels than a colouring was fitted on.
-
-    Raises:
-        ValueError: saying what to do.
-    """
-    if array.shape[-1] != channels:
-        raise ValueError(
-            f"these colours were fitted on {channels} channels, got features of shape {array.shape}; "
-            "fit them on all the maps you compare"
-        )
-
-
-def to_arrays(*features: Features, maps: bool = False) -> list[np.ndarray]:
-    """The features as float32 arrays (..., C) on the CPU, checked to have one C and finite values.
-
-    Args:
-        *features: one or more feature maps.
-        maps: whether each must be one (h, w, C) map.
-
-    Raises:
-        ValueError: if there are none, one is empty or of the wrong shape, channels differ, or values are not finite.
-    """
-    if not features:
-        raise ValueError("expected at least one feature map, got none")
-    arrays = []
-    for item in features:
-        array = item.detach().float().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item, np.float32)
-        if array.size == 0 or array.ndim < 1 or (maps and array.ndim != 3):
-            shape = "(h, w, C)" if maps else "(..., C)"
-            raise ValueError(f"expected features of shape {shape} that are not empty, got shape {tuple(array.shape)}")
-        broken = array.size - int(np.count_nonzero(np.isfinite(array)))
-        if broken:
-            raise ValueError(
-                f"features must be finite, but {broken:,} of {array.size:,} values are not; "
-                "check the weights and the precision of the backbone"
-            )
-        arrays.append(array)
-    if len({array.shape[-1] for array in arrays}) > 1:
-        shapes = ", ".join(str(array.shape) for array in arrays)
-        raise ValueError(f"maps that are compared must have the same number of channels, got shapes {shapes}")
-    return arrays
-
-
-def robust_range(values: np.ndarray, bounds: tuple[float, float] = (1.0, 99.0)) -> tuple[float, float]:
-    """The two percentiles of the values; their least and greatest where all but a few values are the same."""
-    low, high = np.percentile(values, bounds)
-    least, greatest = values.min(), values.max()
-    if high - low <= RESOLUTION * (greatest - least):
-        low, high = least, greatest
-    return float(low), float(high)
-
-
 def settle_signs(directions: np.ndarray) -> np.ndarray:
-    """Directions (C, k) with the sign at which each one's largest entry is positive; the first of several as large.
+    """Flips directions (C, k) so that the largest entry of each is positive (the first of several equal ones).
 
-    Eigenvectors come with an arbitrary sign. Unlike the skew of the projections, this rule needs no data, so a
-    symmetric distribution does not flip it.
+    Eigenvectors have an arbitrary sign. This rule needs no data, unlike the skew of the projections, so symmetric data
+    does not flip it.
     """
     sizes = np.abs(directions)
     largest = np.argmax(sizes >= (1 - 1e-6) * sizes.max(0), axis=0)
@@ -152,9 +87,77 @@ def settle_signs(directions: np.ndarray) -> np.ndarray:
 def _principal(covariance: np.ndarray) -> np.ndarray:
     """The three leading eigenvectors of (C, C) as columns (C, 3), zero where C < 3."""
     channels = len(covariance)
-    # Among equally strong directions an eigensolver picks any rotation, by rounding. A tilt far below what can be seen,
-    # and far above rounding, makes it always the same one.
+    # Among equally strong directions an eigensolver picks a rotation by rounding error. A tilt far above rounding and
+    # far below what can be seen always picks the same one.
     tilt = 1e-8 * np.trace(covariance) * np.linspace(1, 0, channels)
     _, vectors = np.linalg.eigh(covariance + np.diag(tilt))
     leading = settle_signs(vectors[:, ::-1][:, :3])
     return np.pad(leading, ((0, 0), (0, 3 - leading.shape[1])))
+
+
+_BINS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Foreground:
+    """A direction in feature space, and a threshold along it.
+
+    Attributes:
+        mean: (C,) float64.
+        direction: (C,) float64, the first principal component, pointing to the foreground; zero where nothing varies.
+        threshold: projections above it are foreground.
+    """
+
+    mean: np.ndarray
+    direction: np.ndarray
+    threshold: float
+
+    @classmethod
+    def fit(cls, *features: Features) -> Foreground:
+        """Fits Otsu's threshold (1979) to the projections of all maps (h, w, C).
+
+        Background reaches the border of a picture and its subject mostly does not, so the foreground is the side with
+        the smaller share of the border than of the whole.
+
+        Raises:
+            ValueError: if a map is not (h, w, C), channels differ, or values are not finite.
+        """
+        arrays = to_arrays(*features, maps=True)
+        basis = PCABasis.fit(*arrays)
+        direction = basis.components[:, 0]
+        projected = [project(array, basis.mean, direction) for array in arrays]
+        values = np.concatenate([projections.ravel() for projections in projected])
+        # Where features vary by rounding only, any direction is arbitrary: nothing is foreground.
+        if values.max() - values.min() <= RESOLUTION * float(np.sqrt((basis.mean**2).sum())):
+            return cls(basis.mean, np.zeros_like(direction), 0.0)
+        threshold = _otsu(values)
+        border = np.concatenate([_border(projections) for projections in projected])
+        if (border > threshold).mean() > (values > threshold).mean():
+            return cls(basis.mean, -direction, -threshold)
+        return cls(basis.mean, direction, threshold)
+
+    def mask(self, features: Features) -> np.ndarray:
+        """Foreground of features (h, w, C) as (h, w) bool.
+
+        Raises:
+            ValueError: if the shape is not (h, w, C) with this C, or values are not finite.
+        """
+        return project(to_map(features, len(self.mean)), self.mean, self.direction) > self.threshold
+
+
+def _border(values: np.ndarray) -> np.ndarray:
+    """The values (h, w) along the border, each once."""
+    inner = np.zeros(values.shape, bool)
+    inner[1:-1, 1:-1] = True
+    return values[~inner]
+
+
+def _otsu(values: np.ndarray) -> float:
+    """The threshold with the greatest variance between its two sides."""
+    counts, edges = np.histogram(values, _BINS)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1].astype(np.float64)
+    above = below[-1] + counts[-1] - below
+    sums = np.cumsum(counts * centres)
+    between = below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / above) ** 2
+    return float(edges[1 + int(between.argmax())])

@@ -1,4 +1,4 @@
-"""A sheet of pictures in rows and columns with headings, labels and colour bars, as PNG, PDF or SVG."""
+"""Sheets of pictures in rows and columns with headings, labels and colour bars, as PNG, PDF or SVG."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from denoising_vit.data.photos import PANEL_SOFTWARE
-from denoising_vit.maps.colouring import lookup
+from denoising_vit.maps.features import Bar, lookup
 
 DPI, FINE_DPI = 150, 300
-CELL, TALLEST = 330, 520  # pixels: the width of a cell; the greatest height of a picture in it
-LEFT, RIGHT, GAP, ASIDE = 70, 26, 20, 28  # pixels: margins; space between columns; more of it before one set apart
+CELL, TALLEST = 330, 520  # pixels: width of a cell; greatest height of a picture
+LEFT, RIGHT, GAP, ASIDE = 70, 26, 20, 28  # pixels: margins; space between columns; extra space before one set apart
 TITLE, HEADING, BAR, BETWEEN, CAPTION = 62, 40, 36, 14, 62  # pixels: heights of the bands, from top to bottom
-LINE, LETTER = 20, 9.5  # pixels: from one line of the caption to the next; the width of a letter in it
+LINE, LETTER = 20, 9.5  # pixels: line height and letter width of the caption
 INK, SOFT, FONT = "#1a1a1a", "#5c5c5c", "DejaVu Sans"
 BESIDE = "  ·  "
-"""Between the parts of the caption."""
+"""Separator of the parts of a caption."""
 STEEPEST = 4.0
-"""Aspects beyond 4:1 or 1:4 are drawn at that."""
+"""Pictures of aspects beyond 4:1 or 1:4 are drawn at that."""
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -34,10 +34,10 @@ class Sheet:
     """A figure of rows and columns, laid out in whole pixels so that patches stay sharp.
 
     Args:
-        aspects: width to height of the pictures of each row; drawn at 4:1 or 1:4 where they are steeper.
-        columns: how many.
+        aspects: width over height of the pictures of each row.
+        columns: number of columns.
         title: a line above everything.
-        apart: the column that is set apart from those before it.
+        apart: column set apart from those before it.
     """
 
     def __init__(
@@ -58,9 +58,16 @@ class Sheet:
         return self._boxes[row]
 
     def picture(
-        self, row: int, column: int, pixels: np.ndarray, heading: str, ring: tuple[float, float] | None = None
+        self,
+        row: int,
+        column: int,
+        pixels: np.ndarray,
+        heading: str,
+        *,
+        ring: tuple[float, float] | None = None,
+        bar: Bar | None = None,
     ) -> None:
-        """Draws (h, w, 3) uint8 under its heading, with a ring at (y, x) in [0, 1] of it."""
+        """Draws (h, w, 3) uint8 with its heading, a ring at (y, x) in [0, 1], and a colour bar below."""
         left, top = self._corner(row, column)
         height, width = self.box(row)
         axes = self._axes(left, top, width, height)
@@ -69,39 +76,34 @@ class Sheet:
             stroke = [withStroke(linewidth=3.2, foreground="black")]
             axes.plot(ring[1], ring[0], "o", ms=8, mfc="none", mec="white", mew=1.6, path_effects=stroke, clip_on=False)
         self._text(left + width / 2, top - HEADING * 0.42, heading, size=9.5)
+        if bar:
+            self._bar(left + (width - CELL) // 2, top + height + BAR // 2, *bar)
 
-    def bar(self, row: int, column: int, colours: str, span: tuple[float, float]) -> None:
-        """Draws a colour bar with its two ends under a picture."""
-        left, top = self._corner(row, column)
+    def photo(self, row: int, pixels: np.ndarray, heading: str, ring: tuple[float, float] | None = None) -> None:
+        """Draws a photo (H, W, 3) uint8 of any size in the first column."""
         height, width = self.box(row)
-        left, top = left + (width - CELL) // 2, top + height + BAR // 2
-        axes = self._axes(left + CELL // 4, top - 4, CELL // 2, 8)
-        axes.imshow(lookup(np.linspace(0, 1, 256)[None], colours), aspect="auto", extent=(0, 1, 1, 0))
-        for place, align, value in ((CELL // 4 - 8, "right", span[0]), (CELL * 3 // 4 + 8, "left", span[1])):
-            self._text(left + place, top, number(value), size=7.5, colour=SOFT, ha=align)
+        # Thinned before it is resized: a 100-megapixel copy for a thumbnail is wasteful.
+        rows, columns = (max(1, side // (4 * goal)) for side, goal in zip(pixels.shape, (height, width), strict=False))
+        image = Image.fromarray(np.ascontiguousarray(pixels[::rows, ::columns]))
+        self.picture(row, 0, np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)), heading, ring=ring)
 
     def row_label(self, row: int, label: str) -> None:
-        """Writes what a row shows along its left edge."""
+        """Writes a label along the left edge of a row."""
         top = self._corner(row, 0)[1]
         self._text(LEFT * 0.55, top + self.box(row)[0] / 2, label, size=11, weight="bold", rotation=90)
 
     def caption(self, *lines: str) -> None:
-        """Writes lines at the bottom, in two where one is too long for the sheet."""
+        """Writes lines at the bottom, each broken in two where it is too long."""
         fitting = [part for line in lines for part in halved(line, int((self._width - LEFT - RIGHT) / LETTER))]
         for place, line in enumerate(fitting):
             below = (place - (len(fitting) - 1) / 2) * LINE
             self._text(LEFT, self._height - CAPTION * 0.5 + below, line, size=8, colour=SOFT, ha="left")
 
     def save(self, path: str | Path, suffix: str = ".png") -> None:
-        """Renders and writes it; the same sheet gives the same file.
-
-        Args:
-            path: the file to write, whatever its name ends in.
-            suffix: one of :data:`FORMATS`; text stays text in .pdf and .svg.
-        """
+        """Writes one of :data:`FORMATS`, the same file for the same sheet; text stays text in PDF and SVG."""
         FigureCanvasAgg(self._figure)
         kind = suffix.removeprefix(".")
-        # By its software a PNG is known, and not taken for a photo. A date would make every file another.
+        # The software marks a PNG as a sheet, not a photo. Dates would make every file different.
         about = {
             "png": {"Software": PANEL_SOFTWARE},
             "pdf": {"Creator": PANEL_SOFTWARE, "CreationDate": None},
@@ -111,6 +113,13 @@ class Sheet:
             dpi = DPI if kind == "png" else FINE_DPI
             self._figure.savefig(path, format=kind, dpi=dpi, facecolor="white", metadata=about[kind])
 
+    def _bar(self, left: int, top: int, colours: str, span: tuple[float, float]) -> None:
+        """A colour bar with the values at its ends, centred in a cell."""
+        axes = self._axes(left + CELL // 4, top - 4, CELL // 2, 8)
+        axes.imshow(lookup(np.linspace(0, 1, 256)[None], colours), aspect="auto", extent=(0, 1, 1, 0))
+        for place, align, value in ((CELL // 4 - 8, "right", span[0]), (CELL * 3 // 4 + 8, "left", span[1])):
+            self._text(left + place, top, number(value), size=7.5, colour=SOFT, ha=align)
+
     def _corner(self, row: int, column: int) -> tuple[int, int]:
         """(left, top) in pixels of a picture, centred in its cell."""
         above = sum(HEADING + height + BAR + BETWEEN for height, _ in self._boxes[:row])
@@ -119,43 +128,44 @@ class Sheet:
         return left, self._top + HEADING + above
 
     def _axes(self, left: int, top: int, width: int, height: int) -> Any:
-        place = (
-            left / self._width,
-            1 - (top + height) / self._height,
-            width / self._width,
-            height / self._height,
-        )
-        axes = self._figure.add_axes(place)
+        w, h = self._width, self._height
+        axes = self._figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
         axes.set_axis_off()
         return axes
 
     def _text(
         self, left: float, top: float, text: str, *, size: float, colour: str = INK, ha: str = "center", **style: Any
     ) -> None:
-        self._figure.text(
-            left / self._width,
-            1 - top / self._height,
-            printable(text),
-            fontsize=size,
-            color=colour,
-            ha=ha,
-            va="center",
-            family=FONT,
-            parse_math=False,
-            **style,
+        style |= {"fontsize": size, "color": colour, "ha": ha, "va": "center", "family": FONT, "parse_math": False}
+        self._figure.text(left / self._width, 1 - top / self._height, printable(text), **style)
+
+
+def draw_rows(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | Path) -> None:
+    """Draws named rows of pictures (H, W, 3) uint8 as a PNG; each row at the aspect of its first picture, a photo.
+
+    Args:
+        headings: headings of the columns after the photo's.
+        rows: name and pictures of each row.
+        path: the file; always a PNG.
+
+    Raises:
+        ValueError: if there are no rows, or one has the wrong number of pictures.
+    """
+    if not rows or any(len(pictures) != 1 + len(headings) for _, pictures in rows):
+        raise ValueError(
+            f"expected rows of {1 + len(headings)} pictures, got {[len(pictures) for _, pictures in rows]}"
         )
+    sheet = Sheet([pictures[0].shape[1] / pictures[0].shape[0] for _, pictures in rows], 1 + len(headings))
+    for row, (name, (photo, *pictures)) in enumerate(rows):
+        sheet.photo(row, photo, shorten(name, 36))
+        for column, (heading, picture) in enumerate(zip(headings, pictures, strict=True), 1):
+            sheet.picture(row, column, picture, heading)
+    sheet.save(path)
 
 
 def drawn_aspect(aspect: float) -> float:
-    """The width to height at which a photo of this one is drawn: no picture is a line."""
+    """The aspect at which a photo is drawn, 1:4 to 4:1."""
     return min(max(aspect, 1 / STEEPEST), STEEPEST)
-
-
-def shrink(photo: np.ndarray, box: tuple[int, int]) -> np.ndarray:
-    """The photo at the size of the box; thinned first, because a 100-megapixel copy for a thumbnail is wasteful."""
-    rows, columns = (max(1, side // (4 * goal)) for side, goal in zip(photo.shape[:2], box, strict=True))
-    thinned = np.ascontiguousarray(photo[::rows, ::columns])
-    return np.asarray(Image.fromarray(thinned).resize((box[1], box[0]), Image.Resampling.LANCZOS))
 
 
 def number(value: float) -> str:
@@ -173,13 +183,13 @@ def halved(line: str, longest: int) -> list[str]:
 
 
 def shorten(text: str, longest: int) -> str:
-    """The text without its middle where it is too long for the sheet."""
+    """The text, without its middle where it is too long."""
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 def printable(text: str) -> str:
-    """The text on one line, with a box for each character the font lacks (matplotlib would warn about each)."""
+    """The text on one line, with a box for each character that the font lacks (matplotlib would warn about each)."""
     font = get_font(findfont(FONT))
     return "".join(mark if font.get_char_index(ord(mark)) else "□" for mark in " ".join(text.split()))
 

@@ -1,1 +1,1 @@
-"""Looking at features: maps of a photo's features, side by side in the same colours, on one sheet."""
+"""Sheets of photos with maps of their features in shared colours."""

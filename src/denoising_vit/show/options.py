@@ -1,4 +1,4 @@
-"""What is shown of a photo, and how."""
+"""Options of sheets of features."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ MAPS = dict(TITLES) | {
 
 @dataclass(frozen=True)
 class ShowOptions:
-    """What is shown of each photo.
+    """What a sheet shows of each photo.
 
     Attributes:
         features: names of features.
         maps: names separated by commas: pca, kmeans, norm, similarity (to the patch of --at), first, second and third
-            (single components), foreground-pca, foreground; and of what was taken away: artifact (G, in colours of its
-            own), artifact-norm, residual (the norm of raw minus clean minus G).
-        at: place of the patch that similarity is to, as shares of height and width; the centre without it.
-        clusters: of k-means.
-        upsample: draw clean features of stage 1 and 2 so many times finer than patches.
-        views: exact only; crops that are fitted.
-        area: exact only; least and largest share of the photo that a crop covers.
-        ratio: exact only; least and largest width over height of a crop.
-        size: height and width at which photos are shown to the backbone, or one number for a square. Without it, the
-            backbone's own.
-        seed: exact only; of the crops.
+            (single components), foreground-pca, foreground; and of what was removed: artifact (G, in its own colours),
+            artifact-norm, residual (the norm of raw minus clean minus G).
+        at: place of the patch for similarity, as shares of height and width.
+        clusters: number of k-means clusters.
+        upsample: upsampling of clean features of stages 1 and 2.
+        views: for exact: number of crops.
+        area: for exact: least and largest share of the photo that a crop covers.
+        ratio: for exact: least and largest width over height of a crop.
+        size: height and width of the input in pixels, or one number for a square; the backbone's own by default.
+        seed: for exact: seed for the crops.
     """
 
     features: Annotated[
@@ -60,7 +59,7 @@ class ShowOptions:
         """Checks what does not depend on the backbone.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: naming the option, its range and its value.
         """
         self.kinds()
         if self.features is not None:
@@ -84,7 +83,7 @@ class ShowOptions:
         return "raw", "exact" if denoiser is None and find_shipped(backbone) is None else "denoiser"
 
     def denoising(self) -> DenoiseOptions:
-        """Stage 1 as options; nobody looks at held-out views, so there are none."""
+        """Options of stage 1, without held-out views."""
         return DenoiseOptions(
             views=self.views, held_out=0, area=self.area, ratio=self.ratio, size=self.size, seed=self.seed
         )

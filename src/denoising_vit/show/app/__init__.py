@@ -1,1 +1,1 @@
-"""A page in the browser: clean the features of one's own photos, and look at them. Needs the extra `app`."""
+"""A browser page that denoises the features of your photos and compares them. Needs the extra `app`."""

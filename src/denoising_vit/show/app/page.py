@@ -1,4 +1,4 @@
-"""The page's layout, and which control calls which handler."""
+"""Layout and theme of the page, and the handlers of its controls."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Base, Default
 
 from denoising_vit.backbones import SEEDS
 from denoising_vit.extractors import KINDS, features_help
-from denoising_vit.show.app.answering import MOST_SCALE, MOST_VIEWS, Settings, largest_size
+from denoising_vit.show.app.answers import LIFETIME, MOST_SCALE, MOST_VIEWS, Settings, largest_size
 from denoising_vit.show.app.handlers import Handlers, about
-from denoising_vit.show.app.keeping import LIFETIME
 from denoising_vit.show.app.models import Models
-from denoising_vit.show.app.pictures import LEGENDS, MAPS
+from denoising_vit.show.app.scene import LEGENDS, MAPS
 from denoising_vit.views.patch_grid import nearest_sizes
 
-#: Seconds between two looks for files that nobody needs any more.
+#: Seconds between removals of old files.
 _TIDYING = 300
 
 _INTRODUCTION = """# Clean features of a Vision Transformer
 Choose or upload a photo, press **Denoise**, and compare raw with denoised features. Both sides have the same
-colours: what looks alike is alike. Photos stay on the computer that runs this page, and are removed again."""
+colours, so equal colours mean equal features. Photos stay on the computer that runs this page and are deleted."""
 
 
 class _Controls:
-    """The page's components; made within a gr.Blocks."""
+    """Components of the page, created within a gr.Blocks."""
 
     def __init__(self, models: Models, samples: dict[str, Path]) -> None:
         self.photo = gr.State(None, time_to_live=LIFETIME)
@@ -43,7 +43,7 @@ class _Controls:
         self.upload = gr.UploadButton("Upload a photo", file_types=["image"], elem_id="upload", size="md")
         self.about_photo = gr.Markdown(elem_id="about-photo")
         self.backbone = gr.Dropdown(
-            [(_told(name, models), name) for name in models.names],
+            [(_label(name, models), name) for name in models.names],
             value=models.spec.backbone,
             label="Backbone",
             elem_id="backbone",
@@ -87,7 +87,7 @@ class _Controls:
         )
         self.legend = gr.Markdown(LEGENDS["pca"], elem_id="legend")
         self.divide = gr.Slider(0, 100, value=50, step=1, label="Divide at (%)", elem_id="divide")
-        gr.Markdown("### What is alike to a patch\nClick a patch in any of the three pictures, or type its place.")
+        gr.Markdown("### Similarity to a patch\nClick a patch in any of the three pictures, or type its place.")
         with gr.Row():
             self.picture = _clickable("Photo", "photo")
             self.raw = _clickable("Raw: similarity", "similar-raw")
@@ -102,7 +102,7 @@ class _Controls:
 
 
 def build(handlers: Handlers) -> gr.Blocks:
-    """The page, ready to be launched."""
+    """The page, ready to launch."""
     with gr.Blocks(
         title="denoising-vit", analytics_enabled=False, delete_cache=(_TIDYING, int(LIFETIME)), fill_width=False
     ) as page:
@@ -110,7 +110,7 @@ def build(handlers: Handlers) -> gr.Blocks:
         controls = _Controls(handlers.models, handlers.samples)
         _wire_settings(page, controls, handlers, answer)
         _wire_results(controls, handlers, answer)
-        page.unload(_leaving(handlers))
+        page.unload(handlers.leave)
     page.queue(max_size=32, api_open=False)
     return page
 
@@ -175,23 +175,63 @@ def _clickable(label: str, name: str) -> gr.Image:
 
 
 def _only_exact(method: str) -> tuple[Any, Any]:
-    """Views and output scale are of exact alone."""
+    """Enables views and output scale for exact only."""
     return gr.Slider(interactive=method == "exact"), gr.Slider(interactive=method == "exact")
 
 
 def _divided(share: float) -> Any:
-    """The keyboard's way to move the divider."""
+    """Moves the divider by keyboard."""
     return gr.ImageSlider(slider_position=share)
 
 
-def _leaving(handlers: Handlers) -> Any:
-    def leave(request: gr.Request) -> None:
-        handlers.visitors.leaves(request.session_hash)
+def _label(name: str, models: Models) -> str:
+    """Label of a backbone in the list; marks those without local weights."""
+    missing = "" if models.at_hand(name) else "not here: "
+    return f"{missing}{name}" + (f", {SEEDS[name].family}" if name in SEEDS else "")
 
-    return leave
+
+#: Maps are not smoothed, and nothing is wider than the screen.
+CSS = """
+.gradio-container { max-width: 1280px !important; }
+.min_value, .max_value { color: var(--block-info-text-color) !important; }
+.map img, .map canvas { image-rendering: pixelated; }
+.pick img { cursor: crosshair; }
+table.figures { width: 100%; border-collapse: collapse; font-size: 0.9rem; }
+#backbone input, #sample input { text-overflow: ellipsis; margin-right: 1.2rem; }
+table.figures th, table.figures td { text-align: left; vertical-align: top; padding: 0.35rem 0.6rem 0.35rem 0; }
+table.figures tr { border-bottom: 1px solid var(--border-color-primary); }
+table.figures td:not(:last-child) { white-space: nowrap; }
+:is(button, input, a, [tabindex]):focus-visible, label:has(input[type=radio]:focus-visible) {
+  outline: 3px solid var(--color-accent) !important; outline-offset: 2px;
+}
+@media (max-width: 640px) {
+  .gradio-container { padding: 0.5rem !important; }
+  table.figures, table.figures tbody, table.figures tr { display: block; }
+  table.figures thead { display: none; }
+  table.figures tr { padding: 0.4rem 0; }
+  table.figures th { display: block; padding-bottom: 0; }
+  table.figures td { display: inline; }
+  table.figures td.raw::before { content: "raw "; }
+  table.figures td.denoised::before { content: "denoised "; }
+  table.figures td:last-child { display: block; }
+}
+"""
 
 
-def _told(name: str, models: Models) -> str:
-    """A backbone in the list, and whether its weights are not on this computer."""
-    lacks = "" if models.at_hand(name) else "not here: "
-    return f"{lacks}{name}" + (f", {SEEDS[name].family}" if name in SEEDS else "")
+def theme() -> Base:
+    """Gradio's default theme with system fonts, so that nothing is downloaded."""
+    return Default(
+        primary_hue="blue",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_primary_text_color="white",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+    )

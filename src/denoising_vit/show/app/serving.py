@@ -1,4 +1,4 @@
-"""Opening the page: its address, the model made ready before anybody is let in, and nothing left behind."""
+"""Serves the page: checks the address, loads the model before the first visitor, cleans up at the end."""
 
 from __future__ import annotations
 
@@ -8,30 +8,36 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from denoising_vit.data import find_photos
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import AppError
-from denoising_vit.show.app.keeping import Keep
+from denoising_vit.show.app.answers import Keep
 from denoising_vit.show.app.models import Models
 from denoising_vit.show.app.options import AppOptions
-from denoising_vit.show.app.samples import find_samples
 
-#: Seconds that a running answer has to end in when the page is closed: at most a batch of views.
+#: Seconds that a running answer may take to end when the page is closed.
 _PATIENCE = 20.0
 
-#: Ports after the one asked for that are tried, to name a free one.
+#: Number of further ports that are tried, to suggest a free one.
 _TRIED = 100
+
+_SHIPPED = Path(__file__).parent / "samples"
+
+#: Public-domain photographs in scikit-image's own folder.
+_SCIKIT_IMAGE = {"astronaut": "astronaut.png", "coffee": "coffee.png", "rocket": "rocket.jpg"}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A page that can be reached.
+    """An open page.
 
     Attributes:
-        url: its address on this computer or in the network.
-        shared: its public address, if it has one.
+        url: local address.
+        shared: public address, if any.
     """
 
     url: str
@@ -40,12 +46,12 @@ class Opened:
 
 @contextlib.contextmanager
 def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
-    """The page, open for as long as the block lasts.
+    """Serves the page until the end of the block.
 
     Raises:
         AppError: if Gradio is not installed, the port is in use, or the page cannot be opened.
-        BackboneError, WeightsError: if the backbone of the start cannot be loaded.
-        DenoiserError, ArtifactError, FormatError: if what was given for it does not fit.
+        BackboneError, WeightsError: if the first backbone cannot be loaded.
+        DenoiserError, ArtifactError, FormatError: if its denoiser or artifact does not fit.
     """
     options.validate()
     require_gradio()
@@ -54,8 +60,7 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
     warm(models)
     with Keep() as keep, _environment(GRADIO_TEMP_DIR=str(keep.served), GRADIO_ANALYTICS_ENABLED="False"):
         from denoising_vit.show.app.handlers import Handlers
-        from denoising_vit.show.app.page import build
-        from denoising_vit.show.app.theme import CSS, theme
+        from denoising_vit.show.app.page import CSS, build, theme
 
         handlers = Handlers(models, keep, samples)
         page = build(handlers)
@@ -75,7 +80,7 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
                 theme=theme(),
                 css=CSS,
             )
-        except (OSError, RuntimeError, ValueError) as error:  # another process was faster, or no relay is reached
+        except (OSError, RuntimeError, ValueError) as error:  # port taken meanwhile, or no relay
             raise AppError(f"the page could not be opened at {options.host}:{options.port} ({error})") from error
         try:
             yield Opened(url, shared)
@@ -85,20 +90,16 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
 
 
 def require_gradio() -> None:
-    """Refuses where the extra is not installed.
-
-    Raises:
-        AppError: naming it.
-    """
+    """Raises AppError if Gradio is not installed."""
     if importlib.util.find_spec("gradio") is None:
         raise AppError("the page needs gradio: install the extra `app` (pip install 'denoising-vit[app]')")
 
 
 def require_free(host: str, port: int) -> None:
-    """Refuses a port that is in use, and an address that this computer does not have.
+    """Checks that the page can listen at this address.
 
     Raises:
-        AppError: naming the next free port.
+        AppError: if the port is in use, naming the next free one, or the address is not one of this computer.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -126,8 +127,32 @@ def _is_free(family: int, host: str, port: int) -> bool:
     return True
 
 
+def find_samples(folder: Path | None = None) -> dict[str, Path]:
+    """Sample photos by name: those of the folder, the package's, and scikit-image's where installed.
+
+    Raises:
+        AppError: if a folder is given and holds no photos.
+    """
+    own = {}
+    if folder is not None:
+        photos, _ = find_photos([str(folder)])
+        if not photos:
+            raise AppError(f"examples must be a folder with photos, got {folder}, which has no image files")
+        own = {str(path.relative_to(folder)): path for path in photos}
+    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.jpg"))}
+    return own | {name: path for name, path in (shipped | _of_scikit_image()).items() if name not in own}
+
+
+def _of_scikit_image() -> dict[str, Path]:
+    spec = importlib.util.find_spec("skimage")  # found, not imported: that takes a second
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    return {name: folder / file for name, file in _SCIKIT_IMAGE.items() if (folder / file).is_file()}
+
+
 def warm(models: Models) -> None:
-    """Loads the backbone of the start, and has it denoise once: the first visitor then waits no longer than others."""
+    """Loads the first backbone and runs it once, so that the first visitor waits no longer than others."""
     import denoising_vit.maps  # noqa: F401, matplotlib takes seconds to import
 
     model = models.require_given()
@@ -138,7 +163,7 @@ def warm(models: Models) -> None:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Variables of the environment for as long as a block lasts; Gradio knows no other way to be told these."""
+    """Sets environment variables for a block; Gradio has no other way to configure these."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Pages: what was run, on what, with which result, in one HTML file that needs nothing else."""
+"""HTML pages about a run: pictures, figures and settings in one file without scripts."""
 
 from denoising_vit.show.pages.rendering import Picture, jpeg_uri, png_uri, render, write_page
 

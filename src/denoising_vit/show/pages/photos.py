@@ -1,52 +1,40 @@
-"""The page of a batch of photos: what was taken away from the features of each, and what is left."""
+"""The page of a batch of photos: maps and figures of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.show.drawing import Picture as Drawn
-from denoising_vit.show.drawing import palette_of, pictures
-from denoising_vit.show.gathering import ShownPhoto
 from denoising_vit.show.options import MAPS, ShowOptions
-from denoising_vit.show.pages.rendering import Picture, jpeg_uri, png_uri, render
-from denoising_vit.show.pages.scales import scale_colours
+from denoising_vit.show.pages.rendering import Picture, jpeg_uri, png_uri, render, scale_colours
+from denoising_vit.show.sheets import ShownPhoto, palette_of, pictures
 
-#: Maps that are shown of each photo.
+#: Maps of each photo.
 KINDS = "pca,norm,kmeans,similarity,artifact,residual"
 
-#: Photos that are shown with their maps; of the others there are figures only.
+#: Photos with maps on the page; further ones have figures only.
 MOST = 100
 
 
 @dataclass(frozen=True)
-class _Line:
-    """Maps of one kind of features: its name, and a picture for each of the kinds of maps that it has."""
-
-    name: str
-    maps: list[Picture | None]
-
-
-@dataclass(frozen=True)
 class _Section:
-    """A photo with its maps, and the scales of norms."""
+    """A photo, its maps by features (None where features lack one), and the colour bars: name, URI, ends."""
 
     name: str
     photo: Picture
-    lines: list[_Line]
+    lines: dict[str, list[Picture | None]]
     scales: list[tuple[str, str, tuple[float, float]]]
 
 
 @dataclass
 class PhotosPage:
-    """Collects photos while they are done, and makes the page of them.
+    """Collects finished photos and renders the page.
 
     Attributes:
-        command: that does all of it again.
+        command: command line that repeats the run.
     """
 
     command: str | None
@@ -54,13 +42,7 @@ class PhotosPage:
     _left_out: int = 0
 
     def add(self, name: str, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None = None) -> None:
-        """Takes a photo and its features: a few dozen kilobytes are kept of it.
-
-        Args:
-            name: of the photo.
-            pixels: (H, W, 3) uint8.
-            result: what its features were separated into.
-            exact: what stage 1 makes of them, to be shown beside another method's.
+        """Adds a photo (H, W, 3) uint8 with its decomposition, and stage 1's to compare; keeps some dozen kilobytes.
 
         Raises:
             ValueError: if features are not finite.
@@ -68,26 +50,31 @@ class PhotosPage:
         if len(self._sections) >= MOST:
             self._left_out += 1
             return
-        method = str(result.info.get("method", "denoised"))
+        method = str(result.info.get("method", "exact"))
         found = {"raw": result, method: result} | ({} if exact is None else {"exact": exact})
         photo = ShownPhoto(name, pixels, found)
         options = ShowOptions(maps=KINDS)
         drawn = pictures(photo, palette_of([photo], options), options)
-        lines = [_Line(feature, _maps_of(feature, photo, drawn)) for feature in found]
-        bars = {kind: next((one.bar for one in maps.values() if one and one.bar), None) for kind, maps in drawn.items()}
-        scales = [(MAPS[kind], scale_colours(bar[0]), bar[1]) for kind, bar in bars.items() if bar is not None]
-        self._sections.append(
-            _Section(name, Picture(jpeg_uri(pixels), photo.aspect, "photo", f"the photo {name}"), lines, scales)
-        )
+        drawn = {kind: maps for kind, maps in drawn.items() if any(maps.values())}
+        lines: dict[str, list[Picture | None]] = {feature: [] for feature in found}
+        scales = []
+        for kind, maps in drawn.items():
+            for feature, one in maps.items():
+                alt = f"{MAPS[kind]} of {feature} features of {name}"
+                lines[feature].append(one and Picture(png_uri(one.pixels), photo.aspect, MAPS[kind], alt))
+            if bar := next((one.bar for one in maps.values() if one and one.bar), None):
+                scales.append((MAPS[kind], scale_colours(bar[0]), bar[1]))
+        shown = Picture(jpeg_uri(pixels), photo.aspect, "photo", f"the photo {name}")
+        self._sections.append(_Section(name, shown, lines, scales))
 
     def render(self, rows: list[dict[str, Any]], about: dict[str, str | None], backbone: str) -> str:
         """The page as HTML.
 
         Args:
-            rows: what became of each photo: ``image``, ``status``, ``views``, ``heldout_r2``, ``heldout_cosine``,
+            rows: outcome of each photo: ``image``, ``status``, ``views``, ``heldout_r2``, ``heldout_cosine``,
                 ``seconds``, ``note``.
-            about: how it was made, by name.
-            backbone: what it is called.
+            about: details of the run by name.
+            backbone: name of the backbone.
         """
         return render(
             "photos.html",
@@ -99,16 +86,3 @@ class PhotosPage:
             about=about,
             command=self.command,
         )
-
-
-def _maps_of(feature: str, photo: ShownPhoto, drawn: Mapping[str, Mapping[str, Drawn | None]]) -> list[Picture | None]:
-    """The maps of these features, in the order of kinds that any have; None for those that these have not."""
-    return [
-        None
-        if (one := maps[feature]) is None
-        else Picture(
-            png_uri(one.pixels), photo.aspect, MAPS[kind], f"{MAPS[kind]} of {feature} features of {photo.name}"
-        )
-        for kind, maps in drawn.items()
-        if any(maps.values())
-    ]

@@ -1,8 +1,9 @@
-"""From templates, pictures and figures to one HTML file: no scripts, nothing from the network."""
+"""Renders templates, pictures and figures to one HTML file without scripts or network access."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import re
 from dataclasses import dataclass
@@ -15,18 +16,13 @@ from PIL import Image
 
 from denoising_vit.environment import package_version
 from denoising_vit.files import Mark, atomic_path, owned_path
+from denoising_vit.maps.features import lookup
+from denoising_vit.maps.norms import NORM_COLOURS
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image for a page.
-
-    Attributes:
-        uri: its content, as a data URI.
-        ratio: width to height as it is drawn.
-        heading: what stands above it.
-        alt: what it shows, for those who do not see it.
-    """
+    """An image on a page: data URI, width over height as drawn, heading, text for screen readers."""
 
     uri: str
     ratio: float
@@ -38,51 +34,51 @@ def render(template: str, package: str = "denoising_vit.show.pages", **values: A
     """A page from a template.
 
     Args:
-        template: its file name.
-        package: where it lies; what all pages share (``base.html``, ``macros.html``) lies here.
-        **values: what it is filled with; text is escaped.
+        template: file name.
+        package: package of the template; ``base.html`` and ``macros.html`` come from this one.
+        **values: variables of the template; text is escaped.
     """
+    packages = dict.fromkeys((package, "denoising_vit.show.pages"))
     environment = Environment(
-        loader=ChoiceLoader(
-            [PackageLoader(name, ".") for name in dict.fromkeys((package, "denoising_vit.show.pages"))]
-        ),
+        loader=ChoiceLoader([PackageLoader(name, ".") for name in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "percent": percent, "basename": basename}
+    environment.filters |= {"figure": figure, "percent": "{:.1%}".format, "basename": basename}
     return environment.get_template(template).render(version=package_version(), **values)
 
 
 def write_page(page: str, path: Path, mark: Mark | None = None) -> None:
-    """Writes a page; there is either all of it or what was there before.
-
-    Args:
-        page: its text.
-        path: the file.
-        mark: of what it is made; with one, no file is replaced that has another.
+    """Writes a page atomically; with a mark, only a file with the same mark is replaced.
 
     Raises:
-        OutputError: if there is a file with another mark, or none.
+        OutputError: if there is a file with another mark or none.
         OSError: if the file cannot be written.
     """
-    # Names of files need not be valid text; what is not is shown escaped.
+    # File names need not be valid text; invalid characters are escaped.
     with atomic_path(Path(path)) if mark is None else owned_path(Path(path), mark) as temporary:
         temporary.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 
 def png_uri(picture: np.ndarray) -> str:
-    """A map (h, w, 3) uint8, a pixel a patch: the page enlarges it without smoothing, which would hide artifacts."""
+    """A map (h, w, 3) uint8 as a data URI, one pixel for each patch; the page enlarges it without smoothing."""
     return _uri(Image.fromarray(np.ascontiguousarray(picture)), "png", optimize=True)
 
 
 def jpeg_uri(photo: np.ndarray, longest: int = 640) -> str:
-    """A photo (H, W, 3) uint8, its longest side this many pixels at most: for looking at, not for measuring."""
+    """A photo (H, W, 3) uint8 as a data URI, shrunk to ``longest`` pixels on its longer side."""
     step = max(1, max(photo.shape[:2]) // (4 * longest))
     image = Image.fromarray(np.ascontiguousarray(photo[::step, ::step]))
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return _uri(image, "jpeg", quality=85)
+
+
+@functools.cache
+def scale_colours(name: str = NORM_COLOURS) -> str:
+    """A colour bar one pixel high as a data URI."""
+    return png_uri(lookup(np.linspace(0, 1, 128)[None], name))
 
 
 def _uri(image: Image.Image, kind: str, **options: Any) -> str:
@@ -92,12 +88,12 @@ def _uri(image: Image.Image, kind: str, **options: Any) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Content of a media type as part of a page."""
+    """Content of a media type as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def figure(value: float | None) -> str:
-    """Three significant digits; a dash for what was not measured."""
+    """Three significant digits; a dash for None."""
     if value is None:
         return "-"
     if value == 0 or abs(value) >= 999.5:
@@ -105,11 +101,6 @@ def figure(value: float | None) -> str:
     return f"{value:#.3g}".rstrip(".").replace("-", "−")
 
 
-def percent(share: float) -> str:
-    """A share as the words of findings have it."""
-    return f"{share:.1%}"
-
-
 def basename(name: str) -> str:
-    """The last part of a path or address."""
+    """The last part of a path or URL."""
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1]

@@ -1,4 +1,4 @@
-"""The page of a training run: how it went, what it learned, and the command to repeat it."""
+"""The page of a training run: charts, held-out figures and panels, settings and command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from denoising_vit.evaluation.tables.runs import RunRecord, best_look, read_run
 from denoising_vit.show.pages.chart import LineChart, line_chart
 from denoising_vit.show.pages.rendering import Picture, data_uri, render, write_page
 
-#: Charts of looks at held-out images: title, key of what was trained; ``raw_`` and ``target_`` of it lie beside.
+#: Charts of held-out evaluations: title, key of the trained features; ``raw_`` and ``target_`` keys accompany it.
 _LOOKS = (
     ("held-out cosine to the target", "cosine"),
     ("1 − cosine, relative to raw features'", "ratio"),
@@ -23,10 +23,10 @@ _LOOKS = (
     ("photos, variance left of raw's", "photo_variance"),
     ("class token, 1 − cosine to the frozen backbone's", "class_drift"),
 )
-#: Charts of single steps.
+#: Charts of training steps.
 _STEPS = (("loss of the batch", "loss"), ("learning rate", "rate"), ("norm of the gradient", "gradient"))
 
-#: Figures of the table: name, key, what it says.
+#: Figures of the table: name, key, meaning.
 _FIGURES = (
     ("cosine", "cosine", "How alike features and target are; 1 is the same."),
     ("MSE", "mse", "Mean squared difference to the target."),
@@ -50,10 +50,10 @@ _FIGURES = (
 
 
 def render_run(folder: Path) -> str:
-    """The page of the run in a folder, as far as it has come.
+    """The page of a run, finished or not.
 
     Raises:
-        EvaluationError: if it is no folder of a run.
+        EvaluationError: if the folder is not that of a run.
         OSError: if a panel cannot be read.
     """
     run = read_run(folder)
@@ -68,7 +68,7 @@ def render_run(folder: Path) -> str:
         charts=_charts(run),
         figures=_figures(best),
         panels=_panels(folder / "panels", best),
-        about=_about(run),
+        about={"hardware": run.about.get("hardware"), "software": software_words(run.about) or None},
         command=run.about.get("command"),
     )
 
@@ -94,7 +94,7 @@ def _values(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, f
 
 
 def _figures(best: Mapping[str, Any] | None) -> list[tuple[str, float | None, float | None, float | None, str]]:
-    """Rows of the best look: name, raw, trained, target, what it says."""
+    """Rows of the best evaluation: name, raw, trained, target, meaning."""
     if best is None:
         return []
     return [
@@ -105,7 +105,7 @@ def _figures(best: Mapping[str, Any] | None) -> list[tuple[str, float | None, fl
 
 
 def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
-    """Held-out images before the run had gone far, and at its best look."""
+    """Panels of the best evaluation and of the first."""
     paths = sorted(folder.glob("step-*.png"))
     wanted = [path for path in paths if best is not None and path.stem == f"step-{best['step']:07}"] or paths[-1:]
     found = []
@@ -113,7 +113,7 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 ratio = image.width / image.height
-        except UnidentifiedImageError:  # no picture, no reason to go without the rest
+        except UnidentifiedImageError:  # damaged: show the others
             continue
         step = int(path.stem.removeprefix("step-"))
         uri = data_uri(path.read_bytes(), "image/png")
@@ -123,15 +123,11 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
     return found
 
 
-def _about(run: RunRecord) -> dict[str, str | None]:
-    return {"hardware": run.about.get("hardware"), "software": software_words(run.about) or None}
-
-
 def write_run_page(folder: Path) -> Path:
-    """Writes ``run.html`` into the folder of a run. Returns its path.
+    """Writes ``run.html`` into the folder of a run and returns its path.
 
     Raises:
-        EvaluationError: if it is no folder of a run.
+        EvaluationError: if the folder is not that of a run.
         OSError: if it cannot be written.
     """
     path = folder / "run.html"

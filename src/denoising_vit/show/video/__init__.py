@@ -1,1 +1,1 @@
-"""Videos of features: any extractors side by side, in colours that stay the same from the first frame to the last."""
+"""Videos of features side by side, in the same colours for all frames of a clip."""

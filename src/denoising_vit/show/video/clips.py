@@ -1,4 +1,4 @@
-"""Clips: frames in order with the times they are shown at, from a video file or a folder of images."""
+"""Clips: frames in order with their times, from a video file or a folder of images."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from denoising_vit.data.folders import image_names
-from denoising_vit.data.photos import IMAGE_SUFFIXES, is_panel
+from denoising_vit.data.photos import IMAGE_SUFFIXES, is_panel, read_photo
 from denoising_vit.errors import ClipError, PhotoError
-from denoising_vit.show.video.pictures import PhotoPicture, Picture
 
-#: Sides that differ by less than this share have the same aspect ratio.
+#: Aspect ratios that differ by less than this share count as the same.
 _SAME_ASPECT = 0.01
+
+
+class Picture(Protocol):
+    """A frame before it is resized; both methods raise PhotoError if it cannot be read."""
+
+    def size(self) -> tuple[int, int]:
+        """(H, W) as displayed, upright and with square pixels."""
+        ...
+
+    def at(self, size: tuple[int, int]) -> np.ndarray:
+        """The frame resized to (H, W), (H, W, 3) uint8."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Timed:
-    """One frame of a clip's source.
-
-    Attributes:
-        time: when it is shown, in the clip's units of time; None where it is not told.
-        duration: for how long.
-        picture: None where it could not be decoded.
-    """
+    """A frame of a clip's source: start (None if unknown) and duration in units of time, picture (None if damaged)."""
 
     time: int | None
     duration: int
@@ -38,38 +45,28 @@ class Timed:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One frame as it is worked on.
+    """A frame of the result, without pixels if they were not wanted."""
 
-    Attributes:
-        number: in the result, from 0.
-        time: when it is shown, in the clip's units of time, from 0.
-        duration: for how long, where no other frame follows.
-        shown: what the backbone sees, (H, W, 3) uint8; None where it was not wanted.
-        panel: what people see, (H, W, 3) uint8; None where it was not wanted.
-        lost: why another frame is shown in its place; None where it is itself.
-        boxed: whether its aspect is another than the clip's, so that it has black bars.
-    """
-
-    number: int
-    time: int
-    duration: int
-    shown: np.ndarray | None = None
-    panel: np.ndarray | None = None
-    lost: str | None = None
-    boxed: bool = False
+    number: int  # from 0
+    time: int  # in the clip's units of time, from 0
+    duration: int  # where no other frame follows
+    shown: np.ndarray | None = None  # input of the backbone, (H, W, 3) uint8
+    panel: np.ndarray | None = None  # image panel, (H, W, 3) uint8
+    lost: str | None = None  # why another frame is shown in its place
+    boxed: bool = False  # of another aspect than the clip, between black bars
 
 
 class Clip(ABC):
     """Frames with their times.
 
     Attributes:
-        path: the file or the folder.
-        size: (H, W) in pixels of the first frame as it is shown.
-        count: frames, as far as is known before all are decoded; at least 1.
+        path: the file or folder.
+        size: (H, W) in pixels of the first frame as displayed.
+        count: number of frames, as far as known before decoding; at least 1.
         time_base: seconds in a unit of time.
-        rate: frames a second, on average.
+        rate: average frames per second.
         digest: identifies the content.
-        missing: frames that the file tells of and does not hold.
+        missing: frames that the file announces but does not hold.
     """
 
     path: Path
@@ -82,11 +79,11 @@ class Clip(ABC):
 
     @abstractmethod
     def timed(self) -> Iterator[Timed]:
-        """All frames of the source in order, decoded, but not in their final size."""
+        """All frames of the source in order."""
 
     @property
     def step(self) -> int:
-        """Units of time from one frame to the next, on average; at least 1."""
+        """Average units of time between frames; at least 1."""
         return max(1, round(1 / (self.rate * self.time_base)))
 
     def frames(
@@ -98,81 +95,55 @@ class Clip(ABC):
         every: int = 1,
         most: int | None = None,
     ) -> Iterator[Frame]:
-        """Frames of the result; in place of one that cannot be read comes the one before it, so that time stays right.
+        """Frames of the result; an unreadable frame is replaced by the one before it, so that times stay right.
 
         Args:
-            shown: (H, W) that the backbone is shown.
+            shown: (H, W) of the backbone's input.
             panel: (H, W) of a panel.
-            wanted: which numbers are wanted; others come without pixels.
-            every: take every so many-th frame.
-            most: end after so many frames.
+            wanted: selects frame numbers; others come without pixels.
+            every: use every n-th frame.
+            most: largest number of frames.
 
         Raises:
             ClipError: if no frame can be read.
         """
-        return _Sizing(self, shown, panel, wanted).run(every, most)
-
-
-class _Sizing:
-    """One pass over a clip."""
-
-    def __init__(
-        self, clip: Clip, shown: tuple[int, int], panel: tuple[int, int], wanted: Callable[[int], bool]
-    ) -> None:
-        self._clip, self._shown, self._panel, self._wanted = clip, shown, panel, wanted
-        self._last: tuple[np.ndarray, np.ndarray, bool] | None = None
-        self._waiting: list[Frame] = []  # lost frames at the beginning, before any that can take their place
-
-    def run(self, every: int, most: int | None) -> Iterator[Frame]:
-        origin, last = None, -1
-        reason = ""
-        for index, source in enumerate(self._clip.timed()):
+        origin, last, reason = None, -1, ""
+        known: tuple[np.ndarray, np.ndarray, bool] | None = None
+        waiting: list[Frame] = []  # unreadable frames before the first readable one
+        for index, source in enumerate(self.timed()):
             if origin is None:
                 origin = source.time or 0
-            time = last + self._clip.step if source.time is None else source.time - origin
-            last = time = max(time, last + 1)  # files with times that stand still or go back exist
+            time = last + self.step if source.time is None else source.time - origin
+            last = time = max(time, last + 1)  # times in damaged files may stand still or go back
             number = index // every
             if index % every:
                 continue
             if number == most:
                 break
-            left = min(every, max(1, self._clip.count - index))
-            # The frame before the first wanted one is at hand where that cannot be read.
-            if not self._wanted(number) and not self._wanted(number + 1):
-                yield Frame(number, time, source.duration * left)
+            frame = Frame(number, time, source.duration * min(every, max(1, self.count - index)))
+            # The frame before the first wanted one replaces that one if it cannot be read.
+            if not wanted(number) and not wanted(number + 1):
+                yield frame
                 continue
-            frame = self._sized(number, time, source.duration * left, source.picture)
-            reason = frame.lost or reason
-            if frame.shown is None:
-                self._waiting.append(frame)
-                continue
-            yield from self._released(frame)
-            yield frame
-        if self._waiting and self._last is None:
-            raise ClipError(f"{self._clip.path}: none of its frames can be read ({reason})")
-
-    def _sized(self, number: int, time: int, duration: int, picture: Picture | None) -> Frame:
-        lost = None
-        try:
-            if picture is None:
-                raise PhotoError("damaged frame")
-            boxed = _other_aspect(picture.size(), self._clip.size)
-            self._last = fitted(picture, self._shown, boxed), fitted(picture, self._panel, boxed), boxed
-        except PhotoError as error:
-            lost = str(error)
-        if self._last is None:
-            return Frame(number, time, duration, lost=lost)
-        shown, panel, boxed = self._last
-        return Frame(number, time, duration, shown, panel, lost, boxed)
-
-    def _released(self, first: Frame) -> Iterator[Frame]:
-        for frame in self._waiting:
-            yield Frame(frame.number, frame.time, frame.duration, first.shown, first.panel, frame.lost, first.boxed)
-        self._waiting.clear()
+            try:
+                if source.picture is None:
+                    raise PhotoError("damaged frame")
+                boxed = _other_aspect(source.picture.size(), self.size)
+                known = fitted(source.picture, shown, boxed), fitted(source.picture, panel, boxed), boxed
+            except PhotoError as error:
+                reason = str(error)
+                frame = replace(frame, lost=reason)
+            waiting.append(frame)
+            if known is not None:
+                for one in waiting:
+                    yield replace(one, shown=known[0], panel=known[1], boxed=known[2])
+                waiting.clear()
+        if waiting:
+            raise ClipError(f"{self.path}: none of its frames can be read ({reason})")
 
 
 def fitted(picture: Picture, size: tuple[int, int], boxed: bool) -> np.ndarray:
-    """A picture in (H, W) pixels, (H, W, 3) uint8; where it is boxed, at its own aspect between black bars."""
+    """A picture as (H, W, 3) uint8, squeezed to the size or, if boxed, at its own aspect between black bars."""
     if not boxed:
         return picture.at(size)
     height, width = picture.size()
@@ -188,21 +159,40 @@ def _other_aspect(size: tuple[int, int], usual: tuple[int, int]) -> bool:
     return abs(size[0] * usual[1] / (size[1] * usual[0]) - 1) > _SAME_ASPECT
 
 
-class FolderClip(Clip):
-    """A folder of images, in the order of their names; numbers in them count as numbers.
+class PhotoPicture:
+    """An image file, read on first use."""
 
-    Args:
-        path: the folder; those below it are not searched.
-        rate: frames a second.
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pixels: np.ndarray | None = None
+
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the photo."""
+        height, width = self._read().shape[:2]
+        return height, width
+
+    def at(self, size: tuple[int, int]) -> np.ndarray:
+        """The photo resized to (H, W)."""
+        image = Image.fromarray(self._read())
+        return np.asarray(image.resize((size[1], size[0]), Image.Resampling.LANCZOS, reducing_gap=3.0))
+
+    def _read(self) -> np.ndarray:
+        if self._pixels is None:
+            self._pixels = read_photo(self._path)
+        return self._pixels
+
+
+class FolderClip(Clip):
+    """A folder of images in natural order of their names; subfolders are not searched.
 
     Raises:
-        ClipError: if it holds no images, or none that can be read.
+        ClipError: if it holds no readable images.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate, self.time_base = path, rate, 1 / rate
         try:
-            inside = sorted(path.iterdir(), key=_by_numbers)
+            inside = sorted(path.iterdir(), key=_natural)
         except OSError as error:
             raise ClipError(f"{path}: cannot be read ({error.strerror or error})") from error
         shown = [file.name for file in inside if not file.name.startswith(".") and file.is_file()]
@@ -221,7 +211,7 @@ class FolderClip(Clip):
         self.digest = content.hexdigest()
 
     def timed(self) -> Iterator[Timed]:
-        """The images; each is read when its pixels are asked for."""
+        """The images, read on first use."""
         for number, file in enumerate(self._files):
             yield Timed(number, 1, PhotoPicture(file))
 
@@ -235,7 +225,7 @@ class FolderClip(Clip):
         raise ClipError(f"{self.path}: none of its {len(self._files)} images can be read ({reason})")
 
 
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """Names in the order of people: 2 before 10."""
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort key that puts 2 before 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]

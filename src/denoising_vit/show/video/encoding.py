@@ -1,30 +1,30 @@
-"""H.264 through PyAV: parts of a video one by one, and their joining without encoding anything again."""
+"""H.264 through PyAV: encodes parts of a video, and joins them without encoding again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from denoising_vit.errors import ClipError
 from denoising_vit.files import atomic_path, needed
 
-#: Encoders of H.264 that are looked for, in order.
+#: H.264 encoders, in order of preference.
 ENCODERS = ("libx264", "libopenh264")
 
-#: Each frame refers to earlier ones only, so that parts can be joined by their times. Little is lost to the eye at 16.
+#: Frames refer to earlier ones only, so that parts can be joined by their times. CRF 16 is visually almost lossless.
 _SETTINGS = {"libx264": {"preset": "superfast", "crf": "16", "bf": "0"}, "libopenh264": {"b": "8000000"}}
 
-#: BT.709, as video players expect: matrix, primaries and transfer; and studio range.
-_BT709, _STUDIO = 1, 1
+#: BT.709 (matrix, primaries and transfer) and limited range, as video players expect.
+_BT709, _LIMITED = 1, 1
 
 
 def find_encoder() -> str:
-    """The name of the encoder that is used.
+    """The name of the first available encoder.
 
     Raises:
         ClipError: if PyAV is not installed, or was built without one.
@@ -43,75 +43,62 @@ def find_encoder() -> str:
     )
 
 
-class PartWriter:
-    """Writes frames to one part; used as a context, in which the part is not finished before its end.
+@contextlib.contextmanager
+def part_writer(
+    path: Path, size: tuple[int, int], time_base: Fraction, rate: Fraction, encoder: str
+) -> Iterator[Callable[[np.ndarray, int], None]]:
+    """Yields ``write(pixels, time)`` for frames (H, W, 3) uint8 of one part, which is finished at the end of the block.
 
     Args:
-        path: of the part, in the container format NUT, which keeps all times as they are.
+        path: the part, in the container format NUT, which keeps times exactly.
         size: (H, W) in pixels, both even.
         time_base: seconds in a unit of time.
-        rate: frames a second, on average.
-        encoder: its name.
+        rate: average frames per second.
+        encoder: name of the encoder.
     """
-
-    def __init__(self, path: Path, size: tuple[int, int], time_base: Fraction, rate: Fraction, encoder: str) -> None:
-        self._av = needed("av", "video", ClipError)
-        self._time_base = time_base
-        self._scaler = self._av.video.reformatter.VideoReformatter()
-        self._container = self._av.open(str(path), "w", format="nut")
-        self._stream = self._container.add_stream(encoder, rate=rate, options=_SETTINGS[encoder])
-        self._stream.height, self._stream.width = size
-        self._stream.pix_fmt = "yuv420p"
-        context = self._stream.codec_context
-        context.time_base = self._stream.time_base = time_base
-        context.thread_count = 1  # the model has the others
+    av = needed("av", "video", ClipError)
+    scaler = av.video.reformatter.VideoReformatter()
+    with av.open(str(path), "w", format="nut") as container:
+        stream = container.add_stream(encoder, rate=rate, options=_SETTINGS[encoder])
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.time_base = stream.time_base = time_base
+        context.thread_count = 1  # the model uses the others
         context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = _STUDIO
+        context.color_range = _LIMITED
 
-    def write(self, pixels: np.ndarray, time: int) -> None:
-        """Adds a frame (H, W, 3) uint8 that is shown from a time on."""
-        frame = self._av.VideoFrame.from_ndarray(pixels, "rgb24")
-        frame = self._scaler.reformat(
-            frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
-        )
-        frame.pts, frame.time_base = time, self._time_base
-        self._container.mux(self._stream.encode(frame))
+        def write(pixels: np.ndarray, time: int) -> None:
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
+            frame.pts, frame.time_base = time, time_base
+            container.mux(stream.encode(frame))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._container.mux(self._stream.encode(None))
-        finally:
-            self._container.close()
+        yield write
+        container.mux(stream.encode(None))
 
 
 def frames_in(part: Path) -> int:
-    """How many frames a part holds; 0 where it cannot be read."""
+    """Number of frames in a part; 0 if it cannot be read."""
     av = needed("av", "video", ClipError)
     try:
-        with av.open(str(part)) as container:
-            return sum(1 for packet in container.demux(video=0) if packet.size)
+        return sum(1 for _ in _packets(av, [part]))
     except (av.error.FFmpegError, OSError, IndexError):
         return 0
 
 
 def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str, *, new: bool = False) -> None:
-    """Puts the frames of all parts into one MP4 file that plays while it loads.
+    """Joins parts into one MP4 file that can be streamed.
 
     Args:
-        parts: in order.
+        parts: the parts in order.
         path: the file.
-        end: when the last frame ends, in seconds.
-        comment: what the file says of itself.
+        end: end of the last frame in seconds.
+        comment: comment in the file's metadata.
         new: never replace a file.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     av = needed("av", "video", ClipError)
     with (
@@ -135,7 +122,7 @@ def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str, *, new:
 
 
 def comment_of(path: Path) -> str | None:
-    """What an MP4 file says of itself; None where that is nothing, or it is no such file."""
+    """The comment in a video's metadata; None without one, or if it is not a video."""
     av = needed("av", "video", ClipError)
     try:
         with av.open(str(path)) as container:

@@ -1,4 +1,4 @@
-"""Video files: their frames, decoded one by one, with what is broken in them put up with."""
+"""Video files: frames decoded one by one, tolerating damage."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ import hashlib
 import heapq
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from denoising_vit.data.photos import MAX_PIXELS
 from denoising_vit.errors import ClipError
 from denoising_vit.files import needed
 from denoising_vit.show.video.clips import Clip, FolderClip, Timed
-from denoising_vit.show.video.pictures import FilmPicture, display_matrix, shown_size
 
 #: Bytes at either end of a file that identify it, with its length.
 _ENDS = 1 << 20
 
+#: From this height on, frames without a colour space count as BT.709, below as BT.601.
+HIGH_DEFINITION = 720
+
+#: Value of a frame's colour space for "unspecified".
+_UNSPECIFIED = 2
+
 
 def open_clip(path: str | Path, rate: Fraction) -> Clip:
-    """The clip in a video file or a folder of frames.
-
-    Args:
-        path: either.
-        rate: frames a second of a folder.
+    """The clip in a video file, or in a folder of frames at this rate per second.
 
     Raises:
         ClipError: if there is none, or it cannot be read.
@@ -46,18 +50,14 @@ def open_clip(path: str | Path, rate: Fraction) -> Clip:
 class FilmClip(Clip):
     """A video file.
 
-    Args:
-        path: the file.
-
     Raises:
-        ClipError: if it is none, holds no video or no frame, none can be decoded, or frames are too large; or PyAV is
-            not installed.
+        ClipError: if it is not a video, no frame can be decoded, frames are too large, or PyAV is not installed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._av = needed("av", "video", ClipError)
-        self._av.logging.set_level(None)  # what is broken is counted and told; lines of the decoder help nobody
+        self._av.logging.set_level(None)  # damaged frames are counted and reported by us
         with self._opened() as (container, stream):
             context = stream.codec_context
             _require_possible(path, context.height, context.width)
@@ -74,10 +74,10 @@ class FilmClip(Clip):
         if first is None:
             raise ClipError(f"{path}: none of its {self.count} frames can be decoded; is the file damaged?")
         self._matrix = display_matrix(first.frame)
-        self.size = shown_size((first.frame.height, first.frame.width), first.aspect, self._matrix)
+        self.size = _displayed((first.frame.height, first.frame.width), first.aspect, self._matrix)
 
     def timed(self) -> Iterator[Timed]:
-        """Decoded frames in the order they are shown; those of packets that cannot be decoded come without picture."""
+        """Frames in display order; packets that cannot be decoded give frames without a picture."""
         lost: list[int] = []
         scaler = functools.cache(lambda _size: self._av.video.reformatter.VideoReformatter())
         with self._opened() as (container, stream):
@@ -100,7 +100,7 @@ class FilmClip(Clip):
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
-        """The file and its video."""
+        """The container and its video stream."""
         try:
             container = self._av.open(str(self.path), metadata_errors="replace")
         except (self._av.error.FFmpegError, OSError) as error:
@@ -114,12 +114,12 @@ class FilmClip(Clip):
             if not streams:
                 kinds = sorted({stream.type for stream in container.streams})
                 raise ClipError(f"{self.path}: there is no video in it, only {', '.join(kinds) or 'nothing'}")
-            # One thread: an error then belongs to the packet that it comes with, and few large frames are held.
+            # One thread: errors then belong to their packet, and few large frames are in memory.
             streams[0].thread_type, streams[0].codec_context.thread_count = "NONE", 1
             yield container, streams[0]
 
     def _times(self, container: Any, stream: Any) -> array[int]:
-        """When each packet is shown, in order, without decoding any."""
+        """Display times of all packets, sorted, without decoding."""
         found: array[int] = array("q")
         for packet in _until_broken(self._av, container.demux(stream)):
             if packet.size:
@@ -129,14 +129,10 @@ class FilmClip(Clip):
 
 def _until_broken(av: Any, packets: Iterator[Any]) -> Iterator[Any]:
     """Packets, up to where the file ends early."""
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, av.error.FFmpegError) as error:
-            if not isinstance(error, StopIteration):
-                logging.getLogger(__name__).debug("the file ends early: %s", error)
-            return
-        yield packet
+    try:
+        yield from packets
+    except av.error.FFmpegError as error:
+        logging.getLogger(__name__).debug("the file ends early: %s", error)
 
 
 def _require_possible(path: Path, height: int, width: int) -> None:
@@ -148,20 +144,94 @@ def _require_possible(path: Path, height: int, width: int) -> None:
 
 
 def _rate(stream: Any, times: array[int], time_base: Fraction) -> Fraction:
-    """Frames a second, on average: what the file says, or what its times tell."""
-    told = stream.average_rate or stream.guessed_rate
-    if told:
-        return Fraction(told)
+    """Average frames per second, from the header or from the times."""
+    stated = stream.average_rate or stream.guessed_rate
+    if stated:
+        return Fraction(stated)
     if len(times) > 1 and times[-1] > times[0]:
         return ((len(times) - 1) / ((times[-1] - times[0]) * time_base)).limit_denominator(100_000)
     return Fraction(25)
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file's length and its two ends: enough to tell it from others, and quick for hours of video."""
+    """SHA-256 of a file's length and both ends: enough to identify it, and fast for hours of video."""
     length = path.stat().st_size
     with path.open("rb") as file:
         content = hashlib.sha256(str(length).encode() + file.read(_ENDS))
         file.seek(max(0, length - _ENDS))
         content.update(file.read(_ENDS))
     return content.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class FilmPicture:
+    """A decoded frame: PyAV's, the aspect of a pixel, the video's display matrix, and PyAV's scaler for a size."""
+
+    frame: Any
+    aspect: float
+    matrix: tuple[int, ...] | None
+    scaler: Callable[[tuple[int, int]], Any]
+
+    def size(self) -> tuple[int, int]:
+        """(H, W) as displayed."""
+        return _displayed((self.frame.height, self.frame.width), self.aspect, self.matrix)
+
+    def at(self, size: tuple[int, int]) -> np.ndarray:
+        """The frame resized to (H, W), in its own colour format first: no full-size RGB copy is made."""
+        height, width = size[::-1] if _is_quarter_turn(self.matrix) else size
+        alpha = self.frame.format.name == "pal8" or any(part.is_alpha for part in self.frame.format.components)
+        unknown = self.frame.colorspace == _UNSPECIFIED and self.frame.height >= HIGH_DEFINITION
+        scaled = self.scaler(size).reformat(
+            self.frame,
+            width=width,
+            height=height,
+            format="rgba" if alpha else "rgb24",
+            interpolation="AREA" if self.frame.height > height else "BICUBIC",
+            src_colorspace="ITU709" if unknown else None,
+            threads=1,
+        )
+        pixels = scaled.to_ndarray()
+        return upright(over_white(pixels) if alpha else pixels, self.matrix)
+
+
+def over_white(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8 with transparency as (H, W, 3) uint8 on white."""
+    share = pixels[..., 3:].astype(np.uint16)
+    return ((pixels[..., :3] * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
+
+
+def display_matrix(frame: Any) -> tuple[int, ...] | None:
+    """The nine numbers of a video's rotation and mirroring; None for neither.
+
+    Call it for one frame only: PyAV keeps frames that were asked for side data until a garbage collection, too late for
+    large frames.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            return tuple(np.frombuffer(bytes(data)[:36], np.int32).tolist())
+    return None
+
+
+def upright(pixels: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
+    """Pixels (H, W, 3) rotated and mirrored by a display matrix, to the nearest quarter turn.
+
+    The matrix a, b, u, c, d, v, x, y, w maps a place (x, y) to (a x + c y, b x + d y).
+    """
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = matrix[:5]
+    across, down = a, d
+    if _is_quarter_turn(matrix):
+        pixels, across, down = pixels.transpose(1, 0, 2), c, b  # (H, W, 3) -> (W, H, 3)
+    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
+
+
+def _displayed(size: tuple[int, int], aspect: float, matrix: Sequence[int] | None) -> tuple[int, int]:
+    """(H, W) in square pixels, upright, of a frame stored as (H, W) pixels of this aspect."""
+    height, width = size[0], max(1, round(size[1] * aspect))
+    return (width, height) if _is_quarter_turn(matrix) else (height, width)
+
+
+def _is_quarter_turn(matrix: Sequence[int] | None) -> bool:
+    """True if width and height are swapped."""
+    return matrix is not None and abs(matrix[0]) + abs(matrix[4]) < abs(matrix[1]) + abs(matrix[3])

@@ -1,4 +1,4 @@
-"""The options of a video of features."""
+"""Options of a video of features, and the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -6,47 +6,62 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import ClipError, PlanError
 from denoising_vit.extractors import KINDS, features_arg, parse_names
 from denoising_vit.maps.titles import TITLES
+from denoising_vit.views.patch_grid import nearest_sizes
+
+if TYPE_CHECKING:
+    from denoising_vit.backbones import Backbone
 
 #: Panels, and their headings.
 PANELS: Mapping[str, str] = {"image": "image", "pca": "PCA", "dataset-pca": "data-set PCA"} | {
     kind: title for kind, title in TITLES.items() if kind != "pca"
 }
 
-#: Longest side of the patch grid's image where none is asked for, in pixels; what DINOv2 was trained for at its end.
+#: Default long side in pixels of frames as the backbone sees them: the last resolution DINOv2 was trained at.
 LONG_SIDE = 518
 
-#: Options that change nothing in the frames.
+#: Options that do not change the frames.
 _INDIFFERENT = ("palette", "batch_size")
+
+_LEAST = {
+    "size": 1,
+    "panel_size": 64,
+    "every": 1,
+    "max_frames": 1,
+    "basis_frames": 1,
+    "part_frames": 1,
+    "views": 2,
+    "batch_size": 1,
+}
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """What a video shows, and how.
+    """What a video shows.
 
     Attributes:
         features: names of features.
         panels: one column each: image, pca (in the basis of this clip), dataset-pca (in that of --palette), kmeans,
-            first, second, third (principal components), foreground-pca, norm, foreground (by the mapping of --palette
-            where it is given, else of this clip); separated by commas.
-        size: side of the frames that the backbone is shown, in pixels. Without it, about 518 for the long side. The
-            other one follows from the aspect ratio; both go to the nearest whole patch.
-        side: which side `size` is of, long or short.
+            first, second, third (principal components), foreground-pca, norm, foreground (from --palette if given, else
+            of this clip); separated by commas.
+        size: side in pixels of the frames that the backbone sees, in whole patches; about 518 for the long side by
+            default. The other side follows from the aspect ratio.
+        side: the side that `size` sets, long or short.
         panel_size: long side of each panel in pixels.
         smooth: draw maps smoothly instead of with sharp patches.
-        palette: colours of a data set: a file of a saved palette.
-        every: take every so many-th frame; each is then shown for so much longer.
-        max_frames: stop after so many frames of the result.
-        fps: frames a second of a folder of frames, which tells none; a video keeps its own times.
-        frames: write every frame as a PNG as well.
-        basis_frames: frames, evenly spread over the clip, that colours are settled on.
+        palette: file of a saved palette, the colours of a data set.
+        every: use every n-th frame; each is shown n times as long.
+        max_frames: largest number of frames of the result.
+        fps: frames per second of a folder of frames; a video keeps its own times.
+        frames: also write every frame as a PNG.
+        basis_frames: number of frames, evenly spread over the clip, that colours are fitted on.
         part_frames: frames in each part that is kept while a video is unfinished.
-        views: of exact; crops of every frame that are fitted.
-        batch_size: frames in one forward pass. Without it, what suits the device.
+        views: for exact: number of crops fitted in every frame.
+        batch_size: frames per forward pass; chosen for the device by default.
     """
 
     features: Annotated[str, features_arg("One row each; exact takes minutes for a second of video.")] = "raw,denoiser"
@@ -69,16 +84,15 @@ class VideoOptions:
         """Checks what does not depend on the backbone.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: naming the option, its range and its value.
         """
         parse_names(self.features, KINDS)
         if "dataset-pca" in self.shown and self.palette is None:
             raise PlanError("the panel dataset-pca needs the colours of a data set: --palette FILE, a saved palette")
-        least = {"size": 1, "panel_size": 64, "every": 1, "max_frames": 1, "basis_frames": 1, "part_frames": 1}
-        for name, value in (least | {"views": 2, "batch_size": 1}).items():
+        for name, least in _LEAST.items():
             given = getattr(self, name)
-            if given is not None and given < value:
-                raise PlanError(f"{name} must be at least {value}, got {given}")
+            if given is not None and given < least:
+                raise PlanError(f"{name} must be at least {least}, got {given}")
         if self.side not in ("long", "short"):
             raise PlanError(f"side must be 'long' or 'short', got {self.side!r}")
         if not (math.isfinite(self.fps) and 0.01 <= self.fps <= 1000):
@@ -86,7 +100,7 @@ class VideoOptions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the features, in order."""
+        """Names of the features, in order."""
         return parse_names(self.features, KINDS)
 
     @property
@@ -96,11 +110,42 @@ class VideoOptions:
 
     @property
     def rate(self) -> Fraction:
-        """Frames a second of a folder; 23.976 and 29.97 are what they stand for."""
+        """Frames per second of a folder; 23.976 and 29.97 stand for 24000/1001 and 30000/1001."""
         broadcast = Fraction(round(self.fps * 1.001) * 1000, 1001)
-        told = Fraction(self.fps).limit_denominator(1000)
-        return broadcast if told.denominator > 1 and abs(broadcast - told) < Fraction(5, 1000) else told
+        given = Fraction(self.fps).limit_denominator(1000)
+        return broadcast if given.denominator > 1 and abs(broadcast - given) < Fraction(5, 1000) else given
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide the frames, as JSON values."""
         return {name: value for name, value in asdict(self).items() if name not in _INDIFFERENT}
+
+
+def shown_size(size: tuple[int, int], backbone: Backbone, options: VideoOptions) -> tuple[int, int]:
+    """(H, W) in which the backbone sees frames of (H, W) pixels: the same aspect ratio, to the nearest whole patch.
+
+    Raises:
+        ClipError: if a side would be less than a patch.
+    """
+    measured = max(size) if options.side == "long" else min(size)
+    scale = (options.size or LONG_SIDE) / measured
+    ideal = tuple(side * scale for side in size)
+    if min(ideal) < backbone.patch_size / 2:
+        raise ClipError(
+            f"frames of {size[1]} x {size[0]} pixels would be shown in {ideal[1]:.0f} x {ideal[0]:.0f}, less than one "
+            f"patch of {backbone.patch_size} pixels; ask for a larger --size"
+        )
+    height, width = (
+        min(
+            nearest_sizes(round(side), backbone.patch_size, backbone.stride),
+            key=lambda fitting: abs(fitting - side),
+        )
+        for side in ideal
+    )
+    return height, width
+
+
+def panel_size(size: tuple[int, int], options: VideoOptions) -> tuple[int, int]:
+    """(H, W) of a panel for frames of (H, W) pixels, at their aspect ratio; even, as H.264 requires."""
+    scale = options.panel_size / max(size)
+    height, width = (max(2, 2 * round(side * scale / 2)) for side in size)
+    return height, width

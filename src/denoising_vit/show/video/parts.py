@@ -1,8 +1,7 @@
-"""An unfinished video: a folder of finished parts beside it, from which a run that was stopped goes on."""
+"""Files of a video: the record of its settings, finished parts from which an interrupted run resumes, PNG frames."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -12,58 +11,103 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from denoising_vit.backbones.recorded import same_weights
+from denoising_vit.data.photos import PANEL_SOFTWARE
 from denoising_vit.errors import ClipError, OutputError
-from denoising_vit.files import atomic_path, current_umask
-from denoising_vit.show.video.encoding import frames_in, join
-from denoising_vit.show.video.records import differences, parsed, recorded_in
+from denoising_vit.files import Mark, current_umask, owned_path, require_ours
+from denoising_vit.show.video.clips import Clip
+from denoising_vit.show.video.encoding import comment_of, frames_in, join
+
+#: Format of our records, with its version.
+_FORMAT = "denoising-vit/video 1"
+
+#: Fields of a backbone's record that do not decide its features, or are compared separately.
+_INDIFFERENT = ("weights", "device", "fingerprint", "digest")
 
 
 class BegunElsewhereError(ClipError):
-    """Another run has taken the name of a video; the next free one will do."""
+    """Another run has taken the name of a video; use the next free one."""
+
+
+def make_record(source: str, settings: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """The record of a video: digest of the clip, options that decide the frames, identity of the features."""
+    record = {"format": _FORMAT, "source": source, "settings": settings, **identity}
+    return json.loads(json.dumps(record))  # as read from a file: tuples become lists
+
+
+def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """Differences of two records in words; none if frames of both belong to one video."""
+    found = ["another clip"] if theirs.get("source") != mine["source"] else []
+    before = theirs.get("settings") or {}
+    for name in sorted(before.keys() | mine["settings"].keys()):
+        if before.get(name) != (now := mine["settings"].get(name)):
+            found.append(f"{name} {before.get(name)}, now {now}")
+    backbones = [dict(record.get("backbone") or {}) for record in (theirs, mine)]
+    kept = [{name: value for name, value in one.items() if name not in _INDIFFERENT} for one in backbones]
+    if kept[0] != kept[1] or not same_weights(*backbones):
+        found.append("another backbone or other weights")
+    rest = (theirs.keys() | mine.keys()) - {"source", "settings", "backbone"}
+    return found + [f"another {key}" for key in sorted(rest) if theirs.get(key) != mine.get(key)]
+
+
+def recorded_in(video: Path) -> dict[str, Any] | None:
+    """The record in a finished video; None without a video or record."""
+    return _parsed(comment_of(video)) if video.is_file() else None
+
+
+def _parsed(text: str | None) -> dict[str, Any] | None:
+    try:
+        record = json.loads(text or "")
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and record.get("format") == _FORMAT else None
+
+
+def require_own_video(out: Path, clip: Clip) -> dict[str, Any] | None:
+    """The record of an existing video of this clip; None if there is no file.
+
+    Raises:
+        OutputError: if the file is something else or a video of another clip, or there is an unfinished one of another.
+    """
+    existing = recorded_in(out)
+    if os.path.lexists(out) and (existing is None or (clip.path.exists() and clip.path.samefile(out))):
+        raise OutputError(f"{out} exists and was not made by dvit video; choose another name")
+    if existing is not None and existing.get("source") != clip.digest:
+        raise OutputError(f"{out} is a video of another clip, or of this one before it changed; choose another name")
+    Parts(out).require_of(clip.digest)
+    return existing
 
 
 class Parts:
-    """The parts of one video.
+    """The parts of one video, in a hidden folder beside it.
 
-    Every part is renamed into place when it is whole, and only then counts; so what is done is read from the files.
-
-    Attributes:
-        finished: whole parts, in order.
-        frames: how many frames they hold.
-
-    Args:
-        video: the file that they become; they lie in a hidden folder beside it.
+    A part is renamed into place when it is complete; progress is read from the files.
     """
 
     def __init__(self, video: Path) -> None:
         self._video = video
         self.folder = video.parent / f".{video.stem}.parts"
-        self.finished: list[Path] = []
-        self.frames = 0
-
-    @property
-    def palette(self) -> Path:
-        """File of the colours that all parts share."""
-        return self.folder / "palette.safetensors"
+        self.palette = self.folder / "palette.safetensors"  #: colours of all parts
+        self.finished: list[Path] = []  #: complete parts in order
+        self.frames = 0  #: number of frames in them
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What the parts are recorded to be; None where there are none."""
+        """The record of the parts; None if there are none."""
         try:
-            return parsed((self.folder / "record.json").read_text())
+            return _parsed((self.folder / "record.json").read_text())
         except (OSError, UnicodeDecodeError):
             return None
 
     def open(self, record: dict[str, Any], each: int, *, overwrite: bool) -> None:
-        """Finds what is there, or begins anew.
-
-        Args:
-            record: of this run.
-            each: frames of a part; the last may have fewer.
-            overwrite: whether parts made in another way are thrown away.
+        """Resumes from existing parts of ``each`` frames, or starts anew; ``overwrite`` discards other settings' parts.
 
         Raises:
-            ClipError: if there are parts that were made in another way.
+            ClipError: if there are parts of other settings.
             OutputError: if the folder holds something else.
             BegunElsewhereError: if another run has just begun a video of this name.
             OSError: if the folder cannot be written to.
@@ -80,14 +124,14 @@ class Parts:
             self._begin(record)
         for leftover in self.folder.glob(".*.part"):  # of a run that was killed
             leftover.unlink()
-        self._find(each)
+        # Complete parts up to the first missing or damaged one; only the last may be short.
+        while (part := self.path(len(self.finished))).is_file() and (frames := frames_in(part)):
+            self.add(part, frames)
+            if frames != each:
+                break
 
     def require_of(self, source: str) -> None:
-        """Refuses a folder that holds something else than parts of the clip with this digest.
-
-        Raises:
-            OutputError: naming it.
-        """
+        """Raises OutputError if the folder holds anything but parts of the clip with this digest."""
         record = self.record
         if record is None and os.path.lexists(self.folder) and not self._is_empty():
             raise OutputError(f"{self.folder} exists and holds no parts of a video; move it away, or choose another -o")
@@ -101,17 +145,13 @@ class Parts:
         return self.folder.is_dir() and all(path.name.endswith(".part") for path in self.folder.iterdir())
 
     def _begin(self, record: dict[str, Any]) -> None:
-        """Makes the folder with its record in one step: of several processes, one has the name.
-
-        Raises:
-            BegunElsewhereError: if another has just made it.
-        """
+        """Creates the folder with its record in one step, so that only one of several processes gets the name."""
         shutil.rmtree(self.folder, ignore_errors=True)
         made = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".video-", suffix=".part"))
         try:
             (made / "record.json").write_text(json.dumps(record))
             made.chmod(0o777 & ~current_umask())
-            made.rename(self.folder)  # not onto a folder that holds anything
+            made.rename(self.folder)  # fails if the folder holds anything
         except OSError as error:
             shutil.rmtree(made, ignore_errors=True)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
@@ -122,36 +162,56 @@ class Parts:
             raise BegunElsewhereError(f"{self._video}: another run has just finished it")
 
     def _replaces(self, record: dict[str, Any] | None) -> bool:
-        """Whether the video that is there is one of the same clip."""
+        """True if the existing video is of the same clip."""
         there = recorded_in(self._video)
         return there is not None and record is not None and there.get("source") == record["source"]
 
     def path(self, number: int) -> Path:
-        """Where a part belongs."""
+        """The file of a part."""
         return self.folder / f"{number:06d}.nut"
 
-    def writing(self, number: int) -> contextlib.AbstractContextManager[Path]:
-        """A path to write a part to; it comes to its place when the block succeeds."""
-        return atomic_path(self.path(number))
-
     def add(self, part: Path, frames: int) -> None:
-        """Counts a part that is whole."""
+        """Counts a complete part."""
         self.finished.append(part)
         self.frames += frames
 
     def finish(self, end: Fraction) -> None:
-        """Joins the parts and takes them away.
-
-        Args:
-            end: when the last frame ends, in seconds.
-        """
+        """Joins the parts and removes them; ``end`` of the last frame in seconds."""
         record = self.record
         join(self.finished, self._video, end, json.dumps(record), new=not self._replaces(record))
         shutil.rmtree(self.folder)
 
-    def _find(self, each: int) -> None:
-        """Whole parts up to the first that is not there or not whole; only the last may be short."""
-        while (part := self.path(len(self.finished))).is_file() and (frames := frames_in(part)):
-            self.add(part, frames)
-            if frames != each:
-                break
+
+class FrameFolder:
+    """PNG frames of a video, marked with the digest of their clip."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self._folder, self._mark = folder, Mark("frame", source)
+
+    def require_free(self, clip: Path) -> None:
+        """Raises OutputError if writing frames would replace anything but frames of the clip at this path."""
+        folder = self._folder
+        if not os.path.lexists(folder):
+            return
+        if not folder.is_dir() or (clip.exists() and clip.samefile(folder)):
+            what = "the clip's own folder" if folder.is_dir() else "a file"
+            raise OutputError(f"{folder}: frames would go there, and it is {what}; name another folder with -o")
+        for path in self._numbered():
+            require_ours(path, self._mark)
+
+    def write(self, pixels: np.ndarray, number: int) -> None:
+        """Writes a frame (H, W, 3) uint8; its metadata keep it from being taken for a photo."""
+        self._folder.mkdir(exist_ok=True)
+        about = PngInfo()
+        about.add_text("Software", PANEL_SOFTWARE)
+        with owned_path(self._folder / f"{number:06d}.png", self._mark) as temporary:
+            Image.fromarray(pixels).save(temporary, "PNG", pnginfo=about, compress_level=1)
+
+    def drop_after(self, count: int) -> None:
+        """Removes frames that an earlier, longer video of the same clip has left."""
+        for path in self._numbered():
+            if int(path.stem) >= count and Mark.read(path) == self._mark:
+                path.unlink()
+
+    def _numbered(self) -> list[Path]:
+        return [path for path in self._folder.glob("[0-9]*.png") if path.stem.isdecimal()]

@@ -1,8 +1,10 @@
-"""From a photo and settings to an answer: clean features in the file that `dvit denoise` writes, and what it shows."""
+"""Answers: denoised features of a photo in the file format of `dvit denoise`, kept for a while in private folders."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,37 +21,63 @@ from denoising_vit.denoise import Progress, denoise_image
 from denoising_vit.errors import AppError, PhotoError
 from denoising_vit.extractors import KINDS
 from denoising_vit.files import atomic_path
-from denoising_vit.show.app.keeping import Keep
 from denoising_vit.show.app.models import Model, Models
 from denoising_vit.views.patch_grid import nearest_sizes
 
-#: Largest photo, in pixels; its float copy takes 12 bytes a pixel, and many may look at the page.
+#: Largest photo in pixels; its float copy takes 12 bytes a pixel, for each of many visitors.
 MAX_PIXELS = 50_000_000
 
-#: Longer side of the photo as it is kept with an answer.
+#: Longer side of the photo that is kept with an answer.
 _SHOWN = 1200
 
-#: Views and output scale at most: others wait for the answer.
+#: Largest number of views and output scale, because other visitors wait.
 MOST_VIEWS, MOST_SCALE = 128, 4
 
 _HELD_OUT = 8
 
-#: Letters of a photo's name that name its results.
+#: Characters of a photo's name in the names of its results.
 _NAME = 80
+
+#: Seconds after which an answer is removed.
+LIFETIME = 3600.0
+
+#: Largest number of answers; the oldest are removed first.
+MOST = 64
+
+
+class Keep:
+    """Private folders for answers and for served files, removed at the end of the context."""
+
+    def __init__(self) -> None:
+        self._root = Path(tempfile.mkdtemp(prefix="dvit-app-"))  # mode 0700
+        self._answers = self._root / "answers"
+        self.served = self._root / "served"
+        for folder in (self._answers, self.served):
+            folder.mkdir()
+
+    def new(self) -> Path:
+        """An empty folder; removes answers that are too old or too many."""
+        ages = sorted((folder.stat().st_mtime, folder) for folder in self._answers.iterdir())
+        stale = sum(age < time.time() - LIFETIME for age, _ in ages)
+        for _, folder in ages[: max(stale, len(ages) - MOST + 1)]:
+            self.forget(folder)
+        return Path(tempfile.mkdtemp(dir=self._answers))
+
+    def forget(self, folder: Path | None) -> None:
+        """Removes an answer, if it is still there."""
+        if folder is not None and folder.parent == self._answers:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def __enter__(self) -> Keep:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for.
-
-    Attributes:
-        backbone: name of one that the page has.
-        method: a kind of clean features.
-        layer: block whose output is taken, negative from the end.
-        size: side of the square that the photo is shown to the backbone in, in pixels; None for its own.
-        views: crops that exact fits.
-        scale: exact only; how many times finer than the patches clean features are drawn and stored.
-    """
+    """Settings of one request; ``views`` and ``scale`` (upsampling of the features) are for exact."""
 
     backbone: str
     method: str = "denoiser"
@@ -61,15 +89,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What was found in one photo, and the files that hold it.
-
-    Attributes:
-        folder: of the files.
-        photo: the photo, (H, W, 3) uint8, at most 1,200 pixels on a side.
-        result: its features.
-        scale: how many times finer than the patches clean features are drawn.
-        seconds: reading, denoising and writing took, by name.
-    """
+    """The result for one photo, in a folder; ``photo`` is (H, W, 3) uint8, at most 1,200 pixels on a side."""
 
     folder: Path
     photo: np.ndarray
@@ -84,22 +104,18 @@ class Answer:
 
     @classmethod
     def load(cls, folder: Path) -> Answer:
-        """Reads back what :func:`answer` left in a folder.
-
-        Raises:
-            AppError: if it has been removed since.
-        """
+        """Reads the files of :func:`answer`; raises AppError if they have been removed."""
         try:
             with Image.open(folder / "photo.png", formats=["PNG"]) as image:
                 photo = np.array(image.convert("RGB"))
             result = Decomposition.load(next(folder.glob("*.safetensors")))
         except (OSError, StopIteration) as error:
-            raise AppError("this answer is no longer kept; denoise the photo again") from error
+            raise AppError("this answer has been deleted; denoise the photo again") from error
         return cls(folder, photo, result, result.info["upsample"], {})
 
 
 def read_upload(path: Path) -> np.ndarray:
-    """A photo of a visitor or a sample, (H, W, 3) uint8.
+    """An uploaded photo or a sample, (H, W, 3) uint8.
 
     Raises:
         PhotoError: if it cannot be read or used; the message names the file without its folder.
@@ -107,25 +123,18 @@ def read_upload(path: Path) -> np.ndarray:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise PhotoError(f"{path.name} is no longer kept; choose or upload it again") from error
+        raise PhotoError(f"{path.name} has been deleted; choose or upload it again") from error
     return read_photo_bytes(content, path.name, max_pixels=MAX_PIXELS)
 
 
 def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress: Progress | None = None) -> Answer:
-    """Cleans a photo's features and writes them down.
-
-    Args:
-        models: has the backbone.
-        keep: where the answer's files go.
-        photo: its file.
-        settings: how.
-        progress: called as ``progress(done, total)`` after each batch of views; what it raises ends the work.
+    """Denoises a photo's features and writes the files of the answer; an exception from ``progress`` cancels the work.
 
     Raises:
         PhotoError: if the photo cannot be read or used.
-        AppError: if the backbone is not at hand, or has no such method.
-        BackboneError: if it has no such layer.
-        SizeError, PlanError: if size or views do not do.
+        AppError: if the backbone is not available, or lacks the method.
+        BackboneError: if there is no such layer.
+        SizeError, PlanError: if size or views are invalid.
     """
     started = time.perf_counter()
     pixels = read_upload(photo)
@@ -146,10 +155,10 @@ def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress
 
 
 def options_of(model: Model, settings: Settings) -> DenoiseOptions:
-    """The options of stage 1 that settings stand for.
+    """Stage-1 options of the settings.
 
     Raises:
-        AppError: if the backbone has no such method, or the output scale is out of range.
+        AppError: if the backbone lacks the method, or a setting is out of range.
     """
     if settings.method not in model.methods:
         raise AppError(
@@ -166,7 +175,7 @@ def options_of(model: Model, settings: Settings) -> DenoiseOptions:
 
 
 def largest_size(backbone: Backbone) -> int:
-    """The largest side in pixels that the page shows a backbone, 1.5 times its own: others wait for the answer."""
+    """Largest side in pixels on the page, 1.5 times the backbone's own, because other visitors wait."""
     return nearest_sizes(backbone.default_size * 3 // 2, backbone.patch_size, backbone.stride)[0]
 
 
@@ -178,7 +187,7 @@ def _cleaner(model: Model, settings: Settings) -> dict[str, Any]:
 
 
 def draw_sheet(found: Answer) -> Path:
-    """The picture that `dvit denoise` draws, as a file beside the features; drawn once."""
+    """The picture of `dvit denoise` as a file beside the features, drawn once."""
     from denoising_vit.maps import draw_panel  # takes seconds to import
 
     path = found.features.with_suffix(".panel.png")
@@ -189,7 +198,7 @@ def draw_sheet(found: Answer) -> Path:
 
 
 def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A photo (H, W, 3) with its longer side at most ``side`` pixels, and no side less than one."""
+    """A photo (H, W, 3) with its longer side at most ``side`` pixels."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side))
     return np.array(image)

@@ -1,7 +1,6 @@
-"""DINOv2, with and without registers, from timm's names to a directory that transformers loads.
+"""Directories of plain weights: for timm (``local-dir:PATH``), and DINOv2 for transformers.
 
-Files are those of the hub: names of tensors as in the published checkpoints, which every version of transformers reads,
-whatever it calls them itself.
+The latter uses the tensor names of the published checkpoints, which every version of transformers reads.
 """
 
 from __future__ import annotations
@@ -17,28 +16,80 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.errors import ExportError
-from denoising_vit.export.tensors import float_state
-from denoising_vit.export.timm_folder import CONFIG, WEIGHTS, plain_timm
 from denoising_vit.files import write_tensors
 
-PROCESSOR = "preprocessor_config.json"
+WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+
+#: Fields of timm's pretrained configuration that stay valid.
+_KEPT = ("interpolation", "crop_pct", "crop_mode", "input_size", "fixed_input_size", "first_conv", "classifier")
 
 _BICUBIC = 3  # Pillow's number
 
 
-def write_huggingface(backbone: Backbone, folder: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes configuration, weights with metadata, and image processor of ``Dinov2Model``, or of that with registers.
+def float_state(module: nn.Module) -> dict[str, Tensor]:
+    """A state dict in float32 on the CPU, without shared memory, as safetensors requires."""
+    return {key: value.detach().float().cpu().clone().contiguous() for key, value in module.state_dict().items()}
 
-    The image processor shows photos as this package does: whole, squeezed to the model's own size, never cropped.
+
+def plain_timm(backbone: Backbone, kind: str) -> TimmBackbone:
+    """The backbone, if a checkpoint of plain weights reproduces its features.
 
     Raises:
-        ExportError: if the model is no DINOv2, or layer, norm or stride are not the model's own.
+        ExportError: if it is not a timm model, or layer, norm or stride are not the model's own.
     """
-    model = plain_timm(backbone, "huggingface").model
-    config = dinov2_config(model, backbone.name)
-    write_tensors(dinov2_state(model), folder / WEIGHTS, {"format": "pt"} | (metadata or {}))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if not isinstance(backbone, TimmBackbone):
+        raise ExportError(
+            f"{kind} is for models of timm, got {backbone.name} ({type(backbone).__name__}); use onnx or program"
+        )
+    own = (backbone.layer == (backbone.depth or 0) - 1, backbone.norm, backbone.stride == backbone.patch_size)
+    if not all(own):
+        raise ExportError(
+            f"{kind} holds weights only, not which layer is taken, how it is normalised or how far patches are apart: "
+            f"expected the last layer, the final norm and stride {backbone.patch_size}, got layer {backbone.layer}, "
+            f"norm {backbone.norm} and stride {backbone.stride}; use onnx or program"
+        )
+    return backbone
+
+
+def write_timm(backbone: Backbone, folder: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes weights under timm's names, with metadata, and the configuration that timm builds the model from.
+
+    Raises:
+        ExportError: if a timm checkpoint cannot hold the backbone.
+    """
+    model: Any = plain_timm(backbone, "timm").model
+    write_tensors(float_state(model), folder / WEIGHTS, {"format": "pt"} | (metadata or {}))
+    known: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    pretrained = {key: known[key] for key in _KEPT if known.get(key) is not None}
+    pretrained |= {"mean": backbone.mean, "std": backbone.std, "num_classes": 0, "custom_load": False}
+    architecture, _, tag = backbone.name.partition(".")
+    pretrained |= {"tag": tag} if tag else {}
+    grid = model.patch_embed.grid_size
+    config = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": backbone.embed_dim,
+        # Without img_size timm may build another position embedding, and silently resample ours to it.
+        "model_args": {"dynamic_img_size": True, "img_size": [int(side) * backbone.patch_size for side in grid]},
+        "pretrained_cfg": pretrained,
+    }
+    _write_json(config, folder / CONFIG)
+
+
+def write_huggingface(backbone: Backbone, folder: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes configuration, weights with metadata, and image processor of ``Dinov2Model``, with or without registers.
+
+    The image processor resizes photos as this package does: to the model's own size, without cropping.
+
+    Raises:
+        ExportError: if the model is not a DINOv2, or layer, norm or stride are not the model's own.
+    """
+    model: Any = plain_timm(backbone, "huggingface").model
+    config = _dinov2_config(model, backbone.name)
+    write_tensors(_dinov2_state(model), folder / WEIGHTS, {"format": "pt"} | (metadata or {}))
+    _write_json(config, folder / CONFIG)
     size = {"height": backbone.default_size, "width": backbone.default_size}
     processor = {
         "image_processor_type": "BitImageProcessor",
@@ -54,23 +105,27 @@ def write_huggingface(backbone: Backbone, folder: Path, metadata: dict[str, str]
         "image_mean": backbone.mean,
         "image_std": backbone.std,
     }
-    (folder / PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
+    _write_json(processor, folder / PROCESSOR)
 
 
 def own_side(backbone: Backbone) -> int:
-    """Side in pixels of the images whose patches are as many as the position embedding's: nothing is resampled there.
+    """Side in pixels of images with the grid of the position embedding, where nothing is resampled.
 
-    transformers resamples DINOv2's without antialiasing, timm with it, so elsewhere features differ.
+    Features differ elsewhere: transformers resamples DINOv2's position embedding without antialiasing, timm with it.
     """
-    grid: Any = plain_timm(backbone, "huggingface").model.patch_embed.grid_size
-    return int(grid[0]) * backbone.patch_size
+    model: Any = plain_timm(backbone, "huggingface").model
+    return int(model.patch_embed.grid_size[0]) * backbone.patch_size
 
 
-def dinov2_config(model: Any, name: str) -> dict[str, Any]:
+def _write_json(values: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _dinov2_config(model: Any, name: str) -> dict[str, Any]:
     """``config.json`` of a timm DINOv2.
 
     Raises:
-        ExportError: if the model is built in another way, saying in which.
+        ExportError: if the model is built differently.
     """
     if differs := _not_dinov2(model):
         raise ExportError(
@@ -103,11 +158,11 @@ def dinov2_config(model: Any, name: str) -> dict[str, Any]:
     return config | ({"num_register_tokens": registers} if registers else {})
 
 
-def dinov2_state(model: Any) -> dict[str, Tensor]:
-    """A timm state dict under the names of the published DINOv2 of transformers."""
+def _dinov2_state(model: Any) -> dict[str, Tensor]:
+    """A timm state dict under the published names of DINOv2 in transformers."""
     own = float_state(model)
     positions = own["pos_embed"]
-    if model.no_embed_class:  # the class token's place is in the token itself
+    if model.no_embed_class:  # the class token already contains its position
         positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
     state = {
         "embeddings.cls_token": own["cls_token"],
@@ -121,14 +176,14 @@ def dinov2_state(model: Any) -> dict[str, Tensor]:
     if model.num_reg_tokens:
         state["embeddings.register_tokens"] = own["reg_token"]
     for index in range(len(model.blocks)):
-        state |= _block(index, own)
+        state |= _dinov2_block(index, own)
     return {key: value.contiguous() for key, value in state.items()}
 
 
-def _block(index: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _dinov2_block(index: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
     ours, theirs = f"blocks.{index}.", f"encoder.layer.{index}."
     state = {f"{theirs}layer_scale{number}.lambda1": own[f"{ours}ls{number}.gamma"] for number in (1, 2)}
-    swiglu = len(own[f"{ours}mlp.fc1.weight"]) != own[f"{ours}mlp.fc2.weight"].shape[1]  # two halves, one a gate
+    swiglu = len(own[f"{ours}mlp.fc1.weight"]) != own[f"{ours}mlp.fc2.weight"].shape[1]  # two halves, one is a gate
     layers = {"fc1": "weights_in", "fc2": "weights_out"} if swiglu else {"fc1": "fc1", "fc2": "fc2"}
     for part in ("weight", "bias"):
         for number in (1, 2):
@@ -142,7 +197,7 @@ def _block(index: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _not_dinov2(model: Any) -> str | None:
-    """In what a model is built otherwise than DINOv2; None for one of its kind."""
+    """How a model differs from DINOv2; None for a DINOv2."""
     if not isinstance(model, VisionTransformer):
         return f"is a {type(model).__name__}"
     block: Any = model.blocks[0]
@@ -165,4 +220,4 @@ def _not_dinov2(model: Any) -> str | None:
         "has other activations": not isinstance(block.mlp.act, nn.SiLU if swiglu else nn.GELU),
         "has layers of another width": not math.isclose(hidden, expected),
     }
-    return next((what for what, is_so in wrong.items() if is_so), None)
+    return next((difference for difference, applies in wrong.items() if applies), None)

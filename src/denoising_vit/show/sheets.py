@@ -1,0 +1,220 @@
+"""Features of photos by name, and sheets of their maps in shared colours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from denoising_vit.artifact.known import NONE
+from denoising_vit.backbones import Backbone
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.result import Decomposition
+from denoising_vit.denoise import Denoising
+from denoising_vit.errors import FormatError
+from denoising_vit.extractors import KINDS, Cleaners
+from denoising_vit.files import atomic_path
+from denoising_vit.maps import Clusters, NormScale, Palette, PCABasis, similarity_maps
+from denoising_vit.maps.features import Bar
+from denoising_vit.maps.norms import SIMILARITY_BAR
+from denoising_vit.maps.sheet import FORMATS, Sheet
+from denoising_vit.show.options import MAPS, ShowOptions
+
+#: ``progress(done)``, with the number of finished passes out of :attr:`PhotoExtractor.passes`.
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class ShownPhoto:
+    """A photo and its features."""
+
+    name: str
+    pixels: np.ndarray  # (H, W, 3) uint8
+    found: dict[str, Decomposition]  # by name of the features
+
+    @property
+    def aspect(self) -> float:
+        """Width over height."""
+        return self.pixels.shape[1] / self.pixels.shape[0]
+
+    def maps(self, upsample: int = 1) -> dict[str, Tensor]:
+        """Features (h, w, C) by name; clean ones upsampled by this factor."""
+        return {
+            name: result.raw
+            if not KINDS[name].cleans
+            else result.semantic
+            if upsample == 1
+            else result.upsample(upsample)
+            for name, result in self.found.items()
+        }
+
+
+class PhotoExtractor:
+    """Extracts several kinds of features of photos.
+
+    Args:
+        backbone: the backbone.
+        names: names of features, of :data:`~denoising_vit.extractors.KINDS`.
+        cleaners: what cleans the features; loaded once, here.
+        options: options of stage 1; the size holds for all features.
+
+    Attributes:
+        backbone: the backbone.
+        names: the features, in order.
+        passes: forward passes for one photo.
+
+    Raises:
+        ArtifactError, DenoiserError: if a cleaner is for another backbone, or the package has none.
+        WeightsError: if weights of stage 3 are missing or for another model.
+        FormatError: if a file is missing, damaged or something else.
+        SizeError, PlanError: if size or views do not fit.
+    """
+
+    def __init__(self, backbone: Backbone, names: Sequence[str], cleaners: Cleaners, options: DenoiseOptions) -> None:
+        self.backbone, self.names = backbone, tuple(names)
+        made = {name: _denoising(name, backbone, cleaners, options) for name in names}
+        # Raw features come with all others of this backbone, and need no pass of their own.
+        sharing = next((name for name in names if name != "raw" and made[name].backbone is backbone), None)
+        self._raw_from = sharing or "raw"
+        self._made = {name: one for name, one in made.items() if name != "raw" or sharing is None}
+        self.passes = sum(one.work for one in self._made.values())
+
+    def __call__(self, pixels: np.ndarray, *, name: str = "photo", progress: Progress = lambda _: None) -> ShownPhoto:
+        """The features of a photo (H, W, 3) uint8.
+
+        Raises:
+            DenoisingVitError: if the photo cannot be used.
+        """
+        found: dict[str, Decomposition] = {}
+        before = 0
+        for feature, denoising in self._made.items():
+
+            def advance(done: int, _total: int, start: int = before) -> None:
+                progress(start + done)
+
+            found[feature] = denoising(pixels, progress=advance)
+            before += denoising.work
+        return ShownPhoto(name, pixels, {each: found[self._raw_from if each == "raw" else each] for each in self.names})
+
+
+def _denoising(name: str, backbone: Backbone, cleaners: Cleaners, options: DenoiseOptions) -> Denoising:
+    kind = KINDS[name]
+    if not kind.cleans:  # the output of a backbone
+        extractor, _ = cleaners.extractor(name, backbone)
+        assert isinstance(extractor, Backbone)
+        return Denoising(extractor, replace(options, method="subtract"), artifact=NONE)
+    return Denoising(
+        backbone,
+        replace(options, method=name),
+        artifact=cleaners.artifact if kind.per_image or kind.needs == "artifact" else None,
+        denoiser=cleaners.denoiser if kind.needs == "denoiser" else None,
+    )
+
+
+class Picture(NamedTuple):
+    """A map (h, w, 3) uint8 with one pixel for each patch, and its colour bar."""
+
+    pixels: np.ndarray
+    bar: Bar | None = None
+
+
+def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[str, dict[str, Picture | None]]:
+    """All maps of a photo by kind and features; None where features have no such map.
+
+    Raises:
+        ValueError: if features are not finite, or the palette has other channels.
+    """
+    maps = photo.maps(options.upsample)
+    drawn: dict[str, dict[str, Picture | None]] = {}
+    for kind in options.kinds():
+        if kind in ("artifact", "artifact-norm", "residual"):
+            drawn[kind] = _removed(kind, photo)
+        elif kind == "similarity":
+            height, width = next(iter(maps.values())).shape[:2]
+            at = min(int(options.at[0] * height), height - 1), min(int(options.at[1] * width), width - 1)
+            alike = similarity_maps(*maps.values(), at=at)
+            drawn[kind] = {name: Picture(pixels, SIMILARITY_BAR) for name, pixels in zip(maps, alike, strict=True)}
+        else:
+            bar = palette.bar(kind)
+            drawn[kind] = {name: Picture(palette.colours(kind, one), bar) for name, one in maps.items()}
+    return drawn
+
+
+def _removed(kind: str, photo: ShownPhoto) -> dict[str, Picture | None]:
+    """G, its norm, or the norm of the residual, in their own colours because they are small beside the features."""
+    cleaned = {name: result for name, result in photo.found.items() if KINDS[name].cleans}
+    parts = {name: result.residual if kind == "residual" else result.artifact for name, result in cleaned.items()}
+    # A denoiser does not separate G from the rest that it removes: its G is zero, and not drawn.
+    parts = {name: part for name, part in parts.items() if kind == "residual" or bool(part.any())}
+    drawn: dict[str, Picture | None] = dict.fromkeys(photo.found)
+    if parts:
+        colours = (PCABasis if kind == "artifact" else NormScale).fit(*parts.values())
+        bar = colours.bar if isinstance(colours, NormScale) else None
+        drawn |= {name: Picture(colours.colours(part), bar) for name, part in parts.items()}
+    return drawn
+
+
+def palette_of(
+    photos: Sequence[ShownPhoto], options: ShowOptions, backbone: dict[str, object] | None = None
+) -> Palette:
+    """The colours shared by all features of these photos."""
+    maps = [features for photo in photos for features in photo.maps().values()]
+    drawn = "kmeans" in options.kinds()
+    fitted = {"clusters": Clusters.fit(*maps, clusters=options.clusters)} if drawn else {}
+    return Palette(maps, fitted=fitted, backbone=backbone)
+
+
+def draw_sheet(
+    photos: Sequence[ShownPhoto],
+    palettes: Sequence[Palette],
+    path: str | Path,
+    options: ShowOptions,
+    *,
+    caption: Sequence[str] = (),
+    suffix: str | None = None,
+) -> None:
+    """Draws photos and maps of their features as a PNG, PDF or SVG.
+
+    With one kind of map each photo is a row, with its features in columns. With several, each photo is a block, with a
+    row for each kind of features and its maps in columns.
+
+    Args:
+        photos: one or more, with the same features.
+        palettes: colours of each photo; repeat one to share it.
+        path: the file.
+        options: which maps to draw.
+        caption: lines at the bottom.
+        suffix: .png, .pdf or .svg; that of the path by default.
+
+    Raises:
+        FormatError: if the suffix is none of these.
+        ValueError: if features are not finite.
+        OSError: if the file cannot be written.
+    """
+    suffix = (suffix or Path(path).suffix).lower()
+    if suffix not in FORMATS:
+        raise FormatError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
+    kinds, names = options.kinds(), list(photos[0].found)
+    single = len(kinds) == 1
+    each, columns = (1, len(names)) if single else (len(names), len(kinds))
+    aspects = [photo.aspect for photo in photos for _ in range(each)]
+    sheet = Sheet(aspects, 1 + columns, MAPS[kinds[0]] if single else None)
+    rings = {kind: options.at if kind == "similarity" else None for kind in kinds}
+    for block, (photo, palette) in enumerate(zip(photos, palettes, strict=True)):
+        drawn = pictures(photo, palette, options)
+        sheet.photo(block * each, photo.pixels, photo.name, rings.get("similarity"))
+        for row, name in enumerate(names):
+            if not single:
+                sheet.row_label(block * each + row, name)
+            for column, kind in enumerate(kinds):
+                if picture := drawn[kind][name]:
+                    place = (block, 1 + row) if single else (block * each + row, 1 + column)
+                    heading = name if single else MAPS[kind]
+                    sheet.picture(*place, picture.pixels, heading, ring=rings[kind], bar=picture.bar)
+    sheet.caption(*caption)
+    with atomic_path(Path(path)) as temporary:
+        sheet.save(temporary, suffix)
