@@ -1,4 +1,4 @@
-"""``dvit calibrate``: the artifact of a backbone, from a few dozen photos, into a file."""
+"""``dvit calibrate``: the artifact of a backbone from a few dozen photos, as a file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def calibrate(
 ) -> int:
     """The artifact that a backbone adds to every image, from a few dozen varied photos.
 
-    Says how stable it is, and how many photos it takes. Use it by `dvit denoise PHOTO --artifact FILE -o DIR`.
+    Reports its reliability and the number of photos needed. Use it with `dvit denoise PHOTO --artifact FILE -o DIR`.
 
     Args:
         data: a folder, text list, tar shards or URL, as for `dvit fit`.
-        out: the file (.safetensors).
-        calibration: how it is found.
-        model: the backbone, and how it is run.
-        photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
+        out: output file (.safetensors).
+        calibration: options of the calibration.
+        model: the backbone, and how to run it.
+        photos: number of photos to use, spread evenly over the data set; 0 for all.
         json: print the figures as one JSON line.
     """
     from denoising_vit.cli.outputs import input_digest
@@ -53,7 +53,7 @@ def calibrate(
         return WRONG_USAGE
     mark = Mark("artifact", input_digest(data, model))
     require_ours(out, mark)
-    calibration.denoising()  # what is wrong with the options is said before the model is loaded
+    calibration.denoising()  # report wrong options before the model is loaded
     dataset = open_dataset(data)
     for item in dataset.skipped:
         print_error(f"{item.item}: {item.reason}", "skipped")

@@ -1,4 +1,4 @@
-"""``dvit denoise``: from photos to clean features and pictures that show the difference."""
+"""``dvit denoise``: clean features of photos, with pictures of raw and clean."""
 
 from __future__ import annotations
 
@@ -36,25 +36,23 @@ def denoise(
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Clean features of photos: for each a .safetensors file and a picture that shows the difference.
+    """Clean features of photos: a .safetensors file and a picture of raw and clean features for each.
 
     Args:
-        inputs: image files, folders (searched recursively for image files) and globs (every file they match).
-        out: folder for the results; made where it does not exist.
-        denoising: how semantic field and artifact are separated.
-        model: the backbone, and how it is run.
-        artifact: the backbone's artifact where it is known, which takes fewer views: a file of `dvit calibrate`, or
-            `shipped` for the one that comes with the package; with `none`, no artifact is modelled. Without it, one is
-            fitted in each photo; subtract takes the shipped one. Selects the exact method unless a method or a denoiser
-            is given.
+        inputs: image files, folders (searched recursively for images) and globs.
+        out: folder for the results, created if missing.
+        denoising: method and options of stage 1.
+        model: the backbone, and how to run it.
+        artifact: the backbone's artifact, so that fewer views are needed: a file of `dvit calibrate`, or `shipped` for
+            the one in the package; `none` models no artifact. By default, one is fitted in each photo, and subtract
+            uses the shipped one. Selects the exact method unless a method or a denoiser is given.
         denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
-            for the one that comes with the package, which is taken without it as well.
-        compare: with a denoiser, also run the exact method and draw it beside, with the options of stage 1: a pass for
-            each view.
-        upsample: also store the clean features this many times finer, and draw them so.
-        report: also write a page (.html) with maps and figures of all photos and the command that made them; it needs
-            no other file and no network.
-        overwrite: do photos again whose results are there already, also of what they were before they changed.
+            for the one in the package (the default where there is one).
+        compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Takes a forward
+            pass a view.
+        upsample: also store and draw the clean features this many times finer.
+        report: also write a self-contained page (.html) with maps and figures of all photos.
+        overwrite: process photos again that have a result, including results from before the photo changed.
         json: print one JSON line per photo instead of a table.
     """
     from denoising_vit.artifact import SHIPPED, resampling_note

@@ -1,4 +1,4 @@
-"""What `dvit denoise` does with each photo: make its features, draw them, or find them done."""
+"""One photo of `dvit denoise`: compute and draw its features, or keep an existing result."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenoiseJob:
-    """What is the same for all photos of a run.
+    """Settings shared by all photos of a run.
 
     Attributes:
-        clean: makes the results.
-        folder: for results and pictures.
-        upsample: how many times finer features are stored and drawn.
-        exact: stage 1, for pictures that compare it with a denoiser, if wanted.
-        page: the page for photos, if one is made.
+        clean: method that computes the results.
+        folder: output folder.
+        upsample: factor by which stored and drawn features are finer.
+        exact: stage 1 for the comparison in the picture, if wanted.
+        page: report page, if wanted.
     """
 
     clean: Denoising
@@ -44,11 +44,11 @@ class DenoiseJob:
 
     @property
     def work(self) -> int:
-        """What progress on one photo counts up to."""
+        """Total progress of one photo."""
         return self.clean.work + (0 if self.exact is None else self.exact.work)
 
     def run(self, photo: Path, progress: PhotoProgress) -> Row:
-        """Does one photo, or finds it done. Whatever is wrong with this photo ends in its row, not in an exception."""
+        """Processes one photo, or keeps its result. Errors end in the row and are not raised."""
         started = time.perf_counter()
         try:
             pixels = read_photo(photo)
@@ -60,7 +60,7 @@ class DenoiseJob:
             about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
             exact = self._exact_beside(pixels, result, progress)
-            while not self._write(pixels, result, exact, output):  # another run has taken the name meanwhile
+            while not self._write(pixels, result, exact, output):  # another run took the name meanwhile
                 self.folder.release(output)
                 output = self.folder.claim(photo, digest)
                 if output.existing is not None:
@@ -68,7 +68,7 @@ class DenoiseJob:
             self._show(photo, pixels, result, exact)
         except (DenoisingVitError, OSError) as error:
             return Row(str(photo), "failed", note=str(error))
-        except Exception as error:  # one photo must not end the batch, whatever is wrong with it
+        except Exception as error:  # one bad photo must not end the batch
             return Row(str(photo), "failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
@@ -87,7 +87,7 @@ class DenoiseJob:
                 with self._drawn(pixels, result, exact, output):
                     pass
             if finer:
-                result.save(output.result, upsample=self.upsample)  # the field is there: nothing is computed again
+                result.save(output.result, upsample=self.upsample)  # the field is stored, so nothing is recomputed
                 notes.append("finer features added")
         return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
 
@@ -96,7 +96,7 @@ class DenoiseJob:
             self.page.add(photo.name, pixels, result, exact)
 
     def _write(self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output) -> bool:
-        """Puts the result in place, then its picture; neither where another run has taken the name.
+        """Writes the result and its picture. Returns False and writes neither if another run took the name.
 
         Raises:
             OSError: if they cannot be written.
@@ -115,7 +115,7 @@ class DenoiseJob:
     def _drawn(
         self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output
     ) -> Iterator[None]:
-        """Draws the picture, which comes to its place if the block succeeds."""
+        """Draws the picture to a temporary file and moves it in place if the block succeeds."""
         from denoising_vit.maps import draw_panel  # matplotlib and scikit-learn take seconds to import
 
         with atomic_path(output.panel) as temporary:
@@ -124,7 +124,7 @@ class DenoiseJob:
             yield
 
     def _exact_beside(self, pixels: np.ndarray, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
-        """What the picture compares a denoiser's result with; not one that was kept and made in another way."""
+        """Stage 1 for the comparison; None if it is not wanted, or the kept result has other settings."""
         if self.exact is None or not self.clean.made(result.info):
             return None
 

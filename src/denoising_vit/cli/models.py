@@ -1,4 +1,4 @@
-"""``dvit models``: the published backbones, and where their weights are."""
+"""``dvit models``: the published backbones and their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where results go: a name for every photo, and what is finished already."""
+"""Output files: a name for every photo, and results that exist."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Output:
     """The files of one photo.
 
     Attributes:
-        result: the safetensors file.
-        panel: the picture.
-        mark: of the picture.
-        existing: what an earlier run recorded of this very photo, None where it has not been done.
-        replaces: whether there is a result of this photo, which is written anew.
-        note: what is to be said of another result that stays.
+        result: path of the safetensors file.
+        panel: path of the picture.
+        mark: ownership mark of the picture.
+        existing: record of an earlier result of this photo, None if there is none.
+        replaces: True if an existing result of this photo is overwritten.
+        note: remark about another result that is kept.
     """
 
     result: Path
@@ -44,16 +44,16 @@ class Output:
 
 
 def input_digest(data: str, model: BackboneSpec) -> str:
-    """What tells an output of a data set and a backbone from those of others: where and which they are."""
+    """Digest of a data set's location and a backbone, which identifies an output made from them."""
     own = {name: value for name, value in asdict(model).items() if name not in ("device", "dtype")}
     return digest_of(data if "://" in data else Path(data), own)
 
 
 def require_writable(folder: Path) -> None:
-    """Makes a folder where it does not exist, and writes to it to see whether that is allowed.
+    """Creates a folder if missing, and checks that files can be written to it.
 
     Raises:
-        OutputError: if it is not.
+        OutputError: if they cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,18 +66,18 @@ def require_writable(folder: Path) -> None:
 
 
 class OutputFolder:
-    """Gives every photo its own name: its stem, or ``stem-2``, ``stem-3``, ... where that belongs to something else.
+    """Gives every photo a name: its stem, or ``stem-2``, ``stem-3``, ... if that is taken.
 
-    A name belongs to the photo whose pixels are recorded in the file there, so that the same command finds its results
-    again, two photos of one name never overwrite each other, and files that are no results of ours are left alone.
-    With ``overwrite`` it also belongs to the photo that lay at the same place and was edited since.
+    A result belongs to the photo that it records the pixels of. The same command finds its results again, two photos of
+    one name never overwrite each other, and files that are not ours are left alone. With ``overwrite``, a result also
+    belongs to a photo that was edited at the same path.
 
-    A name is free while it has no file: of two runs that take the same one, the first to write its result has it, and
-    the other claims again.
+    A name is free while no file has it. If two runs choose the same one, the first to write keeps it, and the other
+    claims again.
 
     Args:
-        folder: made where it does not exist.
-        overwrite: do a photo again where its own result exists.
+        folder: output folder, created if missing.
+        overwrite: process photos again that have a result.
 
     Raises:
         OutputError: if the folder cannot be written to.
@@ -90,7 +90,7 @@ class OutputFolder:
         require_writable(folder)
 
     def claim(self, photo: Path, digest: str) -> Output:
-        """The files for a photo whose pixels have this digest."""
+        """The files for a photo with this digest of its pixels."""
         mark, place = Mark("panel", digest), digest_of(photo.resolve())
         stem, note = plain_stem(photo.stem), None
         edited: Output | None = None
@@ -115,7 +115,7 @@ class OutputFolder:
         raise AssertionError("unreachable: numbers do not end")
 
     def release(self, output: Output) -> None:
-        """Gives a name back that another run has taken meanwhile."""
+        """Releases a name that another run took meanwhile."""
         self._claimed.discard(output.result.stem)
 
     def _taken(self, output: Output) -> Output:
@@ -133,12 +133,12 @@ class OutputFolder:
 
 
 def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
-    """Whether a picture may be written there: none is, or one of the photo with this digest.
+    """True if the picture does not exist, or shows the photo with this digest.
 
     Args:
-        panel: the picture.
-        digest: of the photo that the result beside it is, or will be, made from.
-        recorded: whether that result is there: its picture may be of a release that marked no photo.
+        panel: path of the picture.
+        digest: digest of the photo of the result beside it.
+        recorded: True if that result exists: an old release may have written its picture without a mark.
     """
     from denoising_vit.data.photos import is_panel
 

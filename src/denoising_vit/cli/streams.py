@@ -1,4 +1,4 @@
-"""What goes to standard output: with ``--json`` lines of JSON alone, whatever a library prints."""
+"""Standard output: with ``--json``, nothing but JSON lines."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-#: Standard output while everything else that is printed goes to standard error.
+#: Standard output, while other prints are redirected to standard error.
 _for_json: list[TextIO] = []
 
 
 @contextlib.contextmanager
 def only_json() -> Iterator[None]:
-    """For as long as a block lasts, only :func:`print_json` reaches standard output; other prints go to the error."""
+    """Lets only :func:`print_json` write to standard output during a block; other prints go to standard error."""
     _for_json.append(sys.stdout)
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -31,7 +31,7 @@ def print_json(record: Any) -> None:
 
 @contextlib.contextmanager
 def logged(show: Callable[[str], None]) -> Iterator[None]:
-    """For as long as a block lasts, what the package logs is shown."""
+    """Shows log messages of the package during a block."""
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
