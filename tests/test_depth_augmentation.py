@@ -17,10 +17,8 @@ from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedSet
 from denoising_vit.evaluation.depth import PAPER, RELEASED, DepthImage
-from denoising_vit.evaluation.depth.augmentation import NYU_PART, Colours, Drawn, draw
-from denoising_vit.evaluation.depth.head import DepthProbe
-from denoising_vit.evaluation.depth.losses import depth_loss, scale_invariant_loss
-from denoising_vit.evaluation.depth.samples import DepthCrops
+from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, scale_invariant_loss
+from denoising_vit.evaluation.depth.samples import NYU_PART, Colours, DepthCrops, Drawn, draw
 from denoising_vit.evaluation.sources import ExtractorSource
 from tiny_depth import RED, backbone, blocky, pooled, red_of, set_of
 

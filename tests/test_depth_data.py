@@ -13,8 +13,7 @@ from PIL import Image, features
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth import DepthData, open_depth
-from denoising_vit.evaluation.depth.data import block_splits
-from denoising_vit.evaluation.depth.images import read_depth
+from denoising_vit.evaluation.depth.data import block_splits, read_depth
 from tiny_depth import (
     SIZE,
     blocky,
@@ -142,8 +141,8 @@ def test_nyu_is_read_from_its_lists_sorted_by_photo(nyu: Path) -> None:
         ("/a/rgb_1.png None 518.8579", "a/rgb_1.png", "no depth map in the list"),
         ("/a/rgb_1.png", "nyu_test.txt:2", "expected a photo, a depth map and a focal length: /a/rgb_1.png"),
         ("/a/rgb_1.png /a/depth_1.png 518.8579", "a/rgb_1.png", "no such file"),
-        ("../secret.png /a/depth_1.png 5", "../secret.png", "a place below the folder, got one above it"),
-        ("a/rgb_1.png a/../../depth_1.png 5", "a/rgb_1.png", "a place below the folder, got one above it"),
+        ("../secret.png /a/depth_1.png 5", "../secret.png", "a path below the folder, got one above it"),
+        ("a/rgb_1.png a/../../depth_1.png 5", "a/rgb_1.png", "a path below the folder, got one above it"),
         ("/test_0001/rgb_00000.png /gone.png 5", "test_0001/rgb_00000.png", "no such file, expected a depth map"),
     ],
 )
@@ -244,13 +243,13 @@ def gone(path: Path) -> None:
     [
         (bits8, "expected depth in 16 bits, got 8 bits, too coarse for depth"),
         (palette, "expected depth in 16 bits, got 8 bits"),
-        (colours, "expected depth as one number a pixel in 16 bits, got an image of mode RGB"),
+        (colours, "expected depth as one value per pixel in 16 bits, got an image of mode RGB"),
         (cut, "a damaged depth map"),
         (broken_in_the_middle, "a damaged depth map"),
         (no_image, "not an image file that can be read, expected depth as 16-bit PNG"),
         (nothing, "not an image file that can be read, expected depth as 16-bit PNG"),
         (unknown, "no pixel of the depth map has a depth"),
-        (smaller, "the photo has 48 x 32 pixels, its depth map 48 x 30"),
+        (smaller, "a photo of 48 x 32 pixels and a depth map of 48 x 30"),
         (gone, "a photo without a depth map; expected"),
     ],
 )
@@ -340,10 +339,10 @@ def empty(root: Path) -> None:
         ({"scale": 0}, "depth scale must be a positive number of units in a metre, got 0"),
         ({"scale": -5}, "depth scale must be a positive number"),
         ({"scale": float("nan")}, "depth scale must be a positive number"),
-        ({"blocks": 1}, "5 photos without splits cannot be judged in 1 blocks; expected 2 blocks or more"),
-        ({"blocks": 0}, "cannot be judged in 0 blocks"),
-        ({"blocks": 3}, "5 photos without splits cannot be judged in 3 blocks; .* twice as many photos as blocks"),
-        ({"images": 3, "blocks": 2}, "3 photos without splits cannot be judged in 2 blocks"),
+        ({"blocks": 1}, "5 photos without splits cannot be evaluated in 1 blocks; expected 2 blocks or more"),
+        ({"blocks": 0}, "cannot be evaluated in 0 blocks"),
+        ({"blocks": 3}, "5 photos without splits cannot be evaluated in 3 blocks; .* twice as many photos as blocks"),
+        ({"images": 3, "blocks": 2}, "3 photos without splits cannot be evaluated in 2 blocks"),
     ],
 )
 def test_options_that_do_not_fit_the_data_are_refused(rooms: Path, options: dict[str, Any], message: str) -> None:
@@ -355,11 +354,12 @@ def test_a_split_without_anything_usable_is_refused_with_the_first_reason(rooms:
     for path in (rooms / "depth").iterdir():
         bits8(path)
     with pytest.raises(
-        EvaluationError, match=r"none of 5 photos of val can be used; the first reason: 00\.png: .*8 bits"
+        EvaluationError,
+        match=r"photos with depth maps in the split val, none of 5 can be used; the first reason: 00\.png: .*8 bits",
     ):
         open_depth(rooms)
     empty(rooms)
-    with pytest.raises(EvaluationError, match=r"none of 0 photos .*first reason: 00\.png: a photo without a depth map"):
+    with pytest.raises(EvaluationError, match=r"none of 0 can .*first reason: 00\.png: a photo without a depth map"):
         open_depth(rooms)
 
 
@@ -372,14 +372,15 @@ def test_folders_that_are_no_layout_are_refused_with_what_was_found(tmp_path: Pa
     (tmp_path / "empty").mkdir()
     for root, found in (
         (tmp_path / "other", "found holiday"),
-        (tmp_path / "half", "found train"),
+        (tmp_path / "half", ""),
         (tmp_path / "empty", "found an empty folder"),
-        (file, "found a file there"),
-        (tmp_path / "gone", "found nothing there"),
     ):
         with pytest.raises(
-            EvaluationError, match=rf"expected NYUv2 with nyu_train\.txt and .*rgb/ and depth/.*{found}"
+            EvaluationError, match=rf"expected NYUv2 \(nyu_train\.txt, .*rgb or images, depth or depths.*{found}"
         ):
+            open_depth(root)
+    for root, found in ((file, "a file"), (tmp_path / "gone", "nothing")):
+        with pytest.raises(EvaluationError, match=f"expected the folder of a data set, found {found} there"):
             open_depth(root)
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.depth import PAPER, QUICK, DepthProtocol
-from denoising_vit.evaluation.depth.head import DepthProbe
-from denoising_vit.evaluation.depth.judging import judge_depth
+from denoising_vit.evaluation.depth.evaluate import evaluate_probe
+from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.depth.samples import DepthCrops, KeptDepth
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.views.crops import Crop
@@ -177,12 +177,12 @@ def test_a_ramp_is_judged_without_a_shift(
     images = set_of(tmp_path, [(photo, metres)], scale=5000)
     source = ExtractorSource("ramp", backbone(pooled(patch, stride), patch, stride))
     probe = linear_probe(channel, 1.0, 1.0, 8.0, channels=6)
-    ((rmse, *_),) = judge_depth(probe, source, images, replace(protocol, flip_test=False), None)
+    ((rmse, *_),) = evaluate_probe(probe, source, images, replace(protocol, flip_test=False), None)
     slope = 7 / 1.2 / 255  # of depth, in metres a pixel
     assert rmse < slope / 20
     if channel == 0:  # a mirror image has other depths, so the mean with it is right only where it is turned back
         mirrored = replace(protocol, flip_test=protocol.flip_test)
-        assert judge_depth(probe, source, images, mirrored, None)[0, 0] < slope / 20
+        assert evaluate_probe(probe, source, images, mirrored, None)[0, 0] < slope / 20
 
 
 @pytest.mark.parametrize(("patch", "stride"), [(8, 8), (6, 6), (12, 4), (10, 5), (6, 3)])

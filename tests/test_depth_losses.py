@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.evaluation.depth import PAPER, QUICK
-from denoising_vit.evaluation.depth.losses import depth_loss, gradient_loss, scale_invariant_loss, within
+from denoising_vit.evaluation.depth.probe import depth_loss, gradient_loss, scale_invariant_loss, within
 
 EPSILON = 0.001
 

@@ -24,8 +24,8 @@ from denoising_vit.evaluation.depth import (
     depth_errors,
     open_depth,
 )
-from denoising_vit.evaluation.depth.head import DepthProbe
-from denoising_vit.evaluation.depth.judging import judge_depth
+from denoising_vit.evaluation.depth.evaluate import evaluate_probe
+from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.views.crops import Crop
 from tiny_depth import Picture, backbone, blocky, flat, pooled, red_of, set_of, source_of, write_nyu, write_splits
@@ -101,7 +101,7 @@ def constant(metres: float, far: float = FAR) -> DepthProbe:
 
 def test_an_image_without_a_figure_is_left_out_of_the_means(tmp_path: Path) -> None:
     images = set_of(tmp_path, [flat(3), flat(20), flat(5)])
-    values = judge_depth(constant(2), source_of(), images, QUICK, None)
+    values = evaluate_probe(constant(2), source_of(), images, QUICK, None)
     assert np.isnan(values[1]).all() and not np.isnan(values[[0, 2]]).any()
     scored = Depths(values, np.arange(3)).scored()
     assert scored["RMSE"] == pytest.approx(2)
@@ -117,7 +117,7 @@ def test_predictions_are_brought_between_the_limits(
     tmp_path: Path, protocol: DepthProtocol, says: float, clamped: float
 ) -> None:
     narrow = replace(protocol, nearest=1.0, farthest=4.0)
-    ((rmse, *_),) = judge_depth(constant(says), source_of(), set_of(tmp_path, [flat(3)]), narrow, None)
+    ((rmse, *_),) = evaluate_probe(constant(says), source_of(), set_of(tmp_path, [flat(3)]), narrow, None)
     assert rmse == pytest.approx(abs(3 - clamped), abs=1e-5)
 
 
@@ -143,12 +143,12 @@ def test_the_published_test_is_the_mean_of_both_sides_within_the_limits(tmp_path
     metres[:, 16:32] = 0  # where one half goes over into the other
     images = set_of(tmp_path, [(red_of(metres), metres)])
     narrow, probe = replace(PAPER, nearest=1.0, farthest=4.0), two_depths(2, 8)
-    values = judge_depth(probe, source_of(halves), images, narrow, None)
+    values = evaluate_probe(probe, source_of(halves), images, narrow, None)
     # 2 and 4, their mean is 3; the mean of 2 and 8 is 5, which would be 4.
     np.testing.assert_allclose(values[0, :3], 0, atol=1e-4)
-    once = judge_depth(probe, source_of(halves), images, replace(narrow, flip_test=False), None)
+    once = evaluate_probe(probe, source_of(halves), images, replace(narrow, flip_test=False), None)
     assert once[0, 0] == pytest.approx(1, abs=1e-4)  # 2 on one side, 4 on the other
-    quick = judge_depth(probe, source_of(halves), images, replace(QUICK, nearest=1.0, farthest=4.0), None)
+    quick = evaluate_probe(probe, source_of(halves), images, replace(QUICK, nearest=1.0, farthest=4.0), None)
     assert quick[0, 0] == pytest.approx(1, abs=1e-4)
 
 
@@ -157,9 +157,9 @@ def test_only_the_asked_part_is_judged(tmp_path: Path) -> None:
     metres[5:20, 9:31] = 3
     images = set_of(tmp_path, [(red_of(metres), metres)])
     for protocol in (QUICK, PAPER):
-        inside = judge_depth(constant(2), source_of(), images, protocol, ((5, 20), (9, 31)))
+        inside = evaluate_probe(constant(2), source_of(), images, protocol, ((5, 20), (9, 31)))
         assert inside[0, 0] == pytest.approx(1)
-        beyond = judge_depth(constant(2), source_of(), images, protocol, ((5, 20), (9, 32)))
+        beyond = evaluate_probe(constant(2), source_of(), images, protocol, ((5, 20), (9, 32)))
         assert beyond[0, 0] > 1.1
 
 
@@ -239,7 +239,7 @@ def test_every_image_of_a_set_is_judged_in_its_order(tmp_path: Path) -> None:
     steps: list[int] = []
     images = set_of(tmp_path, [flat(metres) for metres in (3, 4, 6)])
     for protocol in (QUICK, PAPER):
-        values = judge_depth(constant(2), source_of(), images, protocol, None, progress=lambda: steps.append(1))
+        values = evaluate_probe(constant(2), source_of(), images, protocol, None, progress=lambda: steps.append(1))
         np.testing.assert_allclose(values[:, 0], [1, 2, 4], atol=1e-5)
     assert len(steps) == 6
 
@@ -247,6 +247,6 @@ def test_every_image_of_a_set_is_judged_in_its_order(tmp_path: Path) -> None:
 def test_judging_changes_nothing_about_a_probe(tmp_path: Path) -> None:
     images, probe = set_of(tmp_path, blocky(2, 0)), DepthProbe(6, 16, NEAR, FAR, 4, seed=1).eval()
     before = {name: value.clone() for name, value in probe.state_dict().items()}
-    first = judge_depth(probe, source_of(), images, QUICK, None)
-    assert np.array_equal(first, judge_depth(probe, source_of(), images, QUICK, None))
+    first = evaluate_probe(probe, source_of(), images, QUICK, None)
+    assert np.array_equal(first, evaluate_probe(probe, source_of(), images, QUICK, None))
     assert all(torch.equal(before[name], value) for name, value in probe.state_dict().items())

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from denoising_vit.errors import PlanError
 from denoising_vit.evaluation import probing
 from denoising_vit.evaluation.depth import PAPER, QUICK, DepthOptions
-from denoising_vit.evaluation.depth.head import DepthProbe
-from denoising_vit.evaluation.depth.losses import depth_loss
+from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

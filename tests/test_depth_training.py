@@ -29,12 +29,11 @@ from denoising_vit.evaluation.depth import (
     Depths,
     LinearDepth,
     depth,
-    linear,
+    evaluate,
     open_depth,
     protocol,
 )
-from denoising_vit.evaluation.depth.head import DepthProbe
-from denoising_vit.evaluation.depth.losses import depth_loss
+from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss
 from denoising_vit.evaluation.depth.samples import KeptDepth
 from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.outcomes import paired_interval
@@ -224,7 +223,7 @@ def test_probes_learn_nothing_from_the_photos_of_their_block_or_beside_it(
     """Other depth there changes no probe; other depth elsewhere does."""
     how = replace(FAST if preset == "quick" else TINY, steps=4, warmup=0, batch=8)
     kept: list[list[float]] = []
-    usual = linear.judge_depth
+    usual = evaluate.evaluate_probe
     for changed in ((), (3, 4, 5, 6), (0, 7)):
         pictures = blocky(8, 0)
         for place in changed:
@@ -237,7 +236,7 @@ def test_probes_learn_nothing_from_the_photos_of_their_block_or_beside_it(
             return usual(probe, *args, **more)
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(linear, "judge_depth", judge)
+            patched.setattr(evaluate, "evaluate_probe", judge)
             probes(source_of(), data, how)
         kept.append(weights[-4:])
     plain, inside, outside = kept

@@ -27,7 +27,7 @@ from denoising_vit.data.photos import (
     read_photo_bytes,
 )
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError, PhotoError
-from denoising_vit.evaluation.depth.images import read_depth
+from denoising_vit.evaluation.depth.data import read_depth
 from denoising_vit.evaluation.masks import Coding, read_mask
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)

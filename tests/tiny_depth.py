@@ -16,7 +16,7 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.evaluation.data import JudgedSet
 from denoising_vit.evaluation.depth import DepthData, DepthImage, open_depth
-from denoising_vit.evaluation.depth.head import DepthProbe
+from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.sources import ExtractorSource
 
 PATCH, SIZE = 4, (32, 48)

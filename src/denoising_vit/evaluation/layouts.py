@@ -34,6 +34,7 @@ class Layout(Generic[Opener]):
     """Files and folders that make a folder a known data set.
 
     Attributes:
+        name: name in results.
         title: name for messages.
         required: paths that must exist below a root. A path with an ending is a file, any other a folder; ``*`` is a
             wildcard, and ``|`` separates alternatives.
@@ -41,6 +42,7 @@ class Layout(Generic[Opener]):
         roots: folders below the given one where the layout may begin.
     """
 
+    name: str
     title: str
     required: tuple[str, ...]
     open: Opener
@@ -302,8 +304,8 @@ def inspect_all(
     return usable, failed
 
 
-def require_usable(usable: Sequence[object], expected: str, count: int, skipped: Sequence[Skipped]) -> None:
-    """Raise EvaluationError with the first reason if none of ``count`` entries can be used."""
+def require_usable(usable: Sequence[object], path: Path, expected: str, count: int, skipped: Sequence[Skipped]) -> None:
+    """Raise EvaluationError with the first reason if none of ``count`` entries of a folder can be used."""
     if not usable:
         first = f"; the first reason: {skipped[0].item}: {skipped[0].reason}" if skipped else ""
-        raise EvaluationError(f"expected {expected}, none of {count} can be used{first}")
+        raise EvaluationError(f"{path}: expected {expected}, none of {count} can be used{first}")

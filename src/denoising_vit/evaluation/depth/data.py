@@ -1,38 +1,132 @@
-"""Which depth data a folder holds: NYUv2 as it was published, or folders of photos and depth maps."""
+"""Depth data: NYUv2 as published, or folders of photos and depth maps."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
-from denoising_vit.data import Skipped, spread
-from denoising_vit.data.photos import photo_digest, read_photo
+from denoising_vit.data import Skipped
+from denoising_vit.data.photos import MAX_PIXELS, photo_digest, read_photo, use_image
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedSet, SplitData, shared_photos
-from denoising_vit.evaluation.depth.images import DepthImage, read_depth
-from denoising_vit.evaluation.layouts import Pair, check_count, inspect_all, listed, pairs_in_folders, read_text
+from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData, shared_photos
+from denoising_vit.evaluation.layouts import (
+    Layout,
+    Pair,
+    at_most,
+    check_same_size,
+    find_layout,
+    inspect_all,
+    pairs_in_folders,
+    read_text,
+    require_usable,
+)
 
-#: Layout of NYUv2; its photos are of one size.
+#: Layout of NYUv2, and the size of its photos.
 NYU, NYU_SIZE = "nyu", (480, 640)
 
-#: Depths in metres between which the middle of all depths is plausible, indoors and outdoors.
+#: Range in metres that the median depth of a data set should be in, indoors or outdoors.
 _PLAUSIBLE = 0.05, 200.0
 
-#: Names of folders of photos and of depth maps, the first that is there.
-_PHOTOS, _DEPTHS = ("rgb", "images"), ("depth", "depths")
+#: Pillow's grayscale modes with more than 8 bits.
+_DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 
-#: How pairs of photos and masks are told of.
-_MASK = re.compile(r"\ba (second )?mask\b")
 
-_EXPECTED = (
-    "expected NYUv2 with nyu_train.txt and nyu_test.txt (photo, depth map and focal length a line), or rgb/ and depth/ "
-    "with files of the same names (16-bit PNG), in the folder itself or in train/ and val/"
-)
+@dataclass(frozen=True)
+class DepthImage(JudgedImage):
+    """A photo with its depth map.
+
+    Attributes:
+        depth: file of the depth map, which has the photo's size.
+        scale: units of the depth map in a metre; 1000 for millimetres.
+        depth_digest: digest of the depth map's values.
+        least: smallest depth in metres.
+        angle: rotation of photo and depth about the centre in degrees. Pixels from outside are black, without depth.
+    """
+
+    depth: Path
+    scale: float
+    depth_digest: str
+    least: float
+    angle: float = 0.0
+
+    @property
+    def truth_digest(self) -> str:
+        """Digest of the depth map and its scale."""
+        return f"{self.depth_digest} {self.scale:g}"
+
+    def rotated(self, angle: float) -> Self:
+        """The image rotated by an angle in degrees."""
+        return replace(self, angle=angle)
+
+    def pixels(self) -> np.ndarray:
+        """The photo, (H, W, 3) uint8.
+
+        Raises:
+            PhotoError: if it can no longer be read.
+        """
+        pixels = super().pixels()
+        if not self.angle:
+            return pixels
+        return np.asarray(Image.fromarray(pixels).rotate(self.angle, Image.Resampling.BILINEAR))
+
+    def metres(self) -> Tensor:
+        """Depth (H, W) float32 in metres, 0 where it is unknown.
+
+        Raises:
+            EvaluationError: if it can no longer be read.
+        """
+        metres = read_depth(self.depth).astype(np.float32) / self.scale
+        if self.angle:
+            metres = np.array(Image.fromarray(metres).rotate(self.angle, Image.Resampling.NEAREST))
+        return torch.from_numpy(metres)
+
+
+def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read a depth map, (H, W) int32, 0 where depth is unknown.
+
+    Args:
+        path: a grayscale image of 16 bits or more.
+        max_pixels: larger images are refused before decoding.
+
+    Raises:
+        EvaluationError: if the file is missing, damaged, too large, or has 8 bits or colours.
+    """
+    try:
+        return use_image(path, lambda image: _values(image, path, max_pixels))
+    except EvaluationError:
+        raise
+    except FileNotFoundError as error:
+        raise EvaluationError(f"{path}: no such file, expected a depth map") from error
+    except UnidentifiedImageError as error:
+        raise EvaluationError(f"{path}: not an image file that can be read, expected depth as 16-bit PNG") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, ... for damaged files
+        raise EvaluationError(f"{path}: a damaged depth map ({error})") from error
+
+
+def _values(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
+    """Values of an opened depth map; checks the header before decoding."""
+    if image.width * image.height > max_pixels:
+        raise EvaluationError(f"{path}: {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
+    if image.mode in ("L", "P", "1"):
+        raise EvaluationError(
+            f"{path}: expected depth in 16 bits, got 8 bits, too coarse for depth (it may be a picture of a depth "
+            "map); give the original values as a 16-bit PNG"
+        )
+    if image.mode not in _DEEP:
+        raise EvaluationError(
+            f"{path}: expected depth as one value per pixel in 16 bits, got an image of mode {image.mode}; give a "
+            "16-bit grayscale PNG"
+        )
+    return np.asarray(image).astype(np.int32).clip(min=0)  # negative values mark unknown depth
 
 
 @dataclass(frozen=True)
@@ -40,8 +134,8 @@ class DepthData(SplitData[DepthImage]):
     """Photos with depth.
 
     Attributes:
-        blocks: where there is one split alone: how many blocks of consecutive photos are judged in turn, each by
-            probes trained on the others; 0 where there are two splits.
+        blocks: for data without splits, number of blocks of consecutive photos, each evaluated with probes trained on
+            the others; 0 for data with two splits.
     """
 
     blocks: int = 0
@@ -55,131 +149,109 @@ def open_depth(
     blocks: int = 5,
     progress: Callable[[], None] | None = None,
 ) -> DepthData:
-    """Opens depth data; every photo and depth map that is taken is read once.
+    """Open depth data and read every photo and depth map once.
 
     Args:
         path: the folder.
-        scale: units of the depth maps' numbers in a metre; 1000 for millimetres.
-        images: at most so many of each split, spread evenly; 0 takes all.
-        blocks: where the data has no splits: blocks of consecutive photos that are judged in turn.
+        scale: units of the depth maps in a metre; 1000 for millimetres.
+        images: maximum number of images per split, spread evenly; 0 takes all.
+        blocks: for data without splits, number of blocks of consecutive photos to evaluate in turn.
         progress: called after each photo.
 
     Raises:
-        EvaluationError: if there is no such layout, nothing usable in a split, too few photos for the blocks, or all
-            depths are implausible at this scale.
+        EvaluationError: if the layout is unknown, a split has no usable photo, there are too few photos for the
+            blocks, or the depths are implausible at this scale.
     """
-    check_count(images)
     if not 0 < scale < float("inf"):
         raise EvaluationError(f"depth scale must be a positive number of units in a metre, got {scale}")
-    root = Path(path)
-    if not root.is_dir():
-        raise EvaluationError(f"{root}: {_EXPECTED}; found {'a file' if root.exists() else 'nothing'} there")
-    layout, found = _find(root)
-    splits = [
-        _opened(root, split, layout, pairs, skipped, scale, images, progress)
-        for split, (pairs, skipped) in found.items()
-    ]
+    path = Path(path)
+    layout, root = find_layout(path, _LAYOUTS)
+    inspect = functools.partial(_inspected, scale=scale, layout=layout.name)
+    splits = []
+    for split, (pairs, skipped) in layout.open(root).items():
+        pairs = at_most(pairs, images)
+        usable, failed = inspect_all(functools.partial(inspect, split=split), pairs, progress)
+        failed = [*skipped, *failed]
+        require_usable(usable, path, f"photos with depth maps in the split {split}", len(pairs), failed)
+        _require_plausible(path, split, [median for _, median in usable], scale)
+        splits.append(JudgedSet(split, tuple(image for image, _ in usable), skipped=tuple(failed)))
     if len(splits) > 1:
-        return DepthData(root.name, layout, tuple(splits), shared_photos(*splits))
-    if blocks < 2 or len(splits[0].images) < 2 * blocks:
+        return DepthData(path.name, layout.name, tuple(splits), shared_photos(*splits))
+    count = len(splits[0].images)
+    if blocks < 2 or count < 2 * blocks:
         raise EvaluationError(
-            f"{root}: {len(splits[0].images)} photos without splits cannot be judged in {blocks} blocks; expected 2 "
-            "blocks or more, and twice as many photos as blocks"
+            f"{path}: {count} photos without splits cannot be evaluated in {blocks} blocks; expected 2 blocks or more, "
+            "and twice as many photos as blocks"
         )
-    note = f"no splits: {blocks} blocks of consecutive photos are judged in turn, probes are trained on the others"
-    return DepthData(root.name, layout, tuple(splits), note, blocks=blocks)
+    note = f"no splits: {blocks} blocks of consecutive photos are evaluated in turn, with probes trained on the others"
+    return DepthData(path.name, layout.name, tuple(splits), note, blocks=blocks)
 
 
-_Files = dict[str, tuple[list[Pair], list[Skipped]]]
+_Files = tuple[list[Pair], list[Skipped]]
 
 
-def _find(root: Path) -> tuple[str, _Files]:
-    lists = {"train": root / "nyu_train.txt", "val": root / "nyu_test.txt"}
-    there = [path.is_file() for path in lists.values()]
-    if all(there):
-        return NYU, {split: _listed(root, path) for split, path in lists.items()}
-    if any(there):
-        missing = next(path.name for path, known in zip(lists.values(), there, strict=True) if not known)
-        raise EvaluationError(f"{root} looks like NYUv2, but lacks {missing}")
-    if (whole := _folders(root)) is not None:
-        return "folders", {"val": whole}
-    halves = {split: _folders(root / split) for split in ("train", "val")}
-    known = {split: pairs for split, pairs in halves.items() if pairs is not None}
-    if len(known) == 2:
-        return "folders", known
-    raise EvaluationError(f"{root}: {_EXPECTED}; found {listed(root)}")
+def _nyu(root: Path) -> dict[str, _Files]:
+    return {"train": _listed(root, root / "nyu_train.txt"), "val": _listed(root, root / "nyu_test.txt")}
 
 
-def _folders(root: Path) -> tuple[list[Pair], list[Skipped]] | None:
+def _folder(root: Path) -> _Files:
     photos, depths = (
-        next((root / name for name in names if (root / name).is_dir()), None) for names in (_PHOTOS, _DEPTHS)
+        next(root / name for name in names if (root / name).is_dir())
+        for names in (("rgb", "images"), ("depth", "depths"))
     )
-    if photos is None or depths is None:
-        return None
-    pairs, skipped = pairs_in_folders(photos, depths)
-    # The words alone: names of files may hold them as well.
-    return pairs, [Skipped(item.item, _MASK.sub(r"a \1depth map", item.reason, count=1)) for item in skipped]
+    return pairs_in_folders(photos, depths, "depth map")
 
 
-def _listed(root: Path, path: Path) -> tuple[list[Pair], list[Skipped]]:
-    """Pairs of a list, sorted by photo as the published code does; lines without depth are left out."""
+_FOLDERS = "photos and 16-bit depth maps (PNG) of the same names"
+
+#: The first one that matches is taken.
+_LAYOUTS: Sequence[Layout[Callable[[Path], dict[str, _Files]]]] = (
+    Layout(NYU, "NYUv2", ("nyu_train.txt", "nyu_test.txt"), _nyu),
+    Layout("folders", _FOLDERS, ("rgb|images", "depth|depths"), lambda root: {"val": _folder(root)}),
+    Layout(
+        "folders",
+        f"{_FOLDERS} in two splits",
+        ("train/rgb|train/images", "train/depth|train/depths", "val/rgb|val/images", "val/depth|val/depths"),
+        lambda root: {split: _folder(root / split) for split in ("train", "val")},
+    ),
+)
+
+
+def _listed(root: Path, path: Path) -> _Files:
+    """Pairs of a list, sorted by photo as in the published code, without the lines that have no depth."""
     pairs: dict[str, Pair] = {}
     skipped = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         words = line.split()
         if not words:
             continue
-        if len(words) < 2:
-            skipped.append(
-                Skipped(f"{path.name}:{number}", f"expected a photo, a depth map and a focal length: {line}")
-            )
-        elif words[1] == "None":
-            skipped.append(Skipped(words[0].lstrip("/"), "no depth map in the list"))
+        photo, depth = (word.lstrip("/\\") for word in (*words, "")[:2])
+        if not depth:
+            reason = f"expected a photo, a depth map and a focal length: {line}"
+            skipped.append(Skipped(f"{path.name}:{number}", reason))
+        elif depth == "None":
+            skipped.append(Skipped(photo, "no depth map in the list"))
+        elif ".." in (*Path(photo).parts, *Path(depth).parts):
+            skipped.append(Skipped(photo, "expected a path below the folder, got one above it"))
+        elif photo in pairs:
+            skipped.append(Skipped(photo, f"named a second time in {path.name}"))
         else:
-            photo, depth = (word.lstrip("/\\") for word in words[:2])
-            if ".." in Path(photo).parts or ".." in Path(depth).parts:
-                skipped.append(Skipped(photo, "expected a place below the folder, got one above it"))
-            elif photo in pairs:
-                skipped.append(Skipped(photo, f"named a second time in {path.name}"))
-            else:
-                pairs[photo] = Pair(photo, root / photo, root / depth)
+            pairs[photo] = Pair(photo, root / photo, root / depth)
     if not pairs:
         raise EvaluationError(f"{path}: expected a photo, a depth map and a focal length a line, found none")
     return [pairs[photo] for photo in sorted(pairs)], skipped
 
 
-def _opened(
-    root: Path,
-    split: str,
-    layout: str,
-    pairs: Sequence[Pair],
-    skipped: Sequence[Skipped],
-    scale: float,
-    images: int,
-    progress: Callable[[], None] | None,
-) -> JudgedSet[DepthImage]:
-    chosen = [pairs[index] for index in spread(len(pairs), images)]
-    usable, unusable = inspect_all(lambda pair: _inspected(split, pair, scale, layout), chosen, progress)
-    failed = [*skipped, *unusable]
-    if not usable:
-        first = f"; the first reason: {failed[0].item}: {failed[0].reason}" if failed else ""
-        raise EvaluationError(f"{root}: none of {len(pairs)} photos of {split} can be used{first}")
-    _require_plausible(root, split, [middle for _, middle in usable], scale)
-    return JudgedSet(split, tuple(image for image, _ in usable), skipped=tuple(failed))
-
-
-def _inspected(split: str, pair: Pair, scale: float, layout: str) -> tuple[DepthImage, float] | Skipped:
-    """The image, and the middle of its depths in metres."""
-    photo, numbers = read_photo(pair.photo), read_depth(pair.mask)
-    if photo.shape[:2] != numbers.shape:
-        (height, width), (rows, columns) = photo.shape[:2], numbers.shape
-        return Skipped(pair.id, f"the photo has {width} x {height} pixels, its depth map {columns} x {rows}")
-    if layout == NYU and numbers.shape != NYU_SIZE:
-        return Skipped(pair.id, f"expected 640 x 480 pixels, as NYUv2 has, got {numbers.shape[1]} x {numbers.shape[0]}")
-    known = numbers[numbers > 0]
+def _inspected(pair: Pair, split: str, scale: float, layout: str) -> tuple[DepthImage, float]:
+    """The image and its median depth in metres."""
+    photo, values = read_photo(pair.photo), read_depth(pair.mask)
+    check_same_size(photo.shape, values.shape, pair.mask, "depth map")
+    height, width = values.shape
+    if layout == NYU and (height, width) != NYU_SIZE:
+        raise EvaluationError(f"expected 640 x 480 pixels, as NYUv2 has, got {width} x {height}")
+    known = values[values > 0]
     if not known.size:
-        return Skipped(pair.id, "no pixel of the depth map has a depth")
-    height, width = numbers.shape
+        raise EvaluationError("no pixel of the depth map has a depth")
     image = DepthImage(
         split=split,
         id=pair.id,
@@ -189,25 +261,25 @@ def _inspected(split: str, pair: Pair, scale: float, layout: str) -> tuple[Depth
         digest=photo_digest(photo),
         depth=pair.mask,
         scale=scale,
-        depth_digest=photo_digest(numbers.astype("<i4")),
+        depth_digest=photo_digest(values.astype("<i4")),
         least=float(known.min()) / scale,
     )
     return image, float(np.median(known)) / scale
 
 
-def _require_plausible(root: Path, split: str, middles: Sequence[float], scale: float) -> None:
-    middle, (low, high) = float(np.median(middles)), _PLAUSIBLE
-    if not low <= middle <= high:
+def _require_plausible(path: Path, split: str, medians: Sequence[float], scale: float) -> None:
+    median, (low, high) = float(np.median(medians)), _PLAUSIBLE
+    if not low <= median <= high:
         raise EvaluationError(
-            f"{root}: at {scale:g} units in a metre, half of the depths of {split} are below {middle:.3g} m, which is "
+            f"{path}: at {scale:g} units in a metre, half of the depths of {split} are below {median:.3g} m, which is "
             f"implausible (expected {low:g} to {high:g}); give the right --depth-scale, 1000 for millimetres"
         )
 
 
 def block_splits(data: DepthData) -> list[tuple[JudgedSet[DepthImage], JudgedSet[DepthImage]]]:
-    """(train, val) of each block in turn; the photos beside a block are left out of its training, being nearly in it.
+    """(train, val) for each block in turn; (train, val) once for data with two splits.
 
-    Of data with two splits, these.
+    The photos next to a block are left out of its training set, as they are nearly the same as its first and last.
     """
     if not data.blocks:
         return [(data.train, data.val)]

@@ -1,4 +1,4 @@
-"""How a linear probe for depth is trained and judged: the published protocol, and a quick one."""
+"""Training and evaluation protocols of the linear depth probe: the published one and a quick one."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from typing import Literal
 from denoising_vit.errors import PlanError
 from denoising_vit.evaluation.options import Pads, Preset, ProbeOptions, warmed
 
-#: Share of the learning rate that the warm-up begins with, and share of it that is left at the end.
+#: Share of the learning rate at the start of the warm-up, and at the end of training.
 _WARMUP_START, _RATE_END = 1e-3, 1e-8
 
-#: AdamW's first beta falls from the larger to the smaller value over this share of the steps, then rises again.
+#: AdamW's first beta falls from the first value to the second over this share of the steps, then rises again.
 _MOMENTUM, _MOMENTUM_TURN = (0.95, 0.85), 0.3
 
 
 @dataclass(frozen=True)
 class DepthProtocol:
-    """Training and judging of a linear probe: weights of depth bins, whose mean is the depth.
+    """Training and evaluation of a linear probe that predicts weights of depth bins.
 
-    Numbers without a source are those of the published evaluation (that of DINOv2, in mmsegmentation).
+    Defaults are those of the published evaluation (DINOv2's, in mmsegmentation).
 
     Attributes:
-        preset: what it started from.
-        steps: of AdamW.
-        warmup: steps of linear warm-up, from a thousandth.
-        batch: images a step.
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
-        gradient_limit: largest norm of the gradients.
-        cycle: whether AdamW's first beta falls and rises in one cycle, as published; else it stays at 0.9.
-        bins: evenly spaced depths.
-        nearest: depth in metres of the first bin; nearer pixels are not judged.
-        farthest: of the last bin; farther pixels are not judged.
-        class_token: whether the class token is set beside the features of each patch.
-        upsample: times by which features are upsampled before bins are weighed.
-        gradient: weight of the gradient loss beside the scale-invariant one. The published code's own comes to nothing
+        preset: preset it is based on.
+        steps: number of optimizer steps.
+        warmup: steps of linear warm-up, from a thousandth of the learning rate.
+        batch: images per step.
+        learning_rate: highest learning rate.
+        weight_decay: weight decay of AdamW.
+        gradient_limit: maximum norm of the gradients.
+        cycle: lower and raise AdamW's first beta in one cycle, as published; otherwise it stays at 0.9.
+        bins: number of evenly spaced depth bins.
+        nearest: depth of the first bin in metres; nearer pixels are not evaluated.
+        farthest: depth of the last bin in metres; farther pixels are not evaluated.
+        class_token: concatenate the class token to the features of each patch.
+        upsample: upsampling factor of the features before the bins are weighted.
+        gradient: weight of the gradient loss beside the scale-invariant loss. The published code's term is always 0
             (docs/decisions.md).
-        together: images whose errors the scale-invariant loss takes together, the loss being the mean over such
-            groups; None for all images of a step.
-        mean_first: steps in which the scale-invariant loss looks at the mean error alone.
-        augment: whether every step sees random crops, forward passes and all; without it, features of whole images are
-            taken once.
-        rotate: largest angle in degrees by which half of the training photos are turned.
-        flip: probability that a training crop is mirrored.
+        together: images per group of the scale-invariant loss, which is averaged over groups; None for the batch.
+        mean_first: number of first steps in which the scale-invariant loss has no variance term.
+        augment: random crops with new forward passes in every step; otherwise features of whole images are extracted
+            once.
+        rotate: largest rotation in degrees, of half of the training photos.
+        flip: probability of a horizontal flip of a training crop.
         crop: height and width of a training crop in pixels.
-        gamma: least and largest exponent of the colours of half of the training crops (of values 0 to 255).
-        brightness: least and largest factor on them.
-        colour: least and largest factor on each channel.
-        flip_test: whether the prediction is the mean of that of a photo and that of its mirror image.
-        normalisation: of images: the model's own, or ImageNet's for every model, as in the published evaluation.
-        pads: depth is brought to the pixels where the patches are, and pads are cut off; or the patch grid is stretched
-            over the crop as if there were no pads, as the released code does.
-        size: without crops: height and width at which images are shown; None is their own, rounded to the patch grid.
+        gamma: range of the exponent on values from 0 to 255, for half of the training crops.
+        brightness: range of the factor on these crops.
+        colour: range of the factor on each of their channels.
+        flip_test: average the predictions for a photo and its mirror image.
+        normalisation: the model's own, or ImageNet's for every model, as in the published evaluation.
+        pads: cut the pads off, or stretch the patch grid over the crop as if there were no pads, as in the released
+            code.
+        size: without crops, height and width of the model's input; None for the image's own, rounded to the patch
+            grid.
     """
 
     preset: Preset
@@ -85,13 +85,13 @@ class DepthProtocol:
     size: int | tuple[int, int] | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of a step, 0 to steps - 1: half a cosine over all steps, times the warm-up."""
+        """Learning rate of a step, 0 to steps - 1: cosine decay over all steps, times the warm-up."""
         last = self.learning_rate * _RATE_END
         falling = last + (self.learning_rate - last) * (1 + math.cos(math.pi * step / self.steps)) / 2
         return warmed(falling, step, self.warmup, _WARMUP_START)
 
     def momentum_at(self, step: int) -> float:
-        """AdamW's first beta in a step, 0 to steps - 1."""
+        """AdamW's first beta of a step, 0 to steps - 1."""
         if not self.cycle:
             return 0.9
         high, low = _MOMENTUM
@@ -102,17 +102,17 @@ class DepthProtocol:
 
 
 def _eased(start: float, end: float, done: float) -> float:
-    """Between two values by half a cosine."""
+    """Cosine interpolation between two values."""
     return end + (start - end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 PAPER = DepthProtocol("paper", steps=38_400, warmup=12_800)
 
-#: What the released code runs: two images on each of eight devices, a gradient loss that is always 0.
+#: The released code's protocol: two images on each of eight devices, and a gradient loss that is always 0.
 RELEASED = replace(PAPER, gradient=0.0, together=2, pads="stretched")
 
-#: The same probe on features of whole images, one prediction a patch in training, with the same share of warm-up. Few
-#: images a step and a higher rate take its loss lower in a minute than the published ones (docs/decisions.md).
+#: The same probe on features of whole images, with one prediction per patch in training and the same share of warm-up.
+#: Small batches and a higher learning rate reach a lower loss in a minute than the published ones (docs/decisions.md).
 QUICK = DepthProtocol(
     "quick",
     steps=400,
@@ -131,21 +131,21 @@ QUICK = DepthProtocol(
 
 @dataclass(frozen=True)
 class DepthOptions(ProbeOptions):
-    """How the linear probe is trained; what is not given is the preset's.
+    """Options of the linear probe; the preset gives those that are left out.
 
     Attributes:
-        farthest: depth in metres of the last bin; pixels that are farther are not judged.
-        gradient: weight of the gradient loss; 0 does what the published code does, whose term is always 0.
+        farthest: depth of the last bin in metres; farther pixels are not evaluated.
+        gradient: weight of the gradient loss; 0 as in the published code, where the term is always 0.
     """
 
     farthest: float = 10.0
     gradient: float = 0.5
 
     def protocol(self) -> DepthProtocol:
-        """The preset with what was changed.
+        """The preset with the given options.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: if an option is out of range.
         """
         base = PAPER if self.preset == "paper" else QUICK
         settled = self.applied(base, "crops of 416 x 544 pixels, and whole photos")

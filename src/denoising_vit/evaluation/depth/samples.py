@@ -1,9 +1,8 @@
-"""What a depth probe is trained on, step by step: random crops, or features of whole images that are kept."""
+"""Training samples of a depth probe: random crops as published, or features of whole images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,37 +10,200 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedSet
-from denoising_vit.evaluation.depth.augmentation import Drawn, draw, require_room
-from denoising_vit.evaluation.depth.head import DepthProbe
-from denoising_vit.evaluation.depth.images import DepthImage
-from denoising_vit.evaluation.depth.losses import depth_loss, within
+from denoising_vit.evaluation.depth.data import DepthImage
+from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
 from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import chosen
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.step_samples import StepSamples
 from denoising_vit.files import compact
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_count
 
-#: What a stream of draws is for.
+#: Rows and columns of an image.
+Part = tuple[tuple[int, int], tuple[int, int]]
+
+#: Part of a photo of NYUv2 that training crops come from; its border is white.
+NYU_PART: Part = (45, 472), (43, 608)
+
+#: Number of the random stream for crops; segmentation and the order of images have others.
 _CROPS = 3
 
-#: Threads that decode and render crops.
-_RENDERERS = 4
+
+@dataclass(frozen=True)
+class Colours:
+    """Colour augmentation of a crop.
+
+    Attributes:
+        gamma: exponent of values from 0 to 255.
+        factors: factors of the three channels, including brightness.
+    """
+
+    gamma: float
+    factors: tuple[float, float, float]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3, H, W) in [0, 1] to the same."""
+        factors = torch.tensor(self.factors, device=image.device)[:, None, None]
+        return ((255 * image.clamp(min=0)) ** self.gamma * factors / 255).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One training sample.
+
+    Attributes:
+        image: the image, rotated or not.
+        crop: the crop, padded to whole patches.
+        colours: colour augmentation, or None.
+    """
+
+    image: DepthImage
+    crop: Crop
+    colours: Colours | None
+
+    def truth(self) -> Tensor:
+        """Depth (H, W) of the crop in metres without its pads, 0 where it is unknown."""
+        metres = self.image.metres()
+        left, top = round(self.crop.box[0] * metres.shape[1]), round(self.crop.box[1] * metres.shape[0])
+        part = metres[top : top + self.crop.size[0], left : left + self.crop.size[1]]
+        return part.flip(1) if self.crop.flip else part
+
+
+def draw(
+    image: DepthImage, protocol: DepthProtocol, part: Part | None, patch: tuple[int, int], chance: np.random.Generator
+) -> Drawn:
+    """Draw a training sample of an image.
+
+    Args:
+        image: the image.
+        protocol: sizes, ranges and probabilities.
+        part: rows and columns that crops come from; None for the whole image.
+        patch: patch size and stride.
+        chance: source of the draws.
+
+    Raises:
+        EvaluationError: if the image is smaller than a crop.
+    """
+    (top, bottom), (left, right) = _require_room(image, protocol, part)
+    height, width = protocol.crop
+    turned = chance.random() < 0.5
+    angle = chance.uniform(-protocol.rotate, protocol.rotate)
+    flip = bool(chance.random() < protocol.flip)
+    top += int(chance.integers(bottom - top - height + 1))
+    left += int(chance.integers(right - left - width + 1))
+    box = (left / image.width, top / image.height, (left + width) / image.width, (top + height) / image.height)
+    crop = Crop(box, (height, width), centre_pads(height, width, *patch), flip=flip)
+    return Drawn(image.rotated(angle) if turned and protocol.rotate else image, crop, _colours(protocol, chance))
+
+
+def _require_room(image: DepthImage, protocol: DepthProtocol, part: Part | None) -> Part:
+    """The part of an image that crops come from, if it is large enough."""
+    (top, bottom), (left, right) = part or ((0, image.height), (0, image.width))
+    height, width = protocol.crop
+    if bottom - top < height or right - left < width:
+        raise EvaluationError(
+            f"{image.id}: {image.width} x {image.height} pixels are less than the crops of {width} x {height} of the "
+            "published protocol; use --preset quick"
+        )
+    return (top, bottom), (left, right)
+
+
+def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | None:
+    changed = chance.random() < 0.5
+    gamma, brightness = chance.uniform(*protocol.gamma), chance.uniform(*protocol.brightness)
+    red, green, blue = (float(brightness * value) for value in chance.uniform(*protocol.colour, size=3))
+    return Colours(float(gamma), (red, green, blue)) if changed else None
+
+
+class DepthCrops:
+    """Random crops, rendered and passed through the model in every step, as published.
+
+    Args:
+        source: source of the features.
+        images: training images.
+        part: rows and columns that crops come from; None for whole images.
+        protocol: sizes, ranges and probabilities.
+        seed: seed for the order, the crops and the colours.
+
+    Raises:
+        EvaluationError: if an image is smaller than a crop.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        images: JudgedSet[DepthImage],
+        part: Part | None,
+        protocol: DepthProtocol,
+        seed: int,
+    ) -> None:
+        for image in images.images:  # now, not hours later
+            _require_room(image, protocol, part)
+        self._source, self._images, self._part = source, images.images, part
+        self._protocol, self._seed = protocol, seed
+        self._samples = StepSamples(
+            self._draw,
+            images=len(images.images),
+            batch=protocol.batch,
+            steps=protocol.steps,
+            seed=seed,
+            device=source.device,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._samples.__exit__(*exception)
+
+    @property
+    def channels(self) -> int:
+        """C of features and class token together."""
+        inputs, _, _ = self._draw(0, 0, 0)
+        features, token = self._source.features_and_class(inputs[None])
+        return features.shape[-1] + (token.shape[-1] if self._protocol.class_token else 0)
+
+    def loss(self, probe: DepthProbe, step: int) -> Tensor:
+        """Loss of a step's crops."""
+        protocol, drawn = self._protocol, self._samples.take(step)
+        features, token = self._source.features_and_class(torch.stack([inputs for inputs, _, _ in drawn]))
+        crop = drawn[0][1].crop
+        rows, columns = crop.places_shown(crop.size if protocol.pads == "stretched" else None)
+        patch = self._source.patch_size, self._source.stride
+        depth = probe.at_pixels(features, token if protocol.class_token else None, rows, columns, patch)
+        truth = torch.stack([truth for _, _, truth in drawn]).to(depth.device)
+        together = protocol.together or len(truth)
+        losses = [
+            depth_loss(predicted, part, protocol.gradient, mean_only=step < protocol.mean_first)
+            for predicted, part in zip(depth.split(together), truth.split(together), strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def _draw(self, index: int, step: int, place: int) -> tuple[Tensor, Drawn, Tensor]:
+        """Input of the forward pass, the sample, and its depth (H, W)."""
+        chance = np.random.default_rng([self._seed, _CROPS, step, place])
+        patch = self._source.patch_size, self._source.stride
+        drawn = draw(self._images[index], self._protocol, self._part, patch, chance)
+        inputs = self._source.inputs(drawn.image, drawn.crop, drawn.colours)
+        return inputs, drawn, within(drawn.truth(), self._protocol.farthest)
 
 
 @dataclass(frozen=True, eq=False)
 class KeptDepth:
-    """Features of whole images, taken once; a patch's truth is the mean of its known depths.
+    """Features of whole images, extracted once. The truth of a patch is the mean of its known depths.
 
     Attributes:
         features: (h, w, C) of each image.
-        tokens: class tokens (1, 1, C); empty where none are used.
-        truths: (h, w) in metres, 0 where no pixel of a patch has a depth.
-        protocol: how the probe is trained.
-        device: where probes are.
-        seed: of the order.
+        tokens: class tokens (1, 1, C); empty if the protocol has none.
+        truths: (h, w) in metres, 0 for patches without known depth.
+        protocol: the training protocol.
+        device: device of the probes.
+        seed: seed for the order of images.
     """
 
     features: Sequence[Tensor]
@@ -60,7 +222,7 @@ class KeptDepth:
         cache: FeatureCache | None,
         progress: Callable[[], None] = lambda: None,
     ) -> Self:
-        """Sees each image of a set once."""
+        """Extract the features of every image in a set."""
         shown = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
@@ -73,118 +235,41 @@ class KeptDepth:
         """C of features and class token together."""
         return self.features[0].shape[-1] + (self.tokens[0].shape[-1] if self.tokens else 0)
 
-    def of(self, places: Sequence[int]) -> Self:
-        """Of some of the images."""
-        pick = [
-            [values[place] for place in places] for values in (self.features, self.tokens or [], self.truths) if values
-        ]
-        features, tokens, truths = pick if self.tokens else (pick[0], [], pick[1])
-        return type(self)(features, tokens, truths, self.protocol, self.device, self.seed)
+    def of(self, places: Sequence[int], seed: int = 0) -> Self:
+        """The same for some of the images, with a seed for their order."""
+        features, tokens, truths = (
+            [values[place] for place in places] if values else []
+            for values in (self.features, self.tokens, self.truths)
+        )
+        return type(self)(features, tokens, truths, self.protocol, self.device, seed)
 
     def loss(self, probe: DepthProbe, step: int) -> Tensor:
-        """The loss of a step's images, the mean over groups of one grid."""
+        """Loss of a step's images, averaged over groups with the same grid."""
         batch = min(self.protocol.batch, len(self.features))
         by_grid: dict[tuple[int, ...], list[int]] = {}
         for place in chosen(len(self.features), batch, step, self.seed):
             by_grid.setdefault(tuple(self.features[place].shape), []).append(place)
+
+        def stacked(values: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+            return torch.stack([values[place] for place in places]).to(self.device).float()
+
         total = torch.zeros((), device=self.device)
         for places in by_grid.values():
-            features, truth = (
-                torch.stack([values[place] for place in places]).to(self.device).float()
-                for values in (self.features, self.truths)
-            )
-            token = None
-            if self.tokens:
-                token = torch.stack([self.tokens[place] for place in places]).to(self.device).float()
+            token = stacked(self.tokens, places) if self.tokens else None
+            depth = probe.at_patches(stacked(self.features, places), token)
             mean_only = step < self.protocol.mean_first
-            loss = depth_loss(probe.at_patches(features, token), truth, self.protocol.gradient, mean_only=mean_only)
+            loss = depth_loss(depth, stacked(self.truths, places), self.protocol.gradient, mean_only=mean_only)
             total = total + loss * len(places) / batch
         return total
 
 
-class DepthCrops:
-    """Random crops of images, rendered and passed through the model in every step, as published.
-
-    Args:
-        source: of the features.
-        images: to train on.
-        part: rows and columns that crops come from; None for whole images.
-        protocol: sizes, ranges and probabilities.
-        seed: of the order, the crops and the colours.
-
-    Raises:
-        EvaluationError: if an image is smaller than a crop.
-    """
-
-    def __init__(
-        self,
-        source: FeatureSource,
-        images: JudgedSet[DepthImage],
-        part: tuple[tuple[int, int], tuple[int, int]] | None,
-        protocol: DepthProtocol,
-        seed: int,
-    ) -> None:
-        for image in images.images:  # now, not hours later
-            require_room(image, protocol, part)
-        self._source, self._images, self._part = source, images.images, part
-        self._protocol, self._seed = protocol, seed
-        self._pool = ThreadPoolExecutor(_RENDERERS, "render", torch.set_num_threads, (torch.get_num_threads(),))
-        self._ahead: dict[int, list[Future[tuple[Tensor, Drawn, Tensor]]]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    @property
-    def channels(self) -> int:
-        """C of features and class token together."""
-        inputs, _, _ = self._draw(0, 0, 0)
-        features, token = self._source.features_and_class(inputs[None])
-        return features.shape[-1] + (token.shape[-1] if self._protocol.class_token else 0)
-
-    def loss(self, probe: DepthProbe, step: int) -> Tensor:
-        """The loss of a step's crops."""
-        self._render(step)
-        if self._source.device.type != "cpu" and step + 1 < self._protocol.steps:
-            self._render(step + 1)  # while the accelerator works on this one
-        drawn = [future.result() for future in self._ahead.pop(step)]
-        features, token = self._source.features_and_class(torch.stack([inputs for inputs, _, _ in drawn]))
-        crop = drawn[0][1].crop
-        rows, columns = crop.places_shown(crop.size if self._protocol.pads == "stretched" else None)
-        patch = self._source.patch_size, self._source.stride
-        depth = probe.at_pixels(features, token if self._protocol.class_token else None, rows, columns, patch)
-        truth = torch.stack([truth for _, _, truth in drawn]).to(depth.device)
-        mean_only = step < self._protocol.mean_first
-        together, gradient = self._protocol.together or len(truth), self._protocol.gradient
-        losses = [
-            depth_loss(ours, theirs, gradient, mean_only=mean_only)
-            for ours, theirs in zip(depth.split(together), truth.split(together), strict=True)
-        ]
-        return torch.stack(losses).mean()
-
-    def _render(self, step: int) -> None:
-        if step not in self._ahead:
-            batch = chosen(len(self._images), self._protocol.batch, step, self._seed)
-            self._ahead[step] = [self._pool.submit(self._draw, index, step, place) for place, index in enumerate(batch)]
-
-    def _draw(self, index: int, step: int, place: int) -> tuple[Tensor, Drawn, Tensor]:
-        """Inputs of the forward pass, the sample, and its depth (H, W)."""
-        chance = np.random.default_rng([self._seed, _CROPS, step, place])
-        patch = self._source.patch_size, self._source.stride
-        drawn = draw(self._images[index], self._protocol, self._part, patch, chance)
-        inputs = self._source.inputs(drawn.image, drawn.crop, drawn.colours)
-        return inputs, drawn, within(drawn.truth(), self._protocol.farthest)
-
-
 def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Means of the known depths (H, W) over the area of each patch (h, w), 0 where there are none.
+    """Mean of the known depths (H, W) in the area of each patch (h, w), 0 where none is known.
 
     Args:
-        metres: of all pixels, 0 where depth is not known.
-        size: height and width at which the image is shown.
-        patch: size and stride of the patches in pixels of what is shown.
+        metres: depth of all pixels, 0 where it is unknown.
+        size: height and width of the model's input.
+        patch: patch size and stride in pixels of the input.
     """
     known = (metres > 0).float()
     down, across = (_overlaps(have, side, *patch) for have, side in zip(metres.shape, size, strict=True))
@@ -193,7 +278,7 @@ def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -
 
 
 def _overlaps(pixels: int, side: int, patch_size: int, stride: int) -> Tensor:
-    """How much of each pixel each patch covers along one side, (patches, pixels); the pixels are shown as ``side``."""
+    """Share of each pixel in each patch along one side, (patches, pixels), with ``pixels`` resized to ``side``."""
     first = np.arange(patch_count(side, patch_size, stride))[:, None] * stride
     start, stop = first * pixels / side, (first + patch_size) * pixels / side
     edges = np.arange(pixels)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol as Interface
@@ -27,16 +26,13 @@ from denoising_vit.evaluation.segmentation.crops import distort, labels_of, trai
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.segmentation.scoring import LinearProbe, judge
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.step_samples import StepSamples
 from denoising_vit.files import compact
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 
 #: What a stream of draws is for; the order has 1, so that no two share their numbers.
 _CROPS = 2
-
-
-#: Threads that decode and render crops.
-_RENDERERS = 4
 
 
 #: Inputs of the forward pass, the crop, and its labels (H, W).
@@ -138,8 +134,14 @@ class RandomCrops:
     ) -> None:
         self._channels = channels
         self._source, self._images, self._protocol, self._seed = source, images.images, protocol, seed
-        self._pool = ThreadPoolExecutor(_RENDERERS, "render", torch.set_num_threads, (torch.get_num_threads(),))
-        self._ahead: dict[int, list[Future[_Drawn]]] = {}
+        self._samples = StepSamples(
+            self._draw,
+            images=len(images.images),
+            batch=protocol.batch,
+            steps=protocol.steps,
+            seed=seed,
+            device=source.device,
+        )
 
     @property
     def channels(self) -> int:
@@ -149,15 +151,12 @@ class RandomCrops:
     def __enter__(self) -> RandomCrops:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, *exception: object) -> None:
+        self._samples.__exit__(*exception)
 
     def loss(self, probe: LinearProbe, step: int) -> Tensor:
         """The cross-entropy of a step's crops."""
-        self._render(step)
-        if self._source.device.type != "cpu" and step + 1 < self._protocol.steps:
-            self._render(step + 1)  # while the accelerator works on this one
-        drawn = [future.result() for future in self._ahead.pop(step)]
+        drawn = self._samples.take(step)
         features = self._source.features(torch.stack([inputs for inputs, _, _ in drawn]))
         scores = probe(features)
         total = torch.zeros((), device=scores.device)
@@ -168,11 +167,6 @@ class RandomCrops:
             truth = labels.flatten().to(pixels.device)
             total = total + F.cross_entropy(pixels, truth, ignore_index=NO_LABEL, reduction="sum")
         return total / (len(drawn) * self._protocol.crop**2)
-
-    def _render(self, step: int) -> None:
-        if step not in self._ahead:
-            batch = chosen(len(self._images), self._protocol.batch, step, self._seed)
-            self._ahead[step] = [self._pool.submit(self._draw, index, step, place) for place, index in enumerate(batch)]
 
     def _draw(self, index: int, step: int, place: int) -> _Drawn:
         chance = np.random.default_rng([self._seed, _CROPS, step, place])

@@ -1,0 +1,300 @@
+"""Depth evaluation: train a linear probe per seed and block, then measure its errors as for NYUv2."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.comparison import Curve
+from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.depth.data import NYU, DepthData, DepthImage, block_splits
+from denoising_vit.evaluation.depth.probe import DepthProbe
+from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
+from denoising_vit.evaluation.depth.samples import NYU_PART, DepthCrops, KeptDepth, Part
+from denoising_vit.evaluation.features import FeatureCache, Shown, see, shown_size
+from denoising_vit.evaluation.options import recorded
+from denoising_vit.evaluation.outcomes import Measured
+from denoising_vit.evaluation.patches import centre_pads
+from denoising_vit.evaluation.probing import train
+from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import IMAGENET, Line, Workbench
+from denoising_vit.progress import Progress, no_progress
+from denoising_vit.views.crops import Crop
+
+#: Rows and columns of NYUv2 photos that are evaluated (Eigen et al. 2014).
+EIGEN: Part = (45, 471), (41, 601)
+
+
+@dataclass(frozen=True, eq=False)
+class Depths(Measured):
+    """Errors of each image; the published figures are their means over images."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ("RMSE", "AbsRel", "log10", "a1", "a2", "a3")
+
+
+def depth_errors(predicted: Tensor, truth: Tensor, nearest: float, farthest: float) -> list[float]:
+    """Errors of one image, in the order of :attr:`Depths.METRICS`.
+
+    Root mean squared error in metres; mean of |error| / truth; mean of |log10 error|; percent of pixels where the
+    ratio of the larger depth to the smaller is below 1.25, 1.25^2 and 1.25^3 (Eigen et al. 2014). NaN if no pixel
+    has a depth between the limits.
+
+    Args:
+        predicted: depth in metres, of any shape.
+        truth: same shape; pixels outside of the limits are left out.
+        nearest: lower limit.
+        farthest: upper limit.
+    """
+    from torchmetrics.functional.regression import (  # takes a second to import
+        mean_absolute_error,
+        mean_absolute_percentage_error,
+        mean_squared_error,
+    )
+
+    known = (truth > nearest) & (truth < farthest)
+    if not known.any():
+        return [float("nan")] * len(Depths.METRICS)
+    ours, theirs = predicted[known].double(), truth[known].double()
+    larger = torch.maximum(ours / theirs, theirs / ours)
+    errors = (
+        mean_squared_error(ours, theirs, squared=False),
+        mean_absolute_percentage_error(ours, theirs),
+        mean_absolute_error(ours.log10(), theirs.log10()),
+        *(100 * (larger < 1.25**power).double().mean() for power in (1, 2, 3)),
+    )
+    return [float(error) for error in errors]
+
+
+@torch.no_grad()
+def evaluate_probe(
+    probe: DepthProbe,
+    source: FeatureSource,
+    images: JudgedSet[DepthImage],
+    protocol: DepthProtocol,
+    part: Part | None,
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Errors of each image, (images, figures).
+
+    Args:
+        probe: the probe in evaluation mode.
+        source: source of the features.
+        images: images to evaluate.
+        protocol: sizes and limits.
+        part: rows and columns to evaluate; None for all.
+        cache: cache for features of whole images.
+        progress: called after each image.
+
+    Raises:
+        EvaluationError: if features are not finite.
+    """
+    rows, columns = (slice(*part[0]), slice(*part[1])) if part else (slice(None), slice(None))
+    if protocol.augment:
+        predicted = _padded(probe, source, images, protocol)
+    else:
+        predicted = _resized(probe, source, images, protocol, cache)
+    errors = []
+    for image, depth in zip(images.images, predicted, strict=True):
+        depth = depth.clamp(protocol.nearest, protocol.farthest).cpu()
+        truth = image.metres()
+        errors.append(depth_errors(depth[rows, columns], truth[rows, columns], protocol.nearest, protocol.farthest))
+        progress()
+    return np.array(errors)
+
+
+def _resized(
+    probe: DepthProbe,
+    source: FeatureSource,
+    images: JudgedSet[DepthImage],
+    protocol: DepthProtocol,
+    cache: FeatureCache | None,
+) -> Iterator[Tensor]:
+    """Depth (H, W) of each image, from features of the whole image resized to the patch grid."""
+    shown: list[Shown] = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+    patch = source.patch_size, source.stride
+    features = see(source, shown, cache)
+    tokens = see(source.class_tokens(), shown, cache) if protocol.class_token else iter([None] * len(shown))
+    for (image, crop), one, token in zip(shown, features, tokens, strict=True):
+        token = None if token is None else token[None].to(source.device)
+        yield probe.at_pixels(one[None].to(source.device), token, *crop.places(image.height, image.width), patch)[0]
+
+
+def _padded(
+    probe: DepthProbe, source: FeatureSource, images: JudgedSet[DepthImage], protocol: DepthProtocol
+) -> Iterator[Tensor]:
+    """Depth (H, W) of each image in its own size, padded; the mean with its mirror image for ``flip_test``."""
+    patch = source.patch_size, source.stride
+    for image in images.images:
+        size = image.height, image.width
+        crop = Crop((0.0, 0.0, 1.0, 1.0), size, centre_pads(*size, *patch))
+        crops = [crop, replace(crop, flip=True)] if protocol.flip_test else [crop]
+        features, token = source.features_and_class(torch.stack([source.inputs(image, one) for one in crops]))
+        places = crop.places_shown(crop.size if protocol.pads == "stretched" else None)
+        depth = probe.at_pixels(features, token if protocol.class_token else None, *places, patch)
+        # Both are clamped before the mean is taken, as published.
+        depth = depth.clamp(protocol.nearest, protocol.farthest)
+        yield depth[0] if len(depth) == 1 else (depth[0] + depth[1].flip(1)) / 2
+
+
+@dataclass(frozen=True)
+class LinearDepth:
+    """Depth by linear probes on one source of features.
+
+    Attributes:
+        source: source of the features.
+        data: photos with depth.
+        protocol: training and evaluation protocol.
+        cache: cache for features of whole images.
+        checkpoints: folder for the checkpoints of long trainings, which resume from there.
+        watch: progress reporting.
+    """
+
+    source: FeatureSource
+    data: DepthData
+    protocol: DepthProtocol
+    cache: FeatureCache | None = None
+    checkpoints: Path | None = None
+    watch: Progress = no_progress
+
+    def probes(self, seeds: Sequence[int]) -> Iterator[tuple[int, Depths, Curve]]:
+        """For each seed, the errors of its probes on all evaluated photos, and the curve of its first probe.
+
+        Raises:
+            EvaluationError: if features are not finite, or the source has none for the protocol's inputs, or no depth
+                is known in a split.
+            FitError: if training fails.
+        """
+        splits = block_splits(self.data)
+        for images in (self.data.val, *(train_set for train_set, _ in splits)):
+            _require_known(images, self.protocol.farthest)
+        kept = None
+        if not self.protocol.augment:
+            with self.watch(f"{self.source.name}: images", len(self.data.train.images)) as advance:
+                kept = KeptDepth.take(self.source, self.data.train, self.protocol, self.cache, advance)
+        for seed in seeds:
+            found, groups, curve = [], [], []
+            for block, (train_set, val_set) in enumerate(splits):
+                first = kept is not None and seed == seeds[0] and block == 0
+                errors, looks = self._probe(kept, train_set, val_set, seed, block, curve_with_scores=first)
+                found.append(errors)
+                groups += [block] * len(errors) if self.data.blocks else list(range(len(errors)))
+                curve = curve or looks
+            yield seed, Depths(np.concatenate(found), np.array(groups, dtype=np.int64)), curve
+
+    def _probe(
+        self,
+        kept: KeptDepth | None,
+        train_set: JudgedSet[DepthImage],
+        val_set: JudgedSet[DepthImage],
+        seed: int,
+        block: int,
+        *,
+        curve_with_scores: bool,
+    ) -> tuple[np.ndarray, Curve]:
+        """Train a probe and evaluate it: errors (images, figures), and its curve."""
+        protocol, source = self.protocol, self.source
+        nyu = self.data.layout == NYU
+
+        def errors_of(probe: DepthProbe) -> np.ndarray:
+            return evaluate_probe(probe, source, val_set, protocol, EIGEN if nyu else None, self.cache)
+
+        if kept is not None:
+            places = {image.id: place for place, image in enumerate(self.data.train.images)}
+            samples = contextlib.nullcontext(kept.of([places[image.id] for image in train_set.images], seed))
+            checkpoint = None
+        else:
+            samples = DepthCrops(source, train_set, NYU_PART if nyu else None, protocol, seed)
+            checkpoint = self.checkpoints and self.checkpoints / f"{seed}-{block}.pt"
+        what = f", block {block + 1} of {self.data.blocks}" if self.data.blocks else ""
+        steps = self.watch(f"{source.name}, seed {seed}{what}: steps", protocol.steps)
+        with samples as samples, steps as advance:
+            limits = protocol.nearest, protocol.farthest
+            probe = DepthProbe(samples.channels, protocol.bins, *limits, protocol.upsample, seed).to(source.device)
+            curve = train(
+                probe,
+                samples.loss,
+                protocol,
+                checkpoint=checkpoint,
+                look=(lambda probe: _mean(errors_of(probe)[:, 0])) if curve_with_scores else None,
+                progress=advance,
+            )
+        scores = {step: score for step, score in curve.looks if np.isfinite(score)}
+        return errors_of(probe), [[step, loss, scores.get(step)] for step, loss in curve.losses]
+
+
+def _require_known(images: JudgedSet[DepthImage], farthest: float) -> None:
+    if all(image.least >= farthest for image in images.images):
+        raise EvaluationError(
+            f"no depth of {len(images.images)} photos of {images.split} is below {farthest:g} m, the farthest depth to "
+            "evaluate; give the right --farthest, or --depth-scale"
+        )
+
+
+def _mean(errors: np.ndarray) -> float:
+    """Mean of the errors that are not NaN; NaN if there are none."""
+    known = errors[~np.isnan(errors)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def depth(bench: Workbench, names: Sequence[str], options: DepthOptions) -> Iterator[Line]:
+    """Evaluate depth by a linear probe on each source, the first one as reference.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if the data has no depth, or "exact" is combined with the published protocol.
+    """
+    yield from by_protocol(bench, names, options.protocol(), options.seeds)
+
+
+def by_protocol(
+    bench: Workbench,
+    names: Sequence[str],
+    protocol: DepthProtocol,
+    seeds: tuple[int, ...],
+    published: dict[str, str] | None = None,
+) -> Iterator[Line]:
+    """Like :func:`depth`, with every setting of the protocol given.
+
+    Args:
+        bench: workbench with photos and their depth.
+        names: names of the sources.
+        protocol: training and evaluation protocol.
+        seeds: seeds for the probes.
+        published: model and variant of the published row that is reproduced, if any.
+    """
+    data = bench.data
+    if not isinstance(data, DepthData):
+        raise EvaluationError(f"{data.name}: expected photos with depth maps, got {data.layout}")
+    if protocol.augment and "exact" in names:  # before the others are evaluated and the fields fitted
+        raise EvaluationError(
+            "exact: fields of stage 1 belong to unchanged images, while the published training rotates and recolours "
+            "them; evaluate them by --preset quick, or leave them out of --features"
+        )
+    settings = recorded(protocol) | {"blocks": data.blocks}
+
+    def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
+        checkpoints = bench.checkpoints(source, settings)
+        return LinearDepth(source, data, protocol, bench.cache, checkpoints, bench.watch).probes(missing)
+
+    yield from bench.compare(
+        names,
+        judge,
+        task="depth",
+        settings=settings,
+        seeds=seeds,
+        size=protocol.size,
+        outcome=Depths,
+        over="blocks" if data.blocks else "images",
+        normalisation=None if protocol.normalisation == "own" else IMAGENET,
+        published=published,
+    )
