@@ -15,7 +15,7 @@ from PIL import Image
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence import ClipData, open_clips, open_correspondence
-from denoising_vit.evaluation.correspondence.masks import Objects
+from denoising_vit.evaluation.correspondence.objects import Objects
 from denoising_vit.evaluation.masks import NO_LABEL
 from tiny_correspondence import HEIGHT, WIDTH, crossing, moving, save_mask, write_davis, write_spair
 
@@ -119,7 +119,7 @@ def test_a_folder_with_the_data_in_it_will_do(root: Path, tmp_path: Path) -> Non
 
 def test_lists_name_the_sequences(root: Path) -> None:
     """As in DAVIS 2017, each sequence; as in DAVIS 2016, each frame. Without, all, and that is said."""
-    assert "all are judged" in (open_clips(root).note or "")
+    assert "all are evaluated" in (open_clips(root).note or "")
     frames = "".join(f"/{PHOTOS}/white/{n:05}.jpg /{MASKS}/white/{n:05}.png\n" for n in range(4))
     (root / "ImageSets" / "480p").mkdir(parents=True)
     (root / "ImageSets" / "480p" / "val.txt").write_text(frames)
@@ -198,7 +198,7 @@ def _as_jpeg(path: Path) -> None:
 
 #: What may be wrong with a mask, and what is said.
 SPOILT = {
-    "size": (_spoil_by(lambda mask: mask[:50, :70]), "expected a mask of the frame's 128 x 96 pixels, got one of 70 x"),
+    "size": (_spoil_by(lambda mask: mask[:50, :70]), "a photo of 128 x 96 pixels and a mask of 70 x 50"),
     "shades": (
         _spoil_by(_shades),
         r"\d+ values \(0, .*, \.\.\.\); expected 0 and 255, or numbers of objects from 1 to 50 at most",
@@ -354,12 +354,12 @@ def test_what_is_no_such_folder_is_refused(tmp_path: Path, opened: Callable[[Pat
     with pytest.raises(EvaluationError, match="expected the folder of a data set, found a file there"):
         opened(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match=r"expected .*DAVIS \(frames in JPEGImages.*; found an empty folder"):
+    with pytest.raises(EvaluationError, match=r"expected .*DAVIS \(JPEGImages, Annotations\).*; found an empty folder"):
         opened(tmp_path / "empty")
     (tmp_path / "other" / "images").mkdir(parents=True)
     (tmp_path / "other" / "JPEGImages").write_text("no folder")
     (tmp_path / "other" / "Annotations").mkdir()
-    with pytest.raises(EvaluationError, match="found Annotations/, JPEGImages, images/"):
+    with pytest.raises(EvaluationError, match=r"looks like DAVIS, but lacks JPEGImages \(a file, expected a folder\)"):
         opened(tmp_path / "other")
     with pytest.raises(EvaluationError, match="cannot be read"):
         opened(tmp_path / ("x" * 300))
@@ -367,7 +367,7 @@ def test_what_is_no_such_folder_is_refused(tmp_path: Path, opened: Callable[[Pat
 
 def test_pairs_are_no_videos(tmp_path: Path) -> None:
     write_spair(tmp_path, [(0, 1)])
-    with pytest.raises(EvaluationError, match=r"expected DAVIS .*; found JPEGImages/, PairAnnotation/"):
+    with pytest.raises(EvaluationError, match="looks like DAVIS, but lacks Annotations; expected DAVIS"):
         open_clips(tmp_path)
 
 
@@ -391,7 +391,7 @@ def test_no_sequence_at_all_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
     listed = tmp_path / "ImageSets" / "2017" / "val.txt"
     listed.write_text(" \n\n")
-    with pytest.raises(EvaluationError, match=r"val\.txt: expected names of sequences, one a line, found none"):
+    with pytest.raises(EvaluationError, match=r"val\.txt: expected names, one a line, found none"):
         open_clips(tmp_path)
     listed.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EvaluationError, match=r"val\.txt: expected UTF-8 text"):

@@ -15,9 +15,18 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
 from denoising_vit.evaluation.correspondence import ClipData, PropagationOptions, open_clips, propagate
-from denoising_vit.evaluation.correspondence.propagated import compared, judged_frames
-from denoising_vit.evaluation.correspondence.propagation import Held, at_patches, carried, carry, filled, to_mask
-from denoising_vit.evaluation.correspondence.similarity import contour_accuracy, region_similarity
+from denoising_vit.evaluation.correspondence.label_propagation import (
+    Held,
+    at_patches,
+    carried,
+    carry,
+    compared,
+    contour_accuracy,
+    evaluated_frames,
+    filled,
+    region_similarity,
+    to_mask,
+)
 from denoising_vit.evaluation.features import FeatureCache
 from tiny_correspondence import HEIGHT, WIDTH, Shot, crossing, frame, moving, shuffled, write_davis
 from tiny_labelled import PATCH, colours, source_of, speckled
@@ -276,12 +285,12 @@ def test_frames_without_masks_are_carried_through(tmp_path: Path) -> None:
 
 def test_which_frames_count(data: ClipData) -> None:
     frames = data.clips[0]
-    assert judged_frames(frames) == {1, 2, 3, 4}
-    assert judged_frames(frames[:3]) == {1}
-    assert judged_frames(frames[:2]) == {1}
+    assert evaluated_frames(frames) == {1, 2, 3, 4}
+    assert evaluated_frames(frames[:3]) == {1}
+    assert evaluated_frames(frames[:2]) == {1}
     bare = [replace(one, mask=None) if number in (1, 2) else one for number, one in enumerate(frames)]
-    assert judged_frames(bare) == {3, 4}
-    assert judged_frames(bare[:4]) == {3}
+    assert evaluated_frames(bare) == {3, 4}
+    assert evaluated_frames(bare[:4]) == {3}
 
 
 def test_pixels_without_a_label_do_not_count() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from skimage.morphology import dilation, disk
 
-from denoising_vit.evaluation.correspondence.similarity import boundary, contour_accuracy, region_similarity
+from denoising_vit.evaluation.correspondence.label_propagation import boundary, contour_accuracy, region_similarity
 
 
 def blobs(seed: int, height: int = 23, width: int = 31) -> np.ndarray:

@@ -95,7 +95,7 @@ def test_a_voc_list_decides_which_photos_in_which_order(voc: Path) -> None:
     (lists / "test.txt").write_text("000002\r\n\n000000\n000002\n")
     data = open_boxed(voc, split="test")
     assert [image.id for image in data.val.images] == ["000002.jpg", "000000.jpg"]
-    assert "named 2 times" in reasons(data)["000002"] and data.name == "VOC 2007 test"
+    assert "named a second time" in reasons(data)["000002"] and data.name == "VOC 2007 test"
     refused(voc, "val.txt", "no such file", "trainval.txt", split="val")
     (lists / "val.txt").write_text("\n \n")
     refused(voc, "val.txt: expected names, one a line, found none", split="val")
@@ -170,7 +170,7 @@ def test_xml_in_another_encoding_is_left_out(voc: Path) -> None:
 
 
 def test_xml_of_any_length_is_not_parsed(voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("denoising_vit.evaluation.discovery.voc._MOST_BYTES", 100)
+    monkeypatch.setattr("denoising_vit.evaluation.discovery.annotations._MAX_XML_BYTES", 100)
     refused(voc, "none of 3 can be used", "larger than 100 bytes")
 
 
@@ -282,7 +282,7 @@ def test_coco_s_photos_may_lie_in_several_places(coco: Path, folder: str) -> Non
 def test_a_json_file_may_lie_anywhere(coco: Path, tmp_path: Path) -> None:
     moved = tmp_path / "my_boxes.json"
     shutil.move(coco / "annotations" / "instances_train2014.json", moved)
-    refused(coco, "expected VOC", "found annotations/, my_boxes.json, train2014/")
+    refused(coco, "VOC (JPEGImages", "found annotations/, my_boxes.json, train2014/")
     assert len(open_boxed(coco, annotations=moved).val.images) == 4
     (coco / "annotations").rmdir()
     assert len(open_boxed(coco, annotations=moved).val.images) == 4
@@ -335,7 +335,7 @@ def test_photos_that_are_missing_are_told_one_by_one_or_together(coco: Path, mon
     data = open_boxed(coco)
     assert [image.id for image in data.val.images] == NAMES[2:]
     assert list(reasons(data)) == NAMES[:2] and "but not in" in reasons(data)[NAMES[0]]
-    monkeypatch.setattr("denoising_vit.evaluation.discovery.coco._TOLD", 1)
+    monkeypatch.setattr("denoising_vit.evaluation.discovery.coco._LISTED", 1)
     (reason,) = open_boxed(coco).val.skipped
     assert reason.item == "instances_train2014.json"
     assert reason.reason.startswith("2 photos that it names are not in") and NAMES[0] in reason.reason
@@ -511,13 +511,11 @@ def test_a_list_takes_sequences(tmp_path: Path) -> None:
 
 
 def test_places_that_hold_no_data_set_are_told(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "nowhere: expected the folder of a data set with boxes or masks, found nothing there")
+    refused(tmp_path / "nowhere", "nowhere: expected the folder of a data set, found nothing there")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "file: expected the folder of a data set with boxes or masks, found a file there")
+    refused(tmp_path / "file", "file: expected the folder of a data set, found a file there")
     (tmp_path / "empty").mkdir()
-    refused(
-        tmp_path / "empty", "expected VOC (JPEGImages", "COCO", "DAVIS", "images and masks", "found an empty folder"
-    )
+    refused(tmp_path / "empty", "VOC (JPEGImages", "COCO", "DAVIS", "images and masks", "found an empty folder")
     for number in range(12):
         save(tmp_path / "photos" / f"{number:02}.png", np.zeros((2, 2, 3), np.uint8))
     refused(tmp_path / "photos", "found 00.png, 01.png", "and 4 more")

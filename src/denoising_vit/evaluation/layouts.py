@@ -8,6 +8,7 @@ paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_l
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 from denoising_vit.data import Skipped, spread
 from denoising_vit.data.folders import files_below, image_names
+from denoising_vit.data.photos import IMAGE_SUFFIXES
 from denoising_vit.data.storage import Storage
 from denoising_vit.errors import EvaluationError, PhotoError
 
@@ -64,7 +66,7 @@ def find_layout(path: Path, layouts: Sequence[Layout[Opener]]) -> tuple[Layout[O
         for layout in layouts:
             roots = []
             for root in (path / below for below in layout.roots):
-                missing = [entry for entry in layout.required if not _exists(root, entry)]
+                missing = [_described(root, entry) for entry in layout.required if not _exists(root, entry)]
                 if not missing:
                     roots.append(root)
                 elif len(missing) < len(layout.required):
@@ -87,6 +89,11 @@ def _exists(root: Path, entry: str) -> bool:
     return path.is_file() if path.suffix else path.is_dir()
 
 
+def _described(root: Path, entry: str) -> str:
+    entry = entry.replace("|", " or ")
+    return f"{entry} (a file, expected a folder)" if (root / entry).is_file() else entry
+
+
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Raise the OSErrors of a folder (no permission, name too long) as EvaluationError."""
@@ -99,6 +106,25 @@ def readable(path: Path) -> Iterator[None]:
 def visible(folder: Path) -> list[Path]:
     """Entries of a folder that are not hidden."""
     return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; none if it does not exist."""
+    return sorted(entry.name for entry in visible(folder) if entry.is_dir()) if folder.is_dir() else []
+
+
+def images_in(folder: Path) -> list[str]:
+    """Names of the images in a folder, in the order of the numbers in them; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    names = image_names((entry.name for entry in visible(folder) if entry.is_file()), str(folder))
+    return sorted(names, key=_by_number)
+
+
+def _by_number(name: str) -> tuple[list[str | int], str]:
+    """Sort frame 9 before frame 10, with or without leading zeros."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
 
 
 def listed(folder: Path) -> str:
@@ -139,6 +165,19 @@ def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
 
 
 Entry = TypeVar("Entry")
+
+
+def read_sequences(path: Path) -> list[str]:
+    """Read a list of DAVIS: names of sequences (2017), or files of each frame and its mask (2016).
+
+    Raises:
+        EvaluationError: if the file cannot be read or has no names.
+    """
+    entries = [PurePosixPath(line.split()[0]) for line in read_names(path)[0]]
+    files = [entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries]
+    return list(
+        dict.fromkeys((entry.parent if file else entry).name for entry, file in zip(entries, files, strict=True))
+    )
 
 
 def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[Entry]:

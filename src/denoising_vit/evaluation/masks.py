@@ -74,16 +74,24 @@ class Coding:
         )
 
 
-def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Reads a mask as classes (H, W) int64 in 0 to K - 1, NO_LABEL where there is none.
-
-    Args:
-        path: an index image: grayscale of up to 32 bits, or a palette image, whose colours are ignored.
-        coding: what its numbers mean.
-        max_pixels: larger masks are refused before they are decoded.
+def read_mask(path: Path, coding: Coding) -> np.ndarray:
+    """Read a mask as classes (H, W) int64 in 0 to K - 1, NO_LABEL for pixels without a class.
 
     Raises:
-        EvaluationError: if the file is missing, empty, damaged, too large or no index image, or has other numbers.
+        EvaluationError: as :func:`read_values`, or if the mask has values without a meaning.
+    """
+    return coding.decoded(read_values(path), str(path))
+
+
+def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read the values (H, W) of an index image.
+
+    Args:
+        path: grayscale image of up to 32 bits, or palette image, whose colours are ignored; bool for one bit.
+        max_pixels: larger masks are refused before decoding.
+
+    Raises:
+        EvaluationError: if the file is missing, empty, damaged, too large or no index image.
     """
     if path.is_dir():
         raise EvaluationError(f"{path} is a directory, expected a mask")
@@ -92,7 +100,7 @@ def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np
     if path.stat().st_size == 0:
         raise EvaluationError(f"{path}: the file is empty (0 bytes), expected a mask")
     try:
-        values = use_image(path, lambda image: _numbers(image, path, max_pixels))
+        return use_image(path, lambda image: _numbers(image, path, max_pixels))
     except EvaluationError:
         raise
     except UnidentifiedImageError as error:
@@ -101,7 +109,6 @@ def read_mask(path: Path, coding: Coding, *, max_pixels: int = MAX_PIXELS) -> np
         raise EvaluationError(f"{path}: more pixels than the limit of {max_pixels:,}; shrink the mask first") from error
     except Exception as error:  # decoders meet damaged files with all kinds: OSError, SyntaxError, RuntimeError, ...
         raise EvaluationError(f"{path}: damaged or unreadable mask ({error})") from error
-    return coding.decoded(values, str(path))
 
 
 def _numbers(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:

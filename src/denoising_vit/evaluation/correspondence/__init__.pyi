@@ -1,12 +1,10 @@
 # The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
-from .clips import ClipData, Frame, open_clips
-from .comparing import matching, propagation
-from .matched import Matched, match
-from .opening import open_correspondence
+from .davis import ClipData, Frame, open_clips
+from .evaluate import matching, open_correspondence, propagation
+from .keypoint_matching import Matched, match
+from .label_propagation import Propagated, propagate
 from .options import MatchingOptions, PropagationOptions
-from .pair import KeypointPair
-from .pairs import PairData, PairedPhoto, PairSet, open_pairs
-from .propagated import Propagated, propagate
+from .pairs import KeypointPair, PairData, PairedPhoto, PairSet, open_pairs
 
 __all__ = [
     "ClipData",

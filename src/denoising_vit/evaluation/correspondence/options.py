@@ -1,4 +1,4 @@
-"""How correspondence is judged: options of the two tasks."""
+"""Options of label propagation and keypoint matching."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from denoising_vit.evaluation.options import at_least, positive
 
 @dataclass(frozen=True)
 class PropagationOptions:
-    """How labels are carried through a video; as published where nothing else is said (Caron et al. 2021).
+    """Options of label propagation; the defaults are the published ones except for the size (Caron et al. 2021).
 
     Attributes:
-        size: height and width in pixels at which frames are shown, or one number for a square. Without it, their own,
-            rounded to the patch grid. Published: 480 pixels high.
-        context: earlier frames that labels are taken from, besides the first one.
-        k: patches of the context that vote, those with the most similar features; more where several are as similar
-            as the last of them.
-        radius: of the window around a patch in which they are looked for, in patches to each side; 0 for the whole
-            frame. It is a number of patches: with larger patches, or larger frames, give another one.
-        temperature: of the votes' weights, exp(cosine / temperature).
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the frame's
+            own, rounded to the patch grid. Published: 480 pixels high.
+        context: number of earlier frames that labels are taken from, besides the first one.
+        k: number of most similar patches in the context that vote, more in case of ties.
+        radius: radius of the search window around a patch, in patches; 0 for the whole frame. With larger patches or
+            larger frames, give another one.
+        temperature: temperature of the votes' weights, exp(cosine / temperature).
     """
 
     size: int | tuple[int, int] | None = None
@@ -31,10 +30,10 @@ class PropagationOptions:
     temperature: float = 0.1
 
     def validate(self) -> None:
-        """Checks every number's range.
+        """Check the range of every option.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: naming the option, its range and its value.
         """
         at_least(self, context=0, k=1, radius=0)
         positive(self, "temperature")
@@ -42,15 +41,14 @@ class PropagationOptions:
 
 @dataclass(frozen=True)
 class MatchingOptions:
-    """How keypoints are matched.
+    """Options of keypoint matching.
 
     Attributes:
-        size: height and width in pixels at which photos are shown, or one number for a square. Without it, their own,
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the photo's own,
             rounded to the patch grid.
-        alpha: a match is right within this share of the larger side of the target object's box; each share that is
-            given is a line of results.
-        upsample: by what the target's features are interpolated before the best place is looked for; 1 takes the
-            patches as they are.
+        alpha: a match is correct within this share of the larger side of the target object's box; each value gives a
+            line of results.
+        upsample: upsampling factor of the target's features before the search; 1 for the patches themselves.
     """
 
     size: int | tuple[int, int] | None = None
@@ -58,10 +56,10 @@ class MatchingOptions:
     upsample: int = 1
 
     def validate(self) -> None:
-        """Checks every number's range.
+        """Check the range of every option.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: naming the option, its range and its value.
         """
         different = len(set(self.alpha)) == len(self.alpha) > 0
         if not (different and all(0 < one < math.inf for one in self.alpha)):

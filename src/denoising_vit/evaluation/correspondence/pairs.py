@@ -1,52 +1,92 @@
-"""Pairs of photos with the same keypoints, as SPair-71k has them (Min et al. 2019)."""
+"""Pairs of photos with the same keypoints: SPair-71k (Min et al. 2019), or a folder of keypoints."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from denoising_vit.data import Skipped, spread
+from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
-from denoising_vit.errors import EvaluationError, PhotoError
-from denoising_vit.evaluation.correspondence.folders import KEYPOINTS, SPAIR, folders_in, locate
-from denoising_vit.evaluation.correspondence.keypoint_folder import keypoint_folder
-from denoising_vit.evaluation.correspondence.pair import KeypointPair, Point, Written, numbers
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
-from denoising_vit.evaluation.layouts import read_text
+from denoising_vit.evaluation.layouts import (
+    Layout,
+    at_most,
+    find_layout,
+    folders_in,
+    images_in,
+    inspect_all,
+    read_names,
+    readable,
+    require_usable,
+)
 
-#: Decoding releases Python's lock; more threads than this gain little and hold more photos in memory.
-_THREADS = 4
+#: (x, y) in pixels; the centre of the top left pixel is (0, 0).
+Point = tuple[float, float]
+
+#: x0, y0, x1, y1 in pixels.
+Box = tuple[float, float, float, float]
+
+#: Upper limit of coordinates, which excludes infinity and NaN.
+_LIMIT = 1e9
+
+
+@dataclass(frozen=True)
+class KeypointPair:
+    """Two photos of objects of one kind with corresponding keypoints.
+
+    Attributes:
+        name: name of the pair's file.
+        source: id of the photo with given keypoints.
+        target: id of the photo in which they are searched.
+        source_points: keypoints in pixels of the source.
+        target_points: correct matches in pixels of the target.
+        box: x0, y0, x1, y1 of the object in the target, in pixels.
+    """
+
+    name: str
+    source: str
+    target: str
+    source_points: tuple[Point, ...]
+    target_points: tuple[Point, ...]
+    box: Box
+
+    @property
+    def side(self) -> float:
+        """The larger side of the target's box in pixels."""
+        x0, y0, x1, y1 = self.box
+        return max(x1 - x0, y1 - y0)
 
 
 @dataclass(frozen=True)
 class PairedPhoto(JudgedImage):
-    """A photo that pairs are made of."""
+    """A photo of one or more pairs."""
 
     @property
     def truth_digest(self) -> str:
-        """Empty: what is known is known of pairs."""
+        """Empty: annotations belong to pairs."""
         return ""
 
 
 @dataclass(frozen=True)
 class PairSet(JudgedSet[PairedPhoto]):
-    """The photos, each once, and their pairs.
+    """Photos, each once, and their pairs.
 
     Attributes:
-        pairs: in the order in which they are judged.
+        pairs: pairs in the order of evaluation.
     """
 
     pairs: tuple[KeypointPair, ...] = field(kw_only=True)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the photos, and of the pairs in their order."""
+        """SHA-256 of the photos and of the pairs in order."""
         content = hashlib.sha256(JudgedSet(self.split, self.images).digest.encode())
         for pair in self.pairs:
             content.update(json.dumps(asdict(pair)).encode())  # escapes what is not ASCII
@@ -55,130 +95,156 @@ class PairSet(JudgedSet[PairedPhoto]):
 
 @dataclass(frozen=True)
 class PairData(SplitData[PairedPhoto]):
-    """Pairs of photos, in one split.
+    """Pairs of photos in one split.
 
     Attributes:
-        splits: ``val`` alone, whichever of the data set's splits it is.
+        splits: ``val`` alone, for any split of the data set.
     """
 
     splits: tuple[PairSet, ...]
 
     @property
     def val(self) -> PairSet:
-        """What is judged."""
+        """The evaluated set."""
         return self.splits[-1]
 
     @property
     def pairs(self) -> tuple[KeypointPair, ...]:
-        """All of them."""
+        """All pairs."""
         return self.val.pairs
+
+
+class _Annotated(NamedTuple):
+    """A pair, and the sizes (W, H) of its photos if its file has them."""
+
+    pair: KeypointPair
+    sizes: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
+
+
+#: Finds pairs below a root, of a split, at most so many.
+Finder = Callable[[Path, str, int], list[_Annotated | Skipped]]
 
 
 def open_pairs(
     path: str | Path, *, split: str = "test", pairs: int = 0, progress: Callable[[], None] | None = None
 ) -> PairData:
-    """Opens pairs in the layout of SPair-71k, or a folder of keypoints; every photo that is taken is read once.
+    """Open pairs in the layout of SPair-71k, or a folder of keypoints, and read every photo once.
 
-    Pairs of SPair-71k are those of ``Layout/large/<split>.txt``, in its order, or all in ``PairAnnotation/<split>``;
-    photos are in ``JPEGImages/<category>``. For a folder of keypoints see `keypoint_folder`.
+    Pairs of SPair-71k are those of ``Layout/large/<split>.txt`` in its order, or all in ``PairAnnotation/<split>``;
+    photos are in ``JPEGImages/<category>``.
+
+    In a folder of keypoints, ``images/NAME.jpg`` (any format) has ``keypoints/NAME.json``: {"keypoints": {"left eye":
+    [x, y], ...}}, in pixels from the centre of the top left one, and optionally "box": [x0, y0, x1, y1] of the object;
+    without it, the box is the one around all keypoints. Every two photos with common keypoints are two pairs, one in
+    each direction; photos in subfolders of images/ are paired within these.
 
     Args:
         path: the folder.
-        split: of SPair-71k: ``trn``, ``val`` or ``test``; it becomes the split ``val``, which is what is judged.
-        pairs: at most so many, spread evenly; 0 takes all.
+        split: split of SPair-71k: ``trn``, ``val`` or ``test``. It becomes the split ``val``, which is evaluated.
+        pairs: maximum number of pairs, spread evenly; 0 takes all.
         progress: called after each photo.
 
     Raises:
-        EvaluationError: if there is no such layout or split, or no pair can be used.
+        EvaluationError: if the layout or the split is unknown, or no pair can be used.
     """
-    if pairs < 0:
-        raise EvaluationError(f"expected a number of pairs of at least 1, or 0 for all, got {pairs}")
-    arrangement, root = locate(Path(path), [SPAIR, KEYPOINTS])
-    try:
-        if arrangement is SPAIR:
-            names, folder = _names(root, split), root / "JPEGImages"
-            found = [_parse(root, split, names[index]) for index in spread(len(names), pairs)]
-        else:
-            found, folder = keypoint_folder(root, pairs), root / "images"
-        whole = [one for one in found if isinstance(one, Written)]
-        photos = _photos(folder, {id for one in whole for id in (one.pair.source, one.pair.target)}, progress)
-    except OSError as error:  # a folder that may not be looked into
-        raise EvaluationError(f"{root}: cannot be read ({error.strerror or error})") from error
+    layout, root = find_layout(Path(path), [SPAIR, KEYPOINTS])
+    with readable(root):
+        found = layout.open(root, split, pairs)
+        folder = root / layout.required[0]
+        pairs_found = [one.pair for one in found if isinstance(one, _Annotated)]
+        ids = sorted({id for pair in pairs_found for id in (pair.source, pair.target)})
+        usable, failed = inspect_all(_read_photo, [_Unread(id, folder / id) for id in ids], progress)
+    photos: dict[str, PairedPhoto | str] = {photo.id: photo for photo in usable}
+    photos |= {entry.item: f"{folder / entry.item}: {entry.reason}" for entry in failed}
     checked = [one if isinstance(one, Skipped) else _checked(one, photos) for one in found]
     kept = tuple(one for one in checked if isinstance(one, KeypointPair))
     skipped = tuple(one for one in checked if isinstance(one, Skipped))
-    if not kept:
-        raise EvaluationError(
-            f"{root}: expected pairs of photos with keypoints, none of {len(checked)} can be used; the first reason: "
-            f"{skipped[0].item}: {skipped[0].reason}"
-        )
-    used = sorted({id for pair in kept for id in (pair.source, pair.target)})
-    images = tuple(photo for id in used if isinstance(photo := photos[id], PairedPhoto))
+    require_usable(kept, root, "pairs of photos with keypoints", len(checked), skipped)
+    used = {id for pair in kept for id in (pair.source, pair.target)}
+    images = tuple(photo for photo in usable if photo.id in used)
     note, name = f"{len(kept)} pairs of {len(images)} photos", root.resolve().name
-    if arrangement is SPAIR:
+    if layout is SPAIR:
         note, name = f"{note}, split {split}", "SPair-71k" if split == "test" else f"SPair-71k {split}"
-    return PairData(name, arrangement.layout, (PairSet("val", images, skipped=skipped, pairs=kept),), note)
+    return PairData(name, layout.name, (PairSet("val", images, skipped=skipped, pairs=kept),), note)
 
 
-def _names(root: Path, split: str) -> list[str]:
+class _Unread(NamedTuple):
+    id: str
+    photo: Path
+
+
+def _read_photo(unread: _Unread) -> PairedPhoto:
+    pixels = read_photo(unread.photo)
+    height, width = pixels.shape[:2]
+    return PairedPhoto("val", unread.id, unread.photo, height, width, photo_digest(pixels))
+
+
+def _checked(annotated: _Annotated, photos: Mapping[str, PairedPhoto | str]) -> KeypointPair | Skipped:
+    """The pair, if its photos can be read and contain its keypoints."""
+    pair = annotated.pair
+    sides = (pair.source, pair.source_points), (pair.target, pair.target_points)
+    for (id, points), size in zip(sides, annotated.sizes, strict=True):
+        photo = photos[id]
+        if isinstance(photo, str):
+            return Skipped(pair.name, photo)
+        if reason := _misplaced(photo, points, size):
+            return Skipped(pair.name, f"{photo.photo}: {reason}")
+    return pair
+
+
+def _misplaced(photo: PairedPhoto, points: Sequence[Point], size: tuple[int, int] | None) -> str | None:
+    there = f"{photo.width} x {photo.height}"
+    if size not in (None, (photo.width, photo.height)):
+        return f"the pair's keypoints are of a photo of {size[0]} x {size[1]} pixels, this one has {there}"
+    # The far border is allowed: in Pascal VOC, the source of the photos, pixels count from 1.
+    for x, y in points:
+        if not (0 <= x <= photo.width and 0 <= y <= photo.height):
+            return f"keypoint {x:g}, {y:g} is outside of the photo of {there} pixels"
+    return None
+
+
+def _find_spair(root: Path, split: str, count: int) -> list[_Annotated | Skipped]:
     folder = root / "PairAnnotation" / split
     if not split or not folder.is_dir():
-        there = ", ".join(folders_in(folder.parent if split else folder)) or "none"
+        there = ", ".join(folders_in(root / "PairAnnotation")) or "none"
         raise EvaluationError(f"{root}: expected pairs of the split {split!r} in PairAnnotation; found splits: {there}")
     source = root / "Layout" / "large" / f"{split}.txt"
     if source.is_file():
-        names = list(dict.fromkeys(line.strip() for line in read_text(source).split("\n") if line.strip()))
+        names, _ = read_names(source)
     else:
-        source, names = folder, sorted(entry.stem for entry in folder.iterdir() if entry.suffix == ".json")
-    if not names:
-        raise EvaluationError(f"{source}: expected pairs, found none")
-    return names
+        names = sorted(entry.stem for entry in folder.iterdir() if entry.suffix == ".json")
+        if not names:
+            raise EvaluationError(f"{folder}: expected pairs, found none")
+    return [_spair_pair(folder / f"{name}.json", name) for name in at_most(names, count, "pairs")]
 
 
-def _parse(root: Path, split: str, name: str) -> Written | Skipped:
-    path = root / "PairAnnotation" / split / f"{name}.json"
+def _spair_pair(path: Path, name: str) -> _Annotated | Skipped:
     try:
-        content = json.loads(path.read_bytes())
+        return _spair_content(name, json.loads(path.read_bytes()))
     except FileNotFoundError:
         return Skipped(name, f"no such file: {path}")
-    except (OSError, ValueError, RecursionError) as error:
-        return Skipped(name, f"{path}: expected a pair as JSON ({error})")
-    try:
-        return _written(name, content)
     except EvaluationError as error:
         return Skipped(name, f"{path}: {error}")
+    except (OSError, ValueError, RecursionError) as error:
+        return Skipped(name, f"{path}: expected a pair as JSON ({error})")
 
 
-def _written(name: str, content: object) -> Written:
-    """A pair from its file's content.
-
-    Raises:
-        EvaluationError: if something is missing, or is not what it should be.
-    """
+def _spair_content(name: str, content: object) -> _Annotated:
     if not isinstance(content, dict):
         raise EvaluationError(f"expected a pair with its keypoints, got {type(content).__name__}")
     needed = ("category", "src_imname", "trg_imname", "src_kps", "trg_kps", "trg_bndbox")
     if missing := [key for key in needed if key not in content]:
         raise EvaluationError(f"expected {', '.join(needed)}; {', '.join(missing)} missing")
-    source, target = (numbers(content, key, 2) for key in ("src_kps", "trg_kps"))
+    source, target = (_points(content[key], key) for key in ("src_kps", "trg_kps"))
     if not source or len(source) != len(target):
         raise EvaluationError(f"expected as many keypoints in both photos, got {len(source)} and {len(target)}")
-    (x0, y0, x1, y1), *_ = numbers({"trg_bndbox": [content["trg_bndbox"]]}, "trg_bndbox", 4)
-    if not (x1 > x0 and y1 > y0):
-        raise EvaluationError(f"expected a box x0, y0, x1, y1 with an area (trg_bndbox), got {x0}, {y0}, {x1}, {y1}")
-    pair = KeypointPair(
-        name,
-        _id(content, "src_imname"),
-        _id(content, "trg_imname"),
-        tuple((x, y) for x, y in source),
-        tuple((x, y) for x, y in target),
-        (x0, y0, x1, y1),
-    )
-    return Written(pair, (_size(content, "src_imsize"), _size(content, "trg_imsize")))
+    ids = _photo_id(content, "src_imname"), _photo_id(content, "trg_imname")
+    pair = KeypointPair(name, *ids, source, target, _box(content["trg_bndbox"], "trg_bndbox"))
+    return _Annotated(pair, (_size(content, "src_imsize"), _size(content, "trg_imsize")))
 
 
-def _id(content: Mapping[str, Any], key: str) -> str:
-    """The photo's path below JPEGImages; parts that would lead elsewhere are none."""
+def _photo_id(content: Mapping[str, Any], key: str) -> str:
+    """The photo's path below JPEGImages; parts that lead elsewhere are refused."""
     parts = content["category"], content[key]
     for part in parts:
         if not isinstance(part, str) or part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
@@ -193,49 +259,71 @@ def _size(content: Mapping[str, Any], key: str) -> tuple[int, int] | None:
     return None
 
 
-def _photos(folder: Path, ids: Iterable[str], progress: Callable[[], None] | None) -> dict[str, PairedPhoto | str]:
-    """Each photo, read once, or why it cannot be used."""
-    found: dict[str, PairedPhoto | str] = {}
-    names = sorted(ids)
-    pool = ThreadPoolExecutor(_THREADS, "pairs")
-    try:
-        for id, photo in zip(names, pool.map(lambda id: _photo(folder / id, id), names), strict=True):
-            found[id] = photo
-            if progress is not None:
-                progress()
-    finally:
-        pool.shutdown(cancel_futures=True)  # whoever interrupts does not wait for the rest
+def _find_keypoints(root: Path, _split: str, count: int) -> list[_Annotated | Skipped]:
+    found: list[_Annotated | Skipped] = []
+    photos: list[tuple[Path, str, dict[str, Point], Box]] = []
+    for below in (Path(), *map(Path, folders_in(root / "images"))):
+        for name in images_in(root / "images" / below):
+            path, id = (root / "keypoints" / below / name).with_suffix(".json"), (below / name).as_posix()
+            try:
+                photos.append((below, id, *_keypoints(json.loads(path.read_bytes()))))
+            except (OSError, ValueError, RecursionError, EvaluationError) as error:
+                reason = "no such file" if isinstance(error, FileNotFoundError) else error
+                found.append(Skipped(id, f"{path}: expected keypoints as JSON ({reason})"))
+    shared = [
+        (one, other)
+        for one, other in itertools.permutations(photos, 2)
+        if one[0] == other[0] and one[2].keys() & other[2].keys()
+    ]
+    for (_, source, points, _), (_, target, matches, box) in at_most(shared, count, "pairs"):
+        names = [name for name in points if name in matches]
+        both = (tuple(each[name] for name in names) for each in (points, matches))
+        found.append(_Annotated(KeypointPair(f"{source} {target}", source, target, *both, box)))
+    if not found:
+        raise EvaluationError(f"{root}: expected two photos or more in images/ that share keypoints, found none")
     return found
 
 
-def _photo(path: Path, id: str) -> PairedPhoto | str:
-    try:
-        pixels = read_photo(path)
-    except (PhotoError, OSError) as error:
-        return str(error)
-    height, width = pixels.shape[:2]
-    return PairedPhoto("val", id, path, height, width, photo_digest(pixels))
+def _keypoints(content: object) -> tuple[dict[str, Point], Box]:
+    """A photo's keypoints by name, and the box of its object."""
+    named = content.get("keypoints") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(named, Mapping) or not named:
+        raise EvaluationError('expected {"keypoints": {"left eye": [x, y], ...}} with at least one keypoint')
+    points = _points(list(named.values()), "keypoints")
+    x, y = zip(*points, strict=True)
+    around = [min(x), min(y), max(x) + 1, max(y) + 1]  # the last pixel is inside
+    return dict(zip(named, points, strict=True)), _box(content.get("box", around), "box")
 
 
-def _checked(written: Written, photos: Mapping[str, PairedPhoto | str]) -> KeypointPair | Skipped:
-    """The pair, if its photos are there and its keypoints in them."""
-    pair = written.pair
-    sides = (pair.source, pair.source_points), (pair.target, pair.target_points)
-    for (id, points), size in zip(sides, written.sizes, strict=True):
-        photo = photos[id]
-        if isinstance(photo, str):
-            return Skipped(pair.name, photo)
-        if reason := _misplaced(photo, points, size):
-            return Skipped(pair.name, f"{photo.photo}: {reason}")
-    return pair
+def _points(rows: object, key: str) -> tuple[Point, ...]:
+    return tuple((x, y) for x, y in _numbers(rows, key, 2))
 
 
-def _misplaced(photo: PairedPhoto, points: Sequence[Point], size: tuple[int, int] | None) -> str | None:
-    there = f"{photo.width} x {photo.height}"
-    if size not in (None, (photo.width, photo.height)):
-        return f"the pair's keypoints are of a photo of {size[0]} x {size[1]} pixels, this one has {there}"
-    # The far border is allowed: in Pascal VOC, which the photos are from, the first pixel is number 1.
-    for x, y in points:
-        if not (0 <= x <= photo.width and 0 <= y <= photo.height):
-            return f"keypoint {x:g}, {y:g} is outside of the photo of {there} pixels"
-    return None
+def _box(row: object, key: str) -> Box:
+    ((x0, y0, x1, y1),) = _numbers([row], key, 4)
+    if not (x1 > x0 and y1 > y0):
+        raise EvaluationError(f"expected a box x0, y0, x1, y1 with an area ({key}), got {x0}, {y0}, {x1}, {y1}")
+    return x0, y0, x1, y1
+
+
+def _numbers(rows: object, key: str, each: int) -> list[list[float]]:
+    """Rows of ``each`` finite numbers."""
+    if not (
+        isinstance(rows, list)
+        and all(isinstance(row, list) and len(row) == each and all(map(_is_number, row)) for row in rows)
+    ):
+        raise EvaluationError(f"{key}: expected {each} finite numbers each, got {json.dumps(rows)[:80]}")
+    return [[float(value) for value in row] for row in rows]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LIMIT
+
+
+#: Pairs, for keypoint matching. The first required folder has the photos.
+SPAIR: Layout[Finder] = Layout(
+    "spair", "SPair-71k", ("JPEGImages", "PairAnnotation"), _find_spair, roots=(".", "SPair-71k")
+)
+KEYPOINTS: Layout[Finder] = Layout(
+    "keypoints", "photos with keypoints in JSON files of the same names", ("images", "keypoints"), _find_keypoints
+)

@@ -1,14 +1,13 @@
-"""LOST: one object of an image, found from the features of its patches alone.
+"""LOST: find one object of an image from its patch features alone.
 
-Siméoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels" (BMVC 2021): patches of an object
-are alike and unlike most others, so that an object holds the patch with the fewest similar ones, the seed. They took
-the keys of the last attention layer; here any features are taken as they are. Where their code asks for sums above 0
-and the paper for 0 or more, this is as the paper.
+Siméoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels" (BMVC 2021). Patches of an object
+are similar to each other and to few others, so the patch with the fewest similar patches, the seed, lies on an object.
+The paper uses keys of the last attention layer; here any features are used. The paper's code requires sums above 0 and
+the paper 0 or more; this implementation follows the paper.
 
-Ranking by norm is for features whose norm tells objects, as "Denoising Vision Transformers" (Yang et al. 2024, section
-5.2 and supplement B) says of denoised ones: "we find that the feature norm is a good candidate". It says no more than
-that, and its code has no object discovery. Our reading: norms take the place of degrees in the choice of the seed and
-of the candidates, and nothing else changes.
+Ranking by norm follows "Denoising Vision Transformers" (Yang et al. 2024, section 5.2 and supplement B), which says of
+denoised features that "the feature norm is a good candidate" and gives neither details nor code. Our interpretation:
+norms replace degrees in the choice of the seed and the candidates, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery.boxes import CellBox, box_around
 from denoising_vit.evaluation.discovery.options import SeedBy
 
-#: Similarities (patches times patches) that are held at a time.
+#: Maximum number of similarities (patches x patches) in memory.
 _AT_ONCE = 2**24
 
 
@@ -33,9 +32,9 @@ class Discovered:
     """One object.
 
     Attributes:
-        seed: row and column of the patch that it was found by.
-        mask: (h, w) bool, the patches that it has.
-        box: the smallest one around them, in patches.
+        seed: row and column of the seed patch.
+        mask: (h, w) bool, the object's patches.
+        box: smallest box around them, in patches.
     """
 
     seed: tuple[int, int]
@@ -44,15 +43,14 @@ class Discovered:
 
 
 def find_object(features: Tensor, seed_by: SeedBy = "degree", k: int = 100, *, centred: bool = False) -> Discovered:
-    """Finds one object by LOST.
+    """Find one object with LOST.
 
     Args:
-        features: of the patches of an image, (h, w, C).
-        seed_by: what ranks patches; the first is the seed.
-        k: first patches of the ranking that may help the seed; all of them where there are fewer.
-        centred: whether the image's mean feature is taken away first. Patches count as similar where their inner
-            product is not negative, which says something only of features around zero: those with a large part in
-            common are all similar, and the whole image is the object.
+        features: patch features (h, w, C) of an image.
+        seed_by: ranking of the patches; the first is the seed.
+        k: number of first patches in the ranking that may support the seed, at most all.
+        centred: subtract the image's mean feature first. Patches are similar if their inner product is not negative,
+            so features with a large common part are all similar, and the whole image is the object.
 
     Raises:
         EvaluationError: if features are no grid, or not finite.
@@ -60,7 +58,7 @@ def find_object(features: Tensor, seed_by: SeedBy = "degree", k: int = 100, *, c
     if features.ndim != 3 or 0 in features.shape or not torch.isfinite(features).all():
         raise EvaluationError(f"expected finite features of patches (h, w, C), got {tuple(features.shape)}")
     grid = (features.shape[0], features.shape[1])
-    # In double precision: signs decide everything, and float16 numbers are multiplied and added up nearly exactly.
+    # Only signs matter: in float64, products and sums of float16 values are nearly exact.
     flat = features.flatten(0, 1).double()
     if centred:
         flat = flat - flat.mean(0)
@@ -71,44 +69,41 @@ def find_object(features: Tensor, seed_by: SeedBy = "degree", k: int = 100, *, c
 
 
 def degrees(features: Tensor) -> Tensor:
-    """How many patches are similar to each, (n,) int64, itself among them: features (n, C)."""
+    """Number of patches similar to each, (n,) int64, including itself, from features (n, C)."""
     parts = features.split(max(_AT_ONCE // len(features), 1))
     return torch.cat([(part @ features.T >= 0).sum(1) for part in parts])
 
 
 def ranking(features: Tensor, by: SeedBy) -> Tensor:
-    """Patches (n,) by their degree, lowest first, or by their norm, largest first: features (n, C).
-
-    Of equals the first comes first.
-    """
+    """Patches (n,) by degree, lowest first, or by norm, largest first, from features (n, C); ties keep their order."""
     if by == "degree":
         return degrees(features).argsort(stable=True)
     return features.norm(dim=1).argsort(stable=True, descending=True)
 
 
 def expanded(features: Tensor, ranked: Tensor, k: int) -> Tensor:
-    """Patches that belong to the seed's object, connected with it or not.
+    """Patches that belong to the seed's object, connected to it or not.
 
-    Those of the first k that are similar to the seed speak for the object; a patch q belongs to it where the sum of
-    f_q · f_s over them is not negative.
+    Candidates similar to the seed support it; a patch q belongs to the object if the sum of f_q · f_s over them is not
+    negative.
 
     Args:
         features: (n, C).
         ranked: patches (n,), the seed first.
-        k: how many may speak.
+        k: number of candidates.
 
     Returns:
-        (n,) bool; the seed belongs.
+        (n,) bool, True for the seed.
     """
     seed, candidates = ranked[0], ranked[:k]
-    speakers = candidates[features[candidates] @ features[seed] >= 0]
-    belongs = features @ features[speakers].sum(0) >= 0
-    belongs[seed] = True  # a sum of numbers that are 0 or more, which rounding may still bring below 0
+    support = candidates[features[candidates] @ features[seed] >= 0]
+    belongs = features @ features[support].sum(0) >= 0
+    belongs[seed] = True  # a sum of values of 0 or more, which rounding may make negative
     return belongs
 
 
 def component(mask: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
-    """The patches of a mask (h, w) that are connected with the seed by shared sides."""
+    """The connected component of a mask (h, w) with the seed; patches are connected by shared sides."""
     start = np.zeros(mask.shape, dtype=bool)
     start[seed] = True
     return np.asarray(binary_propagation(start, mask=mask), dtype=bool)

@@ -1,0 +1,185 @@
+"""Keypoint matching: search the keypoints of one photo in another by the similarity of features alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from denoising_vit.evaluation.correspondence.options import MatchingOptions
+from denoising_vit.evaluation.correspondence.pairs import KeypointPair, PairData, PairedPhoto, Point
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.outcomes import Measured
+from denoising_vit.evaluation.patches import at_places
+from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.views.crops import Crop
+from denoising_vit.views.plan import linear_weights
+
+#: Maximum number of interpolated feature values in memory.
+_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Matched(Measured):
+    """Percent of correct keypoints of each pair, and its number of keypoints; every pair is a group.
+
+    PCK is the mean over pairs ("per image"), so pairs with many keypoints count no more than others; intervals are of
+    this figure. PCK per point is the share of all keypoints.
+    """
+
+    METRICS: ClassVar[tuple[str, ...]] = ("PCK", "keypoints")
+
+    @classmethod
+    def within(cls, errors: Sequence[np.ndarray], alpha: float) -> Matched:
+        """From the errors (n,) of each pair's keypoints, as a share of the object's larger side."""
+        values = [[100 * np.mean(one <= alpha), len(one)] for one in errors]
+        return cls(np.array(values), np.arange(len(values)))
+
+    def scored(self) -> dict[str, float]:
+        """PCK per image and per point."""
+        share, keypoints = self.values.T
+        return {"PCK": super().scored()["PCK"], "PCK per point": float(share @ keypoints / keypoints.sum())}
+
+
+def match(
+    source: FeatureSource,
+    data: PairData,
+    options: MatchingOptions,
+    *,
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[np.ndarray]:
+    """Match each keypoint of a pair's source with the position of the most similar feature (cosine) in its target.
+
+    Sources are passed through the model first, keeping only the features of keypoints, then targets one by one, so
+    each photo is seen at most twice.
+
+    Args:
+        source: source of the features.
+        data: the pairs.
+        options: options of the search.
+        cache: feature cache.
+        progress: called after each photo, :func:`looks` times in all.
+
+    Returns:
+        For each pair, the errors (n,) of its keypoints as a share of the larger side of the target's box.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if features are not finite.
+        PhotoError: if a photo can no longer be read.
+    """
+    options.validate()
+    described: dict[tuple[str, Point], Tensor] = {}
+    by_source, by_target = _grouped(data)
+    grid = source.patch_size, source.stride
+
+    def shown_of(ids: Mapping[str, object]) -> Sequence[tuple[PairedPhoto, Crop]]:
+        photos = [photo for photo in data.val.images if photo.id in ids]
+        return [(photo, Crop.whole(shown_size(options.size, photo, source))) for photo in photos]
+
+    shown = shown_of(by_source)
+    for (photo, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
+        points = list(dict.fromkeys(point for _, pair in by_source[photo.id] for point in pair.source_points))
+        places = to_shown(points, photo.height, photo.width, crop.size)
+        found = at_points(features.to(source.device), places, *grid)
+        described.update(((photo.id, point), feature) for point, feature in zip(points, found, strict=True))
+
+    errors: list[np.ndarray] = [np.empty(0)] * len(data.pairs)
+    shown = shown_of(by_target)
+    for (photo, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
+        pairs = by_target[photo.id]
+        queries = torch.stack([described[pair.source, point] for _, pair in pairs for point in pair.source_points])
+        places = best_places(queries, features.to(source.device), *grid, options.upsample)
+        found = from_shown(places, photo.height, photo.width, crop.size)
+        start = 0
+        for number, pair in pairs:
+            truth = np.array(pair.target_points)
+            errors[number] = np.linalg.norm(found[start : start + len(truth)] - truth, axis=-1) / pair.side
+            start += len(truth)
+    return errors
+
+
+def looks(data: PairData) -> int:
+    """Number of forward passes of :func:`match`: photos, counting those that are both source and target twice."""
+    return sum(map(len, _grouped(data)))
+
+
+_Grouped = dict[str, list[tuple[int, KeypointPair]]]
+
+
+def _grouped(data: PairData) -> tuple[_Grouped, _Grouped]:
+    """Numbered pairs by the ids of their sources, and of their targets."""
+    sources: _Grouped = defaultdict(list)
+    targets: _Grouped = defaultdict(list)
+    for number, pair in enumerate(data.pairs):
+        sources[pair.source].append((number, pair))
+        targets[pair.target].append((number, pair))
+    return sources, targets
+
+
+def at_points(features: Tensor, points: np.ndarray, patch_size: int, stride: int) -> Tensor:
+    """Features of patches (h, w, C), bilinear at points: (n, C).
+
+    Args:
+        features: features of a photo.
+        points: (n, 2), row and column in pixels of the input; clamped to the centres of the outermost patches.
+        patch_size: patch size in pixels of the input.
+        stride: distance between patches.
+    """
+    down, across = (
+        # linear_weights has nodes at cell centres: patch k is at (k + 0.5) / patches.
+        torch.from_numpy(linear_weights(((places - patch_size / 2) / stride + 0.5) / patches, patches)).to(features)
+        for places, patches in zip(points.T, features.shape[:2], strict=True)
+    )
+    return torch.einsum("nh,hwc,nw->nc", down, features, across)
+
+
+def best_places(queries: Tensor, target: Tensor, patch_size: int, stride: int, upsample: int = 1) -> np.ndarray:
+    """Positions of the features most similar (cosine) to queries: (n, 2), row and column in pixels of the input.
+
+    Args:
+        queries: features (n, C), of any norm.
+        target: features (h, w, C) of the photo.
+        patch_size: patch size in pixels of the input.
+        stride: distance between patches.
+        upsample: factor of bilinear upsampling before the search; with 1, positions are the centres of patches. The
+            first of equally similar positions is taken, row by row.
+    """
+    h, w, channels = target.shape
+    rows, columns = (_places(count, patch_size, stride, upsample) for count in (h, w))
+    best = torch.full((len(queries),), -torch.inf, device=queries.device)
+    found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    band = max(_AT_ONCE // (len(columns) * channels), 1)
+    for start in range(0, len(rows), band):
+        features = at_places(target, rows[start : start + band], columns, patch_size, stride)
+        similarity, place = (queries @ F.normalize(features, dim=-1).flatten(0, 1).T).max(-1)
+        better = similarity > best
+        best = torch.where(better, similarity, best)
+        found = torch.where(better, place + start * len(columns), found)
+    row, column = np.divmod(found.cpu().numpy(), len(columns))
+    return np.stack([rows[row], columns[column]], axis=-1)
+
+
+def _places(patches: int, patch_size: int, stride: int, upsample: int) -> np.ndarray:
+    """Centres of the cells of the upsampled grid along one side, in pixels."""
+    return patch_size / 2 + ((np.arange(patches * upsample) + 0.5) / upsample - 0.5) * stride
+
+
+def to_shown(points: Sequence[Point], height: int, width: int, size: tuple[int, int]) -> np.ndarray:
+    """Points (x, y) of a photo of height x width pixels to (n, 2), row and column in an input of a size."""
+    x, y = np.array(points, dtype=np.float64).T
+    return np.stack([(y + 0.5) / height * size[0], (x + 0.5) / width * size[1]], axis=-1)
+
+
+def from_shown(places: np.ndarray, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
+    """Inverse of :func:`to_shown`: (n, 2), x and y in pixels of the photo."""
+    row, column = places.T
+    return np.stack([column / size[1] * width - 0.5, row / size[0] * height - 0.5], axis=-1)
