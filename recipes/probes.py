@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.evaluation.knn import vote
-from denoising_vit.metrics.blank_images import high_frequencies, noise_image, uniform_images, variance_over_places
+from denoising_vit.metrics.blank_test import high_frequencies, noise_image, uniform_images, variance_over_places
 
 #: Classes that are scored: those of enough images.
 SCORED = {"voc": (0, 8, 10, 12, 13, 15, 17), "camvid": tuple(range(11))}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.denoiser import Denoiser
-from denoising_vit.metrics.blank_images import random_blank_images
+from denoising_vit.metrics.blank_test import random_blank_images
 from denoising_vit.training.loop import denoising_loss, learning_rate
 
 Size = tuple[int, int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from denoising_vit.metrics.blank_images import (
+from denoising_vit.metrics.blank_test import (
     high_frequencies,
     noise_image,
     random_blank_images,

@@ -18,7 +18,7 @@ from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge, too_few
 from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics, features_of
-from denoising_vit.metrics.consistency import consistency
+from denoising_vit.metrics.tokens import consistency
 
 PHOTOS, VIEWS = 24, 12
 

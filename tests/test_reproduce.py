@@ -30,19 +30,10 @@ from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.results import METRICS
 from denoising_vit.evaluation.segmentation import PAPER, RELEASED
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.reproduction import (
-    DenoiserRecipe,
-    DistilledRecipe,
-    Protocols,
-    Row,
-    Step,
-    denoising,
-    dry,
-    find_row,
-    running,
-)
-from denoising_vit.reproduction.denoising import training_photos
+from denoising_vit.reproduction import DenoiserRecipe, DistilledRecipe, Protocols, Row, Step, dry, find_row, running
+from denoising_vit.reproduction import training as denoising
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
+from denoising_vit.reproduction.training import training_photos
 from denoising_vit.training.loop import peak_rate
 from denoising_vit.training.samples import Sampler, whole_view
 from tiny_distillation import blank_panels
@@ -543,7 +534,7 @@ def test_interrupt_leaves_finished_steps(
     stopped = dvit(*command)
     names = ["VOC 2012", "ADE20K", "nyu"]
     assert stopped.code == 130
-    assert "finished steps stay" in stopped.err
+    assert "finished steps are kept" in stopped.err
     assert names_of(out) == names[: stopped_in - 1]
     assert dvit(*command).code == 0
     assert begun == names[:stopped_in] + names[stopped_in - 1 :]
@@ -784,7 +775,7 @@ def test_interrupted_dry_run_promises_nothing(dvit: Dvit, tmp_path: Path, monkey
     done = dvit("reproduce", "--dry", "--row", SMALL)
     assert done.code == 130
     assert "interrupted" in done.err
-    assert "finished steps stay" not in done.err  # nothing of a dry run is kept
+    assert "finished steps are kept" not in done.err  # nothing of a dry run is kept
 
 
 @pytest.mark.parametrize("model", sorted({*BASELINES} - {SMALL, *DISTILLED}))

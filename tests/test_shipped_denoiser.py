@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import denoising_vit as dv
 from denoising_vit.denoiser import find_shipped
-from denoising_vit.metrics.blank_images import high_frequencies, uniform_images, variance_over_places
+from denoising_vit.metrics.blank_test import high_frequencies, uniform_images, variance_over_places
 from denoising_vit.metrics.tokens import effective_rank
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import to_image

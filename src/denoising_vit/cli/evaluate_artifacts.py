@@ -1,4 +1,4 @@
-"""``dvit evaluate artifacts``: figures that need no labels, as lines of results."""
+"""``dvit evaluate artifacts``: label-free metrics as lines of results."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def artifacts(
     distilled: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Label-free figures of artifacts, those of `dvit diagnose`: no single one of them means anything alone.
+    """Label-free metrics of artifacts, as in `dvit diagnose`; none of them is meaningful alone.
 
-    Each half of the photos is cleaned with the artifact found in the other half, as new photos would be. Among the
-    figures is the blank-image test: what is left of raw's variance over places on images without content, which a
-    constant map wins. It is left out for exact, which would take a fit of each of its images.
+    Each half of the photos is cleaned with the artifact found in the other half, like new photos. The metrics include
+    the blank-image test: the share of raw's variance over places left on images without content, which is 0 for a
+    constant map. It is left out for exact, which would need a fit of each image.
 
     Args:
         data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
         features: names of features.
-        out: the file that lines of results are appended to.
-        diagnosing: how much is looked at.
-        model: the backbone, and how it is run.
-        photos: how many of the data set's photos are used, spread evenly over it; 0 takes all.
-        denoiser: of the backbone: a file, or voc_denoised or imgnet_denoised for the published ones. Without it, the
-            one that comes with the package.
+        out: file to append lines of results to.
+        diagnosing: options of the diagnosis.
+        model: the backbone and its options.
+        photos: number of photos to use, spread evenly over the data set; 0 takes all.
+        denoiser: denoiser file, or voc_denoised or imgnet_denoised for the published ones. Without it, the one shipped
+            with the package.
         distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
             published file.
         json: print the lines of results instead of a table.
@@ -66,7 +66,7 @@ def artifacts(
         print_error(f"--photos must be 0 (all) or more, got {photos}")
         return WRONG_USAGE
     names = parse_names(features, KINDS)
-    diagnosing.calibration()  # what is wrong with the options is said before the model is loaded
+    diagnosing.calibration()  # report wrong options before loading the model
     dataset = open_dataset(data)
     chosen = spread(len(dataset), photos)
     results = Results(out)
@@ -103,7 +103,6 @@ def artifacts(
 
 
 def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
-
     if as_json:
         for line, _ in lines:
             print_json(line)
@@ -111,7 +110,7 @@ def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
 
 
 def _digest(dataset: Dataset, chosen: list[int]) -> str:
-    """SHA-256 of the photos' pixels, in order; of those that cannot be read, the reason."""
+    """SHA-256 of the photos' pixels in order, or of the reason for unreadable ones."""
     from denoising_vit.data import Skipped, named_photos
     from denoising_vit.data.photos import photo_digest
 

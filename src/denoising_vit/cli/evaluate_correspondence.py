@@ -1,4 +1,4 @@
-"""``dvit evaluate correspondence``: sources of features, judged by what they find again elsewhere."""
+"""``dvit evaluate correspondence``: label propagation and keypoint matching."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def correspondence(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Correspondence: labels carried through videos (J and F), or keypoints found in another photo (PCK).
+    """Correspondence: label propagation through videos (J and F), or keypoint matching between photos (PCK).
 
-    Which of them is a matter of the data: DAVIS 2016 or 2017 (JPEGImages/480p, Annotations/480p), SPair-71k
+    The data decides the task: DAVIS 2016 or 2017 (JPEGImages/480p, Annotations/480p) for propagation; SPair-71k
     (JPEGImages/, PairAnnotation/), or photos in images/ with keypoints/NAME.json: {"keypoints": {"left eye": [x, y]}},
-    perhaps with "box": [x0, y0, x1, y1]. Of videos, --images counts sequences; of keypoints, pairs.
+    optionally with "box": [x0, y0, x1, y1], for matching. --images counts sequences, or pairs.
 
     Args:
-        judged: what is judged.
-        split: of SPair-71k: trn, val or test.
-        videos: how labels are carried.
-        pairs: how keypoints are matched.
-        exact: how stage 1 is done, where exact features are judged.
-        model: the backbone, and how it is run.
+        judged: features, data and results.
+        split: split of SPair-71k: trn, val or test.
+        videos: options of label propagation.
+        pairs: options of keypoint matching.
+        exact: options of stage 1, for exact features.
+        model: the backbone and its options.
         json: print the lines of results instead of a table.
     """
     videos.validate()

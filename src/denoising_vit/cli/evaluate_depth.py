@@ -1,4 +1,4 @@
-"""``dvit evaluate depth``: sources of features, judged by the depth that a linear probe reads from them."""
+"""``dvit evaluate depth``: depth estimation with a linear probe."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def depth(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Depth by a linear probe on frozen features and class token: weights of depth bins, judged at every pixel.
+    """Depth estimation with a linear probe on frozen features and class token, evaluated at every pixel.
 
     Data: NYUv2 as published (nyu_train.txt, nyu_test.txt), or rgb/ and depth/ with 16-bit PNGs of the same names, in
     the folder itself or in train/ and val/.
 
     Args:
-        judged: what is judged.
-        depth_scale: units of the depth maps' numbers in a metre; 1000 for millimetres.
-        blocks: where the data has no splits: blocks of consecutive photos that are judged in turn.
-        training: how the probe is trained.
-        exact: how stage 1 is done, where exact features are judged.
-        model: the backbone, and how it is run.
+        judged: features, data and results.
+        depth_scale: units of the depth maps in a metre; 1000 for millimetres.
+        blocks: for data without splits, number of blocks of consecutive photos to evaluate in turn.
+        training: options of the probe.
+        exact: options of stage 1, for exact features.
+        model: the backbone and its options.
         json: print the lines of results instead of a table.
     """
     training.protocol()

@@ -1,4 +1,4 @@
-"""``dvit evaluate discovery``: sources of features, judged by the objects that are found in them without any label."""
+"""``dvit evaluate discovery``: object discovery with LOST."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def discovery(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Object discovery by LOST: the share of images whose one box, found from features alone, is around an object.
+    """Object discovery with LOST: the share of images in which its box, found from features alone, is on an object.
 
     Data: VOC2007 or VOC2012 (JPEGImages/, Annotations/, ImageSets/Main/trainval.txt), COCO (annotations/*.json and its
     photos), DAVIS (JPEGImages/480p, Annotations/480p), or images/ and masks/ of objects.
 
     Args:
-        judged: what is judged.
-        split: of VOC: the list in ImageSets/Main; without it, trainval. Of COCO: what follows instances_ in the name of
-            the JSON file, where there are several. Of DAVIS: a list of sequences in ImageSets.
-        difficult: of VOC: whether objects count that are marked as difficult or truncated.
-        annotations: of COCO, where the folder has several files: the JSON file.
-        names: of COCO: file with the names or ids of the photos that are used, one a line, as COCO20k has.
-        finding: how objects are found.
-        exact: how stage 1 is done, where exact features are judged.
-        model: the backbone, and how it is run.
+        judged: features, data and results.
+        split: VOC: list in ImageSets/Main, by default trainval. COCO: part after instances_ in the name of the JSON
+            file, if there are several. DAVIS: list of sequences in ImageSets.
+        difficult: VOC: include objects marked as difficult or truncated.
+        annotations: COCO: the JSON file, if the folder has several.
+        names: COCO: file with the names or ids of the photos to use, one a line, as for COCO20k.
+        finding: options of LOST.
+        exact: options of stage 1, for exact features.
+        model: the backbone and its options.
         json: print the lines of results instead of a table.
     """
     finding.validate()

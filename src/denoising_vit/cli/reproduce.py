@@ -1,4 +1,4 @@
-"""``dvit reproduce``: published rows, measured again."""
+"""``dvit reproduce``: reproduce published rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     _Measured = Sequence[tuple[Step, dict[str, Any]]]
 
 
-#: The variant that is meant where a model is named alone.
+#: Default variant.
 _FIRST = VARIANTS[0]
 
 
@@ -41,22 +41,22 @@ def reproduce(
     seed: int = 0,
     dry: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Measures a published row again, as the released code does, and prints both side by side.
+    """Reproduce a published row with the released protocol, and print published and measured figures side by side.
 
-    Does the steps whose data is there, and says what is missing for the others and where it goes.
+    Runs the steps that have their data, and lists what is missing for the others and where to put it.
 
     Args:
         row: the model, as `--list` names it.
         variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled. Without it, baseline.
         list: list every row with the status of its steps, and stop.
-        data: folder that holds VOCdevkit/VOC2012, ADEChallengeData2016 and nyu; for denoisers VOCdevkit/VOC2007 and
-            the released list of photos voc_train.txt as well, and imagenet/train for what is trained on ImageNet.
-        out: the file that lines of results are appended to. The same command goes on where it was stopped.
-        weights: of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not that of the table.
+        data: folder with VOCdevkit/VOC2012, ADEChallengeData2016 and nyu; for denoisers also VOCdevkit/VOC2007 and the
+            released list of photos voc_train.txt, and imagenet/train for training on ImageNet.
+        out: file to append lines of results to. The same command resumes an interrupted run.
+        weights: weights of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not that of the table.
         device: auto, cpu, cuda, cuda:1, mps.
-        seed: of the probe, the denoiser and the distillation.
-        dry: every step on made-up data, with two blocks of random weights and two steps of training; without a row,
-            all of the variant, and without both, all rows. Its figures mean nothing and are not kept.
+        seed: seed for the probe, the denoiser and the distillation.
+        dry: run every step on synthetic data, with two random blocks and two training steps. Without a row, runs all
+            rows of the variant; without both, all rows. Figures are meaningless and not kept.
     """
     from denoising_vit.reproduction import list_rows
 
@@ -82,7 +82,7 @@ def reproduce(
 def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSpec, seed: int) -> int:
     from denoising_vit.reproduction import Protocols, find_row
 
-    found = find_row(model, variant, data)  # by the data alone: what is done already is printed again
+    found = find_row(model, variant, data)  # ignores existing results, which are printed again
     if not _able(found):
         return WRONG_USAGE
     results = Results(out)
@@ -92,7 +92,7 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
         how = Protocols()
         measured = _measured(found, data, backbone, spec, how, results, out.with_suffix(".cache"), seed)
     except KeyboardInterrupt:
-        print_note("interrupted; finished steps stay, and the same command goes on from there")
+        print_note("interrupted; finished steps are kept, and the same command resumes")
         return INTERRUPTED
     _print_measured([(found, measured)], f"{model}, {variant}")
     complete = _tell_rest(found)
@@ -124,7 +124,7 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
                 failed = _tell_failed(measured) or failed
                 found.append((row, measured))
         except KeyboardInterrupt:
-            print_note("interrupted; nothing of a dry run is kept")
+            print_note("interrupted; results of a dry run are not kept")
             return INTERRUPTED
     _print_measured(found, "dry run: random weights and made-up data, so the measured figures mean nothing")
     _tell_rest(*rows)
@@ -132,7 +132,7 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
 
 
 def _able(*rows: Row) -> bool:
-    """Whether there is anything to do; otherwise says why not."""
+    """True if any step is ready; otherwise prints why not."""
     if any(step.status == "ready" for row in rows for step in row.steps):
         return True
     _tell_rest(*rows)
@@ -186,11 +186,11 @@ def _print_list(rows: Sequence[Row]) -> None:
 
 
 def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
-    """Measured beside published."""
+    """Print published and measured figures side by side."""
     Console().print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for heading in ("model", "variant", "on", ""):
-        table.add_column(heading, overflow="fold")  # names are there to be copied
+        table.add_column(heading, overflow="fold")  # names can be copied
     for heading in ("published", "measured"):
         table.add_column(heading, justify="right")
     for row, measured in rows:
@@ -209,7 +209,7 @@ def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
 
 
 def _tell_failed(measured: _Measured) -> bool:
-    """Says which steps failed and which images were left out, and why; whether there were any."""
+    """Print failed steps and skipped images with their reasons; True if there are any."""
     for step, line in measured:
         if line["failed"]:
             print_error(line["failed"], f"{step.benchmark.name} failed")
@@ -219,7 +219,7 @@ def _tell_failed(measured: _Measured) -> bool:
 
 
 def _tell_rest(*rows: Row) -> bool:
-    """Says what was not done and why, each reason once; whether all was done that this version can do."""
+    """Print the steps that were not run and why, each reason once; True if no data is missing."""
     left = dict.fromkeys((step.benchmark.name, step.why) for row in rows for step in row.steps if step.why)
     for name, why in left:
         print_note(f"{name}: {why}")

@@ -1,4 +1,4 @@
-"""The label-free figures of one source of features, side by side, because none of them means anything alone."""
+"""All label-free metrics of one source of features; none of them is meaningful alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked
-from denoising_vit.metrics.consistency import consistency
 from denoising_vit.metrics.mic import position_mic
 from denoising_vit.metrics.position import linear_position_r2, neighbour_position_r2
 from denoising_vit.metrics.tokens import (
+    consistency,
     detail,
     effective_rank,
     leakage,
@@ -23,41 +23,42 @@ from denoising_vit.metrics.tokens import (
     shared_pattern,
 )
 
-#: Directions of the response to images without content that features are looked at in.
+#: Directions of the response to images without content for the leakage.
 LEAKAGE_RANK = 8
 
-#: Neighbours of the probe, fewer where there are hardly as many patches.
+#: Neighbours of the position probe, fewer for small grids.
 NEIGHBOURS = 20
 
-#: Images that the maximal information coefficient is averaged over; it takes seconds for each.
+#: Images for the maximal information coefficient, which takes seconds for each.
 MIC_IMAGES = 4
 
-#: Directions in which responses vary by less than this share of their size are rounding.
+#: Directions with a smaller share of the responses' norm are rounding errors.
 _FLAT = 1e-4
 
 
 @dataclass(frozen=True)
 class ArtifactMetrics:
-    """Label-free figures; which of them useless maps win is said in :mod:`denoising_vit.metrics.tokens`.
+    """Label-free metrics. See :mod:`denoising_vit.metrics.tokens` for the useless maps that get the best value of each.
 
     Attributes:
-        shared: energy of what is the same at a place in all images, relative to a token's; zeroed by subtracting means.
-        linear_position: R^2 of a linear probe for the place in the view; zeroed by subtracting means, by construction.
-        neighbour_position: R^2 of a nearest-neighbour probe for it.
-        mic: mean over x and y of the largest maximal information coefficient of a channel with it, in [0, 1].
-        leakage: share of the features' energy where the responses to black and mean images lie; None if they are flat.
-        outliers_high: share of tokens with norms far above the others'.
-        outliers_low: share of tokens with norms far below the others'.
-        consistency: R^2 of features of the same place between two views; None where there is no second view.
+        shared: energy of the pattern shared by all images, relative to a token's; 0 after subtracting means.
+        linear_position: R^2 of a linear probe for the position in the view; 0 after subtracting means.
+        neighbour_position: R^2 of a nearest-neighbour probe for the position.
+        mic: largest maximal information coefficient of a channel with the position, mean over x and y, in [0, 1].
+        leakage: share of the features' energy in the directions of responses to black and mean images; None if flat.
+        outliers_high: share of tokens with norms far above the others.
+        outliers_low: share of tokens with norms far below the others.
+        consistency: R^2 of features of the same place between two views; None without a second view.
         effective_rank: RankMe, 1 to C.
         neighbour_similarity: mean cosine of adjacent patches.
         detail: share of the variance in differences of adjacent patches.
         blank_variance: share of raw's variance over places that is left on images without content. This and the next
-            four are those of :func:`~denoising_vit.metrics.blank_test.blank_figures`; None for what is no one pass.
-        blank_detail: the same of its high frequencies.
-        blurred_detail: the same on heavily blurred photos.
+            four are those of :func:`~denoising_vit.metrics.blank_test.blank_figures`; None without a single pass.
+        blank_detail: the same for high frequencies.
+        blurred_detail: the same for high frequencies on heavily blurred photos.
         shift_change: change of features at the same place of a photo shifted by part of a patch, relative to raw's.
-        photo_variance: share of raw's variance over places that is left on photos; a constant map wins all four above.
+        photo_variance: share of raw's variance over places that is left on photos; the four above are 0 for a
+            constant map.
     """
 
     shared: float
@@ -86,16 +87,16 @@ class ArtifactMetrics:
 def artifact_metrics(
     features: Tensor, *, responses: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None, seed: int = 0
 ) -> ArtifactMetrics:
-    """All figures of one source of features.
+    """Compute all metrics of one source of features, except those of the blank-image test.
 
     Args:
-        features: of at least 8 images, (N, h, w, C); best of crops whose place says nothing about their content.
-            Probes are fitted and tested within the first half and within the second half of them, and the two results
-            averaged: where each half was cleaned with an artifact found in the other, no probe sees an artifact that
-            its own images helped to find (their errors would be opposite in training and test images).
-        responses: the backbone's, to images without content, (M, h, w, C).
-        pair: features of the same places as one view has them and as another has them, (n, h, w, C) both.
-        seed: of the probes' draws.
+        features: features of at least 8 images, (N, h, w, C); preferably of crops whose position is independent of
+            their content. Probes are fitted and tested within each half of the images, and averaged: if each half was
+            cleaned with the artifact found in the other, no probe sees an artifact estimated from its own images
+            (errors would be opposite in training and test images).
+        responses: the backbone's features of images without content, (M, h, w, C).
+        pair: features of the same places in two views, (n, h, w, C) each.
+        seed: seed for the probes.
 
     Raises:
         EvaluationError: if there are fewer than 8 images, or features are not finite or constant.
@@ -123,19 +124,19 @@ def artifact_metrics(
 
 @torch.no_grad()
 def features_of(extractor: Callable[[Tensor], Tensor], images: Iterable[Tensor]) -> Tensor:
-    """Features (N, h, w, C) of any extractor for normalised images of one size, (B, 3, H, W) each, on the CPU.
+    """Features (N, h, w, C) of an extractor on the CPU, from batches of normalised images (B, 3, H, W) of one size.
 
     Raises:
-        EvaluationError: if there are none.
+        EvaluationError: if there are no images.
     """
     found = [extractor(image).float().cpu() for image in images]
     if not found:
-        raise EvaluationError("no images to take features of")
+        raise EvaluationError("no images to extract features from")
     return torch.cat(found)
 
 
 def _leakage(features: Tensor, responses: Tensor) -> float | None:
-    """None where the responses are flat: a backbone without artifact answers an empty image with one vector."""
+    """None for flat responses: a backbone without artifact gives an empty image the same feature everywhere."""
     spread = (responses - responses.mean((1, 2), keepdim=True)).flatten(0, 2).double()  # (M h w, C)
     directions = torch.linalg.svdvals(spread) > _FLAT * float(responses.flatten(0, 2).double().norm())
     rank = min(LEAKAGE_RANK, int(directions.sum()))

@@ -1,9 +1,12 @@
-"""The blank-image test: what is left of a model's artifacts where the truth is known, relative to its raw features.
+"""The blank-image test: artifacts left on images whose clean features are known, relative to raw features.
 
-Four figures are lower the cleaner features are, and a constant map has 0 in all of them: no features are good for that
-alone. ``photo_variance`` stands beside them: what is left of the variance over places where there is content.
-Features of one-coloured images should be the same everywhere; under fine noise, patches still differ a little by
-chance, and heavily blurred photos still have soft gradients, so of these only high frequencies are taken.
+Clean features of a content-free image are the same everywhere, for any model, so what varies from place to place is
+artifact. Such images need no label, and they are training pairs with targets free of artifacts.
+
+Of the figures, four are lower for cleaner features, and 0 for a constant map: low values alone do not make good
+features. ``photo_variance`` belongs beside them: the share of the variance over places that is left where there is
+content. Under fine noise patches still differ a little by chance, and heavily blurred photos still have soft gradients,
+so only high frequencies are measured on the latter.
 """
 
 from __future__ import annotations
@@ -14,16 +17,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.metrics.blank_images import high_frequencies, noise_image, uniform_images, variance_over_places
 from denoising_vit.views.rendering import to_image
 
-#: What results are told apart by: which images and figures there are.
+#: Version of the images and figures, recorded with results.
 BLANK_TEST = 1
 
-#: Photos that are taken, blurred and shifted.
+#: Number of photos that are blurred and shifted.
 BLANK_PHOTOS = 4
 
 #: Black, grey, white, and a few colours.
@@ -36,31 +38,40 @@ _COLOURS = (
     (0.3, 0.5, 0.9),
 )
 
-#: Contrast of noise about grey, and sides of its grains in pixels. More of it lets patches differ mostly by chance.
+#: Contrast of noise around grey, and sides of its grains in pixels. More contrast makes patches differ by chance.
 _CONTRAST, _GRAINS = 0.01, (1, 3)
 
-#: Pixels that a photo is reduced to, on each side, and enlarged from again.
+#: Side in pixels that a photo is reduced to before it is enlarged again.
 _BLUR = 4
 
-#: Parts of the distance between patches by which photos are shifted, along both sides.
+#: Shifts of photos along both sides, as a share of the patch stride.
 _PARTS = (0.25, 0.5)
 
-#: Raw features whose variance over places is below this share of their mean square are flat: nothing can be left of it.
+#: Raw features with a variance over places below this share of their mean square are flat: no share of it is defined.
 _FLAT = 1e-8
 
-#: Images in one pass.
+#: Images per forward pass.
 _BATCH = 4
+
+#: Share of single-coloured images among random ones, and share of black, grey and white among these.
+_UNIFORM, _GREY = 0.6, 0.25
+
+#: Widest grain of noise in pixels: a patch contains many grains, so patches differ only by chance.
+_WIDEST_GRAIN = 4
+
+#: Least and largest standard deviation of the noise of random images.
+_RANDOM_CONTRAST = 0.01, 0.3
 
 
 @dataclass(frozen=True, eq=False)
 class BlankProbe:
-    """Images of the test, normalised, (B, 3, H, W) float32 on the CPU; or features of them, (B, h, w, C).
+    """Normalised images of the test, (B, 3, H, W) float32 on the CPU; or their features, (B, h, w, C).
 
     Attributes:
-        blank: one colour each, then fine noise.
-        blurred: photos without any detail; none where no photos were given.
-        shifted: the photos as they are, then with each shift.
-        shifts: parts of the distance between patches, along both sides.
+        blank: images of one colour, then fine noise.
+        blurred: photos without detail; empty if no photos were given.
+        shifted: the unchanged photos, then the photos with each shift.
+        shifts: shifts along both sides, as a share of the patch stride.
     """
 
     blank: Tensor
@@ -70,12 +81,12 @@ class BlankProbe:
 
     @classmethod
     def of(cls, backbone: Backbone, size: tuple[int, int], photos: Sequence[np.ndarray]) -> BlankProbe:
-        """Images for a backbone.
+        """Images for a backbone's normalisation and patch grid.
 
         Args:
-            backbone: whose normalisation and patch grid count.
+            backbone: the backbone.
             size: (H, W) of the images.
-            photos: (H, W, 3) uint8, to be blurred and shifted; the first BLANK_PHOTOS of them are taken.
+            photos: (H, W, 3) uint8; the first BLANK_PHOTOS are blurred and shifted.
         """
         mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
         steps = sorted({max(1, int(part * backbone.stride)) for part in _PARTS})
@@ -93,7 +104,7 @@ class BlankProbe:
         )
 
     def through(self, extractor: Callable[[Tensor], Tensor]) -> BlankProbe:
-        """What an extractor makes of all of them, on the CPU: features of images, or clean features of raw ones."""
+        """Output of an extractor for all of them, on the CPU: features of images, or clean features of raw ones."""
         return replace(
             self,
             blank=_through(extractor, self.blank),
@@ -103,20 +114,20 @@ class BlankProbe:
 
 
 def blank_figures(features: BlankProbe, raw: BlankProbe) -> dict[str, float | None]:
-    """Figures of features beside raw ones of the same images: 1 is as raw, 0 is nothing left.
+    """Figures of features relative to raw features of the same images: 1 is as raw, 0 is best.
 
     Args:
-        features: of :meth:`BlankProbe.through`.
-        raw: the backbone's own, likewise.
+        features: result of :meth:`BlankProbe.through`.
+        raw: the same for the backbone itself.
 
     Returns:
-        By name, None where raw features are flat, the grid is too small, or there are no photos:
+        By name, None if raw features are flat, the grid is too small, or there are no photos:
 
         - ``blank_variance``: share of raw's variance over places that is left on one-coloured images and noise;
-        - ``blank_detail``: the same of its high frequencies; grids of 3 x 3 at least;
-        - ``blurred_detail``: the same on heavily blurred photos;
-        - ``shift_change``: squared change of features at the same place of a photo that is shifted by part of a patch,
-          relative to raw's; both hold what interpolation between patches cannot know;
+        - ``blank_detail``: the same for high frequencies; grids of at least 3 x 3;
+        - ``blurred_detail``: the same for high frequencies on heavily blurred photos;
+        - ``shift_change``: squared change of features at the same place of a photo shifted by part of a patch,
+          relative to raw's; both include the error of interpolating between patches;
         - ``photo_variance``: share of raw's variance over places that is left on photos: the content.
     """
     fine = min(raw.blank.shape[1:3]) >= 3
@@ -130,9 +141,9 @@ def blank_figures(features: BlankProbe, raw: BlankProbe) -> dict[str, float | No
 
 
 def shift_change(features: BlankProbe) -> float:
-    """Mean squared change of features (B, h, w, C) at the same place, over shifts; grids of 2 x 2 at least.
+    """Mean squared change of features (B, h, w, C) at the same place over all shifts; grids of at least 2 x 2.
 
-    Between patches of the photo as it is, features are interpolated linearly.
+    Features of the unchanged photo are interpolated linearly between patches.
     """
     return float(
         torch.stack(
@@ -145,7 +156,7 @@ def shift_change(features: BlankProbe) -> float:
 
 
 def _between(features: Tensor, part: float) -> Tensor:
-    """Features a part of the way to the next patch on both sides: (B, h, w, C) -> (B, h - 1, w - 1, C)."""
+    """Features part of the way to the next patch along both sides: (B, h, w, C) -> (B, h - 1, w - 1, C)."""
     down = torch.lerp(features[:, :-1], features[:, 1:], part)
     return torch.lerp(down[:, :, :-1], down[:, :, 1:], part)
 
@@ -169,7 +180,7 @@ def _energy(features: Tensor) -> float:
 
 
 def _blank_images(size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) in [0, 1], the same ones each time."""
+    """Fixed images (B, 3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     grey = torch.full((3,), 0.5)
     noise = [noise_image(size, grey, _CONTRAST, grain, generator) for grain in _GRAINS]
@@ -177,7 +188,7 @@ def _blank_images(size: tuple[int, int]) -> Tensor:
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) of another size, in [0, 1]."""
+    """Resize images (B, 3, H, W) in [0, 1]."""
     return interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -186,3 +197,71 @@ def _through(extractor: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if not len(images):
         return torch.zeros(0, 1, 1, 1)
     return torch.cat([extractor(part).float().cpu() for part in images.split(_BATCH)])
+
+
+# --- images and measures ---
+
+
+def uniform_images(colours: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images of one colour each, (B, 3, H, W) in [0, 1], from colours (B, 3) in [0, 1]."""
+    return colours[:, :, None, None].expand(-1, -1, *size).clone()
+
+
+def noise_image(
+    size: tuple[int, int], colour: Tensor, contrast: float, grain: int, generator: torch.Generator
+) -> Tensor:
+    """Noise around a colour, (3, H, W) in [0, 1].
+
+    Args:
+        size: (H, W) in pixels.
+        colour: (3,), in [0, 1].
+        contrast: standard deviation of the noise before clamping to [0, 1].
+        grain: side of a grain in pixels; wider grains are smooth.
+        generator: random generator on the CPU.
+    """
+    drawn = torch.randn(1, 3, *(-(-side // grain) + 1 for side in size), generator=generator)
+    smooth = interpolate(drawn, scale_factor=grain, mode="bicubic") if grain > 1 else drawn
+    noise = smooth[0, :, : size[0], : size[1]]
+    return (colour[:, None, None] + contrast * noise / noise.std()).clamp(0, 1)
+
+
+def random_blank_images(
+    count: int, size: tuple[int, int], seed: int, contrast: tuple[float, float] = _RANDOM_CONTRAST
+) -> Tensor:
+    """Random uniform colours and fine noise, (B, 3, H, W) float32 in [0, 1], on the CPU; fixed by the seed.
+
+    The shipped denoiser was trained with the default contrast. Above about 0.01, features of noise differ from patch to
+    patch by chance, and a target that is the same everywhere teaches a denoiser to remove these differences as well:
+    with the default, 40 % of all images. Lower the upper limit for images without any content.
+
+    Args:
+        count: number of images.
+        size: (H, W) in pixels.
+        seed: seed for the colours and the noise.
+        contrast: range of the noise's standard deviation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for _ in range(count):
+        kind, grey, shade, power, grain = torch.rand(5, generator=generator).tolist()
+        colour = torch.rand(3, generator=generator)
+        if grey < _GREY:
+            colour = torch.full((3,), round(2 * shade) / 2)  # black, mid-grey or white
+        if kind < _UNIFORM:
+            images.append(uniform_images(colour[None], size)[0])
+            continue
+        deviation = contrast[0] * (contrast[1] / contrast[0]) ** power
+        images.append(noise_image(size, colour, deviation, 1 + int(grain * _WIDEST_GRAIN), generator))
+    return torch.stack(images)
+
+
+def variance_over_places(features: Tensor) -> float:
+    """Variance of features (B, h, w, C) over places, averaged over images and channels."""
+    return float(features.double().flatten(1, 2).var(1, correction=0).mean())
+
+
+def high_frequencies(features: Tensor) -> float:
+    """The same after subtracting a 3 x 3 mean: differences from patch to patch."""
+    planes = features.double().permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
+    smooth = avg_pool2d(planes, 3, stride=1)
+    return float((planes[..., 1:-1, 1:-1] - smooth).square().mean())

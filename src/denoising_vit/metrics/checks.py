@@ -1,4 +1,4 @@
-"""What every metric asks of its features: a stack of grids, finite, and not the same everywhere."""
+"""Input checks of all metrics: a stack of finite feature maps that are not constant."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 
-#: Variance below this share of the mean square is rounding, not content; its square root is 16 steps of float32.
+#: Variance below this share of the mean square is rounding error; its square root is 16 steps of float32.
 _ROUNDING = 1e-12
 
 
 def checked(features: Tensor, name: str = "features") -> Tensor:
-    """Features that a metric can be computed on, detached, on the CPU and in float32.
+    """Check features (N, h, w, C) and return them detached, on the CPU, in float32.
 
     Args:
         features: (N, h, w, C).
-        name: what the messages call them.
-
-    Returns:
-        The same values, (N, h, w, C) float32.
+        name: name for messages.
 
     Raises:
-        EvaluationError: if the shape is another, a value is not finite, or all tokens are the same.
+        EvaluationError: if the shape differs, a value is not finite, or all tokens are the same.
     """
     features = checked_finite(features, name)
     _, variance = moments(features)
@@ -36,10 +33,10 @@ def checked(features: Tensor, name: str = "features") -> Tensor:
 
 
 def checked_finite(features: Tensor, name: str = "features") -> Tensor:
-    """Like :func:`checked`, for what may well be constant: (N, h, w, C) -> the same values in float32 on the CPU.
+    """Like :func:`checked`, for features that may be constant.
 
     Raises:
-        EvaluationError: if the shape is another, or a value is not finite.
+        EvaluationError: if the shape differs, or a value is not finite.
     """
     if features.ndim != 4 or 0 in features.shape:
         raise EvaluationError(f"expected {name} of shape (N, h, w, C), none of them 0, got {tuple(features.shape)}")
@@ -54,9 +51,9 @@ def checked_finite(features: Tensor, name: str = "features") -> Tensor:
 
 
 def moments(features: Tensor) -> tuple[Tensor, float]:
-    """Mean (C,) of all tokens of (N, h, w, C), and their variance summed over channels, both in float64."""
+    """Mean (C,) of all tokens of (N, h, w, C), and their variance summed over channels, in float64."""
     tokens = features[..., 0].numel()
-    # Image by image: a float64 copy of everything would be twice as large as the features themselves.
+    # Image by image: a float64 copy of all features would be twice their size.
     mean = torch.stack([image.double().sum((0, 1)) for image in features]).sum(0) / tokens
     variance = sum(float((image.double() - mean).square().sum()) for image in features) / tokens
     return mean, variance

@@ -1,15 +1,14 @@
-"""The maximal information coefficient between feature channels and the place of a patch.
+"""The maximal information coefficient (MIC) between feature channels and the position of a patch.
 
-MIC (Reshef et al., Science 2011) is the largest mutual information that any grid of k x l bins, k l <= B, finds between
-two variables, each grid's divided by log min(k, l), the most it could be. Appendix A.4 of Denoising Vision Transformers
-takes its maximum over channels as a measure of position artifacts, with B = (h w)^0.6.
+MIC (Reshef et al., Science 2011) is the largest mutual information between two variables over grids of k x l bins with
+k l <= B, each divided by its upper bound log min(k, l). Appendix A.4 of Denoising Vision Transformers takes its maximum
+over channels as a measure of position artifacts, with B = (h w)^0.6.
 
-What is computed is MIC_e (Reshef et al., JMLR 2016): of the two axes the one with more bins is cut into bins of equal
-mass, the other one optimally. It is a consistent estimator of what MIC estimates, and the optimal axis never has more
-than sqrt(B) bins, which brings 384 channels of a 37 x 37 grid from 45 s with the original search in C to 2 s here. It
-also reads lower: the original search finds 0.12 in noise of that size where MIC_e finds 0.03, so values compare with
-each other and not with the paper's table. There was no library to lean on: minepy, the one in common use, had its last
-release in 2022 and does not build on Python 3.11 or later; fast-mine has one release and needs numba; both are GPL.
+This is MIC_e (Reshef et al., JMLR 2016): the axis with more bins is cut into bins of equal mass, the other optimally.
+It is a consistent estimator of the same quantity, and takes 2 s for 384 channels of a 37 x 37 grid instead of 45 s for
+the original search in C. Its values are lower (0.03 instead of 0.12 for noise of that size), so they cannot be compared
+with the paper's table. No library is used: minepy does not build on Python 3.11 or later, fast-mine has one release and
+needs numba, and both are GPL.
 """
 
 from __future__ import annotations
@@ -25,21 +24,20 @@ from torch import Tensor
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked
 
-#: Places where the optimal axis may be cut: this many for each of its bins, and at least _LEAST_CLUMPS in all.
+#: Candidate cuts of the optimal axis: this many per bin, and at least _LEAST_CLUMPS in all.
 _CLUMPS_PER_BIN = 5
 _LEAST_CLUMPS = 40
 
-#: Channels worked on at once; more take memory, fewer take time in loops.
+#: Channels per batch: memory against time in loops.
 _CHUNK = 64
 
 
 def mic(a: Tensor | np.ndarray, b: Tensor | np.ndarray, exponent: float = 0.6) -> float:
-    """MIC_e of two variables: towards 0 for independent ones, towards 1 where one is a function of the other.
+    """MIC_e of two variables: towards 0 if independent, towards 1 if one is a function of the other.
 
-    It is 1 for a noiseless monotonic relation of an even number of distinct values, and near 1 for others as points
-    grow. Few points find structure in noise: about 0.12 for 100 independent pairs, 0.065 for 400, 0.035 for 1,369.
-    Equal values are never told apart. All cuts of the optimal axis are tried up to 40 points, 40 quantiles or more
-    beyond that.
+    1 for a noiseless monotonic relation of an even number of distinct values, and near 1 for others with many points.
+    For independent pairs it is about 0.12 with 100 points, 0.065 with 400, 0.035 with 1,369. Equal values stay in one
+    bin. Up to 40 points, all cuts of the optimal axis are tried; beyond that, at least 40 quantiles.
 
     Args:
         a: (n,) values.
@@ -47,7 +45,7 @@ def mic(a: Tensor | np.ndarray, b: Tensor | np.ndarray, exponent: float = 0.6) -
         exponent: grids have at most n^exponent cells, and at least 4.
 
     Returns:
-        A number in [0, 1]; equal for (a, b) and (b, a).
+        In [0, 1]; symmetric in a and b.
 
     Raises:
         EvaluationError: if the lengths differ, there are fewer than 4 points, or a value is not finite.
@@ -61,18 +59,18 @@ def mic(a: Tensor | np.ndarray, b: Tensor | np.ndarray, exponent: float = 0.6) -
 
 
 def position_mic(features: Tensor, exponent: float = 0.6) -> float:
-    """How much the best channel tells about a patch's place, as in appendix A.4 of Denoising Vision Transformers.
+    """MIC of the best channel with a patch's position, as in appendix A.4 of Denoising Vision Transformers.
 
-    The mean over x and y of the largest MIC_e of any channel with that coordinate, image by image, averaged. Noise does
-    not reach 0: the best of 384 channels of independent normal features on 37 x 37 patches comes to 0.05. Takes about
-    2 s an image of that size, so give it a dozen. A channel equal to x reads 0.9995 there: 37 columns do not halve.
+    Mean over images and over x and y of the largest MIC_e of any channel with that coordinate. For 384 channels of
+    independent normal features on 37 x 37 patches it is 0.05, and 0.9995 for a channel equal to x, as 37 columns cannot
+    be halved. Takes about 2 s per image of that size.
 
     Args:
         features: (N, h, w, C), h w >= 4.
         exponent: grids have at most (h w)^exponent cells.
 
     Returns:
-        A number in [0, 1]; a constant channel counts as 0.
+        In [0, 1]; 0 for constant channels.
 
     Raises:
         EvaluationError: if features are not finite, constant, or of another shape.
@@ -112,7 +110,7 @@ def _mic_of_rows(values: np.ndarray, other: np.ndarray, exponent: float) -> np.n
 
 
 def _mid_ranks(values: np.ndarray) -> np.ndarray:
-    """Twice the middle of each value's run in the sorted row, (C, n) -> (C, n) in [1, 2n - 1]; ties share theirs."""
+    """Twice the mid-rank of each value in its row, (C, n) -> (C, n) in [1, 2n - 1]; ties share it."""
     rows, n = values.shape
     order = np.argsort(values, axis=1, kind="stable")
     ordered = np.take_along_axis(values, order, axis=1)
@@ -127,12 +125,12 @@ def _mid_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _bins(ranks: np.ndarray, count: int) -> np.ndarray:
-    """Bins of equal mass, as near as ties allow: equal values have one rank, so they are never split."""
+    """Bins of nearly equal mass; ties have one rank and are never split."""
     return ranks * count // (2 * ranks.shape[1])
 
 
 def _joint_counts(cuts: np.ndarray, clumps: int, bins: np.ndarray, count: int) -> np.ndarray:
-    """How many points of each row fall into each bin and the first t clumps: (C, n) twice -> (count, clumps + 1, C)."""
+    """Points of each row in each bin and the first t clumps: (C, n) twice -> (count, clumps + 1, C)."""
     rows = len(cuts)
     cell = (bins * clumps + cuts) * rows + np.arange(rows)[:, None]
     counts = np.bincount(cell.ravel(), minlength=count * clumps * rows).reshape(count, clumps, rows)
@@ -140,14 +138,14 @@ def _joint_counts(cuts: np.ndarray, clumps: int, bins: np.ndarray, count: int) -
 
 
 def _best_score(cumulative: np.ndarray, most: int, entropy_terms: np.ndarray) -> np.ndarray:
-    """The largest normalised information over cuts of the clumps into k = 2 to ``most`` intervals.
+    """Largest normalised information over cuts of the clumps into k = 2 to ``most`` intervals.
 
-    With m(q) points of an interval in bin q, the interval adds W = sum_q m(q) log m(q) - m log m to n (I - H(bins)),
-    whatever the others are, so the best cuts follow by dynamic programming over where the last interval begins.
+    An interval with m(q) points in bin q adds W = sum_q m(q) log m(q) - m log m to n (I - H(bins)), independently of
+    the others, so dynamic programming over the start of the last interval finds the best cuts.
 
     Args:
         cumulative: (l, P + 1, C) counts in each of l bins of the first t of P clumps.
-        most: the most intervals.
+        most: maximum number of intervals.
         entropy_terms: m log m for m = 0 to n.
 
     Returns:
@@ -164,7 +162,7 @@ def _best_score(cumulative: np.ndarray, most: int, entropy_terms: np.ndarray) ->
     bin_entropy = math.log(n) - entropy_terms[everything[:, 0]].sum(0) / n  # (C,)
     scores = (bin_entropy + (best + rest).max(0) / n) / math.log(2)
     if most > 2:
-        # The last interval always ends at the end, so two intervals, as many grids have, need none of these.
+        # Not needed for two intervals: the last one always ends at the end.
         inner = [gain(cumulative[:, t : t + 1] - cumulative[:, : t + 1]) for t in range(len(best))]  # each (t + 1, C)
         for k in range(3, most + 1):
             best = np.stack([(best[: t + 1] + gains).max(0) for t, gains in enumerate(inner)])

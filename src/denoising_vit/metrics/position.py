@@ -1,9 +1,8 @@
-"""How well features tell where in the grid a patch sits, whatever it shows.
+"""Position probes: how well features predict the position of a patch in the grid.
 
-Neither probe is to be read alone. Both are won by maps that say nothing: a nearly constant or meaningless map has no
-place in it either. And subtracting the mean over images per position, a cheap way to remove the artifact, takes every
-linear trace of place away by construction: the linear probe then reads 0 even where the rest of the feature still gives
-the place away, which the neighbour probe sees.
+Neither probe is meaningful alone: a nearly constant map has no position in it either. Subtracting the mean over images
+per position removes every linear trace of position by construction, so the linear probe is then 0 even if the position
+can still be predicted, as the neighbour probe shows.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ _LEAST_IMAGES = 2
 
 
 def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> float:
-    """R^2 of a ridge regression from one patch's features to its place, mean over x and y.
+    """R^2 of a ridge regression from a patch's features to its position, mean over x and y.
 
-    Subtracting the mean over images per position makes this 0 by construction: what is left is uncorrelated with any
-    function of the position. Read it beside :func:`neighbour_position_r2`.
+    Subtracting the mean over images per position makes this 0 by construction, as the rest is uncorrelated with any
+    function of the position. Use it together with :func:`neighbour_position_r2`.
 
     Args:
-        features: (N, h, w, C), standardised here with the mean and deviation of the training images.
-        train: how many images, the first ones, the regression is fitted on; the others are predicted.
-        ridge: weight of the squared coefficients against the mean squared error. With a few dozen images and hundreds
-            of channels, less of it learns the training images by heart (docs/decisions.md).
+        features: (N, h, w, C); standardised with the mean and deviation of the training images.
+        train: number of first images to fit the regression on; the others are predicted.
+        ridge: weight of the squared coefficients. With a few dozen images and hundreds of channels, lower values
+            overfit (docs/decisions.md).
 
     Returns:
-        1 for perfect prediction, 0 for none; negative where it is worse than the centre of the grid.
+        1 for perfect prediction, 0 for none; negative if worse than the centre of the grid.
 
     Raises:
         EvaluationError: if there are fewer than 2 images on either side, the grid has a side of 1, or features are not
@@ -50,9 +49,9 @@ def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> f
         cross += tokens.T @ centred_places
     count = train * len(places)
     deviation = (gram.diagonal() / count).sqrt()
-    scale = torch.where(deviation > 0, 1 / deviation, 0)  # a channel that never changes says nothing
+    scale = torch.where(deviation > 0, 1 / deviation, 0)  # constant channels have no weight
     gram, cross = gram * torch.outer(scale, scale) / count, cross * scale[:, None] / count
-    # Least squares of minimal norm, so that ridge = 0 with dependent channels has an answer as well.
+    # Least squares of minimal norm also solves ridge = 0 with dependent channels.
     weights = torch.linalg.lstsq(
         gram + ridge * torch.eye(len(mean), dtype=torch.float64), cross, driver="gelsd"
     ).solution
@@ -64,20 +63,20 @@ def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> f
 def neighbour_position_r2(
     features: Tensor, *, train: int, neighbours: int = 20, tokens_per_image: int = 256, seed: int = 0
 ) -> float:
-    """R^2 of the mean place of a patch's nearest neighbours by cosine, among patches of other images.
+    """R^2 of the mean position of a patch's nearest neighbours (cosine) among patches of other images.
 
-    Subtracting the mean over images per position zeroes the linear probe by construction, but not this one, so the two
-    belong together. It also finds place where the content does (sky above, road below), so a clean map is not at 0.
+    Unlike the linear probe, it is not 0 by construction after subtracting the mean over images per position. Content
+    with a typical position (sky above, road below) raises it, so a clean map is not at 0.
 
     Args:
-        features: (N, h, w, C), centred here per channel with the mean of the training images.
-        train: how many images, the first ones, neighbours are looked for in; places in the others are predicted.
-        neighbours: how many.
-        tokens_per_image: patches drawn of each image, all of them where there are fewer.
-        seed: of that draw; the same seed draws the same patches of any features of the same shape.
+        features: (N, h, w, C); centred per channel with the mean of the training images.
+        train: number of first images to search neighbours in; positions in the others are predicted.
+        neighbours: number of neighbours.
+        tokens_per_image: patches drawn per image, at most all.
+        seed: seed for the draw, the same for any features of the same shape.
 
     Returns:
-        1 for perfect prediction, about 0 for none: averages of k random places come to about -1 / k.
+        1 for perfect prediction; about -1 / k, the average of k random positions, for none.
 
     Raises:
         EvaluationError: if there are fewer than 2 images on either side, or than ``neighbours`` training patches, the
@@ -109,7 +108,7 @@ def neighbour_position_r2(
 
 
 def _checked_split(features: Tensor, train: int) -> Tensor:
-    """The features if they can be split into training and test images, checked on both sides: (N, h, w, C)."""
+    """Check features (N, h, w, C) and that they can be split into training and test images."""
     features = checked(features)
     images, h, w, _ = features.shape
     if train < _LEAST_IMAGES or images - train < _LEAST_IMAGES:
@@ -132,13 +131,13 @@ def _places(features: Tensor) -> Tensor:
 
 
 def _drawn(images: int, patches: int, count: int, seed: int) -> Tensor:
-    """Which patches of each image take part: (images, count) indices without repeats."""
-    # RandomState is the one NumPy generator whose streams are promised never to change.
+    """Random patches of each image: (images, count) indices without repeats."""
+    # NumPy guarantees only RandomState's streams never to change.
     stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     return torch.from_numpy(stream.random_sample((images, patches)).argsort(axis=1)[:, :count].copy())
 
 
 def _r2(truth: Tensor, predicted: Tensor) -> float:
-    """One minus error over variance, both (n, 2), mean over the two columns."""
+    """R^2 of predictions (n, 2), mean over both columns."""
     error = (truth - predicted).square().sum(0)
     return float((1 - error / (truth - truth.mean(0)).square().sum(0)).mean())

@@ -1,17 +1,16 @@
-"""Label-free metrics of a set of feature maps: outlier norms, spread, smoothness, and what comes with the position.
+"""Label-free metrics of feature maps: outlier norms, spread, smoothness, shared patterns, consistency.
 
-No single one of these can be read alone, since each is won by a useless map:
+No metric is meaningful alone, as a useless map gets the best value of each:
 
-- position probes and MIC (``position.py``, ``mic.py``), leakage and shared energy: a map that is nearly constant, or
-  noise, has no position in it;
-- neighbour similarity: a blurred or nearly constant map is the smoothest of all;
-- outlier share: a map scaled to unit norm has none;
-- effective rank and detail: white noise has the highest.
+- position probes and MIC (``position.py``, ``mic.py``), leakage and shared energy: a nearly constant map, or noise;
+- neighbour similarity: a blurred or nearly constant map;
+- outlier share: a map scaled to unit norm;
+- effective rank and detail: white noise.
 
-An artifact is removed where position, outliers and leakage fall while effective rank and detail do not. A map that is
-exactly constant is refused: ``constant output``.
+An artifact is removed if position, outliers and leakage fall while effective rank and detail do not. Constant maps are
+refused: ``constant output``.
 
-All features are (N, h, w, C), moved to the CPU in float32; sums are taken in float64.
+All features are (N, h, w, C), moved to the CPU in float32; sums are in float64.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.decomposition.heldout import Agreement
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked, checked_finite, moments
 
-#: Norms within this factor (as a logarithm) of the median never count as outliers, however alike the others are.
+#: Norms within this factor (as a logarithm) of the median are never outliers.
 _LEAST_SPREAD = 1e-3
 
-#: Images whose halves can be held against each other.
+#: Minimum number of images for comparing two halves.
 _LEAST_IMAGES = 4
 
-#: Longest norm that counts as it is, in medians.
+#: Larger norms are scaled down to this multiple of the median.
 _LONGEST = 3.0
 
 
@@ -40,8 +40,8 @@ class OutlierShare:
     """Share of tokens with outlying norms.
 
     Attributes:
-        high: above the bound, as in DINOv2 and DeiT-III.
-        low: below the bound, as in CLIP.
+        high: share above the bound, as in DINOv2 and DeiT-III.
+        low: share below the bound, as in CLIP.
     """
 
     high: float
@@ -49,26 +49,26 @@ class OutlierShare:
 
     @property
     def total(self) -> float:
-        """Both together."""
+        """Share of all outliers."""
         return self.high + self.low
 
 
 def outlier_share(features: Tensor, bound: float = 5.0) -> OutlierShare:
-    """Share of tokens whose log-norm is beyond median +- bound x 1.4826 MAD of all tokens' log-norms.
+    """Share of tokens with a log-norm outside of median +- bound x 1.4826 MAD of all log-norms.
 
-    High-norm tokens are those of Darcet et al., Vision Transformers Need Registers (ICLR 2024), who cut at a norm fixed
-    by hand for each model; a robust deviation needs no such number. With the default bound, log-normal norms count
-    6e-7 of the tokens. Where the deviation is below 0.1 % of the norm (unit-norm features: MAD = 0), 0.1 % is taken.
+    High-norm tokens are those of Darcet et al., Vision Transformers Need Registers (ICLR 2024), who use a threshold
+    fixed by hand for each model. With the default bound, 6e-7 of log-normal norms are outliers. The deviation is at
+    least 0.1 % of the norm (unit-norm features: MAD = 0).
 
     Args:
         features: (N, h, w, C).
-        bound: robust standard deviations.
+        bound: number of robust standard deviations.
 
     Returns:
-        Shares in [0, 1]; up to about half, since the median is taken for clean.
+        Shares in [0, 1], at most about half, as the median is assumed to be clean.
 
     Raises:
-        EvaluationError: if features are not finite, constant, or of another shape, or bound is not positive.
+        EvaluationError: if features are not finite, constant or of another shape, or the bound is not positive.
     """
     if not bound > 0:
         raise EvaluationError(f"bound must be positive, got {bound}")
@@ -83,8 +83,8 @@ def outlier_share(features: Tensor, bound: float = 5.0) -> OutlierShare:
 def effective_rank(features: Tensor) -> float:
     """RankMe: the exponential of the entropy of the singular values, normalised to sum to one.
 
-    Garrido et al., RankMe (ICML 2023), of the matrix of all tokens (N h w, C), not centred, as there: a large common
-    mean counts as one direction and lowers the value. Singular values come from the C x C Gram matrix in float64.
+    Garrido et al., RankMe (ICML 2023), of the matrix of all tokens (N h w, C). Not centred, as published: a large
+    common mean lowers the value. Singular values come from the C x C Gram matrix in float64.
 
     Args:
         features: (N, h, w, C).
@@ -102,15 +102,15 @@ def effective_rank(features: Tensor) -> float:
 
 
 def neighbour_similarity(features: Tensor) -> float:
-    """Mean cosine of patches side by side or one above the other, features centred per channel over the data.
+    """Mean cosine of horizontally and vertically adjacent patches, after centring each channel over the data.
 
-    Without centring, the common mean of all features would make any two patches alike.
+    Without centring, the common mean of all features would make any two patches similar.
 
     Args:
         features: (N, h, w, C), more than one patch.
 
     Returns:
-        A number in [-1, 1]: 0 for white noise, towards 1 for blurred maps. Neither end is good by itself.
+        In [-1, 1]: 0 for white noise, towards 1 for blurred maps. Neither is good by itself.
 
     Raises:
         EvaluationError: if features are not finite, constant, or of another shape.
@@ -130,7 +130,7 @@ def detail(features: Tensor) -> float:
     """Share of the variance in differences of adjacent patches: mean squared difference / (2 x variance).
 
     Args:
-        features: (N, h, w, C), more than one patch; any shift, scale or rotation of the channels gives the same.
+        features: (N, h, w, C), more than one patch; invariant to shift, scale and rotation of the channels.
 
     Returns:
         0 or more: 1 for white noise, towards 0 for blurred maps, about 2 for a checkerboard.
@@ -149,10 +149,10 @@ def detail(features: Tensor) -> float:
 
 
 def typical_energy(features: Tensor) -> float:
-    """Median squared distance of a token from the median token: the variance, but for a few outliers.
+    """Median squared distance of a token from the median token: a variance robust to outliers.
 
-    A hundredth of the tokens, ten times as long as the others, doubles the variance and leaves this as it is. Where
-    most tokens are the same (empty backgrounds), so that the median is zero, it is the variance.
+    1 % of tokens with ten times the norm of the others double the variance but do not change this. If most tokens are
+    the same (empty backgrounds) and the median is zero, it is the variance.
 
     Args:
         features: (N, h, w, C).
@@ -167,17 +167,17 @@ def typical_energy(features: Tensor) -> float:
 
 
 def shared_pattern(features: Tensor) -> float:
-    """Energy of what is the same at a place in all images, relative to the typical energy of a token.
+    """Energy of the pattern shared by all images at each place, relative to the typical energy of a token.
 
-    The mean over one half of the images, place by place, times that over the other half: content of one half says
-    nothing about that of the other, so no noise adds up, and features without a shared pattern give zero on average.
-    Halves take images in pairs, so that each has both where two kinds take turns.
+    Product of the means over each half of the images, place by place: contents of the halves are independent, so
+    features without a shared pattern give zero on average. Images are assigned to halves in pairs, so that two
+    alternating kinds are in both.
 
     Args:
-        features: (N, h, w, C), N at least 4; of crops whose place says nothing about their content.
+        features: (N, h, w, C), N at least 4; of crops whose position is independent of their content.
 
     Returns:
-        At most about 1; below zero by chance.
+        At most about 1; negative by chance.
 
     Raises:
         EvaluationError: if there are fewer than 4 images, or features are not finite or constant.
@@ -185,9 +185,8 @@ def shared_pattern(features: Tensor) -> float:
     features = checked(features)
     if len(features) < _LEAST_IMAGES:
         raise EvaluationError(f"a shared pattern takes {_LEAST_IMAGES} images at least, got {len(features)}")
-    limit = (
-        float(features.norm(dim=-1).median()) * _LONGEST
-    )  # outliers are measured elsewhere, and would add noise here
+    # Outliers are measured elsewhere and would add noise here.
+    limit = float(features.norm(dim=-1).median()) * _LONGEST
     bounded = features * (limit / features.norm(dim=-1, keepdim=True).clamp(min=limit))
     odd = torch.arange(len(bounded)) // 2 % 2 == 1
     first, second = (half.mean(0, dtype=torch.float64) for half in (bounded[~odd], bounded[odd]))
@@ -196,23 +195,22 @@ def shared_pattern(features: Tensor) -> float:
 
 
 def leakage(features: Tensor, responses: Tensor, rank: int) -> float:
-    """Black-image leakage: share of the features' energy in the directions in which empty images' responses vary.
+    """Black-image leakage: share of the features' energy in the directions of responses to empty images.
 
-    What a backbone says about an image without content (all black, all mean) differs from patch to patch by position
-    alone. The ``rank`` first principal directions of those differences span a subspace; this is the share of the
-    centred features' energy within it. Not from a paper; compare it with a subspace drawn at random, which holds
-    rank / C of any features on average, and of isotropic features exactly.
+    Features of an image without content (all black, all mean) differ from patch to patch by position alone. This is
+    the share of the centred features' energy in the subspace of the ``rank`` first principal directions of these
+    differences. Not from a paper; a random subspace has rank / C of any features' energy on average.
 
     Args:
-        features: (N, h, w, C), centred here per channel over all tokens.
-        responses: (M, h', w', C) to images without content, each centred here over its positions.
+        features: (N, h, w, C); centred per channel over all tokens.
+        responses: features of images without content, (M, h', w', C); each centred over its positions.
         rank: dimensions of the subspace, 1 to C.
 
     Returns:
-        A number in [0, 1].
+        In [0, 1].
 
     Raises:
-        EvaluationError: if channels disagree, a value is not finite, features are constant, or the responses vary in
+        EvaluationError: if channels differ, a value is not finite, features are constant, or the responses vary in
             fewer than ``rank`` directions.
     """
     features, responses = checked(features), checked_finite(responses, "responses")
@@ -223,7 +221,7 @@ def leakage(features: Tensor, responses: Tensor, rank: int) -> float:
         raise EvaluationError(f"rank must be 1 to {channels}, the number of channels, got {rank}")
     gram = sum(_gram(image[None], moments(image[None])[0]) for image in responses)
     values, vectors = torch.linalg.eigh(torch.as_tensor(gram))  # ascending: the squared singular values of the stack
-    # Rounding of float32 responses leaves directions of their own; they are no subspace to measure anything by.
+    # Rounding errors of float32 responses have directions as well, which are ignored.
     floor = 1e-12 * float(responses.double().square().sum())
     directions = int((values > floor).sum())
     if directions < rank:
@@ -237,6 +235,33 @@ def leakage(features: Tensor, responses: Tensor, rank: int) -> float:
     return float(inside.clamp(0, 1))
 
 
+def consistency(expected: Tensor, features: Tensor) -> float:
+    """Cross-view consistency: R^2 between features of the same places in two views.
+
+    1 - squared difference / variance of the second view. Anything that depends on the position in the view or on the
+    rest of the view lowers it. It is no criterion alone: a blurred map agrees with itself better than a sharp one, and
+    a map of the position in the *image* agrees perfectly.
+
+    Args:
+        expected: features of the first view, sampled at the places of the second view's patches, (N, h, w, C).
+        features: features of the second view, (N, h, w, C).
+
+    Returns:
+        At most 1; 0 if the first view predicts no better than the mean feature, negative if worse.
+
+    Raises:
+        EvaluationError: if shapes differ, or the features do not vary.
+    """
+    if expected.shape != features.shape:
+        raise EvaluationError(f"expected the same shapes, got {tuple(expected.shape)} and {tuple(features.shape)}")
+    agreement = Agreement()
+    for truth, predicted in zip(features.double(), expected.double(), strict=True):
+        agreement.add(truth, predicted)
+    if agreement.r2 is None:
+        raise EvaluationError("constant output: all tokens of the features are the same, so nothing can be consistent")
+    return agreement.r2
+
+
 def _gram(features: Tensor, mean: Tensor) -> Tensor:
     """Sum over tokens of the outer product of (token - mean), in float64: (N, h, w, C), (C,) -> (C, C)."""
     gram = torch.zeros(features.shape[-1], features.shape[-1], dtype=torch.float64)
@@ -247,7 +272,7 @@ def _gram(features: Tensor, mean: Tensor) -> Tensor:
 
 
 def _checked_pairs(features: Tensor) -> Tensor:
-    """Checked features whose grid has at least one pair of adjacent patches: (N, h, w, C)."""
+    """Check features (N, h, w, C) and that their grid has adjacent patches."""
     features = checked(features)
     if features.shape[1] * features.shape[2] < 2:
         raise EvaluationError("adjacent patches need a grid of 2 patches or more, got 1 x 1")

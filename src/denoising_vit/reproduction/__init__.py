@@ -1,9 +1,8 @@
-"""Reproducing published rows: what each takes, what is missing for it, and the run itself."""
+"""Reproduction of published rows: required data, what is missing, and the runs."""
 
-from denoising_vit.reproduction.denoising import DenoiserRecipe
-from denoising_vit.reproduction.distilling import DistilledRecipe
 from denoising_vit.reproduction.rows import Row, Status, Step, find_row, list_rows
 from denoising_vit.reproduction.running import Protocols, reproduce_row
+from denoising_vit.reproduction.training import DenoiserRecipe, DistilledRecipe
 
 __all__ = [
     "DenoiserRecipe",

@@ -1,4 +1,4 @@
-"""A dry run: every step of a row on made-up data, with two blocks of random weights and two steps of training."""
+"""Dry runs: every step of a row on synthetic data, with two random blocks and two training steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.depth.data import NYU_SIZE
 from denoising_vit.evaluation.segmentation import RELEASED
-from denoising_vit.reproduction.denoising import DenoiserRecipe
-from denoising_vit.reproduction.distilling import DistilledRecipe
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS
 from denoising_vit.reproduction.running import Protocols
+from denoising_vit.reproduction.training import DenoiserRecipe, DistilledRecipe
 from denoising_vit.training.options import ViewOptions
 
-#: Two images of each split, of unlike sizes, so that one of them is padded and the other cut into windows.
+#: Sizes of the two images of each split: one is padded, the other cut into windows.
 _SIZES = ((48, 64), (60, 40))
 
 
@@ -28,14 +27,14 @@ def dry_backbone(model: str) -> Backbone:
     """The model with two blocks and random weights.
 
     Raises:
-        BackboneError: if timm does not know it.
+        BackboneError: if timm has no such model.
     """
     built = build_timm_model(model, pretrained=False, depth=2)
     return TimmBackbone(built, name=model, stride=None, layer=-1, norm=True, weights="random, two blocks")
 
 
 def dry_protocols(backbone: Backbone) -> Protocols:
-    """The released protocols, stopped after two steps of a crop, or of two pairs; training is shown 8 x 8 patches."""
+    """The released protocols with two steps of one crop, or of two pairs, on 8 x 8 patches."""
     denoised, distilled = DenoiserRecipe(), DistilledRecipe()
     return Protocols(
         segmentation=replace(RELEASED, steps=2, warmup=1, batch=1),
@@ -52,7 +51,7 @@ def dry_protocols(backbone: Backbone) -> Protocols:
 
 
 def dry_data(folder: Path) -> Path:
-    """Writes images in the layouts of VOC, ADE20K, NYUv2 and ImageNet, small but for NYUv2; returns the folder."""
+    """Write images in the layouts of VOC, ADE20K, NYUv2 (full size) and ImageNet; returns the folder."""
     chance = np.random.default_rng(0)
     _write_voc(folder / VOC.place, chance)
     _write_ade(folder / ADE.place, chance)
@@ -110,6 +109,6 @@ def _noise(size: tuple[int, int], chance: np.random.Generator) -> Image.Image:
 
 
 def _blocks(size: tuple[int, int], classes: int, chance: np.random.Generator) -> np.ndarray:
-    """Blocks of 4 x 4 pixels of one label each."""
+    """Random labels in blocks of 4 x 4 pixels."""
     coarse = chance.integers(classes, size=(size[0] // 4, size[1] // 4), dtype=np.uint8)
     return coarse.repeat(4, 0).repeat(4, 1)

@@ -1,4 +1,4 @@
-"""What a published row consists of, and what is missing for it."""
+"""Published rows: the data each needs, and the status of its steps."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 from denoising_vit.denoiser.published import PublishedRow, published_row, published_rows
 
-#: Whether a step can be done: done already, ready, or data is missing.
+#: Status of a step: done already, ready, or data is missing.
 Status = Literal["done", "ready", "missing"]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Data that rows are measured on.
+    """Evaluation data of the rows.
 
     Attributes:
-        name: for people.
-        task: what is done on it.
-        layout: as what opens it calls it.
-        place: where it goes below the data folder.
-        needs: what must be there, below that place.
-        source: where it can be had.
+        name: name for tables.
+        task: evaluation task.
+        layout: layout name in results.
+        place: path below the data folder.
+        needs: required files and folders below that path.
+        source: where to get it.
         figures: names of the published figures, by metric.
     """
 
@@ -67,13 +67,13 @@ NYU = Benchmark(
 
 @dataclass(frozen=True)
 class TrainingPhotos:
-    """Photos that denoisers or distilled models are trained on.
+    """Training photos of denoisers and distilled models.
 
     Attributes:
-        places: folders below the data folder; the first must be there, the others are taken where they are.
-        source: where they can be had.
-        listed: a list of those that are taken, in its order, in the data folder; None where all are.
-        list_source: where the list can be had.
+        places: folders below the data folder; the first is required, the others are optional.
+        source: where to get them.
+        listed: list of the photos to take in order, in the data folder; None takes all.
+        list_source: where to get the list.
     """
 
     places: tuple[str, ...]
@@ -82,7 +82,7 @@ class TrainingPhotos:
     list_source: str = ""
 
     def lacking(self, data: Path) -> tuple[str, str] | None:
-        """What is missing in the data folder, and where it goes there from; None where nothing is."""
+        """Missing data and where to get it; None if nothing is missing."""
         if not (data / self.places[0]).exists():
             return str(data / self.places[0]), self.source
         if self.listed is not None and not (data / self.listed).is_file():
@@ -101,12 +101,12 @@ IMAGENET_PHOTOS = TrainingPhotos(("imagenet/train",), "ILSVRC2012_img_train.tar,
 
 @dataclass(frozen=True)
 class Variant:
-    """How a published variant is made.
+    """Training of a published variant.
 
     Attributes:
-        features: what is judged.
-        denoiser: photos that the denoiser is trained on; None where there is none.
-        distilled: photos that the model is distilled on; None where it is not.
+        features: kind of features to evaluate.
+        denoiser: training photos of the denoiser; None without a denoiser.
+        distilled: training photos of the distilled model; None without distillation.
     """
 
     features: str
@@ -114,8 +114,7 @@ class Variant:
     distilled: TrainingPhotos | None = None
 
 
-#: All of `VARIANTS`. Whatever the denoiser was trained on, models were distilled on
-#: ImageNet-1k.
+#: All of `VARIANTS`. Models were distilled on ImageNet-1k, whatever the denoiser was trained on.
 VARIANTS_MADE: Mapping[str, Variant] = {
     "baseline": Variant("raw"),
     "voc_denoised": Variant("denoiser", VOC_PHOTOS),
@@ -131,8 +130,8 @@ class Step:
 
     Attributes:
         benchmark: the data.
-        status: whether it can be done.
-        why: what is missing and where it goes; empty where nothing is.
+        status: status of the step.
+        why: missing data and where to get it; empty if nothing is missing.
     """
 
     benchmark: Benchmark
@@ -145,8 +144,8 @@ class Row:
     """A published row and its steps.
 
     Attributes:
-        published: its figures.
-        steps: one for each benchmark that figures were published for.
+        published: published figures.
+        steps: one step for each benchmark with published figures.
     """
 
     published: PublishedRow
@@ -154,7 +153,7 @@ class Row:
 
     @property
     def status(self) -> str:
-        """All steps in a few words."""
+        """Status of all steps, for tables."""
         return ", ".join(f"{step.benchmark.name} {step.status}" for step in self.steps)
 
 
@@ -162,8 +161,8 @@ def list_rows(data: Path, lines: Sequence[dict[str, Any]] = ()) -> list[Row]:
     """Every published row with the status of its steps.
 
     Args:
-        data: folder that benchmarks are looked for in.
-        lines: of results that are there already.
+        data: folder with the benchmarks.
+        lines: existing lines of results.
     """
     return [_row(row, data, lines) for row in published_rows()]
 
@@ -172,7 +171,7 @@ def find_row(model: str, variant: str, data: Path, lines: Sequence[dict[str, Any
     """One row with the status of its steps.
 
     Raises:
-        EvaluationError: if nothing was published for this model and variant; it names what was.
+        EvaluationError: if nothing was published for this model and variant, naming the published ones.
     """
     return _row(published_row(model, variant), data, lines)
 

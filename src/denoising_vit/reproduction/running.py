@@ -1,4 +1,4 @@
-"""Carrying out the steps of a published row."""
+"""Runs the steps of a published row."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import RELEASED, Protocol
 from denoising_vit.evaluation.workbench import Line, Progress, Workbench, no_progress
 from denoising_vit.extractors import Cleaners
-from denoising_vit.reproduction.denoising import DenoiserRecipe, trained_denoiser
-from denoising_vit.reproduction.distilling import DistilledRecipe, distilled_model
 from denoising_vit.reproduction.rows import NYU, VARIANTS_MADE, VOC_PHOTOS, Benchmark, Row, Step
+from denoising_vit.reproduction.training import DenoiserRecipe, DistilledRecipe, distilled_model, trained_denoiser
 
 
 @dataclass(frozen=True)
 class Protocols:
-    """How the steps of a row are done; as the released code does them by default.
+    """Protocols of the steps of a row; the defaults are the released ones.
 
     Attributes:
-        segmentation: of the probe for classes.
-        depth: of the probe for depth.
-        recipe: how the denoiser of a row is made.
-        distilling: how the distilled model of a row is made.
+        segmentation: protocol of the segmentation probe.
+        depth: protocol of the depth probe.
+        recipe: training recipe of the denoiser.
+        distilling: training recipe of the distilled model.
     """
 
     segmentation: Protocol = RELEASED
@@ -54,22 +53,22 @@ def reproduce_row(
     protocols: Protocols | None = None,
     watch: Progress = no_progress,
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
-    """Does the steps of a row that are ready, by the published protocol.
+    """Run the steps of a row that are ready, by the published protocol.
 
     Args:
-        row: with the status of its steps.
-        data: folder that benchmarks are in.
+        row: the row with the status of its steps.
+        data: folder with the benchmarks.
         backbone: the row's model.
-        spec: the same in words.
-        results: where lines go; a step that is there already is not done again.
-        folder: for checkpoints and counts.
+        spec: specification of the model, for the record.
+        results: file of results; existing lines are not measured again.
+        folder: folder for checkpoints and counts.
         run: command, hardware and software, for the record.
-        seed: of the probe, the denoiser and the distillation.
-        protocols: how steps are done; as published by default.
-        watch: shows progress.
+        seed: seed for the probe, the denoiser and the distillation.
+        protocols: protocols of the steps; the published ones by default.
+        watch: progress reporting.
 
     Yields:
-        The step, and its line of results; of data that cannot be used only why, under ``failed``.
+        The step and its line of results; for unusable data only the reason, under ``failed``.
     """
     protocols = protocols or Protocols()
     published = {"model": row.published.model, "variant": row.published.variant}
@@ -101,10 +100,10 @@ def reproduce_row(
 
 
 def _as_segmented(backbone: Backbone, features: str) -> Backbone:
-    """The backbone as the released code segments with it.
+    """The backbone as the released code uses it for segmentation.
 
-    Without a denoiser behind it the last block is taken as it is, before the final norm; of EVA-02, through another
-    path, the block before it, normed. Depth and denoisers have the normed last block.
+    Without a denoiser, it takes the last block before the final norm; for EVA-02, in another code path, the normed
+    block before the last. Depth and denoisers use the normed last block.
     """
     if features == "denoiser" or not isinstance(backbone, TimmBackbone):
         return backbone
@@ -118,12 +117,12 @@ def _as_segmented(backbone: Backbone, features: str) -> Backbone:
 def _made(
     row: Row, data: Path, backbone: Backbone, folder: Path, protocols: Protocols, watch: Progress, seed: int
 ) -> _Made:
-    """Trains what a row needs, where it is not there yet."""
+    """Train the denoiser and the distilled model of a row, unless they exist."""
     model, variant = row.published.model, VARIANTS_MADE[row.published.variant]
     if variant.denoiser is None:
         return _Made()
     folder.mkdir(parents=True, exist_ok=True)
-    # Rows of one kind of photos share the denoiser.
+    # Rows with the same photos share the denoiser.
     photos = "" if variant.denoiser is VOC_PHOTOS else "imgnet-"
     place = folder / f"denoiser-{photos}{model}-{seed}"
     denoiser = trained_denoiser(backbone, data, variant.denoiser, place, protocols.recipe, watch, seed)
@@ -136,7 +135,7 @@ def _made(
 
 @dataclass(frozen=True)
 class _Made:
-    """Files of what a row judges; None where it does not."""
+    """Files of the denoiser or distilled model to evaluate, if any."""
 
     denoiser: str | None = None
     distilled: str | None = None

@@ -1,4 +1,4 @@
-"""The denoiser of a published row: fitted and trained again on the photos that it was published for."""
+"""The denoiser and the distilled model of a published row, trained on the published photos."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from denoising_vit.data import Dataset, Item, open_dataset, spread
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoiser.job import Photos, TrainJob
 from denoising_vit.denoiser.options import PairOptions, TrainOptions
+from denoising_vit.distilled.job import DistillJob
+from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.errors import PhotoError
 from denoising_vit.progress import Progress
 from denoising_vit.reproduction.rows import TrainingPhotos
+from denoising_vit.training.options import ViewOptions
 
-#: The list of photos that a folder's benchmark is judged on, beside it.
+#: List of a folder's validation photos, beside it.
 _JUDGED_ON = Path("ImageSets", "Segmentation", "val.txt")
 
 
 @dataclass(frozen=True)
 class DenoiserRecipe:
-    """How the denoiser of a row is made: as the released code does, but for stage 1, which is solved exactly.
+    """Training of a row's denoiser, as in the released code except for stage 1, which is solved exactly.
 
     Attributes:
-        images: photos: of VOC the first of the released list, of ImageNet spread evenly over all.
-        denoising: stage 1.
+        images: number of photos: for VOC the first of the released list, for ImageNet spread evenly over all.
+        denoising: options of stage 1.
         views: whole images, never mirrored.
-        training: 50,000 steps of 128 pairs, which were 16 on each of 8 devices, in float32, from random weights. One
+        training: 50,000 steps of 128 pairs (published: 16 on each of 8 devices), float32, random initial weights. One
             image is held out, for the figures of the run.
     """
 
@@ -49,19 +52,19 @@ def trained_denoiser(
     watch: Progress,
     seed: int = 0,
 ) -> Path:
-    """Fits the photos and trains the denoiser of a backbone; what is done already is not done again.
+    """Fit the photos and train the denoiser of a backbone; a finished or interrupted run is resumed.
 
     Args:
         backbone: the row's model.
-        data: folder that the photos' folders are in.
+        data: folder with the photos' folders.
         where: the photos.
-        folder: of the run.
-        recipe: how.
-        watch: shows progress.
-        seed: of the training.
+        folder: run folder.
+        recipe: training recipe.
+        watch: progress reporting.
+        seed: seed for the training.
 
     Returns:
-        The file of the denoiser after the last step, as was published.
+        File of the denoiser after the last step, as published.
 
     Raises:
         TrainError: if a run in the folder has other options, or the photos are too few.
@@ -79,16 +82,16 @@ def trained_denoiser(
 
 
 def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Dataset:
-    """Photos to train on, named by their folder and their own name.
+    """Training photos, with ids of their folder and name.
 
     Args:
-        data: folder that the photos' folders are in.
+        data: folder with the photos' folders.
         where: the photos.
-        count: the first so many of the list where there is one, else spread evenly over all but those that are judged
-            on; 0 takes all.
+        count: number of photos: the first of the list, or without a list, spread evenly over all except validation
+            photos; 0 takes all.
 
     Raises:
-        PhotoError: if there are none, or some of the list are missing.
+        PhotoError: if there are none, or listed ones are missing.
     """
     if where.listed is not None:
         return Dataset(str(data / where.places[0]), _listed(data, where, count))
@@ -105,7 +108,7 @@ def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Datase
 
 
 def _listed(data: Path, where: TrainingPhotos, count: int) -> list[Item]:
-    """The first photos of a list, whose lines are paths like ``data/VOCdevkit/VOC2012/JPEGImages/NAME.jpg``."""
+    """The first photos of a list of paths like ``data/VOCdevkit/VOC2012/JPEGImages/NAME.jpg``."""
     assert where.listed is not None
     names = (data / where.listed).read_text().split()
     names = [name.removeprefix("data/") for name in (names[:count] if count else names)]
@@ -114,3 +117,57 @@ def _listed(data: Path, where: TrainingPhotos, count: int) -> list[Item]:
         what = f"{len(absent)} of {len(names)} photos are missing, such as {data / absent[0]}" if absent else "is empty"
         raise PhotoError(f"{data / where.listed}: {what}; photos go there from {where.source}")
     return [Item(f"{Path(name).parts[-3]}/{Path(name).name}", str((data / name).absolute())) for name in names]
+
+
+@dataclass(frozen=True)
+class DistilledRecipe:
+    """Training of a row's distilled model, as in the released code except that gradients are averaged.
+
+    Attributes:
+        training: five epochs in steps of 512 photos (published: 64 on each of 8 devices), float32, without a loss on
+            the class token and registers.
+        views: whole photos, mirrored or not.
+    """
+
+    training: DistillOptions = field(
+        default_factory=lambda: DistillOptions(batch_size=64, accumulate=8, hold_prefix=0, precision="float32")
+    )
+    views: ViewOptions = field(default_factory=ViewOptions)
+
+
+def distilled_model(
+    backbone: Backbone,
+    denoiser: Path,
+    data: Path,
+    where: TrainingPhotos,
+    folder: Path,
+    recipe: DistilledRecipe,
+    watch: Progress,
+    seed: int = 0,
+) -> Path:
+    """Distil a backbone from its denoiser; a finished or interrupted run is resumed.
+
+    Args:
+        backbone: the row's model, which is not changed.
+        denoiser: file of the denoiser.
+        data: folder with the photos' folder.
+        where: the photos.
+        folder: run folder.
+        recipe: training recipe.
+        watch: progress reporting.
+        seed: seed for the training.
+
+    Returns:
+        File of the weights after the last step, as published.
+
+    Raises:
+        TrainError: if a run in the folder has other options, or the photos are too few.
+        PhotoError: if there are no photos.
+    """
+    photos = training_photos(data, where)
+    training, begun = replace(recipe.training, seed=seed), (folder / "run.json").is_file()
+    job = DistillJob.prepare(photos, folder, backbone, training, recipe.views, denoiser=denoiser, resume=begun)
+    if not job.folder.is_over(job.options.steps):
+        with watch("steps of the distillation", job.options.steps) as advance:
+            job.training().run(lambda _step, _figures: advance())
+    return job.folder.last
