@@ -515,7 +515,7 @@ def test_places_that_hold_no_data_set_are_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "file: expected the folder of a data set, found a file there")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "VOC (JPEGImages", "COCO", "DAVIS", "images and masks", "found an empty folder")
+    refused(tmp_path / "empty", "VOC (JPEGImages", "COCO", "DAVIS", "(images, masks)", "found an empty folder")
     for number in range(12):
         save(tmp_path / "photos" / f"{number:02}.png", np.zeros((2, 2, 3), np.uint8))
     refused(tmp_path / "photos", "found 00.png, 01.png", "and 4 more")
