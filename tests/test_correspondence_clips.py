@@ -174,7 +174,9 @@ def test_frames_without_masks_stay_and_are_told_once_a_sequence(root: Path) -> N
         (root / MASKS / "white" / f"{number:05}.png").unlink()
     data = open_clips(root)
     assert [one.mask is None for one in data.clips[1]] == [False, True, True, False]
-    assert reasons(data) == {"white": "2 of 4 frames have no mask (00001.png first): carried through, but not judged"}
+    assert reasons(data) == {
+        "white": "2 of 4 frames have no mask (00001.png first): carried through, but not evaluated"
+    }
     with pytest.raises(EvaluationError, match="expected a frame with a mask"):
         data.clips[1][1].labels()
 
@@ -219,7 +221,7 @@ def test_a_mask_that_cannot_be_used_is_not_judged_and_its_frame_carried_through(
     data = open_clips(root)
     assert [one.mask is None for one in data.clips[1]] == [False, False, True, False]
     ((item, reason),) = reasons(data).items()
-    assert item == "white/00002.png" and reason.startswith("carried through, but not judged: ")
+    assert item == "white/00002.png" and reason.startswith("carried through, but not evaluated: ")
     assert re.search(words, reason)
 
 
@@ -274,7 +276,7 @@ def _one_frame_that_can_be_read(root: Path) -> None:
         (_no_first_mask, r"the first frame has no mask; expected .*white/00000\.png"),
         (_no_masks, r"the first frame has no mask; expected .*white/00000\.png"),
         (_empty_first_mask, r"00000\.png: the first mask is empty: no object"),
-        (_only_the_first_mask, "no frame after the first has a mask: nothing to judge"),
+        (_only_the_first_mask, "no frame after the first has a mask: nothing to evaluate"),
         (_damaged_first_frame, r"00000\.png: damaged"),
         (_one_frame_that_can_be_read, r"a sequence of one frame: .* \(white/00001\.png: the file is empty"),
     ],

@@ -36,19 +36,19 @@ class Layout(Generic[Opener]):
     """Files and folders that make a folder a known data set.
 
     Attributes:
-        name: name in results.
         title: name for messages.
         required: paths that must exist below a root. A path with an ending is a file, any other a folder; ``*`` is a
             wildcard, and ``|`` separates alternatives.
         open: opens a folder with this layout.
         roots: folders below the given one where the layout may begin.
+        name: name in results.
     """
 
-    name: str
     title: str
     required: tuple[str, ...]
     open: Opener
     roots: tuple[str, ...] = (".",)
+    name: str = ""
 
 
 def find_layout(path: Path, layouts: Sequence[Layout[Opener]]) -> tuple[Layout[Opener], Path]:
@@ -343,8 +343,11 @@ def inspect_all(
     return usable, failed
 
 
-def require_usable(usable: Sequence[object], path: Path, expected: str, count: int, skipped: Sequence[Skipped]) -> None:
+def require_usable(
+    usable: Sequence[object], expected: str, count: int, skipped: Sequence[Skipped], path: Path | None = None
+) -> None:
     """Raise EvaluationError with the first reason if none of ``count`` entries of a folder can be used."""
     if not usable:
         first = f"; the first reason: {skipped[0].item}: {skipped[0].reason}" if skipped else ""
-        raise EvaluationError(f"{path}: expected {expected}, none of {count} can be used{first}")
+        place = f"{path}: " if path else ""
+        raise EvaluationError(f"{place}expected {expected}, none of {count} can be used{first}")

@@ -1,4 +1,4 @@
-"""Correspondence: labels carried through videos (DAVIS), and keypoints found in other photos (SPair-71k)."""
+"""Correspondence: label propagation through videos (DAVIS), and keypoint matching between photos (SPair-71k)."""
 
 import lazy_loader
 

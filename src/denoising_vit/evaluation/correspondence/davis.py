@@ -120,7 +120,7 @@ def open_clips(path: str | Path, *, progress: Callable[[], None] | None = None, 
             else:
                 frames += found
                 skipped += reasons
-    require_usable(frames, root, "sequences of frames with masks", len(names), skipped)
+    require_usable(frames, "sequences of frames with masks", len(names), skipped, root)
     note, name = "no list of sequences (ImageSets/2017/val.txt): all are evaluated", root.resolve().name
     if source:
         kinds = {frame.coding.binary for frame in frames}
@@ -129,7 +129,7 @@ def open_clips(path: str | Path, *, progress: Callable[[], None] | None = None, 
 
 
 #: Videos, for label propagation.
-DAVIS = Layout("davis", "DAVIS", (_FRAMES, _MASKS), open_clips, roots=(".", "DAVIS"))
+DAVIS = Layout("DAVIS", (_FRAMES, _MASKS), open_clips, roots=(".", "DAVIS"), name="davis")
 
 
 def _resolution(root: Path) -> str:
@@ -223,14 +223,16 @@ def _read_sequence(
     if progress is not None:
         progress()
     read, skipped = inspect_all(lambda each: _read_frame(each, coding, size), later, progress)
-    skipped += [Skipped(one.frame.id, f"carried through, but not judged: {one.reason}") for one in read if one.reason]
+    skipped += [
+        Skipped(one.frame.id, f"carried through, but not evaluated: {one.reason}") for one in read if one.reason
+    ]
     skipped.sort(key=lambda entry: entry.item)
     frames = [first.frame, *(one.frame for one in read)]
     reason = f" ({skipped[0].item}: {skipped[0].reason})" if skipped else ""
     if len(frames) < 2:
         raise EvaluationError(f"{alone}{reason}")
     if all(frame.mask is None for frame in frames[1:]):
-        raise EvaluationError(f"no frame after the first has a mask: nothing to judge{reason}")
+        raise EvaluationError(f"no frame after the first has a mask: nothing to evaluate{reason}")
     return frames, _remarks(files, {number for one in read for number in one.others}) + skipped
 
 
@@ -240,7 +242,7 @@ def _remarks(files: Sequence[_Files], others: set[int]) -> list[Skipped]:
     remarks = []
     if bare:
         remarks.append(
-            f"{len(bare)} of {len(files)} frames have no mask ({bare[0]} first): carried through, but not judged"
+            f"{len(bare)} of {len(files)} frames have no mask ({bare[0]} first): carried through, but not evaluated"
         )
     if others:
         numbers = f"object{'s' if len(others) > 1 else ''} {', '.join(map(str, sorted(others)))}"

@@ -58,7 +58,7 @@ def match(
     """Match each keypoint of a pair's source with the position of the most similar feature (cosine) in its target.
 
     Sources are passed through the model first, keeping only the features of keypoints, then targets one by one, so
-    each photo is seen at most twice.
+    each photo needs at most two passes.
 
     Args:
         source: source of the features.

@@ -159,7 +159,7 @@ def open_pairs(
     checked = [one if isinstance(one, Skipped) else _checked(one, photos) for one in found]
     kept = tuple(one for one in checked if isinstance(one, KeypointPair))
     skipped = tuple(one for one in checked if isinstance(one, Skipped))
-    require_usable(kept, root, "pairs of photos with keypoints", len(checked), skipped)
+    require_usable(kept, "pairs of photos with keypoints", len(checked), skipped, root)
     used = {id for pair in kept for id in (pair.source, pair.target)}
     images = tuple(photo for photo in usable if photo.id in used)
     note, name = f"{len(kept)} pairs of {len(images)} photos", root.resolve().name
@@ -322,8 +322,8 @@ def _is_number(value: object) -> bool:
 
 #: Pairs, for keypoint matching. The first required folder has the photos.
 SPAIR: Layout[Finder] = Layout(
-    "spair", "SPair-71k", ("JPEGImages", "PairAnnotation"), _find_spair, roots=(".", "SPair-71k")
+    "SPair-71k", ("JPEGImages", "PairAnnotation"), _find_spair, roots=(".", "SPair-71k"), name="spair"
 )
 KEYPOINTS: Layout[Finder] = Layout(
-    "keypoints", "photos with keypoints in JSON files of the same names", ("images", "keypoints"), _find_keypoints
+    "photos with keypoints in JSON files of the same names", ("images", "keypoints"), _find_keypoints, name="keypoints"
 )

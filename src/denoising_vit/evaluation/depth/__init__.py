@@ -1,4 +1,4 @@
-"""Depth: a linear probe by the published protocol or a quick one, judged as NYUv2 is."""
+"""Depth estimation with a linear probe, by the published protocol or a quick one."""
 
 import lazy_loader
 

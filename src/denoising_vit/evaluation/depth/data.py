@@ -172,7 +172,7 @@ def open_depth(
         pairs = at_most(pairs, images)
         usable, failed = inspect_all(functools.partial(inspect, split=split), pairs, progress)
         failed = [*skipped, *failed]
-        require_usable(usable, path, f"photos with depth maps in the split {split}", len(pairs), failed)
+        require_usable(usable, f"photos with depth maps in the split {split}", len(pairs), failed, path)
         _require_plausible(path, split, [median for _, median in usable], scale)
         splits.append(JudgedSet(split, tuple(image for image, _ in usable), skipped=tuple(failed)))
     if len(splits) > 1:
@@ -206,13 +206,13 @@ _FOLDERS = "photos and 16-bit depth maps (PNG) of the same names"
 
 #: The first one that matches is taken.
 _LAYOUTS: Sequence[Layout[Callable[[Path], dict[str, _Files]]]] = (
-    Layout(NYU, "NYUv2", ("nyu_train.txt", "nyu_test.txt"), _nyu),
-    Layout("folders", _FOLDERS, ("rgb|images", "depth|depths"), lambda root: {"val": _folder(root)}),
+    Layout("NYUv2", ("nyu_train.txt", "nyu_test.txt"), _nyu, name=NYU),
+    Layout(_FOLDERS, ("rgb|images", "depth|depths"), lambda root: {"val": _folder(root)}, name="folders"),
     Layout(
-        "folders",
         f"{_FOLDERS} in two splits",
         ("train/rgb|train/images", "train/depth|train/depths", "val/rgb|val/images", "val/depth|val/depths"),
         lambda root: {split: _folder(root / split) for split in ("train", "val")},
+        name="folders",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Object discovery: whether the one box that features alone find in an image is around an object."""
+"""Object discovery: one box per image, found from features alone, compared with annotated objects."""
 
 import lazy_loader
 

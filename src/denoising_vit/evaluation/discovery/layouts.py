@@ -135,7 +135,7 @@ def open_boxed(
     candidates = at_most(found.candidates, images)
     inspected, failed = _without_void(*inspect_all(_inspected, candidates, progress))
     skipped = (*found.skipped, *failed)
-    require_usable(inspected, path, f"photos with boxes ({found.name})", len(candidates), skipped)
+    require_usable(inspected, f"photos with boxes ({found.name})", len(candidates), skipped, path)
     val = JudgedSet("val", tuple(image for image, _ in inspected), skipped=skipped)
     return SplitData(found.name, layout.name, (val,), found.note)
 
@@ -251,18 +251,18 @@ def _masked(photos: Path, masks: Path, *, in_sequences: bool) -> tuple[list[_Can
 
 _AROUND = "boxes are those around the objects of masks"
 
-_COCO = Layout("coco", "COCO", ("annotations/*.json",), _open_coco)
+_COCO = Layout("COCO", ("annotations/*.json",), _open_coco, name="coco")
 
 #: The first one that matches is taken.
 _LAYOUTS = (
-    Layout(DAVIS, "DAVIS", ("JPEGImages/480p", "Annotations/480p"), _open_davis, roots=(".", "DAVIS")),
+    Layout("DAVIS", ("JPEGImages/480p", "Annotations/480p"), _open_davis, roots=(".", "DAVIS"), name=DAVIS),
     Layout(
-        "voc",
         "VOC",
         ("JPEGImages", "Annotations", "ImageSets/Main"),
         _open_voc,
         roots=(".", "VOC2007", "VOC2012", "VOCdevkit/VOC2007", "VOCdevkit/VOC2012"),
+        name="voc",
     ),
     _COCO,
-    Layout("masks", "folders of photos and masks", ("images", "masks"), _open_folders),
+    Layout("folders of photos and masks", ("images", "masks"), _open_folders, name="masks"),
 )
