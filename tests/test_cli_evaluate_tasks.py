@@ -89,7 +89,7 @@ def test_a_photo_without_object_is_skipped_and_said(dvit: Dvit, tmp_path: Path, 
     [
         (("--k", 0), "k must be at least 1, got 0"),
         (("--iou", 1.5), "iou must be above 0 and at most 1, got 1.5"),
-        (("--features", "raw,blue"), "features must be different ones of"),
+        (("--features", "raw,blue"), "unknown features: 'blue'"),
         (("--annotations", "boxes.json"), "annotations"),
     ],
 )
