@@ -22,7 +22,7 @@ from measuring import hardware, synchronise
 from torch import Tensor
 
 import denoising_vit as dv
-from denoising_vit.backbones.spec import Dtype
+from denoising_vit.backbones.catalog import Dtype
 
 #: The most that clean features may cost, in times of raw ones.
 BAR = 1.12

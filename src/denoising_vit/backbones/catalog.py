@@ -1,8 +1,12 @@
-"""Models the method was published for, and families of models that load."""
+"""Models the method was published for, families of models that load, and names of dtypes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+#: Floating-point types by name; `auto` is bfloat16 where the hardware is fast at it, else float32.
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from denoising_vit.backbones.bundled import (
     bundled_state_dict,
     is_bundled_name,
 )
+from denoising_vit.backbones.catalog import Dtype
 from denoising_vit.backbones.huggingface_loading import (
     folder_config,
     is_huggingface,
@@ -27,7 +28,6 @@ from denoising_vit.backbones.huggingface_loading import (
 )
 from denoising_vit.backbones.module import Layout, ModuleBackbone
 from denoising_vit.backbones.runtime import device_at, dtype_on, offline_if_unreachable
-from denoising_vit.backbones.spec import Dtype
 from denoising_vit.errors import BackboneError, WeightsError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from denoising_vit.backbones.spec import Dtype
+from denoising_vit.backbones.catalog import Dtype
 from denoising_vit.errors import BackboneError
 
 _SEED_LOCK = threading.RLock()

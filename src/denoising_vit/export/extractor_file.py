@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from denoising_vit.artifact import Artifact
+from denoising_vit.backbones.catalog import Dtype
 from denoising_vit.backbones.runtime import device_at, dtype_on
-from denoising_vit.backbones.spec import Dtype
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights, require_finite
 from denoising_vit.denoiser import Denoiser
