@@ -16,6 +16,7 @@ import denoising_vit as dv
 import tiny_artifact as planted
 from denoising_vit import Backbone, Subspace
 from denoising_vit.backbones.recorded import describe
+from denoising_vit.extractors import Cleaners
 from denoising_vit.training_free import AveragedViT, Registers, find_registers, find_subspace, with_registers
 from denoising_vit.training_free.average import aligned_mean, moved, moves
 from denoising_vit.training_free.project import choose_rank, place_directions, principal_directions
@@ -111,6 +112,75 @@ def test_photos_choose_the_rank(tmp_path: Path) -> None:
     for wrong in ("x", "place", "artifact"):
         with pytest.raises(dv.PlanError):
             find_subspace(backbone, source=wrong)  # pyright: ignore[reportArgumentType]
+
+
+# --- the table of kinds of features
+
+
+@pytest.fixture(scope="module")
+def tiny_vit() -> Backbone:
+    return dv.load_backbone("vit_tiny_patch16_224", weights="random", device="cpu", dtype="float32")
+
+
+def test_the_registry_makes_each_kind(backbone: Backbone, photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    image = photos[0][:2]
+    found = find_registers(backbone, photos[0], size=(96, 96))
+    found.save(tmp_path / "registers.safetensors")
+    subspace = find_subspace(backbone, rank=3)
+    subspace.save(tmp_path / "subspace.safetensors")
+    cleaners = Cleaners(
+        subspace=str(tmp_path / "subspace.safetensors"), registers=str(tmp_path / "registers.safetensors")
+    )
+    made = {name: cleaners.extractor(name, backbone) for name in ("project", "average", "registers")}
+    torch.testing.assert_close(made["project"][0](image), subspace(backbone(image)))
+    torch.testing.assert_close(made["average"][0](image), AveragedViT(backbone)(image))
+    torch.testing.assert_close(made["registers"][0](image), with_registers(backbone, found)(image))
+    identities = [made[name][1] for name in made]
+    assert identities == [{"subspace": subspace.digest}, {"passes": "5"}, {"registers": found.digest}]
+    # Without a file, the projection takes 16 directions of a black image.
+    torch.testing.assert_close(
+        Cleaners().extractor("project", backbone)[0](image), find_subspace(backbone, rank=16)(backbone(image))
+    )
+    with pytest.raises(dv.PlanError, match="--registers FILE"):
+        Cleaners().extractor("registers", backbone)
+
+
+@pytest.mark.parametrize("name", ["project", "average"])
+def test_one_photo_in_one_call(tiny_vit: Backbone, name: str) -> None:
+    photo = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    result = dv.denoise_image(tiny_vit, photo, method=name, size=(96, 96))
+    assert result.semantic.shape == (6, 6, 192)
+    assert not torch.allclose(result.semantic, result.raw, atol=1e-3)
+
+
+def test_a_projection_is_exported(tiny_vit: Backbone, tmp_path: Path) -> None:
+    extractor = dv.DenoisedViT(tiny_vit, find_subspace(tiny_vit, rank=4, size=(96, 96)))
+    image = torch.randn(1, 3, 64, 96)
+    dv.export_extractor(extractor, tmp_path / "program", format_of("program"))
+    again = torch.export.load(tmp_path / "program" / "model.pt2").module()(image)
+    torch.testing.assert_close(again, extractor(image), rtol=0, atol=1e-4)
+    assert "without their positional directions" in (tmp_path / "program" / "README.md").read_text()
+    dv.export_extractor(extractor, tmp_path / "file", format_of("safetensors"))
+    loaded = dv.load_extractor(tmp_path / "file", device="cpu", dtype="float32")
+    torch.testing.assert_close(loaded(image), extractor(image))
+    half = copy.deepcopy(extractor).to(torch.bfloat16)
+    assert half.subspace is not None and half.subspace.directions.dtype == torch.float32
+    assert repr(half).count("without 4 positional directions") == 1
+
+
+def test_registers_are_exported_as_a_graph_only(
+    backbone: Backbone, photos: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    clean = with_registers(backbone, find_registers(backbone, photos[0], size=(96, 96)))
+    with pytest.raises(dv.ExportError, match="test-time registers act between them"):
+        dv.export_extractor(clean, tmp_path / "timm", format_of("timm"))
+    dv.export_extractor(clean, tmp_path / "program", format_of("program"))
+    again = torch.export.load(tmp_path / "program" / "model.pt2").module()(photos[0][:1])
+    torch.testing.assert_close(again, clean(photos[0][:1]), rtol=0, atol=1e-3)
+
+
+def format_of(name: Any) -> dv.ExportOptions:
+    return dv.ExportOptions(format=name)
 
 
 # --- average

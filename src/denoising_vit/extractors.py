@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from denoising_vit.artifact import Artifact
     from denoising_vit.backbones import Backbone
     from denoising_vit.denoiser.loading import GivenDenoiser
+    from denoising_vit.training_free import Registers, Subspace
 
     GivenArtifact: TypeAlias = Artifact | str | Path
+    GivenSubspace: TypeAlias = Subspace | str | Path
+    GivenRegisters: TypeAlias = Registers | str | Path
 else:
-    GivenArtifact = GivenDenoiser = str  # what the command line parses
+    GivenArtifact = GivenDenoiser = GivenSubspace = GivenRegisters = str  # what the command line parses
 
 #: extractor(image (B, 3, H, W)) -> features (B, h, w, C).
 Extractor = Callable[["Tensor"], "Tensor"]
@@ -41,11 +44,16 @@ class Cleaners:
             the one in the package.
         distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
             published file.
+        subspace: positional directions for project: a file of `Subspace.save`. Without it, 16 directions of a black
+            image.
+        registers: register neurons for registers: a file of `Registers.save`.
     """
 
     artifact: GivenArtifact | None = None
     denoiser: GivenDenoiser | None = None
     distilled: str | None = None
+    subspace: GivenSubspace | None = None
+    registers: GivenRegisters | None = None
 
     def extractor(self, name: str, backbone: Backbone) -> tuple[Extractor, dict[str, str]]:
         """The extractor of that kind, and what identifies its cleaner.
@@ -80,7 +88,7 @@ class FeatureKind:
     name: str
     summary: str
     make: Callable[[Backbone, Cleaners], tuple[Extractor, dict[str, str]]] | None
-    needs: Literal["artifact", "denoiser", "distilled"] | None = None
+    needs: Literal["artifact", "denoiser", "distilled", "registers"] | None = None
     cleans: bool = True
 
     @property
@@ -124,6 +132,36 @@ def _distilled(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[
     return with_weights(backbone, path), {"distilled": file_digest(path)}
 
 
+def _project(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
+    from denoising_vit.denoiser.denoised_vit import DenoisedViT
+    from denoising_vit.training_free import Subspace, find_subspace
+
+    given = cleaners.subspace
+    subspace = find_subspace(backbone) if given is None else given
+    subspace = subspace if isinstance(subspace, Subspace) else Subspace.load(subspace)
+    return DenoisedViT(backbone, subspace), {"subspace": subspace.digest}
+
+
+def _average(backbone: Backbone, _cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
+    from denoising_vit.training_free import AveragedViT
+
+    extractor = AveragedViT(backbone)
+    return extractor, {"passes": str(extractor.passes)}
+
+
+def _registers(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
+    from denoising_vit.training_free import Registers, with_registers
+
+    if cleaners.registers is None:
+        raise PlanError(
+            "registers needs the register neurons of the backbone: find them on a few photos by "
+            "find_registers(backbone, photos).save(FILE), and give --registers FILE"
+        )
+    given = cleaners.registers
+    registers = given if isinstance(given, Registers) else Registers.load(given)
+    return with_registers(backbone, registers), {"registers": registers.digest}
+
+
 #: All kinds of features, by name.
 KINDS: dict[str, FeatureKind] = {
     kind.name: kind
@@ -133,6 +171,9 @@ KINDS: dict[str, FeatureKind] = {
         FeatureKind("exact", "stage 1, fitted to each image", None),
         FeatureKind("denoiser", "stage 2, one pass", _denoiser, needs="denoiser"),
         FeatureKind("distilled", "stage 3, weights of --distilled", _distilled, needs="distilled", cleans=False),
+        FeatureKind("project", "without positional directions, no training, one pass", _project),
+        FeatureKind("average", "mean of 5 moved passes, no training", _average),
+        FeatureKind("registers", "test-time registers of --registers, no training", _registers, needs="registers"),
     )
 }
 

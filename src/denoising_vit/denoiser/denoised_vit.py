@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone, Intermediates
 from denoising_vit.denoiser.module import Denoiser
+from denoising_vit.training_free.project import Subspace
 from denoising_vit.views.positions import sinusoidal_positions
 
 
@@ -30,7 +31,8 @@ class DenoisedViT(nn.Module):
 
     Args:
         backbone: the extractor.
-        cleaner: its denoiser; or its G, which is resampled to the grid of the images and taken away from all features.
+        cleaner: its denoiser; its G, which is resampled to the grid of the images and taken away from all features; or
+            its positional directions, which are projected out.
         positions: weight of fixed sinusoidal position features (`sinusoidal_positions`)
             that are added to the clean features, for tasks that need place; the paper found that detection does.
 
@@ -40,7 +42,7 @@ class DenoisedViT(nn.Module):
         ValueError: if the weight is negative or not finite, or there are too few channels for position features.
     """
 
-    def __init__(self, backbone: Backbone, cleaner: Artifact | Denoiser, *, positions: float = 0.0) -> None:
+    def __init__(self, backbone: Backbone, cleaner: Artifact | Denoiser | Subspace, *, positions: float = 0.0) -> None:
         super().__init__()
         cleaner.require_of(backbone)
         if not (math.isfinite(positions) and positions >= 0):
@@ -50,6 +52,7 @@ class DenoisedViT(nn.Module):
         self.backbone = backbone
         self.positions = float(positions)
         self.denoiser = cleaner.to(backbone.device) if isinstance(cleaner, Denoiser) else None
+        self.subspace = cleaner.to(backbone.device) if isinstance(cleaner, Subspace) else None
         self.artifact = _moved(cleaner, backbone.device) if isinstance(cleaner, Artifact) else None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
 
@@ -85,7 +88,8 @@ class DenoisedViT(nn.Module):
 
     def clean(self, features: Tensor) -> Tensor:
         """Clean features (B, h, w, C) of the backbone's own (B, h, w, C), where a caller has those already."""
-        clean = features if self.denoiser is None else self.denoiser(features)
+        cleaner = self.denoiser or self.subspace
+        clean = features if cleaner is None else cleaner(features)
         if self.artifact is None and not self.positions:
             return clean
         return clean + self._added((clean.shape[1], clean.shape[2]), clean.device)
@@ -119,6 +123,8 @@ class DenoisedViT(nn.Module):
     def extra_repr(self) -> str:
         """One line for ``repr``."""
         cleaner = "minus G" if self.denoiser is None else "with a denoiser"
+        if self.subspace is not None:
+            cleaner = f"without {self.subspace.rank} positional directions"
         return f"{cleaner}, positions {self.positions:g}" if self.positions else cleaner
 
 

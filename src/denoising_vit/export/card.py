@@ -18,6 +18,7 @@ from denoising_vit.errors import ExportError
 from denoising_vit.export.options import ExportOptions
 from denoising_vit.export.traceable import Extractor
 from denoising_vit.files import DISTILLED, is_safetensors, read_record
+from denoising_vit.training_free.registers import has_registers
 
 #: Packages whose versions are recorded.
 _PACKAGES = ("denoising-vit", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -41,7 +42,12 @@ def description(
     record = _distilled_record(weights)
     if record is None and distilled:
         record = {"stated": "by whoever exported it; the file does not tell"}
-    raw = "raw" if record is None else "distilled"
+    if clean is not None:
+        features = "denoiser" if clean.denoiser else "project" if clean.subspace else "subtract"
+    elif has_registers(extractor):
+        features = "registers"
+    else:
+        features = "raw" if record is None else "distilled"
     about = describe(backbone) | {
         "weights": Path(backbone.weights).name if Path(backbone.weights).exists() else backbone.weights,
         "weights_digest": state_digest(backbone),
@@ -50,7 +56,7 @@ def description(
         key: getattr(backbone, key) for key in ("stride", "patch_size", "embed_dim", "default_size", "mean", "std")
     }
     return {
-        "features": raw if clean is None else "subtract" if clean.denoiser is None else "denoiser",
+        "features": features,
         "backbone": {key: value for key, value in about.items() if key not in ("device", "dtype", "digest")},
         "cleaner": None if clean is None else _cleaner(clean),
         "distilled": record,
@@ -76,8 +82,11 @@ def _distilled_record(weights: Path | None) -> dict[str, Any] | None:
 
 
 def _cleaner(clean: DenoisedViT) -> dict[str, Any]:
+    about: dict[str, Any]
     if clean.denoiser is not None:
         about = {"kind": "denoiser", "digest": denoiser_digest(clean.denoiser), "grid": clean.denoiser.grid}
+    elif clean.subspace is not None:
+        about = {"kind": "subspace", "digest": clean.subspace.digest, "rank": clean.subspace.rank}
     else:
         assert clean.artifact is not None
         about = {"kind": "artifact", "digest": artifact_digest(clean.artifact.values), "grid": clean.artifact.grid}
@@ -109,6 +118,8 @@ _TITLES = {
     "distilled": "distilled features: a ViT fine-tuned to give clean ones itself",
     "subtract": "features minus the artifact (G) of the backbone",
     "denoiser": "features cleaned in one pass by a denoiser",
+    "project": "features without their positional directions",
+    "registers": "features of the backbone with test-time registers",
 }
 
 _LIBRARIES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx", "program": "pytorch"}
@@ -179,7 +190,8 @@ def _table(meta: dict[str, Any]) -> str:
     }
     if cleaner is not None:
         rows[f"SHA-256 of its {cleaner['kind']}"] = cleaner["digest"]
-        rows["its own grid"] = " x ".join(map(str, cleaner["grid"])) + ", resampled for others"
+        if "grid" in cleaner:
+            rows["its own grid"] = " x ".join(map(str, cleaner["grid"])) + ", resampled for others"
         rows |= {"position features": f"weight {cleaner['positions']:g}"} if cleaner["positions"] else {}
     if meta["distilled"] is not None:
         plain = {key: value for key, value in meta["distilled"].items() if isinstance(value, str | int | float)}

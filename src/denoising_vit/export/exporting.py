@@ -38,6 +38,7 @@ from denoising_vit.export.verification import (
     runner,
 )
 from denoising_vit.files import DISTILLED, clipped, current_umask, file_digest, needed, unwritable, write_tensors
+from denoising_vit.training_free.registers import has_registers
 
 README = "README.md"
 
@@ -113,6 +114,10 @@ def _require_held(extractor: Extractor, options: ExportOptions) -> None:
         raise ExportError(
             f"{options.format} holds the weights of a ViT, and what cleans the features stands after its final norm "
             "and depends on the place: use onnx, program or safetensors; or distil it (stage 3), and export that"
+        )
+    if has_registers(extractor) and options.format in (*CHECKPOINTS, "safetensors"):
+        raise ExportError(
+            f"{options.format} holds weights only, and test-time registers act between them: use onnx or program"
         )
     if not clean and options.format == "safetensors":
         raise ExportError("safetensors is for features minus G or with a denoiser; raw and distilled models: timm")

@@ -19,11 +19,12 @@ from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
 from denoising_vit.export.checkpoints import WEIGHTS, float_state
 from denoising_vit.files import KEY, below, read_record, require_version, write_tensors
+from denoising_vit.training_free.project import Subspace
 
 FORMAT = "denoising-vit/extractor"
 FORMAT_VERSION = 1
 
-_BACKBONE, _DENOISER, _ARTIFACT = "backbone.", "denoiser.", "artifact"
+_BACKBONE, _DENOISER, _ARTIFACT, _SUBSPACE = "backbone.", "denoiser.", "artifact", "subspace"
 _REQUIRED = ("backbone", "positions")
 
 
@@ -42,6 +43,9 @@ def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
     if extractor.denoiser is not None:
         head["denoiser"] = extractor.denoiser.config
         tensors |= {_DENOISER + key: value for key, value in float_state(extractor.denoiser).items()}
+    elif extractor.subspace is not None:
+        head["subspace"] = {"backbone": extractor.subspace.backbone, "info": extractor.subspace.info}
+        tensors[_SUBSPACE] = extractor.subspace.directions.detach().float().cpu().contiguous()
     elif extractor.artifact is not None:
         artifact = extractor.artifact
         # Without the names of photos: the file may be given away.
@@ -94,9 +98,11 @@ def _built(
     options = {key: about[key] for key in ("stride", "layer", "norm")}
     backbone = TimmBackbone(model, name=name, weights=Path(source).name, **options)
     if "denoiser" in head:
-        cleaner: Denoiser | Artifact = Denoiser(**head["denoiser"])
+        cleaner: Denoiser | Artifact | Subspace = Denoiser(**head["denoiser"])
         cleaner.load_state_dict(below(_DENOISER, tensors))
         cleaner.eval().requires_grad_(False)
+    elif "subspace" in head:
+        cleaner = Subspace(tensors[_SUBSPACE], head["subspace"]["backbone"], head["subspace"]["info"])
     else:
         record = head["artifact"]
         size = cast("tuple[int, int]", tuple(record["size"]))

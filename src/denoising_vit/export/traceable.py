@@ -50,6 +50,7 @@ class TraceableExtractor(nn.Module):
         clean = whole if isinstance(whole, DenoisedViT) else None
         self.backbone = whole if isinstance(whole, Backbone) else whole.backbone
         self.denoiser = clean and clean.denoiser
+        self.subspace = clean and clean.subspace
         self.positions = clean.positions if clean else 0.0
         self.artifact: Tensor | None
         self.register_buffer("artifact", clean.artifact.values.float() if clean and clean.artifact else None)
@@ -70,6 +71,8 @@ class TraceableExtractor(nn.Module):
         features = tokens.unflatten(1, grid)  # (B, h w, C) -> (B, h, w, C)
         if self.denoiser is not None:
             features = self.denoiser(features)
+        if self.subspace is not None:
+            features = self.subspace(features)
         if self.artifact is not None:
             artifact = resample(self.artifact, grid)
             features = features - (artifact - artifact.mean((0, 1)))

@@ -13,9 +13,10 @@ The rank is chosen on unlabelled photos, see :func:`choose_rank`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +63,23 @@ class Subspace(nn.Module):
         """Number of directions removed."""
         return len(self.directions)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the directions."""
+        return hashlib.sha256(self.directions.float().cpu().numpy().tobytes()).hexdigest()
+
     def forward(self, features: Tensor) -> Tensor:
-        """Features (..., C) without their components along the directions."""
-        features, directions = features.float(), self.directions.float()
-        return features - features @ directions.T @ directions
+        """Features (..., C) without their components along the directions; float32, also under autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            features, directions = features.float(), self.directions.float()
+            return features - features @ directions.T @ directions
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Move the directions, never round them."""
+        directions = self.directions
+        super()._apply(fn, recurse)
+        self.directions = directions.to(self.directions.device)
+        return self
 
     def require_of(self, backbone: Backbone) -> None:
         """Refuse another backbone.

@@ -10,6 +10,7 @@ weights) instead of by activation alone, and their number is the smallest power 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,11 @@ class Registers:
         if values.shape[1] != 2 or (values < 0).any():
             raise FormatError(f"{path}: damaged, expected pairs of block and neuron, got {tuple(values.shape)}")
         return cls(tuple((int(block), int(neuron)) for block, neuron in values), backbone, info)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the neurons."""
+        return hashlib.sha256(repr(self.neurons).encode()).hexdigest()
 
     def __str__(self) -> str:
         if not self.neurons:
@@ -165,6 +171,11 @@ def remove(model: nn.Module) -> None:
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Shift)]:
             del module._forward_pre_hooks[key]
     generalise(model)
+
+
+def has_registers(extractor: Any) -> bool:
+    """True for a backbone with a test-time register."""
+    return isinstance(getattr(extractor, "model", None), _WithRegister)
 
 
 class _Shift:
