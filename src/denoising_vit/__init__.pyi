@@ -1,6 +1,7 @@
 # The public names and where each is: read by type checkers, and by lazy_loader when a name is first used.
 from .artifact import Artifact, load_artifact
 from .backbones import SEEDS, Backbone, load_backbone
+from .cleaning.clean import clean, restore
 from .decomposition.calibration.calibrate import calibrate
 from .decomposition.calibration.options import CalibrationOptions
 from .decomposition.neural_field.options import NeuralFieldOptions
@@ -28,7 +29,6 @@ from .export.exporting import export_extractor
 from .export.extractor_file import load_extractor
 from .export.options import ExportOptions
 from .export.verification import verify_export
-from .inplace import clean, restore
 from .training_free import Registers, Subspace, find_registers, find_subspace
 from .views.options import CropOptions
 from .views.plan import ViewPlan

@@ -1,0 +1,221 @@
+"""clean() and restore(): a model that gives clean patch tokens through its own interface.
+
+The model keeps its class name, parameters and ``state_dict``; a subclass made for it edits what its methods return. The
+cleaner is held outside the table of submodules, so that checkpoints load and optimizers do not see it, and follows the
+model to other devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from denoising_vit.artifact import SHIPPED, Artifact, load_artifact
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.huggingface_loading import is_model_of_transformers, wrap_huggingface
+from denoising_vit.backbones.module import (
+    ModuleBackbone,
+)
+from denoising_vit.backbones.subclassing import generalise, specialise
+from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT, any_size, timm_name
+from denoising_vit.cleaning.models import CleanBackbone, Cleaned, CleanModule, CleanTimm, CleanTransformers
+from denoising_vit.cleaning.tokens import Minus, cleaning_of
+from denoising_vit.denoiser import Denoiser, find_denoiser
+from denoising_vit.denoiser.loading import find_shipped
+from denoising_vit.errors import BackboneError, DenoisingVitWarning, PlanError
+from denoising_vit.training_free import Registers, Subspace, find_registers, find_subspace
+from denoising_vit.training_free import registers as registering
+from denoising_vit.training_free.average import DEFAULT_PASSES, require_passes
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Options of each method, besides those of the module's images.
+_OPTIONS = {
+    "auto": ("denoiser",),
+    "subtract": ("artifact",),
+    "denoiser": ("denoiser",),
+    "project": ("subspace", "photos", "source", "rank", "artifact", "size"),
+    "average": ("passes",),
+    "registers": ("registers", "photos", "size"),
+}
+
+#: Options that say what a module's images and outputs are.
+_MODULE = ("patch_size", "stride", "mean", "std", "default_size", "layout")
+
+
+def clean(model: M, method: str = "auto", **options: Any) -> M:
+    """Make a model give clean patch tokens, in place, through its own interface.
+
+    Class token and registers stay as they are. Only the last block is cleaned: other layers of
+    ``forward_intermediates``, ``hidden_states`` and the like pass through. Un-normalised tokens of the last block are
+    cleaned through the final norm and mapped back at each token's own scale. Outputs pooled from patch tokens by a head
+    behind them change with the tokens. Cleaning a model again replaces what was there; :func:`restore` undoes it.
+
+    Args:
+        model: a timm VisionTransformer, Eva or NaFlexVit, also inside ``features_only`` (``forward_features``,
+            ``forward_intermediates``, ``get_intermediate_layers``); a ViT of transformers (``last_hidden_state`` and
+            ``hidden_states[-1]``), also inside a larger model; a :class:`Backbone`; or, with ``patch_size``, any module
+            that returns a grid or tokens.
+        method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``;
+            ``subtract`` takes the artifact G away; ``denoiser`` maps tokens by a trained block; ``project`` removes
+            positional directions; ``average`` averages moved passes; ``registers`` moves outlier tokens away.
+        **options: of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or ``photos``,
+            ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average); ``registers``
+            (object or file), or ``photos`` and ``size`` to find them. Of the images: ``mean`` and ``std`` (models of
+            transformers, modules), ``patch_size``, ``stride``, ``default_size`` and ``layout`` (modules).
+
+    Returns:
+        The model.
+
+    Raises:
+        PlanError: if the method or an option is unknown, or something it needs is missing.
+        BackboneError: if the model's tokens make no grid, or the method is not for this kind of model.
+        ArtifactError, DenoiserError: if what cleans is for another backbone, or none comes with the package.
+    """
+    if method not in _OPTIONS:
+        raise PlanError(f"unknown method {method!r}; choose from {', '.join(_OPTIONS)}")
+    of_module = {name: options.pop(name) for name in _MODULE if name in options}
+    if unknown := [name for name in options if name not in _OPTIONS[method]]:
+        known = ", ".join((*_OPTIONS[method], *_MODULE))
+        raise PlanError(f"method {method!r} has no option {', '.join(map(repr, unknown))}; choose from {known}")
+    restore(model)
+    with _evaluating(model), torch.no_grad():
+        target, backbone, mixin = _target(model, of_module)
+        if method == "registers":
+            _install_registers(target, backbone, _registers(backbone, options))
+            return model
+        cleaner, passes = None, None
+        if method == "average":
+            passes = options.get("passes", DEFAULT_PASSES)
+            require_passes(passes)
+        elif method == "auto":
+            method, cleaner = _automatic(backbone, options)
+        else:
+            cleaner = _cleaner(method, backbone, options)
+        target.__dict__["_cleaning"] = cleaning_of(method, cleaner, passes, backbone)
+    specialise(target, mixin)
+    if isinstance(target, Backbone):
+        target._fingerprint = None
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo :func:`clean`, in place; a model that was not cleaned stays as it is."""
+    for module in list(model.modules()):
+        if isinstance(module, Cleaned):
+            generalise(module)
+            del module.__dict__["_cleaning"]
+        if "_registers" in module.__dict__:
+            del module.__dict__["_registers"]
+            registering.remove(module)
+        if isinstance(module, Backbone):
+            module._fingerprint = None
+    return model
+
+
+def _cleaner(method: str, backbone: Backbone, options: dict[str, Any]) -> nn.Module:
+    """Module that cleans features (B, h, w, C) of a backbone."""
+    if method == "subtract":
+        artifact = _artifact(options.get("artifact", SHIPPED), backbone)
+        artifact.require_of(backbone)
+        return Minus(artifact)
+    if method == "denoiser":
+        given = options.get("denoiser")
+        if isinstance(given, Denoiser):
+            given.require_of(backbone)
+            return given
+        return find_denoiser(given, backbone).denoiser
+    found = options.pop("subspace", None)
+    if found is None:
+        if "artifact" in options:
+            options["artifact"] = _artifact(options["artifact"], backbone)
+        return find_subspace(backbone, options.pop("photos", None), **options)
+    found = found if isinstance(found, Subspace) else Subspace.load(found)
+    found.require_of(backbone)
+    return found
+
+
+def _artifact(given: Any, backbone: Backbone) -> Artifact:
+    return given if isinstance(given, Artifact) else load_artifact(given, backbone)
+
+
+def _registers(backbone: Backbone, options: dict[str, Any]) -> Registers:
+    found = options.get("registers")
+    if found is None and options.get("photos") is None:
+        raise PlanError("registers are found on unlabelled photos: give photos=, or registers=")
+    if found is None:
+        return find_registers(backbone, **options)
+    found = found if isinstance(found, Registers) else Registers.load(found)
+    found.require_of(backbone)
+    return found
+
+
+def _automatic(backbone: Backbone, options: dict[str, Any]) -> tuple[str, nn.Module]:
+    """The denoiser that is given or comes with the package, else the projection."""
+    if options.get("denoiser") is None and find_shipped(backbone) is None:
+        return "project", _cleaner("project", backbone, {})
+    return "denoiser", _cleaner("denoiser", backbone, options)
+
+
+def _target(model: nn.Module, of_module: dict[str, Any]) -> tuple[nn.Module, Backbone, type[Cleaned]]:
+    """The module whose outputs are edited, a backbone that shares its weights, and the mixin for its class."""
+    inner = getattr(model, "model", None)  # of timm's features_only
+    if isinstance(model, Backbone):
+        _refuse(of_module, "a backbone")
+        return model, model, CleanBackbone
+    if "patch_size" in of_module:
+        return model, ModuleBackbone(model, **of_module), CleanModule
+    vit = model if isinstance(model, TimmViT) else inner
+    if isinstance(vit, TimmViT):
+        _refuse(of_module, "a model of timm")
+        backbone = TimmBackbone(
+            any_size(vit), name=timm_name(vit), stride=None, layer=-1, norm=True, weights="as given"
+        )
+        return vit, backbone, CleanTimm
+    if is_model_of_transformers(model):
+        _refuse(
+            {name: of_module[name] for name in ("stride", "layout") if name in of_module}, "a model of transformers"
+        )
+        backbone = wrap_huggingface(model, frozen=False, **of_module)
+        return backbone.model, backbone, CleanTransformers
+    raise BackboneError(
+        f"{type(model).__name__} is neither a ViT of timm (VisionTransformer, Eva, NaFlexVit) or transformers nor a "
+        "Backbone; give the side of a patch in pixels to clean any other module: clean(module, patch_size=16)"
+    )
+
+
+def _refuse(given: dict[str, Any], what: str) -> None:
+    if given:
+        raise PlanError(f"{', '.join(given)} cannot be given for {what}, which brings its own")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _install_registers(target: nn.Module, backbone: Backbone, found: Registers) -> None:
+    """Registers act inside the model; the model stays as it is where none are needed."""
+    inside = target.model if isinstance(target, Backbone) else target
+    if not isinstance(inside, TimmViT):
+        raise BackboneError(f"test-time registers need a timm VisionTransformer, got {backbone.name}")
+    if not found.neurons:
+        warnings.warn(f"{backbone.name}: {found}", DenoisingVitWarning, stacklevel=4)
+        return
+    registering.install(inside, found.neurons)
+    inside.__dict__["_registers"] = found
+    if isinstance(target, Backbone):
+        target._fingerprint = None
