@@ -80,8 +80,12 @@ def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
 
 
 def test_methods_are_those_that_the_backbone_has(models: Models) -> None:
-    assert models.get(models.spec.backbone).methods == ("denoiser", "exact", "subtract")
-    assert models.get(models.spec.backbone, 5).methods == ("exact",)  # what was given is of the last layer
+    assert models.get(models.spec.backbone).methods == ("denoiser", "exact", "subtract", "project", "average")
+    assert models.get(models.spec.backbone, 5).methods == (
+        "exact",
+        "project",
+        "average",
+    )  # what was given is of the last layer
     assert models.get(models.spec.backbone, 5).backbone.layer == 5
 
 

@@ -98,7 +98,7 @@ def test_frames_and_the_page_have_a_new_kind(made_up: str) -> None:
     found = features(photo)
     torch.testing.assert_close(found[made_up], found["raw"] / 2)
     assert features.identity["share"] == "half"
-    assert Model(backbone, None, None).methods == ("exact", made_up)
+    assert Model(backbone, None, None).methods == ("exact", "project", "average", made_up)
 
 
 def test_an_unknown_method_is_refused_naming_a_new_kind(made_up: str) -> None:
