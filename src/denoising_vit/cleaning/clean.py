@@ -51,10 +51,11 @@ _MODULE = ("patch_size", "stride", "mean", "std", "default_size", "layout")
 def clean(model: M, method: str = "auto", **options: Any) -> M:
     """Make a model give clean patch tokens, in place, through its own interface.
 
-    Class token and registers stay as they are. Only the last block is cleaned: other layers of
-    ``forward_intermediates``, ``hidden_states`` and the like pass through. Un-normalised tokens of the last block are
-    cleaned through the final norm and mapped back at each token's own scale. Outputs pooled from patch tokens by a head
-    behind them change with the tokens. Cleaning a model again replaces what was there; :func:`restore` undoes it.
+    Class token and registers stay as they are; ``registers`` acts inside the model and moves them a little. Only the
+    last block is cleaned: other layers of ``forward_intermediates``, ``hidden_states`` and the like pass through.
+    Un-normalised tokens of the last block are cleaned through the final norm and mapped back at each token's own scale.
+    Outputs pooled from patch tokens by a head behind them change with the tokens. Cleaning a model again replaces what
+    was there; :func:`restore` undoes it.
 
     Args:
         model: a timm VisionTransformer, Eva or NaFlexVit, also inside ``features_only`` (``forward_features``,

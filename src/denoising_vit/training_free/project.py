@@ -33,7 +33,7 @@ KIND = "denoising-vit/subspace"
 
 Source = Literal["blank", "artifact", "place"]
 
-#: Rank without photos to choose it on. In a first trial, 8 to 32 directions gave about the same (docs/clean.md).
+#: Rank without photos to choose it on.
 DEFAULT_RANK = 16
 
 _RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
