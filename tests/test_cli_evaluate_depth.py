@@ -132,7 +132,7 @@ def test_depth_of_a_real_model_is_told_with_four_decimals(run: Run, out: Path) -
         assert row.split()[1:5] == list(shown)
         assert f"{line['features']}: RMSE {metrics['RMSE']:.4f} in" in done.err
     assert f"{exact['paired']['difference']:+.4f}" in done.out and "RMSE against raw (95 %)" in done.out
-    assert "no splits: 3 blocks of consecutive photos are judged in turn" in done.err
+    assert "no splits: 3 blocks of consecutive photos are evaluated in turn" in done.err
     assert f"`dvit report {out} -o results.md`" in done.err
 
 
@@ -302,7 +302,7 @@ def test_a_pair_that_cannot_be_used_is_skipped_with_a_reason(
     [
         ("/a/rgb_1.png None 518.8579", "skipped: val/a/rgb_1.png: no depth map in the list"),
         ("/a/rgb_1.png", "skipped: val/nyu_test.txt:2: expected a photo, a depth map and a focal length"),
-        ("../secret.png /a/depth_1.png 5", "skipped: val/../secret.png: expected a place below the folder"),
+        ("../secret.png /a/depth_1.png 5", "skipped: val/../secret.png: expected a path below the folder"),
         (
             "/small.png /small_depth.png 5",
             "skipped: val/small.png: expected 640 x 480 pixels, as NYUv2 has, got 64 x 48",
@@ -358,12 +358,12 @@ def all_eight_bits(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (gone, ["expected NYUv2 with nyu_train.txt", "rgb/ and depth/", "found nothing there"]),
-        (file_there, ["expected NYUv2 with nyu_train.txt", "found a file there"]),
-        (other_folder, ["expected NYUv2 with nyu_train.txt", "train/ and val/", "found holiday"]),
-        (nothing_in_it, ["expected NYUv2 with nyu_train.txt", "found an empty folder"]),
+        (gone, ["expected the folder of a data set, found nothing there"]),
+        (file_there, ["expected the folder of a data set, found a file there"]),
+        (other_folder, ["expected NYUv2 (nyu_train.txt", "in two splits (train/rgb or train/images", "found holiday"]),
+        (nothing_in_it, ["expected NYUv2 (nyu_train.txt", "found an empty folder"]),
         (one_list, ["looks like NYUv2, but lacks nyu_test.txt"]),
-        (all_eight_bits, ["none of 6 photos of val can be used; the first reason: 00.png", "got 8 bits"]),
+        (all_eight_bits, ["split val, none of 6 can be used; the first reason: 00.png", "got 8 bits"]),
     ],
 )
 @pytest.mark.usefixtures("no_model")

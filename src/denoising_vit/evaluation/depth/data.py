@@ -166,6 +166,8 @@ def open_depth(
         raise EvaluationError(f"depth scale must be a positive number of units in a metre, got {scale}")
     path = Path(path)
     layout, root = find_layout(path, _LAYOUTS)
+    if layout.name != NYU and any((root / name).is_file() for name in _LAYOUTS[0].required):
+        find_layout(path, _LAYOUTS[:1])  # raises: NYUv2 with one list missing is no other layout
     inspect = functools.partial(_inspected, scale=scale, layout=layout.name)
     splits = []
     for split, (pairs, skipped) in layout.open(root).items():
