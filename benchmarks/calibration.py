@@ -33,13 +33,11 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.data import spread
 from denoising_vit.data.photos import read_photo
 from denoising_vit.decomposition.calibration.calibrate import run_calibration
-from denoising_vit.decomposition.calibration.options import CalibrationOptions
-from denoising_vit.decomposition.extraction import extract_views, load_image
 from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition.inputs import extract_views, load_image, prepare, solver_for
+from denoising_vit.decomposition.methods import gather
 from denoising_vit.decomposition.neural_field.fit import SeenViews
-from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.preparing import prepare, solver_for
-from denoising_vit.decomposition.separating import gather
+from denoising_vit.decomposition.options import CalibrationOptions, DenoiseOptions
 from denoising_vit.decomposition.statistics import Statistics
 
 matplotlib.use("svg")

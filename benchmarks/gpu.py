@@ -33,10 +33,9 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.batching import compiled
 from denoising_vit.data import Dataset, Skipped, open_dataset
-from denoising_vit.decomposition.extraction import fitting_batch
+from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.ready import Ready, finish_together
-from denoising_vit.decomposition.stage_one import StageOne
+from denoising_vit.decomposition.stage_one import Ready, StageOne, finish_together
 from denoising_vit.decomposition.statistics import Statistics
 from denoising_vit.fit.job import FitJob
 from denoising_vit.fit.options import FitOptions

@@ -23,8 +23,8 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.photos import read_photo
 from denoising_vit.decomposition.exact import ExactSolver
+from denoising_vit.decomposition.inputs import prepare
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.preparing import prepare
 from denoising_vit.decomposition.statistics import Statistics
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer, to_image

@@ -22,8 +22,7 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Skipped, open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.ready import Ready
-from denoising_vit.decomposition.stage_one import StageOne
+from denoising_vit.decomposition.stage_one import Ready, StageOne
 
 Part = Literal["images", "views", "resolution", "models"]
 

@@ -34,7 +34,7 @@ from overhead import hardware, synchronise
 from torch import Tensor
 
 import denoising_vit as dv
-from denoising_vit.decomposition.extraction import fitting_batch
+from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.show.video.films import open_clip
 from denoising_vit.show.video.options import VideoOptions, panel_size, shown_size
 from denoising_vit.show.video.rendering import render_video

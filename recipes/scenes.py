@@ -13,8 +13,8 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import open_dataset
-from denoising_vit.views.batched_rendering import render_boxes
 from denoising_vit.views.plan import areas_and_ratios
+from denoising_vit.views.rendering import render_boxes
 
 #: Grids (h, w) in patches of what the backbone is shown, with the share of scenes of each; the first is square.
 SHAPES = (((37, 37), 0.56), ((26, 34), 0.12), ((34, 26), 0.08), ((24, 24), 0.12), ((34, 46), 0.12))

@@ -29,7 +29,7 @@ from denoising_vit import (
     PlanError,
     SizeError,
 )
-from denoising_vit.decomposition.preparing import prepare
+from denoising_vit.decomposition.inputs import prepare
 
 PATCH, SIDE, CHANNELS = 8, 56, 5  # a grid of 7 x 7
 FEW: dict[str, Any] = {"views": 12, "held_out": 3}

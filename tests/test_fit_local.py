@@ -24,8 +24,7 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.data import Dataset, open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.ready import Done, Ready, finish_together
-from denoising_vit.decomposition.stage_one import StageOne
+from denoising_vit.decomposition.stage_one import Done, Ready, StageOne, finish_together
 from denoising_vit.errors import FitError, PhotoError, PlanError, StoreError
 from denoising_vit.fit.estimate import Estimate
 from denoising_vit.fit.job import FitJob, manifest_of

@@ -23,7 +23,8 @@ import denoising_vit.maps
 from denoising_vit import Backbone, BackboneError, Decomposition, FitError, NeuralFieldOptions, PlanError, ViewPlan
 from denoising_vit.cli import app
 from denoising_vit.cli import denoise_job as verb
-from denoising_vit.decomposition.extraction import extract_views
+from denoising_vit.decomposition.inputs import extract_views, prepare
+from denoising_vit.decomposition.methods import gather
 from denoising_vit.decomposition.neural_field import fit as loop
 from denoising_vit.decomposition.neural_field.fit import (
     Evaluation,
@@ -35,8 +36,6 @@ from denoising_vit.decomposition.neural_field.fit import (
 )
 from denoising_vit.decomposition.neural_field.model import NeuralModel
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.preparing import prepare
-from denoising_vit.decomposition.separating import gather
 from denoising_vit.denoise import work
 from denoising_vit.views.patch_grid import patch_centres
 from denoising_vit.views.rendering import to_image

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.decomposition.neural_field.losses import (
+from denoising_vit.decomposition.neural_field.model import (
     first_phase_loss,
     reconstruction_loss,
     second_phase_loss,

@@ -15,10 +15,9 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from denoising_vit.views.batched_rendering import render_boxes
 from denoising_vit.views.options import CropOptions
 from denoising_vit.views.plan import ViewPlan
-from denoising_vit.views.rendering import ViewRenderer, resampling_matrix, to_image
+from denoising_vit.views.rendering import ViewRenderer, render_boxes, resampling_matrix, to_image
 
 NO_MEAN, UNIT_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 

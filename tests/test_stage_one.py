@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import denoising_vit as dv
 from denoising_vit import Backbone, DenoiseOptions, PlanError
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.ready import finish_together
-from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
+from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne, finish_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

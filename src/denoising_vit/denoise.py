@@ -13,12 +13,11 @@ from torch import Tensor
 from denoising_vit.artifact import KnownArtifact, artifact_digest
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe, same_weights
-from denoising_vit.decomposition.extraction import Photo, load_image
+from denoising_vit.decomposition.inputs import Photo, given_artifact, load_image, prepare
+from denoising_vit.decomposition.methods import UNJUDGED, Job, Parts, separate_exactly, separate_neurally
 from denoising_vit.decomposition.neural_field.fit import Evaluation
 from denoising_vit.decomposition.options import STAGE_ONE, DenoiseOptions
-from denoising_vit.decomposition.preparing import given_artifact, prepare
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.decomposition.separating import Job, Parts, separate_exactly, separate_neurally
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.denoiser.loading import FoundDenoiser, GivenDenoiser, find_denoiser, find_shipped, source_name
@@ -30,12 +29,6 @@ from denoising_vit.views.sampling import on_nodes
 
 #: ``progress(done, total)``.
 Progress = Callable[[int, int], None]
-
-#: What a method in one pass records as held-out figures: there are no held-out views.
-_UNJUDGED = {"heldout_r2": None, "heldout_cosine": None}
-
-#: Options that change nothing in the result, or that the plan's digest covers.
-_INDIFFERENT = {"views", "held_out", "size", "resolution", "coverage", "area", "ratio", "taper", "seed", "batch_size"}
 
 
 def denoise_image(
@@ -136,10 +129,11 @@ class Denoising:
         *,
         progress: Progress | None = None,
         watch: Callable[[Evaluation], None] | None = None,
+        digest: str | None = None,
     ) -> Decomposition:
-        """Denoise a photo; see :func:`denoise_image`."""
+        """Denoise a photo; see :func:`denoise_image`. Its digest is computed unless given."""
         started = time.perf_counter()
-        image, about = load_image(photo, self.backbone)
+        image, about = load_image(photo, self.backbone, digest)
         reporter = _Reporter(progress, self.work)
         job = Job(self.backbone, image, self.fitted, self.held_out, self.options, reporter.add)
         if self.options.method == "exact":
@@ -171,9 +165,7 @@ class Denoising:
 
     def made(self, info: dict[str, Any]) -> bool:
         """True if a result with this ``info`` came from this backbone, these views and these settings."""
-        # The neural field draws with the seed, and may keep the step that is best on held-out views.
-        indifferent = _INDIFFERENT - ({"seed", "held_out"} if self.options.method == "neural-field" else set())
-        decisive = {key: value for key, value in self.options.recorded().items() if key not in indifferent}
+        decisive = self.options.recorded("views", "shape", "nothing")
         decisive |= {"plan": self.fitted.digest, "artifact": artifact_digest(self.artifact)} | self._identity
         return (
             all(info.get(key) == value for key, value in decisive.items())
@@ -188,7 +180,7 @@ class Denoising:
         require_finite(features)
         raw = features[0]
         artifact = torch.zeros_like(raw) if self.artifact is None else self.artifact.to(raw)
-        info: dict[str, Any] = dict(_UNJUDGED)
+        info: dict[str, Any] = dict(UNJUDGED)
         if self.denoiser is not None:
             module = self.denoiser.denoiser
             clean = module(features.to(module.pos_embed.device))[0]

@@ -1,8 +1,10 @@
-"""G of a backbone as a thing of its own: found by calibration, kept in a file, taken away from any features."""
+"""The artifact G of a backbone: a file made by calibration, to subtract from features."""
 
-from denoising_vit.artifact.artifact import FORMAT, FORMAT_VERSION, Artifact
-from denoising_vit.artifact.known import (
+from denoising_vit.artifact.artifact import (
+    FORMAT,
+    FORMAT_VERSION,
     SHIPPED,
+    Artifact,
     KnownArtifact,
     artifact_digest,
     known_artifact,

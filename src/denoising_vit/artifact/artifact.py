@@ -1,8 +1,9 @@
-"""G of a backbone, apart from any image: on its own grid, at any other, in a file."""
+"""The artifact G of a backbone: its values, its file, and the one in the package."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -15,11 +16,16 @@ from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
-from denoising_vit.errors import ArtifactError, FormatError
+from denoising_vit.errors import ArtifactError, FormatError, PlanError
 from denoising_vit.files import KEY, compact, read_record, require_version, write_tensors
 
 FORMAT = "denoising-vit/artifact"
 FORMAT_VERSION = 1
+
+#: Names of the artifact in the package, and of none at all: then no artifact is modelled.
+SHIPPED, NONE = "shipped", "none"
+
+_FOLDER = Path(__file__).parent / "shipped"
 
 _REQUIRED = ("format_version", "size", "backbone", "info")
 
@@ -30,8 +36,8 @@ class Artifact:
 
     Attributes:
         values: G, (h, w, C) float32; its mean over places is zero.
-        size: (H, W) in pixels of the views that it was calibrated on.
-        backbone: the backbone as it is recorded with results: name, weights, fingerprint, layer, norm, stride.
+        size: (H, W) of the calibration views in pixels.
+        backbone: record of the backbone: name, weights, fingerprint, layer, norm, stride.
         info: how it was made (photos, views, plan) and how stable it is (``reliability``, ``split_half``); JSON values.
     """
 
@@ -42,14 +48,14 @@ class Artifact:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) of the grid that it was calibrated on."""
+        """(h, w) of the calibration grid."""
         h, w = self.values.shape[:2]
         return h, w
 
     def at(self, grid: tuple[int, int]) -> Tensor:
         """G on another patch grid, (h, w, C) with mean zero: bicubic, as position embeddings are resampled.
 
-        On its own grid it comes as it is. What other grids lose is in docs/decisions.md.
+        On the calibration grid the values are unchanged. What other grids lose is in docs/decisions.md.
         """
         if grid == self.grid:
             return self.values
@@ -59,14 +65,14 @@ class Artifact:
         return resampled - resampled.mean((0, 1))
 
     def is_of(self, backbone: Backbone) -> bool:
-        """Whether this is the artifact of a backbone: of its weights, layer, norm and stride."""
+        """True if this is the artifact of a backbone: the same weights, layer, norm and stride."""
         return self.values.shape[-1] == backbone.embed_dim and is_recorded(self.backbone, backbone)
 
     def require_of(self, backbone: Backbone) -> None:
-        """Refuses a backbone that this is not the artifact of.
+        """Check that this is the artifact of a backbone.
 
         Raises:
-            ArtifactError: naming both.
+            ArtifactError: if it is not; the message names both backbones.
         """
         if self.is_of(backbone):
             return
@@ -76,9 +82,9 @@ class Artifact:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (float16) that :meth:`load` reads back.
+        """Write a safetensors file (float16) that :meth:`load` reads.
 
-        Of the photos, only their file names are written: the file may be given away.
+        Photos are recorded by file name without folders, so that the file can be shared.
         """
         head = {
             "format": FORMAT,
@@ -91,7 +97,7 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
-        """Reads what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             FormatError: if the file is missing, damaged, something else, or of a newer version.
@@ -112,7 +118,7 @@ class Artifact:
 
 
 def _public(info: dict[str, Any]) -> dict[str, Any]:
-    """The record without the folders that photos were in."""
+    """The record with file names of photos instead of paths."""
     photos, skipped = info.get("photos", []), info.get("skipped", [])
     short = {name: PurePath(name).name for name in [*photos, *(item for item, _ in skipped)]}
 
@@ -140,3 +146,79 @@ def _check_head(path: Path, head: Any) -> None:
 
 def _is_size(size: Any) -> bool:
     return isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
+
+
+#: An artifact, a file of one, ``shipped``, ``none`` for zeros, or values (h, w, C) on the grid of the views.
+KnownArtifact = Artifact | Tensor | str | Path
+
+
+def known_artifact(given: KnownArtifact | None, backbone: Backbone, grid: tuple[int, int]) -> Tensor | None:
+    """The values of a given artifact on a patch grid, (h, w, C) on the CPU; None for None.
+
+    Raises:
+        ArtifactError: if it is for another backbone, or the package has none.
+        FormatError: if the file is missing, damaged or something else.
+        PlanError: if values have another shape, or are not finite.
+    """
+    if isinstance(given, str) and given == NONE:
+        return torch.zeros(*grid, backbone.embed_dim)
+    if isinstance(given, str | Path):
+        given = load_artifact(given, backbone)
+    if isinstance(given, Artifact):
+        given.require_of(backbone)
+        return given.at(grid)
+    if given is None:
+        return None
+    if not isinstance(given, Tensor):
+        raise PlanError(f"expected an artifact as Artifact, file name or tensor (h, w, C), got {type(given).__name__}")
+    if tuple(given.shape) != (*grid, backbone.embed_dim):
+        raise PlanError(
+            f"the given artifact has shape {tuple(given.shape)}, expected {(*grid, backbone.embed_dim)} for "
+            f"{backbone.name} on a grid of {grid[0]} x {grid[1]} patches"
+        )
+    if not torch.isfinite(given).all():
+        raise PlanError("the given artifact has values that are not finite")
+    return given.detach().cpu()
+
+
+def load_artifact(source: str | Path, backbone: Backbone) -> Artifact:
+    """Load the artifact of a backbone from a file of `dvit calibrate`, or from the package for ``shipped``.
+
+    Raises:
+        ArtifactError: if it is for another backbone, or the package has none.
+        FormatError: if the file is missing, damaged or something else.
+    """
+    if str(source) != SHIPPED:
+        artifact = Artifact.load(source)
+        artifact.require_of(backbone)
+        return artifact
+    artifact = shipped_for(backbone)
+    if artifact is None:
+        raise ArtifactError(
+            f"no artifact of {backbone.name} with these weights ({backbone.weights}), layer {backbone.layer} and "
+            f"stride {backbone.stride} comes with the package; make one by dvit calibrate PHOTOS -o FILE, "
+            "and give it by --artifact FILE"
+        )
+    return artifact
+
+
+def shipped_for(backbone: Backbone) -> Artifact | None:
+    """The artifact in the package for this backbone, its weights, layer and stride; None if there is none."""
+    for path in sorted(_FOLDER.glob(f"{backbone.name.split('.')[0]}*.safetensors")):
+        artifact = Artifact.load(path)
+        if artifact.is_of(backbone):
+            return artifact
+    return None
+
+
+def resampling_note(source: str | Path, backbone: Backbone, grid: tuple[int, int]) -> str | None:
+    """A note for the user if an artifact is resampled to the grid of the views; else None."""
+    own = grid if source == NONE else load_artifact(source, backbone).grid
+    if own == grid:
+        return None
+    return f"the artifact was calibrated on {own[0]} x {own[1]} patches and is resampled to {grid[0]} x {grid[1]}"
+
+
+def artifact_digest(values: Tensor | None) -> str | None:
+    """SHA-256 of an artifact in the precision of its file, so that saving does not change it; None for None."""
+    return None if values is None else hashlib.sha256(compact(values).numpy().tobytes()).hexdigest()

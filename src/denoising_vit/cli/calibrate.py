@@ -12,7 +12,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.decomposition.calibration.options import CalibrationOptions
+from denoising_vit.decomposition.options import CalibrationOptions
 from denoising_vit.files import Mark, owned_path, require_ours
 
 if TYPE_CHECKING:

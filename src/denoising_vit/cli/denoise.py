@@ -58,6 +58,7 @@ def denoise(
     from denoising_vit.artifact import SHIPPED, resampling_note
     from denoising_vit.cli.denoise_job import DenoiseJob
     from denoising_vit.data import find_photos
+    from denoising_vit.decomposition.inputs import given_artifact
     from denoising_vit.denoise import Denoising, settle
 
     if not inputs:
@@ -88,6 +89,8 @@ def denoise(
     exact = None
     if found is not None and compare:
         exact = Denoising(backbone, replace(options, method="exact"), artifact=artifact)
+    elif found is not None:
+        given_artifact(artifact, backbone, options)  # not used, but a wrong file is an error
     folder = OutputFolder(out, overwrite=overwrite)
     print_note(
         f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}; "

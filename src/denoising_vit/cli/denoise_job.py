@@ -56,7 +56,7 @@ class DenoiseJob:
             output = self.folder.claim(photo, digest)
             if output.existing is not None:
                 return self._keep(photo, pixels, output, output.existing, progress)
-            result = self.clean(pixels, progress=progress.advance, watch=progress.watch)
+            result = self.clean(pixels, progress=progress.advance, watch=progress.watch, digest=digest)
             about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
             exact = self._exact_beside(pixels, result, progress)
@@ -131,7 +131,7 @@ class DenoiseJob:
         def advance(done: int, total: int) -> None:
             progress.advance(self.clean.work + done, total)
 
-        return self.exact(pixels, progress=advance)
+        return self.exact(pixels, progress=advance, digest=result.info["photo"]["sha256"])
 
     @staticmethod
     def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:

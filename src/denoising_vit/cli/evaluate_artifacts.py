@@ -73,7 +73,7 @@ def artifacts(
     backbone = model.load()
     about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
     settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), "blank_test": BLANK_TEST}
-    settings |= asdict(diagnosing)
+    settings |= diagnosing.recorded()
     cleaners = Cleaners(denoiser=denoiser, distilled=distilled)
     extractors: dict[str, Extractor] = {}
     for name in names:

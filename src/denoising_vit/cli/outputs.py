@@ -124,7 +124,7 @@ class OutputFolder:
 
     @staticmethod
     def _recorded(path: Path) -> dict[str, Any] | None:
-        from denoising_vit.decomposition.files import read_head
+        from denoising_vit.decomposition.result import read_head
 
         try:
             return read_head(path)["info"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import PlanError
@@ -12,11 +12,55 @@ from denoising_vit.views.options import Coverage, CropOptions
 #: Methods that fit views; all others take one pass over the whole photo.
 STAGE_ONE = ("exact", "neural-field")
 
-_EXACT_ONLY = ("smoothness", "shrinkage", "clip", "taper")
+#: What an option decides: the result itself; the drawn views, which a plan's digest covers; the shape of views and
+#: field, which results show themselves; or nothing.
+Decides = Literal["result", "views", "shape", "nothing"]
+
+
+def _option(default: Any, decides: Decides = "result", method: str | None = None) -> Any:
+    """A field of the options: what it decides, and the only method that uses it, if any."""
+    return field(default=default, metadata={"decides": decides, "method": method})
 
 
 @dataclass(frozen=True)
-class DenoiseOptions:
+class ExactOptions:
+    """How the exact method fits a photo.
+
+    Attributes:
+        views: number of crops of each photo, the whole photo included.
+        size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
+        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
+        smoothness: exact only; weight of the penalty on differences within the semantic field.
+        shrinkage: exact only; weight of the penalty on the artifact's size.
+        clip: exact only; scale down tokens whose norm is more than this many median absolute deviations above the
+            median, so that outliers pull less. Without it, none are.
+        coverage: even sees borders nearly as often as the middle; plain draws crops as published; released makes views
+            as the released code does (whole pixels of the photo squeezed to the size of a view, patches put from edge
+            to edge of a view), for the neural field's released recipe only.
+        area: least and largest share of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the context of
+            the whole photo, and 8 to 16 of them do; but they tell artifact from content less well, so give the
+            backbone's artifact with them, or `none`.
+        ratio: least and largest width over height of a crop, measured in the frame of the views.
+        taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
+            (0), seams show where crops end.
+        seed: seed for the crops; the same seed gives the same result.
+    """
+
+    views: int = _option(64, "views")
+    size: int | tuple[int, int] | None = _option(None, "shape")
+    resolution: int | None = _option(None, "shape")
+    smoothness: float = _option(1e-2, method="exact")
+    shrinkage: float = _option(1e-3, method="exact")
+    clip: float | None = _option(None, method="exact")
+    coverage: Coverage = _option("even", "views")  # noqa: RUF009, a field
+    area: tuple[float, float] = _option(CropOptions.area, "views")
+    ratio: tuple[float, float] = _option(CropOptions.ratio, "views")
+    taper: float = _option(0.3, "views", method="exact")
+    seed: int = _option(0, "views")
+
+
+@dataclass(frozen=True)
+class DenoiseOptions(ExactOptions):
     """How a photo is denoised: the method, and how stage 1 is run.
 
     Attributes:
@@ -25,44 +69,18 @@ class DenoiseOptions:
             maps the features of that pass to clean ones (stage 2), and these, as all other clean features in one pass
             (see `dvit show --features`), use none of the options below but the size; auto is denoiser if one is given
             or in the package for these weights, else exact.
-        views: crops of the photo that are fitted, the whole photo included.
-        held_out: further crops, which only judge the fit.
-        size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
         resolution: nodes of the semantic field along each side. Without it, twice the patch grid; three times with
             neural-field, so that patch centres are nodes.
-        smoothness: exact only; weight of the penalty on differences within the semantic field.
-        shrinkage: exact only; weight of the penalty on the artifact's size.
-        clip: exact only; scale down tokens whose norm is more than this many median absolute deviations above the
-            median, so that outliers pull less. Without it, none are.
-        coverage: even sees borders nearly as often as the middle; plain draws crops as published; released makes views
-            as the released code does (whole pixels of the photo squeezed to the size of a view, patches put from edge
-            to edge of a view), which hardly anything but the neural field's released recipe should use.
-        area: least and largest share of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the context of
-            the whole photo, and 8 to 16 of them do; but they tell artifact from content less well, so give the
-            backbone's artifact with them, or `none`.
-        ratio: least and largest width over height of a crop, measured in the frame of the views.
-        taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
-            (0), seams show where crops end.
-        seed: of the crops and of the neural field's training; the same seed gives the same result.
+        seed: seed for the crops and for the neural field's training; the same seed gives the same result.
+        held_out: number of further crops, which only judge the fit.
         batch_size: views in one forward pass. Without it, what suits the device.
         neural: neural-field only; its recipe.
     """
 
-    method: str = "exact"
-    views: int = 64
-    held_out: int = 8
-    size: int | tuple[int, int] | None = None
-    resolution: int | None = None
-    smoothness: float = 1e-2
-    shrinkage: float = 1e-3
-    clip: float | None = None
-    coverage: Coverage = "even"
-    area: tuple[float, float] = CropOptions.area
-    ratio: tuple[float, float] = CropOptions.ratio
-    taper: float = 0.3
-    seed: int = 0
-    batch_size: int | None = None
-    neural: NeuralFieldOptions = NeuralFieldOptions()  # noqa: RUF009, frozen
+    method: str = _option("exact")
+    held_out: int = _option(8, "nothing")
+    batch_size: int | None = _option(None, "nothing")
+    neural: NeuralFieldOptions = _option(NeuralFieldOptions(), method="neural-field")  # noqa: RUF009, a field
 
     @classmethod
     def released(cls) -> DenoiseOptions:
@@ -105,14 +123,47 @@ class DenoiseOptions:
         """The exact solver on 16 wide views, for a backbone whose artifact is known or weak (docs/decisions.md)."""
         return cls(views=16, held_out=0, area=(0.4, 1.0))
 
-    def recorded(self) -> dict[str, Any]:
-        """The options that decide the result of the method, as JSON values.
+    def recorded(self, *without: Decides) -> dict[str, Any]:
+        """The options of the method, as JSON values.
 
         The published areas and ratios of crops are left out, as in records from when there were no others.
+
+        Args:
+            without: leave out options that decide this.
         """
         if self.method not in STAGE_ONE:
-            return {"method": self.method, "size": self.size}
-        unused = {"neural"} if self.method == "exact" else set(_EXACT_ONLY)
+            return {"method": self.method, "size": self.size} if "shape" not in without else {"method": self.method}
+        roles = {each.name: each.metadata["decides"] for each in fields(self)}
+        if self.method == "neural-field":  # it trains with the seed, and may keep the best step on held-out views
+            roles |= {"seed": "result", "held_out": "result"}
+        unused = {each.name for each in fields(self) if each.metadata["method"] not in (None, self.method)}
+        unused |= {name for name, role in roles.items() if role in without}
         unused |= {name for name in ("area", "ratio") if getattr(self, name) == getattr(CropOptions, name)}
         kept = {name: value for name, value in asdict(self).items() if name not in unused}
         return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(ExactOptions):
+    """How the artifact of a backbone is found.
+
+    Attributes:
+        views: number of crops of each photo, the whole photo included; few suffice, since photos add up.
+        seed: seed for the crops, and for the random halves that are compared; the same seed gives the same artifact.
+        batch_size: views in one forward pass. Without it, what suits the device.
+    """
+
+    views: int = _option(16, "views")
+    batch_size: int | None = _option(None, "nothing")
+
+    def denoising(self) -> DenoiseOptions:
+        """As options of stage 1, without held-out views.
+
+        Raises:
+            PlanError: naming the option, its range, and what came.
+        """
+        options = DenoiseOptions(held_out=0, **asdict(self))
+        options.validate()
+        if self.views < 2:
+            raise PlanError(f"views must be at least 2, got {self.views}: one view of a photo cannot tell G from F")
+        return options

@@ -1,11 +1,12 @@
-"""Stage 1 for a stream of photos: their views share batches, which fill the device whatever the number of views."""
+"""The exact solver for photos: one, or a stream of them whose views share batches."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,48 +16,163 @@ from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.batching import Passes
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.extraction import fitting_batch, load_image
+from denoising_vit.decomposition.exact import ExactSolver
+from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition.inputs import fitting_batch, given_artifact, load_image, prepare, solver_for
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.preparing import given_artifact, prepare, solver_for
-from denoising_vit.decomposition.ready import Failed, Ready
 from denoising_vit.decomposition.statistics import Statistics, require_finite
 from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.progress import prefetched
+from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer
 
-#: Batches of views that are rendered before they are needed.
+#: Batches of views that are rendered ahead.
 _AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A photo that could not be used.
+
+    Attributes:
+        index: position in the data set.
+        name: id of the photo.
+        reason: why, without the name.
+        final: True if another attempt would fail as well.
+    """
+
+    index: int
+    name: str
+    reason: str
+    final: bool = True
+
+
+@dataclass(frozen=True)
+class Done:
+    """A solved photo.
+
+    Attributes:
+        index: position in the data set.
+        name: id of the photo.
+        field: F on its nodes (Ry, Rx, C), float32 on the CPU.
+        record: photo, held-out figures and clipped tokens; JSON values.
+    """
+
+    index: int
+    name: str
+    field: Tensor
+    record: dict[str, Any]
+
+
+@dataclass
+class Ready:
+    """A photo with the statistics of its views; :meth:`finish` solves it.
+
+    Attributes:
+        index: position in the data set.
+        about: name, size and digest of the photo.
+        statistics: b and g of the fitted views.
+        solver: solver of the plan.
+        held_out: the held-out views, if any.
+        artifact: G (h, w, C) if known.
+        judged: features of the held-out views.
+        raw: features of the whole photo (h, w, C), the first of its views.
+    """
+
+    index: int
+    about: dict[str, Any]
+    statistics: Statistics
+    solver: ExactSolver
+    held_out: ViewPlan | None
+    artifact: Tensor | None
+    judged: list[Tensor] = field(default_factory=list)
+    raw: Tensor | None = None
+
+    def solve_apart(self) -> tuple[Tensor, Tensor]:
+        """F without any artifact (Ry, Rx, C), and G of this photo alone (h, w, C); float64.
+
+        Both are linear in the photo, so :meth:`ExactSolver.solve_field` gives F for any other G from them.
+        """
+        field = self.solver.solve_field(self.statistics.b)
+        return field, self.solver.solve_artifact(field, self.statistics.g)
+
+    def add(self, features: Tensor, *, fitted: bool) -> None:
+        """Adds the features (B, h, w, C) of the next views, fitted or held out.
+
+        Raises:
+            BackboneError: if a value is not finite.
+        """
+        if fitted:
+            if self.raw is None:
+                self.raw = features[0].clone()  # the batch that it is a part of need not stay
+            self.statistics.add(features)
+        else:
+            require_finite(features)
+            self.judged.append(features.clone())
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """F on its nodes (Ry, Rx, C) and G (h, w, C), fitted unless it is known; float64."""
+        return _solve(self.solver, self.artifact, self.statistics.b, self.statistics.g)
+
+    def figures(self, nodes: Tensor, artifact: Tensor) -> dict[str, Any]:
+        """How well F (Ry, Rx, C) and G (h, w, C) predict the held-out views, and how many tokens were clipped."""
+        found: dict[str, Any] = {"clipped_tokens": self.statistics.clipped_tokens}
+        if self.held_out is not None:
+            judge = HeldOut(nodes, artifact, self.held_out)
+            for features in self.judged:
+                judge.add_views(features)
+            found |= {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
+        return found
+
+    def finish(self) -> Done:
+        """Solves the photo, and evaluates it on the held-out views."""
+        return self._done(*self.solve())
+
+    def _done(self, nodes: Tensor, artifact: Tensor) -> Done:
+        record = {"photo": self.about} | self.figures(nodes, artifact)
+        return Done(self.index, self.about["name"], nodes.float().cpu(), record)
+
+
+def finish_together(photos: Sequence[Ready]) -> list[Done]:
+    """Solve photos of one plan as a batch, with as many kernel launches as for one photo."""
+    ready = photos[0]
+    b, g = (torch.cat(sums, dim=-1) for sums in zip(*((p.statistics.b, p.statistics.g) for p in photos), strict=True))
+    known = None if ready.artifact is None else torch.cat([ready.artifact] * len(photos), dim=-1)
+    solved = (part.chunk(len(photos), dim=-1) for part in _solve(ready.solver, known, b, g))
+    return [photo._done(nodes, artifact) for photo, nodes, artifact in zip(photos, *solved, strict=True)]
+
+
+def _solve(solver: ExactSolver, known: Tensor | None, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """F (Ry, Rx, C) and G (h, w, C), fitted unless it is known."""
+    if known is None:
+        return solver.solve(b, g)
+    artifact = known.to(b)
+    return solver.solve_field(b, artifact), artifact
 
 
 @dataclass
 class _Photo:
-    """A photo on its way: what is still to come of it, and why it failed if it did."""
+    """A photo in progress: the views that are left, and the reason if it failed."""
 
     ready: Ready
-    views: list[tuple[bool, ViewRenderer]]  # whether they are fitted, and what renders them
+    views: list[tuple[bool, ViewRenderer]]  # (fitted or held out, renderer)
     left: int
     reason: str | None = None
 
     def take(self, fitted: bool, features: Tensor) -> None:
-        """Takes the features (B, h, w, C) of the next views, fitted or held out."""
+        """Add the features (B, h, w, C) of the next views, fitted or held out."""
         self.left -= len(features)
         if self.reason is not None:
             return
         try:
-            if fitted:
-                if self.ready.raw is None:
-                    self.ready.raw = features[0].clone()  # the batch that it is a part of need not stay
-                self.ready.statistics.add(features)
-            else:
-                require_finite(features)
-                self.ready.judged.append(features.clone())
+            self.ready.add(features, fitted=fitted)
         except DenoisingVitError as error:
             self.reason = str(error)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some views (B, 3, H, W) of a photo; or a photo that failed before it had any."""
+    """Views (B, 3, H, W) of a photo for one batch; or a photo that failed before it had any."""
 
     photo: _Photo | Failed
     fitted: bool = True
@@ -67,14 +183,14 @@ class StageOne:
     """The exact solver of one backbone and plan, for any number of photos.
 
     Args:
-        backbone: the extractor.
-        options: of stage 1; the method must be exact.
-        artifact: G where it is known, as `denoise_image` takes it.
+        backbone: the backbone.
+        options: options of stage 1; the method must be exact.
+        artifact: G if known, as for `denoise_image`.
 
     Raises:
-        PlanError: if the method is another, or the views do not suffice.
-        ArtifactError: if the artifact is that of another backbone.
-        FormatError: if its file is missing, damaged or something else.
+        PlanError: if the method is not exact, or there are too few views.
+        ArtifactError: if the artifact is for another backbone.
+        FormatError: if the artifact's file is missing, damaged or something else.
         SizeError: if the size does not fit the patch grid.
     """
 
@@ -91,22 +207,22 @@ class StageOne:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether everything shares the processor's cores.
+        """True if forward passes and all else share the processor.
 
-        Each parallel part of the forward pass then waits for its slowest core, so that whatever else computes at the
-        same time costs more than it takes: one after the other is faster than side by side.
+        Each parallel part of a forward pass then waits for its slowest core, so that running other work at the same
+        time is slower than running it afterwards.
         """
         return self.backbone.device.type == "cpu"
 
     @property
     def views(self) -> int:
-        """Forward passes that a photo takes."""
+        """Number of forward passes per photo."""
         return len(self.fitted) + (0 if self.held_out is None else len(self.held_out))
 
     def run(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Generator[Ready | Failed, None, None]:
-        """Sees all views of photos (index, id, pixels) and gives them back in their order, to be solved.
+        """Extract the features of all views of photos (index, id, pixels); yields photos in order, ready to be solved.
 
-        Where an accelerator does the forward passes, views are rendered in a thread of their own, ahead of them.
+        With an accelerator, a thread renders views ahead of the forward passes.
         """
         batches = self._batches(photos)
         with contextlib.closing(batches if self.on_cpu else prefetched(batches, _AHEAD)) as batches:
@@ -130,14 +246,14 @@ class StageOne:
                 yield ready if reason is None else Failed(ready.index, ready.about["name"], reason)
 
     def _batches(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Generator[list[_Piece], None, None]:
-        """Pieces of photos, so that every batch but the last has as many views as the device takes at once."""
+        """Batches of views across photos; all but the last are full."""
         batch: list[_Piece] = []
         room = self.batch_size
         for index, name, pixels in photos:
             photo = self._open(index, name, pixels)
             if isinstance(photo, Failed):
                 batch.append(_Piece(photo))
-                if len(batch) > self.batch_size:  # many in a row are not to wait for views that fill a batch
+                if len(batch) > self.batch_size:  # a run of failures must not wait for a full batch
                     yield batch
                     batch, room = [], self.batch_size
                 continue

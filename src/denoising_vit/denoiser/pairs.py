@@ -17,7 +17,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import weights_key
-from denoising_vit.decomposition.extraction import fitting_batch
+from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.denoiser.options import PairOptions
 from denoising_vit.denoiser.targets import Fitted, Targets, Unusable
 from denoising_vit.errors import TrainError

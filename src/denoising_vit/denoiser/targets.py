@@ -17,8 +17,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, describe, recorded_words, same_weights
 from denoising_vit.data import Dataset, Skipped
 from denoising_vit.data.photos import photo_digest
-from denoising_vit.decomposition.ready import Failed
-from denoising_vit.decomposition.stage_one import StageOne
+from denoising_vit.decomposition.stage_one import Failed, StageOne
 from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.files import digest
 from denoising_vit.store import FeatureStore

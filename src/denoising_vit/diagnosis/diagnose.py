@@ -12,8 +12,7 @@ import numpy as np
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.calibration.calibrate import OnPhoto, doubt_about
-from denoising_vit.decomposition.calibration.photos import named_pixels
+from denoising_vit.decomposition.calibration.calibrate import OnPhoto, doubt_about, named_pixels
 from denoising_vit.diagnosis.evidence import Evidence, EvidenceCollector
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.diagnosis.verdict import (
@@ -121,7 +120,7 @@ def run_diagnosis(
     artifact = evidence.calibration.artifact
     info = {
         "backbone": describe(backbone),
-        **asdict(options),
+        **options.recorded(),
         "size": list(artifact.size),
         "photos": artifact.info["photos"],
         "skipped": artifact.info["skipped"],

@@ -12,17 +12,22 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.calibration.calibrate import Calibration, OnPhoto, energy_of, joined, require_enough
-from denoising_vit.decomposition.calibration.photos import telling
-from denoising_vit.decomposition.ready import Failed, Ready
-from denoising_vit.decomposition.stage_one import StageOne
+from denoising_vit.decomposition.calibration.calibrate import (
+    Calibration,
+    OnPhoto,
+    energy_of,
+    joined,
+    require_enough,
+    telling,
+)
+from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
 from denoising_vit.extractors import Extractor
 from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.views.crops import Crop
-from denoising_vit.views.rendering import ViewRenderer, to_image
+from denoising_vit.views.rendering import ViewRenderer, per_channel, to_image
 from denoising_vit.views.sampling import at_patches, on_nodes
 
 #: Features that every diagnosis includes.
@@ -225,7 +230,7 @@ class EvidenceCollector:
     @torch.no_grad()
     def _responses(self) -> Tensor:
         """Features of an all-black and an all-mean image, (2, h, w, C)."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self._backbone.mean, self._backbone.std))
+        mean, std = (per_channel(values) for values in (self._backbone.mean, self._backbone.std))
         black = (torch.zeros(3, *self._whole.size) - mean) / std
         return self._backbone(torch.stack([black, torch.zeros_like(black)])).cpu()
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from denoising_vit.decomposition.extraction import fitting_batch
+from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
 from denoising_vit.evaluation.data import JudgedImage
 from denoising_vit.evaluation.sources import FeatureSource

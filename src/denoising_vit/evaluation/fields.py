@@ -15,8 +15,8 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.data import Dataset, Item
 from denoising_vit.data.photos import photo_digest
+from denoising_vit.decomposition.inputs import given_artifact
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.preparing import given_artifact
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedData, JudgedImage, JudgedSet
 from denoising_vit.evaluation.features import Shown, native_size
@@ -63,9 +63,7 @@ def fitted_fields(
     """
     options = replace(options, size=options.size or _common_size(data, backbone))  # one plan serves all
     known = given_artifact(artifact, backbone, options)
-    identity: dict[str, Any] = options.recorded() | {"artifact": artifact_digest(known), "size": options.size}
-    for indifferent in ("held_out", "batch_size"):  # they change nothing in the fields
-        identity.pop(indifferent, None)
+    identity: dict[str, Any] = options.recorded("nothing") | {"artifact": artifact_digest(known), "size": options.size}
     splits = list(data.splits)
     if crops is not None:
         identity["of"] = "crop"

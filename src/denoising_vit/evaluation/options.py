@@ -6,9 +6,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.options import DenoiseOptions, ExactOptions
 from denoising_vit.errors import PlanError
-from denoising_vit.views.options import Coverage
 
 
 def at_least(options: Any, **least: int) -> None:
@@ -235,43 +234,21 @@ class ClusteringOptions:
 
 
 @dataclass(frozen=True)
-class FieldOptions:
+class FieldOptions(ExactOptions):
     """How stage 1 of the images is done: by the exact method, once for all tasks.
 
     Attributes:
-        views: crops of each image that are fitted, the whole image included.
         size: height and width of a view in pixels, or one number for a square. Without it, the size at which images
-            are shown; where they are shown at sizes of their own that differ, the backbone's own.
-        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
-        smoothness: weight of the penalty on differences within the semantic field.
-        shrinkage: weight of the penalty on the artifact's size.
-        clip: scale down tokens whose norm is more than this many median absolute deviations above the median. Without
-            it, none are.
-        coverage: even sees borders nearly as often as the middle; plain draws crops as published.
-        area: least and largest share of the image that a crop covers.
-        ratio: least and largest width over height of a crop, measured in the frame of the views.
-        taper: share of a crop's side over which its patches gain weight from the border inwards.
-        seed: of the crops.
-        of: where crops of images are judged (`--crops neutral`): crop fits each crop as an image of its own, so that
-            stage 1 sees what the other features see; image fits whole images and samples their fields in the crops,
-            which is no comparison of like with like: those fields have seen the rest of the image, and upright.
+            are shown, or the backbone's own if these differ.
+        of: with crops of images (`--crops neutral`): crop fits each crop as an image, so that stage 1 sees what the
+            other features see; image fits whole images and samples their fields in the crops, which is no fair
+            comparison: those fields have seen the rest of the image, and upright.
     """
 
-    views: int = DenoiseOptions.views
-    size: int | tuple[int, int] | None = None
-    resolution: int | None = None
-    smoothness: float = DenoiseOptions.smoothness
-    shrinkage: float = DenoiseOptions.shrinkage
-    clip: float | None = None
-    coverage: Coverage = DenoiseOptions.coverage
-    area: tuple[float, float] = DenoiseOptions.area
-    ratio: tuple[float, float] = DenoiseOptions.ratio
-    taper: float = DenoiseOptions.taper
-    seed: int = DenoiseOptions.seed
     of: Literal["crop", "image"] = "crop"
 
     def denoising(self) -> DenoiseOptions:
-        """As options of stage 1; nobody looks at held-out views, so there are none.
+        """As options of stage 1, without held-out views.
 
         Raises:
             PlanError: naming the option, its range, and what came.

@@ -20,9 +20,6 @@ from denoising_vit.fit.options import FitOptions
 from denoising_vit.fit.ray_engine import RayJob, fit_with_ray, local_threads
 from denoising_vit.store import FeatureStore, Manifest
 
-#: Options that are told by the plan, the size or the number of nodes, or that change nothing in the stored fields.
-_TOLD_OTHERWISE = ("size", "resolution", "held_out", "batch_size")
-
 #: A staged photo that turns out to be damaged is done again; what is damaged again and again is not.
 _ROUNDS = 3
 
@@ -162,11 +159,11 @@ class FitJob:
 
 def manifest_of(stage: StageOne, options: FitOptions) -> Manifest:
     """What decides the results, for the store."""
-    recorded = {key: value for key, value in stage.options.recorded().items() if key not in _TOLD_OTHERWISE}
     return Manifest(
         backbone=describe(stage.backbone),
         plan=stage.fitted.digest,
-        options=recorded | {"artifact": artifact_digest(stage.artifact), "grid": options.grid},
+        options=stage.options.recorded("shape", "nothing")
+        | {"artifact": artifact_digest(stage.artifact), "grid": options.grid},
         size=stage.fitted.size,
         patch_size=stage.backbone.patch_size,
         stride=stage.backbone.stride,

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from denoising_vit.data import Dataset, Skipped
-from denoising_vit.decomposition.ready import Done, Failed, Ready, finish_together
-from denoising_vit.decomposition.stage_one import StageOne
+from denoising_vit.decomposition.stage_one import Done, Failed, Ready, StageOne, finish_together
 from denoising_vit.errors import FieldError, PhotoError
 from denoising_vit.store import FeatureStore, ShardWriter
 from denoising_vit.views.patch_grid import patch_centres
-from denoising_vit.views.plan import linear_weights
+from denoising_vit.views.sampling import sample_field
 
 #: Called with the index of a photo and None, or why it was not done.
 OnPhoto = Callable[[int, str | None], None]
@@ -220,8 +219,5 @@ def resampled(nodes: Tensor, shape: tuple[int, int]) -> Tensor:
     """A field (Ry, Rx, C) on as many nodes as the store keeps, bilinear at their cell centres."""
     if tuple(nodes.shape[:2]) == shape:
         return nodes
-    down, across = (
-        torch.from_numpy(linear_weights(patch_centres(count, 1, 1), have)).to(nodes)
-        for count, have in zip(shape, nodes.shape[:2], strict=True)
-    )
-    return torch.einsum("yr,rsc,xs->yxc", down, nodes, across)
+    rows, columns = (patch_centres(count, 1, 1) for count in shape)
+    return sample_field(nodes, rows, columns)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.views.rendering import to_image
+from denoising_vit.views.rendering import per_channel, to_image
 
 #: Version of the images and figures, recorded with results.
 BLANK_TEST = 1
@@ -88,7 +88,7 @@ class BlankProbe:
             size: (H, W) of the images.
             photos: (H, W, 3) uint8; the first BLANK_PHOTOS are blurred and shifted.
         """
-        mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
+        mean, std = (per_channel(values) for values in (backbone.mean, backbone.std))
         steps = sorted({max(1, int(part * backbone.stride)) for part in _PARTS})
         larger = size[0] + steps[-1], size[1] + steps[-1]
         images = [to_image(photo)[None] for photo in photos[:BLANK_PHOTOS]]

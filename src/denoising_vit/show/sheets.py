@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from denoising_vit.artifact.known import NONE
+from denoising_vit.artifact.artifact import NONE
 from denoising_vit.backbones import Backbone
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.views.patch_grid import patch_centres
-from denoising_vit.views.plan import ViewPlan, linear_weights
-from denoising_vit.views.rendering import ViewRenderer
+from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.rendering import ViewRenderer, per_channel
+from denoising_vit.views.sampling import sample_field
 
 #: Least and largest side of a neutral crop, relative to the photo's.
 _NEUTRAL_SIDES = 0.4, 0.8
@@ -113,7 +113,7 @@ class Crop:
         shown = ViewRenderer(image, view, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(slice(1))[0]
         if colour is not None:
             shown = colour(shown)
-        shift, scale = (torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
+        shift, scale = (per_channel(values, image.device) for values in (mean, std))
         shown = (shown - shift) / scale
         if self.inverted:
             shown = shown.flip((1, 2))
@@ -125,9 +125,7 @@ class Crop:
         x0, y0, x1, y1 = self.box
         # In pixels of what is shown.
         rows, columns = (patch_centres(side, patch_size, stride) * side for side in self.padded)
-        down = torch.from_numpy(linear_weights(y0 + self._rows(rows) * (y1 - y0), nodes.shape[0])).to(nodes)
-        across = torch.from_numpy(linear_weights(x0 + self._columns(columns) * (x1 - x0), nodes.shape[1])).to(nodes)
-        return torch.einsum("yr,rsc,xs->yxc", down, nodes, across)
+        return sample_field(nodes, y0 + self._rows(rows) * (y1 - y0), x0 + self._columns(columns) * (x1 - x0))
 
     def pixels(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Which row and column of an image of H x W pixels each row and column of what is shown comes from; -1: none.

@@ -12,9 +12,15 @@ from denoising_vit.views.plan import ViewPlan, linear_weights
 
 def at_patches(nodes: Tensor, view: ViewPlan) -> Tensor:
     """A field (Ry, Rx, C) on nodes at cell centres, at the patches of the one view of a plan: (h, w, C)."""
+    rows, columns = view.centres()
+    return sample_field(nodes, rows[0], columns[0])
+
+
+def sample_field(nodes: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """A field (Ry, Rx, C) on nodes at cell centres of [0, 1]^2, bilinear at rows (h,) x columns (w,): (h, w, C)."""
     down, across = (
-        torch.from_numpy(linear_weights(centres[0], count)).to(nodes)
-        for centres, count in zip(view.centres(), nodes.shape[:2], strict=True)
+        torch.from_numpy(linear_weights(places, count)).to(nodes)
+        for places, count in zip((rows, columns), nodes.shape[:2], strict=True)
     )
     return torch.einsum("yr,rsc,xs->yxc", down, nodes, across)
 

@@ -1,1 +1,1 @@
-"""The artifact of a backbone, found once from a few dozen photos, and how far it can be trusted."""
+"""Calibration: the artifact of a backbone from a few dozen photos, and how reliable it is."""

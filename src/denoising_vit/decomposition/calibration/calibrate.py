@@ -1,52 +1,104 @@
-"""G of a backbone from a few dozen photos, solved jointly: it belongs to the model, not to the image."""
+"""Calibration: the artifact G of a backbone, from a few dozen photos."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.data import Skipped
-from denoising_vit.decomposition.calibration.options import CalibrationOptions
-from denoising_vit.decomposition.calibration.photos import named_pixels, telling
+from denoising_vit.data import Skipped, find_photos
+from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.decomposition.calibration.stability import Stability, curve
+from denoising_vit.decomposition.options import CalibrationOptions
 from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
-from denoising_vit.errors import ArtifactError, DenoisingVitWarning
+from denoising_vit.errors import ArtifactError, DenoisingVitWarning, PhotoError
 
-#: Fewest photos whose halves can be compared.
+#: Least number of photos; fewer have no halves to compare.
 LEAST_PHOTOS = 4
 
-#: Reliability below which an artifact is not to be trusted: a fifth of its variance would be noise.
+#: Reliability that an artifact needs; below, more than a fifth of its variance is noise.
 STABLE = 0.8
 
-#: Times as many photos as there are that it makes no sense to suggest.
+#: Largest factor by which more photos are suggested.
 _ABSURD = 64
 
 #: Share of the mean square of features below which their variance is rounding.
 _ROUNDING = 1e-9
 
-#: Called after each photo with its name, and None or why it was not used.
+#: Called after each photo with its name, and None or the reason why it was not used.
 OnPhoto = Callable[[str, str | None], None]
+
+#: A photo whose pixels deviate by less than this (of 255) has no content that moves from crop to crop.
+_CONTENT = 1.0
+
+#: About how many rows and columns of pixels are checked for content.
+_LOOKED_AT = 512
+
+
+def named_pixels(photos: Iterable[Any]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
+    """Photos in any form, as (name, pixels (H, W, 3) uint8 or the reason why they cannot be used)."""
+    if isinstance(photos, Image.Image) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
+        photos = [photos]  # one photo, not many
+    if isinstance(photos, str | Path):
+        photos, missing = find_photos([photos])
+        yield from ((item.item, item) for item in missing)
+    for number, photo in enumerate(photos):
+        name = f"photo {number}" if isinstance(photo, np.ndarray | Image.Image) else str(photo)
+        try:
+            yield name, read_photo(photo)
+        except PhotoError as error:
+            yield name, Skipped(name, str(error).removeprefix(f"{name}: "))
+        except TypeError:
+            kind = type(photo).__name__
+            yield (f"photo {number}", Skipped(f"photo {number}", f"expected a path, PIL image or array, got {kind}"))
+
+
+def telling(photos: Iterable[tuple[str, np.ndarray | Skipped]]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
+    """Skip photos of one colour, and duplicates.
+
+    Photos of one colour look the same in every crop, so they cannot tell G from F; duplicates agree with themselves.
+    """
+    seen: dict[str, str] = {}
+    for name, pixels in photos:
+        if isinstance(pixels, Skipped):
+            yield name, pixels
+            continue
+        digest = photo_digest(pixels)
+        if not _has_content(pixels):
+            yield name, Skipped(name, "no content: all its pixels are alike")
+        elif digest in seen:
+            yield name, Skipped(name, f"the same picture as {seen[digest]}")
+        else:
+            seen[digest] = name
+            yield name, pixels
+
+
+def _has_content(pixels: np.ndarray) -> bool:
+    """True if pixels differ; checked on a subset, because large photos would take gigabytes."""
+    rows, columns = (max(side // _LOOKED_AT, 1) for side in pixels.shape[:2])
+    return pixels.size > 0 and float(pixels[::rows, ::columns].std(axis=(0, 1)).max()) >= _CONTENT
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the photos of a calibration have in common, and how sure that is.
+    """The result of a calibration.
 
     Attributes:
-        artifact: G; its ``info`` holds the figures of the others.
-        stability: how far it depends on the photos.
-        split_half: correlation between the artifacts of two halves of so many photos.
-        skipped: photos that were not used, and why.
+        artifact: G; its ``info`` holds the other figures.
+        stability: how much it depends on the photos.
+        split_half: number of photos -> correlation between the artifacts of two halves of them.
+        skipped: photos that were not used, with the reason.
     """
 
     artifact: Artifact
@@ -63,15 +115,15 @@ def calibrate(
     options: CalibrationOptions | None = None,
     **changes: Any,
 ) -> Artifact:
-    """The artifact of a backbone, from a few dozen varied photos.
+    """Calibrate the artifact of a backbone on a few dozen varied photos.
 
-    Photos that cannot be used are skipped; ``info["skipped"]`` of the result says which and why.
+    Photos that cannot be used are skipped and listed in ``info["skipped"]`` with the reason.
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
-        photos: paths, PIL images or (H, W, 3) uint8 arrays; 4 at least. A folder stands for the image files in it.
-        progress: called after each photo with its name, and None or why it was not used.
-        options: how; the defaults where none.
+        photos: at least 4 paths, PIL images or (H, W, 3) uint8 arrays; or a folder of image files.
+        progress: called after each photo with its name, and None or the reason why it was not used.
+        options: how to run; the defaults if None.
         **changes: single fields of :class:`CalibrationOptions`, such as ``views=32``.
 
     Raises:
@@ -80,8 +132,8 @@ def calibrate(
         SizeError: if the size does not fit the patch grid.
 
     Warns:
-        DenoisingVitWarning: if the photos are too few for a stable artifact, saying how many it takes; or if the
-            photos have nothing in common.
+        DenoisingVitWarning: if there are too few photos for a stable artifact, with the number needed; or if the photos
+            have nothing in common.
     """
     found = run_calibration(backbone, named_pixels(photos), progress=progress, options=options, **changes)
     if doubt := doubt_about(found.stability):
@@ -97,7 +149,7 @@ def run_calibration(
     options: CalibrationOptions | None = None,
     **changes: Any,
 ) -> Calibration:
-    """As :func:`calibrate`, with everything that was learned, from photos by name (pixels, or why there are none)."""
+    """Like :func:`calibrate`, from :func:`named_pixels`, with all figures."""
     options = replace(options or CalibrationOptions(), **changes)
     stage = StageOne(backbone, options.denoising())
     skipped: list[Skipped] = []
@@ -119,10 +171,10 @@ def run_calibration(
 
 
 def require_enough(used: Sized, skipped: Sequence[Skipped], least: int, what: str) -> None:
-    """Refuses so few photos that nobody can tell whether the artifact is the same in all.
+    """Check that there are enough photos to compare.
 
     Raises:
-        ArtifactError: saying how many there are and are needed, and why others were skipped.
+        ArtifactError: with the number of photos, the number needed, and why others were skipped.
     """
     if len(used) >= least:
         return
@@ -134,9 +186,9 @@ def require_enough(used: Sized, skipped: Sequence[Skipped], least: int, what: st
 
 
 def energy_of(photo: Ready) -> float:
-    """Typical energy of a whole photo's features, and a hair more than their rounding.
+    """Typical energy of a photo's features: the median squared distance of a token from the median token.
 
-    The median squared distance of a token from the median token, so that outlier tokens do not count.
+    The median ignores outlier tokens. A small share of the mean square keeps it above rounding.
     """
     assert photo.raw is not None
     tokens = photo.raw.cpu().double().flatten(0, 1)  # (h w, C)
@@ -151,7 +203,7 @@ def joined(
     energies: Sequence[float],
     skipped: list[Skipped],
 ) -> Calibration:
-    """The joint artifact of photos from that of each (name and (h, w, C)), and how far they agree."""
+    """The joint artifact of photos from the artifact (h, w, C) of each, and how well these agree."""
     each = torch.stack([artifact for _, artifact in artifacts])  # (N, h, w, C); 2 MB a photo for a ViT-S at 518
     flat = each.flatten(1)
     products = (flat @ flat.T).double().numpy() / math.prod(stage.fitted.grid)
@@ -173,7 +225,7 @@ def joined(
 
 
 def doubt_about(stability: Stability) -> str | None:
-    """Why an artifact is not to be trusted, and what to do; None where it is."""
+    """Why an artifact is not reliable, and what to do; None if it is."""
     told = f"a share of {stability.reliability:.2f} of its variance is common to all photos"
     if stability.suggested is None or stability.suggested > _ABSURD * stability.photos:
         share = "" if stability.share is None else f", {stability.share:.2%} of the features' energy"

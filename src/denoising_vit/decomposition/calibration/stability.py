@@ -1,7 +1,7 @@
-"""How far an artifact depends on the photos that it was calibrated on, and how many of them it takes.
+"""How much an artifact depends on the calibration photos, and how many photos are needed.
 
-Photos estimate the same G, each with errors of its own: ``G_i = G + e_i``. All that is needed of them are the products
-``G_i . G_j``: those of different photos are |G|^2 on average, those of a photo with itself |G|^2 + |e|^2.
+Each photo estimates the same G with an independent error: ``G_i = G + e_i``. The products ``G_i . G_j`` suffice: those
+of different photos are |G|^2 on average, those of a photo with itself |G|^2 + |e|^2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 #: Reliability that the suggested number of photos reaches.
 ENOUGH = 0.95
 
-#: Share of the features' energy below which what photos have in common is no artifact.
+#: Share of the features' energy below which a common part does not count as an artifact.
 NEGLIGIBLE = 0.001
 
 #: Random splits that a correlation is averaged over.
@@ -24,15 +24,15 @@ _SPLITS = 64
 
 @dataclass(frozen=True)
 class Stability:
-    """What the artifacts of single photos say about their mean.
+    """Reliability of the mean of single photos' artifacts.
 
     Attributes:
-        photos: how many there were.
-        signal: mean square of what they have in common, summed over channels: |G|^2 a patch; below zero by chance
-            where there is nothing.
-        noise: the same of what each has of its own.
+        photos: number of photos.
+        signal: mean square of the common part, summed over channels: |G|^2 per patch; can be slightly negative if there
+            is no common part.
+        noise: mean square of the individual errors, likewise.
         split_half: correlation between the means of two halves of the photos, averaged over random splits.
-        energy: of the features, in the same terms: their variance; None where it is not known.
+        energy: variance of the features, in the same units; None if unknown.
     """
 
     photos: int
@@ -43,33 +43,33 @@ class Stability:
 
     @classmethod
     def of(cls, products: np.ndarray, seed: int = 0, energy: float | None = None) -> Stability:
-        """From the products (N, N) of N photos' artifacts, per patch; N at least 4."""
+        """From the products (N, N) of N photos' artifacts, per patch; N >= 4."""
         photos = len(products)
         own = float(np.trace(products)) / photos
         common = (float(products.sum()) - float(np.trace(products))) / (photos * (photos - 1))
         return cls(photos, common, max(own - common, 0.0), split_half(products, photos, seed), energy)
 
     def reliability_of(self, photos: int) -> float:
-        """Share of the variance of the mean of so many photos' artifacts that is G, in [0, 1]."""
+        """Share of the variance of the mean artifact of this many photos that is G, in [0, 1]."""
         signal = max(self.signal, 0.0)
         total = signal + self.noise / photos
         return signal / total if total > 0 else 0.0
 
     @property
     def reliability(self) -> float:
-        """Share of the variance of the artifact as it is that is G, in [0, 1]."""
+        """Share of the artifact's variance that is G, in [0, 1]."""
         return self.reliability_of(self.photos)
 
     @property
     def share(self) -> float | None:
-        """What photos have in common, relative to the features' energy; None where that is not known."""
+        """The common part relative to the features' energy; None if that is unknown."""
         if self.energy is None:
             return None
         return max(self.signal, 0.0) / self.energy if self.energy > 0 else 0.0
 
     @property
     def suggested(self) -> int | None:
-        """Photos that an artifact with a reliability of 0.95 takes; None where they have nothing in common."""
+        """Number of photos for a reliability of 0.95; None if the photos have nothing in common."""
         if self.signal <= 0 or (self.share is not None and self.share < NEGLIGIBLE):
             return None
         return max(math.ceil(ENOUGH / (1 - ENOUGH) * self.noise / self.signal - 1e-9), 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.denoise import denoise_image
+from denoising_vit.denoise import Denoising
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.extractors import KINDS, Cleaners, Extractor
 from denoising_vit.maps import Palette
 from denoising_vit.show.video.options import PANELS, VideoOptions
+from denoising_vit.views.rendering import per_channel
 
 
 class FrameFeatures:
@@ -38,7 +40,9 @@ class FrameFeatures:
     """
 
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:
-        self.backbone, self._names, self._views = backbone, options.names, options.views
+        self.backbone, self._names = backbone, options.names
+        self._denoising = DenoiseOptions(views=options.views, area=options.area, ratio=options.ratio, held_out=0)
+        self._made: Denoising | None = None  # for the size of the last frame
         self.identity: dict[str, Any] = {"backbone": describe(backbone)}
         self._extractors: dict[str, Extractor] = {}
         for name in self._names:
@@ -71,15 +75,14 @@ class FrameFeatures:
     def _normalised(self, frames: np.ndarray) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) on the backbone's device."""
         images = torch.from_numpy(frames).to(self.backbone.device).permute(0, 3, 1, 2).float().div_(255)
-        mean, std = (
-            torch.tensor(values, device=images.device)[:, None, None]
-            for values in (self.backbone.mean, self.backbone.std)
-        )
+        mean, std = (per_channel(values, images.device) for values in (self.backbone.mean, self.backbone.std))
         return images.sub_(mean).div_(std)
 
     def _exact(self, frame: np.ndarray) -> Tensor:
-        options = DenoiseOptions(size=(frame.shape[0], frame.shape[1]), views=self._views, held_out=0)
-        return denoise_image(self.backbone, frame, options=options).semantic
+        size = (frame.shape[0], frame.shape[1])
+        if self._made is None or self._made.options.size != size:
+            self._made = Denoising(self.backbone, replace(self._denoising, size=size))
+        return self._made(frame).semantic
 
 
 #: Pixels between panels and around them, and height of a heading.

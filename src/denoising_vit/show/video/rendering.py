@@ -15,7 +15,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.choosing import spread
-from denoising_vit.decomposition.extraction import fitting_batch
+from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.errors import ClipError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import atomic_path, file_digest

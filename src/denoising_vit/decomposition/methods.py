@@ -1,8 +1,7 @@
-"""The methods by which one photo's features are separated, from its views to field, artifact and residual."""
+"""The methods of stage 1 for one photo: from its views to field, artifact and residual."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,26 +10,28 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.decomposition.extraction import extract_views
-from denoising_vit.decomposition.heldout import HeldOut
+from denoising_vit.decomposition.inputs import extract_views, solver_for
 from denoising_vit.decomposition.neural_field.fit import Evaluation, SeenViews, fit_neural_field
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.preparing import solver_for
+from denoising_vit.decomposition.stage_one import Ready
 from denoising_vit.decomposition.statistics import Statistics, require_finite
 from denoising_vit.views.plan import ViewPlan
+
+#: What is recorded as held-out figures if no views are held out.
+UNJUDGED: dict[str, float | None] = {"heldout_r2": None, "heldout_cosine": None}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One photo, its views, and how to run.
+    """One photo, its views, and the options.
 
     Attributes:
-        backbone: the extractor.
+        backbone: the backbone.
         image: (3, H, W) in [0, 1].
-        fitted: views that are fitted; the first shows the whole photo.
-        held_out: views that are judged by, if there are any.
-        options: how to run.
-        on_done: called with how many views or steps were done.
+        fitted: the fitted views; the first shows the whole photo.
+        held_out: the held-out views, if any.
+        options: options of stage 1.
+        on_done: called with the number of views or steps just done.
     """
 
     backbone: Backbone
@@ -49,13 +50,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a method found.
+    """The result of a method.
 
     Attributes:
         field: F on its nodes (Ry, Rx, C).
         artifact: G (h, w, C).
         raw: the backbone's output for the whole photo, (h, w, C).
-        residual: h as a model predicts it (h, w, C); None where it is what is left over.
+        residual: h as predicted by a model (h, w, C); None if it is what F and G leave over.
         info: figures and settings of the method, as JSON values.
     """
 
@@ -67,35 +68,20 @@ class Parts:
 
 
 def separate_exactly(job: Job, artifact: Tensor | None) -> Parts:
-    """Linear least squares: features enter sums as they come, and are not kept."""
-    options = job.options
-    solver = solver_for(job.fitted, options, job.backbone.device)
-    statistics = Statistics(job.fitted, job.backbone.embed_dim, device=job.backbone.device, clip=options.clip)
-    views = job.features(job.fitted)
-    first = next(views)
-    for features in itertools.chain([first], views):
-        statistics.add(features)
-    if artifact is None:
-        field, artifact = solver.solve(statistics.b, statistics.g)
-    else:
-        artifact = artifact.to(statistics.b)
-        field = solver.solve_field(statistics.b, artifact)
-    info = {**_judge(job, field, artifact), "clipped_tokens": statistics.clipped_tokens}
-    return Parts(field, artifact, first[0], None, info)  # view 0 is the full image
-
-
-def _judge(job: Job, field: Tensor, artifact: Tensor) -> dict[str, float | None]:
-    """Held-out figures; None where no views are held out."""
-    if job.held_out is None:
-        return {"heldout_r2": None, "heldout_cosine": None}
-    judge = HeldOut(field, artifact, job.held_out)
-    for features in job.features(job.held_out):
-        judge.add_views(features)
-    return {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
+    """Exact linear least squares: features are summed as they arrive, and not kept."""
+    statistics = Statistics(job.fitted, job.backbone.embed_dim, device=job.backbone.device, clip=job.options.clip)
+    solver = solver_for(job.fitted, job.options, job.backbone.device)
+    photo = Ready(0, {}, statistics, solver, job.held_out, artifact)
+    for fitted, plan in ((True, job.fitted), (False, job.held_out)):
+        for features in () if plan is None else job.features(plan):
+            photo.add(features, fitted=fitted)
+    field, shared = photo.solve()
+    assert photo.raw is not None
+    return Parts(field, shared, photo.raw, None, UNJUDGED | photo.figures(field, shared))
 
 
 def separate_neurally(job: Job, artifact: Tensor | None, watch: Callable[[Evaluation], None] | None) -> Parts:
-    """Gradient descent as published: all features are kept for as long as it lasts."""
+    """Gradient descent as published: keeps the features of all views."""
     seen = gather(job.features(job.fitted), job.fitted)
     held_out = None if job.held_out is None else gather(job.features(job.held_out), job.held_out)
     options = job.options.neural
@@ -121,9 +107,9 @@ def separate_neurally(job: Job, artifact: Tensor | None, watch: Callable[[Evalua
 
 
 def gather(features: Iterator[Tensor], plan: ViewPlan) -> SeenViews:
-    """Keeps the features of all views of a plan, in float16 where they fit: those of 768 views take 0.8 GB.
+    """Collect the features of all views of a plan, in float16 if they fit: 0.8 GB for 768 views.
 
-    Those of a released plan are kept as they are.
+    Those of a released plan keep their precision.
 
     Raises:
         BackboneError: if a value is not finite.
