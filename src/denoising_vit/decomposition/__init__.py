@@ -1,1 +1,1 @@
-"""Stage 1: separating the features of many views of one image into semantic field, shared artifact and residual."""
+"""Stage 1: from features of many views of an image to semantic field, shared artifact and residual."""

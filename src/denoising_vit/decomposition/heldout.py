@@ -1,4 +1,4 @@
-"""How well field and artifact predict views that were left out of the fit."""
+"""How well field and artifact predict held-out views."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class Agreement:
 
     @property
     def r2(self) -> float | None:
-        """Share of the variance (about each channel's mean) that is predicted; None where there is no variance."""
+        """Share of the variance (about each channel's mean) that is predicted; None without variance."""
         mean_part = float(torch.as_tensor(self._sum).square().sum()) / max(self._tokens, 1)
         variation = self._squares - mean_part
         return 1 - self._error / variation if variation > 1e-12 * self._squares else None
 
     @property
     def cosine(self) -> float | None:
-        """Mean cosine over all tokens; None before any came."""
+        """Mean cosine over all tokens; None before the first."""
         return self._cosine / self._tokens if self._tokens else None
 
 
 class HeldOut(Agreement):
-    """The agreement of ``Wy F Wx^T + G`` with the features of left-out views.
+    """The agreement of ``Wy F Wx^T + G`` with the features of held-out views.
 
     Args:
         field: F, (Ry, Rx, C).
         artifact: G, (h, w, C).
-        plan: the left-out views.
+        plan: the held-out views.
     """
 
     def __init__(self, field: Tensor, artifact: Tensor, plan: ViewPlan) -> None:

@@ -1,4 +1,4 @@
-"""One decomposition in one safetensors file: the field, what follows from it, and how it was made."""
+"""The result of denoising one image, and its safetensors file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tens
 
 
 def read_decomposition(path: Path) -> dict[str, Any]:
-    """Reads the file back as the arguments of :class:`Decomposition`; tensors become float32.
+    """Read the file as the arguments of :class:`Decomposition`; tensors become float32.
 
     Raises:
         FormatError: if the file is missing, damaged, something else, or of a newer version.
@@ -91,7 +91,7 @@ def read_head(path: Path) -> dict[str, Any]:
 
 
 def _require_shapes(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
-    """Refuses tensors that do not fit together, or not the sizes in the metadata."""
+    """Check that the shapes of tensors fit each other and the metadata."""
     patch, stride = head["patch_size"], head["stride"]
     grid = tuple(patch_count(side, patch, stride) for side in head["size"])
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -104,8 +104,7 @@ def _require_shapes(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]
 class Decomposition:
     """One image's features, separated: ``raw = semantic + artifact + residual`` on the patch grid, as in the paper.
 
-    The sum holds exactly where the residual is what is left over (the exact solver), and nearly where a network
-    predicts it (the neural field).
+    The sum is exact with the exact solver, and approximate with the neural field, which predicts the residual.
 
     Attributes:
         field: F on its own nodes, (Ry, Rx, C) float32; nodes are at cell centres of [0, 1]^2.
@@ -134,7 +133,7 @@ class Decomposition:
 
     @property
     def residual(self) -> Tensor:
-        """h, (h, w, C): as predicted where a network was fitted to do so, else what neither F nor G explains."""
+        """h, (h, w, C): predicted by a network if one was fitted, else ``raw - semantic - artifact``."""
         if self.predicted_residual is not None:
             return self.predicted_residual
         return self.raw - self.semantic - self.artifact
@@ -147,12 +146,12 @@ class Decomposition:
 
     @property
     def heldout_r2(self) -> float | None:
-        """Share of the variance of views left out of the fit that F + G predicts; None where none was left out."""
+        """Share of the variance of held-out views that F + G predicts; None without held-out views."""
         return self.info.get("heldout_r2")
 
     @property
     def heldout_cosine(self) -> float | None:
-        """Mean cosine between F + G and the features of views left out of the fit."""
+        """Mean cosine between F + G and the features of held-out views; None without."""
         return self.info.get("heldout_cosine")
 
     def sample(self, coords: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ class Decomposition:
         return self._on_product_grid(*(_refine(*args, factor) for args in self._sides()))
 
     def save(self, path: str | Path, *, upsample: int | None = None) -> None:
-        """Writes a safetensors file (float16) that :meth:`load` reads back, ``sample`` and ``upsample`` included.
+        """Write a safetensors file (float16) that :meth:`load` reads; ``sample`` and ``upsample`` work after loading.
 
         Args:
             path: the file.
@@ -205,7 +204,7 @@ class Decomposition:
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:
-        """Reads what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             FormatError: if the file is missing, damaged, something else, or of a newer version.

@@ -1,4 +1,4 @@
-"""Sufficient statistics of stage 1: all that the exact solver ever needs of an image's features.
+"""Sufficient statistics of stage 1: all that the exact solver needs of an image's features.
 
 ``b = sum_v (u Wy)_v^T Y_v (t Wx)_v`` and ``g = sum_v (u t^T)_v Y_v``, where u and t are the weights of the view's rows
 and columns of patches, are added up view by view, so raw features are never stored.
@@ -91,7 +91,7 @@ def _seen_nodes(weights: Tensor) -> list[slice]:
 
 
 def require_finite(features: Tensor) -> None:
-    """Refuses features that cannot be fitted.
+    """Check that features are finite.
 
     Raises:
         BackboneError: if a value is not finite.

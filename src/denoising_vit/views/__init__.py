@@ -1,1 +1,1 @@
-"""Views of an image: the patch grid, where crops lie, how they are rendered, and how their features are sampled."""
+"""Views of an image: patch grid, crops, rendering and sampling."""

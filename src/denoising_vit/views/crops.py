@@ -1,4 +1,4 @@
-"""Crops: a part of an image as it is shown to a backbone, and the same part of its semantic field and of its mask."""
+"""Crops of an image for a backbone, and the same crops of semantic fields and masks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Crop:
     Attributes:
         box: x0, y0, x1, y1 in [0, 1] of the image.
         size: (H, W) in pixels that the box is rendered to.
-        pads: pixels to the left, top, right and bottom of it that show nothing.
-        flip: whether it is mirrored left to right.
-        inverted: whether it is turned by 180 degrees.
+        pads: empty pixels to the left, top, right and bottom.
+        flip: True if mirrored left to right.
+        inverted: True if rotated by 180 degrees.
     """
 
     box: tuple[float, float, float, float]
@@ -43,14 +43,14 @@ class Crop:
 
     @classmethod
     def neutral(cls, number: int, size: tuple[int, int], seed: int) -> Crop:
-        """A random square, half of them upside down, so that place in the view says little about content.
+        """A random square, half of them upside down, so that the position in the view says little about content.
 
-        In whole photos skies are above and roads below, so that any features tell the place, clean ones as well.
+        In whole photos the sky is above and the road below, so that even clean features tell the position.
 
         Args:
-            number: of the image; the same numbers give the same crop.
-            size: of a view.
-            seed: of all crops.
+            number: number of the image; the same number gives the same crop.
+            size: (H, W) of a view.
+            seed: seed for all crops.
         """
         stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, number])))
         side, left, top = stream.random_sample(3).tolist()
@@ -60,13 +60,13 @@ class Crop:
         return cls((left, top, left + side, top + side), size, inverted=number % 4 >= 2)
 
     def snapped(self, height: int, width: int) -> Crop:
-        """The same with a box of whole pixels of an image of H x W pixels, one at least."""
+        """The same crop with a box of at least one whole pixel of an image of H x W pixels."""
         x0, y0, x1, y1 = self.box
         (left, right), (top, bottom) = _whole_pixels(x0, x1, width), _whole_pixels(y0, y1, height)
         return replace(self, box=(left / width, top / height, right / width, bottom / height))
 
     def cut(self, pixels: np.ndarray) -> np.ndarray:
-        """The pixels of an image (H, W, 3) that the box holds, mirrored and turned as they are shown: (h, w, 3)."""
+        """The pixels of an image (H, W, 3) in the box, mirrored and rotated like the crop: (h, w, 3)."""
         height, width = pixels.shape[:2]
         x0, y0, x1, y1 = self.box
         (left, right), (top, bottom) = _whole_pixels(x0, x1, width), _whole_pixels(y0, y1, height)
@@ -76,7 +76,7 @@ class Crop:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """(H, W) in pixels of what the backbone is shown."""
+        """(H, W) in pixels of the backbone's input, pads included."""
         left, top, right, bottom = self.pads
         return self.size[0] + top + bottom, self.size[1] + left + right
 
@@ -104,10 +104,10 @@ class Crop:
         """The crop of an image (3, H, W) in [0, 1], normalised, (3, H, W) of :attr:`padded`; pads are 0.
 
         Args:
-            image: on any device.
+            image: image on any device.
             mean: per-channel mean that is subtracted.
             std: per-channel deviation that is divided by.
-            colour: what is done to its colours, (3, H, W) in [0, 1], before they are normalised.
+            colour: augmentation of the colours (3, H, W) in [0, 1], before normalisation.
         """
         view = ViewPlan(np.array([self.box]), np.array([self.flip]), self.size, 1, 1, (2, 2))
         shown = ViewRenderer(image, view, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(slice(1))[0]
@@ -121,7 +121,7 @@ class Crop:
         return F.pad(shown, (left, right, top, bottom))
 
     def sample(self, nodes: Tensor, patch_size: int, stride: int) -> Tensor:
-        """A field of the image (Ry, Rx, C) on nodes at cell centres, at the crop's patches, as shown: (h, w, C)."""
+        """Sample a field of the image (Ry, Rx, C), on nodes at cell centres, at the crop's patches: (h, w, C)."""
         x0, y0, x1, y1 = self.box
         # In pixels of what is shown.
         rows, columns = (patch_centres(side, patch_size, stride) * side for side in self.padded)

@@ -1,4 +1,4 @@
-"""The patch grid: which sides of an image whole patches cover, how many there are, and where their centres lie."""
+"""The patch grid: valid image sides, numbers of patches, and patch centres."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from denoising_vit.errors import SizeError
 
 
 def patch_count(side: int, patch: int, stride: int) -> int:
-    """How many whole patches lie along one side, less than 1 where it is shorter than a patch.
+    """Number of whole patches along one side; less than 1 if the side is shorter than a patch.
 
-    No more than the formula, so that it also holds in graphs, where ``side`` is a symbol.
+    Only the formula, so that it also works in graphs with a symbolic ``side``.
     """
     return (side - patch) // stride + 1
 
@@ -33,10 +33,10 @@ def nearest_sizes(side: int, patch: int, stride: int) -> tuple[int, ...]:
 
 
 def check_side(side: int, patch: int, stride: int) -> None:
-    """Refuses a side that is not covered by whole patches, ``patch + k stride``.
+    """Check that whole patches cover a side, ``patch + k stride``.
 
     Raises:
-        SizeError: naming the nearest sides that are.
+        SizeError: if not; the message names the nearest valid sides.
     """
     fitting = nearest_sizes(side, patch, stride)
     if side not in fitting:

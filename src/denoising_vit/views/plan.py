@@ -54,7 +54,7 @@ class ViewPlan:
 
     Attributes:
         boxes: (V, 4) float64, x0 y0 x1 y1 in [0, 1] of the image.
-        flips: (V,) bool, whether the view is mirrored left to right.
+        flips: (V,) bool, True if the view is mirrored left to right.
         size: (H, W) of a rendered view in pixels.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
@@ -91,12 +91,12 @@ class ViewPlan:
         """Draws the crops of a plan; the same arguments always give the same plan.
 
         Args:
-            views: how many, the full image included.
+            views: number of views, the full image included.
             size: (H, W) of a rendered view.
             patch_size: side of a patch.
             stride: distance between patches, the patch size by default.
             resolution: nodes of the field, one number for a square or (Ry, Rx); twice the patch grid by default.
-            seed: a non-negative whole number.
+            seed: seed for the crops, 0 or more.
             full_image: make view 0 the whole image, not flipped.
             taper: see the attribute; in [0, 0.5].
             crops: how the crops are drawn.
@@ -194,8 +194,8 @@ class ViewPlan:
     def windows(self) -> tuple[Tensor, Tensor]:
         """Weights of the rows (V, h) and columns (V, w) of patches, float64; a patch weighs their product.
 
-        What a patch says depends on what the view shows around it, and changes where the view ends; where the image
-        ends it does not, so borders that coincide with the image's keep their full weight.
+        The features of a patch depend on its surroundings, which the border of a view cuts off; borders that coincide
+        with the image's keep their full weight.
         """
         x0, y0, x1, y1 = self.boxes.T[:, :, None]
         rows, columns = self.centres()
@@ -217,13 +217,13 @@ class ViewPlan:
         return wy * rows[..., None], wx * columns[..., None]
 
     def coverage(self) -> Tensor:
-        """How much the views observe each node of the field, ``K^T 1`` of shape (Ry, Rx), float64."""
+        """Total weight of the observations of each node, ``K^T 1`` of shape (Ry, Rx), float64."""
         wy, wx = self.weighted
         return wy.sum(1).T @ wx.sum(1)  # sum over views of outer(Wy^T 1, Wx^T 1)
 
 
 def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (V, 4) and flips (V,). Drawn view by view, so that more views extend a plan instead of replacing it."""
+    """Boxes (V, 4) and flips (V,), drawn view by view, so that more views extend a plan."""
     # RandomState is the one NumPy generator whose streams are promised never to change.
     stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     if crops.coverage != "even":

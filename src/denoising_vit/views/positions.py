@@ -1,4 +1,4 @@
-"""Fixed sinusoidal position features: where a patch is, for tasks that need it of features that no longer tell."""
+"""Fixed sinusoidal position features, for tasks that need positions that clean features no longer hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEMPERATURE = 10_000.0
 def sinusoidal_positions(
     grid: tuple[int, int], channels: int, *, step: float = 1.0, device: torch.device | str | None = None
 ) -> Tensor:
-    """Sines and cosines of the places of patches, (h, w, C) float32, values in [-1, 1].
+    """Sines and cosines of patch positions, (h, w, C) float32, values in [-1, 1].
 
     A place is that of the patch's centre, from the top left corner of the image, in patch sizes: ``k step + 1/2``. With
     C / 4 frequencies ``TEMPERATURE ** (-i / (C / 4))``, channels are sines of y, cosines of y, sines of x, cosines of

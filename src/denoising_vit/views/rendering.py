@@ -54,10 +54,10 @@ class ViewRenderer:
     """Renders the views of one image.
 
     Args:
-        image: (3, H, W) float in [0, 1], on the device where views are wanted.
+        image: (3, H, W) float in [0, 1], on the device for the views.
         plan: the views.
-        mean: per-channel mean that the backbone expects to be subtracted.
-        std: per-channel deviation that the backbone expects to be divided by.
+        mean: per-channel mean to subtract.
+        std: per-channel standard deviation to divide by.
     """
 
     def __init__(self, image: Tensor, plan: ViewPlan, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -90,7 +90,7 @@ class ViewRenderer:
         return rows.to(pixels) @ (pixels @ columns.to(pixels).T)  # (H, y) (3, y, x) (x, W) -> (3, H, W)
 
     def _cut(self, box: np.ndarray, flip: bool) -> Tensor:
-        """A box of whole pixels, cut out before it is enlarged, as the released code does; overshoot included."""
+        """A box of whole pixels, cut out and enlarged, as in the released code; overshoot included."""
         height, width = self.plan.size
         left, top, right, bottom = np.round(box * (width, height, width, height)).astype(int).tolist()
         pixels = self.image[None, :, top:bottom, left:right]
@@ -99,13 +99,13 @@ class ViewRenderer:
 
 
 def _squeezed(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A photo resized to a view bilinearly, in 8 bits, as the released code does before it crops."""
+    """Resize a photo to a view bilinearly, in 8 bits, as the released code does before cropping."""
     pixels = image.mul(255).round().to("cpu", torch.uint8)
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].to(image) / 255
 
 
 def _reduced(image: Tensor, plan: ViewPlan) -> Tensor:
-    """Shrinks a photo that has more pixels than the smallest crop can show, once, instead of in every view."""
+    """Shrink a photo once if it has more pixels than the smallest crop needs."""
     sides = plan.boxes[:, 3] - plan.boxes[:, 1], plan.boxes[:, 2] - plan.boxes[:, 0]
     needed = [math.ceil(full / side.min()) for full, side in zip(plan.size, sides, strict=True)]
     target = [min(have, need) for have, need in zip(image.shape[1:], needed, strict=True)]
@@ -130,9 +130,9 @@ def render_boxes(
     Args:
         image: (3, height, width) float in [0, 1].
         boxes: (B, 4), x0, y0, x1, y1 in [0, 1] of the image.
-        flips: (B,), whether a view is mirrored.
+        flips: (B,), True if a view is mirrored.
         size: (H, W) of a view in pixels.
-        dtype: of the products; float16 errs by a few ten-thousandths, which bfloat16 models do not see.
+        dtype: precision of the products; float16 errs by a few 1e-4, below the rounding of bfloat16 models.
     """
     parts = [slice(start, start + _TOGETHER) for start in range(0, len(boxes), _TOGETHER)]
     return torch.cat([_render(image.to(dtype), boxes[part], flips[part], size) for part in parts])
@@ -171,8 +171,8 @@ def resampling_matrices(
         stops: (B,), last edges.
         length: pixels of the source.
         count: pixels of a result.
-        mirrored: (B,), whether results run backwards.
-        like: a tensor of the type and on the device that are wanted.
+        mirrored: (B,), True if results run backwards.
+        like: a tensor with the type and device of the results.
 
     Returns:
         The first source pixel of each window, and weights (B, count, pixels of the largest window); rows sum to one.

@@ -1,4 +1,4 @@
-"""From a field on nodes to the patches of a view, and from features of patches to a field."""
+"""Sampling fields at patches, and fields from features of patches."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from denoising_vit.views.plan import ViewPlan, linear_weights
 
 
 def at_patches(nodes: Tensor, view: ViewPlan) -> Tensor:
-    """A field (Ry, Rx, C) on nodes at cell centres, at the patches of the one view of a plan: (h, w, C)."""
+    """Sample a field (Ry, Rx, C), on nodes at cell centres, at the patches of a plan with one view: (h, w, C)."""
     rows, columns = view.centres()
     return sample_field(nodes, rows[0], columns[0])
 
 
 def sample_field(nodes: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """A field (Ry, Rx, C) on nodes at cell centres of [0, 1]^2, bilinear at rows (h,) x columns (w,): (h, w, C)."""
+    """Sample a field (Ry, Rx, C), on nodes at cell centres of [0, 1]^2, at rows (h,) x columns (w,): (h, w, C)."""
     down, across = (
         torch.from_numpy(linear_weights(places, count)).to(nodes)
         for places, count in zip((rows, columns), nodes.shape[:2], strict=True)
@@ -28,7 +28,7 @@ def sample_field(nodes: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor
 def on_nodes(features: Tensor, plan: ViewPlan) -> Tensor:
     """The smoothest field on the plan's nodes (Ry, Rx, C) that has given features (h, w, C) at the patch centres.
 
-    Without overlapping patches nodes and patch centres are the same places, where the plan has as many.
+    Without overlapping patches, and with as many nodes as patches, nodes are the patch centres.
     """
     down, across = (
         _interpolation(patch_centres(side, plan.patch_size, plan.stride), nodes).to(features)

@@ -1,4 +1,4 @@
-"""Fitting the neural field: the published stage 1, one visible loop."""
+"""The training loop of the neural field: stage 1 as published."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _RELEASED_SCALE = 1024
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well held-out views are predicted after some steps.
+    """An evaluation on the held-out views.
 
     Attributes:
-        step: how many were taken.
-        loss: of the last of them.
+        step: number of steps so far.
+        loss: loss of the last step.
         r2: share of the variance that F + G predicts; None without held-out views.
         cosine: between F + G and the features.
-        r2_with_residual: the same for F + G + h, where h is fitted. It is given the very features it is to predict.
+        r2_with_residual: the same for F + G + h, if h is fitted. Note that h sees the features that it predicts.
         cosine_with_residual: the same for F + G + h.
     """
 
@@ -48,14 +48,14 @@ class Evaluation:
 
 @dataclass
 class NeuralFit:
-    """The fitted model, and how it went.
+    """The fitted model and its history.
 
     Attributes:
-        plan: the views that were fitted.
-        model: after the step that the options ask for.
+        plan: the fitted views.
+        model: the model after the last or best step, as the options say.
         step: that step.
-        has_residual: whether h was fitted by then.
-        history: one evaluation every so many steps.
+        has_residual: True if h was fitted by then.
+        history: evaluations at regular steps.
     """
 
     plan: ViewPlan
@@ -66,13 +66,13 @@ class NeuralFit:
 
     @property
     def best(self) -> Evaluation:
-        """The evaluation with the highest R^2 of F + G; the last where none has one."""
+        """The evaluation with the highest R^2 of F + G; the last if none has an R^2."""
         return max(reversed(self.history), key=lambda evaluation: -math.inf if evaluation.r2 is None else evaluation.r2)
 
     def separate(self, resolution: tuple[int, int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """F on nodes at cell centres (Ry, Rx, C), and G as (h, w, C) with mean zero, as the exact solver gives it.
 
-        The constant that G loses goes to F, so that their sum stays.
+        The mean of G moves to F, so that their sum is unchanged.
         """
         rows, columns = self.plan.coords_of_nodes(resolution)
         artifact = self.model.artifact.detach()
@@ -81,7 +81,7 @@ class NeuralFit:
 
     @torch.no_grad()
     def predict_residual(self, features: Tensor) -> Tensor | None:
-        """H of features (..., C); None where it was not fitted."""
+        """Predicted h of features (..., C); None if it was not fitted."""
         return self.model.residual(features) if self.has_residual else None
 
 
@@ -185,9 +185,9 @@ def fit_neural_field(
 
 
 def learning_rate(step: int, options: NeuralFieldOptions) -> float:
-    """Linear warm-up, then a cosine from the full to the final learning rate, which the last step has.
+    """Linear warm-up, then a cosine from the full learning rate to the final one at the last step.
 
-    A warm-up that leaves a single step or none ends at the full learning rate. In the released recipe the first step
+    A warm-up that leaves at most one step ends at the full learning rate. In the released recipe the first step
     has a learning rate of 0, and the cosine would end one step after the last.
     """
     warm_up, released = round(options.warm_up * options.total_steps), options.recipe == "released"
@@ -202,7 +202,7 @@ def learning_rate(step: int, options: NeuralFieldOptions) -> float:
 def evaluate(
     model: NeuralModel, held_out: SeenViews | None, step: int, loss: float, *, with_residual: bool
 ) -> Evaluation:
-    """How well the model predicts views that it has not been fitted to."""
+    """Evaluate the model on held-out views."""
     if held_out is None:
         return Evaluation(step, loss)
     alone, together = Agreement(), Agreement()

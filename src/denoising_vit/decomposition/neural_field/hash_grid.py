@@ -17,7 +17,7 @@ _INITIAL = 1e-4
 
 
 class HashGrid(nn.Module):
-    """Features of a place in [0, 1]^2: at each of several resolutions, bilinear between the vertices around it.
+    """Features of points in [0, 1]^2, interpolated bilinearly between grid vertices at several resolutions.
 
     A level of ``n`` vertices along each side has its outermost vertices on the edges of the square. Levels whose
     vertices fit the table have one entry each; others share entries by a hash of the vertex.
@@ -75,11 +75,11 @@ class HashGrid(nn.Module):
 
     @property
     def width(self) -> int:
-        """Features of a place: levels x channels."""
+        """Number of features of a point: levels x channels."""
         return len(self.sides) * self.channels
 
     def forward(self, coords: Tensor) -> Tensor:
-        """Features (N, levels x channels) at coords (N, 2), (x, y) in [0, 1]; outside, those of the nearest edge."""
+        """Features (N, levels x channels) at coords (N, 2), (x, y) clamped to [0, 1]."""
         entries, weights = self.corners(coords)
         features = F.embedding_bag(
             entries.flatten(0, 1), self.table, per_sample_weights=weights.flatten(0, 1), mode="sum", sparse=self.sparse
@@ -87,7 +87,7 @@ class HashGrid(nn.Module):
         return features.view(len(coords), self.width)
 
     def corners(self, coords: Tensor) -> tuple[Tensor, Tensor]:
-        """The table's entries around each place and their bilinear weights, both (N, levels, 4).
+        """Table indices of the vertices around each point and their bilinear weights, both (N, levels, 4).
 
         The corners are in the order (x0, y0), (x1, y0), (x0, y1), (x1, y1).
         """
@@ -110,7 +110,7 @@ class HashGrid(nn.Module):
         return torch.where(self.dense[:, None], in_order, hashed) + self.offsets[:, None]
 
     def densify_gradient(self) -> None:
-        """Turns the table's sparse gradient into a dense one, in memory that is kept from step to step.
+        """Turn the table's sparse gradient into a dense one, in memory that is reused in every step.
 
         Autograd would allocate and clear a new gradient as large as the table in every step, which takes longer on a
         CPU than everything else in the step.

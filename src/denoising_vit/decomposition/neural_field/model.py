@@ -1,4 +1,4 @@
-"""The published losses of stage 1 and where their gradients stop."""
+"""The model of the neural field: F as a hash grid with an MLP, G as a table, h as an MLP; and the published losses."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def second_phase_loss(
     sparsity_weight: float,
     recipe: Recipe = "paper",
 ) -> Tensor:
-    """F explains what h leaves of the features, and h, kept small, what F and G leave of them; G rests. All (N, C).
+    """F fits the features minus h, and h, kept small, the features minus F and G; G is frozen. All (N, C).
 
-    No gradient passes from F's error into h, nor from h's into F. The two recipes have the same squared error; the
+    No gradient flows from F's error into h, or from h's into F. The two recipes have the same squared error; the
     released one takes the cosine of F + G + h with the features, the paper's that of F + G with what h leaves.
     """
     artifact, given = artifact.detach(), residual.detach()
@@ -59,7 +59,7 @@ class NeuralModel(nn.Module):
         positions: of the patch grid, h w.
         channels: C.
         options: widths and sizes.
-        artifact: G (h w, C) where it is known; it is not fitted then.
+        artifact: G (h w, C) if known; then it is not fitted.
     """
 
     artifact: Tensor

@@ -1,4 +1,4 @@
-"""Every number of the published recipe."""
+"""Options of the neural field: the published recipe."""
 
 from __future__ import annotations
 
@@ -74,17 +74,17 @@ class NeuralFieldOptions:
 
     @property
     def total_steps(self) -> int:
-        """The steps that are taken."""
+        """Number of optimizer steps."""
         return _STEPS[self.recipe] if self.steps is None else self.steps
 
     @property
     def first_with_residual(self) -> int:
-        """The first step that fits h, counted from 0; the number of steps or more where none does."""
+        """The first step that fits h, counted from 0; at least the number of steps if none does."""
         begin = self.residual_from * self.total_steps
         return int(begin) + 1 if self.recipe == "released" else math.ceil(begin)
 
     def validate(self) -> None:
-        """Checks every number's range.
+        """Check the ranges of all options.
 
         Raises:
             PlanError: naming the option, its range, and what came.
