@@ -154,6 +154,7 @@ class CalibrationOptions(ExactOptions):
     """
 
     views: int = _option(16, "views")
+    coverage: Literal["even", "plain"] = _option("even", "views")
     batch_size: int | None = _option(None, "nothing")
 
     def denoising(self) -> DenoiseOptions:
