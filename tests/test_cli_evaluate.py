@@ -513,10 +513,10 @@ def test_more_neighbours_than_patches_are_refused_with_a_remedy(
 @pytest.mark.parametrize(
     ("features", "words"),
     [
-        ("raw,clean", "unknown: 'clean'"),
+        ("raw,clean", "unknown features: 'clean'"),
         ("raw,raw", "got raw, raw"),
-        ("", "unknown: ''"),
-        ("raw,", "unknown: ''"),
+        ("", "unknown features: ''"),
+        ("raw,", "unknown features: ''"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -527,7 +527,7 @@ def test_wrong_names_of_features_are_refused(
     done = dvit("evaluate", verb, "--data", where, "--features", features, "-o", out)
     assert done.code == 2
     names = "raw, subtract, exact, denoiser, distilled"
-    assert f"features must be different ones of {names}, separated by commas" in done.err
+    assert f"choose from {names}" in done.err
     assert words in done.err
     assert_no_results(out)
 

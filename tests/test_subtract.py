@@ -270,7 +270,7 @@ def test_size_off_the_patch_grid_is_refused(backbone: Backbone, artifact: Artifa
 
 
 def test_unknown_method_names_those_there_are(backbone: Backbone, photo: np.ndarray) -> None:
-    with pytest.raises(PlanError, match=r"unknown method 'minus'; choose from exact, .*subtract, denoiser, auto"):
+    with pytest.raises(PlanError, match=r"unknown method 'minus'; choose from exact, .*denoiser, .*auto"):
         dv.denoise_image(backbone, photo, method="minus")
 
 
