@@ -92,7 +92,7 @@ def trained_on(run: Training, count: int, folder: Path) -> dict[str, float]:
     folder.mkdir()
     there = run.sampler.images
     sampler = replace(run.sampler, images=tuple(there[index] for index in spread(len(there), count)))
-    run = replace(run, folder=RunFolder(folder), sampler=sampler, draw=lambda _denoiser, _step: None)
+    run = replace(run, folder=RunFolder(folder), sampler=sampler)
     seen: list[dict[str, float]] = []
     told: list[float] = []
     run.run(lambda _step, figures: told.append(figures["cosine"]), lambda _step, figures: seen.append(figures))

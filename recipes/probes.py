@@ -1,4 +1,4 @@
-"""Quick label probes on patches, by which views and targets are chosen: training data of labelled sets, split in two.
+"""Quick label probes on patches, for the choice of views and targets, on the training data of labelled sets.
 
 Nothing here is a published protocol; `dvit evaluate` has those. Features of all images are kept on the device.
 """
@@ -19,13 +19,13 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.evaluation.knn import vote
 from denoising_vit.metrics.blank_test import high_frequencies, noise_image, uniform_images, variance_over_places
 
-#: Classes that are scored: those of enough images.
+#: Scored classes: those with enough images.
 SCORED = {"voc": (0, 8, 10, 12, 13, 15, 17), "camvid": tuple(range(11))}
 
-#: Temperature of the votes of neighbours.
+#: Temperature of the nearest-neighbour vote.
 TEMPERATURE = 0.07
 
-#: Label of patches without one.
+#: Label of unlabelled patches.
 NO_LABEL = 255
 
 _COLOURS = ((0, 0, 0), (0.5, 0.5, 0.5), (1, 1, 1), (0.8, 0.2, 0.2), (0.2, 0.6, 0.3), (0.2, 0.3, 0.8), (0.9, 0.8, 0.3))
@@ -38,8 +38,8 @@ class Labelled:
     Attributes:
         images: (3, H, W) uint8 each, on the device.
         labels: classes (N, h, w) int64, or depth in metres (N, h, w), 0 where unknown.
-        memory: indices of the images that are fitted.
-        query: indices of those that are scored.
+        memory: indices of the images to fit on.
+        query: indices of the scored images.
     """
 
     images: list[Tensor]

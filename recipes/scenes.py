@@ -1,4 +1,4 @@
-"""Scenes: photos and crops of photos, each as an image of its own, and their views on the device."""
+"""Scenes (photos and crops of photos) and their views on the device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from denoising_vit.data import open_dataset
 from denoising_vit.views.plan import areas_and_ratios
 from denoising_vit.views.rendering import render_boxes
 
-#: Grids (h, w) in patches of what the backbone is shown, with the share of scenes of each; the first is square.
+#: Grids (h, w) of patches and the share of scenes of each; the first is square.
 SHAPES = (((37, 37), 0.56), ((26, 34), 0.12), ((34, 26), 0.08), ((24, 24), 0.12), ((34, 46), 0.12))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A part of a photo that is treated as a photo.
+    """A photo, or a part of one that is treated as a photo.
 
     Attributes:
         photo: index of the photo.
@@ -52,12 +52,12 @@ def read_photos(folder: Path, device: torch.device) -> list[Tensor]:
 def draw_scenes(
     photos: Sequence[Tensor], count: int, seed: int, shapes: Sequence[tuple[tuple[int, int], float]]
 ) -> dict[tuple[int, int], list[Scene]]:
-    """Scenes by the size (H, W) that they are shown in: of each photo the whole, then crops of half of it or more.
+    """Scenes by input size (H, W): each photo as a whole, then crops of half of it or more.
 
     Args:
         photos: (3, H, W) each.
         count: scenes of each photo.
-        seed: of the crops.
+        seed: seed for the crops.
         shapes: sizes (H, W) in pixels and the share of scenes of each; whole photos are shown in the first.
     """
     stream = np.random.RandomState(seed)
@@ -72,7 +72,7 @@ def draw_scenes(
             if number == 0:
                 found[size].append(Scene(index, (0, 0, width, height), flip))
                 continue
-            # A crop of about the shape that it is shown in, so that little is squeezed.
+            # A crop of about the input's aspect ratio, so that little is squeezed.
             frame = size[1] / size[0] * height / width
             wide = min(float(np.sqrt(area * ratio * frame)), 1.0)
             high = min(float(np.sqrt(area / ratio / frame)), 1.0)

@@ -5,9 +5,9 @@
 Everything stays on the device: photos, raw features, targets. Each photo gives several scenes (itself, and crops of
 half of it or more), each scene is fitted by the exact solver on wide views, which keep the context that one pass has,
 and one block is trained to map raw features to the fitted ones, with content-free images as known truth. With
-`--labelled` every denoiser is judged by quick label probes. The same on a CPU at a small size: `--tiny`.
+`--labelled` every denoiser is evaluated by quick label probes. `--tiny` is a small version for a CPU.
 
-In the record, `subtract` tells whether targets are those of a known artifact, `blank` the share of content-free images.
+In the record, `subtract` is true for targets of a known artifact, and `blank` is the share of content-free images.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Variant:
 
 
 def main(arguments_given: list[str] | None = None) -> None:
-    """Both stages, and what was found, line by line."""
+    """Runs both stages and records the results."""
     asked = arguments(arguments_given)
     backbone = BackboneSpec(asked.model, str(asked.weights), device=asked.device).load()
     run = Run(asked, backbone)
@@ -78,7 +78,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 def variants(asked: argparse.Namespace) -> list[Variant]:
-    """The denoisers that are asked for by name."""
+    """The requested denoisers."""
     base = Training(steps=asked.steps, batch=asked.batch)
     known = {
         "fifth-blank": base,
@@ -93,7 +93,7 @@ def variants(asked: argparse.Namespace) -> list[Variant]:
 
 
 class Run:
-    """What the parts of the recipe share: the backbone, the data on its device, and the record."""
+    """The backbone, the data on its device, and the record."""
 
     def __init__(self, asked: argparse.Namespace, backbone: Backbone) -> None:
         self.asked, self.backbone, self.started = asked, backbone, time.perf_counter()
@@ -114,7 +114,7 @@ class Run:
         self.lines.flush()
 
     def targets(self) -> None:
-        """Stage 1 of all scenes, raw features of content-free images, and of labelled ones."""
+        """Runs stage 1 on all scenes, and computes raw features of content-free and labelled images."""
         asked, backbone = self.asked, self.backbone
         artifact = Artifact.load(asked.artifact) if asked.artifact else None
         photos = read_photos(asked.photos, backbone.device)
@@ -139,7 +139,7 @@ class Run:
             self.judge("raw", None)
 
     def denoiser(self, variant: Variant) -> None:
-        """Trains, judges and writes one."""
+        """Trains, evaluates and writes a denoiser."""
         started = time.perf_counter()
         denoiser = train(
             self.backbone,
@@ -159,7 +159,7 @@ class Run:
 
     @torch.no_grad()
     def judge(self, name: str, denoiser: Denoiser | None) -> None:
-        """Held-out pairs, content-free images, and labels."""
+        """Evaluates features on held-out pairs, content-free images, and labels."""
         for size in self.pairs:
             pairs, index = self.pairs[size], self.held_out[size]
             if len(index):

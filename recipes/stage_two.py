@@ -21,17 +21,17 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Training:
-    """How the denoiser is trained.
+    """Training of the denoiser.
 
     Attributes:
         steps: number of optimizer steps.
-        batch: pairs in a step.
-        blank: share of them that are content-free images.
+        batch: pairs per step.
+        blank: share of content-free images in a step.
         rate: peak learning rate.
         weight_decay: weight decay of AdamW.
-        average: decay of the moving average of the weights, which is what is kept.
+        average: decay of the moving average of the weights, which is the result.
         subtract: targets without the calibrated artifact (G) if True.
-        seed: seed of the weights and of the order.
+        seed: seed for the weights and the order.
     """
 
     steps: int = 3000
@@ -62,11 +62,11 @@ def train(
     """Trains a denoiser.
 
     Args:
-        backbone: whose features these are.
+        backbone: the backbone of these features.
         pairs: by size.
-        chosen: indices of the pairs that are trained on, by size.
+        chosen: indices of the training pairs, by size.
         blanks: raw features of content-free images, by size.
-        options: how.
+        options: steps, batch and learning rate.
         watch: called with the step and the loss, a few times.
     """
     device = backbone.device

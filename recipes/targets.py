@@ -80,7 +80,7 @@ def fit(
     artifact: Tensor | None,
     batch: int = 64,
 ) -> Pairs:
-    """Raw features and targets of scenes of one size.
+    """Computes raw features and targets of scenes of one size.
 
     Args:
         backbone: the extractor.
@@ -126,11 +126,11 @@ def fit_some(stage: Stage1, images: Sequence[Tensor], batch: int) -> tuple[Tenso
 
 
 def clock(started: float) -> str:
-    """Seconds since then."""
+    """Elapsed seconds."""
     return f"{time.perf_counter() - started:6.1f} s"
 
 
 def indices(pairs: Pairs, held_out: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Of scenes whose photos are trained on, and of those whose photos are held out."""
+    """Indices of the scenes of training photos, and of held-out photos."""
     out = torch.isin(pairs.photo, torch.from_numpy(held_out).to(pairs.photo))
     return torch.nonzero(~out).flatten(), torch.nonzero(out).flatten()

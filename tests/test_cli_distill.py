@@ -19,10 +19,10 @@ import tiny_fit
 from command import Dvit, Outcome, in_process
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.data import open_dataset
-from denoising_vit.distilled import photos as photos_module
 from denoising_vit.distilled.job import DistillJob
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
+from denoising_vit.training import photos as photos_module
 from denoising_vit.training.options import ViewOptions
 from denoising_vit.training.samples import split
 
@@ -351,7 +351,7 @@ def test_the_first_process_alone_speaks(
         (("--accumulate", 0), "accumulate must be at least 1, got 0"),
         (("--held-out", PHOTOS), "6 images are too few: 6 are held out, and none is left to train on"),
         (("--resume",), "no run to resume; start it without --resume"),
-        (("--device", "cuda:99"), "device cuda:99 is not there"),
+        (("--device", "cuda:99"), "device cuda:99 is not available"),
         (("--layer", 12), "has 12 blocks: layer must be -12 to 11, got 12"),
         (("--weights", "{files}/none.pth"), "no such weights file"),
     ],

@@ -187,7 +187,7 @@ def test_fresh_views_of_a_store(train: Train, store: Path, photos: Path, tmp_pat
 def test_a_store_needs_its_photos(train: Train, store: Path, tmp_path: Path) -> None:
     done = train(store, "-o", tmp_path / "run")
     assert done.code == 2
-    assert "the photos are needed as well, whose features are inputs; give --photos" in done.err
+    assert "the photos are needed as well, as the inputs; give --photos" in done.err
 
 
 def test_a_store_is_not_fitted_again(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from denoising_vit import (
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser import loading
-from denoising_vit.denoiser.loading import denoiser_digest, find_denoiser, shipped_denoiser_for
+from denoising_vit.denoiser.loading import denoiser_digest, find_denoiser, find_shipped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,28 +212,28 @@ def test_shipped_denoiser_must_be_of_these_weights_and_this_stride(
     denoiser: Denoiser, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.ship(tmp_path / "package", monkeypatch, weights=denoiser)
-    found = shipped_denoiser_for(backbone)
+    found = find_shipped(backbone)
     assert found is not None and denoiser_digest(found) == denoiser_digest(denoiser)
     assert not found.training and not any(value.requires_grad for value in found.parameters())
     for other in (tiny.backbone(seed=1), tiny.backbone(stride=4)):
-        assert shipped_denoiser_for(other) is None
+        assert find_shipped(other) is None
     renamed = tiny.backbone()
     renamed.name = "Plan"
-    assert shipped_denoiser_for(renamed) is None
+    assert find_shipped(renamed) is None
 
 
 def test_shipped_denoiser_that_does_not_say_what_it_is_for_is_not_taken(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.ship(tmp_path / "package", monkeypatch, unknown=tiny.denoiser())
-    assert shipped_denoiser_for(backbone) is None
+    assert find_shipped(backbone) is None
 
 
 def test_without_a_package_of_denoisers_there_is_none(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "_SHIPPED", tmp_path / "nowhere")
-    assert shipped_denoiser_for(backbone) is None
+    assert find_shipped(backbone) is None
 
 
 def test_automatic_method_is_denoiser_where_there_is_one(

@@ -21,9 +21,8 @@ import tiny_fit
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights, read_state_dict
-from denoising_vit.distilled import files
-from denoising_vit.distilled.files import write_distilled
-from denoising_vit.distilled.train import Distillation
+from denoising_vit.distilled import train as distil
+from denoising_vit.distilled.train import Distillation, write_distilled
 from denoising_vit.errors import TrainError, WeightsError
 from denoising_vit.files import DISTILLED
 from denoising_vit.training.checkpoints import Checkpoints
@@ -236,7 +235,7 @@ def test_a_full_disk_leaves_the_file_before_as_it_was(tmp_path: Path, monkeypatc
 def test_a_run_with_a_full_disk_goes_on_later(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = tiny.options(held_out=1)
     tiny.distilled(photos, tmp_path / "straight", training=training)
-    save, calls = files.write_tensors, iter(range(9))
+    save, calls = distil.write_tensors, iter(range(9))
 
     def full(*args: Any, **more: Any) -> None:
         if next(calls):
@@ -244,7 +243,7 @@ def test_a_run_with_a_full_disk_goes_on_later(photos: Path, tmp_path: Path, monk
         save(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_tensors", full)
+        patch.setattr(distil, "write_tensors", full)
         with pytest.raises(TrainError, match="the model could not be written"):
             tiny.distilled(photos, tmp_path / "run", training=training)
     assert tiny.rows(tmp_path / "run", "train")[-1]["step"] == 6

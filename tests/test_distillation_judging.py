@@ -19,11 +19,10 @@ import tiny_distillation as tiny
 import tiny_fit
 from denoising_vit.data import open_dataset
 from denoising_vit.data.photos import read_photo
-from denoising_vit.distilled import judging
+from denoising_vit.distilled import held_out as judging
 from denoising_vit.distilled import train as distil
-from denoising_vit.distilled.judging import HeldOut
-from denoising_vit.distilled.student import Student
-from denoising_vit.distilled.teacher import DenoiserTeacher, Lesson
+from denoising_vit.distilled.held_out import HeldOut
+from denoising_vit.distilled.models import DenoiserTeacher, Lesson, Student
 from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import TrainError
 from denoising_vit.metrics.position import linear_position_r2

@@ -95,3 +95,21 @@ def test_where_a_run_stops_is_not_recorded() -> None:
     assert DistillOptions(stop_at=3).recorded() == DistillOptions().recorded()
     recorded = DistillOptions(ema=0.5, hold_prefix=0.25, checkpointing=True).recorded()
     assert (recorded["ema"], recorded["hold_prefix"], recorded["checkpointing"]) == (0.5, 0.25, True)
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "rate", "safer"),
+    [
+        (4, 1, 2e-4, 2.5e-5),  # its peak diverged
+        (4, 1, 4e-5, None),  # its peak trained
+        (32, 1, 2e-4, 7.07e-5),
+        (8, 4, 2e-4, 7.07e-5),
+        (64, 1, 2e-4, None),
+        (16, 8, 2e-4, None),  # as published
+    ],
+)
+def test_a_lower_rate_is_named_for_steps_of_few_views(
+    batch: int, processes: int, rate: float, safer: float | None
+) -> None:
+    found = DistillOptions(batch_size=batch, learning_rate=rate).safer_rate(processes)
+    assert found == (None if safer is None else pytest.approx(safer, rel=1e-3))

@@ -16,10 +16,10 @@ import tiny_fit
 import tiny_training
 from denoising_vit.data import open_dataset
 from denoising_vit.data.photos import read_photo
-from denoising_vit.distilled import photos as photos_module
-from denoising_vit.distilled.photos import Batch, PlainPhotos, Seen, ViewReader
 from denoising_vit.distilled.train import Distillation
 from denoising_vit.errors import TrainError
+from denoising_vit.training import photos as photos_module
+from denoising_vit.training.photos import Batch, PlainPhotos, Seen, ViewReader
 from denoising_vit.training.samples import Sample, split
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import to_image

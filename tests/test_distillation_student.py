@@ -15,7 +15,7 @@ import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
 from denoising_vit import Backbone
-from denoising_vit.distilled.student import Average, Student, trained
+from denoising_vit.distilled.models import Average, Student, trained
 from denoising_vit.errors import TrainError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,10 +18,11 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import open_dataset
 from denoising_vit.denoiser import find_denoiser, loading
 from denoising_vit.denoiser.job import Stored
-from denoising_vit.distilled.photos import Batch
-from denoising_vit.distilled.teacher import DenoiserTeacher, FieldTeacher
+from denoising_vit.distilled.models import DenoiserTeacher, FieldTeacher
 from denoising_vit.errors import BackboneError, DenoiserError, FormatError, TrainError
 from denoising_vit.store import FeatureStore
+from denoising_vit.training.loop import own_batches
+from denoising_vit.training.photos import Batch
 from denoising_vit.training.samples import Sample
 from denoising_vit.views.crops import Crop
 
@@ -323,6 +324,7 @@ def test_fields_on_the_patch_grid_are_too_coarse_for_crops(fitted: tuple[Backbon
 def test_views_of_fields_are_drawn_as_they_are_needed(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:
     run = tiny.prepared(stored(fitted), tmp_path / "run", fitted[0], tiny.options(steps=500)).training()
     drawn: list[list[Sample]] = []
-    batches = run.reader.batches(drawn.append(samples) or samples for samples in run._plan(0))
+    plan = own_batches(run.sampler, range(run.options.last_step), run.options.batch_size, run.accelerator)
+    batches = run.reader.batches(drawn.append(samples) or samples for samples in plan)
     next(batches)
     assert len(drawn) < 50

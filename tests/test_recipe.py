@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from denoising_vit.denoiser.files import read_denoiser
+from denoising_vit.denoiser.module import read_denoiser
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -195,7 +195,7 @@ def test_folders_and_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mum.txt").write_text("dear")
     for place in ("letters", "letters/mum.txt"):
-        with pytest.raises(TrainError, match="is there and is no run of this program; expected a new or empty folder"):
+        with pytest.raises(TrainError, match="exists and is no run of this program; expected a new or empty folder"):
             RunFolder(tmp_path / place).begin(IDENTITY, resume=False)
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mum.txt"]
 

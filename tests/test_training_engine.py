@@ -62,7 +62,9 @@ def test_without_a_number_accelerate_chooses(two_gpus: Made, device: str) -> Non
 
 @pytest.mark.parametrize("device", ["cuda:2", "cuda:-1", "cuda:first"])
 def test_a_number_that_is_not_there_is_told(two_gpus: Made, device: str) -> None:
-    with pytest.raises(TrainError, match=f"device {device} is not there; expected auto, cpu, or one that this machine"):
+    with pytest.raises(
+        TrainError, match=f"device {device} is not available; expected auto, cpu, or a device of this machine"
+    ):
         engine.make_accelerator(device)
     assert two_gpus.present is None
 

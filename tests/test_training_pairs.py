@@ -20,13 +20,13 @@ import tiny_artifact
 import tiny_training as tiny
 from denoising_vit import Backbone
 from denoising_vit.data import open_dataset
-from denoising_vit.denoiser.fresh import FreshPairs, HeldImages
 from denoising_vit.denoiser.job import Stored
 from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.denoiser.targets import Fitted, StoredTargets, Unusable
 from denoising_vit.errors import TrainError
 from denoising_vit.training import pair_files
 from denoising_vit.training.pair_files import RowWriter, read_reasons, write_reason
+from denoising_vit.training.photos import ViewReader
 from denoising_vit.training.run_folder import differences
 from denoising_vit.training.samples import Sample, kept_view, whole_view
 from denoising_vit.views.crops import Crop
@@ -147,7 +147,6 @@ def test_a_batch_is_its_samples_in_their_order(kept: KeptPairs) -> None:
     for place, one in enumerate(samples):
         torch.testing.assert_close(raw[place], kept.read([one])[0][0])
         torch.testing.assert_close(target[place], kept.read([one])[1][0])
-    assert kept.features(raw) is raw
 
 
 def test_fresh_pairs_are_the_same_views_without_rounding(tmp_path: Path) -> None:
@@ -156,11 +155,13 @@ def test_fresh_pairs_are_the_same_views_without_rounding(tmp_path: Path) -> None
     data = tiny.Fitted(photos, tmp_path / "store")
     tiny.fit(photos, data.folder, extractor)
     targets = StoredTargets(data.store, data.stored.photos, extractor)
-    fresh = FreshPairs(targets, extractor)
     crop = Crop((0.1, 0.2, 0.7, 0.9), (40, 56), flip=True, inverted=True)
-    images, target = fresh.read([Sample(1, 0, None, crop), Sample(0, 0, None, crop)])
-    raw = fresh.features(images)
-    assert not raw.requires_grad
+    reader = ViewReader(targets, extractor, torch.device("cpu"), [(40, 56)], tmp_path)
+    (batch,) = reader.batches([[Sample(1, 0, None, crop), Sample(0, 0, None, crop)]])
+    with torch.no_grad():
+        raw = extractor(batch.images)
+    target = batch.fields
+    assert target is not None
     torch.testing.assert_close(raw[0], seen_by_hand(data, extractor, 1, crop), atol=1e-4, rtol=1e-4)
     rows, columns = (side // 8 for side in crop.size)
     for row in range(rows):
@@ -170,24 +171,6 @@ def test_fresh_pairs_are_the_same_views_without_rounding(tmp_path: Path) -> None
             y = 0.2 + 0.7 * (1 - (row * 8 + 4) / 40)
             torch.testing.assert_close(target[0, row, column], tiny.bilinear(data.store[1].field, x, y))
     assert torch.equal(target[0], crop.sample(data.store[1].field, 8, 8))  # whatever type fields are held in
-
-
-def test_what_is_held_of_images_is_bounded_by_bytes(targets: StoredTargets) -> None:
-    made: list[int] = []
-
-    def get(index: int) -> Fitted:
-        made.append(index)
-        return targets.at(index)
-
-    one = targets.at(0)
-    assert one.bytes == one.image.nbytes + 14 * 14 * tiny.CHANNELS * 2
-    held = HeldImages(get, 2 * one.bytes)
-    assert [held(index).index for index in (0, 1, 0, 2, 0, 1)] == [0, 1, 0, 2, 0, 1]
-    assert made == [0, 1, 2, 1]  # the one that was asked for longest ago gave way
-    assert held.bytes == 2 * one.bytes
-    small = HeldImages(get, one.bytes - 1)
-    assert small(0).index == 0
-    assert small.bytes == 0
 
 
 def test_filling_is_taken_up_where_it_stopped(targets: StoredTargets, tmp_path: Path) -> None:
@@ -270,7 +253,7 @@ def test_no_kept_view_is_mirrored_where_none_is_to_be(
         crop = kept_view(5, 1, number, SIZES[0], views)
         assert not crop.flip
         target = pairs.read([Sample(1, 0, number, crop)])[1][0]
-        torch.testing.assert_close(target, by_hand(targets.at(1).field.float(), crop), **ROUNDED)
+        torch.testing.assert_close(target, by_hand(next(targets.stream([1])).field.float(), crop), **ROUNDED)
     # Those of versions before had a mirrored one.
     head = pairs.folder / "pairs.json"
     told = json.loads(head.read_text())
@@ -294,7 +277,7 @@ class Spoilt:
 
     def stream(self, images: Sequence[int]) -> Iterator[Fitted | Unusable]:
         for index in images:
-            yield self.targets.at(index) if index == 2 else Unusable(index, f"no {index}")
+            yield next(self.targets.stream([index])) if index == 2 else Unusable(index, f"no {index}")
 
 
 @pytest.fixture
@@ -320,7 +303,7 @@ def test_images_whose_reason_is_lost_are_told_without(spoilt: KeptPairs) -> None
     path = spoilt.folder / "unusable.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
     spoilt.open(create=False)
-    assert spoilt.unusable() == {"00.png": "no 0", "01.png": "it could not be used; what was noted of why is gone"}
+    assert spoilt.unusable() == {"00.png": "no 0", "01.png": "it could not be used; the reason was not recorded"}
     path.unlink()
     assert list(spoilt.unusable()) == ["00.png", "01.png"]
 

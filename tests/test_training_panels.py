@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import tiny_training as tiny
-from denoising_vit.denoiser.panels import draw_panel
 from denoising_vit.errors import TrainError
 from denoising_vit.maps.sheet import CELL, GAP, LEFT
+from denoising_vit.training.held_out import draw_panel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -152,7 +152,8 @@ def test_ctrl_c_while_held_out_images_are_looked_at(
         interrupt()
         return judge(denoiser)
 
-    training.judge = judged  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(judged, "draw", judge.draw)  # noqa: B010
+    setattr(training, "judge", judged)  # noqa: B010, of another type
     with pytest.raises(KeyboardInterrupt):
         training.run()
     there, here = tiny.results(straight), tiny.results(resumed(data, tmp_path / "run"))
@@ -276,28 +277,20 @@ def test_held_out_images_are_never_trained_on(
 ) -> None:
     read: list[Sample] = []
     for keep in (0, 4):
-        job = tiny.prepared(data.stored, tmp_path / f"run-{keep}", pairs=tiny.views(keep=keep))
-        training = job.training()
-        reading = training.pairs.read
+        training = tiny.prepared(data.stored, tmp_path / f"run-{keep}", pairs=tiny.views(keep=keep)).training()
 
-        def watched(samples: list[Sample], reading: Any = reading) -> Any:
-            read.extend(samples)
-            return reading(samples)
+        def watched(start: int, batches: Any = training._batches) -> Iterator[Any]:
+            for batch in batches(start):
+                read.extend(batch[0])
+                yield batch
 
         read.clear()
-        monkeypatch.setattr(training, "pairs", _Watched(training.pairs, watched))
+        monkeypatch.setattr(training, "_batches", watched)
         training.run()
         assert len(read) == 80
         assert len(training.judge.images) == 3
         assert not {sample.image for sample in read} & set(training.judge.images)
         assert {sample.image for sample in read} | set(training.judge.images) == set(range(tiny.PHOTOS))
-
-
-class _Watched:
-    """Pairs whose reader is another."""
-
-    def __init__(self, pairs: Any, read: Callable[..., Any]) -> None:
-        self.read, self.features = read, pairs.features
 
 
 def test_the_split_is_that_of_the_run_before(data: tiny.Fitted, straight: Path) -> None:
@@ -314,17 +307,17 @@ def test_what_is_not_finite_stops_the_run_and_names_the_pairs(
     job = tiny.prepared(data.stored, tmp_path / "run")
     training = job.training()
     samples = training.sampler.step(6)
-    read = training.pairs.read
+    batches = training._batches
     calls = iter(range(100))
 
-    def spoilt(wanted: list[Sample]) -> tuple[Tensor, Tensor]:
-        raw, target = read(wanted)
-        if next(calls) == 6:
-            raw[0, 0, 0, 0] = torch.nan
-        return raw, target
+    def spoilt(start: int) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
+        for number, (wanted, raw, target) in enumerate(batches(start)):
+            if number == 6:
+                raw[0, 0, 0, 0] = torch.nan
+            yield wanted, raw, target
 
     if where == "loss":
-        monkeypatch.setattr(training, "pairs", _Watched(training.pairs, spoilt))
+        monkeypatch.setattr(training, "_batches", spoilt)
     else:
         backward = training.accelerator.backward
 
@@ -421,7 +414,7 @@ def test_crops_that_are_never_drawn_are_not_computed(data: tiny.Fitted, tmp_path
     assert extractor.fingerprint
     before = planted.passes
     job = tiny.prepared(data.stored, tmp_path / "run", extractor, pairs=tiny.views(keep=64, whole=1))
-    assert job.kept.keep == 2
+    assert job.views.keep == 2
     assert planted.passes - before <= tiny.PHOTOS
 
 
@@ -434,16 +427,21 @@ def test_the_best_by_held_out_cosine_is_what_is_kept(
     job = tiny.prepared(data.stored, tmp_path / "run", training=tiny.options(evaluate_every=2))
     training = job.training()
     states: dict[int, dict[str, Tensor]] = {}
-    look = Training._look
+    evaluate = Training._evaluate
 
     def watched(self: Training, progress: Any, *args: Any) -> Any:
         states[progress.step] = {name: value.clone() for name, value in self.denoiser.state_dict().items()}
-        return look(self, progress, *args)
+        return evaluate(self, progress, *args)
 
     judge = training.judge
     cosines = iter([0.1, 0.2, 0.9, 0.3, 0.9, 0.4, 0.5, 0.6, 0.7, 0.8])
-    monkeypatch.setattr(Training, "_look", watched)
-    monkeypatch.setattr(training, "judge", lambda denoiser: judge(denoiser) | {"cosine": next(cosines)})
+    monkeypatch.setattr(Training, "_evaluate", watched)
+
+    def judged(denoiser: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        return judge(denoiser) | {"cosine": next(cosines)}
+
+    setattr(judged, "draw", judge.draw)  # noqa: B010
+    monkeypatch.setattr(training, "judge", judged)
     progress = training.run()
     assert (progress.step, progress.best, progress.best_step) == (20, 0.9, 6)
     for path, step in ((job.folder.denoiser, 6), (job.folder.last, 20)):
@@ -652,7 +650,7 @@ def test_more_blocks_train(data: tiny.Fitted, tmp_path: Path) -> None:
 def test_loss_of_the_first_step_by_hand(data: tiny.Fitted, straight: Path) -> None:
     job = tiny.prepared(data.stored, straight, resume=True)
     training = job.training()
-    raw, target = training.pairs.read(training.sampler.step(0))
+    raw, target = job.kept.read(training.sampler.step(0))
     with torch.no_grad():
         clean = training.denoiser(raw)
     expected = F.mse_loss(clean, target) + 1 - F.cosine_similarity(clean, target, dim=-1).mean()

@@ -14,13 +14,13 @@ import tiny_artifact
 import tiny_training as tiny
 from denoising_vit import Backbone
 from denoising_vit.data import open_dataset
-from denoising_vit.denoiser.fresh import FreshPairs
 from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.denoiser.targets import Fitted, FittedTargets, StoredTargets, Unusable
 from denoising_vit.errors import DenoisingVitError, TrainError
 from denoising_vit.store import FeatureStore, layout
 from denoising_vit.store.fields import FieldArray
 from denoising_vit.store.writing import ShardWriter
+from denoising_vit.training.photos import ViewReader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def test_all_images_of_a_finished_store_with_their_fields(data: tiny.Fitted, ext
         assert fitted.field.dtype == torch.float16  # as it is stored
         assert torch.equal(fitted.field.float(), data.store[index].field)
         assert fitted.image.shape == (3, 90, 120)
-    assert torch.equal(targets.at(2).field.float(), data.store[2].field)
+    assert torch.equal(next(targets.stream([2])).field.float(), data.store[2].field)
     assert targets.photo(2).shape == (90, 120, 3)
 
 
@@ -65,7 +65,7 @@ def test_photos_may_come_in_another_order_and_with_others(
     more = shutil.copytree(data.photos, tmp_path / "more")
     Image.fromarray(tiny_artifact.flat(3)).save(more / "000.png")
     targets = StoredTargets(data.store, open_dataset(more), extractor)
-    torch.testing.assert_close(targets.at(0).image, stored(data, extractor).at(0).image)
+    torch.testing.assert_close(next(targets.stream([0])).image, next(stored(data, extractor).stream([0])).image)
 
 
 def test_a_store_of_another_backbone_is_refused_by_both_names(data: tiny.Fitted) -> None:
@@ -84,12 +84,12 @@ def test_a_target_that_goes_while_it_is_needed_is_an_error(
     data: tiny.Fitted, extractor: Backbone, opened_anew: bool
 ) -> None:
     targets = stored(data, extractor)
-    assert targets.at(1).index == 1
+    assert next(targets.stream([1])).index == 1
     _remove(data.folder)
     if opened_anew:  # what other processes meet, which have not looked at the store before
         targets.store = FeatureStore.open(data.folder)
     with pytest.raises(TrainError, match=r"01.png: its target is missing \("):
-        targets.at(1)
+        next(targets.stream([1]))
 
 
 def _remove(store: Path) -> None:
@@ -102,27 +102,27 @@ def test_a_damaged_shard_is_an_error_that_names_the_image(data: tiny.Fitted, ext
     (shard,) = [path for path in (data.folder / layout.FIELD).rglob("*") if path.is_file() and path.name == "0"]
     shard.write_bytes(b"nothing of use")
     with pytest.raises(TrainError, match=r"02.png: its target is missing \(.*cannot be read"):
-        stored(data, extractor).at(2)
+        next(stored(data, extractor).stream([2]))
 
 
 def test_photos_that_are_gone_are_named(data: tiny.Fitted, extractor: Backbone) -> None:
     (data.photos / "03.png").unlink()
-    with pytest.raises(TrainError, match=r"1 of the store's 5 photos are not there \(03.png\); expected the photos"):
+    with pytest.raises(TrainError, match=r"1 of the store's 5 photos are missing \(03.png\); expected the photos"):
         stored(data, extractor)
 
 
 def test_another_photo_of_the_same_name_is_an_error(data: tiny.Fitted, extractor: Backbone) -> None:
     Image.fromarray(tiny_artifact.photos(1, seed=9)[0]).save(data.photos / "03.png")
     targets = stored(data, extractor)
-    assert targets.at(2).index == 2
+    assert next(targets.stream([2])).index == 2
     with pytest.raises(TrainError, match=r"03.png: the photo is another than the store was fitted on"):
-        targets.at(3)
+        next(targets.stream([3]))
 
 
 def test_a_photo_that_cannot_be_read_any_more_is_an_error(data: tiny.Fitted, extractor: Backbone) -> None:
     (data.photos / "03.png").write_text("words")
     with pytest.raises(TrainError, match=r"03.png: the photo of a target cannot be read \(.*not an image"):
-        stored(data, extractor).at(3)
+        next(stored(data, extractor).stream([3]))
 
 
 def test_neither_kind_of_pairs_replaces_what_is_missing(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_neither_kind_of_pairs_replaces_what_is_missing(data: tiny.Fitted, extra
     assert 3 not in kept.usable()
     with pytest.raises(DenoisingVitError, match=r"03.png"):
         job.training().run()
-    assert isinstance(job.training().pairs, FreshPairs)
+    assert isinstance(job.training().pairs, ViewReader)
 
 
 def test_a_store_of_the_patch_grid_says_so(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_on_the_fly_gives_the_fields_of_a_store(data: tiny.Fitted, extractor: Ba
         assert isinstance(found, Fitted)
         assert found.index == index
         torch.testing.assert_close(found.field, data.store[index].field, atol=4e-3, rtol=2e-3)
-        torch.testing.assert_close(found.image, stored(data, extractor).at(index).image)
+        torch.testing.assert_close(found.image, next(stored(data, extractor).stream([index])).image)
 
 
 def test_on_the_fly_and_store_make_the_same_pairs(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:

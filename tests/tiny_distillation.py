@@ -24,9 +24,10 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.data import Dataset, open_dataset
-from denoising_vit.denoiser import panels, write_denoiser
+from denoising_vit.denoiser import held_out as denoiser_held_out
+from denoising_vit.denoiser import write_denoiser
 from denoising_vit.denoiser.job import Stored
-from denoising_vit.distilled import judging
+from denoising_vit.distilled import held_out as distilled_held_out
 from denoising_vit.distilled.job import DistillJob
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.training.checkpoints import Progress
@@ -172,7 +173,7 @@ def _blank(folder: Path, step: int, *_: Any) -> None:
 def blank_panels() -> Iterator[None]:
     """Panels without anything on them: drawing takes longer than training here."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (judging, panels):
+        for module in (denoiser_held_out, distilled_held_out):
             patch.setattr(module, "draw_panel", _blank)
         yield
 

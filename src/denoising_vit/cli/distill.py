@@ -32,27 +32,27 @@ def distill(
     views: ViewOptions = ViewOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
 ) -> int:
-    """Stage 3: fine-tunes the ViT itself until it gives clean features, without any extra block.
+    """Stage 3: fine-tunes the whole ViT to give clean features without an extra block.
 
-    The teacher is the frozen backbone with its denoiser. The folder gets `distilled.safetensors`, the best by held-out
-    photos, for `--weights` of all verbs and for timm's `checkpoint_path` (with `num_classes=0`); `last.safetensors`,
-    `log.jsonl`, TensorBoard's files, panels, checkpoints, and in the end `run.html`, a page of it all. Interrupted, the
-    same command with --resume goes on. On several devices or machines: `accelerate launch -m denoising_vit distill ...`
-    or `torchrun -m denoising_vit distill ...`.
+    The teacher is the frozen backbone with its denoiser. The folder of the run gets `distilled.safetensors` (the best
+    on held-out photos, for `--weights` of all verbs and timm's `checkpoint_path` with `num_classes=0`),
+    `last.safetensors`, `log.jsonl`, TensorBoard files, panels, checkpoints, and at the end `run.html`, a page about the
+    run. To resume an interrupted run, repeat the command with --resume. On several devices or machines:
+    `accelerate launch -m denoising_vit distill ...` or `torchrun -m denoising_vit distill ...`.
 
     Args:
-        data: photos: a folder at any depth (names of classes mean nothing), a text list, or tar shards, here or at an
+        data: photos: a folder at any depth (class names are ignored), a text list, or tar shards, local or at an
             address like `https://host/shards-{0000..0009}.tar`.
-        out: the folder of the run; made where it does not exist.
-        denoiser: the teacher's: a file of `dvit train`, or voc_denoised or imgnet_denoised for the published ones.
-            Without it, the one that comes with the package.
-        also: denoisers of further layers, trained with --layer, which are taught at once: for decoders that read
-            several layers.
-        fields: a store that `dvit fit` made of these photos; its semantic fields teach instead of a denoiser.
-        resume: go on with the run that is there, bit for bit as if it had not stopped.
-        training: how long and how fast.
-        views: which views of photos.
-        model: the backbone, to teach and to be taught.
+        out: folder of the run, created if needed.
+        denoiser: denoiser of the teacher: a file of `dvit train`, or voc_denoised or imgnet_denoised for the published
+            ones. Default: the shipped one.
+        also: denoisers of further layers, trained with --layer, to be distilled at the same time, for decoders that
+            read several layers.
+        fields: a store that `dvit fit` made of these photos; its semantic fields replace the denoiser as the teacher.
+        resume: resume the run in the folder, with the same result as without an interruption, bit for bit.
+        training: length, learning rate and logging.
+        views: which views of the photos.
+        model: the backbone of teacher and student.
     """
     from denoising_vit.data import Dataset
     from denoising_vit.distilled.job import DistillJob
@@ -74,6 +74,11 @@ def distill(
             if training.shard and processes == 1:
                 print_note("--shard: one process, which has nothing to share out")
             print_note(f"{told}; {job.options.steps} steps of {run.sampler.pairs} views; run {out}")
+            if (rate := training.safer_rate(processes)) is not None:
+                print_note(
+                    f"runs with steps of so few views have diverged at --learning-rate {training.learning_rate:g}; "
+                    f"--learning-rate {rate:.2g} is safer"
+                )
         with StepsBar(job.options.last_step, shown=main) as bar:
             progress = run.run(bar.step, bar.look)
     except KeyboardInterrupt:
@@ -91,7 +96,7 @@ def distill(
 
 
 def _source(data: str, fields: str | None) -> Dataset | Stored:
-    """Photos, or photos with their fields.
+    """The photos, with their fields if there is a store.
 
     Raises:
         TrainError: if a store is given where photos are expected, or the other way round.

@@ -1,4 +1,4 @@
-"""What runs of training show while they go, and at their end."""
+"""Progress and summary of training runs."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
 
 def ending(progress: Progress, steps: int, best: Path) -> str:
-    """How far a run is, and where its best model is."""
+    """Steps done, and the best model."""
     more = "" if progress.step == steps else " (--resume goes on)"
     where = "" if progress.best_step is None else f", the best after step {progress.best_step}: {best}"
     return f"{progress.step} of {steps} steps done{more}{where}"
 
 
 def exit_code(accelerator: Any, *, some_failed: bool) -> int:
-    """Of this process, once all are done: a launcher ends the others as soon as one of them fails.
+    """The exit code of this process, after all are done: a launcher kills the others when one fails.
 
-    Only the first says that some items failed, after it has written and told everything.
+    Only the first process reports failed items.
     """
     accelerator.wait_for_everyone()
     return SOME_FAILED if some_failed and accelerator.is_main_process else OK
 
 
 def tell_page(folder: Path) -> None:
-    """Writes the page of a run; a page that cannot be made is said, and ends no run."""
+    """Writes the page of a run; a failure is only a warning."""
     from denoising_vit.show.pages.run import write_run_page
 
     if not (folder / "log.jsonl").is_file():
-        return  # it has not begun
+        return  # no step was done
     try:
         print_note(f"page {write_run_page(folder)}")
     except (DenoisingVitError, OSError) as error:
@@ -42,18 +42,18 @@ def tell_page(folder: Path) -> None:
 
 
 class StepsBar(OnScreen):
-    """Steps done with the loss; and a line for each look at the held-out images."""
+    """A progress bar of steps with the loss, and a line for each evaluation."""
 
     def __init__(self, steps: int, *, shown: bool) -> None:
         self._progress = progress_bar("steps, loss {task.fields[loss]}", shown=shown, speed_estimate_period=300)
         self._task = self._progress.add_task("", total=steps, loss="-")
 
     def step(self, step: int, figures: dict[str, float]) -> None:
-        """Takes one step."""
+        """Updates the bar after a step."""
         self._progress.update(self._task, completed=step, loss=f"{figures['loss']:.3f}")
 
     def look(self, step: int, figures: dict[str, float]) -> None:
-        """Says how the held-out images do."""
+        """Prints the metrics of an evaluation."""
         self._progress.print(
             f"step {step}: held-out cosine {figures['cosine']:.4f} (raw {figures['raw_cosine']:.4f}), "
             f"1 - cosine {figures['ratio']:.3f} of raw's, effective rank {figures['rank']:.0f} "

@@ -34,34 +34,33 @@ def train(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     exact: DenoiseOptions = DenoiseOptions(held_out=0),  # noqa: B008, frozen
 ) -> int:
-    """Stage 2: trains a denoiser that cleans features in one pass.
+    """Stage 2: trains a denoiser that cleans features in one forward pass.
 
-    Targets are the semantic fields of stage 1. The folder gets `denoiser.safetensors`, the best by the held-out images
-    (for `--denoiser`), `last.safetensors`, `log.jsonl`, TensorBoard's files, panels, checkpoints, and in the end
-    `run.html`, a page of it all. Interrupted, the same command with --resume goes on. On several devices or machines:
-    `accelerate launch -m denoising_vit train ...`.
+    Targets are the semantic fields of stage 1. The folder of the run gets `denoiser.safetensors` (the best on held-out
+    images, for `--denoiser`), `last.safetensors`, `log.jsonl`, TensorBoard files, panels, checkpoints, and at the end
+    `run.html`, a page about the run. To resume an interrupted run, repeat the command with --resume. On several devices
+    or machines: `accelerate launch -m denoising_vit train ...`.
 
     Args:
         data: a store of `dvit fit`, or photos with --on-the-fly.
-        out: the folder of the run; made where it does not exist.
-        photos: with a store: the photos that it was fitted on.
-        on_the_fly: fit stage 1 of the photos first, in this run, and keep no store of fields.
-        resume: go on with the run that is there, bit for bit as if it had not stopped.
-        cache: where the features of the pairs are kept; runs with other rates or steps can share them. By default in
-            the folder of the run.
-        artifact: with --on-the-fly: the backbone's artifact where it is known, a file, `shipped`
-            or `none`.
-        training: how long and how fast.
+        out: folder of the run, created if needed.
+        photos: with a store: the photos it was fitted on.
+        on_the_fly: fit stage 1 on the photos in this run, without a store.
+        resume: resume the run in the folder, with the same result as without an interruption, bit for bit.
+        cache: folder for the features of the pairs, which runs with other learning rates or steps can share. Default:
+            in the folder of the run.
+        artifact: with --on-the-fly: the known artifact of the backbone, a file, `shipped` or `none`.
+        training: length, learning rate and logging.
         pairs: which views are training pairs.
-        model: the backbone, which stays as it is.
-        exact: with --on-the-fly: how stage 1 is run.
+        model: the frozen backbone.
+        exact: with --on-the-fly: options of stage 1.
     """
     from denoising_vit.denoiser.job import Stored, TrainJob
 
     training.validate()
     pairs.validate()
     source = _source(data, photos, on_the_fly, exact, artifact)
-    # Of a store it was settled what its photos are; what else lies beside them is not looked at.
+    # A store names its photos; other files beside them do not matter.
     left_out = () if isinstance(source, Stored) else source.dataset.skipped
     job = TrainJob.prepare(source, out, model, training, pairs, cache=cache, resume=resume)
     main, processes = job.accelerator.is_main_process, job.accelerator.num_processes
@@ -91,10 +90,10 @@ def train(
 def _source(
     data: str, photos: str | None, on_the_fly: bool, exact: DenoiseOptions, artifact: str | None
 ) -> Photos | Stored:
-    """Where images and targets come from.
+    """The photos and their targets.
 
     Raises:
-        TrainError: if what is given does not go together.
+        TrainError: if the arguments do not fit together.
     """
     from denoising_vit.data import open_dataset
     from denoising_vit.denoiser.job import Photos, Stored
@@ -104,7 +103,7 @@ def _source(
     if is_store and on_the_fly:
         raise TrainError(f"{data} is a store, which has the fields; leave --on-the-fly out")
     if is_store and photos is None:
-        raise TrainError(f"{data}: the photos are needed as well, whose features are inputs; give --photos")
+        raise TrainError(f"{data}: the photos are needed as well, as the inputs; give --photos")
     if is_store and photos is not None:
         return Stored(FeatureStore.open(data), open_dataset(photos))
     if not on_the_fly:

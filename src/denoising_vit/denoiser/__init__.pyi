@@ -1,5 +1,4 @@
 # The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
-from .files import read_denoiser, write_denoiser
 from .loading import (
     FoundDenoiser,
     GivenDenoiser,
@@ -9,8 +8,8 @@ from .loading import (
     load_denoiser,
     source_name,
 )
-from .module import Denoiser
-from .published.checkpoints import HUB_ID, fetch_published, published_file, published_variants
+from .module import Denoiser, read_denoiser, write_denoiser
+from .published import HUB_ID, fetch_published, published_file, published_variants
 
 __all__ = [
     "HUB_ID",

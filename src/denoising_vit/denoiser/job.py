@@ -1,4 +1,4 @@
-"""From what a user names to a run that is ready to go."""
+"""From photos or a store, a backbone and options to a run of stage 2."""
 
 from __future__ import annotations
 
@@ -16,31 +16,29 @@ from denoising_vit.backbones.runtime import seeded
 from denoising_vit.data import Dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.stage_one import StageOne
-from denoising_vit.denoiser import Denoiser
-from denoising_vit.denoiser.fresh import FreshPairs, Pairs
-from denoising_vit.denoiser.judging import Judge
+from denoising_vit.denoiser.held_out import HeldOut
+from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.denoiser.options import PairOptions, TrainOptions
-from denoising_vit.denoiser.pairs import KeptPairs, backbone_identity
-from denoising_vit.denoiser.panels import HeldOutPanel
+from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.denoiser.targets import FittedTargets, StoredTargets, Targets
 from denoising_vit.denoiser.train import Training, last_layers
 from denoising_vit.errors import TrainError
-from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.progress import Progress
 from denoising_vit.store import FeatureStore
 from denoising_vit.training.engine import arithmetic, device_of, from_all, from_first, make_accelerator
-from denoising_vit.training.run_folder import RunFolder
+from denoising_vit.training.photos import ViewReader
+from denoising_vit.training.run_folder import RunFolder, backbone_identity
 from denoising_vit.training.samples import Sampler, split
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Photos that stage 1 is fitted on in the run itself, without a store.
+    """Photos to fit in the run, without a store.
 
     Attributes:
         dataset: the photos.
         denoising: options of stage 1.
-        artifact: G where it is known.
+        artifact: the known artifact G, if any.
     """
 
     dataset: Dataset
@@ -54,10 +52,10 @@ class Photos:
 
 @dataclass(frozen=True)
 class Stored:
-    """A store of fields, and the photos that it was fitted on.
+    """A store of fields, with the photos it was fitted on.
 
     Attributes:
-        store: opened for reading.
+        store: the store.
         photos: the photos.
     """
 
@@ -71,16 +69,16 @@ class Stored:
 
 @dataclass
 class TrainJob:
-    """A run that has its images, but perhaps not yet their features; made by :meth:`prepare`.
+    """A prepared run, perhaps still without its features: :meth:`prepare`, :meth:`fill`, then :meth:`training`.
 
     Attributes:
-        folder: of the run.
-        backbone: frozen.
-        targets: images and fields.
-        options: how long and how fast.
+        folder: folder of the run.
+        backbone: the frozen backbone.
+        targets: photos and fields.
+        options: length, learning rate and logging.
         views: which views are pairs.
         sizes: (H, W) of the views.
-        kept: pairs on disk: of all images, or of the held-out ones alone where views are drawn anew.
+        kept: pairs on disk, of all images; only of the held-out images if each step draws new views.
         accelerator: processes and devices.
     """
 
@@ -105,20 +103,20 @@ class TrainJob:
         cache: str | Path | None = None,
         resume: bool = False,
     ) -> TrainJob:
-        """Loads the backbone, opens the targets, and makes or opens the folder of the run.
+        """Loads the backbone, opens the targets, and creates or opens the folder of the run.
 
         Args:
-            source: images and targets.
-            run: the folder of the run.
-            model: the backbone in words, for one on the device of each process; or the backbone itself.
-            options: how long and how fast.
+            source: photos and targets.
+            run: folder of the run.
+            model: specification of the backbone, loaded on the device of each process; or the backbone.
+            options: length, learning rate and logging.
             views: which views are pairs.
-            cache: where features are kept; by default in the folder of the run.
-            resume: go on with the run that is there.
+            cache: folder of the kept pairs. Default: in the folder of the run.
+            resume: resume the run in the folder.
 
         Raises:
-            TrainError: if anything of this does not fit the other, or the folder.
-            StoreError: if what a store tells of its images is damaged.
+            TrainError: if source, backbone, options or folder do not fit together.
+            StoreError: if the records of the store are damaged.
             SizeError: if a size does not fit the patch grid.
             BackboneError: if the backbone cannot be loaded.
         """
@@ -144,19 +142,18 @@ class TrainJob:
         }
         folder.begin_together(identity, accelerator, resume=resume)
         if views.whole == 1 and views.keep > views.wholes:
-            views = replace(views, keep=views.wholes)  # no crop is ever drawn
+            views = replace(views, keep=views.wholes)  # no crops are drawn
         kept_views = views if views.keep else replace(views, keep=views.wholes + 1)
         place = folder.pairs if cache is None else Path(cache)
-        # Where views are drawn anew, only those of the held-out images are kept.
         images = targets.images if views.keep else _split(targets.images, options)[1]
         kept = KeptPairs(place, targets, images, backbone, sizes, kept_views, options.seed)
         return cls(folder, backbone, targets, options, views, sizes, kept, accelerator)
 
     def fill(self, watch: Progress) -> None:
-        """Sees the views that are kept and are not there yet; several processes share them.
+        """Computes the missing pairs; the images are divided between the processes.
 
         Raises:
-            TrainError: if a target is missing, features are not finite, or there is no room.
+            TrainError: if a target is missing, features are not finite, or the disk is full.
         """
         accelerator = self.accelerator
         try:
@@ -165,14 +162,14 @@ class TrainJob:
             accelerator.wait_for_everyone()
             if not accelerator.is_main_process:
                 self.kept.open(create=False)
-            # The first process decides what is to do, and what was done is told, not read from a disk that machines
-            # share: each may see another state of it for a while.
+            # The first process decides what to do, and results are exchanged: on a shared disk, machines may see
+            # different states for a while.
             todo = from_first(accelerator, self.kept.todo())
             mine = todo[accelerator.process_index :: accelerator.num_processes]
             with watch("images seen", len(mine)) as advance:
                 self.kept.fill(mine, advance)
             known = from_all(accelerator, self.kept.marks())
-            self.kept.open(create=False)  # what others wrote is there now
+            self.kept.open(create=False)  # with the rows that others wrote
             for marks, told in known:
                 self.kept.adopt(marks, told)
         except OSError as error:
@@ -182,72 +179,63 @@ class TrainJob:
             ) from error
 
     def training(self) -> Training:
-        """The run itself.
+        """The run, ready to start.
 
         Raises:
             TrainError: if too few images can be used.
         """
+        options, backbone, device = self.options, self.backbone, self.accelerator.device
         images = self.kept.usable() if self.views.keep else tuple(self.targets.images)
-        trained, held_out = _split(images, self.options)
-        options, ids = self.options, tuple(self.targets.ids)
-        pairs: Pairs = self.kept
+        trained, held_out = _split(images, options)
+        pairs: KeptPairs | ViewReader = self.kept
         if not self.views.keep:
             assert isinstance(self.targets, StoredTargets)
-            pairs = FreshPairs(self.targets, self.backbone)
-        whole = options.views_a_step(self.accelerator.num_processes)
+            pairs = ViewReader(self.targets, backbone, backbone.device, self.sizes, self.folder.path)
+        views_a_step = options.views_a_step(self.accelerator.num_processes)
+        return Training(
+            folder=self.folder,
+            denoiser=self._denoiser(len(trained)),
+            backbone=backbone,
+            pairs=pairs,
+            sampler=Sampler(trained, self.sizes, self.views, options.seed, views_a_step),
+            judge=HeldOut(self.targets, self.kept, held_out, backbone, self.sizes, device, self.folder.panels),
+            ids=tuple(self.targets.ids),
+            options=options,
+            accelerator=self.accelerator,
+            dtype=arithmetic(device, options.precision),
+        )
+
+    def _denoiser(self, images: int) -> Denoiser:
+        """A new denoiser; its position embedding has the grid of the backbone's own size, as published."""
+        backbone, options = self.backbone, self.options
+        grid = backbone.grid_size(backbone.default_size, backbone.default_size)
         with seeded(options.seed):
-            denoiser = Denoiser(self.backbone.embed_dim, self._grid, options.blocks, describe(self.backbone))
+            denoiser = Denoiser(backbone.embed_dim, grid, options.blocks, describe(backbone))
         if options.start == "identity":
-            _start_as_identity(denoiser)
+            with torch.no_grad():
+                for parameter in last_layers(denoiser):
+                    parameter.zero_()
         denoiser.info = {
-            "images": len(trained),
+            "images": images,
             "options": options.recorded(),
             "views": asdict(self.views),
             "targets": self.targets.identity,
         }
-        return Training(
-            folder=self.folder,
-            denoiser=denoiser,
-            pairs=pairs,
-            sampler=Sampler(trained, self.sizes, self.views, options.seed, whole),
-            judge=Judge(self.kept, held_out, self.sizes, self.accelerator.device, lambda: self._blank(held_out)),
-            ids=ids,
-            options=options,
-            accelerator=self.accelerator,
-            dtype=arithmetic(self.accelerator.device, options.precision),
-            draw=HeldOutPanel(self.folder.panels, self.targets, self.kept, held_out, ids).draw,
-        )
-
-    def _blank(self, held_out: Sequence[int]) -> BlankProbe:
-        """Raw features of the blank-image test."""
-        photos = [self.targets.photo(image) for image in held_out[:BLANK_PHOTOS]]
-        return BlankProbe.of(self.backbone, self.sizes[0], photos).through(self.backbone)
+        return denoiser
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Why images cannot be used, by id; after :meth:`fill`."""
+        """Reasons why images cannot be used, by id; after :meth:`fill`."""
         return self.kept.unusable()
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        """Of the position embedding: that of the backbone's own size, as published."""
-        return self.backbone.grid_size(self.backbone.default_size, self.backbone.default_size)
 
 
 def _split(images: Sequence[int], options: TrainOptions) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The images to train on, and those held out."""
+    """The images to train on, and the held-out images."""
     return split(images, options.held_out_of(len(images)), options.seed)
 
 
-def _start_as_identity(denoiser: Denoiser) -> None:
-    """Lets each block begin by passing features on as they are: training need not find its way back to them first."""
-    with torch.no_grad():
-        for parameter in last_layers(denoiser):
-            parameter.zero_()
-
-
 def _require_crops(targets: Targets, views: PairOptions) -> None:
-    """Refuses crops where the targets do not have them."""
+    """Checks that the targets allow the views."""
     if not views.keep and isinstance(targets, FittedTargets):
         raise TrainError(
             "new views in every step (--pairs.keep 0) need the fields of a store: run dvit fit first; with "

@@ -1,4 +1,4 @@
-"""From a name, a file, a hub id or nothing at all to the denoiser of a backbone."""
+"""Loading denoisers: shipped with the package, from files, or from the hub."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from denoising_vit.artifact import SHIPPED
 from denoising_vit.backbones import SEEDS, Backbone
 from denoising_vit.backbones.recorded import is_recorded
 from denoising_vit.backbones.runtime import offline_if_unreachable
-from denoising_vit.denoiser.files import read_denoiser, require_finite
-from denoising_vit.denoiser.module import Denoiser
-from denoising_vit.denoiser.published import VARIANTS
-from denoising_vit.denoiser.published.checkpoints import fetch_published, published_variants
+from denoising_vit.denoiser.module import Denoiser, read_denoiser, require_finite
+from denoising_vit.denoiser.published import VARIANTS, fetch_published, published_variants
 from denoising_vit.errors import DenoiserError, FormatError
 
-#: Checkpoints that are denoisers; the others are whole models.
+#: Published checkpoints that are denoisers; the others are whole models.
 DENOISED = tuple(variant for variant in VARIANTS if variant.endswith("denoised"))
 
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -24,14 +22,14 @@ _SHIPPED = Path(__file__).parent / "shipped"
 
 @dataclass(frozen=True, eq=False)
 class FoundDenoiser:
-    """A denoiser that is ready for the features of a backbone, and what is recorded with results of it.
+    """A denoiser for a backbone, with its record.
 
     Attributes:
-        denoiser: of the backbone, on its device and in its precision; as it was given, where it was given as a module.
-        source: where it comes from: ``shipped``, the name of a file without its folder, a published variant, a hub id,
-            or ``given`` for a module.
-        digest: :func:`denoiser_digest` of it, taken before it was put into the backbone's precision: what made a result
-            is the same denoiser on all hardware.
+        denoiser: on the device and in the precision of the backbone, or unchanged if it was given as a module.
+        source: ``shipped``, the name of a file without its folder, a published variant, a hub id, or ``given`` for a
+            module.
+        digest: its :func:`denoiser_digest` before the conversion to the backbone's precision, so that it is the same
+            on all hardware.
     """
 
     denoiser: Denoiser
@@ -40,26 +38,26 @@ class FoundDenoiser:
 
     @property
     def recorded(self) -> dict[str, str]:
-        """What identifies it, as JSON values."""
+        """Source and digest, as JSON values."""
         return {"source": self.source, "digest": self.digest}
 
 
-#: A denoiser, one that was found before, or what :func:`load_denoiser` takes.
+#: A denoiser, a found one, or a source for :func:`load_denoiser`.
 GivenDenoiser = Denoiser | FoundDenoiser | str | Path
 
 
 def load_denoiser(source: str | Path, *, backbone: Backbone | None = None) -> Denoiser:
-    """A denoiser, in evaluation mode and frozen.
+    """Loads a denoiser, frozen and in evaluation mode.
 
     Args:
-        source: a model's name, for the denoiser that comes with the package; a file of ours (.safetensors) or a
-            published one (.pth); ``voc_denoised`` or ``imgnet_denoised``, which are fetched from the hub; a hub id
-            (``owner/name``) that holds one; or, with a backbone, ``shipped``.
-        backbone: that it is for: it is checked, and put on the backbone's device in its precision.
+        source: name of a model with a shipped denoiser; a file (.safetensors, or a published .pth); ``voc_denoised`` or
+            ``imgnet_denoised`` to download a published one; a hub id (``owner/name``); or, with a backbone,
+            ``shipped``.
+        backbone: its backbone; the denoiser is checked, and moved to the backbone's device and precision.
 
     Raises:
-        DenoiserError: if it is for another backbone, or cannot be found or fetched.
-        FormatError: if the file is damaged or something else.
+        DenoiserError: if it is for another backbone, or cannot be found or downloaded.
+        FormatError: if the file is damaged or of another kind.
     """
     if backbone is not None:
         return find_denoiser(source, backbone).denoiser
@@ -67,13 +65,13 @@ def load_denoiser(source: str | Path, *, backbone: Backbone | None = None) -> De
 
 
 def find_denoiser(given: GivenDenoiser | None, backbone: Backbone) -> FoundDenoiser:
-    """The denoiser of a backbone, given in any form; the one that comes with the package where none is given.
+    """The denoiser of a backbone, given in any form; the shipped one if None is given.
 
-    A module that is given is used as it is, wherever it is: moving it would change what belongs to the caller.
+    A module is used unchanged: moving it to another device would change the caller's object.
 
     Raises:
-        DenoiserError: if it is for another backbone, or cannot be found or fetched; it says what to do then.
-        FormatError: if the file is damaged or something else.
+        DenoiserError: if it is for another backbone, or cannot be found or downloaded; the message says what to do.
+        FormatError: if the file is damaged or of another kind.
     """
     if isinstance(given, FoundDenoiser):
         given.denoiser.require_of(backbone)
@@ -94,30 +92,22 @@ def find_denoiser(given: GivenDenoiser | None, backbone: Backbone) -> FoundDenoi
 
 
 def find_shipped(backbone: Backbone) -> FoundDenoiser | None:
-    """The denoiser that comes with the package for this backbone with these weights, layer and stride; None if none.
-
-    One that does not say what it was trained for is none: that it fits cannot be known.
+    """The shipped denoiser for this backbone with these weights, layer and stride; None if there is none.
 
     Raises:
         FormatError: if its file is damaged.
     """
     architecture = backbone.name.split(".")[0]
     for path in sorted(_SHIPPED.glob("*.safetensors")):
-        if path.name.split(".")[0] == architecture:  # fingerprints cost a forward pass
+        if path.name.split(".")[0] == architecture:  # a fingerprint costs a forward pass
             denoiser = read_denoiser(path)
             if denoiser.trained_for is not None and is_recorded(denoiser.trained_for, backbone):
                 return _ready(denoiser, SHIPPED, backbone)
     return None
 
 
-def shipped_denoiser_for(backbone: Backbone) -> Denoiser | None:
-    """What :func:`find_shipped` finds, without its record."""
-    found = find_shipped(backbone)
-    return None if found is None else found.denoiser
-
-
 def denoiser_digest(denoiser: Denoiser) -> str:
-    """SHA-256 of a denoiser's values as a file holds them (float16), and of its shape."""
+    """SHA-256 of a denoiser's shape and float16 values."""
     digest = hashlib.sha256(denoiser.extra_repr().encode())
     for value in denoiser.state_dict().values():
         digest.update(value.detach().half().cpu().numpy().tobytes())
@@ -125,7 +115,7 @@ def denoiser_digest(denoiser: Denoiser) -> str:
 
 
 def source_name(given: GivenDenoiser) -> str:
-    """A denoiser that was asked for as people tell it from others: a file by its name, without its folder."""
+    """A short name of the source of a denoiser; for a file, its name without the folder."""
     if isinstance(given, FoundDenoiser):
         return given.source
     if isinstance(given, Denoiser):
@@ -170,12 +160,12 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
         raise FormatError(f"{source}: no such denoiser file, and no model or variant of that name")
     try:
         with offline_if_unreachable():
-            found = Denoiser.from_pretrained(source, strict=True).eval()  # what is missing is never made up
+            found = Denoiser.from_pretrained(source, strict=True).eval()  # never fill in missing tensors
         require_finite(found.state_dict(), source)
         return found
     except FormatError:
         raise
-    except Exception as error:  # the hub's client raises many kinds: network, missing file, damaged cache
+    except Exception as error:  # network, missing file, damaged cache, ...
         reason = str(error).strip().splitlines()
         raise DenoiserError(
             f"{source} is no file, and could not be fetched from the hub ({type(error).__name__}: "
@@ -184,6 +174,6 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
 
 
 def _shipped(model: str) -> Denoiser:
-    for path in sorted(_SHIPPED.glob(f"{model}.*safetensors")):  # the tag of other weights may follow
+    for path in sorted(_SHIPPED.glob(f"{model}.*safetensors")):  # possibly with a tag of other weights
         return read_denoiser(path)
     raise DenoiserError(f"no denoiser of {model} comes with the package; published ones: --denoiser voc_denoised")

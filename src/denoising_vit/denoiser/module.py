@@ -1,48 +1,53 @@
-"""The denoiser: one transformer block (or a few) that maps raw features to clean ones in a single pass."""
+"""The denoiser, one transformer block (or a few) from raw to clean features, and its files."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.attention import BlockedAttention
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, recorded_words
-from denoising_vit.errors import DenoiserError
+from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
+from denoising_vit.backbones.weights import models_among, read_state_dict, the_model, without_containers
+from denoising_vit.errors import DenoiserError, FormatError, WeightsError
+from denoising_vit.files import KEY, compact, is_safetensors, read_record, require_version, write_tensors
 
-#: Channels of an attention head.
+#: Channels per attention head.
 _HEAD = 64
 
-#: Deviation of the position embedding that training starts from.
+#: Standard deviation of the initial position embedding.
 _INITIAL_DEVIATION = 0.02
 
 
 class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", tags=["denoising-vit"]):
     """Raw features (B, h, w, C) to clean ones, on any grid (section 4.2 of the paper).
 
-    A learned position embedding is added, then come transformer blocks with heads of 64 channels; no residual around
-    them and no final norm. Parameters are named as in the published checkpoints. ``save_pretrained``,
-    ``from_pretrained`` and ``push_to_hub`` are those of huggingface_hub's model mixin; :func:`read_denoiser` and
-    :func:`write_denoiser` have one file each.
+    Adds a learned position embedding, then applies transformer blocks with heads of 64 channels, without an outer
+    residual or final norm. Parameters are named as in the published checkpoints. ``save_pretrained``,
+    ``from_pretrained`` and ``push_to_hub`` come from huggingface_hub's model mixin; :func:`read_denoiser` and
+    :func:`write_denoiser` use a single file.
 
     Args:
         embed_dim: C, a multiple of 64.
-        grid: (h, w) of the position embedding; it is resampled to other grids.
-        blocks: how many.
-        trained_for: the backbone that it was trained for, as it is recorded with results; None where that is not known,
-            as of the published ones.
-        info: how it was trained; JSON values.
+        grid: (h, w) of the position embedding, which is resampled to other grids.
+        blocks: number of transformer blocks.
+        trained_for: record of the backbone it was trained for; None if unknown, as for the published denoisers.
+        info: record of the training; JSON values.
 
     Raises:
-        ValueError: if C is no multiple of 64, or there is no block.
+        ValueError: if C is not a multiple of 64, or blocks or grid are empty.
     """
 
     def __init__(
@@ -68,19 +73,19 @@ class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", ta
 
     @property
     def config(self) -> dict[str, Any]:
-        """What makes another of the same shape and record: ``Denoiser(**config)``; JSON values."""
+        """Arguments of a denoiser of the same shape and record, ``Denoiser(**config)``; JSON values."""
         shape = {"embed_dim": self.embed_dim, "grid": list(self.grid), "blocks": self.blocks}
         return shape | {"trained_for": self.trained_for, "info": self.info}
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **others: Any) -> str | None:
-        """Writes ``model.safetensors`` and ``config.json`` into a folder, with the record as it is now."""
+        """Writes ``model.safetensors`` and ``config.json``, with the current record, into a folder."""
         return super().save_pretrained(save_directory, config=self.config if config is None else config, **others)
 
     def require_of(self, backbone: Backbone) -> None:
-        """Refuses a backbone that the denoiser is not for.
+        """Checks that the denoiser was trained for a backbone.
 
         Raises:
-            DenoiserError: naming both.
+            DenoiserError: if not, naming both.
         """
         if self.embed_dim != backbone.embed_dim:
             raise DenoiserError(
@@ -94,10 +99,10 @@ class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", ta
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Clean features (B, h, w, C), float32, of raw ones (B, h, w, C).
+        """Clean features (B, h, w, C) float32 from raw features (B, h, w, C).
 
         Raises:
-            ValueError: if the features are of another width, or no grid.
+            ValueError: if the features have another shape.
         """
         if features.ndim != 4 or features.shape[-1] != self.embed_dim:
             raise ValueError(f"expected features (B, h, w, {self.embed_dim}), got {tuple(features.shape)}")
@@ -108,13 +113,13 @@ class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", ta
         return clean.float().unflatten(1, (h, w))
 
     def position(self, h: int, w: int) -> Tensor:
-        """The position embedding of a grid, (1, h w, C): bicubic where it is not its own."""
+        """The position embedding (1, h w, C), resampled (bicubic) to other grids."""
         if (h, w) == self.grid:
             return self.pos_embed
         return resample_abs_pos_embed(self.pos_embed, [h, w], old_size=list(self.grid), num_prefix_tokens=0)
 
     def _attention(self, tokens: Tensor) -> contextlib.AbstractContextManager[object]:
-        """On a CPU in bfloat16, without gradients, the blocked attention is faster than torch's own kernel."""
+        """Blocked attention on a CPU in bfloat16 without gradients, where it is faster than torch's kernel."""
         fast = tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16 and not torch.is_grad_enabled()
         return BlockedAttention() if fast and not torch.compiler.is_compiling() else contextlib.nullcontext()
 
@@ -131,3 +136,148 @@ def _block(embed_dim: int) -> Block:
         qkv_bias=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),  # pyright: ignore[reportArgumentType]
     )
+
+
+FORMAT = "denoising-vit/denoiser"
+FORMAT_VERSION = 1
+
+
+def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
+    """Writes a denoiser to a safetensors file, in float16 unless values exceed its range.
+
+    Raises:
+        FormatError: if the name does not end in .safetensors, or a value is not finite.
+        OSError: if it cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise FormatError(f"{path}: expected the name of a .safetensors file")
+    state = {name: compact(value) for name, value in denoiser.state_dict().items()}
+    require_finite(state, str(path))
+    head = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "grid": denoiser.grid,
+        "trained_for": denoiser.trained_for,
+        "info": denoiser.info,
+    }
+    write_tensors(state, Path(path), {KEY: json.dumps(head)})
+
+
+def read_denoiser(path: str | Path) -> Denoiser:
+    """Reads a file of :func:`write_denoiser`, or a published checkpoint in any of its containers.
+
+    Width, grid and blocks are inferred from the tensors. Pickles are read without running code.
+
+    Returns:
+        The denoiser in float32 and evaluation mode.
+
+    Raises:
+        FormatError: if the file is missing, damaged, of another kind, or of a newer version.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FormatError(f"{path}: no such denoiser file")
+    head = _head(path) if is_safetensors(path) else {}
+    try:
+        tensors = read_state_dict(path)
+        models = models_among(tensors, r"denoiser\.(?:\d+\.)?norm1\.weight")
+        state = the_model(models, str(path))[1] if models else without_containers(tensors, ("model", "denoiser"))
+    except WeightsError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise FormatError(f"{path}: not a denoiser, or damaged: {reason}") from error
+    if models:
+        state = {name: value for name, value in state.items() if not name.startswith("vit.")}  # the backbone
+    return _built(state, head, str(path)).eval()
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """Our metadata in a safetensors file; empty for other files."""
+    try:
+        head = read_record(path)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not a denoiser, or damaged: expected a safetensors file ({error})") from error
+    if head != {}:
+        _check_head(head, path)
+    return head
+
+
+def _check_head(head: Any, path: Path) -> None:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        kind = head.get("format") if isinstance(head, dict) else head
+        raise FormatError(f"{path}: a safetensors file of {kind!r}, expected one of {FORMAT!r}")
+    grid, record = head.get("grid"), head.get("trained_for")
+    require_version(path, head, FORMAT_VERSION)
+    sides = isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
+    if not sides or not isinstance(head.get("info"), dict):
+        raise FormatError(f"{path}: damaged denoiser, its metadata does not hold a grid and a record")
+    if record is not None and not names_backbone(record):
+        raise FormatError(f"{path}: damaged denoiser, its metadata does not name a backbone and its fingerprint")
+
+
+def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoiser:
+    """The denoiser of a state dict."""
+    if not head and "pos_embed" not in state and (width := _width(state)):
+        # The published code can train without a position embedding, which equals zeros on any grid.
+        state = state | {"pos_embed": torch.zeros(1, 1, width)}
+    channels, grid = _shape(state, head, source)
+    numbers = {int(found[1]) for name in state if (found := re.match(r"denoiser\.(\d+)\.", name))}
+    blocks = max(numbers, default=0) + 1
+    if numbers and numbers != set(range(blocks)):
+        raise FormatError(f"{source}: not a denoiser: tensors missing, its blocks are numbered {sorted(numbers)}")
+    try:
+        denoiser = Denoiser(channels, grid, blocks, head.get("trained_for"), head.get("info"))
+    except ValueError as error:
+        raise FormatError(f"{source}: {error}") from error
+    own = denoiser.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if missing or unknown or shapes:
+        raise FormatError(
+            f"{source}: not a denoiser of {channels} channels: {len(missing)} tensors missing "
+            f"({', '.join(missing[:2]) or '-'}), {len(unknown)} left over ({', '.join(unknown[:2]) or '-'}), "
+            f"{len(shapes)} of another shape ({', '.join(shapes[:2]) or '-'})"
+        )
+    require_finite(state, source)
+    denoiser.load_state_dict(state)
+    return denoiser
+
+
+def _shape(state: dict[str, Tensor], head: dict[str, Any], source: str) -> tuple[int, tuple[int, int]]:
+    """Channels and grid of the position embedding; the grid is square if the file does not name one."""
+    position, kind = state.get("pos_embed"), _other_kind(state)
+    if kind or position is None or position.ndim != 3 or len(position) != 1:
+        got = kind or ", ".join(list(state)[:3]) or "nothing"
+        raise FormatError(f"{source}: not a denoiser: expected pos_embed of shape (1, h w, C) and a block, got {got}")
+    places, channels = position.shape[1:]
+    side = math.isqrt(places)
+    h, w = head.get("grid") or (side, side)
+    if not places or h * w != places:
+        raise FormatError(f"{source}: a position embedding of {places} places is no square grid, and none is named")
+    return channels, (h, w)
+
+
+def _width(state: dict[str, Tensor]) -> int:
+    """Channels of the first block; 0 if there is none."""
+    norm = next((state[name] for name in ("denoiser.norm1.weight", "denoiser.0.norm1.weight") if name in state), None)
+    return 0 if norm is None else norm.numel()
+
+
+def _other_kind(state: dict[str, Tensor]) -> str:
+    """A description of tensors that are not a denoiser's; empty if unknown."""
+    if any(name.endswith("patch_embed.proj.weight") for name in state):
+        return "a whole model, to be given as weights"
+    if any(re.fullmatch(r"(denoiser\.)?0\.weight", name) for name in state):
+        return "a denoiser of convolutions, which is not supported"
+    return ""
+
+
+def require_finite(state: dict[str, Tensor], source: str) -> None:
+    """Checks tensors for NaN and infinity.
+
+    Raises:
+        FormatError: naming the first tensor with such values.
+    """
+    if bad := [name for name, value in state.items() if not torch.isfinite(value.float()).all()]:
+        raise FormatError(
+            f"{source}: {bad[0]} has values that are not finite; the file is damaged, or training diverged"
+        )

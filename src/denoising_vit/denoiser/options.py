@@ -11,28 +11,28 @@ from denoising_vit.training.options import RunOptions, ViewOptions
 
 @dataclass(frozen=True)
 class PairOptions(ViewOptions):
-    """Which views of an image are training pairs: the raw features of a view, and F at its patches.
+    """Views that are training pairs: raw features of the view, and F at its patches.
 
     F is a function of the place in the image, so any crop of a fitted image is a pair, at any size.
 
     Attributes:
-        sizes: heights and widths in pixels of what the backbone is shown, in turn: `518x518,364x476`. Without it, the
+        sizes: heights and widths of the backbone's input in pixels, one drawn per step: `518x518,364x476`. Default: the
             size of the fit.
         whole: share of the pairs that show the whole image, mirrored or not; 1 is as published.
         flip: probability that a crop is mirrored; with 0, no whole image is mirrored either.
-        keep: views of each image and size that are drawn once, and whose features are computed once and kept on disk;
-            the whole image is among them, and its mirror image unless nothing is mirrored. With 0, every step draws
-            new ones, and the backbone runs in every step.
+        keep: number of views per image and size that are drawn once, with features computed once and kept on disk: the
+            whole image, its mirror image unless `flip` is 0, and crops. With 0, every step draws new views and runs the
+            backbone.
     """
 
     whole: float = 0.25
     keep: int = 8
 
     def validate(self) -> None:
-        """Checks every option's range.
+        """Checks the range of every option.
 
         Raises:
-            TrainError: naming the option, its range, and what came.
+            TrainError: with the option, its range, and the value.
         """
         super().validate()
         if self.keep < 0:
@@ -46,21 +46,21 @@ class PairOptions(ViewOptions):
 
     @property
     def kept(self) -> tuple[int, int] | None:
-        """How many views of each image are kept, whole ones first and then crops; None where each step draws anew."""
+        """Numbers of whole views and of crops that are kept per image; None if each step draws new views."""
         wholes = min(self.wholes, self.keep)
         return (wholes, self.keep - wholes) if self.keep else None
 
 
 @dataclass(frozen=True)
 class TrainOptions(RunOptions):
-    """How a denoiser is trained.
+    """Training of a denoiser.
 
     Attributes:
-        blocks: transformer blocks of the denoiser.
-        start: identity begins with blocks that pass features on as they are, which a short training is better for;
-            random begins as published.
-        shrink: factor on what the blocks add to features, in the denoiser that is judged and written; a little below 1
-            undoes some of what a short training on few images learned by heart. Training itself is the same.
+        blocks: number of transformer blocks of the denoiser.
+        start: initial weights: identity begins with blocks that pass features through, which suits a short training;
+            random is as published.
+        shrink: factor on what the blocks add to the features, in the evaluated and written denoiser; slightly below 1
+            undoes some overfitting of a short training on few images. Training itself is the same.
     """
 
     blocks: int = 1
@@ -71,10 +71,10 @@ class TrainOptions(RunOptions):
         return super()._least() | {"blocks": 1}
 
     def validate(self) -> None:
-        """Checks every option's range.
+        """Checks the range of every option.
 
         Raises:
-            TrainError: naming the option, its range, and what came.
+            TrainError: with the option, its range, and the value.
         """
         super().validate()
         if self.start not in ("identity", "random"):
@@ -83,8 +83,6 @@ class TrainOptions(RunOptions):
             raise TrainError(f"shrink must be a factor in (0, 1], got {self.shrink}")
 
     def recorded(self) -> dict[str, Any]:
-        """As for all runs; options that came later are left out where they are what was always done, so that earlier
-        runs go on.
-        """
-        always = {"accumulate": 1, "start": "identity"}
-        return {name: value for name, value in super().recorded().items() if value != always.get(name, ...)}
+        """As for all runs, without options at the only value that earlier versions had, so that their runs resume."""
+        only = {"accumulate": 1, "start": "identity"}
+        return {name: value for name, value in super().recorded().items() if value != only.get(name, ...)}

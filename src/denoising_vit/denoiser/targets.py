@@ -1,4 +1,4 @@
-"""Where targets come from: semantic fields out of a store, or fitted here and now."""
+"""Targets of stage 2: semantic fields from a store, or fitted in the run."""
 
 from __future__ import annotations
 
@@ -21,38 +21,26 @@ from denoising_vit.decomposition.stage_one import Failed, StageOne
 from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.files import digest
 from denoising_vit.store import FeatureStore
+from denoising_vit.training.photos import Seen
 from denoising_vit.views.rendering import to_image
 
-#: How many ids a message names.
+#: Number of ids in a message.
 _NAMED = 3
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """An image with its semantic field.
+class Fitted(Seen):
+    """A photo with its semantic field."""
 
-    Attributes:
-        index: its place in the data set.
-        image: (3, H, W) in [0, 1], on the CPU.
-        field: F on its nodes (Ry, Rx, C), on the CPU, in the type that it is stored in.
-    """
-
-    index: int
-    image: Tensor
     field: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Of image and field."""
-        return self.image.nbytes + self.field.nbytes
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """An image that stage 1 could not do.
+    """A photo that stage 1 could not fit.
 
     Attributes:
-        index: its place in the data set.
+        index: its index in the data set.
         reason: why.
     """
 
@@ -61,48 +49,47 @@ class Unusable:
 
 
 class Targets(Protocol):
-    """Images and their fields."""
+    """Photos and their fields."""
 
     @property
     def ids(self) -> Sequence[str]:
-        """Names of all images, in the order of their indices."""
+        """Ids of all photos by index."""
         ...
 
     @property
     def images(self) -> Sequence[int]:
-        """Indices of those that may be trained on."""
+        """Indices of the photos to use."""
         ...
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) in pixels of the views that the fields come from."""
+        """(H, W) in pixels of the fitted views."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the targets; JSON values."""
+        """Values that identify the targets; JSON values."""
         ...
 
     def stream(self, images: Iterable[int]) -> Iterator[Fitted | Unusable]:
-        """Images with their fields, in the order asked for."""
+        """Photos with their fields, in the given order."""
         ...
 
     def photo(self, index: int) -> np.ndarray:
-        """The pixels of an image, (H, W, 3) uint8."""
+        """Pixels of a photo, (H, W, 3) uint8."""
         ...
 
 
 class StoredTargets:
-    """Fields out of a store, and the photos that they were fitted on.
+    """Fields of a store, with the photos they were fitted on.
 
     Args:
-        store: opened for reading.
-        photos: where the photos are; ids are those of the store.
-        backbone: that is trained for.
+        store: the store.
+        photos: the photos, with the ids of the store.
+        backbone: the backbone to train for.
 
     Raises:
-        TrainError: if the store is of another backbone, not finished, or keeps the patch grid alone; or if photos are
-            missing.
+        TrainError: if the store was fitted with another backbone or is not finished, or if photos are missing.
     """
 
     def __init__(self, store: FeatureStore, photos: Dataset, backbone: Backbone) -> None:
@@ -125,26 +112,26 @@ class StoredTargets:
         missing = [index for index in self.images if store.ids[index] not in self._places]
         if missing:
             raise TrainError(
-                f"{photos.source}: {len(missing)} of the store's {len(store)} photos are not there "
+                f"{photos.source}: {len(missing)} of the store's {len(store)} photos are missing "
                 f"({_named(store.ids, missing)}); expected the photos that {store.url} was fitted on"
             )
 
     @property
     def ids(self) -> Sequence[str]:
-        """Names of all images of the store."""
+        """Ids of all photos of the store."""
         return self.store.ids
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) in pixels of the views that were fitted."""
+        """(H, W) in pixels of the fitted views."""
         return self.store.manifest.size
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the store was made with, for which images, and of which pictures.
+        """Plan and options of the fit, and digests of the photos.
 
         Raises:
-            StoreError: if what the store tells of its images is damaged.
+            StoreError: if the records of the store are damaged.
         """
         manifest = self.store.manifest
         return {
@@ -158,47 +145,38 @@ class StoredTargets:
 
     @cached_property
     def _pictures(self) -> str:
-        """SHA-256 of the photos' digests: the same names may be those of other pictures."""
-        digests = [[index, self._record(index).get("photo", {}).get("sha256")] for index in self.images]
-        return digest(digests)
+        """SHA-256 of the photos' digests: other photos may have the same names."""
+        return digest([[index, self._record(index).get("photo", {}).get("sha256")] for index in self.images])
 
     def _record(self, index: int) -> dict[str, Any]:
-        """What was recorded with an image: of a whole shard by one small object, so that no field is read."""
+        """The record of a photo; for a sealed shard, one small object has all records, so no field is read."""
         marker = self.store.contents.marker(self.store.manifest.shard_of(index))
         if marker is not None and index in marker.records:
             return marker.records[index]
-        return self.store.read(index)[1]  # in a shard that a crash kept from being sealed: field and all
+        return self.store.read(index)[1]  # a crash kept the shard from being sealed
 
     @property
     def keeps_fields(self) -> bool:
-        """Whether there are more nodes than patches, as crops need."""
+        """True if the field has more nodes than patches, as crops require."""
         return min(self.store.manifest.field) > min(self.store.manifest.grid)
 
     def stream(self, images: Iterable[int], patience: Sequence[float] = ()) -> Generator[Fitted, None, None]:
-        """Images with their fields.
+        """Photos with their fields, in the given order.
 
         Args:
             images: indices, perhaps endless.
-            patience: seconds that are waited before a photo is asked for again that cannot be reached.
+            patience: seconds to wait before each retry of a photo that cannot be reached.
 
         Raises:
-            TrainError: if a target or a photo is gone, or is another than was fitted; nothing takes its place.
+            TrainError: if a target or photo is missing, or the photo has changed since the fit.
         """
         wanted, again = itertools.tee(images)
         places = (self._places[self.ids[index]] for index in again)
         for index, (_, pixels) in zip(wanted, self.photos.stream(places, patience=patience), strict=True):
             yield self._fitted(index, pixels)
 
-    def at(self, index: int) -> Fitted:
-        """One image with its field.
-
-        Raises:
-            TrainError: as :meth:`stream` does.
-        """
-        return next(self.stream([index]))
-
     def photo(self, index: int) -> np.ndarray:
-        """The pixels of an image, (H, W, 3) uint8.
+        """Pixels of a photo, (H, W, 3) uint8.
 
         Raises:
             PhotoError: if it cannot be read.
@@ -214,8 +192,8 @@ class StoredTargets:
             field, record = self.store.read(index)
         except StoreError as error:
             raise TrainError(f"{name}: its target is missing ({error})") from error
-        digest = record.get("photo", {}).get("sha256")
-        if digest is not None and digest != photo_digest(pixels):
+        recorded = record.get("photo", {}).get("sha256")
+        if recorded is not None and recorded != photo_digest(pixels):
             raise TrainError(
                 f"{name}: the photo is another than the store was fitted on; expected the same pixels. Fit the "
                 "photos as they are now into a new store"
@@ -224,11 +202,11 @@ class StoredTargets:
 
 
 class FittedTargets:
-    """Fields that are fitted when they are needed, without a store.
+    """Fields fitted on request, without a store.
 
     Args:
         stage: the exact solver.
-        photos: what is fitted.
+        photos: the photos.
     """
 
     def __init__(self, stage: StageOne, photos: Dataset) -> None:
@@ -237,17 +215,17 @@ class FittedTargets:
 
     @property
     def ids(self) -> Sequence[str]:
-        """Names of all photos."""
+        """Ids of all photos."""
         return [item.id for item in self.photos]
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) in pixels of the views that are fitted."""
+        """(H, W) in pixels of the fitted views."""
         return self.stage.fitted.size
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The plan, its options, and the names of the photos."""
+        """Plan and options of the fit, and the names of the photos."""
         return {
             "plan": self.stage.fitted.digest,
             "options": self.stage.options.recorded() | {"artifact": artifact_digest(self.stage.artifact)},
@@ -257,7 +235,7 @@ class FittedTargets:
         }
 
     def stream(self, images: Iterable[int]) -> Generator[Fitted | Unusable, None, None]:
-        """Fits images; those that cannot be read are told, in their place.
+        """Fits photos, in the given order, or gives the reason why one cannot be read.
 
         Raises:
             TrainError: if a photo cannot be reached at the moment.
@@ -281,7 +259,7 @@ class FittedTargets:
             yield Fitted(done.index, waiting.pop(done.index), done.field)
 
     def photo(self, index: int) -> np.ndarray:
-        """The pixels of a photo, (H, W, 3) uint8.
+        """Pixels of a photo, (H, W, 3) uint8.
 
         Raises:
             PhotoError: if it cannot be read.

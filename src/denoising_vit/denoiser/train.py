@@ -1,10 +1,10 @@
-"""Stage 2, on one page: raw features in, semantic fields as targets, one block in between."""
+"""Stage 2: trains one transformer block to map raw features to semantic fields."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from denoising_vit.denoiser import Denoiser, write_denoiser
-from denoising_vit.denoiser.fresh import Pairs
-from denoising_vit.denoiser.judging import Judge
+from denoising_vit.backbones import Backbone
+from denoising_vit.denoiser.held_out import HeldOut
+from denoising_vit.denoiser.module import Denoiser, write_denoiser
 from denoising_vit.denoiser.options import TrainOptions
+from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.errors import TrainError
 from denoising_vit.progress import prefetched
 from denoising_vit.training.checkpoints import Progress
@@ -24,50 +25,52 @@ from denoising_vit.training.loop import (
     Figures,
     Log,
     OnFigures,
-    Steps,
     denoising_loss,
     gradient_norm,
+    is_due,
     learning_rate,
+    opened_log,
     own_batches,
     peak_rate,
     require_finite,
     set_rate,
     synchronised,
 )
+from denoising_vit.training.photos import ViewReader
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sample, Sampler
 
-#: Batches that are read before they are needed.
+#: Batches read ahead.
 _AHEAD = 4
 
 
 @dataclass
 class Training:
-    """A run that is ready to go; :meth:`run` carries it out.
+    """A run of stage 2 that is ready to start; see :meth:`run`.
 
     Attributes:
-        folder: where results go.
-        denoiser: what is trained.
-        pairs: where features and targets come from.
-        sampler: which of them a step takes.
-        judge: the held-out images.
-        ids: names of the images.
-        options: how long and how fast.
+        folder: folder of the run.
+        denoiser: the trained denoiser.
+        backbone: the frozen backbone.
+        pairs: kept pairs; or, for new views in every step, photos with their fields.
+        sampler: the samples of each step.
+        judge: evaluation on the held-out images.
+        ids: ids of the images.
+        options: length, learning rate and logging.
         accelerator: processes and devices.
-        dtype: of the block's arithmetic.
-        draw: makes a picture of held-out images, given the denoiser and the step.
+        dtype: dtype of autocast.
     """
 
     folder: RunFolder
     denoiser: Denoiser
-    pairs: Pairs
+    backbone: Backbone
+    pairs: KeptPairs | ViewReader
     sampler: Sampler
-    judge: Judge
+    judge: HeldOut
     ids: tuple[str, ...]
     options: TrainOptions
     accelerator: Any
     dtype: torch.dtype
-    draw: Callable[[Denoiser, int], None]
 
     def run(
         self,
@@ -77,85 +80,101 @@ class Training:
         """Trains from the last checkpoint, or from the start, to the last step.
 
         Args:
-            on_step: called after each step with how many are done and its figures.
-            on_look: called after each look at the held-out images.
+            on_step: called after each step with the number of steps done and their figures.
+            on_look: called likewise after each evaluation.
 
         Returns:
-            How far the run is.
+            The state of the run.
 
         Raises:
-            TrainError: if a loss is not finite, naming the pairs, or a checkpoint cannot be written.
-            KeyboardInterrupt: after a checkpoint, unless a step or a look was under way: then from the one before.
+            TrainError: if a loss or gradient is not finite, naming the pairs, or a file cannot be written.
+            KeyboardInterrupt: after saving a checkpoint, unless an optimizer step or evaluation was interrupted.
         """
-        options, accelerator = self.options, self.accelerator
-        optimiser = torch.optim.AdamW(self.denoiser.parameters(), weight_decay=options.weight_decay)
+        options, accelerator, device = self.options, self.accelerator, self.accelerator.device
+        optimizer = torch.optim.AdamW(self.denoiser.parameters(), weight_decay=options.weight_decay)
         checkpoints = self.folder.checkpoints
-        progress = checkpoints.load(self.denoiser, optimiser, step=from_first(accelerator, checkpoints.step))
-        model, prepared = accelerator.prepare(self.denoiser, optimiser)
+        progress = checkpoints.load(self.denoiser, optimizer, step=from_first(accelerator, checkpoints.step))
+        model, wrapped_optimizer = accelerator.prepare(self.denoiser, optimizer)
         peak = peak_rate(options.learning_rate, self.sampler.pairs)
         batches = prefetched(self._batches(progress.step), _AHEAD)
+        consistent = True  # weights, optimizer and progress are of the same step, and its evaluation is done
+        with contextlib.closing(batches), opened_log(self.folder, progress.step, accelerator) as log:
+            try:
+                while progress.step < options.last_step:
+                    started, waited = time.perf_counter(), 0.0
+                    rate = learning_rate(progress.step, options.steps, peak, options.final_rate, options.warmup)
+                    set_rate(optimizer, rate)
+                    totals, seen = torch.zeros(3, device=device), []
+                    for number in range(options.accumulate):
+                        asked = time.perf_counter()
+                        samples, inputs, target = next(batches)
+                        waited += time.perf_counter() - asked
+                        seen += samples
+                        raw, target = self._features(inputs.to(device)), target.to(device)
+                        with synchronised(model, number == options.accumulate - 1):
+                            with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                                clean = model(raw)
+                            squared, cosine = denoising_loss(clean, target)
+                            loss = squared + (1 - cosine)
+                            require_finite(loss, "loss", progress.step, samples, self.ids)
+                            accelerator.backward(loss / options.accumulate)
+                        totals += torch.stack([loss, squared, cosine]).detach() / options.accumulate
+                    norm = gradient_norm(self.denoiser)
+                    require_finite(norm, "gradient", progress.step, seen, self.ids)
+                    means = accelerator.reduce(totals, "mean").tolist()
 
-        def gradients(step: int) -> Figures:
-            rate = learning_rate(step, options.steps, peak, options.final_rate, options.warmup)
-            set_rate(optimiser, rate)
-            totals, waited = torch.zeros(3, device=accelerator.device), 0.0
-            seen: list[Sample] = []
-            for number in range(options.accumulate):
-                started = time.perf_counter()
-                samples, inputs, target = next(batches)
-                waited += time.perf_counter() - started
-                seen += samples
+                    consistent = False
+                    wrapped_optimizer.step()
+                    wrapped_optimizer.zero_grad()
+                    progress = replace(progress, step=progress.step + 1)
+                    evaluating = is_due(progress.step, options.evaluate_every, options.steps)
+                    consistent = not evaluating
 
-                raw = self.pairs.features(inputs.to(accelerator.device))
-                with synchronised(model, number == options.accumulate - 1):
-                    with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                        clean = model(raw)
-                    squared, cosine = denoising_loss(clean, target.to(accelerator.device))
-                    loss = squared + (1 - cosine)
-                    require_finite(loss, "loss", step, samples, self.ids)
-                    accelerator.backward(loss / options.accumulate)
-                totals += torch.stack([loss, squared, cosine]).detach() / options.accumulate
-            norm = gradient_norm(self.denoiser)
-            require_finite(norm, "gradient", step, seen, self.ids)
-
-            means = accelerator.reduce(totals, "mean").tolist()
-            figures = dict(zip(("loss", "mse", "cosine"), means, strict=True))
-            return figures | {"rate": rate, "gradient": norm.item(), "waited": waited}
-
-        def update() -> None:
-            prepared.step()
-            prepared.zero_grad()
-
-        steps = Steps(
-            folder=self.folder,
-            options=options,
-            gradients=gradients,
-            update=update,
-            look=lambda progress, log: self._look(progress, log, on_look),
-            save=lambda progress: self._save(progress, optimiser),
-            is_main=accelerator.is_main_process,
-        )
-        with contextlib.closing(batches):
-            return steps.run(progress, on_step)
+                    if log is not None:
+                        figures = dict(zip(("loss", "mse", "cosine"), means, strict=True))
+                        figures |= {"rate": rate, "gradient": norm.item(), "waited": waited}
+                        figures["seconds"] = time.perf_counter() - started
+                        log.write(progress.step, "train", figures)
+                        on_step(progress.step, figures)
+                    if evaluating:
+                        progress = self._evaluate(progress, log, on_look)
+                        consistent = True
+                    if is_due(progress.step, options.checkpoint_every, options.last_step):
+                        self._save(progress, optimizer)
+            except KeyboardInterrupt:
+                if consistent:
+                    self._save(progress, optimizer)
+                raise
+        return progress
 
     def _batches(self, start: int) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
-        """Samples of this process in the steps that are left, batch by batch, with what the pairs have of them."""
-        for step in range(start, self.options.last_step):
-            for samples in own_batches(self.sampler.step(step), self.options.batch_size, self.accelerator):
-                yield samples, *self.pairs.read(samples)
+        """Samples of this process from a step on, with raw features or views, and targets."""
+        steps = range(start, self.options.last_step)
+        plan = own_batches(self.sampler, steps, self.options.batch_size, self.accelerator)
+        if isinstance(self.pairs, KeptPairs):
+            yield from self.pairs.batches(plan)
+            return
+        for batch in self.pairs.batches(plan):
+            assert batch.fields is not None
+            yield batch.samples, batch.images, batch.fields
 
-    def _look(self, progress: Progress, log: Log | None, on_look: OnFigures) -> Progress:
-        """Judges the denoiser by the held-out images, and keeps it where it is the best."""
-        if log is not None:  # the first process alone
-            written = shrunk(self.denoiser, self.options.shrink)
-            figures = self.judge(written)
+    @torch.no_grad()
+    def _features(self, inputs: Tensor) -> Tensor:
+        """Raw features (B, h, w, C): kept ones, or those of new views."""
+        return inputs if isinstance(self.pairs, KeptPairs) else self.backbone(inputs)
+
+    def _evaluate(self, progress: Progress, log: Log | None, on_look: OnFigures) -> Progress:
+        """Evaluates on the held-out images, and writes the denoiser if it is the best so far or the last."""
+        if log is not None:  # the first process
+            shrunk_copy = shrunk(self.denoiser, self.options.shrink)
+            figures = self.judge(shrunk_copy)
             if progress.best is None or figures["cosine"] > progress.best:
                 progress = replace(progress, best=figures["cosine"], best_step=progress.step)
-                self._write(written, self.folder.denoiser, progress.step, figures)
+                self._write(shrunk_copy, self.folder.denoiser, progress.step, figures)
             if progress.step == self.options.steps:
-                self._write(written, self.folder.last, progress.step, figures)
+                self._write(shrunk_copy, self.folder.last, progress.step, figures)
             log.write(progress.step, "held_out", figures)
-            self.draw(written, progress.step)
+            self.judge.draw(shrunk_copy, progress.step)
             on_look(progress.step, figures)
         self.accelerator.wait_for_everyone()
         return progress
@@ -167,18 +186,18 @@ class Training:
         except OSError as error:
             raise TrainError(f"{path}: the denoiser could not be written ({error}); --resume goes on") from error
 
-    def _save(self, progress: Progress, optimiser: torch.optim.Optimizer) -> None:
+    def _save(self, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
         if self.accelerator.is_main_process:
-            self.folder.checkpoints.save(progress, self.denoiser, optimiser)
+            self.folder.checkpoints.save(progress, self.denoiser, optimizer)
 
 
 @torch.no_grad()
 def shrunk(denoiser: Denoiser, factor: float) -> Denoiser:
-    """A copy whose blocks add so many times as much to the features that they pass on, in evaluation mode.
+    """A copy in evaluation mode that scales what each block adds to the features.
 
     Args:
-        denoiser: any.
-        factor: 1 leaves it as it is; with 0 it would pass raw features on, plus the position embedding.
+        denoiser: the denoiser.
+        factor: 1 changes nothing; with 0, raw features plus the position embedding are passed through.
     """
     copied = Denoiser(**denoiser.config).to(denoiser.pos_embed)
     copied.load_state_dict(denoiser.state_dict())
@@ -188,7 +207,7 @@ def shrunk(denoiser: Denoiser, factor: float) -> Denoiser:
 
 
 def last_layers(denoiser: Denoiser) -> Iterator[Tensor]:
-    """Parameters of the last layer of each branch of each block, attention and MLP: what is added is linear in them."""
+    """Parameters of the last layer of each attention and MLP branch; what a branch adds is linear in them."""
     for name, parameter in denoiser.named_parameters():
         if "attn.proj" in name or "mlp.fc2" in name:
             yield parameter

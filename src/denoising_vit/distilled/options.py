@@ -1,4 +1,4 @@
-"""How a ViT is distilled."""
+"""Options of stage 3."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from dataclasses import dataclass, replace
 from denoising_vit.errors import TrainError
 from denoising_vit.training.options import RunOptions
 
+#: Peak learning rate per view of a step up to which small steps are known to train (docs/decisions.md), and the factor
+#: above it from which a warning is due.
+_SAFE_PEAK, _TOO_HIGH = 2e-4 / 256, 2.0
+
 
 @dataclass(frozen=True)
 class DistillOptions(RunOptions):
-    """How long, how fast, and what else is held on to. Loss, optimiser, schedule and epochs are the published ones.
+    """Training of a distilled model; the defaults of loss, optimizer, schedule and epochs are as published.
+
+    The published learning rate is for steps of about 128 views. See :meth:`safer_rate` for smaller ones.
 
     Attributes:
-        steps: optimiser steps of the whole run; 0 for as many as the epochs take.
-        epochs: how often each photo is seen, where no steps are given.
+        steps: number of optimizer steps; 0 for the steps of the epochs.
+        epochs: number of passes over the photos if steps is 0.
         layer_decay: factor on the learning rate from each block to the one before it; 1 is as published.
-        ema: share of the old in a moving average of the weights, which is then what is judged and written; 0 for none.
-        hold_prefix: weight of the loss that keeps class token and registers what they were; 0 lets them go.
-        checkpointing: compute activations of blocks again instead of keeping them: less memory, a third more time.
-        shard: share weights, gradients and optimiser state out between the processes (FSDP), for models that one
-            device cannot hold.
+        ema: decay of an exponential moving average of the weights, which is then evaluated and written; 0 for none.
+        hold_prefix: weight of the loss that keeps class token and registers unchanged; 0 for none.
+        checkpointing: recompute the activations of blocks in the backward pass: less memory, a third more time.
+        shard: shard weights, gradients and optimizer state between the processes (FSDP), for models too large for one
+            device.
     """
 
     steps: int = 0
@@ -36,10 +42,10 @@ class DistillOptions(RunOptions):
         return super()._least() | {"steps": 0, "epochs": 0, "hold_prefix": 0}
 
     def validate(self) -> None:
-        """Checks every option's range.
+        """Checks the range of every option.
 
         Raises:
-            TrainError: naming the option, its range, and what came.
+            TrainError: with the option, its range, and the value.
         """
         super().validate()
         if not self.steps and not 0 < self.epochs < math.inf:
@@ -49,8 +55,18 @@ class DistillOptions(RunOptions):
         if not 0 <= self.ema < 1:
             raise TrainError(f"ema must be a share in [0, 1), got {self.ema}")
 
+    def safer_rate(self, processes: int) -> float | None:
+        """A lower `learning_rate` for steps of few views; None if the given one is not much higher.
+
+        It makes the peak proportional to the views per step, ``2e-4 views / 256``, not to their square root as
+        published: gradients of few views are too noisy for that, and such runs have diverged.
+        """
+        views = self.views_a_step(processes)
+        safe = _SAFE_PEAK * views / math.sqrt(views / 256)
+        return safe if self.learning_rate > _TOO_HIGH * safe else None
+
     def with_steps(self, images: int, processes: int) -> DistillOptions:
-        """The same with the steps that the epochs take."""
+        """The same options with the number of steps that the epochs take."""
         if self.steps:
             return self
         return replace(self, steps=max(round(self.epochs * images / self.views_a_step(processes)), 1))

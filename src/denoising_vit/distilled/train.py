@@ -1,26 +1,26 @@
-"""Stage 3, on one page: views in, clean features of a frozen teacher as targets, the whole ViT in between."""
+"""Stage 3: fine-tunes the whole ViT to the clean features of a frozen teacher."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.distilled.files import write_distilled
-from denoising_vit.distilled.judging import HeldOut
+from denoising_vit.distilled.held_out import HeldOut
+from denoising_vit.distilled.models import Average, Lesson, Student, Teacher, blocks_of, trained_groups
 from denoising_vit.distilled.options import DistillOptions
-from denoising_vit.distilled.photos import ViewReader
-from denoising_vit.distilled.student import Average, Student, blocks_of, trained_groups
-from denoising_vit.distilled.teacher import Lesson, Teacher
 from denoising_vit.errors import TrainError
+from denoising_vit.files import DISTILLED, KEY, compact, write_tensors
 from denoising_vit.progress import prefetched
 from denoising_vit.training.checkpoints import Progress
 from denoising_vit.training.engine import from_first, gathered, shard
@@ -28,46 +28,50 @@ from denoising_vit.training.loop import (
     Figures,
     Log,
     OnFigures,
-    Steps,
     denoising_loss,
     gradient_norm,
+    is_due,
     learning_rate,
+    opened_log,
     own_batches,
     peak_rate,
     require_finite,
     set_rate,
     synchronised,
 )
+from denoising_vit.training.photos import Batch, ViewReader
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.samples import Sample, Sampler
+from denoising_vit.training.samples import Sampler
 
-#: Batches that are read and rendered before they are needed.
+FORMAT_VERSION = 1
+
+#: Batches read and rendered ahead.
 _AHEAD = 3
 
-#: A student that is so many times as far from its teacher as raw features, and by so much in cosine, learns nothing any
-#: more once the rate has risen.
+#: After the warm-up, a run has diverged if the student's 1 - cosine is this many times that of raw features, and its
+#: cosine is lower by this much.
 _DIVERGED, _BY = 2.0, 0.1
 
-#: Figures of a step that are means over processes.
+#: Metrics of a step that are averaged over processes.
 _MEANS = ("loss", "mse", "cosine", "held")
 
 
 @dataclass
 class Distillation:
-    """A run that is ready to go; :meth:`run` carries it out.
+    """A run of stage 3 that is ready to start; see :meth:`run`.
 
     Attributes:
-        folder: where results go.
-        student: what is trained, float32.
-        teacher: frozen.
-        reader: of photos.
-        sampler: which views a step takes.
-        judge: the held-out photos.
-        judged: a student in the precision that users run; it gets the weights that are judged.
-        record: what is written with the weights; JSON values.
-        options: how long and how fast.
+        folder: folder of the run.
+        student: the trained model, float32.
+        teacher: the frozen teacher.
+        reader: reads and renders photos.
+        sampler: the samples of each step.
+        judge: evaluation on the held-out photos.
+        judged: a student in the precision of inference, which gets the weights to evaluate.
+        record: record written with the weights; JSON values.
+        options: length, learning rate and logging.
         accelerator: processes and devices.
-        dtype: of the student's arithmetic.
+        dtype: dtype of autocast.
     """
 
     folder: RunFolder
@@ -89,93 +93,99 @@ class Distillation:
     ) -> Progress:
         """Trains from the last checkpoint, or from the start, to the last step.
 
-        After an exception the job is to be prepared again: its student may have taken steps that no checkpoint has.
+        After an exception, prepare the job again: its student may have taken steps that no checkpoint has.
 
         Args:
-            on_step: called after each step with how many are done and its figures.
-            on_look: called after each look at the held-out photos.
+            on_step: called after each step with the number of steps done and their figures.
+            on_look: called likewise after each evaluation.
 
         Returns:
-            How far the run is.
+            The state of the run.
 
         Raises:
-            TrainError: if a loss is not finite or the run diverges, or a photo is gone, or a file cannot be written.
-            KeyboardInterrupt: after a checkpoint, unless weights were just changed, or are shared out: then from the
-                one before.
+            TrainError: if a loss or gradient is not finite, the run diverges, a photo is missing, or a file cannot be
+                written.
+            KeyboardInterrupt: after saving a checkpoint, unless an optimizer step or evaluation was interrupted or the
+                weights are sharded.
         """
-        options, accelerator = self.options, self.accelerator
-        sharing = options.shard and accelerator.num_processes > 1
-        if sharing:
+        options, accelerator, device = self.options, self.accelerator, self.accelerator.device
+        ids = self.reader.photos.ids
+        sharding = options.shard and accelerator.num_processes > 1
+        if sharding:
             shard(self.student, blocks_of(self.student), accelerator)
         groups = trained_groups(self.student, options.weight_decay, options.layer_decay)
-        optimiser = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         average = Average(self.student, options.ema) if options.ema else None
         more = {} if average is None else average.values
-        checkpoints = self.folder.checkpoints
-        progress = checkpoints.load(self.student, optimiser, more, step=from_first(accelerator, checkpoints.step))
-        # Of the class token's gradients, which are a few hundred numbers.
+        checkpoints, is_main = self.folder.checkpoints, accelerator.is_main_process
+        progress = checkpoints.load(self.student, optimizer, more, step=from_first(accelerator, checkpoints.step))
+        # About the gradients of the class token, a few hundred numbers.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-        model = self.student if sharing else accelerator.prepare(self.student)
+        model = self.student if sharding else accelerator.prepare(self.student)
         peak = peak_rate(options.learning_rate, self.sampler.pairs)
-        batches = prefetched(self.reader.batches(self._plan(progress.step)), _AHEAD)
+        batches = prefetched(self._batches(progress.step), _AHEAD)
+        consistent = True  # weights, optimizer and progress are of the same step, and its evaluation is done
+        with contextlib.closing(batches), opened_log(self.folder, progress.step, accelerator) as log:
+            try:
+                while progress.step < options.last_step:
+                    started, waited = time.perf_counter(), 0.0
+                    rate = learning_rate(progress.step, options.steps, peak, options.final_rate, options.warmup)
+                    set_rate(optimizer, rate)
+                    totals, seen = torch.zeros(len(_MEANS), device=device), []
+                    for number in range(options.accumulate):
+                        asked = time.perf_counter()
+                        batch = next(batches)
+                        waited += time.perf_counter() - asked
+                        seen += batch.samples
+                        lesson = self.teacher(batch)
+                        with synchronised(model, number == options.accumulate - 1, sharding):
+                            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                                answer = model(batch.images)
+                            loss, parts = self._loss(answer, lesson, batch.usable)
+                            require_finite(loss, "loss", progress.step, batch.samples, ids)
+                            (loss / options.accumulate).backward()
+                        totals += torch.stack([loss.detach(), *parts]) / options.accumulate
+                    norm = gathered(gradient_norm(self.student))
+                    require_finite(norm, "gradient", progress.step, seen, ids)
+                    means = accelerator.reduce(totals, "mean").tolist()
 
-        def gradients(step: int) -> Figures:
-            rate = learning_rate(step, options.steps, peak, options.final_rate, options.warmup)
-            set_rate(optimiser, rate)
-            totals, waited = torch.zeros(len(_MEANS), device=accelerator.device), 0.0
-            samples: list[Sample] = []
-            for number in range(options.accumulate):
-                started = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - started
-                samples += batch.samples
+                    consistent = False
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if average is not None:
+                        average.update(self.student)
+                    progress = replace(progress, step=progress.step + 1)
+                    evaluating = is_due(progress.step, options.evaluate_every, options.steps)
+                    consistent = not evaluating
 
-                lesson = self.teacher(batch)
-                with synchronised(model, number == options.accumulate - 1, sharing):
-                    with torch.autocast(accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                        answer = model(batch.images)
-                    loss, parts = self._loss(answer, lesson, batch.usable)
-                    require_finite(loss, "loss", step, batch.samples, self.reader.photos.ids)
-                    (loss / options.accumulate).backward()
-                totals += torch.stack([loss.detach(), *parts]) / options.accumulate
-            norm = gathered(gradient_norm(self.student))
-            require_finite(norm, "gradient", step, samples, self.reader.photos.ids)
-            means = accelerator.reduce(totals, "mean").tolist()
-            figures = dict(zip(_MEANS, means, strict=True))
-            return figures | {"rate": rate, "gradient": norm.item(), "waited": waited}
+                    if log is not None:
+                        figures = dict(zip(_MEANS, means, strict=True))
+                        figures |= {"rate": rate, "gradient": norm.item(), "waited": waited}
+                        figures["seconds"] = time.perf_counter() - started
+                        log.write(progress.step, "train", figures)
+                        on_step(progress.step, figures)
+                    if evaluating:
+                        progress = self._evaluate(progress, log, on_look, average)
+                        consistent = True
+                    if is_due(progress.step, options.checkpoint_every, options.last_step):
+                        checkpoints.save(progress, self.student, optimizer, more, write=is_main)
+            except KeyboardInterrupt:
+                if consistent and not sharding:
+                    checkpoints.save(progress, self.student, optimizer, more, write=is_main)
+                raise
+        return progress
 
-        def update() -> None:
-            optimiser.step()
-            optimiser.zero_grad()
-            if average is not None:
-                average.update(self.student)
-
-        steps = Steps(
-            folder=self.folder,
-            options=options,
-            gradients=gradients,
-            update=update,
-            look=lambda progress, log: self._look(progress, log, on_look, average),
-            save=lambda progress: self.folder.checkpoints.save(
-                progress, self.student, optimiser, more, write=accelerator.is_main_process
-            ),
-            is_main=accelerator.is_main_process,
-            alone_saves=not sharing,
-        )
-        with contextlib.closing(batches):
-            return steps.run(progress, on_step)
-
-    def _plan(self, start: int) -> Iterator[list[Sample]]:
-        """Samples of this process, batch by batch."""
-        for step in range(start, self.options.last_step):
-            yield from own_batches(self.sampler.step(step), self.options.batch_size, self.accelerator)
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """Batches of this process from a step on."""
+        steps = range(start, self.options.last_step)
+        return self.reader.batches(own_batches(self.sampler, steps, self.options.batch_size, self.accelerator))
 
     def _loss(
         self, answer: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], lesson: Lesson, usable: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """The published loss, mean over layers, and that which holds the prefix tokens; and its parts."""
+        """The published loss, as a mean over layers, plus the loss on prefix tokens; and its parts."""
         (features, prefixes), some = answer, not bool(usable.all())
-        if not bool(usable.any()):  # of a batch without any photo: nothing, but gradients that others wait for
+        if not bool(usable.any()):  # zero gradients, which other processes wait for
             nothing = sum(one.sum() for one in (*features, *prefixes)) * 0.0
             assert isinstance(nothing, Tensor)
             return nothing, [nothing.detach()] * (len(_MEANS) - 1)
@@ -191,10 +201,10 @@ class Distillation:
             loss = loss + self.options.hold_prefix * held
         return loss, [squared.detach(), cosine.detach(), held.detach()]
 
-    def _look(self, progress: Progress, log: Log | None, on_look: OnFigures, average: Average | None) -> Progress:
-        """Judges the student by the held-out photos, and keeps it where it is the best."""
+    def _evaluate(self, progress: Progress, log: Log | None, on_look: OnFigures, average: Average | None) -> Progress:
+        """Evaluates on the held-out photos, and writes the weights if they are the best so far or the last."""
         state, diverged = self._weights(average), False
-        if log is not None:  # the first process alone
+        if log is not None:  # the first process
             self.judged.load_state_dict(state)
             figures = self.judge(self.judged)
             log.write(progress.step, "held_out", figures)
@@ -206,7 +216,7 @@ class Distillation:
         self.accelerator.wait_for_everyone()
         told = torch.tensor(float(diverged), device=self.accelerator.device)
         if self.accelerator.reduce(told, "sum").item():
-            best = self.folder.distilled  # asked of the disk: other processes than the first know of no model
+            best = self.folder.distilled  # checked on the disk: only the first process knows about it
             kept = f"the best model is kept ({best})" if best.is_file() else "no model was kept"
             raise TrainError(
                 f"step {progress.step}: the run diverged, held-out features are more than {_DIVERGED:g} times as far "
@@ -215,30 +225,53 @@ class Distillation:
         return progress
 
     def _has_diverged(self, step: int, figures: Figures) -> bool:
-        """Whether nothing is to be hoped of the run; the rate has to be risen before its figures tell."""
+        """True if the run has diverged; before the end of the warm-up, only if values are not finite."""
         lost = figures["raw_cosine"] - figures["cosine"]
         if not math.isfinite(lost):
             return True
         return step > self.options.warmup * self.options.steps and figures["ratio"] > _DIVERGED and lost > _BY
 
     def _keep(self, progress: Progress, state: dict[str, Tensor], figures: Figures) -> Progress:
-        """Writes the weights where they are the best so far, or the last."""
+        """Writes the weights if they are the best so far or the last."""
         paths = []
         if progress.best is None or figures["cosine"] > progress.best:
             progress = replace(progress, best=figures["cosine"], best_step=progress.step)
             paths.append(self.folder.distilled)
         if progress.step == self.options.steps:
             paths.append(self.folder.last)
-        told = self.record | {"step": progress.step, "held_out": {name: round(v, 6) for name, v in figures.items()}}
+        record = self.record | {"step": progress.step, "held_out": {name: round(v, 6) for name, v in figures.items()}}
         for path in paths:
-            write_distilled({_plain(name): value for name, value in state.items()}, path, told)
+            write_distilled({_plain(name): value for name, value in state.items()}, path, record)
         return progress
 
     def _weights(self, average: Average | None) -> dict[str, Tensor]:
-        """Whole weights of the student, or of the moving average, on the CPU; all processes must ask."""
+        """Whole weights of the student, or of their average, on the CPU; all processes must call this."""
         state: dict[str, Tensor] = self.student.state_dict()
         state |= {} if average is None else average.values
         return {name: gathered(value.detach()).cpu() for name, value in state.items()}
+
+
+def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
+    """Writes weights for `load_backbone(name, weights=path)`, in float16 unless values exceed its range.
+
+    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` reads the file too.
+
+    Args:
+        state: weights by timm's names.
+        path: a .safetensors file.
+        record: the backbone and its training; JSON values.
+
+    Raises:
+        TrainError: if a value is not finite, or the file cannot be written.
+    """
+    if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise TrainError(f"{path}: {bad[0]} has values that are not finite; the run diverged")
+    head = {"format": DISTILLED, "format_version": FORMAT_VERSION, **record}
+    tensors = {name: compact(value) if value.is_floating_point() else value for name, value in state.items()}
+    try:
+        write_tensors(tensors, path, {KEY: json.dumps(head)})
+    except OSError as error:
+        raise TrainError(f"{path}: the model could not be written ({error}); --resume goes on") from error
 
 
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:
@@ -247,5 +280,5 @@ def _held(prefix: Tensor, frozen: Tensor) -> Tensor:
 
 
 def _plain(name: str) -> str:
-    """As the model calls it by itself."""
+    """The name of a weight in the plain model."""
     return name.removeprefix("backbone.").removeprefix("model.")

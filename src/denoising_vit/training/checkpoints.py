@@ -1,4 +1,4 @@
-"""Where a run stands, on disk: weights and optimiser state in safetensors, never half there."""
+"""Checkpoints of a run: weights and optimizer state in safetensors files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from denoising_vit.errors import TrainError
 from denoising_vit.files import KEY, below, write_tensors
 from denoising_vit.training.engine import gathered, shared_like
 
-#: Checkpoints that are kept: the last and the one before.
+#: Number of checkpoints kept: the newest and the one before.
 _KEPT = 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """State of a run.
 
     Attributes:
-        step: optimiser steps done.
+        step: number of optimizer steps done.
         best: the best held-out cosine so far; None before the first evaluation.
-        best_step: after which step that was.
+        best_step: the step of the best cosine.
     """
 
     step: int = 0
@@ -38,10 +38,10 @@ class Progress:
 
 
 class Checkpoints:
-    """The last checkpoints of a run. Sampler and schedule are functions of the step, and need no state.
+    """The newest checkpoints of a run. Sampler and schedule are functions of the step and need no state.
 
     Args:
-        folder: where they are.
+        folder: folder of the checkpoint files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,38 +49,38 @@ class Checkpoints:
 
     @property
     def last(self) -> Path | None:
-        """The newest, if there is any."""
-        there = self._all()
-        return there[-1] if there else None
+        """The newest checkpoint, if any."""
+        files = self._all()
+        return files[-1] if files else None
 
     @property
     def step(self) -> int:
-        """Of the newest; 0 where there is none."""
+        """The step of the newest checkpoint; 0 if there is none."""
         return 0 if self.last is None else int(self.last.stem.removeprefix("step-"))
 
     def save(
         self,
         progress: Progress,
         model: nn.Module,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         more: Mapping[str, Tensor] = MappingProxyType({}),
         *,
         write: bool = True,
     ) -> None:
-        """Writes one, then removes the oldest but two; the one before stays whole whatever happens.
+        """Writes a checkpoint atomically, then removes all but the newest two.
 
         Args:
-            progress: how far the run is.
-            model: any; where its weights are shared out between processes, all of them must call this.
-            optimiser: of its parameters.
+            progress: state of the run.
+            model: the model; if its weights are sharded, all processes must call this.
+            optimizer: its optimizer.
             more: further tensors by name.
-            write: whether this process is the one that writes.
+            write: whether this process writes the file.
 
         Raises:
             TrainError: if it cannot be written (a full disk).
         """
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-        for number, state in optimiser.state_dict()["state"].items():
+        for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{name}": value for name, value in state.items()}
         tensors |= {f"more.{name}": value for name, value in more.items()}
         tensors = {name: gathered(value.detach()).cpu().contiguous() for name, value in tensors.items()}
@@ -100,21 +100,21 @@ class Checkpoints:
     def load(
         self,
         model: nn.Module,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         more: Mapping[str, Tensor] = MappingProxyType({}),
         *,
         step: int | None = None,
     ) -> Progress:
-        """Restores one, further tensors in place.
+        """Loads a checkpoint; further tensors are overwritten in place.
 
         Args:
-            model: that it is of.
-            optimiser: of its parameters.
+            model: its model.
+            optimizer: its optimizer.
             more: further tensors by name.
-            step: which one; 0 restores nothing, and without it it is the newest, where there is any.
+            step: step of the checkpoint; 0 loads nothing. Default: the newest, if any.
 
         Raises:
-            TrainError: if it is damaged, or of another model.
+            TrainError: if it is damaged, or belongs to another model.
         """
         step = self.step if step is None else step
         if step == 0:
@@ -125,13 +125,16 @@ class Checkpoints:
                 progress = Progress(**json.loads((file.metadata() or {})[KEY]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             own = model.state_dict()
-            found = {name: (value, own.get(name, value)) for name, value in below("model.", tensors).items()}
-            model.load_state_dict({name: shared_like(*both) for name, both in found.items()})
-            optimiser.load_state_dict(_optimiser_state(tensors, optimiser) | {"param_groups": _groups(optimiser)})
+            loaded = {
+                name: shared_like(value, own.get(name, value)) for name, value in below("model.", tensors).items()
+            }
+            model.load_state_dict(loaded)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": _optimizer_state(tensors, optimizer), "param_groups": groups})
             for name, value in more.items():
                 value.copy_(shared_like(tensors[f"more.{name}"], value))
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()[:16])  # torch names every tensor
+            reason = " ".join(str(error).split()[:16])  # torch lists every tensor
             raise TrainError(
                 f"{path}: damaged checkpoint ({reason}); remove it, and --resume goes on from the one before"
             ) from error
@@ -144,15 +147,11 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.safetensors"))
 
 
-def _optimiser_state(tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+def _optimizer_state(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
     for name, value in below("optimiser.", tensors).items():
         if (found := re.fullmatch(r"(\d+)\.(\w+)", name)) is None:
             raise ValueError(f"unknown tensor optimiser.{name}")
         state.setdefault(int(found[1]), {})[found[2]] = shared_like(value, parameters[int(found[1])])
-    return {"state": state}
-
-
-def _groups(optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return optimiser.state_dict()["param_groups"]
+    return state

@@ -1,4 +1,4 @@
-"""How runs are trained: what all have in common, and what is the denoiser's own."""
+"""Options that stages 2 and 3 share: which views they train on, and how long and how fast."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from denoising_vit.views.options import CropOptions
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-#: Of the images, the share that is held out where no number is given, and the most of them.
+#: Default share of the images that is held out, and the largest default number of them.
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 100
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Which views of photos are trained on.
+    """Views of photos to train on.
 
     Attributes:
-        sizes: heights and widths in pixels of what the backbone is shown, in turn: `518x518,364x476`. Without it, the
-            backbone's own, as published: 518 for patches of 14, 512 for 16.
+        sizes: heights and widths of the backbone's input in pixels, one drawn per step: `518x518,364x476`. Default: the
+            backbone's own size, as published: 518 for patch size 14, 512 for 16.
         whole: share of the views that show the whole photo, mirrored or not; 1 is as published.
-        area: least and largest share of the photo that a crop covers.
-        ratio: least and largest width over height of a crop, in the shown frame.
+        area: smallest and largest share of the photo's area that a crop covers.
+        ratio: smallest and largest aspect ratio (width / height) of a crop, in the input frame.
         flip: probability that a view is mirrored.
         inverted: probability that a crop is upside down.
     """
@@ -38,19 +38,19 @@ class ViewOptions:
 
     @property
     def wholes(self) -> int:
-        """Views that show all of an image, which come first where views are kept: as it is, and mirrored if any is."""
+        """Number of whole-image views if views are kept: the image, and its mirror image if any view is mirrored."""
         return 2 if self.flip else 1
 
     @property
     def kept(self) -> tuple[int, int] | None:
-        """How many views of each image are kept, whole ones first and then crops; None where each step draws anew."""
+        """Numbers of whole views and of crops that are kept per image; None if each step draws new views."""
         return None
 
     def validate(self) -> None:
-        """Checks every option's range.
+        """Checks the range of every option.
 
         Raises:
-            TrainError: naming the option, its range, and what came.
+            TrainError: with the option, its range, and the value.
         """
         for name in ("whole", "flip", "inverted"):
             if not 0 <= getattr(self, name) <= 1:
@@ -62,10 +62,10 @@ class ViewOptions:
         self.parsed_sizes()
 
     def parsed_sizes(self) -> list[tuple[int, int]]:
-        """The sizes (H, W); none where none are named.
+        """The sizes (H, W); an empty list if none are given.
 
         Raises:
-            TrainError: if the text is no list of sizes.
+            TrainError: if the text is not a list of sizes.
         """
         if self.sizes is None:
             return []
@@ -80,23 +80,23 @@ class ViewOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How long, how fast, and how it is watched. Loss, optimiser and schedule are the published ones by default.
+    """Length, learning rate and logging of a run; the defaults of loss, optimizer and schedule are as published.
 
     Attributes:
-        steps: optimiser steps of the whole run.
-        batch_size: views in a forward pass, of each process.
-        accumulate: such batches whose gradients are added up before a step is taken.
-        learning_rate: the highest, times the square root of (views in a step of all processes / 256).
-        final_rate: the last.
-        warmup: share of the steps over which the rate rises.
-        weight_decay: of AdamW.
-        held_out: images that are never trained on; the run is judged by them. Without it, a tenth, at most 100.
-        evaluate_every: steps between two looks at them.
-        checkpoint_every: steps between two checkpoints.
-        precision: of what is trained; auto is bfloat16 where the hardware is fast at it, else float32. Weights are
-            float32.
-        seed: of the weights, the held-out images, the views and their order.
-        stop_at: end after this step, to be resumed later; the schedule is that of the whole run.
+        steps: number of optimizer steps.
+        batch_size: views per forward pass and process.
+        accumulate: number of batches whose gradients are accumulated per step.
+        learning_rate: peak learning rate, multiplied by sqrt(views per step of all processes / 256).
+        final_rate: final learning rate.
+        warmup: share of the steps with a rising learning rate.
+        weight_decay: weight decay of AdamW.
+        held_out: number of held-out images, which are never trained on. Default: a tenth, at most 100.
+        evaluate_every: steps between evaluations on the held-out images.
+        checkpoint_every: steps between checkpoints.
+        precision: precision of the trained part; auto is bfloat16 if the hardware is fast at it, else float32. Weights
+            are float32.
+        seed: seed for the weights, the held-out images, the views and their order.
+        stop_at: stop after this step, to be resumed later; the schedule stays that of the whole run.
     """
 
     steps: int = 50_000
@@ -114,35 +114,28 @@ class RunOptions:
     stop_at: int | None = None
 
     def _least(self) -> dict[str, int]:
-        """The least value of each number."""
-        least = {
-            "steps": 1,
-            "batch_size": 1,
-            "accumulate": 1,
-            "held_out": 1,
-            "evaluate_every": 1,
-            "checkpoint_every": 1,
-            "stop_at": 1,
-        }
-        return least | {"learning_rate": 0, "final_rate": 0, "weight_decay": 0, "seed": 0}
+        """The smallest value of each number."""
+        positive = ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "checkpoint_every", "stop_at")
+        zero = ("learning_rate", "final_rate", "weight_decay", "seed")
+        return {**dict.fromkeys(positive, 1), **dict.fromkeys(zero, 0)}
 
     def validate(self) -> None:
-        """Checks every option's range.
+        """Checks the range of every option.
 
         Raises:
-            TrainError: naming the option, its range, and what came.
+            TrainError: with the option, its range, and the value.
         """
-        for name, least_value in self._least().items():
+        for name, least in self._least().items():
             value = getattr(self, name)
-            if value is not None and not value >= least_value:  # NaN is not
-                raise TrainError(f"{name} must be at least {least_value}, got {value}")
+            if value is not None and not value >= least:  # NaN fails too
+                raise TrainError(f"{name} must be at least {least}, got {value}")
         if not 0 <= self.warmup < 1:
             raise TrainError(f"warmup must be a share in [0, 1), got {self.warmup}")
         if self.precision not in get_args(Precision):
             raise TrainError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 
     def views_a_step(self, processes: int) -> int:
-        """Of all processes."""
+        """Views per optimizer step, of all processes."""
         return self.batch_size * self.accumulate * processes
 
     @property
@@ -151,10 +144,13 @@ class RunOptions:
         return self.steps if self.stop_at is None else min(self.stop_at, self.steps)
 
     def held_out_of(self, images: int) -> int:
-        """How many of so many images are held out.
+        """The number of held-out images.
+
+        Args:
+            images: number of all images.
 
         Raises:
-            TrainError: if none would be left to train on.
+            TrainError: if no image would be left to train on.
         """
         count = self.held_out
         if count is None:
@@ -167,7 +163,7 @@ class RunOptions:
         return count
 
     def recorded(self) -> dict[str, Any]:
-        """What decides the result, as JSON values; where a run is stopped does not."""
+        """Options that decide the result, as JSON values; `stop_at` does not."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "stop_at"}
 
 

@@ -1,4 +1,4 @@
-"""Files of kept pairs: how they get their room on the disk and are removed, and why images have no pairs."""
+"""Files of kept pairs, and the record of images that could not be used."""
 
 from __future__ import annotations
 
@@ -8,37 +8,36 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 
-#: The files that tell what pairs are there, and what became of each image.
+#: The description of the pairs, and one byte per image with its status.
 HEAD, STATE = "pairs.json", "state.u8"
 
-#: The file that tells why images have no pairs.
+#: The file with the reasons why images could not be used.
 REASONS = "unusable.jsonl"
 
-#: All that a folder of pairs holds; without the first, the others are worth nothing.
+#: All files of a folder of pairs; the others are useless without the first.
 _ALL = (HEAD, STATE, REASONS, "raw-*.f16", "target-*.f16")
 
-#: Rows that are written before their marks are.
+#: Rows written before their status is.
 _AT_ONCE = 16
 
-#: How a disk says that it is full, or that a user's share of it is.
+#: Errors of a full disk or an exceeded quota.
 NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
-#: How a file system says that it reserves nothing.
+#: Errors of file systems that cannot reserve space.
 _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
 
 
 def reserve(path: Path, size: int) -> None:
-    """Makes a file of so many zeros, with its room on the disk where platform and file system can reserve it.
+    """Creates a file of zeros and reserves its space on the disk if the platform can.
 
-    A file with holes takes its room when it is written to, and where there is none left then, a write to a mapped file
-    ends the process by a signal, without a word.
+    Without reserved space, a write to a memory map on a full disk kills the process without a message.
 
     Raises:
-        OSError: if it cannot be made, or there is no room for it.
+        OSError: if the file cannot be created or the disk is full.
     """
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
@@ -51,14 +50,13 @@ def reserve(path: Path, size: int) -> None:
 
 
 class RowWriter:
-    """Writes rows of files that are there, and marks them in the first file only when they are on the disk.
+    """Writes rows of existing files, and their status to the first file once the rows are on the disk.
 
-    Used as a context, at whose end all that was written is marked, also after an error. Exactly the bytes of a row are
-    written, so that machines which share the files over a network do not overwrite each other's rows, as they would
-    through memory maps, which write whole pages.
+    A context manager; on exit, also after an error, the status of all written rows is saved. It writes exactly the
+    bytes of a row, not pages as memory maps do, so that machines sharing the files do not overwrite each other's rows.
 
     Args:
-        files: one byte a row in the first, one array a row in each of the others.
+        files: one byte per row in the first, one array per row in each of the others.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -67,7 +65,7 @@ class RowWriter:
         self._marks: dict[int, int] = {}
 
     def write(self, row: int, arrays: Sequence[np.ndarray]) -> None:
-        """One array for each file but the first.
+        """Writes one array to each file but the first.
 
         Raises:
             OSError: if they cannot be written.
@@ -78,7 +76,7 @@ class RowWriter:
             file.write(content)
 
     def mark(self, row: int, mark: int) -> None:
-        """What became of a row; it reaches the disk after the row itself, some rows at a time.
+        """Sets the status of a row; it is written after the row, for several rows at a time.
 
         Raises:
             OSError: if it cannot be written.
@@ -88,14 +86,17 @@ class RowWriter:
             self._settle()
 
     def _settle(self) -> None:
+        if not self._marks:
+            return
         state, *arrays = self._files
-        for file in arrays if self._marks else ():
-            _flush(file)
+        for file in arrays:
+            file.flush()
+            os.fsync(file.fileno())
         for row, mark in self._marks.items():
             state.seek(row)
             state.write(bytes([mark]))
-        if self._marks:
-            _flush(state)
+        state.flush()
+        os.fsync(state.fileno())
         self._marks.clear()
 
     def __enter__(self) -> Self:
@@ -107,22 +108,17 @@ class RowWriter:
             self._settle()
 
 
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def has_pairs(folder: Path) -> bool:
-    """Whether a folder holds pairs of any image, or the word that one has none."""
+    """True if a folder has the status of any image."""
     state = folder / STATE
     return state.is_file() and any(state.read_bytes())
 
 
 def remove_pairs(folder: Path) -> None:
-    """Removes what a folder holds of pairs, and nothing else.
+    """Removes the files of pairs from a folder, and no others.
 
     Raises:
-        OSError: if it cannot be removed.
+        OSError: if one cannot be removed.
     """
     for pattern in _ALL:
         for path in folder.glob(pattern):
@@ -130,7 +126,7 @@ def remove_pairs(folder: Path) -> None:
 
 
 def write_reason(folder: Path, name: str, reason: str) -> None:
-    """Adds why an image has no pairs. It is on the disk afterwards: the image may be marked only then.
+    """Appends the reason why an image could not be used, and flushes it to the disk.
 
     Raises:
         OSError: if it cannot be written.
@@ -139,7 +135,7 @@ def write_reason(folder: Path, name: str, reason: str) -> None:
     with (folder / REASONS).open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # half a line, of a crash: this one must not be part of it
+            if file.read(1) != b"\n":  # a crash left half a line
                 line = b"\n" + line
         file.write(line)
         file.flush()
@@ -147,7 +143,7 @@ def write_reason(folder: Path, name: str, reason: str) -> None:
 
 
 def read_reasons(folder: Path) -> dict[str, str]:
-    """Why images have no pairs, by id; half lines, which a crash may have left, are passed over."""
+    """Reasons why images could not be used, by id; incomplete lines, which a crash may leave, are skipped."""
     path, found = folder / REASONS, {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.environment import run_info
 from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.files import atomic_path
@@ -20,12 +23,172 @@ from denoising_vit.training.checkpoints import Checkpoints
 from denoising_vit.training.engine import from_first
 from denoising_vit.training.pair_files import REASONS, has_pairs, remove_pairs
 
-#: What earlier versions did not record; where it is not told, it is not compared, so that what they made stays valid.
+FORMAT = "denoising-vit/run"
+
+_HEAD, _ABOUT, _PAIRS = "run.json", "about.json", "pairs"
+
+#: Hidden folder of leases.
+HOLDING = ".held"
+
+#: Values that earlier versions did not record; if missing, they are not compared, so that older runs resume.
 _ADDED = frozenset({"targets.photos", "backbone.digest", "backbone.mean", "backbone.std"})
+
+_HELD: dict[tuple[Path, str], Lease] = {}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints."""
+        return Checkpoints(self.path / "checkpoints")
+
+    @property
+    def denoiser(self) -> Path:
+        """The denoiser with the best held-out cosine."""
+        return self.path / "denoiser.safetensors"
+
+    @property
+    def distilled(self) -> Path:
+        """The distilled model with the best held-out cosine."""
+        return self.path / "distilled.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """The denoiser or distilled model after the last step."""
+        return self.path / "last.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """JSON lines, one per step and evaluation."""
+        return self.path / "log.jsonl"
+
+    @property
+    def panels(self) -> Path:
+        """Pictures of held-out images, one per evaluation."""
+        return self.path / "panels"
+
+    @property
+    def pairs(self) -> Path:
+        """Default folder of the kept pairs."""
+        return self.path / _PAIRS
+
+    def is_over(self, steps: int) -> bool:
+        """True if a run of this many steps is finished."""
+        return self.checkpoints.step >= steps and self.last.is_file()
+
+    def begin(self, identity: dict[str, Any], *, resume: bool) -> None:
+        """Creates the folder of a new run, or opens it to resume, and locks it for this process.
+
+        A run with a record and nothing else could not start (no space for its pairs) and is replaced by a new one.
+
+        Args:
+            identity: values that decide the run's result; JSON values.
+            resume: resume the run in the folder.
+
+        Raises:
+            TrainError: if the folder holds something else, a run without `resume`, no run with it, or a run with other
+                options, with both values of each.
+        """
+        self._require_fit(resume=resume)
+        try:
+            hold(self.path, "run")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._require_fit(resume=resume)  # another run may have begun meanwhile
+        if not resume:
+            self._record(identity)
+            return
+        head = self.path / _HEAD
+        recorded = read_object(head)
+        if recorded is None:
+            raise TrainError(f"{head}: damaged (expected a JSON object); start anew in another folder")
+        if different := differences(recorded, {"format": FORMAT, "version": 1, **identity}):
+            raise TrainError(
+                f"{self.path}: cannot resume with other options: {'; '.join(different)}. Give those of the run, or "
+                "start anew in another folder"
+            )
+
+    def begin_together(self, identity: dict[str, Any], accelerator: Any, *, resume: bool) -> None:
+        """:meth:`begin` in the first process; the others check that they were given the same options.
+
+        Raises:
+            TrainError: as :meth:`begin` does, or if the options of a process differ.
+        """
+        if accelerator.is_main_process:
+            self.begin(identity, resume=resume)
+        if different := differences(from_first(accelerator, identity), identity):
+            raise TrainError(
+                f"{self.path}: process {accelerator.process_index} was given other options or photos than the first: "
+                f"{'; '.join(different)}. Give all the same"
+            )
+
+    def _require_fit(self, *, resume: bool) -> None:
+        """Refuses a folder in which the run cannot begin or resume."""
+        if not (self.path / _HEAD).is_file():
+            if resume:
+                raise TrainError(f"{self.path}: no run to resume; start it without --resume")
+            if self.path.exists() and (not self.path.is_dir() or {e.name for e in self.path.iterdir()} - {HOLDING}):
+                raise TrainError(f"{self.path} exists and is no run of this program; expected a new or empty folder")
+        elif not resume and self._is_begun():
+            raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
+
+    def _is_begun(self) -> bool:
+        """True if the folder has more than the record of a run, or a record of another program."""
+        ours = (read_object(self.path / _HEAD) or {}).get("format") == FORMAT
+        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _ABOUT, _PAIRS, REASONS, HOLDING}
+        return not ours or bool(others) or has_pairs(self.pairs)
+
+    def _record(self, identity: dict[str, Any]) -> None:
+        """Writes the records of a new run, and removes files of pairs that an earlier run reserved but never filled."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_pairs(self.pairs)
+            (self.path / REASONS).unlink(missing_ok=True)
+            for name, record in ((_HEAD, {"format": FORMAT, "version": 1, **identity}), (_ABOUT, run_info())):
+                with atomic_path(self.path / name) as temporary:
+                    temporary.write_text(json.dumps(record, indent=1))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> TrainError:
+        return TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder")
+
+    def cut_log(self, step: int) -> None:
+        """Removes log lines after a step, and incomplete lines, which a crash may leave."""
+        if not self.log.is_file():
+            return
+        lines = self.log.read_text().splitlines(keepends=True)
+        with atomic_path(self.log) as temporary:
+            temporary.write_text("".join(line for line in lines if _logged_step(line) <= step))
+
+
+def _logged_step(line: str) -> float:
+    """The step of a log line; infinity for other or incomplete lines."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, LookupError, TypeError):
+        step = None
+    return step if isinstance(step, int) else math.inf
+
+
+def backbone_identity(backbone: Backbone) -> dict[str, Any]:
+    """Values that decide the features of a backbone; JSON values."""
+    told = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride", "mean", "std")}
+    weights = {"fingerprint": backbone.fingerprint.short, "digest": weights_key(backbone)}
+    return told | weights | {"dtype": str(backbone.dtype).removeprefix("torch.")}
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object that a file holds; None where it holds none."""
+    """The JSON object in a file; None if it holds none."""
     try:
         found = json.loads(path.read_text())
     except ValueError:
@@ -33,14 +196,15 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def differences(there: dict[str, Any], here: dict[str, Any], path: str = "") -> list[str]:
-    """Each value in which a record that is there differs from that of now, with both sides."""
+def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """Values that differ between a recorded JSON object and the current one, with both sides."""
+    before, now = (json.loads(json.dumps(record)) for record in (before, now))  # tuples as lists
     found = []
-    for name in sorted(there.keys() | here.keys()):
-        old, new = there.get(name), here.get(name)
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{path}{name}.")
-        elif old != new and (name in there or f"{path}{name}" not in _ADDED):
+        elif old != new and (name in before or f"{path}{name}" not in _ADDED):
             found.append(f"{path}{name} was {_short(old)}, now {_short(new)}")
     return found
 
@@ -50,22 +214,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-#: The hidden folder in which it is noted.
-HOLDING = ".held"
-
-_HELD: dict[tuple[Path, str], Lease] = {}
-
-
 def hold(folder: Path, name: str) -> None:
-    """Keeps other processes from writing a folder, until this one ends or :func:`let_go` is called.
+    """Locks a folder against writing by other processes, until this one ends or :func:`let_go` is called.
 
     Raises:
-        TrainError: naming the process that writes it.
+        TrainError: naming the process that holds the lock.
         OSError: if the folder cannot be written to.
     """
     key = folder.resolve(), name
     if key in _HELD:
-        with suppress(StoreError):  # the folder was removed since, and made anew
+        with suppress(StoreError):  # the folder was removed and created again
             _HELD[key].check()
             return
         let_go(folder, name)
@@ -78,174 +236,20 @@ def hold(folder: Path, name: str) -> None:
 
 
 def let_go(folder: Path, name: str) -> None:
-    """Lets other processes write it."""
+    """Releases the lock of :func:`hold`."""
     lease = _HELD.pop((folder.resolve(), name), None)
     if lease is not None:
         lease.release(forget=True)
-        with suppress(OSError):  # others note there that they hold something else
+        with suppress(OSError):  # not empty: other leases
             for empty in (folder / HOLDING / LEASES, folder / HOLDING):
                 empty.rmdir()
 
 
 @contextmanager
 def held(folder: Path, name: str) -> Iterator[None]:
-    """As :func:`hold`, for as long as the block lasts."""
+    """:func:`hold` within a block."""
     hold(folder, name)
     try:
         yield
     finally:
         let_go(folder, name)
-
-
-FORMAT = "denoising-vit/run"
-
-_HEAD, _ABOUT, _PAIRS = "run.json", "about.json", "pairs"
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where a run keeps what it makes.
-
-    Attributes:
-        path: the folder.
-    """
-
-    path: Path
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """Where the run stands."""
-        return Checkpoints(self.path / "checkpoints")
-
-    @property
-    def denoiser(self) -> Path:
-        """The best denoiser by held-out images."""
-        return self.path / "denoiser.safetensors"
-
-    @property
-    def distilled(self) -> Path:
-        """The best distilled model by held-out images."""
-        return self.path / "distilled.safetensors"
-
-    @property
-    def last(self) -> Path:
-        """The denoiser or distilled model after the last step."""
-        return self.path / "last.safetensors"
-
-    @property
-    def log(self) -> Path:
-        """JSON lines: one a step, and one an evaluation."""
-        return self.path / "log.jsonl"
-
-    @property
-    def panels(self) -> Path:
-        """Pictures of held-out images, one an evaluation."""
-        return self.path / "panels"
-
-    @property
-    def pairs(self) -> Path:
-        """Views that are kept, where no other place is named for them."""
-        return self.path / _PAIRS
-
-    def is_over(self, steps: int) -> bool:
-        """Whether a run of so many steps has been carried out to its end."""
-        return self.checkpoints.step >= steps and self.last.is_file()
-
-    def begin(self, identity: dict[str, Any], *, resume: bool) -> None:
-        """Makes the folder for a run, or opens that of the same run to go on with it.
-
-        Beside what decides the run, it is recorded how it came about: command, hardware, software.
-
-        A run that has nothing but its record could not begin (no room for its pairs), and does not keep others out.
-
-        Args:
-            identity: what decides the run; JSON values.
-            resume: whether it is to be gone on with.
-
-        Raises:
-            TrainError: if the folder holds something else, holds a run and none is to be resumed, holds none and one
-                is, or holds one with other options, each named with both sides.
-        """
-        self._require_fit(resume=resume)
-        try:
-            hold(self.path, "run")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        self._require_fit(resume=resume)  # another run may have begun meanwhile
-        if not resume:
-            self._record(identity)
-            return
-        head = self.path / _HEAD
-        there = read_object(head)
-        if there is None:
-            raise TrainError(f"{head}: damaged (expected a JSON object); start anew in another folder")
-        here = json.loads(json.dumps({"format": FORMAT, "version": 1, **identity}))
-        if different := differences(there, here):
-            raise TrainError(
-                f"{self.path}: cannot resume with other options: {'; '.join(different)}. Give those of the run, or "
-                "start anew in another folder"
-            )
-
-    def begin_together(self, identity: dict[str, Any], accelerator: Any, *, resume: bool) -> None:
-        """What :meth:`begin` does, by the first process; the others are told what it began, and check that they agree.
-
-        Raises:
-            TrainError: as :meth:`begin` does, or if a process was given other options.
-        """
-        if accelerator.is_main_process:
-            self.begin(identity, resume=resume)
-        first = from_first(accelerator, identity)
-        if different := differences(json.loads(json.dumps(first)), json.loads(json.dumps(identity))):
-            raise TrainError(
-                f"{self.path}: process {accelerator.process_index} was given other options or photos than the first: "
-                f"{'; '.join(different)}. Give all the same"
-            )
-
-    def _require_fit(self, *, resume: bool) -> None:
-        """Refuses a folder that is not as it has to be for a run to begin or be resumed."""
-        if not (self.path / _HEAD).is_file():
-            if resume:
-                raise TrainError(f"{self.path}: no run to resume; start it without --resume")
-            if self.path.exists() and (not self.path.is_dir() or {e.name for e in self.path.iterdir()} - {HOLDING}):
-                raise TrainError(f"{self.path} is there and is no run of this program; expected a new or empty folder")
-        elif not resume and self._is_begun():
-            raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
-
-    def _is_begun(self) -> bool:
-        """Whether there is more than the record of a run, or the record is none of ours."""
-        ours = (read_object(self.path / _HEAD) or {}).get("format") == FORMAT
-        others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _ABOUT, _PAIRS, REASONS, HOLDING}
-        return not ours or bool(others) or has_pairs(self.pairs)
-
-    def _record(self, identity: dict[str, Any]) -> None:
-        """Makes the folder and the record; files for pairs that a run before it never filled give way."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            remove_pairs(self.pairs)
-            (self.path / REASONS).unlink(missing_ok=True)
-            with atomic_path(self.path / _HEAD) as temporary:
-                temporary.write_text(json.dumps({"format": FORMAT, "version": 1, **identity}, indent=1))
-            with atomic_path(self.path / _ABOUT) as temporary:
-                temporary.write_text(json.dumps(run_info(), indent=1))
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> TrainError:
-        return TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder")
-
-    def cut_log(self, step: int) -> None:
-        """Drops what was logged after a step, which is going to be done again."""
-        if not self.log.is_file():
-            return
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        with atomic_path(self.log) as temporary:
-            temporary.write_text("".join(kept))
-
-    def _lines(self) -> Iterator[str]:
-        """The whole lines of the log; a crash may have left half of one."""
-        for line in self.log.read_text().splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and isinstance(json.loads(line).get("step"), int):
-                    yield line
-            except (ValueError, AttributeError):
-                continue

@@ -1,4 +1,4 @@
-"""Which pairs a step trains on: a function of the seed and the step alone, so that nothing is to be restored."""
+"""Which views a step trains on: a function of the seed and the step, so a resumed run needs no sampler state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from denoising_vit.training.options import ViewOptions
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.plan import areas_and_ratios
 
-#: What random numbers are for; streams of different purposes never meet.
+#: Purposes of random numbers; each has its own stream.
 _SPLIT, _ORDER, _STEP, _KEPT, _FRESH = range(5)
 
 
@@ -22,9 +22,9 @@ class Sample:
 
     Attributes:
         image: index in the store or data set.
-        size: number of the size among those that are trained on.
-        number: which of the views that are kept; None for a new one.
-        crop: what is shown.
+        size: index of the size among those of the run.
+        number: number of the kept view; None for a new view.
+        crop: the region shown.
     """
 
     image: int
@@ -35,16 +35,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws the samples of any step.
-
-    Every image is seen once before any is seen again. All samples of a step have one size.
+    """Draws the samples of any step: each image once per epoch, one size per step.
 
     Attributes:
         images: indices of the images to train on.
-        sizes: (H, W) that are trained on, each as often.
+        sizes: (H, W) of the views, equally likely.
         views: which views.
-        seed: of the run.
-        pairs: samples of a step, of all processes.
+        seed: seed of the run.
+        pairs: number of samples per step, of all processes.
     """
 
     images: tuple[int, ...]
@@ -54,7 +52,7 @@ class Sampler:
     pairs: int
 
     def step(self, step: int) -> list[Sample]:
-        """The samples of a step, of all processes in their order."""
+        """The samples of a step, of all processes in rank order."""
         stream = _stream(self.seed, _STEP, step)
         size = int(stream.randint(len(self.sizes)))
         draws = stream.random_sample((self.pairs, 2))
@@ -75,21 +73,21 @@ class Sampler:
 
 
 def split(images: Sequence[int], held_out: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The images to train on and those held out, both in their order."""
+    """The images to train on and the held-out images, in their original order."""
     drawn = _stream(seed, _SPLIT).permutation(len(images))[:held_out]
     chosen = {images[place] for place in drawn}
     return tuple(i for i in images if i not in chosen), tuple(i for i in images if i in chosen)
 
 
 def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: ViewOptions) -> Crop:
-    """The view of an image that has this number: the whole, the whole mirrored if any view is, then crops."""
+    """Kept view of this number: the whole image, its mirror image if views are mirrored, then crops."""
     if number < views.wholes:
         return whole_view(size, mirrored=number == 1)
     return _crop(_stream(seed, _KEPT, image, number, *size), size, views)
 
 
 def fresh_view(seed: int, count: int, size: tuple[int, int], views: ViewOptions) -> Crop:
-    """A crop that no other sample of the run has."""
+    """A new crop for the sample of this number, counted over the run."""
     return _crop(_stream(seed, _FRESH, count), size, views)
 
 
@@ -99,12 +97,12 @@ def whole_view(size: tuple[int, int], mirrored: bool) -> Crop:
 
 
 def _crop(stream: np.random.RandomState, size: tuple[int, int], views: ViewOptions) -> Crop:
-    """A crop anywhere in the image; area and ratio are measured in the shown frame, as in stage 1."""
+    """A random crop; area and ratio are measured in the input frame, as in stage 1."""
     drawn = stream.random_sample(6)
     area, ratio = (float(value) for value in areas_and_ratios(views.area, views.ratio, drawn[:2]))
     draws = drawn.tolist()
     frame = size[1] / size[0]
-    # Not views.py's square root: it differs from this power in the last bit, and kept crops are never to change.
+    # Not the square root that stage 1 takes: it differs in the last bit, and kept crops must not change.
     width, height = min((area * ratio / frame) ** 0.5, 1.0), min((area / ratio * frame) ** 0.5, 1.0)
     left, top = draws[2] * (1 - width), draws[3] * (1 - height)
     box = (left, top, min(left + width, 1.0), min(top + height, 1.0))
@@ -117,5 +115,5 @@ def _order(images: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def _stream(*key: int) -> np.random.RandomState:
-    # RandomState is the one NumPy generator whose streams are promised never to change.
+    # RandomState is the only NumPy generator with a stream that is guaranteed not to change.
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(key))))

@@ -1,4 +1,4 @@
-"""How near a distilled model is to its teacher on photos that it never saw, and what became of its class token."""
+"""Evaluation of a distilled model on held-out photos."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.denoiser.judging import Agreement, known_blank_figures, spread
-from denoising_vit.denoiser.panels import SHOWN, draw_panel
-from denoising_vit.distilled.photos import Seen, ViewReader
-from denoising_vit.distilled.student import Student
-from denoising_vit.distilled.teacher import Lesson, Teacher
+from denoising_vit.distilled.models import Lesson, Student, Teacher
 from denoising_vit.errors import TrainError
 from denoising_vit.metrics.blank_test import BlankProbe
+from denoising_vit.training.held_out import (
+    BATCH,
+    SHOWN,
+    Agreement,
+    draw_panel,
+    error_ratio,
+    known_blank_figures,
+    spread,
+)
 from denoising_vit.training.loop import Figures
+from denoising_vit.training.photos import Seen, ViewReader
 from denoising_vit.training.samples import Sample, whole_view
-
-#: Views in one pass.
-_BATCH = 8
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Views of one size and their lesson, in float16 on the CPU."""
+    """Views of one size and their targets, in float16 on the CPU."""
 
     images: Tensor
     lesson: Lesson
@@ -35,14 +38,14 @@ class _Kept:
 
 @dataclass
 class HeldOut:
-    """Whole held-out photos with what the teacher says of them; taken once, at the start of a run.
+    """Whole held-out photos with the teacher's targets, computed once at the start of a run.
 
     Attributes:
-        images: indices of the photos that can be read.
-        kept: by size, in batches.
-        ids: names of all photos.
-        shown: pixels (H, W, 3) uint8 of the first of them, for pictures.
-        folder: where pictures go.
+        images: indices of the readable photos.
+        kept: their views in batches, by size.
+        ids: ids of all photos.
+        shown: pixels (H, W, 3) uint8 of the first photos, for pictures.
+        folder: folder of the pictures.
         blank: images of the blank-image test, and the frozen backbone's features of them.
     """
 
@@ -56,10 +59,10 @@ class HeldOut:
 
     @classmethod
     def of(cls, images: Sequence[int], reader: ViewReader, teacher: Teacher) -> HeldOut:
-        """Reads photos and asks the teacher.
+        """Reads photos and computes their targets.
 
         Raises:
-            TrainError: if none of them can be read.
+            TrainError: if no photo can be read.
         """
         usable: list[int] = []
         kept = []
@@ -67,7 +70,7 @@ class HeldOut:
             view = whole_view(reader.sizes[size], mirrored=False)
             samples = [Sample(image, size, None, view) for image in (usable or images)]
             parts, readable = [], []
-            for batch in reader.batches(samples[at : at + _BATCH] for at in range(0, len(samples), _BATCH)):
+            for batch in reader.batches(samples[at : at + BATCH] for at in range(0, len(samples), BATCH)):
                 readable += [sample.image for sample, good in zip(batch.samples, batch.usable, strict=True) if good]
                 lesson = teacher(batch)
                 parts.append(_Kept(_half(batch.images[batch.usable]), _chosen(lesson, batch.usable)))
@@ -77,29 +80,29 @@ class HeldOut:
             raise TrainError(
                 f"none of the {len(images)} held-out photos can be read: {next(iter(reader.skipped.items()))}"
             )
-        shown = tuple(_pixels(one.image) for one in reader.photos.stream(usable[:SHOWN]) if isinstance(one, Seen))
+        shown = tuple(_pixels(one.image) for one in reader.stream(usable[:SHOWN]) if isinstance(one, Seen))
         blank = BlankProbe.of(teacher.backbone, reader.sizes[0], shown)
         raw = blank.through(teacher.backbone)
         return cls(tuple(usable), tuple(kept), reader.photos.ids, shown, reader.told / "panels", (blank, raw))
 
     def __call__(self, student: Student) -> Figures:
-        """Figures of a student beside those of the frozen backbone.
+        """Metrics of a student, of the frozen backbone (``raw_``), and of the targets (``target_``).
 
-        ``cosine`` and ``mse`` are of the features of its own layer to the teacher's, means over whole photos at all
-        sizes; ``ratio`` is (1 - cosine) over that of raw features; ``layer_N_cosine`` those of other layers.
+        ``cosine`` and ``mse`` compare features of the student's own layer with the targets, as means over whole photos
+        at all sizes; ``ratio`` is (1 - cosine) relative to raw features; ``layer_N_cosine`` is of further layers.
         ``class_drift`` and ``prefix_drift`` are 1 - cosine of class tokens, and of all prefix tokens, to those of the
-        frozen backbone. ``rank``, the two of place and those of the blank-image test are as stage 2 has them.
+        frozen backbone. ``rank``, ``place`` and the blank-image metrics are as in stage 2.
         """
         if self._raw_figures is None:
             self._raw_figures = self._raw()
         found, raw = self._agreement(student), self._raw_figures
-        found["ratio"] = (1 - found["cosine"]) / max(1 - raw["raw_cosine"], 1e-12)
+        found["ratio"] = error_ratio(found, raw)
         blank = self.blank[0].through(lambda images: student(images.to(student.backbone.device))[0][0])
         return found | known_blank_figures(blank, self.blank[1]) | raw
 
     @torch.no_grad()
     def draw(self, student: Student, step: int) -> None:
-        """A picture of the first of them: raw features, the student's, the teacher's.
+        """Draws raw features, the student's and the teacher's of the first photos.
 
         Raises:
             TrainError: if it cannot be written.
@@ -135,20 +138,20 @@ class HeldOut:
         return figures
 
     def _raw(self) -> Figures:
-        """Of the frozen backbone's own features, and of the teacher's."""
+        """Metrics of the frozen backbone's features, and of the targets."""
         found = Agreement()
         for parts in self.kept:
             for part in parts:
                 found.add(part.lesson.raw[0].float(), part.lesson.features[0].float())
         figures = {f"raw_{name}": value for name, value in found.figures.items()}
-        for kind in ("raw", "features"):
+        for prefix, kind in (("raw", "raw"), ("target", "features")):
             whole = torch.cat([getattr(part.lesson, kind)[0].float() for part in self.kept[0]])
-            figures |= {f"{'raw' if kind == 'raw' else 'target'}_{n}": v for n, v in spread(whole).items()}
+            figures |= {f"{prefix}_{name}": value for name, value in spread(whole).items()}
         return figures
 
     @torch.no_grad()
     def _answers(self, student: Student, size: int) -> Iterator[tuple[list[Tensor], list[Tensor], _Kept]]:
-        """The student's features and prefix tokens of each part, on the CPU."""
+        """The student's features and prefix tokens of each batch, on the CPU."""
         device = student.backbone.device
         for part in self.kept[size]:
             features, prefixes = student(part.images.to(device).float())
@@ -165,6 +168,6 @@ def _pixels(image: Tensor) -> np.ndarray:
 
 
 def _half(values: Tensor) -> Tensor:
-    """On the CPU in float16, but where values do not fit."""
+    """Float16 on the CPU, or float32 if values exceed its range."""
     half = values.half()
     return half.cpu() if bool(torch.isfinite(half).all()) or not len(half) else values.float().cpu()

@@ -1,4 +1,4 @@
-"""Views of photos, batch by batch: read and rendered ahead of the steps that need them."""
+"""Photos of a run, and batches of views that are read and rendered ahead of the steps that need them."""
 
 from __future__ import annotations
 
@@ -13,92 +13,95 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Dataset, Skipped
-from denoising_vit.denoiser.pairs import sampled
-from denoising_vit.denoiser.targets import StoredTargets
 from denoising_vit.errors import TrainError
 from denoising_vit.training.pair_files import read_reasons, write_reason
 from denoising_vit.training.samples import Sample
 from denoising_vit.views.rendering import to_image
 
-#: Decoding threads, and photos that wait decoded.
+#: Decoding threads, and the number of decoded photos they keep ready.
 _DECODERS, _DECODED = 4, 16
 
-#: Seconds that are waited before a photo is asked for again that could not be reached.
+#: Seconds to wait before each retry of a photo that cannot be reached.
 _AGAIN = (1.0, 5.0, 25.0)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A photo that was read.
+    """A photo.
 
     Attributes:
-        index: its place among all.
+        index: its index in the data set.
         image: (3, H, W) in [0, 1], on the CPU.
-        field: F on its nodes (Ry, Rx, C), where fields are what is taught.
+        field: F on its nodes (Ry, Rx, C), on the CPU, in the stored dtype; None for photos without fields.
     """
 
     index: int
     image: Tensor
-    field: Tensor | None = None
+    field: Tensor | None
 
 
 class SeenPhotos(Protocol):
-    """Where photos come from."""
+    """Photos to train on, with or without their fields."""
 
     @property
     def ids(self) -> Sequence[str]:
-        """Names of all, in the order of their indices."""
+        """Ids of all photos by index."""
         ...
 
     @property
     def images(self) -> Sequence[int]:
-        """Indices of those that may be used."""
+        """Indices of the photos to use."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides them; JSON values."""
+        """Values that identify the photos; JSON values."""
         ...
 
-    def stream(self, indices: Iterable[int]) -> Iterator[Seen | Skipped]:
-        """Photos in the order asked for, or why there are none."""
+    def stream(self, images: Iterable[int], patience: Sequence[float] = ()) -> Iterator[Seen | Skipped]:
+        """Photos in the given order, or the reason why one cannot be read.
+
+        Args:
+            images: indices, perhaps endless.
+            patience: seconds to wait before each retry of a photo that cannot be reached.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class PlainPhotos:
-    """Photos of a folder, a list, or shards.
+    """Photos of a data set, without fields.
 
     Attributes:
-        dataset: of the photos.
+        dataset: the data set.
     """
 
     dataset: Dataset
 
     @property
     def ids(self) -> Sequence[str]:
-        """Names of all."""
+        """Ids of all photos by index."""
         return _Ids(self.dataset)
 
     @property
     def images(self) -> Sequence[int]:
-        """All: whether one can be read is seen when its turn comes."""
+        """All indices; unreadable photos are found when they are read."""
         return range(len(self.dataset))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """How many, and their names."""
+        """Number and names of the photos."""
         return {"images": len(self.dataset), "ids": self.dataset.digest}
 
-    def stream(self, indices: Iterable[int]) -> Iterator[Seen | Skipped]:
-        """Photos in the order asked for, or why there are none.
+    def stream(self, images: Iterable[int], patience: Sequence[float] = ()) -> Iterator[Seen | Skipped]:
+        """Photos in the given order, or the reason why one cannot be read.
 
         Raises:
-            TrainError: if one cannot be reached at the moment, after several tries.
+            TrainError: if a photo cannot be reached after all retries.
         """
-        for index, found in self.dataset.stream(indices, workers=_DECODERS, ahead=_DECODED, patience=_AGAIN):
+        for index, found in self.dataset.stream(images, workers=_DECODERS, ahead=_DECODED, patience=patience):
             if not isinstance(found, Skipped):
-                yield Seen(index, to_image(found))
+                yield Seen(index, to_image(found), None)
             elif found.unreachable:
                 raise TrainError(
                     f"{found.item}: cannot be reached ({found.reason}); --resume goes on from the last checkpoint"
@@ -108,49 +111,14 @@ class PlainPhotos:
 
 
 @dataclass(frozen=True)
-class FittedPhotos:
-    """Photos that stage 1 was fitted on, with their fields.
-
-    Attributes:
-        targets: of a store.
-    """
-
-    targets: StoredTargets
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Names of all images of the store."""
-        return self.targets.ids
-
-    @property
-    def images(self) -> Sequence[int]:
-        """Those that have a field."""
-        return self.targets.images
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Of store and photos."""
-        return self.targets.identity
-
-    def stream(self, indices: Iterable[int]) -> Iterator[Seen | Skipped]:
-        """Photos with their fields.
-
-        Raises:
-            TrainError: if a field or a photo is gone; nothing takes its place.
-        """
-        for fitted in self.targets.stream(indices, patience=_AGAIN):
-            yield Seen(fitted.index, fitted.image, fitted.field)
-
-
-@dataclass(frozen=True)
 class Batch:
     """Views of one size.
 
     Attributes:
-        samples: what they show.
-        images: (B, 3, H, W), normalised.
-        fields: F at their patches, (B, h, w, C) float32, where fields are what is taught.
-        usable: (B,) bool; a view of a photo that could not be read shows nothing.
+        samples: their samples.
+        images: (B, 3, H, W), normalized.
+        fields: F at their patches, (B, h, w, C) float32; None for photos without fields.
+        usable: (B,) bool; False for a photo that could not be read, with a view of zeros.
     """
 
     samples: list[Sample]
@@ -161,14 +129,14 @@ class Batch:
 
 @dataclass
 class ViewReader:
-    """Reads and renders views.
+    """Reads photos and renders views of them.
 
     Attributes:
-        photos: where they come from.
-        backbone: whose normalisation and patch grid they get.
-        device: where views are rendered.
+        photos: the photos.
+        backbone: its normalization and patch grid are used.
+        device: device to render on.
         sizes: (H, W) of the views.
-        told: folder in which it is noted which photos cannot be used, and why.
+        told: folder that records which photos cannot be used, and why.
     """
 
     photos: SeenPhotos
@@ -178,38 +146,42 @@ class ViewReader:
     told: Path
     _skipped: set[str] = field(default_factory=set, init=False)
 
+    def stream(self, images: Iterable[int]) -> Iterator[Seen | Skipped]:
+        """Photos in the given order, with retries."""
+        return self.photos.stream(images, _AGAIN)
+
     def batches(self, plan: Iterable[list[Sample]]) -> Iterator[Batch]:
-        """Batches of these samples, in their order.
+        """Batches of the samples, in their order.
 
         Raises:
-            TrainError: if a photo cannot be reached, or one with a field is gone.
+            TrainError: if a photo cannot be reached, or one with a field is missing.
         """
-        asked, again = itertools.tee(plan)
-        seen = self.photos.stream(sample.image for samples in asked for sample in samples)
-        for samples in again:
+        plan, again = itertools.tee(plan)
+        seen = self.stream(sample.image for samples in again for sample in samples)
+        for samples in plan:
             yield self._batch(samples, [next(seen) for _ in samples])
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Why photos could not be used, by id; of all processes, and of those before them."""
+        """Reasons why photos could not be used, by id; of all processes and earlier runs."""
         return read_reasons(self.told)
 
     def _batch(self, samples: list[Sample], seen: Sequence[Seen | Skipped]) -> Batch:
         views, fields = [], []
         for sample, one in zip(samples, seen, strict=True):
             if isinstance(one, Skipped):
-                self._note(one)
+                self._record(one)
                 views.append(torch.zeros(3, *self.sizes[sample.size], device=self.device))
                 continue
             image = one.image.to(self.device)
             views.append(sample.crop.render(image, self.backbone.mean, self.backbone.std))
             if one.field is not None:
-                fields.append(sampled(one.field, [sample.crop], self.backbone)[0])
+                fields.append(sample.crop.sample(one.field.float(), self.backbone.patch_size, self.backbone.stride))
         usable = torch.tensor([isinstance(one, Seen) for one in seen], device=self.device)
         return Batch(samples, torch.stack(views), torch.stack(fields) if fields else None, usable)
 
-    def _note(self, skipped: Skipped) -> None:
-        """Once, though every epoch comes by it."""
+    def _record(self, skipped: Skipped) -> None:
+        """Records the reason once per run, not in every epoch."""
         if skipped.item in self._skipped:
             return
         self._skipped.add(skipped.item)
@@ -221,7 +193,7 @@ class ViewReader:
 
 
 class _Ids(Sequence[str]):
-    """Names of the items of a data set, made when asked for: there may be millions."""
+    """Ids of a data set, made on request; there may be millions."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
