@@ -19,7 +19,7 @@ import tiny_fit
 import tiny_labelled as tiny
 from command import Dvit, Outcome, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.evaluation import workbench
+from denoising_vit.evaluation import knn
 from denoising_vit.evaluation.segmentation import protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -339,7 +339,7 @@ def test_another_number_of_neighbours_is_another_line(
 def test_interrupt_leaves_finished_lines_and_the_same_command_goes_on(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workbench.nearest_neighbours
+    real = knn.nearest_neighbours
     asked: list[str] = []
 
     def until_the_second(source: Any, *rest: Any, **more: Any) -> Any:
@@ -348,11 +348,11 @@ def test_interrupt_leaves_finished_lines_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         return real(source, *rest, **more)
 
-    monkeypatch.setattr(workbench, "nearest_neighbours", until_the_second)
+    monkeypatch.setattr(knn, "nearest_neighbours", until_the_second)
     command = command_of("knn", data, data, out)
     stopped = dvit(*command)
     assert stopped.code == 130
-    assert "interrupted; finished results stay, and the same command goes on from there" in stopped.err
+    assert "interrupted; finished results stay, and the same command resumes" in stopped.err
     assert [line["features"] for line in lines_of(out)] == ["raw"]
     resumed = dvit(*command)
     assert resumed.code == 0, resumed.err
@@ -634,8 +634,8 @@ def break_all_masks(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_nothing_there, ["expected the folder of a labelled data set", "found nothing there"]),
-        (break_file_there, ["expected the folder of a labelled data set", "found a file there"]),
+        (break_nothing_there, ["expected the folder of a data set", "found nothing there"]),
+        (break_file_there, ["expected the folder of a data set", "found a file there"]),
         (break_no_masks, ["looks like folders with splits, but lacks val/masks"]),
         (break_other_folder, ["expected VOC 2012", "train/images", "classes.txt", "found holiday/, notes.txt"]),
         (break_empty, ["found an empty folder"]),

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,16 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, PlanError
-from denoising_vit.evaluation.comparison import Comparison, Curve
 from denoising_vit.evaluation.fields import fitted_fields
-from denoising_vit.evaluation.knn import crops_of
+from denoising_vit.evaluation.knn import crops_of, knn
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.options import KnnOptions
-from denoising_vit.evaluation.outcomes import paired_interval
+from denoising_vit.evaluation.outcomes import Curve, paired_interval
 from denoising_vit.evaluation.results import Record, Results
 from denoising_vit.evaluation.scores import Counts, scores
-from denoising_vit.evaluation.segmentation import SegmentationOptions
+from denoising_vit.evaluation.segmentation import SegmentationOptions, segmentation
 from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource
-from denoising_vit.evaluation.workbench import Line, Workbench
+from denoising_vit.evaluation.workbench import Line, Task, Workbench
 from denoising_vit.extractors import KINDS, Extractor, parse_names
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
@@ -65,17 +64,25 @@ class Judge:
             yield seed, self.counts(source.name, seed, source.identity.get("salt", 0)), [[1, 0.5, None], [2, 0.25, 9.0]]
 
 
+@dataclass
+class Comparison:
+    bench: Workbench
+    task: Task
+
+    def compare(self, sources: Mapping[str, Callable[[], FeatureSource]]) -> Iterator[Line]:
+        return self.bench.evaluate(self.task, sources)
+
+
 def comparison(folder: Path, data: LabelledData, judge: Judge | Any, seeds: tuple[int, ...] = (0, 1)) -> Comparison:
-    return Comparison(
-        task="segmentation",
+    bench = Workbench(
         data=data,
-        settings={"size": (48, 48)},
-        seeds=seeds,
-        judge=judge,
+        backbone=tiny_backbone(),
+        spec=BackboneSpec("tiny"),
         results=Results(folder / "results.jsonl"),
-        counts=folder / "counts",
+        folder=folder,
         run={"command": "dvit evaluate"},
     )
+    return Comparison(bench, Task("segmentation", judge, {}, seeds, (48, 48)))
 
 
 def named(*names: str, **identity: int) -> Mapping[str, Callable[[], FeatureSource]]:
@@ -119,7 +126,12 @@ def test_a_line_holds_means_over_seeds_and_each_seed(tmp_path: Path, data: Label
     assert line["classes"]["class 0"]["IoU"] == pytest.approx(sum(first) / 2)
     assert line["curve"] == [[1, 0.5, None], [2, 0.25, 9.0]]
     assert line["images"] == {"train": 3, "val": 4}
-    assert line["settings"] == {"size": [48, 48], "seeds": [0, 1], "features": {"salt": 3}}
+    assert set(line["settings"]) == {"data", "backbone", "size", "seeds", "features"}
+    assert {name: line["settings"][name] for name in ("size", "seeds", "features")} == {
+        "size": [48, 48],
+        "seeds": [0, 1],
+        "features": {"salt": 3},
+    }
     assert line["failed"] is None and line["run"] == {"command": "dvit evaluate"}
 
 
@@ -410,7 +422,7 @@ def summary(told: list[Line]) -> list[tuple[str, float, Any]]:
 
 def test_better_features_are_told_from_worse_ones(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", coloured(4, 1), coloured(6, 2))
-    raw, clean = list(workbench(tmp_path, data, {"clean": colours}).knn(["raw", "clean"], FEW))
+    raw, clean = list(knn(workbench(tmp_path, data, {"clean": colours}), ["raw", "clean"], FEW))
     assert clean[0]["metrics"]["mIoU"] > raw[0]["metrics"]["mIoU"] + 20
     assert raw[0]["paired"] is None
     assert clean[0]["paired"]["against"] == "raw" and clean[0]["paired"]["low"] > 0
@@ -428,22 +440,22 @@ def test_lines_are_kept_where_the_counts_are_gone(tmp_path: Path, data: Labelled
         passes.append(len(image))
         return colours(image)
 
-    first = list(workbench(tmp_path, data, {"clean": counting}).knn(["raw", "clean"], FEW))
+    first = list(knn(workbench(tmp_path, data, {"clean": counting}), ["raw", "clean"], FEW))
     shutil.rmtree(tmp_path / "cache")
     passes.clear()
-    again = list(workbench(tmp_path, data, {"clean": counting}).knn(["raw", "clean"], FEW))
+    again = list(knn(workbench(tmp_path, data, {"clean": counting}), ["raw", "clean"], FEW))
     assert again == [(line, True) for line, _ in first]
     assert not passes
-    (_, (other, kept)) = workbench(tmp_path, data, {"other": counting}).knn(["raw", "other"], FEW)
+    (_, (other, kept)) = knn(workbench(tmp_path, data, {"other": counting}), ["raw", "other"], FEW)
     assert not kept and other["paired"]["against"] == "raw" and passes
 
 
 def test_the_same_command_again_sees_no_image(tmp_path: Path, data: LabelledData) -> None:
     extractor = Counted()
-    first = list(workbench(tmp_path, data, {"clean": extractor}).knn(["raw", "clean"], FEW))
+    first = list(knn(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], FEW))
     assert extractor.images == 7
     before = (tmp_path / "results.jsonl").read_bytes()
-    again = list(workbench(tmp_path, data, {"clean": extractor}).knn(["raw", "clean"], FEW))
+    again = list(knn(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], FEW))
     assert extractor.images == 7
     assert again == [(line, True) for line, _ in first]
     assert (tmp_path / "results.jsonl").read_bytes() == before
@@ -452,20 +464,20 @@ def test_the_same_command_again_sees_no_image(tmp_path: Path, data: LabelledData
 def test_other_options_judge_the_same_features(tmp_path: Path, data: LabelledData) -> None:
     extractor = Counted()
     for number, options in enumerate((FEW, KnnOptions(k=1), KnnOptions(k=5, gallery=30), KnnOptions(k=5, seed=1))):
-        ((_, kept),) = workbench(tmp_path, data, {"clean": extractor}).knn(["clean"], options)
+        ((_, kept),) = knn(workbench(tmp_path, data, {"clean": extractor}), ["clean"], options)
         assert not kept and extractor.images == 7
         assert len(lines_of(tmp_path)) == number + 1
-    list(workbench(tmp_path, data, {"clean": extractor}).knn(["clean"], KnnOptions(k=5, crops="neutral")))
+    list(knn(workbench(tmp_path, data, {"clean": extractor}), ["clean"], KnnOptions(k=5, crops="neutral")))
     assert extractor.images == 14
 
 
 def test_a_source_that_is_not_finite_fails_and_the_others_are_judged(tmp_path: Path, data: LabelledData) -> None:
     extractors = {"broken": lambda image: colours(image) * float("nan"), "clean": colours}
-    told = list(workbench(tmp_path, data, extractors).knn(["raw", "broken", "clean"], FEW))
+    told = list(knn(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], FEW))
     assert [bool(line["failed"]) for line, _ in told] == [False, True, False]
     assert "broken: " in told[1][0]["failed"] and "not finite" in told[1][0]["failed"]
     extractors["broken"] = colours
-    again = list(workbench(tmp_path, data, extractors).knn(["raw", "broken", "clean"], FEW))
+    again = list(knn(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], FEW))
     assert [kept for _, kept in again] == [True, False, True]
     assert again[1][0]["metrics"] == again[2][0]["metrics"]
 
@@ -485,32 +497,32 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, data: La
         yield advance
 
     with pytest.raises(KeyboardInterrupt):
-        list(workbench(tmp_path, data, {"clean": colours}, watch=stopping).knn(["raw", "clean"], FEW))
+        list(knn(workbench(tmp_path, data, {"clean": colours}, watch=stopping), ["raw", "clean"], FEW))
     before = (tmp_path / "results.jsonl").read_bytes()
     assert before.count(b"\n") == after // 7
     kept = len(list((tmp_path / "cache" / "features").rglob("*.safetensors")))
     assert kept >= after
     extractor = Counted()
-    told = list(workbench(tmp_path, data, {"clean": extractor}).knn(["raw", "clean"], FEW))
+    told = list(knn(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], FEW))
     assert extractor.images == 14 - max(kept, 7)
     assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
-    straight = list(workbench(tmp_path / "other", data, {"clean": colours}).knn(["raw", "clean"], FEW))
+    straight = list(knn(workbench(tmp_path / "other", data, {"clean": colours}), ["raw", "clean"], FEW))
     assert summary(told) == summary(straight)
 
 
 def test_two_backbones_in_one_folder_are_not_mixed_up(tmp_path: Path, data: LabelledData) -> None:
     """As with the default results file and two models of one patch size."""
-    ((bad, _),) = workbench(tmp_path, data, backbone=tiny_backbone(speckled)).knn(["raw"], FEW)
-    ((good, kept),) = workbench(tmp_path, data, backbone=tiny_backbone(colours)).knn(["raw"], FEW)
+    ((bad, _),) = knn(workbench(tmp_path, data, backbone=tiny_backbone(speckled)), ["raw"], FEW)
+    ((good, kept),) = knn(workbench(tmp_path, data, backbone=tiny_backbone(colours)), ["raw"], FEW)
     assert not kept
     assert good["metrics"]["mIoU"] > bad["metrics"]["mIoU"] + 20
 
 
 def test_other_labels_of_the_same_photos_are_another_result(tmp_path: Path, data: LabelledData) -> None:
-    list(workbench(tmp_path, data).knn(["raw"], FEW))
+    list(knn(workbench(tmp_path, data), ["raw"], FEW))
     swapped = [(pixels, (mask + 1) % 3) for pixels, mask in coloured(3, 0)]
     other = write_labelled(tmp_path / "swapped", swapped, coloured(4, 1))
-    ((line, kept),) = workbench(tmp_path, other, backbone=tiny_backbone(speckled)).knn(["raw"], FEW)
+    ((line, kept),) = knn(workbench(tmp_path, other, backbone=tiny_backbone(speckled)), ["raw"], FEW)
     assert not kept and line["metrics"]["mIoU"] < 40
 
 
@@ -525,8 +537,8 @@ def test_linear_probes_of_more_seeds_reuse_those_that_are_there(tmp_path: Path, 
 
     quick = SegmentationOptions(seeds=(0,), steps=4, batch=2)
     bench = workbench(tmp_path, data, watch=counting)
-    ((one, _),) = bench.segmentation(["raw"], quick)
-    ((two, kept),) = bench.segmentation(["raw"], replace(quick, seeds=(0, 1)))
+    ((one, _),) = segmentation(bench, ["raw"], quick)
+    ((two, kept),) = segmentation(bench, ["raw"], replace(quick, seeds=(0, 1)))
     assert trained == [4, 4] and not kept
     assert two["seeds"][0] == one["seeds"][0]
     assert two["curve"] == one["curve"]
@@ -546,7 +558,7 @@ def test_names_of_sources_keep_their_order() -> None:
 def test_a_source_that_is_not_there_is_refused_in_words(tmp_path: Path, data: LabelledData) -> None:
     """Not a KeyError: either refused at once or recorded as failed."""
     try:
-        told = list(workbench(tmp_path, data, {"clean": colours}).knn(["raw", "cleen"], FEW))
+        told = list(knn(workbench(tmp_path, data, {"clean": colours}), ["raw", "cleen"], FEW))
     except EvaluationError as error:
         assert "cleen" in str(error)
     else:
@@ -555,7 +567,7 @@ def test_a_source_that_is_not_there_is_refused_in_words(tmp_path: Path, data: La
 
 def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path: Path, data: LabelledData) -> None:
     with pytest.raises(PlanError, match="k must be at least 1"):
-        list(workbench(tmp_path, data).knn(["raw"], KnnOptions(k=0)))
+        list(knn(workbench(tmp_path, data), ["raw"], KnnOptions(k=0)))
     assert lines_of(tmp_path) == []
 
 
@@ -592,7 +604,7 @@ def test_fields_are_fitted_once_and_judged(
         yield lambda: watched.append(what)
 
     bench = exact_bench(tmp_path, larger, vit, naming)
-    first = list(bench.knn(["raw", "exact"], FEW))
+    first = list(knn(bench, ["raw", "exact"], FEW))
     assert [(line["features"], line["failed"]) for line, _ in first] == [("raw", None), ("exact", None)]
     assert first[1][0]["paired"]["against"] == "raw"
     assert first[1][0]["settings"]["features"]["views"] == 16
@@ -600,15 +612,15 @@ def test_fields_are_fitted_once_and_judged(
     stores = [path for path in (tmp_path / "cache" / "fields").rglob("*") if path.is_file()]
     before = {path: path.stat().st_mtime_ns for path in stores if "field" in path.parts[-3:]}
     assert before
-    again = list(exact_bench(tmp_path, larger, vit).knn(["raw", "exact"], FEW))
+    again = list(knn(exact_bench(tmp_path, larger, vit), ["raw", "exact"], FEW))
     assert again == [(line, True) for line, _ in first]
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     # The same fields for other options of the task; other options of stage 1 are another result.
-    ((line, kept),) = exact_bench(tmp_path, larger, vit).knn(["exact"], KnnOptions(k=3))
+    ((line, kept),) = knn(exact_bench(tmp_path, larger, vit), ["exact"], KnnOptions(k=3))
     assert not kept and line["failed"] is None
     assert len(list((tmp_path / "cache" / "fields").iterdir())) == 2
-    ((line, kept),) = exact_bench(tmp_path, larger, vit, smoothness=0.5).knn(["exact"], FEW)
+    ((line, kept),) = knn(exact_bench(tmp_path, larger, vit, smoothness=0.5), ["exact"], FEW)
     assert not kept and line["failed"] is None
     assert len(list((tmp_path / "cache" / "fields").iterdir())) == 4
 
@@ -637,9 +649,9 @@ def test_neutral_crops_are_fitted_as_images_of_their_own(
     backbone, spec = vit
     neutral = KnnOptions(k=3, crops="neutral", size=64)
     bench = exact_bench(tmp_path, larger, vit)
-    ((line, _),) = bench.knn(["exact"], neutral)
+    ((line, _),) = knn(bench, ["exact"], neutral)
     assert line["failed"] is None and line["settings"]["features"]["of"] == "crop"
-    ((other, _),) = replace(bench, fields_of="image").knn(["exact"], neutral)
+    ((other, _),) = knn(replace(bench, fields_of="image"), ["exact"], neutral)
     assert other["failed"] is None and other["settings"]["features"]["of"] == "image"
 
     crops = {images.split: crops_of(images, backbone, neutral) for images in (larger.train, larger.val)}
@@ -658,17 +670,17 @@ def test_an_image_that_could_not_be_fitted_fails_and_is_tried_again(
     photo = data.val.images[1].photo
     kept = photo.read_bytes()
     photo.write_bytes(kept[:100])
-    ((line, _),) = exact_bench(tmp_path, data, vit).knn(["exact"], FEW)
+    ((line, _),) = knn(exact_bench(tmp_path, data, vit), ["exact"], FEW)
     assert "1 val images could not be fitted" in line["failed"] and photo.name in line["failed"]
     photo.write_bytes(kept)
-    ((line, again),) = exact_bench(tmp_path, data, vit).knn(["exact"], FEW)
+    ((line, again),) = knn(exact_bench(tmp_path, data, vit), ["exact"], FEW)
     assert line["failed"] is None and not again
 
 
 def test_stage_one_of_another_method_fails_in_words(
     tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
 ) -> None:
-    told = list(exact_bench(tmp_path, larger, vit, method="subtract").knn(["raw", "exact"], FEW))
+    told = list(knn(exact_bench(tmp_path, larger, vit, method="subtract"), ["raw", "exact"], FEW))
     assert told[0][0]["failed"] is None
     assert "exact method, got 'subtract'" in told[1][0]["failed"]
 

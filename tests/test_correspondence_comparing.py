@@ -26,6 +26,7 @@ from denoising_vit.evaluation.correspondence import (
     open_pairs,
     propagation,
 )
+from denoising_vit.evaluation.knn import knn
 from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.workbench import Line, Workbench
 from tiny_correspondence import crossing, moving, shuffled, workbench, write_davis, write_spair
@@ -183,7 +184,7 @@ def test_data_of_another_kind_are_refused(tmp_path: Path, clips: ClipData, pairs
         with pytest.raises(EvaluationError, match=f"expected pairs of photos with keypoints, got {layout}"):
             list(matched(workbench(tmp_path, data)))
     with pytest.raises(EvaluationError, match="expected photos with masks of classes, got davis"):
-        list(workbench(tmp_path, clips).knn(["raw"], KnnOptions()))
+        list(knn(workbench(tmp_path, clips), ["raw"], KnnOptions()))
     assert not (tmp_path / "results.jsonl").read_text()
 
 

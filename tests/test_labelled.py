@@ -220,7 +220,7 @@ def test_folders_with_splits(street: Path) -> None:
 def test_image_gives_pixels_and_labels(street: Path) -> None:
     image = open_labelled(str(street)).train.images[0]
     assert (image.split, image.id, image.height, image.width) == ("train", "a.png", 2, 3)
-    assert (image.classes, image.shift, image.class_pixels) == (3, 0, (2, 3, 0))
+    assert (image.classes, image.coding.shift, image.class_pixels) == (3, 0, (2, 3, 0))
     pixels = np.full((2, 3, 3), (10, 5, 7), np.uint8)
     assert np.array_equal(image.pixels(), pixels)
     assert image.digest == photo_digest(pixels)
@@ -345,10 +345,10 @@ def test_unusable_pairs_are_skipped_with_a_reason(street: Path) -> None:
 
 def test_nothing_usable_gives_the_first_reason(street: Path) -> None:
     write_mask(street / "val" / "masks" / "v.png", [[77, 0, 0], [0, 0, 0]])
-    with pytest.raises(EvaluationError, match=r"split val, none of 1 pairs .* v\.png: .*label 77 in 1 pixel"):
+    with pytest.raises(EvaluationError, match=r"split val, none of 1 .* v\.png: .*label 77 in 1 pixel"):
         open_labelled(street)
     (street / "val" / "masks" / "v.png").unlink()
-    with pytest.raises(EvaluationError, match=r"split val, none of 0 pairs .* v\.png: a photo without a mask"):
+    with pytest.raises(EvaluationError, match=r"split val, none of 0 .* v\.png: a photo without a mask"):
         open_labelled(street)
 
 
@@ -504,7 +504,7 @@ def test_ade20k(tmp_path: Path, below: str) -> None:
     assert (data.name, data.layout, data.note) == ("ADE20K", "ade20k", None)
     assert ids(data) == (["ADE_train_00000001.jpg"], ["ADE_val_00000001.jpg"])
     image = data.train.images[0]
-    assert (image.classes, image.shift) == (150, 1)
+    assert (image.classes, image.coding.shift) == (150, 1)
     assert image.labels().tolist() == [[-1, 0, 0], [149, 1, -1]]
     assert (data.train.class_names[0], data.train.class_names[-1]) == ("class 1", "class 150")
     assert (data.train.pixels[0], data.train.pixels[1], data.train.pixels[149]) == (2, 1, 1)

@@ -25,11 +25,12 @@ from denoising_vit.denoiser import load_denoiser
 from denoising_vit.denoiser.options import TrainOptions
 from denoising_vit.denoiser.published import published_rows
 from denoising_vit.errors import PhotoError
-from denoising_vit.evaluation import depth, workbench
+from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.results import METRICS
 from denoising_vit.evaluation.segmentation import PAPER, RELEASED
-from denoising_vit.evaluation.workbench import Workbench
+from denoising_vit.evaluation.segmentation import training as segmenting
+from denoising_vit.evaluation.workbench import Task, Workbench
 from denoising_vit.reproduction import DenoiserRecipe, DistilledRecipe, Protocols, Row, Step, dry, find_row, running
 from denoising_vit.reproduction import training as denoising
 from denoising_vit.reproduction.rows import ADE, IMAGENET_PHOTOS, NYU, VOC, VOC_PHOTOS, TrainingPhotos
@@ -358,7 +359,7 @@ def test_second_call_keeps_results_and_the_list_says_done(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(workbench, "linear_segmentation", never)
+    monkeypatch.setattr(segmenting, "linear_segmentation", never)
     monkeypatch.setattr(depth.LinearDepth, "probes", never)
     again = dvit(*command)
     assert (again.code, again.out, out.read_bytes()) == (first.code, first.out, before)
@@ -512,7 +513,7 @@ def test_photos_without_depth_are_named_and_the_exit_code_says_so(
 def test_interrupt_leaves_finished_steps(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int
 ) -> None:
-    segment, probes = workbench.linear_segmentation, depth.LinearDepth.probes
+    segment, probes = segmenting.linear_segmentation, depth.LinearDepth.probes
     begun: list[str] = []
 
     def begin(name: str) -> None:
@@ -528,7 +529,7 @@ def test_interrupt_leaves_finished_steps(
         begin(self.data.name)
         return probes(self, seeds)
 
-    monkeypatch.setattr(workbench, "linear_segmentation", segmented)
+    monkeypatch.setattr(segmenting, "linear_segmentation", segmented)
     monkeypatch.setattr(depth.LinearDepth, "probes", probed)
     command = ("reproduce", "--row", SMALL, "--data", data, "-o", out)
     stopped = dvit(*command)
@@ -577,10 +578,10 @@ def test_a_denoiser_is_fitted_trained_and_probed(
     judged: list[str] = []
     compare = Workbench.compare
 
-    def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
+    def note(self: Workbench, names: Sequence[str], task: Task) -> Iterator[Any]:
         info = load_denoiser(str(self.cleaners.denoiser), backbone=self.backbone).info
-        judged.append(f"{more['task']}: {names[0]} after step {info['step']}, {info['images']} images")
-        return compare(self, names, judge, **more)
+        judged.append(f"{task.name}: {names[0]} after step {info['step']}, {info['images']} images")
+        return compare(self, names, task)
 
     monkeypatch.setattr(Workbench, "compare", note)
     assert_dry(dvit, model, tmp_path, "voc_denoised")
@@ -596,11 +597,11 @@ def test_a_model_of_each_architecture_is_denoised_distilled_and_probed(
     judged: list[str] = []
     compare = Workbench.compare
 
-    def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
+    def note(self: Workbench, names: Sequence[str], task: Task) -> Iterator[Any]:
         with safe_open(str(self.cleaners.distilled), framework="pt") as file:
             record = json.loads(file.metadata()["denoising_vit"])
-        judged.append(f"{more['task']}: {names[0]} after step {record['step']}, {record['info']['photos']} photos")
-        return compare(self, names, judge, **more)
+        judged.append(f"{task.name}: {names[0]} after step {record['step']}, {record['info']['photos']} photos")
+        return compare(self, names, task)
 
     monkeypatch.setattr(Workbench, "compare", note)
     assert_dry(dvit, model, tmp_path, "voc_distilled", with_depth=model != EVA)
@@ -687,9 +688,9 @@ def test_baselines_are_segmented_by_the_features_that_the_released_code_takes(
     made: dict[str, Backbone] = {}
     compare = Workbench.compare
 
-    def note(self: Workbench, names: Sequence[str], judge: Any, **more: Any) -> Iterator[Any]:
-        made[more["task"]] = self.backbone
-        return compare(self, names, judge, **more)
+    def note(self: Workbench, names: Sequence[str], task: Task) -> Iterator[Any]:
+        made[task.name] = self.backbone
+        return compare(self, names, task)
 
     monkeypatch.setattr(Workbench, "compare", note)
     assert_dry(dvit, model, tmp_path, with_depth=model != EVA)

@@ -332,18 +332,18 @@ def test_the_same_lines_give_the_same_bytes(tmp_path: Path) -> None:
 
 BROKEN = {
     "cut off": ('{"task": "knn"', "not JSON"),
-    "not a number": ('{"seconds": NaN}', "NaN is no number of JSON"),
+    "not a number": ('{"seconds": NaN}', "NaN is not a JSON number"),
     "no object": ("[1]", r"the line: expected an object, got \[1\]"),
     "no task": ("{}", "task is missing; expected a line that `dvit evaluate` wrote"),
-    "other task": (line(task="detection"), "task: expected one of knn, segmentation, .*, artifacts, got 'detection'"),
+    "other task": (line(task="detection"), 'task: expected one of knn, segmentation, .*, artifacts, got "detection"'),
     "no score": (line(metrics={"mIoU": 1.0, "mAcc": 1.0}), "metrics.aAcc is missing"),
-    "text": (line(metrics=KNN["metrics"] | {"mIoU": "36"}), 'mIoU: expected a finite number, got "36"'),
+    "text": (line(metrics=KNN["metrics"] | {"mIoU": "36"}), 'metrics.mIoU: expected a valid number, got "36"'),
     "no data": (line({"data": {}}), "settings.data.name is missing"),
     "no run": (line(run={}), "run.command is missing"),
-    "point": (line(curve=[[1, 2]]), r"curve: expected \[step, loss, score\], got \[1, 2\]"),
-    "skipped": (line(skipped=["a.png"]), 'skipped: expected a list, got "a.png"'),
-    "seed": (line(seeds=[{"seed": True}]), "seeds.seed: expected a whole number, got true"),
-    "interval": (line(paired={**PAIRED, "low": "0"}), 'low: expected a finite number, got "0"'),
+    "point": (line(curve=[[1, 2]]), r"curve.0.2 is missing"),
+    "skipped": (line(skipped=["a.png"]), 'skipped.0: expected a valid tuple, got "a.png"'),
+    "seed": (line(seeds=[{"seed": True}]), "seeds.0.seed: expected a valid integer, got true"),
+    "interval": (line(paired={**PAIRED, "low": "0"}), 'paired.low: expected a valid number, got "0"'),
 }
 
 

@@ -1,8 +1,8 @@
-"""``dvit evaluate`` on photos with masks of classes: sources of features, judged alike by several tasks."""
+"""``dvit evaluate`` on photos with class masks: nearest neighbours, linear probes, retrieval and clusters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.cli.comparison import EvaluateOptions, compare_sources
 from denoising_vit.evaluation.options import ClusteringOptions, FieldOptions, HummingbirdOptions, KnnOptions
 from denoising_vit.evaluation.segmentation import SegmentationOptions
-from denoising_vit.extractors import KINDS, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.evaluation.labelled import LabelledData
-    from denoising_vit.evaluation.workbench import Workbench
+    from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 @dataclass(frozen=True)
-class JudgedClasses(Judged):
-    """What is judged, where photos have masks of classes.
+class LabelledOptions(EvaluateOptions):
+    """Data, features and results of `dvit evaluate` on photos with class masks.
 
     Attributes:
-        classes: file with one class name a line, where the data has none.
-        score: names of classes, separated by commas, that scores are of, where the data hold too little of the others;
-            these can still be predicted.
+        classes: file with one class name a line, if the data has none.
+        score: names of the classes to score, separated by commas, if the data hold too little of the others; these can
+            still be predicted.
     """
 
     classes: Path | None = None
@@ -35,7 +34,7 @@ class JudgedClasses(Judged):
 
 
 def knn(
-    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
+    judged: tyro.conf.OmitArgPrefixes[LabelledOptions],
     voting: tyro.conf.OmitArgPrefixes[KnnOptions] = KnnOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -47,45 +46,45 @@ def knn(
     PNGs), and classes.txt.
 
     Args:
-        judged: what is judged.
-        voting: how.
-        exact: how stage 1 is done, where exact features are judged.
-        model: the backbone, and how it is run.
-        json: print the lines of results instead of a table.
+        judged: data, features and results.
+        voting: options of the task.
+        exact: options of stage 1 for exact features.
+        model: the backbone.
+        json: print lines of results instead of a table.
     """
+    from denoising_vit.evaluation.knn import knn as compare
+
     voting.validate()
-    names = parse_names(judged.features, KINDS)
-    exact.denoising()
-    return tell(judged, lambda: _bench(judged, exact, model).knn(names, voting), as_json=json)
+    return _compare(judged, exact, model, lambda bench, names: compare(bench, names, voting), json)
 
 
 def segmentation(
-    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
+    judged: tyro.conf.OmitArgPrefixes[LabelledOptions],
     training: tyro.conf.OmitArgPrefixes[SegmentationOptions] = SegmentationOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """A linear probe: batch norm and a 1 x 1 convolution, trained on frozen features, judged at every pixel.
+    """A linear probe (batch norm and a 1 x 1 convolution), trained on frozen features and scored at every pixel.
 
     Data: VOCdevkit/VOC2012, ADEChallengeData2016, or a folder with train/ and val/, each with images/ and masks/ (index
     PNGs), and classes.txt.
 
     Args:
-        judged: what is judged.
-        training: how the probe is trained.
-        exact: how stage 1 is done, where exact features are judged.
-        model: the backbone, and how it is run.
-        json: print the lines of results instead of a table.
+        judged: data, features and results.
+        training: options of the probe.
+        exact: options of stage 1 for exact features.
+        model: the backbone.
+        json: print lines of results instead of a table.
     """
+    from denoising_vit.evaluation.segmentation import segmentation as compare
+
     training.protocol()
-    names = parse_names(judged.features, KINDS)
-    exact.denoising()
-    return tell(judged, lambda: _bench(judged, exact, model).segmentation(names, training), as_json=json)
+    return _compare(judged, exact, model, lambda bench, names: compare(bench, names, training), json)
 
 
 def hummingbird(
-    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
+    judged: tyro.conf.OmitArgPrefixes[LabelledOptions],
     retrieval: tyro.conf.OmitArgPrefixes[HummingbirdOptions] = HummingbirdOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -93,25 +92,23 @@ def hummingbird(
 ) -> int:
     """Dense nearest-neighbour retrieval (Hummingbird): pixels are labelled by a memory bank of training patches.
 
-    Data: as for `dvit evaluate knn`, which is the quick look: it scores patches.
+    Data: as for `dvit evaluate knn`, which is faster and scores patches.
 
     Args:
-        judged: what is judged.
-        retrieval: how.
-        exact: how stage 1 is done, where exact features are judged.
-        model: the backbone, and how it is run.
-        json: print the lines of results instead of a table.
+        judged: data, features and results.
+        retrieval: options of the task.
+        exact: options of stage 1 for exact features.
+        model: the backbone.
+        json: print lines of results instead of a table.
     """
-    from denoising_vit.evaluation.hummingbird import hummingbird as compare_retrieval
+    from denoising_vit.evaluation.hummingbird import hummingbird as compare
 
     retrieval.validate()
-    names = parse_names(judged.features, KINDS)
-    exact.denoising()
-    return tell(judged, lambda: compare_retrieval(_bench(judged, exact, model), names, retrieval), as_json=json)
+    return _compare(judged, exact, model, lambda bench, names: compare(bench, names, retrieval), json)
 
 
 def clustering(
-    judged: tyro.conf.OmitArgPrefixes[JudgedClasses],
+    judged: tyro.conf.OmitArgPrefixes[LabelledOptions],
     grouping: tyro.conf.OmitArgPrefixes[ClusteringOptions] = ClusteringOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
@@ -119,35 +116,36 @@ def clustering(
 ) -> int:
     """Clusters of patches (k-means, also many more than there are classes), given classes by their pixels.
 
-    Data: as for `dvit evaluate knn`; only the images of val are looked at.
+    Data: as for `dvit evaluate knn`; only the images of val are used.
 
     Args:
-        judged: what is judged.
-        grouping: how.
-        exact: how stage 1 is done, where exact features are judged.
-        model: the backbone, and how it is run.
-        json: print the lines of results instead of a table.
+        judged: data, features and results.
+        grouping: options of the task.
+        exact: options of stage 1 for exact features.
+        model: the backbone.
+        json: print lines of results instead of a table.
     """
-    from denoising_vit.evaluation.clustering import clustering as compare_clusters
+    from denoising_vit.evaluation.clustering import clustering as compare
 
     grouping.validate()
-    names = parse_names(judged.features, KINDS)
-    exact.denoising()
-    return tell(
-        judged,
-        lambda: compare_clusters(_bench(judged, exact, model), names, grouping),
-        as_json=json,
-        varied=("clusters", "matching"),
-    )
+    varied = ("clusters", "matching")
+    return _compare(judged, exact, model, lambda bench, names: compare(bench, names, grouping), json, varied)
 
 
-def _bench(judged: JudgedClasses, exact: FieldOptions, model: BackboneSpec) -> Workbench:
+def _compare(
+    options: LabelledOptions,
+    exact: FieldOptions,
+    model: BackboneSpec,
+    compare: Callable[[Workbench, Sequence[str]], Iterator[Line]],
+    as_json: bool,
+    varied: Sequence[str] = (),
+) -> int:
     from denoising_vit.evaluation.labelled import open_labelled
 
-    score = tuple(name.strip() for name in judged.score.split(",")) if judged.score else ()
+    score = tuple(name.strip() for name in options.score.split(",")) if options.score else ()
 
     def labelled(progress: Callable[[], None]) -> LabelledData:
-        data = open_labelled(judged.data, classes=judged.classes, images=judged.images, progress=progress)
+        data = open_labelled(options.data, classes=options.classes, images=options.images, progress=progress)
         return data.scoring(score)
 
-    return open_bench(judged, exact, model, labelled)
+    return compare_sources(options, exact, model, labelled, compare, as_json=as_json, varied=varied)

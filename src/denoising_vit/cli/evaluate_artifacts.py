@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.comparison import finish
 from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
-from denoising_vit.cli.judging import finish
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.diagnosis.options import DiagnoseOptions

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.cli.comparison import EvaluateOptions, compare_sources
 from denoising_vit.evaluation import correspondence as evaluation
 from denoising_vit.evaluation.correspondence import MatchingOptions, PropagationOptions
 from denoising_vit.evaluation.options import FieldOptions
-from denoising_vit.extractors import KINDS, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.evaluation.data import JudgedData
-    from denoising_vit.evaluation.workbench import Line
+    from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 def correspondence(
-    judged: tyro.conf.OmitArgPrefixes[Judged],
+    judged: tyro.conf.OmitArgPrefixes[EvaluateOptions],
     split: str = "test",
     videos: PropagationOptions = PropagationOptions(),  # noqa: B008, frozen
     pairs: MatchingOptions = MatchingOptions(),  # noqa: B008, frozen
@@ -45,17 +44,14 @@ def correspondence(
     """
     videos.validate()
     pairs.validate()
-    names = parse_names(judged.features, KINDS)
-    exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:
         count = judged.images
         return evaluation.open_correspondence(judged.data, sequences=count, split=split, pairs=count, progress=progress)
 
-    def lines() -> Iterator[Line]:
-        bench = open_bench(judged, exact, model, opened)
+    def compare(bench: Workbench, names: Sequence[str]) -> Iterator[Line]:
         if isinstance(bench.data, evaluation.ClipData):
             return evaluation.propagation(bench, names, videos)
         return evaluation.matching(bench, names, pairs)
 
-    return tell(judged, lines, as_json=json, varied=("alpha",))
+    return compare_sources(judged, exact, model, opened, compare, as_json=json, varied=("alpha",))

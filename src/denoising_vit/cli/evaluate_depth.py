@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.cli.comparison import EvaluateOptions, compare_sources
 from denoising_vit.evaluation import depth as evaluation
 from denoising_vit.evaluation.options import FieldOptions
-from denoising_vit.extractors import KINDS, parse_names
+
+if TYPE_CHECKING:
+    from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 def depth(
-    judged: tyro.conf.OmitArgPrefixes[Judged],
+    judged: tyro.conf.OmitArgPrefixes[EvaluateOptions],
     depth_scale: float = 1000.0,
     blocks: int = 5,
     training: tyro.conf.OmitArgPrefixes[evaluation.DepthOptions] = evaluation.DepthOptions(),  # noqa: B008, frozen
@@ -37,14 +40,13 @@ def depth(
         json: print the lines of results instead of a table.
     """
     training.protocol()
-    names = parse_names(judged.features, KINDS)
-    exact.denoising()
 
     def opened(progress: Callable[[], None]) -> evaluation.DepthData:
         return evaluation.open_depth(
             judged.data, scale=depth_scale, images=judged.images, blocks=blocks, progress=progress
         )
 
-    return tell(
-        judged, lambda: evaluation.depth(open_bench(judged, exact, model, opened), names, training), as_json=json
-    )
+    def compare(bench: Workbench, names: Sequence[str]) -> Iterator[Line]:
+        return evaluation.depth(bench, names, training)
+
+    return compare_sources(judged, exact, model, opened, compare, as_json=json)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.judging import Judged, open_bench, tell
+from denoising_vit.cli.comparison import EvaluateOptions, compare_sources
 from denoising_vit.evaluation import discovery as evaluation
 from denoising_vit.evaluation.options import FieldOptions
-from denoising_vit.extractors import KINDS, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.evaluation.data import JudgedData
-    from denoising_vit.evaluation.workbench import Line
+    from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 def discovery(
-    judged: tyro.conf.OmitArgPrefixes[Judged],
+    judged: tyro.conf.OmitArgPrefixes[EvaluateOptions],
     split: str | None = None,
     difficult: bool = True,
     annotations: Path | None = None,
@@ -48,8 +47,6 @@ def discovery(
         json: print the lines of results instead of a table.
     """
     finding.validate()
-    features = parse_names(judged.features, KINDS)
-    exact.denoising()
 
     def opened(progress: Callable[[], None]) -> JudgedData:
         return evaluation.open_boxed(
@@ -62,7 +59,7 @@ def discovery(
             progress=progress,
         )
 
-    def lines() -> Iterator[Line]:
-        return evaluation.discovery(open_bench(judged, exact, model, opened), features, finding)
+    def compare(bench: Workbench, features: Sequence[str]) -> Iterator[Line]:
+        return evaluation.discovery(bench, features, finding)
 
-    return tell(judged, lines, as_json=json)
+    return compare_sources(judged, exact, model, opened, compare, as_json=json)

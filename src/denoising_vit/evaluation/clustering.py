@@ -1,4 +1,4 @@
-"""Clusters of patches, found without labels and then given classes: how well features group what belongs together."""
+"""K-means clusters of patches, given classes afterwards: how well features group what belongs together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,49 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.comparison import Curve
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.options import ClusteringOptions
-from denoising_vit.evaluation.patches import patch_counts
+from denoising_vit.evaluation.outcomes import Curve
+from denoising_vit.evaluation.patches import patch_counts, quota
 from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Workbench
-from denoising_vit.views.crops import Crop
+from denoising_vit.evaluation.workbench import Line, Task, Workbench
 
-#: How clusters get classes: each the commonest class of its pixels, or one cluster a class.
+#: How clusters get classes: each the commonest class of its pixels, or one cluster for each class.
 Matching = Literal["majority", "hungarian"]
+
+
+def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOptions) -> Iterator[Line]:
+    """Clustering by each source; the first is the reference of the others.
+
+    Yields:
+        Lines for each number of clusters, and each way to give them classes.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if the data have no classes, or a name is unknown.
+    """
+    options.validate()
+    data = bench.labelled
+    for clusters in options.clusters:
+        ways: list[Matching] = ["majority", "hungarian"] if clusters == len(data.val.class_names) else ["majority"]
+        for matching in ways:
+
+            def evaluate(
+                source: FeatureSource,
+                seeds: tuple[int, ...],
+                clusters: int = clusters,
+                matching: Matching = matching,
+            ) -> Iterator[tuple[int, Counts, Curve]]:
+                for seed in seeds:
+                    with bench.watch(f"{source.name}: images, {clusters} clusters", 2 * len(data.val.images)) as step:
+                        tables = clustered(source, data, options, clusters, seed, cache=bench.cache, progress=step)
+                    yield seed, matched(tables, matching), []
+
+            settings: dict[str, Any] = asdict(options) | {"clusters": clusters, "matching": matching}
+            yield from bench.compare(names, Task("clustering", evaluate, settings, options.seeds, options.size))
 
 
 def clustered(
@@ -36,18 +67,18 @@ def clustered(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Clusters the patches of ``val`` by k-means (Euclidean distance of features) and counts the pixels of each class.
+    """Cluster the patches of ``val`` by k-means (Euclidean distance) and count the pixels of each class.
 
-    A pixel is in the cluster of the patch whose centre is nearest.
+    A pixel is in the cluster of the patch with the nearest centre.
 
     Args:
-        source: of the features.
-        data: the labelled images; those of ``train`` are not looked at.
-        options: how.
-        clusters: how many, k.
-        seed: of k-means and of the draw of patches.
-        cache: where features are kept: each image is seen twice.
-        progress: called after each image, twice.
+        source: source of features.
+        data: labelled images; those of ``train`` are not used.
+        options: options of the task.
+        clusters: number of clusters, k.
+        seed: seed for k-means and the choice of patches.
+        cache: cache of features: each image is used twice.
+        progress: called twice for each image.
 
     Returns:
         (images, k, K) int32: labelled pixels.
@@ -57,14 +88,12 @@ def clustered(
         EvaluationError: if there are fewer patches than clusters, or features are not finite.
     """
     options.validate()
-    images = data.val.images
-    shown = [(image, Crop.whole(shown_size(options.size, image, source))) for image in images]
+    shown = whole_images(data.val.images, options.size, source)
     generator = torch.Generator().manual_seed(seed)
     some = []
     for number, features in enumerate(see(source, shown, cache, progress)):
-        until, start = (options.patches * n // len(shown) for n in (number + 1, number))
         chosen = torch.randperm(features[..., 0].numel(), generator=generator)
-        some.append(features.flatten(0, 1)[chosen[: until - start if options.patches else None]])
+        some.append(features.flatten(0, 1)[chosen[: quota(options.patches, number, len(shown))]])
     model = _fitted(torch.cat(some), clusters, seed)
     tables = []
     for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
@@ -76,15 +105,15 @@ def clustered(
 
 
 def matched(tables: np.ndarray, matching: Matching) -> Counts:
-    """Gives each cluster a class by all images together, and counts hits image by image.
+    """Give each cluster a class by all images together, and count hits image by image.
 
     Args:
         tables: (images, k, K) pixels of each cluster and class.
-        matching: majority: the commonest class of the cluster's pixels. hungarian: one cluster a class, so that the sum
-            of their intersections over unions is largest; k has to be K.
+        matching: majority: the commonest class of the cluster's pixels. hungarian: one cluster for each class, with the
+            largest sum of IoU; needs k = K.
 
     Raises:
-        EvaluationError: if one cluster a class is asked for, and there are not as many.
+        EvaluationError: for hungarian, if there are not as many clusters as classes.
     """
     total = tables.sum(0, dtype=np.int64)  # (k, K)
     if matching == "majority":
@@ -99,41 +128,6 @@ def matched(tables: np.ndarray, matching: Matching) -> Counts:
     chosen = np.eye(total.shape[1], dtype=np.int64)[classes]  # (k, K)
     hits = np.einsum("ikc,kc->ic", tables, chosen)
     return Counts(hits, tables.sum(1, dtype=np.int64), tables.sum(2, dtype=np.int64) @ chosen)
-
-
-def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOptions) -> Iterator[Line]:
-    """Clusters of the features of each source, the first one being what others are held against.
-
-    Yields:
-        Lines of each number of clusters, and of each way to give them classes, in turn.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data have no classes, or a name is unknown.
-    """
-    options.validate()
-    data = bench.labelled
-    for clusters in options.clusters:
-        ways: list[Matching] = ["majority", "hungarian"] if clusters == len(data.val.class_names) else ["majority"]
-        for matching in ways:
-
-            def judge(
-                source: FeatureSource,
-                seeds: tuple[int, ...],
-                clusters: int = clusters,
-                matching: Matching = matching,
-            ) -> Iterator[tuple[int, Counts, Curve]]:
-                for seed in seeds:
-                    with bench.watch(f"{source.name}: images, {clusters} clusters", 2 * len(data.val.images)) as step:
-                        tables = clustered(source, data, options, clusters, seed, cache=bench.cache, progress=step)
-                    yield seed, matched(tables, matching), []
-
-            settings: dict[str, Any] = asdict(options) | {"clusters": clusters, "matching": matching}
-            del settings["seeds"]
-            yield from bench.compare(
-                names, judge, task="clustering", settings=settings, seeds=options.seeds, size=options.size
-            )
 
 
 def _fitted(points: Tensor, clusters: int, seed: int) -> Any:

@@ -20,15 +20,15 @@ from denoising_vit.data.photos import read_photo
 
 @dataclass(frozen=True)
 class JudgedImage:
-    """One photo, inspected once and read again when it is needed; subclasses add what is known of it.
+    """A photo; subclasses add its ground truth.
 
     Attributes:
         split: ``train`` or ``val``.
-        id: path of the photo below the folder of its split's photos, with ``/`` between its parts.
-        photo: the file of the photo.
-        height: in pixels, H.
-        width: in pixels, W.
-        digest: of the photo's pixels.
+        id: path of the photo below the folder of its split's photos, with ``/`` as separator.
+        photo: file of the photo.
+        height: height in pixels, H.
+        width: width in pixels, W.
+        digest: digest of the photo's pixels.
     """
 
     split: str
@@ -40,11 +40,11 @@ class JudgedImage:
 
     @property
     def truth_digest(self) -> str:
-        """Of what is known of the photo; the same for the same truth, however it lies on the disk."""
+        """Digest of the ground truth, whatever its files."""
         raise NotImplementedError
 
     def pixels(self) -> np.ndarray:
-        """The photo, (H, W, 3) uint8.
+        """Read the photo, (H, W, 3) uint8.
 
         Raises:
             PhotoError: if it can no longer be read.
@@ -61,8 +61,8 @@ class JudgedSet(Generic[Image]):
 
     Attributes:
         split: ``train`` or ``val``.
-        images: those that can be used.
-        skipped: what cannot be used, and why.
+        images: usable images.
+        skipped: entries that could not be used, with reasons.
     """
 
     split: str
@@ -71,12 +71,12 @@ class JudgedSet(Generic[Image]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of ids, photos and truth in their order; files that decode to the same give the same."""
+        """SHA-256 of ids, photos and ground truth in order, whatever the file formats."""
         return _digest(f"{image.id}\0{image.digest}\0{image.truth_digest}\n" for image in self.images)
 
     @cached_property
     def photos_digest(self) -> str:
-        """SHA-256 of ids and photos in their order, whatever is known of them."""
+        """SHA-256 of ids and photos in order."""
         return _digest(f"{image.id}\0{image.digest}\n" for image in self.images)
 
     @property
@@ -89,41 +89,41 @@ class JudgedSet(Generic[Image]):
 def _digest(lines: Iterable[str]) -> str:
     content = hashlib.sha256()
     for line in lines:
-        content.update(line.encode(errors="surrogateescape"))  # names of files need not be UTF-8
+        content.update(line.encode(errors="surrogateescape"))  # file names need not be UTF-8
     return content.hexdigest()
 
 
 class JudgedData(Protocol):
-    """A data set with all that it is judged on."""
+    """A data set to evaluate on."""
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name in tables."""
         ...
 
     @property
     def layout(self) -> str:
-        """How it lies on the disk."""
+        """Name of the folder layout."""
         ...
 
     @property
     def note(self) -> str | None:
-        """What a reader of the results should know, if anything."""
+        """Remark for readers of the results."""
         ...
 
     @property
     def splits(self) -> tuple[JudgedSet[JudgedImage], ...]:
-        """The images that are looked at; the last are those that scores are of."""
+        """The splits; the last one is scored."""
         ...
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Classes that no judged image has, left out of means."""
+        """Classes that do not occur in the scored images, left out of means."""
         ...
 
 
 def shared_photos(train: JudgedSet[JudgedImage], val: JudgedSet[JudgedImage]) -> str | None:
-    """What a reader should know of photos that are in both splits; None where there are none."""
+    """Remark on photos that are in both splits; None if there are none."""
     known = {image.digest for image in train.images}
     count = sum(image.digest in known for image in val.images)
     return f"{count} of {len(val.images)} photos of val are in train as well" if count else None
@@ -134,10 +134,10 @@ class SplitData(Generic[Image]):
     """A data set without classes.
 
     Attributes:
-        name: for tables.
-        layout: how it lies on the disk.
-        splits: ``train`` and ``val``, or ``val`` alone where nothing is learned.
-        note: what a reader of the results should know, if anything.
+        name: name in tables.
+        layout: name of the folder layout.
+        splits: ``train`` and ``val``, or ``val`` alone if nothing is trained.
+        note: remark for readers of the results.
     """
 
     name: str
@@ -147,15 +147,15 @@ class SplitData(Generic[Image]):
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """None: there are no classes."""
+        """Empty: there are no classes."""
         return ()
 
     @property
     def train(self) -> JudgedSet[Image]:
-        """What is learned from."""
+        """Training images."""
         return self.splits[0]
 
     @property
     def val(self) -> JudgedSet[Image]:
-        """What is judged."""
+        """Scored images."""
         return self.splits[-1]

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,17 +26,17 @@ from denoising_vit.views.patch_grid import check_side, nearest_sizes
 
 
 class Patches(Protocol):
-    """Whatever cuts images into patches: a backbone, a source of features."""
+    """A backbone or source of features."""
 
     patch_size: int
     stride: int
 
 
 def shown_size(size: int | tuple[int, int] | None, image: JudgedImage, patches: Patches) -> tuple[int, int]:
-    """(H, W) in pixels at which an image is shown.
+    """(H, W) in pixels at which an image is shown: the given size, or its own, rounded to the patch grid.
 
     Raises:
-        SizeError: if the size that is asked for does not fit the patch grid.
+        SizeError: if the given size does not fit the patch grid.
     """
     if size is None:
         return native_size(image.height, image.width, patches.patch_size, patches.stride)
@@ -45,17 +45,13 @@ def shown_size(size: int | tuple[int, int] | None, image: JudgedImage, patches: 
 
 
 def check_size(size: int | tuple[int, int] | None, patch_size: int, stride: int) -> None:
-    """Refuses a size that is not covered by whole patches.
-
-    Raises:
-        SizeError: naming the nearest sides that are.
-    """
+    """Raise SizeError, naming the nearest valid sides, unless whole patches cover the size."""
     for side in () if size is None else (size,) if isinstance(size, int) else size:
         check_side(side, patch_size, stride)
 
 
 def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
-    """The nearest sides that fit the patch grid, the larger one of two that are as near."""
+    """The nearest sides that fit the patch grid, the larger one of two equally near."""
     down, across = (
         max(nearest_sizes(side, patch_size, stride), key=lambda fitting: (-abs(fitting - side), fitting))
         for side in (height, width)
@@ -66,29 +62,39 @@ def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[
 #: Hex digits in the names of cached files.
 _DIGITS = 24
 
-
-#: Most that a file takes besides its values.
+#: Maximum size of a cached file besides its values, in bytes.
 _HEADER = 256
 
-
-#: Batches that are rendered ahead where an accelerator does the forward passes.
+#: Batches rendered ahead of the forward passes on an accelerator.
 _AHEAD = 3
 
-
-#: One image and the crop of it that is looked at.
+#: An image and a crop of it.
 Shown = tuple[JudgedImage, Crop]
+
+Image = TypeVar("Image", bound=JudgedImage)
+
+
+def whole_images(
+    images: Sequence[Image], size: int | tuple[int, int] | None, patches: Patches
+) -> list[tuple[Image, Crop]]:
+    """Images, each as one crop, at a size; None is their own.
+
+    Raises:
+        SizeError: if the size does not fit the patch grid.
+    """
+    return [(image, Crop.whole(shown_size(size, image, patches))) for image in images]
 
 
 @dataclass
 class FeatureCache:
-    """Features on disk, one file a crop, until they take too much room.
+    """Features on disk, one file for each crop, up to a limit.
 
     Attributes:
-        folder: made where it does not exist.
-        limit: bytes that the files may take in all.
+        folder: folder of the files; created if it does not exist.
+        limit: maximum size of all files in bytes.
 
     Raises:
-        EvaluationError: if the folder cannot be made.
+        EvaluationError: if the folder cannot be created.
     """
 
     folder: Path
@@ -99,25 +105,25 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EvaluationError(
-                f"cannot keep features in {self.folder} ({error.strerror or error}); choose another folder (--cache)"
+                f"cannot cache features in {self.folder} ({error.strerror or error}); choose another folder (--cache)"
             ) from error
         self._used = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
 
     def path(self, source: FeatureSource, shown: Shown) -> Path:
-        """Where the features of a crop are, or would be."""
+        """File of the features of a crop."""
         image, crop = shown
         whose = digest({"name": source.name, "identity": source.identity, "backbone": source.backbone}, _DIGITS)
         return self.folder / whose / f"{digest({'image': image.digest, **asdict(crop)}, _DIGITS)}.safetensors"
 
     def get(self, path: Path) -> Tensor | None:
-        """Features (h, w, C) float32, None where there are none or the file is damaged."""
+        """Features (h, w, C) float32; None if the file is missing or damaged."""
         try:
             return load_file(path)["features"].float()
         except (OSError, SafetensorError, KeyError):
             return None
 
     def put(self, path: Path, features: Tensor) -> None:
-        """Keeps features (h, w, C), in float16 where they fit, unless the room is used up."""
+        """Save features (h, w, C), in float16 if they fit its range, unless the limit is reached."""
         kept = compact(features)
         size = kept.nbytes + _HEADER
         if self._used + size > self.limit:
@@ -126,8 +132,8 @@ class FeatureCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors({"features": kept}, path)
         except OSError as error:
-            self.limit = 0.0  # what is kept saves time only: the work goes on without
-            warnings.warn(f"features are not kept on disk any more ({error})", DenoisingVitWarning, stacklevel=2)
+            self.limit = 0.0  # the cache only saves time: go on without it
+            warnings.warn(f"features are no longer cached on disk ({error})", DenoisingVitWarning, stacklevel=2)
             return
         self._used += size
 
@@ -140,17 +146,17 @@ def see(
 ) -> Iterator[Tensor]:
     """Features (h, w, C), float32 on the CPU, of each crop in turn.
 
-    They are as float16 holds them wherever that has room for them, cached or not, so that a second run is the same.
+    Cached or not, they are rounded to float16 if they fit its range, so that a second run gives the same.
 
     Args:
-        source: of the features.
+        source: source of features.
         shown: images and their crops.
-        cache: where features are kept.
+        cache: cache of features.
         progress: called after each crop.
 
     Raises:
-        EvaluationError: if features are not finite, or no grid.
-        PhotoError: if a photo cannot be read any more.
+        EvaluationError: if features are not finite or not a grid.
+        PhotoError: if a photo can no longer be read.
     """
     cache = cache if source.cached else None
     batches = _batches(source, shown, cache)
@@ -167,7 +173,7 @@ _Batch = tuple[Tensor | None, list[Tensor], list[Path | None]]
 def _batches(
     source: FeatureSource, shown: Sequence[Shown], cache: FeatureCache | None
 ) -> Generator[_Batch, None, None]:
-    """Either features that are there, or inputs of one size, as many as the device takes at once."""
+    """Cached features, or inputs of one size, as many as the device takes at once."""
     waiting: list[tuple[Tensor, Path | None]] = []
 
     def flush() -> Iterator[_Batch]:

@@ -1,8 +1,8 @@
-"""Stage 1 of the images of a data set: fitted once into stores, which later runs find again."""
+"""Stage 1 of the images of a data set: fitted once into stores that later runs reuse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.files import atomic_path, digest
 from denoising_vit.fit.job import FitJob
 from denoising_vit.fit.options import FitOptions
+from denoising_vit.progress import Progress, no_progress
 from denoising_vit.store import FeatureStore
-
-#: Called with the split that is being fitted, images done, and images in all.
-OnFitted = Callable[[str, int, int], None]
 
 
 def fitted_fields(
@@ -40,21 +38,21 @@ def fitted_fields(
     *,
     artifact: KnownArtifact | None = None,
     crops: Mapping[str, Sequence[Shown]] | None = None,
-    on_fitted: OnFitted = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> FieldSource:
-    """The semantic fields of all images, fitted where they are not there yet.
+    """Semantic fields of all images, fitted if they are not stored yet.
 
     Args:
-        name: of the source.
+        name: name of the source.
         data: the images.
-        folder: where the stores are.
-        backbone: the extractor.
-        spec: the same in words.
-        options: of stage 1. Without a size, views have that of the images where all have one, and the backbone's own
-            otherwise.
-        artifact: G where it is known, as `denoise_image` takes it.
-        crops: by split, what is shown of each image; where given, each is fitted as an image of its own.
-        on_fitted: called after each image.
+        folder: folder of the stores.
+        backbone: the backbone.
+        spec: how the backbone was loaded.
+        options: options of stage 1. Without a size, views have the common size of the images, or the backbone's default
+            size if there is none.
+        artifact: G if known, as `denoise_image` takes it.
+        crops: crops of the images by split; if given, each is fitted as an image of its own.
+        progress: progress reporting.
 
     Raises:
         EvaluationError: if an image could not be fitted.
@@ -69,14 +67,14 @@ def fitted_fields(
         identity["of"] = "crop"
         splits = [_cut(images, crops[images.split], folder) for images in splits]
     stores = {
-        images.split: _fitted(images, folder, backbone, spec, options, artifact, identity, on_fitted)
+        images.split: _fitted(name, images, folder, backbone, spec, options, artifact, identity, progress)
         for images in splits
     }
     return FieldSource(name, backbone, stores, identity, of_crops=crops is not None)
 
 
 def _cut(images: JudgedSet[JudgedImage], shown: Sequence[Shown], folder: Path) -> JudgedSet[JudgedImage]:
-    """The crops as images: written to the folder, under the ids of the images that they are of."""
+    """Save crops as images with the ids of the images they are from."""
     cut = []
     for image, crop in shown:
         pixels = np.ascontiguousarray(crop.cut(image.pixels()))
@@ -92,6 +90,7 @@ def _cut(images: JudgedSet[JudgedImage], shown: Sequence[Shown], folder: Path) -
 
 
 def _fitted(
+    name: str,
     images: JudgedSet[JudgedImage],
     folder: Path,
     backbone: Backbone,
@@ -99,39 +98,34 @@ def _fitted(
     options: DenoiseOptions,
     artifact: KnownArtifact | None,
     identity: dict[str, Any],
-    on_fitted: OnFitted,
+    progress: Progress,
 ) -> FeatureStore:
     folder.mkdir(parents=True, exist_ok=True)
     items = [Item(image.id, str(image.photo)) for image in images.images]
     dataset = Dataset(f"{images.split} images", items)
     store = folder / store_name(images, backbone, spec, identity)
     job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact)
-    done = len(job.store.done())
-    on_fitted(images.split, done, len(items))
-
-    def fitted(_index: int, _reason: str | None) -> None:
-        nonlocal done
-        done += 1
-        on_fitted(images.split, done, len(items))
-
-    job.run(fitted)
+    with progress(f"{name}: {images.split} images fitted", len(items)) as advance:
+        for _ in job.store.done():
+            advance()
+        job.run(lambda _index, _reason: advance())
     if failed := job.store.failed():
         index, reason = next(iter(sorted(failed.items())))
         raise EvaluationError(
-            f"{len(failed)} {images.split} images could not be fitted, so they cannot be judged; {items[index].id}: "
+            f"{len(failed)} {images.split} images could not be fitted, so they cannot be evaluated; {items[index].id}: "
             f"{reason}"
         )
     return job.store
 
 
 def store_name(images: JudgedSet[JudgedImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
-    """The same for the same fields of the same photos, whatever is judged on them."""
+    """Name of a store, equal for the same fields of the same photos, whatever the task."""
     whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
     return f"{images.split}-{digest(identity | whose, 16)}"
 
 
 def _common_size(data: JudgedData, backbone: Backbone) -> tuple[int, int]:
-    """The size of all images, rounded to the patch grid; the backbone's own where they differ."""
+    """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
     sizes = {images.common_size for images in data.splits}
     size = sizes.pop() if len(sizes) == 1 else None
     if size is None:

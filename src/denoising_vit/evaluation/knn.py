@@ -1,4 +1,4 @@
-"""Nearest-neighbour segmentation: what features say of classes without any training (the paper's table 5)."""
+"""Nearest-neighbour segmentation: patches take the classes of the nearest training patches (table 5 of the paper)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, check_size, see, shown_size
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
-from denoising_vit.evaluation.options import (
-    KnnOptions,
-)
-from denoising_vit.evaluation.patches import commonest, nearest, patch_counts
+from denoising_vit.evaluation.options import KnnOptions
+from denoising_vit.evaluation.patches import commonest, nearest, patch_counts, quota
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
 
-#: Added to the seed for the crops of the images that are judged, so that they are others than the gallery's.
+#: Added to the seed for the crops of val, so that they differ from those of train.
 _VAL_SEED = 1_000_003
 
 _SeeAll = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
+
+
+def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
+    """Nearest-neighbour segmentation of each source; the first is the reference of the others.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if the data have no classes, or a name is unknown.
+    """
+    options.validate()
+    data = bench.labelled
+    check_size(options.size, bench.backbone.patch_size, bench.backbone.stride)
+    crops, neutral = None, options.crops == "neutral"
+    if neutral and bench.fields_of == "crop":
+        crops = {images.split: crops_of(images, bench.backbone, options) for images in data.splits}
+    yield from bench.measure(
+        names,
+        lambda source, advance: nearest_neighbours(source, data, options, cache=bench.cache, progress=advance),
+        options,
+        task="knn",
+        looks="images",
+        count=len(data.train.images) + len(data.val.images),
+        crops=crops,
+        beyond=neutral and crops is None,
+    )
 
 
 def nearest_neighbours(
@@ -35,21 +60,20 @@ def nearest_neighbours(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Counts:
-    """Labels each patch of the images of ``val`` by the patches of ``train`` whose features are nearest (cosine).
+    """Label each patch of ``val`` by the patches of ``train`` with the nearest features (cosine).
 
     Args:
-        source: of the features.
-        data: the labelled images.
-        options: how.
-        cache: where features are kept.
+        source: source of features.
+        data: labelled images.
+        options: options of the task.
+        cache: cache of features.
         progress: called after each image.
 
     Returns:
-        Counts over patches that have a label, image by image.
+        Counts over labelled patches, image by image.
 
     Raises:
-        EvaluationError: if the gallery has fewer labelled patches than neighbours are asked for, or features are not
-            finite.
+        EvaluationError: if the gallery has fewer labelled patches than ``k``, or features are not finite.
     """
     options.validate()
     see_all: _SeeAll = functools.partial(see, cache=cache, progress=progress)
@@ -70,7 +94,7 @@ def nearest_neighbours(
 
 
 def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list[tuple[LabelledImage, Crop]]:
-    """What is shown of each image: other neutral crops in ``val`` than in ``train``."""
+    """The crop of each image; neutral crops of ``val`` differ from those of ``train``."""
     offset = _VAL_SEED if images.split == "val" else 0
     shown = []
     for number, image in enumerate(images.images):
@@ -83,7 +107,7 @@ def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list
 
 
 def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """Classes (Q,) of queries (Q, C) by the k nearest of a gallery (N, C), normalised, with labels (N,)."""
+    """Classes (Q,) of queries (Q, C) by the k nearest of a normalised gallery (N, C) with labels (N,)."""
     similarity, found = nearest(queries, gallery, k)
     weights = (similarity / temperature).softmax(-1)
     votes = torch.zeros(len(queries), classes, device=queries.device)
@@ -91,16 +115,15 @@ def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int,
 
 
 def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see_all: _SeeAll) -> tuple[Tensor, Tensor]:
-    """Normalised features (N, C) and labels (N,) of the patches that are compared with."""
+    """Normalised features (N, C) and labels (N,) of the gallery."""
     shown = crops_of(train, source, options)
     generator = torch.Generator().manual_seed(options.seed)
     found, labels = [], []
     for number, ((image, crop), features) in enumerate(zip(shown, see_all(source, shown), strict=True)):
         label = _labels(source, image, crop).flatten()
-        until, start = (options.gallery * n // len(shown) for n in (number + 1, number))
-        most = until - start if options.gallery else None
         known = torch.nonzero(label != NO_LABEL).flatten()
-        known = known[torch.randperm(len(known), generator=generator)[:most]]
+        order = torch.randperm(len(known), generator=generator)
+        known = known[order[: quota(options.gallery, number, len(shown))]]
         found.append(F.normalize(features.flatten(0, 1)[known], dim=-1))
         labels.append(label[known])
     gallery, label = torch.cat(found).to(source.device), torch.cat(labels).to(source.device)
@@ -113,5 +136,5 @@ def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see
 
 
 def _labels(source: FeatureSource, image: LabelledImage, crop: Crop) -> Tensor:
-    """(h, w) classes of the patches of a crop."""
+    """Classes (h, w) of the patches of a crop."""
     return commonest(patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride))

@@ -13,27 +13,25 @@ from denoising_vit.data.decoding import raw_mode
 from denoising_vit.data.photos import MAX_PIXELS, use_image
 from denoising_vit.errors import EvaluationError
 
-#: What a pixel has that belongs to no class.
+#: Label of pixels without a class.
 NO_LABEL = -1
 
-
-#: Pillow's modes whose values are numbers rather than colours; of a palette image the indices are read.
+#: Pillow modes with numbers instead of colours; for palette images, the indices.
 _INDEX_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
-
-#: Grayscale of 2 or 4 bits is stretched to 0 to 255 when it is decoded; tools that shrink PNG files write it.
+#: Factor by which Pillow stretches grayscale of 2 or 4 bits, which tools that shrink PNG files write.
 _STRETCHED = {"L;2": 85, "L;4": 17}
 
 
 @dataclass(frozen=True)
 class Coding:
-    """What the numbers in a data set's masks mean.
+    """Meaning of the values in a data set's masks.
 
     Attributes:
-        classes: how many classes there are, K.
-        source: where the classes are listed, for messages.
-        shift: the number of the first class; 1 where label 0 means no label, as in ADE20K.
-        ignored: numbers that mean no label.
+        classes: number of classes, K.
+        source: list of the classes, for messages.
+        shift: value of the first class; 1 where 0 means no label, as in ADE20K.
+        ignored: values that mean no label.
     """
 
     classes: int
@@ -42,14 +40,10 @@ class Coding:
     ignored: tuple[int, ...] = (255,)
 
     def decoded(self, values: np.ndarray, name: str) -> np.ndarray:
-        """Numbers of a mask (H, W) -> classes (H, W) int64 in 0 to K - 1, and NO_LABEL.
-
-        Args:
-            values: integers as the file has them.
-            name: what errors call the mask.
+        """Values of a mask (H, W) -> classes (H, W) int64: 0 to K - 1, and NO_LABEL.
 
         Raises:
-            EvaluationError: if a number is none of these.
+            EvaluationError: naming the mask, if it has other values.
         """
         labels = values.astype(np.int64) - self.shift
         outside = (labels < 0) | (labels >= self.classes)
@@ -107,12 +101,12 @@ def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise EvaluationError(f"{path}: not an image file that can be read, expected a mask as PNG or TIFF") from error
     except Image.DecompressionBombError as error:
         raise EvaluationError(f"{path}: more pixels than the limit of {max_pixels:,}; shrink the mask first") from error
-    except Exception as error:  # decoders meet damaged files with all kinds: OSError, SyntaxError, RuntimeError, ...
+    except Exception as error:  # decoders raise many kinds for damaged files
         raise EvaluationError(f"{path}: damaged or unreadable mask ({error})") from error
 
 
 def _numbers(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
-    """What an opened mask holds; its header is checked first."""
+    """Values of an opened mask, after checking its header."""
     _check_header(image, path, max_pixels)
     stretch = _stretch_of(image)
     return np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
@@ -136,7 +130,7 @@ def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
 
 
 def _stretch_of(image: Image.Image) -> int:
-    """By what the decoder multiplies the numbers in the file; to be asked before it decodes."""
+    """Factor by which the decoder stretches the values; known only before decoding."""
     return _STRETCHED.get(raw_mode(image), 1)
 
 
@@ -144,9 +138,9 @@ def _listed(numbers: Sequence[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 
 
-#: The object in masks of 0 and 255 (DAVIS 2016); where objects are numbered (DAVIS 2017), what belongs to none.
+#: The object in masks of 0 and 255 (DAVIS 2016); no object in masks with numbered objects (DAVIS 2017).
 WHITE = 255
 
 
-#: Most objects that a mask may number; higher numbers are shades of gray.
+#: Maximum number of objects in a mask; higher values are shades of gray.
 MAX_OBJECTS = 50

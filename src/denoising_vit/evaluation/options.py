@@ -11,14 +11,14 @@ from denoising_vit.errors import PlanError
 
 
 def at_least(options: Any, **least: int) -> None:
-    """Raises PlanError unless each named option is this number or more."""
+    """Raise PlanError unless each named option is at least this number."""
     for name, number in least.items():
         if getattr(options, name) < number:
             raise PlanError(f"{name} must be at least {number}, got {getattr(options, name)}")
 
 
 def positive(options: Any, *names: str) -> None:
-    """Raises PlanError unless each named option is a positive number."""
+    """Raise PlanError unless each named option is a positive number."""
     for name in names:
         if not 0 < getattr(options, name) < math.inf:
             raise PlanError(f"{name} must be a positive number, got {getattr(options, name)}")
@@ -27,38 +27,38 @@ def positive(options: Any, *names: str) -> None:
 Preset = Literal["paper", "quick"]
 
 
-#: Whether pads are cut off, or the patch grid is stretched over a crop as if there were none.
+#: Cut pads off, or stretch the patch grid over a crop as if there were none.
 Pads = Literal["cut", "stretched"]
 
 
 class Trainable(Protocol):
-    """What the protocols of all probes say: a dataclass with these fields."""
+    """Protocol of a probe: a dataclass with these fields."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def steps(self) -> int:
-        """Of the optimiser."""
+        """Number of optimizer steps."""
         ...
 
     @property
     def warmup(self) -> int:
-        """Steps of them in which the rate rises."""
+        """Number of warm-up steps."""
         ...
 
     @property
     def batch(self) -> int:
-        """Images a step."""
+        """Images per step."""
         ...
 
     @property
     def learning_rate(self) -> float:
-        """At its highest."""
+        """Maximum learning rate."""
         ...
 
     @property
     def weight_decay(self) -> float:
-        """Of AdamW."""
+        """Weight decay of AdamW."""
         ...
 
 
@@ -67,18 +67,18 @@ Trained = TypeVar("Trained", bound=Trainable)
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How a linear probe is trained; what is not given is the preset's.
+    """Options of a linear probe; by default those of the preset.
 
     Attributes:
         preset: paper is the published protocol (hours on a GPU); quick trains on features of whole images, which are
-            taken once (minutes on a CPU).
-        seeds: of the probe; each is trained and judged.
-        size: quick only; height and width in pixels at which images are shown, or one number for a square. Without
-            it, their own, rounded to the patch grid.
-        steps: of the optimiser; the warm-up keeps its share.
-        batch: images a step.
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
+            computed once (minutes on a CPU).
+        seeds: seeds of the probes; one probe is trained and evaluated for each.
+        size: quick only: height and width in pixels at which images are shown, or one number for a square. By default
+            their own size, rounded to the patch grid.
+        steps: number of optimizer steps; the warm-up keeps its share.
+        batch: images per step.
+        learning_rate: maximum learning rate.
+        weight_decay: weight decay of AdamW.
     """
 
     preset: Preset = "quick"
@@ -90,14 +90,14 @@ class ProbeOptions:
     weight_decay: float | None = None
 
     def applied(self, base: Trained, shown: str) -> Trained:
-        """A protocol with what was changed.
+        """The protocol of the preset with the given options.
 
         Args:
-            base: of the preset.
-            shown: what the published protocol shows, for the message that it has no size.
+            base: protocol of the preset.
+            shown: images in the published protocol, for the message that it takes no size.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: if an option is out of range.
         """
         if self.size is not None and self.preset == "paper":
             raise PlanError(f"size is for preset quick; paper shows {shown}")
@@ -127,32 +127,29 @@ class ProbeOptions:
 
 
 def recorded(protocol: Any) -> dict[str, Any]:
-    """What results of a protocol, a dataclass, are kept under, as JSON values.
-
-    Settings that came later are left out where they are what was always done, so that earlier results still count.
-    """
+    """Settings of a protocol for results; later additions are left out at their defaults, so that old results count."""
     always = {"pads": "cut", "together": None}
     return {name: value for name, value in asdict(protocol).items() if name not in always or value != always[name]}
 
 
 def warmed(rate: float, step: int, warmup: int, start: float) -> float:
-    """A rate in a linear warm-up over so many steps, from a share of it; after that as it is."""
+    """The rate after a linear warm-up that begins at the share ``start`` of it."""
     return rate if step >= warmup else rate * (1 - (1 - step / warmup) * (1 - start))
 
 
 @dataclass(frozen=True)
 class KnnOptions:
-    """How nearest-neighbour segmentation is done.
+    """Options of nearest-neighbour segmentation.
 
     Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
-            rounded to the patch grid.
-        crops: whole shows whole images; neutral one random square of each, half of them upside down, so that place in
-            the view says nothing about the class.
-        k: neighbours that vote.
-        temperature: of the votes' weights, exp(cosine / temperature).
-        gallery: training patches that are compared with, at most; as many from each image, or one more. 0 takes all.
-        seed: of the gallery's draw and of the crops.
+        size: height and width in pixels at which images are shown, or one number for a square. By default their own
+            size, rounded to the patch grid.
+        crops: whole images, or one neutral crop of each: a random square, upside down for half of the images, so that
+            the place in the view says nothing about the class.
+        k: number of neighbours that vote.
+        temperature: temperature of the votes' weights, exp(cosine / temperature).
+        gallery: maximum number of training patches to compare with, spread evenly over the images; 0 takes all.
+        seed: seed for the gallery and the crops.
     """
 
     size: int | tuple[int, int] | None = None
@@ -163,27 +160,23 @@ class KnnOptions:
     seed: int = 0
 
     def validate(self) -> None:
-        """Checks every number's range.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
+        """Raise PlanError if an option is out of range."""
         at_least(self, k=1, gallery=0, seed=0)
         positive(self, "temperature")
 
 
 @dataclass(frozen=True)
 class HummingbirdOptions:
-    """How labels are retrieved; as published where nothing else is said.
+    """Options of dense retrieval; the defaults are the published ones where not stated otherwise.
 
     Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
-            rounded to the patch grid. Published: 504 for patches of 14 pixels, 512 for 16.
-        k: neighbours that labels are taken from.
-        temperature: of their weights, softmax(cosine / temperature).
-        memory: patches of the training images in the memory bank, at most; as many from each image, or one more.
-            0 takes all. Published: 10,240,000, and 102,400 as the smallest.
-        seed: of the draw of these patches.
+        size: height and width in pixels at which images are shown, or one number for a square. By default their own
+            size, rounded to the patch grid. Published: 504 for patches of 14 pixels, 512 for 16.
+        k: number of neighbours that labels are taken from.
+        temperature: temperature of their weights, softmax(cosine / temperature).
+        memory: maximum number of training patches in the memory bank, spread evenly over the images; 0 takes all.
+            Published: 10,240,000, and 102,400 as the smallest.
+        seed: seed for the choice of these patches.
     """
 
     size: int | tuple[int, int] | None = None
@@ -193,26 +186,22 @@ class HummingbirdOptions:
     seed: int = 0
 
     def validate(self) -> None:
-        """Checks every number's range.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
+        """Raise PlanError if an option is out of range."""
         at_least(self, k=1, memory=0, seed=0)
         positive(self, "temperature")
 
 
 @dataclass(frozen=True)
 class ClusteringOptions:
-    """How patches are clustered.
+    """Options of clustering.
 
     Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. Without it, their own,
-            rounded to the patch grid.
-        clusters: how many; each number is a line of results. Each cluster gets the commonest class of its pixels; with
-            as many clusters as classes there is a second line, of one cluster a class (Hungarian).
-        patches: that k-means is fitted on, at most; as many from each image, or one more. 0 takes all.
-        seeds: of k-means and of the draw of these patches; scores are means over them.
+        size: height and width in pixels at which images are shown, or one number for a square. By default their own
+            size, rounded to the patch grid.
+        clusters: numbers of clusters; each is a line of results. Each cluster gets the commonest class of its pixels;
+            with as many clusters as classes there is a second line, with one cluster for each class (Hungarian).
+        patches: maximum number of patches to fit k-means on, spread evenly over the images; 0 takes all.
+        seeds: seeds for k-means and the choice of these patches; scores are means over them.
     """
 
     size: int | tuple[int, int] | None = None
@@ -221,11 +210,7 @@ class ClusteringOptions:
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def validate(self) -> None:
-        """Checks every number's range.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
+        """Raise PlanError if an option is out of range."""
         at_least(self, patches=0)
         for name, least in {"clusters": 1, "seeds": 0}.items():
             numbers = getattr(self, name)

@@ -1,4 +1,10 @@
-"""Per-item outcomes of a task, and paired 95 % intervals of the difference between two sources."""
+"""Per-item outcomes of a task, and paired 95 % intervals of the difference between two sources.
+
+The metric over all groups is computed again without each group in turn. These jackknife values give its standard error,
+and Student's t with one degree of freedom less than groups gives the interval. If the groups' influences are skewed,
+that interval misses on one side too often: Hall's cubic transformation (1992) corrects it for skewness, and the farther
+end is taken on each side. `benchmarks/coverage.py` measures the coverage.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +17,27 @@ import numpy as np
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedData
 
+#: Training history for results: [step, loss, main metric or None].
+Curve = list[list[Any]]
+
 #: With fewer groups there is no interval.
 MIN_GROUPS = 5
 
-
-#: What results say of how an interval was made.
+#: Name of the method in results.
 METHOD = "jackknife t, skewness-corrected"
-
 
 _CHUNK = 256  # groups at once: weights are (groups, items)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The difference of two sources' main metric, and where it may lie.
+    """Difference of the main metric of two sources, with its 95 % interval.
 
     Attributes:
-        difference: of the scores of all items.
-        low: lower end of the 95 % interval; None with fewer than MIN_GROUPS groups.
-        high: upper end of it; None likewise.
-        groups: how many groups of items have a figure.
+        difference: difference over all items.
+        low: lower end of the interval; None with fewer than MIN_GROUPS groups.
+        high: upper end; None likewise.
+        groups: number of groups with a value.
     """
 
     difference: float
@@ -47,9 +54,9 @@ def interval_over(
     Args:
         difference: the figure over all items.
         groups: (items,) the group of each item.
-        figure: the figure (rows,) where items count as often as weights (rows, items) say.
-        there: (items,) each, of all outcomes that the figure is taken of: whether an item has a figure in it. Groups
-            that have none in any are left out; the outcome with the fewest decides whether there are enough.
+        figure: returns the figure (rows,) for weights (rows, items) of the items.
+        there: for each outcome in the figure, (items,) bool: True for items with a value. Groups without any are left
+            out; the outcome with the fewest groups decides whether there are enough.
     """
     names = np.unique(groups[np.any(there, axis=0)])
     fewest = min(len(np.unique(groups[one])) for one in there)
@@ -62,13 +69,8 @@ def interval_over(
 
 
 def ends(value: float, without: np.ndarray) -> tuple[float, float]:
-    """Both ends of the 95 % interval of a figure.
-
-    Args:
-        value: the figure over all n groups.
-        without: (n,) the figure over all groups but one, each in turn.
-    """
-    from scipy.special import stdtrit  # as quick as the table, and not needed by most commands
+    """Both ends of the 95 % interval of a figure, given its ``value`` and the figure (n,) without each group."""
+    from scipy.special import stdtrit  # not needed by most commands
 
     count = len(without)
     influence = (count - 1) * (without.mean() - without)
@@ -83,49 +85,49 @@ def ends(value: float, without: np.ndarray) -> tuple[float, float]:
 
 
 def _hall(quantile: float, skew: float) -> float:
-    """The quantile of a studentised mean whose terms have the skewness skew * sqrt(n)."""
+    """Quantile of a studentised mean of n terms with skewness skew * sqrt(n)."""
     if abs(skew) < 1e-6:
         return quantile
     return float(3 / skew * (np.cbrt(1 + skew * (quantile - skew / 6)) - 1))
 
 
 class Outcome(Protocol):
-    """What was found of each judged item: an image, a pair of images, an object."""
+    """Result of a task for each item: an image, a pair of images, an object."""
 
     @property
     def items(self) -> int:
-        """How many."""
+        """Number of items."""
         ...
 
     @property
     def groups(self) -> np.ndarray:
-        """(items,) int64: items of one number belong together, and are left out together (frames of one video)."""
+        """(items,) int64: items with the same number are left out together, such as the frames of a video."""
         ...
 
     @property
     def there(self) -> np.ndarray:
-        """(items,) bool: whether an item has anything that the main metric counts."""
+        """(items,) bool: True for items that count in the main metric."""
         ...
 
     def scored(self) -> dict[str, float]:
-        """The task's metrics over all items, the main one first."""
+        """Metrics over all items, the main one first."""
         ...
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """The main metric (rows,) where items count as often as weights (rows, items) say; NaN where it is none."""
+        """Main metric (rows,) for weights (rows, items) of the items; NaN if undefined."""
         ...
 
     def classes(self, data: JudgedData) -> dict[str, dict[str, float | None]]:
-        """Metrics of each class, where there are classes."""
+        """Metrics of each class, if there are classes."""
         ...
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What :meth:`of` takes."""
+        """Arrays that :meth:`of` restores the outcome from."""
         ...
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Back from arrays.
+        """Restore an outcome from its arrays.
 
         Raises:
             KeyError: if one is missing.
@@ -135,13 +137,11 @@ class Outcome(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Figures of each item; metrics are their means.
-
-    Subclasses name the figures, the main one first.
+    """Metrics of each item; the task's metrics are their means. Subclasses name them, the main one first.
 
     Attributes:
-        values: (items, figures) float64; NaN where an item has no such figure, which leaves it out of that mean.
-        groups: (items,) int64; items of one number are left out together where an interval is taken.
+        values: (items, metrics) float64; NaN leaves an item out of that mean.
+        groups: (items,) int64; items with the same number are left out together for intervals.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ()
@@ -158,19 +158,19 @@ class Measured:
 
     @property
     def items(self) -> int:
-        """How many."""
+        """Number of items."""
         return len(self.values)
 
     @property
     def there(self) -> np.ndarray:
-        """(items,) bool: whether an item has the main figure."""
+        """(items,) bool: True for items with the main metric."""
         return ~np.isnan(self.values[:, 0])
 
     def scored(self) -> dict[str, float]:
         """Means over items.
 
         Raises:
-            EvaluationError: if no item has the main figure.
+            EvaluationError: if no item has the main metric.
         """
         if not self.there.any():
             raise EvaluationError(f"none of {self.items} items has a figure of {self.METRICS[0]}: nothing to score")
@@ -180,14 +180,14 @@ class Measured:
         return dict(zip(self.METRICS, means.tolist(), strict=True))
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """The main figure's mean (rows,) under weights (rows, items)."""
+        """Weighted mean of the main metric (rows,) for weights (rows, items)."""
         main, there = self.values[:, 0], self.there
         counts = weights[:, there].sum(1)
         sums = weights[:, there] @ main[there]
         return np.divide(sums, counts, out=np.full(len(weights), np.nan), where=counts > 0)
 
     def classes(self, data: JudgedData) -> dict[str, dict[str, float | None]]:
-        """None: items have no classes."""
+        """Empty: items have no classes."""
         return {}
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -196,19 +196,19 @@ class Measured:
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Back from arrays."""
+        """Restore an outcome from its arrays."""
         return cls(arrays["values"], arrays["groups"])
 
 
 def paired_interval(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:
-    """95 % interval of the difference of the main metric over groups of items, paired: both lose the same group.
+    """Paired 95 % interval of the difference in the main metric: both sides leave out the same group.
 
     Args:
-        ours: of one source, for each seed of the probe; differences are averaged over seeds.
-        theirs: of the other, for the same seeds.
+        ours: outcomes of one source, one for each seed; differences are averaged over seeds.
+        theirs: outcomes of the other source for the same seeds.
 
     Raises:
-        EvaluationError: if there are not as many items or seeds on both sides, or items are grouped otherwise.
+        EvaluationError: if items, seeds or groups differ between both sides.
     """
     pairs = list(zip(ours, theirs, strict=False))
     if not ours or len(ours) != len(theirs) or any(a.items != b.items for a, b in pairs):
@@ -229,6 +229,6 @@ def _main(outcome: Outcome) -> float:
 
 
 def record_of(interval: Interval, metric: str, against: str, reference: str, over: str) -> dict[str, Any]:
-    """What a line of results tells of a difference, as JSON values."""
+    """The difference as JSON values for a line of results."""
     told = {"against": against, "reference": reference, "metric": metric}
     return told | asdict(interval) | {"over": over, "method": METHOD}

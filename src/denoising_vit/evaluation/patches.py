@@ -14,17 +14,16 @@ from denoising_vit.views.plan import linear_weights
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:
-    """Pixels of each class in each patch of a crop; the last column counts those without a label.
+    """Pixels of each class in each patch of a crop; the last column counts pixels without a label.
 
-    Every pixel of the mask counts once, for the patch whose centre is nearest: where patches do not overlap, the one
-    it lies in. Nothing is resampled.
+    Each pixel of the mask counts once, for the patch with the nearest centre. Nothing is resampled.
 
     Args:
-        labels: of the image, (H, W), NO_LABEL where there is none.
-        crop: what is shown of it.
-        classes: K.
-        patch_size: side of a patch in pixels of what is shown.
-        stride: distance between patches.
+        labels: (H, W) labels of the image, NO_LABEL where there is none.
+        crop: the crop.
+        classes: number of classes, K.
+        patch_size: side of a patch in pixels of the rendered crop.
+        stride: distance between patches in pixels.
 
     Returns:
         (h, w, K + 1) int64.
@@ -43,7 +42,7 @@ def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stri
 
 
 def commonest(counts: Tensor) -> Tensor:
-    """The commonest class of each patch (h, w), NO_LABEL where most pixels have none: counts (h, w, K + 1)."""
+    """Commonest class (h, w) of each patch by counts (h, w, K + 1); NO_LABEL where most pixels have none."""
     none = counts.shape[-1] - 1
     found = counts.argmax(-1)
     return torch.where((found == none) | (counts.sum(-1) == 0), NO_LABEL, found)
@@ -56,26 +55,28 @@ def _nearest_patch(places: np.ndarray, count: int, patch_size: int, stride: int)
     return np.where(shown, np.clip(cell, 0, count - 1), -1)
 
 
+def quota(most: int, number: int, images: int) -> int | None:
+    """Number of patches from image ``number`` so that all images together have ``most``; None (all) if that is 0."""
+    return (number + 1) * most // images - number * most // images if most else None
+
+
 def to_pixels(
     scores: Tensor, crop: Crop, patch_size: int, stride: int, stretched: tuple[int, int] | None = None
 ) -> Tensor:
-    """Scores of a crop's patches, bilinear at the pixels that its box is rendered to, pads left out.
+    """Interpolate scores (h, w, K) of patches bilinearly to the pixels of a crop, without pads: (H, W, K).
 
     Args:
-        scores: (h, w, K).
-        crop: what was shown.
+        scores: scores of the crop's patches.
+        crop: the crop.
         patch_size: side of a patch in pixels.
-        stride: distance between patches.
-        stretched: as for :meth:`Crop.places_shown`; up to 3 pixels off at 512.
-
-    Returns:
-        (H, W, K) for the crop's size H x W.
+        stride: distance between patches in pixels.
+        stretched: as in :meth:`Crop.places_shown`; up to 3 pixels off at 512.
     """
     return at_places(scores, *crop.places_shown(stretched), patch_size, stride)
 
 
 def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float) -> Tensor:
-    """Scores of patches (h, w, K), bilinear at rows and columns in pixels of what was shown: (rows, columns, K)."""
+    """Interpolate scores (h, w, K) of patches bilinearly at rows and columns in pixels: (rows, columns, K)."""
     down, across = (
         # linear_weights has nodes at cell centres: patch k is at (k + 0.5) / patches.
         torch.from_numpy(linear_weights(((places - patch_size / 2) / stride + 0.5) / patches, patches)).to(scores)
@@ -85,7 +86,7 @@ def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size:
 
 
 def to_image(scores: Tensor, height: int, width: int) -> Tensor:
-    """Scores (H, W, K) of a whole image, bilinear at another number of pixels (height, width, K)."""
+    """Resize scores (H, W, K) of a whole image bilinearly to (height, width, K)."""
     down, across = (
         torch.from_numpy(linear_weights((np.arange(count) + 0.5) / count, have)).to(scores)
         for count, have in zip((height, width), scores.shape[:2], strict=True)
@@ -94,7 +95,7 @@ def to_image(scores: Tensor, height: int, width: int) -> Tensor:
 
 
 def centre_pads(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int, int, int]:
-    """Pads (left, top, right, bottom) that bring an image to whole patches, as even on both sides as can be."""
+    """Pads (left, top, right, bottom) to whole patches, split evenly between both sides."""
     (top, bottom), (left, right) = (
         _halves(-(side - patch_size) % stride if side >= patch_size else patch_size - side) for side in (height, width)
     )
@@ -105,21 +106,21 @@ def _halves(pixels: int) -> tuple[int, int]:
     return pixels // 2, pixels - pixels // 2
 
 
-#: Similarities that are held at a time, and queries that they are of at most.
+#: Maximum number of similarities held at a time, and of queries that they belong to.
 _AT_ONCE, _QUERIES = 2**25, 4096
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k features of a bank that are most similar to each query.
+    """The k most similar features of a bank for each query, block by block to bound memory.
 
     Args:
-        queries: (Q, C), of any length.
-        bank: (N, C), normalised, N at least k.
-        k: how many.
-        without: (N,) bool, rows of the bank that are left out; k others have to remain.
+        queries: (Q, C), not normalised.
+        bank: (N, C), normalised, with N >= k.
+        k: number of neighbours.
+        without: (N,) bool, rows of the bank to leave out; at least k must remain.
 
     Returns:
-        Cosines (Q, k), falling, and rows of the bank (Q, k).
+        Cosines (Q, k) in descending order, and rows of the bank (Q, k).
     """
     parts = [_nearest(part, bank, k, without) for part in F.normalize(queries, dim=-1).split(_QUERIES)]
     similarity, rows = zip(*parts, strict=True)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from denoising_vit.errors import FitError
 from denoising_vit.files import atomic_path
 
-#: What the stream of draws is for.
+#: Random stream of the order of images; crops have others.
 _ORDER = 1
 
 
 def chosen(images: int, batch: int, step: int, seed: int) -> list[int]:
-    """The images of a step: every image comes once in an epoch, and a batch may begin in one and end in the next."""
+    """Indices of the images of a step: each image once an epoch; a batch may span two epochs."""
     wanted = range(step * batch, (step + 1) * batch)
     return [int(_order(images, position // images, seed)[position % images]) for position in wanted]
 
@@ -33,44 +33,44 @@ def _order(images: int, epoch: int, seed: int) -> np.ndarray:
 Probe = TypeVar("Probe", bound=nn.Module)
 
 
-#: Steps between two checkpoints of a training that takes hours.
+#: Steps between two checkpoints.
 _CHECKPOINT_EVERY = 1_000
 
 
 class Schedule(Protocol):
-    """How long and how fast a probe is trained."""
+    """Schedule of a probe's training."""
 
     @property
     def steps(self) -> int:
-        """Of AdamW."""
+        """Number of optimizer steps."""
         ...
 
     @property
     def weight_decay(self) -> float:
-        """Of AdamW."""
+        """Weight decay of AdamW."""
         ...
 
     @property
     def gradient_limit(self) -> float | None:
-        """Largest norm of all gradients together; None leaves them as they are."""
+        """Maximum norm of the gradients; None for no clipping."""
         ...
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of a step, 0 to steps - 1."""
+        """Learning rate of a step, 0 to steps - 1."""
         ...
 
     def momentum_at(self, step: int) -> float:
-        """AdamW's first beta in a step."""
+        """First beta of AdamW in a step."""
         ...
 
 
 @dataclass
 class Curve:
-    """How training went.
+    """Training history.
 
     Attributes:
-        losses: mean loss of the steps up to each look, (step, loss).
-        looks: (step, score) of looks at the validation images, where there were any.
+        losses: (step, mean loss since the previous entry).
+        looks: (step, score on the validation images), if they were evaluated.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -87,16 +87,16 @@ def train(
     looks: int = 8,
     progress: Callable[[], None] = lambda: None,
 ) -> Curve:
-    """Trains a probe by AdamW, and leaves it in evaluation mode.
+    """Train a probe with AdamW, and leave it in evaluation mode.
 
     Args:
-        probe: with its initial weights, on its device.
-        loss_of: the loss of a step's samples; it depends on the step alone, so that training can go on from any.
-        schedule: steps, rates, weight decay.
-        checkpoint: where the state is kept every thousand steps; a training that was stopped goes on from there.
-        look: score of a probe on the validation images; it decides nothing.
-        looks: how often the loss is recorded, evenly over the training.
-        progress: called after each step, those of an earlier run included.
+        probe: the probe with its initial weights.
+        loss_of: returns the loss of a step; it depends on the step alone, so that training can resume at any step.
+        schedule: steps, learning rates, weight decay.
+        checkpoint: file that the state is saved to every thousand steps; an interrupted training resumes from it.
+        look: returns the score on the validation images, for the history only.
+        looks: number of entries in the history.
+        progress: called after each step, including those of an earlier run.
 
     Raises:
         FitError: if a loss is not finite.
@@ -127,13 +127,13 @@ def train(
                 curve.looks.append((done, look(probe.eval())))
                 probe.train()
         if checkpoint is not None and done % _CHECKPOINT_EVERY == 0 and done < schedule.steps:
-            _keep(checkpoint, probe, optimizer, curve, losses, done)
+            _save(checkpoint, probe, optimizer, curve, losses, done)
         progress()
     probe.eval()
     return curve
 
 
-def _keep(
+def _save(
     path: Path, probe: nn.Module, optimizer: torch.optim.Optimizer, curve: Curve, losses: list[float], step: int
 ) -> None:
     state = {"probe": probe.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -144,7 +144,7 @@ def _keep(
 
 
 def _restore(path: Path | None, probe: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Curve, list[float], int]:
-    """Loads what an earlier training left: its curve, its losses since the last look, and the steps done."""
+    """Restore a checkpoint: history, losses since its last entry, and steps done."""
     if path is None or not path.exists():
         return Curve(), [], 0
     try:
@@ -152,6 +152,6 @@ def _restore(path: Path | None, probe: nn.Module, optimizer: torch.optim.Optimiz
         probe.load_state_dict(state["probe"])
         optimizer.load_state_dict(state["optimizer"])
         return Curve(list(state["losses"]), list(state["looks"])), list(state["since"]), int(state["step"])
-    except Exception as error:  # torch meets damaged files with all kinds, and adds advice that is not for users
+    except Exception as error:  # torch raises many kinds for damaged files
         kind = type(error).__name__
-        raise FitError(f"{path}: a damaged checkpoint ({kind}); delete it to begin this training anew") from error
+        raise FitError(f"{path}: damaged checkpoint ({kind}); delete it to restart this training") from error

@@ -1,4 +1,4 @@
-"""Results as JSON lines, one per task, source of features and setting."""
+"""Results: a file of JSON lines, one for each task, source of features and setting."""
 
 from __future__ import annotations
 
@@ -6,91 +6,89 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from denoising_vit.errors import EvaluationError
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure.
-
-    Attributes:
-        name: in results and tables.
-        digits: decimals that are told.
-        lower: whether less is better.
-    """
+    """A metric: its name, the decimals shown, and whether lower is better."""
 
     name: str
     digits: int = 2
     lower: bool = False
 
 
-#: Mean intersection over union, mean accuracy of classes, accuracy of pixels; in percent.
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task in reports: its heading, and its metrics, the main one first."""
+
+    heading: str
+    metrics: tuple[Metric, ...] = ()
+
+
+#: Mean IoU and accuracies in percent.
 _CLASSES = (Metric("mIoU"), Metric("mAcc"), Metric("aAcc"))
 
+#: RMSE in metres, relative error, log10 error, and percent of pixels within 1.25, 1.25^2, 1.25^3 of the truth.
+_DEPTH = (
+    *(Metric(name, 4, lower=True) for name in ("RMSE", "AbsRel", "log10")),
+    *(Metric(name) for name in ("a1", "a2", "a3")),
+)
 
-#: Of each task that compares with a truth; the first is what differences are told of.
-METRICS: dict[str, tuple[Metric, ...]] = {
-    "knn": _CLASSES,
-    "segmentation": _CLASSES,
-    "hummingbird": _CLASSES,
-    "clustering": _CLASSES,
-    # Metres; relative; decades; percent of pixels within 1.25, 1.25^2, 1.25^3 of the truth.
-    "depth": (
-        Metric("RMSE", 4, lower=True),
-        Metric("AbsRel", 4, lower=True),
-        Metric("log10", 4, lower=True),
-        Metric("a1"),
-        Metric("a2"),
-        Metric("a3"),
-    ),
-    # Percent of images whose one box covers an object.
-    "discovery": (Metric("CorLoc"),),
+#: All tasks in the order of reports; a new task needs a line here.
+TASKS: dict[str, TaskInfo] = {
+    "knn": TaskInfo("Nearest neighbours", _CLASSES),
+    "segmentation": TaskInfo("Segmentation by a trained head", _CLASSES),
+    "hummingbird": TaskInfo("Retrieval of nearest neighbours, scored at pixels", _CLASSES),
+    "clustering": TaskInfo("Clusters of patches", _CLASSES),
+    "depth": TaskInfo("Depth by a trained head", _DEPTH),
+    # Percent of images in which the one box found covers an object.
+    "discovery": TaskInfo("Object discovery", (Metric("CorLoc"),)),
     # Percent: region similarity and contour accuracy of DAVIS, and their mean.
-    "propagation": (Metric("J&F"), Metric("J"), Metric("F")),
-    # Percent of keypoints within a share of the object's larger side: mean over pairs, and of all keypoints.
-    "matching": (Metric("PCK"), Metric("PCK per point")),
+    "propagation": TaskInfo("Label propagation in video", (Metric("J&F"), Metric("J"), Metric("F"))),
+    # Percent of keypoints within a share of the object's larger side: mean over pairs, and over keypoints.
+    "matching": TaskInfo("Matching of keypoints", (Metric("PCK"), Metric("PCK per point"))),
+    "artifacts": TaskInfo("Label-free figures of artifacts"),
 }
+
+#: Metrics of each task that compares with a ground truth.
+METRICS = {name: task.metrics for name, task in TASKS.items() if task.metrics}
 
 
 def main_metric(task: str) -> Metric:
-    """What differences are told of."""
+    """The metric that differences are taken of."""
     return METRICS[task][0]
 
 
-Task = Literal[
-    "knn", "segmentation", "hummingbird", "clustering", "depth", "discovery", "propagation", "matching", "artifacts"
-]
-
-
-#: What every line of results begins with.
+#: Beginning of every line of results.
 _BEGINNING = b'{"task": '
 
 
 @dataclass(frozen=True)
 class Record:
-    """One source of features, judged in one setting.
+    """One line of results: one source of features, evaluated by one task in one setting.
 
     Attributes:
-        task: what was done.
-        features: the source's name.
+        task: a key of `TASKS`.
+        features: name of the source.
         settings: everything that decides the result, as JSON values: data, backbone, features, options.
-        metrics: by name, as `METRICS` has them; means over the seeds.
-        seeds: the metrics of each seed.
-        classes: IoU and Acc by class, means over the seeds; None where the class never occurs.
-        paired: difference to another source with its interval over images, or groups of them.
+        metrics: means over the seeds, by name.
+        seeds: metrics of each seed.
+        classes: IoU and Acc of each class, means over the seeds; None if the class never occurs.
+        paired: difference to the reference source, with its interval.
         curve: [step, loss, main metric or None] along the training of the first seed.
-        images: how many of each split.
-        skipped: (id, why) of images that were left out.
-        absent: classes that no judged pixel has.
-        failed: why there are no metrics, if there are none.
-        seconds: that it took, features that were there already not included.
+        images: number of images of each split.
+        skipped: (id, reason) of images that were left out.
+        absent: classes that do not occur in the evaluated images.
+        failed: reason if there are no metrics.
+        seconds: time taken, without features that were cached.
         run: command, hardware, software.
-        published: model and variant, where a published row is measured.
+        published: model and variant of the published row that is measured.
     """
 
-    task: Task
+    task: str
     features: str
     settings: dict[str, Any]
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -108,22 +106,22 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Equal for records of the same thing."""
+        """Equal for records of the same source and setting."""
         return json.dumps([self.task, self.features, self.settings, self.published], sort_keys=True)
 
     def to_line(self) -> str:
-        """One line of JSON."""
+        """The record as a line of JSON."""
         return json.dumps(asdict(self), allow_nan=False) + "\n"
 
 
 class Results:
-    """A file of JSON lines that grows.
+    """A results file that lines are appended to.
 
     Args:
-        path: made where it does not exist.
+        path: the file; created if it does not exist.
 
     Raises:
-        EvaluationError: if it is there and holds something else, or cannot be written to.
+        EvaluationError: if the file holds something else or cannot be written to.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,36 +129,36 @@ class Results:
         self._done: dict[str, dict[str, Any]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab+") as file:  # whether it can be written to shows before anything is computed
+            with path.open("ab+") as file:  # fails before anything is computed
                 file.seek(0)
                 content = file.read()
         except OSError as error:
             reason = error.strerror or error
             raise EvaluationError(f"cannot write results to {path} ({reason}); choose another file with -o") from error
         *lines, rest = content.split(b"\n")
-        if not _is_cut_off(rest):
+        if not _is_incomplete(rest):
             lines.append(rest)
         for number, line in enumerate(lines, 1):
             self._take(number, line)
 
     def find(self, record: Record) -> dict[str, Any] | None:
-        """What an earlier run wrote of the same thing; None where there is nothing, or where it failed."""
+        """The line of an earlier run for the same source and setting; None if there is none or it failed."""
         return self._done.get(record.key)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """What was written and did not fail, the latest of each."""
+        """The latest line of each source and setting, without failures."""
         return list(self._done.values())
 
     def add(self, record: Record) -> dict[str, Any]:
-        """Appends a line, in place of one that was cut off; returns it as it is read back.
+        """Append a line, replacing an incomplete last one; return it as parsed.
 
         Raises:
             EvaluationError: if it cannot be written.
         """
         line = record.to_line()
         try:
-            self._drop_what_was_cut_off()
+            self._drop_incomplete()
             with self.path.open("ab") as file:  # one write at the end: another run may add to the same file
                 file.write(line.encode())
                 file.flush()
@@ -171,12 +169,12 @@ class Results:
         self._remember(plain)
         return plain
 
-    def _drop_what_was_cut_off(self) -> None:
+    def _drop_incomplete(self) -> None:
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             with self.path.open("rb+") as file:
-                if _is_cut_off(content[whole:]):
+                if _is_incomplete(content[whole:]):
                     file.truncate(whole)
                 else:  # a result without its line break
                     file.seek(0, os.SEEK_END)
@@ -199,8 +197,8 @@ class Results:
             self._done[key] = plain
 
 
-def _is_cut_off(rest: bytes) -> bool:
-    """Whether what follows the last line break is a result that a killed run did not finish."""
+def _is_incomplete(rest: bytes) -> bool:
+    """True if the text after the last line break is a result that a killed run did not finish."""
     try:
         json.loads(rest)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Scores of predicted classes: counted image by image, so that differences can be judged over images."""
+"""Segmentation scores, counted image by image so that differences get intervals over images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from denoising_vit.evaluation.masks import NO_LABEL
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """What each image contributes, (images, K) int64 each.
+    """Counts of pixels or patches in each image, (images, K) int64 each.
 
     Attributes:
-        hits: pixels (or patches) of a class that were predicted as it.
-        truth: those of the class.
-        predicted: those predicted as the class, among those that have a label.
+        hits: pixels of a class that were predicted as it.
+        truth: pixels of the class.
+        predicted: labelled pixels predicted as the class.
     """
 
     hits: np.ndarray
@@ -29,7 +29,7 @@ class Counts:
 
     @classmethod
     def joined(cls, parts: Sequence[Counts]) -> Counts:
-        """Images of several counts, one after the other.
+        """Concatenate the images of several counts.
 
         Raises:
             EvaluationError: if there are none.
@@ -42,26 +42,26 @@ class Counts:
 
     @classmethod
     def nothing(cls, classes: int) -> Counts:
-        """One image without any label."""
+        """Counts of one image without labels."""
         return cls(*(np.zeros((1, classes), dtype=np.int64) for _ in range(3)))
 
     @property
     def items(self) -> int:
-        """How many images."""
+        """Number of images."""
         return len(self.hits)
 
     @property
     def groups(self) -> np.ndarray:
-        """Each image is a group of its own."""
+        """One group for each image."""
         return np.arange(self.items)
 
     @property
     def there(self) -> np.ndarray:
-        """(images,) bool: whether an image has anything to count."""
+        """(images,) bool: True for images with any count."""
         return (self.truth + self.predicted).sum(1) > 0
 
     def only(self, classes: Sequence[int]) -> Counts:
-        """The counts of some classes alone: pixels of others still count where they were predicted as one of these."""
+        """Counts of some classes; pixels of other classes still count if they were predicted as one of these."""
         chosen = list(classes)
         return Counts(self.hits[:, chosen], self.truth[:, chosen], self.predicted[:, chosen])
 
@@ -69,13 +69,13 @@ class Counts:
         """mIoU, mAcc and aAcc in percent.
 
         Raises:
-            EvaluationError: if no pixel has a label, or there is but one class.
+            EvaluationError: if no pixel has a label, or there is only one class.
         """
         found = scores(self)
         return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """The mIoU (rows,) in percent under weights (rows, images), NaN where no weighted image has a label."""
+        """MIoU (rows,) in percent for weights (rows, images); NaN if no weighted image has a label."""
         hits, truth, predicted = (weights @ values for values in (self.hits, self.truth, self.predicted))
         iou = _ratio(hits, truth + predicted - hits)
         there = ~np.isnan(iou)
@@ -93,7 +93,7 @@ class Counts:
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Back from arrays."""
+        """Restore counts from their arrays."""
         return cls(arrays["hits"], arrays["truth"], arrays["predicted"])
 
 
@@ -101,9 +101,9 @@ def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
     """Counts of one image.
 
     Args:
-        predicted: classes, of any shape, 0 to K - 1.
-        truth: likewise, and NO_LABEL where there is none, which is left out.
-        classes: K.
+        predicted: predicted classes 0 to K - 1, of any shape.
+        truth: true classes of the same shape; NO_LABEL is ignored.
+        classes: number of classes, K.
 
     Raises:
         EvaluationError: if the shapes differ, or nothing was predicted.
@@ -126,11 +126,11 @@ class Scores:
     """Segmentation scores in percent.
 
     Attributes:
-        miou: mean over classes of intersection over union; a class that is neither there nor predicted is left out.
-        macc: mean over the classes that are there of the share of their pixels that was found.
-        aacc: share of all pixels that was found.
-        iou: of each class, None where it is left out.
-        acc: likewise.
+        miou: mean IoU over the classes that occur or are predicted.
+        macc: mean accuracy over the classes that occur.
+        aacc: accuracy over all pixels.
+        iou: IoU of each class; None if left out.
+        acc: accuracy of each class; None if left out.
     """
 
     miou: float
@@ -141,19 +141,19 @@ class Scores:
 
 
 def scores(counts: Counts) -> Scores:
-    """Scores of all images together, as published segmentation benchmarks define them.
+    """Scores over all images together, as defined by published segmentation benchmarks.
 
     Raises:
-        EvaluationError: if no pixel has a label, or there is but one class, of which everything is found.
+        EvaluationError: if no pixel has a label, or only one class occurs or is predicted.
     """
     hits, truth, predicted = (values.sum(0).astype(float) for values in (counts.hits, counts.truth, counts.predicted))
     if not truth.sum():
-        raise EvaluationError("no pixel of the images that are judged has a label, so there is nothing to score")
+        raise EvaluationError("no pixel of the evaluated images has a label, so there is nothing to score")
     iou, acc = _ratio(hits, truth + predicted - hits), _ratio(hits, truth)
     if np.isfinite(iou).sum() < 2:
         raise EvaluationError(
-            f"one of {len(iou)} classes alone is there, and nothing else is predicted, which is no score; expected at "
-            "least 2. Are all classes in the masks, with the numbers of the list?"
+            f"only one of {len(iou)} classes occurs and is predicted; expected at least 2. Do the masks hold "
+            "all classes, with the numbers of the list?"
         )
     return Scores(
         miou=float(100 * np.nanmean(iou)),

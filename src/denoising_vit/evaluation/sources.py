@@ -1,4 +1,4 @@
-"""Sources of features: whatever is to be judged, behind one face, so that no task knows what it judges."""
+"""Sources of features with one interface, so that tasks do not depend on the kind of features."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from denoising_vit.store import FeatureStore
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import to_image
 
-#: What is done to the colours of a crop, (3, H, W) in [0, 1].
+#: Colour augmentation of a crop (3, H, W) in [0, 1].
 Colour = Callable[[Tensor], Tensor]
+
+#: Mean and std of images.
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def backbone_settings(backbone: Backbone) -> dict[str, Any]:
-    """What decides a backbone's features, as JSON values; the device is not among it."""
+    """Settings that decide a backbone's features, as JSON values, without the device."""
     described = {key: value for key, value in describe(backbone).items() if key != "device"}
     shown = {"stride": backbone.stride, "mean": list(backbone.mean), "std": list(backbone.std)}
     weights = {"fingerprint": backbone.fingerprint.short, "digest": weights_key(backbone)[:32]}
@@ -34,16 +37,16 @@ def backbone_settings(backbone: Backbone) -> dict[str, Any]:
 class FeatureSource(ABC):
     """Features of any crop of an image.
 
-    What can be done ahead, in another thread, is apart from the forward pass.
+    Preparing the inputs is separate from the forward pass, so that another thread can do it ahead.
 
     Attributes:
-        name: for people and tables.
+        name: name in messages and tables.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
-        identity: what decides the features besides the backbone, as JSON values.
-        backbone: what decides the backbone's, as JSON values.
-        device: where forward passes run.
-        cached: whether features are worth keeping on disk.
+        identity: JSON values that decide the features besides the backbone.
+        backbone: JSON values that decide the backbone's features.
+        device: device of the forward passes.
+        cached: True if features are worth caching on disk.
     """
 
     def __init__(self, name: str, backbone: Backbone, identity: dict[str, Any], *, cached: bool) -> None:
@@ -54,21 +57,21 @@ class FeatureSource(ABC):
 
     @abstractmethod
     def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
-        """What the forward pass takes for a crop of an image; crops of one padded size may be stacked."""
+        """Input of the forward pass for a crop of an image; inputs of one padded size can be stacked."""
 
     @abstractmethod
     def features(self, inputs: Tensor) -> Tensor:
         """Features (B, h, w, C), float32, of stacked inputs.
 
         Raises:
-            EvaluationError: if they are not finite, or no grid.
+            EvaluationError: if they are not finite or not a grid.
         """
 
     def class_tokens(self) -> FeatureSource:
-        """The class tokens that go with the features, (B, 1, 1, C): a source of their own, so that they are kept alike.
+        """Source of the class tokens (B, 1, 1, C) of the same crops, cached like features.
 
-        They are the frozen backbone's, of the same crop; cleaning changes none. Where a backbone has none, the mean of
-        its features takes their place.
+        They are those of the frozen backbone, which cleaning does not change; without class tokens, the mean of its
+        features.
         """
         return ClassTokens(self._of)
 
@@ -77,7 +80,7 @@ class FeatureSource(ABC):
         """Features (B, h, w, C) and class tokens (B, 1, 1, C) of one forward pass.
 
         Raises:
-            EvaluationError: if they are not finite, or no grid; or if there is no forward pass to take them from.
+            EvaluationError: if they are not finite or not a grid, or if there is no forward pass.
         """
 
     def _checked(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -94,14 +97,14 @@ class FeatureSource(ABC):
 
 
 class ExtractorSource(FeatureSource):
-    """An extractor: raw features, features minus G, a denoiser's, a distilled model's.
+    """Features of an extractor: raw, minus G, denoised or distilled.
 
     Args:
-        name: for people and tables.
-        backbone: whose patch grid and normalisation images get.
-        extractor: the backbone itself where none is given.
-        identity: what decides the features besides the backbone.
-        normalisation: mean and deviation of the images where they are not to be the backbone's own.
+        name: name in messages and tables.
+        backbone: backbone with the patch grid and normalisation.
+        extractor: the extractor; by default the backbone itself.
+        identity: JSON values that decide the features besides the backbone.
+        normalisation: mean and std of the images; by default the backbone's own.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class ExtractorSource(FeatureSource):
         backbone: Backbone,
         extractor: Extractor | None = None,
         identity: dict[str, Any] | None = None,
-        normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        normalisation: Normalisation | None = None,
     ) -> None:
         super().__init__(name, backbone, identity or {}, cached=True)
         self._extractor, self._normalisation = extractor or backbone, normalisation
@@ -133,28 +136,21 @@ class ExtractorSource(FeatureSource):
         if isinstance(extractor, Backbone | DenoisedViT):
             features, prefix = extractor.forward_with_prefix(inputs)
             raw = features if isinstance(extractor, Backbone) or prefix.shape[1] else extractor.backbone(inputs)
-        else:  # any function of images: what it leaves out is the backbone's
+        else:  # any function of images: the rest is the backbone's
             features, (raw, prefix) = extractor(inputs), self._of.forward_with_prefix(inputs)
         features = self._checked(features, self._of.grid_size(*inputs.shape[2:]))
         return features, self._checked(_class_token(raw, prefix))
 
     def class_tokens(self) -> FeatureSource:
-        """Those of the extractor where it is a backbone of its own, else the frozen backbone's."""
+        """Class tokens of the extractor if it is a backbone, else of the frozen backbone."""
         own = self._extractor if isinstance(self._extractor, Backbone) else self._of
         return ClassTokens(own, self._normalisation)
 
 
 class ClassTokens(ExtractorSource):
-    """Class tokens as features of a grid of one patch, (B, 1, 1, C).
+    """Class tokens of a backbone as features of a grid with one patch, (B, 1, 1, C)."""
 
-    Args:
-        backbone: whose they are.
-        normalisation: mean and deviation of the images where they are not to be the backbone's own.
-    """
-
-    def __init__(
-        self, backbone: Backbone, normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    ) -> None:
+    def __init__(self, backbone: Backbone, normalisation: Normalisation | None = None) -> None:
         identity = {"token": "class"} | ({} if normalisation is None else {"normalisation": list(normalisation)})
         super().__init__("class token", backbone, None, identity, normalisation)
 
@@ -164,16 +160,14 @@ class ClassTokens(ExtractorSource):
 
 
 class FieldSource(FeatureSource):
-    """Semantic fields from stores: F is a function of the place in the image, so any crop is a matter of sampling.
-
-    What is done to colours does not reach them.
+    """Semantic fields from stores, sampled at any crop; colour augmentation has no effect.
 
     Args:
-        name: for people and tables.
-        backbone: whose patch grid crops have.
-        stores: of the images of each split, by the split's name; ids are the images'.
-        identity: what decides the fields.
-        of_crops: whether the fields are those of the crops, each fitted as an image of its own.
+        name: name in messages and tables.
+        backbone: backbone with the patch grid.
+        stores: store of each split by name; its ids are those of the images.
+        identity: JSON values that decide the fields.
+        of_crops: True if each crop was fitted as an image of its own.
     """
 
     def __init__(
@@ -199,18 +193,18 @@ class FieldSource(FeatureSource):
         return self._checked(inputs.to(self.device))
 
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Refused: fields are not of a forward pass.
+        """Not supported: fields have no forward pass.
 
         Raises:
             EvaluationError: always.
         """
         raise EvaluationError(
-            f"{self.name}: fields of stage 1 belong to images as they are, not to rotated or recoloured ones, as the "
-            "published training shows them; judge them by --preset quick"
+            f"{self.name}: fields of stage 1 belong to the original images, not to rotated or recoloured ones as in "
+            "the published training; evaluate them with --preset quick"
         )
 
 
 def _class_token(features: Tensor, prefix: Tensor) -> Tensor:
-    """(B, 1, 1, C), the first of prefix tokens (B, P, C); the mean of features (B, h, w, C) where there are none."""
+    """(B, 1, 1, C): the first of the prefix tokens (B, P, C), or the mean of features (B, h, w, C) without them."""
     token = prefix[:, 0] if prefix.shape[1] else features.mean((1, 2))
     return token[:, None, None]

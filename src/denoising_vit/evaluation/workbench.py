@@ -1,59 +1,106 @@
-"""Everything that a comparison of features needs: data, backbone, caches, results; and the tasks that use it."""
+"""Comparing sources of features: each is evaluated by the same task, and recorded as one line of results.
+
+A task is one module with an options dataclass and one function that yields lines::
+
+    def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
+        options.validate()
+        data = bench.labelled
+        yield from bench.compare(names, Task("knn", evaluate, settings, seeds=(0,), size=options.size))
+
+``evaluate(source, seeds)`` yields ``(seed, outcome, curve)``; an outcome holds one value per item (see `outcomes`), so
+that the difference between two sources gets a paired interval. A task that trains nothing calls `Workbench.measure`
+instead, with ``find(source, advance) -> outcome``. A new task adds its module, a line in `results.TASKS`, and a line in
+the table of verbs.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.comparison import Comparison, Curve, Judge
+from denoising_vit.errors import DenoisingVitError, EvaluationError
 from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.features import FeatureCache, Shown, check_size
-from denoising_vit.evaluation.knn import crops_of, nearest_neighbours
+from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.labelled import LabelledData
-from denoising_vit.evaluation.named_sources import NamedSources, Normalisation
-from denoising_vit.evaluation.options import KnnOptions, recorded
-from denoising_vit.evaluation.outcomes import Outcome
-from denoising_vit.evaluation.results import Results, Task
+from denoising_vit.evaluation.outcomes import METHOD, Curve, Outcome, paired_interval, record_of
+from denoising_vit.evaluation.results import Record, Results, main_metric
 from denoising_vit.evaluation.scores import Counts
-from denoising_vit.evaluation.segmentation import Protocol, SegmentationOptions, Trained, linear_segmentation
-from denoising_vit.evaluation.sources import FeatureSource, backbone_settings
-from denoising_vit.extractors import Cleaners, Extractor
-from denoising_vit.files import digest
+from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource, Normalisation, backbone_settings
+from denoising_vit.extractors import KINDS, Cleaners, Extractor
+from denoising_vit.files import atomic_path, digest
 from denoising_vit.progress import Progress, no_progress
 
-#: Mean and deviation that the published evaluation gives images of every model.
+#: Mean and std of images in the published evaluation, for every model.
 IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
-#: A line of results, and whether it was there already.
+#: A line of results, and True if an earlier run wrote it.
 Line = tuple[dict[str, Any], bool]
 
 
 @dataclass(frozen=True, eq=False)
-class Workbench:
-    """What sources of features are compared on, and with.
+class Task:
+    """How each source of features is evaluated.
 
     Attributes:
-        data: what they are judged on.
-        backbone: whose features are judged.
-        spec: the same in words.
-        results: where lines go.
-        folder: for features, fields and counts, which later runs find again.
+        name: a key of `results.TASKS`.
+        evaluate: yields seed, outcome and curve of a source for each of the given seeds.
+        settings: JSON values that decide the results besides data, backbone, features, size and seeds.
+        seeds: seeds that metrics are means over.
+        size: height and width in pixels at which images are shown; None for their own size.
+        outcome: type of the outcomes.
+        over: groups of items that intervals are taken over.
+        normalisation: mean and std of the images; None for the backbone's own.
+        crops: crops by split, if stage 1 fits each crop as an image of its own.
+        beyond: True if crops are evaluated and stage 1 fits whole images.
+        published: model and variant of the published row that is measured.
+    """
+
+    name: str
+    evaluate: Callable[[FeatureSource, tuple[int, ...]], Iterator[tuple[int, Outcome, Curve]]]
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...] = (0,)
+    size: int | tuple[int, int] | None = None
+    outcome: type[Outcome] = Counts
+    over: str = "images"
+    normalisation: Normalisation | None = None
+    crops: Mapping[str, Sequence[Shown]] | None = None
+    beyond: bool = False
+    published: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Workbench:
+    """Data, backbone, caches and results of a comparison.
+
+    Attributes:
+        data: the data set.
+        backbone: the backbone.
+        spec: how the backbone was loaded, for jobs that load it again.
+        results: file of the results.
+        folder: folder for cached features, fields and outcomes, which later runs reuse.
         run: command, hardware and software, for the record.
-        cache_bytes: most that cached features may take.
+        cache_bytes: limit of the cached features in bytes.
         exact: options of stage 1.
-        fields_of: where crops are judged, whether stage 1 fits each crop as an image of its own, or whole images.
+        fields_of: if crops are evaluated: fit each crop as an image of its own, or whole images.
         cleaners: what cleans the features.
-        extractors: further sources: extractor(image (B, 3, H, W)) -> (B, h, w, C), by names that stand for their
-            features in caches and results.
-        watch: shows progress.
+        extractors: further sources by name: extractor(image (B, 3, H, W)) -> (B, h, w, C). Caches and results identify
+            them by their name.
+        watch: progress reporting.
     """
 
     data: JudgedData
@@ -71,192 +118,12 @@ class Workbench:
 
     @cached_property
     def cache(self) -> FeatureCache:
-        """Features on disk."""
+        """Cached features on disk."""
         return FeatureCache(self.folder / "features", self.cache_bytes)
-
-    def compare(
-        self,
-        names: Sequence[str],
-        judge: Judge,
-        *,
-        task: Task,
-        settings: Mapping[str, Any],
-        seeds: tuple[int, ...],
-        size: int | tuple[int, int] | None,
-        outcome: type[Outcome] = Counts,
-        over: str = "images",
-        normalisation: Normalisation | None = None,
-        crops: Mapping[str, Sequence[Shown]] | None = None,
-        beyond: bool = False,
-        published: dict[str, str] | None = None,
-    ) -> Iterator[Line]:
-        """Each source judged alike, the first one being what others are held against.
-
-        Args:
-            names: of the sources.
-            judge: does one of them.
-            task: what it is called in results.
-            settings: what decides the results besides data, backbone and features, as JSON values.
-            seeds: of the judge.
-            size: at which images are shown; None for their own.
-            outcome: of what kind the judge's outcomes are.
-            over: what the groups are that intervals are taken over.
-            normalisation: of images, where it is not the backbone's own.
-            crops: by split, what is shown, where stage 1 is to fit each crop as an image of its own.
-            beyond: whether crops are judged and stage 1 has seen the images beyond them.
-            published: model and variant of the published row that is measured, if one is.
-
-        Raises:
-            SizeError: if the size does not fit the patch grid.
-            EvaluationError: if a name is unknown.
-        """
-        check_size(size, self.backbone.patch_size, self.backbone.stride)
-        comparison = Comparison(
-            task=task,
-            data=self.data,
-            settings=self._settings() | dict(settings) | {"size": size or "native"},
-            seeds=seeds,
-            judge=self._limited(judge),
-            results=self.results,
-            counts=self.folder / "counts",
-            run=self.run,
-            published=published,
-            outcome=outcome,
-            over=over,
-        )
-        yield from comparison.compare(self._makers(names, size, normalisation, crops, beyond))
-
-    def measure(
-        self,
-        names: Sequence[str],
-        find: Callable[[FeatureSource, Callable[[], None]], Outcome],
-        options: Any,
-        *,
-        task: Task,
-        looks: str,
-        count: int,
-        outcome: type[Outcome] = Counts,
-        over: str = "images",
-        crops: Mapping[str, Sequence[Shown]] | None = None,
-        beyond: bool = False,
-    ) -> Iterator[Line]:
-        """Each source judged alike by a task that trains nothing.
-
-        Args:
-            names: of the sources.
-            find: the outcome of a source; it calls what it is given after each look.
-            options: of the task, a dataclass with a size and perhaps a seed.
-            task: what it is called in results.
-            looks: what is looked at, for the progress.
-            count: how many looks there are.
-            outcome: of what kind the outcome is.
-            over: what the groups are that intervals are taken over.
-            crops: as for :meth:`compare`.
-            beyond: as for :meth:`compare`.
-
-        Raises:
-            SizeError: if the size does not fit the patch grid.
-            EvaluationError: if a name is unknown.
-        """
-        settings = asdict(options)
-        seed = settings.pop("seed", 0)
-
-        def judge(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
-            with self.watch(f"{source.name}: {looks}", count) as advance:
-                yield seed, find(source, advance), []
-
-        yield from self.compare(
-            names,
-            judge,
-            task=task,
-            settings=settings,
-            seeds=(seed,),
-            size=options.size,
-            outcome=outcome,
-            over=over,
-            crops=crops,
-            beyond=beyond,
-        )
-
-    def knn(self, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
-        """Nearest-neighbour segmentation of each source, the first one being what others are held against.
-
-        Raises:
-            PlanError: if an option is out of range.
-            SizeError: if the size does not fit the patch grid.
-            EvaluationError: if the data have no classes.
-        """
-        options.validate()
-        data = self.labelled
-        check_size(options.size, self.backbone.patch_size, self.backbone.stride)
-        crops, neutral = None, options.crops == "neutral"
-        if neutral and self.fields_of == "crop":
-            crops = {images.split: crops_of(images, self.backbone, options) for images in (data.train, data.val)}
-        yield from self.measure(
-            names,
-            lambda source, advance: nearest_neighbours(source, data, options, cache=self.cache, progress=advance),
-            options,
-            task="knn",
-            looks="images",
-            count=len(data.train.images) + len(data.val.images),
-            crops=crops,
-            beyond=neutral and crops is None,
-        )
-
-    def segmentation(
-        self, names: Sequence[str], options: SegmentationOptions, published: dict[str, str] | None = None
-    ) -> Iterator[Line]:
-        """Linear segmentation of each source, the first one being what others are held against.
-
-        Args:
-            names: of the sources.
-            options: how the probe is trained.
-            published: model and variant of the published row that is measured, if one is.
-
-        Raises:
-            PlanError: if an option is out of range.
-        """
-        yield from self.by_protocol(names, options.protocol(), options.seeds, published)
-
-    def by_protocol(
-        self, names: Sequence[str], protocol: Protocol, seeds: tuple[int, ...], published: dict[str, str] | None = None
-    ) -> Iterator[Line]:
-        """As :meth:`segmentation`, with every setting of the protocol given."""
-        data = self.labelled
-        settings = recorded(protocol)
-
-        def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
-            probes = linear_segmentation(
-                source,
-                data,
-                protocol,
-                missing,
-                cache=self.cache,
-                checkpoints=self.checkpoints(source, settings | {"size": protocol.size or "native"}),
-                watch=self.watch,
-            )
-            for probe in probes:
-                yield probe.seed, probe.counts, _looks(probe)
-
-        yield from self.compare(
-            names,
-            judge,
-            task="segmentation",
-            settings=settings,
-            seeds=seeds,
-            size=protocol.size,
-            normalisation=None if protocol.normalisation == "own" else IMAGENET,
-            published=published,
-        )
-
-    def checkpoints(self, source: FeatureSource, settings: Mapping[str, Any]) -> Path:
-        """Where probes of a source in these settings are kept while they are trained."""
-        key = [self._settings() | dict(settings), source.name, source.identity]
-        return self.folder / "checkpoints" / digest(key, 16)
 
     @property
     def labelled(self) -> LabelledData:
-        """The data, where they have classes.
+        """The data, if they have classes.
 
         Raises:
             EvaluationError: if they have none, or fewer than two to score.
@@ -266,52 +133,237 @@ class Workbench:
         self.data.require_two_classes()
         return self.data
 
-    def _limited(self, judge: Judge) -> Judge:
-        """The same with counts of the classes that are scored alone."""
-        data = self.data
-        if not isinstance(data, LabelledData) or not data.score:
-            return judge
-        columns = [number for number, name in enumerate(data.val.class_names) if name in data.score]
+    def compare(self, names: Sequence[str], task: Task) -> Iterator[Line]:
+        """Evaluate sources by name in turn; the first is the reference of the others.
 
-        def limited(source: FeatureSource, seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
-            for seed, outcome, curve in judge(source, seeds):
-                yield seed, outcome.only(columns) if isinstance(outcome, Counts) else outcome, curve
+        Raises:
+            SizeError: if the size does not fit the patch grid.
+            EvaluationError: if a name is unknown.
+        """
+        check_size(task.size, self.backbone.patch_size, self.backbone.stride)
+        if taken := KINDS.keys() & self.extractors.keys():
+            raise EvaluationError(f"extractors need other names than {', '.join(sorted(taken))}, which are built in")
+        known = (*KINDS, *self.extractors)
+        if unknown := [name for name in names if name not in known]:
+            raise EvaluationError(f"unknown features {', '.join(unknown)}; choose from {', '.join(known)}")
+        yield from self.evaluate(task, {name: functools.partial(self._source, name, task) for name in names})
 
-        return limited
+    def measure(
+        self,
+        names: Sequence[str],
+        find: Callable[[FeatureSource, Callable[[], None]], Outcome],
+        options: Any,
+        *,
+        task: str,
+        looks: str,
+        count: int,
+        outcome: type[Outcome] = Counts,
+        over: str = "images",
+        crops: Mapping[str, Sequence[Shown]] | None = None,
+        beyond: bool = False,
+    ) -> Iterator[Line]:
+        """Evaluate sources by a task that trains nothing.
 
+        Args:
+            names: names of the sources.
+            find: returns the outcome of a source; calls its second argument after each item.
+            options: options of the task, a dataclass with a ``size`` and optionally a ``seed``.
+            task: name of the task.
+            looks: name of the items for progress reporting.
+            count: number of items.
+            outcome: type of the outcome.
+            over: groups of items that intervals are taken over.
+            crops: as in :class:`Task`.
+            beyond: as in :class:`Task`.
+
+        Raises:
+            SizeError: if the size does not fit the patch grid.
+            EvaluationError: if a name is unknown.
+        """
+        settings = asdict(options)
+        seed = settings.pop("seed", 0)
+
+        def evaluate(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
+            with self.watch(f"{source.name}: {looks}", count) as advance:
+                yield seed, find(source, advance), []
+
+        found = Task(task, evaluate, settings, (seed,), options.size, outcome, over, crops=crops, beyond=beyond)
+        yield from self.compare(names, found)
+
+    def evaluate(self, task: Task, sources: Mapping[str, Callable[[], FeatureSource]]) -> Iterator[Line]:
+        """Evaluate sources in turn; a failure is recorded, and the next source evaluated.
+
+        Args:
+            task: the task.
+            sources: functions that make the sources, by name. The first source is the reference of the others.
+        """
+        reference: _Reference | None = None
+        for number, (name, make) in enumerate(sources.items()):
+            record = self._record(task, name)
+            started = time.perf_counter()
+            try:
+                source = make()
+                record = replace(record, settings=_as_json({**record.settings, "features": source.identity}))
+                outcomes = functools.partial(self._outcomes, task, source, record)
+                line = self.results.find(record)
+                if line is not None and _has_reference(line, reference):
+                    yield line, True
+                else:
+                    scored = self._scored(task, record, *outcomes(), reference)
+                    seconds = round(time.perf_counter() - started, 1)
+                    yield self.results.add(replace(scored, seconds=seconds)), False
+                if number == 0:
+                    # The line may exist without its outcomes, which are made again only if another source needs them.
+                    reference = _Reference(record, outcomes)
+            except Exception as error:  # one source must not end the comparison
+                reason = str(error) if isinstance(error, DenoisingVitError) else f"{type(error).__name__}: {error}"
+                yield self.results.add(replace(record, failed=reason)), False
+
+    def checkpoints(self, source: FeatureSource, settings: Mapping[str, Any]) -> Path:
+        """Folder for checkpoints of the probes of a source."""
+        return self.folder / "checkpoints" / digest([self._settings | dict(settings), source.name, source.identity], 16)
+
+    @cached_property
     def _settings(self) -> dict[str, Any]:
         data = self.data
-        digest = hashlib.sha256(" ".join(images.digest for images in data.splits).encode()).hexdigest()[:16]
-        about: dict[str, Any] = {"name": data.name, "layout": data.layout, "digest": digest}
+        content = hashlib.sha256(" ".join(images.digest for images in data.splits).encode()).hexdigest()[:16]
+        about: dict[str, Any] = {"name": data.name, "layout": data.layout, "digest": content}
         if isinstance(data, LabelledData) and data.score:
             about["scored"] = list(data.score)
         return {"data": about, "backbone": backbone_settings(self.backbone)}
 
-    def _makers(
-        self,
-        names: Sequence[str],
-        size: int | tuple[int, int] | None,
-        normalisation: Normalisation | None,
-        crops: Mapping[str, Sequence[Shown]] | None,
-        beyond: bool,
-    ) -> dict[str, Callable[[], FeatureSource]]:
-        sources = NamedSources(
-            data=self.data,
-            backbone=self.backbone,
-            spec=self.spec,
-            folder=self.folder / "fields",
-            exact=replace(self.exact, size=self.exact.size or size),
-            cleaners=self.cleaners,
-            extractors=self.extractors,
-            watch=self.watch,
-            normalisation=normalisation,
-            crops=crops,
-            beyond=beyond,
+    def _record(self, task: Task, name: str) -> Record:
+        splits = self.data.splits
+        settings = self._settings | dict(task.settings) | {"size": task.size or "native", "seeds": task.seeds}
+        return Record(
+            task=task.name,
+            features=name,
+            settings=_as_json(settings),
+            images={images.split: len(images.images) for images in splits},
+            skipped=[[f"{images.split}/{item.item}", item.reason] for images in splits for item in images.skipped],
+            absent=list(self.data.absent),
+            run=dict(self.run),
+            published=task.published,
         )
-        return sources.makers(names)
+
+    def _outcomes(self, task: Task, source: FeatureSource, record: Record) -> tuple[list[Outcome], Curve]:
+        """Outcome of each seed, loaded if an earlier run saved it, and the curve of the first seed."""
+        # The outcome of a seed does not depend on the other seeds.
+        key = replace(record, settings={name: value for name, value in record.settings.items() if name != "seeds"}).key
+        folder = self.folder / "counts"
+        paths = {seed: folder / f"{_text_digest(f'{key} {seed}', 24)}.safetensors" for seed in task.seeds}
+        done = {seed: found for seed, path in paths.items() if (found := _load(path, task.outcome)) is not None}
+        missing = tuple(seed for seed in task.seeds if seed not in done)
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            for seed, outcome, curve in task.evaluate(source, missing):
+                if isinstance(self.data, LabelledData) and isinstance(outcome, Counts):
+                    outcome = outcome.only(self.data.scored_columns)
+                done[seed] = outcome, curve
+                _save(paths[seed], outcome, curve)
+        return [done[seed][0] for seed in task.seeds], done[task.seeds[0]][1]
+
+    def _scored(
+        self, task: Task, record: Record, found: Sequence[Outcome], curve: Curve, reference: _Reference | None
+    ) -> Record:
+        each = [outcome.scored() for outcome in found]
+        classes = [outcome.classes(self.data) for outcome in found]
+        paired = None
+        if reference is not None:
+            interval = paired_interval(found, reference.outcomes()[0])
+            metric = main_metric(task.name).name
+            paired = record_of(interval, metric, reference.record.features, reference.key, task.over)
+        return replace(
+            record,
+            metrics={name: _mean([one[name] for one in each]) for name in each[0]},
+            seeds=[
+                {"seed": seed, **{name: value if np.isfinite(value) else None for name, value in metrics.items()}}
+                for seed, metrics in zip(task.seeds, each, strict=True)
+            ],
+            classes={
+                name: {key: _mean([one[name][key] for one in classes]) for key in figures}
+                for name, figures in classes[0].items()
+            },
+            paired=paired,
+            curve=curve,
+        )
+
+    def _source(self, name: str, task: Task) -> FeatureSource:
+        if name in self.extractors:
+            extractor, identity = self.extractors[name], {"extractor": name}
+        elif KINDS[name].per_image:
+            return self._fields(name, task)
+        else:
+            extractor, identity = self.cleaners.extractor(name, self.backbone)
+        shown = {} if task.normalisation is None else {"normalisation": "imagenet"}
+        return ExtractorSource(name, self.backbone, extractor, identity | shown, task.normalisation)
+
+    def _fields(self, name: str, task: Task) -> FeatureSource:
+        if self.exact.method != "exact":
+            raise EvaluationError(f"stage 1 of a data set is done by the exact method, got {self.exact.method!r}")
+        source = fitted_fields(
+            name,
+            self.data,
+            self.folder / "fields",
+            self.backbone,
+            self.spec,
+            replace(self.exact, size=self.exact.size or task.size, held_out=0),
+            artifact=self.cleaners.artifact,
+            crops=task.crops,
+            progress=self.watch,
+        )
+        if task.beyond:
+            source.identity = source.identity | {"of": "image"}
+        return source
 
 
-def _looks(probe: Trained) -> Curve:
-    """[step, loss, mIoU or None] at each look."""
-    judged = dict(probe.curve.looks)
-    return [[step, loss, judged.get(step)] for step, loss in probe.curve.losses]
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """The source that others are compared with: its record, and a function that returns its outcomes and curve."""
+
+    record: Record
+    outcomes: Callable[[], tuple[list[Outcome], Curve]]
+
+    @property
+    def key(self) -> str:
+        """Equal for the same features in the same setting."""
+        return _text_digest(self.record.key, 16)
+
+
+def _has_reference(line: dict[str, Any], reference: _Reference | None) -> bool:
+    """True if a line was compared with this reference, by the current method of intervals."""
+    paired = line["paired"]
+    if reference is None or paired is None:
+        return reference is None and paired is None
+    return paired.get("reference") == reference.key and paired.get("method") == METHOD
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return float(np.mean(known)) if known else None
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON returns them, so that they compare equal to those of a file."""
+    return json.loads(json.dumps(values))
+
+
+def _text_digest(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _save(path: Path, outcome: Outcome, curve: Curve) -> None:
+    looks = np.array([[step, loss, np.nan if score is None else score] for step, loss, score in curve]).reshape(-1, 3)
+    # safetensors writes bytes in the order of memory, whatever the strides.
+    arrays = {name: np.ascontiguousarray(values) for name, values in (outcome.arrays() | {"curve": looks}).items()}
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary)
+
+
+def _load(path: Path, outcome: type[Outcome]) -> tuple[Outcome, Curve] | None:
+    try:
+        arrays = load_file(path)
+        found, looks = outcome.of(arrays), arrays["curve"].tolist()
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return found, [[int(step), loss, None if np.isnan(score) else score] for step, loss, score in looks]

@@ -16,7 +16,7 @@ from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.data import JudgedData
 from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.results import Results
-from denoising_vit.evaluation.segmentation import RELEASED, Protocol
+from denoising_vit.evaluation.segmentation import RELEASED, Protocol, by_protocol
 from denoising_vit.evaluation.workbench import Line, Progress, Workbench, no_progress
 from denoising_vit.extractors import Cleaners
 from denoising_vit.reproduction.rows import NYU, VARIANTS_MADE, VOC_PHOTOS, Benchmark, Row, Step
@@ -153,4 +153,4 @@ def _lines(
 ) -> Iterator[Line]:
     if benchmark is NYU:
         return depth.by_protocol(bench, (features,), protocols.depth, (seed,), published)
-    return bench.by_protocol((features,), protocols.segmentation, (seed,), published)
+    return by_protocol(bench, (features,), protocols.segmentation, (seed,), published)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.comparison import Curve
 from denoising_vit.evaluation.data import JudgedSet
 from denoising_vit.evaluation.depth.data import NYU, DepthData, DepthImage, block_splits
 from denoising_vit.evaluation.depth.probe import DepthProbe
@@ -21,11 +20,11 @@ from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
 from denoising_vit.evaluation.depth.samples import NYU_PART, DepthCrops, KeptDepth, Part
 from denoising_vit.evaluation.features import FeatureCache, Shown, see, shown_size
 from denoising_vit.evaluation.options import recorded
-from denoising_vit.evaluation.outcomes import Measured
+from denoising_vit.evaluation.outcomes import Curve, Measured
 from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import IMAGENET, Line, Workbench
+from denoising_vit.evaluation.workbench import IMAGENET, Line, Task, Workbench
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 
@@ -286,15 +285,15 @@ def by_protocol(
         checkpoints = bench.checkpoints(source, settings)
         return LinearDepth(source, data, protocol, bench.cache, checkpoints, bench.watch).probes(missing)
 
-    yield from bench.compare(
-        names,
+    task = Task(
+        "depth",
         judge,
-        task="depth",
-        settings=settings,
-        seeds=seeds,
-        size=protocol.size,
+        settings,
+        seeds,
+        protocol.size,
         outcome=Depths,
         over="blocks" if data.blocks else "images",
         normalisation=None if protocol.normalisation == "own" else IMAGENET,
         published=published,
     )
+    yield from bench.compare(names, task)

@@ -1,5 +1,15 @@
 # The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
 from .protocol import PAPER, QUICK, RELEASED, Protocol, SegmentationOptions
-from .training import Trained, linear_segmentation
+from .training import Trained, by_protocol, linear_segmentation, segmentation
 
-__all__ = ["PAPER", "QUICK", "RELEASED", "Protocol", "SegmentationOptions", "Trained", "linear_segmentation"]
+__all__ = [
+    "PAPER",
+    "QUICK",
+    "RELEASED",
+    "Protocol",
+    "SegmentationOptions",
+    "Trained",
+    "by_protocol",
+    "linear_segmentation",
+    "segmentation",
+]

@@ -12,24 +12,24 @@ from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.views.crops import Crop
 
-#: Crops that are refused because a class fills them, before one is taken unseen.
+#: Crops to try before one is taken although a class fills it.
 _TRIES = 10
 
 
 def scaled_size(height: int, width: int, short_side: float, long_side: float) -> tuple[int, int]:
-    """(H, W) of an image scaled, proportions kept, as large as both limits allow."""
+    """(H, W) of an image scaled to the largest size within both limits, with its aspect ratio kept."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], chance: np.random.Generator) -> Crop:
-    """A crop of a randomly scaled image, its missing part to the right and below, padded to whole patches.
+    """Draw a crop of a randomly scaled image, padded to the right and below, and to whole patches.
 
     Args:
-        labels: of the image, (H, W).
+        labels: (H, W) labels of the image.
         protocol: sizes and probabilities.
         patch: size and stride of the patches.
-        chance: where draws come from.
+        chance: random number generator.
     """
     scale = chance.uniform(*protocol.scale)
     limits = int(protocol.short_side * scale), int(protocol.long_side * scale)
@@ -44,19 +44,15 @@ def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], ch
 
 
 def labels_of(crop: Crop, labels: Tensor) -> Tensor:
-    """Labels of what a crop shows, pads left out: (H, W) of the crop's size, by nearest neighbour."""
+    """Labels (H, W) of a crop without pads, by nearest neighbour."""
     rows, columns = (torch.from_numpy(found[found >= 0]) for found in crop.pixels(*labels.shape))
     return labels[rows][:, columns]
 
 
 def distort(image: Tensor, chance: np.random.Generator) -> Tensor:
-    """Random brightness, contrast (before or after the other two), saturation and hue, each with probability 1/2.
+    """Change brightness, contrast, saturation and hue of an image (3, H, W) in [0, 1], each with probability 1/2.
 
-    Saturation blends with grey, where the published code scales it in HSV.
-
-    Args:
-        image: (3, H, W) in [0, 1].
-        chance: where draws come from.
+    Contrast comes before or after saturation and hue. Saturation blends with grey; the published code scales it in HSV.
     """
     brightness, contrast, saturation, hue, early = chance.random(5) < 0.5
     delta, factor = chance.uniform(-32, 32) / 255, chance.uniform(0.5, 1.5)
@@ -83,6 +79,6 @@ def _crop_at(height: int, width: int, side: int, patch: tuple[int, int], chance:
 
 
 def _mixed(labels: Tensor, most: float) -> bool:
-    """Whether there are two classes at least, none of which has more than a share of the labels."""
+    """True if there are at least two classes, none with more than the share ``most`` of the labels."""
     counts = torch.bincount(labels[labels != NO_LABEL].flatten())
     return int((counts > 0).sum()) > 1 and float(counts.max()) < most * float(counts.sum())

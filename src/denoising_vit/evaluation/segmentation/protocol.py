@@ -1,4 +1,4 @@
-"""How a linear probe for segmentation is trained and judged: the published protocol, and a quick one."""
+"""Protocols of linear segmentation: the published one, and a quick one."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ from denoising_vit.evaluation.options import Pads, Preset, ProbeOptions, warmed
 
 @dataclass(frozen=True)
 class Protocol:
-    """Training and judging of a linear probe: batch norm and a 1 x 1 convolution, on cross-entropy.
+    """Training and evaluation of a linear probe: batch norm and a 1 x 1 convolution, with cross-entropy.
 
-    Numbers without a source are those of the published evaluation (that of DINOv2, in mmsegmentation).
+    The defaults are those of the published evaluation (that of DINOv2, in mmsegmentation).
 
     Attributes:
-        preset: what it started from.
-        steps: of AdamW.
-        batch: images a step.
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
+        preset: the preset it is based on.
+        steps: number of optimizer steps.
         warmup: steps of linear warm-up, from a millionth.
-        augment: whether every step sees random crops, forward passes and all; without it, features of whole images are
-            taken once.
+        batch: images per step.
+        learning_rate: maximum learning rate.
+        weight_decay: weight decay of AdamW.
+        augment: train on random crops with a forward pass in every step; otherwise on cached features of whole images.
         short_side: pixels that an image's shorter side is scaled to, before the random scale.
-        long_side: pixels that its longer side must not exceed then.
-        scale: least and largest random scale.
+        long_side: maximum of its longer side then.
+        scale: minimum and maximum random scale.
         crop: side of a training crop in pixels.
-        most: largest share that one class may have of a crop's labels; ten crops are tried.
+        most: maximum share of one class in a crop's labels; ten crops are tried.
         flip: probability of a horizontal flip.
-        distort: whether brightness, contrast, saturation and hue are changed at random.
-        window: side in pixels of the windows that test images are cut into.
+        distort: change brightness, contrast, saturation and hue at random.
+        window: side of the windows that test images are cut into, in pixels.
         window_stride: distance between these windows in pixels.
-        normalisation: of images: the model's own, or ImageNet's for every model, as in the published evaluation.
-        pads: scores are brought to the pixels where the patches are, and pads are cut off; or the patch grid is
-            stretched over the crop as if there were no pads, as the released code does.
-        size: without crops: height and width at which images are shown; None is their own, rounded to the patch grid.
+        normalisation: normalisation of images: the model's own, or ImageNet's for every model, as published.
+        pads: interpolate scores where the patches are and cut pads off; or stretch the patch grid over the crop as if
+            there were no pads, as the released code does.
+        size: without crops: height and width at which images are shown; None for their own, rounded to the patch grid.
     """
 
     preset: Preset
@@ -60,40 +59,40 @@ class Protocol:
 
     @property
     def gradient_limit(self) -> None:
-        """None: gradients are taken as they are."""
+        """None: no gradient clipping."""
 
     def momentum_at(self, step: int) -> float:
-        """AdamW's first beta, always its default."""
+        """First beta of AdamW, always its default."""
         return 0.9
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of a step, 0 to steps - 1: falling linearly to 0, times the warm-up."""
+        """Learning rate of a step, 0 to steps - 1: linear decay to 0, times the warm-up."""
         falling = self.learning_rate * (1 - step / self.steps)
         return warmed(falling, step, self.warmup, _WARMUP_START)
 
 
-#: Share of the learning rate that the warm-up begins with.
+#: Share of the learning rate at the beginning of the warm-up.
 _WARMUP_START = 1e-6
 
 PAPER = Protocol("paper", steps=40_000, warmup=1_500)
 
-#: What the released code runs.
+#: The released code.
 RELEASED = replace(PAPER, pads="stretched")
 
 #: The same probe on features of whole images, with the same share of warm-up. With ten times the learning rate it is
-#: within a point of where four times as many steps take it; with the published one, not (docs/decisions.md).
+#: within a point of the result of four times as many steps; with the published one, not (docs/decisions.md).
 QUICK = Protocol("quick", steps=1_500, warmup=56, learning_rate=1e-2, augment=False, normalisation="own")
 
 
 @dataclass(frozen=True)
 class SegmentationOptions(ProbeOptions):
-    """How the linear probe is trained; what is not given is the preset's."""
+    """Options of linear segmentation; by default those of the preset."""
 
     def protocol(self) -> Protocol:
-        """The preset with what was changed.
+        """The preset with the given options.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: if an option is out of range.
         """
         base = PAPER if self.preset == "paper" else QUICK
         return self.applied(base, "crops of 512 pixels of images scaled to that side")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
-from denoising_vit.evaluation.labelled import LabelledImage, LabelledSet
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.labelled import LabelledSet
 from denoising_vit.evaluation.patches import at_places, centre_pads, to_image, to_pixels
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.segmentation.crops import scaled_size
@@ -16,23 +16,17 @@ from denoising_vit.evaluation.segmentation.protocol import Protocol
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.views.crops import Crop
 
-#: Deviation of the weights that the published head starts from.
+#: Standard deviation of the initial weights of the published head.
 _INITIAL_DEVIATION = 0.01
 
 
 class LinearProbe(nn.Module):
-    """Batch norm and a 1 x 1 convolution: features (..., C) -> scores of classes (..., K).
-
-    Args:
-        channels: C.
-        classes: K.
-        seed: of the initial weights.
-    """
+    """Batch norm and a 1 x 1 convolution: features (..., C) -> class scores (..., K); ``seed`` is for the weights."""
 
     def __init__(self, channels: int, classes: int, seed: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(channels)
-        self.classify = nn.Linear(channels, classes)  # a 1 x 1 convolution of tokens in a row
+        self.classify = nn.Linear(channels, classes)  # a 1 x 1 convolution on flattened tokens
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.classify.weight.normal_(0, _INITIAL_DEVIATION, generator=generator)
@@ -53,7 +47,7 @@ def judge(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Counts:
-    """Counts over the labelled pixels of each image.
+    """Evaluate a probe: counts over the labelled pixels of each image.
 
     Raises:
         EvaluationError: if features are not finite.
@@ -67,7 +61,7 @@ def judge(
 
 
 def windows(height: int, width: int, protocol: Protocol, patch: tuple[int, int]) -> list[Crop]:
-    """The windows that an image, scaled to H x W pixels, is cut into; the last ones end where it ends."""
+    """Windows of an image scaled to H x W pixels; the last ones end at its border."""
     side, step = protocol.window, protocol.window_stride
     tops, lefts = (
         [max(min(start, full - side), 0) for start in range(0, max(full - side + step - 1, 0) // step * step + 1, step)]
@@ -88,8 +82,8 @@ def windows(height: int, width: int, protocol: Protocol, patch: tuple[int, int])
 def _at_once(
     probe: LinearProbe, source: FeatureSource, images: LabelledSet, protocol: Protocol, cache: FeatureCache | None
 ) -> Iterator[Tensor]:
-    """Scores (H, W, K) at the pixels of each mask, from features of the whole image."""
-    shown = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+    """Scores (H, W, K) at the pixels of each mask from features of the whole image."""
+    shown = whole_images(images.images, protocol.size, source)
     for (image, crop), features in zip(shown, see(source, shown, cache), strict=True):
         patches = probe(features.to(source.device)).cpu()
         yield at_places(patches, *crop.places(image.height, image.width), source.patch_size, source.stride)
@@ -98,24 +92,20 @@ def _at_once(
 def _by_windows(
     probe: LinearProbe, source: FeatureSource, images: LabelledSet, protocol: Protocol, _cache: FeatureCache | None
 ) -> Iterator[Tensor]:
-    """Scores (H, W, K) at the pixels of each mask, means of overlapping windows of the scaled image."""
+    """Scores (H, W, K) at the pixels of each mask, averaged over overlapping windows of the scaled image."""
     patch = source.patch_size, source.stride
     for image in images.images:
         height, width = scaled_size(image.height, image.width, protocol.short_side, protocol.long_side)
         crops = windows(height, width, protocol, patch)
         total = torch.zeros(height, width, image.classes)
         times = torch.zeros(height, width, 1)
-        for crop, features in zip(crops, _features(source, image, crops), strict=True):
+        stacked = source.features(torch.stack([source.inputs(image, crop) for crop in crops]))
+        for crop, features in zip(crops, stacked, strict=True):
             rows, columns = _part(crop, height, width)
             frame = crop.size if protocol.pads == "stretched" else None
             total[rows, columns] += to_pixels(probe(features), crop, *patch, frame).cpu()
             times[rows, columns] += 1
         yield to_image(total / times, image.height, image.width)
-
-
-def _features(source: FeatureSource, image: LabelledImage, crops: list[Crop]) -> Iterator[Tensor]:
-    """Features (h, w, C) of the windows of an image, which all have one size."""
-    return iter(source.features(torch.stack([source.inputs(image, crop) for crop in crops])))
 
 
 def _part(crop: Crop, height: int, width: int) -> tuple[slice, slice]:

@@ -1,14 +1,14 @@
-"""Training linear probes: random crops in every step, or cached features of whole images."""
+"""Linear segmentation: training a probe on each source of features, and the task that compares sources."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol as Interface
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,58 +16,103 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation import outcomes
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.patches import patch_counts, to_pixels
 from denoising_vit.evaluation.probing import Curve, chosen, train
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation.crops import distort, labels_of, training_crop
-from denoising_vit.evaluation.segmentation.protocol import Protocol
+from denoising_vit.evaluation.segmentation.protocol import Protocol, SegmentationOptions
 from denoising_vit.evaluation.segmentation.scoring import LinearProbe, judge
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.step_samples import StepSamples
+from denoising_vit.evaluation.workbench import IMAGENET, Line, Task, Workbench
 from denoising_vit.files import compact
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 
-#: What a stream of draws is for; the order has 1, so that no two share their numbers.
+#: Random stream of the crops; the order of images has 1.
 _CROPS = 2
-
 
 #: Inputs of the forward pass, the crop, and its labels (H, W).
 _Drawn = tuple[Tensor, Crop, Tensor]
 
 
+def segmentation(bench: Workbench, names: Sequence[str], options: SegmentationOptions) -> Iterator[Line]:
+    """Linear segmentation by each source; the first is the reference of the others.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if the data have no classes, or a name is unknown.
+    """
+    yield from by_protocol(bench, names, options.protocol(), options.seeds)
+
+
+def by_protocol(
+    bench: Workbench,
+    names: Sequence[str],
+    protocol: Protocol,
+    seeds: tuple[int, ...],
+    published: dict[str, str] | None = None,
+) -> Iterator[Line]:
+    """As :func:`segmentation`, with a complete protocol, and the model and variant of the published row, if any."""
+    data = bench.labelled
+    settings = recorded(protocol)
+
+    def evaluate(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Counts, outcomes.Curve]]:
+        probes = linear_segmentation(
+            source,
+            data,
+            protocol,
+            missing,
+            cache=bench.cache,
+            checkpoints=bench.checkpoints(source, settings | {"size": protocol.size or "native"}),
+            watch=bench.watch,
+        )
+        for probe in probes:
+            scored = dict(probe.curve.looks)
+            yield probe.seed, probe.counts, [[step, loss, scored.get(step)] for step, loss in probe.curve.losses]
+
+    normalisation = None if protocol.normalisation == "own" else IMAGENET
+    task = Task(
+        "segmentation", evaluate, settings, seeds, protocol.size, normalisation=normalisation, published=published
+    )
+    yield from bench.compare(names, task)
+
+
 class Samples(Interface):
-    """Where losses come from."""
+    """Training samples of a probe."""
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Number of feature channels, C."""
         ...
 
     def loss(self, probe: LinearProbe, step: int) -> Tensor:
-        """The cross-entropy of a step's batch, a mean over all pixels; those without a label count as 0.
+        """Cross-entropy of a step's batch, the mean over all pixels; pixels without a label count as 0.
 
-        It depends on the step alone, so that training can go on from any of them.
+        It depends on the step alone, so that training can resume at any step.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class KeptFeatures:
-    """Features of whole images, taken once.
+    """Features of whole images, computed once.
 
-    A patch is one sample of as many labels as it shows pixels: the cross-entropy of one prediction for all pixels of a
-    patch is that of their counts, and no interpolation is needed in training.
+    Each patch is one sample with the labels of all its pixels: the cross-entropy of one prediction for all of them is
+    that of their counts, so training needs no interpolation.
 
     Attributes:
         features: (h, w, C) of each image.
-        counts: labels of each image's patches, (h, w, K + 1).
-        batch: images a step.
-        device: where probes are.
-        seed: of the order.
+        counts: (h, w, K + 1) labels in each image's patches.
+        batch: images per step.
+        device: device of the probes.
+        seed: seed for the order of images.
     """
 
     features: Sequence[Tensor]
@@ -84,20 +129,13 @@ class KeptFeatures:
         protocol: Protocol,
         cache: FeatureCache | None = None,
         progress: Callable[[], None] = lambda: None,
-    ) -> KeptFeatures:
-        """Sees all images.
-
-        Args:
-            source: of the features.
-            images: to train on.
-            protocol: size and batch.
-            cache: where features are kept on disk.
-            progress: called after each image.
+    ) -> Self:
+        """Compute the features of all images; ``progress`` is called after each.
 
         Raises:
             EvaluationError: if features are not finite.
         """
-        shown = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+        shown = whole_images(images.images, protocol.size, source)
         classes, patch = len(images.class_names), (source.patch_size, source.stride)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         counts = [patch_counts(image.labels(), crop, classes, *patch) for image, crop in shown]
@@ -105,11 +143,11 @@ class KeptFeatures:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Number of feature channels, C."""
         return self.features[0].shape[-1]
 
     def loss(self, probe: LinearProbe, step: int) -> Tensor:
-        """The cross-entropy of a step's images."""
+        """Cross-entropy of a step's images."""
         places = chosen(len(self.features), self.batch, step, self.seed)
         features = torch.cat([self.features[index].flatten(0, 1) for index in places])  # (h, w, C) each -> (N, C)
         counts = torch.cat([self.counts[index].flatten(0, 1) for index in places])  # (N, K + 1)
@@ -122,17 +160,17 @@ class RandomCrops:
     """Random crops of images, rendered and passed through the model in every step, as published.
 
     Args:
-        source: of the features.
-        images: to train on.
+        source: source of features.
+        images: training images.
         protocol: sizes and probabilities.
-        seed: of the order, the crops and the colours.
-        channels: C.
+        seed: seed for the order, the crops and the colours.
+        channels: number of feature channels, C.
     """
 
     def __init__(
         self, source: FeatureSource, images: LabelledSet, protocol: Protocol, seed: int, channels: int
     ) -> None:
-        self._channels = channels
+        self.channels = channels
         self._source, self._images, self._protocol, self._seed = source, images.images, protocol, seed
         self._samples = StepSamples(
             self._draw,
@@ -143,19 +181,14 @@ class RandomCrops:
             device=source.device,
         )
 
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self._channels
-
-    def __enter__(self) -> RandomCrops:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._samples.__exit__(*exception)
 
     def loss(self, probe: LinearProbe, step: int) -> Tensor:
-        """The cross-entropy of a step's crops."""
+        """Cross-entropy of a step's crops."""
         drawn = self._samples.take(step)
         features = self._source.features(torch.stack([inputs for inputs, _, _ in drawn]))
         scores = probe(features)
@@ -166,7 +199,7 @@ class RandomCrops:
             pixels = to_pixels(patches, crop, self._source.patch_size, self._source.stride, frame).flatten(0, 1)
             truth = labels.flatten().to(pixels.device)
             total = total + F.cross_entropy(pixels, truth, ignore_index=NO_LABEL, reduction="sum")
-        return total / (len(drawn) * self._protocol.crop**2)
+        return total / (len(drawn) * side**2)
 
     def _draw(self, index: int, step: int, place: int) -> _Drawn:
         chance = np.random.default_rng([self._seed, _CROPS, step, place])
@@ -179,13 +212,12 @@ class RandomCrops:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """One probe, trained and judged.
+    """A trained and evaluated probe.
 
     Attributes:
-        seed: of the probe.
-        counts: over the labelled pixels of each validation image.
-        curve: how training went; of the first seed alone, and where features are kept, with looks at the images of
-            ``val``, which decide nothing.
+        seed: seed of the probe.
+        counts: counts over the labelled pixels of each validation image.
+        curve: training history; for the first seed on cached features with scores on ``val``, which decide nothing.
     """
 
     seed: int
@@ -203,16 +235,16 @@ def linear_segmentation(
     checkpoints: Path | None = None,
     watch: Progress = no_progress,
 ) -> Iterator[Trained]:
-    """A linear probe on the images of ``train``, judged on those of ``val``, for each seed in turn.
+    """Train a linear probe on ``train`` and evaluate it on ``val``, for each seed in turn.
 
     Args:
-        source: of the features.
-        data: the labelled images.
+        source: source of features.
+        data: labelled images.
         protocol: how the probe is trained.
-        seeds: of the probes.
-        cache: where features of whole images are kept.
-        checkpoints: folder for the state of long trainings, which go on from there.
-        watch: shows progress.
+        seeds: seeds of the probes.
+        cache: cache of the features of whole images.
+        checkpoints: folder for checkpoints of long trainings, which resume from there.
+        watch: progress reporting.
 
     Raises:
         EvaluationError: if features are not finite, or nothing has a label.
@@ -223,7 +255,7 @@ def linear_segmentation(
             raise EvaluationError(f"no pixel of the {images.split} images has a label; expected masks with classes")
     classes = len(data.train.class_names)
 
-    def watched(probe: LinearProbe) -> float:
+    def miou(probe: LinearProbe) -> float:
         return scores(judge(probe, source, data.val, protocol, cache)).miou
 
     kept = None
@@ -239,7 +271,7 @@ def linear_segmentation(
                 samples.loss,
                 protocol,
                 checkpoint=None if checkpoints is None or kept is not None else checkpoints / f"{seed}.pt",
-                look=watched if kept is not None and seed == seeds[0] else None,
+                look=miou if kept is not None and seed == seeds[0] else None,
                 progress=advance,
             )
         with watch(f"{source.name}, seed {seed}: val images", len(data.val.images)) as advance:
@@ -251,7 +283,6 @@ def _samples(
     kept: KeptFeatures | None, source: FeatureSource, data: LabelledData, protocol: Protocol, seed: int
 ) -> contextlib.AbstractContextManager[Samples]:
     if kept is not None:
-        return contextlib.nullcontext(dataclasses.replace(kept, seed=seed))
-    first = data.train.images[0]
-    (features,) = see(source, [(first, Crop.whole(shown_size(None, first, source)))])
+        return contextlib.nullcontext(replace(kept, seed=seed))
+    (features,) = see(source, whole_images(data.train.images[:1], None, source))
     return RandomCrops(source, data.train, protocol, seed, features.shape[-1])

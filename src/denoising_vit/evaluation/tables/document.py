@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from denoising_vit.evaluation.tables.entries import TASKS, Entries
+from denoising_vit.evaluation.results import TASKS
+from denoising_vit.evaluation.tables.entries import Entries
 from denoising_vit.evaluation.tables.figures import figure_tables, leaderboard, overview_table
 from denoising_vit.evaluation.tables.markdown import code, plain
 from denoising_vit.evaluation.tables.published import comparison, discovery_comparison
@@ -20,32 +21,20 @@ from denoising_vit.evaluation.tables.sections import (
     settings_line,
 )
 
-_HEADINGS = {
-    "knn": "Nearest neighbours",
-    "segmentation": "Segmentation by a trained head",
-    "hummingbird": "Retrieval of nearest neighbours, scored at pixels",
-    "clustering": "Clusters of patches",
-    "depth": "Depth by a trained head",
-    "discovery": "Object discovery",
-    "propagation": "Label propagation in video",
-    "matching": "Matching of keypoints",
-    "artifacts": "Label-free figures of artifacts",
-}
-
-#: Settings over which an overview is made.
+#: Settings that an overview shows side by side.
 _OVERVIEW = ("features", "size", "crops")
 
 
 def report_markdown(results: Entries, runs: Sequence[Path] = (), *, leading: bool = False) -> str:
-    """Markdown with every table; the same text for the same results, so that it can be kept under version control.
+    """Markdown with every table. The same results give the same text, so it can be kept under version control.
 
     Args:
-        results: what files of results hold.
-        runs: folders of training runs that are told of as well.
-        leading: begin with a leaderboard of features by tasks; the rest are its details.
+        results: content of the results files.
+        runs: folders of training runs to include.
+        leading: begin with a leaderboard of features by tasks.
 
     Raises:
-        EvaluationError: if a folder is none of a run.
+        EvaluationError: if a folder is not that of a run.
     """
     sources = ", ".join(code(name) for name in results.sources)
     blocks = [
@@ -59,10 +48,10 @@ def report_markdown(results: Entries, runs: Sequence[Path] = (), *, leading: boo
     found = sections(results.entries)
     if leading:
         blocks += [["## Leaderboard"], *leaderboard(found)]
-    for task in TASKS:
+    for task, info in TASKS.items():
         members = [section for section in found if section.task == task]
         if members:
-            blocks += [[f"## {_HEADINGS[task]}"], *(_overviews(members) if task == "knn" else [])]
+            blocks += [[f"## {info.heading}"], *(_overviews(members) if task == "knn" else [])]
             blocks += [block for section in members for block in _section(section)]
     if runs:
         blocks += [["## Training runs"], *(block for folder in runs for block in run_section(folder))]
@@ -80,7 +69,7 @@ def _section(section: Section) -> list[list[str]]:
 
 
 def _overviews(members: Sequence[Section]) -> list[list[str]]:
-    """A table for each set of sections that differ in size and crops only; one section alone needs none."""
+    """A table for each set of two or more sections that differ in size and crops only."""
     of_entry = {entry.key: section for section in members for _, entry in section.rows}
     groups = grouped([entry for section in members for _, entry in section.rows], _OVERVIEW)
     blocks: list[list[str]] = []

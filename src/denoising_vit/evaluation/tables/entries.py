@@ -1,183 +1,176 @@
-"""Results files: JSON lines, checked one by one; a broken line costs only itself."""
+"""Results files: JSON lines, validated one by one; a broken line costs only itself."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    AliasPath,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from denoising_vit.errors import EvaluationError, FormatError
-from denoising_vit.evaluation.results import METRICS
+from denoising_vit.evaluation.results import METRICS, TASKS
 
-_T = TypeVar("_T")
-
-
-#: Characters of a wrong value that are shown.
+#: Longest wrong value that a message shows, in characters.
 _SHOWN = 60
 
 
-def required(line: Mapping[str, Any], key: str, within: str = "") -> Any:
-    """The value of a key.
-
-    Raises:
-        FormatError: if it is missing.
-    """
-    if key not in line:
-        raise FormatError(f"{within}{key} is missing; expected a line that `dvit evaluate` wrote")
-    return line[key]
+def _known_task(task: str) -> str:
+    if task not in TASKS:
+        raise PydanticCustomError("task", "Input should be one of {names}", {"names": ", ".join(TASKS)})
+    return task
 
 
-def value_or_none(line: Mapping[str, Any], key: str, check: Callable[[object, str], _T]) -> _T | None:
-    """The checked value of a key, None where it is missing or null."""
-    value = line.get(key)
-    return None if value is None else check(value, key)
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+Pair = Annotated[tuple[Any, Any], Field(strict=False)]
+Point = Annotated[tuple[Count, float | None, float | None], Field(strict=False)]
 
 
-def mapping(value: object, name: str) -> Mapping[str, Any]:
-    """An object of JSON.
-
-    Raises:
-        FormatError: if it is something else.
-    """
-    return value if isinstance(value, dict) else _refuse(value, name, "an object")
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
-def listed(value: object, name: str) -> Sequence[Any]:
-    """A list; null is an empty one.
-
-    Raises:
-        FormatError: if it is something else.
-    """
-    if value is None:
-        return ()
-    return value if isinstance(value, list) else _refuse(value, name, "a list")
-
-
-def text(value: object, name: str) -> str:
-    """A text that is not empty.
-
-    Raises:
-        FormatError: if it is something else.
-    """
-    return value if isinstance(value, str) and value else _refuse(value, name, "a text")
-
-
-def number(value: object, name: str) -> float:
-    """A finite number.
-
-    Raises:
-        FormatError: if it is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return _refuse(value, name, "a finite number")
-    return float(value)
-
-
-def count(value: object, name: str) -> int:
-    """A whole number, 0 or more.
-
-    Raises:
-        FormatError: if it is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        return _refuse(value, name, "a whole number")
-    return value
-
-
-def _refuse(value: object, name: str, expected: str) -> Any:
-    shown = json.dumps(value)
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-    raise FormatError(f"{name}: expected {expected}, got {shown}")
-
-
-#: What can be evaluated, in the order of the report.
-TASKS = (*METRICS, "artifacts")
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A difference between two sources of features over the same images.
+class Paired(_Part):
+    """Difference to the reference over the same items.
 
     Attributes:
-        against: the reference's features.
-        metric: what differs.
-        difference: mean, positive where the reference has less.
-        low: lower end of the 95 % interval, None where there is none.
-        high: upper end of it, None likewise.
-        over: what the groups are that it is taken over, such as images.
-        groups: how many; None where an older version wrote the line, whose intervals are left out.
-        method: how the interval was made; None likewise.
+        against: features of the reference.
+        metric: name of the metric.
+        difference: mean difference, positive if the reference is lower.
+        low: lower end of the 95 % interval, if there is one.
+        high: upper end.
+        over: groups of items that the interval is over, such as images.
+        groups: number of groups; None in lines of older versions, whose intervals are ignored.
+        method: method of the interval; None likewise.
     """
 
-    against: str
-    metric: str
+    against: Text
+    metric: Text
     difference: float
-    low: float | None
-    high: float | None
-    over: str
-    groups: int | None
-    method: str | None
+    low: float | None = None
+    high: float | None = None
+    over: Text
+    groups: Count | None = None
+    method: Text | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends of the interval; None without one, or if an older version made it."""
+        if self.method is None or self.low is None or self.high is None:
+            return None
+        return self.low, self.high
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One source of features, evaluated under one set of settings.
+class _Class(_Part):
+    IoU: float | None = None
+
+
+class _Seed(_Part):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    seed: Count
+
+
+class Published(_Part):
+    """Model and variant of a published row."""
+
+    model: Text
+    variant: Text
+
+
+class Entry(_Part):
+    """One line of results: one source of features, evaluated by one task in one setting.
 
     Attributes:
-        task: one of TASKS.
-        features: the source's name.
-        settings: everything that the figures depend on; `data` and `backbone` are mappings with a `name`.
-        metrics: name to figure; scores in percent. Empty if the evaluation failed.
-        seeds: those that the metrics are means over, with the main metric of each.
-        classes: name to IoU in percent; None where it is not defined.
-        paired: the difference against the reference.
-        curve: (step, main metric) where it was measured during training.
-        images: how many of each split.
-        skipped: (item, reason).
-        absent: classes that never occur in the images, left out of means.
-        failed: why there are no figures.
-        seconds: time taken.
-        command: what was run.
-        hardware: on what.
-        software: name to version.
-        published: model and variant of the published row that this measures.
+        task: a key of `TASKS`.
+        features: name of the source.
+        settings: everything that the metrics depend on.
+        data: name of the data set.
+        backbone: settings of the backbone.
+        metrics: by name, scores in percent; empty if the evaluation failed.
+        seeds: metrics of each seed.
+        classes: metrics of each class by name.
+        paired: difference to the reference.
+        images: number of images of each split.
+        curve: step, loss and main metric along the training.
+        skipped: item and reason of what was left out.
+        absent: classes that never occur, left out of means.
+        failed: reason if there are no metrics.
+        command: the command that was run.
+        hardware: description of the hardware.
+        software: version by name.
+        published: published row that this measures.
     """
 
-    task: str
-    features: str
-    settings: Mapping[str, Any]
-    metrics: Mapping[str, float | None]
-    seeds: tuple[tuple[int, float | None], ...]
-    classes: Mapping[str, float | None]
-    paired: Paired | None
-    curve: tuple[tuple[int, float], ...]
-    images: Mapping[str, int]
-    skipped: tuple[tuple[str, str], ...]
-    absent: tuple[str, ...]
-    failed: str | None
-    seconds: float | None
-    command: str
-    hardware: str
-    software: Mapping[str, str]
-    published: tuple[str, str] | None
+    task: Annotated[Text, AfterValidator(_known_task)]
+    features: Text
+    settings: dict[str, Any]
+    data: Text = Field(validation_alias=AliasPath("settings", "data", "name"))
+    backbone: dict[str, Any] = Field(validation_alias=AliasPath("settings", "backbone"))
+    backbone_name: Text = Field(validation_alias=AliasPath("settings", "backbone", "name"))
+    failed: Text | None = None
+    metrics: dict[str, float | None] = {}
+    seeds: list[_Seed] = []
+    classes: dict[str, _Class] = {}
+    paired: Paired | None = None
+    curve: list[Point] = []
+    images: dict[str, Count] = {}
+    skipped: list[Pair] = []
+    absent: list[Text] = []
+    seconds: float | None = None
+    command: Text = Field(validation_alias=AliasPath("run", "command"))
+    hardware: Text = Field(validation_alias=AliasPath("run", "hardware"))
+    software: dict[str, Any] = Field(validation_alias=AliasPath("run", "software"))
+    run_seed: Count | None = Field(default=None, validation_alias=AliasPath("run", "seed"))
+    published: Published | None = None
 
-    @property
-    def data(self) -> str:
-        """The data set's name."""
-        return self.settings["data"]["name"]
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, line: dict[str, Any]) -> dict[str, Any]:
+        known = {key: value for key, value in line.items() if value is not None}
+        return known | {"metrics": {}} if "failed" in known else known
 
-    @property
-    def backbone(self) -> Mapping[str, Any]:
-        """How the backbone was built."""
-        return self.settings["backbone"]
+    @model_validator(mode="after")
+    def _has_metrics(self) -> Self:
+        for metric in METRICS.get(self.task, ()):
+            if self.failed is None and metric.name not in self.metrics:
+                raise PydanticCustomError("metric", "metrics.{name} is missing", {"name": metric.name})
+        return self
 
     @property
     def key(self) -> str:
-        """The same for evaluations of the same features under the same settings."""
+        """Equal for the same features evaluated in the same setting."""
         return canonical([self.task, self.features, self.settings])
+
+    @property
+    def seed_scores(self) -> list[tuple[int, float | None]]:
+        """Each seed and its main metric; tasks without repeated draws record their seed with the run."""
+        if not self.seeds:
+            return [] if self.run_seed is None else [(self.run_seed, None)]
+        main = METRICS[self.task][0].name if self.task in METRICS else ""
+        return [(one.seed, one.__pydantic_extra__.get(main)) for one in self.seeds]
+
+    @property
+    def iou(self) -> dict[str, float | None]:
+        """IoU of each class in percent, None if undefined."""
+        return {name: metrics.IoU for name, metrics in self.classes.items()}
+
+    @property
+    def scores_by_step(self) -> dict[int, float]:
+        """Main metric by training step, where it was measured."""
+        return {step: score for step, _, score in self.curve if score is not None}
 
 
 def canonical(value: object) -> str:
@@ -185,119 +178,39 @@ def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def parse_entry(found: object) -> Entry:
-    """The entry of one parsed line.
-
-    Args:
-        found: what the line holds; keys that are not known are ignored.
+def parse_entry(line: object) -> Entry:
+    """Validate one parsed line; unknown keys are ignored.
 
     Raises:
-        FormatError: naming the key, what was expected of it, and what came.
+        FormatError: naming the key, what was expected, and what was found.
     """
-    line = mapping(found, "the line")
-    task = text(required(line, "task"), "task")
-    if task not in TASKS:
-        raise FormatError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-    failed = value_or_none(line, "failed", text)
-    run = mapping(required(line, "run"), "run")
-    return Entry(
-        task=task,
-        features=text(required(line, "features"), "features"),
-        settings=_settings(required(line, "settings")),
-        metrics={} if failed is not None else _metrics(required(line, "metrics"), task),
-        seeds=_seeds(line, run, task),
-        classes=_classes(line),
-        paired=value_or_none(line, "paired", _paired),
-        curve=_curve(line),
-        images={name: count(value, f"images.{name}") for name, value in _optional(line, "images").items()},
-        skipped=tuple(_skipped(pair) for pair in listed(line.get("skipped"), "skipped")),
-        absent=tuple(text(name, "absent") for name in listed(line.get("absent"), "absent")),
-        failed=failed,
-        seconds=value_or_none(line, "seconds", number),
-        command=text(required(run, "command", "run."), "run.command"),
-        hardware=text(required(run, "hardware", "run."), "run.hardware"),
-        software={name: str(version) for name, version in mapping(required(run, "software", "run."), "run").items()},
-        published=value_or_none(line, "published", _published),
-    )
+    if not isinstance(line, dict):
+        raise FormatError(f"the line: expected an object, got {_shown(line)}")
+    try:
+        return Entry.model_validate(line)
+    except ValidationError as error:
+        raise FormatError(_reason(error)) from error
 
 
-def _optional(line: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    return value_or_none(line, key, mapping) or {}
+def _reason(error: ValidationError) -> str:
+    """The first error of a line."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{name} is missing; expected a line that `dvit evaluate` wrote"
+    if not name:
+        return first["msg"]
+    return f"{name}: {first['msg'].replace('Input should be', 'expected')}, got {_shown(first['input'])}"
 
 
-def _settings(value: object) -> Mapping[str, Any]:
-    settings = mapping(value, "settings")
-    for part in ("data", "backbone"):
-        found = mapping(required(settings, part, "settings."), f"settings.{part}")
-        text(required(found, "name", f"settings.{part}."), f"settings.{part}.name")
-    return settings
-
-
-def _metrics(value: object, task: str) -> Mapping[str, float | None]:
-    metrics = mapping(value, "metrics")
-    for metric in METRICS.get(task, ()):
-        required(metrics, metric.name, "metrics.")
-    return {name: value_or_none(metrics, name, number) for name in metrics}
-
-
-def _seeds(line: Mapping[str, Any], run: Mapping[str, Any], task: str) -> tuple[tuple[int, float | None], ...]:
-    found = [mapping(seed, "seeds") for seed in listed(line.get("seeds"), "seeds")]
-    if not found:  # a task that draws only once names its seed with the run
-        seed = value_or_none(run, "seed", count)
-        return () if seed is None else ((seed, None),)
-    main = METRICS[task][0].name if task in METRICS else ""
-    return tuple(
-        (count(required(seed, "seed", "seeds."), "seeds.seed"), value_or_none(seed, main, number)) for seed in found
-    )
-
-
-def _classes(line: Mapping[str, Any]) -> Mapping[str, float | None]:
-    classes = _optional(line, "classes")
-    return {name: value_or_none(mapping(found, f"classes.{name}"), "IoU", number) for name, found in classes.items()}
-
-
-def _paired(value: object, name: str) -> Paired:
-    found = mapping(value, name)
-    words = {key: text(required(found, key, "paired."), f"paired.{key}") for key in ("against", "metric", "over")}
-    difference = number(required(found, "difference", "paired."), "paired.difference")
-    groups, method = value_or_none(found, "groups", count), value_or_none(found, "method", text)
-    low, high = (None if method is None else value_or_none(found, key, number) for key in ("low", "high"))
-    return Paired(words["against"], words["metric"], difference, low, high, words["over"], groups, method)
-
-
-def _curve(line: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
-    points: list[tuple[int, float]] = []
-    for point in listed(line.get("curve"), "curve"):
-        values = listed(point, "curve")
-        if len(values) != 3:
-            raise FormatError(f"curve: expected [step, loss, score], got {json.dumps(point)}")
-        if values[2] is not None:  # between evaluations only the loss is known
-            points.append((count(values[0], "curve"), number(values[2], "curve")))
-    return tuple(points)
-
-
-def _skipped(value: object) -> tuple[str, str]:
-    pair = listed(value, "skipped")
-    if len(pair) != 2:
-        raise FormatError(f"skipped: expected [item, reason], got {json.dumps(value)}")
-    return str(pair[0]), str(pair[1])
-
-
-def _published(value: object, name: str) -> tuple[str, str]:
-    found = mapping(value, name)
-    model, variant = (text(required(found, key, "published."), f"published.{key}") for key in ("model", "variant"))
-    return model, variant
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 @dataclass(frozen=True)
 class BrokenLine:
-    """A line that no table is made from.
-
-    Attributes:
-        file: the results file.
-        line: its number, from 1.
-        reason: what is wrong with it.
-    """
+    """A line that cannot be used: its file, its number from 1, and the reason."""
 
     file: Path
     line: int
@@ -306,12 +219,12 @@ class BrokenLine:
 
 @dataclass(frozen=True)
 class Entries:
-    """What results files hold.
+    """Content of results files.
 
     Attributes:
-        sources: names of the files, without folders.
-        entries: one for each set of settings, in the order in which these first appear.
-        broken: lines that were skipped.
+        sources: file names without folders.
+        entries: one for each set of settings, in order of first appearance.
+        broken: skipped lines.
     """
 
     sources: tuple[str, ...]
@@ -320,10 +233,10 @@ class Entries:
 
 
 def read_entries(paths: Sequence[Path]) -> Entries:
-    """Reads results files in the order given; where the same settings occur twice, the later line wins.
+    """Read results files in order; of two lines with the same settings, the later one counts.
 
     Raises:
-        EvaluationError: if a file cannot be read, or no line of them can be used.
+        EvaluationError: if a file cannot be read, or no line can be used.
     """
     entries: dict[str, Entry] = {}
     broken: list[BrokenLine] = []
@@ -336,8 +249,8 @@ def read_entries(paths: Sequence[Path]) -> Entries:
             except FormatError as error:
                 broken.append(BrokenLine(path, position, str(error)))
             else:
-                entries[entry.key] = entry  # in the place of the first, so that a repeat does not reorder tables
-    _drop_failures_that_passed(entries)
+                entries[entry.key] = entry  # keeps the position of the first, so that a repeat does not reorder tables
+    _drop_retried_failures(entries)
     if not entries:
         first = f"; {broken[0].file}:{broken[0].line}: {broken[0].reason}" if broken else ""
         raise EvaluationError(
@@ -347,8 +260,8 @@ def read_entries(paths: Sequence[Path]) -> Entries:
     return Entries(tuple(path.name for path in paths), tuple(entries.values()), tuple(broken))
 
 
-def _drop_failures_that_passed(entries: dict[str, Entry]) -> None:
-    """Drops failures from before the features were known, where the same was measured in the end."""
+def _drop_retried_failures(entries: dict[str, Entry]) -> None:
+    """Drop failures from before the features were known, if a later run succeeded."""
     passed = {_without_features(entry) for entry in entries.values() if entry.failed is None}
     for key, entry in list(entries.items()):
         if entry.failed is not None and "features" not in entry.settings and _without_features(entry) in passed:
@@ -376,4 +289,4 @@ def _parsed(line: bytes) -> object:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

@@ -9,7 +9,6 @@ from denoising_vit.evaluation.results import METRICS, main_metric
 from denoising_vit.evaluation.tables.entries import Entry, Paired
 from denoising_vit.evaluation.tables.markdown import (
     NONE,
-    code,
     fixed,
     flat,
     folded,
@@ -19,9 +18,9 @@ from denoising_vit.evaluation.tables.markdown import (
     significant,
     table,
 )
-from denoising_vit.evaluation.tables.sections import FIRST, Section, data_title, feature_settings
+from denoising_vit.evaluation.tables.sections import FIRST, Section, commands_of, data_title, feature_settings
 
-#: Fields of ArtifactMetrics as `dvit diagnose` names them.
+#: Labels of the fields of ArtifactMetrics.
 ARTIFACT_LABELS = {
     "shared": "same in all photos (energy)",
     "linear_position": "place, linear probe (R²)",
@@ -43,7 +42,7 @@ ARTIFACT_LABELS = {
 
 
 def figure_tables(section: Section) -> list[list[str]]:
-    """Blocks of lines: the figures, and where there are any the difference's meaning, curves and classes."""
+    """Blocks of lines: metrics, meaning of the differences, curves and classes."""
     if not section.measured:
         return []
     if section.task == "artifacts":
@@ -65,19 +64,26 @@ def _score_row(label: str, entry: Entry) -> list[str]:
     metrics = METRICS[entry.task]
     scores = [fixed(entry.metrics[metric.name], metric.digits) for metric in metrics]
     digits = metrics[0].digits
-    values = [value for _, value in entry.seeds if value is not None]
+    values = [value for _, value in entry.seed_scores if value is not None]
     spread = fixed(max(values) - min(values), digits) if len(values) > 1 else NONE
     paired = entry.paired
     difference = NONE
     if paired is not None:
-        difference = signed(paired.difference, digits)
-        if paired.low is not None and paired.high is not None:
-            difference += f" [{signed(paired.low, digits)}, {signed(paired.high, digits)}]"
+        difference = with_interval(paired, digits)
     return [label, *scores, spread, difference, fixed(entry.seconds, 1)]
 
 
+def with_interval(paired: Paired, digits: int) -> str:
+    """The difference, with its interval if there is one."""
+    difference = signed(paired.difference, digits)
+    if paired.interval is None:
+        return difference
+    low, high = paired.interval
+    return f"{difference} [{signed(low, digits)}, {signed(high, digits)}]"
+
+
 def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
-    """What differences are of; one sentence where it is the same for all rows that have one."""
+    """Explain the differences, once if all rows share the explanation."""
     by_words: dict[str, list[str]] = {}
     for label, entry in rows:
         if entry.paired is not None:
@@ -91,16 +97,16 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
 
 
 def interval_words(paired: Paired) -> str:
-    """How its interval was made, or why there is none."""
+    """How the interval was made, or why there is none."""
     if paired.method is None:
         return "without the interval of an older version: evaluate again, which is quick where its counts are kept"
-    if paired.low is None:
+    if paired.interval is None:
         return f"no interval over {paired.groups} {paired.over}, which are fewer than {MIN_GROUPS}"
     return f"95 % interval over {paired.groups} {paired.over} ({paired.method})"
 
 
 def _curve_table(section: Section) -> list[str]:
-    curves = {label: dict(entry.curve) for label, entry in section.measured if entry.curve}
+    curves = {label: entry.scores_by_step for label, entry in section.measured if entry.scores_by_step}
     steps = sorted({step for curve in curves.values() for step in curve})
     metric = main_metric(section.task)
     rows = [[str(step), *(fixed(curve.get(step), metric.digits) for curve in curves.values())] for step in steps]
@@ -108,7 +114,7 @@ def _curve_table(section: Section) -> list[str]:
 
 
 def _class_table(section: Section) -> list[str]:
-    columns = [(label, entry.classes) for label, entry in section.measured if entry.classes]
+    columns = [(label, entry.iou) for label, entry in section.measured if entry.classes]
     names = list(dict.fromkeys(name for _, classes in columns for name in classes))
     rows = [[name, *(fixed(classes.get(name)) for _, classes in columns)] for name in names]
     return folded("IoU of each class", table(("class", *(label for label, _ in columns)), rows)) if rows else []
@@ -128,9 +134,9 @@ def _artifact_table(section: Section) -> list[str]:
 
 
 def overview_table(members: Sequence[Section]) -> list[str]:
-    """Features by size and crops, of sections that differ in these only: mIoU (difference).
+    """Features by size and crops, for sections that differ in these only: mIoU (difference).
 
-    Features that were made otherwise than in most of the columns are told of below: their names alone would not do.
+    Notes below the table name features that were made with other settings than in most columns.
     """
     header = ["features", *(_overview_label(section) for section in members)]
     by_section = [dict(section.rows) for section in members]
@@ -142,7 +148,7 @@ def overview_table(members: Sequence[Section]) -> list[str]:
 
 
 def _made_otherwise(label: str, columns: Sequence[str], by_section: Sequence[dict[str, Entry]]) -> list[str]:
-    """Which columns have features of other settings than the commonest, and what differs."""
+    """Columns in which the features have other settings than in most, and what differs."""
     made = {
         column: feature_settings(rows[label]) for column, rows in zip(columns, by_section, strict=True) if label in rows
     }
@@ -170,10 +176,6 @@ def _overview_cell(entry: Entry | None) -> str:
     return value if paired is None or paired.metric != "mIoU" else f"{value} ({signed(paired.difference)})"
 
 
-#: Tasks that have no one figure to be led by.
-_WITHOUT = ("artifacts",)
-
-
 _MEANING = (
     "Each cell is a figure, and in parentheses its difference from the reference of its task over the same images, "
     "with a 95 % interval where there are groups enough. **Bold** differences are certain: their interval does not "
@@ -186,9 +188,9 @@ def leaderboard(found: Sequence[Section]) -> list[list[str]]:
     """Blocks of Markdown: a table for each backbone, a row for each task and data, a column for each kind of features.
 
     Args:
-        found: sections of the report; those of label-free figures have no place here, nor has what failed.
+        found: sections of the report; label-free figures and failures are left out.
     """
-    tasks = [section for section in found if section.task not in _WITHOUT and section.measured]
+    tasks = [section for section in found if section.task in METRICS and section.measured]
     if not tasks:
         return [["No task has been measured: run `dvit evaluate` on one with labels first."]]
     blocks = [[_MEANING]]
@@ -223,11 +225,9 @@ def _cell(entry: Entry | None) -> str:
     value = fixed(entry.metrics[metric.name], metric.digits)
     if paired is None or paired.metric != metric.name:
         return value
-    told = signed(paired.difference, metric.digits)
-    if paired.low is None or paired.high is None:
-        return f"{value} ({told})"
-    told = f"{told} [{signed(paired.low, metric.digits)}, {signed(paired.high, metric.digits)}]"
-    return f"{value} (**{told}**)" if paired.low > 0 or paired.high < 0 else f"{value} ({told})"
+    difference, ends = with_interval(paired, metric.digits), paired.interval
+    certain = ends is not None and (ends[0] > 0 or ends[1] < 0)
+    return f"{value} (**{difference}**)" if certain else f"{value} ({difference})"
 
 
 def _groups(entry: Entry) -> str:
@@ -237,19 +237,19 @@ def _groups(entry: Entry) -> str:
 
 
 def _commands(members: Sequence[Section]) -> list[str]:
-    """Of each row: what tells it from others, what differences are of, and the commands."""
+    """For each row: its settings, the meaning of its differences, and the commands."""
     lines = []
     for number, section in enumerate(members, start=1):
         entries = [entry for _, entry in section.measured]
-        commands = " and ".join(code(command) for command in dict.fromkeys(entry.command for entry in entries))
         against = dict.fromkeys(
             f"against {entry.paired.against}, {interval_words(entry.paired)}" for entry in entries if entry.paired
         )
         words = "; ".join([section.title, *against])
-        lines.append(f"{number}. {plain(words)}. Command: {commands}.")
+        lines.append(f"{number}. {plain(words)}. Command: {commands_of(entries)}.")
     return lines
 
 
 def _backbone(section: Section) -> str:
-    backbone = section.rows[0][1].backbone
-    return f"{backbone['name']} ({readable(backbone.get('weights'))}), layer {readable(backbone.get('layer'))}"
+    entry = section.rows[0][1]
+    weights, layer = (readable(entry.backbone.get(key)) for key in ("weights", "layer"))
+    return f"{entry.backbone_name} ({weights}), layer {layer}"

@@ -1,4 +1,4 @@
-"""Published figures, and beside them what was measured of the same."""
+"""Published figures next to measured ones."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from denoising_vit.denoiser.published import (
     published_rows,
 )
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.tables.entries import Entry
+from denoising_vit.evaluation.tables.entries import Entry, Published
 from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, flat, plain, table
 
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """Data that figures were published for.
+    """A data set with published figures.
 
     Attributes:
-        heading: what it is called.
-        names: how names of such data begin.
-        task: whose figures were published.
-        figures: key of the published figure to its column and number of decimals; the column is also the metric's name.
+        heading: its name in the report.
+        names: pattern for the beginning of the names of such data.
+        task: task of the published figures.
+        figures: column and decimals by key of the published figure; the column is also the metric's name.
     """
 
     heading: str
@@ -56,20 +56,20 @@ _BENCHMARKS = (
     ),
 )
 
-#: Settings that are told of every measurement, even of the only one.
+#: Settings that are shown for every measurement.
 _ALWAYS = ("size", "crops", "preset", "steps")
 
 
 def comparison(entries: Sequence[Entry]) -> list[list[str]]:
-    """Blocks of lines: a table for each benchmark with every published row, then what could not be placed, and why.
+    """Blocks of lines: a table for each benchmark with every published row, then entries that match none, with reasons.
 
-    Only heads trained on the features are compared: nearest neighbours measure something else.
+    Only trained heads are compared: nearest neighbours measure something else.
     """
     placed: dict[str, list[Entry]] = {benchmark.heading: [] for benchmark in _BENCHMARKS}
     unplaced: list[str] = []
     for entry in entries:
         if entry.published is not None and entry.failed is None:
-            benchmark, reason = _place(entry, *entry.published)
+            benchmark, reason = _place(entry, entry.published)
             if benchmark is None:
                 unplaced.append(f"- not compared: {plain(reason)}")
             else:
@@ -80,10 +80,10 @@ def comparison(entries: Sequence[Entry]) -> list[list[str]]:
     return [*blocks, unplaced] if unplaced else blocks
 
 
-def _place(entry: Entry, model: str, variant: str) -> tuple[_Benchmark | None, str]:
+def _place(entry: Entry, published: Published) -> tuple[_Benchmark | None, str]:
     what = f"{entry.task} on {entry.data}, {entry.features}"
     try:
-        published_row(model, variant)
+        published_row(published.model, published.variant)
     except EvaluationError as error:
         return None, f"{what}: {error}"
     for benchmark in _BENCHMARKS:
@@ -96,12 +96,12 @@ def _place(entry: Entry, model: str, variant: str) -> tuple[_Benchmark | None, s
 
 
 def _benchmark_table(benchmark: _Benchmark, entries: Sequence[Entry]) -> list[str]:
-    """One row for each published one, or one for each measurement of it."""
+    """One row for each published row, or for each measurement of it."""
     columns = [column for column, _ in benchmark.figures.values()]
     header = ["model", "variant", *(f"{name}{which}" for name in columns for which in (" published", " measured"))]
     rows: list[list[str]] = []
     for row in published_rows():
-        found = [entry for entry in entries if entry.published == (row.model, row.variant)]
+        found = [entry for entry in entries if entry.published == Published(model=row.model, variant=row.variant)]
         ways = [f"{entry.features}{_way(entry, found)}" for entry in found] or [NONE]
         rows += [
             [row.model, row.variant, *_cells(benchmark, row, entry), way]
@@ -123,23 +123,23 @@ def _cells(benchmark: _Benchmark, row: PublishedRow, entry: Entry | None) -> lis
     return cells
 
 
-#: Columns of published discovery: key, heading, name of the data, and of how many images.
+#: Columns of published discovery: key, heading, name of the data, number of images.
 _DISCOVERED = (
     ("voc07", "VOC07", "VOC 2007 trainval", 5_011),
     ("voc12", "VOC12", "VOC 2012 trainval", 11_540),
     ("coco20k", "COCO20k", "COCO train2014", 19_817),
 )
 
-#: Settings that the figures were published for.
+#: Settings of the published figures.
 _DISCOVERY_SETTINGS = {"size": "native", "seed_by": "norm", "k": 100, "iou": 0.5, "centred": False, "features": {}}
 _DISCOVERY_BACKBONE = {"weights": "hub", "layer": 11, "norm": True, "stride": 14}
 
 
 def discovery_comparison(entries: Sequence[Entry]) -> list[list[str]]:
-    """A table of published object discovery (LOST seeded by feature norms, CorLoc), and what was measured of it.
+    """A table of published object discovery (LOST seeded by feature norms, CorLoc) next to measured figures.
 
-    A line is a measurement of it only where every setting is the published one and all images were judged. Of denoised
-    features there is none, since lines do not tell whether a denoiser is the published one.
+    An entry counts only if every setting is the published one and all images were evaluated. Entries of denoised
+    features never count, because they do not record whether the denoiser is the published one.
     """
     header = ["model", "variant"]
     header += [f"{heading}{which}" for _, heading, *_ in _DISCOVERED for which in (" published", " measured")]
@@ -156,7 +156,7 @@ def _discovered(row: DiscoveryRow, entries: Sequence[Entry]) -> list[str]:
 
 
 def _is_of(entry: Entry, row: DiscoveryRow, data: str, images: int) -> bool:
-    """Whether an entry measures what a row says of these data."""
+    """True if an entry measures a published row on these data."""
     backbone = _DISCOVERY_BACKBONE | {"name": row.model}
     return (
         (entry.task, entry.features, entry.failed, row.variant) == ("discovery", "raw", None, "baseline")

@@ -17,15 +17,15 @@ _TITLES = {"denoiser": "One-pass denoiser", "distillation": "Distilled ViT"}
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its folder tells of it.
+    """Record of a training run.
 
     Attributes:
-        title: what is trained.
-        backbone: whose features.
-        settings: what decides the run, by names such as ``options.steps``.
-        about: command, hardware and software, where the run wrote them.
-        steps: lines of the log of single steps, in their order.
-        looks: lines of the log of looks at held-out images, in their order.
+        title: the kind of model.
+        backbone: name of the backbone.
+        settings: settings by dotted name, such as ``options.steps``.
+        about: command, hardware and software; empty if not recorded.
+        steps: log lines of training steps, in order.
+        looks: log lines of evaluations on held-out images, in order.
     """
 
     title: str
@@ -37,10 +37,10 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of a run, with ``run.json``, ``log.jsonl``, and ``about.json`` where the run wrote one.
+    """Read ``run.json``, ``log.jsonl`` and, if there is one, ``about.json`` of a run's folder.
 
     Raises:
-        EvaluationError: if it is no folder of a run.
+        EvaluationError: if it is not the folder of a run.
     """
     head = _object(folder / "run.json")
     if head.get("format") != "denoising-vit/run":
@@ -58,7 +58,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def best_look(looks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The look at which held-out images were nearest to their targets."""
+    """The evaluation with the highest cosine to the targets of the held-out images."""
     return max(looks, key=lambda look: look.get("cosine") or float("-inf"))
 
 
@@ -73,7 +73,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log, in their order; those that a crash cut off are passed over."""
+    """Lines of a log in order, without incomplete ones."""
     found = []
     try:
         lines = path.read_text().splitlines()
@@ -89,7 +89,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-#: Figures of a look at held-out images: heading, key of what was trained, and of raw features beside it.
+#: Held-out metrics: heading, key, and key of the same for raw features.
 _COLUMNS = (
     ("cosine", "cosine", "raw_cosine"),
     ("1 - cosine of raw's", "ratio", None),
@@ -111,13 +111,10 @@ _NOTE = (
 
 
 def run_section(folder: Path) -> list[list[str]]:
-    """A run: what was trained on what, and its looks at the held-out images, in Markdown.
-
-    Args:
-        folder: of the run, with ``run.json``, ``log.jsonl``, and ``about.json`` where the run wrote one.
+    """Markdown section of a run: what was trained, and its evaluations on held-out images.
 
     Raises:
-        EvaluationError: if it is no folder of a run, or the run never looked at its held-out images.
+        EvaluationError: if it is not the folder of a run, or the run has no evaluation on held-out images.
     """
     run = read_run(folder)
     if not run.looks:

@@ -1,4 +1,4 @@
-"""Sections of the report: entries that differ in their features only, and their provenance."""
+"""Sections of the report: entries that differ in their features only, and how their figures were made."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any
 from denoising_vit.evaluation.tables.entries import Entry, canonical
 from denoising_vit.evaluation.tables.markdown import code, differing, flat, plain, readable
 
-#: Features that come first, whatever the order of the lines.
+#: Features that are listed first.
 FIRST = "raw"
 
-
-#: Settings that a heading names in any case.
+#: Settings that every title names.
 _IN_TITLE = ("data.name", "backbone.name", "backbone.weights")
+
+#: Number of skipped items that are named.
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Section:
-    """Records that differ in their features only.
+    """Entries that differ in their features only.
 
     Attributes:
-        task: what was evaluated.
-        title: data, backbone, and what tells it from other sections of these.
-        settings: dotted name to value, without those of the features and those that every title names.
-        rows: label of the features, unique within the section, and their entry; raw features first.
+        task: the task.
+        title: data, backbone, and the settings in which it differs from other sections of these.
+        settings: value by dotted name, without those of the features and those in every title.
+        rows: label of the features, unique within the section, and entry; raw features first.
     """
 
     task: str
@@ -35,27 +37,26 @@ class Section:
 
     @property
     def measured(self) -> list[tuple[str, Entry]]:
-        """Rows that have figures."""
+        """Rows with metrics."""
         return [(label, entry) for label, entry in self.rows if entry.failed is None]
 
     @property
     def failed(self) -> list[tuple[str, Entry]]:
-        """Rows that have a reason instead of figures."""
+        """Rows with a reason instead of metrics."""
         return [(label, entry) for label, entry in self.rows if entry.failed is not None]
 
 
 def sections(entries: Sequence[Entry]) -> list[Section]:
-    """Sections in the order in which they first appear."""
+    """Group entries into sections, in order of first appearance."""
     groups = grouped(entries)
-    titles = section_titles(groups)
     return [
         Section(group[0].task, title, _settings(group[0], ("features",)), _rows(group))
-        for group, title in zip(groups, titles, strict=True)
+        for group, title in zip(groups, section_titles(groups), strict=True)
     ]
 
 
 def grouped(entries: Sequence[Entry], without: Sequence[str] = ("features",)) -> list[list[Entry]]:
-    """Records whose task and settings are the same but for some settings."""
+    """Group entries by task and settings, except the settings named in ``without``."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(canonical([entry.task, _kept(entry.settings, without)]), []).append(entry)
@@ -63,31 +64,33 @@ def grouped(entries: Sequence[Entry], without: Sequence[str] = ("features",)) ->
 
 
 def section_titles(groups: Sequence[Sequence[Entry]], without: Sequence[str] = ("features",)) -> list[str]:
-    """A title for each group; where several have the same data and backbone, with the settings that differ."""
+    """A title for each group; groups with the same data and backbone get the settings that differ."""
     titles: dict[int, str] = {}
-    alike: dict[tuple[str, str], list[int]] = {}
+    same_title: dict[tuple[str, str], list[int]] = {}
     for index, group in enumerate(groups):
-        alike.setdefault((group[0].task, data_title(group[0])), []).append(index)
-    for (_, title), indices in alike.items():
-        labels = differing(_told([groups[index][0] for index in indices], without))
+        same_title.setdefault((group[0].task, data_title(group[0])), []).append(index)
+    for (_, title), indices in same_title.items():
+        labels = differing(_comparable([groups[index][0] for index in indices], without))
         titles |= {index: f"{title}: {label}" if label else title for index, label in zip(indices, labels, strict=True)}
     return [titles[index] for index in range(len(groups))]
 
 
-def _told(entries: Sequence[Entry], without: Sequence[str]) -> list[dict[str, str]]:
-    """Settings as people tell data sets apart: by how many images, and by digests only where that does not do."""
-    told = [_settings(entry, without) for entry in entries]
+def _comparable(entries: Sequence[Entry], without: Sequence[str]) -> list[dict[str, str]]:
+    """Settings for titles: data sets differ by their number of images, or by digests if that is not enough."""
+    settings = [_settings(entry, without) for entry in entries]
     sizes = [", ".join(f"{count} {split}" for split, count in entry.images.items()) for entry in entries]
-    digests = [each.get("data.digest") for each in told]
+    digests = [each.get("data.digest") for each in settings]
     if len(set(zip(digests, sizes, strict=True))) == len(set(sizes)) == len(set(digests)):
-        told = [{key: value for key, value in each.items() if key != "data.digest"} for each in told]
-        told = [each | {"images": size} for each, size in zip(told, sizes, strict=True)]
-    return told
+        settings = [
+            {key: value for key, value in each.items() if key != "data.digest"} | {"images": size}
+            for each, size in zip(settings, sizes, strict=True)
+        ]
+    return settings
 
 
 def data_title(entry: Entry) -> str:
-    """What every title begins with: data and backbone."""
-    return f"{entry.data}, {entry.backbone['name']} ({readable(entry.backbone.get('weights'))})"
+    """Beginning of every title: data and backbone."""
+    return f"{entry.data}, {entry.backbone_name} ({readable(entry.backbone.get('weights'))})"
 
 
 def _kept(settings: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
@@ -95,18 +98,17 @@ def _kept(settings: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]
 
 
 def _settings(entry: Entry, without: Sequence[str]) -> dict[str, str]:
-    found = flat(_kept(entry.settings, without))
-    return {key: value for key, value in found.items() if key not in _IN_TITLE}
+    return {key: value for key, value in flat(_kept(entry.settings, without)).items() if key not in _IN_TITLE}
 
 
 def feature_settings(entry: Entry) -> dict[str, str]:
-    """What the features depend on; empty where their name says all."""
+    """Settings of the features; empty if their name is enough."""
     found = entry.settings.get("features")
     return flat(found) if isinstance(found, dict) else {}
 
 
 def _rows(group: Sequence[Entry]) -> tuple[tuple[str, Entry], ...]:
-    """Features of one name that were made in several ways are told apart by what differs."""
+    """Label rows by features; features with the same name get the settings in which they differ."""
     by_name: dict[str, list[Entry]] = {}
     for entry in group:
         by_name.setdefault(entry.features, []).append(entry)
@@ -118,12 +120,11 @@ def _rows(group: Sequence[Entry]) -> tuple[tuple[str, Entry], ...]:
     return tuple((labels[entry.key], entry) for entry in ordered)
 
 
-#: Skipped items that are named.
-_SHOWN = 10
+# --- provenance ---
 
 
 def settings_line(section: Section) -> str:
-    """The settings that all rows share, and those of each row's features."""
+    """Settings that all rows share, and those of each row's features."""
     shared = ", ".join(f"{key} {value}" for key, value in section.settings.items())
     features = []
     for label, entry in section.rows:
@@ -134,40 +135,40 @@ def settings_line(section: Section) -> str:
 
 
 def provenance_line(section: Section) -> str:
-    """Command, hardware, software, precision, images, seeds, and what was left out."""
+    """Command, hardware, software, precision, images, seeds, and what was left out; shared values once."""
     entries = [entry for _, entry in section.rows]
-    commands = " and ".join(code(command) for command in dict.fromkeys(entry.command for entry in entries))
     parts = {
         "Hardware": _distinct(entry.hardware for entry in entries),
-        "Software": _distinct(_pairs(entry.software.items()) for entry in entries),
+        "Software": _distinct(
+            ", ".join(f"{name} {version}" for name, version in entry.software.items()) for entry in entries
+        ),
         "Precision": _distinct(readable(entry.backbone.get("dtype", "not recorded")) for entry in entries),
         "Images": _distinct(", ".join(f"{n} {split}" for split, n in entry.images.items()) for entry in entries),
-        "Seeds": _distinct(", ".join(str(seed) for seed, _ in entry.seeds) for entry in entries),
-        "Skipped": _some([f"{item} ({reason})" for entry in entries for item, reason in entry.skipped]),
+        "Seeds": _distinct(", ".join(str(seed) for seed, _ in entry.seed_scores) for entry in entries),
+        "Skipped": _first([f"{item} ({reason})" for entry in entries for item, reason in entry.skipped]),
     }
-    if section.task != "artifacts":  # which knows no classes
-        parts["Never occurs in val, left out of the means"] = _absent(entries)
-    return f"Command: {commands}. " + " ".join(f"{name}: {plain(words) or 'none'}." for name, words in parts.items())
+    if section.task != "artifacts":  # which has no classes
+        absent = dict.fromkeys(name for entry in entries for name in entry.absent)
+        parts["Never occurs in val, left out of the means"] = ", ".join(absent)
+    figures = " ".join(f"{name}: {plain(words) or 'none'}." for name, words in parts.items())
+    return f"Command: {commands_of(entries)}. {figures}"
+
+
+def commands_of(entries: Iterable[Entry]) -> str:
+    """The distinct commands, as code."""
+    return " and ".join(code(command) for command in dict.fromkeys(entry.command for entry in entries))
 
 
 def failed_lines(section: Section) -> list[str]:
-    """A list of what failed, and why."""
+    """A list of failures with their reasons."""
     return [f"- failed: {plain(label)}: {plain(entry.failed or '')}" for label, entry in section.failed]
 
 
-def _some(items: Sequence[str]) -> str:
-    """The first of them, and how many more there are; the results file has them all."""
+def _first(items: Sequence[str]) -> str:
+    """The first items and the number of further ones."""
     items = list(dict.fromkeys(items))
     more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
     return "; ".join([*items[:_SHOWN], *more])
-
-
-def _absent(entries: Iterable[Entry]) -> str:
-    return ", ".join(dict.fromkeys(name for entry in entries for name in entry.absent))
-
-
-def _pairs(items: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in items)
 
 
 def _distinct(values: Iterable[str]) -> str:

@@ -1,0 +1,226 @@
+"""Comparing sources of features on the command line: shared options, progress, and tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
+from denoising_vit.cli.streams import print_json
+from denoising_vit.environment import run_info
+from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.options import FieldOptions
+from denoising_vit.evaluation.results import METRICS, Metric, Results, main_metric
+from denoising_vit.extractors import KINDS, Cleaners, features_arg, parse_names
+
+if TYPE_CHECKING:
+    from denoising_vit.evaluation.data import JudgedData
+    from denoising_vit.evaluation.workbench import Line, Workbench
+
+#: With more metrics than this, differences go below the table: a terminal is 80 columns wide.
+_MOST_BESIDE = 3
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Data, features and results of `dvit evaluate`.
+
+    Attributes:
+        data: folder of the data, in one of the layouts above.
+        features: names of features.
+        out: results file that lines are appended to. The same command resumes an interrupted one.
+        cache: folder for cached features and fields. By default next to the results.
+        cache_gb: limit of cached features in GB; fields of stage 1 are not included.
+        images: maximum number of images in each split, spread evenly over it; 0 takes all.
+        cleaners: what cleans the features.
+    """
+
+    data: Path
+    features: Annotated[str, features_arg("The first is the reference of the others.")] = "raw,subtract,exact"
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl")
+    cache: Path | None = None
+    cache_gb: float = 10.0
+    images: int = 0
+    cleaners: tyro.conf.OmitArgPrefixes[Cleaners] = Cleaners()  # noqa: RUF009, frozen
+
+
+def compare_sources(
+    options: EvaluateOptions,
+    exact: FieldOptions,
+    model: BackboneSpec,
+    open_data: Callable[[Callable[[], None]], JudgedData],
+    compare: Callable[[Workbench, Sequence[str]], Iterator[Line]],
+    *,
+    as_json: bool,
+    varied: Sequence[str] = (),
+) -> int:
+    """Run a task on each source, report each result and then a table. Returns the exit code.
+
+    Args:
+        options: data, features and results.
+        exact: options of stage 1.
+        model: the backbone.
+        open_data: opens the data; its argument is called after each image.
+        compare: the task: yields lines of results of the named sources.
+        as_json: print lines of results instead of a table.
+        varied: settings that differ between the lines of one command; each value gets a table.
+    """
+    names = parse_names(options.features, KINDS)
+    exact.denoising()  # fail before the model is loaded
+    found: list[Line] = []
+    try:
+        for line, kept in compare(open_bench(options, exact, model, open_data), names):
+            found.append((line, kept))
+            if as_json:
+                print_json(line)
+            if not line["failed"]:
+                metric = main_metric(line["task"])
+                value = f"{metric.name} {line['metrics'][metric.name]:.{metric.digits}f} in {line['seconds']:.0f} s"
+                label = ", ".join([line["features"], *filter(None, [_setting(line, varied)])])
+                print_note(f"{label}: {value}{' (kept from an earlier run)' if kept else ''}")
+    except KeyboardInterrupt:
+        print_note("interrupted; finished results stay, and the same command resumes")
+        return INTERRUPTED
+    return finish(found, options.out, as_json=as_json, varied=varied)
+
+
+def open_bench(
+    options: EvaluateOptions,
+    exact: FieldOptions,
+    model: BackboneSpec,
+    open_data: Callable[[Callable[[], None]], JudgedData],
+) -> Workbench:
+    """Open data and results, then load the model, so that errors in files come first.
+
+    Raises:
+        EvaluationError: if the data cannot be used, or results or cache cannot be written.
+        BackboneError: if the backbone cannot be loaded.
+    """
+    from denoising_vit.evaluation.workbench import Workbench
+
+    if not options.cache_gb >= 0:
+        raise EvaluationError(f"cache_gb must be 0 or more, got {options.cache_gb}")
+    with CountProgress(None, "images read") as progress:
+        data = open_data(progress.advance)
+    if data.note:
+        print_note(data.note)
+    if data.absent:
+        print_note(f"never occurs in val, left out of the means unless predicted: {', '.join(data.absent)}")
+    results = Results(options.out)
+    backbone = model.load()
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    bench = Workbench(
+        data=data,
+        backbone=backbone,
+        spec=model,
+        results=results,
+        folder=options.cache or options.out.with_suffix(".cache"),
+        run=run_info(),
+        cache_bytes=options.cache_gb * 1e9,
+        exact=exact.denoising(),
+        fields_of=exact.of,
+        cleaners=options.cleaners,
+        watch=watch,
+    )
+    _ = bench.cache  # fails at once if the folder cannot be written
+    return bench
+
+
+def finish(found: Sequence[Line], out: Path, *, as_json: bool, varied: Sequence[str] = ()) -> int:
+    """Print tables of results, failures and skipped items. Returns the exit code."""
+    lines = [line for line, _ in found]
+    for setting in dict.fromkeys(_setting(line, varied) for line in lines if not as_json):
+        if setting:
+            print(f"\n{setting}")
+        print_scores([line for line in lines if _setting(line, varied) == setting])
+    for line in lines:
+        if line["failed"]:
+            print_error(line["failed"], f"{line['features']} failed")
+    skipped = lines[0]["skipped"] if lines else []
+    for name, reason in skipped:
+        print_error(f"{name}: {reason}", "skipped")
+    print_note(f"results in {out}; `dvit report {out} -o results.md` makes tables of them")
+    return SOME_FAILED if skipped or any(line["failed"] for line in lines) else OK
+
+
+def _setting(line: dict[str, Any], varied: Sequence[str]) -> str:
+    from denoising_vit.evaluation.tables.markdown import readable
+
+    settings = line["settings"]
+    return ", ".join(f"{name} {readable(settings[name])}" for name in varied if name in settings)
+
+
+def print_scores(lines: Sequence[dict[str, Any]]) -> None:
+    """Print results as a table with sources in rows, or metrics in rows for label-free figures."""
+    good = [line for line in lines if not line["failed"]]
+    if not good:
+        return
+    console = Console()
+    metrics = METRICS.get(good[0]["task"])
+    if metrics is None:
+        console.print(_figures(good))
+        return
+    beside = len(metrics) <= _MOST_BESIDE
+    console.print(_scores(good, metrics, beside=beside))
+    if not beside:
+        for line in good:
+            if line["paired"] is not None:
+                words = f"{line['features']}: {_heading(line['paired'], metrics[0])} {_difference(line, metrics[0])}"
+                console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+def _scores(lines: Sequence[dict[str, Any]], metrics: Sequence[Metric], *, beside: bool) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("features")
+    for metric in metrics:
+        table.add_column(metric.name, justify="right")
+    table.add_column("seeds", justify="right")
+    if beside:
+        paired = next((line["paired"] for line in lines if line["paired"]), {"against": "the first"})
+        table.add_column(_heading(paired, metrics[0]), justify="right")
+    table.add_column("seconds", justify="right")
+    for line in lines:
+        values = [(line["metrics"][metric.name], metric.digits) for metric in metrics]
+        table.add_row(
+            escape(line["features"]),
+            *("-" if value is None else f"{value:.{digits}f}" for value, digits in values),
+            str(len(line["seeds"])),
+            *([_difference(line, metrics[0])] if beside else []),
+            f"{line['seconds']:.0f}",
+        )
+    return table
+
+
+def _heading(paired: dict[str, Any], metric: Metric) -> str:
+    return f"{metric.name} against {paired['against']} (95 %)"
+
+
+def _difference(line: dict[str, Any], metric: Metric) -> str:
+    paired = line["paired"]
+    if paired is None:
+        return ""
+    difference, groups = f"{paired['difference']:+.{metric.digits}f}", f"{paired['groups']} {paired['over']}"
+    if paired["low"] is None:
+        return f"{difference} (no interval: {groups})"
+    low, high = (f"{paired[key]:+.{metric.digits}f}" for key in ("low", "high"))
+    return f"{difference} ({low} to {high}; {groups})"
+
+
+def _figures(lines: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for line in lines:
+        table.add_column(escape(line["features"]), justify="right")
+    for name in lines[0]["metrics"]:
+        values = [line["metrics"][name] for line in lines]
+        table.add_row(name.replace("_", " "), *("-" if value is None else f"{value:.3g}" for value in values))
+    return table
