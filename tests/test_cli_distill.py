@@ -396,7 +396,7 @@ def test_photos_of_fields_that_are_gone(distill: Distill, store: Path, photos: P
     (fewer / "02.png").unlink()
     done = distill(fewer, "--fields", store, "-o", tmp_path / "run")
     assert done.code == 2
-    assert "1 of the store's 6 photos are not there (02.png)" in done.err
+    assert "1 of the store's 6 photos are missing (02.png)" in done.err
 
 
 @pytest.mark.parametrize("content", [None, ()])

@@ -240,7 +240,7 @@ def test_photos_that_are_gone_are_2(train: Train, store: Path, photos: Path, tmp
     (fewer / "02.png").unlink()
     done = train(store, "--photos", fewer, "-o", tmp_path / "run")
     assert done.code == 2
-    assert "1 of the store's 6 photos are not there (02.png)" in done.err
+    assert "1 of the store's 6 photos are missing (02.png)" in done.err
 
 
 @pytest.mark.parametrize("more", [("--pairs.keep", 2), ("--pairs.keep", 0, *FITTING)])
