@@ -1,16 +1,19 @@
-"""How fast a store takes and gives fields, and how many requests each photo costs an object store.
+"""Speed of a store beside that of its disk, and the requests of a photo to an object store.
 
-    python benchmarks/store.py [--photos 64] [--per-shard 16] [--together 1] [--out DIR]
+    python benchmarks/store.py [--photos 128] [--per-shard 16] [--writers 4] [--nodes 37] [--precision int8] [--out DIR]
 
-Fields of noise, as large as those of DINOv2 ViT-S/14 at 518 pixels, are put, sealed, and read in order and at random.
-Requests are counted at the store's own interface: each read, write, conditional write, deletion and listing is one
-request of an object store. zarr's own (a write a shard, a ranged read a photo) come on top.
+Fields of noise, as large as those of DINOv2 ViT-S/14 at 518 pixels, are written in two ways: staged one by one, as by a
+CPU, and held until their shard is sealed, as by an accelerator. The disk's own rate is that of writing as many bytes
+to one file, with one flush at the end, before and after; the machine may be shared. Requests are counted at the
+store's own interface: each read, write, conditional write, deletion and listing is one request of an object store.
+zarr's ranged reads come on top.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import random
 import tempfile
 import time
@@ -24,83 +27,113 @@ import torch
 import tyro
 from measuring import hardware, peak, resident, table, write
 
+from denoising_vit.fit.options import Precision
 from denoising_vit.store import FeatureStore, Manifest
-from denoising_vit.store.local import LocalObjects
+from denoising_vit.store.objects import LocalObjects
 
-#: What is a request.
+#: Methods that are one request each.
 KINDS = ("read", "write", "create", "delete", "names")
 
 
 def main(
-    photos: int = 64,
+    photos: int = 128,
     per_shard: int = 16,
-    together: int = 1,
+    writers: int = 4,
     nodes: int = 74,
     channels: int = 384,
+    precision: Precision = "float16",
     folder: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Measures writing and reading.
+    """Measure writing and reading.
 
     Args:
-        photos: how many.
+        photos: number of photos.
         per_shard: photos in a shard.
-        together: photos that are staged at once, as after an accelerator.
-        nodes: of a field, along each side.
-        channels: of a field.
-        folder: where the store is made and removed; a temporary one by default.
+        writers: shards that are written at once.
+        nodes: nodes of a field along each side; 37 for `--grid patch`.
+        channels: channels of a field.
+        precision: precision of the store.
+        folder: folder for the store, which is removed afterwards; a temporary one by default.
         out: folder for JSON and Markdown.
     """
     before = resident()
+    field = torch.randn(nodes, nodes, channels)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         manifest = Manifest(
             backbone={"name": "noise"},
             plan="noise",
             options={},
-            size=(14 * nodes // 2, 14 * nodes // 2),
+            size=(518, 518),
             patch_size=14,
             stride=14,
-            grid=(nodes // 2, nodes // 2),
+            grid=(37, 37),
             field=(nodes, nodes),
             channels=channels,
+            dtype=precision,
             images_per_shard=per_shard,
         )
-        store = FeatureStore.create_or_open(Path(place) / "store", manifest, [f"{n:08d}" for n in range(photos)])
-        field = torch.randn(nodes, nodes, channels)
-        with counted() as requests:
-            writing = seconds(lambda: fill(store, field, together))
-        again = FeatureStore.open(Path(place) / "store")
-        in_order = seconds(lambda: [again.read(index) for index in range(photos)])
+        size = manifest.image_bytes
+        rates = {"disk": photos / seconds(lambda: sequential(Path(place) / "plain", photos * size))}
+        requests: dict[str, dict[str, float]] = {}
+        for name in ("staged", "held"):
+            url = Path(place) / name
+            store = FeatureStore.create_or_open(url, manifest, [f"{n:08d}" for n in range(photos)])
+            with counted() as counts:
+                rates[name] = photos / seconds(lambda to=store, held=name == "held": fill(to, field, writers, held))
+            requests[name] = {kind: count / photos for kind, count in counts.items()}
+        rates["disk again"] = photos / seconds(lambda: sequential(Path(place) / "plain", photos * size))
+        again = FeatureStore.open(Path(place) / "held")
+        rates["read in order"] = photos / seconds(lambda: [again.read(index) for index in range(photos)])
         order = random.Random(0).sample(range(photos), photos)
-        at_random = seconds(lambda: [again.read(index) for index in order])
-        used = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
-    size = manifest.image_bytes
+        rates["read at random"] = photos / seconds(lambda: [again.read(index) for index in order])
+        used = sum(path.stat().st_size for path in (Path(place) / "held").rglob("*") if path.is_file())
+    disk = (rates["disk"] + rates["disk again"]) / 2
     found: dict[str, Any] = {
         "hardware": hardware(),
         "photos": photos,
         "per_shard": per_shard,
-        "together": together,
+        "writers": writers,
+        "precision": precision,
+        "nodes": nodes,
         "bytes_per_photo": used / photos,
-        "requests_per_photo": {kind: count / photos for kind, count in requests.items()},
+        "requests_per_photo": requests,
         "peak_bytes": max(peak(torch.device("cpu")) - before, 0),
+        "rates": {
+            name: {"photos_per_s": rate, "mb_per_s": rate * size / 1e6, "of_disk": rate / disk}
+            for name, rate in rates.items()
+        },
     }
-    for name, took in {"written": writing, "read_in_order": in_order, "read_at_random": at_random}.items():
-        found[name] = {"photos_per_s": photos / took, "mb_per_s": photos * size / took / 1e6}
     write(out, "store", found, markdown(found))
 
 
-def fill(store: FeatureStore, field: torch.Tensor, together: int) -> None:
-    """Puts the same field for every photo, and seals all shards."""
-    with ThreadPoolExecutor(together) as pool:
-        for shard in store.unfinished():
-            with store.writer(shard) as writer:
-                list(pool.map(lambda index, to=writer: to.put(index, field, {"heldout_r2": 0.5}), writer.missing()))
-                writer.finish()
+def fill(store: FeatureStore, field: torch.Tensor, writers: int, held: bool) -> None:
+    """Write the same field for every photo, and seal all shards."""
+
+    def shard(number: int) -> None:
+        with store.writer(number) as writer:
+            for index in writer.missing():
+                (writer.hold if held else writer.put)(index, field, {"heldout_r2": 0.5})
+            writer.finish()
+
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(shard, store.unfinished()))
+
+
+def sequential(path: Path, size: int, block: int = 1 << 24) -> None:
+    """Write so many bytes to one file, and flush it."""
+    data = os.urandom(block)
+    with path.open("wb") as file:
+        for start in range(0, size, block):
+            file.write(data[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[collections.Counter[str]]:
-    """Counts requests while it lasts."""
+    """Count requests within the block."""
     requests: collections.Counter[str] = collections.Counter()
 
     def counting(kind: str) -> Callable[..., Any]:
@@ -119,7 +152,7 @@ def counted() -> Iterator[collections.Counter[str]]:
 
 
 def seconds(job: Callable[[], Any]) -> float:
-    """Of one call."""
+    """Time of a call."""
     started = time.perf_counter()
     job()
     return time.perf_counter() - started
@@ -128,13 +161,16 @@ def seconds(job: Callable[[], Any]) -> float:
 def markdown(found: dict[str, Any]) -> str:
     """The record as tables."""
     rates = [
-        (name.replace("_", " "), f"{found[name]['photos_per_s']:.1f}", f"{found[name]['mb_per_s']:.0f}")
-        for name in ("written", "read_in_order", "read_at_random")
+        (name, f"{rate['photos_per_s']:.1f}", f"{rate['mb_per_s']:.0f}", f"{rate['of_disk']:.2f}")
+        for name, rate in found["rates"].items()
     ]
-    requests = [(kind, f"{count:.2f}") for kind, count in found["requests_per_photo"].items()]
-    text = f"{found['hardware']}; {found['photos']} photos, {found['per_shard']} a shard, {found['together']} at once, "
-    text += f"{found['bytes_per_photo'] / 1e6:.2f} MB each; peak {found['peak_bytes'] / 1e6:.0f} MB\n\n"
-    return text + table(("", "photos/s", "MB/s"), rates) + "\n" + table(("request", "a photo"), requests)
+    kinds = found["requests_per_photo"]
+    requests = [(kind, *(f"{kinds[name].get(kind, 0):.2f}" for name in kinds)) for kind in KINDS]
+    text = f"{found['hardware']}; {found['photos']} photos, {found['per_shard']} a shard, {found['writers']} shards at "
+    text += f"once, {found['precision']}, {found['bytes_per_photo'] / 1e6:.2f} MB each; "
+    text += f"peak {found['peak_bytes'] / 1e6:.0f} MB\n\n"
+    requests_table = table(("requests a photo", *kinds), requests)
+    return text + table(("", "photos/s", "MB/s", "of the disk"), rates) + "\n" + requests_table
 
 
 if __name__ == "__main__":

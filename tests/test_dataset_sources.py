@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from denoising_vit.data import Dataset, Item, Skipped, find_photos, open_dataset
-from denoising_vit.data.patterns import expand_braces
+from denoising_vit.data.listing import expand_braces
 from denoising_vit.data.photos import PANEL_SOFTWARE
 from denoising_vit.data.storage import Storage
 from denoising_vit.errors import PhotoError
@@ -317,7 +317,7 @@ def test_what_a_server_refuses_for_good_is_not_asked_for_again(
         raise Refused
 
     monkeypatch.setattr(dataset._storage, "read", refuse)
-    monkeypatch.setattr("denoising_vit.data.reading.time.sleep", asked.append)
+    monkeypatch.setattr("denoising_vit.data.dataset.time.sleep", asked.append)
     ((_, found),) = dataset.stream([0], patience=(1.0, 5.0))
     assert isinstance(found, Skipped) and found.unreachable == may_pass
     assert asked == ([1.0, 5.0] if may_pass else [])

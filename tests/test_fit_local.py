@@ -26,12 +26,12 @@ from denoising_vit.data import Dataset, open_dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.stage_one import Done, Ready, StageOne, finish_together
 from denoising_vit.errors import FitError, PhotoError, PlanError, StoreError
-from denoising_vit.fit.estimate import Estimate
-from denoising_vit.fit.job import FitJob, manifest_of
+from denoising_vit.fit.job import Estimate, FitJob
+from denoising_vit.fit.local import manifest_of
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore, layout
 from denoising_vit.store.fields import FieldArray
-from denoising_vit.store.local import LocalObjects
+from denoising_vit.store.objects import LocalObjects
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -349,7 +349,7 @@ def test_a_shard_that_could_not_be_sealed_is_sealed_without_a_forward_pass(
         full.setattr(FieldArray, "write_shard", refuse)
         tiny.prepare(data, tmp_path / "store", spec).run()
     job = tiny.prepare(data, tmp_path / "store", spec)
-    assert job.store.contents.staged() == {0, 1, 2}
+    assert job.store.staged() == {0, 1, 2}
     passes.count = 0
     assert job.store.unfinished() == [0]
     assert job.estimate().left == 0
@@ -740,6 +740,33 @@ def test_one_device_that_breaks_stops_the_others_soon(tmp_path: Path) -> None:
         job.run()
     assert len(job.store.done()) < 30
     assert list(job.store.verify()) == []
+
+
+# --- precision ---
+
+
+def test_a_store_of_int8_holds_the_fields_of_float16_in_half_the_bytes(
+    photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = tiny.prepare(photos, tmp_path / "store", spec, precision="int8")
+    assert job.estimate().image_bytes < 0.6 * FeatureStore.open(undisturbed).manifest.image_bytes
+    job.run()
+    tiny.assert_whole(job.store)
+    for index in range(PHOTOS):
+        exact, found = FeatureStore.open(undisturbed)[index].field, job.store[index].field
+        assert torch.nn.functional.cosine_similarity(exact, found, dim=-1).min() > 0.999
+    with pytest.raises(StoreError, match=r"dtype: the store has int8, this run has float16"):
+        tiny.prepare(photos, tmp_path / "store", spec)
+
+
+def test_photos_that_int8_changes_too_much_are_failures_with_their_reason(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("denoising_vit.store.fields.LEAST_COSINE", 1.1)
+    job = tiny.prepare(photos, tmp_path / "store", spec, precision="int8")
+    job.run()
+    tiny.assert_whole(job.store, failed=PHOTOS)
+    assert all(reason.startswith("in int8 the cosine of a patch") for reason in job.store.failed().values())
 
 
 # --- as an accelerator does it: rendering ahead, photos solved together ---

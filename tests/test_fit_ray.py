@@ -131,7 +131,7 @@ def test_a_worker_does_a_shard_and_tells_what_became_of_it(
     assert row["shard"] == 1
     reasons = json.loads(row["reasons"])
     assert list(reasons) == [str(BAD)] and "not an image file" in reasons[str(BAD)]
-    assert job.store.contents.sealed() == {1}
+    assert job.store.sealed() == {1}
     before = tiny.contents(tmp_path / "store")
     assert worker({"shard": 1})["shard"] == 1  # a second time, after a crash: nothing is left to do
     assert tiny.contents(tmp_path / "store") == before
@@ -301,7 +301,7 @@ class Watcher:
 
     def __call__(self) -> None:
         while not self.ended.wait(0.03):
-            for index in self.store.contents.staged():
+            for index in self.store.staged():
                 with contextlib.suppress(FileNotFoundError):  # sealed since
                     self.written[index].add((Path(self.store.url) / layout.staged_key(index)).stat().st_mtime_ns)
             for shard in range(self.store.manifest.shards):
@@ -313,7 +313,7 @@ class Watcher:
 
     def kill(self, shard: int, holder: int) -> None:
         images = set(self.store.manifest.images_of(shard))
-        kept = self.store.contents.staged() & images
+        kept = self.store.staged() & images
         if kept and kept < images:
             os.kill(holder, signal.SIGKILL)
             self.killed, self.kept = shard, frozenset(kept)

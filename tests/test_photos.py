@@ -21,7 +21,6 @@ from denoising_vit.data.photos import (
     FORMATS,
     IMAGE_SUFFIXES,
     is_panel,
-    is_panel_start,
     photo_digest,
     read_photo,
     read_photo_bytes,
@@ -153,7 +152,7 @@ def test_postscript_is_refused_and_no_program_is_started(
         read_mask(path, Coding(2, "a list"))
     with pytest.raises(EvaluationError, match="not an image file that can be read"):
         read_depth(path)
-    assert not is_panel(path) and not is_panel_start(path.read_bytes())
+    assert not is_panel(path) and not is_panel(path.read_bytes())
 
 
 def test_every_file_is_opened_in_named_formats_only() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from denoising_vit.errors import StoreError
 from denoising_vit.files import KEY
 from denoising_vit.store import FeatureStore, Manifest
-from denoising_vit.store.local import LocalObjects
+from denoising_vit.store.objects import LocalObjects
 
 SHAPE = (3, 4, 5)
 IDS = ["a.jpg", "b.jpg", "c.jpg"]
@@ -81,8 +81,10 @@ def test_all_that_makes_a_store_reaches_the_disk(tmp_path: Path, synced: list[Pa
         writer.put(1, field_of(1))
         assert root / "staged" in synced
         writer.finish()
-    shard, marker = synced.index(root / "field/c/0/0/0/0"), synced.index(root / "sealed")
-    assert shard < synced.index(root / "field/c/0/0/0") < marker
+    folder, marker = root / "field/c/0/0/0", synced.index(root / "sealed")
+    shard = next(place for place, path in enumerate(synced) if path.parent == folder and path.name.startswith(".0."))
+    assert {folder.parent, *folder.parent.parents[:3]} <= set(synced[:marker])  # folders that were made for it
+    assert shard < synced.index(folder) < marker
     assert root in synced[shard:]
 
 

@@ -19,10 +19,9 @@ import pytest
 import torch
 
 from denoising_vit.errors import StoreError
-from denoising_vit.store import FeatureStore, Manifest, leases, processes
-from denoising_vit.store.leases import Leases
-from denoising_vit.store.processes import Process
-from denoising_vit.store.remote import open_objects
+from denoising_vit.store import FeatureStore, Manifest, leases
+from denoising_vit.store.leases import Leases, Process
+from denoising_vit.store.objects import open_objects
 
 FOREIGN = Process(host="node7", machine="node7/another-boot/pid:[1]", pid=4711, started=99)
 
@@ -179,7 +178,7 @@ def test_where_conditional_puts_are_ignored_the_first_holder_notices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = open_objects(tmp_path)
-    monkeypatch.setattr(type(objects), "create", lambda self, key, data: self.write(key, data) or True)
+    monkeypatch.setattr(type(objects), "create", lambda self, key, data, **_: self.write(key, data) or True)
     first = Leases(objects)._claim("x", 1)
     second = Leases(objects)._claim("x", 1)  # both saw no lease
     assert first is not None and second is not None
@@ -259,7 +258,7 @@ def test_process_that_cannot_be_looked_at_is_neither_dead_nor_alive(change: dict
 
 
 def test_without_proc_nothing_is_said_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_PROC", tmp_path)
+    monkeypatch.setattr(leases, "_PROC", tmp_path)
     here = Process.current()
     assert (here.machine, here.started, here.alive()) == (None, None, None)
 
@@ -411,7 +410,7 @@ def test_writer_that_stood_still_and_was_taken_over_writes_nothing_more(quick: F
             return False
 
         wait_until(put_is_refused)
-    assert quick.contents.sealed() == set()
+    assert quick.sealed() == set()
     assert json.loads(lease_file(quick, 2).read_text())["token"] == "theirs"  # the new holder's lease stands
 
 
@@ -429,5 +428,5 @@ def test_sealing_that_took_so_long_that_another_took_over_leaves_the_marker_to_i
         writer.put(2, torch.ones(3, 4, 5))
         with pytest.raises(StoreError, match="another took over"):
             writer.finish()
-    assert store.contents.sealed() == set()
+    assert store.sealed() == set()
     assert store.done() == {2}

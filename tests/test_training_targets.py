@@ -224,5 +224,5 @@ def test_pictures_of_a_shard_that_is_not_sealed_are_told_alike(
     monkeypatch.setattr(ShardWriter, "finish", crashed)
     tiny.fit(data.photos, tmp_path / "staged", extractor)
     staged = tiny.Fitted(data.photos, tmp_path / "staged")
-    assert not staged.store.contents.sealed()
+    assert not staged.store.sealed()
     assert stored(staged, extractor).identity == stored(data, extractor).identity

@@ -95,6 +95,6 @@ def assert_whole(store: FeatureStore | Path, failed: int = 0) -> None:
     opened = FeatureStore.open(store) if isinstance(store, Path) else store
     assert len(opened.done()) == len(opened) - failed
     assert len(opened.failed()) == failed
-    assert opened.contents.staged() == set()
+    assert opened.staged() == set()
     assert opened.unfinished() == []
     assert list(opened.verify()) == []

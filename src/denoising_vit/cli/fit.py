@@ -30,20 +30,19 @@ def fit(
     running: tyro.conf.OmitArgPrefixes[FitOptions] = FitOptions(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Stage 1 for a whole data set: the clean features of every photo, in one store.
+    """Fit stage 1 to a whole data set: clean features of every photo, in one store.
 
-    Says first what it will take. The same command goes on where it was stopped, whatever stopped it.
+    Prints an estimate of time and space first. The same command resumes an interrupted run.
 
     Args:
         data: a folder (searched recursively), a text file with one photo a line, tar shards (`x-{000..099}.tar`), or
             one of these at a URL (s3://, gs://, https://).
-        out: the store, a folder or URL; made where it does not exist.
-        denoising: how semantic field and artifact are separated; held-out views cost forward passes, `--held-out 0`
-            saves them.
-        model: the backbone, and how it is run; several devices, as in `--device cuda:0,cuda:1`, share the work.
-        artifact: the backbone's artifact where it is known: a file of `dvit calibrate`, or `shipped`; with `none`,
-            no artifact is modelled. Without it, each photo has one of its own.
-        running: how the data set is gone through.
+        out: folder or URL of the store, which is created if it does not exist.
+        denoising: options of stage 1; held-out views cost forward passes, `--held-out 0` saves them.
+        model: the backbone; several devices, as in `--device cuda:0,cuda:1`, share the work.
+        artifact: a known artifact of the backbone: a file of `dvit calibrate`, `shipped`, or `none` for no artifact. By
+            default each photo has its own.
+        running: options of the run.
         json: print one JSON line per photo.
     """
     from denoising_vit.artifact import resampling_note
@@ -76,7 +75,7 @@ def fit(
             report.stop()
             print_note("interrupted; finished photos stay, and the same command goes on from there")
             return INTERRUPTED
-        except BrokenPipeError:  # the reader of our lines has gone, not the store
+        except BrokenPipeError:  # of our output, not of the store
             raise
         except OSError as error:
             raise FitError(
@@ -87,29 +86,29 @@ def fit(
 
 
 class _Report(OnScreen):
-    """A progress bar with photos a second; JSON lines; and in the end what was skipped and why."""
+    """Progress bar with photos per second, JSON lines, and skipped photos with reasons at the end."""
 
     def __init__(self, dataset: Dataset, left: int, *, as_json: bool) -> None:
         self._dataset, self._as_json = dataset, as_json
         self._done, self._started = 0, time.perf_counter()
         self._unreached: dict[int, str] = {}
-        # Photos come in bursts, so the time left is judged over a long while.
+        # Photos are finished in bursts, so the rate is averaged over a long time.
         self._progress = progress_bar("photos, {task.fields[rate]}", speed_estimate_period=600)
         self._task = self._progress.add_task("", total=left, rate="starting")
 
     def photo(self, index: int, reason: str | None) -> None:
-        """Takes what became of a photo."""
+        """Report the outcome of a photo."""
         self._done += 1
         rate = self._done / (time.perf_counter() - self._started)
         self._progress.update(self._task, completed=self._done, rate=f"{rate:.2f} photos/s")
         if reason is not None:
-            self._unreached[index] = reason  # or failed, which the store tells
+            self._unreached[index] = reason  # or failed, as recorded in the store
         if self._as_json:
             status = {"status": "done"} if reason is None else {"status": "failed", "note": reason}
             print_json({"image": self._dataset[index].id, **status})
 
     def finish(self, job: FitJob) -> int:
-        """Says what is there now. Returns the exit code."""
+        """Print a summary and return the exit code."""
         done, failed = len(job.store.done()), job.store.failed()
         for index, reason in sorted((self._unreached | failed).items()):
             print_error(f"{self._dataset[index].id}: {reason}", "skipped")

@@ -1,4 +1,4 @@
-"""``dvit store info|verify|export``: looking into a feature store."""
+"""``dvit store info|verify|export``: inspection of a feature store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StoreName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORE")]
 
 
 def info(store: StoreName, /, json: tyro.conf.FlagCreatePairsOff[bool] = False) -> int:
-    """What a store holds: how many photos, of which backbone and views, and how large it is.
+    """Print the number of photos, backbone, views and size of a store.
 
     Args:
         store: a folder or URL.
@@ -51,7 +51,7 @@ def info(store: StoreName, /, json: tyro.conf.FlagCreatePairsOff[bool] = False) 
 
 
 def verify(store: StoreName, /) -> int:
-    """Read everything again with its checksums, and say what is damaged.
+    """Read a whole store with its checksums, and print what is damaged.
 
     Args:
         store: a folder or URL.
@@ -74,13 +74,13 @@ def export(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     kind: Literal["npy", "safetensors"] = "npy",
 ) -> int:
-    """Write the field of each photo to a file of its own.
+    """Write the field of each photo to its own file.
 
     Args:
         store: a folder or URL.
-        out: a local folder; made where it does not exist. Files in it are left as they are: one of the same name and
-            other content is refused before anything is written.
-        kind: npy (the field alone) or safetensors (with its record).
+        out: local folder, which is created if it does not exist. Existing files are kept: with one of the same name
+            and other content, nothing is written.
+        kind: npy (the field only) or safetensors (with its record); photos of int8 stores are float32.
     """
     from denoising_vit.store import FeatureStore
 

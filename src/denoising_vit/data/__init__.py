@@ -1,9 +1,7 @@
-"""Images on disk or in an object store, and what of them cannot be used and why."""
+"""Images on disk or in an object store, and why entries were skipped."""
 
-from denoising_vit.data.choosing import named_photos, spread
-from denoising_vit.data.finding import find_photos
-from denoising_vit.data.items import Item, Skipped
-from denoising_vit.data.reading import Dataset
+from denoising_vit.data.dataset import Dataset, Item, Skipped, named_photos, spread
+from denoising_vit.data.listing import find_photos
 from denoising_vit.data.sources import open_dataset
 
 __all__ = ["Dataset", "Item", "Skipped", "find_photos", "named_photos", "open_dataset", "spread"]

@@ -1,4 +1,4 @@
-"""Tar shards: where in them the images are. Nothing is ever unpacked to disk."""
+"""Index of the images in tar shards, which are read without unpacking."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from denoising_vit.data.folders import image_names, is_hidden
-from denoising_vit.data.items import Item, Skipped
+from denoising_vit.data.dataset import Item, Skipped
+from denoising_vit.data.listing import image_names, is_hidden
 from denoising_vit.data.photos import IMAGE_SUFFIXES
 from denoising_vit.data.storage import Storage, can_list, path_of, reason_of
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 
-#: How compressed files begin, whatever they are called.
+#: First bytes of compressed files.
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -24,25 +24,25 @@ _MAGIC = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 
-#: Shards of a data set are indexed in parallel, because remote ones mostly wait.
+#: Threads that index shards; remote ones mostly wait.
 _WORKERS = 8
 
 
 def is_shard(address: str) -> bool:
-    """Whether a file is called like a tar archive, compressed or not."""
+    """True if a file has the suffix of a tar archive, compressed or not."""
     return path_of(address).lower().endswith((".tar", *_COMPRESSED))
 
 
 def index_shards(storage: Storage, shards: Sequence[tuple[str, str]]) -> tuple[list[Item], list[Skipped]]:
-    """The images in tar shards, each with the bytes that it occupies.
+    """The images in tar shards, each with its byte range.
 
     Args:
-        storage: through which the shards are read.
-        shards: the name of each, with which the ids of its members begin, and its address.
+        storage: access to the shards.
+        shards: name and address of each; the name is the prefix of its members' ids.
 
     Returns:
-        The members, sorted by id; and what of the shards cannot be used. A shard that is cut off or
-        damaged gives the members before that place.
+        Members sorted by id, and entries that cannot be used. Of a truncated or damaged shard, the members before the
+        damage are used.
     """
     items: list[Item] = []
     skipped: list[Skipped] = []
@@ -57,7 +57,7 @@ def index_shards(storage: Storage, shards: Sequence[tuple[str, str]]) -> tuple[l
 
 
 def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item], list[Skipped], list[str]]:
-    """Its images, what of it cannot be used, and the names of its files where some are images."""
+    """Images of a shard, entries that cannot be used, and, if it has images, the names of its files."""
     if path_of(address).lower().endswith(_COMPRESSED):
         return [], [Skipped(name, _compressed("by its name"))], []
     try:
@@ -71,7 +71,7 @@ def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item],
             if not length:
                 return [], [Skipped(name, "the file is empty (0 bytes)")], []
             members, fault = _scan(file, length)
-    except Exception as error:  # every service has its own kinds
+    except Exception as error:  # every service has its own exceptions
         return [], [Skipped(name, reason_of(error))], []
     items, skipped = _images(members, name, address)
     if fault:
@@ -84,14 +84,14 @@ def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item],
 
 
 def _length(file: BinaryIO, address: str) -> int:
-    """The length of a shard, once it is sure that parts of it can be read."""
+    """The length of a shard, after checking that parts of it can be read."""
     try:
         length = file.seek(0, 2)
         if length > 1 and not can_list(address):
             file.seek(length - 1)
             file.read(1)
         file.seek(0)
-    except ValueError as error:  # what fsspec makes of an answer with the whole file
+    except ValueError as error:  # of fsspec, if the server sends the whole file
         raise OSError("its server does not give parts of files (byte ranges); download the shard first") from error
     return length
 
@@ -101,9 +101,9 @@ def _compressed(kind: str) -> str:
 
 
 def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
-    """Members whose bytes are all there, and what is wrong with the archive, if anything.
+    """Complete members, and a description of the damage to the archive, if any.
 
-    ``tarfile`` takes a damaged header for the end and does not ask whether the last member is whole.
+    ``tarfile`` takes a damaged header for the end, and does not check that the last member is complete.
     """
     members: list[tarfile.TarInfo] = []
     place = -1
@@ -111,7 +111,7 @@ def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if member.offset_data <= place or member.size < 0:
-                    return members, f"damaged at byte {place:,}"  # a negative size would lead in a circle
+                    return members, f"damaged at byte {place:,}"  # a negative size would never end
                 place = member.offset_data
                 if member.isreg() and place + member.size > length:
                     return members, f"cut off at byte {length:,}, within {member.name}"
@@ -119,7 +119,7 @@ def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
             place = archive.offset
             file.seek(place)
             block = file.read(tarfile.BLOCKSIZE)
-    except Exception as error:  # damaged headers make tarfile raise all kinds
+    except Exception as error:  # tarfile raises anything for damaged headers
         return members, f"not a tar archive, or damaged ({reason_of(error)})"
     if block.strip(b"\0"):
         return members, f"damaged at byte {place:,}"
@@ -138,7 +138,7 @@ def _images(members: list[tarfile.TarInfo], shard: str, address: str) -> tuple[l
         reason = _unusable(member)
         if reason:
             skipped.append(Skipped(f"{shard}/{member.name}", reason))
-        elif not is_hidden(name):  # among them the shadows ._a.jpg that macOS adds
+        elif not is_hidden(name):  # such as ._a.jpg of macOS
             items.append(Item(f"{shard}/{name}", address, member.offset_data, member.size))
     return items, skipped
 

@@ -1,42 +1,58 @@
-"""From what a user names to a data set: a folder, an image, a text list, tar shards, or a pattern of them."""
+"""Data sets from folders, images, text lists, tar shards, and patterns of them."""
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from denoising_vit.data.folders import files_below, image_names, is_hidden, relative_to
-from denoising_vit.data.items import Item, Skipped
-from denoising_vit.data.lists import read_list
-from denoising_vit.data.patterns import expand_braces, folder_of_pattern, is_pattern, matches
-from denoising_vit.data.photos import IMAGE_SUFFIXES, is_panel, is_panel_start, read_photo_bytes
-from denoising_vit.data.reading import Dataset
+from denoising_vit.data.dataset import Dataset, Item, Skipped
+from denoising_vit.data.listing import (
+    expand_braces,
+    files_below,
+    folder_of_pattern,
+    image_names,
+    is_hidden,
+    is_pattern,
+    matches,
+    relative_to,
+)
+from denoising_vit.data.photos import IMAGE_SUFFIXES, is_panel, read_photo_bytes
 from denoising_vit.data.shards import index_shards, is_shard
-from denoising_vit.data.storage import Storage, can_list, local_or_remote, path_of, scheme_of, suffix_of
+from denoising_vit.data.storage import (
+    Storage,
+    can_list,
+    local_or_remote,
+    path_of,
+    reason_of,
+    reporting,
+    scheme_of,
+    suffix_of,
+)
 from denoising_vit.errors import PhotoError
 
 _EXPECTED = "expected a folder of images, an image file, a text list of images (.txt) or uncompressed tar shards (.tar)"
 
-#: How much of a remote PNG shows whether it is a panel, and of how many this is asked at once.
+#: Bytes that identify our pictures among remote PNG files, and files that are checked at once.
 _START_BYTES, _AT_ONCE = 1024, 4096
 
 
 def open_dataset(source: str | Path) -> Dataset:
-    """Finds the images of a source; none is read yet.
+    """Find the images of a source, without reading them.
 
-    A folder is searched at every depth; where it holds no images but tar shards, those are the source. Hidden files
-    and pictures that this package drew of results are left out. The order and the ids do not depend on where the source
-    is: a copy elsewhere gives the same.
+    Folders are searched recursively for images or, if there are none, for tar shards. Hidden files and pictures that
+    this package drew are ignored. Order and ids do not depend on the location of the source.
 
     Args:
         source: a path or an fsspec address (``s3://``, ``gs://``, ``https://``, ...) of a folder, an image, a text list
             or a tar shard, or a pattern of images or shards: a glob, or braces like ``shards-{0000..0009}.tar``.
-            At ``https://`` nothing can be listed: only files named outright, lists and braces.
+            ``https://`` servers cannot list files: give files, lists or braces.
 
     Raises:
-        PhotoError: if nothing is there or no image in it, or if it cannot be reached.
+        PhotoError: if the source does not exist, has no images, or cannot be reached.
     """
     name = str(source)
     if not name.strip():
@@ -46,7 +62,7 @@ def open_dataset(source: str | Path) -> Dataset:
     storage = Storage()
     address = local_or_remote(name)
     if not scheme_of(address):
-        address = str(Path(address).absolute())  # workers elsewhere may have another present directory
+        address = str(Path(address).absolute())  # workers may run in another directory
     items, skipped = _find(storage, address)
     items, doubtful = _well_named(items)
     skipped = [*skipped, *doubtful]
@@ -58,7 +74,7 @@ def open_dataset(source: str | Path) -> Dataset:
 
 
 def _find(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]]:
-    """Images sorted by id, those of a list in its order; and what is none."""
+    """Images sorted by id, or in the order of a list; and entries that were skipped."""
     if not can_list(address):
         return _find_without_listing(storage, address)
     kind = storage.kind(address)
@@ -87,7 +103,7 @@ def _find_without_listing(storage: Storage, address: str) -> tuple[list[Item], l
 
 
 def _from_file(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]]:
-    """What a file named outright holds; an image may have any ending, and may be a panel."""
+    """The images of one file; an image may have any suffix, and may be our own picture."""
     name = posixpath.basename(path_of(address)) if scheme_of(address) else Path(address).name
     if is_shard(address):
         return index_shards(storage, [(name, address)])
@@ -96,13 +112,13 @@ def _from_file(storage: Storage, address: str) -> tuple[list[Item], list[Skipped
     if suffix_of(address) not in IMAGE_SUFFIXES:
         try:
             read_photo_bytes(storage.read(address), name)
-        except Exception as error:  # every service has its own kinds
+        except Exception as error:  # every service has its own exceptions
             raise PhotoError(f"{address}: {_EXPECTED}, found a file that is none of these") from error
     return [Item(name, address)], []
 
 
 def _from_pattern(storage: Storage, pattern: str) -> tuple[list[Item], list[Skipped]]:
-    """Ids begin after the folder in which the pattern begins, as if that folder had been given."""
+    """The images of a pattern, with ids relative to its fixed folder."""
     files: list[tuple[str, str]] = []
     skipped: list[Skipped] = []
     above = folder_of_pattern(pattern)
@@ -112,7 +128,7 @@ def _from_pattern(storage: Storage, pattern: str) -> tuple[list[Item], list[Skip
 
     for name in expand_braces(pattern):
         if not can_list(name) or (is_shard(name) and not is_pattern(name)):
-            take(name)  # if it is not there, its index will say so
+            take(name)  # a missing file is reported when it is indexed
             continue
         kind = storage.kind(name)
         found = [(name, kind == "folder")] if kind else matches(storage, name) if is_pattern(name) else []
@@ -132,7 +148,7 @@ def _from_pattern(storage: Storage, pattern: str) -> tuple[list[Item], list[Skip
 
 
 def _select(storage: Storage, files: Sequence[tuple[str, str]], place: str) -> tuple[list[Item], list[Skipped]]:
-    """The images among files (name, address), or those in the tar shards among them if there are no images."""
+    """The images among files (name, address); without any, those in tar shards among them."""
     shown = sorted((name, address) for name, address in files if not is_hidden(name))
     shards = [(name, address) for name, address in shown if is_shard(address)]
     found = set(image_names((address for _, address in shown if not is_shard(address)), place))
@@ -152,17 +168,14 @@ def _without_panels(storage: Storage, images: list[Item]) -> list[Item]:
         starts = storage.filesystem(some[0].url).cat_ranges(
             [item.url for item in some], 0, _START_BYTES, on_error="return"
         )
-        drawn |= {item.id for item, start in zip(some, starts, strict=True) if _shows_panel(start)}
+        drawn |= {
+            item.id for item, start in zip(some, starts, strict=True) if isinstance(start, bytes) and is_panel(start)
+        }
     return [item for item in images if item.id not in drawn]
 
 
-def _shows_panel(start: object) -> bool:
-    """Of a file that cannot be read there is an error in place of its start; that is told when it is its turn."""
-    return isinstance(start, bytes) and is_panel_start(start)
-
-
 def _well_named(items: Sequence[Item]) -> tuple[list[Item], list[Skipped]]:
-    """Ids are unique and can be written down as text."""
+    """Items with unique ids of valid UTF-8; and the others."""
     kept: dict[str, Item] = {}
     skipped = []
     for item in items:
@@ -176,3 +189,86 @@ def _well_named(items: Sequence[Item]) -> tuple[list[Item], list[Skipped]]:
         else:
             kept[item.id] = item
     return list(kept.values()), skipped
+
+
+def read_list(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]]:
+    """The images of a text list in order, without blank lines and lines that begin with ``#``.
+
+    Local files are checked now; remote ones when they are read, because each check takes a request.
+
+    Raises:
+        PhotoError: if the list cannot be read, or the library for an address in it is not installed.
+    """
+    try:
+        content = storage.read(address)
+    except Exception as error:  # every service has its own exceptions
+        raise PhotoError(f"{address}: the list cannot be read ({reason_of(error)})") from error
+    with reporting(f"{address}: expected a list of images as UTF-8 text, found other bytes"):
+        text = content.decode("utf-8-sig")
+    items = []
+    skipped = []
+    first: dict[str, int] = {}  # line of each place
+    for number, raw in enumerate(text.split("\n"), start=1):
+        line = raw.strip(" \t\r")
+        if not line or line.startswith("#"):
+            continue
+        try:
+            place = _place_of(line, address)
+            before = first.setdefault(os.path.normpath(place) if not scheme_of(place) else place, number)
+            if before != number:
+                raise ValueError(f"a duplicate of line {before}")
+            _check(storage, place)
+        except ValueError as error:
+            skipped.append(Skipped(line, f"line {number}: {error}"))
+        else:
+            items.append(Item(line, place))
+    return items, skipped
+
+
+def _place_of(line: str, address: str) -> str:
+    """The path or address of a line in the list at ``address``.
+
+    Raises:
+        ValueError: if a remote list names a file of this machine or of another server.
+    """
+    place = local_or_remote(line)
+    if not scheme_of(address):
+        return place if scheme_of(place) else str(Path(address).parent / place)  # an absolute path stays as it is
+    if scheme_of(place):
+        theirs, own = (_server(name) for name in (place, address))
+        if theirs != own:
+            raise ValueError(
+                f"an address outside {own[0]}://{own[1]}, where the list is; download the list and give that file if "
+                "what it names is to be fetched"
+            )
+        return place
+    if place != line or place.startswith("/"):
+        raise ValueError(f"a path on this machine in a list at {scheme_of(address)}://; expected a full address")
+    scheme, _, path = path_of(address).partition("://")
+    joined = posixpath.join(posixpath.dirname(path), place)
+    if any(part in (".", "..") for part in place.split("/")):
+        joined = posixpath.normpath(joined)
+    if joined.split("/")[0] != path.split("/")[0]:
+        raise ValueError("a path that leads out of the bucket or server of the list")
+    return f"{scheme}://{joined}"
+
+
+def _server(address: str) -> tuple[str, str]:
+    """Scheme and host (or bucket) of an address."""
+    parts = urlsplit(address)
+    return parts.scheme, parts.netloc.lower()
+
+
+def _check(storage: Storage, place: str) -> None:
+    """Raise ValueError for entries that are not image files, as far as is known without a request."""
+    if is_shard(place):
+        raise ValueError("a tar shard; give shards as the data set: a file, a folder or a pattern, not a list")
+    if scheme_of(place):
+        storage.filesystem(place)  # a missing library is one error now, instead of one for each photo
+        return
+    try:
+        kind = storage.kind(place)
+    except PhotoError as error:
+        raise ValueError(reason_of(error)) from error
+    if kind != "file":
+        raise ValueError("a folder; a list names image files" if kind else "no such file")

@@ -1,11 +1,13 @@
-"""Bytes at a local path or an fsspec address; a missing library is an error that says what to install."""
+"""Access to local paths and fsspec addresses."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -13,44 +15,44 @@ import fsspec
 
 from denoising_vit.errors import PhotoError
 
-#: Which extra of this package brings the library of a scheme.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+#: Extra of this package that installs the library of a scheme.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
-#: Servers of these schemes give files, not the names of files.
+#: Schemes whose servers cannot list files.
 _WITHOUT_LISTING = frozenset({"http", "https"})
 
-#: No photo that may be decoded is larger (100 million pixels of 8 bytes, uncompressed).
+#: Largest file that is read: a photo of 100 million pixels of 8 bytes, uncompressed.
 MAX_BYTES = 1 << 30
 
 
 def scheme_of(address: str) -> str:
-    """``s3`` of ``s3://bucket/key``; nothing for a local path."""
+    """The scheme of an address, such as ``s3``; empty for a local path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", address)
     return match[1].lower() if match else ""
 
 
 def local_or_remote(address: str) -> str:
-    """``file:///a`` as the path that it is, everything else unchanged."""
+    """Convert ``file:///a`` to a path; other addresses are unchanged."""
     return re.sub(r"^(?:file|local)://", "", address, flags=re.IGNORECASE)
 
 
 def can_list(address: str) -> bool:
-    """Whether names can be asked for at this address (a folder listed, a pattern matched)."""
+    """True if folders can be listed and patterns matched at this address."""
     return scheme_of(address) not in _WITHOUT_LISTING
 
 
 def path_of(address: str) -> str:
-    """The address without what follows ``?`` or ``#`` in a web address: what ends in the file's ending."""
+    """The address without query and fragment of a URL."""
     return address if can_list(address) else re.split(r"[?#]", address, maxsplit=1)[0]
 
 
 def suffix_of(address: str) -> str:
-    """The ending in lower case, with its dot."""
+    """The suffix in lower case, with its dot."""
     return posixpath.splitext(path_of(address))[1].lower()
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, for people, without the path, which the caller names."""
+    """The message of an error without the path, which the caller adds."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, OSError) and error.strerror:
@@ -58,10 +60,21 @@ def reason_of(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-class Storage:
-    """Access to local paths and fsspec addresses; may be pickled, shared between threads, and used after a fork.
+@contextlib.contextmanager
+def reporting(problem: str) -> Iterator[None]:
+    """Turn any error into a PhotoError with this message and the reason; every service has its own exceptions."""
+    try:
+        yield
+    except PhotoError:
+        raise
+    except Exception as error:
+        raise PhotoError(f"{problem} ({reason_of(error)})") from error
 
-    fsspec keeps one file system a thread, each with its own connections; here all threads of a process share one.
+
+class Storage:
+    """Access to local paths and fsspec addresses; can be pickled, shared between threads, and used after a fork.
+
+    fsspec has one file system with its own connections for each thread; here all threads of a process share one.
     """
 
     def __init__(self) -> None:
@@ -69,16 +82,16 @@ class Storage:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # connections stay in their process
+        return {}  # connections cannot be sent to other processes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
 
     def filesystem(self, address: str) -> Any:
-        """The fsspec file system of a remote address; its methods' types say less than their documentation.
+        """The fsspec file system of a remote address.
 
         Raises:
-            PhotoError: if fsspec does not know the scheme or its library is not installed.
+            PhotoError: if the scheme is unknown or its library is not installed.
         """
         scheme = scheme_of(address)
         try:
@@ -89,7 +102,7 @@ class Storage:
                     self._filesystems[key] = fsspec.filesystem(scheme, **options)
                 return self._filesystems[key]
         except ImportError as error:
-            extra = _EXTRAS.get(scheme)
+            extra = EXTRAS.get(scheme)
             remedy = f"pip install 'denoising-vit[{extra}]'" if extra else str(error)
             raise PhotoError(f"{address}: {scheme}:// needs a library that is not installed: {remedy}") from error
         except ValueError as error:
@@ -99,34 +112,29 @@ class Storage:
             ) from error
 
     def kind(self, address: str) -> Literal["file", "folder"] | None:
-        """What is there, or None where nothing is.
+        """Type of an address; None if it does not exist.
 
         Raises:
-            PhotoError: if it cannot be found out.
+            PhotoError: if it cannot be reached.
         """
-        try:
+        with reporting(f"{address}: cannot be reached"), contextlib.suppress(FileNotFoundError):
             if not scheme_of(address):
                 path = Path(address)
                 return "folder" if path.is_dir() else "file" if path.is_file() else None
             return "folder" if self.filesystem(address).info(address)["type"] == "directory" else "file"
-        except FileNotFoundError:
-            return None
-        except PhotoError:
-            raise
-        except Exception as error:  # every service has its own kinds
-            raise PhotoError(f"{address}: cannot be reached ({reason_of(error)})") from error
+        return None
 
     def open(self, address: str) -> BinaryIO:
-        """A file to read from and seek in."""
+        """Open a file for reading and seeking."""
         if not scheme_of(address):
             return Path(address).open("rb")
         return self.filesystem(address).open(address, "rb")
 
     def read(self, address: str, start: int | None = None, size: int | None = None) -> bytes:
-        """All bytes of a file, or ``size`` of them from ``start`` on.
+        """Read a file, or ``size`` bytes from ``start`` on.
 
         Raises:
-            Exception: of any kind that a file system raises; :func:`reason_of` makes a reason of it.
+            Exception: any exception of the file system; see :func:`reason_of`.
         """
         if size is not None and size > MAX_BYTES:
             raise PhotoError(f"{size:,} bytes is more than the limit of {MAX_BYTES:,} for one photo")

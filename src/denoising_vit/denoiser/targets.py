@@ -150,7 +150,7 @@ class StoredTargets:
 
     def _record(self, index: int) -> dict[str, Any]:
         """The record of a photo; for a sealed shard, one small object has all records, so no field is read."""
-        marker = self.store.contents.marker(self.store.manifest.shard_of(index))
+        marker = self.store.marker(self.store.manifest.shard_of(index))
         if marker is not None and index in marker.records:
             return marker.records[index]
         return self.store.read(index)[1]  # a crash kept the shard from being sealed

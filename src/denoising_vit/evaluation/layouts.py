@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Generic, Protocol, TypeVar
 
 from denoising_vit.data import Skipped, spread
-from denoising_vit.data.folders import files_below, image_names
+from denoising_vit.data.listing import files_below, image_names
 from denoising_vit.data.photos import IMAGE_SUFFIXES
 from denoising_vit.data.storage import Storage
 from denoising_vit.errors import EvaluationError, PhotoError

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from denoising_vit.data.decoding import raw_mode
-from denoising_vit.data.photos import MAX_PIXELS, use_image
+from denoising_vit.data.photos import MAX_PIXELS, raw_mode, use_image
 from denoising_vit.errors import EvaluationError
 
 #: Label of pixels without a class.

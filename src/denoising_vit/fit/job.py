@@ -1,39 +1,97 @@
-"""A data set, a store, and how the one gets into the other."""
+"""Fitting a data set into a store: what it will take, and the engine that does it."""
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from denoising_vit.artifact import KnownArtifact, artifact_digest
+import torch
+
+from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.batching import compiled
-from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import Dataset
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.stage_one import StageOne
 from denoising_vit.errors import FitError
-from denoising_vit.fit.estimate import Estimate, free_bytes, seconds_per_pass
-from denoising_vit.fit.local import LocalRun, OnPhoto
+from denoising_vit.fit.local import LocalRun, OnPhoto, manifest_of
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.fit.ray_engine import RayJob, fit_with_ray, local_threads
 from denoising_vit.store import FeatureStore, Manifest
 
-#: A staged photo that turns out to be damaged is done again; what is damaged again and again is not.
+#: Attempts at staged photos that turn out to be damaged.
 _ROUNDS = 3
+
+#: Batches that are timed, after one warm-up batch.
+_TIMED = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Remaining work of a job.
+
+    Attributes:
+        photos: photos in the data set.
+        done: photos in the store.
+        failed: photos that could not be used.
+        left: all other photos.
+        passes: forward passes for the rest.
+        seconds: time for these on one device, from a short measurement.
+        image_bytes: bytes of one photo in the store.
+        bytes_needed: bytes of the rest, with room for the shards being written.
+        bytes_free: free bytes at the store; None if unknown (an object store).
+    """
+
+    photos: int
+    done: int
+    failed: int
+    left: int
+    passes: int
+    seconds: float
+    image_bytes: int
+    bytes_needed: int
+    bytes_free: int | None
+
+    @property
+    def lacks_room(self) -> bool:
+        """True if the disk is too small."""
+        return self.bytes_free is not None and self.bytes_needed > self.bytes_free
+
+    def require_room(self) -> None:
+        """Check that the disk is large enough.
+
+        Raises:
+            FitError: with the whole estimate and what to do.
+        """
+        if self.lacks_room:
+            raise FitError(
+                f"no room for it: {self}. Make room, name another place (-o), keep the patch grid only (--grid patch, "
+                "a quarter of the bytes), store int8 (--precision int8, half the bytes), or take fewer photos"
+            )
+
+    def __str__(self) -> str:
+        there = f"{self.done} done already, " if self.done else ""
+        there += f"{self.failed} skipped already, " if self.failed else ""
+        free = "" if self.bytes_free is None else f" ({_size(self.bytes_free)} free)"
+        return (
+            f"{self.photos} photos, {there}{self.left} to do: {self.passes:,} forward passes, about "
+            f"{_duration(self.seconds)}, {_size(self.bytes_needed)}{free}"
+        )
 
 
 @dataclass
 class FitJob:
-    """Stage 1 of a data set into a store; made by :meth:`prepare`, carried out by :meth:`run`.
+    """Stage 1 of a data set into a store; made by :meth:`prepare`, run by :meth:`run`.
 
     Attributes:
         dataset: the photos.
-        store: where their fields go; open for writing.
+        store: the store, open for writing.
         stages: the exact solver, once for each device.
-        spec: the backbone in words, for other processes.
-        options: how it is run.
+        spec: the backbone, as other processes load it.
+        options: how the job is run.
     """
 
     dataset: Dataset
@@ -52,20 +110,20 @@ class FitJob:
         options: FitOptions,
         artifact: KnownArtifact | None = None,
     ) -> FitJob:
-        """Loads the backbone, factors the plan, and makes or opens the store.
+        """Load the backbone, factor the plan, and create or open the store.
 
         Args:
             dataset: the photos.
             store: folder or URL.
             spec: the backbone; several devices, separated by commas, share the work.
             denoising: options of stage 1.
-            options: how it is run.
-            artifact: G where it is known, as `denoise_image` takes it.
+            options: how the job is run.
+            artifact: a known G, as for `denoise_image`.
 
         Raises:
-            FitError: if there is nothing to fit, no room for it, or the devices would not give the same results.
-            ArtifactError: if the artifact is that of another backbone.
-            StoreError: if the store is of another backbone, plan or data set, or is none.
+            FitError: if the data set is empty, the disk too small, or the devices would give different results.
+            ArtifactError: if the artifact belongs to another backbone.
+            StoreError: if the store has another backbone, plan or data set, or is not a store.
         """
         options.validate()
         if not len(dataset):
@@ -86,7 +144,7 @@ class FitJob:
                 )
         if not FeatureStore.exists(store):
             args = stages, manifest, options, str(store), len(dataset), 0, 0
-            if _estimate(*args, seconds_a_pass=0).lacks_room:  # measured only where it is going to be told
+            if _estimate(*args, seconds_a_pass=0).lacks_room:  # measured only for the error message
                 _estimate(*args, seconds_per_pass(stages[0])).require_room()
         opened = FeatureStore.create_or_open(store, manifest, [item.id for item in dataset])
         if options.retry_failed:
@@ -94,23 +152,23 @@ class FitJob:
         return cls(dataset, opened, stages, spec, options)
 
     def estimate(self) -> Estimate:
-        """What is left, from a short measurement."""
+        """Estimate the remaining work, with a short measurement."""
         done, failed = len(self.store.done()), len(self.store.failed())
         seconds = seconds_per_pass(self.stages[0]) if done + failed < len(self.store) else 0.0
         args = self.stages, self.store.manifest, self.options, self.store.url
         return _estimate(*args, len(self.store), done, failed, seconds)
 
     def run(self, on_photo: OnPhoto = lambda _index, _reason: None) -> None:
-        """Fits what is left; finished photos cost nothing. Photos that could not be reached stay to be done.
+        """Fit all photos that are not done. Unreachable photos are not recorded as failed, and remain to be done.
 
         Args:
             on_photo: called after each photo with its index and None, or why it was not done. With Ray, shard by shard.
 
         Raises:
             PhotoError: if strict, and a photo cannot be used.
-            StoreError: if a shard is being written by someone else.
-            FitError: if Ray cannot carry it out, or a shard cannot be sealed.
-            OSError: if the store cannot be written to; what is finished stays.
+            StoreError: if another process writes a shard.
+            FitError: if Ray fails, or a shard cannot be sealed.
+            OSError: if the store cannot be written to; finished photos are kept.
         """
         reasons: dict[int, str] = {}
 
@@ -141,7 +199,7 @@ class FitJob:
         weights = Path(self.spec.weights).expanduser()
         spec = replace(
             self.spec,
-            dtype=str(backbone.dtype).removeprefix("torch."),  # another machine might choose another
+            dtype=str(backbone.dtype).removeprefix("torch."),  # the default depends on the machine
             weights=str(weights.absolute()) if weights.is_file() else self.spec.weights,
         )
         job = RayJob(
@@ -157,25 +215,8 @@ class FitJob:
         fit_with_ray(job, self.store, shards, on_photo)
 
 
-def manifest_of(stage: StageOne, options: FitOptions) -> Manifest:
-    """What decides the results, for the store."""
-    return Manifest(
-        backbone=describe(stage.backbone),
-        plan=stage.fitted.digest,
-        options=stage.options.recorded("shape", "nothing")
-        | {"artifact": artifact_digest(stage.artifact), "grid": options.grid},
-        size=stage.fitted.size,
-        patch_size=stage.backbone.patch_size,
-        stride=stage.backbone.stride,
-        grid=stage.fitted.grid,
-        field=stage.fitted.resolution if options.grid == "field" else stage.fitted.grid,
-        channels=stage.backbone.embed_dim,
-        images_per_shard=options.images_per_shard,
-    )
-
-
 def absolute(source: str) -> str:
-    """A local path as a process in another folder finds it; URLs stay."""
+    """A local path made absolute for processes in other folders; URLs are unchanged."""
     return source if "://" in source else str(Path(source).expanduser().absolute())
 
 
@@ -190,10 +231,10 @@ def _estimate(
     seconds_a_pass: float,
 ) -> Estimate:
     left = photos - done - failed
-    # While a shard is sealed, its photos are there twice; as many shards are open as there are writers.
+    # While a shard is sealed, its photos exist twice; each writer has one open shard.
     twice = min(len(stages) * options.workers * manifest.images_per_shard, left)
-    # Workers on this machine share what was measured with all of its processors.
-    side_by_side = len(stages) if options.engine == "local" else options.workers if options.ray_address else 1
+    # Workers on this machine share the processors that the measurement used.
+    parallel = len(stages) if options.engine == "local" else options.workers if options.ray_address else 1
     passes = left * stages[0].views
     return Estimate(
         photos=photos,
@@ -201,8 +242,42 @@ def _estimate(
         failed=failed,
         left=left,
         passes=passes,
-        seconds=seconds_a_pass * passes / side_by_side,
+        seconds=seconds_a_pass * passes / parallel,
         image_bytes=manifest.image_bytes,
         bytes_needed=(left + twice) * manifest.image_bytes,
-        bytes_free=free_bytes(url),
+        bytes_free=_free_bytes(url),
     )
+
+
+def seconds_per_pass(stage: StageOne) -> float:
+    """Time of a forward pass, measured on blank images in batches of the real size."""
+    images = torch.zeros(stage.batch_size, 3, *stage.fitted.size, device=stage.backbone.device)
+    with torch.no_grad():
+        stage.backbone(images)
+        started = time.perf_counter()
+        for _ in range(_TIMED):
+            stage.backbone(images).sum().item()  # waits for the device
+    return (time.perf_counter() - started) / (_TIMED * stage.batch_size)
+
+
+def _free_bytes(url: str) -> int | None:
+    """Free bytes at a store or its future folder; None for object stores."""
+    if "://" in url and not url.startswith("file://"):
+        return None
+    path = Path(url.removeprefix("file://")).expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _size(count: int) -> str:
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,6 +1,6 @@
-"""Fitting shards of a data set in this process: decoding and writing overlap the forward passes.
+"""The local engine: shards of a data set are fitted in one process, while threads decode and write.
 
-Rendering and solving do so as well where an accelerator does the forward passes; on a CPU they would share its cores.
+With an accelerator, rendering and solving overlap the forward passes as well; on a CPU they would share its cores.
 """
 
 from __future__ import annotations
@@ -8,40 +8,66 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from denoising_vit.artifact import artifact_digest
+from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import Dataset, Skipped
 from denoising_vit.decomposition.stage_one import Done, Failed, Ready, StageOne, finish_together
 from denoising_vit.errors import FieldError, PhotoError
-from denoising_vit.store import FeatureStore, ShardWriter
+from denoising_vit.fit.options import FitOptions
+from denoising_vit.store import FeatureStore, Manifest, ShardWriter
 from denoising_vit.views.patch_grid import patch_centres
 from denoising_vit.views.sampling import sample_field
 
 #: Called with the index of a photo and None, or why it was not done.
 OnPhoto = Callable[[int, str | None], None]
 
-#: Groups of photos that wait to be solved and written while the next are seen.
+#: Groups of photos that wait to be written, and shards that are sealed at once.
 _WAITING = 2
 
 #: Photos that an accelerator solves at once; each takes 40 MB until then.
 _SOLVED = 8
 
+#: Seconds after which photos that are held in memory for their shard are staged on disk.
+_HELD = 1.0
+
+
+def manifest_of(stage: StageOne, options: FitOptions) -> Manifest:
+    """Settings of a store for these results."""
+    return Manifest(
+        backbone=describe(stage.backbone),
+        plan=stage.fitted.digest,
+        options=stage.options.recorded("shape", "nothing")
+        | {"artifact": artifact_digest(stage.artifact), "grid": options.grid},
+        size=stage.fitted.size,
+        patch_size=stage.backbone.patch_size,
+        stride=stage.backbone.stride,
+        grid=stage.fitted.grid,
+        field=stage.fitted.resolution if options.grid == "field" else stage.fitted.grid,
+        channels=stage.backbone.embed_dim,
+        dtype=options.precision,
+        images_per_shard=options.images_per_shard,
+    )
+
 
 @dataclass
 class LocalRun:
-    """Unfinished shards of a store, and the threads that finish them: one for each stage.
+    """A run over unfinished shards of a store, with one thread for each stage.
 
     Attributes:
-        dataset: where the photos are.
-        store: where the results go.
-        decoders: threads that read and decode, for each stage.
-        strict: stop at the first photo that cannot be used; it is not recorded as failed then.
+        dataset: the photos.
+        store: where results are written.
+        decoders: number of threads for each stage that read and decode.
+        strict: stop at the first photo that cannot be used, without recording it as failed.
         on_photo: called after each photo, by one thread at a time.
     """
 
@@ -51,25 +77,25 @@ class LocalRun:
     strict: bool = False
     on_photo: OnPhoto = lambda _index, _reason: None
     _stopped: threading.Event = field(default_factory=threading.Event)
-    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fit(self, stages: Sequence[StageOne], shards: Iterable[int]) -> None:
-        """Fits the unfinished photos of shards.
+        """Fit the unfinished photos of shards.
 
         Args:
-            stages: equal but for their device.
-            shards: which; what is finished in them costs nothing.
+            stages: the solver on each device.
+            shards: shards of the store.
 
         Raises:
             PhotoError: if strict, and a photo cannot be used.
-            StoreError: if a shard is being written by someone else.
-            OSError: if the store cannot be written to; what is finished stays.
+            StoreError: if another process writes a shard.
+            OSError: if the store cannot be written to; finished photos are kept.
         """
         waiting = iter(list(shards))
         if len(stages) == 1:
             self._fit(stages[0], waiting)
             return
-        threads = torch.get_num_threads()  # a new thread would begin with its own number
+        threads = torch.get_num_threads()  # new threads have their own setting
         with ThreadPoolExecutor(len(stages), "stage", torch.set_num_threads, (threads,)) as pool:
             jobs = [pool.submit(self._fit, stage, waiting) for stage in stages]
             for job in jobs:
@@ -81,7 +107,7 @@ class LocalRun:
                 self._stopped.set()
 
     def _fit(self, stage: StageOne, shards: Iterator[int]) -> None:
-        with _Writers(self) as writers, ThreadPoolExecutor(1, "write") as pool:
+        with _Writers(self, hold=not stage.on_cpu) as writers, ThreadPoolExecutor(1, "write") as pool:
             pending: collections.deque[Future[None]] = collections.deque()
             photos = self._photos(writers.open_shards(shards))
             # Closing the results stops the threads that render and read.
@@ -94,6 +120,7 @@ class LocalRun:
                         pending.popleft().result()
                     if self._stopped.is_set():
                         break
+            pending.append(pool.submit(writers.wait))
             for job in pending:
                 job.result()
 
@@ -106,97 +133,133 @@ class LocalRun:
             self._stopped.set()
 
     def next_of(self, shards: Iterator[int]) -> int | None:
-        """The next shard for whichever thread asks; None when there is none."""
-        with self._turn:
+        """The next shard for the calling thread; None at the end."""
+        with self._lock:
             return next(shards, None)
 
     def report(self, index: int, reason: str | None) -> None:
-        """Passes on what became of a photo."""
-        with self._turn:
+        """Call ``on_photo``."""
+        with self._lock:
             self.on_photo(index, reason)
 
 
 @dataclass
 class _OpenShard:
+    """A shard being written.
+
+    Attributes:
+        writer: its writer.
+        leases: closes the writer.
+        left: photos that are not written yet.
+        unreported: photos that are held, and failures since; index and reason.
+        since: when the first of these was written.
+    """
+
     writer: ShardWriter
     leases: contextlib.ExitStack
     left: int
+    unreported: list[tuple[int, str | None]] = field(default_factory=list)
+    since: float = 0.0
 
 
 class _Writers:
-    """The shards that one stage writes: open from when their first photo is read until their last one is written."""
+    """The shards that one stage writes, each open from its first photo that is read to its last that is written.
 
-    def __init__(self, run: LocalRun) -> None:
-        self._run = run
+    With ``hold``, photos are held in memory, so that a shard that is complete within :data:`_HELD` seconds is written
+    once only, in the background. Photos are reported once they are on disk.
+    """
+
+    def __init__(self, run: LocalRun, *, hold: bool) -> None:
+        self._run, self._hold = run, hold
         self._open: dict[int, _OpenShard] = {}
-        self._stage = ThreadPoolExecutor(_SOLVED, "stage")
+        self._seal = ThreadPoolExecutor(_WAITING, "seal")
+        self._sealing: collections.deque[Future[None]] = collections.deque()
 
     def __enter__(self) -> _Writers:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        self._stage.shutdown()  # before the leases: what is being staged still needs them
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._seal.shutdown()  # before the leases, which sealing needs
         for shard in list(self._open):
-            self._open.pop(shard).leases.close()
+            self._open.pop(shard).leases.__exit__(kind, error, trace)
 
     def open_shards(self, shards: Iterator[int]) -> Iterator[int]:
-        """The unfinished photos of shards, whose leases are taken as they come."""
+        """The unfinished photos of shards, each leased when its first photo is due."""
         while (shard := self._run.next_of(shards)) is not None:
             with contextlib.ExitStack() as stack:
                 writer = stack.enter_context(self._run.store.writer(shard))
                 todo = writer.missing()
                 self._open[shard] = _OpenShard(writer, stack.pop_all(), len(todo))
             if not todo:
-                self._close(shard)
+                self._close(self._open.pop(shard))
             yield from todo
 
     def write(self, group: Sequence[Ready | Done | Failed]) -> None:
-        """Stores photos, solved first if they are not yet, or records why not.
+        """Store photos, solving them first if necessary, or record why they failed.
 
         Raises:
             PhotoError: if strict, and a photo cannot be used.
         """
-        results = _solved(group)
-        # Staging one photo is mostly waiting, for a disk or an answer: those of a group wait together.
-        stored = self._stage.map(self._staged, results) if len(results) > 1 else map(self._staged, results)
-        for result, failed in zip(results, stored, strict=True):
-            self._note(result, failed)
+        for result in _solved(group):
+            self._write(result)
+        for opened in list(self._open.values()):
+            if opened.unreported and time.monotonic() - opened.since > _HELD:
+                opened.writer.flush()
+                self._report(opened)
 
-    def _staged(self, result: Done | Failed) -> Failed | None:
-        """Stores a photo; why not, if it cannot be."""
-        if isinstance(result, Failed):
-            return result
-        return self._store(result, self._open[self._run.store.manifest.shard_of(result.index)].writer)
+    def wait(self) -> None:
+        """Wait until all complete shards are sealed."""
+        while self._sealing:
+            self._sealing.popleft().result()
 
-    def _note(self, result: Done | Failed, failed: Failed | None) -> None:
-        """Tells what became of a photo, and seals its shard if it was the last of it."""
+    def _write(self, result: Done | Failed) -> None:
         shard = self._run.store.manifest.shard_of(result.index)
+        opened = self._open[shard]
+        failed = result if isinstance(result, Failed) else self._store(result, opened)
         if failed is not None and self._run.strict:
             raise PhotoError(f"{failed.name}: {failed.reason}")
         if failed is not None and failed.final:
-            self._open[shard].writer.fail(failed.index, failed.reason)
-        self._open[shard].left -= 1
-        if not self._open[shard].left:
-            self._close(shard)
-        self._run.report(result.index, None if failed is None else failed.reason)
+            opened.writer.fail(failed.index, failed.reason)
+        opened.since = opened.since if opened.unreported else time.monotonic()
+        opened.unreported.append((result.index, None if failed is None else failed.reason))
+        opened.left -= 1
+        if not opened.left:
+            self._open.pop(shard)
+            if self._hold:
+                self._sealing.append(self._seal.submit(self._close, opened))
+            else:
+                self._close(opened)
+        elif not self._hold:
+            self._report(opened)
+        while len(self._sealing) > _WAITING or (self._sealing and self._sealing[0].done()):
+            self._sealing.popleft().result()
 
-    def _store(self, done: Done, writer: ShardWriter) -> Failed | None:
+    def _store(self, done: Done, opened: _OpenShard) -> Failed | None:
+        """Store a photo, or say why it cannot be stored."""
         try:
-            writer.put(done.index, resampled(done.field, self._run.store.manifest.field), done.record)
+            nodes = resampled(done.field, self._run.store.manifest.field)
+            (opened.writer.hold if self._hold else opened.writer.put)(done.index, nodes, done.record)
         except FieldError as error:
             return Failed(done.index, done.name, str(error).removeprefix(f"{done.name}: "))
         return None
 
-    def _close(self, shard: int) -> None:
-        opened = self._open.pop(shard)
+    def _close(self, opened: _OpenShard) -> None:
         with opened.leases:
-            opened.writer.finish()  # not if a photo could not be reached: the shard stays open for it
+            opened.writer.finish()  # not sealed if a photo was unreachable, which remains to be done
+            self._report(opened)
+
+    def _report(self, opened: _OpenShard) -> None:
+        for index, reason in opened.unreported:
+            self._run.report(index, reason)
+        opened.unreported.clear()
 
 
 def _together(
     results: Generator[Ready | Failed, None, None], count: int
 ) -> Generator[list[Ready | Failed], None, None]:
-    """The same results in groups; one that failed ends its group, so that its reason does not wait."""
+    """Group the results; a failure ends its group, so that it is reported at once."""
     with contextlib.closing(results):
         group: list[Ready | Failed] = []
         for result in results:
@@ -209,14 +272,14 @@ def _together(
 
 
 def _solved(group: Sequence[Ready | Done | Failed]) -> list[Done | Failed]:
-    """The same in their order, with the photos that are ready solved."""
+    """The group in order, with the photos that are ready solved."""
     ready = [result for result in group if isinstance(result, Ready)]
     solved = iter(finish_together(ready) if len(ready) > 1 else [photo.finish() for photo in ready])
     return [next(solved) if isinstance(result, Ready) else result for result in group]
 
 
 def resampled(nodes: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A field (Ry, Rx, C) on as many nodes as the store keeps, bilinear at their cell centres."""
+    """Resample a field (Ry, Rx, C) bilinearly to the store's nodes, at cell centres."""
     if tuple(nodes.shape[:2]) == shape:
         return nodes
     rows, columns = (patch_centres(count, 1, 1) for count in shape)

@@ -1,40 +1,47 @@
-"""How stage 1 is run over a data set."""
+"""Options of stage 1 over a data set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from denoising_vit.errors import PlanError
+
+Engine = Literal["local", "ray"]
+Grid = Literal["field", "patch"]
+Precision = Literal["float16", "float32", "int8"]
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Where and how a data set is fitted; nothing here changes the results, but for the grid that is kept.
+    """Where and how a data set is fitted; only ``grid``, ``precision`` and ``compiled`` change what is stored.
 
     Attributes:
-        engine: local is this process; ray is several, on this machine or a cluster.
-        workers: ray only; processes that hold a model each.
-        ray_address: ray only; of a running cluster, as `ray start` prints it. Without it, that of the environment's
-            RAY_ADDRESS, or else one is started here.
-        worker_cpus: ray only; processors that a worker asks for. Without it, an even part that leaves some for reading.
-        worker_gpus: ray only; accelerators that a worker asks for.
-        grid: field keeps every node of F, for crops as training targets; patch keeps the patch grid alone, a quarter of
-            the bytes, and gives up crops.
-        images_per_shard: photos that share an object in the store.
-        decoders: threads that read and decode photos.
-        compiled: compile the backbone, which takes minutes once; meant for accelerators, on a CPU it is slower.
-            Results differ in their rounding.
+        engine: local for this process; ray for several processes, on this machine or a cluster.
+        workers: ray only; number of processes, each with its own model.
+        ray_address: ray only; address of a running cluster, as `ray start` prints it. By default that of RAY_ADDRESS,
+            or a cluster that is started on this machine.
+        worker_cpus: ray only; processors for each worker. By default an even share that leaves some for reading.
+        worker_gpus: ray only; accelerators for each worker.
+        grid: field stores all nodes of F, for crops as training targets; patch stores the patch grid only, a quarter of
+            the bytes, and rules out crops.
+        precision: precision of the store. int8 takes half the bytes of float16, with one scale for each channel of a
+            photo; photos are refused if it turns a patch beyond a cosine of 0.999.
+        images_per_shard: number of photos in one object of the store.
+        decoders: number of threads that read and decode photos.
+        compiled: compile the backbone, which takes minutes once; for accelerators, on a CPU it is slower. Results
+            differ in their rounding.
         strict: stop at the first photo that cannot be used.
-        retry_failed: try photos again that an earlier run could not use.
+        retry_failed: retry photos that an earlier run could not use.
     """
 
-    engine: Literal["local", "ray"] = "local"
+    engine: Engine = "local"
     workers: int = 1
     ray_address: str | None = None
     worker_cpus: float | None = None
     worker_gpus: float | None = None
-    grid: Literal["field", "patch"] = "field"
+    grid: Grid = "field"
+    precision: Precision = "float16"
     images_per_shard: int = 16
     decoders: int = 2
     compiled: bool = False
@@ -42,15 +49,15 @@ class FitOptions:
     retry_failed: bool = False
 
     def validate(self) -> None:
-        """Checks every number's range.
+        """Check the range of every option.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: naming the option, its range, and its value.
         """
-        if self.engine not in ("local", "ray"):
-            raise PlanError(f"engine must be 'local' or 'ray', got {self.engine!r}")
-        if self.grid not in ("field", "patch"):
-            raise PlanError(f"grid must be 'field' or 'patch', got {self.grid!r}")
+        for name, choices in (("engine", Engine), ("grid", Grid), ("precision", Precision)):
+            value, expected = getattr(self, name), get_args(choices)
+            if value not in expected:
+                raise PlanError(f"{name} must be {' or '.join(map(repr, expected))}, got {value!r}")
         for name in ("workers", "images_per_shard", "decoders"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")

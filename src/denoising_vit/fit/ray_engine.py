@@ -1,7 +1,7 @@
-"""Fitting a data set with Ray Data: shards are rows, workers are actors that hold a model each.
+"""The Ray engine: shards are rows of a Ray dataset, and workers are actors with their own model.
 
-Reading, fitting and writing all happen in the workers, so no features travel between processes. A worker that dies is
-started again and its shard is done again, but for the photos that it had finished.
+Workers read, fit and write, so no features travel between processes. If a worker dies, it is restarted and its shard
+is resumed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from denoising_vit import errors
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitError, FitError
-from denoising_vit.fit.local import LocalRun, OnPhoto
+from denoising_vit.fit.local import LocalRun, OnPhoto, manifest_of
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore
 
-#: Of a machine's processors, the share that workers ask for; the rest reads and schedules.
+#: Share of a machine's processors for the workers; the rest reads and schedules.
 _WORKERS_SHARE = 0.8
 
-#: Seconds to wait for a cluster's address to answer; Ray itself waits for minutes.
+#: Seconds to wait for a connection to a cluster; Ray itself waits for minutes.
 _ANSWER = 5
 
 
 @dataclass(frozen=True)
 class RayJob:
-    """What every worker is told.
+    """Settings for all workers.
 
     Attributes:
-        spec: the backbone, with the dtype that was resolved where the job began.
-        source: the data set; an absolute path or a URL.
-        store: its URL or path.
+        spec: the backbone, with its dtype resolved by the driver.
+        source: absolute path or URL of the data set.
+        store: path or URL of the store.
         denoising: options of stage 1.
-        options: how it is run.
-        artifact: G (h, w, C) where it is known.
-        threads: of torch in a worker; None leaves torch's own choice.
-        on_gpu: whether the backbone runs on CUDA where the job began.
+        options: how the job is run.
+        artifact: G (h, w, C) if it is known.
+        threads: number of torch threads in a worker; None for torch's default.
+        on_gpu: True if the backbone runs on CUDA in the driver.
     """
 
     spec: BackboneSpec
@@ -59,7 +59,7 @@ class RayJob:
 class ShardFitter:
     """A worker: loads the backbone once, then fits one shard after another.
 
-    Errors of ours go back as rows: raised, they would come out of Ray wrapped in advice, some of them after retries.
+    Our errors are returned in rows: if raised, Ray would wrap them in advice, and retry some of them.
     """
 
     def __init__(self, job: RayJob) -> None:
@@ -76,19 +76,18 @@ class ShardFitter:
         from denoising_vit.backbones.batching import compiled
         from denoising_vit.data import open_dataset
         from denoising_vit.decomposition.stage_one import StageOne
-        from denoising_vit.fit.job import manifest_of
 
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         backbone = compiled(job.spec.load()) if job.options.compiled else job.spec.load()
         self._stage = StageOne(backbone, job.denoising, job.artifact)
         self._dataset = open_dataset(job.source)
-        # Photos may have been added since, and this machine may compute otherwise: then nothing is written.
+        # Nothing is written if photos were added meanwhile, or if this machine computes differently.
         ours = manifest_of(self._stage, job.options).with_ids([item.id for item in self._dataset])
         self._store = FeatureStore.open(job.store, ours, writable=True)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fits the shard that the row names; why photos were not done, or all went wrong, goes back as JSON."""
+        """Fit the shard of a row; returns the reasons of photos that were not done, or the error, as JSON."""
         reasons: dict[int, str] = {}
 
         def note(index: int, reason: str | None) -> None:
@@ -107,19 +106,19 @@ class ShardFitter:
 
 
 def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_photo: OnPhoto) -> None:
-    """Fits shards with as many workers as the options ask for.
+    """Fit shards with the number of workers in the options.
 
     Args:
-        job: what every worker is told.
-        store: the store, as the caller sees it.
-        shards: which.
-        on_photo: called for the photos of a shard as it is finished, with None or why one was not done.
+        job: settings for the workers.
+        store: the store, opened by the caller.
+        shards: shards to fit.
+        on_photo: called for the photos of each shard when it is finished, with None or why a photo was not done.
 
     Raises:
-        FitError: if Ray is not installed, no cluster answers, the cluster has no room for a worker, or one fails.
-        DenoisingVitError: what a worker raised.
+        FitError: if Ray is not installed, no cluster answers, the cluster is too small for a worker, or a worker fails.
+        DenoisingVitError: the error of a worker.
     """
-    # Under `uv run` Ray would pack the working folder and have every worker build an environment of its own.
+    # Under `uv run` Ray would pack the working folder, and every worker would build its own environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
@@ -155,7 +154,7 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
 
 
 def local_threads(workers: int) -> int:
-    """Torch threads of each of several workers on this machine."""
+    """Number of torch threads for each worker on this machine."""
     return max((os.cpu_count() or 1) // workers, 1)
 
 
@@ -166,14 +165,14 @@ def _connect(ray: Any, address: str | None) -> None:
             socket.create_connection((host, int(port)), timeout=_ANSWER).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
-        # Ray finds a token by itself for a cluster that it finds by itself, not for one that is named.
+        # Ray looks up a token only for clusters that it finds by itself, not for a given address.
         unset = address is not None and "RAY_AUTH_MODE" not in os.environ
         hint = ". If the cluster asks for a token, set RAY_AUTH_MODE=token" if unset else ""
         raise FitError(f"no Ray cluster at {address or 'this machine'}: {error}{hint}") from error
 
 
 def _quiet(ray: Any) -> None:
-    """Ray's own bars and notes would draw over ours; and it gives up on rows that take half an hour, as shards may."""
+    """Disable Ray's progress bars and notes, and its timeout for rows, because a shard may take half an hour."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -182,10 +181,10 @@ def _quiet(ray: Any) -> None:
 
 
 def _request(ray: Any, job: RayJob) -> dict[str, Any]:
-    """Processors and accelerators of a worker, such that some machine has them.
+    """Processors and accelerators to request for a worker.
 
     Raises:
-        FitError: if none has as many as were asked for.
+        FitError: if no machine has as many.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = {kind: max(machine.get(kind, 0.0) for machine in machines) for kind in ("CPU", "GPU")}
@@ -206,7 +205,7 @@ def _request(ray: Any, job: RayJob) -> dict[str, Any]:
 
 
 def _as_raised(kind: str, message: str) -> DenoisingVitError:
-    """An error of ours as it was before it went through Ray."""
+    """Restore our error from its type and message."""
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, DenoisingVitError):
         return known(message)

@@ -1,28 +1,25 @@
-"""Re-reading a whole store: every checksum, every marker, every staged image."""
+"""Verification of a store: every checksum, marker and staged image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from denoising_vit.errors import StoreError
 from denoising_vit.store import layout
-from denoising_vit.store.images import decode
-
-if TYPE_CHECKING:
-    from denoising_vit.store.store import FeatureStore
+from denoising_vit.store.fields import StoredField, decode
+from denoising_vit.store.reading import StoreReader
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in a store that is not as it was written.
+    """Damage found in a store.
 
     Attributes:
-        where: the object, or the image by id.
-        what: what is wrong with it.
+        where: the object, or the id of the image.
+        what: description of the damage.
     """
 
     where: str
@@ -32,45 +29,37 @@ class Problem:
         return f"{self.where}: {self.what}"
 
 
-def find_problems(store: FeatureStore) -> Iterator[Problem]:
-    """Yields problems as they are found; none for a sound store, however unfinished."""
+def find_problems(store: StoreReader) -> Iterator[Problem]:
+    """Yield problems as they are found; none for a sound store, finished or not."""
     try:
         ids = store.ids
     except StoreError as error:
         yield Problem(layout.IDS, str(error))
         return
-    yield from _numbers_beyond(store)
-    for shard in sorted(store.contents.sealed()):
+    ends = {layout.SEALED: store.manifest.shards, layout.STAGED: len(store), layout.FAILED: len(store)}
+    for folder, end in ends.items():
+        for number in sorted(layout.numbers(store.objects.names(folder))):
+            if number >= end:
+                yield Problem(f"{folder}/{number}", f"the store has only {end} of these")
+    for shard in sorted(store.sealed()):
         yield from _sealed(store, ids, shard)
-    for index in sorted(store.contents.staged()):
+    for index in sorted(store.staged()):
         yield from _staged(store, ids, index)
     for index in sorted(layout.numbers(store.objects.names(layout.FAILED))):
         try:
-            store.contents.reason(index)
+            store.reason(index)
         except StoreError as error:
             yield Problem(layout.failed_key(index), str(error))
 
 
-def _numbers_beyond(store: FeatureStore) -> Iterator[Problem]:
-    """Objects for images or shards that the store does not have."""
-    for folder, end in (
-        (layout.SEALED, store.manifest.shards),
-        (layout.STAGED, len(store)),
-        (layout.FAILED, len(store)),
-    ):
-        for number in sorted(layout.numbers(store.objects.names(folder))):
-            if number >= end:
-                yield Problem(f"{folder}/{number}", f"the store has only {end} of these")
-
-
-def _sealed(store: FeatureStore, ids: list[str], shard: int) -> Iterator[Problem]:
+def _sealed(store: StoreReader, ids: list[str], shard: int) -> Iterator[Problem]:
     key = layout.sealed_key(shard)
     try:
-        marker = store.contents.marker(shard)
+        marker = store.marker(shard)
     except StoreError as error:
         yield Problem(key, str(error))
         return
-    if marker is None:  # it was there when it was listed
+    if marker is None:  # deleted since it was listed
         yield Problem(key, "the marker is gone")
         return
     for index in store.manifest.images_of(shard):
@@ -82,24 +71,24 @@ def _sealed(store: FeatureStore, ids: list[str], shard: int) -> Iterator[Problem
         if record is not None and record.get("id") != ids[index]:
             yield Problem(key, f"the record of {ids[index]} is of {record.get('id')}")
         try:
-            field = store.array.read(index)
-        except Exception as error:  # zarr meets damaged shards with ValueError, struct.error, RuntimeError, ...
+            values = store.array.read(index)
+        except Exception as error:  # zarr raises ValueError, struct.error, RuntimeError, ... for damaged shards
             yield Problem(ids[index], f"its chunk in shard {shard} is damaged ({error})")
             continue
-        if record is not None and not np.isfinite(field).all():
+        if record is not None and not StoredField(values, marker.scales.get(index)).exists:
             yield Problem(ids[index], f"its marker says finished, its chunk in shard {shard} is not there")
-        if record is None and not np.isnan(field).all():
+        if record is None and not np.array_equal(values, np.full_like(values, store.array.missing), equal_nan=True):
             yield Problem(ids[index], f"its marker says failed, but there is a chunk in shard {shard}")
 
 
-def _staged(store: FeatureStore, ids: list[str], index: int) -> Iterator[Problem]:
+def _staged(store: StoreReader, ids: list[str], index: int) -> Iterator[Problem]:
     key = layout.staged_key(index)
     if index >= len(ids):
         yield Problem(key, f"there are {len(ids)} images only")
         return
     try:
         _, record = decode(store.objects.read(key), store.manifest, key)
-    except FileNotFoundError:  # sealed in the meantime
+    except FileNotFoundError:  # sealed meanwhile
         return
     except StoreError as error:
         yield Problem(key, str(error))

@@ -1,23 +1,20 @@
-"""A store's images as single files, for programs that know neither zarr nor this package."""
+"""Export of a store's images to single files, for programs that know neither zarr nor this package."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import torch
 
 from denoising_vit.errors import OutputError, StoreError
 from denoising_vit.files import atomic_path
-from denoising_vit.store.images import encode
-
-if TYPE_CHECKING:
-    from denoising_vit.store.store import FeatureStore
+from denoising_vit.store.fields import StoredField, encode
+from denoising_vit.store.reading import StoreReader
 
 ExportKind = Literal["npy", "safetensors"]
 
@@ -25,13 +22,13 @@ _LONGEST = 150
 
 
 def export_images(
-    store: FeatureStore, folder: Path, kind: ExportKind, progress: Callable[[int, int], None] | None = None
+    store: StoreReader, folder: Path, kind: ExportKind, progress: Callable[[int, int], None] | None = None
 ) -> list[Path]:
-    """Writes one file an image that is finished, each whole or not at all.
+    """Write each finished image to its own file, atomically.
 
     Raises:
         StoreError: if the kind is unknown.
-        OutputError: if there is a file with other content, by name; nothing is written then.
+        OutputError: naming an existing file with other content; nothing is written then.
         OSError: if the folder cannot be written to.
     """
     if kind not in get_args(ExportKind):
@@ -39,11 +36,16 @@ def export_images(
     folder.mkdir(parents=True, exist_ok=True)
     names = file_names(store.ids)
     paths = {index: folder / f"{names[index]}.{kind}" for index in sorted(store.done())}
-    there = {index for index, path in paths.items() if os.path.lexists(path)}
-    for index in sorted(there):  # before anything is written
-        _require_same(paths[index], _content(store, index, kind))
+    existing = {index for index, path in paths.items() if os.path.lexists(path)}
+    for index in sorted(existing):  # before anything is written
+        # An .npy file has no room for a mark: only a file with the same content is known to be of an earlier export.
+        if not paths[index].is_file() or paths[index].read_bytes() != _content(store, index, kind):
+            raise OutputError(
+                f"{paths[index]} exists and holds something else than would be written; export to another folder, or "
+                "move it away"
+            )
     for count, (index, path) in enumerate(paths.items(), 1):
-        if index not in there:
+        if index not in existing:
             with atomic_path(path, new=True) as temporary:
                 temporary.write_bytes(_content(store, index, kind))
         if progress is not None:
@@ -51,49 +53,30 @@ def export_images(
     return list(paths.values())
 
 
-def _content(store: FeatureStore, index: int, kind: ExportKind) -> bytes:
-    """The file of an image, which is the same whenever it is written."""
+def _content(store: StoreReader, index: int, kind: ExportKind) -> bytes:
+    """Content of an image's file, which is the same every time."""
     field, record = store.read(index)
     if kind == "safetensors":
-        return encode(torch.from_numpy(field), index, record)
+        return encode(StoredField(field), index, record)
     file = io.BytesIO()
     np.save(file, field, allow_pickle=False)
     return file.getvalue()
 
 
-def _require_same(path: Path, content: bytes) -> None:
-    """Refuses a file that an earlier export of the same store has not written; an .npy file has no room for a mark.
-
-    Raises:
-        OutputError: naming it.
-    """
-    if not path.is_file() or path.read_bytes() != content:
-        raise OutputError(
-            f"{path} exists and holds something else than would be written; export to another folder, or move it away"
-        )
-
-
 def file_names(ids: Sequence[str]) -> list[str]:
-    """A file name for each id, in order: never a path, and unique even where upper and lower case are one.
+    """A file name for each id, in order: never a path, and unique even if case is ignored.
 
-    An id that is a plain name keeps it; of any other, what is left of it is followed by its index.
+    An id that is a plain name keeps it; any other is cleaned, and its index appended.
     """
-    plain = [_plain(name) for name in ids]
+    plain = [re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:_LONGEST] or "image" for name in ids]
     taken = {name.casefold() for name, original in zip(plain, ids, strict=True) if name == original}
-    return list(_unique(ids, plain, taken))
-
-
-def _unique(ids: Sequence[str], plain: list[str], taken: set[str]) -> Iterator[str]:
-    given: set[str] = set()
+    used: set[str] = set()
+    result = []
     for index, (original, name) in enumerate(zip(ids, plain, strict=True)):
-        if name != original or name.casefold() in given:
+        if name != original or name.casefold() in used:
             name = f"{name}-{index}"
-            while name.casefold() in taken or name.casefold() in given:
+            while name.casefold() in taken or name.casefold() in used:
                 name += "_"
-        given.add(name.casefold())
-        yield name
-
-
-def _plain(name: str) -> str:
-    """Letters, digits and ``._-`` of a name, not hidden and not too long."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:_LONGEST] or "image"
+        used.add(name.casefold())
+        result.append(name)
+    return result

@@ -1,40 +1,204 @@
-"""The zarr array of a store: one chunk with a checksum an image, several images a shard object."""
+"""One image's field: in the store's precision, as a staged object, and as a chunk of the zarr array."""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
+from denoising_vit.errors import FieldError, StoreError
+from denoising_vit.files import KEY
 from denoising_vit.store import layout
+from denoising_vit.store.layout import checked, packed
 from denoising_vit.store.manifest import Manifest
 from denoising_vit.store.objects import Objects
 
+FORMAT = "denoising-vit/field"
+FORMAT_VERSION = 1
+
+#: Smallest cosine of a patch in int8 to the same patch in float16.
+LEAST_COSINE = 0.999
+
+#: Patches that are quantized at once.
+_BLOCK = 256
+
+#: Value of int8 chunks that do not exist; quantized values are at least -127. Missing float chunks are NaN.
+_MISSING = -128
+
+#: Offset and length of a chunk that does not exist, in a shard's index.
+_NO_CHUNK = (2**64 - 1, 2**64 - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredField:
+    """A field as it is stored.
+
+    Attributes:
+        values: (Ry, Rx, C) in the store's dtype.
+        scale: (C,) float32, by which int8 values are multiplied; None for floats.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray | None = None
+
+    @property
+    def floats(self) -> np.ndarray:
+        """The field in floats: as stored, or float32 for int8."""
+        return self.values if self.scale is None else self.values * self.scale
+
+    @property
+    def exists(self) -> bool:
+        """False for the fill values that zarr returns in place of a missing chunk."""
+        return bool((self.values != _MISSING).all() if self.scale is not None else np.isfinite(self.values).all())
+
+
+def stored_field(field: Tensor, manifest: Manifest, name: str) -> StoredField:
+    """Convert a field (Ry, Rx, C) to the store's precision, and check it.
+
+    int8 is symmetric with one scale a channel, ``max |F| / 127``.
+
+    Raises:
+        FieldError: naming the image, if the shape differs from the store's, a value is not finite or out of range, or
+            int8 turns a patch by more than :data:`LEAST_COSINE` allows.
+    """
+    _require_shape(tuple(field.shape), manifest, name)
+    field = field.detach()  # converted where it is, which is faster on an accelerator
+    dtype = torch.float32 if manifest.dtype == "float32" else torch.float16
+    largest = torch.stack(field.aminmax()).abs().amax()  # NaN if any value is
+    if not torch.isfinite(largest.to(dtype)):
+        if not torch.isfinite(largest):
+            raise FieldError(f"{name}: the field has values that are not finite")
+        limit = torch.finfo(dtype).max
+        raise FieldError(
+            f"{name}: the field has values up to {float(largest):.4g}, which {manifest.dtype} does not hold "
+            f"({limit:.6g} at most); make the store with dtype 'float32'"
+        )
+    stored = field.to(dtype)
+    if manifest.dtype == "int8":
+        return _quantized(stored, name)
+    return StoredField(stored.cpu().contiguous().numpy())
+
+
+def _quantized(field: Tensor, name: str) -> StoredField:
+    """Quantize a float16 field (Ry, Rx, C) to int8, a few patches at a time so that they stay in the cache."""
+    patches = field.flatten(0, 1)  # (Ry Rx, C)
+    scale = torch.maximum(patches.amax(0), -patches.amin(0)).float() / 127  # (C,)
+    inverse = scale.where(scale > 0, 1.0).reciprocal()
+    values = torch.empty_like(patches, dtype=torch.int8)
+    cosines = []
+    for start in range(0, len(patches), _BLOCK):
+        exact = patches[start : start + _BLOCK].float()
+        rounded = (exact * inverse).round_()
+        values[start : start + _BLOCK] = rounded
+        norms = exact.norm(dim=1) * rounded.mul_(scale).norm(dim=1)
+        cosine = (exact * rounded).sum(1) / norms  # NaN if either is 0
+        cosines.append(cosine.nan_to_num(0.0).where(exact.any(1), 1.0))
+    least = float(torch.cat(cosines).min())
+    if least < LEAST_COSINE:
+        raise FieldError(
+            f"{name}: in int8 the cosine of a patch to its float16 is {least:.4f}, expected at least {LEAST_COSINE}; "
+            "fit it into a store with precision 'float16'"
+        )
+    return StoredField(values.view(field.shape).cpu().numpy(), scale.cpu().numpy())
+
+
+def encode(stored: StoredField, index: int, record: dict[str, Any]) -> bytes:
+    """A safetensors object with ``field`` (and ``scale``) and, as metadata, the record (JSON values) and a checksum."""
+    head = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "index": index,
+        "crc32": _checksum(stored),
+        "record": packed(record),
+    }
+    metadata = {KEY: json.dumps(head, allow_nan=False, sort_keys=True)}
+    arrays = {"field": stored.values} | ({} if stored.scale is None else {"scale": stored.scale})
+    return safetensors.torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, metadata)
+
+
+def decode(data: bytes, manifest: Manifest, where: str) -> tuple[StoredField, dict[str, Any]]:
+    """The stored field, and its record.
+
+    Raises:
+        StoreError: if the object is damaged, of another type, or of another shape than the store's.
+    """
+    try:
+        tensors = {name: tensor.numpy() for name, tensor in safetensors.torch.load(data).items()}
+        stored = StoredField(tensors["field"], tensors["scale"] if manifest.dtype == "int8" else None)
+        length = int.from_bytes(data[:8], "little")
+        head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+        record, checksum = checked(head["record"]), head["crc32"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{where}: damaged, expected a safetensors object with a field ({error})") from error
+    if _checksum(stored) != checksum:
+        raise StoreError(f"{where}: damaged, its checksum is not the one it was written with")
+    _require_shape(stored.values.shape, manifest, where)
+    if stored.values.dtype != manifest.dtype:
+        raise StoreError(f"{where}: a field of {stored.values.dtype}, expected {manifest.dtype} as in the manifest")
+    return stored, record
+
+
+def encode_scale(scale: np.ndarray) -> str:
+    """A scale (C,) as text for a shard's marker: base64 of little-endian float32."""
+    return base64.b64encode(scale.astype("<f4").tobytes()).decode()
+
+
+def decode_scale(text: str) -> np.ndarray:
+    """The scale (C,) of :func:`encode_scale`.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return np.frombuffer(base64.b64decode(text, validate=True), "<f4").copy()  # writable, for torch
+
+
+def _checksum(stored: StoredField) -> int:
+    checksum = zlib.crc32(stored.values.data)
+    return checksum if stored.scale is None else zlib.crc32(stored.scale.data, checksum)
+
+
+def _require_shape(shape: tuple[int, ...], manifest: Manifest, name: str) -> None:
+    expected = (*manifest.field, manifest.channels)
+    if shape != expected:
+        raise FieldError(f"{name}: a field of shape {shape}, expected {expected} as in the manifest")
+
 
 class FieldArray:
-    """(N, Ry, Rx, C), NaN where nothing was stored."""
+    """The zarr array (N, Ry, Rx, C) of a store: one chunk with a checksum an image, several images a shard object."""
 
-    def __init__(self, objects: Objects, manifest: Manifest, *, writable: bool) -> None:
-        self._objects, self._manifest, self._writable = objects, manifest, writable
-        self._opened: Any = None  # zarr's types allow for results that are not arrays
+    def __init__(self, objects: Objects, manifest: Manifest) -> None:
+        self._objects, self._manifest = objects, manifest
+        self._opened: Any = None  # zarr's types include results that are not arrays
         self._pid = os.getpid()
 
     @property
+    def missing(self) -> float:
+        """Value of images without a chunk."""
+        return _MISSING if self._manifest.dtype == "int8" else float("nan")
+
+    @property
     def _array(self) -> Any:
-        """The zarr array, opened when it is first needed; its connections do not survive a fork."""
+        """The zarr array, opened when first needed; connections do not survive a fork."""
         import zarr
 
         if self._opened is None or self._pid != os.getpid():
-            store = self._objects.zarr(layout.FIELD, read_only=not self._writable)
-            mode = "r+" if self._writable else "r"
-            self._opened = zarr.open_array(store, mode=mode, config={"write_empty_chunks": False})
+            self._opened = zarr.open_array(self._objects.zarr(layout.FIELD, read_only=True), mode="r")
             self._pid = os.getpid()
         return self._opened
 
     @staticmethod
     def create(objects: Objects, manifest: Manifest) -> None:
-        """Writes the array's description; no data."""
+        """Write the array's metadata."""
         import zarr
         from zarr.codecs import Crc32cCodec
 
@@ -45,36 +209,48 @@ class FieldArray:
             chunks=(1, *chunk),
             shards=(manifest.images_per_shard, *chunk),
             dtype=manifest.dtype,
-            fill_value=float("nan"),
-            compressors=(Crc32cCodec(),),  # features are noise to a compressor: it would gain 10 % and cost the time
+            fill_value=FieldArray(objects, manifest).missing,
+            compressors=(Crc32cCodec(),),  # features hardly compress: 10 % less, for much time
             dimension_names=("image", "y", "x", "channel"),
             overwrite=True,
         )
         objects.settle(f"{layout.FIELD}/zarr.json")
 
     def read(self, index: int) -> np.ndarray:
-        """One image, (Ry, Rx, C): two ranged reads, its place in the shard and its chunk.
+        """One image, (Ry, Rx, C), by two ranged reads: the shard's index and the chunk.
 
         Raises:
-            Exception: zarr's, where the shard is damaged or the checksum does not match.
+            Exception: of zarr, if the shard is damaged or the checksum does not match.
         """
         return np.asarray(self._array[index])
 
-    def blank(self, shard: int) -> np.ndarray:
-        """A block (n, Ry, Rx, C) for the images of a shard, NaN throughout."""
-        shape = (len(self._manifest.images_of(shard)), *self._manifest.field, self._manifest.channels)
-        return np.full(shape, np.nan, dtype=self._manifest.dtype)
+    def write_shard(self, shard: int, fields: Mapping[int, np.ndarray]) -> None:
+        """Replace a shard by one put of the images' fields (Ry, Rx, C); without any, there is no shard object.
 
-    def write_shard(self, shard: int, block: np.ndarray | None) -> None:
-        """Replaces a shard by a block (n, Ry, Rx, C) in one put; images of NaN get no chunk, and None no shard.
+        The bytes are those that zarr would write (``sharding_indexed`` with the index at the end): zarr copies every
+        chunk several times on the way.
 
         Raises:
             OSError: if it cannot be written.
         """
-        # A shard object without marker may be damaged, and a shard that is not full would be read before it is written.
+        # A shard object without marker may be damaged, and an array cannot hold an older one besides.
         self._objects.delete_below(layout.shard_folder(shard))
-        if block is None:
-            return
-        images = self._manifest.images_of(shard)
-        self._array[images.start : images.stop] = block
-        self._objects.settle(layout.shard_key(shard))
+        if fields:
+            parts = shard_parts(fields, self._manifest.images_of(shard).start, self._manifest.images_per_shard)
+            self._objects.write(layout.shard_key(shard), parts)
+
+
+def shard_parts(fields: Mapping[int, np.ndarray], start: int, count: int) -> list[bytes]:
+    """A zarr v3 shard of ``count`` chunks from image ``start`` on: chunks with CRC-32C, then the index with its own."""
+    from google_crc32c import value as crc32c
+
+    index = np.full((count, 2), _NO_CHUNK, "<u8")  # offset and length of each chunk
+    parts: list[bytes] = []
+    offset = 0
+    for image in sorted(fields):
+        values = fields[image]
+        chunk = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        parts += [chunk, crc32c(chunk).to_bytes(4, "little")]
+        index[image - start] = offset, len(chunk) + 4
+        offset += len(chunk) + 4
+    return [*parts, index.tobytes(), crc32c(index.tobytes()).to_bytes(4, "little")]

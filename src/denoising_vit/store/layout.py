@@ -1,19 +1,23 @@
-"""Names of the objects in a store. What is done is read from which of them exist, so they are fixed here alone.
+"""Names of a store's objects, and their JSON with checksums. Which objects exist decides which images are done.
 
-| object | what it is |
+| object | content |
 |---|---|
-| ``manifest.json`` | what the store was made with; written last, so a folder with one is a store |
-| ``ids.json`` | ids of all images, in order; an image's index is its place in this list |
+| ``manifest.json`` | settings of the store; written last, so a folder with a manifest is a store |
+| ``ids.json`` | ids of all images; an image's index is its position in this list |
 | ``field/`` | zarr v3 array (N, Ry, Rx, C), one chunk an image, ``images_per_shard`` chunks a shard |
-| ``staged/<index>.safetensors`` | one finished image whose shard is not sealed yet |
-| ``failed/<index>.json`` | why an image could not be done |
-| ``sealed/<shard>.json`` | the shard is whole: records of its images |
-| ``leases/<name>.<generation>.json`` | who writes a shard |
+| ``staged/<index>.safetensors`` | a finished image whose shard is not sealed yet |
+| ``failed/<index>.json`` | why an image failed |
+| ``sealed/<shard>.json`` | marker of a complete shard: records of its images |
+| ``leases/<name>.<generation>.json`` | which process writes a shard |
 """
 
 from __future__ import annotations
 
+import json
 import re
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 MANIFEST = "manifest.json"
 IDS = "ids.json"
@@ -24,25 +28,26 @@ SEALED = "sealed"
 LEASES = "leases"
 
 _NUMBERED = re.compile(r"(\d+)\.(json|safetensors)")
+_CHECKSUM = "crc32"
 
 
 def staged_key(index: int) -> str:
-    """Where a finished image waits for its shard."""
+    """A finished image of a shard that is not sealed."""
     return f"{STAGED}/{index:08d}.safetensors"
 
 
 def failed_key(index: int) -> str:
-    """Where the reason of a failed image is."""
+    """The reason of a failed image."""
     return f"{FAILED}/{index:08d}.json"
 
 
 def sealed_key(shard: int) -> str:
-    """The marker of a whole shard."""
+    """The marker of a complete shard."""
     return f"{SEALED}/{shard:06d}.json"
 
 
 def shard_folder(shard: int) -> str:
-    """The zarr array's objects of one shard: zarr's default keys, chunks of a shard being along the first axis."""
+    """Objects of one shard, by zarr's default chunk keys: shards lie along the first axis."""
     return f"{FIELD}/c/{shard}"
 
 
@@ -51,12 +56,46 @@ def shard_key(shard: int) -> str:
     return f"{shard_folder(shard)}/0/0/0"
 
 
-def numbers(names: list[str]) -> set[int]:
-    """The indices or shards in a listing of ``staged``, ``failed`` or ``sealed``; other names are not ours."""
+def shard_lease(shard: int) -> str:
+    """Name of the lease on a shard."""
+    return f"shard-{shard:06d}"
+
+
+def numbers(names: Iterable[str]) -> set[int]:
+    """Indices or shards in a listing of ``staged``, ``failed`` or ``sealed``; other names are ignored."""
     matches = (_NUMBERED.fullmatch(name) for name in names)
     return {int(match[1]) for match in matches if match}
 
 
-def shard_lease(shard: int) -> str:
-    """The name of the lease on a shard."""
-    return f"shard-{shard:06d}"
+def packed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as JSON returns it, with a checksum added.
+
+    Raises:
+        TypeError, ValueError: if it is not made of JSON values.
+    """
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    return {**plain, _CHECKSUM: _checksum(plain)}
+
+
+def unpacked(data: bytes | str) -> dict[str, Any]:
+    """Parse and check a JSON object; objects of earlier releases have no checksum.
+
+    Raises:
+        ValueError: if it is not a JSON object, or its checksum does not match.
+    """
+    content = json.loads(data)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    return checked(content)
+
+
+def checked(content: dict[str, Any]) -> dict[str, Any]:
+    """Like :func:`unpacked`, for a parsed object."""
+    rest = {key: value for key, value in content.items() if key != _CHECKSUM}
+    if _CHECKSUM in content and content[_CHECKSUM] != _checksum(rest):
+        raise ValueError("it was changed: its checksum is not the one it was written with")
+    return rest
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, allow_nan=False).encode())

@@ -1,41 +1,105 @@
-"""Leases: who may write a shard, decided without a clock that others could set.
+"""Leases: which process may write a shard, without relying on synchronized clocks.
 
-A lease is an object that is created exclusively, ``leases/<name>.<generation>.json``; whoever has the highest
-generation holds it. Taking over means creating the next generation, which succeeds for one contender only, and nobody
-ever overwrites another's object. (One object per name, deleted and created again, would not do: two contenders that
-find the same stale lease could both delete and create, the second deleting the first's.) The holder's thread raises a
-counter in its own object every few seconds.
+A lease is the object ``leases/<name>.<generation>.json``, created exclusively; the highest generation holds it. Taking
+over means creating the next generation, which only one contender can do, and nobody overwrites another's object. (With
+one object per name, deleted and created again, two contenders that find the same stale lease could both delete and
+create, the second deleting the first's.) A thread of the holder increments a counter in its object every few seconds.
 
-A lease is free if its holder released it, if its process is gone from this machine, or, where that cannot be told, if
-its object does not change while the contender watches it by its own monotonic clock.
+A lease is free if its holder released it, if its process on this machine has ended, or, where that is unknown, if its
+object does not change while a contender watches it by its own monotonic clock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import secrets
+import socket
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
+from pathlib import Path
 
 from denoising_vit.errors import StoreError
 from denoising_vit.store.layout import LEASES
 from denoising_vit.store.objects import Objects
-from denoising_vit.store.processes import Process
 
 #: Seconds between two heartbeats.
 HEARTBEAT = 5.0
 
-#: Seconds for which a lease of another machine is watched before it counts as abandoned.
+#: Seconds without a heartbeat after which the lease of another machine counts as abandoned.
 PATIENCE = 30.0
+
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, identified by more than its pid, which is reused.
+
+    Attributes:
+        host: host name, for messages.
+        machine: identifies machine, boot and container; None if unknown.
+        pid: process id.
+        started: start time in ticks since boot; None if unknown.
+    """
+
+    host: str
+    machine: str | None
+    pid: int
+    started: int | None
+
+    @classmethod
+    def current(cls) -> Process:
+        """The current process."""
+        pid = os.getpid()
+        status = _status(pid)
+        return cls(socket.gethostname(), _machine(), pid, status[1] if status else None)
+
+    def is_same(self, other: Process) -> bool:
+        """True for two descriptions of one process."""
+        return (self.machine, self.pid, self.started) == (other.machine, other.pid, other.started)
+
+    def alive(self) -> bool | None:
+        """True while the process runs; None if unknown: on another machine, or not on Linux."""
+        if self.machine is None or self.started is None or self.machine != _machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's
+            pass
+        status = _status(self.pid)
+        if status is None:
+            return None  # it has just ended, or is hidden
+        state, started = status
+        return started == self.started and state not in "ZX"  # a killed process is a zombie until its parent waits
+
+
+def _machine() -> str | None:
+    """Host, boot and pid namespace; host names alone repeat among containers."""
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{(_PROC / 'self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _status(pid: int) -> tuple[str, int] | None:
+    """State and start time of a process: fields 3 and 22 of its ``stat``, after the name, which ends with ``)``."""
+    try:
+        values = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        return values[0], int(values[19])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a lease object says."""
+    """Content of a lease object."""
 
     holder: Process
     token: str
@@ -47,7 +111,7 @@ class _Entry:
 
     @classmethod
     def decode(cls, data: bytes) -> _Entry | None:
-        """None for an object that says nothing: half-written by a file system without hard links, or damaged."""
+        """None if the object is damaged, or half-written on a file system without hard links."""
         try:
             content = json.loads(data)
             return cls(**(content | {"holder": Process(**content["holder"])}))
@@ -59,21 +123,21 @@ class Leases:
     """The leases of a store.
 
     Args:
-        objects: the store's.
-        heartbeat: seconds between two heartbeats of leases taken here.
+        objects: objects of the store.
+        heartbeat: seconds between two heartbeats of leases acquired here.
         patience: seconds to watch a lease of another machine; several of its heartbeats.
     """
 
     def __init__(self, objects: Objects, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE) -> None:
         self._objects = objects
         self._heartbeat, self._patience = heartbeat, patience
-        self._watched: dict[str, tuple[bytes, float]] = {}  # what each foreign lease said, and since when it does
+        self._watched: dict[str, tuple[bytes, float]] = {}  # content of foreign leases, and since when it is the same
 
     def acquire(self, name: str) -> Lease:
-        """Takes the lease ``name``, waiting only where another machine's lease must be watched.
+        """Acquire the lease ``name``; waits only while another machine's lease must be watched.
 
         Raises:
-            StoreError: naming the holder's host and process, if there is a live one.
+            StoreError: naming the holder's host and process, if it is alive.
         """
         while True:
             generation, data = self.highest(name)
@@ -81,25 +145,25 @@ class Leases:
                 lease = self._claim(name, generation + 1)
                 if lease is not None:
                     return lease
-                continue  # another was faster: see who it is
+                continue  # another contender was faster
             time.sleep(min(self._heartbeat, self._patience) / 4)
 
     def highest(self, name: str) -> tuple[int, bytes | None]:
-        """Generation and content of the lease that counts; (0, None) if there is none."""
+        """Generation and content of the valid lease; (0, None) without one."""
         while True:
             generation = max(self.generations(name), default=0)
             if not generation:
                 return 0, None
-            with contextlib.suppress(FileNotFoundError):  # deleted by the next one's holder: look again
+            with contextlib.suppress(FileNotFoundError):  # deleted by the holder of the next generation: look again
                 return generation, self._objects.read(_key(name, generation))
 
     def generations(self, name: str) -> list[int]:
-        """Which generations of a lease exist."""
+        """Existing generations of a lease."""
         pattern = re.compile(rf"{re.escape(name)}\.(\d+)\.json")
         return [int(match[1]) for match in map(pattern.fullmatch, self._objects.names(LEASES)) if match]
 
     def _is_free(self, name: str, generation: int, data: bytes) -> bool:
-        """Whether a lease may be taken over; False: watch it further.
+        """True if a lease may be taken over, False if it must be watched further.
 
         Raises:
             StoreError: if its holder is alive.
@@ -108,25 +172,28 @@ class Leases:
         if entry is not None and entry.released:
             return True
         alive = None if entry is None else entry.holder.alive()
-        if alive is not None:
-            if alive:
-                raise self._refusal(name, entry)
+        if alive is False:
             return True
         key, now = _key(name, generation), time.monotonic()
         before, since = self._watched.setdefault(key, (data, now))
-        if before != data:  # its heart beats
+        if before != data:
             self._watched[key] = (data, now)
-            raise self._refusal(name, entry)
+        if alive or before != data:
+            holder = f"process {entry.holder.pid} on {entry.holder.host}" if entry else "another process"
+            raise StoreError(
+                f"{self._objects.url}: {name} is being written by {holder}. Wait for it to end, or end it; what it has "
+                "finished is kept"
+            )
         return now - since >= self._patience
 
     def _claim(self, name: str, generation: int) -> Lease | None:
         entry = _Entry(Process.current(), secrets.token_hex(8))
         key = _key(name, generation)
-        if not self._objects.create(key, entry.encode()):
+        if not self._objects.create(key, entry.encode(), durable=False):  # a power cut ends the holder as well
             return None
         older = [other for other in self.generations(name) if other != generation]
-        # A contender that slept may come to a generation that was held, and cleared away, long ago. And where a
-        # service takes every put for a conditional one, the last one counts.
+        # A contender that slept may create a generation that was held and deleted long ago. And where a service
+        # ignores the condition of a put, the last put counts.
         if max(older, default=0) > generation:
             self._objects.delete(key)
             return None
@@ -136,16 +203,9 @@ class Leases:
             self._objects.delete(_key(name, other))
         return Lease(self, self._objects, name, generation, entry, self._heartbeat)
 
-    def _refusal(self, name: str, entry: _Entry | None) -> StoreError:
-        holder = f"process {entry.holder.pid} on {entry.holder.host}" if entry else "another process"
-        return StoreError(
-            f"{self._objects.url}: {name} is being written by {holder}. Wait for it to end, or end it; what it has "
-            "finished is kept"
-        )
-
 
 class Lease:
-    """A lease that is held, until the block ends."""
+    """A held lease; a ``with`` block releases it."""
 
     def __init__(
         self, leases: Leases, objects: Objects, name: str, generation: int, entry: _Entry, heartbeat: float
@@ -159,10 +219,10 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Asks the store whether the lease is still held.
+        """Check in the store that the lease is still held.
 
         Raises:
-            StoreError: if it was taken over, as happens to a process that stood still for long.
+            StoreError: if it was taken over, as happens to a process that was suspended for long.
         """
         if not self._lost:
             generation, data = self._leases.highest(self.name)
@@ -171,7 +231,7 @@ class Lease:
         self.require()
 
     def require(self) -> None:
-        """As :meth:`check`, by what the last heartbeat saw.
+        """Like :meth:`check`, with the result of the last heartbeat.
 
         Raises:
             StoreError: if the lease was taken over.
@@ -183,7 +243,7 @@ class Lease:
             )
 
     def release(self, *, forget: bool = False) -> None:
-        """Ends the lease; ``forget`` removes its object, for a name that nobody needs again."""
+        """Release the lease; ``forget`` deletes its object, for a name that is not needed again."""
         if self._stop.is_set() or not Process.current().is_same(self._entry.holder):  # a forked child does not hold it
             return
         self._stop.set()
@@ -191,7 +251,7 @@ class Lease:
         if self._lost:
             return
         key = _key(self.name, self._generation)
-        # Never hides the error that ended the work. A full disk cannot note the release, but it can delete.
+        # Must not hide the error that ended the work. On a full disk, deleting still works.
         with contextlib.suppress(Exception):
             if not forget:
                 self._objects.write(key, replace(self._entry, released=True).encode(), durable=False)
@@ -202,14 +262,12 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.release()
 
     def _beat(self, seconds: float) -> None:
         while not self._stop.wait(seconds):
-            with contextlib.suppress(Exception):  # a network that comes back, a disk that has room again
+            with contextlib.suppress(Exception):  # the network may recover, the disk may have room again
                 try:
                     self.check()
                 except StoreError:

@@ -1,9 +1,9 @@
-"""What a store was made with, and how two of them differ."""
+"""Settings and ids of a store, and how they differ from those of another run."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,35 +12,44 @@ from typing import Any, Literal, get_args
 from denoising_vit.backbones.fingerprint import SAME, Fingerprint
 from denoising_vit.backbones.recorded import same_weights
 from denoising_vit.errors import StoreError
-from denoising_vit.store.packing import checked, packed
+from denoising_vit.files import digest
+from denoising_vit.store import layout
+from denoising_vit.store.layout import checked, packed
+from denoising_vit.store.objects import Objects
 
 FORMAT = "denoising-vit/store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-DType = Literal["float16", "float32"]
+DType = Literal["float16", "float32", "int8"]
 
-#: What of a backbone decides its features, besides its fingerprint; where its weights came from and its device do not.
+#: Entries of a backbone's record that decide its features, besides its weights.
 _OF_BACKBONE = ("name", "layer", "norm", "dtype")
+
+EMPTY_MANIFEST = (
+    f"{{}}: {layout.MANIFEST} is empty, as a power cut leaves it. Without it nothing is known of what was fitted; the "
+    "same `dvit fit` makes the store anew where nothing is finished, else fit to a new place"
+)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds and what decides it. A reader or a second run compares it before anything else.
+    """Settings of a store. Readers and later runs compare them with their own first.
 
     Attributes:
-        backbone: as recorded with every decomposition: name, weights, fingerprint values, layer, norm, dtype.
+        backbone: record of the backbone: name, weights, fingerprint values, layer, norm, dtype.
         plan: digest of the views.
-        options: what else decides the result, as JSON values.
-        size: (H, W) in pixels at which images were shown to the backbone.
+        options: other settings that decide the result, as JSON values.
+        size: (H, W) in pixels of the backbone's input.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
         grid: (h, w) of patches.
-        field: (Ry, Rx) nodes stored of the semantic field.
+        field: (Ry, Rx) stored nodes of the semantic field.
         channels: C.
-        dtype: how the field is stored; float16 holds magnitudes to 65,504 with a relative error of 2^-11.
+        dtype: precision of the stored field. float16 holds magnitudes to 65,504 with a relative error of 2^-11; int8
+            has one scale a channel and image, and keeps every patch within a cosine of 0.999.
         images_per_shard: images in one object once their shard is sealed.
-        count: images in the store, N; :meth:`FeatureStore.create` sets it.
-        ids_digest: of all ids in order; :meth:`FeatureStore.create` sets it. Empty in an expectation: any ids will do.
+        count: number of images, N; set by :meth:`FeatureStore.create`.
+        ids_digest: digest of all ids in order; set by :meth:`FeatureStore.create`. Empty: any ids match.
     """
 
     backbone: dict[str, Any]
@@ -58,7 +67,7 @@ class Manifest:
     ids_digest: str = ""
 
     def __post_init__(self) -> None:
-        """Brings values to what they are after a way through JSON, so that equal means equal."""
+        """Validate, and normalize values to JSON types, so that manifests compare equal after loading."""
         for name in ("backbone", "options"):
             try:
                 plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))
@@ -78,13 +87,14 @@ class Manifest:
 
     @property
     def shards(self) -> int:
-        """How many shards the images fill; the last may be smaller."""
+        """Number of shards; the last may be smaller."""
         return -(-self.count // self.images_per_shard)
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of one image's field."""
-        return self.field[0] * self.field[1] * self.channels * (2 if self.dtype == "float16" else 4)
+        """Size of one image's field in bytes, with its scale if it has one."""
+        size = self.field[0] * self.field[1] * self.channels
+        return {"float16": 2 * size, "float32": 4 * size, "int8": size + 4 * self.channels}[self.dtype]
 
     def images_of(self, shard: int) -> range:
         """Indices of the images in a shard."""
@@ -92,17 +102,17 @@ class Manifest:
         return range(start, min(start + self.images_per_shard, self.count))
 
     def shard_of(self, index: int) -> int:
-        """The shard that an image is in."""
+        """The shard of an image."""
         return index // self.images_per_shard
 
     def with_ids(self, ids: Sequence[str]) -> Manifest:
-        """The same for these images."""
-        return replace(self, count=len(ids), ids_digest=digest_ids(ids))
+        """The same settings for these images."""
+        return replace(self, count=len(ids), ids_digest=digest(list(ids)))
 
     def mismatch(self, other: Manifest) -> list[str]:
-        """Each thing in which another run differs from this store, with both sides; empty if it may be continued.
+        """Differences between this store and another run, with both values; empty if the run may continue the store.
 
-        Backbones are compared by fingerprint, because the same weights come from different places.
+        Weights are compared by fingerprint, because the same weights come from different places.
         """
         return list(self._differences(other))
 
@@ -120,16 +130,17 @@ class Manifest:
             )
 
     def to_json(self) -> str:
-        """For ``manifest.json``; the same manifest gives the same text."""
-        content = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        """Content of ``manifest.json``; equal manifests give equal text."""
+        version = FORMAT_VERSION if self.dtype == "int8" else 1  # earlier releases read all but int8
+        content = {"format": FORMAT, "version": version, **asdict(self)}
         return json.dumps(packed(content), indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
-        """Reads what :meth:`to_json` gave; ``where`` is for messages.
+        """Parse the text of :meth:`to_json`; ``where`` is for messages.
 
         Raises:
-            StoreError: if it is something else, damaged, or of a newer version.
+            StoreError: if it is of another type, damaged, or of a newer version.
         """
         try:
             content = json.loads(text)
@@ -156,9 +167,52 @@ class Manifest:
             raise StoreError(f"{where}: damaged manifest ({error})") from error
 
 
-def digest_ids(ids: Sequence[str]) -> str:
-    """SHA-256 of ids and their order."""
-    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
+def read_manifest(objects: Objects) -> Manifest:
+    """The manifest of a store.
+
+    Raises:
+        StoreError: if there is no store, or this release cannot read it.
+    """
+    with reaching(objects):
+        try:
+            content = objects.read(layout.MANIFEST)
+        except FileNotFoundError as error:
+            names = ", ".join(objects.names()[:3])
+            found = f"not a feature store: it has no {layout.MANIFEST}, but {names}" if names else ""
+            raise StoreError(
+                f"{objects.url}: {found or 'no feature store here, nothing at all'}; `dvit fit DATA -o STORE` makes one"
+            ) from error
+    if not content:
+        raise StoreError(EMPTY_MANIFEST.format(objects.url))
+    return Manifest.from_json(content, objects.url)
+
+
+def read_ids(objects: Objects, manifest: Manifest) -> list[str]:
+    """Ids of all images in order.
+
+    Raises:
+        StoreError: if they are missing, or were changed since the store was made.
+    """
+    try:
+        ids = json.loads(objects.read(layout.IDS))
+    except (FileNotFoundError, ValueError) as error:
+        raise StoreError(f"{objects.url}: {layout.IDS} is missing or damaged ({error})") from error
+    if not isinstance(ids, list) or digest(ids) != manifest.ids_digest:
+        raise StoreError(
+            f"{objects.url}: {layout.IDS} was changed: its digest is not {manifest.ids_digest[:8]}, as in the manifest"
+        )
+    return ids
+
+
+@contextlib.contextmanager
+def reaching(objects: Objects) -> Iterator[None]:
+    """Report failures of the first request to a place, for which every library has its own exceptions."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(f"{objects.url}: cannot be reached ({type(error).__name__}: {error})") from error
 
 
 def _compare(kind: str, mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:

@@ -1,26 +1,55 @@
-"""Whole objects under a root: the few operations that the store needs of a file system, each atomic.
+"""Objects below a local folder or an fsspec URL: the few atomic operations that a store needs.
 
-zarr is imported where it is used: it takes a quarter of a second, which commands without a store need not wait for.
+zarr is imported lazily: it takes a quarter of a second.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import re
 import secrets
+import shutil
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
+import fsspec
+
+from denoising_vit.data.storage import EXTRAS
 from denoising_vit.errors import StoreError
+from denoising_vit.files import atomic_path, flush_file, flush_folder
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://")  # at least two letters, to exclude C:\
+
+
+def open_objects(url: str | Path) -> Objects:
+    """The objects below a local path or fsspec URL; credentials come from the environment.
+
+    Raises:
+        StoreError: if the name is empty, or this kind of URL needs a library that is not installed.
+    """
+    text = str(url)
+    if not text.strip():
+        raise StoreError("expected a folder or URL for the store, got an empty name")
+    if text.startswith("file://"):
+        return LocalObjects(Path(text.removeprefix("file://")))
+    if _SCHEME.match(text) is None:
+        return LocalObjects(Path(text).expanduser())
+    return RemoteObjects(text)
 
 
 class Objects(ABC):
     """Objects below one root. Keys are relative, with slashes.
 
     Attributes:
-        url: the root, for people and for opening it again in another process.
+        url: the root, as shown to users and for opening it again in another process.
     """
 
     url: str
@@ -30,68 +59,244 @@ class Objects(ABC):
         """The whole object.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if it does not exist.
         """
 
     @abstractmethod
-    def write(self, key: str, data: bytes, *, durable: bool = True) -> None:
-        """Puts an object in place, whole or not at all; ``durable`` also survives a power cut where that costs extra.
+    def write(self, key: str, data: bytes | list[bytes], *, durable: bool = True) -> None:
+        """Write or replace an object atomically, given whole or in parts; ``durable`` flushes it to disk.
 
         Raises:
-            OSError: if it cannot be written; what was there before is still there.
+            OSError: if it cannot be written; the previous object is kept.
         """
 
     @abstractmethod
-    def create(self, key: str, data: bytes) -> bool:
-        """Puts an object where none is; False if there is one already."""
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
+        """Write a new object; False if it already exists."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Removes an object; one that is not there is fine."""
+        """Delete an object, if it exists."""
 
     @abstractmethod
     def delete_below(self, folder: str) -> None:
-        """Removes a folder and everything in it; one that is not there is fine."""
+        """Delete a folder and its content, if it exists."""
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
-        """Names of what is directly in a folder, half-written objects left out; none if there is no such folder."""
+        """Sorted names directly in a folder, without unfinished objects; empty if it does not exist."""
 
     @abstractmethod
     def used(self) -> int:
-        """Bytes of all objects."""
+        """Total size of all objects in bytes."""
 
     @abstractmethod
     def zarr(self, folder: str, *, read_only: bool) -> Store:
-        """A folder as zarr sees it."""
+        """A folder as a zarr store."""
 
     def settle(self, key: str) -> None:  # noqa: B027, only files need it
-        """Makes an object that another library wrote survive a power cut."""
+        """Flush an object that another library wrote."""
 
     def stamp(self, key: str) -> object:
-        """Another value where an object was written again, as far as that can be told without reading it.
+        """A value that changes when the object is rewritten, as far as that is known without reading it.
 
-        Of an object store it is always the same: asking would cost as much as reading.
+        Object stores return a constant: asking would cost as much as reading.
         """
         del key
         return ()
 
     def sweep(self, keys: Iterable[str]) -> None:  # noqa: B027, only files need it
-        """Removes what killed writers of these objects left half-written."""
+        """Delete unfinished versions of these objects, left by killed writers."""
 
     def probe(self) -> None:
-        """Writes an object and removes it again.
+        """Check write permission by writing and deleting an object.
 
         Raises:
-            StoreError: if that is not allowed.
+            StoreError: if that fails.
         """
         key = f".probe-{secrets.token_hex(4)}"
         try:
             self.write(key, b"", durable=False)
             self.delete(key)
-        except Exception as error:  # object stores refuse with errors of their own
+        except Exception as error:  # object stores have their own exceptions
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise StoreError(
                 f"{self.url}: cannot be written to ({reason}); expected a place that is not read-only. Choose another, "
                 "or open the store for reading"
             ) from error
+
+
+class LocalObjects(Objects):
+    """Objects as files, each written to a temporary file and renamed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()  # worker processes may run in another folder
+        self.url = str(self._root)
+
+    def read(self, key: str) -> bytes:
+        """The whole file."""
+        try:
+            return (self._root / key).read_bytes()
+        except NotADirectoryError as error:  # the root is a file
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root / key)) from error
+
+    def write(self, key: str, data: bytes | list[bytes], *, durable: bool = True) -> None:
+        """Write a temporary file, flush it, rename it, flush the folder."""
+        self._write(key, data, durable=durable, new=False)
+
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
+        """Like :meth:`write`, with a hard link, which fails if the file exists."""
+        try:
+            self._write(key, data, durable=durable, new=True)
+        except FileExistsError:
+            return False
+        return True
+
+    def _write(self, key: str, data: bytes | list[bytes], *, durable: bool, new: bool) -> None:
+        target = self._root / key
+        missing = [folder for folder in target.parents if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target, durable=durable, new=new) as temporary, temporary.open("wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+        for folder in missing:  # a power cut must not lose a new folder with its content; cheap after the file's flush
+            flush_folder(folder.parent)
+
+    def delete(self, key: str) -> None:
+        """Delete the file."""
+        (self._root / key).unlink(missing_ok=True)
+
+    def delete_below(self, folder: str) -> None:
+        """Delete the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._root / folder)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of files and folders, except hidden ones: temporary files are hidden."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(name for name in os.listdir(self._root / folder) if not name.startswith("."))  # noqa: PTH208
+        return []
+
+    def used(self) -> int:
+        """Total size of all files."""
+        total = 0
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # others may be writing
+                    total += (Path(folder) / name).stat().st_size
+        return total
+
+    def zarr(self, folder: str, *, read_only: bool) -> Store:
+        """A zarr store that also writes temporary files and renames them."""
+        from zarr.storage import LocalStore
+
+        return LocalStore(self._root / folder, read_only=read_only)
+
+    def settle(self, key: str) -> None:
+        """Flush the file and all folders above it in the store."""
+        path = self._root / key
+        flush_file(path)
+        while path != self._root:
+            path = path.parent
+            flush_folder(path)
+
+    def stamp(self, key: str) -> object:
+        """Modification time, size and inode."""
+        try:
+            status = (self._root / key).stat()
+        except FileNotFoundError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def sweep(self, keys: Iterable[str]) -> None:
+        """Delete temporary files of these objects."""
+        targets: dict[PurePosixPath, set[str]] = defaultdict(set)
+        for key in map(PurePosixPath, keys):
+            targets[key.parent].add(key.name)
+        for folder, names in targets.items():
+            for path in (self._root / folder).glob(".*.part"):
+                if path.name[1:].rsplit(".", 2)[0] in names:  # .<name>.<random>.part
+                    path.unlink(missing_ok=True)
+
+
+class RemoteObjects(Objects):
+    """Objects in an object store, where one put is atomic and visible to others at once."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        scheme = url.split("://", 1)[0]
+        try:
+            self._connection, root = self._connect()
+        except ImportError as error:
+            extra = EXTRAS.get(scheme)
+            remedy = f"pip install 'denoising-vit[{extra}]'" if extra else "install the library that the reason names"
+            raise StoreError(f"{url}: reading {scheme}:// is not possible here ({error}); {remedy}") from error
+        except ValueError as error:  # an unknown scheme
+            raise StoreError(f"{url}: expected a folder or a URL such as s3://bucket/store ({error})") from error
+        self._root = str(root).rstrip("/")
+        self._pid = os.getpid()
+
+    def _connect(self) -> tuple[Any, str]:
+        # Listings must not be cached: other machines write as well.
+        return fsspec.url_to_fs(self.url, use_listings_cache=False)
+
+    @property
+    def _files(self) -> Any:
+        """The fsspec file system; connections do not survive a fork."""
+        if self._pid != os.getpid():
+            self._connection, self._pid = self._connect()[0], os.getpid()
+        return self._connection
+
+    def read(self, key: str) -> bytes:
+        """One get."""
+        return bytes(self._files.cat_file(self._path(key)))
+
+    def write(self, key: str, data: bytes | list[bytes], *, durable: bool = True) -> None:
+        """One put, which is always durable."""
+        del durable
+        self._files.pipe_file(self._path(key), data if isinstance(data, bytes) else b"".join(data))
+
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
+        """One conditional put, if the service and its library support it (S3, Google Cloud)."""
+        del durable
+        try:
+            self._files.pipe_file(self._path(key), data, mode="create")
+        except FileExistsError:
+            # A put that is retried because its answer was lost finds its own object.
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(key) == data
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        """One delete."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(self._path(key))
+
+    def delete_below(self, folder: str) -> None:
+        """Delete all objects with this prefix."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm(self._path(folder), recursive=True)
+
+    def names(self, folder: str = "") -> list[str]:
+        """One listing."""
+        path = self._path(folder)
+        self._files.invalidate_cache(path)
+        try:
+            found = self._files.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = (str(item).rstrip("/").rsplit("/", 1)[-1] for item in found if str(item).strip("/") != path.strip("/"))
+        return sorted(name for name in names if not name.startswith("."))
+
+    def used(self) -> int:
+        """Total size, from listings."""
+        return int(self._files.du(self._root))
+
+    def zarr(self, folder: str, *, read_only: bool) -> Store:
+        """A zarr store with its own connection in its own event loop."""
+        from zarr.storage import FsspecStore
+
+        return FsspecStore.from_url(f"{self.url}/{folder}", read_only=read_only)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}" if key else self._root

@@ -1,84 +1,288 @@
-"""Stores as training data: a PyTorch dataset, and an order of reading that is shuffled and still sequential."""
+"""Reading a store: which images are done, and their fields."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
+from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.errors import StoreError
-from denoising_vit.store.store import FeatureStore
+from denoising_vit.store import layout
+from denoising_vit.store.fields import FieldArray, StoredField, decode, decode_scale
+from denoising_vit.store.layout import unpacked
+from denoising_vit.store.manifest import Manifest, read_ids
+from denoising_vit.store.objects import Objects
+
+#: Markers kept in memory; each holds the records of a shard's images.
+_MARKERS_KEPT = 256
 
 
-class StoreDataset(Dataset[tuple[int, Tensor]]):
-    """The finished images of a store: item ``k`` is (index in the store, field (Ry, Rx, C) float32).
+class MissingImageError(StoreError, KeyError):
+    """An image that a store does not have: unknown, not finished yet, or failed."""
 
-    Which images are finished is looked up once, so that an epoch stays the same while a store grows.
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show it in quotes
 
-    Args:
-        store: opened for reading.
+
+@dataclass(frozen=True, eq=False)
+class StoredFeatures:
+    """The semantic field of one image of a store.
 
     Attributes:
-        indices: the store's index of each item, ascending.
+        index: index of the image in the store.
+        id: its name in the data set.
+        field: F on its own nodes, (Ry, Rx, C) float32; nodes are at cell centres of [0, 1]^2.
+        record: JSON values recorded with it, such as ``heldout_r2``.
+        size: (H, W) in pixels of the backbone's input.
+        patch_size: side of a patch in pixels.
+        stride: distance between patches in pixels.
     """
 
-    def __init__(self, store: FeatureStore) -> None:
-        self.store = store
-        self.indices = sorted(store.done())
-        if not self.indices:
-            raise StoreError(f"{store.url}: no image is finished, there is nothing to read; run `dvit fit` first")
+    index: int
+    id: str
+    field: Tensor = dataclasses.field(repr=False)
+    record: dict[str, Any]
+    size: tuple[int, int]
+    patch_size: int
+    stride: int
 
-    def __len__(self) -> int:
-        """Finished images."""
-        return len(self.indices)
+    @cached_property
+    def semantic(self) -> Tensor:
+        """F at the patch centres, (h, w, C)."""
+        return self._decomposition.semantic
 
-    def __getitem__(self, item: int) -> tuple[int, Tensor]:
-        """One image: its index in the store, and its field."""
-        index = self.indices[item]
-        field, _ = self.store.read(index)
-        return index, torch.from_numpy(field).float()
+    def sample(self, coords: Tensor) -> Tensor:
+        """F by bilinear interpolation at ``coords`` (..., 2), (x, y) in [0, 1] of the image -> (..., C)."""
+        return self._decomposition.sample(coords)
+
+    @cached_property
+    def _decomposition(self) -> Decomposition:
+        """A decomposition with the field only: a store keeps neither G nor the raw features."""
+        nothing = torch.empty(0)
+        return Decomposition(self.field, nothing, nothing, self.size, self.patch_size, self.stride, self.record)
 
 
-class ShardSampler(Sampler[int]):
-    """Goes through a store shard by shard, so that reads stay within a few objects at a time.
+@dataclass(frozen=True)
+class Marker:
+    """The marker of a sealed shard.
 
-    Shards come in a shuffled order; a window of consecutive ones is read together, its images shuffled. Each finished
-    image comes once an epoch, and the same seed and epoch give the same order.
-
-    Args:
-        dataset: what to go through; items of it are yielded, not indices of the store.
-        seed: of the order.
-        shuffle: without it, images come in the store's order.
-        window: shards that are mixed with each other.
+    Attributes:
+        records: record of each finished image, by index.
+        failed: why each other image failed, by index.
+        scales: scale (C,) of each finished image, by index; for int8 only.
     """
 
-    def __init__(self, dataset: StoreDataset, seed: int = 0, shuffle: bool = True, window: int = 4) -> None:
-        if window < 1:
-            raise ValueError(f"window must be at least 1 shard, got {window}")
-        self._seed, self._shuffle, self._window = seed, shuffle, window
-        self._epoch = 0
-        shards = np.array(dataset.indices) // dataset.store.manifest.images_per_shard
-        self._shards = np.split(np.arange(len(shards)), np.flatnonzero(np.diff(shards)) + 1)  # items of each shard
-        self._length = len(dataset)
+    records: dict[int, dict[str, Any]]
+    failed: dict[int, str]
+    scales: dict[int, np.ndarray]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch."""
-        self._epoch = epoch
+
+class StoreReader:
+    """An open store: its settings, ids, state and fields. Writers, checks and exports build on it.
+
+    The state is derived from the store's objects on every call, because other processes may be writing.
+
+    Attributes:
+        manifest: settings of the store.
+        objects: its objects.
+        array: the sealed images.
+    """
+
+    def __init__(self, objects: Objects, manifest: Manifest) -> None:
+        self.objects, self.manifest = objects, manifest
+        self.array = FieldArray(objects, manifest)
+        self._markers: OrderedDict[int, tuple[object, Marker]] = OrderedDict()
+
+    @property
+    def url(self) -> str:
+        """Path or URL of the store."""
+        return self.objects.url
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Ids of all images in order, finished or not.
+
+        Raises:
+            StoreError: if they were changed since the store was made.
+        """
+        return read_ids(self.objects, self.manifest)
 
     def __len__(self) -> int:
-        """Finished images."""
-        return self._length
+        """Number of images, finished or not."""
+        return self.manifest.count
 
-    def __iter__(self) -> Iterator[int]:
-        """Items of the dataset."""
-        if not self._shuffle:
-            yield from range(self._length)
-            return
-        random = np.random.default_rng([self._seed, self._epoch])
-        order = random.permutation(len(self._shards))
-        for start in range(0, len(order), self._window):
-            items = np.concatenate([self._shards[shard] for shard in order[start : start + self._window]])
-            yield from random.permutation(items).tolist()
+    def done(self) -> set[int]:
+        """Indices of finished images, sealed or not."""
+        # In this order: a shard that is sealed between the listings is in the last one, if not in the first.
+        staged, failed = self.staged(), self._numbers(layout.FAILED)
+        sealed = {index for shard in self.sealed() for index in self.manifest.images_of(shard)}
+        return (sealed - failed) | staged
+
+    def failed(self) -> dict[int, str]:
+        """Reasons of failed images, by index."""
+        return self.reasons(self._numbers(layout.FAILED) - self.staged())
+
+    def staged(self) -> set[int]:
+        """Indices of finished images whose shard is not sealed yet."""
+        return self._numbers(layout.STAGED)
+
+    def sealed(self) -> set[int]:
+        """Complete shards."""
+        return self._numbers(layout.SEALED)
+
+    def unfinished(self) -> list[int]:
+        """Shards that need a writer: to fit images, to seal, or to clean up after a crash."""
+        untidy = {self.manifest.shard_of(index) for index in self.staged()}
+        return sorted((set(range(self.manifest.shards)) - self.sealed()) | untidy)
+
+    def reasons(self, indices: Iterable[int]) -> dict[int, str]:
+        """Reasons of those of the images that failed."""
+        found = {}
+        for index in sorted(indices):
+            try:
+                found[index] = self.reason(index)
+            except FileNotFoundError:  # finished in a second attempt meanwhile
+                continue
+        return found
+
+    def reason(self, index: int) -> str:
+        """Why an image failed.
+
+        Raises:
+            FileNotFoundError: if it did not fail.
+            StoreError: if the object with the reason is damaged.
+        """
+        key = layout.failed_key(index)
+        try:
+            return str(unpacked(self.objects.read(key))["reason"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.objects.url}: {key} is damaged ({error})") from error
+
+    def marker(self, shard: int) -> Marker | None:
+        """The marker of a shard; None if it is not sealed.
+
+        Raises:
+            StoreError: if the marker is damaged.
+        """
+        key = layout.sealed_key(shard)
+        stamp = self.objects.stamp(key)  # before reading: a marker that is rewritten meanwhile is read again next time
+        kept = self._markers.get(shard)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        self.forget(shard)
+        try:
+            content = unpacked(self.objects.read(key))
+            records = {int(index): dict(record) for index, record in content["images"].items()}
+            failed = {int(index): str(reason) for index, reason in content["failed"].items()}
+            scales = {int(index): decode_scale(scale) for index, scale in content.get("scales", {}).items()}
+            if self.manifest.dtype == "int8" and scales.keys() != records.keys():
+                raise ValueError("it lacks scales of images")
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{self.objects.url}: {key} is damaged ({error})") from error
+        marker = Marker(records, failed, scales)
+        self._markers[shard] = stamp, marker
+        while len(self._markers) > _MARKERS_KEPT:
+            self._markers.popitem(last=False)
+        return marker
+
+    def forget(self, shard: int) -> None:
+        """Read the marker of a shard again when it is next needed, because the shard may have been reopened."""
+        self._markers.pop(shard, None)
+
+    def _numbers(self, folder: str) -> set[int]:
+        return layout.numbers(self.objects.names(folder))
+
+    def __getitem__(self, image: int | str) -> StoredFeatures:
+        """The features of a finished image, by index or id.
+
+        Raises:
+            MissingImageError: if it is unknown, not finished yet, or failed, with the reason.
+            StoreError: if it is damaged.
+        """
+        index = self.index(image)
+        field, record = self.read(index)
+        return StoredFeatures(
+            index=index,
+            id=self.ids[index],
+            field=torch.from_numpy(field).float(),
+            record=record,
+            size=self.manifest.size,
+            patch_size=self.manifest.patch_size,
+            stride=self.manifest.stride,
+        )
+
+    def index(self, image: int | str) -> int:
+        """The index of an image given by id or index.
+
+        Raises:
+            MissingImageError: if there is no such image.
+        """
+        if isinstance(image, str):
+            if image not in self._indices:
+                raise MissingImageError(f"{self.url}: no image {image!r} among the {len(self)} in this store")
+            return self._indices[image]
+        if not 0 <= image < len(self):
+            raise MissingImageError(
+                f"{self.url}: no image {image}; expected an index of 0 to {len(self) - 1}, or an id"
+            )
+        return int(image)
+
+    def read(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """An image's field (Ry, Rx, C) in floats, and its record.
+
+        Raises:
+            MissingImageError: if it is not finished, or failed.
+            StoreError: if it is damaged.
+        """
+        stored, record = self.read_stored(index)
+        return stored.floats, record
+
+    def read_stored(self, index: int) -> tuple[StoredField, dict[str, Any]]:
+        """Like :meth:`read`, with the field as it is stored."""
+        try:
+            return self._read(index)
+        except StoreError:
+            # Another process may have reopened the shard and sealed it with other images.
+            self.forget(self.manifest.shard_of(index))
+            return self._read(index)
+
+    def _read(self, index: int) -> tuple[StoredField, dict[str, Any]]:
+        shard = self.manifest.shard_of(index)
+        if self.marker(shard) is None:
+            try:
+                key = layout.staged_key(index)
+                return decode(self.objects.read(key), self.manifest, f"{self.url}: {key}")
+            except FileNotFoundError:
+                pass  # not done, or sealed meanwhile
+        marker = self.marker(shard)
+        if marker is None or index not in marker.records:
+            raise MissingImageError(f"{self.url}: {self._why_missing(index, marker)}")
+        try:
+            stored = StoredField(self.array.read(index), marker.scales.get(index))
+        except Exception as error:  # zarr raises ValueError, struct.error, RuntimeError, ... for damaged shards
+            raise StoreError(
+                f"{self.url}: {self.ids[index]} in shard {shard} cannot be read ({error}); `dvit store verify` shows "
+                "what is damaged"
+            ) from error
+        if not stored.exists:
+            raise StoreError(f"{self.url}: {self.ids[index]} is gone from shard {shard}; expected its chunk there")
+        return stored, marker.records[index]
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.ids)}
+
+    def _why_missing(self, index: int, marker: Marker | None) -> str:
+        name = self.ids[index]
+        reason = marker.failed.get(index) if marker else self.reasons([index]).get(index)
+        return f"{name} failed: {reason}" if reason is not None else f"{name} is not finished yet"

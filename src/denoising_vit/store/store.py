@@ -1,83 +1,74 @@
-"""The feature store: the denoised features of a whole dataset, at a local path or any URL that fsspec knows."""
+"""The feature store: denoised features of a whole data set, at a local path or fsspec URL."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from denoising_vit.errors import StoreError
 from denoising_vit.store import layout
 from denoising_vit.store.checking import Problem, find_problems
-from denoising_vit.store.contents import Contents, Marker
 from denoising_vit.store.exporting import ExportKind, export_images
 from denoising_vit.store.fields import FieldArray
-from denoising_vit.store.images import decode
 from denoising_vit.store.leases import Lease, Leases
-from denoising_vit.store.manifest import Manifest
-from denoising_vit.store.objects import Objects
-from denoising_vit.store.opening import create_objects, is_store, read_ids, read_manifest
-from denoising_vit.store.remote import open_objects
-from denoising_vit.store.stored import MissingImageError, StoredFeatures
+from denoising_vit.store.manifest import EMPTY_MANIFEST, Manifest, reaching, read_manifest
+from denoising_vit.store.objects import Objects, open_objects
+from denoising_vit.store.reading import StoreReader
 from denoising_vit.store.writing import ShardWriter
 
 
-class FeatureStore:
+class FeatureStore(StoreReader):
     """Semantic fields of many images: written shard by shard, read by id or index.
 
-    It can be sent to other processes: they open it again by its URL. What is done is always read from what exists, so
-    a store that another process writes shows its progress.
+    A store can be sent to other processes, which open it again by its URL. Its state is always read from its objects,
+    so a store that another process writes shows its progress.
 
     Attributes:
-        manifest: what the store was made with.
-        writable: whether it was opened for writing.
-        objects: the objects that it consists of.
-        contents: what is done, in detail.
+        manifest: settings of the store.
+        writable: True if it was opened for writing.
+        objects: its objects.
         array: the sealed images.
-        leases: who writes which shard.
+        leases: the leases on its shards.
     """
 
     def __init__(self, objects: Objects, manifest: Manifest, *, writable: bool) -> None:
         """Use :meth:`create`, :meth:`open` or :meth:`create_or_open`."""
-        self.objects, self.manifest, self.writable = objects, manifest, writable
-        self.contents = Contents(objects, manifest)
-        self.array = FieldArray(objects, manifest, writable=writable)
+        super().__init__(objects, manifest)
+        self.writable = writable
         self.leases = Leases(objects)
 
     @classmethod
     def create(cls, url: str | Path, manifest: Manifest, ids: Sequence[str]) -> FeatureStore:
-        """Makes a new store for these images and opens it for writing.
+        """Create a store for these images and open it for writing.
 
         Args:
-            url: a folder, made if it is not there, or an fsspec URL.
-            manifest: its ``count`` and ``ids_digest`` are filled in from the ids.
-            ids: of all images, each once; their order decides indices and shards.
+            url: a folder, made if it does not exist, or an fsspec URL.
+            manifest: settings; ``count`` and ``ids_digest`` are set from the ids.
+            ids: unique ids of all images; their order determines indices and shards.
 
         Raises:
-            StoreError: if there is something already, if it cannot be written to, or if an id comes twice.
+            StoreError: if the place is not empty or not writable, or if the ids cannot be used.
         """
         objects = open_objects(url)
         manifest = manifest.with_ids(ids)
-        create_objects(objects, manifest, list(ids))
+        _create(objects, manifest, list(ids))
         return cls(objects, manifest, writable=True)
 
     @classmethod
     def open(cls, url: str | Path, expected: Manifest | None = None, writable: bool = False) -> FeatureStore:
-        """Opens a store that is there.
+        """Open an existing store.
 
         Args:
             url: a folder or an fsspec URL.
-            expected: what the store must have been made with.
-            writable: whether it is going to be written to; reading needs no permission to write.
+            expected: settings that the store must have.
+            writable: open it for writing, which reading does not need.
 
         Raises:
-            StoreError: if there is none, if it is something else or of a newer version, if it is not the expected one,
-                naming each difference with both sides, or if it must be writable and is not.
+            StoreError: if there is no store that this release reads, if it differs from ``expected``, with both values
+                of each difference, or if it cannot be written to.
         """
         objects = open_objects(url)
         manifest = read_manifest(objects)
@@ -93,63 +84,35 @@ class FeatureStore:
 
     @classmethod
     def exists(cls, url: str | Path) -> bool:
-        """Whether there is a store.
+        """True if there is a store.
 
         Raises:
             StoreError: if the place cannot be reached.
         """
-        return is_store(open_objects(url))
+        objects = open_objects(url)
+        with reaching(objects):
+            return layout.MANIFEST in objects.names() and bool(objects.read(layout.MANIFEST))
 
     @classmethod
     def create_or_open(cls, url: str | Path, manifest: Manifest, ids: Sequence[str]) -> FeatureStore:
-        """Goes on with the store that is there, or makes it; in both cases for writing.
+        """Open a store for writing, or create it.
 
         Raises:
-            StoreError: as :meth:`create` and :meth:`open` do.
+            StoreError: see :meth:`create` and :meth:`open`.
         """
         if not cls.exists(url):
             return cls.create(url, manifest, ids)
         return cls.open(url, manifest.with_ids(ids), writable=True)
 
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        return self.objects.url
-
-    @cached_property
-    def ids(self) -> list[str]:
-        """Ids of all images in order, finished or not.
-
-        Raises:
-            StoreError: if they are not those that the store was made with.
-        """
-        return read_ids(self.objects, self.manifest)
-
-    def __len__(self) -> int:
-        """All images, finished or not."""
-        return self.manifest.count
-
     def __reduce__(self) -> tuple[Any, ...]:
-        """Other processes get the URL, never open handles."""
+        """Other processes get the URL, not open handles."""
         return _reopen, (self.url, self.writable)
 
-    def done(self) -> set[int]:
-        """Indices of the images that are finished, whether their shard is sealed or not."""
-        return self.contents.done()
-
-    def failed(self) -> dict[int, str]:
-        """Why images could not be done, by index."""
-        return self.contents.failed()
-
-    def unfinished(self) -> list[int]:
-        """The shards that still need a writer: to do images, to seal, or to tidy up after a crash."""
-        return self.contents.unfinished()
-
     def lease(self, name: str) -> Lease:
-        """A lease on something else than a shard, such as a whole run, for a ``with`` block.
+        """A lease on something other than a shard, such as a whole run, for a ``with`` block.
 
         Raises:
-            StoreError: naming the holder's host and process, if another has it.
+            StoreError: naming the holder's host and process, if there is one.
         """
         return self.leases.acquire(name)
 
@@ -164,10 +127,10 @@ class FeatureStore:
             raise StoreError(f"{self.url}: open for reading only; expected FeatureStore.open(url, writable=True)")
         if not 0 <= shard < self.manifest.shards:
             raise StoreError(f"{self.url}: no shard {shard}; expected 0 to {self.manifest.shards - 1}")
-        return ShardWriter(self, shard)
+        return ShardWriter(self, self.leases, shard)
 
     def retry_failed(self) -> list[int]:
-        """Makes all failed images missing again, so that they are tried once more; their indices.
+        """Make all failed images missing again, and return their indices.
 
         Raises:
             StoreError: if another process writes one of their shards.
@@ -178,120 +141,86 @@ class FeatureStore:
                 retried += writer.retry_failed()
         return retried
 
-    def __getitem__(self, image: int | str) -> StoredFeatures:
-        """The features of a finished image, by index or id.
-
-        Raises:
-            MissingImageError: if it is unknown, not finished yet, or failed, with the reason.
-            StoreError: if it is damaged.
-        """
-        index = self.index(image)
-        field, record = self.read(index)
-        manifest = self.manifest
-        return StoredFeatures(
-            index=index,
-            id=self.ids[index],
-            field=torch.from_numpy(field).float(),
-            record=record,
-            size=manifest.size,
-            patch_size=manifest.patch_size,
-            stride=manifest.stride,
-        )
-
-    def index(self, image: int | str) -> int:
-        """The place of an image given by id or by that place itself.
-
-        Raises:
-            MissingImageError: if there is no such image.
-        """
-        if isinstance(image, str):
-            if image not in self._places:
-                raise MissingImageError(f"{self.url}: no image {image!r} among the {len(self)} in this store")
-            return self._places[image]
-        if not 0 <= image < len(self):
-            raise MissingImageError(
-                f"{self.url}: no image {image}; expected an index of 0 to {len(self) - 1}, or an id"
-            )
-        return int(image)
-
-    def read(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """An image's field as stored, (Ry, Rx, C), and its record.
-
-        Raises:
-            MissingImageError: if it is not finished, or failed.
-            StoreError: if it is damaged.
-        """
-        try:
-            return self._read(index)
-        except StoreError:
-            # Another process may have opened the shard again, and sealed it with other images, since it was looked at.
-            self.contents.forget(self.manifest.shard_of(index))
-            return self._read(index)
-
-    def _read(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-        shard = self.manifest.shard_of(index)
-        if self.contents.marker(shard) is None:
-            try:
-                key = layout.staged_key(index)
-                field, record = decode(self.objects.read(key), self.manifest, f"{self.url}: {key}")
-                return field.numpy(), record
-            except FileNotFoundError:
-                pass  # not done, or sealed since
-        marker = self.contents.marker(shard)
-        if marker is None or index not in marker.records:
-            raise MissingImageError(f"{self.url}: {self._why_missing(index, marker)}")
-        try:
-            field = self.array.read(index)
-        except Exception as error:  # zarr meets damaged shards with ValueError, struct.error, RuntimeError, ...
-            raise StoreError(
-                f"{self.url}: {self.ids[index]} in shard {shard} cannot be read ({error}); `dvit store verify` shows "
-                "what is damaged"
-            ) from error
-        if not np.isfinite(field).all():
-            raise StoreError(f"{self.url}: {self.ids[index]} is gone from shard {shard}; expected its chunk there")
-        return field, marker.records[index]
-
     def info(self) -> dict[str, Any]:
         """Counts, bytes and the manifest, as JSON values."""
-        done, failed = self.done(), self.failed()
         return {
             "url": self.url,
             "images": len(self),
-            "done": len(done),
-            "failed": len(failed),
-            "staged": len(self.contents.staged()),
+            "done": len(self.done()),
+            "failed": len(self.failed()),
+            "staged": len(self.staged()),
             "shards": self.manifest.shards,
-            "sealed": len(self.contents.sealed()),
+            "sealed": len(self.sealed()),
             "bytes": self.objects.used(),
             "manifest": json.loads(self.manifest.to_json()),
         }
 
     def verify(self) -> Iterator[Problem]:
-        """Re-reads everything with its checksums and yields what is not as it was written."""
+        """Read everything with its checksums and yield what is damaged."""
         return find_problems(self)
 
     def export(
         self, folder: str | Path, kind: ExportKind = "npy", progress: Callable[[int, int], None] | None = None
     ) -> list[Path]:
-        """Writes each finished image to a file of its own in a local folder, named after its id.
+        """Write each finished image to its own file in a local folder, named after its id.
 
         Raises:
             StoreError: if the kind is unknown, or an image is damaged.
-            OutputError: if there is a file with other content, by name; nothing is written then.
+            OutputError: naming an existing file with other content; nothing is written then.
             OSError: if the folder cannot be written to.
         """
         return export_images(self, Path(folder), kind, progress)
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.ids)}
-
-    def _why_missing(self, index: int, marker: Marker | None) -> str:
-        name = self.ids[index]
-        reason = marker.failed.get(index) if marker else self.contents.reasons([index]).get(index)
-        return f"{name} failed: {reason}" if reason is not None else f"{name} is not finished yet"
 
 
 def _reopen(url: str, writable: bool) -> FeatureStore:
     objects = open_objects(url)
     return FeatureStore(objects, read_manifest(objects), writable=writable)
+
+
+def _create(objects: Objects, manifest: Manifest, ids: list[str]) -> None:
+    """Write ids, array and manifest of an empty store; the manifest comes last, and may be empty after a power cut."""
+    _require_usable(ids)
+    with reaching(objects):
+        found = set(objects.names())
+    if layout.MANIFEST in found and objects.read(layout.MANIFEST):
+        raise StoreError(f"{objects.url}: there is a feature store already; open it, or choose another place")
+    if not found <= {layout.IDS, layout.FIELD, layout.MANIFEST}:
+        if layout.MANIFEST in found:
+            raise StoreError(EMPTY_MANIFEST.format(objects.url))
+        raise StoreError(
+            f"{objects.url}: expected an empty or new folder for a feature store, found {', '.join(sorted(found)[:3])}"
+        )
+    _require_leftovers(objects, found, ids)
+    objects.probe()
+    objects.write(layout.IDS, json.dumps(ids).encode())
+    FieldArray.create(objects, manifest)
+    if layout.MANIFEST in found:
+        objects.delete(layout.MANIFEST)
+    if not objects.create(layout.MANIFEST, manifest.to_json().encode()):
+        raise StoreError(f"{objects.url}: another process has just made a feature store here; open it")
+
+
+def _require_leftovers(objects: Objects, found: set[str], ids: list[str]) -> None:
+    """Check that existing files were left by an interrupted creation of the same store."""
+    foreign = sorted(set(objects.names(layout.FIELD)) - {"zarr.json"}) if layout.FIELD in found else []
+    if foreign:
+        raise StoreError(
+            f"{objects.url}: expected an empty or new folder for a feature store; its folder {layout.FIELD} holds "
+            f"{', '.join(foreign[:3])}. Choose another place"
+        )
+    if layout.IDS in found and objects.read(layout.IDS) not in (json.dumps(ids).encode(), b""):
+        raise StoreError(
+            f"{objects.url}: {layout.IDS} lists other images than those to be fitted; choose another place, or remove "
+            "it if it was left by a run that was stopped"
+        )
+
+
+def _require_usable(ids: list[str]) -> None:
+    if not ids:
+        raise StoreError("a feature store needs at least one image, got no ids")
+    for name in ids:
+        if not isinstance(name, str) or not name:
+            raise StoreError(f"ids must be texts that are not empty, got {name!r}")
+    name, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise StoreError(f"ids must differ from each other, {name!r} comes {count} times")

@@ -1,36 +1,36 @@
-"""Writing a shard: images are staged one by one, and sealed together when none is missing."""
+"""Writing a shard: images are staged one by one, or held in memory, and sealed together once none is missing."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from denoising_vit.errors import StoreError
 from denoising_vit.store import layout
-from denoising_vit.store.images import compact, decode, encode
-from denoising_vit.store.leases import Lease
-from denoising_vit.store.packing import packed
+from denoising_vit.store.fields import StoredField, decode, encode, encode_scale, stored_field
+from denoising_vit.store.layout import checked, packed
+from denoising_vit.store.leases import Lease, Leases
+from denoising_vit.store.reading import StoreReader
 
-if TYPE_CHECKING:
-    from denoising_vit.store.store import FeatureStore
+#: Images by index: the field as stored, and the record.
+_Images = dict[int, tuple[StoredField, dict[str, Any]]]
 
 
 class ShardWriter:
-    """The one writer of a shard, for the length of a ``with`` block; from :meth:`FeatureStore.writer`.
+    """The only writer of a shard, for a ``with`` block; made by :meth:`FeatureStore.writer`.
 
-    What a killed writer left is put right on entry. Sealing takes three steps, each of which may be the last one before
-    a crash: write the shard, write its marker, delete the staged images. Without a marker the shard is written again;
-    with one, what is still staged is deleted.
+    Entering repairs what a killed writer left. Sealing takes three steps, and a crash may follow each: write the shard,
+    write its marker, delete the staged images. Without a marker, the shard is written again; with a marker, images that
+    are still staged are deleted.
     """
 
-    def __init__(self, store: FeatureStore, shard: int) -> None:
-        self._store, self.shard = store, shard
+    def __init__(self, store: StoreReader, leases: Leases, shard: int) -> None:
+        self._store, self._leases, self.shard = store, leases, shard
         self._lease: Lease | None = None
+        self._held: _Images = {}
         self._sealed = False
 
     @property
@@ -39,34 +39,46 @@ class ShardWriter:
         return self._store.manifest.images_of(self.shard)
 
     def missing(self) -> list[int]:
-        """Images that are neither finished nor failed."""
+        """Images that are neither finished, held, nor failed."""
         if self._sealed:
             return []
-        staged, failed = self._staged(), self._failed()
-        return [index for index in self.images if index not in staged and index not in failed]
+        known = self._held.keys() | self._staged() | self._failed()
+        return [index for index in self.images if index not in known]
 
     def put(self, index: int, field: Tensor, record: dict[str, Any] | None = None) -> None:
-        """Finishes an image: from here on it survives a crash.
+        """Stage an image, which survives a crash from now on.
 
         Args:
-            index: the image, one of :attr:`images`.
+            index: one of :attr:`images`.
             field: (Ry, Rx, C), of any float type.
-            record: what to keep with it, as JSON values; its id is added.
+            record: JSON values to store with it; its id is added.
 
         Raises:
-            FieldError: naming the image, if the field does not fit the store; :meth:`fail` is for these.
-            StoreError: if the record is not JSON values, or if the lease was lost.
-            OSError: if it cannot be written; no part of it is left.
+            FieldError: naming the image, if the field does not fit the store; call :meth:`fail` then.
+            StoreError: if the record is not made of JSON values, or the lease was lost.
+            OSError: if it cannot be written; no part of it remains.
         """
-        name = self._require(index)
-        record = {"id": name, **(record or {})}
-        if record["id"] != name:
-            raise StoreError(f"image {index} is {name!r}, its record says {record['id']!r}")
-        data = encode(compact(field, self._store.manifest, name), index, record)
-        self._store.objects.write(layout.staged_key(index), data)  # counts more than an earlier failure
+        self._stage({index: self._checked(index, field, record)})
+
+    def hold(self, index: int, field: Tensor, record: dict[str, Any] | None = None) -> None:
+        """Keep an image in memory, to write it once only if the whole shard is sealed soon.
+
+        It survives a crash after :meth:`flush` or :meth:`finish`, not before. Arguments and errors as for :meth:`put`.
+        """
+        self._held[index] = self._checked(index, field, record)
+
+    def flush(self) -> None:
+        """Stage the images that are held.
+
+        Raises:
+            StoreError: if the lease was lost.
+            OSError: if they cannot be written.
+        """
+        self._stage(self._held)
+        self._held = {}
 
     def fail(self, index: int, reason: str) -> None:
-        """Records that an image cannot be done, so that the shard can be sealed without it.
+        """Record that an image cannot be fitted, so that the shard can be sealed without it.
 
         Raises:
             StoreError: if the lease was lost.
@@ -77,64 +89,62 @@ class ShardWriter:
         self._store.objects.write(layout.failed_key(index), json.dumps(content).encode())
 
     def finish(self) -> bool:
-        """Seals the shard if every image of it is finished or failed; whether it is sealed now.
+        """Seal the shard if no image is missing, else flush; True if the shard is sealed now.
 
-        A staged image that turns out to be damaged is discarded: it is among :meth:`missing` then, and the shard is not
-        sealed.
+        Damaged staged images are deleted: they are :meth:`missing` then, and the shard is not sealed.
 
         Raises:
             StoreError: if the lease was lost.
-            OSError: if it cannot be written; the staged images are still there.
+            OSError: if it cannot be written; staged images are kept.
         """
         if self._sealed:
             return True
-        self._held().check()
+        lease = self._require_lease()
+        lease.check()
+        images = self._load_staged() if not self.missing() else {}
         if self.missing():
+            self.flush()
             return False
-        block, records = self._load_staged()
-        if self.missing():
-            return False
-        failed = self._store.contents.reasons(index for index in self._failed() if index not in records)
-        for index in self._failed() & set(records):  # finished in a second attempt, whose writer was then killed
+        images |= self._held
+        failed = self._failed()
+        reasons = self._store.reasons(failed - images.keys())
+        for index in failed & images.keys():  # finished in a second attempt
             self._store.objects.delete(layout.failed_key(index))
-        self._held().check()  # loading a large shard takes a while, and so does writing it
-        self._store.array.write_shard(self.shard, block if records else None)
-        self._held().check()
-        marker = packed({"shard": self.shard, "images": records, "failed": failed})
-        text = json.dumps(marker, sort_keys=True)
-        self._store.objects.write(layout.sealed_key(self.shard), text.encode())
-        self._sealed = True
+        lease.check()  # loading a large shard takes a while, and so does writing it
+        self._store.array.write_shard(self.shard, {index: stored.values for index, (stored, _) in images.items()})
+        lease.check()
+        self._write_marker(images, reasons)
+        self._sealed, self._held = True, {}
         self._discard_staged()
         return True
 
     def retry_failed(self) -> list[int]:
-        """Makes the failed images missing again; those indices. The images of a sealed shard are staged for that.
+        """Make failed images missing again, and return their indices. The images of a sealed shard are staged first.
 
         Raises:
             StoreError: if the lease was lost, or a finished image is damaged.
             OSError: if it cannot be written; the shard is still sealed then.
         """
-        self._held().check()
+        self._require_lease().check()
         failed = sorted(self._failed() - self._staged())
         if failed and self._sealed:
-            marker = self._store.contents.marker(self.shard)
+            marker = self._store.marker(self.shard)
             for index in marker.records if marker is not None else ():
-                field, record = self._store.read(index)
-                self._store.objects.write(layout.staged_key(index), encode(torch.from_numpy(field), index, record))
-            # Until here a crash changes nothing: beside a marker, what is staged is discarded.
+                self._stage({index: self._store.read_stored(index)})
+            # Until here a crash changes nothing: next to a marker, staged images are deleted.
             self._store.objects.delete(layout.sealed_key(self.shard))
-            self._store.contents.forget(self.shard)
+            self._store.forget(self.shard)
             self._sealed = False
         for index in failed:
             self._store.objects.delete(layout.failed_key(index))
         return failed
 
     def __enter__(self) -> ShardWriter:
-        self._lease = self._store.leases.acquire(layout.shard_lease(self.shard))
+        self._lease = self._leases.acquire(layout.shard_lease(self.shard))
         try:
             keys = [key for index in self.images for key in (layout.staged_key(index), layout.failed_key(index))]
-            self._store.objects.sweep([*keys, layout.sealed_key(self.shard)])
-            self._sealed = self._store.contents.marker(self.shard) is not None
+            self._store.objects.sweep([*keys, layout.sealed_key(self.shard), layout.shard_key(self.shard)])
+            self._sealed = self._store.marker(self.shard) is not None
             if self._sealed:
                 self._discard_staged()
         except BaseException:
@@ -142,36 +152,62 @@ class ShardWriter:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        lease, self._lease = self._held(), None
-        lease.release(forget=self._sealed)  # nobody writes a sealed shard again
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        lease = self._require_lease()
+        try:
+            with contextlib.suppress(*([Exception] if kind is not None else [])):  # must not hide the first error
+                self.flush()
+        finally:
+            self._lease = None
+            lease.release(forget=self._sealed)  # a sealed shard is not written again
 
-    def _load_staged(self) -> tuple[np.ndarray, dict[int, dict[str, Any]]]:
-        """The shard's block, and the records of the staged images that are sound; the others are deleted."""
-        block, records = self._store.array.blank(self.shard), {}
-        for index in sorted(self._staged()):
+    def _checked(self, index: int, field: Tensor, record: dict[str, Any] | None) -> tuple[StoredField, dict[str, Any]]:
+        name = self._require(index)
+        record = {"id": name, **(record or {})}
+        if record["id"] != name:
+            raise StoreError(f"image {index} is {name!r}, its record says {record['id']!r}")
+        try:
+            record = checked(packed(record))
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{name}: the record must be JSON values ({error})") from error
+        return stored_field(field, self._store.manifest, name), record
+
+    def _stage(self, images: _Images) -> None:
+        for index, (stored, record) in images.items():  # a staged image takes precedence over an earlier failure
+            self._require_lease().require()
+            self._store.objects.write(layout.staged_key(index), encode(stored, index, record))
+
+    def _load_staged(self) -> _Images:
+        """The staged images; damaged ones are deleted."""
+        images: _Images = {}
+        for index in sorted(self._staged() - self._held.keys()):
             key = layout.staged_key(index)
             try:
-                field, record = decode(self._store.objects.read(key), self._store.manifest, key)
-                block[index - self.images.start] = field.numpy()
-                records[index] = record
+                images[index] = decode(self._store.objects.read(key), self._store.manifest, key)
             except StoreError:
                 self._store.objects.delete(key)
-        return block, records
+        return images
+
+    def _write_marker(self, images: _Images, failed: dict[int, str]) -> None:
+        records = {index: record for index, (_, record) in images.items()}
+        scales = {
+            index: encode_scale(stored.scale) for index, (stored, _) in images.items() if stored.scale is not None
+        }
+        marker = {"shard": self.shard, "images": records, "failed": failed} | ({"scales": scales} if scales else {})
+        text = json.dumps(packed(marker), sort_keys=True)
+        self._store.objects.write(layout.sealed_key(self.shard), text.encode())
 
     def _discard_staged(self) -> None:
         for index in self._staged():
             self._store.objects.delete(layout.staged_key(index))
 
     def _staged(self) -> set[int]:
-        return layout.numbers(self._store.objects.names(layout.STAGED)) & set(self.images)
+        return self._store.staged() & set(self.images)
 
     def _failed(self) -> set[int]:
         return layout.numbers(self._store.objects.names(layout.FAILED)) & set(self.images)
 
-    def _held(self) -> Lease:
+    def _require_lease(self) -> Lease:
         if self._lease is None:
             raise StoreError(
                 "a shard is written within `with store.writer(shard) as writer:`; this writer has no lease"
@@ -180,7 +216,7 @@ class ShardWriter:
 
     def _require(self, index: int) -> str:
         """The image's id, if this writer may write it now."""
-        self._held().require()
+        self._require_lease().require()
         if index not in self.images:
             raise StoreError(
                 f"image {index} is not in shard {self.shard}, which has images {self.images.start} to "

@@ -18,7 +18,7 @@ from denoising_vit.errors import StoreError, TrainError
 from denoising_vit.files import atomic_path
 from denoising_vit.store.layout import LEASES
 from denoising_vit.store.leases import Lease, Leases
-from denoising_vit.store.local import LocalObjects
+from denoising_vit.store.objects import LocalObjects
 from denoising_vit.training.checkpoints import Checkpoints
 from denoising_vit.training.engine import from_first
 from denoising_vit.training.pair_files import REASONS, has_pairs, remove_pairs

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from denoising_vit.data.folders import image_names
+from denoising_vit.data.listing import image_names
 from denoising_vit.data.photos import IMAGE_SUFFIXES, is_panel, read_photo
 from denoising_vit.errors import ClipError, PhotoError
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.data.choosing import spread
+from denoising_vit.data.dataset import spread
 from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.errors import ClipError
 from denoising_vit.extractors import Cleaners

@@ -1,4 +1,4 @@
-"""A data set: known by name, read when asked, in parallel and in order."""
+"""Data sets of images, read and decoded in parallel and in order."""
 
 from __future__ import annotations
 
@@ -7,27 +7,61 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
 import numpy as np
 
-from denoising_vit.data.items import Item, Skipped
 from denoising_vit.data.photos import read_photo_bytes
 from denoising_vit.data.storage import Storage, reason_of
 from denoising_vit.errors import PhotoError
 
-#: Refusals of an HTTP server that may be another time: too slow, too early, too often.
+
+@dataclass(frozen=True)
+class Skipped:
+    """A data set entry that could not be used.
+
+    Attributes:
+        item: name of the entry.
+        reason: why it was skipped, as shown to users.
+        unreachable: True if its storage did not respond, so that a retry may succeed.
+    """
+
+    item: str
+    reason: str
+    unreachable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a data set, not yet read.
+
+    Attributes:
+        id: unique within the data set and the same on every machine: the path below the source with ``/`` as separator,
+            ``<shard>/<member>`` in tar shards, the line of a text list.
+        url: absolute path or fsspec address of the file or tar shard.
+        start: offset of the member in a shard.
+        size: bytes of the member in a shard.
+    """
+
+    id: str
+    url: str
+    start: int | None = None
+    size: int | None = None
+
+
+#: Client errors of HTTP for which a retry may succeed: timeout, too early, too many requests.
 _PASSING = (408, 425, 429)
 
 
 class Dataset(Sequence[Item]):
-    """The images of one source, as :func:`open_dataset` found them. It may be pickled and shared between threads.
+    """The images of one source, as found by :func:`open_dataset`. Can be pickled and shared between threads.
 
     Attributes:
-        source: as it was given.
-        items: sorted by id, those of a text list in the order of the list: the same everywhere.
-        skipped: what was found and is no item, with reasons.
+        source: the source, as given by the user.
+        items: images sorted by id; those of a text list in its order.
+        skipped: entries that cannot be used, with reasons.
     """
 
     def __init__(self, source: str, items: Iterable[Item], skipped: Iterable[Skipped] = ()) -> None:
@@ -51,14 +85,14 @@ class Dataset(Sequence[Item]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the ids in their order; of the names, that is, not of the pictures."""
+        """SHA-256 of the ids in order; it does not depend on the pixels."""
         digest = hashlib.sha256()
         for item in self.items:
             digest.update(item.id.encode() + b"\0")
         return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:
-        """One image as (H, W, 3) uint8, by the rules of :func:`denoising_vit.data.photos.read_photo`.
+        """Read one image as (H, W, 3) uint8; see :func:`denoising_vit.data.photos.read_photo`.
 
         Raises:
             PhotoError: if it cannot be read, naming its id.
@@ -66,29 +100,28 @@ class Dataset(Sequence[Item]):
         item = self.items[index]
         try:
             content = self._storage.read(item.url, item.start, item.size)
-        except Exception as error:  # every service has its own kinds
+        except Exception as error:  # every service has its own exceptions
             raise PhotoError(f"{item.id}: {reason_of(error)}") from error
         try:
             return read_photo_bytes(content, item.id)
-        except PhotoError as error:  # what decoding failed on is no reason to try again
+        except PhotoError as error:  # without a cause: a retry would not help
             raise PhotoError(str(error)) from None
 
     def stream(
         self, indices: Iterable[int], *, workers: int = 4, ahead: int = 8, patience: Sequence[float] = ()
     ) -> Iterator[tuple[int, np.ndarray | Skipped]]:
-        """Images in the order of ``indices``, read and decoded in threads while the caller works.
+        """Yield images in the order of ``indices``, which threads read and decode in advance.
 
-        Threads run only between the first image and the last, or the end of the iterator: close it, or let go of it, to
-        stop early. ``indices`` may be endless; it is asked for ``ahead`` more than are used.
+        The threads end with the iterator; close it to stop early. ``indices`` may be endless.
 
         Args:
-            indices: which, in which order.
-            workers: how many threads, at least 1.
-            ahead: how many decoded images wait at most, at least 1.
-            patience: seconds that are waited before an image is asked for again that cannot be reached, each time.
+            indices: indices of the images.
+            workers: number of threads, at least 1.
+            ahead: number of decoded images that may wait, at least 1.
+            patience: seconds to wait before each retry of an unreachable image.
 
         Yields:
-            The index, and the image as (H, W, 3) uint8 or why there is none.
+            The index, and the image as (H, W, 3) uint8 or why it was skipped.
 
         Raises:
             IndexError: if an index is out of range.
@@ -105,7 +138,7 @@ class Dataset(Sequence[Item]):
         try:
             for index in indices:
                 pending.append((index, pool.submit(self._read_or_skip, index, patience)))
-                if len(pending) > ahead:  # the first of them is handed over, so that `ahead` stay
+                if len(pending) > ahead:
                     first, future = pending.popleft()
                     yield first, future.result()
             while pending:
@@ -132,9 +165,26 @@ class Dataset(Sequence[Item]):
 
 
 def _may_pass(cause: BaseException | None) -> bool:
-    """Whether what kept a file from being read is the way to it, not the file: a network, a drive."""
-    status = getattr(cause, "status", None)  # of an HTTP answer
+    """True for errors of a network or drive, which a retry may fix, not of the file itself."""
+    status = getattr(cause, "status", None)  # of HTTP
     if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING:
         return False
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, PhotoError, ValueError)
     return isinstance(cause, Exception) and not isinstance(cause, lasting)
+
+
+#: Decoding threads for callers that run a model on the same processors.
+_DECODERS = 2
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Indices of ``wanted`` of ``count`` items, evenly spread because neighbours are often alike; 0 for all."""
+    if wanted == 0 or wanted >= count:
+        return list(range(count))
+    return [int((number + 0.5) * count / wanted) for number in range(wanted)]
+
+
+def named_photos(dataset: Dataset, indices: list[int]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
+    """Yield ids and pixels (H, W, 3) uint8 of photos, or why they were skipped; decoded in advance."""
+    for index, pixels in dataset.stream(indices, workers=_DECODERS, ahead=2 * _DECODERS):
+        yield dataset[index].id, pixels
