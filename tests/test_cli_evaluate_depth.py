@@ -278,7 +278,10 @@ def no_photo(root: Path) -> None:
     [
         (eight_bits, "05.png: expected depth in 16 bits, got 8 bits, too coarse for depth"),
         (colours, "05.png: expected depth as one value per pixel in 16 bits, got an image of mode RGB"),
-        (another_size, "val/05.png: the photo has 64 x 48 pixels, its depth map 60 x 48"),
+        (
+            another_size,
+            "val/05.png: expected photo and depth map of the same size, got a photo of 64 x 48 pixels and",
+        ),
         (all_unknown, "val/05.png: no pixel of the depth map has a depth"),
         (damaged, "05.png: a damaged depth map"),
         (no_depth, "val/05.png: a photo without a depth map; expected"),
@@ -400,7 +403,7 @@ def test_data_that_are_none_are_refused_with_what_was_expected_and_found(
         (("--seeds", -1), "seeds must be one number or more, 0 or above and different"),
         (("--preset", "paper", "--size", 48), "size is for preset quick"),
         (("--preset", "slow"), "slow"),
-        (("--features", "raw,clean"), "unknown: 'clean'"),
+        (("--features", "raw,clean"), "unknown features: 'clean'"),
         (("--exact.views", 0), "views must be at least 1, got 0"),
         (("--cache-gb", -1), "cache_gb must be 0 or more"),
     ],
@@ -441,7 +444,7 @@ def test_exact_features_are_refused_by_the_published_protocol_before_the_work(
     done = run("--preset", "paper", *SHORT)  # exact is among the features unless others are named
     assert done.code == 2
     assert_plain(done)
-    assert "exact: fields of stage 1 belong to images as they are" in done.err
+    assert "exact: fields of stage 1 belong to unchanged images" in done.err
     assert "--preset quick" in done.err and "--features" in done.err
     assert_no_results(out)
 
