@@ -97,10 +97,12 @@ def test_the_rank_removes_place_and_keeps_content() -> None:
 def test_photos_choose_the_rank(tmp_path: Path) -> None:
     backbone = planted.backbone()
     chance = np.random.default_rng(0)
-    photos = [chance.integers(0, 255, (56, 56, 3), dtype=np.uint8) for _ in range(6)]
+    photos = [chance.integers(0, 255, (56, 56, 3), dtype=np.uint8) for _ in range(8)]
     found = find_subspace(backbone, photos, source="place")
-    assert found.info["photos"] == 6
+    assert found.info["photos"] == 8
     assert found.rank == found.info["rank"] > 0
+    with pytest.raises(dv.PlanError, match="at least 4 photos, got 3"):  # one half judges directions of the other
+        find_subspace(backbone, photos[:6], source="place")
     found.save(tmp_path / "a.safetensors")
     again = Subspace.load(tmp_path / "a.safetensors")
     assert torch.equal(again.directions, found.directions)

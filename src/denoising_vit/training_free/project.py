@@ -122,7 +122,8 @@ def find_subspace(
     Args:
         backbone: the extractor.
         photos: a few dozen unlabelled photos: paths, PIL images or (H, W, 3) uint8 arrays. They choose the rank, and
-            ``place`` fits its directions to them. Without photos, ``auto`` is 16.
+            ``place`` fits its directions to them (8 photos or more, as one half judges the rank for directions of the
+            other). Without photos, ``auto`` is 16.
         source: where directions come from, see the module's docstring.
         rank: number of directions, or ``auto`` for :func:`choose_rank`.
         artifact: G of the backbone, for the source ``artifact``.
@@ -151,8 +152,12 @@ def find_subspace(
         raise PlanError(f"unknown source {source!r}; choose from {', '.join(get_args(Source))}")
     info: dict[str, Any] = {"source": source, "size": list(size)}
     if rank == "auto" and features is not None:
-        rank, info["ranks"] = choose_rank(features, directions)
         info["photos"] = len(features)
+        if source == "place":  # judged on photos that the directions were not fitted to: on their own, place is gone
+            half = len(features) // 2
+            rank, info["ranks"] = choose_rank(features[half:], place_directions(features[:half], len(directions)))
+        else:
+            rank, info["ranks"] = choose_rank(features, directions)
     elif rank == "auto":
         rank = min(DEFAULT_RANK, len(directions), backbone.embed_dim // 4)
     if not 0 <= rank <= len(directions):
