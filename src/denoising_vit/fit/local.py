@@ -173,7 +173,7 @@ class _Writers:
         self._run, self._hold = run, hold
         self._open: dict[int, _OpenShard] = {}
         self._seal = ThreadPoolExecutor(_WAITING, "seal")
-        self._sealing: collections.deque[Future[None]] = collections.deque()
+        self._sealing: collections.deque[tuple[Future[None], _OpenShard]] = collections.deque()
 
     def __enter__(self) -> _Writers:
         return self
@@ -212,7 +212,13 @@ class _Writers:
     def wait(self) -> None:
         """Wait until all complete shards are sealed."""
         while self._sealing:
-            self._sealing.popleft().result()
+            self._sealed()
+
+    def _sealed(self) -> None:
+        """Wait for the first of the shards that are sealed in the background, and report its photos."""
+        job, opened = self._sealing.popleft()
+        job.result()
+        self._report(opened)
 
     def _write(self, result: Done | Failed) -> None:
         shard = self._run.store.manifest.shard_of(result.index)
@@ -228,13 +234,13 @@ class _Writers:
         if not opened.left:
             self._open.pop(shard)
             if self._hold:
-                self._sealing.append(self._seal.submit(self._close, opened))
+                self._sealing.append((self._seal.submit(self._close, opened), opened))
             else:
                 self._close(opened)
-        elif not self._hold:
+        if not self._hold:
             self._report(opened)
-        while len(self._sealing) > _WAITING or (self._sealing and self._sealing[0].done()):
-            self._sealing.popleft().result()
+        while len(self._sealing) > _WAITING or (self._sealing and self._sealing[0][0].done()):
+            self._sealed()
 
     def _store(self, done: Done, opened: _OpenShard) -> Failed | None:
         """Store a photo, or say why it cannot be stored."""
@@ -248,7 +254,6 @@ class _Writers:
     def _close(self, opened: _OpenShard) -> None:
         with opened.leases:
             opened.writer.finish()  # not sealed if a photo was unreachable, which remains to be done
-            self._report(opened)
 
     def _report(self, opened: _OpenShard) -> None:
         for index, reason in opened.unreported:
