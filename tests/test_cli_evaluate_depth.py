@@ -186,7 +186,7 @@ def test_the_published_protocol_goes_on_where_it_was_interrupted(
 ) -> None:
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 2)
     monkeypatch.setattr(protocol, "PAPER", replace(protocol.PAPER, crop=(32, 40), batch=2))
-    usual, steps = probing._keep, []
+    usual, steps = probing._save, []
 
     def keep(*arguments: Any) -> None:
         usual(*arguments)
@@ -194,7 +194,7 @@ def test_the_published_protocol_goes_on_where_it_was_interrupted(
         if len(steps) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(probing, "_keep", keep)
+    monkeypatch.setattr(probing, "_save", keep)
     options = ("--features", "raw", "--preset", "paper", "--steps", 7, "--seeds", 0)
     done = run(*options)
     assert done.code == 130 and "the same command goes on from there" in done.err

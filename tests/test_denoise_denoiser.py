@@ -213,8 +213,8 @@ def test_shipped_denoiser_must_be_of_these_weights_and_this_stride(
 ) -> None:
     tiny.ship(tmp_path / "package", monkeypatch, weights=denoiser)
     found = find_shipped(backbone)
-    assert found is not None and denoiser_digest(found) == denoiser_digest(denoiser)
-    assert not found.training and not any(value.requires_grad for value in found.parameters())
+    assert found is not None and found.digest == denoiser_digest(found.denoiser) == denoiser_digest(denoiser)
+    assert not found.denoiser.training and not any(value.requires_grad for value in found.denoiser.parameters())
     for other in (tiny.backbone(seed=1), tiny.backbone(stride=4)):
         assert find_shipped(other) is None
     renamed = tiny.backbone()

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 
 from command import Dvit, in_process
 from denoising_vit import reproduction
@@ -703,6 +704,7 @@ def test_baselines_are_segmented_by_the_features_that_the_released_code_takes(
             final, blocks = found.model.forward_intermediates(image, indices=[0, 1], norm=True, output_fmt="NCHW")
             wanted = [final, *blocks][-2]
         else:
+            assert isinstance(found.model, VisionTransformer)
             wanted = found.model.get_intermediate_layers(image, n=[1], reshape=True)[-1]
             normed = found.model.get_intermediate_layers(image, n=[1], reshape=True, norm=True)[-1]
             torch.testing.assert_close(made["depth"](image), normed.permute(0, 2, 3, 1))  # pyright: ignore

@@ -203,7 +203,8 @@ class LogProgress(Progress):
     """
 
     def __init__(self, unit: str, **settings: Any) -> None:
-        super().__init__(disable=True, **({"speed_estimate_period": 300} | settings))
+        options: dict[str, Any] = {"speed_estimate_period": 300} | settings
+        super().__init__(disable=True, **options)
         self._unit, self._next_line = unit, self.get_time() + SECONDS_BETWEEN_LINES
 
     def update(self, task_id: TaskID, **changes: Any) -> None:

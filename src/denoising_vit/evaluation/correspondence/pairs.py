@@ -277,8 +277,8 @@ def _find_keypoints(root: Path, _split: str, count: int) -> list[_Annotated | Sk
     ]
     for (_, source, points, _), (_, target, matches, box) in at_most(shared, count, "pairs"):
         names = [name for name in points if name in matches]
-        both = (tuple(each[name] for name in names) for each in (points, matches))
-        found.append(_Annotated(KeypointPair(f"{source} {target}", source, target, *both, box)))
+        given, wanted = tuple(points[name] for name in names), tuple(matches[name] for name in names)
+        found.append(_Annotated(KeypointPair(f"{source} {target}", source, target, given, wanted, box)))
     if not found:
         raise EvaluationError(f"{root}: expected two photos or more in images/ that share keypoints, found none")
     return found
