@@ -348,7 +348,7 @@ def no_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def never(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("this must not be called")
 
-    return lambda: monkeypatch.setattr(verb, "denoise_image", never)
+    return lambda: monkeypatch.setattr(verb.Denoising, "__call__", never)
 
 
 @pytest.mark.parametrize("method", ["exact", "subtract"])

@@ -197,7 +197,7 @@ def test_the_published_protocol_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(probing, "_save", keep)
     options = ("--features", "raw", "--preset", "paper", "--steps", 7, "--seeds", 0)
     done = run(*options)
-    assert done.code == 130 and "the same command goes on from there" in done.err
+    assert done.code == 130 and "the same command resumes" in done.err
     assert steps == [2, 4] and not out.read_text()
     done = run(*options)
     assert done.code == 0, done.err

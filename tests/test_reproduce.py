@@ -437,7 +437,7 @@ def test_benchmark_without_any_mask_fails_and_the_others_are_measured(
     for mask in (data / VOC.place / "SegmentationClass").iterdir():
         mask.unlink()
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
-    assert "none of 2 pairs can be used" in done.err
+    assert "none of 2 can be used" in done.err
     assert str(data / VOC.place) in done.err
     assert names_of(out) == ["ADE20K", "nyu"]
     assert done.code == 1
