@@ -197,7 +197,7 @@ def test_options_out_of_range_are_refused_before_anything_is_written(
         list(matched(workbench(tmp_path, pairs, {"clean": colours}), upsample=0))
     with pytest.raises(SizeError):
         list(carried(workbench(tmp_path, clips, {"clean": colours}), size=50))
-    with pytest.raises(EvaluationError, match="no features named cleen"):
+    with pytest.raises(EvaluationError, match="unknown features cleen"):
         list(matching(workbench(tmp_path, pairs), ["raw", "cleen"], MatchingOptions(alpha=(0.1,))))
     assert not (tmp_path / "results.jsonl").read_text()
 

@@ -20,7 +20,7 @@ from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import SegmentationOptions, segmentation
 from denoising_vit.evaluation.workbench import Workbench
-from denoising_vit.extractors import KINDS, parse_names
+from denoising_vit.extractors import KINDS, Cleaners, parse_names
 from tiny_labelled import coloured, colours, tiny_backbone, write_labelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +90,7 @@ def test_a_denoiser_is_a_source_by_its_name() -> None:
 def test_a_denoiser_gives_a_line_that_is_held_against_the_first(
     tmp_path: Path, bench: Workbench, files: dict[str, Path]
 ) -> None:
-    with_it = replace(bench, denoiser=str(files["same"]))
+    with_it = replace(bench, cleaners=Cleaners(denoiser=str(files["same"])))
     (raw, _), (line, kept) = knn(with_it, ["raw", "denoiser"], FEW)
     assert not kept and line["failed"] is None and line["features"] == "denoiser"
     assert line["metrics"] == raw["metrics"]  # this one leaves features as they are
@@ -105,7 +105,7 @@ def test_another_denoiser_is_another_line_over_features_of_its_own(
 ) -> None:
     lines = []
     for number, name in enumerate(("same", "other"), start=1):
-        ((line, kept),) = knn(replace(bench, denoiser=str(files[name])), ["denoiser"], FEW)
+        ((line, kept),) = knn(replace(bench, cleaners=Cleaners(denoiser=str(files[name]))), ["denoiser"], FEW)
         assert not kept and line["failed"] is None
         assert cached(tmp_path) == number * IMAGES
         lines.append(line)
@@ -118,7 +118,7 @@ def test_figures_are_those_of_the_extractor_made_by_hand(
     bench: Workbench, backbone: Backbone, files: dict[str, Path]
 ) -> None:
     extractor = DenoisedViT(backbone, load_denoiser(files["other"]))
-    both = replace(bench, denoiser=str(files["other"]), extractors={"by hand": extractor})
+    both = replace(bench, cleaners=Cleaners(denoiser=str(files["other"])), extractors={"by hand": extractor})
     (line, _), (by_hand, _) = knn(both, ["denoiser", "by hand"], FEW)
     assert line["failed"] is by_hand["failed"] is None
     assert line["metrics"] == by_hand["metrics"]
@@ -127,15 +127,15 @@ def test_figures_are_those_of_the_extractor_made_by_hand(
 def test_the_same_denoiser_under_another_file_name_is_not_judged_again(
     tmp_path: Path, bench: Workbench, files: dict[str, Path]
 ) -> None:
-    ((first, _),) = knn(replace(bench, denoiser=str(files["other"])), ["denoiser"], FEW)
+    ((first, _),) = knn(replace(bench, cleaners=Cleaners(denoiser=str(files["other"]))), ["denoiser"], FEW)
     moved = files["other"].rename(tmp_path / "moved.safetensors")
-    assert list(knn(replace(bench, denoiser=str(moved)), ["denoiser"], FEW)) == [(first, True)]
+    assert list(knn(replace(bench, cleaners=Cleaners(denoiser=str(moved))), ["denoiser"], FEW)) == [(first, True)]
     assert cached(tmp_path) == IMAGES
 
 
 def test_linear_probes_take_a_denoiser_as_well(bench: Workbench, files: dict[str, Path]) -> None:
     quick = SegmentationOptions(seeds=(0,), steps=4, batch=2)
-    with_it = replace(bench, denoiser=str(files["other"]))
+    with_it = replace(bench, cleaners=Cleaners(denoiser=str(files["other"])))
     told = list(segmentation(with_it, ["raw", "denoiser"], quick))
     assert [(line["features"], line["failed"]) for line, _ in told] == [("raw", None), ("denoiser", None)]
 
@@ -146,7 +146,7 @@ def test_without_a_denoiser_the_source_fails_in_words_and_raw_is_judged(
     (raw, _), (line, _) = knn(bench, ["raw", "denoiser"], FEW)
     assert raw["failed"] is None and raw["metrics"]["mIoU"] > 0
     assert "comes with the package; train one by dvit train and give it by --denoiser FILE" in line["failed"]
-    again = list(knn(replace(bench, denoiser=str(files["same"])), ["raw", "denoiser"], FEW))
+    again = list(knn(replace(bench, cleaners=Cleaners(denoiser=str(files["same"]))), ["raw", "denoiser"], FEW))
     assert [(found["failed"], kept) for found, kept in again] == [(None, True), (None, False)]
 
 
@@ -161,7 +161,7 @@ def test_without_a_denoiser_the_source_fails_in_words_and_raw_is_judged(
 def test_a_denoiser_that_cannot_be_had_fails_in_words_and_raw_is_judged(
     given: str, reason: str, bench: Workbench
 ) -> None:
-    (raw, _), (line, _) = knn(replace(bench, denoiser=given), ["raw", "denoiser"], FEW)
+    (raw, _), (line, _) = knn(replace(bench, cleaners=Cleaners(denoiser=given)), ["raw", "denoiser"], FEW)
     assert raw["failed"] is None
     assert reason in line["failed"] and not line["failed"].startswith(("DenoiserError", "FormatError"))
 
@@ -170,7 +170,7 @@ def test_a_denoiser_of_another_backbone_fails_in_words(tmp_path: Path, bench: Wo
     other = tiny_backbone(lambda image: wide(image).flip(-1))
     write_denoiser(denoiser_of(other, kept=True), tmp_path / "of another.safetensors")
     given = str(tmp_path / "of another.safetensors")
-    (raw, _), (line, _) = knn(replace(bench, denoiser=given), ["raw", "denoiser"], FEW)
+    (raw, _), (line, _) = knn(replace(bench, cleaners=Cleaners(denoiser=given)), ["raw", "denoiser"], FEW)
     assert raw["failed"] is None
     assert "the denoiser was trained for " in line["failed"] and "wide" in line["failed"]
 
