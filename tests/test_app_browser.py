@@ -73,6 +73,7 @@ class Visitor:
         self.page.set_default_timeout(20_000)
         self.page.on("request", lambda request: site.asked.append(request.url))
         self.page.goto(site.url)
+        self.page.locator("#photo").scroll_into_view_if_needed()  # pictures load when they are near the screen
         self.page.wait_for_selector("#photo img")
 
     def shown(self, name: str) -> str:
