@@ -206,7 +206,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
 def test_a_module_has_no_further_layers() -> None:
     backbone = tiny.tokens()
     further = tiny.denoiser(tiny.backbone(), channels=64)
-    with pytest.raises(BackboneError, match=r"Tokens is a module of its own: where its blocks are is not known"):
+    with pytest.raises(BackboneError, match=r"Tokens is a module, whose blocks are not known"):
         DenoiserTeacher.of(backbone, tiny.denoiser(backbone, channels=64), [further])
 
 
@@ -243,7 +243,7 @@ def test_another_layer_is_one_that_there_is(layer: int) -> None:
 
 
 def test_of_a_module_no_other_layer_is_known() -> None:
-    with pytest.raises(BackboneError, match="where its blocks are is not known"):
+    with pytest.raises(BackboneError, match="whose blocks are not known"):
         tiny.tokens().at_layer(0)
 
 
