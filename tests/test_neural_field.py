@@ -773,7 +773,7 @@ def test_command_line_fits_keeps_and_notices_another_recipe(
     def never(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("this must not be called")
 
-    monkeypatch.setattr(verb, "denoise_image", never)
+    monkeypatch.setattr(verb.Denoising, "__call__", never)
     kept = dvit()
     assert (kept["status"], kept["note"], kept["heldout_r2"]) == ("kept", "kept", done["heldout_r2"])
     for other in (of_recipe("steps", 21), ["--method", "exact"]):
