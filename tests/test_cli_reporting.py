@@ -43,6 +43,15 @@ def test_lines_of_an_unknown_total_and_of_fields(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "7 steps, loss 0.250\n"
 
 
+def test_what_the_items_are_of_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    progress = progress_bar("raw: images", get_time=clock)
+    task = progress.add_task("", total=300)
+    clock.now = 61
+    progress.update(task, completed=61)
+    assert capsys.readouterr().err.startswith("raw: 61 / 300 images")
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_nothing_is_shown_when_quiet(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()

@@ -224,12 +224,13 @@ class LogProgress(Progress):
         self._next_line = now + SECONDS_BETWEEN_LINES
         task = self._tasks[task_id]
         total = "" if task.total is None else f" / {task.total:,.0f}"
-        words = [f"{task.completed:,.0f}{total} {self._unit.format(task=task)}"]
+        named, _, unit = self._unit.rpartition(": ")  # such as "raw: images"
+        words = [f"{task.completed:,.0f}{total} {unit.format(task=task)}"]
         if task.speed and "/s" not in words[0]:
-            words.append(f"{task.speed:.3g} {self._unit.partition(',')[0]}/s")
+            words.append(f"{task.speed:.3g} {unit.partition(',')[0]}/s")
         if task.time_remaining is not None and not task.finished:
             words.append(f"{_duration(task.time_remaining)} left")
-        stage = Text.from_markup(task.description).plain
+        stage = ": ".join(part for part in (Text.from_markup(task.description).plain, named) if part)
         print_note(f"{stage}: {', '.join(words)}" if stage else ", ".join(words))
 
 
