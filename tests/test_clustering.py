@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from denoising_vit.errors import EvaluationError, PlanError
+from denoising_vit.evaluation import clustering as module
 from denoising_vit.evaluation.clustering import clustered, clustering, matched
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.options import ClusteringOptions
 from denoising_vit.evaluation.scores import scores
+from denoising_vit.evaluation.sources import FeatureSource
 from tiny_correspondence import workbench
 from tiny_labelled import PATCH, coloured, colours, source_of, speckled, tiny_backbone, write_labelled
 
@@ -108,7 +111,16 @@ def test_options_out_of_range_are_refused(options: ClusteringOptions, reason: st
         options.validate()
 
 
-def test_lines_of_each_number_of_clusters_have_paired_intervals(tmp_path: Path, data: LabelledData) -> None:
+def test_lines_of_each_number_of_clusters_have_paired_intervals(
+    tmp_path: Path, data: LabelledData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[str, int, int]] = []
+
+    def noted(source: FeatureSource, data: LabelledData, options: Any, clusters: int, seed: int, **how: Any) -> Any:
+        runs.append((source.name, clusters, seed))
+        return clustered(source, data, options, clusters, seed, **how)
+
+    monkeypatch.setattr(module, "clustered", noted)
     options = ClusteringOptions(clusters=(3, 7), seeds=(0, 1))
     bench = workbench(tmp_path, data, {"clean": tiny_backbone()})
     lines = [line for line, _ in clustering(bench, ["raw", "clean"], options)]
@@ -120,4 +132,5 @@ def test_lines_of_each_number_of_clusters_have_paired_intervals(tmp_path: Path, 
         paired = clean["paired"]
         assert paired["difference"] == pytest.approx(clean["metrics"]["mIoU"] - raw["metrics"]["mIoU"])
         assert paired["low"] < paired["difference"] < paired["high"]
+    assert len(runs) == len(set(runs)) == 8  # both matchings read the same clusters
     assert all(kept for _, kept in clustering(bench, ["raw", "clean"], options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -37,24 +38,33 @@ def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOption
         EvaluationError: if the data have no classes, or a name is unknown.
     """
     options.validate()
-    data = bench.labelled
     for clusters in options.clusters:
-        ways: list[Matching] = ["majority", "hungarian"] if clusters == len(data.val.class_names) else ["majority"]
-        for matching in ways:
+        yield from _compared(bench, names, options, clusters)
 
-            def evaluate(
-                source: FeatureSource,
-                seeds: tuple[int, ...],
-                clusters: int = clusters,
-                matching: Matching = matching,
-            ) -> Iterator[tuple[int, Counts, Curve]]:
-                for seed in seeds:
-                    with bench.watch(f"{source.name}: images, {clusters} clusters", 2 * len(data.val.images)) as step:
-                        tables = clustered(source, data, options, clusters, seed, cache=bench.cache, progress=step)
-                    yield seed, matched(tables, matching), []
 
-            settings: dict[str, Any] = asdict(options) | {"clusters": clusters, "matching": matching}
-            yield from bench.compare(names, Task("clustering", evaluate, settings, options.seeds, options.size))
+def _compared(bench: Workbench, names: Sequence[str], options: ClusteringOptions, clusters: int) -> Iterator[Line]:
+    """Lines for one number of clusters; every way to give them classes reads the same clusters."""
+    data = bench.labelled
+    tables: dict[tuple[str, int], np.ndarray] = {}  # by source and seed
+
+    def tables_of(source: FeatureSource, seed: int) -> np.ndarray:
+        key = source.name, seed
+        if key not in tables:
+            with bench.watch(f"{source.name}: images, {clusters} clusters", 2 * len(data.val.images)) as step:
+                tables[key] = clustered(source, data, options, clusters, seed, cache=bench.cache, progress=step)
+        return tables[key]
+
+    def evaluate(
+        source: FeatureSource, seeds: tuple[int, ...], matching: Matching
+    ) -> Iterator[tuple[int, Counts, Curve]]:
+        for seed in seeds:
+            yield seed, matched(tables_of(source, seed), matching), []
+
+    ways: list[Matching] = ["majority", "hungarian"] if clusters == len(data.val.class_names) else ["majority"]
+    for matching in ways:
+        settings: dict[str, Any] = asdict(options) | {"clusters": clusters, "matching": matching}
+        judge = functools.partial(evaluate, matching=matching)
+        yield from bench.compare(names, Task("clustering", judge, settings, options.seeds, options.size))
 
 
 def clustered(
