@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
@@ -16,12 +16,10 @@ Sample = TypeVar("Sample")
 _THREADS = 4
 
 
-class StepSamples(Generic[Sample]):
+class StepSamples(ABC, Generic[Sample]):
     """The samples of each training step, one step ahead where an accelerator does the forward passes.
 
     Args:
-        draw: makes a sample from the image's index, the step and the place in the batch; nothing else may decide it, so
-            that training can resume at any step.
         images: number of images.
         batch: samples per step.
         steps: number of steps.
@@ -29,17 +27,8 @@ class StepSamples(Generic[Sample]):
         device: device of the forward passes.
     """
 
-    def __init__(
-        self,
-        draw: Callable[[int, int, int], Sample],
-        *,
-        images: int,
-        batch: int,
-        steps: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self._draw, self._images, self._batch, self._steps, self._seed = draw, images, batch, steps, seed
+    def __init__(self, images: int, batch: int, steps: int, seed: int, device: torch.device) -> None:
+        self._count, self._batch, self._steps, self._seed = images, batch, steps, seed
         self._prefetch = device.type != "cpu"
         self._pool = ThreadPoolExecutor(_THREADS, "render", torch.set_num_threads, (torch.get_num_threads(),))
         self._ahead: dict[int, list[Future[Sample]]] = {}
@@ -50,6 +39,10 @@ class StepSamples(Generic[Sample]):
     def __exit__(self, *_exception: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    @abstractmethod
+    def _draw(self, index: int, step: int, place: int) -> Sample:
+        """A sample of an image. Only index, step and place in the batch decide it, so that training can resume."""
+
     def take(self, step: int) -> list[Sample]:
         """The samples of a step, which is then forgotten."""
         self._submit(step)
@@ -59,5 +52,5 @@ class StepSamples(Generic[Sample]):
 
     def _submit(self, step: int) -> None:
         if step not in self._ahead:
-            batch = chosen(self._images, self._batch, step, self._seed)
+            batch = chosen(self._count, self._batch, step, self._seed)
             self._ahead[step] = [self._pool.submit(self._draw, index, step, place) for place, index in enumerate(batch)]

@@ -120,7 +120,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
     return Colours(float(gamma), (red, green, blue)) if changed else None
 
 
-class DepthCrops:
+class DepthCrops(StepSamples[tuple[Tensor, Drawn, Tensor]]):
     """Random crops, rendered and passed through the model in every step, as published.
 
     Args:
@@ -144,22 +144,8 @@ class DepthCrops:
     ) -> None:
         for image in images.images:  # now, not hours later
             _require_room(image, protocol, part)
-        self._source, self._images, self._part = source, images.images, part
-        self._protocol, self._seed = protocol, seed
-        self._samples = StepSamples(
-            self._draw,
-            images=len(images.images),
-            batch=protocol.batch,
-            steps=protocol.steps,
-            seed=seed,
-            device=source.device,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._samples.__exit__(*exception)
+        super().__init__(len(images.images), protocol.batch, protocol.steps, seed, source.device)
+        self._source, self._images, self._part, self._protocol = source, images.images, part, protocol
 
     @property
     def channels(self) -> int:
@@ -170,7 +156,7 @@ class DepthCrops:
 
     def loss(self, probe: DepthProbe, step: int) -> Tensor:
         """Loss of a step's crops."""
-        protocol, drawn = self._protocol, self._samples.take(step)
+        protocol, drawn = self._protocol, self.take(step)
         features, token = self._source.features_and_class(torch.stack([inputs for inputs, _, _ in drawn]))
         crop = drawn[0][1].crop
         rows, columns = crop.places_shown(crop.size if protocol.pads == "stretched" else None)

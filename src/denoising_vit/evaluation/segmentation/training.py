@@ -156,7 +156,7 @@ class KeptFeatures:
         return -(scores.log_softmax(-1) * counts[:, :-1]).sum() / counts.sum()
 
 
-class RandomCrops:
+class RandomCrops(StepSamples[_Drawn]):
     """Random crops of images, rendered and passed through the model in every step, as published.
 
     Args:
@@ -170,26 +170,13 @@ class RandomCrops:
     def __init__(
         self, source: FeatureSource, images: LabelledSet, protocol: Protocol, seed: int, channels: int
     ) -> None:
+        super().__init__(len(images.images), protocol.batch, protocol.steps, seed, source.device)
         self.channels = channels
-        self._source, self._images, self._protocol, self._seed = source, images.images, protocol, seed
-        self._samples = StepSamples(
-            self._draw,
-            images=len(images.images),
-            batch=protocol.batch,
-            steps=protocol.steps,
-            seed=seed,
-            device=source.device,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._samples.__exit__(*exception)
+        self._source, self._images, self._protocol = source, images.images, protocol
 
     def loss(self, probe: LinearProbe, step: int) -> Tensor:
         """Cross-entropy of a step's crops."""
-        drawn = self._samples.take(step)
+        drawn = self.take(step)
         features = self._source.features(torch.stack([inputs for inputs, _, _ in drawn]))
         scores = probe(features)
         total = torch.zeros((), device=scores.device)
