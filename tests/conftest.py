@@ -80,6 +80,7 @@ SLOW = (
     "test_distillation_teacher",
     "test_export",
     "test_export_huggingface",
+    "test_faults",
     "test_fit_local",
     "test_fit_resume",
     "test_huggingface",
