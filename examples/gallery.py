@@ -24,7 +24,7 @@ from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, pa
 #: All colour photographs of scikit-image that come with it and are free to show.
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 
-FEATURES = "raw,subtract,denoiser,exact"
+FEATURES = "raw,subtract,project,average,denoiser,exact"
 KINDS = {
     "pca": "The three strongest directions of the features as red, green and blue, in one basis for each row.",
     "norm": "The length of each feature vector, on one scale for each row.",

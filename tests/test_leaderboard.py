@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tyro
 
 from denoising_vit.cli.report import report
@@ -104,3 +105,19 @@ def test_the_verb_puts_details_below_and_may_replace_its_own_page(tmp_path: Path
         assert text.startswith(f"{head}\n## Leaderboard\n") and text.endswith(f"\n## Nearest neighbours\n{details}")
     assert tyro.cli(report, args=[str(results), "-o", str(out)]) == 0
     assert out.read_text() == plainly
+
+
+def test_a_picture_is_shown_below_the_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, picture = write(tmp_path / "results.jsonl", line(), denoised()), tmp_path / "maps of photos.png"
+    shown = [str(results), "--picture", str(picture), "-o", str(tmp_path / "page.md")]
+    assert tyro.cli(report, args=[*shown, "--leaderboard"]) == 2
+    assert f"--picture {picture}: expected an image file, and --leaderboard" in capsys.readouterr().err
+    picture.touch()
+    assert tyro.cli(report, args=shown) == 2
+    assert tyro.cli(report, args=[*shown, "--leaderboard"]) == 0
+    head, details = (
+        (tmp_path / "page.md")
+        .read_text()
+        .split("\n\n![The same photos, by kind of features](<maps of photos.png>)\n\n")
+    )
+    assert "\n## Leaderboard\n" in head and details.startswith("## Nearest neighbours\n")

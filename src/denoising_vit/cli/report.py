@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ def report(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")],
     runs: tuple[Path, ...] = (),
     leaderboard: tyro.conf.FlagCreatePairsOff[bool] = False,
+    picture: Path | None = None,
 ) -> int:
     """Tables in Markdown from results files, with published figures beside measured ones.
 
@@ -30,8 +32,9 @@ def report(
     Args:
         results: files of JSON lines that `dvit evaluate` wrote, one or more.
         out: the file (.md).
-        runs: folders of `dvit train` or `dvit distill`, whose looks at held-out images are told of as well.
+        runs: folders of `dvit train` or `dvit distill`, whose evaluations on held-out images are listed as well.
         leaderboard: begin with a table of features by tasks, which marks the differences that are certain.
+        picture: image file to show below the leaderboard, such as a sheet of `dvit show` with the same features.
     """
     from denoising_vit.evaluation.tables import read_entries, report_markdown
     from denoising_vit.evaluation.tables.markdown import code
@@ -41,6 +44,11 @@ def report(
         return WRONG_USAGE
     if out.suffix != ".md" or not out.parent.is_dir() or out.is_dir():
         print_error(f"-o {out}: expected the name of a .md file in a folder that exists")
+        return WRONG_USAGE
+    if picture is not None and not (leaderboard and picture.is_file()):
+        print_error(
+            f"--picture {picture}: expected an image file, together with --leaderboard, below which it is shown"
+        )
         return WRONG_USAGE
     if any(out.resolve() == path.resolve() for path in results):
         print_error(f"-o {out}: this file is among the results; name another, so that they are not lost")
@@ -52,7 +60,8 @@ def report(
         print_error(f"{line.file}:{line.line}: {line.reason}", "skipped")
     try:
         with atomic_path(out, new=not replaces) as temporary:
-            text = report_markdown(found, runs, leading=leaderboard)
+            shown = None if picture is None else Path(os.path.relpath(picture, out.parent)).as_posix()
+            text = report_markdown(found, runs, leading=leaderboard, picture=shown)
             temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # no CRLF anywhere
     except OSError as error:
         print_error(f"cannot write {out} ({error.strerror or error})")

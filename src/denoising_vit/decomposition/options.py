@@ -23,11 +23,35 @@ def _option(default: Any, decides: Decides = "result", method: str | None = None
 
 
 @dataclass(frozen=True)
-class ExactOptions:
+class StageOneCrops:
+    """Which crops stage 1 sees.
+
+    Attributes:
+        views: number of crops of each photo for stage 1, the whole photo included.
+        area: least and largest share of the photo that a crop of stage 1 covers.
+        ratio: least and largest width over height of such a crop, measured in the frame of the views.
+    """
+
+    views: int = _option(64, "views")
+    area: tuple[float, float] = _option(CropOptions.area, "views")
+    ratio: tuple[float, float] = _option(CropOptions.ratio, "views")
+
+    @property
+    def as_published(self) -> set[str]:
+        """The options with the published areas and ratios. Records leave them out, as when there were no others."""
+        return {name for name in ("area", "ratio") if getattr(self, name) == getattr(CropOptions, name)}
+
+
+@dataclass(frozen=True)
+class ExactOptions(StageOneCrops):
     """How the exact method fits a photo.
 
     Attributes:
         views: number of crops of each photo, the whole photo included.
+        area: least and largest share of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the context of
+            the whole photo, and 8 to 16 of them do; but they tell artifact from content less well, so give the
+            backbone's artifact with them, or `none`.
+        ratio: least and largest width over height of a crop, measured in the frame of the views.
         size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
         resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
         smoothness: exact only; weight of the penalty on differences within the semantic field.
@@ -37,24 +61,17 @@ class ExactOptions:
         coverage: even sees borders nearly as often as the middle; plain draws crops as published; released makes views
             as the released code does (whole pixels of the photo squeezed to the size of a view, patches put from edge
             to edge of a view), for the neural field's released recipe only.
-        area: least and largest share of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the context of
-            the whole photo, and 8 to 16 of them do; but they tell artifact from content less well, so give the
-            backbone's artifact with them, or `none`.
-        ratio: least and largest width over height of a crop, measured in the frame of the views.
         taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
             (0), seams show where crops end.
         seed: seed for the crops; the same seed gives the same result.
     """
 
-    views: int = _option(64, "views")
     size: int | tuple[int, int] | None = _option(None, "shape")
     resolution: int | None = _option(None, "shape")
     smoothness: float = _option(1e-2, method="exact")
     shrinkage: float = _option(1e-3, method="exact")
     clip: float | None = _option(None, method="exact")
     coverage: Coverage = _option("even", "views")  # noqa: RUF009, a field
-    area: tuple[float, float] = _option(CropOptions.area, "views")
-    ratio: tuple[float, float] = _option(CropOptions.ratio, "views")
     taper: float = _option(0.3, "views", method="exact")
     seed: int = _option(0, "views")
 
@@ -126,8 +143,6 @@ class DenoiseOptions(ExactOptions):
     def recorded(self, *without: Decides) -> dict[str, Any]:
         """The options of the method, as JSON values.
 
-        The published areas and ratios of crops are left out, as in records from when there were no others.
-
         Args:
             without: leave out options that decide this.
         """
@@ -138,7 +153,7 @@ class DenoiseOptions(ExactOptions):
             roles |= {"seed": "result", "held_out": "result"}
         unused = {each.name for each in fields(self) if each.metadata["method"] not in (None, self.method)}
         unused |= {name for name, role in roles.items() if role in without}
-        unused |= {name for name in ("area", "ratio") if getattr(self, name) == getattr(CropOptions, name)}
+        unused |= self.as_published
         kept = {name: value for name, value in asdict(self).items() if name not in unused}
         return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}
 

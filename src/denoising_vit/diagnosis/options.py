@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from denoising_vit.decomposition.options import CalibrationOptions
+from denoising_vit.decomposition.options import CalibrationOptions, StageOneCrops
 from denoising_vit.errors import PlanError
 
 
 @dataclass(frozen=True)
-class DiagnoseOptions:
+class DiagnoseOptions(StageOneCrops):
     """Options of a diagnosis.
 
     Attributes:
         views: number of crops of each photo for stage 1, including the whole photo; few suffice, because all photos
             share the artifact.
         size: height and width of a view in pixels, or one number for a square; the backbone's own by default.
-        area: least and largest share of the photo that a crop covers.
-        ratio: least and largest width over height of a crop.
         clip: scale down tokens with norms more than this many median absolute deviations above the median before
             fitting, so that outlier tokens matter less; off if None.
         shown: number of photos with maps on the page.
@@ -28,8 +26,6 @@ class DiagnoseOptions:
 
     views: int = 8
     size: int | tuple[int, int] | None = None
-    area: tuple[float, float] = CalibrationOptions.area
-    ratio: tuple[float, float] = CalibrationOptions.ratio
     clip: float | None = 6.0
     shown: int = 6
     seed: int = 0
@@ -49,6 +45,5 @@ class DiagnoseOptions:
         return options
 
     def recorded(self) -> dict[str, Any]:
-        """The options for the record; without the published areas and ratios of crops, as in earlier records."""
-        published = [name for name in ("area", "ratio") if getattr(self, name) == getattr(CalibrationOptions, name)]
-        return {name: value for name, value in asdict(self).items() if name not in published}
+        """The options for the record."""
+        return {name: value for name, value in asdict(self).items() if name not in self.as_published}

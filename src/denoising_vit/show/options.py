@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.options import DenoiseOptions, StageOneCrops
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import KINDS, GivenDenoiser, features_arg, parse_names
 from denoising_vit.maps.titles import TITLES
@@ -23,7 +23,7 @@ MAPS = dict(TITLES) | {
 
 
 @dataclass(frozen=True)
-class ShowOptions:
+class ShowOptions(StageOneCrops):
     """What a sheet shows of each photo.
 
     Attributes:
@@ -34,11 +34,8 @@ class ShowOptions:
         at: place of the patch for similarity, as shares of height and width.
         clusters: number of k-means clusters.
         upsample: upsampling of clean features of stages 1 and 2.
-        views: for exact: number of crops.
-        area: for exact: least and largest share of the photo that a crop covers.
-        ratio: for exact: least and largest width over height of a crop.
         size: height and width of the input in pixels, or one number for a square; the backbone's own by default.
-        seed: for exact: seed for the crops.
+        seed: exact only; seed for the crops.
     """
 
     features: Annotated[
@@ -49,9 +46,6 @@ class ShowOptions:
     at: tuple[float, float] = (0.5, 0.5)
     clusters: int = 6
     upsample: int = 1
-    views: int = DenoiseOptions.views
-    area: tuple[float, float] = DenoiseOptions.area
-    ratio: tuple[float, float] = DenoiseOptions.ratio
     size: int | tuple[int, int] | None = None
     seed: int = DenoiseOptions.seed
 
@@ -64,7 +58,8 @@ class ShowOptions:
         self.kinds()
         if self.features is not None:
             parse_names(self.features, KINDS)
-        for name in ("clusters", "upsample", "views"):
+        self.denoising().validate()
+        for name in ("clusters", "upsample"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, got {getattr(self, name)}")
         if not all(0 <= place <= 1 for place in self.at):

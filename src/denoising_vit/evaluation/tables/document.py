@@ -25,13 +25,16 @@ from denoising_vit.evaluation.tables.sections import (
 _OVERVIEW = ("features", "size", "crops")
 
 
-def report_markdown(results: Entries, runs: Sequence[Path] = (), *, leading: bool = False) -> str:
+def report_markdown(
+    results: Entries, runs: Sequence[Path] = (), *, leading: bool = False, picture: str | None = None
+) -> str:
     """Markdown with every table. The same results give the same text, so it can be kept under version control.
 
     Args:
         results: content of the results files.
         runs: folders of training runs to include.
         leading: begin with a leaderboard of features by tasks.
+        picture: address of a picture of the same photos by each kind of features, shown below the leaderboard.
 
     Raises:
         EvaluationError: if a folder is not that of a run.
@@ -48,6 +51,7 @@ def report_markdown(results: Entries, runs: Sequence[Path] = (), *, leading: boo
     found = sections(results.entries)
     if leading:
         blocks += [["## Leaderboard"], *leaderboard(found)]
+        blocks += [] if picture is None else [[f"![The same photos, by kind of features](<{picture}>)"]]
     for task, info in TASKS.items():
         members = [section for section in found if section.task == task]
         if members:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.options import DenoiseOptions, StageOneCrops
 from denoising_vit.errors import ClipError, PlanError
 from denoising_vit.extractors import KINDS, features_arg, parse_names
 from denoising_vit.maps.titles import TITLES
@@ -41,7 +41,7 @@ _LEAST = {
 
 
 @dataclass(frozen=True)
-class VideoOptions:
+class VideoOptions(StageOneCrops):
     """What a video shows.
 
     Attributes:
@@ -61,9 +61,6 @@ class VideoOptions:
         frames: also write every frame as a PNG.
         basis_frames: number of frames, evenly spread over the clip, that colours are fitted on.
         part_frames: frames in each part that is kept while a video is unfinished.
-        views: exact only; number of crops of every frame.
-        area: exact only; least and largest share of the frame that a crop covers.
-        ratio: exact only; least and largest width over height of a crop.
         batch_size: frames per forward pass; chosen for the device by default.
     """
 
@@ -80,9 +77,6 @@ class VideoOptions:
     frames: bool = False
     basis_frames: int = 16
     part_frames: int = 48
-    views: int = DenoiseOptions.views
-    area: tuple[float, float] = DenoiseOptions.area
-    ratio: tuple[float, float] = DenoiseOptions.ratio
     batch_size: int | None = None
 
     def validate(self) -> None:
@@ -122,9 +116,9 @@ class VideoOptions:
         return broadcast if given.denominator > 1 and abs(broadcast - given) < Fraction(5, 1000) else given
 
     def recorded(self) -> dict[str, Any]:
-        """The options that decide the frames, as JSON values; without the published areas and ratios of crops."""
-        published = {name for name in ("area", "ratio") if getattr(self, name) == getattr(DenoiseOptions, name)}
-        kept = {name: value for name, value in asdict(self).items() if name not in published.union(_INDIFFERENT)}
+        """The options that decide the frames, as JSON values."""
+        without = self.as_published.union(_INDIFFERENT)
+        kept = {name: value for name, value in asdict(self).items() if name not in without}
         return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}
 
 
