@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import denoising_vit as dv
 from denoising_vit import Artifact, Backbone, DenoisedViT, Denoiser
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.training_free import AveragedViT
+from denoising_vit.errors import DenoisingVitWarning
+from denoising_vit.training_free import AveragedViT, Registers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -376,3 +377,47 @@ def test_torch_hub_on_a_clone() -> None:
     model = cast(Any, torch.hub.load(str(root), "clean", "vit_tiny_patch16_224", source="local", **options))
     assert "mean of 2 moved passes" in repr(model)
     assert model.forward_features(images()).shape == (2, 17, 192)
+
+
+def test_options_that_are_none_are_not_given() -> None:
+    model, image = dv.clean(tiny(), "average", passes=None, mean=None), images()
+    torch.testing.assert_close(model.forward_features(image), dv.clean(tiny(), "average").forward_features(image))
+    with pytest.raises(dv.PlanError, match="unlabelled photos"):
+        dv.clean(tiny(), "registers", registers=None, size=(64, 64))
+
+
+def test_options_beside_a_ready_subspace_are_refused() -> None:
+    subspace = dv.find_subspace(dv.load_backbone(tiny(), device="cpu", dtype="float32"), rank=2)
+    with pytest.raises(dv.PlanError, match="subspace is given, so that rank, size would not be used"):
+        dv.clean(tiny(), "project", subspace=subspace, rank=1, size=(64, 64))
+
+
+@pytest.mark.parametrize("before", ["average", "registers"])
+def test_a_model_keeps_its_cleaner_if_another_is_refused(before: str) -> None:
+    model, image = tiny(), images()
+    backbone = dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32")
+    registers = Registers(((0, 3),), describe(backbone), {})
+    dv.clean(model, before, **({"registers": registers} if before == "registers" else {"passes": 2}))
+    clean, described = model.forward_features(image), repr(model)
+    with pytest.raises(dv.ArtifactError):
+        dv.clean(model, "subtract")
+    assert repr(model) == described
+    assert torch.equal(model.forward_features(image), clean)
+    raw = dv.restore(model).forward_features(image)
+    assert torch.equal(raw, tiny().forward_features(image)) and not torch.equal(raw, clean)
+
+
+def test_arguments_by_position_reach_every_moved_pass(dinov2: Any) -> None:
+    model, image = dv.clean(copy.deepcopy(dinov2), "average", passes=2), images(2, 56, 56)
+    masked = torch.zeros(2, 16, dtype=torch.bool)
+    masked[:, 5] = True
+    by_name = model(image, bool_masked_pos=masked).last_hidden_state
+    assert torch.equal(model(image, masked).last_hidden_state, by_name)
+    assert not torch.allclose(model(image).last_hidden_state, by_name)
+
+
+def test_a_warning_names_the_line_that_asked() -> None:
+    backbone = dv.load_backbone(tiny(), device="cpu", dtype="float32")
+    with pytest.warns(DenoisingVitWarning) as found:
+        dv.clean(tiny(), "registers", registers=Registers((), describe(backbone), {"reason": "no outliers"}))
+    assert found[0].filename == __file__

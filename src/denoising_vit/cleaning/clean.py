@@ -18,9 +18,7 @@ from torch import nn
 from denoising_vit.artifact import SHIPPED, Artifact, load_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.huggingface_loading import is_model_of_transformers, wrap_huggingface
-from denoising_vit.backbones.module import (
-    ModuleBackbone,
-)
+from denoising_vit.backbones.module import ModuleBackbone
 from denoising_vit.backbones.subclassing import generalise, specialise
 from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT, any_size, timm_name
 from denoising_vit.cleaning.models import CleanBackbone, Cleaned, CleanModule, CleanTimm, CleanTransformers
@@ -80,12 +78,16 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
     """
     if method not in _OPTIONS:
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(_OPTIONS)}")
+    options = {name: value for name, value in options.items() if value is not None}
     of_module = {name: options.pop(name) for name in _MODULE if name in options}
     if unknown := [name for name in options if name not in _OPTIONS[method]]:
         known = ", ".join((*_OPTIONS[method], *_MODULE))
         raise PlanError(f"method {method!r} has no option {', '.join(map(repr, unknown))}; choose from {known}")
-    restore(model)
-    with _evaluating(model), torch.no_grad():
+    ready = {"project": "subspace", "registers": "registers"}.get(method)
+    if ready in options and len(options) > 1:
+        unused = ", ".join(name for name in options if name != ready)
+        raise PlanError(f"{ready} is given, so that {unused} would not be used; leave one of them out")
+    with _evaluating(model), torch.no_grad(), _restored(model):
         target, backbone, mixin = _target(model, of_module)
         if method == "registers":
             _install_registers(target, backbone, _registers(backbone, options))
@@ -99,9 +101,9 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
         else:
             cleaner = _cleaner(method, backbone, options)
         target.__dict__["_cleaning"] = cleaning_of(method, cleaner, passes, backbone)
-    specialise(target, mixin)
-    if isinstance(target, Backbone):
-        target._fingerprint = None
+        specialise(target, mixin)
+        if isinstance(target, Backbone):
+            target._fingerprint = None
     return model
 
 
@@ -131,7 +133,7 @@ def _cleaner(method: str, backbone: Backbone, options: dict[str, Any]) -> nn.Mod
             given.require_of(backbone)
             return given
         return find_denoiser(given, backbone).denoiser
-    found = options.pop("subspace", None)
+    found = options.get("subspace")
     if found is None:
         if "artifact" in options:
             options["artifact"] = _artifact(options["artifact"], backbone)
@@ -196,6 +198,22 @@ def _refuse(given: dict[str, Any], what: str) -> None:
 
 
 @contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """The model without its earlier cleaner inside the block; it is put back if the block fails."""
+    before = [(module, type(module), dict(vars(module)), dict(module._forward_pre_hooks)) for module in model.modules()]
+    restore(model)
+    try:
+        yield
+    except BaseException:
+        for module, kind, held, hooks in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(held)
+            module._forward_pre_hooks.update(hooks)
+        raise
+
+
+@contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block."""
     training = [module for module in model.modules() if module.training]
@@ -214,7 +232,7 @@ def _install_registers(target: nn.Module, backbone: Backbone, found: Registers) 
     if not isinstance(inside, TimmViT):
         raise BackboneError(f"test-time registers need a timm VisionTransformer, got {backbone.name}")
     if not found.neurons:
-        warnings.warn(f"{backbone.name}: {found}", DenoisingVitWarning, stacklevel=4)
+        warnings.warn(f"{backbone.name}: {found}", DenoisingVitWarning, stacklevel=3)
         return
     registering.install(inside, found.neurons)
     inside.__dict__["_registers"] = found

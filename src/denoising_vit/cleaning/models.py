@@ -102,10 +102,13 @@ class CleanTransformers(Cleaned):
         found = run(*args, **kwargs)
         cleaning = self._cleaning
 
-        others = {name: value for name, value in kwargs.items() if name != "pixel_values"}
+        def run_on(moved_image: Tensor) -> Any:
+            if "pixel_values" in kwargs:
+                return run(*args, **kwargs | {"pixel_values": moved_image})
+            return run(moved_image, *args[1:], **kwargs)
 
         def again(moved_image: Tensor) -> Tensor:
-            return tensor_in(run(pixel_values=moved_image, **others), "the model")
+            return tensor_in(run_on(moved_image), "the model")
 
         def cleaned(tokens: Tensor, normed: bool, rerun: Callable[[Tensor], Tensor]) -> Tensor:
             prefix, patches = tokens[:, : cleaning.prefix], tokens[:, cleaning.prefix :]
@@ -122,7 +125,7 @@ class CleanTransformers(Cleaned):
             return changed
 
         def again_before_the_norm(moved_image: Tensor) -> Tensor:
-            more = _hidden_states(run(pixel_values=moved_image, **others))[0]
+            more = _hidden_states(run_on(moved_image))[0]
             assert more is not None  # as in the first pass
             return more[-1]
 
