@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -27,7 +28,7 @@ from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.stage_one import Done, Ready, StageOne, finish_together
 from denoising_vit.errors import FitError, PhotoError, PlanError, StoreError
 from denoising_vit.fit.job import Estimate, FitJob
-from denoising_vit.fit.local import manifest_of
+from denoising_vit.fit.local import _OpenShard, _Writers, manifest_of
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore, layout
 from denoising_vit.store.fields import FieldArray
@@ -806,3 +807,20 @@ def test_a_compiled_backbone_is_asked_for_once_a_device(
     assert asked == []
     tiny.prepare(photos, tmp_path / "store", spec, compiled=True)
     assert asked == [False]
+
+
+def test_every_lease_ends_where_one_cannot_be_ended() -> None:
+    ended: list[int] = []
+
+    def leases(shard: int) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        stack.callback(ended.append, shard)
+        if shard == 1:
+            stack.callback(lambda: (_ for _ in ()).throw(OSError("no longer reachable")))
+        return stack
+
+    run: Any = None
+    with pytest.raises(OSError, match="no longer reachable"), _Writers(run, hold=False) as writers:
+        writer: Any = None
+        writers._open = {shard: _OpenShard(writer, leases(shard), 1) for shard in range(3)}
+    assert sorted(ended) == [0, 1, 2]

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
@@ -28,6 +29,7 @@ from denoising_vit.errors import DenoisingVitError, DenoisingVitWarning, FitErro
 from denoising_vit.fit import job as jobs
 from denoising_vit.fit import ray_engine
 from denoising_vit.fit.job import FitJob
+from denoising_vit.fit.options import FitOptions
 from denoising_vit.fit.ray_engine import RayJob, ShardFitter
 from denoising_vit.store import FeatureStore, layout
 
@@ -350,3 +352,10 @@ def test_a_killed_worker_costs_its_shard_alone(cluster: Child, spec: BackboneSpe
     undisturbed = tiny.prepare(data, tmp_path / "undisturbed", spec, stage_one=slow)
     undisturbed.run()
     assert tiny.contents(tmp_path / "store") == tiny.contents(tmp_path / "undisturbed")
+
+
+def test_a_cluster_without_a_machine_is_refused() -> None:
+    ray = SimpleNamespace(nodes=lambda: [{"Alive": False, "Resources": {"CPU": 8.0}}])
+    job: Any = SimpleNamespace(options=FitOptions(workers=2, worker_cpus=1.0), on_gpu=False)
+    with pytest.raises(FitError, match="asks for 1 CPUs and the largest machine of the cluster has 0"):
+        ray_engine._request(ray, job)

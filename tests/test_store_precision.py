@@ -75,6 +75,14 @@ def test_a_patch_that_int8_turns_too_far_is_refused() -> None:
         stored_field(field, manifest_of("int8", (1, 2, 2)), "a.jpg")
 
 
+def test_a_field_in_any_order_of_memory_is_stored_alike() -> None:
+    field = field_of(0)
+    moved = field.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not moved.is_contiguous()
+    one, other = (stored_field(each, manifest_of("int8"), "a.jpg") for each in (field, moved))
+    assert encode(one, 0, {}) == encode(other, 0, {})
+
+
 def test_patches_of_zeros_are_no_reason_to_refuse() -> None:
     stored = stored_field(torch.zeros(SHAPE), manifest_of("int8"), "a.jpg")
     assert not stored.floats.any() and stored.exists

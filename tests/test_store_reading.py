@@ -111,6 +111,13 @@ def test_failed_image_of_an_unsealed_shard_gives_its_reason(tmp_path: Path) -> N
         store[2]
 
 
+def test_a_damaged_reason_does_not_hide_the_other_failures(tmp_path: Path) -> None:
+    store = fill(make(tmp_path / "store"), fail=(2, 3), leave=(4,))
+    path_in(store, "failed/00000002.json").write_text("{")
+    found = FeatureStore.open(store.url).failed()
+    assert "failed/00000002.json is damaged" in found[2] and found[3] == "no luck with 3"
+
+
 def test_image_that_is_sealed_while_it_is_read_is_found(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, original = FeatureStore.open(store.url), type(store.objects).read
 

@@ -182,8 +182,10 @@ class _Writers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._seal.shutdown()  # before the leases, which sealing needs
+        every = contextlib.ExitStack()  # which ends the other leases where one cannot be ended
         for shard in list(self._open):
-            self._open.pop(shard).leases.__exit__(kind, error, trace)
+            every.push(self._open.pop(shard).leases)
+        every.__exit__(kind, error, trace)
 
     def open_shards(self, shards: Iterator[int]) -> Iterator[int]:
         """The unfinished photos of shards, each leased when its first photo is due."""

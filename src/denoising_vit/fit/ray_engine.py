@@ -187,7 +187,7 @@ def _request(ray: Any, job: RayJob) -> dict[str, Any]:
         FitError: if no machine has as many.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {kind: max(machine.get(kind, 0.0) for machine in machines) for kind in ("CPU", "GPU")}
+    most = {kind: max((machine.get(kind, 0.0) for machine in machines), default=0.0) for kind in ("CPU", "GPU")}
     options = job.options
     cpus, gpus = options.worker_cpus, options.worker_gpus
     if cpus is None:

@@ -91,7 +91,7 @@ def stored_field(field: Tensor, manifest: Manifest, name: str) -> StoredField:
 
 def _quantized(field: Tensor, name: str) -> StoredField:
     """Quantize a float16 field (Ry, Rx, C) to int8, a few patches at a time so that they stay in the cache."""
-    patches = field.flatten(0, 1)  # (Ry Rx, C)
+    patches = field.flatten(0, 1).contiguous()  # (Ry Rx, C)
     scale = torch.maximum(patches.amax(0), -patches.amin(0)).float() / 127  # (C,)
     inverse = scale.where(scale > 0, 1.0).reciprocal()
     values = torch.empty_like(patches, dtype=torch.int8)

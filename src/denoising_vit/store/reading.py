@@ -151,6 +151,8 @@ class StoreReader:
                 found[index] = self.reason(index)
             except FileNotFoundError:  # finished in a second attempt meanwhile
                 continue
+            except StoreError as error:  # the image failed nevertheless, and the next run tries it again
+                found[index] = str(error)
         return found
 
     def reason(self, index: int) -> str:
