@@ -13,6 +13,7 @@ import tiny_export as tiny
 from command import Dvit, Outcome, in_process
 from denoising_vit.data.photos import is_panel
 from denoising_vit.denoiser import write_denoiser
+from denoising_vit.errors import OutputError
 from denoising_vit.maps import read_palette
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,3 +129,14 @@ def test_a_folder_that_cannot_be_written_to_is_said(show: Show, photos: Path, tm
     (tmp_path / "file").write_text("in the way")
     done = show(photos, "-o", "file/s.png")
     assert done.code == 2 and "cannot write to file (Not a directory)" in done.words
+
+
+def test_an_error_while_drawing_ends_the_command(show: Show, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not be taken for a name that belongs to somebody else, after which the next name would be tried."""
+
+    def fail(*_: object, **_more: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("denoising_vit.show.sheets.draw_sheet", fail)
+    done = show(photos, "-o", "sheets")
+    assert done.code == 2 and "the disk is full" in done.words

@@ -185,6 +185,17 @@ def test_stage_1_is_shown_beside_another_method(result: Decomposition) -> None:
     assert "<h3>Command</h3>" not in html
 
 
+@pytest.mark.parametrize("method", ["neural-field", "project"])
+def test_clean_features_of_any_method_have_a_page(result: Decomposition, method: str) -> None:
+    page = PhotosPage(None)
+    page.add("a.jpg", planted.photos(1)[0], Decomposition(**vars_of(result), info=result.info | {"method": method}))
+    found = Page(page.render([row("a.jpg")], {}, "vit"))
+    assert [image["alt"] for image in found.images("PCA of")] == [
+        f"PCA of {name} features of a.jpg" for name in ("raw", method)
+    ]
+    assert len(found.images("G of")) == 1
+
+
 def vars_of(result: Decomposition) -> dict[str, Any]:
     return {name: getattr(result, name) for name in ("field", "artifact", "raw", "size", "patch_size", "stride")}
 

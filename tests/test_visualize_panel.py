@@ -234,3 +234,20 @@ def test_wrong_arguments(tmp_path: Path):
     with pytest.raises(ValueError, match="1 of 210 values are not"):
         draw_panel(photo(4, 4), broken, path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("method", ["exact", "subtract", "project", "average"])
+def test_only_what_separates_the_artifact_shows_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    headings: list[str] = []
+    real = Sheet.picture
+
+    def noted(self: Sheet, row: int, column: int, pixels: np.ndarray, heading: str = "", **more: Any) -> None:
+        headings.append(heading)
+        real(self, row, column, pixels, heading, **more)
+
+    monkeypatch.setattr(Sheet, "picture", noted)
+    draw(tmp_path, photo(30, 45), decomposition(method=method))
+    assert any("artifact G" in heading for heading in headings) == (method in ("exact", "subtract"))
+    assert (method in headings) == (method in ("project", "average"))

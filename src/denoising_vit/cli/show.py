@@ -183,7 +183,11 @@ class _Job:
             path = self.out / f"{name}.{self.kind}"
             if path in taken:
                 continue
-            with contextlib.suppress(OutputError, FileExistsError), owned_path(path, mark) as temporary:
+            with contextlib.suppress(FileExistsError), contextlib.ExitStack() as stack:
+                try:
+                    temporary = stack.enter_context(owned_path(path, mark))
+                except OutputError:  # not an earlier sheet of this photo
+                    continue
                 self._draw([photo], [palette], temporary, path.suffix)
                 taken.add(path)
                 return

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from denoising_vit.decomposition.options import STAGE_ONE
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.maps.features import Bar, to_map
 from denoising_vit.maps.norms import SIMILARITY_BAR, NormScale, similarity_maps
@@ -64,10 +65,11 @@ def draw_panel(
     if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8 or photo.size == 0:
         raise ValueError(f"photo must be an (H, W, 3) uint8 array, got {photo.dtype} of shape {photo.shape}")
     aspect = photo.shape[1] / photo.shape[0]
-    of_denoiser = result.info.get("method") == "denoiser"
-    if exact is not None and not of_denoiser:
+    method = str(result.info.get("method", "exact"))
+    if exact is not None and method != "denoiser":
         raise ValueError("exact is drawn beside the result of a denoiser only; this result is of another method")
-    results = {"denoiser" if of_denoiser else "denoised": result} | ({} if exact is None else {"exact": exact})
+    separated = method in (*STAGE_ONE, "subtract")  # other methods do not tell G from the rest that they remove
+    results = {"denoised" if separated else method: result} | ({} if exact is None else {"exact": exact})
     palette = Palette([result.raw, *(one.semantic for one in results.values())])
     maps = {"raw": result.raw} | {
         name: one.semantic if upsample == 1 else one.upsample(upsample) for name, one in results.items()
@@ -75,7 +77,7 @@ def draw_panel(
     columns = _columns(maps, palette)
     height, width = result.raw.shape[:2]
     centre = (height // 2 + 0.5) / height, (width // 2 + 0.5) / width
-    if of_denoiser:
+    if not separated:
         sheet = Sheet([aspect] * 4, 1 + len(maps), title)
         for row, label in enumerate((*(TITLES[kind] for kind in _KINDS), _SIMILARITY)):
             ring = centre if row == 3 else None

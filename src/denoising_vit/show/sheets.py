@@ -44,11 +44,7 @@ class ShownPhoto:
     def maps(self, upsample: int = 1) -> dict[str, Tensor]:
         """Features (h, w, C) by name; clean ones upsampled by this factor."""
         return {
-            name: result.raw
-            if not KINDS[name].cleans
-            else result.semantic
-            if upsample == 1
-            else result.upsample(upsample)
+            name: result.raw if not cleans(name) else result.semantic if upsample == 1 else result.upsample(upsample)
             for name, result in self.found.items()
         }
 
@@ -101,6 +97,11 @@ class PhotoExtractor:
         return ShownPhoto(name, pixels, {each: found[self._raw_from if each == "raw" else each] for each in self.names})
 
 
+def cleans(name: str) -> bool:
+    """True for clean features; fields of the neural field are, and no kind of features."""
+    return name not in KINDS or KINDS[name].cleans
+
+
 def _denoising(name: str, backbone: Backbone, cleaners: Cleaners, options: DenoiseOptions) -> Denoising:
     kind = KINDS[name]
     if not kind.cleans:  # the output of a backbone
@@ -146,7 +147,7 @@ def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[
 
 def _removed(kind: str, photo: ShownPhoto) -> dict[str, Picture | None]:
     """G, its norm, or the norm of the residual, in their own colours because they are small beside the features."""
-    cleaned = {name: result for name, result in photo.found.items() if KINDS[name].cleans}
+    cleaned = {name: result for name, result in photo.found.items() if cleans(name)}
     parts = {name: result.residual if kind == "residual" else result.artifact for name, result in cleaned.items()}
     # A denoiser does not separate G from the rest that it removes: its G is zero, and not drawn.
     parts = {name: part for name, part in parts.items() if kind == "residual" or bool(part.any())}
