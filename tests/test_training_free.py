@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.extractors import Cleaners
 from denoising_vit.training_free import AveragedViT, Registers, find_registers, find_subspace, with_registers
 from denoising_vit.training_free.average import aligned_mean, moved, moves
+from denoising_vit.training_free.common import photo_images
 from denoising_vit.training_free.project import choose_rank, place_directions, principal_directions
-from denoising_vit.training_free.registers import _Shift
+from denoising_vit.training_free.registers import _Shift, has_registers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -348,3 +350,30 @@ def test_registers_need_a_plain_vit() -> None:
     model = timm.create_model("vit_small_patch16_dinov3", depth=1, num_classes=0, dynamic_img_size=True)
     with pytest.raises(dv.BackboneError, match="need a timm VisionTransformer"):
         dv.clean(model, "registers", photos=torch.randn(1, 3, 64, 64), size=(64, 64))
+
+
+def test_no_more_photos_are_read_than_used(tiny_vit: Backbone) -> None:
+    read = []
+
+    def photos() -> Iterator[np.ndarray]:
+        for number in range(5):
+            read.append(number)
+            yield planted.photos(1)[0]
+
+    assert len(photo_images(photos(), tiny_vit, (48, 48), most=2)) == 2
+    assert read == [0, 1]
+
+
+def test_registers_behind_a_cleaner_are_seen(tiny_vit: Backbone) -> None:
+    changed = with_registers(tiny_vit, Registers(((0, 3),), describe(tiny_vit), {}))
+    subspace = Subspace(torch.eye(tiny_vit.embed_dim)[:1], describe(changed))
+    assert has_registers(changed) and has_registers(dv.DenoisedViT(changed, subspace))
+    assert not has_registers(tiny_vit)
+
+
+def test_a_cleaner_on_another_device_is_copied() -> None:
+    backbone = planted.backbone()
+    subspace = Subspace(torch.eye(backbone.embed_dim)[:1], describe(backbone))
+    extractor = dv.DenoisedViT(backbone.to("meta"), subspace)
+    assert extractor.subspace is not None and extractor.subspace.directions.device.type == "meta"
+    assert subspace.directions.device.type == "cpu"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,15 @@ from denoising_vit.denoiser.module import Denoiser
 from denoising_vit.training_free.project import Subspace
 from denoising_vit.views.positions import sinusoidal_positions
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class DenoisedViT(nn.Module):
     """Clean features in one pass: ``extractor(image)`` maps (B, 3, H, W) to (B, h, w, C), as the backbone does.
 
-    ``extractor.compile()`` and ``torch.compile(extractor)`` take it whole. The cleaner is put on the backbone's device
-    and moves with the module; ``extractor.to(dtype)`` converts backbone and denoiser, G and position features stay
-    float32, as features are.
+    ``extractor.compile()`` and ``torch.compile(extractor)`` take it whole. The cleaner, or a copy of it, is on the
+    backbone's device and moves with the module; ``extractor.to(dtype)`` converts backbone and denoiser, G and position
+    features stay float32, as features are.
 
     Position features are added as they are, not in proportion to the features: a place then has the same vector in
     every image and every batch, which is what a decoder can learn to read. Their root mean square is 0.7, so that a
@@ -51,8 +54,8 @@ class DenoisedViT(nn.Module):
             sinusoidal_positions((1, 1), backbone.embed_dim)  # refuses too few channels now, not later
         self.backbone = backbone
         self.positions = float(positions)
-        self.denoiser = cleaner.to(backbone.device) if isinstance(cleaner, Denoiser) else None
-        self.subspace = cleaner.to(backbone.device) if isinstance(cleaner, Subspace) else None
+        self.denoiser = _on(backbone.device, cleaner) if isinstance(cleaner, Denoiser) else None
+        self.subspace = _on(backbone.device, cleaner) if isinstance(cleaner, Subspace) else None
         self.artifact = _moved(cleaner, backbone.device) if isinstance(cleaner, Artifact) else None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
 
@@ -126,6 +129,12 @@ class DenoisedViT(nn.Module):
         if self.subspace is not None:
             cleaner = f"without {self.subspace.rank} positional directions"
         return f"{cleaner}, positions {self.positions:g}" if self.positions else cleaner
+
+
+def _on(device: torch.device, module: M) -> M:
+    """The module, or a copy if it is on another device: moving the caller's own would change it."""
+    here = all(tensor.device == device for tensor in (*module.parameters(), *module.buffers()))
+    return module if here else copy.deepcopy(module).to(device)
 
 
 def _moved(artifact: Artifact, device: torch.device) -> Artifact:

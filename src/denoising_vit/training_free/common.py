@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,26 +27,29 @@ from denoising_vit.views.rendering import to_image
 FORMAT_VERSION = 1
 
 
-def photo_images(photos: Iterable[Any], backbone: Backbone, size: tuple[int, int]) -> list[Tensor]:
+def photo_images(
+    photos: Iterable[Any], backbone: Backbone, size: tuple[int, int], most: int | None = None
+) -> list[Tensor]:
     """Normalised images (1, 3, H, W) of whole photos, squeezed to ``size``.
 
     Args:
         photos: a folder, paths, PIL images or (H, W, 3) uint8 arrays; or normalised images (N, 3, H, W), kept as given.
         backbone: gives the normalisation and the device.
         size: (H, W) in pixels.
+        most: maximum number of photos, the first ones; further ones are not read.
 
     Raises:
         PhotoError: if a photo cannot be read, or there is none.
     """
     if isinstance(photos, Tensor):
-        return list(photos.to(backbone.device).split(1))
+        return list(photos[:most].to(backbone.device).split(1))
     if isinstance(photos, str | Path):
         photos, _ = find_photos([photos])
     if isinstance(photos, Image.Image | np.ndarray):
         photos = [photos]
     mean, std = (torch.tensor(values, device=backbone.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
     images = []
-    for photo in photos:
+    for photo in itertools.islice(photos, most):
         image = to_image(read_photo(photo), backbone.device)[None]
         image = interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
         images.append((image - mean) / std)

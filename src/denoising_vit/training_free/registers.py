@@ -127,7 +127,7 @@ def find_registers(
     """
     model = _vision_transformer(backbone)
     size = size or (backbone.default_size, backbone.default_size)
-    images = common.photo_images(photos, backbone, size)[:most]
+    images = common.photo_images(photos, backbone, size, most)
     norms = torch.stack([_block_norms(model, image) for image in images])  # (N, depth, tokens)
     layer = backbone.layer if backbone.layer is not None else -1
     limits = [_limit(norms[:, block]) for block in range(norms.shape[1])]
@@ -174,8 +174,9 @@ def remove(model: nn.Module) -> None:
 
 
 def has_registers(extractor: Any) -> bool:
-    """True for a backbone with a test-time register."""
-    return isinstance(getattr(extractor, "model", None), _WithRegister)
+    """True for a backbone with a test-time register, also behind a cleaner."""
+    backbone = getattr(extractor, "backbone", extractor)
+    return isinstance(getattr(backbone, "model", None), _WithRegister)
 
 
 class _Shift:
