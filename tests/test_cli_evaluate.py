@@ -252,6 +252,19 @@ def test_artifacts_judges_only_what_is_named(
     assert (done.code, [row["features"] for row in done.rows]) == (0, ["raw"]), done.err
 
 
+def test_artifacts_that_were_found_with_other_features_are_kept(
+    dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path
+) -> None:
+    command = ("evaluate", "artifacts", "--data", photos, "-o", out, "--features")
+    assert dvit(*command, "raw").code == 0
+    done = dvit(*command, "raw,project,subtract")
+    assert done.code == 0, done.err
+    assert "raw (kept from an earlier run)" in done.err
+    assert [line["features"] for line in lines_of(out)] == ["raw", "project", "subtract"]
+    project = by_features(lines_of(out))["project"]["settings"]["features"]
+    assert list(project) == ["subspace"]
+
+
 def test_artifacts_skips_what_is_no_photo_and_says_so(
     dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path
 ) -> None:

@@ -20,6 +20,7 @@ from denoising_vit.evaluation.depth import PAPER, QUICK, LinearDepth
 from denoising_vit.evaluation.depth.samples import KeptDepth
 from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.sources import ExtractorSource, FeatureSource, FieldSource
+from denoising_vit.training_free import AveragedViT
 from denoising_vit.views.crops import Crop
 from tiny_depth import PATCH, backbone, blocky, data_of, flat, set_of, token_backbone, with_token
 
@@ -64,6 +65,7 @@ def sources_of(of: Backbone) -> dict[str, FeatureSource]:
         "raw": ExtractorSource("raw", of),
         "subtract": ExtractorSource("subtract", of, DenoisedViT(of, artifact_of(of))),
         "denoiser": ExtractorSource("denoiser", of, DenoisedViT(of, denoiser_of(of))),
+        "average": ExtractorSource("average", of, AveragedViT(of, 2)),
         "function": ExtractorSource("function", of, lambda image: of(image)[..., :7] ** 2),
         "exact": FieldSource("exact", of, {}, {}),
     }
@@ -79,7 +81,7 @@ def shown(tmp_path: Path) -> list:
     return [(image, Crop.whole((32, 48))) for image in images.images]
 
 
-NAMES = ["raw", "subtract", "denoiser", "function", "exact"]
+NAMES = ["raw", "subtract", "denoiser", "average", "function", "exact"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +99,7 @@ def test_class_tokens_are_the_frozen_backbones_own(shown: list, name: str, prefi
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("name", NAMES[:5])
 @pytest.mark.parametrize("prefix", [True, False], ids=["token", "mean"])
 def test_features_and_class_tokens_of_one_pass_are_those_of_two(shown: list, name: str, prefix: bool) -> None:
     source = sources_of(backbone_of(prefix))[name]
@@ -194,3 +196,11 @@ def test_a_backbone_without_class_token_has_the_mean_beside_its_features(tmp_pat
     assert kept.channels == 6
     for features, token in zip(kept.features, kept.tokens, strict=True):
         torch.testing.assert_close(token[0, 0].float(), features.float().mean((0, 1)), rtol=2e-3, atol=1e-3)
+
+
+def test_a_registers_backbone_keeps_class_tokens_of_its_own() -> None:
+    """Registers change its tokens by so little that fingerprints may not tell it from the frozen backbone."""
+    of = token_backbone()
+    raw = ExtractorSource("raw", of).class_tokens()
+    other = ExtractorSource("registers", of, of, {"registers": "1234"}).class_tokens()
+    assert raw.identity != other.identity

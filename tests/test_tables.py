@@ -474,3 +474,9 @@ def test_discovery_in_another_setting_is_no_measurement_of_what_was_published(
     render: Render, setting: str, value: object
 ) -> None:
     assert measured(render, **{setting: value}) == ["-"] * 4
+
+
+def test_a_measurement_of_a_published_row_is_a_line_of_its_own(tmp_path: Path) -> None:
+    published = {"model": SMALL, "variant": "baseline"}
+    found = read_entries([write(tmp_path / "results.jsonl", line(), line(published=published))])
+    assert len(found.entries) == 2

@@ -76,17 +76,20 @@ def artifacts(
     settings |= diagnosing.recorded()
     cleaners = Cleaners(denoiser=denoiser, distilled=distilled)
     extractors: dict[str, Extractor] = {}
+    blank: dict[str, Record] = {}
+    kept: dict[str, Any] = {}
     for name in names:
+        identity: dict[str, str] = {}
         if name not in OWN:  # the diagnosis makes these itself, with the G it finds
             extractors[name], identity = cleaners.extractor(name, backbone)
-            settings |= identity
-    settings = json_lines.loads(json_lines.dumps(settings))
-    blank = [Record("artifacts", name, settings, run=run_info()) for name in names]
-    kept = [line for record in blank if (line := results.find(record)) is not None]
-    if len(kept) == len(blank):
-        for name in names:
+        own = json_lines.loads(json_lines.dumps(settings | {"features": identity}))
+        blank[name] = Record("artifacts", name, own, run=run_info())
+        if (line := results.find(blank[name])) is not None:
+            kept[name] = line
+            extractors.pop(name, None)
             print_note(f"{name} (kept from an earlier run)")
-        return _finish([(line, True) for line in kept], out, as_json=json)
+    if len(kept) == len(blank):
+        return _finish([(line, True) for line in kept.values()], out, as_json=json)
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     with CountProgress(len(chosen), "photos") as progress:
         try:
@@ -98,7 +101,10 @@ def artifacts(
             print_note("interrupted; nothing was written")
             return INTERRUPTED
     skipped = [[item.item, item.reason] for item in dataset.skipped] + [list(item) for item in found.info["skipped"]]
-    lines = [(results.add(_filled(record, found, skipped)), False) for record in blank]
+    lines = [
+        (kept[name], True) if name in kept else (results.add(_filled(record, found, skipped)), False)
+        for name, record in blank.items()
+    ]
     return _finish(lines, out, as_json=json)
 
 

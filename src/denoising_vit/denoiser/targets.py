@@ -212,11 +212,12 @@ class FittedTargets:
     def __init__(self, stage: StageOne, photos: Dataset) -> None:
         self.stage, self.photos = stage, photos
         self.images = tuple(range(len(photos)))
+        self._ids = tuple(item.id for item in photos)
 
     @property
     def ids(self) -> Sequence[str]:
         """Ids of all photos."""
-        return [item.id for item in self.photos]
+        return self._ids
 
     @property
     def size(self) -> tuple[int, int]:

@@ -104,7 +104,7 @@ def _fitted(
     items = [Item(image.id, str(image.photo)) for image in images.images]
     dataset = Dataset(f"{images.split} images", items)
     store = folder / store_name(images, backbone, spec, identity)
-    job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact)
+    job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact, backbone)
     with progress(f"{name}: {images.split} images fitted", len(items)) as advance:
         for _ in job.store.done():
             advance()

@@ -16,6 +16,7 @@ from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import JudgedImage
 from denoising_vit.extractors import Extractor
 from denoising_vit.store import FeatureStore
+from denoising_vit.training_free import AveragedViT
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import to_image
 
@@ -133,7 +134,7 @@ class ExtractorSource(FeatureSource):
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, h, w, C) and class tokens (B, 1, 1, C) of rendered crops (B, 3, H, W)."""
         inputs, extractor = inputs.to(self.device), self._extractor
-        if isinstance(extractor, Backbone | DenoisedViT):
+        if isinstance(extractor, Backbone | DenoisedViT | AveragedViT):
             features, prefix = extractor.forward_with_prefix(inputs)
             raw = features if isinstance(extractor, Backbone) or prefix.shape[1] else extractor.backbone(inputs)
         else:  # any function of images: the rest is the backbone's
@@ -143,16 +144,19 @@ class ExtractorSource(FeatureSource):
 
     def class_tokens(self) -> FeatureSource:
         """Class tokens of the extractor if it is a backbone, else of the frozen backbone."""
-        own = self._extractor if isinstance(self._extractor, Backbone) else self._of
-        return ClassTokens(own, self._normalisation)
+        if isinstance(self._extractor, Backbone):
+            return ClassTokens(self._extractor, self._normalisation, self.identity)
+        return ClassTokens(self._of, self._normalisation)
 
 
 class ClassTokens(ExtractorSource):
     """Class tokens of a backbone as features of a grid with one patch, (B, 1, 1, C)."""
 
-    def __init__(self, backbone: Backbone, normalisation: Normalisation | None = None) -> None:
-        identity = {"token": "class"} | ({} if normalisation is None else {"normalisation": list(normalisation)})
-        super().__init__("class token", backbone, None, identity, normalisation)
+    def __init__(
+        self, backbone: Backbone, normalisation: Normalisation | None = None, identity: Mapping[str, Any] | None = None
+    ) -> None:
+        own = {"token": "class"} | ({} if normalisation is None else {"normalisation": list(normalisation)})
+        super().__init__("class token", backbone, None, own | dict(identity or {}), normalisation)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Class tokens (B, 1, 1, C) of rendered crops (B, 3, H, W)."""

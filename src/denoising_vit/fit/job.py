@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from denoising_vit.artifact import KnownArtifact
-from denoising_vit.backbones import BackboneSpec
+from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.batching import compiled
 from denoising_vit.data import Dataset
 from denoising_vit.decomposition.options import DenoiseOptions
@@ -109,6 +109,7 @@ class FitJob:
         denoising: DenoiseOptions,
         options: FitOptions,
         artifact: KnownArtifact | None = None,
+        backbone: Backbone | None = None,
     ) -> FitJob:
         """Load the backbone, factor the plan, and create or open the store.
 
@@ -119,6 +120,7 @@ class FitJob:
             denoising: options of stage 1.
             options: how the job is run.
             artifact: a known G, as for `denoise_image`.
+            backbone: what ``spec`` loads, on its one device, if it is loaded already.
 
         Raises:
             FitError: if the data set is empty, the disk too small, or the devices would give different results.
@@ -131,7 +133,7 @@ class FitJob:
         devices = [device.strip() for device in spec.device.split(",")]
         if options.engine == "ray" and len(devices) > 1:
             raise FitError("engine 'ray' takes one device; give each worker its own by --workers and --worker-gpus")
-        backbones = [replace(spec, device=device).load() for device in devices]
+        backbones = [replace(spec, device=device).load() for device in devices] if backbone is None else [backbone]
         if options.compiled:
             backbones = [compiled(backbone) for backbone in backbones]
         stages = [StageOne(backbone, denoising, artifact) for backbone in backbones]

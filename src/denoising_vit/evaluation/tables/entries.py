@@ -151,8 +151,9 @@ class Entry(_Part):
 
     @property
     def key(self) -> str:
-        """Equal for the same features evaluated in the same setting."""
-        return canonical([self.task, self.features, self.settings])
+        """Equal for the same features evaluated in the same setting, for the same published row."""
+        published = None if self.published is None else self.published.model_dump()
+        return canonical([self.task, self.features, self.settings, published])
 
     @property
     def seed_scores(self) -> list[tuple[int, float | None]]:
