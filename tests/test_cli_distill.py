@@ -204,7 +204,7 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
 def test_one_process_has_nothing_to_share_out(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     done = distill(photos, *last, "-o", tmp_path / "run", "--shard", "--stop-at", 1)
     assert done.code == 0
-    assert "--shard: one process, which has nothing to share out" in done.err
+    assert "--shard has no effect with one process" in done.err
 
 
 def test_fields_of_a_store_teach(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_what_does_not_fit_is_2_says_why_and_leaves_nothing(
 def test_a_store_is_no_photos(distill: Distill, last: Any, store: Path, tmp_path: Path) -> None:
     done = distill(store, *last, "-o", tmp_path / "run")
     assert done.code == 2
-    assert f"{store} is a store; expected photos. Give PHOTOS --fields {store} to have its fields teach" in done.err
+    assert f"{store} is a store; expected photos. Use PHOTOS --fields {store} to take its fields as targets" in done.err
 
 
 def test_fields_that_are_no_store(distill: Distill, photos: Path, tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_fields_and_a_denoiser(
 ) -> None:
     done = distill(photos, "--fields", store, option, files / "inner.safetensors", "-o", tmp_path / "run")
     assert done.code == 2
-    assert "a store has fields, which are the teacher; give photos to have a denoiser teach" in done.err
+    assert "with --fields the targets are the store's fields; leave out the denoiser or --fields" in done.err
 
 
 def test_photos_of_fields_that_are_gone(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:

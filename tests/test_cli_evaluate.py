@@ -515,7 +515,7 @@ def test_more_neighbours_than_patches_are_refused_with_a_remedy(
 ) -> None:
     done = dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", out, "--k", 145)
     assert done.code != 0
-    assert "144 labelled patches is less than the 145 neighbours that vote" in done.err
+    assert "144 labelled patches, fewer than the 145 neighbours" in done.err
     assert "a smaller --k" in done.err
 
 

@@ -217,7 +217,7 @@ def test_report_makes_a_table_of_depth(run: Run, planted: tiny_artifact.Planted,
     assert "## Depth by a trained head" in text
     assert "| features | RMSE | AbsRel | log10 | a1 | a2 | a3 |" in text
     blocks = lines_of(out)[1]["paired"]["groups"]
-    assert blocks < 5 and f"no interval over {blocks} blocks, which are fewer than 5; less is better." in text
+    assert blocks < 5 and f"no interval: {blocks} blocks, at least 5 are needed; lower is better." in text
     for line in lines_of(out):
         (row,) = [row for row in text.splitlines() if row.startswith(f"| {line['features']} |")]
         cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -107,7 +107,7 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
         patch.setattr(Training, "run", interrupted)
         done = train(store, "--photos", photos, "-o", tmp_path / "run")
     assert done.code == 130
-    assert "interrupted; --resume goes on from here" in done.err
+    assert "interrupted; continue with --resume" in done.err
     assert train(store, "--photos", photos, "-o", tmp_path / "run", "--resume").code == 0
 
 
@@ -187,13 +187,13 @@ def test_fresh_views_of_a_store(train: Train, store: Path, photos: Path, tmp_pat
 def test_a_store_needs_its_photos(train: Train, store: Path, tmp_path: Path) -> None:
     done = train(store, "-o", tmp_path / "run")
     assert done.code == 2
-    assert "the photos are needed as well, as the inputs; give --photos" in done.err
+    assert "is a store of fields; also give its photos with --photos" in done.err
 
 
 def test_a_store_is_not_fitted_again(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
     done = train(store, "--photos", photos, "-o", tmp_path / "run", "--on-the-fly")
     assert done.code == 2
-    assert "is a store, which has the fields; leave --on-the-fly out" in done.err
+    assert "is a store and already contains the fields; leave out --on-the-fly" in done.err
 
 
 def test_photos_alone_have_no_targets(train: Train, photos: Path, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def _one_frame_that_can_be_read(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda root: only_white(root, 1), r"^a sequence of one frame: nothing to carry a label to$"),
+        (lambda root: only_white(root, 1), r"^a sequence of one frame; labels need a second one to propagate to$"),
         (lambda root: only_white(root, 0), r"^a sequence without frames$"),
         (_no_first_mask, r"the first frame has no mask; expected .*white/00000\.png"),
         (_no_masks, r"the first frame has no mask; expected .*white/00000\.png"),

@@ -107,7 +107,7 @@ def test_an_image_without_a_figure_is_left_out_of_the_means(tmp_path: Path) -> N
     assert scored["RMSE"] == pytest.approx(2)
     assert scored["AbsRel"] == pytest.approx((1 / 3 + 3 / 5) / 2)
     assert scored["a2"] == pytest.approx(50)
-    with pytest.raises(EvaluationError, match="none of 1 items has a figure of RMSE"):
+    with pytest.raises(EvaluationError, match="none of 1 items has a value of RMSE"):
         Depths(values[1:2], np.arange(1)).scored()
 
 

@@ -134,7 +134,7 @@ def test_an_image_never_finds_itself(tmp_path: Path) -> None:
     found, expected = retrieved(source_of(), both, options), retrieved(source_of(), alone, options)
     assert np.array_equal(found.hits[0], expected.hits[0])
     assert scores(found).miou < 45
-    with pytest.raises(EvaluationError, match="memory of 0 labelled patches of other images is less than the 1 neigh"):
+    with pytest.raises(EvaluationError, match="memory has 0 labelled patches of other images, fewer than the 1 neigh"):
         retrieved(source_of(), write_labelled(tmp_path / "one", pictures[:1], pictures[:1]), options)
 
 

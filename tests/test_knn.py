@@ -261,7 +261,7 @@ def test_the_gallery_is_spread_over_the_images(data: LabelledData, monkeypatch: 
 
 def test_more_neighbours_than_patches_are_refused(data: LabelledData) -> None:
     assert judged(colours, data, KnnOptions(k=4 * 36)).items == 3
-    with pytest.raises(EvaluationError, match=r"144 labelled patches is less than the 145 neighbours"):
+    with pytest.raises(EvaluationError, match=r"144 labelled patches, fewer than the 145 neighbours"):
         judged(colours, data, KnnOptions(k=4 * 36 + 1))
 
 

@@ -54,7 +54,7 @@ def test_certain_differences_are_bold_whichever_way_they_go(tmp_path: Path) -> N
             "101 images",
         ],
         [
-            "2. depth, nyu: RMSE, less is better",
+            "2. depth, nyu: RMSE, lower is better",
             "0.4340",
             "0.4019 (**-0.0321 [-0.0500, -0.0100]**)",
             "-",
@@ -90,7 +90,7 @@ def test_backbones_and_layers_have_tables_of_their_own(tmp_path: Path) -> None:
 def test_label_free_figures_and_failures_do_not_lead(tmp_path: Path) -> None:
     free = line(task="artifacts", metrics={"shared": 0.1}, seeds=[], classes=None)
     text = text_of(tmp_path, free, line(features="gone", failed="no file"))
-    assert "No task has been measured: run `dvit evaluate` on one with labels first." in text
+    assert "No labelled task has been evaluated yet; run `dvit evaluate` first." in text
     found = rows(text_of(tmp_path, free, line(), denoised(failed="no file")), HEADING)
     assert found == [["task", "raw", "groups"], ["1. knn, camvid: mIoU", "36.70", ""]]
 

@@ -59,7 +59,7 @@ def test_metrics_are_means_over_items_that_have_them() -> None:
 
 def test_a_figure_that_no_item_has_is_none_unless_it_is_the_main_one() -> None:
     assert math.isnan(two([1, 2], other=[NAN, NAN]).scored()["other"])
-    with pytest.raises(EvaluationError, match="none of 2 items has a figure of main: nothing to score"):
+    with pytest.raises(EvaluationError, match="none of 2 items has a value of main"):
         two([NAN, NAN], other=[1, 2]).scored()
 
 

@@ -474,7 +474,7 @@ def with_an_empty_list(nyu: Path) -> None:
         (shallow, "split train, none of 1 can be used; the first reason: scene/rgb_train.jpg: "),
         (cropped, "scene/rgb_test.jpg: expected 640 x 480 pixels, as NYUv2 has, got 561 x 427"),
         (without_photos, "split train, none of 1 can be used; the first reason: scene/rgb_train.jpg: "),
-        (with_depth_in_the_border_alone, "none of 1 items has a figure of RMSE"),
+        (with_depth_in_the_border_alone, "none of 1 items has a value of RMSE"),
         (with_an_empty_list, "nyu_test.txt: expected a photo, a depth map and a focal length a line, found none"),
     ],
 )

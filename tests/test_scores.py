@@ -132,7 +132,7 @@ def test_one_class_alone_is_no_score(classes: int) -> None:
     """Two are listed, but the masks hold 0 and 255: any guess would score 100."""
     found = count(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 0, NO_LABEL]), classes)
     with pytest.raises(
-        EvaluationError, match=rf"only one of {classes} classes occurs and is predicted; expected at least 2"
+        EvaluationError, match=rf"only one of {classes} classes occurs in masks or predictions; expected at least 2"
     ):
         scores(found)
 

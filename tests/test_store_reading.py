@@ -197,7 +197,7 @@ def test_truncated_shard_is_found(store: FeatureStore, keep: int) -> None:
 def test_missing_shard_is_found(store: FeatureStore) -> None:
     path_in(store, "field/c/2/0/0/0").unlink()
     assert [str(problem) for problem in store.verify()] == [
-        f"{name}: its marker says finished, its chunk in shard 2 is not there" for name in (IDS[4], IDS[5])
+        f"{name}: marked as finished, but its chunk is missing from shard 2" for name in (IDS[4], IDS[5])
     ]
 
 

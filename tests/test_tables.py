@@ -113,12 +113,12 @@ def test_scores_have_their_spread_and_difference_and_raw_comes_first(render: Ren
 
 
 def test_the_meaning_of_differences_is_said_once_or_for_each(render: Render) -> None:
-    words = "mIoU less that of raw, 95 % interval over 101 images (jackknife t)."
+    words = "mIoU minus that of raw, 95 % interval over 101 images (jackknife t)."
     assert f"\nDifference: {words}\n" in render(line(), denoised())
     other = denoised(features="other", paired=PAIRED | {"groups": 50})
     text = render(line(), denoised(), other)
     assert f"Difference of denoised: {words}" in text
-    assert "Difference of other: mIoU less that of raw, 95 % interval over 50 images (jackknife t)." in text
+    assert "Difference of other: mIoU minus that of raw, 95 % interval over 50 images (jackknife t)." in text
     assert "Difference" not in render(line())
 
 
@@ -126,7 +126,7 @@ def test_too_few_groups_and_intervals_of_older_versions_leave_the_difference_alo
     few = denoised(paired=PAIRED | {"low": None, "high": None, "groups": 3})
     text = render(line(), few)
     assert rows(text, TITLE)[2][5] == "+1.20"
-    assert "no interval over 3 images, which are fewer than 5." in text
+    assert "no interval: 3 images, at least 5 are needed." in text
     old = {key: value for key, value in PAIRED.items() if key not in ("groups", "method")} | {"draws": 1000}
     text = render(line(), denoised(paired=old))
     assert rows(text, TITLE)[2][5] == "+1.20"

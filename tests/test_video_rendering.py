@@ -295,7 +295,7 @@ def test_damaged_and_other_frames_are_told(render: Render, tmp_path: Path) -> No
     tiny.damage(path, 5)
     done = render(path)
     assert done.frames == 8
-    assert done.notes == ("1 of 8 frames could not be read (damaged frame); the one before is shown in their place",)
+    assert done.notes == ("1 of 8 frames could not be read (damaged frame); the previous frame is repeated",)
     sheets = pngs(done)
     assert np.array_equal(sheets[5], sheets[4])
     clip = tiny.folder(tmp_path / "mixed", [tiny.picture(0), tiny.picture(1, (80, 48))])

@@ -1,4 +1,4 @@
-"""Feature extractors: pretrained ViTs from timm, or any callable, behind one face."""
+"""Feature extractors: pretrained ViTs from timm, or any callable, behind one interface."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
 """clean() and restore(): a model that gives clean patch tokens through its own interface.
 
-The model keeps its class name, parameters and ``state_dict``; a subclass made for it edits what its methods return. The
-cleaner is held outside the table of submodules, so that checkpoints load and optimizers do not see it, and follows the
+The model keeps its class name, parameters and ``state_dict``: its class is replaced by a subclass that edits the
+outputs. The cleaner is not registered as a submodule, so checkpoints load and optimizers do not see it, and follows the
 model to other devices.
 """
 
@@ -62,7 +62,8 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
             that returns a grid or tokens.
         method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``;
             ``subtract`` takes the artifact G away; ``denoiser`` maps tokens by a trained block; ``project`` removes
-            positional directions; ``average`` averages moved passes; ``registers`` moves outlier tokens away.
+            positional directions; ``average`` averages passes over shifted and mirrored images; ``registers`` moves
+            outliers into an added token.
         **options: of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or ``photos``,
             ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average); ``registers``
             (object or file), or ``photos`` and ``size`` to find them. Of the images: ``mean`` and ``std`` (models of
@@ -227,7 +228,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _install_registers(target: nn.Module, backbone: Backbone, found: Registers) -> None:
-    """Registers act inside the model; the model stays as it is where none are needed."""
+    """Install the registers; warn and change nothing if there are none."""
     inside = target.model if isinstance(target, Backbone) else target
     if not isinstance(inside, TimmViT):
         raise BackboneError(f"test-time registers need a timm VisionTransformer, got {backbone.name}")

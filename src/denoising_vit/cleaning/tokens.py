@@ -47,7 +47,7 @@ class Cleaning:
         prefix: number of prefix tokens.
         depth: number of blocks when it was made; None where unknown.
         norm: final norm, behind which features are cleaned; None if tokens come as they are cleaned.
-        normed: True if the last hidden state of a model of transformers is behind the final norm.
+        normed: True if the last hidden state of a model of transformers is after the final norm.
         layout: output layout of a module.
     """
 

@@ -72,7 +72,7 @@ def distill(
         if main:
             told = f"{len(run.sampler.images)} photos to train on, {len(run.judge.images)} held out"
             if training.shard and processes == 1:
-                print_note("--shard: one process, which has nothing to share out")
+                print_note("--shard has no effect with one process")
             print_note(f"{told}; {job.options.steps} steps of {run.sampler.pairs} views; run {out}")
             if (rate := training.safer_rate(processes)) is not None:
                 print_note(
@@ -106,7 +106,9 @@ def _source(data: str, fields: str | None) -> Dataset | Stored:
     from denoising_vit.store import FeatureStore
 
     if FeatureStore.exists(data):
-        raise TrainError(f"{data} is a store; expected photos. Give PHOTOS --fields {data} to have its fields teach")
+        raise TrainError(
+            f"{data} is a store; expected photos. Use PHOTOS --fields {data} to take its fields as targets"
+        )
     if fields is None:
         return open_dataset(data)
     if not FeatureStore.exists(fields):

@@ -59,12 +59,12 @@ def export(
         print_error("nothing to do: -o DIR exports to a folder, --verify DIR checks one")
         return WRONG_USAGE
     if artifact is not None and denoiser is not None:
-        print_error("--artifact and --denoiser do not go together: features are cleaned by one of them")
+        print_error("--artifact and --denoiser cannot be combined")
         return WRONG_USAGE
     implied = "denoiser" if denoiser is not None else "subtract" if artifact is not None else "raw"
     (features,) = parse_names([features or implied], [kind.name for kind in KINDS.values() if not kind.per_image])
     if implied not in ("raw", features):
-        print_error(f"--{'denoiser' if denoiser else 'artifact'} does not go with --features {features}")
+        print_error(f"--{'denoiser' if denoiser else 'artifact'} has no effect on --features {features}; leave one out")
         return WRONG_USAGE
     exporting.validate()
     weights = _weights_file(model)
@@ -76,7 +76,7 @@ def export(
     name = "raw" if features == "distilled" else features
     extractor, _ = Cleaners(artifact, denoiser).extractor(name, backbone)
     if not isinstance(extractor, Backbone | DenoisedViT):
-        print_error(f"{features} features are not the output of one model, and cannot be exported")
+        print_error(f"{features} features need several passes and cannot be exported")
         return WRONG_USAGE
     print_note(f"exporting {features} features of {backbone.extra_repr()} as {exporting.format}")
     found = export_extractor(extractor, out, exporting, weights=weights, distilled=features == "distilled")

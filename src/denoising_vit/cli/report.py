@@ -33,7 +33,7 @@ def report(
         results: files of JSON lines that `dvit evaluate` wrote, one or more.
         out: the file (.md).
         runs: folders of `dvit train` or `dvit distill`, whose evaluations on held-out images are listed as well.
-        leaderboard: begin with a table of features by tasks, which marks the differences that are certain.
+        leaderboard: begin with a table of features by tasks, which marks significant differences.
         picture: image file to show below the leaderboard, such as a sheet of `dvit show` with the same features.
     """
     from denoising_vit.evaluation.tables import read_entries, report_markdown
@@ -53,7 +53,7 @@ def report(
     if any(out.resolve() == path.resolve() for path in results):
         print_error(f"-o {out}: this file is among the results; name another, so that they are not lost")
         return WRONG_USAGE
-    # A report grows with the results, and is kept where others are: it is that of the file named first, by its name.
+    # A report is regenerated as results grow; it belongs to the results file named first.
     replaces = require_ours(out, Mark("report", digest_of(code(results[0].name))), read=_mark_of)
     found = read_entries(results)
     for line in found.broken:

@@ -63,7 +63,7 @@ def show(
         print_error("no input: name image files, folders or globs, as in `dvit show photo.jpg -o sheet.png`")
         return WRONG_USAGE
     if palette is not None and (save_palette is not None or colours == "together"):
-        print_error("--palette gives the colours: --colours together and --save-palette find them; leave one out")
+        print_error("--palette cannot be combined with --colours together or --save-palette")
         return WRONG_USAGE
     if save_palette is not None and save_palette.suffix != ".safetensors":
         print_error(f"--save-palette {save_palette}: expected the name of a .safetensors file")

@@ -78,7 +78,7 @@ def train(
             progress = run.run(bar.step, bar.look)
     except KeyboardInterrupt:
         if main:
-            print_note("interrupted; --resume goes on from here")
+            print_note("interrupted; continue with --resume")
             tell_page(out)
         return INTERRUPTED
     if main:
@@ -101,9 +101,9 @@ def _source(
 
     is_store = FeatureStore.exists(data)
     if is_store and on_the_fly:
-        raise TrainError(f"{data} is a store, which has the fields; leave --on-the-fly out")
+        raise TrainError(f"{data} is a store and already contains the fields; leave out --on-the-fly")
     if is_store and photos is None:
-        raise TrainError(f"{data}: the photos are needed as well, as the inputs; give --photos")
+        raise TrainError(f"{data} is a store of fields; also give its photos with --photos")
     if is_store and photos is not None:
         return Stored(FeatureStore.open(data), open_dataset(photos))
     if not on_the_fly:

@@ -49,15 +49,15 @@ class ExactOptions(StageOneCrops):
     Attributes:
         views: number of crops of each photo, the whole photo included.
         area: least and largest share of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the context of
-            the whole photo, and 8 to 16 of them do; but they tell artifact from content less well, so give the
-            backbone's artifact with them, or `none`.
+            the whole photo, and 8 to 16 suffice. They separate artifact from content less well, so also give the
+            backbone's artifact, or `none`.
         ratio: least and largest width over height of a crop, measured in the frame of the views.
         size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
         resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
         smoothness: exact only; weight of the penalty on differences within the semantic field.
         shrinkage: exact only; weight of the penalty on the artifact's size.
         clip: exact only; scale down tokens whose norm is more than this many median absolute deviations above the
-            median, so that outliers pull less. Without it, none are.
+            median, so that outliers weigh less; off by default
         coverage: even sees borders nearly as often as the middle; plain draws crops as published; released makes views
             as the released code does (whole pixels of the photo squeezed to the size of a view, patches put from edge
             to edge of a view), for the neural field's released recipe only.
@@ -82,14 +82,13 @@ class DenoiseOptions(ExactOptions):
 
     Attributes:
         method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
-            views and plain coverage); subtract takes a known artifact away from one pass over the whole photo, denoiser
-            maps the features of that pass to clean ones (stage 2), and these, as all other clean features in one pass
-            (see `dvit show --features`), use none of the options below but the size; auto is denoiser if one is given
-            or in the package for these weights, else exact.
+            views and plain coverage); subtract removes a known artifact from one pass over the whole photo; denoiser
+            applies a trained denoiser to it (stage 2). Methods of one pass (see `dvit show --features`) use only the
+            size of the options below. auto is denoiser if one is given or in the package for these weights, else exact.
         resolution: nodes of the semantic field along each side. Without it, twice the patch grid; three times with
             neural-field, so that patch centres are nodes.
         seed: seed for the crops and for the neural field's training; the same seed gives the same result.
-        held_out: number of further crops, which only judge the fit.
+        held_out: number of held-out crops for judging the fit.
         batch_size: views in one forward pass. Without it, what suits the device.
         neural: neural-field only; its recipe.
     """

@@ -23,14 +23,14 @@ M = TypeVar("M", bound=nn.Module)
 class DenoisedViT(nn.Module):
     """Clean features in one pass: ``extractor(image)`` maps (B, 3, H, W) to (B, h, w, C), as the backbone does.
 
-    ``extractor.compile()`` and ``torch.compile(extractor)`` take it whole. The cleaner, or a copy of it, is on the
-    backbone's device and moves with the module; ``extractor.to(dtype)`` converts backbone and denoiser, G and position
-    features stay float32, as features are.
+    ``extractor.compile()`` and ``torch.compile(extractor)`` compile backbone and cleaner together. The cleaner, or a
+    copy of it, is on the backbone's device and moves with the module; ``extractor.to(dtype)`` converts backbone and
+    denoiser, G and position features stay float32, as features are.
 
     Position features are added as they are, not in proportion to the features: a place then has the same vector in
     every image and every batch, which is what a decoder can learn to read. Their root mean square is 0.7, so that a
-    weight of 1 suits features of unit deviation; where those of a backbone are larger, so should the weight be
-    (``extractor(image).std()`` tells).
+    weight of 1 suits features of unit deviation; scale the weight with the features' standard deviation
+    (``extractor(image).std()``).
 
     Args:
         backbone: the extractor.

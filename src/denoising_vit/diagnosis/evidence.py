@@ -54,8 +54,8 @@ class Evidence:
     """Features by source: ``raw``, ``subtract``, ``exact`` and further extractors.
 
     Attributes:
-        crops: features of one crop of each photo, (N, h, w, C); every other crop is upside down. Each half of the
-            photos is cleaned with the artifact of the other half.
+        crops: features of one crop of each photo, (N, h, w, C); half of the crops are upside down. Each half of
+            the photos is cleaned with the artifact of the other half.
         pairs: features of the same places in the whole photo and in the crop, (n, h, w, C) each; upright crops only.
         calibration: the artifact of all photos, its stability, and skipped photos.
         responses: features of an all-black and an all-mean image, (2, h, w, C).

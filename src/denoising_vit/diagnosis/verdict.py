@@ -122,12 +122,14 @@ def findings(raw: ArtifactMetrics, shared: float, stability: Stability) -> tuple
         raised = "moderate" if strength == "weak" and placed else strength
         found.append(Finding("positional", raised, shared, words))
     elif placed:
-        words = f"features tell the place in the view, R² {raw.neighbour_position:.2f}, but not by one same pattern"
+        words = (
+            f"features encode the place in the view (R² {raw.neighbour_position:.2f}), but not as one shared pattern"
+        )
         found.append(Finding("positional", "weak", max(shared, 0.0), words))
     if strength := _strength(raw.outliers, OUTLIERS):
         sides = {"high": raw.outliers_high, "low": raw.outliers_low}
         parts = " and ".join(f"{share:.1%} of {side} norm" for side, share in sides.items() if share >= OUTLIERS[0] / 2)
-        found.append(Finding("outlier tokens", strength, raw.outliers, f"of the tokens {parts}"))
+        found.append(Finding("outlier tokens", strength, raw.outliers, f"{parts}, as shares of the tokens"))
     return tuple(found)
 
 
@@ -178,12 +180,12 @@ def conclude(
     outcomes = {outcome: [n for n, j in judgements.items() if j.outcome == outcome] for outcome in get_args(Outcome)}
     able = outcomes["denoised"] or outcomes["partly"]
     if not able and outcomes["unknown"]:
-        return Verdict(False, None, f"{summary} The photos are too few to tell whether cleaning works: take more.")
+        return Verdict(False, None, f"{summary} Too few photos to tell whether cleaning works; use more.")
     if not able:
         return Verdict(False, None, f"{summary} None of the methods tried removes it without harm; do not clean.")
     method = _cheapest(able, metrics)
     if all(finding.strength == "weak" for finding in found):
-        return Verdict(False, method, f"{summary} Cleaning ({method}) removes it, but so little is hardly worth it.")
+        return Verdict(False, method, f"{summary} Cleaning ({method}) removes it, but it is too weak to matter.")
     if not outcomes["denoised"]:
         part = f"which removes a part: {judgements[method].words}"
         return Verdict(True, method, f"{summary} Clean with method {method}, {part}.")

@@ -173,7 +173,7 @@ def _photos_and_teacher(
     if isinstance(source, Dataset):
         return PlainPhotos(source), DenoiserTeacher.of(backbone, denoiser, also)
     if denoiser is not None or also:
-        raise TrainError("a store has fields, which are the teacher; give photos to have a denoiser teach")
+        raise TrainError("with --fields the targets are the store's fields; leave out the denoiser or --fields")
     return StoredTargets(source.store, source.photos, backbone), FieldTeacher(backbone)
 
 

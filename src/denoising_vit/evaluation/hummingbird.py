@@ -152,6 +152,6 @@ def drawn(counts: Tensor, most: int | None, generator: torch.Generator) -> Tenso
 def _require(patches: int, k: int) -> None:
     if patches < k:
         raise EvaluationError(
-            f"a memory of {patches} labelled patches of other images is less than the {k} neighbours that labels are "
-            "taken from; give more images, larger ones (--size), a larger --memory or a smaller --k"
+            f"the memory has {patches} labelled patches of other images, fewer than the {k} neighbours; "
+            "give more images, larger ones (--size), a larger --memory or a smaller --k"
         )

@@ -129,7 +129,7 @@ def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see
     gallery, label = torch.cat(found).to(source.device), torch.cat(labels).to(source.device)
     if len(gallery) < options.k:
         raise EvaluationError(
-            f"a gallery of {len(gallery)} labelled patches is less than the {options.k} neighbours that vote; give "
+            f"the gallery has {len(gallery)} labelled patches, fewer than the {options.k} neighbours; give "
             "more images, larger ones (--size), a larger --gallery or a smaller --k"
         )
     return gallery, label

@@ -160,8 +160,7 @@ class LabelledData:
         if len(there) < 2:
             held, note = " and ".join(there) or "none", f". {self.note}" if self.note else ""
             raise EvaluationError(
-                f"{self.name}: the masks of val hold {held} of {len(self.scored)} classes; expected at least "
-                f"two, as there is nothing to tell apart otherwise{note}"
+                f"{self.name}: the masks of val hold {held} of {len(self.scored)} classes; expected at least two{note}"
             )
 
     def scoring(self, score: Sequence[str]) -> LabelledData:

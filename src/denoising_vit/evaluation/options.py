@@ -144,8 +144,8 @@ class KnnOptions:
     Attributes:
         size: height and width in pixels at which images are shown, or one number for a square. By default their own
             size, rounded to the patch grid.
-        crops: whole images, or one neutral crop of each: a random square, upside down for half of the images, so that
-            the place in the view says nothing about the class.
+        crops: whole images, or one neutral crop of each: a random square, upside down for half of the images, so
+            that the place in the view carries no class information.
         k: number of neighbours that vote.
         temperature: temperature of the votes' weights, exp(cosine / temperature).
         gallery: maximum number of training patches to compare with, spread evenly over the images; 0 takes all.
@@ -226,8 +226,8 @@ class FieldOptions(ExactOptions):
         size: height and width of a view in pixels, or one number for a square. Without it, the size at which images
             are shown, or the backbone's own if these differ.
         of: with crops of images (`--crops neutral`): crop fits each crop as an image, so that stage 1 sees what the
-            other features see; image fits whole images and samples their fields in the crops, which is no fair
-            comparison: those fields have seen the rest of the image, and upright.
+            other features see; image fits whole images and samples their fields in the crops, which is not a fair
+            comparison, because those fields saw the whole upright image.
     """
 
     of: Literal["crop", "image"] = "crop"

@@ -173,7 +173,7 @@ class Measured:
             EvaluationError: if no item has the main metric.
         """
         if not self.there.any():
-            raise EvaluationError(f"none of {self.items} items has a figure of {self.METRICS[0]}: nothing to score")
+            raise EvaluationError(f"none of {self.items} items has a value of {self.METRICS[0]}")
         there = ~np.isnan(self.values)
         sums = np.where(there, self.values, 0).sum(0)
         means = np.divide(sums, there.sum(0), out=np.full(len(self.METRICS), np.nan), where=there.any(0))

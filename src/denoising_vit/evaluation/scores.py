@@ -152,8 +152,8 @@ def scores(counts: Counts) -> Scores:
     iou, acc = _ratio(hits, truth + predicted - hits), _ratio(hits, truth)
     if np.isfinite(iou).sum() < 2:
         raise EvaluationError(
-            f"only one of {len(iou)} classes occurs and is predicted; expected at least 2. Do the masks hold "
-            "all classes, with the numbers of the list?"
+            f"only one of {len(iou)} classes occurs in masks or predictions; expected at least 2. Check that the mask "
+            "values match the class list"
         )
     return Scores(
         miou=float(100 * np.nanmean(iou)),

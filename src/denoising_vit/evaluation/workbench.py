@@ -66,7 +66,7 @@ class Task:
         over: groups of items that intervals are taken over.
         normalisation: mean and std of the images; None for the backbone's own.
         crops: crops by split, if stage 1 fits each crop as an image of its own.
-        beyond: True if crops are evaluated and stage 1 fits whole images.
+        whole_fields: True if crops are evaluated with fields of whole images.
         published: model and variant of the published row that is measured.
     """
 

@@ -26,7 +26,7 @@ class FitOptions:
         grid: field stores all nodes of F, for crops as training targets; patch stores the patch grid only, a quarter of
             the bytes, and rules out crops.
         precision: precision of the store. int8 takes half the bytes of float16, with one scale for each channel of a
-            photo; photos are refused if it turns a patch beyond a cosine of 0.999.
+            photo; photos are rejected if the cosine of any patch to its float16 value falls below 0.999.
         images_per_shard: number of photos in one object of the store.
         decoders: number of threads that read and decode photos.
         compiled: compile the backbone, which takes minutes once; for accelerators, on a CPU it is slower. Results

@@ -76,7 +76,7 @@ def _sealed(store: StoreReader, ids: list[str], shard: int) -> Iterator[Problem]
             yield Problem(ids[index], f"its chunk in shard {shard} is damaged ({error})")
             continue
         if record is not None and not StoredField(values, marker.scales.get(index)).exists:
-            yield Problem(ids[index], f"its marker says finished, its chunk in shard {shard} is not there")
+            yield Problem(ids[index], f"marked as finished, but its chunk is missing from shard {shard}")
         if record is None and not np.array_equal(values, np.full_like(values, store.array.missing), equal_nan=True):
             yield Problem(ids[index], f"its marker says failed, but there is a chunk in shard {shard}")
 

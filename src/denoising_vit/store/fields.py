@@ -69,7 +69,7 @@ def stored_field(field: Tensor, manifest: Manifest, name: str) -> StoredField:
 
     Raises:
         FieldError: naming the image, if the shape differs from the store's, a value is not finite or out of range, or
-            int8 turns a patch by more than :data:`LEAST_COSINE` allows.
+            the cosine of a patch to its int8 value is below :data:`LEAST_COSINE`.
     """
     _require_shape(tuple(field.shape), manifest, name)
     field = field.detach()  # converted where it is, which is faster on an accelerator

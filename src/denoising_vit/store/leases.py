@@ -238,8 +238,8 @@ class Lease:
         """
         if self._lost:
             raise StoreError(
-                f"{self._objects.url}: this process stood still for so long that another took over {self.name}; what "
-                "was finished is kept. Start again to go on with the rest"
+                f"{self._objects.url}: another process took over {self.name} because this one stalled; finished photos "
+                "are kept. Run the command again for the rest"
             )
 
     def release(self, *, forget: bool = False) -> None:

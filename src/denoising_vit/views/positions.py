@@ -16,8 +16,7 @@ def sinusoidal_positions(
 
     A place is that of the patch's centre, from the top left corner of the image, in patch sizes: ``k step + 1/2``. With
     C / 4 frequencies ``TEMPERATURE ** (-i / (C / 4))``, channels are sines of y, cosines of y, sines of x, cosines of
-    x, in equal parts, from the shortest wave to the longest. What C leaves over of a multiple of four, three channels
-    at most, stays zero, so that y and x have as many.
+    x, in equal parts, from the shortest wave to the longest. The last C mod 4 channels are zero.
 
     Args:
         grid: (h, w).
@@ -30,7 +29,7 @@ def sinusoidal_positions(
         ValueError: if there are fewer than 4 channels.
     """
     if channels < 4:
-        raise ValueError(f"position features need 4 channels or more, for a sine and a cosine of y and x: {channels}")
+        raise ValueError(f"position features need at least 4 channels, got {channels}")
     waves = channels // 4
     exponents = torch.arange(waves, dtype=torch.float32, device=device) / waves
     frequencies = TEMPERATURE**-exponents

@@ -179,10 +179,7 @@ def require_enough(used: Sized, skipped: Sequence[Skipped], least: int, what: st
     if len(used) >= least:
         return
     why = f" ({len(skipped)} skipped, the first: {skipped[0].item}: {skipped[0].reason})" if skipped else ""
-    raise ArtifactError(
-        f"{len(used)} usable photos{why}: {what} takes {least} at least, to see what is the same in all of "
-        "them, and a few dozen to be sure"
-    )
+    raise ArtifactError(f"{len(used)} usable photos{why}: {what} needs at least {least}, better a few dozen")
 
 
 def energy_of(photo: Ready) -> float:

@@ -18,7 +18,7 @@ from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import FitError, PlanError
 from denoising_vit.views.plan import ViewPlan
 
-#: A loss is looked at this often: every look waits for the device.
+#: The loss is checked for NaN every so many steps, because reading it waits for the device.
 _CHECK_EVERY = 100
 
 #: The loss is multiplied by this in the released recipe, and its gradient never divided again.
@@ -115,7 +115,7 @@ def fit_neural_field(
     Args:
         views: what is fitted; the features' device is where it is done.
         options: the recipe.
-        held_out: further views, which only judge.
+        held_out: views for evaluation only.
         artifact: G (h, w, C) where it is known.
         seed: of the initial values and of the tokens drawn; the same seed on the same machine gives the same result.
         progress: called with the number of steps taken, after each.

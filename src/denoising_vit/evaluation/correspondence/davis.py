@@ -209,7 +209,7 @@ def _read_sequence(
         EvaluationError: if no label can be carried, or none evaluated.
         PhotoError: if the first frame cannot be read.
     """
-    alone = "a sequence of one frame: nothing to carry a label to"
+    alone = "a sequence of one frame; labels need a second one to propagate to"
     if len(files) < 2:
         raise EvaluationError(alone if files else "a sequence without frames")
     start, *later = files

@@ -159,7 +159,7 @@ def _folder_of(photos: Sequence[CocoObjects], folders: Sequence[Path], source: P
             return folder
     holds = "; ".join(f"{folder} holds {_example(folder)}" for folder in folders) or "there is no folder of photos"
     raise EvaluationError(
-        f"{source} is of other photos: it names {photos[0].name} ({len(photos)} in all), none of which is there; "
+        f"none of the {len(photos)} photos that {source} lists, such as {photos[0].name}, was found; "
         f"{holds}. Expected a folder with its photos, such as train2014 or images"
     )
 

@@ -88,8 +88,8 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
     for label, entry in rows:
         if entry.paired is not None:
             paired = entry.paired
-            better = "; less is better" if main_metric(entry.task).lower else ""
-            words = f"{paired.metric} less that of {paired.against}, {interval_words(paired)}{better}"
+            better = "; lower is better" if main_metric(entry.task).lower else ""
+            words = f"{paired.metric} minus that of {paired.against}, {interval_words(paired)}{better}"
             by_words.setdefault(words, []).append(label)
     if len(by_words) == 1:
         return [f"Difference: {plain(next(iter(by_words)))}."]
@@ -99,9 +99,9 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
 def interval_words(paired: Paired) -> str:
     """How the interval was made, or why there is none."""
     if paired.method is None:
-        return "without the interval of an older version: evaluate again, which is quick where its counts are kept"
+        return "interval of an older version not shown; evaluate again (quick if the counts are cached)"
     if paired.interval is None:
-        return f"no interval over {paired.groups} {paired.over}, which are fewer than {MIN_GROUPS}"
+        return f"no interval: {paired.groups} {paired.over}, at least {MIN_GROUPS} are needed"
     return f"95 % interval over {paired.groups} {paired.over} ({paired.method})"
 
 
@@ -177,10 +177,9 @@ def _overview_cell(entry: Entry | None) -> str:
 
 
 _MEANING = (
-    "Each cell is a figure, and in parentheses its difference from the reference of its task over the same images, "
-    "with a 95 % interval where there are groups enough. **Bold** differences are certain: their interval does not "
-    "hold zero. Others may be chance; and of twenty comparisons where nothing differs, about one looks certain. The "
-    "figures of each row in full are in the details below."
+    "Each cell gives the score and, in parentheses, its difference from the reference on the same images, with a 95 % "
+    "interval if there are enough groups. **Bold** differences are significant: the interval excludes zero. Of twenty "
+    "comparisons without a true difference, about one looks significant by chance. Details follow below."
 )
 
 
@@ -192,7 +191,7 @@ def leaderboard(found: Sequence[Section]) -> list[list[str]]:
     """
     tasks = [section for section in found if section.task in METRICS and section.measured]
     if not tasks:
-        return [["No task has been measured: run `dvit evaluate` on one with labels first."]]
+        return [["No labelled task has been evaluated yet; run `dvit evaluate` first."]]
     blocks = [[_MEANING]]
     for backbone in dict.fromkeys(map(_backbone, tasks)):
         members = [section for section in tasks if _backbone(section) == backbone]
@@ -214,7 +213,7 @@ def _table(members: Sequence[Section]) -> list[str]:
 def _task(section: Section) -> str:
     metric, entry = main_metric(section.task), section.rows[0][1]
     own = section.title.removeprefix(data_title(entry)).removeprefix(": ")
-    words = f"{section.task}, {entry.data}: {metric.name}{', less is better' if metric.lower else ''}"
+    words = f"{section.task}, {entry.data}: {metric.name}{', lower is better' if metric.lower else ''}"
     return f"{words} ({own})" if own else words
 
 

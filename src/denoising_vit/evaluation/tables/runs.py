@@ -105,8 +105,8 @@ _COLUMNS = (
 
 
 _NOTE = (
-    "Held-out images against the target; in parentheses raw features, in the last row the target's own figures. "
-    "Best by cosine in bold."
+    "Metrics on held-out images against the target, raw features in parentheses; the last row is the target itself. "
+    "The best cosine is bold."
 )
 
 
@@ -118,7 +118,7 @@ def run_section(folder: Path) -> list[list[str]]:
     """
     run = read_run(folder)
     if not run.looks:
-        raise EvaluationError(f"{folder}: expected the folder of a run with a look at its held-out images, found none")
+        raise EvaluationError(f"{folder}: expected a training run with a held-out evaluation, found none")
     listed = [plain(f"{key} {value}") for key, value in run.settings.items()]
     return [
         [f"### {plain(f'{run.title}: {folder.name}, {run.backbone}')}"],

@@ -36,7 +36,7 @@ def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
             words = "not enough memory for this; take a smaller photo, a smaller size or fewer views"
         except Exception as error:  # the page stays up
             traceback.print_exc()
-            words = f"this could not be done ({type(error).__name__}); the terminal in which dvit app runs says more"
+            words = f"failed ({type(error).__name__}); see the terminal of dvit app"
         raise gr.Error(html.escape(words), duration=_SHOWN, title="Not done", print_exception=False)
 
     return handle

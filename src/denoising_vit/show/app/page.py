@@ -186,7 +186,7 @@ def _divided(share: float) -> Any:
 
 def _label(name: str, models: Models) -> str:
     """Label of a backbone in the list; marks those without local weights."""
-    missing = "" if models.at_hand(name) else "not here: "
+    missing = "" if models.at_hand(name) else "not downloaded: "
     return f"{missing}{name}" + (f", {SEEDS[name].family}" if name in SEEDS else "")
 
 

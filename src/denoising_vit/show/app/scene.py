@@ -185,7 +185,7 @@ def figures(found: Answer) -> list[Figure]:
     rows.append(Figure("cosine of raw and denoised", None, f"{kept:.3f}", words))
     rows += [Figure(name, _text(of, raw, form), _text(of, clean, form), words) for name, of, form, words in _OF_BOTH]
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.seconds.items())
-    words = f"{parts}; drawing comes on top."
+    words = f"{parts}; drawing not included."
     return [*rows, Figure("time", None, f"{sum(found.seconds.values()):.2f} s", words)]
 
 

@@ -104,15 +104,15 @@ def require_free(host: str, port: int) -> None:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise AppError(f"host {host!r} is no address that can be listened at ({error})") from error
+        raise AppError(f"cannot listen on host {host!r} ({error})") from error
     if _is_free(found[0], host, port):
         return
     others = range(port + 1, min(port + _TRIED, 65535) + 1)
     free = next((other for other in others if _is_free(found[0], host, other)), None)
     if free is None:
         raise AppError(
-            f"{host} cannot be listened at, at port {port} or the {len(others)} after it: expected an address of this "
-            "computer, with a free port"
+            f"cannot listen on {host} at ports {port} to {port + len(others)}; expected an address of this computer "
+            "with a free port"
         )
     raise AppError(f"port {port} of {host} is in use; the next free one is {free}: dvit app --port {free}")
 

@@ -28,10 +28,14 @@ _STEPS = (("loss of the batch", "loss"), ("learning rate", "rate"), ("norm of th
 
 #: Figures of the table: name, key, meaning.
 _FIGURES = (
-    ("cosine", "cosine", "How alike features and target are; 1 is the same."),
+    ("cosine", "cosine", "Similarity of features and target; 1 means identical directions."),
     ("MSE", "mse", "Mean squared difference to the target."),
-    ("effective rank", "rank", "How many directions features really use; far below the target's, content is lost."),
-    ("place, R²", "place", "How well a linear fit tells a patch's place; lower is cleaner."),
+    (
+        "effective rank",
+        "rank",
+        "Number of directions the features use; far below the target's means that content is lost.",
+    ),
+    ("place, R²", "place", "How well a linear fit predicts a patch's position; lower is cleaner."),
     ("place by neighbours, R²", "place_neighbours", "The same by the nearest patches of other images."),
     (
         "blank images, variance left",
@@ -40,7 +44,11 @@ _FIGURES = (
     ),
     ("blank images, high frequencies left", "blank_detail", "The same of the differences from patch to patch."),
     ("blurred photos, high frequencies left", "blurred_detail", "The same on heavily blurred photos."),
-    ("change by shifts, of raw's", "shift_change", "At the same place of a photo shifted by part of a patch."),
+    (
+        "change by shifts, of raw's",
+        "shift_change",
+        "Change of the features under shifts by part of a patch.",
+    ),
     (
         "photos, variance left",
         "photo_variance",

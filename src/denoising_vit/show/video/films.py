@@ -67,7 +67,7 @@ class FilmClip(Clip):
             self.missing = max(0, stream.frames - self.count)
             self.rate = _rate(stream, times, self.time_base)
         if not self.count:
-            raise ClipError(f"{path}: a video of no length: it holds no frame")
+            raise ClipError(f"{path}: the video has no frames")
         self.digest = _digest(path)
         self._matrix: tuple[int, ...] | None = None
         first = next((source.picture for source in self.timed() if isinstance(source.picture, FilmPicture)), None)

@@ -279,8 +279,8 @@ class _Run:
     def _notes(self) -> Iterator[str]:
         if self._lost:
             lost = f"{len(self._lost)} of {self._count} frames could not be read ({self._lost[0]})"
-            yield f"{lost}; the one before is shown in their place"
+            yield f"{lost}; the previous frame is repeated"
         if self._clip.missing:
-            yield f"the file ends early: {self._clip.missing} of its announced frames are missing"
+            yield f"the file is truncated: {self._clip.missing} of the frames listed in its header are missing"
         if self._boxed:
             yield f"{self._boxed} frames of another aspect ratio than the first have black bars"
