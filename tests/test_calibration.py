@@ -285,7 +285,9 @@ def test_unknown_option_is_a_type_error(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_too_few_photos_are_refused_with_how_many_it_takes(backbone: Backbone, count: int) -> None:
-    with pytest.raises(ArtifactError, match=rf"^{count} usable photos: an artifact needs at least 4, better a few dozen"):
+    with pytest.raises(
+        ArtifactError, match=rf"^{count} usable photos: an artifact needs at least 4, better a few dozen"
+    ):
         dv.calibrate(backbone, tiny.photos(count))
 
 

@@ -278,7 +278,7 @@ def _one_frame_that_can_be_read(root: Path) -> None:
         (_empty_first_mask, r"00000\.png: the first mask is empty: no object"),
         (_only_the_first_mask, "no frame after the first has a mask: nothing to evaluate"),
         (_damaged_first_frame, r"00000\.png: damaged"),
-        (_one_frame_that_can_be_read, r"a sequence of one frame: .* \(white/00001\.png: the file is empty"),
+        (_one_frame_that_can_be_read, r"a sequence of one frame; .* \(white/00001\.png: the file is empty"),
     ],
 )
 def test_a_sequence_that_cannot_be_used_is_left_out(root: Path, spoil: Callable[[Path], None], words: str) -> None:

@@ -321,8 +321,8 @@ def test_a_json_file_of_other_photos_is_refused_with_examples_of_both(coco: Path
         path.rename(path.with_name(f"photo{number}.jpg"))
     refused(
         coco,
-        "instances_train2014.json lists, such as",
-        f"it names {NAMES[0]} (4 in all)",
+        f"instances_train2014.json lists, such as {NAMES[0]}, was found",
+        "none of the 4 photos that ",
         "holds photo0.jpg (4 in all)",
     )
     shutil.rmtree(coco / "train2014")

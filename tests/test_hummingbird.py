@@ -155,7 +155,7 @@ def test_the_memory_has_the_stated_size(data: LabelledData) -> None:
     whole = retrieved(source_of(speckled), data, ALL)
     few = retrieved(source_of(speckled), data, HummingbirdOptions(k=5, memory=30, temperature=0.1))
     assert not np.array_equal(few.hits, whole.hits)
-    with pytest.raises(EvaluationError, match="memory of 4 labelled patches"):
+    with pytest.raises(EvaluationError, match="memory has 4 labelled patches"):
         retrieved(source_of(), data, HummingbirdOptions(k=5, memory=4))
 
 

@@ -111,7 +111,7 @@ def test_a_picture_is_shown_below_the_leaderboard(tmp_path: Path, capsys: pytest
     results, picture = write(tmp_path / "results.jsonl", line(), denoised()), tmp_path / "maps of photos.png"
     shown = [str(results), "--picture", str(picture), "-o", str(tmp_path / "page.md")]
     assert tyro.cli(report, args=[*shown, "--leaderboard"]) == 2
-    assert f"--picture {picture}: expected an image file, and --leaderboard" in capsys.readouterr().err
+    assert f"--picture {picture}: expected an image file, together with --leaderboard" in capsys.readouterr().err
     picture.touch()
     assert tyro.cli(report, args=shown) == 2
     assert tyro.cli(report, args=[*shown, "--leaderboard"]) == 0
