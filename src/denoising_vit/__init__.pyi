@@ -28,6 +28,7 @@ from .export.exporting import export_extractor
 from .export.extractor_file import load_extractor
 from .export.options import ExportOptions
 from .export.verification import verify_export
+from .tiling.features import tiled_features
 from .training_free import Registers, Subspace, find_registers, find_subspace
 from .views.options import CropOptions
 from .views.plan import ViewPlan
@@ -71,5 +72,6 @@ __all__ = [
     "load_denoiser",
     "load_extractor",
     "restore",
+    "tiled_features",
     "verify_export",
 ]

@@ -167,6 +167,7 @@ class Denoising:
         """True if a result with this ``info`` came from this backbone, these views and these settings."""
         decisive = self.options.recorded("views", "shape", "nothing")
         decisive |= {"plan": self.fitted.digest, "artifact": artifact_digest(self.artifact)} | self._identity
+        decisive |= {"tiles": None}  # nor from tiles of this size
         return (
             all(info.get(key) == value for key, value in decisive.items())
             and info.get("denoiser", {}).get("digest") == (None if self.denoiser is None else self.denoiser.digest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,6 +15,7 @@ from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error,
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info, software_words
 from denoising_vit.files import Mark, digest_of, require_ours
+from denoising_vit.tiling.options import TileOptions
 
 if TYPE_CHECKING:
     from denoising_vit.backbones import Backbone
@@ -27,6 +28,7 @@ def denoise(
     /,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     denoising: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(method="auto"),  # noqa: B008, frozen
+    tiling: tyro.conf.OmitArgPrefixes[TileOptions] = TileOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     artifact: str | None = None,
     denoiser: str | None = None,
@@ -42,6 +44,7 @@ def denoise(
         inputs: image files, folders (searched recursively for images) and globs.
         out: folder for the results, created if missing.
         denoising: method and options of stage 1.
+        tiling: how photos larger than the backbone's input are cut into tiles.
         model: the backbone, and how to run it.
         artifact: the backbone's artifact, so that fewer views are needed: a file of `dvit calibrate`, or `shipped` for
             the one in the package; `none` models no artifact. By default, one is fitted in each photo, and subtract
@@ -60,6 +63,7 @@ def denoise(
     from denoising_vit.data import find_photos
     from denoising_vit.decomposition.inputs import given_artifact
     from denoising_vit.denoise import Denoising, settle
+    from denoising_vit.tiling.denoising import TiledDenoising
 
     if not inputs:
         print_error("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
@@ -84,11 +88,17 @@ def denoise(
     denoising.validate()
     backbone = model.load()
     options, found = settle(denoising, backbone, denoiser, artifact)
+
+    def method(options: DenoiseOptions, **known: Any) -> Denoising | TiledDenoising:
+        if tiling.tile is None:
+            return Denoising(backbone, options, **known)
+        return TiledDenoising(backbone, options, tiling, **known)
+
     # Errors in the options are reported before any photo is read.
-    clean = Denoising(backbone, options, artifact=artifact if found is None else None, denoiser=found)
+    clean = method(options, artifact=artifact if found is None else None, denoiser=found)
     exact = None
     if found is not None and compare:
-        exact = Denoising(backbone, replace(options, method="exact"), artifact=artifact)
+        exact = method(replace(options, method="exact"), artifact=artifact)
     elif found is not None:
         given_artifact(artifact, backbone, options)  # not used, but a wrong file is an error
     folder = OutputFolder(out, overwrite=overwrite)
@@ -97,12 +107,15 @@ def denoise(
         f"method {_told(options, found)}"
     )
     if exact is not None:
-        print_note(f"pictures compare it with exact: {exact.work} more passes a photo")
-    subtracted = next((one for one in (clean, exact) if one is not None and one.artifact is not None), None)
+        print_note(
+            f"pictures compare it with exact: {exact.work} more passes a {'photo' if tiling.tile is None else 'tile'}"
+        )
+    views = [one.whole if isinstance(one, TiledDenoising) else one for one in (clean, exact) if one is not None]
+    subtracted = next((one for one in views if one.artifact is not None), None)
     if subtracted is not None and (note := resampling_note(artifact or SHIPPED, backbone, subtracted.fitted.grid)):
         print_note(note)
     page = None if report is None else _page()
-    job = DenoiseJob(clean, folder, upsample, exact, page)
+    job = DenoiseJob(clean, folder, upsample, exact, page, tiling.max_pixels)
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
     interrupted = False
     with PhotoProgress(len(photos), job.work, unit) as progress:

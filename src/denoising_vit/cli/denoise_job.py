@@ -14,11 +14,17 @@ import numpy as np
 
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Row
-from denoising_vit.data.photos import photo_digest, read_photo
+from denoising_vit.data.photos import read_photo
+from denoising_vit.data.pictures import Picture, open_picture, picture_digest, reduced
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import Denoising
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path, digest_of, readable
+from denoising_vit.tiling.denoising import TiledDenoising
+from denoising_vit.tiling.options import TileOptions
+
+#: Most pixels along a side of a picture that is drawn, where it is not in memory anyway.
+_DRAWN = 2048
 
 if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage
@@ -34,37 +40,40 @@ class DenoiseJob:
         upsample: factor by which stored and drawn features are finer.
         exact: stage 1 for the comparison in the picture, if wanted.
         page: report page, if wanted.
+        max_pixels: largest photo that is read.
     """
 
-    clean: Denoising
+    clean: Denoising | TiledDenoising
     folder: OutputFolder
     upsample: int
-    exact: Denoising | None
+    exact: Denoising | TiledDenoising | None
     page: PhotosPage | None = None
+    max_pixels: int = TileOptions.max_pixels
 
     @property
     def work(self) -> int:
-        """Total progress of one photo."""
+        """Total progress of one photo, or of one tile."""
         return self.clean.work + (0 if self.exact is None else self.exact.work)
 
     def run(self, photo: Path, progress: PhotoProgress) -> Row:
         """Processes one photo, or keeps its result. Errors end in the row and are not raised."""
         started = time.perf_counter()
         try:
-            pixels = read_photo(photo)
-            digest = photo_digest(pixels)
+            picture = self._open(photo)
+            digest = picture_digest(picture)
             output = self.folder.claim(photo, digest)
             if output.existing is not None:
-                return self._keep(photo, pixels, output, output.existing, progress)
-            result = self.clean(pixels, progress=progress.advance, watch=progress.watch, digest=digest)
+                return self._keep(photo, picture, output, output.existing, progress)
+            result = self._denoised(self.clean, picture, digest, progress)
             about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
-            exact = self._exact_beside(pixels, result, progress)
+            exact = self._exact_beside(picture, result, progress)
+            pixels = _drawable(picture)
             while not self._write(pixels, result, exact, output):  # another run took the name meanwhile
                 self.folder.release(output)
                 output = self.folder.claim(photo, digest)
                 if output.existing is not None:
-                    return self._keep(photo, pixels, output, output.existing, progress)
+                    return self._keep(photo, picture, output, output.existing, progress)
             self._show(photo, pixels, result, exact)
         except (DenoisingVitError, OSError) as error:
             return Row(str(photo), "failed", note=str(error))
@@ -73,15 +82,34 @@ class DenoiseJob:
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
 
+    def _open(self, photo: Path) -> Picture:
+        if isinstance(self.clean, TiledDenoising):
+            return open_picture(photo, size=self.clean.size, max_pixels=self.max_pixels)
+        return read_photo(photo, max_pixels=self.max_pixels)
+
+    @staticmethod
+    def _denoised(
+        method: Denoising | TiledDenoising, picture: Picture, digest: str, progress: PhotoProgress
+    ) -> Decomposition:
+        before = progress.at
+
+        def advance(done: int, total: int) -> None:
+            progress.advance(before + done, before + total)
+
+        if isinstance(method, TiledDenoising):
+            return method(picture, progress=advance, watch=progress.watch, digest=digest)
+        assert isinstance(picture, np.ndarray)
+        return method(picture, progress=advance, watch=progress.watch, digest=digest)
+
     def _keep(
-        self, photo: Path, pixels: np.ndarray, output: Output, info: dict[str, Any], progress: PhotoProgress
+        self, photo: Path, picture: Picture, output: Output, info: dict[str, Any], progress: PhotoProgress
     ) -> Row:
         notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
         finer = self.upsample > 1 and info.get("upsample") != self.upsample
         redrawn = finer or not output.panel.exists()
         if redrawn or self.page is not None:
-            result = Decomposition.load(output.result)
-            exact = self._exact_beside(pixels, result, progress) if redrawn else None
+            result, pixels = Decomposition.load(output.result), _drawable(picture)
+            exact = self._exact_beside(picture, result, progress) if redrawn else None
             self._show(photo, pixels, result, exact)
             if redrawn:
                 with self._drawn(pixels, result, exact, output):
@@ -123,15 +151,11 @@ class DenoiseJob:
             output.mark.add(temporary, ".png")
             yield
 
-    def _exact_beside(self, pixels: np.ndarray, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
+    def _exact_beside(self, picture: Picture, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
         """Stage 1 for the comparison; None if it is not wanted, or the kept result has other settings."""
         if self.exact is None or not self.clean.made(result.info):
             return None
-
-        def advance(done: int, total: int) -> None:
-            progress.advance(self.clean.work + done, total)
-
-        return self.exact(pixels, progress=advance, digest=result.info["photo"]["sha256"])
+        return self._denoised(self.exact, picture, result.info["photo"]["sha256"], progress)
 
     @staticmethod
     def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:
@@ -145,3 +169,8 @@ class DenoiseJob:
             heldout_cosine=info["heldout_cosine"],
             **more,
         )
+
+
+def _drawable(picture: Picture) -> np.ndarray:
+    """The picture (H, W, 3) uint8 for drawing, shrunk if it is not in memory."""
+    return picture if isinstance(picture, np.ndarray) else reduced(picture, _DRAWN)

@@ -156,10 +156,17 @@ class PhotoProgress(OnScreen):
         if look.r2 is not None:
             self._progress.update(self._task, description=f"{escape(self._photo)} held-out R² {look.r2:.3f}")
 
-    def advance(self, done: int, _total: int) -> None:
-        """Sets the work done on the current photo."""
-        self._at = done
-        self._progress.update(self._task, completed=self._finished + done)
+    @property
+    def at(self) -> int:
+        """The work done on the current photo."""
+        return self._at
+
+    def advance(self, done: int, total: int) -> None:
+        """Sets the work done on the current photo; one of more work than expected raises what is expected of each."""
+        self._at, self._each = done, max(self._each, total)
+        self._progress.update(
+            self._task, completed=self._finished + done, total=self._finished + self._left * self._each
+        )
 
     def finish(self) -> None:
         """Ends the current photo. Work that was not needed leaves the total, so that the time left stays right."""

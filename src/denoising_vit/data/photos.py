@@ -59,7 +59,12 @@ _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 _LARGEST_SAMPLE = 281
 
 
-def read_photo(source: str | Path | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_photo(
+    source: str | Path | Image.Image | np.ndarray,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Read a photo as (H, W, 3) uint8, rotated by its EXIF orientation.
 
     Grayscale, palette and CMYK are converted to RGB; transparent images are composed with white; of animations, the
@@ -69,6 +74,8 @@ def read_photo(source: str | Path | Image.Image | np.ndarray, *, max_pixels: int
     Args:
         source: a path, a PIL image, or an (H, W, 3) uint8 array, which is returned unchanged.
         max_pixels: largest photo that is decoded.
+        size: (H, W) that is needed. A JPEG beyond the limit is then decoded at a half, a quarter or an eighth of its
+            sides, if that has both sides at least as long as the longer of these.
 
     Raises:
         PhotoError: if the file is missing, empty, damaged, too large, or not an image.
@@ -78,17 +85,17 @@ def read_photo(source: str | Path | Image.Image | np.ndarray, *, max_pixels: int
             raise PhotoError(f"expected an (H, W, 3) uint8 array, got shape {source.shape} of {source.dtype}")
         return source
     if isinstance(source, Image.Image):
-        with _explained("the image"):
+        with explained("the image"):
             return _decode(source, "the image", max_pixels)
     path = Path(source)
-    with _explained(str(path)):
+    with explained(str(path)):
         if not path.exists():
             raise PhotoError(f"{path}: no such file")
         if path.is_dir():
             raise PhotoError(f"{path} is a directory, expected an image file")
         if path.stat().st_size == 0:
             raise PhotoError(f"{path}: the file is empty (0 bytes)")
-        return use_image(path, lambda image: _decode(image, str(path), max_pixels))
+        return use_image(path, lambda image: _decode(image, str(path), max_pixels, size))
 
 
 def read_photo_bytes(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -104,7 +111,7 @@ def read_photo_bytes(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS)
     """
     if not content:
         raise PhotoError(f"{name}: the file is empty (0 bytes)")
-    with _explained(name):
+    with explained(name):
         return use_image(io.BytesIO(content), lambda image: _decode(image, name, max_pixels))
 
 
@@ -120,7 +127,7 @@ def is_panel(file: Path | bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn the errors of decoders into a PhotoError."""
     try:
         yield
@@ -182,13 +189,25 @@ def photo_digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
-    """Decode an opened image of any mode to (H, W, 3) uint8; ``name`` is for errors and warnings."""
+def refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Refuse an opened image that declares too many pixels.
+
+    Raises:
+        PhotoError: naming its size, the limit, and what to do.
+    """
     width, height = image.size
     if width * height > max_pixels:
         raise PhotoError(
-            f"{name}: {width:,} x {height:,} pixels is more than the limit of {max_pixels:,}; shrink it first"
+            f"{name}: {width:,} x {height:,} pixels is more than the limit of {max_pixels:,}; shrink it first, or "
+            "raise the limit (`dvit denoise --max-pixels`, or max_pixels= in Python)"
         )
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decode an opened image of any mode to (H, W, 3) uint8; ``name`` is for errors and warnings."""
+    if size is not None and image.width * image.height > max_pixels:
+        image.draft(None, (max(size), max(size)))  # JPEG only; the longer side for both, as it may lie on its side
+    refuse_larger(image, name, max_pixels)
     deep = ";16" in raw_mode(image)  # known before decoding only
     declared = _declared_largest(image)
     image.load()

@@ -1,0 +1,1 @@
+"""Features of pictures larger than a backbone's input, tile by tile."""

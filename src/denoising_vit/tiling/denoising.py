@@ -1,0 +1,139 @@
+"""Denoising of large pictures, tile by tile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from denoising_vit.artifact import KnownArtifact
+from denoising_vit.backbones import Backbone
+from denoising_vit.data.pictures import Picture, picture_digest
+from denoising_vit.decomposition.methods import UNJUDGED
+from denoising_vit.decomposition.neural_field.fit import Evaluation
+from denoising_vit.decomposition.options import DenoiseOptions
+from denoising_vit.decomposition.result import Decomposition
+from denoising_vit.denoise import Denoising, Progress
+from denoising_vit.denoiser.loading import GivenDenoiser
+from denoising_vit.errors import PlanError
+from denoising_vit.tiling.features import blend, layouts
+from denoising_vit.tiling.options import TileOptions
+from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.sampling import on_nodes
+
+
+class TiledDenoising:
+    """One method of denoising for pictures of any size: each tile alone, by any method, then blended.
+
+    Args:
+        backbone: the backbone.
+        options: how tiles are denoised. ``size`` is the (H, W) to which a picture is resized; its own by default.
+        tiling: how pictures are cut into tiles.
+        artifact: as for :func:`~denoising_vit.denoise_image`, for one tile.
+        denoiser: as for :func:`~denoising_vit.denoise_image`.
+
+    Attributes:
+        whole: the method for a whole tile.
+        work: what progress on one tile counts up to.
+
+    Raises:
+        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as :func:`~denoising_vit.denoise_image`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: DenoiseOptions,
+        tiling: TileOptions,
+        *,
+        artifact: KnownArtifact | None = None,
+        denoiser: GivenDenoiser | None = None,
+    ) -> None:
+        if tiling.tile is None:
+            raise PlanError("tile is not set; expected the side of a tile in pixels")
+        self.backbone, self.tiling = backbone, tiling
+        self.size = (options.size, options.size) if isinstance(options.size, int) else options.size
+
+        @cache  # a picture that is narrower than a tile has smaller ones
+        def for_tiles(size: tuple[int, int]) -> Denoising:
+            return Denoising(backbone, replace(options, size=size), artifact=artifact, denoiser=denoiser)
+
+        self._for_tiles = for_tiles
+        self.whole = for_tiles((tiling.tile, tiling.tile))
+        self.work = self.whole.work
+
+    def __call__(
+        self,
+        picture: Picture,
+        *,
+        progress: Progress | None = None,
+        watch: Callable[[Evaluation], None] | None = None,
+        digest: str | None = None,
+    ) -> Decomposition:
+        """Denoise a picture; see :class:`~denoising_vit.denoise.Denoising`. Held-out figures are means over tiles.
+
+        Memory is that of one tile, plus field, artifact and raw features of the whole: 12 C bytes a patch.
+        """
+        started = time.perf_counter()
+        digest = digest or picture_digest(picture)
+        rows, columns = layouts(self.backbone, picture, self.tiling, self.size)
+        denoising = self._for_tiles((rows.tile, columns.tile))
+        total = denoising.work * len(rows.starts) * len(columns.starts)
+        infos: list[dict[str, Any]] = []
+
+        def advance(done: int, _of_tile: int) -> None:
+            if progress is not None:
+                progress(denoising.work * len(infos) + done, total)
+
+        def run(tile: Tensor) -> Tensor:
+            part = denoising(tile, progress=advance, watch=watch, digest=digest)
+            infos.append(part.info)
+            return torch.cat([part.semantic, part.artifact, part.raw], dim=-1)
+
+        semantic, artifact, raw = blend(picture, rows, columns, self.backbone, run).chunk(3, dim=-1)
+        height, width = picture.shape[:2]
+        info = infos[0] | {key: _mean([each[key] for each in infos]) for key in UNJUDGED}
+        info |= {
+            "photo": {"name": None, "height": height, "width": width, "sha256": digest},
+            "tiles": self._recorded(denoising.fitted),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        return Decomposition(
+            field=self._on_nodes(semantic, (rows.side, columns.side)),
+            artifact=artifact,
+            raw=raw,
+            size=(rows.side, columns.side),
+            patch_size=self.backbone.patch_size,
+            stride=self.backbone.stride,
+            info=info,
+        )
+
+    def made(self, info: dict[str, Any]) -> bool:
+        """True if a result with this ``info`` came from this backbone, these tiles and these settings."""
+        tiles = info.get("tiles") or {}
+        if not isinstance(size := tiles.get("of"), list):
+            return False
+        denoising = self._for_tiles((size[0], size[1]))
+        return tiles == self._recorded(denoising.fitted) and denoising.made(info | {"tiles": None})
+
+    def _recorded(self, plan: ViewPlan) -> dict[str, Any]:
+        size = None if self.size is None else list(self.size)
+        return {"of": list(plan.size), "tile": self.tiling.tile, "overlap": self.tiling.overlap, "size": size}
+
+    def _on_nodes(self, semantic: Tensor, size: tuple[int, int]) -> Tensor:
+        """The field whose values at the patch centres are these; nodes are patch centres unless patches overlap."""
+        patch, stride = self.backbone.patch_size, self.backbone.stride
+        if patch == stride:
+            return semantic
+        return on_nodes(semantic, ViewPlan.make(1, size=size, patch_size=patch, stride=stride))
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,137 @@
+"""Features of a large picture in one grid, blended from tiles of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.data.pictures import Picture, open_picture
+from denoising_vit.errors import PlanError
+from denoising_vit.extractors import Extractor
+from denoising_vit.tiling.layout import TileLayout
+from denoising_vit.tiling.options import TileOptions
+from denoising_vit.views.rendering import per_channel, resampling_matrix, to_image
+
+#: ``progress(done, total)``, in tiles.
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def tiled_features(
+    extractor: Extractor,
+    picture: str | Path | Image.Image | np.ndarray,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    size: tuple[int, int] | None = None,
+    max_pixels: int = TileOptions.max_pixels,
+    backbone: Backbone | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Features of a picture larger than the backbone's input, on one seamless grid.
+
+    The picture is cut into overlapping tiles, each tile goes through the extractor alone, and neighbouring tiles are
+    blended with weights that fall to zero at their ends. Beside the result and the decoded picture, memory is that of
+    one tile. Each tile is a whole image to the extractor: features know nothing beyond their tile.
+
+    Args:
+        extractor: any callable (B, 3, H, W) -> (B, h, w, C): a backbone, or what cleans it in one pass.
+        picture: a path, a PIL image, or an (H, W, 3) uint8 array. A TIFF file of more than 100 million pixels is read
+            tile by tile (extra `tiff`); all others are decoded whole, 3 bytes a pixel.
+        tile: side of a tile in pixels; the backbone's default size by default.
+        overlap: pixels that neighbouring tiles share, at least; up to half a tile, a quarter by default. 0 takes every
+            patch from the nearest tile, and shows seams.
+        size: (H, W) to which the picture is resized; its own by default. Sides that do not fit the patch grid are
+            changed to the nearest that do, by less than a patch.
+        max_pixels: larger pictures are refused.
+        backbone: the extractor's backbone, where the extractor has no attribute ``backbone``.
+        progress: called as ``progress(done, total)`` after each tile.
+
+    Returns:
+        (H', W', C) float32 on the CPU: one vector for every patch of the picture.
+
+    Raises:
+        PhotoError: if the picture cannot be read, is too large, or smaller than a patch.
+        SizeError: if the tile does not fit the patch grid.
+        PlanError: if the overlap is out of range, or the backbone is unknown.
+    """
+    model = extractor if isinstance(extractor, Backbone) else backbone or getattr(extractor, "backbone", None)
+    if not isinstance(model, Backbone):
+        raise PlanError("the extractor has no attribute `backbone`, whose patch grid tiles are cut to; give backbone=")
+    options = TileOptions(model.default_size if tile is None else tile, overlap, max_pixels)
+    opened = open_picture(picture, size=size, max_pixels=max_pixels)
+    rows, columns = layouts(model, opened, options, size)
+    return blend(opened, rows, columns, model, lambda image: extractor(image)[0], progress)
+
+
+def layouts(
+    backbone: Backbone, picture: Picture, options: TileOptions, size: tuple[int, int] | None
+) -> tuple[TileLayout, TileLayout]:
+    """Tiles along height and width of a picture that is shown at a size (H, W), its own by default."""
+    assert options.tile is not None
+    overlap = options.tile // 4 if options.overlap is None else options.overlap
+    height, width = picture.shape[:2] if size is None else size
+    rows, columns = (
+        TileLayout.make(side, options.tile, overlap, backbone.patch_size, backbone.stride) for side in (height, width)
+    )
+    return rows, columns
+
+
+def blend(
+    picture: Picture,
+    rows: TileLayout,
+    columns: TileLayout,
+    backbone: Backbone,
+    run: Callable[[Tensor], Tensor],
+    progress: Progress | None = None,
+) -> Tensor:
+    """Run every tile, and add its features to the grid with its weights.
+
+    Args:
+        picture: the picture.
+        rows: tiles along the height.
+        columns: tiles along the width.
+        backbone: its normalisation and stride are those of the tiles.
+        run: maps a normalised tile (1, 3, H, W) to (h, w, C).
+        progress: called after each tile.
+
+    Returns:
+        (H', W', C) float32 on the CPU.
+    """
+    blended = torch.empty(0)
+    total = len(rows.starts) * len(columns.starts)
+    for index in range(total):
+        row, column = divmod(index, len(columns.starts))
+        features = run(_tile(picture, rows, row, columns, column, backbone)).float().cpu()
+        if not len(blended):
+            blended = torch.zeros(rows.weights.shape[1], columns.weights.shape[1], features.shape[2])
+        down, across = rows.patches(row), columns.patches(column)
+        weights = np.outer(rows.weights[row, down], columns.weights[column, across])
+        blended[down, across] += features * torch.from_numpy(weights)[..., None]
+        if progress is not None:
+            progress(index + 1, total)
+    return blended
+
+
+def _tile(picture: Picture, rows: TileLayout, row: int, columns: TileLayout, column: int, backbone: Backbone) -> Tensor:
+    """One tile, normalised, (1, 3, H, W). Where nothing is resized, these are the picture's own pixels."""
+    height, width = picture.shape[:2]
+    top, down = _resampling(rows, row, height)
+    left, across = _resampling(columns, column, width)
+    pixels = to_image(picture[top : top + down.shape[1], left : left + across.shape[1]], backbone.device)
+    image = (down.to(pixels) @ (pixels @ across.to(pixels).T)).clamp_(0, 1)  # the cubic kernel overshoots
+    mean, std = (per_channel(values, backbone.device) for values in (backbone.mean, backbone.std))
+    return image.sub_(mean).div_(std)[None]
+
+
+def _resampling(layout: TileLayout, index: int, length: int) -> tuple[int, Tensor]:
+    """The first pixel of a tile of a side of ``length`` pixels, and the weights of its pixels (H, pixels used)."""
+    scale = length / layout.side
+    start = layout.starts[index] * layout.stride
+    return resampling_matrix(start * scale, (start + layout.tile) * scale, length, layout.tile)
