@@ -359,6 +359,13 @@ def test_too_few_views_for_the_comparison_are_refused_before_any_photo(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_comparison_without_a_denoiser_is_refused(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+    done = dvit(photo, "-o", tmp_path / "out", "--method", "exact", "--compare")
+    assert done.code == 2
+    assert "--compare draws exact beside a denoiser, and the method is exact" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_names_the_options(dvit: Dvit) -> None:
     words = dvit("--help").words
     for option in ("--denoiser", "--compare", "--method", "neural-field is the published", "auto is denoiser"):

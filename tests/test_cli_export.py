@@ -143,6 +143,8 @@ def test_a_changed_export_gives_1(export: Export, dvit: Dvit, tmp_path: Path) ->
     [
         ((), "-o DIR exports to a folder, --verify DIR checks one"),
         (("-o", "x", "--artifact", "shipped", "--denoiser", "shipped"), "--artifact and --denoiser cannot be combined"),
+        (("-o", "x", "--features", "average"), "unknown features: 'average'"),
+        (("-o", "x", "--subspace", "a", "--registers", "b"), "--subspace and --registers cannot be combined"),
         (("-o", "x", "--features", "raw", "--denoiser", "shipped"), "--denoiser has no effect on --features raw"),
         (("-o", "x", "--features", "denoiser", "--artifact", "shipped"), "--artifact has no effect on --features deno"),
         (("-o", "x", "--format", "timm", "--int8"), "--int8 is for onnx, got timm"),

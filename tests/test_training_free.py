@@ -17,14 +17,23 @@ import denoising_vit as dv
 import tiny_artifact as planted
 from denoising_vit import Backbone, Subspace
 from denoising_vit.backbones.recorded import describe
+from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.extractors import Cleaners
+from denoising_vit.show.sheets import PhotoExtractor
 from denoising_vit.training_free import AveragedViT, Registers, find_registers, find_subspace, with_registers
 from denoising_vit.training_free.average import aligned_mean, moved, moves
 from denoising_vit.training_free.common import photo_images
 from denoising_vit.training_free.project import choose_rank, place_directions, principal_directions
 from denoising_vit.training_free.registers import _Shift, has_registers
+from denoising_vit.views.plan import ViewPlan
+from denoising_vit.views.rendering import ViewRenderer, to_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def normalised(photo: np.ndarray, backbone: Backbone, size: tuple[int, int]) -> Tensor:
+    plan = ViewPlan.make(1, size=size, patch_size=backbone.patch_size, stride=backbone.stride)
+    return ViewRenderer(to_image(photo, torch.device("cpu")), plan, backbone.mean, backbone.std)(slice(1))
 
 
 # --- project
@@ -155,6 +164,34 @@ def test_one_photo_in_one_call(tiny_vit: Backbone, name: str) -> None:
     result = dv.denoise_image(tiny_vit, photo, method=name, size=(96, 96))
     assert result.semantic.shape == (6, 6, 192)
     assert not torch.allclose(result.semantic, result.raw, atol=1e-3)
+
+
+def test_a_given_subspace_and_given_registers_clean_a_photo(
+    backbone: Backbone, photos: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """In `denoise_image` and on sheets: a file that is given is used, and one that the method does not use refused."""
+    photo = planted.photos(1)[0]
+    subspace, registers = find_subspace(backbone, rank=3), find_registers(backbone, photos[0], size=(96, 96))
+    subspace.save(tmp_path / "subspace.safetensors")
+    made = {"project": {"subspace": tmp_path / "subspace.safetensors"}, "registers": {"registers": registers}}
+    whole = dv.denoise_image(backbone, photo, method="subtract", artifact="none", size=(96, 96)).raw
+    image = normalised(photo, backbone, (96, 96))
+    for method, given in made.items():
+        result = dv.denoise_image(backbone, photo, method=method, size=(96, 96), **given)
+        expected = subspace(whole) if method == "project" else with_registers(backbone, registers)(image)[0]
+        torch.testing.assert_close(result.semantic, expected, rtol=1e-4, atol=1e-4)
+    cleaners = Cleaners(subspace=tmp_path / "subspace.safetensors", registers=registers)
+    shown = PhotoExtractor(backbone, ["raw", "project", "registers"], cleaners, DenoiseOptions(size=(96, 96)))(photo)
+    for method in made:
+        wanted = dv.denoise_image(backbone, photo, method=method, size=(96, 96), **made[method]).semantic
+        assert torch.equal(shown.found[method].semantic, wanted)
+    with pytest.raises(dv.PlanError, match="a subspace is given, which the method 'average' does not use"):
+        dv.denoise_image(backbone, photo, method="average", size=(96, 96), subspace=subspace)
+
+
+def test_subtract_needs_values_that_are_not_none(tiny_vit: Backbone) -> None:
+    with pytest.raises(dv.PlanError, match="subtract needs an artifact as a file or an Artifact"):
+        Cleaners(artifact="none").extractor("subtract", tiny_vit)
 
 
 def test_a_projection_is_exported(tiny_vit: Backbone, tmp_path: Path) -> None:

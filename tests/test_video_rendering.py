@@ -19,11 +19,12 @@ import tiny_artifact
 import tiny_denoiser
 import tiny_video as tiny
 from denoising_vit import Backbone
+from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.maps import Palette, write_palette
 from denoising_vit.show.video import rendering
-from denoising_vit.show.video.frames import GAP, HEADING
+from denoising_vit.show.video.frames import GAP, HEADING, FrameFeatures
 from denoising_vit.show.video.options import PANELS, VideoOptions
 from denoising_vit.show.video.rendering import RenderedVideo, render_video
 
@@ -153,6 +154,20 @@ def test_all_panels_and_features(render: Render, frames: Path, tmp_path: Path) -
     assert len(PANELS) == 10
     assert sheets[0].shape == (GAP + 3 * (48 + HEADING + GAP), GAP + 10 * (80 + GAP), 3)
     assert not np.array_equal(sheets[0], sheets[1])
+
+
+def test_exact_takes_the_given_artifact(tmp_path: Path) -> None:
+    backbone, options = tiny.backbone(), VideoOptions(features="exact", views=6)
+    file = str(tmp_path / "g.safetensors")
+    tiny_artifact.artifact_of(backbone).save(file)
+    given = FrameFeatures(backbone, Cleaners(artifact=file), options)
+    frame = np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    found = given(frame[None])["exact"][0]
+    by_hand = denoise_image(backbone, frame, artifact=file, views=6, held_out=0, size=(56, 56)).semantic
+    torch.testing.assert_close(found, by_hand)
+    own = FrameFeatures(backbone, Cleaners(), options)
+    assert not torch.allclose(own(frame[None])["exact"][0], found, atol=1e-3)
+    assert own.identity != given.identity
 
 
 @pytest.mark.parametrize("constant", ["channel", "all"])

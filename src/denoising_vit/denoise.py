@@ -23,7 +23,7 @@ from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.denoiser.loading import FoundDenoiser, GivenDenoiser, find_denoiser, find_shipped, source_name
 from denoising_vit.environment import package_version
 from denoising_vit.errors import PlanError
-from denoising_vit.extractors import KINDS, Cleaners, Extractor
+from denoising_vit.extractors import KINDS, Cleaners, Extractor, GivenRegisters, GivenSubspace
 from denoising_vit.views.rendering import ViewRenderer
 from denoising_vit.views.sampling import on_nodes
 
@@ -37,6 +37,8 @@ def denoise_image(
     *,
     artifact: KnownArtifact | None = None,
     denoiser: GivenDenoiser | None = None,
+    subspace: GivenSubspace | None = None,
+    registers: GivenRegisters | None = None,
     progress: Progress | None = None,
     watch: Callable[[Evaluation], None] | None = None,
     options: DenoiseOptions | None = None,
@@ -55,6 +57,8 @@ def denoise_image(
         denoiser: the backbone's denoiser: a :class:`~denoising_vit.Denoiser`, or what
             :func:`~denoising_vit.load_denoiser` takes. For the methods ``denoiser`` and ``auto``, which otherwise use
             the one in the package.
+        subspace: positional directions for the method ``project``, which otherwise finds some on a black image.
+        registers: register neurons for the method ``registers``, which needs them.
         progress: called as ``progress(done, total)`` after each batch of views, and after each step of the neural
             field; ``total`` is :func:`work`.
         watch: called with each evaluation of the neural field on the held-out views.
@@ -77,7 +81,8 @@ def denoise_image(
     options = replace(options or DenoiseOptions(), **changes)
     if isinstance(photo, Tensor) and photo.ndim == 4 and options.size is None:
         options = replace(options, size=tuple(photo.shape[2:]))  # its owner has prepared it: it is shown as it is
-    return Denoising(backbone, options, artifact=artifact, denoiser=denoiser)(photo, progress=progress, watch=watch)
+    cleaners = Cleaners(artifact, denoiser, subspace=subspace, registers=registers)
+    return Denoising(backbone, options, cleaners)(photo, progress=progress, watch=watch)
 
 
 class Denoising:
@@ -101,25 +106,26 @@ class Denoising:
         self,
         backbone: Backbone,
         options: DenoiseOptions,
-        *,
-        artifact: KnownArtifact | None = None,
-        denoiser: GivenDenoiser | None = None,
+        cleaners: Cleaners = Cleaners(),  # noqa: B008, frozen
     ) -> None:
         self.backbone = backbone
-        self.options, self.denoiser = settle(options, backbone, denoiser, artifact)
+        self.options, self.denoiser = settle(options, backbone, cleaners.denoiser, cleaners.artifact)
         method = self.options.method
-        needs = "artifact" if method in STAGE_ONE else KINDS[method].needs
-        if artifact is not None and needs != "artifact":
-            raise PlanError(f"an artifact is given, which the method {method!r} does not use; leave it out")
+        uses = "artifact" if method in STAGE_ONE else KINDS[method].uses
+        for name, words in {
+            "artifact": "an artifact is",
+            "subspace": "a subspace is",
+            "registers": "registers are",
+        }.items():
+            if getattr(cleaners, name) is not None and name != uses:
+                raise PlanError(f"{words} given, which the method {method!r} does not use; leave it out")
         self._extractor: Extractor | None = None
         self._identity: dict[str, str] = {}
         self.artifact: Tensor | None = None
-        if method in STAGE_ONE or method == "subtract":
-            self.artifact = given_artifact(artifact, backbone, self.options)
+        if uses == "artifact":
+            self.artifact = given_artifact(cleaners.artifact, backbone, self.options)
         elif self.denoiser is None:
-            if isinstance(artifact, Tensor):
-                raise PlanError(f"the method {method!r} takes an artifact as Artifact or file name, got a tensor")
-            self._extractor, self._identity = Cleaners(artifact).extractor(method, backbone)
+            self._extractor, self._identity = cleaners.extractor(method, backbone)
         self.fitted, self.held_out = prepare(backbone, self.options, self.artifact)
         self.work = work(self.options)
 

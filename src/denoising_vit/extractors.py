@@ -18,12 +18,12 @@ from denoising_vit.errors import PlanError, WeightsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from denoising_vit.artifact import Artifact
+    from denoising_vit.artifact import KnownArtifact
     from denoising_vit.backbones import Backbone
     from denoising_vit.denoiser.loading import GivenDenoiser
     from denoising_vit.training_free import Registers, Subspace
 
-    GivenArtifact: TypeAlias = Artifact | str | Path
+    GivenArtifact: TypeAlias = KnownArtifact
     GivenSubspace: TypeAlias = Subspace | str | Path
     GivenRegisters: TypeAlias = Registers | str | Path
 else:
@@ -80,16 +80,18 @@ class FeatureKind:
         summary: a few words for ``--help``.
         make: makes the extractor, and the record that identifies what it cleans with. None for features that stage 1
             fits to each image: these are read from fields, and no extractor gives them.
-        needs: the field of :class:`Cleaners` that it cannot do without; where that is not given, the package may
-            have one.
+        uses: the field of :class:`Cleaners` that it takes, if any. Where that is not given, it may take one from the
+            package, or find one.
         cleans: False if the features are the output of a backbone as it is.
+        one_pass: True if an image takes one forward pass.
     """
 
     name: str
     summary: str
     make: Callable[[Backbone, Cleaners], tuple[Extractor, dict[str, str]]] | None
-    needs: Literal["artifact", "denoiser", "distilled", "registers"] | None = None
+    uses: Literal["artifact", "denoiser", "distilled", "subspace", "registers"] | None = None
     cleans: bool = True
+    one_pass: bool = True
 
     @property
     def per_image(self) -> bool:
@@ -103,10 +105,14 @@ def _raw(backbone: Backbone, _cleaners: Cleaners) -> tuple[Extractor, dict[str, 
 
 def _subtract(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
     from denoising_vit.artifact import SHIPPED, Artifact, artifact_digest, load_artifact
+    from denoising_vit.artifact.artifact import NONE
     from denoising_vit.denoiser.denoised_vit import DenoisedViT
 
-    given = cleaners.artifact or SHIPPED
-    artifact = given if isinstance(given, Artifact) else load_artifact(given, backbone)
+    artifact = SHIPPED if cleaners.artifact is None else cleaners.artifact
+    if isinstance(artifact, str | Path) and artifact != NONE:
+        artifact = load_artifact(artifact, backbone)
+    if not isinstance(artifact, Artifact):
+        raise PlanError("subtract needs an artifact as a file or an Artifact; give one, or leave subtract out")
     return DenoisedViT(backbone, artifact), {"artifact": str(artifact_digest(artifact.values))}
 
 
@@ -167,13 +173,13 @@ KINDS: dict[str, FeatureKind] = {
     kind.name: kind
     for kind in (
         FeatureKind("raw", "the backbone's own", _raw, cleans=False),
-        FeatureKind("subtract", "minus the artifact G, one pass", _subtract, needs="artifact"),
-        FeatureKind("exact", "stage 1, fitted to each image", None),
-        FeatureKind("denoiser", "stage 2, one pass", _denoiser, needs="denoiser"),
-        FeatureKind("distilled", "stage 3, weights of --distilled", _distilled, needs="distilled", cleans=False),
-        FeatureKind("project", "without positional directions, no training, one pass", _project),
-        FeatureKind("average", "mean of 5 moved passes, no training", _average),
-        FeatureKind("registers", "test-time registers of --registers, no training", _registers, needs="registers"),
+        FeatureKind("subtract", "minus the artifact G, one pass", _subtract, uses="artifact"),
+        FeatureKind("exact", "stage 1, fitted to each image", None, uses="artifact", one_pass=False),
+        FeatureKind("denoiser", "stage 2, one pass", _denoiser, uses="denoiser"),
+        FeatureKind("distilled", "stage 3, weights of --distilled", _distilled, uses="distilled", cleans=False),
+        FeatureKind("project", "without positional directions, no training, one pass", _project, uses="subspace"),
+        FeatureKind("average", "mean of 5 moved passes, no training", _average, one_pass=False),
+        FeatureKind("registers", "test-time registers of --registers, no training", _registers, uses="registers"),
     )
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -14,6 +14,7 @@ from denoising_vit.cli.outputs import OutputError, OutputFolder, require_writabl
 from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error, print_note
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info, software_words
+from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, require_ours
 from denoising_vit.tiling.options import TileOptions
 
@@ -32,6 +33,8 @@ def denoise(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     artifact: str | None = None,
     denoiser: str | None = None,
+    subspace: str | None = None,
+    registers: str | None = None,
     compare: tyro.conf.FlagCreatePairsOff[bool] = False,
     upsample: int = 1,
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None,
@@ -51,6 +54,8 @@ def denoise(
             uses the shipped one. Selects the exact method unless a method or a denoiser is given.
         denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
             for the one in the package (the default where there is one).
+        subspace: positional directions for --method project. Without it, the 16 strongest of a black image.
+        registers: register neurons for --method registers.
         compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Takes a forward
             pass a view.
         upsample: also store and draw the clean features this many times finer.
@@ -89,16 +94,20 @@ def denoise(
     backbone = model.load()
     options, found = settle(denoising, backbone, denoiser, artifact)
 
-    def method(options: DenoiseOptions, **known: Any) -> Denoising | TiledDenoising:
+    def method(options: DenoiseOptions, cleaners: Cleaners) -> Denoising | TiledDenoising:
         if tiling.tile is None:
-            return Denoising(backbone, options, **known)
-        return TiledDenoising(backbone, options, tiling, **known)
+            return Denoising(backbone, options, cleaners)
+        return TiledDenoising(backbone, options, tiling, cleaners)
 
     # Errors in the options are reported before any photo is read.
-    clean = method(options, artifact=artifact if found is None else None, denoiser=found)
+    used = Cleaners(artifact if found is None else None, found, subspace=subspace, registers=registers)
+    clean = method(options, used)
     exact = None
+    if found is None and compare:
+        print_error(f"--compare draws exact beside a denoiser, and the method is {options.method}; leave it out")
+        return WRONG_USAGE
     if found is not None and compare:
-        exact = method(replace(options, method="exact"), artifact=artifact)
+        exact = method(replace(options, method="exact"), Cleaners(artifact=artifact))
     elif found is not None:
         given_artifact(artifact, backbone, options)  # not used, but a wrong file is an error
     folder = OutputFolder(out, overwrite=overwrite)

@@ -35,6 +35,8 @@ def artifacts(
     photos: int = 64,
     denoiser: str | None = None,
     distilled: str | None = None,
+    subspace: str | None = None,
+    registers: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Label-free metrics of artifacts, as in `dvit diagnose`; none of them is meaningful alone.
@@ -54,6 +56,8 @@ def artifacts(
             with the package.
         distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
             published file.
+        subspace: positional directions for project. Without it, the 16 strongest of a black image.
+        registers: register neurons for registers.
         json: print the lines of results instead of a table.
     """
     from denoising_vit.data import named_photos, open_dataset, spread
@@ -74,7 +78,7 @@ def artifacts(
     about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
     settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), "blank_test": BLANK_TEST}
     settings |= diagnosing.recorded()
-    cleaners = Cleaners(denoiser=denoiser, distilled=distilled)
+    cleaners = Cleaners(None, denoiser, distilled, subspace, registers)
     extractors: dict[str, Extractor] = {}
     blank: dict[str, Record] = {}
     kept: dict[str, Any] = {}

@@ -18,10 +18,9 @@ from denoising_vit.extractors import KINDS, Cleaners, features_help, parse_names
 if TYPE_CHECKING:
     from denoising_vit.export.verification import Comparison
 
-_FEATURES = (
-    f"kind of features: {features_help(kind for kind in KINDS.values() if not kind.per_image)}. By default that of "
-    "--denoiser or --artifact, else raw."
-)
+_KINDS = {kind.name: kind for kind in KINDS.values() if kind.one_pass}
+
+_FEATURES = f"kind of features: {features_help(_KINDS.values())}. By default those of the given cleaner, else raw."
 
 
 def export(
@@ -31,6 +30,8 @@ def export(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     artifact: str | None = None,
     denoiser: str | None = None,
+    subspace: str | None = None,
+    registers: str | None = None,
     verify: Path | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -46,6 +47,8 @@ def export(
         model: the backbone; exports are always made on the CPU in float32.
         artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
         denoiser: the denoiser: a file, voc_denoised or imgnet_denoised, or `shipped` (the default).
+        subspace: positional directions for project. Without it, the 16 strongest of a black image.
+        registers: register neurons for registers.
         verify: check an existing export instead: its folder or a file in it.
         json: print figures as one JSON line.
     """
@@ -58,13 +61,15 @@ def export(
     if out is None:
         print_error("nothing to do: -o DIR exports to a folder, --verify DIR checks one")
         return WRONG_USAGE
-    if artifact is not None and denoiser is not None:
-        print_error("--artifact and --denoiser cannot be combined")
+    all_cleaners = {"artifact": artifact, "denoiser": denoiser, "subspace": subspace, "registers": registers}
+    given = {name: value for name, value in all_cleaners.items() if value is not None}
+    if len(given) > 1:
+        print_error(f"{' and '.join(f'--{name}' for name in given)} cannot be combined")
         return WRONG_USAGE
-    implied = "denoiser" if denoiser is not None else "subtract" if artifact is not None else "raw"
-    (features,) = parse_names([features or implied], [kind.name for kind in KINDS.values() if not kind.per_image])
+    implied = next((kind.name for kind in _KINDS.values() if kind.uses in given), "raw")
+    (features,) = parse_names([features or implied], _KINDS)
     if implied not in ("raw", features):
-        print_error(f"--{'denoiser' if denoiser else 'artifact'} has no effect on --features {features}; leave one out")
+        print_error(f"--{next(iter(given))} has no effect on --features {features}; leave one out")
         return WRONG_USAGE
     exporting.validate()
     weights = _weights_file(model)
@@ -74,10 +79,8 @@ def export(
     backbone = dataclasses.replace(model, device="cpu", dtype="float32").load()
     # Here distilled weights are the weights of the backbone.
     name = "raw" if features == "distilled" else features
-    extractor, _ = Cleaners(artifact, denoiser).extractor(name, backbone)
-    if not isinstance(extractor, Backbone | DenoisedViT):
-        print_error(f"{features} features need several passes and cannot be exported")
-        return WRONG_USAGE
+    extractor, _ = Cleaners(artifact, denoiser, subspace=subspace, registers=registers).extractor(name, backbone)
+    assert isinstance(extractor, Backbone | DenoisedViT)  # as all features of one pass
     print_note(f"exporting {features} features of {backbone.extra_repr()} as {exporting.format}")
     found = export_extractor(extractor, out, exporting, weights=weights, distilled=features == "distilled")
     _tell(found, out, as_json=json)

@@ -107,13 +107,9 @@ def _denoising(name: str, backbone: Backbone, cleaners: Cleaners, options: Denoi
     if not kind.cleans:  # the output of a backbone
         extractor, _ = cleaners.extractor(name, backbone)
         assert isinstance(extractor, Backbone)
-        return Denoising(extractor, replace(options, method="subtract"), artifact=NONE)
-    return Denoising(
-        backbone,
-        replace(options, method=name),
-        artifact=cleaners.artifact if kind.per_image or kind.needs == "artifact" else None,
-        denoiser=cleaners.denoiser if kind.needs == "denoiser" else None,
-    )
+        return Denoising(extractor, replace(options, method="subtract"), Cleaners(artifact=NONE))
+    own = Cleaners() if kind.uses is None else Cleaners(**{kind.uses: getattr(cleaners, kind.uses)})
+    return Denoising(backbone, replace(options, method=name), own)
 
 
 class Picture(NamedTuple):

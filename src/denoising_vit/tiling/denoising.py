@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.pictures import Picture, picture_digest
 from denoising_vit.decomposition.methods import UNJUDGED
@@ -20,8 +19,8 @@ from denoising_vit.decomposition.neural_field.fit import Evaluation
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import Denoising, Progress
-from denoising_vit.denoiser.loading import GivenDenoiser
 from denoising_vit.errors import PlanError
+from denoising_vit.extractors import Cleaners
 from denoising_vit.tiling.features import blend, layouts
 from denoising_vit.tiling.options import TileOptions
 from denoising_vit.views.plan import ViewPlan
@@ -35,8 +34,7 @@ class TiledDenoising:
         backbone: the backbone.
         options: how tiles are denoised. ``size`` is the (H, W) to which a picture is resized; its own by default.
         tiling: how pictures are cut into tiles.
-        artifact: as for :func:`~denoising_vit.denoise_image`, for one tile.
-        denoiser: as for :func:`~denoising_vit.denoise_image`.
+        cleaners: what cleans the features; an artifact as values is on the grid of one tile.
 
     Attributes:
         whole: the method for a whole tile.
@@ -51,9 +49,7 @@ class TiledDenoising:
         backbone: Backbone,
         options: DenoiseOptions,
         tiling: TileOptions,
-        *,
-        artifact: KnownArtifact | None = None,
-        denoiser: GivenDenoiser | None = None,
+        cleaners: Cleaners = Cleaners(),  # noqa: B008, frozen
     ) -> None:
         if tiling.tile is None:
             raise PlanError("tile is not set; expected the side of a tile in pixels")
@@ -62,7 +58,7 @@ class TiledDenoising:
 
         @cache  # a picture that is narrower than a tile has smaller ones
         def for_tiles(size: tuple[int, int]) -> Denoising:
-            return Denoising(backbone, replace(options, size=size), artifact=artifact, denoiser=denoiser)
+            return Denoising(backbone, replace(options, size=size), cleaners)
 
         self._for_tiles = for_tiles
         self.whole = for_tiles((tiling.tile, tiling.tile))

@@ -182,8 +182,8 @@ def largest_size(backbone: Backbone) -> int:
 def _cleaner(model: Model, settings: Settings) -> dict[str, Any]:
     if settings.method == "exact":
         return {} if model.fits_artifact else {"artifact": model.artifact}
-    needs = KINDS[settings.method].needs
-    return {} if needs is None else {needs: getattr(model, needs)}
+    uses = KINDS[settings.method].uses
+    return {uses: getattr(model, uses)} if uses in ("artifact", "denoiser") else {}
 
 
 def draw_sheet(found: Answer) -> Path:

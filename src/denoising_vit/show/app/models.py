@@ -41,8 +41,9 @@ class Model:
     @property
     def methods(self) -> tuple[str, ...]:
         """Available kinds of clean features, the cheapest good one first."""
-        there = {None: True, "denoiser": self.denoiser is not None, "artifact": self.artifact is not None}
-        names = [kind.name for kind in KINDS.values() if kind.cleans and there.get(kind.needs, False)]
+        lacking = {"distilled", "registers"}
+        lacking |= {name for name in ("denoiser", "artifact") if getattr(self, name) is None}
+        names = [kind.name for kind in KINDS.values() if kind.cleans and (kind.per_image or kind.uses not in lacking)]
         return tuple(sorted(names, key=lambda name: {"denoiser": 0, "exact": 1}.get(name, 2)))
 
 

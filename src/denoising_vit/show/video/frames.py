@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from denoising_vit.artifact import artifact_digest, known_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.decomposition.options import DenoiseOptions
@@ -42,6 +43,7 @@ class FrameFeatures:
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:
         self.backbone, self._names = backbone, options.names
         self._denoising = DenoiseOptions(views=options.views, area=options.area, ratio=options.ratio, held_out=0)
+        self._artifact = cleaners.artifact
         self._made: Denoising | None = None  # for the size of the last frame
         self.identity: dict[str, Any] = {"backbone": describe(backbone)}
         self._extractors: dict[str, Extractor] = {}
@@ -49,6 +51,9 @@ class FrameFeatures:
             if not KINDS[name].per_image:
                 self._extractors[name], found = cleaners.extractor(name, backbone)
                 self.identity |= found
+            elif cleaners.artifact is not None:
+                known = known_artifact(cleaners.artifact, backbone, backbone.grid_size(*[backbone.default_size] * 2))
+                self.identity["artifact of exact"] = artifact_digest(known)
 
     @torch.no_grad()
     def __call__(self, frames: np.ndarray) -> dict[str, Tensor]:
@@ -81,7 +86,8 @@ class FrameFeatures:
     def _exact(self, frame: np.ndarray) -> Tensor:
         size = (frame.shape[0], frame.shape[1])
         if self._made is None or self._made.options.size != size:
-            self._made = Denoising(self.backbone, replace(self._denoising, size=size))
+            own = Cleaners(artifact=self._artifact)
+            self._made = Denoising(self.backbone, replace(self._denoising, size=size), own)
         return self._made(frame).semantic
 
 
