@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import gc
 import hashlib
 import importlib
 import io
@@ -25,6 +26,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import flushes
 
 SHIM = Path(__file__).with_suffix(".c")
 
@@ -151,6 +154,7 @@ def import_everything() -> None:
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
+    gc.freeze()  # else the collector of each fork touches, and so copies, all that was imported
 
 
 def forked(
@@ -264,9 +268,7 @@ class Harness:
         begun = any(name.endswith("run.json") for name in after)
         return self.case.again if self.case.again is not None and begun else self.case.arguments
 
-    def _judge(
-        self, trial: Trial, fault: str, after: dict[str, str], final: dict[str, str], *, removes: bool
-    ) -> None:
+    def _judge(self, trial: Trial, fault: str, after: dict[str, str], final: dict[str, str], *, removes: bool) -> None:
         say = trial.problems.append
         if "Traceback" in trial.words + trial.words_again:
             say("a traceback reached the user")
@@ -321,6 +323,10 @@ def armed(work: Path, names: Sequence[str], every: int, faults: Sequence[str], r
     for name in names or cases():
         harness = Harness(work, cases()[name])
         print(f"{name}: {harness.calls} calls", flush=True)
+        lost = [problem.replace(f"{harness.at}/", "") for problem in flushes.losses(harness.log)]
+        rows.append({"verb": name, "fault": "power cut", "calls": harness.calls, "tried": 1, "problems": lost})
+        print("\n".join(f"    {problem}" for problem in lost), end="\n" if lost else "", flush=True)
+        failed += bool(lost)
         for place, fault in enumerate(faults):
             first = 1 + place * every // len(faults)  # other calls for each fault, so that together they try more
             points, found = range(first, harness.calls + 1, every), {}
