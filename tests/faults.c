@@ -235,7 +235,7 @@ int unlinkat(int folder, const char *path, int flags) {
 int mkdir(const char *path, mode_t bits) {
     REAL(mkdir);
     char full[PATH_MAX];
-    if (!inside(AT_FDCWD, path, full)) return real(path, bits);
+    if (!inside(AT_FDCWD, path, full) || !access(full, F_OK)) return real(path, bits); /* changes nothing */
     DECIDE("mkdir", full, 0)
     FINISH(real(path, bits));
 }
@@ -243,7 +243,7 @@ int mkdir(const char *path, mode_t bits) {
 int mkdirat(int folder, const char *path, mode_t bits) {
     REAL(mkdirat);
     char full[PATH_MAX];
-    if (!inside(folder, path, full)) return real(folder, path, bits);
+    if (!inside(folder, path, full) || !access(full, F_OK)) return real(folder, path, bits);
     DECIDE("mkdir", full, 0)
     FINISH(real(folder, path, bits));
 }

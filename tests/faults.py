@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import gc
 import hashlib
 import importlib
 import io
@@ -25,6 +26,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import flushes
 
 SHIM = Path(__file__).with_suffix(".c")
 
@@ -111,7 +114,7 @@ def prepare(folder: Path) -> None:
     import tiny_fit
     from denoising_vit.denoiser import write_denoiser
 
-    tiny_fit.write_photos(folder / "photos", 3)
+    tiny_fit.write_photos(folder / "photos", 4)
     tiny_fit.write_photos(folder / "clip", 3, seed=1)
     weights = tiny_fit.write_weights(folder / "weights.safetensors")
     write_denoiser(tiny_export.denoiser(tiny_fit.spec_of(weights).load()), folder / "denoiser.safetensors")
@@ -151,6 +154,7 @@ def import_everything() -> None:
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
+    gc.freeze()  # else the collector of each fork touches, and so copies, all that was imported
 
 
 def forked(
@@ -250,7 +254,8 @@ class Harness:
             if code != 0 and not self._complete(after):  # else the work is done, and a verb may refuse to do it again
                 again, words_again, _ = forked(place, self._again(after), 0, COUNT, 0, None)
             trial = Trial(code, words, again, words_again)
-            self._judge(trial, fault, after, tree(place))
+            removes = self.log[n - 1][1] in ("unlink", "rmdir")  # what could not be removed stays
+            self._judge(trial, fault, after, tree(place), removes=removes)
         return trial
 
     def _complete(self, found: dict[str, str]) -> bool:
@@ -263,7 +268,7 @@ class Harness:
         begun = any(name.endswith("run.json") for name in after)
         return self.case.again if self.case.again is not None and begun else self.case.arguments
 
-    def _judge(self, trial: Trial, fault: str, after: dict[str, str], final: dict[str, str]) -> None:
+    def _judge(self, trial: Trial, fault: str, after: dict[str, str], final: dict[str, str], *, removes: bool) -> None:
         say = trial.problems.append
         if "Traceback" in trial.words + trial.words_again:
             say("a traceback reached the user")
@@ -286,7 +291,8 @@ class Harness:
         left = [name for name in final if name not in self.expected and not _TEMPORARY.search(name)]
         if left:
             say(f"left behind: {', '.join(left[:3])}")
-        if trial.code != KILLED and (kept := [name for name in final if _TEMPORARY.search(name)]):
+        kept = [name for name in final if _TEMPORARY.search(name)]
+        if kept and trial.code != KILLED and not removes:
             say(f"temporary files left: {', '.join(kept[:3])}")
 
 
@@ -317,8 +323,13 @@ def armed(work: Path, names: Sequence[str], every: int, faults: Sequence[str], r
     for name in names or cases():
         harness = Harness(work, cases()[name])
         print(f"{name}: {harness.calls} calls", flush=True)
-        for fault in faults:
-            points, found = range(1, harness.calls + 1, every), {}
+        lost = [problem.replace(f"{harness.at}/", "") for problem in flushes.losses(harness.log)]
+        rows.append({"verb": name, "fault": "power cut", "calls": harness.calls, "tried": 1, "problems": lost})
+        print("\n".join(f"    {problem}" for problem in lost), end="\n" if lost else "", flush=True)
+        failed += bool(lost)
+        for place, fault in enumerate(faults):
+            first = 1 + place * every // len(faults)  # other calls for each fault, so that together they try more
+            points, found = range(first, harness.calls + 1, every), {}
             tried = 0
             for n in points:
                 if FAULTS[fault][0] == 3 and harness.log[n - 1][1] != "write":
@@ -326,8 +337,9 @@ def armed(work: Path, names: Sequence[str], every: int, faults: Sequence[str], r
                 tried += 1
                 trial = harness.trial(n, fault)
                 for problem in trial.problems:
-                    call = harness.log[n - 1]
-                    found.setdefault(problem, f"call {n}: {call[1]} {call[2][len(str(harness.at)) + 1 :]}")
+                    call, said = harness.log[n - 1], (trial.words_again or trial.words).strip().splitlines()
+                    where = f"call {n}: {call[1]} {call[2][len(str(harness.at)) + 1 :]}; said: {' '.join(said[-1:])}"
+                    found.setdefault(problem, where)
                 failed += bool(trial.problems)
             rows.append({"verb": name, "fault": fault, "calls": harness.calls, "tried": tried, "problems": found})
             print(f"{name:14} {fault:24} {tried:5} of {harness.calls} calls, {len(found)} problems", flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from denoising_vit import files
 from denoising_vit.files import atomic_path
 
 
@@ -105,3 +106,25 @@ def test_target_that_is_a_folder_is_left_alone(tmp_path: Path) -> None:
         temporary.write_bytes(b"x")
     assert list(tmp_path.iterdir()) == [target]
     assert target.is_dir()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_a_file_is_flushed_before_it_gets_its_name_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut may leave an empty file that later runs take for a result."""
+    target, synced = tmp_path / "result.bin", []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append((Path(f"/proc/self/fd/{file}").readlink(), target.exists()))
+    )
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(b"whole")
+    assert synced == [(temporary, False), (tmp_path, True)]
+
+
+def test_a_new_folder_is_flushed_into_the_one_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "flush_folder", synced.append)
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    assert set(synced) == {tmp_path, tmp_path / "a"} and len(synced) == 2

@@ -45,13 +45,14 @@ _UMASK_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def atomic_path(target: Path, *, new: bool = False, durable: bool = False) -> Iterator[Path]:
+def atomic_path(target: Path, *, new: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to ``target``, which replaces it if the block succeeds.
 
     Args:
         target: the file.
         new: never replace an existing file.
-        durable: flush the content before the rename and the folder after it, so that a power cut leaves no empty file.
+        durable: flush the content before the rename and the folder after it, so that a power cut leaves no empty file
+            under a final name, which later runs would take for a result. Only what is computed again may go without.
 
     Raises:
         FileExistsError: if ``new`` and the target exists.
@@ -105,6 +106,21 @@ def flush_folder(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush all files and folders below a folder, and the folder, before it is renamed to its final name."""
+    for path in folder.rglob("*"):
+        (flush_folder if path.is_dir() else flush_file)(path)
+    flush_folder(folder)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder with its parents, as durable as the files in it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush_folder(folder.parent)
 
 
 def current_umask() -> int:
@@ -257,7 +273,7 @@ def write_tensors(
     metadata: dict[str, str] | None = None,
     *,
     new: bool = False,
-    durable: bool = False,
+    durable: bool = True,
 ) -> None:
     """Write a safetensors file with :func:`atomic_path`, readable as the umask says.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.errors import FormatError, OutputError
-from denoising_vit.files import Mark, atomic_path, digest_of, plain_stem, readable, unwritable
+from denoising_vit.files import Mark, atomic_path, digest_of, make_folder, plain_stem, readable, unwritable
 
 __all__ = ["Output", "OutputError", "OutputFolder", "input_digest", "require_writable"]
 
@@ -56,9 +56,9 @@ def require_writable(folder: Path) -> None:
         OutputError: if they cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe = folder / f".dvit-writable-{os.getpid()}"
-        with atomic_path(probe, new=True):
+        with atomic_path(probe, new=True, durable=False):
             pass
         probe.unlink(missing_ok=True)
     except OSError as error:

@@ -130,7 +130,7 @@ class FeatureCache:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors({"features": kept}, path)
+            write_tensors({"features": kept}, path, durable=False)
         except OSError as error:
             self.limit = 0.0  # the cache only saves time: go on without it
             warnings.warn(f"features are no longer cached on disk ({error})", DenoisingVitWarning, stacklevel=2)

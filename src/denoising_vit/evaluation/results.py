@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.errors import EvaluationError
+from denoising_vit.files import flush_folder, make_folder
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,11 @@ class Results:
         self.path = path
         self._done: dict[str, dict[str, Any]] = {}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with path.open("ab+") as file:  # fails before anything is computed
                 file.seek(0)
                 content = file.read()
+            flush_folder(path.parent)  # a power cut must not lose a new file with its lines
         except OSError as error:
             reason = error.strerror or error
             raise EvaluationError(f"cannot write results to {path} ({reason}); choose another file with -o") from error

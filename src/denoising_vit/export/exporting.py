@@ -37,7 +37,18 @@ from denoising_vit.export.verification import (
     record,
     runner,
 )
-from denoising_vit.files import DISTILLED, clipped, current_umask, file_digest, needed, unwritable, write_tensors
+from denoising_vit.files import (
+    DISTILLED,
+    clipped,
+    current_umask,
+    file_digest,
+    flush_folder,
+    flush_tree,
+    make_folder,
+    needed,
+    unwritable,
+    write_tensors,
+)
 from denoising_vit.training_free.registers import has_registers
 
 README = "README.md"
@@ -195,11 +206,13 @@ def _appearing(out: Path) -> Iterator[Path]:
         raise ExportError(f"{out} exists already; choose another folder with -o, or remove it")
     temporary = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{clipped(out.name, 200)}.", suffix=".part"))
         yield temporary
         temporary.chmod(0o777 & ~current_umask())
+        flush_tree(temporary)
         temporary.replace(out)
+        flush_folder(out.parent)
     except OSError as error:
         raise ExportError(f"cannot write to {out} ({unwritable(error)}); choose another folder with -o") from error
     finally:

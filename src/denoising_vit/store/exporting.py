@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from denoising_vit.errors import OutputError, StoreError
-from denoising_vit.files import atomic_path
+from denoising_vit.files import atomic_path, make_folder
 from denoising_vit.store.fields import StoredField, encode
 from denoising_vit.store.reading import StoreReader
 
@@ -33,7 +33,7 @@ def export_images(
     """
     if kind not in get_args(ExportKind):
         raise StoreError(f"export writes {' or '.join(get_args(ExportKind))}, got {kind!r}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     names = file_names(store.ids)
     paths = {index: folder / f"{names[index]}.{kind}" for index in sorted(store.done())}
     existing = {index for index, path in paths.items() if os.path.lexists(path)}

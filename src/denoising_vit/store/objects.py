@@ -21,7 +21,7 @@ import fsspec
 
 from denoising_vit.data.storage import EXTRAS
 from denoising_vit.errors import StoreError
-from denoising_vit.files import atomic_path, flush_file, flush_folder
+from denoising_vit.files import atomic_path, flush_file, flush_folder, make_folder
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -154,12 +154,9 @@ class LocalObjects(Objects):
 
     def _write(self, key: str, data: bytes | list[bytes], *, durable: bool, new: bool) -> None:
         target = self._root / key
-        missing = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         with atomic_path(target, durable=durable, new=new) as temporary, temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
-        for folder in missing:  # a power cut must not lose a new folder with its content; cheap after the file's flush
-            flush_folder(folder.parent)
 
     def delete(self, key: str) -> None:
         """Delete the file."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
-from denoising_vit.files import KEY, below, write_tensors
+from denoising_vit.files import KEY, below, make_folder, write_tensors
 from denoising_vit.training.engine import gathered, shared_like
 
 #: Number of checkpoints kept: the newest and the one before.
@@ -86,11 +86,11 @@ class Checkpoints:
         tensors = {name: gathered(value.detach()).cpu().contiguous() for name, value in tensors.items()}
         if not write:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         path = self._path(progress.step)
         before = self.last
         try:
-            write_tensors(tensors, path, {KEY: json.dumps(asdict(progress))}, durable=True)
+            write_tensors(tensors, path, {KEY: json.dumps(asdict(progress))})
         except OSError as error:
             kept = "none was written before" if before is None else f"{before.name} is whole, --resume goes on from it"
             raise TrainError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error

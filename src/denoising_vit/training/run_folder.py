@@ -15,7 +15,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.environment import run_info
 from denoising_vit.errors import StoreError, TrainError
-from denoising_vit.files import atomic_path
+from denoising_vit.files import atomic_path, make_folder
 from denoising_vit.store.layout import LEASES
 from denoising_vit.store.leases import Lease, Leases
 from denoising_vit.store.objects import LocalObjects
@@ -150,7 +150,7 @@ class RunFolder:
     def _record(self, identity: dict[str, Any]) -> None:
         """Writes the records of a new run, and removes files of pairs that an earlier run reserved but never filled."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             remove_pairs(self.pairs)
             (self.path / REASONS).unlink(missing_ok=True)
             for name, record in ((_HEAD, {"format": FORMAT, "version": 1, **identity}), (_ABOUT, run_info())):
@@ -227,7 +227,7 @@ def hold(folder: Path, name: str) -> None:
             _HELD[key].check()
             return
         let_go(folder, name)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         _HELD[key] = Leases(LocalObjects(folder / HOLDING)).acquire(name)
     except StoreError as error:

@@ -18,7 +18,15 @@ from PIL.PngImagePlugin import PngInfo
 from denoising_vit.backbones.recorded import same_weights
 from denoising_vit.data.photos import PANEL_SOFTWARE
 from denoising_vit.errors import ClipError, OutputError
-from denoising_vit.files import Mark, current_umask, owned_path, require_ours
+from denoising_vit.files import (
+    Mark,
+    current_umask,
+    flush_folder,
+    flush_tree,
+    make_folder,
+    owned_path,
+    require_ours,
+)
 from denoising_vit.show.video.clips import Clip
 from denoising_vit.show.video.encoding import comment_of, frames_in, join
 
@@ -151,7 +159,9 @@ class Parts:
         try:
             (made / "record.json").write_text(json.dumps(record))
             made.chmod(0o777 & ~current_umask())
+            flush_tree(made)
             made.rename(self.folder)  # fails if the folder holds anything
+            flush_folder(self.folder.parent)
         except OSError as error:
             shutil.rmtree(made, ignore_errors=True)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
@@ -201,7 +211,7 @@ class FrameFolder:
 
     def write(self, pixels: np.ndarray, number: int) -> None:
         """Writes a frame (H, W, 3) uint8; its metadata keep it from being taken for a photo."""
-        self._folder.mkdir(exist_ok=True)
+        make_folder(self._folder)
         about = PngInfo()
         about.add_text("Software", PANEL_SOFTWARE)
         with owned_path(self._folder / f"{number:06d}.png", self._mark) as temporary:
