@@ -35,7 +35,7 @@ KINDS = {
 _TEXT = """# Gallery
 
 Features of every colour photograph that comes with scikit-image and is free to show, raw and clean: {names}. None was
-left out for what it looks like; the stereo pair `motorcycle` is not among them, because its terms are not stated, nor
+excluded for its appearance; the stereo pair `motorcycle` is not among them, because its terms are not stated, nor
 are drawings (`logo`, `colorwheel`). Made by `python examples/gallery.py docs` with {backbone} ({weights}), the denoiser
 that comes with the package, and stage 1 on {views} wide views with the G that comes with it.
 

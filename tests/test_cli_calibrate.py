@@ -138,7 +138,7 @@ def test_artifact_without_a_mark_is_left_alone(dvit: Dvit, photos: Path, calibra
     before = calibrated.read_bytes()
     done = dvit("calibrate", photos, "-o", calibrated)
     assert done.code == 2
-    assert f"{calibrated} exists and carries no mark of this command" in done.err
+    assert f"{calibrated} exists and was not written by this command" in done.err
     assert calibrated.read_bytes() == before
 
 

@@ -175,7 +175,7 @@ def test_stop_and_resume(distill: Distill, last: Any, photos: Path, tmp_path: Pa
     run = tmp_path / "run"
     first = distill(photos, *last, "-o", run, "--stop-at", 1)
     assert first.code == 0
-    assert "1 of 2 steps done (--resume goes on)" in first.err
+    assert "1 of 2 steps done (continue with --resume)" in first.err
     again = distill(photos, *last, "-o", run)
     assert again.code == 2
     assert "holds a run already; --resume goes on with it" in again.err

@@ -318,7 +318,7 @@ def test_ctrl_c_gives_130_and_the_same_command_goes_on(
         done = fit(photos, tmp_path / "store", "--batch-size", tiny.PASSES)
     assert done.code == 130
     assert done.out == ""
-    assert "interrupted; finished photos stay, and the same command goes on from there" in done.err
+    assert "interrupted; finished photos are kept, repeat the command to continue" in done.err
     assert len(FeatureStore.open(tmp_path / "store").done()) == 2
     again = fit(photos, tmp_path / "store", "--batch-size", tiny.PASSES)
     assert again.code == 0
@@ -347,7 +347,7 @@ def test_a_disk_that_fills_up_gives_2_and_the_same_command_goes_on(
     with monkeypatch.context() as during:
         after_puts(during, 4, full)
         done = fit(photos, tmp_path / "store")
-    refused(done, f"cannot write to {tmp_path / 'store'} (No space left on device)", "goes on from there")
+    refused(done, f"cannot write to {tmp_path / 'store'} (No space left on device)", "to continue")
     assert len(FeatureStore.open(tmp_path / "store").done()) == 4
     assert fit(photos, tmp_path / "store").code == 0
     assert tiny.contents(tmp_path / "store") == tiny.contents(finished)
@@ -501,7 +501,7 @@ def test_export_to_a_place_that_is_a_file_is_refused(dvit: Dvit, finished: Path,
 def test_a_folder_that_is_no_store_is_refused(dvit: Dvit, photos: Path, tmp_path: Path, verb: str) -> None:
     more = ["-o", tmp_path / "out"] if verb == "export" else []
     refused(dvit("store", verb, photos, *more), f"{photos}: not a feature store", "dvit fit DATA -o STORE")
-    refused(dvit("store", verb, tmp_path / "missing", *more), "no feature store here, nothing at all")
+    refused(dvit("store", verb, tmp_path / "missing", *more), "no feature store found")
     refused(dvit("store", verb, photos / "00.png", *more), "no feature store here")
     assert not (tmp_path / "missing").exists()
     assert not (tmp_path / "out").exists()

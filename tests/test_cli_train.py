@@ -85,7 +85,7 @@ def test_stop_and_resume(train: Train, store: Path, photos: Path, tmp_path: Path
     run = tmp_path / "run"
     first = train(store, "--photos", photos, "-o", run, "--stop-at", 2)
     assert first.code == 0
-    assert "2 of 4 steps done (--resume goes on)" in first.err
+    assert "2 of 4 steps done (continue with --resume)" in first.err
     again = train(store, "--photos", photos, "-o", run)
     assert again.code == 2
     assert "holds a run already; --resume goes on with it" in again.err

@@ -83,11 +83,11 @@ def test_ctrl_c_and_going_on(video: Dvit, frames: Path, tmp_path: Path, monkeypa
         patch.setattr(rendering._Run, "_drawn", interrupted)
         stopped = video(frames)
     assert stopped.code == 130
-    assert "interrupted; finished parts stay, and the same command goes on from there" in stopped.err
+    assert "interrupted; finished parts are kept, repeat the command to continue" in stopped.err
     assert not (tmp_path / "out" / "clip.mp4").exists()
     other = video(frames, "--panels", "pca")
     assert other.code == 1
-    assert "panels image,pca, now pca); the same settings go on from there, --overwrite begins anew" in other.err
+    assert "panels image,pca, now pca); repeat those to continue it, or start over with --overwrite" in other.err
     done = video(frames)
     assert done.code == 0, done.err
     assert "2 from before" in done.out

@@ -255,6 +255,6 @@ def test_ctrl_c_of_the_installed_command(inputs: tuple[Path, Path], tmp_path: Pa
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == ""
-    assert "interrupted; finished photos stay, and the same command goes on from there" in err
+    assert "interrupted; finished photos are kept, repeat the command to continue" in err
     assert "Traceback" not in err
     assert 0 < done_in(store) < PHOTOS

@@ -373,7 +373,7 @@ def test_an_edited_photo_replaces_its_own_result_with_overwrite_and_else_it_is_s
     Image.fromarray(255 - read_photo("00.png")).save("00.png")
     (row,) = denoised(place, "00.png")
     assert Path(row["output"]).name == "00-2.safetensors"
-    expected = "00.safetensors stays: it was made from this photo before it changed; --overwrite replaces it"
+    expected = "00.safetensors kept: it was made from an earlier version of this photo; --overwrite replaces it"
     assert row["note"] == expected
 
 

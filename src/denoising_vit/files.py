@@ -243,11 +243,11 @@ def require_ours(
         raise OutputError(f"{target} is an input and is never written to; name another file for the output")
     found = read(target)
     if found is None or found.kind != mark.kind:  # files of releases without marks cannot be recognized
-        reason = "carries no mark of this command" if found is None else f"is a {found.kind}, not a {mark.kind}"
+        reason = "was not written by this command" if found is None else f"is a {found.kind}, not a {mark.kind}"
         raise OutputError(f"{target} exists and {reason}; name another file, or move this one away")
     if found != mark:
         raise OutputError(
-            f"{target} exists and was made from another input; name another file, or remove it to have it made anew"
+            f"{target} exists and was made from another input; name another file, or remove it to regenerate it"
         )
     return True
 

@@ -56,8 +56,8 @@ def denoise(
             for the one in the package (the default where there is one).
         subspace: positional directions for --method project. Without it, the 16 strongest of a black image.
         registers: register neurons for --method registers.
-        compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Takes a forward
-            pass a view.
+        compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Costs one
+            forward pass per view.
         upsample: also store and draw the clean features this many times finer.
         report: also write a self-contained page (.html) with maps and figures of all photos.
         overwrite: process photos again that have a result, including results from before the photo changed.
@@ -139,7 +139,7 @@ def denoise(
     if page is not None and report is not None:
         _write_page(page, told, backbone, _told(options, found), report, mark)
     if interrupted:
-        print_note("interrupted; finished results stay, and the same command goes on from there")
+        print_note("interrupted; finished results are kept, repeat the command to continue")
     return INTERRUPTED if interrupted else code
 
 

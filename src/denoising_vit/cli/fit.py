@@ -73,14 +73,14 @@ def fit(
             job.run(report.photo)
         except KeyboardInterrupt:
             report.stop()
-            print_note("interrupted; finished photos stay, and the same command goes on from there")
+            print_note("interrupted; finished photos are kept, repeat the command to continue")
             return INTERRUPTED
         except BrokenPipeError:  # of our output, not of the store
             raise
         except OSError as error:
             raise FitError(
-                f"cannot write to {job.store.url} ({error.strerror or error}); finished photos stay, and the same "
-                "command goes on from there"
+                f"cannot write to {job.store.url} ({error.strerror or error}); finished photos are kept, repeat the "
+                "command to continue"
             ) from error
     return report.finish(job)
 

@@ -150,5 +150,5 @@ def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
 
 def _of_another(result: Path, *, certain: bool) -> str:
     if certain:
-        return f"{result.name} stays: it was made from this photo before it changed; --overwrite replaces it"
-    return f"{result.name} stays: it was made from another photo of this name, or from this one before it changed"
+        return f"{result.name} kept: it was made from an earlier version of this photo; --overwrite replaces it"
+    return f"{result.name} kept: it was made from another photo of this name, or from an earlier version of this one"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def ending(progress: Progress, steps: int, best: Path) -> str:
     """Steps done, and the best model."""
-    more = "" if progress.step == steps else " (--resume goes on)"
+    more = "" if progress.step == steps else " (continue with --resume)"
     where = "" if progress.best_step is None else f", the best after step {progress.best_step}: {best}"
     return f"{progress.step} of {steps} steps done{more}{where}"
 

@@ -77,7 +77,7 @@ def video(
         except KeyboardInterrupt:
             progress.stop()
             _tell(rows, out, as_json=json)
-            print_note("interrupted; finished parts stay, and the same command goes on from there")
+            print_note("interrupted; finished parts are kept, repeat the command to continue")
             return INTERRUPTED
     return _tell(rows, out, as_json=json)
 

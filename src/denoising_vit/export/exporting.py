@@ -77,14 +77,14 @@ def export_extractor(
         out: the folder; it must not exist, or be empty.
         options: format and options.
         weights: file of the backbone's weights, which may record a distillation.
-        distilled: the weights are distilled, where the file does not tell.
+        distilled: True if the weights are distilled but their file does not record it.
 
     Returns:
         The difference from PyTorch.
 
     Raises:
         ExportError: if the format cannot hold the extractor, the folder exists or cannot be written, a package is
-            missing, or the export does not compute what PyTorch does.
+            missing, or the export differs from PyTorch.
     """
     options = options or ExportOptions()
     options.validate()
@@ -102,8 +102,7 @@ def export_extractor(
         if found is None or (not options.int8 and found.relative > allowed):  # int8 is measured only
             problem = "of other shapes, or not finite" if found is None else f"{found.difference:.2g} apart"
             raise ExportError(
-                f"the export does not compute what PyTorch does: features {problem} (at most {allowed:g}). Nothing was "
-                "written"
+                f"the export differs from PyTorch: features {problem} (at most {allowed:g}). Nothing was written"
             )
         meta["check"] = {"file": REFERENCE, "sizes": sizes, "tolerance": allowed, **dataclasses.asdict(found)}
         if options.format == "huggingface":
@@ -123,15 +122,15 @@ def _require_held(extractor: Extractor, options: ExportOptions) -> None:
     clean = isinstance(extractor, DenoisedViT)
     if clean and options.format in CHECKPOINTS:
         raise ExportError(
-            f"{options.format} holds the weights of a ViT, and what cleans the features stands after its final norm "
-            "and depends on the place: use onnx, program or safetensors; or distil it (stage 3), and export that"
+            f"{options.format} holds only the weights of a ViT, not a cleaner applied after its final norm; use onnx, "
+            "program or safetensors, or distil the cleaner into the ViT (stage 3) and export that"
         )
     if has_registers(extractor) and options.format in (*CHECKPOINTS, "safetensors"):
-        raise ExportError(
-            f"{options.format} holds weights only, and test-time registers act between them: use onnx or program"
-        )
+        raise ExportError(f"{options.format} holds only weights, no test-time registers; use onnx or program")
     if not clean and options.format == "safetensors":
-        raise ExportError("safetensors is for features minus G or with a denoiser; raw and distilled models: timm")
+        raise ExportError(
+            "safetensors needs a cleaner (subtract, denoiser or project); export raw and distilled models as timm"
+        )
 
 
 def _write_model(

@@ -23,7 +23,7 @@ class ExportOptions:
     Attributes:
         format: onnx; program (torch.export, .pt2); timm (safetensors for timm); huggingface (a directory for
             transformers); safetensors (for dv.load_extractor). timm and huggingface hold raw and distilled models only,
-            safetensors only models with G or a denoiser.
+            safetensors only models with G, a projection or a denoiser.
         pixels: normalise in the graph, which then takes images in [0, 1]; onnx and program.
         prefix: output class and register tokens as well; onnx and program.
         int8: write linear layers in int8, and measure the loss; onnx.

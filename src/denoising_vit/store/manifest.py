@@ -26,8 +26,8 @@ DType = Literal["float16", "float32", "int8"]
 _OF_BACKBONE = ("name", "layer", "norm", "dtype")
 
 EMPTY_MANIFEST = (
-    f"{{}}: {layout.MANIFEST} is empty, as a power cut leaves it. Without it nothing is known of what was fitted; the "
-    "same `dvit fit` makes the store anew where nothing is finished, else fit to a new place"
+    f"{{}}: {layout.MANIFEST} is empty (a power cut while it was written?). If no shard is finished, the same `dvit "
+    "fit` recreates the store; otherwise fit into a new folder"
 )
 
 
@@ -180,7 +180,7 @@ def read_manifest(objects: Objects) -> Manifest:
             names = ", ".join(objects.names()[:3])
             found = f"not a feature store: it has no {layout.MANIFEST}, but {names}" if names else ""
             raise StoreError(
-                f"{objects.url}: {found or 'no feature store here, nothing at all'}; `dvit fit DATA -o STORE` makes one"
+                f"{objects.url}: {found or 'no feature store found'}; `dvit fit DATA -o STORE` makes one"
             ) from error
     if not content:
         raise StoreError(EMPTY_MANIFEST.format(objects.url))
@@ -227,7 +227,8 @@ def _compare_weights(mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[s
         return
     here, there = (Fingerprint(tuple(backbone.get("fingerprint") or ())) for backbone in (mine, theirs))
     same_length = len(here.values) == len(there.values)
-    likeness = f"their cosine is {here.cosine(there):.3f}, expected above {SAME}" if same_length else "of unlike length"
+    cosine = f"their cosine is {here.cosine(there):.3f}, expected above {SAME}"
+    likeness = cosine if same_length else "of different length"
     if here.matches(there):
         digests = [str(backbone.get("digest"))[:8] for backbone in (mine, theirs)]
         likeness = f"alike, but not the same: digests {digests[0]} and {digests[1]}"

@@ -124,8 +124,8 @@ class Parts:
         changed = differences(before, record) if before is not None else []
         if changed and not overwrite:
             raise ClipError(
-                f"{self._video}: an unfinished run was made with other settings ({'; '.join(changed)}); the same "
-                "settings go on from there, --overwrite begins anew"
+                f"{self._video}: an unfinished run has other settings ({'; '.join(changed)}); repeat those to "
+                "continue it, or start over with --overwrite"
             )
         self.require_of(record["source"])
         if before is None or changed or not self.palette.is_file():
