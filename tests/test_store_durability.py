@@ -102,7 +102,7 @@ def test_an_empty_manifest_is_no_dead_end(tmp_path: Path) -> None:
 def test_an_empty_manifest_beside_finished_images_costs_none_of_them(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"")
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(StoreError, match=r"manifest\.json is empty.*else fit to a new place"):
+    with pytest.raises(StoreError, match=r"manifest\.json is empty.*otherwise fit into a new folder"):
         FeatureStore.create_or_open(folder, MANIFEST, IDS)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
