@@ -17,7 +17,7 @@ from denoising_vit.decomposition.calibration.stability import Stability
 from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.verdict import Content, Finding, conclude, findings, judge, too_few
-from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics, features_of
+from denoising_vit.metrics.artifacts import ArtifactMetrics, artifact_metrics
 from denoising_vit.metrics.tokens import consistency
 
 PHOTOS, VIEWS = 24, 12
@@ -233,15 +233,6 @@ def test_figures_without_responses_or_pairs_are_left_out() -> None:
     assert metrics.leakage is None and metrics.consistency is None
     flat = torch.ones(2, 7, 5, 6)
     assert artifact_metrics(features, responses=flat).leakage is None
-
-
-def test_any_extractor_can_be_measured() -> None:
-    images = [torch.rand(2, 3, planted.SIZE, planted.SIZE) for _ in range(4)]
-    features = features_of(planted.backbone(), images)
-    assert features.shape == (8, 11, 11, planted.CHANNELS)
-    assert isinstance(artifact_metrics(features), ArtifactMetrics)
-    with pytest.raises(dv.DenoisingVitError, match="no images"):
-        features_of(planted.backbone(), [])
 
 
 # --- thresholds ---

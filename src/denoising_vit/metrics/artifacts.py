@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean
 
 import torch
 from torch import Tensor
 
-from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked
 from denoising_vit.metrics.mic import position_mic
 from denoising_vit.metrics.position import linear_position_r2, neighbour_position_r2
@@ -120,19 +118,6 @@ def artifact_metrics(
         neighbour_similarity=neighbour_similarity(features),
         detail=detail(features),
     )
-
-
-@torch.no_grad()
-def features_of(extractor: Callable[[Tensor], Tensor], images: Iterable[Tensor]) -> Tensor:
-    """Features (N, h, w, C) of an extractor on the CPU, from batches of normalised images (B, 3, H, W) of one size.
-
-    Raises:
-        EvaluationError: if there are no images.
-    """
-    found = [extractor(image).float().cpu() for image in images]
-    if not found:
-        raise EvaluationError("no images to extract features from")
-    return torch.cat(found)
 
 
 def _leakage(features: Tensor, responses: Tensor) -> float | None:
