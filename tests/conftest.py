@@ -87,6 +87,7 @@ SLOW = (
     "test_neural_field",
     "test_outputs",
     "test_pages",
+    "test_prepare",
     "test_recipe",
     "test_segmentation_training",
     "test_showing",
