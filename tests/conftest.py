@@ -88,6 +88,7 @@ SLOW = (
     "test_neural_field",
     "test_outputs",
     "test_pages",
+    "test_prepare",
     "test_quickstart",
     "test_recipe",
     "test_segmentation_training",

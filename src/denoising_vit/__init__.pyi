@@ -11,6 +11,7 @@ from .denoiser import Denoiser, load_denoiser
 from .denoiser.denoised_vit import DenoisedViT
 from .diagnosis.diagnose import diagnose
 from .diagnosis.options import DiagnoseOptions
+from .distilled.weights import DistilledWeights
 from .errors import (
     ArtifactError,
     BackboneError,
@@ -19,6 +20,7 @@ from .errors import (
     ExportError,
     FitError,
     FormatError,
+    HubError,
     PhotoError,
     PlanError,
     SizeError,
@@ -48,10 +50,12 @@ __all__ = [
     "DenoiserError",
     "DenoisingVitError",
     "DiagnoseOptions",
+    "DistilledWeights",
     "ExportError",
     "ExportOptions",
     "FitError",
     "FormatError",
+    "HubError",
     "NeuralFieldOptions",
     "PhotoError",
     "PlanError",

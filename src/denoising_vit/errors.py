@@ -51,6 +51,10 @@ class ExportError(DenoisingVitError):
     """An export that cannot be made or checked as asked, or one that is not what it was."""
 
 
+class HubError(DenoisingVitError):
+    """A hub that cannot be reached, or that refuses to give or take a file."""
+
+
 class TrainError(DenoisingVitError):
     """A training run that cannot be started, resumed or carried on."""
 

@@ -44,9 +44,9 @@ class Cleaners:
             the one in the package.
         distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
             published file.
-        subspace: positional directions for project: a file of `Subspace.save`. Without it, 16 directions of a black
-            image.
-        registers: register neurons for registers: a file of `Registers.save`.
+        subspace: positional directions for project: a file of `dvit prepare` or `Subspace.save`. Without it, 16
+            directions of a black image.
+        registers: register neurons for registers: a file of `dvit prepare` or `Registers.save`.
     """
 
     artifact: GivenArtifact | None = None
@@ -160,7 +160,7 @@ def _registers(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[
 
     if cleaners.registers is None:
         raise PlanError(
-            "registers needs the register neurons of the backbone: find them on a few photos by "
+            "registers needs the register neurons of the backbone: find them on a few photos by dvit prepare, or by "
             "find_registers(backbone, photos).save(FILE), and give --registers FILE"
         )
     given = cleaners.registers

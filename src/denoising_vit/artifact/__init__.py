@@ -3,6 +3,7 @@
 from denoising_vit.artifact.artifact import (
     FORMAT,
     FORMAT_VERSION,
+    NONE,
     SHIPPED,
     Artifact,
     KnownArtifact,
@@ -16,6 +17,7 @@ from denoising_vit.artifact.artifact import (
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "NONE",
     "SHIPPED",
     "Artifact",
     "KnownArtifact",

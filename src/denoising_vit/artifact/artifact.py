@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError, PlanError
 from denoising_vit.files import KEY, compact, read_record, require_version, write_tensors
+from denoising_vit.hub.pretrained import Pretrained
 
 FORMAT = "denoising-vit/artifact"
 FORMAT_VERSION = 1
@@ -31,7 +32,7 @@ _REQUIRED = ("format_version", "size", "backbone", "info")
 
 
 @dataclass(frozen=True, eq=False)
-class Artifact:
+class Artifact(Pretrained):
     """The artifact that a backbone adds to every image; made by :func:`~denoising_vit.calibrate`.
 
     Attributes:
@@ -40,6 +41,8 @@ class Artifact:
         backbone: record of the backbone: name, weights, fingerprint, layer, norm, stride.
         info: how it was made (photos, views, plan) and how stable it is (``reliability``, ``split_half``); JSON values.
     """
+
+    FORMAT = FORMAT
 
     values: Tensor = dataclasses.field(repr=False)
     size: tuple[int, int]
@@ -96,7 +99,7 @@ class Artifact:
         write_tensors({"artifact": compact(self.values)}, Path(path), {KEY: json.dumps(head)})
 
     @classmethod
-    def load(cls, path: str | Path) -> Artifact:
+    def load(cls, path: str | Path) -> Self:
         """Read a file that :meth:`save` wrote.
 
         Raises:

@@ -23,6 +23,7 @@ VERBS: Mapping[str, Any] = {
     "distill": "distill",
     "calibrate": "calibrate",
     "diagnose": "diagnose",
+    "prepare": "prepare",
     "evaluate": {
         "knn": "evaluate:knn",
         "segmentation": "evaluate:segmentation",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_lines
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import CountProgress, print_error, print_note
 from denoising_vit.cli.streams import print_json
-from denoising_vit.diagnosis.options import DiagnoseOptions
+from denoising_vit.diagnosis.options import WRITTEN, DiagnoseOptions
 from denoising_vit.files import Mark, owned_path, require_ours, unwritable
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 #: Files of the results, and the kinds of their marks.
-_FILES = {"artifact.safetensors": "artifact", "diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
+_FILES = {"artifact.safetensors": "artifact", **WRITTEN}
 
 
 def diagnose(
@@ -93,17 +92,13 @@ def diagnose(
 
 
 def _write(found: Diagnosis, out: Path, source: str) -> None:
-    from denoising_vit.diagnosis.page import render_page  # matplotlib and scikit-learn take seconds to import
-    from denoising_vit.environment import run_info
-    from denoising_vit.show.pages import write_page
+    from denoising_vit.diagnosis.page import write_diagnosis  # matplotlib and scikit-learn take seconds to import
 
-    artifact, figures, page = (Mark(kind, source) for kind in _FILES.values())
+    artifact = Mark(_FILES["artifact.safetensors"], source)
     with owned_path(out / "artifact.safetensors", artifact) as temporary:
         stored = found.evidence.calibration.artifact
         replace(stored, info=stored.info | {"made": str(artifact)}).save(temporary)
-    with owned_path(out / "diagnosis.json", figures) as temporary:
-        temporary.write_text(json_lines.dumps({"made": str(figures), **found.record()}, indent=1) + "\n")
-    write_page(render_page(found, run_info()["command"]), out / "diagnosis.html", page)
+    write_diagnosis(found, out, source)
 
 
 def _tell(found: Diagnosis, *, as_json: bool) -> int:

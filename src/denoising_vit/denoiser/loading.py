@@ -9,10 +9,9 @@ from pathlib import Path
 from denoising_vit.artifact import SHIPPED
 from denoising_vit.backbones import SEEDS, Backbone
 from denoising_vit.backbones.recorded import is_recorded
-from denoising_vit.backbones.runtime import offline_if_unreachable
-from denoising_vit.denoiser.module import Denoiser, read_denoiser, require_finite
+from denoising_vit.denoiser.module import Denoiser, read_denoiser
 from denoising_vit.denoiser.published import VARIANTS, fetch_published, published_variants
-from denoising_vit.errors import DenoiserError, FormatError
+from denoising_vit.errors import DenoiserError, FormatError, HubError
 
 #: Published checkpoints that are denoisers; the others are whole models.
 DENOISED = tuple(variant for variant in VARIANTS if variant.endswith("denoised"))
@@ -50,9 +49,9 @@ def load_denoiser(source: str | Path, *, backbone: Backbone | None = None) -> De
     """Loads a denoiser, frozen and in evaluation mode.
 
     Args:
-        source: name of a model with a shipped denoiser; a file (.safetensors, or a published .pth); ``voc_denoised`` or
-            ``imgnet_denoised`` to download a published one; a hub id (``owner/name``); or, with a backbone,
-            ``shipped``.
+        source: name of a model with a shipped denoiser; a file (.safetensors, or a published .pth); a folder of
+            ``save_pretrained``; ``voc_denoised`` or ``imgnet_denoised`` to download a published one; a hub id
+            (``owner/name``); or, with a backbone, ``shipped``.
         backbone: its backbone; the denoiser is checked, and moved to the backbone's device and precision.
 
     Raises:
@@ -156,21 +155,13 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
         )
     if source.split(".")[0] in {name.split(".")[0] for name in SEEDS}:
         return _shipped(source)
-    if path.suffix in (".safetensors", ".pth", ".pt") or source.count("/") != 1:
+    folder = bool(source) and path.is_dir()
+    if not folder and (path.suffix in (".safetensors", ".pth", ".pt") or source.count("/") != 1):
         raise FormatError(f"{source}: no such denoiser file, and no model or variant of that name")
     try:
-        with offline_if_unreachable():
-            found = Denoiser.from_pretrained(source, strict=True).eval()  # never fill in missing tensors
-        require_finite(found.state_dict(), source)
-        return found
-    except FormatError:
-        raise
-    except Exception as error:  # network, missing file, damaged cache, ...
-        reason = str(error).strip().splitlines()
-        raise DenoiserError(
-            f"{source} is no file, and could not be fetched from the hub ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'})"
-        ) from error
+        return Denoiser.from_pretrained(source)
+    except HubError as error:
+        raise DenoiserError(f"{source} is no file, and {error}") from error
 
 
 def _shipped(model: str) -> Denoiser:

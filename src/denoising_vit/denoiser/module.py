@@ -8,10 +8,9 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
@@ -23,6 +22,10 @@ from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_
 from denoising_vit.backbones.weights import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.errors import DenoiserError, FormatError, WeightsError
 from denoising_vit.files import KEY, compact, is_safetensors, read_record, require_version, write_tensors
+from denoising_vit.hub.pretrained import Pretrained
+
+FORMAT = "denoising-vit/denoiser"
+FORMAT_VERSION = 1
 
 #: Channels per attention head.
 _HEAD = 64
@@ -31,13 +34,11 @@ _HEAD = 64
 _INITIAL_DEVIATION = 0.02
 
 
-class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", tags=["denoising-vit"]):
+class Denoiser(nn.Module, Pretrained):
     """Raw features (B, h, w, C) to clean ones, on any grid (section 4.2 of the paper).
 
     Adds a learned position embedding, then applies transformer blocks with heads of 64 channels, without an outer
-    residual or final norm. Parameters are named as in the published checkpoints. ``save_pretrained``,
-    ``from_pretrained`` and ``push_to_hub`` come from huggingface_hub's model mixin; :func:`read_denoiser` and
-    :func:`write_denoiser` use a single file.
+    residual or final norm. Parameters are named as in the published checkpoints.
 
     Args:
         embed_dim: C, a multiple of 64.
@@ -49,6 +50,8 @@ class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", ta
     Raises:
         ValueError: if C is not a multiple of 64, or blocks or grid are empty.
     """
+
+    FORMAT = FORMAT
 
     def __init__(
         self,
@@ -77,9 +80,16 @@ class Denoiser(nn.Module, PyTorchModelHubMixin, library_name="denoising-vit", ta
         shape = {"embed_dim": self.embed_dim, "grid": list(self.grid), "blocks": self.blocks}
         return shape | {"trained_for": self.trained_for, "info": self.info}
 
-    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **others: Any) -> str | None:
-        """Writes ``model.safetensors`` and ``config.json``, with the current record, into a folder."""
-        return super().save_pretrained(save_directory, config=self.config if config is None else config, **others)
+    def save(self, path: str | Path) -> None:
+        """Writes a file, as :func:`write_denoiser` does."""
+        write_denoiser(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a file, as :func:`read_denoiser` does."""
+        found = read_denoiser(path)
+        assert isinstance(found, cls)
+        return found
 
     def require_of(self, backbone: Backbone) -> None:
         """Checks that the denoiser was trained for a backbone.
@@ -136,10 +146,6 @@ def _block(embed_dim: int) -> Block:
         qkv_bias=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),  # pyright: ignore[reportArgumentType]
     )
-
-
-FORMAT = "denoising-vit/denoiser"
-FORMAT_VERSION = 1
 
 
 def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:

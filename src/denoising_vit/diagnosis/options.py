@@ -8,6 +8,9 @@ from typing import Any
 from denoising_vit.decomposition.options import CalibrationOptions, StageOneCrops
 from denoising_vit.errors import PlanError
 
+#: Files of a diagnosis, and the kinds of their marks.
+WRITTEN = {"diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
+
 
 @dataclass(frozen=True)
 class DiagnoseOptions(StageOneCrops):

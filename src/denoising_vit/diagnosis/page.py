@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from denoising_vit.decomposition.calibration.stability import ENOUGH
 from denoising_vit.diagnosis import verdict
 from denoising_vit.diagnosis.diagnose import Diagnosis
 from denoising_vit.diagnosis.evidence import Evidence
+from denoising_vit.diagnosis.options import WRITTEN
+from denoising_vit.environment import run_info
+from denoising_vit.files import Mark, owned_path
 from denoising_vit.maps import Palette
-from denoising_vit.show.pages import Picture, jpeg_uri, png_uri, render
+from denoising_vit.show.pages import Picture, jpeg_uri, png_uri, render, write_page
 from denoising_vit.show.pages.chart import line_chart
 from denoising_vit.show.pages.rendering import basename, scale_colours
+
+
+def write_diagnosis(diagnosis: Diagnosis, folder: Path, source: str) -> None:
+    """Writes the figures and the page into a folder.
+
+    Args:
+        diagnosis: the diagnosis.
+        folder: the folder.
+        source: digest of what it was made from; files that were made from it are replaced, others never.
+
+    Raises:
+        OutputError: if a file is not ours to replace.
+        OSError: if a file cannot be written.
+    """
+    figures, page = (Mark(kind, source) for kind in WRITTEN.values())
+    with owned_path(folder / "diagnosis.json", figures) as temporary:
+        temporary.write_text(json.dumps({"made": str(figures), **diagnosis.record()}, indent=1) + "\n")
+    write_page(render_page(diagnosis, run_info()["command"]), folder / "diagnosis.html", page)
 
 
 @dataclass(frozen=True)

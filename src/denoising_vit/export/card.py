@@ -18,6 +18,7 @@ from denoising_vit.errors import ExportError
 from denoising_vit.export.options import ExportOptions
 from denoising_vit.export.traceable import Extractor
 from denoising_vit.files import DISTILLED, is_safetensors, read_record
+from denoising_vit.hub.card import front_matter, table
 from denoising_vit.training_free.registers import has_registers
 
 #: Packages whose versions are recorded.
@@ -160,16 +161,16 @@ def card(meta: dict[str, Any]) -> str:
     backbone, kind = meta["backbone"], meta["format_of_files"]
     name = backbone["name"].removeprefix("hf:").split("/")[-1]
     title = _TITLES.get(meta["features"], f"{meta['features']} features")
-    parts = [_front(meta), f"# {name}: {title}", _about(meta), _table(meta), "## Use"]
+    parts = [
+        front_matter(_LIBRARIES.get(kind, "denoising-vit")),
+        f"# {name}: {title}",
+        _about(meta),
+        _table(meta),
+        "## Use",
+    ]
     use = _USE[kind].format(channels=backbone["embed_dim"], prefix="prefix", file=next(iter(meta["files"])))
     parts += [f"```python\n{use}\n```", _images(meta), "## Check", _check(meta), "## Licence", _licence(meta)]
     return "\n\n".join(parts) + "\n"
-
-
-def _front(meta: dict[str, Any]) -> str:
-    library = _LIBRARIES.get(meta["format_of_files"], "denoising-vit")
-    tags = "".join(f"\n- {tag}" for tag in ("denoising-vit", "feature-extraction", "vision"))
-    return f"---\nlibrary_name: {library}\npipeline_tag: image-feature-extraction\nlicense: other\ntags:{tags}\n---"
 
 
 def _about(meta: dict[str, Any]) -> str:
@@ -198,7 +199,7 @@ def _table(meta: dict[str, Any]) -> str:
         rows["distillation"] = ", ".join(f"{key}: {value}" for key, value in plain.items())
     rows |= {f"SHA-256 of {name}": digest for name, digest in meta["files"].items()}
     rows["made with"] = ", ".join(f"{package} {version}" for package, version in meta["made_with"].items())
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return table(rows)
 
 
 def _images(meta: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.errors import PlanError
+from denoising_vit.hub.pretrained import Pretrained
 from denoising_vit.metrics.position import linear_position_r2
 from denoising_vit.training_free import common
 
@@ -42,7 +43,7 @@ _RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 _ROUNDING = 1e-5
 
 
-class Subspace(nn.Module):
+class Subspace(nn.Module, Pretrained):
     """Orthogonal projection that removes a subspace: ``subspace(features)`` maps (..., C) to (..., C) in float32.
 
     Args:
@@ -50,6 +51,8 @@ class Subspace(nn.Module):
         backbone: record of the backbone they belong to.
         info: source, rank and how it was chosen; JSON values.
     """
+
+    FORMAT = KIND
 
     directions: Tensor
 
@@ -94,7 +97,7 @@ class Subspace(nn.Module):
         common.write(Path(path), KIND, self.directions, self.backbone, self.info)
 
     @classmethod
-    def load(cls, path: str | Path) -> Subspace:
+    def load(cls, path: str | Path) -> Self:
         """Read what :meth:`save` wrote.
 
         Raises:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -26,6 +26,7 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.subclassing import Specialised, generalise, shallow, specialise
 from denoising_vit.backbones.timm_vit import TimmBackbone, edit_intermediates
 from denoising_vit.errors import BackboneError, FormatError
+from denoising_vit.hub.pretrained import Pretrained
 from denoising_vit.training_free import common
 
 KIND = "denoising-vit/registers"
@@ -43,7 +44,7 @@ _MOST_NEURONS = 128
 
 
 @dataclass(frozen=True)
-class Registers:
+class Registers(Pretrained):
     """Neurons that write the outlier tokens of a backbone; made by :func:`find_registers`.
 
     Attributes:
@@ -51,6 +52,8 @@ class Registers:
         backbone: record of the backbone they belong to.
         info: share of outlier tokens before and after, and how many photos were used; JSON values.
     """
+
+    FORMAT = KIND
 
     neurons: tuple[tuple[int, int], ...]
     backbone: dict[str, Any] = field(repr=False)
@@ -70,7 +73,7 @@ class Registers:
         common.write(Path(path), KIND, values, self.backbone, self.info)
 
     @classmethod
-    def load(cls, path: str | Path) -> Registers:
+    def load(cls, path: str | Path) -> Self:
         """Read what :meth:`save` wrote.
 
         Raises:

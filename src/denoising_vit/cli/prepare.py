@@ -1,0 +1,55 @@
+"""``dvit prepare``: everything that can be prepared for a list of backbones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
+from denoising_vit.cli.reporting import print_error, print_note, print_skipped, watch
+from denoising_vit.preparation.options import PrepareOptions
+
+
+def prepare(
+    models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")],
+    photos: Annotated[str, tyro.conf.arg(metavar="DATA")],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
+    preparing: tyro.conf.OmitArgPrefixes[PrepareOptions] = PrepareOptions(),  # noqa: B008, frozen
+    push: Annotated[str | None, tyro.conf.arg(metavar="OWNER")] = None,
+) -> int:
+    """Prepare backbones for use: artifact, subspace, registers, denoiser, diagnosis and model card of each.
+
+    Each backbone gets a folder DIR/NAME with files for the options of the other verbs: artifact.safetensors for
+    --artifact, subspace.safetensors for --subspace, denoiser.safetensors for --denoiser and, if a few neurons write
+    outlier tokens, registers.safetensors for --registers; and with diagnosis.html and a model card, README.md. The
+    same command continues an interrupted run and leaves alone what is finished. A backbone that fails does not stop
+    the others; the reason is printed at the end and kept in prepared.json.
+
+    Args:
+        models: timm names or hf:ID, as for `--backbone` of the other verbs.
+        photos: unlabelled photos: a folder, text list, tar shards or URL, as for `dvit fit`.
+        out: folder for the results; created if missing.
+        preparing: what is prepared.
+        push: upload the safetensors files and the card of each folder to the Hugging Face hub, as OWNER/NAME. Log in
+            first (`hf auth login`). The diagnosis is not uploaded, because it shows your photos.
+    """
+    preparing.validate()
+    from denoising_vit.cli.outputs import require_writable
+    from denoising_vit.data import open_dataset
+    from denoising_vit.preparation.prepare import prepare as prepare_all
+
+    dataset = open_dataset(photos)
+    for item in dataset.skipped:
+        print_skipped(item.item, item.reason)
+    require_writable(out)
+    try:
+        failed = prepare_all(models, dataset, out, preparing, push=push, watch=watch, say=print_note)
+    except KeyboardInterrupt:
+        print_note("interrupted; the same command continues")
+        return INTERRUPTED
+    for model, reason in failed.items():
+        print_error(f"{model}: {reason}", "failed")
+    print_note(f"{len(models) - len(failed)} of {len(models)} backbones prepared in {out}")
+    return SOME_FAILED if failed else OK

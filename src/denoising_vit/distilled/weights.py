@@ -1,0 +1,68 @@
+"""The weights that stage 3 wrote, as a file that can be shared."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError
+
+from denoising_vit.backbones import Backbone, load_backbone
+from denoising_vit.backbones.recorded import names_backbone
+from denoising_vit.errors import FormatError
+from denoising_vit.files import DISTILLED, atomic_path, read_record
+from denoising_vit.hub.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class DistilledWeights(Pretrained):
+    """Weights of a ViT that gives clean features by itself: a file of `dvit distill`, and its record.
+
+    Attributes:
+        path: the file; it must stay where it is.
+        record: backbone and training, as the file has them; JSON values.
+    """
+
+    FORMAT = DISTILLED
+
+    path: Path
+    record: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Copies the file."""
+        if self.path != Path(path):
+            with atomic_path(Path(path)) as temporary:
+                shutil.copyfile(self.path, temporary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads the record of a file; :meth:`backbone` reads the weights.
+
+        Raises:
+            FormatError: if the file is missing, damaged, or something else.
+        """
+        path = Path(path).expanduser()
+        try:
+            record = read_record(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(f"{path}: missing, damaged, or not a safetensors file ({error})") from error
+        if not isinstance(record, dict) or record.get("format") != cls.FORMAT:
+            raise FormatError(f"{path}: expected a file of dvit distill, with {cls.FORMAT!r} metadata")
+        if not names_backbone(record.get("backbone")):
+            raise FormatError(f"{path}: damaged, its metadata does not name a backbone and its fingerprint")
+        return cls(path, record)
+
+    def backbone(self, **options: Any) -> Backbone:
+        """The distilled ViT: images (B, 3, H, W) to clean features (B, h, w, C).
+
+        Args:
+            **options: of :func:`~denoising_vit.load_backbone`, such as ``device`` and ``dtype``.
+
+        Raises:
+            WeightsError: if the weights are damaged.
+        """
+        told = self.record["backbone"]
+        recorded: dict[str, Any] = {name: told[name] for name in ("layer", "norm") if told.get(name) is not None}
+        return load_backbone(told["name"], weights=self.path, **recorded | options)

@@ -1,0 +1,163 @@
+"""save_pretrained, from_pretrained and push_to_hub: one implementation for all that the package makes.
+
+A folder, on disk or on the hub, has at most one file of each kind, under a fixed name, and one model card about all of
+them. So everything made for one backbone fits into one repository, and each class fetches its own file alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from denoising_vit.backbones.runtime import offline_if_unreachable
+from denoising_vit.errors import DenoisingVitError, FormatError, HubError, OutputError
+from denoising_vit.files import Mark, require_ours
+from denoising_vit.hub.card import CARD, CARD_MARK, KINDS, kinds_in, record_of, write_card
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+#: File that the hub itself puts into a new repository.
+_OF_THE_HUB = ".gitattributes"
+
+
+class Pretrained(ABC):
+    """Lets a class with ``save`` and ``load`` be shared as a folder or a hub repository.
+
+    Attributes:
+        FORMAT: ``format`` in the record of its files, a key of :data:`KINDS`.
+    """
+
+    FORMAT: ClassVar[str]
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what :meth:`save` wrote."""
+
+    @classmethod
+    def path_in(cls, folder: str | Path) -> Path:
+        """Its file in a folder."""
+        return Path(folder).expanduser() / KINDS[cls.FORMAT].file
+
+    def save_pretrained(self, folder: str | Path, *, figures: Mapping[str, Any] | None = None) -> None:
+        """Writes its file and a model card into a folder, which is created if missing.
+
+        A file of the same kind is replaced. The card is written anew, about all files of ours in the folder.
+
+        Args:
+            folder: the folder.
+            figures: measured figures to state in the card, by what they are.
+
+        Raises:
+            OutputError: if a file in the way is not ours.
+            OSError: if the folder cannot be written to.
+        """
+        path = self.path_in(folder)
+        if os.path.lexists(path) and record_of(path).get("format") != self.FORMAT:
+            raise OutputError(f"{path} exists and is no {self.FORMAT} file; name another folder, or move it away")
+        require_ours(path.with_name(CARD), CARD_MARK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.save(path)
+        write_card(path.parent, figures)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
+        """Loads it from a folder of :meth:`save_pretrained` or a hub repository of :meth:`push_to_hub`.
+
+        Args:
+            source: a folder, a file, or a hub id ``owner/name``.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            FormatError: if the folder lacks the file, or the file is damaged or something else.
+            HubError: if it cannot be fetched.
+        """
+        if Path(source).expanduser().is_file():
+            return cls.load(source)
+        path = cls.path_in(source)
+        if path.parent.is_dir():
+            if not path.is_file():
+                found = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:5]) or "nothing"
+                raise FormatError(f"{path.parent}: expected a file {path.name} in this folder, found {found}")
+            return cls.load(path)
+        if not _HUB_ID.fullmatch(str(source)):
+            raise FormatError(f"{source}: no such folder; expected one, or a hub id like owner/name")
+        from huggingface_hub import hf_hub_download
+
+        with _hub(f"{path.name} of {source} could not be fetched from the hub"):
+            fetched = hf_hub_download(str(source), path.name, revision=revision)
+        return cls.load(fetched)
+
+    def push_to_hub(
+        self, repo_id: str, *, figures: Mapping[str, Any] | None = None, private: bool | None = None
+    ) -> str:
+        """Uploads its file and a model card, as the user that the hub's client is logged in as.
+
+        To share several pieces in one repository, save them into one folder and use :func:`push_folder`.
+
+        Args:
+            repo_id: ``owner/name``; created if missing.
+            figures: measured figures to state in the card, by what they are.
+            private: whether a new repository is private.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            OutputError: if the repository holds files without a card of ours.
+            HubError: if the upload fails.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, figures=figures)
+            return push_folder(folder, repo_id, private=private)
+
+
+def push_folder(folder: str | Path, repo_id: str, *, private: bool | None = None) -> str:
+    """Uploads the model card and the files that it is about; nothing else in the folder.
+
+    Args:
+        folder: a folder with files of :meth:`Pretrained.save_pretrained`.
+        repo_id: ``owner/name``; created if missing.
+        private: whether a new repository is private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        OutputError: if the repository holds files without a card of ours.
+        HubError: if the upload fails.
+    """
+    from huggingface_hub import HfApi
+
+    files = [CARD, *(KINDS[name].file for name in kinds_in(Path(folder)))]
+    api = HfApi(library_name="denoising-vit")
+    with _hub(f"{repo_id}: could not be uploaded to the hub"):
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        there = set(api.list_repo_files(repo_id)) - {_OF_THE_HUB}
+        if there and (CARD not in there or Mark.read(Path(api.hf_hub_download(repo_id, CARD))) != CARD_MARK):
+            raise OutputError(f"{repo_id} holds files that are not ours on the hub; name another repository")
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files)
+    return str(address)
+
+
+@contextlib.contextmanager
+def _hub(failed: str) -> Iterator[None]:
+    """Reports errors of the hub's client, of whatever kind, as HubError."""
+    try:
+        with offline_if_unreachable():
+            yield
+    except DenoisingVitError:
+        raise
+    except Exception as error:  # network, missing file, no permission, damaged cache, ...
+        reason = str(error).strip().splitlines()
+        raise HubError(f"{failed} ({type(error).__name__}: {reason[0] if reason else 'no reason given'})") from error

@@ -1,0 +1,56 @@
+"""What is prepared for each backbone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from denoising_vit.backbones.catalog import Dtype
+from denoising_vit.errors import PlanError
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What is prepared for each backbone.
+
+    Attributes:
+        sample: number of photos for everything but the denoiser, evenly spread over the data set; 0 for all.
+        size: height and width of the images in pixels. Without it, each backbone's own.
+        denoiser: train a denoiser, on all photos; a hundred at least, several hundred are better. Needs the extra
+            `train`.
+        steps: number of training steps of the denoiser.
+        batch_size: views in a training step.
+        learning_rate: peak learning rate, multiplied by sqrt(batch_size / 256); the default gives 0.001, as for the
+            denoiser in the package.
+        seed: seed for crops, probes and training.
+        weights: weights of the backbones, as in the other verbs.
+        device: auto, cpu, cuda, cuda:1, mps.
+        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
+    """
+
+    sample: int = 64
+    size: int | None = None
+    denoiser: bool = True
+    steps: int = 2500
+    batch_size: int = 32
+    learning_rate: float = 0.0028
+    seed: int = 0
+    weights: str = "auto"
+    device: str = "auto"
+    dtype: Dtype = "auto"
+
+    def validate(self) -> None:
+        """Checks the range of every option.
+
+        Raises:
+            PlanError: naming the option, its range and its value.
+        """
+        for name, least in {"sample": 0, "size": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # NaN fails too
+                raise PlanError(f"{name} must be at least {least}, got {value}")
+
+    def recorded(self) -> dict[str, Any]:
+        """Options that decide the files; those of the training only if there is one, so that it can come later."""
+        training = () if self.denoiser else ("steps", "batch_size", "learning_rate")
+        return {name: value for name, value in asdict(self).items() if name not in ("denoiser", "device", *training)}
