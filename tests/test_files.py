@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -128,3 +129,9 @@ def test_a_new_folder_is_flushed_into_the_one_it_is_in(tmp_path: Path, monkeypat
     files.make_folder(tmp_path / "a" / "b")
     files.make_folder(tmp_path / "a" / "b")
     assert set(synced) == {tmp_path, tmp_path / "a"} and len(synced) == 2
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, b"\xff", "{"])
+def test_json_that_cannot_be_read_is_one_kind_of_error(text: str | bytes) -> None:
+    with pytest.raises(json.JSONDecodeError):
+        files.parse_json(text)

@@ -306,7 +306,21 @@ def read_record(path: Path) -> Any:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get(KEY, "{}"))
+        return parse_json((file.metadata() or {}).get(KEY, "{}"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse the JSON of a file that may be damaged.
+
+    Raises:
+        JSONDecodeError: also if the text is not UTF-8, is nested too deeply, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise json.JSONDecodeError(str(error), "", 0) from error
 
 
 def require_version(path: Path, head: Mapping[str, Any], known: int) -> None:

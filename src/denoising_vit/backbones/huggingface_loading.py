@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
 from denoising_vit.backbones.runtime import seeded
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
+from denoising_vit.files import parse_json
 
 #: Prefix of a hub id or directory.
 PREFIX = "hf:"
@@ -36,7 +36,7 @@ def is_huggingface(model: str) -> bool:
 def folder_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a directory; empty if it cannot be read."""
     try:
-        found = json.loads((folder / "config.json").read_text())
+        found = parse_json((folder / "config.json").read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from denoising_vit.backbones.base import Backbone
@@ -13,10 +14,13 @@ _TOLD = ("layer", "norm", "stride", "weights")
 
 
 def names_backbone(record: Any) -> bool:
-    """True if a value read from a file is a record: a dictionary with a name and a numeric fingerprint."""
-    fingerprint = record.get("fingerprint") if isinstance(record, dict) else None
+    """True if a value read from a file is a record: a dictionary with a name, a numeric fingerprint, maybe a digest."""
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        return False
+    fingerprint = record.get("fingerprint")
     numbers = isinstance(fingerprint, list) and all(isinstance(value, int | float) for value in fingerprint)
-    return numbers and isinstance(record.get("name"), str)
+    usable = numbers and max(map(abs, fingerprint), default=math.inf) < 1e6
+    return usable and isinstance(record.get("digest"), str | None)
 
 
 def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:

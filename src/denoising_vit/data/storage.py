@@ -105,7 +105,7 @@ class Storage:
             extra = EXTRAS.get(scheme)
             remedy = f"pip install 'denoising-vit[{extra}]'" if extra else str(error)
             raise PhotoError(f"{address}: {scheme}:// needs a library that is not installed: {remedy}") from error
-        except ValueError as error:
+        except Exception as error:  # every service checks its addresses in its own way
             raise PhotoError(
                 f"{address}: expected a path or an address that fsspec knows (s3://, gs://, https://, ...), found "
                 f"{scheme}:// ({error})"

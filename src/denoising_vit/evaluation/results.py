@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.files import flush_folder, make_folder
+from denoising_vit.files import flush_folder, make_folder, parse_json
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Results:
         if not line.strip():
             return
         try:
-            self._remember(json.loads(line))
+            self._remember(parse_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
                 f"{self.path}, line {number}: not a result of `dvit evaluate` ({type(error).__name__}: {error}); "
@@ -202,7 +202,7 @@ class Results:
 def _is_incomplete(rest: bytes) -> bool:
     """True if the text after the last line break is a result that a killed run did not finish."""
     try:
-        json.loads(rest)
+        parse_json(rest)
     except ValueError:
         return rest.startswith(_BEGINNING[: len(rest)])
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from denoising_vit.backbones.fingerprint import synthetic_image
 from denoising_vit.errors import ExportError
 from denoising_vit.export.extractor_file import load_extractor
 from denoising_vit.export.graphs import INPUT, first_line, refuse_pickles
-from denoising_vit.files import file_digest, needed
+from denoising_vit.files import file_digest, needed, parse_json
 
 #: Features (B, h, w, C), and prefix tokens (B, P, C) if exported, of images (B, 3, H, W).
 Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -237,7 +236,7 @@ def verify_export(path: str | Path) -> Verdict:
 
 def _read(path: Path, folder: Path) -> dict[str, Any]:
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = parse_json((folder / META).read_text())
     except (OSError, ValueError) as error:
         raise ExportError(
             f"{path}: no export, or damaged: expected a folder of `dvit export` with {META} in it ({error})"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from denoising_vit.errors import FieldError, StoreError
-from denoising_vit.files import KEY
+from denoising_vit.files import KEY, parse_json
 from denoising_vit.store import layout
 from denoising_vit.store.layout import checked, packed
 from denoising_vit.store.manifest import Manifest
@@ -136,7 +136,7 @@ def decode(data: bytes, manifest: Manifest, where: str) -> tuple[StoredField, di
         tensors = {name: tensor.numpy() for name, tensor in safetensors.torch.load(data).items()}
         stored = StoredField(tensors["field"], tensors["scale"] if manifest.dtype == "int8" else None)
         length = int.from_bytes(data[:8], "little")
-        head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+        head = parse_json(parse_json(data[8 : 8 + length])["__metadata__"][KEY])
         record, checksum = checked(head["record"]), head["crc32"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{where}: damaged, expected a safetensors object with a field ({error})") from error

@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from denoising_vit.files import parse_json
+
 MANIFEST = "manifest.json"
 IDS = "ids.json"
 FIELD = "field"
@@ -83,7 +85,7 @@ def unpacked(data: bytes | str) -> dict[str, Any]:
     Raises:
         ValueError: if it is not a JSON object, or its checksum does not match.
     """
-    content = json.loads(data)
+    content = parse_json(data)
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     return checked(content)

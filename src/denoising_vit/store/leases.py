@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from denoising_vit.errors import StoreError
+from denoising_vit.files import parse_json
 from denoising_vit.store.layout import LEASES
 from denoising_vit.store.objects import Objects
 
@@ -113,7 +114,7 @@ class _Entry:
     def decode(cls, data: bytes) -> _Entry | None:
         """None if the object is damaged, or half-written on a file system without hard links."""
         try:
-            content = json.loads(data)
+            content = parse_json(data)
             return cls(**(content | {"holder": Process(**content["holder"])}))
         except (ValueError, TypeError, KeyError):
             return None

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from denoising_vit.backbones.fingerprint import SAME, Fingerprint
 from denoising_vit.backbones.recorded import same_weights
 from denoising_vit.errors import StoreError
-from denoising_vit.files import digest
+from denoising_vit.files import digest, parse_json
 from denoising_vit.store import layout
 from denoising_vit.store.layout import checked, packed
 from denoising_vit.store.objects import Objects
@@ -143,7 +143,7 @@ class Manifest:
             StoreError: if it is of another type, damaged, or of a newer version.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except ValueError as error:
             raise StoreError(f"{where}: damaged manifest ({error}); expected JSON") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -162,9 +162,24 @@ class Manifest:
             raise StoreError(f"{where}: damaged manifest, it lacks {', '.join(lacking)}")
         try:
             content = checked(content)
+            _require_types(content)
             return cls(**{name: content[name] for name in names})
         except (TypeError, ValueError) as error:
             raise StoreError(f"{where}: damaged manifest ({error})") from error
+
+
+def _require_types(content: dict[str, Any]) -> None:
+    """Raises ValueError for a value of another type than was written; all others are counts, or pairs of them."""
+    kinds = {"backbone": dict, "options": dict, "plan": str, "dtype": str, "ids_digest": str}
+    for name in (item.name for item in fields(Manifest)):
+        value = content[name]
+        if name in kinds:
+            right = isinstance(value, kinds[name])
+        else:
+            pair = name in ("size", "grid", "field") and isinstance(value, list) and len(value) == 2
+            right = all(type(count) is int and 0 <= count < 1 << 53 for count in (value if pair else [value]))
+        if not right:
+            raise ValueError(f"its {name} is {str(value)[:60]}")
 
 
 def read_manifest(objects: Objects) -> Manifest:
@@ -194,10 +209,10 @@ def read_ids(objects: Objects, manifest: Manifest) -> list[str]:
         StoreError: if they are missing, or were changed since the store was made.
     """
     try:
-        ids = json.loads(objects.read(layout.IDS))
+        ids = parse_json(objects.read(layout.IDS))
     except (FileNotFoundError, ValueError) as error:
         raise StoreError(f"{objects.url}: {layout.IDS} is missing or damaged ({error})") from error
-    if not isinstance(ids, list) or digest(ids) != manifest.ids_digest:
+    if not isinstance(ids, list) or len(ids) != manifest.count or digest(ids) != manifest.ids_digest:
         raise StoreError(
             f"{objects.url}: {layout.IDS} was changed: its digest is not {manifest.ids_digest[:8]}, as in the manifest"
         )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
-from denoising_vit.files import KEY, below, make_folder, write_tensors
+from denoising_vit.files import KEY, below, make_folder, parse_json, write_tensors
 from denoising_vit.training.engine import gathered, shared_like
 
 #: Number of checkpoints kept: the newest and the one before.
@@ -122,7 +122,7 @@ class Checkpoints:
         path = self._path(step)
         try:
             with safe_open(path, framework="pt") as file:
-                progress = Progress(**json.loads((file.metadata() or {})[KEY]))
+                progress = Progress(**parse_json((file.metadata() or {})[KEY]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             own = model.state_dict()
             loaded = {

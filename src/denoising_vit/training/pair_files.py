@@ -12,6 +12,8 @@ from typing import Self
 
 import numpy as np
 
+from denoising_vit.files import parse_json
+
 #: The description of the pairs, and one byte per image with its status.
 HEAD, STATE = "pairs.json", "state.u8"
 
@@ -147,7 +149,7 @@ def read_reasons(folder: Path) -> dict[str, str]:
     path, found = folder / REASONS, {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            name, reason = json.loads(line)
+            name, reason = parse_json(line)
             found[str(name)] = str(reason)
         except (ValueError, TypeError):
             continue

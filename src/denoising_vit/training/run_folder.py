@@ -15,7 +15,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import weights_key
 from denoising_vit.environment import run_info
 from denoising_vit.errors import StoreError, TrainError
-from denoising_vit.files import atomic_path, make_folder
+from denoising_vit.files import atomic_path, make_folder, parse_json
 from denoising_vit.store.layout import LEASES
 from denoising_vit.store.leases import Lease, Leases
 from denoising_vit.store.objects import LocalObjects
@@ -174,7 +174,7 @@ class RunFolder:
 def _logged_step(line: str) -> float:
     """The step of a log line; infinity for other or incomplete lines."""
     try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
+        step = parse_json(line)["step"] if line.endswith("\n") else None
     except (ValueError, LookupError, TypeError):
         step = None
     return step if isinstance(step, int) else math.inf
@@ -190,7 +190,7 @@ def backbone_identity(backbone: Backbone) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if it holds none."""
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from denoising_vit.environment import software_words
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.tables.markdown import code, flat, folded, plain, significant, table
+from denoising_vit.files import parse_json
 
 _TITLES = {"denoiser": "One-pass denoiser", "distillation": "Distilled ViT"}
 
@@ -64,7 +64,7 @@ def best_look(looks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: expected a record of a run ({error})") from error
     if not isinstance(found, dict):
@@ -81,7 +81,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise EvaluationError(f"{path}: expected the log of a run ({error})") from error
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):

@@ -25,6 +25,7 @@ from denoising_vit.files import (
     flush_tree,
     make_folder,
     owned_path,
+    parse_json,
     require_ours,
 )
 from denoising_vit.show.video.clips import Clip
@@ -69,7 +70,7 @@ def recorded_in(video: Path) -> dict[str, Any] | None:
 
 def _parsed(text: str | None) -> dict[str, Any] | None:
     try:
-        record = json.loads(text or "")
+        record = parse_json(text or "")
     except json.JSONDecodeError:
         return None
     return record if isinstance(record, dict) and record.get("format") == _FORMAT else None
