@@ -556,7 +556,9 @@ def test_a_hub_that_does_not_answer_is_told_in_words(monkeypatch: pytest.MonkeyP
 
 
 def test_the_hubs_own_client_without_a_network_is_told_in_words() -> None:
-    with pytest.raises(DenoiserError, match=r"owner/name is no file, and denoiser\.safetensors of owner/name could not"):
+    with pytest.raises(
+        DenoiserError, match=r"owner/name is no file, and denoiser\.safetensors of owner/name could not"
+    ):
         load_denoiser("owner/name")
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
