@@ -160,6 +160,19 @@ def test_what_was_recorded_after_it_was_made_is_in_the_folder_too(tmp_path: Path
     assert found.info == {"steps": 7} and found.trained_for is not None
 
 
+def test_a_folder_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """As huggingface_hub's model mixin wrote it."""
+    denoiser = filled(128, (5, 3), trained_for=describe(tiny_backbone()), info={"steps": 7})
+    (tmp_path / "config.json").write_text(json.dumps(denoiser.config))
+    save_file(denoiser.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for found in (Denoiser.from_pretrained(tmp_path), load_denoiser(tmp_path)):
+        assert_same(found, denoiser)
+        assert found.info == {"steps": 7} and not found.training
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(FormatError, match="not a denoiser, or damaged"):
+        Denoiser.from_pretrained(tmp_path)
+
+
 # Published files
 
 

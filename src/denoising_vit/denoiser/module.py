@@ -91,6 +91,22 @@ class Denoiser(nn.Module, Pretrained):
         assert isinstance(found, cls)
         return found
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
+        """See :meth:`Pretrained.from_pretrained`; folders of earlier versions are read as well."""
+        record = Path(source).expanduser() / "config.json"
+        if not record.is_file() or cls.path_in(source).is_file():
+            return super().from_pretrained(source, revision=revision)
+        weights = record.with_name("model.safetensors")
+        try:
+            head = json.loads(record.read_text()) | {"format": FORMAT, "format_version": FORMAT_VERSION}
+            _check_head(head, record)
+            found = _built(read_state_dict(weights), head, str(weights)).eval()
+        except (WeightsError, OSError, ValueError, TypeError) as error:
+            raise FormatError(f"{record.parent}: not a denoiser, or damaged ({error})") from error
+        assert isinstance(found, cls)
+        return found
+
     def require_of(self, backbone: Backbone) -> None:
         """Checks that the denoiser was trained for a backbone.
 
