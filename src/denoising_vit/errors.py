@@ -24,7 +24,7 @@ class SizeError(DenoisingVitError, ValueError):
 
 
 class PlanError(DenoisingVitError, ValueError):
-    """Views that cannot determine what is asked of them."""
+    """An option out of range, or options that do not fit together."""
 
 
 class FitError(DenoisingVitError):
@@ -48,7 +48,7 @@ class DenoiserError(DenoisingVitError):
 
 
 class ExportError(DenoisingVitError):
-    """An export that cannot be made or checked as asked, or one that is not what it was."""
+    """An export that cannot be made or checked, or that was changed since."""
 
 
 class HubError(DenoisingVitError):
@@ -72,7 +72,7 @@ class EvaluationError(DenoisingVitError):
 
 
 class AppError(DenoisingVitError):
-    """A page that cannot be opened, or a question to it that cannot be answered as asked."""
+    """The app cannot start, or a request to it is invalid."""
 
 
 class ClipError(DenoisingVitError):

@@ -35,7 +35,7 @@ Extractor = Callable[["Tensor"], "Tensor"]
 
 @dataclass(frozen=True)
 class Cleaners:
-    """What cleans the features.
+    """The cleaners to use, by kind.
 
     Attributes:
         artifact: artifact G of the backbone: a file of `dvit calibrate`, or `shipped` for the one in the package.
@@ -44,8 +44,8 @@ class Cleaners:
             the one in the package.
         distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
             published file.
-        subspace: positional directions for project: a file of `dvit prepare` or `Subspace.save`. Without it, 16
-            directions of a black image.
+        subspace: positional directions for project: a file of `dvit prepare` or `Subspace.save`. Without it, the
+            16 strongest directions of a black image.
         registers: register neurons for registers: a file of `dvit prepare` or `Registers.save`.
     """
 

@@ -24,7 +24,7 @@ from denoising_vit.training_free.registers import has_registers
 #: Packages whose versions are recorded.
 _PACKAGES = ("denoising-vit", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime")
 
-_UNKNOWN = "not stated; whoever made the weights can tell"
+_UNKNOWN = "not stated by the weights"
 
 
 def description(
@@ -145,7 +145,7 @@ features = extractor(image)  # (B, h, w, {channels}), image (B, 3, H, W) normali
 
 _SIZES = {
     "timm": "Other sizes raise an error.",
-    "huggingface": "Other sizes are cut to whole patches without a word, as transformers does.",
+    "huggingface": "Other sizes are silently cropped to whole patches, as in transformers.",
     "onnx": "Other sizes fail in a reshape whose name says which sizes fit (ONNX has no messages of its own).",
     "program": "Other sizes raise an error that names the rule.",
     "safetensors": "Other sizes raise an error that names the nearest ones.",
@@ -176,7 +176,7 @@ def card(meta: dict[str, Any]) -> str:
 def _about(meta: dict[str, Any]) -> str:
     text = "Made by `dvit export` of denoising-vit, after Denoising Vision Transformers (Yang et al., ECCV 2024)."
     if meta["features"] in ("subtract", "denoiser"):
-        text += " What cleans the features depends on the place of each patch and stands after the model's final norm."
+        text += " The features are cleaned after the model's final norm, depending on the position of each patch."
     return text
 
 
@@ -228,7 +228,7 @@ def _check(meta: dict[str, Any]) -> str:
         f"{check['cosine']:.6f}, least {check['least_cosine']:.6f}.",
     ]
     if meta["options"]["int8"]:
-        lines.append("The linear layers multiply in int8, which these cosines show.")
+        lines.append("The linear layers run in int8; the cosines include the loss.")
     if check.get("elsewhere", {}).get("cosine", 1) < _SAME:
         lines.append(
             "At other sizes transformers resamples the position embedding without antialiasing, timm with it: "
@@ -237,12 +237,12 @@ def _check(meta: dict[str, Any]) -> str:
             + "."
         )
     if meta["format_of_files"] == "program":
-        lines.append("Load programs from sources that you trust: torch's reader was not made for others.")
+        lines.append("Load programs only from sources that you trust; torch's reader is not safe for untrusted files.")
     return "\n".join(lines)
 
 
 def _licence(meta: dict[str, Any]) -> str:
     text = f"Weights of the backbone: {meta['licence']}."
     if meta["features"] == "denoiser":
-        text += " Denoiser: the terms of the photographs that it was trained on may bear on it; see its own model card."
+        text += " Denoiser: the terms of its training photographs may apply; see its model card."
     return text

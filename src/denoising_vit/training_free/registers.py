@@ -37,7 +37,8 @@ _TIMES, _DEVIATIONS = 2.0, 5.0
 #: Fewer outliers than this share of the tokens: the model has none.
 _LEAST_SHARE = 5e-4
 
-#: Enough neurons: this share of the outliers is left. Not worth it: more than this is left with any number of neurons.
+#: Stop adding neurons when at most the first share of the outliers remains; give up when more than the second one
+#: remains with any number.
 _ENOUGH, _USELESS = 0.05, 0.5
 
 _MOST_NEURONS = 128
@@ -112,7 +113,7 @@ def with_registers(backbone: Backbone, registers: Registers) -> Backbone:
 def find_registers(
     backbone: Backbone, photos: Iterable[Any], *, size: tuple[int, int] | None = None, most: int = 32
 ) -> Registers:
-    """Find the neurons that write the outlier tokens of a timm VisionTransformer.
+    """Find the neurons that cause the outlier tokens of a timm VisionTransformer.
 
     Args:
         backbone: the extractor.
@@ -121,8 +122,8 @@ def find_registers(
         most: number of photos used, the first ones.
 
     Returns:
-        The registers; without neurons, and with a reason in ``info``, if the model has no outliers or no neurons write
-        them.
+        The registers; without neurons, and with a reason in ``info``, if the model has no outliers, or no neurons
+        cause them.
 
     Raises:
         BackboneError: if the model is not a timm VisionTransformer.
@@ -137,9 +138,9 @@ def find_registers(
     outliers = norms[:, layer] > limits[layer]  # (N, tokens)
     info: dict[str, Any] = {"photos": len(images), "before": float(outliers.float().mean()), "limit": limits[layer]}
     if info["before"] < _LEAST_SHARE:
-        reason = f"{info['before']:.2%} of the patch tokens are outliers, the model is left as it is"
+        reason = f"{info['before']:.2%} of the patch tokens are outliers, too few to need a register"
         return Registers((), describe(backbone), info | {"reason": reason})
-    # The first block after which most of them are outliers: nothing behind it writes them.
+    # The first block after which most of them are outliers; later blocks cannot have caused them.
     top = next(
         (block for block in range(layer + 1) if (norms[:, block] > limits[block])[outliers].float().mean() > 0.5), layer
     )
@@ -156,7 +157,7 @@ def find_registers(
     best = min(tried, key=lambda number: tried[number])
     info |= {"after": tried[best] * info["before"], "top": top}
     if tried[best] > _USELESS:
-        reason = f"no few neurons write the outliers: {tried[best]:.0%} of them are left without {best}"
+        reason = f"no small set of neurons causes the outliers: {tried[best]:.0%} of them remain without {best}"
         return Registers((), describe(backbone), info | {"reason": reason})
     return Registers(ranked[:best], describe(backbone), info)
 
