@@ -39,13 +39,14 @@ excluded for its appearance; the stereo pair `motorcycle` is not among them, bec
 are drawings (`logo`, `colorwheel`). Made by `python examples/gallery.py docs` with {backbone} ({weights}), the denoiser
 that comes with the package, and stage 1 on {views} wide views with the G that comes with it.
 
-In each row all features have the same colours, settled on all of them together: a difference of colour is a difference
+In each row all features have the same colours, fitted to all of them together: a difference of colour is a difference
 of features. Patches are drawn as they are, without smoothing.
 
 What to look at: in areas that look alike (retina, sky behind the rocket, dark sky between galaxies) features of the
-denoiser differ less from patch to patch than raw ones, and edges of things stay. What to be sceptical about: colours of
-the denoiser are paler, because its features are shorter; and stage 1 shows faint straight lines where its wide crops
-end (cat, retina).
+denoiser differ less from patch to patch than raw ones, and edges of things stay; the mean of moved passes is the
+smoothest. Subtracting G or projecting its directions out changes little that the eye can see. What to be sceptical
+about: colours of the denoiser are paler, because its features are shorter; projecting changes all colours of the deep
+field, where a photo shows little; and stage 1 shows faint straight lines where its wide crops end (cat, retina).
 """
 
 

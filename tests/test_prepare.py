@@ -58,7 +58,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(weights: Path, **changes: Any) -> PrepareOptions:
     values: dict[str, Any] = {"size": tiny_fit.SIZE, "steps": 4, "batch_size": 2}
-    return PrepareOptions(**(values | {"weights": str(weights), "device": "cpu", "dtype": "float32"} | changes))
+    values |= {"weights": str(weights), "device": "cpu", "dtype": "float32"} | changes
+    return PrepareOptions(**values)
 
 
 @pytest.fixture(scope="module")

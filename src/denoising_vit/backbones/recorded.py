@@ -17,9 +17,10 @@ def names_backbone(record: Any) -> bool:
     """True if a value read from a file is a record: a dictionary with a name, a numeric fingerprint, maybe a digest."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return False
-    fingerprint = record.get("fingerprint")
-    numbers = isinstance(fingerprint, list) and all(isinstance(value, int | float) for value in fingerprint)
-    usable = numbers and max(map(abs, fingerprint), default=math.inf) < 1e6
+    values = record.get("fingerprint")
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        return False
+    usable = max(map(abs, values), default=math.inf) < 1e6
     return usable and isinstance(record.get("digest"), str | None)
 
 
