@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from denoising_vit.backbones.base import Backbone
@@ -17,10 +16,10 @@ def names_backbone(record: Any) -> bool:
     """True if a value read from a file is a record: a dictionary with a name, a numeric fingerprint, maybe a digest."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return False
-    fingerprint = record.get("fingerprint")
-    numbers = isinstance(fingerprint, list) and all(isinstance(value, int | float) for value in fingerprint)
-    usable = numbers and max(map(abs, fingerprint), default=math.inf) < 1e6
-    return usable and isinstance(record.get("digest"), str | None)
+    values = record.get("fingerprint")
+    if not isinstance(values, list) or not values or not isinstance(record.get("digest"), str | None):
+        return False
+    return all(isinstance(value, int | float) and abs(value) < 1e6 for value in values)
 
 
 def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
