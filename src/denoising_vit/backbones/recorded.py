@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from denoising_vit.backbones.base import Backbone
@@ -18,10 +17,9 @@ def names_backbone(record: Any) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return False
     values = record.get("fingerprint")
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    if not isinstance(values, list) or not values or not isinstance(record.get("digest"), str | None):
         return False
-    usable = max(map(abs, values), default=math.inf) < 1e6
-    return usable and isinstance(record.get("digest"), str | None)
+    return all(isinstance(value, int | float) and abs(value) < 1e6 for value in values)
 
 
 def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
