@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dry runs by tiny protocols."""
-    real = dry.dry_protocols
+    """Dry runs by tiny protocols, on models of 128 channels."""
+    real, build = dry.dry_protocols, dry.build_timm_model
+    narrow = partial(build, embed_dim=128, num_heads=2)
+    monkeypatch.setattr(dry, "build_timm_model", narrow)
     monkeypatch.setattr(dry, "dry_protocols", lambda model: replace(real(model), segmentation=TINY, depth=TINY_DEPTH))
     with blank_panels():
         yield
