@@ -210,7 +210,10 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(
     models: Models, keep: Keep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "MAX_PIXELS", 999)
-    with pytest.raises(PhotoError, match=r"^photo.png: 50 x 20 pixels is more than the limit of 999; shrink it first$"):
+    with pytest.raises(
+        PhotoError,
+        match=r"^photo.png: 50 x 20 pixels is more than the limit of 999; shrink it first",
+    ):
         answer(models, keep, tiny.photo(tmp_path, 20, 50), settings(models))
 
 

@@ -606,7 +606,7 @@ def test_ctrl_c_keeps_what_is_finished(dvit: Dvit, tmp_path: Path, monkeypatch: 
     assert done.code == 130
     assert len(calls) == 2
     assert listing(tmp_path / "out") == ["one.png", "one.safetensors"]
-    assert "interrupted; finished results stay" in done.err
+    assert "interrupted; finished results are kept" in done.err
 
     monkeypatch.setattr(Denoising, "__call__", real)
     rows = dvit(*photos, "-o", tmp_path / "out", "--json").rows  # the same command goes on from there

@@ -197,7 +197,7 @@ def test_too_few_photos_are_refused_and_nothing_is_written(dvit: Dvit, data: Pat
     done = dvit("calibrate", data, "-o", tmp_path / "g.safetensors")
     assert done.code == 2
     assert "3 usable photos (5 skipped, the first: 03.png: not an image file" in done.err
-    assert "takes 4 at least" in done.err
+    assert "needs at least 4" in done.err
     assert not (tmp_path / "g.safetensors").exists()
 
 

@@ -502,7 +502,7 @@ def test_a_folder_that_is_no_store_is_refused(dvit: Dvit, photos: Path, tmp_path
     more = ["-o", tmp_path / "out"] if verb == "export" else []
     refused(dvit("store", verb, photos, *more), f"{photos}: not a feature store", "dvit fit DATA -o STORE")
     refused(dvit("store", verb, tmp_path / "missing", *more), "no feature store found")
-    refused(dvit("store", verb, photos / "00.png", *more), "no feature store here")
+    refused(dvit("store", verb, photos / "00.png", *more), "no feature store found")
     assert not (tmp_path / "missing").exists()
     assert not (tmp_path / "out").exists()
 

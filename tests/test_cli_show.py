@@ -105,7 +105,7 @@ def test_where_nothing_could_be_shown_nothing_is_written(show: Show, tmp_path: P
         (("--features", "distilled"), "distilled features need the weights"),
         (("--features", "denoiser"), "no denoiser of vit_tiny_patch16_224"),
         (("--palette", "none.safetensors"), "no such palette"),
-        (("--palette", "p", "--colours", "together"), "leave one out"),
+        (("--palette", "p", "--colours", "together"), "cannot be combined with"),
         (("--save-palette", "colours.png"), "expected the name of a .safetensors file"),
         (("--at", "2", "0"), "at must be two shares"),
         (("--size", "65"), "does not fit the patch grid"),

@@ -319,7 +319,7 @@ def test_positions_of_too_few_channels_are_refused_at_once() -> None:
     narrow = tiny.backbone(channels=3)
     artifact = tiny.artifact_of(narrow)
     assert DenoisedViT(narrow, artifact)(images(1, 56, 56)).shape == (1, 7, 7, 3)
-    with pytest.raises(ValueError, match="4 channels or more"):
+    with pytest.raises(ValueError, match="at least 4 channels"):
         DenoisedViT(narrow, artifact, positions=1.0)
 
 

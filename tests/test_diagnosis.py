@@ -142,7 +142,7 @@ def test_maps_of_a_few_photos_are_kept_to_be_shown() -> None:
 
 
 def test_too_few_photos_are_refused_with_the_number_that_is_needed() -> None:
-    with pytest.raises(dv.ArtifactError, match=r"7 usable photos: a diagnosis takes 8 at least"):
+    with pytest.raises(dv.ArtifactError, match=r"7 usable photos: a diagnosis needs at least 8"):
         dv.diagnose(planted.backbone(), planted.photos(7), views=VIEWS)
 
 
@@ -258,7 +258,7 @@ def test_a_shared_pattern_that_may_be_chance_is_no_finding_and_no_all_clear() ->
     assert doubt is not None and "about 1900 would do" in doubt
     told = conclude((), {}, {}, doubt)
     assert not told.clean_up
-    assert "too few to tell" in told.words and "nothing to gain" not in told.words
+    assert "Too few photos to tell" in told.words and "nothing to gain" not in told.words
     assert too_few(0.5, SURE) is None
     assert too_few(0.001, UNSURE) is None
 
@@ -293,7 +293,7 @@ def test_place_in_the_features_counts_even_if_nothing_is_shared() -> None:
 def test_outliers_of_either_side(high: float, low: float, side: str) -> None:
     (found,) = findings(dataclasses.replace(CLEAN, outliers_high=high, outliers_low=low), 0.0, UNSURE)
     assert (found.kind, found.strength) == ("outlier tokens", "moderate")
-    assert found.words == f"of the tokens 3.0% of {side} norm"
+    assert found.words == f"3.0% of {side} norm, as shares of the tokens"
 
 
 POSITIONAL = (Finding("positional", "strong", 0.2, "20 %"),)
@@ -325,7 +325,7 @@ def test_what_the_crops_do_not_show_cannot_be_judged() -> None:
     assert judged.outcome == "unknown"
     told = conclude(POSITIONAL, {"subtract": judged, "exact": judged}, {"raw": blind, "subtract": CLEAN})
     assert not told.clean_up
-    assert "too few to tell" in told.words
+    assert "Too few photos to tell" in told.words
 
 
 def test_content_counts_without_its_outliers() -> None:

@@ -300,7 +300,7 @@ def test_a_run_on_fields_comes_nearer_to_them(fitted: tuple[Backbone, Path, Path
 def test_fields_and_a_denoiser_are_two_teachers(fitted: tuple[Backbone, Path, Path], tmp_path: Path, more: str) -> None:
     denoiser = tiny.denoiser(fitted[0])
     given: dict[str, Any] = {"denoiser": denoiser} if more == "denoiser" else {"also": [denoiser]}
-    with pytest.raises(TrainError, match="a store has fields, which are the teacher; give photos to have a denoiser"):
+    with pytest.raises(TrainError, match="with --fields the targets are the store's fields; leave out the denoiser"):
         tiny.prepared(stored(fitted), tmp_path / "run", fitted[0], **given)
     assert not (tmp_path / "run").exists()
 

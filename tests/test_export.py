@@ -322,7 +322,7 @@ def test_damaged_files_of_ours(whole: dict[str, Backbone | DenoisedViT], tmp_pat
 
 
 def test_raw_features_need_no_file_of_ours(backbone: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="raw and distilled models: timm"):
+    with pytest.raises(ExportError, match="raw and distilled models as timm"):
         export_extractor(backbone, tmp_path / "out", ExportOptions(format="safetensors"))
 
 

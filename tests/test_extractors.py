@@ -65,7 +65,7 @@ def test_every_verb_tells_all_kinds(
     monkeypatch.setenv("COLUMNS", "80")  # help in one column
     words = dvit(*VERBS[verb][: 2 if "evaluate" in VERBS[verb] else 1], "--help").words
     for kind in KINDS.values():
-        if verb != "export" or not kind.per_image:
+        if verb != "export" or kind.one_pass:
             assert f"{kind.name} ({kind.summary})" in words
 
 

@@ -134,7 +134,7 @@ def test_every_kind_has_a_class_and_every_class_a_kind() -> None:
 
 def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / CARD).write_text("# My notes\n")
-    with pytest.raises(dv.DenoisingVitError, match=r"README.md exists and carries no mark"):
+    with pytest.raises(dv.DenoisingVitError, match=r"README.md exists and was not written by this command"):
         artifact().save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CARD]
     (tmp_path / CARD).unlink()

@@ -81,7 +81,7 @@ def test_masks_of_0_and_255_are_refused_as_nothing_to_tell_apart(tmp_path: Path)
         add_pair(root / split, "a", [[0, 0, 255], [0, 255, 255]], 10)
     data = open_labelled(root)
     with pytest.raises(
-        EvaluationError, match=r"objects: the masks of val hold background of 2 classes; expected at least two, .* 50 %"
+        EvaluationError, match=r"objects: the masks of val hold background of 2 classes; expected at least two.* 50 %"
     ):
         data.require_two_classes()
     add_pair(root / "val", "a", [[0, 0, 1], [0, 1, 1]], 10)

@@ -394,7 +394,7 @@ def test_create_or_open_goes_on_with_what_is_there(url: str) -> None:
 @pytest.mark.parametrize("place", ["nowhere", "file.txt"])
 def test_place_without_a_store_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "file.txt").touch()
-    with pytest.raises(StoreError, match=r"no feature store here.*dvit fit"):
+    with pytest.raises(StoreError, match=r"no feature store found.*dvit fit"):
         FeatureStore.open(tmp_path / place)
 
 
@@ -622,7 +622,7 @@ def test_corrupted_chunk_in_an_object_store_is_found(s3: str) -> None:
 
 
 def test_missing_bucket_is_reported(s3: str) -> None:
-    with pytest.raises(StoreError, match="no feature store here"):
+    with pytest.raises(StoreError, match="no feature store found"):
         FeatureStore.open("s3://no-such-bucket/store")
     with pytest.raises(StoreError, match="cannot be written to"):
         FeatureStore.create("s3://no-such-bucket/store", make_manifest(), IDS)

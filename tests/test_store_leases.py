@@ -182,7 +182,7 @@ def test_where_conditional_puts_are_ignored_the_first_holder_notices(
     first = Leases(objects)._claim("x", 1)
     second = Leases(objects)._claim("x", 1)  # both saw no lease
     assert first is not None and second is not None
-    with pytest.raises(StoreError, match="another took over"):
+    with pytest.raises(StoreError, match="another process took over"):
         first.check()
     second.check()
     first.release()
@@ -398,7 +398,7 @@ def test_writer_that_stood_still_and_was_taken_over_writes_nothing_more(quick: F
     with quick.writer(0) as writer:
         writer.put(0, torch.ones(3, 4, 5))
         leave_lease(quick, FOREIGN, generation=2)
-        with pytest.raises(StoreError, match="another took over shard-000000"):
+        with pytest.raises(StoreError, match="another process took over shard-000000"):
             writer.put(1, torch.ones(3, 4, 5))
             writer.finish()
 
@@ -426,7 +426,7 @@ def test_sealing_that_took_so_long_that_another_took_over_leaves_the_marker_to_i
     monkeypatch.setattr(type(store.array), "write_shard", slow)
     with store.writer(1) as writer:
         writer.put(2, torch.ones(3, 4, 5))
-        with pytest.raises(StoreError, match="another took over"):
+        with pytest.raises(StoreError, match="another process took over"):
             writer.finish()
     assert store.sealed() == set()
     assert store.done() == {2}

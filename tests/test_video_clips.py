@@ -210,7 +210,7 @@ def test_sound_alone_and_a_video_of_no_length(tmp_path: Path) -> None:
         video = container.add_stream("mjpeg", rate=25)
         video.width, video.height, video.pix_fmt = 32, 32, "yuvj420p"
         container.start_encoding()
-    assert "holds no frame" in refused(tmp_path / "none.avi")
+    assert "the video has no frames" in refused(tmp_path / "none.avi")
 
 
 def test_all_frames_damaged(tmp_path: Path) -> None:

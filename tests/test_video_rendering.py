@@ -270,7 +270,7 @@ def test_an_unfinished_run_with_other_settings(render: Render, frames: Path, mon
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 9)
         render(frames)
-    with pytest.raises(ClipError, match=r"other settings \(panels image,pca, now pca\); the same settings go on"):
+    with pytest.raises(ClipError, match=r"other settings \(panels image,pca, now pca\); repeat those to continue it"):
         render(frames, panels="pca")
     with pytest.raises(ClipError, match="another backbone or other weights"):
         render(frames, backbone=tiny.backbone(seed=1))

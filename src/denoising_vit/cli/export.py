@@ -13,14 +13,18 @@ from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
 from denoising_vit.cli.streams import print_json
 from denoising_vit.export.options import ExportOptions
-from denoising_vit.extractors import KINDS, Cleaners, features_help, parse_names
+from denoising_vit.extractors import KINDS, Cleaners, FeatureKind, features_help, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.export.verification import Comparison
 
-_KINDS = {kind.name: kind for kind in KINDS.values() if kind.one_pass}
 
-_FEATURES = f"kind of features: {features_help(_KINDS.values())}. By default those of the given cleaner, else raw."
+def _kinds() -> dict[str, FeatureKind]:
+    """Kinds of features that one model gives in one pass."""
+    return {kind.name: kind for kind in KINDS.values() if kind.one_pass}
+
+
+_FEATURES = f"kind of features: {features_help(_kinds().values())}. By default those of the given cleaner, else raw."
 
 
 def export(
@@ -66,8 +70,8 @@ def export(
     if len(given) > 1:
         print_error(f"{' and '.join(f'--{name}' for name in given)} cannot be combined")
         return WRONG_USAGE
-    implied = next((kind.name for kind in _KINDS.values() if kind.uses in given), "raw")
-    (features,) = parse_names([features or implied], _KINDS)
+    implied = next((kind.name for kind in _kinds().values() if kind.uses in given), "raw")
+    (features,) = parse_names([features or implied], _kinds())
     if implied not in ("raw", features):
         print_error(f"--{next(iter(given))} has no effect on --features {features}; leave one out")
         return WRONG_USAGE
