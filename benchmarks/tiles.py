@@ -84,7 +84,7 @@ def large(source: Path | None, size: tuple[int, int]) -> np.ndarray:
 
 def enlarged(photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A photo at another size, (H, W, 3)."""
-    return np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(photo).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def measured(
