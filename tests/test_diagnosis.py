@@ -258,7 +258,7 @@ def test_a_shared_pattern_that_may_be_chance_is_no_finding_and_no_all_clear() ->
     assert doubt is not None and "about 1900 would do" in doubt
     told = conclude((), {}, {}, doubt)
     assert not told.clean_up
-    assert "Too few photos to tell" in told.words and "nothing to gain" not in told.words
+    assert "too few to tell" in told.words and "nothing to gain" not in told.words
     assert too_few(0.5, SURE) is None
     assert too_few(0.001, UNSURE) is None
 
