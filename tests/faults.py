@@ -52,10 +52,10 @@ KILLED = 137
 FOREIGN = b"a file of somebody else"
 
 #: Files that tell times and commands, and pictures, which are drawn again from the float16 features of a kept file.
-_TIMED = re.compile(r"(about\.json|log\.jsonl|events\.out.*|.*\.html|out/.*\.png)$")
+_TIMED = re.compile(r"(about\.json|log\.jsonl|.*\.html|out/.*\.png)$")
 
 #: What temporary files are called; after a kill they may stay.
-_TEMPORARY = re.compile(r"(^|/)\.[^/]*(\.part|\.tmp[A-Za-z0-9]*)(/|$)|(^|/)\.tmp[A-Za-z0-9]+$")
+_TEMPORARY = re.compile(r"(^|/)\.[^/]*(\.parts?|\.tmp[A-Za-z0-9]*)(/|$)|(^|/)\.tmp[A-Za-z0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,11 @@ def _run(folder: Path, arguments: Sequence[str], n: int, mode: int, code: int, l
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Digests of all files below the folder; of those that tell times, only their presence."""
+    """Digests of all files below the folder but TensorBoard's, named by time; of those that tell times, presence."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and "leases" not in path.parts:
+        if path.is_file() and not path.name.startswith("events.out") and "leases" not in path.parts:
             found[name] = "" if _TIMED.search(name) else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -298,7 +298,7 @@ class Harness:
 
 def _single(name: str) -> bool:
     """True for files that are written whole, not appended to or replaced during a run."""
-    return not re.search(r"(log\.jsonl|checkpoint|pairs|\.log|events)", name)
+    return not re.search(r"(log\.jsonl|checkpoint|pairs|/(denoiser|distilled)\.)", name)
 
 
 def _names_a_file(words: str) -> bool:

@@ -6,12 +6,13 @@ import errno
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from denoising_vit.errors import TrainError
+from denoising_vit.errors import DenoisingVitWarning, TrainError
 from denoising_vit.training.loop import Log
 
 
@@ -56,3 +57,23 @@ def test_a_full_disk_is_told(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "_file", spoilt)
     with pytest.raises(TrainError, match=r"log.jsonl: cannot be written to \(.*No space left.*--resume goes on"):
         log.write(1, "train", {"loss": 1.0})
+
+
+@pytest.mark.slow
+def test_a_tensorboard_file_that_cannot_be_written_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = Log(tmp_path / "log.jsonl", 0)
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)  # in a thread
+    with pytest.warns(DenoisingVitWarning, match=r"tensorboard: no longer written .*No space left.*log.jsonl has all"):
+        for step in range(1, 4):
+            log.write(step, "train", {"loss": 1.0})
+            time.sleep(0.1)
+        log.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert "Traceback" not in capsys.readouterr().err

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from denoising_vit.errors import TrainError
+from denoising_vit.training.board import Board
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sample, Sampler
 
@@ -123,7 +124,7 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self._file = path.open("a", encoding="utf-8")
-        self._board = _board(path.parent / "tensorboard", step)
+        self._board = Board(path.parent / "tensorboard", step)
 
     def write(self, step: int, kind: str, figures: Figures) -> None:
         """Writes the figures of a step; kind is ``train`` or ``held_out``, and values that are not finite become null.
@@ -137,16 +138,13 @@ class Log:
             self._file.flush()
         except OSError as error:
             raise TrainError(f"{self._file.name}: cannot be written to ({error}); --resume goes on") from error
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._board.write(step, {f"{kind}/{name}": value for name, value in figures.items()})
 
     def close(self) -> None:
         """Closes the files."""
         with contextlib.suppress(OSError):  # a full disk was reported by `write`
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
 
 
 @contextlib.contextmanager
@@ -158,11 +156,3 @@ def opened_log(folder: RunFolder, step: int, accelerator: Any) -> Iterator[Log |
     folder.cut_log(step)
     with contextlib.closing(Log(folder.log, step)) as log:
         yield log
-
-
-def _board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,0 +1,61 @@
+"""Figures for TensorBoard, which only informs: what it cannot write stops no run."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from denoising_vit.errors import DenoisingVitWarning
+
+
+class Board:
+    """TensorBoard's file of a run; does nothing if TensorBoard is not installed, or its file cannot be written.
+
+    Args:
+        folder: folder of the files.
+        step: step at which the run starts or resumes.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._folder, self._writer = folder, None
+        self._hook, threading.excepthook = threading.excepthook, self._on_thread
+        with contextlib.suppress(ImportError), self._going_on():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of a step."""
+        with self._going_on():
+            for name, value in figures.items():
+                if self._writer is not None:
+                    self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._going_on():
+            if self._writer is not None:
+                self._writer.close()
+        threading.excepthook = self._hook
+
+    def _on_thread(self, args: threading.ExceptHookArgs) -> None:
+        """Prints no traceback of TensorBoard's thread, which hands its error to the next call as well."""
+        if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            self._hook(args)
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Turns an error of the file into a warning, and stops writing it."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            warnings.warn(
+                f"{self._folder}: no longer written for TensorBoard ({error}); log.jsonl has all figures",
+                DenoisingVitWarning,
+                stacklevel=2,
+            )
