@@ -289,7 +289,7 @@ class Harness:
             elif digest and final[name] != digest:
                 say(f"{name} differs afterwards")
         left = [name for name in final if name not in self.expected and not _TEMPORARY.search(name)]
-        if left:
+        if left and not removes:
             say(f"left behind: {', '.join(left[:3])}")
         kept = [name for name in final if _TEMPORARY.search(name)]
         if kept and trial.code != KILLED and not removes:

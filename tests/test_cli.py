@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -749,3 +750,16 @@ def test_table_names_folders_where_names_alone_would_be_ambiguous(dvit: Dvit, tm
     out = dvit(one, two, "-o", tmp_path / "out").out.replace("\n", "").replace(" ", "")
     assert "same-2.safetensors" in out
     assert f"{tmp_path.name}/a/same.jpg" in out or "a/same.jpg" in out
+
+
+def test_an_error_of_the_system_is_told_and_names_the_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def models() -> int:
+        """Fails as on a full disk."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/sheet.png")
+
+    monkeypatch.setattr("denoising_vit.cli.models.models", models)
+    assert app.run(["models"]) == 2
+    told = "error: out/sheet.png could not be read or written (No space left on device); make room"
+    assert told in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -135,3 +136,14 @@ def test_a_new_folder_is_flushed_into_the_one_it_is_in(tmp_path: Path, monkeypat
 def test_json_that_cannot_be_read_is_one_kind_of_error(text: str | bytes) -> None:
     with pytest.raises(json.JSONDecodeError):
         files.parse_json(text)
+
+
+def test_an_error_of_a_write_names_the_file(tmp_path: Path) -> None:
+    """Also where a writer, which has its own temporary file, gets another's as its target."""
+    target = tmp_path / "result.bin"
+    full = pytest.raises(OSError, match=r"No space left on device: '.*/result\.bin'")
+    with full, atomic_path(target) as temporary, atomic_path(temporary):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError, match=r": '.*/result\.bin'"), atomic_path(target) as temporary:
+        temporary.unlink()
+        temporary.open("rb")

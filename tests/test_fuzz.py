@@ -12,6 +12,7 @@ from denoising_vit.backbones.recorded import names_backbone
 from denoising_vit.data import open_dataset
 from denoising_vit.errors import PhotoError, StoreError
 from denoising_vit.store import Manifest
+from denoising_vit.store.layout import checked
 
 #: Mutations of each kind.
 COUNT = 20
@@ -63,3 +64,9 @@ def test_an_address_that_its_service_refuses_is_named(tmp_path: Path) -> None:
 def test_records_that_cannot_be_compared_name_no_backbone(change: dict[str, object]) -> None:
     assert names_backbone(fuzz.BACKBONE)
     assert not names_backbone(fuzz.BACKBONE | change)
+
+
+@pytest.mark.parametrize("record", ["x", True, None])
+def test_a_record_that_is_no_object_is_damaged(record: object) -> None:
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        checked(record)

@@ -73,6 +73,10 @@ def atomic_path(target: Path, *, new: bool = False, durable: bool = True) -> Ite
             temporary.replace(target)
         if durable:
             flush_folder(target.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, name, temporary):
+            error.filename = str(target)  # a failed write names no file, and nobody knows the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

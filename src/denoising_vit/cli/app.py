@@ -110,6 +110,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except DenoisingVitError as error:
         print_error(str(error))
         return WRONG_USAGE
+    except BrokenPipeError:  # of our output
+        raise
+    except OSError as error:
+        print_error(
+            f"{error.filename or 'a file'} could not be read or written ({error.strerror or error}); make room, or "
+            "permit it, and give the same command again"
+        )
+        return WRONG_USAGE
 
 
 def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:

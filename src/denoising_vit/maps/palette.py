@@ -195,7 +195,10 @@ def read_palette(path: str | Path, backbone: Backbone | None = None) -> Palette:
             f"{path}: colours of {recorded_words(recorded)}, got {backbone_words(backbone)}; directions in feature "
             "space mean something in one backbone only. Make a palette of this one: dvit show --save-palette FILE"
         )
-    return Palette([], fitted=_colourings(path, tensors, head.get("fields", _STORED)), backbone=recorded)
+    fields = head.get("fields", list(_STORED))
+    if not isinstance(fields, list):
+        raise FormatError(f"{path}: a damaged palette: expected a list of its fields, got {fields!r}")
+    return Palette([], fitted=_colourings(path, tensors, fields), backbone=recorded)
 
 
 def _colourings(path: Path, tensors: dict[str, np.ndarray], fields: Collection[str]) -> dict[str, Any]:

@@ -85,14 +85,13 @@ def unpacked(data: bytes | str) -> dict[str, Any]:
     Raises:
         ValueError: if it is not a JSON object, or its checksum does not match.
     """
-    content = parse_json(data)
+    return checked(parse_json(data))
+
+
+def checked(content: Any) -> dict[str, Any]:
+    """Like :func:`unpacked`, for a parsed object."""
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
-    return checked(content)
-
-
-def checked(content: dict[str, Any]) -> dict[str, Any]:
-    """Like :func:`unpacked`, for a parsed object."""
     rest = {key: value for key, value in content.items() if key != _CHECKSUM}
     if _CHECKSUM in content and content[_CHECKSUM] != _checksum(rest):
         raise ValueError("it was changed: its checksum is not the one it was written with")
