@@ -37,6 +37,7 @@ def one_thread() -> Iterator[None]:
 #: Files that take minutes. They come first, so that no worker is left with one of them when the others are done.
 LONGEST = (
     "test_fit_ray",
+    "test_fit_ray_nodes",
     "test_distillation_processes",
     "test_reproduce",
     "test_app_browser",
