@@ -50,6 +50,9 @@ class Sheet:
         self._height = self._top + rows + CAPTION
         self._width = LEFT + columns * CELL + (columns - 1) * GAP + (ASIDE if self._apart < columns else 0) + RIGHT
         self._figure = Figure((self._width / DPI, self._height / DPI), dpi=DPI, facecolor="white")
+        # One set of axes in pixels for all pictures: each set costs as much as the pictures of a row.
+        self._axes: Any = self._figure.add_axes((0, 0, 1, 1), xlim=(0, self._width), ylim=(self._height, 0))
+        self._axes.set_axis_off()
         if title:
             self._text(LEFT, self._top * 0.5, shorten(title, 100), size=14, weight="bold", ha="left")
 
@@ -70,11 +73,11 @@ class Sheet:
         """Draws (h, w, 3) uint8 with its heading, a ring at (y, x) in [0, 1], and a colour bar below."""
         left, top = self._corner(row, column)
         height, width = self.box(row)
-        axes = self._axes(left, top, width, height)
-        axes.imshow(pixels, interpolation="nearest", aspect="auto", extent=(0, 1, 1, 0))
+        self._image(pixels, left, top, width, height)
         if ring:
+            y, x = top + ring[0] * height, left + ring[1] * width
             stroke = [withStroke(linewidth=3.2, foreground="black")]
-            axes.plot(ring[1], ring[0], "o", ms=8, mfc="none", mec="white", mew=1.6, path_effects=stroke, clip_on=False)
+            self._axes.plot(x, y, "o", ms=8, mfc="none", mec="white", mew=1.6, path_effects=stroke)
         self._text(left + width / 2, top - HEADING * 0.42, heading, size=9.5)
         if bar:
             self._bar(left + (width - CELL) // 2, top + height + BAR // 2, *bar)
@@ -109,14 +112,14 @@ class Sheet:
             "pdf": {"Creator": PANEL_SOFTWARE, "CreationDate": None},
             "svg": {"Creator": PANEL_SOFTWARE, "Date": None},
         }
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dvit", "pdf.fonttype": 42}):
+        kept = {"svg.fonttype": "none", "svg.hashsalt": "dvit", "pdf.fonttype": 42, "image.composite_image": False}
+        with matplotlib.rc_context(kept):
             dpi = DPI if kind == "png" else FINE_DPI
             self._figure.savefig(path, format=kind, dpi=dpi, facecolor="white", metadata=about[kind])
 
     def _bar(self, left: int, top: int, colours: str, span: tuple[float, float]) -> None:
         """A colour bar with the values at its ends, centred in a cell."""
-        axes = self._axes(left + CELL // 4, top - 4, CELL // 2, 8)
-        axes.imshow(lookup(np.linspace(0, 1, 256)[None], colours), aspect="auto", extent=(0, 1, 1, 0))
+        self._image(lookup(np.linspace(0, 1, 256)[None], colours), left + CELL // 4, top - 4, CELL // 2, 8)
         for place, align, value in ((CELL // 4 - 8, "right", span[0]), (CELL * 3 // 4 + 8, "left", span[1])):
             self._text(left + place, top, number(value), size=7.5, colour=SOFT, ha=align)
 
@@ -127,11 +130,10 @@ class Sheet:
         left = LEFT + column * (CELL + GAP) + aside + (CELL - self.box(row)[1]) // 2
         return left, self._top + HEADING + above
 
-    def _axes(self, left: int, top: int, width: int, height: int) -> Any:
-        w, h = self._width, self._height
-        axes = self._figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-        axes.set_axis_off()
-        return axes
+    def _image(self, pixels: np.ndarray, left: int, top: int, width: int, height: int) -> None:
+        """Draws (h, w, 3) uint8 in a rectangle."""
+        place = (left, left + width, top + height, top)
+        self._axes.imshow(pixels, interpolation="nearest", aspect="auto", extent=place)
 
     def _text(
         self, left: float, top: float, text: str, *, size: float, colour: str = INK, ha: str = "center", **style: Any
