@@ -51,7 +51,8 @@ class Sheet:
         self._width = LEFT + columns * CELL + (columns - 1) * GAP + (ASIDE if self._apart < columns else 0) + RIGHT
         self._figure = Figure((self._width / DPI, self._height / DPI), dpi=DPI, facecolor="white")
         # One set of axes in pixels for all pictures: each set costs as much as the pictures of a row.
-        self._axes: Any = self._figure.add_axes((0, 0, 1, 1), xlim=(0, self._width), ylim=(self._height, 0))
+        self._axes = self._figure.add_axes((0, 0, 1, 1))
+        self._axes.set(xlim=(0, self._width), ylim=(self._height, 0))
         self._axes.set_axis_off()
         if title:
             self._text(LEFT, self._top * 0.5, shorten(title, 100), size=14, weight="bold", ha="left")
@@ -112,7 +113,7 @@ class Sheet:
             "pdf": {"Creator": PANEL_SOFTWARE, "CreationDate": None},
             "svg": {"Creator": PANEL_SOFTWARE, "Date": None},
         }
-        kept = {"svg.fonttype": "none", "svg.hashsalt": "dvit", "pdf.fonttype": 42, "image.composite_image": False}
+        kept: Any = {"svg.fonttype": "none", "svg.hashsalt": "dvit", "pdf.fonttype": 42, "image.composite_image": False}
         with matplotlib.rc_context(kept):
             dpi = DPI if kind == "png" else FINE_DPI
             self._figure.savefig(path, format=kind, dpi=dpi, facecolor="white", metadata=about[kind])
