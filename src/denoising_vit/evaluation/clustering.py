@@ -50,7 +50,7 @@ def _compared(bench: Workbench, names: Sequence[str], options: ClusteringOptions
     def tables_of(source: FeatureSource, seed: int) -> np.ndarray:
         key = source.name, seed
         if key not in tables:
-            with bench.watch(f"{source.name}: images, {clusters} clusters", 2 * len(data.val.images)) as step:
+            with bench.images_of(source, f"images, {clusters} clusters", 2 * len(data.val.images)) as step:
                 tables[key] = clustered(source, data, options, clusters, seed, cache=bench.cache, progress=step)
         return tables[key]
 
@@ -63,8 +63,8 @@ def _compared(bench: Workbench, names: Sequence[str], options: ClusteringOptions
     ways: list[Matching] = ["majority", "hungarian"] if clusters == len(data.val.class_names) else ["majority"]
     for matching in ways:
         settings: dict[str, Any] = asdict(options) | {"clusters": clusters, "matching": matching}
-        judge = functools.partial(evaluate, matching=matching)
-        yield from bench.compare(names, Task("clustering", judge, settings, options.seeds, options.size))
+        scored = functools.partial(evaluate, matching=matching)
+        yield from bench.compare(names, Task("clustering", scored, settings, options.seeds, options.size))
 
 
 def clustered(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact, digest, write_tensors
 from denoising_vit.progress import prefetched
@@ -32,7 +32,7 @@ class Patches(Protocol):
     stride: int
 
 
-def shown_size(size: int | tuple[int, int] | None, image: JudgedImage, patches: Patches) -> tuple[int, int]:
+def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
     """(H, W) in pixels at which an image is shown: the given size, or its own, rounded to the patch grid.
 
     Raises:
@@ -69,9 +69,9 @@ _HEADER = 256
 _AHEAD = 3
 
 #: An image and a crop of it.
-Shown = tuple[JudgedImage, Crop]
+Shown = tuple[EvaluationImage, Crop]
 
-Image = TypeVar("Image", bound=JudgedImage)
+Image = TypeVar("Image", bound=EvaluationImage)
 
 
 def whole_images(

@@ -18,7 +18,7 @@ from denoising_vit.data.photos import photo_digest
 from denoising_vit.decomposition.inputs import given_artifact
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedData, JudgedImage, JudgedSet
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet
 from denoising_vit.evaluation.features import Shown, native_size
 from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.files import atomic_path, digest
@@ -30,7 +30,7 @@ from denoising_vit.store import FeatureStore
 
 def fitted_fields(
     name: str,
-    data: JudgedData,
+    data: EvaluationData,
     folder: Path,
     backbone: Backbone,
     spec: BackboneSpec,
@@ -73,7 +73,9 @@ def fitted_fields(
     return FieldSource(name, backbone, stores, identity, of_crops=crops is not None)
 
 
-def _cut(images: JudgedSet[JudgedImage], shown: Sequence[Shown], folder: Path) -> JudgedSet[JudgedImage]:
+def _cut(
+    images: EvaluationSet[EvaluationImage], shown: Sequence[Shown], folder: Path
+) -> EvaluationSet[EvaluationImage]:
     """Save crops as images with the ids of the images they are from."""
     cut = []
     for image, crop in shown:
@@ -91,7 +93,7 @@ def _cut(images: JudgedSet[JudgedImage], shown: Sequence[Shown], folder: Path) -
 
 def _fitted(
     name: str,
-    images: JudgedSet[JudgedImage],
+    images: EvaluationSet[EvaluationImage],
     folder: Path,
     backbone: Backbone,
     spec: BackboneSpec,
@@ -118,13 +120,15 @@ def _fitted(
     return job.store
 
 
-def store_name(images: JudgedSet[JudgedImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
+def store_name(
+    images: EvaluationSet[EvaluationImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]
+) -> str:
     """Name of a store, equal for the same fields of the same photos, whatever the task."""
     whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
     return f"{images.split}-{digest(identity | whose, 16)}"
 
 
-def _common_size(data: JudgedData, backbone: Backbone) -> tuple[int, int]:
+def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:
     """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
     sizes = {images.common_size for images in data.splits}
     size = sizes.pop() if len(sizes) == 1 else None

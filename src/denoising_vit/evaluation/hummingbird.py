@@ -16,7 +16,7 @@ from denoising_vit.evaluation.options import HummingbirdOptions
 from denoising_vit.evaluation.patches import at_places, nearest, patch_counts, quota
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Workbench
+from denoising_vit.evaluation.workbench import Line, Task, Workbench
 
 
 def hummingbird(bench: Workbench, names: Sequence[str], options: HummingbirdOptions) -> Iterator[Line]:
@@ -29,14 +29,12 @@ def hummingbird(bench: Workbench, names: Sequence[str], options: HummingbirdOpti
     """
     options.validate()
     data = bench.labelled
-    yield from bench.measure(
-        names,
-        lambda source, advance: retrieved(source, data, options, cache=bench.cache, progress=advance),
-        options,
-        task="hummingbird",
-        looks="images",
-        count=len(data.train.images) + len(data.val.images),
-    )
+
+    def score(source: FeatureSource) -> Counts:
+        with bench.images_of(source) as advance:
+            return retrieved(source, data, options, cache=bench.cache, progress=advance)
+
+    yield from bench.compare(names, Task.untrained("hummingbird", score, options))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, check_size, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, check_size, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.patches import commonest, nearest, patch_counts, quota
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Workbench
+from denoising_vit.evaluation.workbench import Line, Task, Workbench
 from denoising_vit.views.crops import Crop
 
 #: Added to the seed for the crops of val, so that they differ from those of train.
@@ -40,16 +40,13 @@ def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator
     crops, neutral = None, options.crops == "neutral"
     if neutral and bench.fields_of == "crop":
         crops = {images.split: crops_of(images, bench.backbone, options) for images in data.splits}
-    yield from bench.measure(
-        names,
-        lambda source, advance: nearest_neighbours(source, data, options, cache=bench.cache, progress=advance),
-        options,
-        task="knn",
-        looks="images",
-        count=len(data.train.images) + len(data.val.images),
-        crops=crops,
-        beyond=neutral and crops is None,
-    )
+
+    def score(source: FeatureSource) -> Counts:
+        with bench.images_of(source) as advance:
+            return nearest_neighbours(source, data, options, cache=bench.cache, progress=advance)
+
+    whole_fields = neutral and crops is None
+    yield from bench.compare(names, Task.untrained("knn", score, options, crops=crops, whole_fields=whole_fields))
 
 
 def nearest_neighbours(
@@ -95,15 +92,14 @@ def nearest_neighbours(
 
 def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list[tuple[LabelledImage, Crop]]:
     """The crop of each image; neutral crops of ``val`` differ from those of ``train``."""
-    offset = _VAL_SEED if images.split == "val" else 0
-    shown = []
-    for number, image in enumerate(images.images):
-        size = shown_size(options.size, image, patches)
-        crop = Crop.whole(size)
-        if options.crops == "neutral":
-            crop = Crop.neutral(number, size, options.seed + offset).snapped(image.height, image.width)
-        shown.append((image, crop))
-    return shown
+    shown = whole_images(images.images, options.size, patches)
+    if options.crops == "whole":
+        return shown
+    seed = options.seed + (_VAL_SEED if images.split == "val" else 0)
+    return [
+        (image, Crop.neutral(number, crop.size, seed).snapped(image.height, image.width))
+        for number, (image, crop) in enumerate(shown)
+    ]
 
 
 def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, shared_photos
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, shared_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
@@ -48,7 +48,7 @@ _REMEDY = "Write the names of the classes into it, one a line, that of label 0 f
 
 
 @dataclass(frozen=True)
-class LabelledImage(JudgedImage):
+class LabelledImage(EvaluationImage):
     """A photo with a class for each pixel.
 
     Attributes:
@@ -83,7 +83,7 @@ class LabelledImage(JudgedImage):
 
 
 @dataclass(frozen=True)
-class LabelledSet(JudgedSet[LabelledImage]):
+class LabelledSet(EvaluationSet[LabelledImage]):
     """One split, in a fixed order.
 
     Attributes:
@@ -105,35 +105,28 @@ class LabelledSet(JudgedSet[LabelledImage]):
         """Classes without pixels."""
         return tuple(name for name, count in zip(self.class_names, self.pixels, strict=True) if count == 0)
 
-    def subset(self, count: int) -> LabelledSet:
-        """At most ``count`` images, spread evenly; 0 takes all."""
-        return replace(self, images=tuple(at_most(self.images, count)))
-
 
 @dataclass(frozen=True)
-class LabelledData:
+class LabelledData(EvaluationData[LabelledImage]):
     """A labelled data set with two splits.
 
     Attributes:
-        name: name in tables.
-        layout: name of the folder layout.
-        train: training images.
-        val: scored images.
-        note: remark for readers of the results.
+        splits: ``train`` and ``val``.
         score: classes to score; empty for all. The others can still be predicted.
     """
 
-    name: str
-    layout: str
-    train: LabelledSet
-    val: LabelledSet
-    note: str | None
+    splits: tuple[LabelledSet, ...]
     score: tuple[str, ...] = ()
 
     @property
-    def splits(self) -> tuple[LabelledSet, ...]:
-        """Both splits."""
-        return self.train, self.val
+    def train(self) -> LabelledSet:
+        """Training images."""
+        return self.splits[0]
+
+    @property
+    def val(self) -> LabelledSet:
+        """Scored images."""
+        return self.splits[-1]
 
     @property
     def scored_columns(self) -> list[int]:
@@ -228,7 +221,7 @@ def open_labelled(
         for split, found in (("train", files.train), ("val", files.val))
     )
     notes = [note for note in (files.note, shared_photos(train, val), _ignored_note(val, files.coding)) if note]
-    return LabelledData(files.name, files.layout, train, val, "; ".join(notes) or None)
+    return LabelledData(files.name, files.layout, (train, val), "; ".join(notes) or None)
 
 
 def _opened(

@@ -8,7 +8,6 @@ paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_l
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Generic, Protocol, TypeVar
 
 from denoising_vit.data import Skipped, spread
-from denoising_vit.data.listing import files_below, image_names
+from denoising_vit.data.listing import by_number, files_below, image_names
 from denoising_vit.data.photos import IMAGE_SUFFIXES
 from denoising_vit.data.storage import Storage
 from denoising_vit.errors import EvaluationError, PhotoError
@@ -118,13 +117,7 @@ def images_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     names = image_names((entry.name for entry in visible(folder) if entry.is_file()), str(folder))
-    return sorted(names, key=_by_number)
-
-
-def _by_number(name: str) -> tuple[list[str | int], str]:
-    """Sort frame 9 before frame 10, with or without leading zeros."""
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+    return sorted(names, key=by_number)
 
 
 def listed(folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from denoising_vit.decomposition.options import DenoiseOptions, ExactOptions
 from denoising_vit.errors import PlanError
@@ -216,6 +216,90 @@ class ClusteringOptions:
             numbers = getattr(self, name)
             if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
                 raise PlanError(f"{name} must be one number or more, {least} or above and different, got {numbers}")
+
+
+#: Ranking of the patches of LOST.
+SeedBy = Literal["degree", "norm"]
+
+
+@dataclass(frozen=True)
+class DiscoveryOptions:
+    """Options of LOST, and the overlap at which an object counts as found.
+
+    Attributes:
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the image's
+            own, rounded to the patch grid.
+        seed_by: degree starts from the patch with the fewest similar ones, as published for keys; norm from the one
+            with the largest feature norm.
+        k: number of next patches in the ranking that may help the first to find the others.
+        iou: least intersection over union with an object's box.
+        centred: subtract the image's mean feature first. Patches are similar if their inner product is not negative,
+            which is meaningful only for features around zero.
+    """
+
+    size: int | tuple[int, int] | None = None
+    seed_by: SeedBy = "degree"
+    k: int = 100
+    iou: float = 0.5
+    centred: bool = False
+
+    def validate(self) -> None:
+        """Raise PlanError if an option is out of range."""
+        if self.seed_by not in get_args(SeedBy):
+            raise PlanError(f"seed_by must be one of {', '.join(get_args(SeedBy))}, got {self.seed_by!r}")
+        at_least(self, k=1)
+        if not 0 < self.iou <= 1:
+            raise PlanError(f"iou must be above 0 and at most 1, got {self.iou}")
+
+
+@dataclass(frozen=True)
+class PropagationOptions:
+    """Options of label propagation; the defaults are the published ones except for the size (Caron et al. 2021).
+
+    Attributes:
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the frame's
+            own, rounded to the patch grid. Published: 480 pixels high.
+        context: number of earlier frames that labels are taken from, besides the first one.
+        k: number of most similar patches in the context that vote, more in case of ties.
+        radius: radius of the search window around a patch, in patches; 0 for the whole frame. With larger patches or
+            larger frames, give another one.
+        temperature: temperature of the votes' weights, exp(cosine / temperature).
+    """
+
+    size: int | tuple[int, int] | None = None
+    context: int = 7
+    k: int = 5
+    radius: int = 12
+    temperature: float = 0.1
+
+    def validate(self) -> None:
+        """Raise PlanError if an option is out of range."""
+        at_least(self, context=0, k=1, radius=0)
+        positive(self, "temperature")
+
+
+@dataclass(frozen=True)
+class MatchingOptions:
+    """Options of keypoint matching.
+
+    Attributes:
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the photo's own,
+            rounded to the patch grid.
+        alpha: a match is correct within this share of the larger side of the target object's box; each value gives a
+            line of results.
+        upsample: upsampling factor of the target's features before the search; 1 for the patches themselves.
+    """
+
+    size: int | tuple[int, int] | None = None
+    alpha: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2)
+    upsample: int = 1
+
+    def validate(self) -> None:
+        """Raise PlanError if an option is out of range."""
+        different = len(set(self.alpha)) == len(self.alpha) > 0
+        if not (different and all(0 < one < math.inf for one in self.alpha)):
+            raise PlanError(f"alpha must be one positive number or more, all different, got {self.alpha}")
+        at_least(self, upsample=1)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.data import EvaluationData
 
 #: Training history for results: [step, loss, main metric or None].
 Curve = list[list[Any]]
@@ -117,7 +117,7 @@ class Outcome(Protocol):
         """Main metric (rows,) for weights (rows, items) of the items; NaN if undefined."""
         ...
 
-    def classes(self, data: JudgedData) -> dict[str, dict[str, float | None]]:
+    def classes(self, data: EvaluationData) -> dict[str, dict[str, float | None]]:
         """Metrics of each class, if there are classes."""
         ...
 
@@ -186,7 +186,7 @@ class Measured:
         sums = weights[:, there] @ main[there]
         return np.divide(sums, counts, out=np.full(len(weights), np.nan), where=counts > 0)
 
-    def classes(self, data: JudgedData) -> dict[str, dict[str, float | None]]:
+    def classes(self, data: EvaluationData) -> dict[str, dict[str, float | None]]:
         """Empty: items have no classes."""
         return {}
 

@@ -77,12 +77,24 @@ def to_pixels(
 
 def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float) -> Tensor:
     """Interpolate scores (h, w, K) of patches bilinearly at rows and columns in pixels: (rows, columns, K)."""
+    return torch.einsum("yh,hwk,xw->yxk", *_weighted(scores, rows, columns, patch_size, stride))
+
+
+def at_points(scores: Tensor, points: np.ndarray, patch_size: float, stride: float) -> Tensor:
+    """As :func:`at_places` at points (n, 2), each a row and a column: (n, K)."""
+    return torch.einsum("nh,hwk,nw->nk", *_weighted(scores, *points.T, patch_size, stride))
+
+
+def _weighted(
+    scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (n, h) of the patches at rows, scores (h, w, K), and weights (m, w) at columns."""
     down, across = (
         # linear_weights has nodes at cell centres: patch k is at (k + 0.5) / patches.
         torch.from_numpy(linear_weights(((places - patch_size / 2) / stride + 0.5) / patches, patches)).to(scores)
         for places, patches in ((rows, scores.shape[0]), (columns, scores.shape[1]))
     )
-    return torch.einsum("yh,hwk,xw->yxk", down, scores, across)
+    return down, scores, across
 
 
 def to_image(scores: Tensor, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe, weights_key
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.extractors import Extractor
 from denoising_vit.store import FeatureStore
 from denoising_vit.training_free import AveragedViT
@@ -57,7 +57,7 @@ class FeatureSource(ABC):
         self.patch_size, self.stride, self.device = backbone.patch_size, backbone.stride, backbone.device
 
     @abstractmethod
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """Input of the forward pass for a crop of an image; inputs of one padded size can be stacked."""
 
     @abstractmethod
@@ -120,7 +120,7 @@ class ExtractorSource(FeatureSource):
         self._extractor, self._normalisation = extractor or backbone, normalisation
         self._mean, self._std = normalisation or (backbone.mean, backbone.std)
 
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """The rendered crop, (3, H, W) normalised, on the CPU."""
         return crop.render(to_image(image.pixels()), self._mean, self._std, colour)
 
@@ -186,7 +186,7 @@ class FieldSource(FeatureSource):
         super().__init__(name, backbone, identity, cached=False)  # the stores are on disk already
         self._stores, self._of_crops = dict(stores), of_crops
 
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """F at the patches of the crop, (h, w, C)."""
         nodes = self._stores[image.split][image.id].field
         crop = Crop.whole(crop.size) if self._of_crops else crop

@@ -5,16 +5,20 @@ A task is one module with an options dataclass and one function that yields line
     def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
         options.validate()
         data = bench.labelled
-        yield from bench.compare(names, Task("knn", evaluate, settings, seeds=(0,), size=options.size))
 
-``evaluate(source, seeds)`` yields ``(seed, outcome, curve)``; an outcome holds one value per item (see `outcomes`), so
-that the difference between two sources gets a paired interval. A task that trains nothing calls `Workbench.measure`
-instead, with ``find(source, advance) -> outcome``. A new task adds its module, a line in `results.TASKS`, and a line in
-the table of verbs.
+        def score(source: FeatureSource) -> Counts:
+            return nearest_neighbours(source, data, options, cache=bench.cache)
+
+        yield from bench.compare(names, Task.untrained("knn", score, options))
+
+A score holds one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
+task that trains has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task adds its module, a
+line in `results.TASKS`, and a line in the table of verbs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -33,7 +37,7 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
-from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.data import EvaluationData
 from denoising_vit.evaluation.features import FeatureCache, Shown, check_size
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.labelled import LabelledData
@@ -66,7 +70,7 @@ class Task:
         over: groups of items that intervals are taken over.
         normalisation: mean and std of the images; None for the backbone's own.
         crops: crops by split, if stage 1 fits each crop as an image of its own.
-        whole_fields: True if crops are evaluated with fields of whole images.
+        whole_fields: crops are evaluated with fields of whole images, which the identity of these fields records.
         published: model and variant of the published row that is measured.
     """
 
@@ -79,8 +83,26 @@ class Task:
     over: str = "images"
     normalisation: Normalisation | None = None
     crops: Mapping[str, Sequence[Shown]] | None = None
-    beyond: bool = False
+    whole_fields: bool = False
     published: dict[str, str] | None = None
+
+    @classmethod
+    def untrained(cls, name: str, score: Callable[[FeatureSource], Outcome], options: Any, **fields: Any) -> Self:
+        """A task that trains nothing: ``score`` returns the outcome of a source.
+
+        Args:
+            name: a key of `results.TASKS`.
+            score: evaluates one source.
+            options: a dataclass with a ``size`` and optionally a ``seed``; the rest are settings.
+            fields: further attributes of the task.
+        """
+        settings = asdict(options)
+        seed = settings.pop("seed", 0)
+
+        def evaluate(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
+            yield seed, score(source), []
+
+        return cls(name, evaluate, settings, (seed,), options.size, **fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +122,10 @@ class Workbench:
         cleaners: what cleans the features.
         extractors: further sources by name: extractor(image (B, 3, H, W)) -> (B, h, w, C). Caches and results identify
             them by their name.
-        watch: progress reporting.
+        progress: progress reporting.
     """
 
-    data: JudgedData
+    data: EvaluationData
     backbone: Backbone
     spec: BackboneSpec
     results: Results
@@ -114,7 +136,7 @@ class Workbench:
     fields_of: Literal["crop", "image"] = "crop"
     cleaners: Cleaners = Cleaners()  # noqa: RUF009, frozen
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
-    watch: Progress = no_progress
+    progress: Progress = no_progress
 
     @cached_property
     def cache(self) -> FeatureCache:
@@ -133,6 +155,13 @@ class Workbench:
         self.data.require_two_classes()
         return self.data
 
+    def images_of(
+        self, source: FeatureSource, items: str = "images", count: int | None = None
+    ) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Report the progress of a source over so many items; by default over all images of the data."""
+        total = sum(len(images.images) for images in self.data.splits) if count is None else count
+        return self.progress(f"{source.name}: {items}", total)
+
     def compare(self, names: Sequence[str], task: Task) -> Iterator[Line]:
         """Evaluate sources by name in turn; the first is the reference of the others.
 
@@ -147,48 +176,6 @@ class Workbench:
         if unknown := [name for name in names if name not in known]:
             raise EvaluationError(f"unknown features {', '.join(unknown)}; choose from {', '.join(known)}")
         yield from self.evaluate(task, {name: functools.partial(self._source, name, task) for name in names})
-
-    def measure(
-        self,
-        names: Sequence[str],
-        find: Callable[[FeatureSource, Callable[[], None]], Outcome],
-        options: Any,
-        *,
-        task: str,
-        looks: str,
-        count: int,
-        outcome: type[Outcome] = Counts,
-        over: str = "images",
-        crops: Mapping[str, Sequence[Shown]] | None = None,
-        beyond: bool = False,
-    ) -> Iterator[Line]:
-        """Evaluate sources by a task that trains nothing.
-
-        Args:
-            names: names of the sources.
-            find: returns the outcome of a source; calls its second argument after each item.
-            options: options of the task, a dataclass with a ``size`` and optionally a ``seed``.
-            task: name of the task.
-            looks: name of the items for progress reporting.
-            count: number of items.
-            outcome: type of the outcome.
-            over: groups of items that intervals are taken over.
-            crops: as in :class:`Task`.
-            beyond: as in :class:`Task`.
-
-        Raises:
-            SizeError: if the size does not fit the patch grid.
-            EvaluationError: if a name is unknown.
-        """
-        settings = asdict(options)
-        seed = settings.pop("seed", 0)
-
-        def evaluate(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
-            with self.watch(f"{source.name}: {looks}", count) as advance:
-                yield seed, find(source, advance), []
-
-        found = Task(task, evaluate, settings, (seed,), options.size, outcome, over, crops=crops, beyond=beyond)
-        yield from self.compare(names, found)
 
     def evaluate(self, task: Task, sources: Mapping[str, Callable[[], FeatureSource]]) -> Iterator[Line]:
         """Evaluate sources in turn; a failure is recorded, and the next source evaluated.
@@ -310,9 +297,9 @@ class Workbench:
             replace(self.exact, size=self.exact.size or task.size, held_out=0),
             artifact=self.cleaners.artifact,
             crops=task.crops,
-            progress=self.watch,
+            progress=self.progress,
         )
-        if task.beyond:
+        if task.whole_fields:
             source.identity = source.identity | {"of": "image"}
         return source
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError, PhotoError
-from denoising_vit.evaluation.correspondence.objects import Objects, mask_values
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet
 from denoising_vit.evaluation.layouts import (
     Layout,
     at_most,
@@ -29,6 +28,7 @@ from denoising_vit.evaluation.layouts import (
     readable,
     require_usable,
 )
+from denoising_vit.evaluation.masks import Objects, mask_values
 
 #: Folders of frames and masks, with a folder per resolution and then per sequence.
 _FRAMES, _MASKS = "JPEGImages", "Annotations"
@@ -38,7 +38,7 @@ _RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 
 
 @dataclass(frozen=True)
-class Frame(JudgedImage):
+class Frame(EvaluationImage):
     """One frame of a sequence.
 
     Attributes:
@@ -76,7 +76,7 @@ class Frame(JudgedImage):
 
 
 @dataclass(frozen=True)
-class ClipData(SplitData[Frame]):
+class ClipData(EvaluationData[Frame]):
     """Videos in one split, sequence by sequence with frames in order."""
 
     @property
@@ -125,7 +125,7 @@ def open_clips(path: str | Path, *, progress: Callable[[], None] | None = None, 
     if source:
         kinds = {frame.coding.binary for frame in frames}
         note, name = None, "DAVIS" if len(kinds) > 1 else "DAVIS 2016" if kinds.pop() else "DAVIS 2017"
-    return ClipData(name, DAVIS.name, (JudgedSet("val", tuple(frames), skipped=tuple(skipped)),), note)
+    return ClipData(name, DAVIS.name, (EvaluationSet("val", tuple(frames), skipped=tuple(skipped)),), note)
 
 
 #: Videos, for label propagation.

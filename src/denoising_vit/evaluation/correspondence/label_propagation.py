@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence.davis import ClipData, Frame
-from denoising_vit.evaluation.correspondence.options import PropagationOptions
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size, whole_images
 from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.options import PropagationOptions
 from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.patches import at_places
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import Line, Task, Workbench
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_centres
 
@@ -43,6 +45,26 @@ class Propagated(Measured):
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("J&F", "J", "F")
+
+
+def propagation(bench: Workbench, names: Sequence[str], options: PropagationOptions) -> Iterator[Line]:
+    """Evaluate label propagation on each source, the first one as reference.
+
+    Raises:
+        PlanError: if an option is out of range.
+        SizeError: if the size does not fit the patch grid.
+        EvaluationError: if the data has no videos, or a name is unknown.
+    """
+    options.validate()
+    data = bench.data
+    if not isinstance(data, ClipData):
+        raise EvaluationError(f"{data.name}: expected videos with masks of objects (DAVIS), got {data.layout}")
+
+    def score(source: FeatureSource) -> Propagated:
+        with bench.images_of(source, "frames") as advance:
+            return propagate(source, data, options, cache=bench.cache, progress=advance)
+
+    yield from bench.compare(names, Task.untrained("propagation", score, options, outcome=Propagated, over="sequences"))
 
 
 def propagate(
@@ -70,8 +92,7 @@ def propagate(
     """
     options.validate()
     values, groups = [], []
-    shown = [(frame, Crop.whole(shown_size(options.size, frame, source))) for frame in data.val.images]
-    features = see(source, shown, cache, progress)
+    features = see(source, whole_images(data.val.images, options.size, source), cache, progress)
     for number, frames in enumerate(data.clips):
         found = _follow(source, frames, features, options)
         values.append(found)

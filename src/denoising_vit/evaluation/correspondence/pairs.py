@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
+from denoising_vit.evaluation.correspondence.davis import DAVIS, ClipData, open_clips
+from denoising_vit.evaluation.data import Box, EvaluationData, EvaluationImage, EvaluationSet
 from denoising_vit.evaluation.layouts import (
     Layout,
     at_most,
@@ -29,9 +30,6 @@ from denoising_vit.evaluation.layouts import (
 
 #: (x, y) in pixels; the centre of the top left pixel is (0, 0).
 Point = tuple[float, float]
-
-#: x0, y0, x1, y1 in pixels.
-Box = tuple[float, float, float, float]
 
 #: Upper limit of coordinates, which excludes infinity and NaN.
 _LIMIT = 1e9
@@ -65,7 +63,7 @@ class KeypointPair:
 
 
 @dataclass(frozen=True)
-class PairedPhoto(JudgedImage):
+class PairedPhoto(EvaluationImage):
     """A photo of one or more pairs."""
 
     @property
@@ -75,7 +73,7 @@ class PairedPhoto(JudgedImage):
 
 
 @dataclass(frozen=True)
-class PairSet(JudgedSet[PairedPhoto]):
+class PairSet(EvaluationSet[PairedPhoto]):
     """Photos, each once, and their pairs.
 
     Attributes:
@@ -87,14 +85,14 @@ class PairSet(JudgedSet[PairedPhoto]):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the photos and of the pairs in order."""
-        content = hashlib.sha256(JudgedSet(self.split, self.images).digest.encode())
+        content = hashlib.sha256(EvaluationSet(self.split, self.images).digest.encode())
         for pair in self.pairs:
             content.update(json.dumps(asdict(pair)).encode())  # escapes what is not ASCII
         return content.hexdigest()
 
 
 @dataclass(frozen=True)
-class PairData(SplitData[PairedPhoto]):
+class PairData(EvaluationData[PairedPhoto]):
     """Pairs of photos in one split.
 
     Attributes:
@@ -327,3 +325,29 @@ SPAIR: Layout[Finder] = Layout(
 KEYPOINTS: Layout[Finder] = Layout(
     "photos with keypoints in JSON files of the same names", ("images", "keypoints"), _find_keypoints, name="keypoints"
 )
+
+
+def open_correspondence(
+    path: str | Path,
+    *,
+    sequences: int = 0,
+    split: str = "test",
+    pairs: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> ClipData | PairData:
+    """Open videos in the layout of DAVIS, pairs in that of SPair-71k, or a folder of keypoints.
+
+    Args:
+        path: the folder.
+        sequences: maximum number of videos, spread evenly; 0 takes all.
+        split: split of SPair-71k: ``trn``, ``val`` or ``test``.
+        pairs: maximum number of pairs, spread evenly; 0 takes all.
+        progress: called after each frame or photo.
+
+    Raises:
+        EvaluationError: if the layout is unknown, or nothing can be used.
+    """
+    layout, _ = find_layout(Path(path), [SPAIR, DAVIS, KEYPOINTS])
+    if layout is DAVIS:
+        return open_clips(path, progress=progress, sequences=sequences)
+    return open_pairs(path, split=split, pairs=pairs, progress=progress)

@@ -17,7 +17,7 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import MAX_PIXELS, photo_digest, read_photo, use_image
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData, shared_photos
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, shared_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
@@ -41,7 +41,7 @@ _DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 @dataclass(frozen=True)
-class DepthImage(JudgedImage):
+class DepthImage(EvaluationImage):
     """A photo with its depth map.
 
     Attributes:
@@ -130,7 +130,7 @@ def _values(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DepthData(SplitData[DepthImage]):
+class DepthData(EvaluationData[DepthImage]):
     """Photos with depth.
 
     Attributes:
@@ -176,7 +176,7 @@ def open_depth(
         failed = [*skipped, *failed]
         require_usable(usable, f"photos with depth maps in the split {split}", len(pairs), failed, path)
         _require_plausible(path, split, [median for _, median in usable], scale)
-        splits.append(JudgedSet(split, tuple(image for image, _ in usable), skipped=tuple(failed)))
+        splits.append(EvaluationSet(split, tuple(image for image, _ in usable), skipped=tuple(failed)))
     if len(splits) > 1:
         return DepthData(path.name, layout.name, tuple(splits), shared_photos(*splits))
     count = len(splits[0].images)
@@ -278,7 +278,7 @@ def _require_plausible(path: Path, split: str, medians: Sequence[float], scale: 
         )
 
 
-def block_splits(data: DepthData) -> list[tuple[JudgedSet[DepthImage], JudgedSet[DepthImage]]]:
+def block_splits(data: DepthData) -> list[tuple[EvaluationSet[DepthImage], EvaluationSet[DepthImage]]]:
     """(train, val) for each block in turn; (train, val) once for data with two splits.
 
     The photos next to a block are left out of its training set, as they are nearly the same as its first and last.

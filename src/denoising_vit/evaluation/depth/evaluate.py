@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth.data import NYU, DepthData, DepthImage, block_splits
 from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
 from denoising_vit.evaluation.depth.samples import NYU_PART, DepthCrops, KeptDepth, Part
-from denoising_vit.evaluation.features import FeatureCache, Shown, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.outcomes import Curve, Measured
 from denoising_vit.evaluation.patches import centre_pads
@@ -76,7 +76,7 @@ def depth_errors(predicted: Tensor, truth: Tensor, nearest: float, farthest: flo
 def evaluate_probe(
     probe: DepthProbe,
     source: FeatureSource,
-    images: JudgedSet[DepthImage],
+    images: EvaluationSet[DepthImage],
     protocol: DepthProtocol,
     part: Part | None,
     cache: FeatureCache | None = None,
@@ -113,12 +113,12 @@ def evaluate_probe(
 def _resized(
     probe: DepthProbe,
     source: FeatureSource,
-    images: JudgedSet[DepthImage],
+    images: EvaluationSet[DepthImage],
     protocol: DepthProtocol,
     cache: FeatureCache | None,
 ) -> Iterator[Tensor]:
     """Depth (H, W) of each image, from features of the whole image resized to the patch grid."""
-    shown: list[Shown] = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+    shown = whole_images(images.images, protocol.size, source)
     patch = source.patch_size, source.stride
     features = see(source, shown, cache)
     tokens = see(source.class_tokens(), shown, cache) if protocol.class_token else iter([None] * len(shown))
@@ -128,7 +128,7 @@ def _resized(
 
 
 def _padded(
-    probe: DepthProbe, source: FeatureSource, images: JudgedSet[DepthImage], protocol: DepthProtocol
+    probe: DepthProbe, source: FeatureSource, images: EvaluationSet[DepthImage], protocol: DepthProtocol
 ) -> Iterator[Tensor]:
     """Depth (H, W) of each image in its own size, padded; the mean with its mirror image for ``flip_test``."""
     patch = source.patch_size, source.stride
@@ -154,7 +154,7 @@ class LinearDepth:
         protocol: training and evaluation protocol.
         cache: cache for features of whole images.
         checkpoints: folder for the checkpoints of long trainings, which resume from there.
-        watch: progress reporting.
+        progress: progress reporting.
     """
 
     source: FeatureSource
@@ -162,7 +162,7 @@ class LinearDepth:
     protocol: DepthProtocol
     cache: FeatureCache | None = None
     checkpoints: Path | None = None
-    watch: Progress = no_progress
+    progress: Progress = no_progress
 
     def probes(self, seeds: Sequence[int]) -> Iterator[tuple[int, Depths, Curve]]:
         """For each seed, the errors of its probes on all evaluated photos, and the curve of its first probe.
@@ -177,7 +177,7 @@ class LinearDepth:
             _require_known(images, self.protocol.farthest)
         kept = None
         if not self.protocol.augment:
-            with self.watch(f"{self.source.name}: images", len(self.data.train.images)) as advance:
+            with self.progress(f"{self.source.name}: images", len(self.data.train.images)) as advance:
                 kept = KeptDepth.take(self.source, self.data.train, self.protocol, self.cache, advance)
         for seed in seeds:
             found, groups, curve = [], [], []
@@ -192,8 +192,8 @@ class LinearDepth:
     def _probe(
         self,
         kept: KeptDepth | None,
-        train_set: JudgedSet[DepthImage],
-        val_set: JudgedSet[DepthImage],
+        train_set: EvaluationSet[DepthImage],
+        val_set: EvaluationSet[DepthImage],
         seed: int,
         block: int,
         *,
@@ -214,7 +214,7 @@ class LinearDepth:
             samples = DepthCrops(source, train_set, NYU_PART if nyu else None, protocol, seed)
             checkpoint = self.checkpoints and self.checkpoints / f"{seed}-{block}.pt"
         what = f", block {block + 1} of {self.data.blocks}" if self.data.blocks else ""
-        steps = self.watch(f"{source.name}, seed {seed}{what}: steps", protocol.steps)
+        steps = self.progress(f"{source.name}, seed {seed}{what}: steps", protocol.steps)
         with samples as samples, steps as advance:
             limits = protocol.nearest, protocol.farthest
             probe = DepthProbe(samples.channels, protocol.bins, *limits, protocol.upsample, seed).to(source.device)
@@ -230,7 +230,7 @@ class LinearDepth:
         return errors_of(probe), [[step, loss, scores.get(step)] for step, loss in curve.losses]
 
 
-def _require_known(images: JudgedSet[DepthImage], farthest: float) -> None:
+def _require_known(images: EvaluationSet[DepthImage], farthest: float) -> None:
     if all(image.least >= farthest for image in images.images):
         raise EvaluationError(
             f"no depth of {len(images.images)} photos of {images.split} is below {farthest:g} m, the farthest depth to "
@@ -281,13 +281,13 @@ def by_protocol(
         )
     settings = recorded(protocol) | {"blocks": data.blocks}
 
-    def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
+    def evaluate(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
         checkpoints = bench.checkpoints(source, settings)
-        return LinearDepth(source, data, protocol, bench.cache, checkpoints, bench.watch).probes(missing)
+        return LinearDepth(source, data, protocol, bench.cache, checkpoints, bench.progress).probes(missing)
 
     task = Task(
         "depth",
-        judge,
+        evaluate,
         settings,
         seeds,
         protocol.size,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth.data import DepthImage
 from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import chosen
 from denoising_vit.evaluation.sources import FeatureSource
@@ -137,7 +137,7 @@ class DepthCrops(StepSamples[tuple[Tensor, Drawn, Tensor]]):
     def __init__(
         self,
         source: FeatureSource,
-        images: JudgedSet[DepthImage],
+        images: EvaluationSet[DepthImage],
         part: Part | None,
         protocol: DepthProtocol,
         seed: int,
@@ -203,13 +203,13 @@ class KeptDepth:
     def take(
         cls,
         source: FeatureSource,
-        images: JudgedSet[DepthImage],
+        images: EvaluationSet[DepthImage],
         protocol: DepthProtocol,
         cache: FeatureCache | None,
         progress: Callable[[], None] = lambda: None,
     ) -> Self:
         """Extract the features of every image in a set."""
-        shown = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+        shown = whole_images(images.images, protocol.size, source)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
         patch = source.patch_size, source.stride

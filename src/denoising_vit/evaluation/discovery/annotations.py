@@ -1,4 +1,4 @@
-"""Annotated objects of a photo: a VOC XML file or a mask."""
+"""Boxes of the annotated objects of a photo: a VOC XML file or a mask."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from xml.etree import ElementTree
 import numpy as np
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.discovery.boxes import Box, box_around, within
+from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.layouts import check_same_size, read_text
 from denoising_vit.evaluation.masks import MAX_OBJECTS, WHITE, read_values
 
 #: Maximum size of an XML file in bytes; VOC's have a few thousand.
 _MAX_XML_BYTES = 10_000_000
+
+#: Pixels that a box may reach beyond the image, by rounding.
+_SLACK = 1.0
+
+#: x0, y0, x1, y1 in elements of a mask, pixels or patches; half-open.
+CellBox = tuple[int, int, int, int]
 
 
 class Annotation(Protocol):
@@ -30,6 +36,37 @@ class Annotation(Protocol):
             EvaluationError: if there are none, or they do not fit the photo.
         """
         ...
+
+
+def box_around(mask: np.ndarray) -> CellBox:
+    """The smallest box around the true elements of a mask (h, w), at least one."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def within(box: Box, height: int, width: int) -> Box:
+    """Clip an annotated box to the image, if it reaches beyond it by a pixel at most.
+
+    Raises:
+        EvaluationError: if it reaches further, has no area, or is not finite.
+    """
+    x0, y0, x1, y1 = box
+    name = f"the box x {x0:g} to {x1:g}, y {y0:g} to {y1:g}"
+    if not all(map(math.isfinite, box)):
+        raise EvaluationError(f"{name} is not finite")
+    kept = _clip(x0, width), _clip(y0, height), _clip(x1, width), _clip(y1, height)
+    if max(abs(before - after) for before, after in zip(box, kept, strict=True)) > _SLACK:
+        raise EvaluationError(
+            f"{name} is not within the image of {width} x {height} pixels; expected 0 to {width} and 0 to {height}, "
+            "with a tolerance of one pixel. Does the annotation belong to another photo?"
+        )
+    if kept[0] >= kept[2] or kept[1] >= kept[3]:
+        raise EvaluationError(f"{name} has no area in the image of {width} x {height} pixels")
+    return kept
+
+
+def _clip(place: float, size: int) -> float:
+    return min(max(0.0, place), float(size))
 
 
 def fitting_boxes(

@@ -11,8 +11,8 @@ from typing import Any
 
 from denoising_vit.data import Skipped
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.discovery.annotations import fitting_boxes
-from denoising_vit.evaluation.discovery.boxes import Box
 from denoising_vit.evaluation.layouts import read_text
 
 _EXPECTED = "expected COCO's objects: JSON with lists `images` (id, file_name) and `annotations` (image_id, bbox)"

@@ -12,9 +12,8 @@ import numpy as np
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
+from denoising_vit.evaluation.data import Box, EvaluationData, EvaluationImage, EvaluationSet
 from denoising_vit.evaluation.discovery.annotations import Annotation, MaskObjects, VocObjects
-from denoising_vit.evaluation.discovery.boxes import Box
 from denoising_vit.evaluation.discovery.coco import coco_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
@@ -38,7 +37,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class BoxedImage(JudgedImage):
+class BoxedImage(EvaluationImage):
     """A photo with boxes around its objects.
 
     Attributes:
@@ -100,7 +99,7 @@ def open_boxed(
     annotations: Path | None = None,
     names: Path | None = None,
     progress: Callable[[], None] | None = None,
-) -> SplitData[BoxedImage]:
+) -> EvaluationData[BoxedImage]:
     """Open a data set of photos with boxes around their objects, and read every photo and annotation once.
 
     Layouts: VOC 2007 or 2012 (JPEGImages, Annotations, ImageSets/Main); COCO (a JSON file in annotations, photos in a
@@ -136,8 +135,8 @@ def open_boxed(
     inspected, failed = _without_void(*inspect_all(_inspected, candidates, progress))
     skipped = (*found.skipped, *failed)
     require_usable(inspected, f"photos with boxes ({found.name})", len(candidates), skipped, path)
-    val = JudgedSet("val", tuple(image for image, _ in inspected), skipped=skipped)
-    return SplitData(found.name, layout.name, (val,), found.note)
+    val = EvaluationSet("val", tuple(image for image, _ in inspected), skipped=skipped)
+    return EvaluationData(found.name, layout.name, (val,), found.note)
 
 
 #: A usable photo, and the numbers of its objects.

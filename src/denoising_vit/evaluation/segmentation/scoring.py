@@ -39,7 +39,7 @@ class LinearProbe(nn.Module):
 
 
 @torch.no_grad()
-def judge(
+def evaluate_probe(
     probe: LinearProbe,
     source: FeatureSource,
     images: LabelledSet,

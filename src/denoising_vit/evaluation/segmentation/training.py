@@ -26,7 +26,7 @@ from denoising_vit.evaluation.probing import Curve, chosen, train
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation.crops import distort, labels_of, training_crop
 from denoising_vit.evaluation.segmentation.protocol import Protocol, SegmentationOptions
-from denoising_vit.evaluation.segmentation.scoring import LinearProbe, judge
+from denoising_vit.evaluation.segmentation.scoring import LinearProbe, evaluate_probe
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.step_samples import StepSamples
 from denoising_vit.evaluation.workbench import IMAGENET, Line, Task, Workbench
@@ -71,7 +71,7 @@ def by_protocol(
             missing,
             cache=bench.cache,
             checkpoints=bench.checkpoints(source, settings | {"size": protocol.size or "native"}),
-            watch=bench.watch,
+            progress=bench.progress,
         )
         for probe in probes:
             scored = dict(probe.curve.looks)
@@ -220,7 +220,7 @@ def linear_segmentation(
     *,
     cache: FeatureCache | None = None,
     checkpoints: Path | None = None,
-    watch: Progress = no_progress,
+    progress: Progress = no_progress,
 ) -> Iterator[Trained]:
     """Train a linear probe on ``train`` and evaluate it on ``val``, for each seed in turn.
 
@@ -231,7 +231,7 @@ def linear_segmentation(
         seeds: seeds of the probes.
         cache: cache of the features of whole images.
         checkpoints: folder for checkpoints of long trainings, which resume from there.
-        watch: progress reporting.
+        progress: progress reporting.
 
     Raises:
         EvaluationError: if features are not finite, or nothing has a label.
@@ -243,14 +243,14 @@ def linear_segmentation(
     classes = len(data.train.class_names)
 
     def miou(probe: LinearProbe) -> float:
-        return scores(judge(probe, source, data.val, protocol, cache)).miou
+        return scores(evaluate_probe(probe, source, data.val, protocol, cache)).miou
 
     kept = None
     if not protocol.augment:
-        with watch(f"{source.name}: train images", len(data.train.images)) as advance:
+        with progress(f"{source.name}: train images", len(data.train.images)) as advance:
             kept = KeptFeatures.take(source, data.train, protocol, cache, advance)
     for seed in seeds:
-        steps = watch(f"{source.name}, seed {seed}: steps", protocol.steps)
+        steps = progress(f"{source.name}, seed {seed}: steps", protocol.steps)
         with _samples(kept, source, data, protocol, seed) as samples, steps as advance:
             probe = LinearProbe(samples.channels, classes, seed).to(source.device)
             curve = train(
@@ -261,8 +261,8 @@ def linear_segmentation(
                 look=miou if kept is not None and seed == seeds[0] else None,
                 progress=advance,
             )
-        with watch(f"{source.name}, seed {seed}: val images", len(data.val.images)) as advance:
-            counts = judge(probe, source, data.val, protocol, cache, advance)
+        with progress(f"{source.name}, seed {seed}: val images", len(data.val.images)) as advance:
+            counts = evaluate_probe(probe, source, data.val, protocol, cache, advance)
         yield Trained(seed, counts, curve)
 
 
