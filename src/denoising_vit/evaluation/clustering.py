@@ -79,16 +79,7 @@ def clustered(
 ) -> np.ndarray:
     """Cluster the patches of ``val`` by k-means (Euclidean distance) and count the pixels of each class.
 
-    A pixel is in the cluster of the patch with the nearest centre.
-
-    Args:
-        source: source of features.
-        data: labelled images; those of ``train`` are not used.
-        options: options of the task.
-        clusters: number of clusters, k.
-        seed: seed for k-means and the choice of patches.
-        cache: cache of features: each image is used twice.
-        progress: called twice for each image.
+    A pixel is in the cluster of the patch with the nearest centre. ``progress`` is called twice for each image.
 
     Returns:
         (images, k, K) int32: labelled pixels.

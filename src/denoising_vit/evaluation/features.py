@@ -148,12 +148,6 @@ def see(
 
     Cached or not, they are rounded to float16 if they fit its range, so that a second run gives the same.
 
-    Args:
-        source: source of features.
-        shown: images and their crops.
-        cache: cache of features.
-        progress: called after each crop.
-
     Raises:
         EvaluationError: if features are not finite or not a grid.
         PhotoError: if a photo can no longer be read.

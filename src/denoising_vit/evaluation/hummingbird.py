@@ -77,13 +77,6 @@ def retrieved(
     Soft labels of patches are interpolated bilinearly to the mask's pixels, and the largest one is taken. Patches of
     the same photo are excluded, should it be in both splits.
 
-    Args:
-        source: source of features.
-        data: labelled images.
-        options: options of the task.
-        cache: cache of features.
-        progress: called after each image.
-
     Returns:
         Counts over labelled pixels, image by image.
 

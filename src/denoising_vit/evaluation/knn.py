@@ -59,13 +59,6 @@ def nearest_neighbours(
 ) -> Counts:
     """Label each patch of ``val`` by the patches of ``train`` with the nearest features (cosine).
 
-    Args:
-        source: source of features.
-        data: labelled images.
-        options: options of the task.
-        cache: cache of features.
-        progress: called after each image.
-
     Returns:
         Counts over labelled patches, image by image.
 

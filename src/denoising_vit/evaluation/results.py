@@ -118,9 +118,6 @@ class Record:
 class Results:
     """A results file that lines are appended to.
 
-    Args:
-        path: the file; created if it does not exist.
-
     Raises:
         EvaluationError: if the file holds something else or cannot be written to.
     """

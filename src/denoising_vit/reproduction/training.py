@@ -54,15 +54,6 @@ def trained_denoiser(
 ) -> Path:
     """Fit the photos and train the denoiser of a backbone; a finished or interrupted run is resumed.
 
-    Args:
-        backbone: the row's model.
-        data: folder with the photos' folders.
-        where: the photos.
-        folder: run folder.
-        recipe: training recipe.
-        progress: progress reporting.
-        seed: seed for the training.
-
     Returns:
         File of the denoiser after the last step, as published.
 
@@ -146,16 +137,6 @@ def distilled_model(
     seed: int = 0,
 ) -> Path:
     """Distil a backbone from its denoiser; a finished or interrupted run is resumed.
-
-    Args:
-        backbone: the row's model, which is not changed.
-        denoiser: file of the denoiser.
-        data: folder with the photos' folder.
-        where: the photos.
-        folder: run folder.
-        recipe: training recipe.
-        progress: progress reporting.
-        seed: seed for the training.
 
     Returns:
         File of the weights after the last step, as published.

@@ -95,11 +95,6 @@ def open_clips(path: str | Path, *, progress: Callable[[], None] | None = None, 
 
     Only the first frame and one later one need a mask; labels are carried through frames without.
 
-    Args:
-        path: the folder.
-        progress: called after each frame.
-        sequences: maximum number of sequences, spread evenly; 0 takes all.
-
     Raises:
         EvaluationError: if the layout is unknown, or no sequence can be used.
     """

@@ -84,15 +84,8 @@ def match(
 ) -> list[np.ndarray]:
     """Match each keypoint of a pair's source with the position of the most similar feature (cosine) in its target.
 
-    Sources are passed through the model first, keeping only the features of keypoints, then targets one by one, so
-    each photo needs at most two passes.
-
-    Args:
-        source: source of the features.
-        data: the pairs.
-        options: options of the search.
-        cache: feature cache.
-        progress: called after each photo, as often as :func:`forward_passes` says in all.
+    Sources are passed through the model first, keeping only the features of keypoints, then targets one by one, so each
+    photo needs at most two passes. ``progress`` is called after each pass: :func:`forward_passes` in all.
 
     Returns:
         For each pair, the errors (n,) of its keypoints as a share of the larger side of the target's box.

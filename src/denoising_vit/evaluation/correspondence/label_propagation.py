@@ -77,13 +77,6 @@ def propagate(
 ) -> Propagated:
     """Carry the first mask of each video through it and compare with its other masks.
 
-    Args:
-        source: source of the features.
-        data: the videos.
-        options: options of the propagation.
-        cache: feature cache.
-        progress: called after each frame.
-
     Raises:
         PlanError: if an option is out of range.
         SizeError: if the size does not fit the patch grid.
@@ -140,14 +133,9 @@ class Held:
 
 
 def carry(features: Iterable[Tensor], first: Tensor, options: PropagationOptions) -> Iterator[Tensor]:
-    """Carry the labels of the first frame through a video; only the context is in memory.
+    """Carry the labels (h, w, K) of the first frame through the features (h, w, C) of all frames of a video.
 
-    Labels are passed on as computed, not rescaled to [0, 1].
-
-    Args:
-        features: (h, w, C) of each frame, including the first.
-        first: labels (h, w, K) of the first frame.
-        options: context, k, radius and temperature.
+    Only the context is in memory. Labels are passed on as computed, not rescaled to [0, 1].
 
     Yields:
         Labels (h, w, K) in [0, 1] of each frame after the first.
@@ -219,17 +207,9 @@ def at_patches(labels: Tensor, objects: Sequence[int], size: tuple[int, int], pa
 
 
 def to_mask(labels: Tensor, height: int, width: int, size: tuple[int, int], patch_size: int, stride: int) -> Tensor:
-    """Strongest label of each pixel of a frame: (H, W) int64, 0 to K - 1.
+    """Strongest label of each pixel of a frame, (H, W) int64, from labels (h, w, K) of patches of an input of a size.
 
     Labels are interpolated bilinearly, then each is rescaled to [0, 1], as published.
-
-    Args:
-        labels: (h, w, K) of patches.
-        height: height of the frame.
-        width: width of the frame.
-        size: height and width of the model's input in pixels.
-        patch_size: patch size in pixels of the input.
-        stride: distance between patches.
     """
     rows, columns = Crop.whole(size).places(height, width)
     return filled(at_places(labels, rows, columns, patch_size, stride)).argmax(-1)
@@ -247,10 +227,8 @@ def filled(labels: Tensor) -> Tensor:
 def compared(truth: np.ndarray, found: np.ndarray, objects: Sequence[int]) -> np.ndarray:
     """J&F, J and F of each object in one frame, (objects, 3) in percent.
 
-    Args:
-        truth: (H, W) numbers of objects, 0 elsewhere, NO_LABEL for ignored pixels.
-        found: (H, W), 1 for the first object and so on, 0 elsewhere.
-        objects: numbers of the objects.
+    The ``truth`` (H, W) has the numbers of objects, 0 elsewhere, NO_LABEL for ignored pixels; ``found`` (H, W) has 1 for
+    the first object and so on.
     """
     void = truth == NO_LABEL
     figures = []
@@ -262,13 +240,7 @@ def compared(truth: np.ndarray, found: np.ndarray, objects: Sequence[int]) -> np
 
 
 def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | None = None) -> float:
-    """J, intersection over union in [0, 1]; 1 for two empty masks.
-
-    Args:
-        truth: (H, W) bool.
-        found: (H, W) bool.
-        void: (H, W) bool, ignored pixels.
-    """
+    """J, intersection over union in [0, 1] of two masks (H, W) outside of ``void``; 1 for two empty masks."""
     truth, found = _without(truth, void), _without(found, void)
     union = int((truth | found).sum())
     return int((truth & found).sum()) / union if union else 1.0
@@ -277,16 +249,10 @@ def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | N
 def contour_accuracy(
     truth: np.ndarray, found: np.ndarray, void: np.ndarray | None = None, *, bound: float = BOUND
 ) -> float:
-    """F, the harmonic mean of the shares of each contour near the other one, in [0, 1].
+    """F, the harmonic mean of the shares of each contour near the other one, in [0, 1], of masks (H, W) without ``void``.
 
     Near is a Euclidean distance of at most ``bound`` times the image's diagonal, rounded up to whole pixels. F is 0 if
     one mask has no contour, 1 if both have none.
-
-    Args:
-        truth: (H, W) bool.
-        found: (H, W) bool.
-        void: (H, W) bool, pixels outside of both masks.
-        bound: share of the diagonal.
     """
     ours, theirs = boundary(_without(found, void)), boundary(_without(truth, void))
     count, wanted = int(ours.sum()), int(theirs.sum())

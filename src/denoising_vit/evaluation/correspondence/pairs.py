@@ -337,12 +337,7 @@ def open_correspondence(
 ) -> ClipData | PairData:
     """Open videos in the layout of DAVIS, pairs in that of SPair-71k, or a folder of keypoints.
 
-    Args:
-        path: the folder.
-        sequences: maximum number of videos, spread evenly; 0 takes all.
-        split: split of SPair-71k: ``trn``, ``val`` or ``test``.
-        pairs: maximum number of pairs, spread evenly; 0 takes all.
-        progress: called after each frame or photo.
+    At most so many sequences or pairs are taken, spread evenly; 0 takes all.
 
     Raises:
         EvaluationError: if the layout is unknown, or nothing can be used.

@@ -40,17 +40,11 @@ class Depths(Measured):
 
 
 def depth_errors(predicted: Tensor, truth: Tensor, nearest: float, farthest: float) -> list[float]:
-    """Errors of one image, in the order of :attr:`Depths.METRICS`.
+    """Errors of one image, of depths in metres of any shape, in the order of :attr:`Depths.METRICS`.
 
     Root mean squared error in metres; mean of |error| / truth; mean of |log10 error|; percent of pixels where the
     ratio of the larger depth to the smaller is below 1.25, 1.25^2 and 1.25^3 (Eigen et al. 2014). NaN if no pixel
     has a depth between the limits.
-
-    Args:
-        predicted: depth in metres, of any shape.
-        truth: same shape; pixels outside of the limits are left out.
-        nearest: lower limit.
-        farthest: upper limit.
     """
     from torchmetrics.functional.regression import (  # takes a second to import
         mean_absolute_error,
@@ -84,14 +78,7 @@ def evaluate_probe(
 ) -> np.ndarray:
     """Errors of each image, (images, figures).
 
-    Args:
-        probe: the probe in evaluation mode.
-        source: source of the features.
-        images: images to evaluate.
-        protocol: sizes and limits.
-        part: rows and columns to evaluate; None for all.
-        cache: cache for features of whole images.
-        progress: called after each image.
+    Only rows and columns of the ``part`` are evaluated, if there is one.
 
     Raises:
         EvaluationError: if features are not finite.
@@ -262,15 +249,7 @@ def by_protocol(
     seeds: tuple[int, ...],
     published: dict[str, str] | None = None,
 ) -> Iterator[Line]:
-    """Like :func:`depth`, with every setting of the protocol given.
-
-    Args:
-        bench: workbench with photos and their depth.
-        names: names of the sources.
-        protocol: training and evaluation protocol.
-        seeds: seeds for the probes.
-        published: model and variant of the published row that is reproduced, if any.
-    """
+    """Like :func:`depth`, with every setting of the protocol given."""
     data = bench.data
     if not isinstance(data, DepthData):
         raise EvaluationError(f"{data.name}: expected photos with depth maps, got {data.layout}")

@@ -73,15 +73,7 @@ class DepthProbe(nn.Module):
     def at_pixels(
         self, features: Tensor, token: Tensor | None, rows: np.ndarray, columns: np.ndarray, patch: tuple[int, int]
     ) -> Tensor:
-        """Depth (B, rows, columns) in metres at pixel positions of the input.
-
-        Args:
-            features: (B, h, w, C).
-            token: class tokens (B, 1, 1, C), or None.
-            rows: vertical positions.
-            columns: horizontal positions.
-            patch: patch size and stride.
-        """
+        """Depth (B, rows, columns) in metres at pixels of the input, from (B, h, w, C) and tokens (B, 1, 1, C)."""
         size, stride = patch
         scores = self.scores(features, token).permute(0, 3, 1, 2)  # (B, h, w, K) -> (B, K, h, w)
         fine = F.interpolate(scores, scale_factor=self.upsample, mode="bilinear") if self.upsample > 1 else scores

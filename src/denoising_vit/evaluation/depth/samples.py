@@ -79,12 +79,7 @@ def draw(
 ) -> Drawn:
     """Draw a training sample of an image.
 
-    Args:
-        image: the image.
-        protocol: sizes, ranges and probabilities.
-        part: rows and columns that crops come from; None for the whole image.
-        patch: patch size and stride.
-        chance: source of the draws.
+    Crops come from the ``part`` of rows and columns, or from the whole image.
 
     Raises:
         EvaluationError: if the image is smaller than a crop.
@@ -123,12 +118,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
 class DepthCrops(StepSamples[tuple[Tensor, Drawn, Tensor]]):
     """Random crops, rendered and passed through the model in every step, as published.
 
-    Args:
-        source: source of the features.
-        images: training images.
-        part: rows and columns that crops come from; None for whole images.
-        protocol: sizes, ranges and probabilities.
-        seed: seed for the order, the crops and the colours.
+    They come from the ``part`` of rows and columns, or from whole images.
 
     Raises:
         EvaluationError: if an image is smaller than a crop.
@@ -250,13 +240,7 @@ class KeptDepth:
 
 
 def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Mean of the known depths (H, W) in the area of each patch (h, w), 0 where none is known.
-
-    Args:
-        metres: depth of all pixels, 0 where it is unknown.
-        size: height and width of the model's input.
-        patch: patch size and stride in pixels of the input.
-    """
+    """Mean of the known depths (H, W) in the area of each patch (h, w) of an input of a size, 0 where none is known."""
     known = (metres > 0).float()
     down, across = (_overlaps(have, side, *patch) for have, side in zip(metres.shape, size, strict=True))
     area, total = (down @ values @ across.T for values in (known, metres * known))

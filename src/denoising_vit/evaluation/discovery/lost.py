@@ -175,13 +175,6 @@ def localise(
     is at least 0.5, whatever the object is. They pad images to the patch grid and round COCO's boxes to whole pixels;
     here images are resized to it, and boxes stay as they are.
 
-    Args:
-        source: source of the features.
-        data: images with their boxes.
-        options: options of LOST.
-        cache: feature cache.
-        progress: called after each image.
-
     Raises:
         PlanError: if an option is out of range.
         SizeError: if the size does not fit the patch grid.
@@ -204,11 +197,6 @@ def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions)
     """Evaluate object discovery on each source, the first one as reference.
 
     Intervals of differences are over sequences, as frames of a sequence are nearly the same.
-
-    Args:
-        bench: workbench with images that have boxes.
-        names: names of the sources.
-        options: options of LOST.
 
     Yields:
         Lines of results, as :meth:`Workbench.compare`.

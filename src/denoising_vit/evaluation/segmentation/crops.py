@@ -23,14 +23,7 @@ def scaled_size(height: int, width: int, short_side: float, long_side: float) ->
 
 
 def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], chance: np.random.Generator) -> Crop:
-    """Draw a crop of a randomly scaled image, padded to the right and below, and to whole patches.
-
-    Args:
-        labels: (H, W) labels of the image.
-        protocol: sizes and probabilities.
-        patch: size and stride of the patches.
-        chance: random number generator.
-    """
+    """Draw a crop of a randomly scaled image, padded to the right and below, and to whole patches."""
     scale = chance.uniform(*protocol.scale)
     limits = int(protocol.short_side * scale), int(protocol.long_side * scale)
     height, width = scaled_size(labels.shape[0], labels.shape[1], *limits)

@@ -157,15 +157,7 @@ class KeptFeatures:
 
 
 class RandomCrops(StepSamples[_Drawn]):
-    """Random crops of images, rendered and passed through the model in every step, as published.
-
-    Args:
-        source: source of features.
-        images: training images.
-        protocol: sizes and probabilities.
-        seed: seed for the order, the crops and the colours.
-        channels: number of feature channels, C.
-    """
+    """Random crops of images, rendered and passed through the model in every step, as published."""
 
     def __init__(
         self, source: FeatureSource, images: LabelledSet, protocol: Protocol, seed: int, channels: int
@@ -224,14 +216,7 @@ def linear_segmentation(
 ) -> Iterator[Trained]:
     """Train a linear probe on ``train`` and evaluate it on ``val``, for each seed in turn.
 
-    Args:
-        source: source of features.
-        data: labelled images.
-        protocol: how the probe is trained.
-        seeds: seeds of the probes.
-        cache: cache of the features of whole images.
-        checkpoints: folder for checkpoints of long trainings, which resume from there.
-        progress: progress reporting.
+    Long trainings resume from their files in ``checkpoints``.
 
     Raises:
         EvaluationError: if features are not finite, or nothing has a label.

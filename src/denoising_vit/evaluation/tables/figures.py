@@ -184,11 +184,7 @@ _MEANING = (
 
 
 def leaderboard(found: Sequence[Section]) -> list[list[str]]:
-    """Blocks of Markdown: a table for each backbone, a row for each task and data, a column for each kind of features.
-
-    Args:
-        found: sections of the report; label-free figures and failures are left out.
-    """
+    """Blocks of Markdown: a table for each backbone, a row for each task and data, a column for each kind of features."""
     tasks = [section for section in found if section.task in METRICS and section.measured]
     if not tasks:
         return [["No labelled task has been evaluated yet; run `dvit evaluate` first."]]
