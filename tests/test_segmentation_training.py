@@ -29,8 +29,8 @@ from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import Curve
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation import PAPER, QUICK, Protocol, Trained, linear_segmentation
-from denoising_vit.evaluation.segmentation.scoring import LinearProbe, evaluate_probe, windows
-from denoising_vit.evaluation.segmentation.training import KeptFeatures, RandomCrops
+from denoising_vit.evaluation.segmentation.evaluate import LinearProbe, evaluate_probe, windows
+from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.views.crops import Crop
 
@@ -338,9 +338,9 @@ def crops_of(
     source: Witness, data: LabelledData, seed: int, steps: Sequence[int], protocol: Protocol = TINY
 ) -> list[float]:
     probe = moved_probe(3)
-    source.asked.clear()
-    with RandomCrops(source, data.train, protocol, seed, 3) as samples:
+    with RandomCrops(source, data.train, protocol, seed) as samples:
         assert samples.channels == 3
+        source.asked.clear()
         return [float(samples.loss(probe, step).detach()) for step in steps]
 
 
@@ -388,7 +388,7 @@ def test_a_batch_may_have_more_crops_than_there_are_images(tmp_path: Path) -> No
 def test_loss_of_random_crops_is_the_cross_entropy_at_every_pixel(mixed: LabelledData, patch: int) -> None:
     source = Witness(grid_of(patch, patch), patch)
     probe = moved_probe(3)
-    with RandomCrops(source, mixed.train, TINY, 7, 3) as samples:
+    with RandomCrops(source, mixed.train, TINY, 7) as samples:
         found = float(samples.loss(probe, 3).detach())
     assert len(source.asked) == 4
     predicted = probe(torch.stack([pooled(inputs[None], patch)[0] for _, _, inputs in source.asked]))
@@ -596,7 +596,7 @@ def test_released_windows_are_judged_by_scores_stretched_over_them(even: Labelle
 
 def test_released_crops_have_scores_stretched_over_them_pads_and_all(mixed: LabelledData) -> None:
     source, probe = Witness(grid_of(6, 6), 6), moved_probe(3)
-    with RandomCrops(source, mixed.train, replace(TINY, pads="stretched"), 7, 3) as samples:
+    with RandomCrops(source, mixed.train, replace(TINY, pads="stretched"), 7) as samples:
         found = float(samples.loss(probe, 3).detach())
     predicted = probe(torch.stack([pooled(inputs[None], 6)[0] for _, _, inputs in source.asked]))
     total = 0.0

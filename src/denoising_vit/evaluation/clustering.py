@@ -31,11 +31,6 @@ def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOption
 
     Yields:
         Lines for each number of clusters, and each way to give them classes.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data have no classes, or a name is unknown.
     """
     options.validate()
     for clusters in options.clusters:

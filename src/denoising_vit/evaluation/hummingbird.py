@@ -20,13 +20,7 @@ from denoising_vit.evaluation.workbench import Line, Task, Workbench
 
 
 def hummingbird(bench: Workbench, names: Sequence[str], options: HummingbirdOptions) -> Iterator[Line]:
-    """Dense retrieval by each source; the first is the reference of the others.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data have no classes, or a name is unknown.
-    """
+    """Dense retrieval by each source; the first is the reference of the others."""
     options.validate()
     data = bench.labelled
 

@@ -27,16 +27,9 @@ _SeeAll = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
 
 
 def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
-    """Nearest-neighbour segmentation of each source; the first is the reference of the others.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data have no classes, or a name is unknown.
-    """
+    """Nearest-neighbour segmentation of each source; the first is the reference of the others."""
     options.validate()
     data = bench.labelled
-    check_size(options.size, bench.backbone.patch_size, bench.backbone.stride)
     crops, neutral = None, options.crops == "neutral"
     if neutral and bench.fields_of == "crop":
         crops = {images.split: crops_of(images, bench.backbone, options) for images in data.splits}

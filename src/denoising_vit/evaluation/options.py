@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from denoising_vit.decomposition.options import DenoiseOptions, ExactOptions
 from denoising_vit.errors import PlanError
@@ -31,38 +32,38 @@ Preset = Literal["paper", "quick"]
 Pads = Literal["cut", "stretched"]
 
 
-class Trainable(Protocol):
-    """Protocol of a probe: a dataclass with these fields."""
+@dataclass(frozen=True)
+class ProbeProtocol(ABC):
+    """Training of a linear probe; subclasses add the inputs and the evaluation.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    Attributes:
+        preset: the preset it is based on.
+        steps: number of optimizer steps.
+        warmup: steps of linear warm-up.
+        batch: images per step.
+        learning_rate: maximum learning rate.
+        weight_decay: weight decay of AdamW.
+        gradient_limit: maximum norm of the gradients; None for no clipping.
+    """
 
-    @property
-    def steps(self) -> int:
-        """Number of optimizer steps."""
-        ...
+    preset: Preset
+    steps: int
+    warmup: int
+    batch: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    gradient_limit: float | None = None
 
-    @property
-    def warmup(self) -> int:
-        """Number of warm-up steps."""
-        ...
+    @abstractmethod
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step, 0 to steps - 1."""
 
-    @property
-    def batch(self) -> int:
-        """Images per step."""
-        ...
-
-    @property
-    def learning_rate(self) -> float:
-        """Maximum learning rate."""
-        ...
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay of AdamW."""
-        ...
+    def momentum_at(self, step: int) -> float:
+        """AdamW's first beta of a step, 0 to steps - 1."""
+        return 0.9
 
 
-Trained = TypeVar("Trained", bound=Trainable)
+AProtocol = TypeVar("AProtocol", bound=ProbeProtocol)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ProbeOptions:
     learning_rate: float | None = None
     weight_decay: float | None = None
 
-    def applied(self, base: Trained, shown: str) -> Trained:
+    def applied(self, base: AProtocol, shown: str) -> AProtocol:
         """The protocol of the preset with the given options.
 
         Args:
@@ -128,7 +129,7 @@ class ProbeOptions:
 
 def recorded(protocol: Any) -> dict[str, Any]:
     """Settings of a protocol for results; later additions are left out at their defaults, so that old results count."""
-    always = {"pads": "cut", "together": None}
+    always = {"pads": "cut", "together": None, "gradient_limit": None}
     return {name: value for name, value in asdict(protocol).items() if name not in always or value != always[name]}
 
 

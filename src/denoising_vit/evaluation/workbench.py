@@ -11,6 +11,9 @@ A task is one module with an options dataclass and one function that yields line
 
         yield from bench.compare(names, Task.untrained("knn", score, options))
 
+The first source is the reference of the others. A task raises PlanError if an option is out of range, SizeError if the
+size does not fit the patch grid, and EvaluationError if the data are of another kind or a name is unknown.
+
 A score holds one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
 task that trains has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task adds its module, a
 line in `results.TASKS`, and a line in the table of verbs.
@@ -68,7 +71,7 @@ class Task:
         size: height and width in pixels at which images are shown; None for their own size.
         outcome: type of the outcomes.
         over: groups of items that intervals are taken over.
-        normalisation: mean and std of the images; None for the backbone's own.
+        normalisation: of the images: the backbone's own, or ImageNet's.
         crops: crops by split, if stage 1 fits each crop as an image of its own.
         whole_fields: crops are evaluated with fields of whole images, which the identity of these fields records.
         published: model and variant of the published row that is measured.
@@ -81,7 +84,7 @@ class Task:
     size: int | tuple[int, int] | None = None
     outcome: type[Outcome] = Counts
     over: str = "images"
-    normalisation: Normalisation | None = None
+    normalisation: Literal["own", "imagenet"] = "own"
     crops: Mapping[str, Sequence[Shown]] | None = None
     whole_fields: bool = False
     published: dict[str, str] | None = None
@@ -282,8 +285,10 @@ class Workbench:
             return self._fields(name, task)
         else:
             extractor, identity = self.cleaners.extractor(name, self.backbone)
-        shown = {} if task.normalisation is None else {"normalisation": "imagenet"}
-        return ExtractorSource(name, self.backbone, extractor, identity | shown, task.normalisation)
+        if task.normalisation == "own":
+            return ExtractorSource(name, self.backbone, extractor, identity)
+        identity = identity | {"normalisation": task.normalisation}
+        return ExtractorSource(name, self.backbone, extractor, identity, IMAGENET)
 
     def _fields(self, name: str, task: Task) -> FeatureSource:
         if self.exact.method != "exact":

@@ -50,13 +50,7 @@ class Matched(Measured):
 
 
 def matching(bench: Workbench, names: Sequence[str], options: MatchingOptions) -> Iterator[Line]:
-    """Evaluate keypoint matching on each source, the first one as reference; a line for each alpha.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data has no pairs, or a name is unknown.
-    """
+    """Evaluate keypoint matching on each source, the first one as reference; a line for each alpha."""
     options.validate()
     data = bench.data
     if not isinstance(data, PairData):
@@ -89,12 +83,6 @@ def match(
 
     Returns:
         For each pair, the errors (n,) of its keypoints as a share of the larger side of the target's box.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if features are not finite.
-        PhotoError: if a photo can no longer be read.
     """
     options.validate()
     described: dict[tuple[str, Point], Tensor] = {}

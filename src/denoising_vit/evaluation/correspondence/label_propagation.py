@@ -48,13 +48,7 @@ class Propagated(Measured):
 
 
 def propagation(bench: Workbench, names: Sequence[str], options: PropagationOptions) -> Iterator[Line]:
-    """Evaluate label propagation on each source, the first one as reference.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data has no videos, or a name is unknown.
-    """
+    """Evaluate label propagation on each source, the first one as reference."""
     options.validate()
     data = bench.data
     if not isinstance(data, ClipData):
@@ -75,14 +69,7 @@ def propagate(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Propagated:
-    """Carry the first mask of each video through it and compare with its other masks.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if features are not finite, or a mask can no longer be read.
-        PhotoError: if a frame can no longer be read.
-    """
+    """Carry the first mask of each video through it and compare with its other masks."""
     options.validate()
     values, groups = [], []
     features = see(source, whole_images(data.val.images, options.size, source), cache, progress)
@@ -227,8 +214,8 @@ def filled(labels: Tensor) -> Tensor:
 def compared(truth: np.ndarray, found: np.ndarray, objects: Sequence[int]) -> np.ndarray:
     """J&F, J and F of each object in one frame, (objects, 3) in percent.
 
-    The ``truth`` (H, W) has the numbers of objects, 0 elsewhere, NO_LABEL for ignored pixels; ``found`` (H, W) has 1 for
-    the first object and so on.
+    The ``truth`` (H, W) has the numbers of objects, 0 elsewhere, NO_LABEL for ignored pixels; ``found`` (H, W) has 1
+    for the first object and so on.
     """
     void = truth == NO_LABEL
     figures = []
@@ -249,10 +236,10 @@ def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | N
 def contour_accuracy(
     truth: np.ndarray, found: np.ndarray, void: np.ndarray | None = None, *, bound: float = BOUND
 ) -> float:
-    """F, the harmonic mean of the shares of each contour near the other one, in [0, 1], of masks (H, W) without ``void``.
+    """F, the harmonic mean of the shares of each contour near the other one, in [0, 1], of masks (H, W).
 
     Near is a Euclidean distance of at most ``bound`` times the image's diagonal, rounded up to whole pixels. F is 0 if
-    one mask has no contour, 1 if both have none.
+    one mask has no contour, 1 if both have none. Pixels of ``void`` are outside of both masks.
     """
     ours, theirs = boundary(_without(found, void)), boundary(_without(truth, void))
     count, wanted = int(ours.sum()), int(theirs.sum())

@@ -24,7 +24,7 @@ from denoising_vit.evaluation.outcomes import Curve, Measured
 from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import IMAGENET, Line, Task, Workbench
+from denoising_vit.evaluation.workbench import Line, Task, Workbench
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 
@@ -79,9 +79,6 @@ def evaluate_probe(
     """Errors of each image, (images, figures).
 
     Only rows and columns of the ``part`` are evaluated, if there is one.
-
-    Raises:
-        EvaluationError: if features are not finite.
     """
     rows, columns = (slice(*part[0]), slice(*part[1])) if part else (slice(None), slice(None))
     if protocol.augment:
@@ -213,8 +210,7 @@ class LinearDepth:
                 look=(lambda probe: _mean(errors_of(probe)[:, 0])) if curve_with_scores else None,
                 progress=advance,
             )
-        scores = {step: score for step, score in curve.looks if np.isfinite(score)}
-        return errors_of(probe), [[step, loss, scores.get(step)] for step, loss in curve.losses]
+        return errors_of(probe), curve.entries
 
 
 def _require_known(images: EvaluationSet[DepthImage], farthest: float) -> None:
@@ -232,13 +228,7 @@ def _mean(errors: np.ndarray) -> float:
 
 
 def depth(bench: Workbench, names: Sequence[str], options: DepthOptions) -> Iterator[Line]:
-    """Evaluate depth by a linear probe on each source, the first one as reference.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data has no depth, or "exact" is combined with the published protocol.
-    """
+    """Evaluate depth by a linear probe on each source, the first one as reference."""
     yield from by_protocol(bench, names, options.protocol(), options.seeds)
 
 
@@ -272,7 +262,7 @@ def by_protocol(
         protocol.size,
         outcome=Depths,
         over="blocks" if data.blocks else "images",
-        normalisation=None if protocol.normalisation == "own" else IMAGENET,
+        normalisation=protocol.normalisation,
         published=published,
     )
     yield from bench.compare(names, task)

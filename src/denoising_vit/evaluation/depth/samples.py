@@ -17,9 +17,8 @@ from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
 from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.patches import centre_pads
-from denoising_vit.evaluation.probing import chosen
+from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.step_samples import StepSamples
 from denoising_vit.files import compact
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_count
@@ -115,7 +114,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
     return Colours(float(gamma), (red, green, blue)) if changed else None
 
 
-class DepthCrops(StepSamples[tuple[Tensor, Drawn, Tensor]]):
+class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
     """Random crops, rendered and passed through the model in every step, as published.
 
     They come from the ``part`` of rows and columns, or from whole images.
@@ -134,8 +133,8 @@ class DepthCrops(StepSamples[tuple[Tensor, Drawn, Tensor]]):
     ) -> None:
         for image in images.images:  # now, not hours later
             _require_room(image, protocol, part)
-        super().__init__(len(images.images), protocol.batch, protocol.steps, seed, source.device)
-        self._source, self._images, self._part, self._protocol = source, images.images, part, protocol
+        super().__init__(source, images.images, protocol, seed)
+        self._part, self._protocol = part, protocol
 
     @property
     def channels(self) -> int:

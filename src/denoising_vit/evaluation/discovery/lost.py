@@ -174,12 +174,6 @@ def localise(
     CorLoc as in Siméoni et al. 2021: an image counts if the intersection over union of its box with any annotated box
     is at least 0.5, whatever the object is. They pad images to the patch grid and round COCO's boxes to whole pixels;
     here images are resized to it, and boxes stay as they are.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if features are not finite.
-        PhotoError: if a photo can no longer be read.
     """
     options.validate()
     shown = whole_images(data.val.images, options.size, source)
@@ -197,14 +191,6 @@ def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions)
     """Evaluate object discovery on each source, the first one as reference.
 
     Intervals of differences are over sequences, as frames of a sequence are nearly the same.
-
-    Yields:
-        Lines of results, as :meth:`Workbench.compare`.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data has no boxes, or a name is unknown.
     """
     options.validate()
     data = bench.data

@@ -1,24 +1,30 @@
-"""The whole report."""
+"""The whole report, and the leaderboard over all sections."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from denoising_vit.evaluation.results import TASKS
-from denoising_vit.evaluation.tables.entries import Entries
-from denoising_vit.evaluation.tables.figures import figure_tables, leaderboard, overview_table
-from denoising_vit.evaluation.tables.markdown import code, plain
+from denoising_vit.evaluation.results import METRICS, TASKS, main_metric
+from denoising_vit.evaluation.tables.entries import Entries, Entry
+from denoising_vit.evaluation.tables.markdown import NONE, code, fixed, plain, readable, table
 from denoising_vit.evaluation.tables.published import comparison, discovery_comparison
 from denoising_vit.evaluation.tables.runs import run_section
 from denoising_vit.evaluation.tables.sections import (
+    FIRST,
     Section,
+    commands_of,
+    data_title,
     failed_lines,
+    figure_tables,
     grouped,
+    interval_words,
+    overview_table,
     provenance_line,
     section_titles,
     sections,
     settings_line,
+    with_interval,
 )
 
 #: Settings that an overview shows side by side.
@@ -83,3 +89,79 @@ def _overviews(members: Sequence[Section]) -> list[list[str]]:
             blocks += [[f"### Overview: {plain(title)}"], overview_table(merged)]
             blocks += [["mIoU by size and crops; in parentheses its difference from the reference."]]
     return blocks
+
+
+# --- the leaderboard ---
+
+_MEANING = (
+    "Each cell gives the score and, in parentheses, its difference from the reference on the same images, with a 95 % "
+    "interval if there are enough groups. **Bold** differences are significant: the interval excludes zero. Of twenty "
+    "comparisons without a true difference, about one looks significant by chance. Details follow below."
+)
+
+
+def leaderboard(found: Sequence[Section]) -> list[list[str]]:
+    """Blocks of lines: a table for each backbone, a row for each task and data, a column for each kind of features."""
+    tasks = [section for section in found if section.task in METRICS and section.measured]
+    if not tasks:
+        return [["No labelled task has been evaluated yet; run `dvit evaluate` first."]]
+    blocks = [[_MEANING]]
+    for backbone in dict.fromkeys(map(_backbone, tasks)):
+        members = [section for section in tasks if _backbone(section) == backbone]
+        blocks += [[f"### {plain(backbone)}"], _table(members), _commands(members)]
+    return blocks
+
+
+def _table(members: Sequence[Section]) -> list[str]:
+    labels = dict.fromkeys(label for section in members for label, _ in section.measured)
+    ordered = sorted(labels, key=lambda label: label != FIRST)
+    rows = []
+    for number, section in enumerate(members, start=1):
+        cells = dict(section.measured)
+        groups = list(dict.fromkeys(_groups(entry) for _, entry in section.measured if entry.paired is not None))
+        rows.append([f"{number}. {_task(section)}", *(_cell(cells.get(each)) for each in ordered), "; ".join(groups)])
+    return table(("task", *ordered, "groups"), rows)
+
+
+def _task(section: Section) -> str:
+    metric, entry = main_metric(section.task), section.rows[0][1]
+    own = section.title.removeprefix(data_title(entry)).removeprefix(": ")
+    words = f"{section.task}, {entry.data}: {metric.name}{', lower is better' if metric.lower else ''}"
+    return f"{words} ({own})" if own else words
+
+
+def _cell(entry: Entry | None) -> str:
+    if entry is None:
+        return NONE
+    metric, paired = main_metric(entry.task), entry.paired
+    value = fixed(entry.metrics[metric.name], metric.digits)
+    if paired is None or paired.metric != metric.name:
+        return value
+    difference, ends = with_interval(paired, metric.digits), paired.interval
+    certain = ends is not None and (ends[0] > 0 or ends[1] < 0)
+    return f"{value} (**{difference}**)" if certain else f"{value} ({difference})"
+
+
+def _groups(entry: Entry) -> str:
+    paired = entry.paired
+    assert paired is not None
+    return NONE if paired.groups is None else f"{paired.groups} {paired.over}"
+
+
+def _commands(members: Sequence[Section]) -> list[str]:
+    """For each row: its settings, the meaning of its differences, and the commands."""
+    lines = []
+    for number, section in enumerate(members, start=1):
+        entries = [entry for _, entry in section.measured]
+        against = dict.fromkeys(
+            f"against {entry.paired.against}, {interval_words(entry.paired)}" for entry in entries if entry.paired
+        )
+        words = "; ".join([section.title, *against])
+        lines.append(f"{number}. {plain(words)}. Command: {commands_of(entries)}.")
+    return lines
+
+
+def _backbone(section: Section) -> str:
+    entry = section.rows[0][1]
+    weights, layer = (readable(entry.backbone.get(key)) for key in ("weights", "layer"))
+    return f"{entry.backbone_name} ({weights}), layer {layer}"
