@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from denoising_vit.data import Skipped
-from denoising_vit.data.photos import read_photo
+from denoising_vit.data.photos import photo_digest, read_photo
 
 #: x0, y0, x1, y1 in pixels, half-open: an image of H x W pixels is 0, 0, W, H.
 Box = tuple[float, float, float, float]
@@ -53,6 +53,13 @@ class EvaluationImage:
             PhotoError: if it can no longer be read.
         """
         return read_photo(self.photo)
+
+
+def described(split: str, id: str, photo: Path, pixels: np.ndarray) -> dict[str, Any]:
+    """The attributes of :class:`EvaluationImage` for a photo with these pixels (H, W, 3)."""
+    height, width = pixels.shape[:2]
+    digest = photo_digest(pixels)
+    return {"split": split, "id": id, "photo": photo, "height": height, "width": width, "digest": digest}
 
 
 Image = TypeVar("Image", bound=EvaluationImage, covariant=True)

@@ -16,19 +16,13 @@ from denoising_vit.evaluation.options import HummingbirdOptions
 from denoising_vit.evaluation.patches import at_places, nearest, patch_counts, quota
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Task, Workbench
+from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 def hummingbird(bench: Workbench, names: Sequence[str], options: HummingbirdOptions) -> Iterator[Line]:
     """Dense retrieval by each source; the first is the reference of the others."""
     options.validate()
-    data = bench.labelled
-
-    def score(source: FeatureSource) -> Counts:
-        with bench.images_of(source) as advance:
-            return retrieved(source, data, options, cache=bench.cache, progress=advance)
-
-    yield from bench.compare(names, Task.untrained("hummingbird", score, options))
+    yield from bench.compare(names, bench.untrained("hummingbird", retrieved, bench.labelled, options))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, check_size, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.options import KnnOptions
 from denoising_vit.evaluation.patches import commonest, nearest, patch_counts, quota
 from denoising_vit.evaluation.scores import Counts, count
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Task, Workbench
+from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
 
 #: Added to the seed for the crops of val, so that they differ from those of train.
@@ -33,13 +33,8 @@ def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator
     crops, neutral = None, options.crops == "neutral"
     if neutral and bench.fields_of == "crop":
         crops = {images.split: crops_of(images, bench.backbone, options) for images in data.splits}
-
-    def score(source: FeatureSource) -> Counts:
-        with bench.images_of(source) as advance:
-            return nearest_neighbours(source, data, options, cache=bench.cache, progress=advance)
-
-    whole_fields = neutral and crops is None
-    yield from bench.compare(names, Task.untrained("knn", score, options, crops=crops, whole_fields=whole_fields))
+    of_crops = {"crops": crops, "whole_fields": neutral and crops is None}
+    yield from bench.compare(names, bench.untrained("knn", nearest_neighbours, data, options, **of_crops))
 
 
 def nearest_neighbours(

@@ -15,7 +15,7 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, shared_photos
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described, shared_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
@@ -26,6 +26,7 @@ from denoising_vit.evaluation.layouts import (
     inspect_all,
     pairs_in_folders,
     pairs_in_list,
+    read_lines,
     read_text,
     readable,
     require_usable,
@@ -230,10 +231,7 @@ def _opened(
     pairs = at_most(found.pairs, images)
     usable, failed = inspect_all(lambda pair: _inspect(split, pair, files.coding), pairs, progress)
     skipped = [*found.skipped, *failed]
-    try:
-        require_usable(usable, f"photos with masks for the split {split}", len(pairs), skipped)
-    except EvaluationError as error:
-        raise EvaluationError(f"{root}: {error}") from error
+    require_usable(usable, f"photos with masks for the split {split}", len(pairs), skipped, root)
     return LabelledSet(split, tuple(usable), files.class_names, skipped=tuple(skipped))
 
 
@@ -241,16 +239,10 @@ def _inspect(split: str, pair: Pair, coding: Coding) -> LabelledImage:
     photo = read_photo(pair.photo)
     labels = read_mask(pair.mask, coding)
     check_same_size(photo.shape, labels.shape, pair.mask)
-    height, width = labels.shape
     return LabelledImage(
-        split=split,
-        id=pair.id,
-        photo=pair.photo,
+        **described(split, pair.id, pair.photo, photo),
         mask=pair.mask,
         coding=coding,
-        height=height,
-        width=width,
-        digest=photo_digest(photo),
         mask_digest=photo_digest(labels.astype("<i4")),  # the same on every machine
         class_pixels=tuple(np.bincount(labels[labels >= 0], minlength=coding.classes).tolist()),
     )
@@ -302,7 +294,7 @@ def read_ade_names(table: Path) -> tuple[str, ...]:
     """
     if not table.is_file():
         return tuple(f"class {number}" for number in range(1, ADE_CLASSES + 1))
-    rows = [line.strip().split("\t") for line in read_text(table).split("\n") if line.strip()][1:]
+    rows = [line.split("\t") for line in read_lines(table)][1:]
     if [row[0].strip() for row in rows] != [str(number) for number in range(1, ADE_CLASSES + 1)]:
         raise EvaluationError(
             f"{table}: expected a header and then classes 1 to {ADE_CLASSES} in tab-separated columns, number first "

@@ -8,11 +8,11 @@ paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from denoising_vit.data import Skipped, spread
 from denoising_vit.data.listing import by_number, files_below, image_names
@@ -144,20 +144,22 @@ def read_text(path: Path) -> str:
         raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file that are not empty, without spaces around them."""
+    return [line for line in map(str.strip, read_text(path).split("\n")) if line]
+
+
 def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
     """Read the names in a text file, one a line, each once; repeated names are skipped.
 
     Raises:
         EvaluationError: if the file cannot be read or has no names.
     """
-    lines = [line for line in map(str.strip, read_text(path).split("\n")) if line]
+    lines = read_lines(path)
     if not lines:
         raise EvaluationError(f"{path}: expected names, one a line, found none")
     names = list(dict.fromkeys(lines))
     return names, [Skipped(name, f"named a second time in {path}") for name in names if lines.count(name) > 1]
-
-
-Entry = TypeVar("Entry")
 
 
 def read_sequences(path: Path) -> list[str]:
@@ -171,6 +173,9 @@ def read_sequences(path: Path) -> list[str]:
     return list(
         dict.fromkeys((entry.parent if file else entry).name for entry, file in zip(entries, files, strict=True))
     )
+
+
+Entry = TypeVar("Entry")
 
 
 def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[Entry]:
@@ -193,17 +198,22 @@ def check_count(count: int, what: str = "images") -> None:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A photo and its mask or depth map, not yet read.
+class Unread:
+    """A photo that has not been read.
 
     Attributes:
         id: path of the photo below its folder, with ``/`` as separator.
         photo: file of the photo.
-        mask: file of the mask or depth map.
     """
 
     id: str
     photo: Path
+
+
+@dataclass(frozen=True)
+class Pair(Unread):
+    """A photo and the file of its mask or depth map."""
+
     mask: Path
 
 
@@ -246,8 +256,15 @@ def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
         names, skipped = files_below(Storage(), str(folder))
     except PhotoError as error:
         raise EvaluationError(str(error)) from error
+    found, repeated = by_stem(image_names(names, str(folder)), what)
+    return found, [*skipped, *repeated]
+
+
+def by_stem(names: Iterable[str], what: str) -> tuple[dict[str, str], list[Skipped]]:
+    """Names of files by their path without ending: the first one of each, and the others with the reason."""
     found: dict[str, str] = {}
-    for name in image_names(names, str(folder)):
+    skipped = []
+    for name in names:
         stem = PurePosixPath(name).with_suffix("").as_posix()
         if found.setdefault(stem, name) != name:
             skipped.append(Skipped(name, f"a second {what} of the name {stem}; {found[stem]} is taken"))
@@ -278,20 +295,6 @@ def check_same_size(photo: tuple[int, ...], mask: tuple[int, ...], path: Path, w
 
 
 # --- reading ---
-
-
-class Unread(Protocol):
-    """An entry with a photo that has not been read."""
-
-    @property
-    def id(self) -> str:
-        """Name for messages."""
-        ...
-
-    @property
-    def photo(self) -> Path:
-        """File of the photo."""
-        ...
 
 
 Item = TypeVar("Item", bound=Unread)

@@ -4,12 +4,8 @@ A task is one module with an options dataclass and one function that yields line
 
     def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
         options.validate()
-        data = bench.labelled
-
-        def score(source: FeatureSource) -> Counts:
-            return nearest_neighbours(source, data, options, cache=bench.cache)
-
-        yield from bench.compare(names, Task.untrained("knn", score, options))
+        task = bench.untrained("knn", nearest_neighbours, bench.labelled, options)
+        yield from bench.compare(names, task)
 
 The first source is the reference of the others. A task raises PlanError if an option is out of range, SizeError if the
 size does not fit the patch grid, and EvaluationError if the data are of another kind or a name is unknown.
@@ -30,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -89,23 +85,8 @@ class Task:
     whole_fields: bool = False
     published: dict[str, str] | None = None
 
-    @classmethod
-    def untrained(cls, name: str, score: Callable[[FeatureSource], Outcome], options: Any, **fields: Any) -> Self:
-        """A task that trains nothing: ``score`` returns the outcome of a source.
 
-        Args:
-            name: a key of `results.TASKS`.
-            score: evaluates one source.
-            options: a dataclass with a ``size`` and optionally a ``seed``; the rest are settings.
-            fields: further attributes of the task.
-        """
-        settings = asdict(options)
-        seed = settings.pop("seed", 0)
-
-        def evaluate(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
-            yield seed, score(source), []
-
-        return cls(name, evaluate, settings, (seed,), options.size, **fields)
+Data = TypeVar("Data", bound=EvaluationData)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +127,12 @@ class Workbench:
         """Cached features on disk."""
         return FeatureCache(self.folder / "features", self.cache_bytes)
 
+    def data_of(self, kind: type[Data], expected: str) -> Data:
+        """The data, or EvaluationError with what was expected if they are of another kind."""
+        if not isinstance(self.data, kind):
+            raise EvaluationError(f"{self.data.name}: expected {expected}, got {self.data.layout}")
+        return self.data
+
     @property
     def labelled(self) -> LabelledData:
         """The data, if they have classes.
@@ -153,10 +140,9 @@ class Workbench:
         Raises:
             EvaluationError: if they have none, or fewer than two to score.
         """
-        if not isinstance(self.data, LabelledData):
-            raise EvaluationError(f"{self.data.name}: expected photos with masks of classes, got {self.data.layout}")
-        self.data.require_two_classes()
-        return self.data
+        data = self.data_of(LabelledData, "photos with masks of classes")
+        data.require_two_classes()
+        return data
 
     def images_of(
         self, source: FeatureSource, items: str = "images", count: int | None = None
@@ -164,6 +150,37 @@ class Workbench:
         """Report the progress of a source over so many items; by default over all images of the data."""
         total = sum(len(images.images) for images in self.data.splits) if count is None else count
         return self.progress(f"{source.name}: {items}", total)
+
+    def untrained(
+        self,
+        name: str,
+        score: Callable[..., Outcome],
+        data: EvaluationData,
+        options: Any,
+        *,
+        items: str = "images",
+        count: int | None = None,
+        **fields: Any,
+    ) -> Task:
+        """A task that trains nothing.
+
+        Args:
+            name: a key of `results.TASKS`.
+            score: ``score(source, data, options, cache=..., progress=...)`` returns the outcome of a source.
+            data: the data, of the kind that the task needs.
+            options: a dataclass with a ``size`` and optionally a ``seed``; the rest are settings.
+            items: what progress counts.
+            count: number of them; by default that of all images.
+            fields: further attributes of the task.
+        """
+        settings = asdict(options)
+        seed = settings.pop("seed", 0)
+
+        def evaluate(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
+            with self.images_of(source, items, count) as advance:
+                yield seed, score(source, data, options, cache=self.cache, progress=advance), []
+
+        return Task(name, evaluate, settings, (seed,), options.size, **fields)
 
     def compare(self, names: Sequence[str], task: Task) -> Iterator[Line]:
         """Evaluate sources by name in turn; the first is the reference of the others.

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence.pairs import KeypointPair, PairData, PairedPhoto, Point
 from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.options import MatchingOptions
 from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.patches import at_places, at_points
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Task, Workbench
+from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
 
 #: Maximum number of interpolated feature values in memory.
@@ -52,20 +50,19 @@ class Matched(Measured):
 def matching(bench: Workbench, names: Sequence[str], options: MatchingOptions) -> Iterator[Line]:
     """Evaluate keypoint matching on each source, the first one as reference; a line for each alpha."""
     options.validate()
-    data = bench.data
-    if not isinstance(data, PairData):
-        raise EvaluationError(f"{data.name}: expected pairs of photos with keypoints, got {data.layout}")
+    data = bench.data_of(PairData, "pairs of photos with keypoints")
     errors: dict[str, list[np.ndarray]] = {}  # by source, the same for each alpha
 
-    def score(source: FeatureSource, alpha: float) -> Matched:
+    def score(source: FeatureSource, data: PairData, options: MatchingOptions, **reading: Any) -> Matched:
         if source.name not in errors:
-            with bench.images_of(source, "photos", forward_passes(data)) as advance:
-                errors[source.name] = match(source, data, options, cache=bench.cache, progress=advance)
-        return Matched.within(errors[source.name], alpha)
+            errors[source.name] = match(source, data, options, **reading)
+        return Matched.within(errors[source.name], *options.alpha)
 
+    counted = {"items": "photos", "count": forward_passes(data)}
     for alpha in options.alpha:
-        scored, shown = functools.partial(score, alpha=alpha), replace(options, alpha=(alpha,))
-        yield from bench.compare(names, Task.untrained("matching", scored, shown, outcome=Matched, over="pairs"))
+        one = replace(options, alpha=(alpha,))
+        task = bench.untrained("matching", score, data, one, **counted, outcome=Matched, over="pairs")
+        yield from bench.compare(names, task)
 
 
 def match(

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence.davis import ClipData, Frame
 from denoising_vit.evaluation.features import FeatureCache, see, shown_size, whole_images
 from denoising_vit.evaluation.masks import NO_LABEL
@@ -26,7 +25,7 @@ from denoising_vit.evaluation.options import PropagationOptions
 from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.patches import at_places
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Task, Workbench
+from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_centres
 
@@ -50,15 +49,9 @@ class Propagated(Measured):
 def propagation(bench: Workbench, names: Sequence[str], options: PropagationOptions) -> Iterator[Line]:
     """Evaluate label propagation on each source, the first one as reference."""
     options.validate()
-    data = bench.data
-    if not isinstance(data, ClipData):
-        raise EvaluationError(f"{data.name}: expected videos with masks of objects (DAVIS), got {data.layout}")
-
-    def score(source: FeatureSource) -> Propagated:
-        with bench.images_of(source, "frames") as advance:
-            return propagate(source, data, options, cache=bench.cache, progress=advance)
-
-    yield from bench.compare(names, Task.untrained("propagation", score, options, outcome=Propagated, over="sequences"))
+    data = bench.data_of(ClipData, "videos with masks of objects (DAVIS)")
+    found = {"outcome": Propagated, "over": "sequences"}
+    yield from bench.compare(names, bench.untrained("propagation", propagate, data, options, items="frames", **found))
 
 
 def propagate(

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from denoising_vit.data import Skipped
-from denoising_vit.data.photos import photo_digest, read_photo
+from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence.davis import DAVIS, ClipData, open_clips
-from denoising_vit.evaluation.data import Box, EvaluationData, EvaluationImage, EvaluationSet
+from denoising_vit.evaluation.data import Box, EvaluationData, EvaluationImage, EvaluationSet, described
 from denoising_vit.evaluation.layouts import (
     Layout,
+    Unread,
     at_most,
     find_layout,
     folders_in,
@@ -151,7 +152,7 @@ def open_pairs(
         folder = root / layout.required[0]
         pairs_found = [one.pair for one in found if isinstance(one, _Annotated)]
         ids = sorted({id for pair in pairs_found for id in (pair.source, pair.target)})
-        usable, failed = inspect_all(_read_photo, [_Unread(id, folder / id) for id in ids], progress)
+        usable, failed = inspect_all(_read_photo, [Unread(id, folder / id) for id in ids], progress)
     photos: dict[str, PairedPhoto | str] = {photo.id: photo for photo in usable}
     photos |= {entry.item: f"{folder / entry.item}: {entry.reason}" for entry in failed}
     checked = [one if isinstance(one, Skipped) else _checked(one, photos) for one in found]
@@ -166,15 +167,8 @@ def open_pairs(
     return PairData(name, layout.name, (PairSet("val", images, skipped=skipped, pairs=kept),), note)
 
 
-class _Unread(NamedTuple):
-    id: str
-    photo: Path
-
-
-def _read_photo(unread: _Unread) -> PairedPhoto:
-    pixels = read_photo(unread.photo)
-    height, width = pixels.shape[:2]
-    return PairedPhoto("val", unread.id, unread.photo, height, width, photo_digest(pixels))
+def _read_photo(unread: Unread) -> PairedPhoto:
+    return PairedPhoto(**described("val", unread.id, unread.photo, read_photo(unread.photo)))
 
 
 def _checked(annotated: _Annotated, photos: Mapping[str, PairedPhoto | str]) -> KeypointPair | Skipped:

@@ -17,7 +17,7 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import MAX_PIXELS, photo_digest, read_photo, use_image
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, shared_photos
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described, shared_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
@@ -255,12 +255,7 @@ def _inspected(pair: Pair, split: str, scale: float, layout: str) -> tuple[Depth
     if not known.size:
         raise EvaluationError("no pixel of the depth map has a depth")
     image = DepthImage(
-        split=split,
-        id=pair.id,
-        photo=pair.photo,
-        height=height,
-        width=width,
-        digest=photo_digest(photo),
+        **described(split, pair.id, pair.photo, photo),
         depth=pair.mask,
         scale=scale,
         depth_digest=photo_digest(values.astype("<i4")),

@@ -240,9 +240,7 @@ def by_protocol(
     published: dict[str, str] | None = None,
 ) -> Iterator[Line]:
     """Like :func:`depth`, with every setting of the protocol given."""
-    data = bench.data
-    if not isinstance(data, DepthData):
-        raise EvaluationError(f"{data.name}: expected photos with depth maps, got {data.layout}")
+    data = bench.data_of(DepthData, "photos with depth maps")
     if protocol.augment and "exact" in names:  # before the others are evaluated and the fields fitted
         raise EvaluationError(
             "exact: fields of stage 1 belong to unchanged images, while the published training rotates and recolours "

@@ -13,7 +13,7 @@ from denoising_vit.data import Skipped
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.discovery.annotations import fitting_boxes
-from denoising_vit.evaluation.layouts import read_text
+from denoising_vit.evaluation.layouts import read_lines, read_text
 
 _EXPECTED = "expected COCO's objects: JSON with lists `images` (id, file_name) and `annotations` (image_id, bbox)"
 
@@ -45,11 +45,7 @@ class CocoObjects:
 
 
 def _read(path: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
-    """Read a COCO JSON file: photos by id, and entries that cannot be used.
-
-    Raises:
-        EvaluationError: if the file is missing, damaged, or no COCO file, or names no photo.
-    """
+    """Read a COCO JSON file: photos by id, and entries that cannot be used."""
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file; {_EXPECTED}")
     try:
@@ -134,7 +130,7 @@ def _named(photos: dict[str, CocoObjects], names: Path, source: Path) -> tuple[d
     by_stem = {PurePosixPath(photo.name).stem: key for key, photo in photos.items()}
     chosen: dict[str, CocoObjects] = {}
     skipped: list[Skipped] = []
-    lines = [line for line in map(str.strip, read_text(names).split("\n")) if line]
+    lines = read_lines(names)
     for line in lines:
         key = line if line in photos else by_stem.get(PurePosixPath(line).stem)
         if key is None:

@@ -23,14 +23,14 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import Box, EvaluationData
+from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.discovery.annotations import CellBox, box_around
-from denoising_vit.evaluation.discovery.layouts import DAVIS, BoxedImage
+from denoising_vit.evaluation.discovery.layouts import DAVIS, BoxedData
 from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.options import DiscoveryOptions, SeedBy
 from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import Line, Task, Workbench
+from denoising_vit.evaluation.workbench import Line, Workbench
 
 #: Maximum number of similarities (patches x patches) in memory.
 _AT_ONCE = 2**24
@@ -163,7 +163,7 @@ class Localised(Measured):
 
 def localise(
     source: FeatureSource,
-    data: EvaluationData[BoxedImage],
+    data: BoxedData,
     options: DiscoveryOptions,
     *,
     cache: FeatureCache | None = None,
@@ -193,13 +193,7 @@ def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions)
     Intervals of differences are over sequences, as frames of a sequence are nearly the same.
     """
     options.validate()
-    data = bench.data
-    if not isinstance(data, EvaluationData) or not all(isinstance(image, BoxedImage) for image in data.val.images):
-        raise EvaluationError(f"{data.name}: expected photos with boxes around their objects, got {data.layout}")
-
-    def score(source: FeatureSource) -> Localised:
-        with bench.images_of(source) as advance:
-            return localise(source, data, options, cache=bench.cache, progress=advance)
-
+    data = bench.data_of(BoxedData, "photos with boxes around their objects")
     over = "sequences" if data.layout == DAVIS else "images"
-    yield from bench.compare(names, Task.untrained("discovery", score, options, outcome=Localised, over=over))
+    task = bench.untrained("discovery", localise, data, options, outcome=Localised, over=over)
+    yield from bench.compare(names, task)
