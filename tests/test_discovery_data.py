@@ -335,7 +335,7 @@ def test_photos_that_are_missing_are_told_one_by_one_or_together(coco: Path, mon
     data = open_boxed(coco)
     assert [image.id for image in data.val.images] == NAMES[2:]
     assert list(reasons(data)) == NAMES[:2] and "but not in" in reasons(data)[NAMES[0]]
-    monkeypatch.setattr("denoising_vit.evaluation.discovery.coco._LISTED", 1)
+    monkeypatch.setattr("denoising_vit.evaluation.discovery.annotations._LISTED", 1)
     (reason,) = open_boxed(coco).val.skipped
     assert reason.item == "instances_train2014.json"
     assert reason.reason.startswith("2 photos that it names are not in") and NAMES[0] in reason.reason

@@ -72,12 +72,9 @@ def clustered(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Cluster the patches of ``val`` by k-means (Euclidean distance) and count the pixels of each class.
+    """Cluster the patches of ``val`` by k-means and count the pixels of each class: (images, k, K) int32.
 
     A pixel is in the cluster of the patch with the nearest centre. ``progress`` is called twice for each image.
-
-    Returns:
-        (images, k, K) int32: labelled pixels.
 
     Raises:
         PlanError: if an option is out of range.

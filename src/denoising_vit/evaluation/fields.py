@@ -42,17 +42,8 @@ def fitted_fields(
 ) -> FieldSource:
     """Semantic fields of all images, fitted if they are not stored yet.
 
-    Args:
-        name: name of the source.
-        data: the images.
-        folder: folder of the stores.
-        backbone: the backbone.
-        spec: how the backbone was loaded.
-        options: options of stage 1. Without a size, views have the common size of the images, or the backbone's default
-            size if there is none.
-        artifact: G if known, as `denoise_image` takes it.
-        crops: crops of the images by split; if given, each is fitted as an image of its own.
-        progress: progress reporting.
+    Without a size in the options, views have the common size of the images, or the backbone's default size if there is
+    none. If there are crops by split, each is fitted as an image of its own.
 
     Raises:
         EvaluationError: if an image could not be fitted.
@@ -66,10 +57,26 @@ def fitted_fields(
     if crops is not None:
         identity["of"] = "crop"
         splits = [_cut(images, crops[images.split], folder) for images in splits]
-    stores = {
-        images.split: _fitted(name, images, folder, backbone, spec, options, artifact, identity, progress)
-        for images in splits
-    }
+
+    def fitted(images: EvaluationSet[EvaluationImage]) -> FeatureStore:
+        items = [Item(image.id, str(image.photo)) for image in images.images]
+        dataset = Dataset(f"{images.split} images", items)
+        store = folder / store_name(images, backbone, spec, identity)
+        job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact, backbone)
+        with progress(f"{name}: {images.split} images fitted", len(items)) as advance:
+            for _ in job.store.done():
+                advance()
+            job.run(lambda _index, _reason: advance())
+        if failed := job.store.failed():
+            index, reason = next(iter(sorted(failed.items())))
+            raise EvaluationError(
+                f"{len(failed)} {images.split} images could not be fitted, so they cannot be evaluated; "
+                f"{items[index].id}: {reason}"
+            )
+        return job.store
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stores = {images.split: fitted(images) for images in splits}
     return FieldSource(name, backbone, stores, identity, of_crops=crops is not None)
 
 
@@ -89,35 +96,6 @@ def _cut(
         height, width = pixels.shape[:2]
         cut.append(replace(image, photo=path, digest=digest, height=height, width=width))
     return replace(images, images=tuple(cut))
-
-
-def _fitted(
-    name: str,
-    images: EvaluationSet[EvaluationImage],
-    folder: Path,
-    backbone: Backbone,
-    spec: BackboneSpec,
-    options: DenoiseOptions,
-    artifact: KnownArtifact | None,
-    identity: dict[str, Any],
-    progress: Progress,
-) -> FeatureStore:
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [Item(image.id, str(image.photo)) for image in images.images]
-    dataset = Dataset(f"{images.split} images", items)
-    store = folder / store_name(images, backbone, spec, identity)
-    job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact, backbone)
-    with progress(f"{name}: {images.split} images fitted", len(items)) as advance:
-        for _ in job.store.done():
-            advance()
-        job.run(lambda _index, _reason: advance())
-    if failed := job.store.failed():
-        index, reason = next(iter(sorted(failed.items())))
-        raise EvaluationError(
-            f"{len(failed)} {images.split} images could not be fitted, so they cannot be evaluated; {items[index].id}: "
-            f"{reason}"
-        )
-    return job.store
 
 
 def store_name(

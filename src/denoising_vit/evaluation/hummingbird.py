@@ -65,9 +65,6 @@ def retrieved(
     Soft labels of patches are interpolated bilinearly to the mask's pixels, and the largest one is taken. Patches of
     the same photo are excluded, should it be in both splits.
 
-    Returns:
-        Counts over labelled pixels, image by image.
-
     Raises:
         PlanError: if an option is out of range.
         EvaluationError: if the memory has fewer patches than ``k``, or features are not finite.
@@ -114,12 +111,8 @@ def drawn(counts: Tensor, most: int | None, generator: torch.Generator) -> Tenso
     """Indices of the patches of one image to keep: rare classes first, at random among equal ones.
 
     As in open-hummingbird-eval: each patch gets a uniform random number times the sum, over its classes, of the number
-    of patches of the image with that class; the patches with the smallest products are kept.
-
-    Args:
-        counts: (P, K) pixels of each class; patches without any are never kept.
-        most: maximum number of patches; None for all.
-        generator: random number generator.
+    of patches of the image with that class; the patches with the smallest products are kept. Patches have counts (P, K)
+    of each class; those without any are never kept.
     """
     there = torch.nonzero(counts.sum(-1)).flatten()
     shows = counts[there] > 0

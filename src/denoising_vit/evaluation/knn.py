@@ -47,9 +47,6 @@ def nearest_neighbours(
 ) -> Counts:
     """Label each patch of ``val`` by the patches of ``train`` with the nearest features (cosine).
 
-    Returns:
-        Counts over labelled patches, image by image.
-
     Raises:
         EvaluationError: if the gallery has fewer labelled patches than ``k``, or features are not finite.
     """

@@ -20,7 +20,6 @@ from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
     at_most,
-    check_count,
     check_same_size,
     find_layout,
     inspect_all,
@@ -75,11 +74,7 @@ class LabelledImage(EvaluationImage):
         return self.mask_digest
 
     def labels(self) -> Tensor:
-        """Read the classes (H, W) int64: 0 to K - 1, NO_LABEL where there is none.
-
-        Raises:
-            EvaluationError: if the mask can no longer be read.
-        """
+        """Read the classes (H, W) int64: 0 to K - 1, NO_LABEL where there is none."""
         return torch.from_numpy(read_mask(self.mask, self.coding))
 
 
@@ -213,7 +208,6 @@ def open_labelled(
     Raises:
         EvaluationError: if the folder has none of the layouts, no list of classes, or nothing usable in a split.
     """
-    check_count(images)
     layout, root = find_layout(Path(path), _LAYOUTS)
     with readable(root):
         files = layout.open(root, classes)

@@ -2,7 +2,8 @@
 
 A task lists its layouts as :class:`Layout` records, and :func:`find_layout` returns the one a folder has. Photos are
 paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_list`, then read once by
-:func:`inspect_all`. Entries that cannot be used are returned as ``Skipped``, each with its reason.
+:func:`inspect_all`. Entries that cannot be used are returned as ``Skipped``, each with its reason; files and folders
+that cannot be read raise EvaluationError.
 """
 
 from __future__ import annotations
@@ -131,11 +132,7 @@ def listed(folder: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        EvaluationError: if it cannot be read or is not UTF-8.
-    """
+    """Read a text file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -150,11 +147,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
-    """Read the names in a text file, one a line, each once; repeated names are skipped.
-
-    Raises:
-        EvaluationError: if the file cannot be read or has no names.
-    """
+    """Read the names in a text file, one a line, each once; repeated names are skipped."""
     lines = read_lines(path)
     if not lines:
         raise EvaluationError(f"{path}: expected names, one a line, found none")
@@ -163,11 +156,7 @@ def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
 
 
 def read_sequences(path: Path) -> list[str]:
-    """Read a list of DAVIS: names of sequences (2017), or files of each frame and its mask (2016).
-
-    Raises:
-        EvaluationError: if the file cannot be read or has no names.
-    """
+    """Read a list of DAVIS: names of sequences (2017), or files of each frame and its mask (2016)."""
     entries = [PurePosixPath(line.split()[0]) for line in read_names(path)[0]]
     files = [entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries]
     return list(
@@ -179,19 +168,10 @@ Entry = TypeVar("Entry")
 
 
 def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[Entry]:
-    """At most ``count`` entries, spread evenly over all of them; 0 takes all.
-
-    Raises:
-        EvaluationError: if the count is negative.
-    """
-    check_count(count, what)
-    return [entries[index] for index in spread(len(entries), count)]
-
-
-def check_count(count: int, what: str = "images") -> None:
-    """Raise EvaluationError for a negative number of entries."""
+    """At most ``count`` entries, spread evenly over all of them; 0 takes all."""
     if count < 0:
         raise EvaluationError(f"expected a number of {what} of at least 1, or 0 for all, got {count}")
+    return [entries[index] for index in spread(len(entries), count)]
 
 
 # --- photos with masks ---
@@ -220,16 +200,7 @@ class Pair(Unread):
 def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[list[Pair], list[Skipped]]:
     """Pair photos and masks by their path below each folder, without the ending; sorted by id.
 
-    Args:
-        photos: folder of the photos.
-        masks: folder of the masks.
-        what: word for a mask in messages.
-
-    Returns:
-        Pairs; and photos without a mask, masks without a photo, and second files of the same name.
-
-    Raises:
-        EvaluationError: if a folder cannot be read.
+    Photos without a mask, masks without a photo, and second files of the same name are skipped.
     """
     photo_of, skipped_photos = _by_stem(photos, "photo")
     mask_of, skipped_masks = _by_stem(masks, what)
@@ -272,14 +243,7 @@ def by_stem(names: Iterable[str], what: str) -> tuple[dict[str, str], list[Skipp
 
 
 def pairs_in_list(names: Path, photos: Path, masks: Path) -> tuple[list[Pair], list[Skipped]]:
-    """Pair photos (.jpg) and masks (.png) by a list of names without ending, in its order; files are not looked for.
-
-    Returns:
-        Pairs; and repeated names.
-
-    Raises:
-        EvaluationError: if the list cannot be read or has no names.
-    """
+    """Pair photos (.jpg) and masks (.png) by a list of names without ending, in its order, each name once."""
     stems, repeated = read_names(names)
     pairs = [Pair(f"{stem}.jpg", photos / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems]
     return pairs, [Skipped(f"{entry.item}.jpg", entry.reason) for entry in repeated]
@@ -306,13 +270,8 @@ def inspect_all(
 ) -> tuple[list[Found], list[Skipped]]:
     """Read photos in a few threads, in order.
 
-    Args:
-        inspect_one: reads one photo. Its PhotoError, EvaluationError or OSError becomes the reason for skipping it.
-        items: the photos.
-        progress: called after each.
-
-    Returns:
-        Results for the usable photos, and the skipped ones.
+    A PhotoError, EvaluationError or OSError becomes the reason for skipping a photo. Returns the results of the usable
+    photos, and the skipped ones.
     """
 
     def inspected(item: Item) -> Found | Skipped:

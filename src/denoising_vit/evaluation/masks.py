@@ -79,9 +79,7 @@ def read_mask(path: Path, coding: Coding) -> np.ndarray:
 def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read the values (H, W) of an index image.
 
-    Args:
-        path: grayscale image of up to 32 bits, or palette image, whose colours are ignored; bool for one bit.
-        max_pixels: larger masks are refused before decoding.
+    Colours of a palette are ignored. An image of one bit gives bool.
 
     Raises:
         EvaluationError: if the file is missing, empty, damaged, too large or no index image.

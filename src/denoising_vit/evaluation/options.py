@@ -91,15 +91,7 @@ class ProbeOptions:
     weight_decay: float | None = None
 
     def applied(self, base: AProtocol, shown: str) -> AProtocol:
-        """The protocol of the preset with the given options.
-
-        Args:
-            base: protocol of the preset.
-            shown: images in the published protocol, for the message that it takes no size.
-
-        Raises:
-            PlanError: if an option is out of range.
-        """
+        """The protocol of the preset with the given options."""
         if self.size is not None and self.preset == "paper":
             raise PlanError(f"size is for preset quick; paper shows {shown}")
         self._check()
@@ -318,11 +310,7 @@ class FieldOptions(ExactOptions):
     of: Literal["crop", "image"] = "crop"
 
     def denoising(self) -> DenoiseOptions:
-        """As options of stage 1, without held-out views.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
+        """As options of stage 1, without held-out views; PlanError if one is out of range."""
         own = {key: value for key, value in asdict(self).items() if key != "of"}
         options = DenoiseOptions(held_out=0, **own)
         options.validate()

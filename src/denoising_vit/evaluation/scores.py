@@ -100,10 +100,7 @@ class Counts:
 def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
     """Counts of one image.
 
-    Args:
-        predicted: predicted classes 0 to K - 1, of any shape.
-        truth: true classes of the same shape; NO_LABEL is ignored.
-        classes: number of classes, K.
+    The predicted classes, 0 to K - 1, have the shape of the true ones, of which NO_LABEL is ignored.
 
     Raises:
         EvaluationError: if the shapes differ, or nothing was predicted.

@@ -100,12 +100,7 @@ class FeatureSource(ABC):
 class ExtractorSource(FeatureSource):
     """Features of an extractor: raw, minus G, denoised or distilled.
 
-    Args:
-        name: name in messages and tables.
-        backbone: backbone with the patch grid and normalisation.
-        extractor: the extractor; by default the backbone itself.
-        identity: JSON values that decide the features besides the backbone.
-        normalisation: mean and std of the images; by default the backbone's own.
+    By default the extractor is the backbone itself, and images have the backbone's own mean and std.
     """
 
     def __init__(
@@ -166,12 +161,8 @@ class ClassTokens(ExtractorSource):
 class FieldSource(FeatureSource):
     """Semantic fields from stores, sampled at any crop; colour augmentation has no effect.
 
-    Args:
-        name: name in messages and tables.
-        backbone: backbone with the patch grid.
-        stores: store of each split by name; its ids are those of the images.
-        identity: JSON values that decide the fields.
-        of_crops: True if each crop was fitted as an image of its own.
+    The stores of the splits have the ids of the images. ``of_crops`` says that each crop was fitted as an image of its
+    own.
     """
 
     def __init__(

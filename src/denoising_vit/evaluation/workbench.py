@@ -198,12 +198,7 @@ class Workbench:
         yield from self.evaluate(task, {name: functools.partial(self._source, name, task) for name in names})
 
     def evaluate(self, task: Task, sources: Mapping[str, Callable[[], FeatureSource]]) -> Iterator[Line]:
-        """Evaluate sources in turn; a failure is recorded, and the next source evaluated.
-
-        Args:
-            task: the task.
-            sources: functions that make the sources, by name. The first source is the reference of the others.
-        """
+        """Evaluate sources in turn; a failure is recorded, and the next source evaluated."""
         reference: _Reference | None = None
         for number, (name, make) in enumerate(sources.items()):
             record = self._record(task, name)

@@ -101,12 +101,7 @@ def evaluated_frames(frames: Sequence[Frame]) -> frozenset[int]:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """One frame of the context.
-
-    Attributes:
-        features: (h, w, C), normalised.
-        labels: (h, w, K), share of each label in each patch, in [0, 1].
-    """
+    """One frame of the context: normalised features (h, w, C), and shares (h, w, K) of the labels, in [0, 1]."""
 
     features: Tensor
     labels: Tensor
@@ -133,7 +128,7 @@ def carry(features: Iterable[Tensor], first: Tensor, options: PropagationOptions
 
 
 def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, temperature: float) -> Tensor:
-    """Labels of a frame: for each patch, the weighted mean over the most similar patches of the context.
+    """Labels (h, w, K) of a frame: for each patch, the weighted mean over the most similar patches of the context.
 
     Computed row by row to limit memory.
 
@@ -143,9 +138,6 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
         k: number of voting patches from all frames together, and all patches as similar as the last of them.
         radius: maximum distance in rows and columns; 0 for no limit.
         temperature: weights are exp(cosine / temperature).
-
-    Returns:
-        (h, w, K) in [0, 1].
     """
     h, w, channels = target.shape
     # Rows first, so that the rows around a patch are contiguous: (h, n, w, ...).
@@ -166,17 +158,10 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
 
 
 def at_patches(labels: Tensor, objects: Sequence[int], size: tuple[int, int], patch_size: int, stride: int) -> Tensor:
-    """Labels of patches, each that of the pixel at its centre.
+    """Labels of patches, (h, w, 1 + objects) float32 of 0 and 1, each that of the pixel at its centre.
 
-    Args:
-        labels: labels of a frame's pixels, (H, W): numbers of objects, 0 for the background, negative for no label.
-        objects: numbers of the objects.
-        size: height and width of the model's input in pixels.
-        patch_size: patch size in pixels of the input.
-        stride: distance between patches.
-
-    Returns:
-        (h, w, 1 + objects) float32 of 0 and 1, the background first; all 0 for no label.
+    Pixels have numbers of objects, 0 for the background (which comes first), negative for no label (all 0); the input
+    has a size in pixels.
     """
     rows, columns = (
         torch.from_numpy((patch_centres(side, patch_size, stride) * pixels).astype(np.int64))

@@ -75,11 +75,7 @@ class PairedPhoto(EvaluationImage):
 
 @dataclass(frozen=True)
 class PairSet(EvaluationSet[PairedPhoto]):
-    """Photos, each once, and their pairs.
-
-    Attributes:
-        pairs: pairs in the order of evaluation.
-    """
+    """Photos, each once, and their pairs in the order of evaluation."""
 
     pairs: tuple[KeypointPair, ...] = field(kw_only=True)
 
@@ -94,11 +90,7 @@ class PairSet(EvaluationSet[PairedPhoto]):
 
 @dataclass(frozen=True)
 class PairData(EvaluationData[PairedPhoto]):
-    """Pairs of photos in one split.
-
-    Attributes:
-        splits: ``val`` alone, for any split of the data set.
-    """
+    """Pairs of photos in one split."""
 
     splits: tuple[PairSet, ...]
 

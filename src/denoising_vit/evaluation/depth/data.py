@@ -68,22 +68,14 @@ class DepthImage(EvaluationImage):
         return replace(self, angle=angle)
 
     def pixels(self) -> np.ndarray:
-        """The photo, (H, W, 3) uint8.
-
-        Raises:
-            PhotoError: if it can no longer be read.
-        """
+        """The photo, (H, W, 3) uint8."""
         pixels = super().pixels()
         if not self.angle:
             return pixels
         return np.asarray(Image.fromarray(pixels).rotate(self.angle, Image.Resampling.BILINEAR))
 
     def metres(self) -> Tensor:
-        """Depth (H, W) float32 in metres, 0 where it is unknown.
-
-        Raises:
-            EvaluationError: if it can no longer be read.
-        """
+        """Depth (H, W) float32 in metres, 0 where it is unknown."""
         metres = read_depth(self.depth).astype(np.float32) / self.scale
         if self.angle:
             metres = np.array(Image.fromarray(metres).rotate(self.angle, Image.Resampling.NEAREST))
@@ -91,11 +83,7 @@ class DepthImage(EvaluationImage):
 
 
 def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a depth map, (H, W) int32, 0 where depth is unknown.
-
-    Args:
-        path: a grayscale image of 16 bits or more.
-        max_pixels: larger images are refused before decoding.
+    """Read a depth map, a grayscale image of 16 bits or more: (H, W) int32, 0 where depth is unknown.
 
     Raises:
         EvaluationError: if the file is missing, damaged, too large, or has 8 bits or colours.

@@ -132,13 +132,7 @@ def _padded(
 class LinearDepth:
     """Depth by linear probes on one source of features.
 
-    Attributes:
-        source: source of the features.
-        data: photos with depth.
-        protocol: training and evaluation protocol.
-        cache: cache for features of whole images.
-        checkpoints: folder for the checkpoints of long trainings, which resume from there.
-        progress: progress reporting.
+    Long trainings resume from their files in ``checkpoints``.
     """
 
     source: FeatureSource

@@ -87,10 +87,8 @@ class DepthProbe(nn.Module):
 def scale_invariant_loss(predicted: Tensor, truth: Tensor, *, mean_only: bool = False) -> Tensor:
     """Root of the variance plus 0.15 times the squared mean of log depth errors (Eigen et al. 2014; AdaBins).
 
-    Args:
-        predicted: depth in metres, of any shape.
-        truth: same shape; 0 where depth is unknown, which is left out.
-        mean_only: leave out the variance, as in the first steps of the published training.
+    Unknown depths (0) are left out; ``mean_only`` leaves out the variance, as in the first steps of the published
+    training.
     """
     known = truth > 0
     errors = (predicted[known] + _EPSILON).log() - (truth[known] + _EPSILON).log()
@@ -105,13 +103,6 @@ def gradient_loss(predicted: Tensor, truth: Tensor) -> Tensor:
 
     The published code intends this, but slices dimensions 0 and 1 of four (images, channels) instead of rows and
     columns. With one channel and two images its loss is always 0.
-
-    Args:
-        predicted: depth in metres, (B, H, W).
-        truth: same shape; 0 where depth is unknown.
-
-    Returns:
-        Sum over scales of the absolute differences in both directions, per known pixel.
     """
     total = predicted.new_zeros(())
     for step in _SCALES:

@@ -131,11 +131,7 @@ class DepthOptions(ProbeOptions):
     gradient: float = 0.5
 
     def protocol(self) -> DepthProtocol:
-        """The preset with the given options.
-
-        Raises:
-            PlanError: if an option is out of range.
-        """
+        """The preset with the given options; PlanError if one is out of range."""
         base = PAPER if self.preset == "paper" else QUICK
         settled = self.applied(base, "crops of 416 x 544 pixels, and whole photos")
         if not 0 <= self.gradient < math.inf:

@@ -53,13 +53,7 @@ class Colours:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One training sample.
-
-    Attributes:
-        image: the image, rotated or not.
-        crop: the crop, padded to whole patches.
-        colours: colour augmentation, or None.
-    """
+    """A training sample: the image, rotated or not, a crop padded to whole patches, and a change of its colours."""
 
     image: DepthImage
     crop: Crop

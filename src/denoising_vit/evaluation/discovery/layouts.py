@@ -13,8 +13,7 @@ from denoising_vit.data import Skipped
 from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.data import Box, EvaluationData, EvaluationImage, EvaluationSet, described
-from denoising_vit.evaluation.discovery.annotations import Annotation, MaskObjects, VocObjects
-from denoising_vit.evaluation.discovery.coco import coco_photos
+from denoising_vit.evaluation.discovery.annotations import Annotation, MaskObjects, VocObjects, coco_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Unread,

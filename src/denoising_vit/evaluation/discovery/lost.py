@@ -91,18 +91,10 @@ def ranking(features: Tensor, by: SeedBy) -> Tensor:
 
 
 def expanded(features: Tensor, ranked: Tensor, k: int) -> Tensor:
-    """Patches that belong to the seed's object, connected to it or not.
+    """Patches (n,) bool that belong to the seed's object, connected to it or not; the ranking has the seed first.
 
     Candidates similar to the seed support it; a patch q belongs to the object if the sum of f_q · f_s over them is not
     negative.
-
-    Args:
-        features: (n, C).
-        ranked: patches (n,), the seed first.
-        k: number of candidates.
-
-    Returns:
-        (n,) bool, True for the seed.
     """
     seed, candidates = ranked[0], ranked[:k]
     support = candidates[features[candidates] @ features[seed] >= 0]
@@ -126,15 +118,8 @@ def on_image(
 ) -> Box:
     """Convert a box from patches to pixels of the image.
 
-    Each pixel belongs to the patch with the nearest centre; without overlap, to the patch that contains it.
-
-    Args:
-        box: in patches.
-        grid: number of patches (h, w).
-        patch_size: patch size in pixels of the input.
-        stride: distance between patches.
-        shown: height and width of the input, which shows the whole image.
-        size: height and width of the image.
+    Each pixel belongs to the patch with the nearest centre; without overlap, to the patch that contains it. The box is
+    in patches of a ``grid`` (h, w) of an input that shows (H, W) pixels for the image of a size (H, W).
     """
     (rows, columns), (height, width) = grid, size
     x0, x1 = (_edge(place, columns, patch_size, stride, shown[1], width) for place in (box[0], box[2]))

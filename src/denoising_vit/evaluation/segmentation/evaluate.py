@@ -156,13 +156,7 @@ def by_protocol(
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained and evaluated probe.
-
-    Attributes:
-        seed: seed of the probe.
-        counts: counts over the labelled pixels of each validation image.
-        curve: training history; for the first seed on cached features with scores on ``val``, which decide nothing.
-    """
+    """A trained probe: counts of each validation image, and its curve, whose scores on ``val`` decide nothing."""
 
     seed: int
     counts: Counts

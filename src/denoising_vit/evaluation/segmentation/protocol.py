@@ -69,10 +69,6 @@ class SegmentationOptions(ProbeOptions):
     """Options of linear segmentation; by default those of the preset."""
 
     def protocol(self) -> Protocol:
-        """The preset with the given options.
-
-        Raises:
-            PlanError: if an option is out of range.
-        """
+        """The preset with the given options; PlanError if one is out of range."""
         base = PAPER if self.preset == "paper" else QUICK
         return self.applied(base, "crops of 512 pixels of images scaled to that side")
