@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.outcomes import Outcome
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
+class Counts(Outcome):
     """Counts of pixels or patches in each image, (images, K) int64 each.
 
     Attributes:
@@ -26,6 +27,10 @@ class Counts:
     hits: np.ndarray
     truth: np.ndarray
     predicted: np.ndarray
+    groups: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", np.arange(len(self.hits)))  # each image is one
 
     @classmethod
     def joined(cls, parts: Sequence[Counts]) -> Counts:
@@ -44,16 +49,6 @@ class Counts:
     def nothing(cls, classes: int) -> Counts:
         """Counts of one image without labels."""
         return cls(*(np.zeros((1, classes), dtype=np.int64) for _ in range(3)))
-
-    @property
-    def items(self) -> int:
-        """Number of images."""
-        return len(self.hits)
-
-    @property
-    def groups(self) -> np.ndarray:
-        """One group for each image."""
-        return np.arange(self.items)
 
     @property
     def there(self) -> np.ndarray:
@@ -86,15 +81,6 @@ class Counts:
         found = scores(self)
         names = data.scored
         return {name: {"IoU": found.iou[k], "Acc": found.acc[k]} for k, name in enumerate(names)}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The three counts."""
-        return {"hits": self.hits, "truth": self.truth, "predicted": self.predicted}
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Restore counts from their arrays."""
-        return cls(arrays["hits"], arrays["truth"], arrays["predicted"])
 
 
 def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
