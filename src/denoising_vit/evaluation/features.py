@@ -33,11 +33,7 @@ class Patches(Protocol):
 
 
 def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
-    """(H, W) in pixels at which an image is shown: the given size, or its own, rounded to the patch grid.
-
-    Raises:
-        SizeError: if the given size does not fit the patch grid.
-    """
+    """(H, W) in pixels at which an image is shown: the given size if it fits the grid, or its own, rounded to it."""
     if size is None:
         return native_size(image.height, image.width, patches.patch_size, patches.stride)
     check_size(size, patches.patch_size, patches.stride)
@@ -77,11 +73,7 @@ Image = TypeVar("Image", bound=EvaluationImage)
 def whole_images(
     images: Sequence[Image], size: int | tuple[int, int] | None, patches: Patches
 ) -> list[tuple[Image, Crop]]:
-    """Images, each as one crop, at a size; None is their own.
-
-    Raises:
-        SizeError: if the size does not fit the patch grid.
-    """
+    """Images, each as one crop, at a size that fits the patch grid; None is their own."""
     return [(image, Crop.whole(shown_size(size, image, patches))) for image in images]
 
 

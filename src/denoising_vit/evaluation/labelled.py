@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -177,7 +178,6 @@ class _Files(NamedTuple):
     """Files of a data set, not yet read."""
 
     name: str
-    layout: str
     class_names: tuple[str, ...]
     coding: Coding
     train: _Split
@@ -216,7 +216,7 @@ def open_labelled(
         for split, found in (("train", files.train), ("val", files.val))
     )
     notes = [note for note in (files.note, shared_photos(train, val), _ignored_note(val, files.coding)) if note]
-    return LabelledData(files.name, files.layout, (train, val), "; ".join(notes) or None)
+    return LabelledData(files.name, layout.name, (train, val), "; ".join(notes) or None)
 
 
 def _opened(
@@ -308,7 +308,7 @@ def _open_voc(root: Path, classes: Path | None) -> _Files:
     coding = Coding(len(VOC_CLASSES), "VOC 2012", ignored=(255,))
     year = root.name.removeprefix("VOC")  # other years have the same layout
     name = f"VOC {year}" if root.name.startswith("VOC") and year.isdigit() else "VOC 2012"
-    return _Files(name, "voc2012", VOC_CLASSES, coding, train, val)
+    return _Files(name, VOC_CLASSES, coding, train, val)
 
 
 def _open_ade(root: Path, classes: Path | None) -> _Files:
@@ -319,22 +319,16 @@ def _open_ade(root: Path, classes: Path | None) -> _Files:
         _Split(*pairs_in_folders(root / "images" / name, root / "annotations" / name))
         for name in ("training", "validation")
     )
-    return _Files("ADE20K", "ade20k", names, coding, train, val)
+    return _Files("ADE20K", names, coding, train, val)
 
 
-def _open_splits(
-    root: Path, classes: Path | None, photos: str = "{split}/images", masks: str = "{split}/masks"
-) -> _Files:
+def _open_splits(root: Path, classes: Path | None, photos: str, masks: str) -> _Files:
     names, coding = _listed_classes(root, classes)
     train, val = (
         _Split(*pairs_in_folders(root / photos.format(split=split), root / masks.format(split=split)))
         for split in ("train", "val")
     )
-    return _Files(root.resolve().name, "folders", names, coding, train, val)
-
-
-def _open_splits_inside(root: Path, classes: Path | None) -> _Files:
-    return _open_splits(root, classes, "images/{split}", "masks/{split}")
+    return _Files(root.resolve().name, names, coding, train, val)
 
 
 def _open_one_folder(root: Path, classes: Path | None) -> _Files:
@@ -351,7 +345,7 @@ def _open_one_folder(root: Path, classes: Path | None) -> _Files:
     train = _Split(pairs[:half], [entry for entry in skipped if entry.item < pairs[half].id])
     val = _Split(pairs[half:], [entry for entry in skipped if entry.item >= pairs[half].id])
     note = f"no splits in the folder: the first {half} of {len(pairs)} pairs by name are train, the others val"
-    return _Files(root.resolve().name, "folders", names, coding, train, val, note)
+    return _Files(root.resolve().name, names, coding, train, val, note)
 
 
 def _listed_classes(root: Path, classes: Path | None) -> tuple[tuple[str, ...], Coding]:
@@ -374,17 +368,27 @@ _LAYOUTS: tuple[Layout[Callable[[Path, Path | None], _Files]], ...] = (
         ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"),
         _open_voc,
         (".", "VOC2012", "VOCdevkit/VOC2012"),
+        name="voc2012",
     ),
     Layout(
         "ADE20K",
         ("images/training", "images/validation", "annotations/training", "annotations/validation"),
         _open_ade,
         (".", "ADEChallengeData2016"),
+        name="ade20k",
     ),
-    Layout("folders with splits", ("train/images", "train/masks", "val/images", "val/masks"), _open_splits),
+    Layout(
+        "folders with splits",
+        ("train/images", "train/masks", "val/images", "val/masks"),
+        functools.partial(_open_splits, photos="{split}/images", masks="{split}/masks"),
+        name="folders",
+    ),
     # Before folders without splits, which would mix both splits.
     Layout(
-        "folders with splits inside", ("images/train", "images/val", "masks/train", "masks/val"), _open_splits_inside
+        "folders with splits inside",
+        ("images/train", "images/val", "masks/train", "masks/val"),
+        functools.partial(_open_splits, photos="images/{split}", masks="masks/{split}"),
+        name="folders",
     ),
-    Layout("folders with classes.txt and no splits", ("images", "masks"), _open_one_folder),
+    Layout("folders with classes.txt and no splits", ("images", "masks"), _open_one_folder, name="folders"),
 )

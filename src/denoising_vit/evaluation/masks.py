@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,17 +61,13 @@ class Coding:
         last = self.shift + self.classes - 1
         return (
             f"{name}: label {found[most]} in {pixels}{others}; expected {self.shift} to {last} for the "
-            f"{self.classes} classes of {self.source}, or {_listed(self.ignored)} for no label. "
+            f"{self.classes} classes of {self.source}, or {' or '.join(map(str, sorted(self.ignored)))} for no label. "
             "Correct the mask or the list of classes"
         )
 
 
 def read_mask(path: Path, coding: Coding) -> np.ndarray:
-    """Read a mask as classes (H, W) int64 in 0 to K - 1, NO_LABEL for pixels without a class.
-
-    Raises:
-        EvaluationError: as :func:`read_values`, or if the mask has values without a meaning.
-    """
+    """Read a mask as classes (H, W) int64 in 0 to K - 1, NO_LABEL for pixels without a class."""
     return coding.decoded(read_values(path), str(path))
 
 
@@ -105,7 +100,7 @@ def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def _numbers(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
     """Values of an opened mask, after checking its header."""
     _check_header(image, path, max_pixels)
-    stretch = _stretch_of(image)
+    stretch = _STRETCHED.get(raw_mode(image), 1)  # known only before decoding
     return np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
 
 
@@ -124,15 +119,6 @@ def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
         raise EvaluationError(
             f"{path}: expected a mask in a format that keeps its numbers, got JPEG, which changes them; write PNG"
         )
-
-
-def _stretch_of(image: Image.Image) -> int:
-    """Factor by which the decoder stretches the values; known only before decoding."""
-    return _STRETCHED.get(raw_mode(image), 1)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, sorted(numbers)))
 
 
 # --- masks of objects ---

@@ -67,7 +67,8 @@ def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size:
 
 def at_points(scores: Tensor, points: np.ndarray, patch_size: float, stride: float) -> Tensor:
     """As :func:`at_places` at points (n, 2), each a row and a column: (n, K)."""
-    return torch.einsum("nh,hwk,nw->nk", *_weighted(scores, *points.T, patch_size, stride))
+    rows, columns = points.T
+    return torch.einsum("nh,hwk,nw->nk", *_weighted(scores, rows, columns, patch_size, stride))
 
 
 def _weighted(

@@ -34,16 +34,10 @@ class Counts(Outcome):
 
     @classmethod
     def joined(cls, parts: Sequence[Counts]) -> Counts:
-        """Concatenate the images of several counts.
-
-        Raises:
-            EvaluationError: if there are none.
-        """
+        """Concatenate the images of one or more counts."""
         if not parts:
             raise EvaluationError("no predictions to score; expected those of at least one image")
-        return cls(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("hits", "truth", "predicted"))
-        )
+        return cls(*map(np.concatenate, zip(*(part.arrays().values() for part in parts), strict=True)))
 
     @classmethod
     def nothing(cls, classes: int) -> Counts:
@@ -57,15 +51,10 @@ class Counts(Outcome):
 
     def only(self, classes: Sequence[int]) -> Counts:
         """Counts of some classes; pixels of other classes still count if they were predicted as one of these."""
-        chosen = list(classes)
-        return Counts(self.hits[:, chosen], self.truth[:, chosen], self.predicted[:, chosen])
+        return Counts(*(values[:, list(classes)] for values in self.arrays().values()))
 
     def scored(self) -> dict[str, float]:
-        """mIoU, mAcc and aAcc in percent.
-
-        Raises:
-            EvaluationError: if no pixel has a label, or there is only one class.
-        """
+        """mIoU, mAcc and aAcc in percent, if :func:`scores` are defined."""
         found = scores(self)
         return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
 

@@ -72,10 +72,7 @@ def draw(
 ) -> Drawn:
     """Draw a training sample of an image.
 
-    Crops come from the ``part`` of rows and columns, or from the whole image.
-
-    Raises:
-        EvaluationError: if the image is smaller than a crop.
+    Crops come from the ``part`` of rows and columns, or from the whole image, which must be larger than a crop.
     """
     (top, bottom), (left, right) = _require_room(image, protocol, part)
     height, width = protocol.crop
