@@ -67,6 +67,9 @@ _AHEAD = 3
 #: An image and a crop of it.
 Shown = tuple[EvaluationImage, Crop]
 
+#: :func:`see` with its cache and progress.
+See = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
+
 Image = TypeVar("Image", bound=EvaluationImage)
 
 
@@ -147,24 +150,25 @@ def see(
     cache = cache if source.cached else None
     batches = _batches(source, shown, cache)
     with contextlib.closing(batches if source.device.type == "cpu" else prefetched(batches, _AHEAD)) as batches:
-        for found, inputs, paths in batches:
-            for features in _forward(source, found, inputs, paths, cache):
+        for found, waiting in batches:
+            for features in [found] if found is not None else _forward(source, waiting, cache):
                 progress()
                 yield features
 
 
-_Batch = tuple[Tensor | None, list[Tensor], list[Path | None]]
+_Waiting = list[tuple[Tensor, Path | None]]
+_Batch = tuple[Tensor | None, _Waiting]
 
 
 def _batches(
     source: FeatureSource, shown: Sequence[Shown], cache: FeatureCache | None
 ) -> Generator[_Batch, None, None]:
     """Cached features, or inputs of one size, as many as the device takes at once."""
-    waiting: list[tuple[Tensor, Path | None]] = []
+    waiting: _Waiting = []
 
     def flush() -> Iterator[_Batch]:
         if waiting:
-            yield None, [inputs for inputs, _ in waiting], [path for _, path in waiting]
+            yield None, waiting.copy()
             waiting.clear()
 
     for image, crop in shown:
@@ -172,7 +176,7 @@ def _batches(
         found = None if cache is None or path is None else cache.get(path)
         if found is not None:
             yield from flush()
-            yield found, [], []
+            yield found, []
             continue
         inputs = source.inputs(image, crop)
         if waiting and waiting[0][0].shape != inputs.shape:
@@ -184,17 +188,9 @@ def _batches(
     yield from flush()
 
 
-def _forward(
-    source: FeatureSource,
-    found: Tensor | None,
-    inputs: list[Tensor],
-    paths: list[Path | None],
-    cache: FeatureCache | None,
-) -> Iterator[Tensor]:
-    if found is not None:
-        yield found
-        return
-    for features, path in zip(source.features(torch.stack(inputs)).cpu(), paths, strict=True):
+def _forward(source: FeatureSource, waiting: _Waiting, cache: FeatureCache | None) -> Iterator[Tensor]:
+    inputs = torch.stack([inputs for inputs, _ in waiting])
+    for features, (_, path) in zip(source.features(inputs).cpu(), waiting, strict=True):
         if cache is not None and path is not None:
             cache.put(path, features)
         yield compact(features).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, See, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
 from denoising_vit.evaluation.options import HummingbirdOptions
 from denoising_vit.evaluation.patches import at_places, nearest, patch_counts, quota
@@ -70,10 +71,11 @@ def retrieved(
         EvaluationError: if the memory has fewer patches than ``k``, or features are not finite.
     """
     options.validate()
-    memory = _memory(source, data.train, options, cache, progress)
+    see_all: See = functools.partial(see, cache=cache, progress=progress)
+    memory = _memory(source, data.train, options, see_all)
     found = []
     shown = whole_images(data.val.images, options.size, source)
-    for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
+    for (image, crop), features in zip(shown, see_all(source, shown), strict=True):
         others = memory.others(image.digest)
         _require(int(others.sum()), options.k)
         queries = features.flatten(0, 1).to(memory.features)  # (h, w, C) -> (h w, C)
@@ -83,18 +85,12 @@ def retrieved(
     return Counts.joined(found)
 
 
-def _memory(
-    source: FeatureSource,
-    train: LabelledSet,
-    options: HummingbirdOptions,
-    cache: FeatureCache | None,
-    progress: Callable[[], None],
-) -> Memory:
+def _memory(source: FeatureSource, train: LabelledSet, options: HummingbirdOptions, see_all: See) -> Memory:
     shown = whole_images(train.images, options.size, source)
     generator = torch.Generator().manual_seed(options.seed)
     features, labels, photos = [], [], []
     numbers: dict[str, int] = {}
-    for number, ((image, crop), seen) in enumerate(zip(shown, see(source, shown, cache, progress), strict=True)):
+    for number, ((image, crop), seen) in enumerate(zip(shown, see_all(source, shown), strict=True)):
         counts = patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride)[..., :-1]
         counts = counts.flatten(0, 1)  # (h, w, K) -> (h w, K)
         chosen = drawn(counts, quota(options.memory, number, len(shown)), generator)

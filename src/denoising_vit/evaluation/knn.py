@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, Patches, See, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.options import KnnOptions
@@ -22,8 +22,6 @@ from denoising_vit.views.crops import Crop
 
 #: Added to the seed for the crops of val, so that they differ from those of train.
 _VAL_SEED = 1_000_003
-
-_SeeAll = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
 
 
 def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
@@ -51,7 +49,7 @@ def nearest_neighbours(
         EvaluationError: if the gallery has fewer labelled patches than ``k``, or features are not finite.
     """
     options.validate()
-    see_all: _SeeAll = functools.partial(see, cache=cache, progress=progress)
+    see_all: See = functools.partial(see, cache=cache, progress=progress)
     classes = len(data.train.class_names)
     gallery, labels = _gallery(source, data.train, options, see_all)
     found = []
@@ -88,7 +86,7 @@ def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int,
     return votes.scatter_add_(1, labels[found], weights).argmax(-1)
 
 
-def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see_all: _SeeAll) -> tuple[Tensor, Tensor]:
+def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see_all: See) -> tuple[Tensor, Tensor]:
     """Normalised features (N, C) and labels (N,) of the gallery."""
     shown = crops_of(train, source, options)
     generator = torch.Generator().manual_seed(options.seed)

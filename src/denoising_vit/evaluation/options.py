@@ -12,17 +12,27 @@ from denoising_vit.errors import PlanError
 
 
 def at_least(options: Any, **least: int) -> None:
-    """Raise PlanError unless each named option is at least this number."""
+    """Raise PlanError unless each named option is at least this number, or None."""
     for name, number in least.items():
-        if getattr(options, name) < number:
-            raise PlanError(f"{name} must be at least {number}, got {getattr(options, name)}")
+        value = getattr(options, name)
+        if value is not None and value < number:
+            raise PlanError(f"{name} must be at least {number}, got {value}")
 
 
 def positive(options: Any, *names: str) -> None:
-    """Raise PlanError unless each named option is a positive number."""
+    """Raise PlanError unless each named option is a positive number, or None."""
     for name in names:
-        if not 0 < getattr(options, name) < math.inf:
-            raise PlanError(f"{name} must be a positive number, got {getattr(options, name)}")
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise PlanError(f"{name} must be a positive number, got {value}")
+
+
+def different(options: Any, **least: int) -> None:
+    """Raise PlanError unless each named option has one number or more, at least this one, and none twice."""
+    for name, number in least.items():
+        values = getattr(options, name)
+        if not values or min(values) < number or len(set(values)) < len(values):
+            raise PlanError(f"{name} must be one number or more, {number} or above and different, got {values}")
 
 
 Preset = Literal["paper", "quick"]
@@ -94,7 +104,11 @@ class ProbeOptions:
         """The protocol of the preset with the given options."""
         if self.size is not None and self.preset == "paper":
             raise PlanError(f"size is for preset quick; paper shows {shown}")
-        self._check()
+        different(self, seeds=0)
+        at_least(self, steps=1, batch=1)
+        positive(self, "learning_rate")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise PlanError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         steps = self.steps or base.steps
         return replace(
             base,
@@ -105,18 +119,6 @@ class ProbeOptions:
             weight_decay=base.weight_decay if self.weight_decay is None else self.weight_decay,
             size=self.size,
         )
-
-    def _check(self) -> None:
-        seeds, rate, decay = self.seeds, self.learning_rate, self.weight_decay
-        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise PlanError(f"seeds must be one number or more, 0 or above and different, got {seeds}")
-        for name, value in {"steps": self.steps, "batch": self.batch}.items():
-            if value is not None and value < 1:
-                raise PlanError(f"{name} must be at least 1, got {value}")
-        if rate is not None and not 0 < rate < math.inf:
-            raise PlanError(f"learning_rate must be a positive number, got {rate}")
-        if decay is not None and not 0 <= decay < math.inf:
-            raise PlanError(f"weight_decay must be 0 or more, got {decay}")
 
 
 def recorded(protocol: Any) -> dict[str, Any]:
@@ -205,10 +207,7 @@ class ClusteringOptions:
     def validate(self) -> None:
         """Raise PlanError if an option is out of range."""
         at_least(self, patches=0)
-        for name, least in {"clusters": 1, "seeds": 0}.items():
-            numbers = getattr(self, name)
-            if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
-                raise PlanError(f"{name} must be one number or more, {least} or above and different, got {numbers}")
+        different(self, clusters=1, seeds=0)
 
 
 #: Ranking of the patches of LOST.
