@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import EvaluationData
-from denoising_vit.evaluation.discovery import BoxedImage, open_boxed
+from denoising_vit.evaluation.discovery import BoxedData, open_boxed
 from denoising_vit.evaluation.discovery.annotations import within
 from tiny_discovery import (
     Scene,
@@ -34,11 +33,11 @@ from tiny_discovery import (
 SIDE = 96
 
 
-def boxes_of(data: EvaluationData[BoxedImage]) -> dict[str, tuple[tuple[float, ...], ...]]:
+def boxes_of(data: BoxedData) -> dict[str, tuple[tuple[float, ...], ...]]:
     return {image.id: image.boxes for image in data.val.images}
 
 
-def reasons(data: EvaluationData[BoxedImage]) -> dict[str, str]:
+def reasons(data: BoxedData) -> dict[str, str]:
     return {skipped.item: skipped.reason for skipped in data.val.skipped}
 
 

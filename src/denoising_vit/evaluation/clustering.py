@@ -74,11 +74,8 @@ def clustered(
 ) -> np.ndarray:
     """Cluster the patches of ``val`` by k-means and count the pixels of each class: (images, k, K) int32.
 
-    A pixel is in the cluster of the patch with the nearest centre. ``progress`` is called twice for each image.
-
-    Raises:
-        PlanError: if an option is out of range.
-        EvaluationError: if there are fewer patches than clusters, or features are not finite.
+    A pixel is in the cluster of the patch with the nearest centre. ``progress`` is called twice for each image. There
+    must be as many patches as clusters.
     """
     options.validate()
     shown = whole_images(data.val.images, options.size, source)

@@ -103,8 +103,11 @@ def _digest(lines: Iterable[str]) -> str:
     return content.hexdigest()
 
 
+Split = TypeVar("Split", bound=EvaluationSet[EvaluationImage], covariant=True)
+
+
 @dataclass(frozen=True)
-class EvaluationData(Generic[Image]):
+class EvaluationData(Generic[Split]):
     """A data set to evaluate on.
 
     Attributes:
@@ -116,7 +119,7 @@ class EvaluationData(Generic[Image]):
 
     name: str
     layout: str
-    splits: tuple[EvaluationSet[Image], ...]
+    splits: tuple[Split, ...]
     note: str | None = None
 
     @property
@@ -125,12 +128,12 @@ class EvaluationData(Generic[Image]):
         return ()
 
     @property
-    def train(self) -> EvaluationSet[Image]:
+    def train(self) -> Split:
         """Training images."""
         return self.splits[0]
 
     @property
-    def val(self) -> EvaluationSet[Image]:
+    def val(self) -> Split:
         """Scored images."""
         return self.splits[-1]
 

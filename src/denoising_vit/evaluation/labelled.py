@@ -104,26 +104,14 @@ class LabelledSet(EvaluationSet[LabelledImage]):
 
 
 @dataclass(frozen=True)
-class LabelledData(EvaluationData[LabelledImage]):
-    """A labelled data set with two splits.
+class LabelledData(EvaluationData[LabelledSet]):
+    """A labelled data set with two splits, ``train`` and ``val``.
 
     Attributes:
-        splits: ``train`` and ``val``.
         score: classes to score; empty for all. The others can still be predicted.
     """
 
-    splits: tuple[LabelledSet, ...]
     score: tuple[str, ...] = ()
-
-    @property
-    def train(self) -> LabelledSet:
-        """Training images."""
-        return self.splits[0]
-
-    @property
-    def val(self) -> LabelledSet:
-        """Scored images."""
-        return self.splits[-1]
 
     @property
     def scored_columns(self) -> list[int]:
@@ -281,11 +269,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
 
 
 def read_ade_names(table: Path) -> tuple[str, ...]:
-    """Names from ADE20K's ``objectInfo150.txt``, or ``class 1`` to ``class 150`` if that is missing.
-
-    Raises:
-        EvaluationError: if the table does not number 150 classes.
-    """
+    """Names from ADE20K's ``objectInfo150.txt``, or ``class 1`` to ``class 150`` if that is missing."""
     if not table.is_file():
         return tuple(f"class {number}" for number in range(1, ADE_CLASSES + 1))
     rows = [line.split("\t") for line in read_lines(table)][1:]

@@ -150,11 +150,7 @@ class Results:
         return list(self._done.values())
 
     def add(self, record: Record) -> dict[str, Any]:
-        """Append a line, replacing an incomplete last one; return it as parsed.
-
-        Raises:
-            EvaluationError: if it cannot be written.
-        """
+        """Append a line, replacing an incomplete last one; return it as parsed."""
         line = record.to_line()
         try:
             self._drop_incomplete()

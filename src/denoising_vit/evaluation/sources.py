@@ -188,11 +188,7 @@ class FieldSource(FeatureSource):
         return self._checked(inputs.to(self.device))
 
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Not supported: fields have no forward pass.
-
-        Raises:
-            EvaluationError: always.
-        """
+        """Raise EvaluationError: fields have no forward pass."""
         raise EvaluationError(
             f"{self.name}: fields of stage 1 belong to the original images, not to rotated or recoloured ones as in "
             "the published training; evaluate them with --preset quick"

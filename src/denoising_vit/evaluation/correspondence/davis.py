@@ -78,7 +78,7 @@ class Frame(EvaluationImage):
 
 
 @dataclass(frozen=True)
-class ClipData(EvaluationData[Frame]):
+class ClipData(EvaluationData[EvaluationSet[Frame]]):
     """Videos in one split, sequence by sequence with frames in order."""
 
     @property

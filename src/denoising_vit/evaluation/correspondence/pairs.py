@@ -89,15 +89,8 @@ class PairSet(EvaluationSet[PairedPhoto]):
 
 
 @dataclass(frozen=True)
-class PairData(EvaluationData[PairedPhoto]):
+class PairData(EvaluationData[PairSet]):
     """Pairs of photos in one split."""
-
-    splits: tuple[PairSet, ...]
-
-    @property
-    def val(self) -> PairSet:
-        """The evaluated set."""
-        return self.splits[-1]
 
     @property
     def pairs(self) -> tuple[KeypointPair, ...]:
@@ -324,9 +317,6 @@ def open_correspondence(
     """Open videos in the layout of DAVIS, pairs in that of SPair-71k, or a folder of keypoints.
 
     At most so many sequences or pairs are taken, spread evenly; 0 takes all.
-
-    Raises:
-        EvaluationError: if the layout is unknown, or nothing can be used.
     """
     layout, _ = find_layout(Path(path), [SPAIR, DAVIS, KEYPOINTS])
     if layout is DAVIS:

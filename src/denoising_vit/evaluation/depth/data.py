@@ -118,7 +118,7 @@ def _values(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DepthData(EvaluationData[DepthImage]):
+class DepthData(EvaluationData[EvaluationSet[DepthImage]]):
     """Photos with depth.
 
     Attributes:

@@ -108,10 +108,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
 class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
     """Random crops, rendered and passed through the model in every step, as published.
 
-    They come from the ``part`` of rows and columns, or from whole images.
-
-    Raises:
-        EvaluationError: if an image is smaller than a crop.
+    They come from the ``part`` of rows and columns, or from whole images, which must be larger.
     """
 
     def __init__(

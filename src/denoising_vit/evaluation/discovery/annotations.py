@@ -278,9 +278,6 @@ def coco_photos(
 
     The first of the folders that has one of the photos is taken. A list has names or ids of the photos to take, one a
     line.
-
-    Raises:
-        EvaluationError: if a file cannot be read or has another content, or no folder has any of the photos.
     """
     photos, skipped = _read(source)
     if names is not None:

@@ -55,7 +55,7 @@ class BoxedImage(EvaluationImage):
 
 
 @dataclass(frozen=True)
-class BoxedData(EvaluationData[BoxedImage]):
+class BoxedData(EvaluationData[EvaluationSet[BoxedImage]]):
     """Photos with boxes around their objects, in one split."""
 
 

@@ -21,14 +21,7 @@ from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, fla
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """A data set with published figures.
-
-    Attributes:
-        heading: its name in the report.
-        names: pattern for the beginning of the names of such data.
-        task: task of the published figures.
-        figures: metric by key of the published figure.
-    """
+    """A data set with published figures: its heading, a pattern for its names, its task, and metrics by their keys."""
 
     heading: str
     names: re.Pattern[str]
