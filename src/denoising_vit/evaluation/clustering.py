@@ -27,11 +27,7 @@ Matching = Literal["majority", "hungarian"]
 
 
 def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOptions) -> Iterator[Line]:
-    """Clustering by each source; the first is the reference of the others.
-
-    Yields:
-        Lines for each number of clusters, and each way to give them classes.
-    """
+    """Clustering by each source; lines for each number of clusters, and each way to give them classes."""
     options.validate()
     for clusters in options.clusters:
         yield from _compared(bench, names, options, clusters)

@@ -110,10 +110,8 @@ class Held:
 def carry(features: Iterable[Tensor], first: Tensor, options: PropagationOptions) -> Iterator[Tensor]:
     """Carry the labels (h, w, K) of the first frame through the features (h, w, C) of all frames of a video.
 
-    Only the context is in memory. Labels are passed on as computed, not rescaled to [0, 1].
-
-    Yields:
-        Labels (h, w, K) in [0, 1] of each frame after the first.
+    Only the context is in memory. Labels are passed on as computed, not rescaled to [0, 1]. Yields the labels of each
+    frame after the first.
     """
     recent: deque[Held] = deque(maxlen=options.context)
     anchor: Held | None = None
