@@ -412,7 +412,7 @@ def workbench(
         folder=folder / "cache",
         run=run_info(["evaluate"]),
         extractors=extractors or {},
-        watch=watch,
+        progress=watch,
     )
 
 

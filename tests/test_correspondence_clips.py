@@ -15,8 +15,7 @@ from PIL import Image
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.correspondence import ClipData, open_clips, open_correspondence
-from denoising_vit.evaluation.correspondence.objects import Objects
-from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.masks import NO_LABEL, Objects
 from tiny_correspondence import HEIGHT, WIDTH, crossing, moving, save_mask, write_davis, write_spair
 
 MASKS = "Annotations/480p"

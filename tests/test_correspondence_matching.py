@@ -27,8 +27,9 @@ from denoising_vit.evaluation.correspondence import (
 )
 from denoising_vit.evaluation.correspondence import keypoint_matching as kp
 from denoising_vit.evaluation.correspondence import match as errors_of
-from denoising_vit.evaluation.correspondence.keypoint_matching import looks
+from denoising_vit.evaluation.correspondence.keypoint_matching import forward_passes
 from denoising_vit.evaluation.features import FeatureCache
+from denoising_vit.evaluation.patches import at_points
 from denoising_vit.evaluation.sources import FeatureSource
 from tiny_correspondence import marked, moving, pair_of, shuffled, write_davis, write_pair, write_spair
 from tiny_labelled import PATCH, colours, source_of, speckled
@@ -67,7 +68,7 @@ def match(source: FeatureSource, data: PairData, options: MatchingOptions, **mor
 def test_features_between_patches_are_bilinear(stride: int) -> None:
     features = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
     points = np.array([[9.0, 11.0], [0.0, 0.0], [30.5, 3.25], [4.0, 4.0], [1e3, 1e3]])
-    found = kp.at_points(features, points, 8, stride)
+    found = at_points(features, points, 8, stride)
     for (row, column), feature in zip(points, found, strict=True):
         y, x = (min(max((place - 4) / stride, 0), n - 1) for place, n in ((row, 4), (column, 5)))
         i, j = min(int(y), 2), min(int(x), 3)
@@ -233,7 +234,7 @@ def test_each_photo_is_seen_once_as_source_and_once_as_target(tmp_path: Path, da
         return colours(image)
 
     match(source_of(model), data, MatchingOptions(), progress=lambda: steps.append(1))
-    assert sum(seen) == len(steps) == looks(data) == 8
+    assert sum(seen) == len(steps) == forward_passes(data) == 8
     seen.clear()
     cache = FeatureCache(tmp_path)
     match(source_of(model), data, MatchingOptions(), cache=cache)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth import PAPER, RELEASED, DepthImage
 from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, scale_invariant_loss
 from denoising_vit.evaluation.depth.samples import NYU_PART, Colours, DepthCrops, Drawn, draw
@@ -123,7 +123,7 @@ def test_photos_smaller_than_a_crop_are_refused(height: int, width: int) -> None
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> JudgedSet[DepthImage]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> EvaluationSet[DepthImage]:
     """Slopes of depth, without steps that interpolation would smooth."""
     rows, columns = np.meshgrid(np.linspace(0, 1, 30), np.linspace(0, 1, 41), indexing="ij")
     slopes = [1 + 3 * rows + 2 * columns, 6 - 2 * rows - 3 * columns, 2 + 4 * rows * columns]
@@ -131,7 +131,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> JudgedSet[DepthImage]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_photo_and_depth_of_a_crop_belong_together(images: JudgedSet[DepthImage], seed: int) -> None:
+def test_photo_and_depth_of_a_crop_belong_together(images: EvaluationSet[DepthImage], seed: int) -> None:
     chance = np.random.default_rng(seed)
     drawn = draw(images.images[seed % 3], replace(TINY, rotate=20.0), None, (6, 6), chance)
     shown = ExtractorSource("red", backbone(pooled(6), 6)).inputs(drawn.image, drawn.crop)
@@ -147,7 +147,7 @@ def test_photo_and_depth_of_a_crop_belong_together(images: JudgedSet[DepthImage]
     assert (red - RED * truth)[known].mean().abs() < 1
 
 
-def test_what_comes_into_view_from_outside_is_black_and_unknown(images: JudgedSet[DepthImage]) -> None:
+def test_what_comes_into_view_from_outside_is_black_and_unknown(images: EvaluationSet[DepthImage]) -> None:
     turned = images.images[0].rotated(30.0)
     metres, pixels = turned.metres(), turned.pixels()
     assert metres.shape == (30, 41) and pixels.shape == (30, 41, 3)
@@ -169,13 +169,13 @@ def test_turned_depth_is_none_but_what_was_measured(tmp_path: Path) -> None:
         assert not torch.equal(found, image.metres())
 
 
-def test_a_photo_that_is_not_turned_is_as_it_is(images: JudgedSet[DepthImage]) -> None:
+def test_a_photo_that_is_not_turned_is_as_it_is(images: EvaluationSet[DepthImage]) -> None:
     image = images.images[0]
     assert image.angle == 0 and np.array_equal(image.rotated(0.0).pixels(), image.pixels())
     assert torch.equal(image.rotated(0.0).metres(), image.metres())
 
 
-def test_what_the_model_is_shown_is_normalised_and_then_padded(images: JudgedSet[DepthImage]) -> None:
+def test_what_the_model_is_shown_is_normalised_and_then_padded(images: EvaluationSet[DepthImage]) -> None:
     imagenet = (IMAGENET_MEAN, IMAGENET_STD)
     source = ExtractorSource("raw", backbone(pooled(6), 6), None, {}, imagenet)
     drawn = draw(images.images[0], replace(TINY, rotate=0.0, flip=0.0), None, (6, 6), np.random.default_rng(2))
@@ -206,18 +206,18 @@ class Witness(ExtractorSource):
 
 
 def crops_of(
-    images: JudgedSet[DepthImage], seed: int, use: Callable[[DepthCrops], list[float]], patch: int = 6
+    images: EvaluationSet[DepthImage], seed: int, use: Callable[[DepthCrops], list[float]], patch: int = 6
 ) -> list[float]:
     with DepthCrops(Witness(patch, patch), images, None, TINY, seed) as samples:
         return use(samples)
 
 
-def losses_of(images: JudgedSet[DepthImage], seed: int, steps: range) -> list[float]:
+def losses_of(images: EvaluationSet[DepthImage], seed: int, steps: range) -> list[float]:
     probe = DepthProbe(6, 16, 0.001, 10.0, 4, seed=0)
     return crops_of(images, seed, lambda samples: [float(samples.loss(probe, step).detach()) for step in steps])
 
 
-def test_crops_are_decided_by_seed_and_step(images: JudgedSet[DepthImage]) -> None:
+def test_crops_are_decided_by_seed_and_step(images: EvaluationSet[DepthImage]) -> None:
     straight = losses_of(images, 1, range(4))
     assert losses_of(images, 1, range(4)) == straight
     assert losses_of(images, 1, range(2, 4)) == straight[2:]

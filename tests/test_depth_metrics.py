@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.depth import (
     PAPER,
     QUICK,
@@ -210,7 +210,7 @@ class Witness(ExtractorSource):
         super().__init__("witness", source._of)
         self.crops: list[Crop] = []
 
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         self.crops.append(crop)
         return super().inputs(image, crop, colour)
 

@@ -19,7 +19,7 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, FitError, PlanError, SizeError
 from denoising_vit.evaluation import probing
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.depth import (
     PAPER,
     QUICK,
@@ -285,7 +285,7 @@ class Counting(ExtractorSource):
         super().__init__("raw", backbone())
         self.asked = 0
 
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         self.asked += crop.size == TINY.crop
         return super().inputs(image, crop, colour)
 
@@ -317,7 +317,7 @@ def test_long_trainings_go_on_where_they_were_stopped(
     ((_, straight, curve),) = probes(Counting(), data, how)
     folder = tmp_path / "checkpoints"
     with pytest.raises(Stop):
-        probes(Counting(), data, how, checkpoints=folder, watch=stopping(stopped))
+        probes(Counting(), data, how, checkpoints=folder, progress=stopping(stopped))
     assert sorted(path.name for path in folder.iterdir()) == (["0-0.pt"] if stopped < 11 else ["0-0.pt", "0-1.pt"])
     source = Counting()
     ((_, found, looks),) = probes(source, data, how, checkpoints=folder)
@@ -378,7 +378,7 @@ def bench_of(
         folder=folder / "cache",
         run=run_info(["evaluate", "depth"]),
         extractors=extractors or {"clean": telling},
-        watch=watch,
+        progress=watch,
     )
 
 

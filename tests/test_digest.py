@@ -19,7 +19,7 @@ from denoising_vit.backbones.recorded import describe, same_weights, weights_key
 from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.denoiser.targets import StoredTargets
 from denoising_vit.errors import StoreError, TrainError
-from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.fields import store_name
 from denoising_vit.evaluation.sources import ExtractorSource
@@ -108,7 +108,7 @@ def test_kept_features_and_fields_have_other_names(backbone: Backbone, later: Ba
     assert cache.path(ours, shown) == cache.path(ExtractorSource("raw", copy.deepcopy(backbone)), shown)
     assert cache.path(ours, shown) != cache.path(theirs, shown)
     assert ours.backbone != theirs.backbone  # what results are recorded and found again by
-    images: JudgedSet = data.train
+    images: EvaluationSet = data.train
     names = [store_name(images, each, BackboneSpec(), {}) for each in (backbone, later, copy.deepcopy(backbone))]
     assert names[0] == names[2] != names[1]
 

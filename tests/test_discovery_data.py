@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import SplitData
-from denoising_vit.evaluation.discovery import BoxedImage, open_boxed
-from denoising_vit.evaluation.discovery.boxes import within
+from denoising_vit.evaluation.discovery import BoxedData, open_boxed
+from denoising_vit.evaluation.discovery.annotations import within
 from tiny_discovery import (
     Scene,
     coco_json,
@@ -34,11 +33,11 @@ from tiny_discovery import (
 SIDE = 96
 
 
-def boxes_of(data: SplitData[BoxedImage]) -> dict[str, tuple[tuple[float, ...], ...]]:
+def boxes_of(data: BoxedData) -> dict[str, tuple[tuple[float, ...], ...]]:
     return {image.id: image.boxes for image in data.val.images}
 
 
-def reasons(data: SplitData[BoxedImage]) -> dict[str, str]:
+def reasons(data: BoxedData) -> dict[str, str]:
     return {skipped.item: skipped.reason for skipped in data.val.skipped}
 
 
@@ -335,7 +334,7 @@ def test_photos_that_are_missing_are_told_one_by_one_or_together(coco: Path, mon
     data = open_boxed(coco)
     assert [image.id for image in data.val.images] == NAMES[2:]
     assert list(reasons(data)) == NAMES[:2] and "but not in" in reasons(data)[NAMES[0]]
-    monkeypatch.setattr("denoising_vit.evaluation.discovery.coco._LISTED", 1)
+    monkeypatch.setattr("denoising_vit.evaluation.discovery.annotations._LISTED", 1)
     (reason,) = open_boxed(coco).val.skipped
     assert reason.item == "instances_train2014.json"
     assert reason.reason.startswith("2 photos that it names are not in") and NAMES[0] in reason.reason

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.discovery import find_object
-from denoising_vit.evaluation.discovery.boxes import box_around
+from denoising_vit.evaluation.discovery.annotations import box_around
 from denoising_vit.evaluation.discovery.lost import component, degrees, expanded, ranking
-from denoising_vit.evaluation.discovery.options import SeedBy
+from denoising_vit.evaluation.options import SeedBy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,9 +18,8 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
-from denoising_vit.evaluation.data import SplitData
 from denoising_vit.evaluation.discovery import (
-    BoxedImage,
+    BoxedData,
     DiscoveryOptions,
     Localised,
     discovery,
@@ -28,7 +27,7 @@ from denoising_vit.evaluation.discovery import (
     localise,
     open_boxed,
 )
-from denoising_vit.evaluation.discovery.boxes import best_overlap, on_image
+from denoising_vit.evaluation.discovery.lost import best_overlap, on_image
 from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.results import METRICS, Results
 from denoising_vit.evaluation.sources import ExtractorSource
@@ -46,11 +45,11 @@ PLAIN = DiscoveryOptions()
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> SplitData[BoxedImage]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> BoxedData:
     return open_boxed(write_folders(tmp_path_factory.mktemp("planted"), scenes(30)))
 
 
-def corloc(model: Callable[[Tensor], Tensor], data: SplitData[BoxedImage], options: DiscoveryOptions = PLAIN) -> float:
+def corloc(model: Callable[[Tensor], Tensor], data: BoxedData, options: DiscoveryOptions = PLAIN) -> float:
     return localise(source_of(model), data, options).scored()["CorLoc"]
 
 
@@ -68,7 +67,7 @@ def unknowing(image: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def boxes_found(model: Callable[[Tensor], Tensor], data: SplitData[BoxedImage]) -> list[tuple[float, ...]]:
+def boxes_found(model: Callable[[Tensor], Tensor], data: BoxedData) -> list[tuple[float, ...]]:
     """Apart from the code under test but for LOST itself: patches are whole, photos are shown as they are."""
     source, found = source_of(model), []
     for image in data.val.images:
@@ -86,7 +85,7 @@ def by_hand(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return across * down / (sum(areas) - across * down)
 
 
-def by_chance(found: list[tuple[float, ...]], data: SplitData[BoxedImage]) -> float:
+def by_chance(found: list[tuple[float, ...]], data: BoxedData) -> float:
     """CorLoc of these boxes where each image gets any other's."""
     truth = [image.boxes for image in data.val.images]
     hits = [
@@ -116,7 +115,7 @@ def test_overlap_by_hand(box: tuple[float, ...], boxes: list[tuple[float, ...]],
     assert best_overlap(box, boxes) == pytest.approx(expected)  # pyright: ignore[reportArgumentType]
 
 
-def relabelled(data: SplitData[BoxedImage], boxes: list[list[tuple[float, ...]]]) -> SplitData[BoxedImage]:
+def relabelled(data: BoxedData, boxes: list[list[tuple[float, ...]]]) -> BoxedData:
     images = tuple(
         replace(image, boxes=tuple(one)) for image, one in zip(data.val.images[: len(boxes)], boxes, strict=True)
     )
@@ -124,13 +123,13 @@ def relabelled(data: SplitData[BoxedImage], boxes: list[list[tuple[float, ...]]]
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> SplitData[BoxedImage]:
+def four(tmp_path_factory: pytest.TempPathFactory) -> BoxedData:
     """The object that is found is 32, 16 to 64, 64 in each: 32 wide, 48 high."""
     every = [scene((32, 16, 64, 64), seed=number) for number in range(4)]
     return open_boxed(write_folders(tmp_path_factory.mktemp("four"), every))
 
 
-def test_an_overlap_of_a_half_counts_and_less_does_not(four: SplitData[BoxedImage]) -> None:
+def test_an_overlap_of_a_half_counts_and_less_does_not(four: BoxedData) -> None:
     truth: list[list[tuple[float, ...]]] = [
         [(32, 16, 64, 40)],  # half of what is found
         [(32, 16, 64, 39.9)],
@@ -176,7 +175,7 @@ def test_overlapping_patches_end_halfway_between_their_centres() -> None:
 
 @pytest.mark.parametrize("seed_by", ["degree", "norm"])
 @pytest.mark.parametrize("centred", [False, True])
-def test_planted_objects_are_all_found(data: SplitData[BoxedImage], seed_by: str, centred: bool) -> None:
+def test_planted_objects_are_all_found(data: BoxedData, seed_by: str, centred: bool) -> None:
     options = DiscoveryOptions(seed_by=seed_by, centred=centred)  # pyright: ignore[reportArgumentType]
     assert corloc(colours, data, options) == 100
 
@@ -193,7 +192,7 @@ def test_objects_are_found_in_photos_of_any_size(tmp_path: Path, size: int | tup
     assert corloc(colours, mixed, DiscoveryOptions(size=size)) == 100
 
 
-def test_better_features_score_better(data: SplitData[BoxedImage]) -> None:
+def test_better_features_score_better(data: BoxedData) -> None:
     def noisy(image: Tensor) -> Tensor:
         return colours(image) + 0.8 * unknowing(image)[..., :3]
 
@@ -203,13 +202,13 @@ def test_better_features_score_better(data: SplitData[BoxedImage]) -> None:
     assert bad < 30
 
 
-def test_features_that_say_nothing_are_right_by_chance(data: SplitData[BoxedImage]) -> None:
+def test_features_that_say_nothing_are_right_by_chance(data: BoxedData) -> None:
     chance = by_chance(boxes_found(unknowing, data), data)
     assert chance < 10
     assert corloc(unknowing, data) == pytest.approx(chance, abs=5)
 
 
-def test_boxes_of_other_images_are_hit_by_chance(data: SplitData[BoxedImage]) -> None:
+def test_boxes_of_other_images_are_hit_by_chance(data: BoxedData) -> None:
     found = boxes_found(colours, data)
     chance = by_chance(found, data)
     assert chance < 10
@@ -218,7 +217,7 @@ def test_boxes_of_other_images_are_hit_by_chance(data: SplitData[BoxedImage]) ->
     assert corloc(colours, shuffled) == pytest.approx(chance, abs=8)
 
 
-def test_the_boxes_are_those_of_lost(data: SplitData[BoxedImage]) -> None:
+def test_the_boxes_are_those_of_lost(data: BoxedData) -> None:
     """Image by image, with an overlap that is worked out here."""
     found = boxes_found(speckled, data)
     expected = [
@@ -228,7 +227,7 @@ def test_the_boxes_are_those_of_lost(data: SplitData[BoxedImage]) -> None:
     assert localise(source_of(speckled), data, PLAIN).values.tolist() == expected
 
 
-def test_what_features_have_in_common_hides_objects_unless_it_is_taken_away(data: SplitData[BoxedImage]) -> None:
+def test_what_features_have_in_common_hides_objects_unless_it_is_taken_away(data: BoxedData) -> None:
     def lifted(image: Tensor) -> Tensor:
         return colours(image) + 1.0
 
@@ -236,7 +235,7 @@ def test_what_features_have_in_common_hides_objects_unless_it_is_taken_away(data
     assert corloc(lifted, data, DiscoveryOptions(centred=True)) == 100
 
 
-def test_few_speakers_find_other_objects_than_many(data: SplitData[BoxedImage]) -> None:
+def test_few_speakers_find_other_objects_than_many(data: BoxedData) -> None:
     """So that k reaches LOST."""
     scores = {
         k: localise(source_of(unknowing), data, DiscoveryOptions(k=k, iou=0.1)).values.tobytes() for k in (1, 144)
@@ -250,7 +249,7 @@ def test_frames_of_a_sequence_are_one_group(tmp_path: Path) -> None:
     assert localise(source_of(), films, PLAIN).groups.tolist() == [0, 0, 1, 1, 1, 2]
 
 
-def test_an_outcome_comes_back_from_its_arrays(data: SplitData[BoxedImage]) -> None:
+def test_an_outcome_comes_back_from_its_arrays(data: BoxedData) -> None:
     found = localise(source_of(unknowing), data, PLAIN)
     again = Localised.of(found.arrays())
     assert np.array_equal(again.values, found.values) and np.array_equal(again.groups, found.groups)
@@ -258,7 +257,7 @@ def test_an_outcome_comes_back_from_its_arrays(data: SplitData[BoxedImage]) -> N
 
 
 def test_features_from_disk_and_other_batches_score_the_same(
-    data: SplitData[BoxedImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: BoxedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = localise(source_of(speckled), data, PLAIN)
     steps: list[int] = []
@@ -285,7 +284,7 @@ def test_features_from_disk_and_other_batches_score_the_same(
     ],
 )
 def test_options_out_of_range_are_refused(
-    data: SplitData[BoxedImage], tmp_path: Path, options: DiscoveryOptions, reason: str
+    data: BoxedData, tmp_path: Path, options: DiscoveryOptions, reason: str
 ) -> None:
     with pytest.raises(PlanError, match=reason):
         localise(source_of(), data, options)
@@ -294,7 +293,7 @@ def test_options_out_of_range_are_refused(
     assert not (tmp_path / "results.jsonl").read_text()
 
 
-def test_a_size_that_does_not_fit_the_patch_grid_is_refused(data: SplitData[BoxedImage], tmp_path: Path) -> None:
+def test_a_size_that_does_not_fit_the_patch_grid_is_refused(data: BoxedData, tmp_path: Path) -> None:
     for size in (GRID * PATCH + 3, (GRID * PATCH, GRID * PATCH + 3)):
         with pytest.raises(SizeError, match=r"99 pixels does not fit the patch grid"):
             localise(source_of(), data, DiscoveryOptions(size=size))
@@ -302,7 +301,7 @@ def test_a_size_that_does_not_fit_the_patch_grid_is_refused(data: SplitData[Boxe
             list(discovery(workbench(tmp_path, data), ["raw"], DiscoveryOptions(size=size)))
 
 
-def test_features_that_are_not_finite_are_refused_by_name(data: SplitData[BoxedImage]) -> None:
+def test_features_that_are_not_finite_are_refused_by_name(data: BoxedData) -> None:
     source = ExtractorSource("the broken one", tiny_backbone(), lambda image: colours(image) * math.inf)
     with pytest.raises(EvaluationError, match=r"the broken one: \d+ of \d+ feature values are not finite"):
         localise(source, data, PLAIN)
@@ -338,7 +337,7 @@ class Counted:
 
 def workbench(
     folder: Path,
-    data: SplitData[BoxedImage],
+    data: BoxedData,
     extractors: Mapping[str, Extractor] | None = None,
     watch: Progress = no_progress,
 ) -> Workbench:
@@ -350,11 +349,11 @@ def workbench(
         folder=folder / "cache",
         run=run_info(["evaluate"]),
         extractors=extractors or {},
-        watch=watch,
+        progress=watch,
     )
 
 
-def test_sources_are_compared_with_the_first(data: SplitData[BoxedImage], tmp_path: Path) -> None:
+def test_sources_are_compared_with_the_first(data: BoxedData, tmp_path: Path) -> None:
     (raw, kept), (clean, _) = discovery(workbench(tmp_path, data, {"clean": colours}), ["raw", "clean"], PLAIN)
     assert not kept and raw["failed"] is None and clean["failed"] is None
     assert raw["task"] == "discovery" and raw["paired"] is None
@@ -380,7 +379,7 @@ def test_sequences_are_drawn_where_there_are_some(tmp_path: Path) -> None:
 
 
 def test_the_same_again_sees_no_image_and_other_options_judge_the_same_features(
-    data: SplitData[BoxedImage], tmp_path: Path
+    data: BoxedData, tmp_path: Path
 ) -> None:
     extractor = Counted()
     first = list(discovery(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], PLAIN))
@@ -403,9 +402,7 @@ def test_the_same_again_sees_no_image_and_other_options_judge_the_same_features(
 
 
 @pytest.mark.parametrize("after", [4, 37])
-def test_an_interrupted_comparison_goes_on_where_it_was(
-    data: SplitData[BoxedImage], tmp_path: Path, after: int
-) -> None:
+def test_an_interrupted_comparison_goes_on_where_it_was(data: BoxedData, tmp_path: Path, after: int) -> None:
     told: list[tuple[str, int | None]] = []
     steps: list[int] = []
 
@@ -436,14 +433,14 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
         assert (ours["metrics"], ours["paired"]) == (theirs["metrics"], theirs["paired"])
 
 
-def test_other_boxes_of_the_same_photos_are_another_result(data: SplitData[BoxedImage], tmp_path: Path) -> None:
+def test_other_boxes_of_the_same_photos_are_another_result(data: BoxedData, tmp_path: Path) -> None:
     list(discovery(workbench(tmp_path, data, {"clean": colours}), ["clean"], PLAIN))
     elsewhere = relabelled(data, [[(0.0, 0.0, 4.0, 4.0)] for _ in range(30)])
     ((line, kept),) = discovery(workbench(tmp_path, elsewhere, {"clean": colours}), ["clean"], PLAIN)
     assert not kept and line["metrics"] == {"CorLoc": 0.0}
 
 
-def test_a_source_that_fails_is_told_and_the_others_are_judged(data: SplitData[BoxedImage], tmp_path: Path) -> None:
+def test_a_source_that_fails_is_told_and_the_others_are_judged(data: BoxedData, tmp_path: Path) -> None:
     extractors = {"broken": lambda image: colours(image) * math.nan, "clean": colours}
     lines = [line for line, _ in discovery(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], PLAIN)]
     assert [bool(line["failed"]) for line in lines] == [False, True, False]
@@ -464,7 +461,7 @@ def test_stage_one_is_judged_as_well(tmp_path: Path) -> None:
     assert lines[1]["paired"]["over"] == "sequences" and lines[1]["settings"]["size"] == 64
 
 
-def test_two_runs_apart_give_the_same(data: SplitData[BoxedImage], tmp_path: Path) -> None:
+def test_two_runs_apart_give_the_same(data: BoxedData, tmp_path: Path) -> None:
     def run(folder: Path) -> list[tuple[object, object, object]]:
         bench = workbench(folder, data, {"speckled": speckled})
         return [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError, PlanError, SizeError
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.features import FeatureCache, see
 from denoising_vit.evaluation.knn import crops_of, nearest_neighbours, vote
 from denoising_vit.evaluation.labelled import LabelledData, open_labelled
@@ -153,7 +153,7 @@ def test_neutral_crops_of_both_splits_are_others(data: LabelledData) -> None:
     source, seen = source_of(), []
 
     class Watched(ExtractorSource):
-        def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+        def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
             seen.append((image.split, crop))
             return super().inputs(image, crop, colour)
 

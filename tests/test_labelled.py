@@ -240,7 +240,7 @@ def test_photos_of_several_sizes_have_no_common_size(street: Path) -> None:
     train = open_labelled(street).train
     assert (train.images[0].height, train.images[0].width) == (1, 5)
     assert train.common_size is None
-    assert train.subset(1).common_size == (2, 3)
+    assert open_labelled(street, images=1).train.common_size == (2, 3)
 
 
 def test_digest_is_of_ids_photos_and_labels(street: Path) -> None:
@@ -256,17 +256,17 @@ def test_digest_is_of_ids_photos_and_labels(street: Path) -> None:
     assert open_labelled(street).val.digest != before
 
 
-def test_subset_is_spread_evenly_and_counted_anew(street: Path) -> None:
+def test_some_images_are_spread_evenly_and_counted_anew(street: Path) -> None:
     train = open_labelled(street).train
-    half = train.subset(2)
+    half = open_labelled(street, images=2).train
     assert [image.id for image in half.images] == ["b.png", "d.png"]
     assert half.pixels == (1, 0, 0)
     assert half.absent == ("road", "car")
     assert half.digest != train.digest
-    assert train.subset(0) == train.subset(4) == train.subset(9) == train
-    assert train.subset(4).digest == train.digest
+    for count in (0, 4, 9):
+        assert open_labelled(street, images=count).train == train
     with pytest.raises(EvaluationError, match="at least 1, or 0 for all, got -1"):
-        train.subset(-1)
+        open_labelled(street, images=-1)
 
 
 def test_images_are_chosen_before_they_are_read(street: Path) -> None:
@@ -277,7 +277,7 @@ def test_images_are_chosen_before_they_are_read(street: Path) -> None:
     assert data.train.skipped == ()
     assert len(calls) == 3
     write_photo(street / "train" / "images" / "a.png", 10)
-    assert data.train.digest == open_labelled(street).train.subset(2).digest
+    assert data.train.digest == open_labelled(street, images=2).train.digest
     with pytest.raises(EvaluationError, match="got -3"):
         open_labelled(street, images=-3)
 

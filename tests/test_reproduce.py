@@ -31,7 +31,7 @@ from denoising_vit.evaluation import depth
 from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.results import METRICS
 from denoising_vit.evaluation.segmentation import PAPER, RELEASED
-from denoising_vit.evaluation.segmentation import training as segmenting
+from denoising_vit.evaluation.segmentation import evaluate as segmenting
 from denoising_vit.evaluation.workbench import Task, Workbench
 from denoising_vit.reproduction import DenoiserRecipe, DistilledRecipe, Protocols, Row, Step, dry, find_row, running
 from denoising_vit.reproduction import training as denoising

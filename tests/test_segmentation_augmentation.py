@@ -14,7 +14,7 @@ from torch import Tensor
 
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.segmentation import PAPER
-from denoising_vit.evaluation.segmentation.crops import distort, labels_of, training_crop
+from denoising_vit.evaluation.segmentation.samples import distort, labels_of, training_crop
 from denoising_vit.views.crops import Crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")

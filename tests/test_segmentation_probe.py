@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from denoising_vit.evaluation.patches import at_places, to_image, to_pixels
-from denoising_vit.evaluation.segmentation.scoring import LinearProbe
+from denoising_vit.evaluation.segmentation.evaluate import LinearProbe
 from denoising_vit.views.crops import Crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,8 @@ import pytest
 from denoising_vit import PlanError
 from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.segmentation import PAPER, QUICK, SegmentationOptions
-from denoising_vit.evaluation.segmentation.crops import scaled_size
-from denoising_vit.evaluation.segmentation.scoring import windows
+from denoising_vit.evaluation.segmentation.evaluate import windows
+from denoising_vit.evaluation.segmentation.samples import scaled_size
 
 
 @pytest.mark.parametrize(

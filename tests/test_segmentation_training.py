@@ -21,7 +21,7 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone
 from denoising_vit.errors import EvaluationError, FitError
 from denoising_vit.evaluation import probing
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.features import FeatureCache
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, open_labelled
 from denoising_vit.evaluation.masks import NO_LABEL
@@ -29,8 +29,8 @@ from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import Curve
 from denoising_vit.evaluation.scores import Counts, scores
 from denoising_vit.evaluation.segmentation import PAPER, QUICK, Protocol, Trained, linear_segmentation
-from denoising_vit.evaluation.segmentation.scoring import LinearProbe, judge, windows
-from denoising_vit.evaluation.segmentation.training import KeptFeatures, RandomCrops
+from denoising_vit.evaluation.segmentation.evaluate import LinearProbe, evaluate_probe, windows
+from denoising_vit.evaluation.segmentation.samples import KeptFeatures, RandomCrops
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.views.crops import Crop
 
@@ -175,10 +175,10 @@ class Witness(ExtractorSource):
 
     def __init__(self, function: Callable[[Tensor], Tensor], patch: int = PATCH, stride: int | None = None) -> None:
         super().__init__("witness", backbone(function, patch, stride))
-        self.asked: list[tuple[JudgedImage, Crop, Tensor]] = []
+        self.asked: list[tuple[EvaluationImage, Crop, Tensor]] = []
         self.lock = threading.Lock()
 
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         made = super().inputs(image, crop, colour)
         with self.lock:
             self.asked.append((image, crop, made))
@@ -241,7 +241,7 @@ def evaluate(
     def watch(what: str, _total: int | None) -> Iterator[Callable[[], None]]:
         yield progress if what.endswith("steps") else lambda: None
 
-    return list(linear_segmentation(source_of(function), data, protocol, seeds, watch=watch, **others))
+    return list(linear_segmentation(source_of(function), data, protocol, seeds, progress=watch, **others))
 
 
 def same(ours: Counts, theirs: Counts) -> bool:
@@ -338,9 +338,9 @@ def crops_of(
     source: Witness, data: LabelledData, seed: int, steps: Sequence[int], protocol: Protocol = TINY
 ) -> list[float]:
     probe = moved_probe(3)
-    source.asked.clear()
-    with RandomCrops(source, data.train, protocol, seed, 3) as samples:
+    with RandomCrops(source, data.train, protocol, seed) as samples:
         assert samples.channels == 3
+        source.asked.clear()
         return [float(samples.loss(probe, step).detach()) for step in steps]
 
 
@@ -388,7 +388,7 @@ def test_a_batch_may_have_more_crops_than_there_are_images(tmp_path: Path) -> No
 def test_loss_of_random_crops_is_the_cross_entropy_at_every_pixel(mixed: LabelledData, patch: int) -> None:
     source = Witness(grid_of(patch, patch), patch)
     probe = moved_probe(3)
-    with RandomCrops(source, mixed.train, TINY, 7, 3) as samples:
+    with RandomCrops(source, mixed.train, TINY, 7) as samples:
         found = float(samples.loss(probe, 3).detach())
     assert len(source.asked) == 4
     predicted = probe(torch.stack([pooled(inputs[None], patch)[0] for _, _, inputs in source.asked]))
@@ -581,7 +581,7 @@ def test_released_windows_are_judged_by_scores_stretched_over_them(even: Labelle
     patch, source = 6, ExtractorSource("colours", backbone(grid_of(6, 6), 6))  # windows of 28 pixels are padded to 30
     probe, image = moved_probe(3).eval(), even.val.images[0]
     protocol = replace(TINY, pads="stretched", short_side=28, long_side=28)  # one window an image
-    found = judge(probe, source, replace(even.val, images=(image,)), protocol)
+    found = evaluate_probe(probe, source, replace(even.val, images=(image,)), protocol)
     scale = 28 / max(image.height, image.width)
     size = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
     pads = centre_pads(*size, patch, patch)
@@ -596,7 +596,7 @@ def test_released_windows_are_judged_by_scores_stretched_over_them(even: Labelle
 
 def test_released_crops_have_scores_stretched_over_them_pads_and_all(mixed: LabelledData) -> None:
     source, probe = Witness(grid_of(6, 6), 6), moved_probe(3)
-    with RandomCrops(source, mixed.train, replace(TINY, pads="stretched"), 7, 3) as samples:
+    with RandomCrops(source, mixed.train, replace(TINY, pads="stretched"), 7) as samples:
         found = float(samples.loss(probe, 3).detach())
     predicted = probe(torch.stack([pooled(inputs[None], 6)[0] for _, _, inputs in source.asked]))
     total = 0.0
@@ -613,7 +613,7 @@ def test_windows_are_judged_by_the_mean_of_their_scores_where_they_overlap(mixed
     patch = 6  # windows of 28 pixels are padded to 30
     source = ExtractorSource("colours", backbone(grid_of(patch, patch), patch))
     probe = moved_probe(3).eval()
-    found = judge(probe, source, mixed.val, TINY)
+    found = evaluate_probe(probe, source, mixed.val, TINY)
     for number, image in enumerate(mixed.val.images):
         scale = min(112 / max(image.height, image.width), 28 / min(image.height, image.width))
         height, width = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
@@ -658,7 +658,7 @@ def test_a_window_shows_its_part_of_the_scaled_image(tmp_path: Path) -> None:
 def test_whole_images_are_judged_at_every_pixel_of_their_masks(mixed: LabelledData, stride: int) -> None:
     source = ExtractorSource("colours", backbone(grid_of(6, stride), 6, stride))
     probe = moved_probe(3).eval()
-    found = judge(probe, source, mixed.val, replace(QUICK, size=(36, 42)))
+    found = evaluate_probe(probe, source, mixed.val, replace(QUICK, size=(36, 42)))
     assert found.truth.tolist() == [list(image.class_pixels) for image in mixed.val.images]
     for number, image in enumerate(mixed.val.images):
         part = probe(pooled(source.inputs(image, Crop.whole((36, 42)))[None], 6, stride))[0].detach()
@@ -680,7 +680,7 @@ def test_judging_changes_nothing_about_a_probe(even: LabelledData) -> None:
     before = {name: value.clone() for name, value in probe.state_dict().items()}
     steps: list[int] = []
     for protocol in (QUICK, TINY):
-        judge(probe, source_of(), even.val, protocol, progress=lambda: steps.append(1))
+        evaluate_probe(probe, source_of(), even.val, protocol, progress=lambda: steps.append(1))
     assert len(steps) == 8  # one each image
     assert all(torch.equal(before[name], value) for name, value in probe.state_dict().items())
 

@@ -17,8 +17,8 @@ import tyro
 from denoising_vit.cli.report import report
 from denoising_vit.errors import EvaluationError, FormatError
 from denoising_vit.evaluation.tables import parse_entry, read_entries, report_markdown
-from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
 from denoising_vit.evaluation.tables.markdown import code, differing, flat, plain, readable, signed
+from denoising_vit.evaluation.tables.sections import ARTIFACT_LABELS
 from denoising_vit.metrics.artifacts import ArtifactMetrics
 
 Line = dict[str, Any]

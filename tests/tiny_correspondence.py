@@ -14,7 +14,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.environment import run_info
-from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.data import EvaluationData
 from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.workbench import Workbench
 from denoising_vit.extractors import Extractor
@@ -136,7 +136,7 @@ def shuffled(image: Tensor) -> Tensor:
 
 def workbench(
     folder: Path,
-    data: JudgedData,
+    data: EvaluationData,
     extractors: Mapping[str, Extractor] | None = None,
     watch: Progress = no_progress,
     backbone: Backbone | None = None,
@@ -149,5 +149,5 @@ def workbench(
         folder=folder / "cache",
         run=run_info(["evaluate"]),
         extractors=extractors or {},
-        watch=watch,
+        progress=watch,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import denoising_vit as dv
 from denoising_vit.backbones import Backbone
-from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth import DepthData, DepthImage, open_depth
 from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.sources import ExtractorSource
@@ -166,7 +166,7 @@ def data_of(root: Path, pictures: Sequence[Picture], blocks: int = 2) -> DepthDa
     return open_depth(write_pairs(root, pictures), blocks=blocks)
 
 
-def set_of(root: Path, pictures: Sequence[Picture], scale: float = 1000) -> JudgedSet[DepthImage]:
+def set_of(root: Path, pictures: Sequence[Picture], scale: float = 1000) -> EvaluationSet[DepthImage]:
     """One split, of however many pictures."""
     found = open_depth(write_splits(root, pictures[:1], pictures, scale), scale=scale)
     return found.val

@@ -23,7 +23,7 @@ from denoising_vit.evaluation.results import METRICS, Metric, Results, main_metr
 from denoising_vit.extractors import KINDS, Cleaners, features_arg, parse_names
 
 if TYPE_CHECKING:
-    from denoising_vit.evaluation.data import JudgedData
+    from denoising_vit.evaluation.data import EvaluationData
     from denoising_vit.evaluation.workbench import Line, Workbench
 
 #: With more metrics than this, differences go below the table: a terminal is 80 columns wide.
@@ -57,7 +57,7 @@ def compare_sources(
     options: EvaluateOptions,
     exact: FieldOptions,
     model: BackboneSpec,
-    open_data: Callable[[Callable[[], None]], JudgedData],
+    open_data: Callable[[Callable[[], None]], EvaluationData],
     compare: Callable[[Workbench, Sequence[str]], Iterator[Line]],
     *,
     as_json: bool,
@@ -97,7 +97,7 @@ def open_bench(
     options: EvaluateOptions,
     exact: FieldOptions,
     model: BackboneSpec,
-    open_data: Callable[[Callable[[], None]], JudgedData],
+    open_data: Callable[[Callable[[], None]], EvaluationData],
 ) -> Workbench:
     """Open data and results, then load the model, so that errors in files come first.
 
@@ -129,7 +129,7 @@ def open_bench(
         exact=exact.denoising(),
         fields_of=exact.of,
         cleaners=options.cleaners,
-        watch=watch,
+        progress=watch,
     )
     _ = bench.cache  # fails at once if the folder cannot be written
     return bench

@@ -118,7 +118,7 @@ def _tell(found: Diagnosis, *, as_json: bool) -> int:
 
 
 def _table(found: Diagnosis) -> Table:
-    from denoising_vit.evaluation.tables.figures import ARTIFACT_LABELS
+    from denoising_vit.evaluation.tables.sections import ARTIFACT_LABELS
 
     table = Table(box=None, pad_edge=False)
     table.add_column("")

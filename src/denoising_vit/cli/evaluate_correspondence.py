@@ -10,11 +10,10 @@ import tyro
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.comparison import EvaluateOptions, compare_sources
 from denoising_vit.evaluation import correspondence as evaluation
-from denoising_vit.evaluation.correspondence import MatchingOptions, PropagationOptions
-from denoising_vit.evaluation.options import FieldOptions
+from denoising_vit.evaluation.options import FieldOptions, MatchingOptions, PropagationOptions
 
 if TYPE_CHECKING:
-    from denoising_vit.evaluation.data import JudgedData
+    from denoising_vit.evaluation.data import EvaluationData
     from denoising_vit.evaluation.workbench import Line, Workbench
 
 
@@ -45,7 +44,7 @@ def correspondence(
     videos.validate()
     pairs.validate()
 
-    def opened(progress: Callable[[], None]) -> JudgedData:
+    def opened(progress: Callable[[], None]) -> EvaluationData:
         count = judged.images
         return evaluation.open_correspondence(judged.data, sequences=count, split=split, pairs=count, progress=progress)
 

@@ -11,10 +11,10 @@ import tyro
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.comparison import EvaluateOptions, compare_sources
 from denoising_vit.evaluation import discovery as evaluation
-from denoising_vit.evaluation.options import FieldOptions
+from denoising_vit.evaluation.options import DiscoveryOptions, FieldOptions
 
 if TYPE_CHECKING:
-    from denoising_vit.evaluation.data import JudgedData
+    from denoising_vit.evaluation.data import EvaluationData
     from denoising_vit.evaluation.workbench import Line, Workbench
 
 
@@ -24,7 +24,7 @@ def discovery(
     difficult: bool = True,
     annotations: Path | None = None,
     names: Path | None = None,
-    finding: tyro.conf.OmitArgPrefixes[evaluation.DiscoveryOptions] = evaluation.DiscoveryOptions(),  # noqa: B008, frozen
+    finding: tyro.conf.OmitArgPrefixes[DiscoveryOptions] = DiscoveryOptions(),  # noqa: B008, frozen
     exact: FieldOptions = FieldOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -48,7 +48,7 @@ def discovery(
     """
     finding.validate()
 
-    def opened(progress: Callable[[], None]) -> JudgedData:
+    def opened(progress: Callable[[], None]) -> EvaluationData:
         return evaluation.open_boxed(
             judged.data,
             images=judged.images,

@@ -162,7 +162,7 @@ def _measured(
         folder=folder,
         run=run_info(),
         seed=seed,
-        watch=watch,
+        progress=watch,
     )
     done = []
     for step, line in steps:

@@ -24,6 +24,12 @@ _LOG = logging.getLogger(__name__)
 _MOST_NAMED = 5
 
 
+def by_number(name: str) -> tuple[list[str | int], str]:
+    """Sort key that puts frame 9 before frame 10, with or without leading zeros."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+
+
 def files_below(storage: Storage, folder: str) -> tuple[list[str], list[Skipped]]:
     """Files at any depth, as sorted paths relative to the folder, without hidden ones; and entries that were skipped.
 

@@ -16,7 +16,7 @@ from denoising_vit.metrics.blank_test import BLANK_PHOTOS, BlankProbe
 from denoising_vit.training.held_out import (
     BATCH,
     SHOWN,
-    Agreement,
+    TargetSimilarity,
     draw_panel,
     error_ratio,
     known_blank_figures,
@@ -94,7 +94,7 @@ class HeldOut:
         return figures | spread(torch.cat(clean))
 
     def _agreement(self, denoiser: Callable[[Tensor], Tensor], number: int) -> Figures:
-        found = Agreement()
+        found = TargetSimilarity()
         for size in range(len(self.sizes)):
             for raw, target in self._batches(size, number, self.images):
                 found.add(denoiser(raw.to(self.device)).cpu(), target)

@@ -17,7 +17,7 @@ from denoising_vit.metrics.blank_test import BlankProbe
 from denoising_vit.training.held_out import (
     BATCH,
     SHOWN,
-    Agreement,
+    TargetSimilarity,
     draw_panel,
     error_ratio,
     known_blank_figures,
@@ -118,7 +118,7 @@ class HeldOut:
         draw_panel(self.folder, step, ("raw", f"distilled, step {step}", "teacher"), rows)
 
     def _agreement(self, student: Student) -> Figures:
-        layers = [Agreement() for _ in (0, *student.layers)]
+        layers = [TargetSimilarity() for _ in (0, *student.layers)]
         classes, prefixes, whole = [], [], []
         for size in range(len(self.kept)):
             for clean, prefix, part in self._answers(student, size):
@@ -139,7 +139,7 @@ class HeldOut:
 
     def _raw(self) -> Figures:
         """Metrics of the frozen backbone's features, and of the targets."""
-        found = Agreement()
+        found = TargetSimilarity()
         for parts in self.kept:
             for part in parts:
                 found.add(part.lesson.raw[0].float(), part.lesson.features[0].float())

@@ -27,16 +27,7 @@ Matching = Literal["majority", "hungarian"]
 
 
 def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOptions) -> Iterator[Line]:
-    """Clustering by each source; the first is the reference of the others.
-
-    Yields:
-        Lines for each number of clusters, and each way to give them classes.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data have no classes, or a name is unknown.
-    """
+    """Clustering by each source; lines for each number of clusters, and each way to give them classes."""
     options.validate()
     for clusters in options.clusters:
         yield from _compared(bench, names, options, clusters)
@@ -50,7 +41,7 @@ def _compared(bench: Workbench, names: Sequence[str], options: ClusteringOptions
     def tables_of(source: FeatureSource, seed: int) -> np.ndarray:
         key = source.name, seed
         if key not in tables:
-            with bench.watch(f"{source.name}: images, {clusters} clusters", 2 * len(data.val.images)) as step:
+            with bench.images_of(source, f"images, {clusters} clusters", 2 * len(data.val.images)) as step:
                 tables[key] = clustered(source, data, options, clusters, seed, cache=bench.cache, progress=step)
         return tables[key]
 
@@ -63,8 +54,8 @@ def _compared(bench: Workbench, names: Sequence[str], options: ClusteringOptions
     ways: list[Matching] = ["majority", "hungarian"] if clusters == len(data.val.class_names) else ["majority"]
     for matching in ways:
         settings: dict[str, Any] = asdict(options) | {"clusters": clusters, "matching": matching}
-        judge = functools.partial(evaluate, matching=matching)
-        yield from bench.compare(names, Task("clustering", judge, settings, options.seeds, options.size))
+        scored = functools.partial(evaluate, matching=matching)
+        yield from bench.compare(names, Task("clustering", scored, settings, options.seeds, options.size))
 
 
 def clustered(
@@ -77,25 +68,10 @@ def clustered(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Cluster the patches of ``val`` by k-means (Euclidean distance) and count the pixels of each class.
+    """Cluster the patches of ``val`` by k-means and count the pixels of each class: (images, k, K) int32.
 
-    A pixel is in the cluster of the patch with the nearest centre.
-
-    Args:
-        source: source of features.
-        data: labelled images; those of ``train`` are not used.
-        options: options of the task.
-        clusters: number of clusters, k.
-        seed: seed for k-means and the choice of patches.
-        cache: cache of features: each image is used twice.
-        progress: called twice for each image.
-
-    Returns:
-        (images, k, K) int32: labelled pixels.
-
-    Raises:
-        PlanError: if an option is out of range.
-        EvaluationError: if there are fewer patches than clusters, or features are not finite.
+    A pixel is in the cluster of the patch with the nearest centre. ``progress`` is called twice for each image. There
+    must be as many patches as clusters.
     """
     options.validate()
     shown = whole_images(data.val.images, options.size, source)

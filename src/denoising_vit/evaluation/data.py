@@ -10,16 +10,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from denoising_vit.data import Skipped
-from denoising_vit.data.photos import read_photo
+from denoising_vit.data.photos import photo_digest, read_photo
+
+#: x0, y0, x1, y1 in pixels, half-open: an image of H x W pixels is 0, 0, W, H.
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class JudgedImage:
+class EvaluationImage:
     """A photo; subclasses add its ground truth.
 
     Attributes:
@@ -52,11 +55,18 @@ class JudgedImage:
         return read_photo(self.photo)
 
 
-Image = TypeVar("Image", bound=JudgedImage, covariant=True)
+def described(split: str, id: str, photo: Path, pixels: np.ndarray) -> dict[str, Any]:
+    """The attributes of :class:`EvaluationImage` for a photo with these pixels (H, W, 3)."""
+    height, width = pixels.shape[:2]
+    digest = photo_digest(pixels)
+    return {"split": split, "id": id, "photo": photo, "height": height, "width": width, "digest": digest}
+
+
+Image = TypeVar("Image", bound=EvaluationImage, covariant=True)
 
 
 @dataclass(frozen=True)
-class JudgedSet(Generic[Image]):
+class EvaluationSet(Generic[Image]):
     """One split, in a fixed order.
 
     Attributes:
@@ -93,45 +103,12 @@ def _digest(lines: Iterable[str]) -> str:
     return content.hexdigest()
 
 
-class JudgedData(Protocol):
-    """A data set to evaluate on."""
-
-    @property
-    def name(self) -> str:
-        """Name in tables."""
-        ...
-
-    @property
-    def layout(self) -> str:
-        """Name of the folder layout."""
-        ...
-
-    @property
-    def note(self) -> str | None:
-        """Remark for readers of the results."""
-        ...
-
-    @property
-    def splits(self) -> tuple[JudgedSet[JudgedImage], ...]:
-        """The splits; the last one is scored."""
-        ...
-
-    @property
-    def absent(self) -> tuple[str, ...]:
-        """Classes that do not occur in the scored images, left out of means."""
-        ...
-
-
-def shared_photos(train: JudgedSet[JudgedImage], val: JudgedSet[JudgedImage]) -> str | None:
-    """Remark on photos that are in both splits; None if there are none."""
-    known = {image.digest for image in train.images}
-    count = sum(image.digest in known for image in val.images)
-    return f"{count} of {len(val.images)} photos of val are in train as well" if count else None
+Split = TypeVar("Split", bound=EvaluationSet[EvaluationImage], covariant=True)
 
 
 @dataclass(frozen=True)
-class SplitData(Generic[Image]):
-    """A data set without classes.
+class EvaluationData(Generic[Split]):
+    """A data set to evaluate on.
 
     Attributes:
         name: name in tables.
@@ -142,20 +119,27 @@ class SplitData(Generic[Image]):
 
     name: str
     layout: str
-    splits: tuple[JudgedSet[Image], ...]
+    splits: tuple[Split, ...]
     note: str | None = None
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Empty: there are no classes."""
+        """Classes that do not occur in the scored images, left out of means; none without classes."""
         return ()
 
     @property
-    def train(self) -> JudgedSet[Image]:
+    def train(self) -> Split:
         """Training images."""
         return self.splits[0]
 
     @property
-    def val(self) -> JudgedSet[Image]:
+    def val(self) -> Split:
         """Scored images."""
         return self.splits[-1]
+
+
+def shared_photos(train: EvaluationSet[EvaluationImage], val: EvaluationSet[EvaluationImage]) -> str | None:
+    """Remark on photos that are in both splits; None if there are none."""
+    known = {image.digest for image in train.images}
+    count = sum(image.digest in known for image in val.images)
+    return f"{count} of {len(val.images)} photos of val are in train as well" if count else None

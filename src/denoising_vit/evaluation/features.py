@@ -17,7 +17,7 @@ from torch import Tensor
 
 from denoising_vit.decomposition.inputs import fitting_batch
 from denoising_vit.errors import DenoisingVitWarning, EvaluationError
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact, digest, write_tensors
 from denoising_vit.progress import prefetched
@@ -32,12 +32,8 @@ class Patches(Protocol):
     stride: int
 
 
-def shown_size(size: int | tuple[int, int] | None, image: JudgedImage, patches: Patches) -> tuple[int, int]:
-    """(H, W) in pixels at which an image is shown: the given size, or its own, rounded to the patch grid.
-
-    Raises:
-        SizeError: if the given size does not fit the patch grid.
-    """
+def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
+    """(H, W) in pixels at which an image is shown: the given size if it fits the grid, or its own, rounded to it."""
     if size is None:
         return native_size(image.height, image.width, patches.patch_size, patches.stride)
     check_size(size, patches.patch_size, patches.stride)
@@ -69,19 +65,18 @@ _HEADER = 256
 _AHEAD = 3
 
 #: An image and a crop of it.
-Shown = tuple[JudgedImage, Crop]
+Shown = tuple[EvaluationImage, Crop]
 
-Image = TypeVar("Image", bound=JudgedImage)
+#: :func:`see` with its cache and progress.
+See = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
+
+Image = TypeVar("Image", bound=EvaluationImage)
 
 
 def whole_images(
     images: Sequence[Image], size: int | tuple[int, int] | None, patches: Patches
 ) -> list[tuple[Image, Crop]]:
-    """Images, each as one crop, at a size; None is their own.
-
-    Raises:
-        SizeError: if the size does not fit the patch grid.
-    """
+    """Images, each as one crop, at a size that fits the patch grid; None is their own."""
     return [(image, Crop.whole(shown_size(size, image, patches))) for image in images]
 
 
@@ -148,12 +143,6 @@ def see(
 
     Cached or not, they are rounded to float16 if they fit its range, so that a second run gives the same.
 
-    Args:
-        source: source of features.
-        shown: images and their crops.
-        cache: cache of features.
-        progress: called after each crop.
-
     Raises:
         EvaluationError: if features are not finite or not a grid.
         PhotoError: if a photo can no longer be read.
@@ -161,24 +150,25 @@ def see(
     cache = cache if source.cached else None
     batches = _batches(source, shown, cache)
     with contextlib.closing(batches if source.device.type == "cpu" else prefetched(batches, _AHEAD)) as batches:
-        for found, inputs, paths in batches:
-            for features in _forward(source, found, inputs, paths, cache):
+        for found, waiting in batches:
+            for features in [found] if found is not None else _forward(source, waiting, cache):
                 progress()
                 yield features
 
 
-_Batch = tuple[Tensor | None, list[Tensor], list[Path | None]]
+_Waiting = list[tuple[Tensor, Path | None]]
+_Batch = tuple[Tensor | None, _Waiting]
 
 
 def _batches(
     source: FeatureSource, shown: Sequence[Shown], cache: FeatureCache | None
 ) -> Generator[_Batch, None, None]:
     """Cached features, or inputs of one size, as many as the device takes at once."""
-    waiting: list[tuple[Tensor, Path | None]] = []
+    waiting: _Waiting = []
 
     def flush() -> Iterator[_Batch]:
         if waiting:
-            yield None, [inputs for inputs, _ in waiting], [path for _, path in waiting]
+            yield None, waiting.copy()
             waiting.clear()
 
     for image, crop in shown:
@@ -186,7 +176,7 @@ def _batches(
         found = None if cache is None or path is None else cache.get(path)
         if found is not None:
             yield from flush()
-            yield found, [], []
+            yield found, []
             continue
         inputs = source.inputs(image, crop)
         if waiting and waiting[0][0].shape != inputs.shape:
@@ -198,17 +188,9 @@ def _batches(
     yield from flush()
 
 
-def _forward(
-    source: FeatureSource,
-    found: Tensor | None,
-    inputs: list[Tensor],
-    paths: list[Path | None],
-    cache: FeatureCache | None,
-) -> Iterator[Tensor]:
-    if found is not None:
-        yield found
-        return
-    for features, path in zip(source.features(torch.stack(inputs)).cpu(), paths, strict=True):
+def _forward(source: FeatureSource, waiting: _Waiting, cache: FeatureCache | None) -> Iterator[Tensor]:
+    inputs = torch.stack([inputs for inputs, _ in waiting])
+    for features, (_, path) in zip(source.features(inputs).cpu(), waiting, strict=True):
         if cache is not None and path is not None:
             cache.put(path, features)
         yield compact(features).float()

@@ -18,7 +18,7 @@ from denoising_vit.data.photos import photo_digest
 from denoising_vit.decomposition.inputs import given_artifact
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedData, JudgedImage, JudgedSet
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet
 from denoising_vit.evaluation.features import Shown, native_size
 from denoising_vit.evaluation.sources import FieldSource
 from denoising_vit.files import atomic_path, digest
@@ -30,7 +30,7 @@ from denoising_vit.store import FeatureStore
 
 def fitted_fields(
     name: str,
-    data: JudgedData,
+    data: EvaluationData,
     folder: Path,
     backbone: Backbone,
     spec: BackboneSpec,
@@ -42,17 +42,8 @@ def fitted_fields(
 ) -> FieldSource:
     """Semantic fields of all images, fitted if they are not stored yet.
 
-    Args:
-        name: name of the source.
-        data: the images.
-        folder: folder of the stores.
-        backbone: the backbone.
-        spec: how the backbone was loaded.
-        options: options of stage 1. Without a size, views have the common size of the images, or the backbone's default
-            size if there is none.
-        artifact: G if known, as `denoise_image` takes it.
-        crops: crops of the images by split; if given, each is fitted as an image of its own.
-        progress: progress reporting.
+    Without a size in the options, views have the common size of the images, or the backbone's default size if there is
+    none. If there are crops by split, each is fitted as an image of its own.
 
     Raises:
         EvaluationError: if an image could not be fitted.
@@ -66,14 +57,32 @@ def fitted_fields(
     if crops is not None:
         identity["of"] = "crop"
         splits = [_cut(images, crops[images.split], folder) for images in splits]
-    stores = {
-        images.split: _fitted(name, images, folder, backbone, spec, options, artifact, identity, progress)
-        for images in splits
-    }
+
+    def fitted(images: EvaluationSet[EvaluationImage]) -> FeatureStore:
+        items = [Item(image.id, str(image.photo)) for image in images.images]
+        dataset = Dataset(f"{images.split} images", items)
+        store = folder / store_name(images, backbone, spec, identity)
+        job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact, backbone)
+        with progress(f"{name}: {images.split} images fitted", len(items)) as advance:
+            for _ in job.store.done():
+                advance()
+            job.run(lambda _index, _reason: advance())
+        if failed := job.store.failed():
+            index, reason = next(iter(sorted(failed.items())))
+            raise EvaluationError(
+                f"{len(failed)} {images.split} images could not be fitted, so they cannot be evaluated; "
+                f"{items[index].id}: {reason}"
+            )
+        return job.store
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stores = {images.split: fitted(images) for images in splits}
     return FieldSource(name, backbone, stores, identity, of_crops=crops is not None)
 
 
-def _cut(images: JudgedSet[JudgedImage], shown: Sequence[Shown], folder: Path) -> JudgedSet[JudgedImage]:
+def _cut(
+    images: EvaluationSet[EvaluationImage], shown: Sequence[Shown], folder: Path
+) -> EvaluationSet[EvaluationImage]:
     """Save crops as images with the ids of the images they are from."""
     cut = []
     for image, crop in shown:
@@ -89,45 +98,18 @@ def _cut(images: JudgedSet[JudgedImage], shown: Sequence[Shown], folder: Path) -
     return replace(images, images=tuple(cut))
 
 
-def _fitted(
-    name: str,
-    images: JudgedSet[JudgedImage],
-    folder: Path,
-    backbone: Backbone,
-    spec: BackboneSpec,
-    options: DenoiseOptions,
-    artifact: KnownArtifact | None,
-    identity: dict[str, Any],
-    progress: Progress,
-) -> FeatureStore:
-    folder.mkdir(parents=True, exist_ok=True)
-    items = [Item(image.id, str(image.photo)) for image in images.images]
-    dataset = Dataset(f"{images.split} images", items)
-    store = folder / store_name(images, backbone, spec, identity)
-    job = FitJob.prepare(dataset, store, spec, options, FitOptions(retry_failed=True), artifact, backbone)
-    with progress(f"{name}: {images.split} images fitted", len(items)) as advance:
-        for _ in job.store.done():
-            advance()
-        job.run(lambda _index, _reason: advance())
-    if failed := job.store.failed():
-        index, reason = next(iter(sorted(failed.items())))
-        raise EvaluationError(
-            f"{len(failed)} {images.split} images could not be fitted, so they cannot be evaluated; {items[index].id}: "
-            f"{reason}"
-        )
-    return job.store
-
-
-def store_name(images: JudgedSet[JudgedImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]) -> str:
+def store_name(
+    images: EvaluationSet[EvaluationImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]
+) -> str:
     """Name of a store, equal for the same fields of the same photos, whatever the task."""
     whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
     return f"{images.split}-{digest(identity | whose, 16)}"
 
 
-def _common_size(data: JudgedData, backbone: Backbone) -> tuple[int, int]:
+def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:
     """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
     sizes = {images.common_size for images in data.splits}
-    size = sizes.pop() if len(sizes) == 1 else None
+    size: tuple[int, int] | None = sizes.pop() if len(sizes) == 1 else None
     if size is None:
         return backbone.default_size, backbone.default_size
     return native_size(*size, backbone.patch_size, backbone.stride)

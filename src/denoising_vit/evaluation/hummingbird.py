@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.features import FeatureCache, See, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledSet
 from denoising_vit.evaluation.options import HummingbirdOptions
 from denoising_vit.evaluation.patches import at_places, nearest, patch_counts, quota
@@ -20,23 +21,9 @@ from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 def hummingbird(bench: Workbench, names: Sequence[str], options: HummingbirdOptions) -> Iterator[Line]:
-    """Dense retrieval by each source; the first is the reference of the others.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data have no classes, or a name is unknown.
-    """
+    """Dense retrieval by each source; the first is the reference of the others."""
     options.validate()
-    data = bench.labelled
-    yield from bench.measure(
-        names,
-        lambda source, advance: retrieved(source, data, options, cache=bench.cache, progress=advance),
-        options,
-        task="hummingbird",
-        looks="images",
-        count=len(data.train.images) + len(data.val.images),
-    )
+    yield from bench.compare(names, bench.untrained("hummingbird", retrieved, bench.labelled, options))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,25 +66,16 @@ def retrieved(
     Soft labels of patches are interpolated bilinearly to the mask's pixels, and the largest one is taken. Patches of
     the same photo are excluded, should it be in both splits.
 
-    Args:
-        source: source of features.
-        data: labelled images.
-        options: options of the task.
-        cache: cache of features.
-        progress: called after each image.
-
-    Returns:
-        Counts over labelled pixels, image by image.
-
     Raises:
         PlanError: if an option is out of range.
         EvaluationError: if the memory has fewer patches than ``k``, or features are not finite.
     """
     options.validate()
-    memory = _memory(source, data.train, options, cache, progress)
+    see_all: See = functools.partial(see, cache=cache, progress=progress)
+    memory = _memory(source, data.train, options, see_all)
     found = []
     shown = whole_images(data.val.images, options.size, source)
-    for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
+    for (image, crop), features in zip(shown, see_all(source, shown), strict=True):
         others = memory.others(image.digest)
         _require(int(others.sum()), options.k)
         queries = features.flatten(0, 1).to(memory.features)  # (h, w, C) -> (h w, C)
@@ -107,18 +85,12 @@ def retrieved(
     return Counts.joined(found)
 
 
-def _memory(
-    source: FeatureSource,
-    train: LabelledSet,
-    options: HummingbirdOptions,
-    cache: FeatureCache | None,
-    progress: Callable[[], None],
-) -> Memory:
+def _memory(source: FeatureSource, train: LabelledSet, options: HummingbirdOptions, see_all: See) -> Memory:
     shown = whole_images(train.images, options.size, source)
     generator = torch.Generator().manual_seed(options.seed)
     features, labels, photos = [], [], []
     numbers: dict[str, int] = {}
-    for number, ((image, crop), seen) in enumerate(zip(shown, see(source, shown, cache, progress), strict=True)):
+    for number, ((image, crop), seen) in enumerate(zip(shown, see_all(source, shown), strict=True)):
         counts = patch_counts(image.labels(), crop, image.classes, source.patch_size, source.stride)[..., :-1]
         counts = counts.flatten(0, 1)  # (h, w, K) -> (h w, K)
         chosen = drawn(counts, quota(options.memory, number, len(shown)), generator)
@@ -135,12 +107,8 @@ def drawn(counts: Tensor, most: int | None, generator: torch.Generator) -> Tenso
     """Indices of the patches of one image to keep: rare classes first, at random among equal ones.
 
     As in open-hummingbird-eval: each patch gets a uniform random number times the sum, over its classes, of the number
-    of patches of the image with that class; the patches with the smallest products are kept.
-
-    Args:
-        counts: (P, K) pixels of each class; patches without any are never kept.
-        most: maximum number of patches; None for all.
-        generator: random number generator.
+    of patches of the image with that class; the patches with the smallest products are kept. Patches have counts (P, K)
+    of each class; those without any are never kept.
     """
     there = torch.nonzero(counts.sum(-1)).flatten()
     shows = counts[there] > 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.features import FeatureCache, Patches, Shown, check_size, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, Patches, See, see, whole_images
 from denoising_vit.evaluation.labelled import LabelledData, LabelledImage, LabelledSet
 from denoising_vit.evaluation.masks import NO_LABEL
 from denoising_vit.evaluation.options import KnnOptions
@@ -23,33 +23,16 @@ from denoising_vit.views.crops import Crop
 #: Added to the seed for the crops of val, so that they differ from those of train.
 _VAL_SEED = 1_000_003
 
-_SeeAll = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
-
 
 def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
-    """Nearest-neighbour segmentation of each source; the first is the reference of the others.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data have no classes, or a name is unknown.
-    """
+    """Nearest-neighbour segmentation of each source; the first is the reference of the others."""
     options.validate()
     data = bench.labelled
-    check_size(options.size, bench.backbone.patch_size, bench.backbone.stride)
     crops, neutral = None, options.crops == "neutral"
     if neutral and bench.fields_of == "crop":
         crops = {images.split: crops_of(images, bench.backbone, options) for images in data.splits}
-    yield from bench.measure(
-        names,
-        lambda source, advance: nearest_neighbours(source, data, options, cache=bench.cache, progress=advance),
-        options,
-        task="knn",
-        looks="images",
-        count=len(data.train.images) + len(data.val.images),
-        crops=crops,
-        beyond=neutral and crops is None,
-    )
+    of_crops = {"crops": crops, "whole_fields": neutral and crops is None}
+    yield from bench.compare(names, bench.untrained("knn", nearest_neighbours, data, options, **of_crops))
 
 
 def nearest_neighbours(
@@ -62,21 +45,11 @@ def nearest_neighbours(
 ) -> Counts:
     """Label each patch of ``val`` by the patches of ``train`` with the nearest features (cosine).
 
-    Args:
-        source: source of features.
-        data: labelled images.
-        options: options of the task.
-        cache: cache of features.
-        progress: called after each image.
-
-    Returns:
-        Counts over labelled patches, image by image.
-
     Raises:
         EvaluationError: if the gallery has fewer labelled patches than ``k``, or features are not finite.
     """
     options.validate()
-    see_all: _SeeAll = functools.partial(see, cache=cache, progress=progress)
+    see_all: See = functools.partial(see, cache=cache, progress=progress)
     classes = len(data.train.class_names)
     gallery, labels = _gallery(source, data.train, options, see_all)
     found = []
@@ -95,15 +68,14 @@ def nearest_neighbours(
 
 def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list[tuple[LabelledImage, Crop]]:
     """The crop of each image; neutral crops of ``val`` differ from those of ``train``."""
-    offset = _VAL_SEED if images.split == "val" else 0
-    shown = []
-    for number, image in enumerate(images.images):
-        size = shown_size(options.size, image, patches)
-        crop = Crop.whole(size)
-        if options.crops == "neutral":
-            crop = Crop.neutral(number, size, options.seed + offset).snapped(image.height, image.width)
-        shown.append((image, crop))
-    return shown
+    shown = whole_images(images.images, options.size, patches)
+    if options.crops == "whole":
+        return shown
+    seed = options.seed + (_VAL_SEED if images.split == "val" else 0)
+    return [
+        (image, Crop.neutral(number, crop.size, seed).snapped(image.height, image.width))
+        for number, (image, crop) in enumerate(shown)
+    ]
 
 
 def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
@@ -114,7 +86,7 @@ def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int,
     return votes.scatter_add_(1, labels[found], weights).argmax(-1)
 
 
-def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see_all: _SeeAll) -> tuple[Tensor, Tensor]:
+def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see_all: See) -> tuple[Tensor, Tensor]:
     """Normalised features (N, C) and labels (N,) of the gallery."""
     shown = crops_of(train, source, options)
     generator = torch.Generator().manual_seed(options.seed)

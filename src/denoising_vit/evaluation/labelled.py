@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,17 +16,17 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, shared_photos
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described, shared_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
     at_most,
-    check_count,
     check_same_size,
     find_layout,
     inspect_all,
     pairs_in_folders,
     pairs_in_list,
+    read_lines,
     read_text,
     readable,
     require_usable,
@@ -48,7 +49,7 @@ _REMEDY = "Write the names of the classes into it, one a line, that of label 0 f
 
 
 @dataclass(frozen=True)
-class LabelledImage(JudgedImage):
+class LabelledImage(EvaluationImage):
     """A photo with a class for each pixel.
 
     Attributes:
@@ -74,16 +75,12 @@ class LabelledImage(JudgedImage):
         return self.mask_digest
 
     def labels(self) -> Tensor:
-        """Read the classes (H, W) int64: 0 to K - 1, NO_LABEL where there is none.
-
-        Raises:
-            EvaluationError: if the mask can no longer be read.
-        """
+        """Read the classes (H, W) int64: 0 to K - 1, NO_LABEL where there is none."""
         return torch.from_numpy(read_mask(self.mask, self.coding))
 
 
 @dataclass(frozen=True)
-class LabelledSet(JudgedSet[LabelledImage]):
+class LabelledSet(EvaluationSet[LabelledImage]):
     """One split, in a fixed order.
 
     Attributes:
@@ -105,35 +102,16 @@ class LabelledSet(JudgedSet[LabelledImage]):
         """Classes without pixels."""
         return tuple(name for name, count in zip(self.class_names, self.pixels, strict=True) if count == 0)
 
-    def subset(self, count: int) -> LabelledSet:
-        """At most ``count`` images, spread evenly; 0 takes all."""
-        return replace(self, images=tuple(at_most(self.images, count)))
-
 
 @dataclass(frozen=True)
-class LabelledData:
-    """A labelled data set with two splits.
+class LabelledData(EvaluationData[LabelledSet]):
+    """A labelled data set with two splits, ``train`` and ``val``.
 
     Attributes:
-        name: name in tables.
-        layout: name of the folder layout.
-        train: training images.
-        val: scored images.
-        note: remark for readers of the results.
         score: classes to score; empty for all. The others can still be predicted.
     """
 
-    name: str
-    layout: str
-    train: LabelledSet
-    val: LabelledSet
-    note: str | None
     score: tuple[str, ...] = ()
-
-    @property
-    def splits(self) -> tuple[LabelledSet, ...]:
-        """Both splits."""
-        return self.train, self.val
 
     @property
     def scored_columns(self) -> list[int]:
@@ -188,7 +166,6 @@ class _Files(NamedTuple):
     """Files of a data set, not yet read."""
 
     name: str
-    layout: str
     class_names: tuple[str, ...]
     coding: Coding
     train: _Split
@@ -219,7 +196,6 @@ def open_labelled(
     Raises:
         EvaluationError: if the folder has none of the layouts, no list of classes, or nothing usable in a split.
     """
-    check_count(images)
     layout, root = find_layout(Path(path), _LAYOUTS)
     with readable(root):
         files = layout.open(root, classes)
@@ -228,7 +204,7 @@ def open_labelled(
         for split, found in (("train", files.train), ("val", files.val))
     )
     notes = [note for note in (files.note, shared_photos(train, val), _ignored_note(val, files.coding)) if note]
-    return LabelledData(files.name, files.layout, train, val, "; ".join(notes) or None)
+    return LabelledData(files.name, layout.name, (train, val), "; ".join(notes) or None)
 
 
 def _opened(
@@ -237,10 +213,7 @@ def _opened(
     pairs = at_most(found.pairs, images)
     usable, failed = inspect_all(lambda pair: _inspect(split, pair, files.coding), pairs, progress)
     skipped = [*found.skipped, *failed]
-    try:
-        require_usable(usable, f"photos with masks for the split {split}", len(pairs), skipped)
-    except EvaluationError as error:
-        raise EvaluationError(f"{root}: {error}") from error
+    require_usable(usable, f"photos with masks for the split {split}", len(pairs), skipped, root)
     return LabelledSet(split, tuple(usable), files.class_names, skipped=tuple(skipped))
 
 
@@ -248,16 +221,10 @@ def _inspect(split: str, pair: Pair, coding: Coding) -> LabelledImage:
     photo = read_photo(pair.photo)
     labels = read_mask(pair.mask, coding)
     check_same_size(photo.shape, labels.shape, pair.mask)
-    height, width = labels.shape
     return LabelledImage(
-        split=split,
-        id=pair.id,
-        photo=pair.photo,
+        **described(split, pair.id, pair.photo, photo),
         mask=pair.mask,
         coding=coding,
-        height=height,
-        width=width,
-        digest=photo_digest(photo),
         mask_digest=photo_digest(labels.astype("<i4")),  # the same on every machine
         class_pixels=tuple(np.bincount(labels[labels >= 0], minlength=coding.classes).tolist()),
     )
@@ -302,14 +269,10 @@ def read_class_list(path: Path) -> tuple[str, ...]:
 
 
 def read_ade_names(table: Path) -> tuple[str, ...]:
-    """Names from ADE20K's ``objectInfo150.txt``, or ``class 1`` to ``class 150`` if that is missing.
-
-    Raises:
-        EvaluationError: if the table does not number 150 classes.
-    """
+    """Names from ADE20K's ``objectInfo150.txt``, or ``class 1`` to ``class 150`` if that is missing."""
     if not table.is_file():
         return tuple(f"class {number}" for number in range(1, ADE_CLASSES + 1))
-    rows = [line.strip().split("\t") for line in read_text(table).split("\n") if line.strip()][1:]
+    rows = [line.split("\t") for line in read_lines(table)][1:]
     if [row[0].strip() for row in rows] != [str(number) for number in range(1, ADE_CLASSES + 1)]:
         raise EvaluationError(
             f"{table}: expected a header and then classes 1 to {ADE_CLASSES} in tab-separated columns, number first "
@@ -329,7 +292,7 @@ def _open_voc(root: Path, classes: Path | None) -> _Files:
     coding = Coding(len(VOC_CLASSES), "VOC 2012", ignored=(255,))
     year = root.name.removeprefix("VOC")  # other years have the same layout
     name = f"VOC {year}" if root.name.startswith("VOC") and year.isdigit() else "VOC 2012"
-    return _Files(name, "voc2012", VOC_CLASSES, coding, train, val)
+    return _Files(name, VOC_CLASSES, coding, train, val)
 
 
 def _open_ade(root: Path, classes: Path | None) -> _Files:
@@ -340,22 +303,16 @@ def _open_ade(root: Path, classes: Path | None) -> _Files:
         _Split(*pairs_in_folders(root / "images" / name, root / "annotations" / name))
         for name in ("training", "validation")
     )
-    return _Files("ADE20K", "ade20k", names, coding, train, val)
+    return _Files("ADE20K", names, coding, train, val)
 
 
-def _open_splits(
-    root: Path, classes: Path | None, photos: str = "{split}/images", masks: str = "{split}/masks"
-) -> _Files:
+def _open_splits(root: Path, classes: Path | None, photos: str, masks: str) -> _Files:
     names, coding = _listed_classes(root, classes)
     train, val = (
         _Split(*pairs_in_folders(root / photos.format(split=split), root / masks.format(split=split)))
         for split in ("train", "val")
     )
-    return _Files(root.resolve().name, "folders", names, coding, train, val)
-
-
-def _open_splits_inside(root: Path, classes: Path | None) -> _Files:
-    return _open_splits(root, classes, "images/{split}", "masks/{split}")
+    return _Files(root.resolve().name, names, coding, train, val)
 
 
 def _open_one_folder(root: Path, classes: Path | None) -> _Files:
@@ -372,7 +329,7 @@ def _open_one_folder(root: Path, classes: Path | None) -> _Files:
     train = _Split(pairs[:half], [entry for entry in skipped if entry.item < pairs[half].id])
     val = _Split(pairs[half:], [entry for entry in skipped if entry.item >= pairs[half].id])
     note = f"no splits in the folder: the first {half} of {len(pairs)} pairs by name are train, the others val"
-    return _Files(root.resolve().name, "folders", names, coding, train, val, note)
+    return _Files(root.resolve().name, names, coding, train, val, note)
 
 
 def _listed_classes(root: Path, classes: Path | None) -> tuple[tuple[str, ...], Coding]:
@@ -395,17 +352,27 @@ _LAYOUTS: tuple[Layout[Callable[[Path, Path | None], _Files]], ...] = (
         ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"),
         _open_voc,
         (".", "VOC2012", "VOCdevkit/VOC2012"),
+        name="voc2012",
     ),
     Layout(
         "ADE20K",
         ("images/training", "images/validation", "annotations/training", "annotations/validation"),
         _open_ade,
         (".", "ADEChallengeData2016"),
+        name="ade20k",
     ),
-    Layout("folders with splits", ("train/images", "train/masks", "val/images", "val/masks"), _open_splits),
+    Layout(
+        "folders with splits",
+        ("train/images", "train/masks", "val/images", "val/masks"),
+        functools.partial(_open_splits, photos="{split}/images", masks="{split}/masks"),
+        name="folders",
+    ),
     # Before folders without splits, which would mix both splits.
     Layout(
-        "folders with splits inside", ("images/train", "images/val", "masks/train", "masks/val"), _open_splits_inside
+        "folders with splits inside",
+        ("images/train", "images/val", "masks/train", "masks/val"),
+        functools.partial(_open_splits, photos="images/{split}", masks="masks/{split}"),
+        name="folders",
     ),
-    Layout("folders with classes.txt and no splits", ("images", "masks"), _open_one_folder),
+    Layout("folders with classes.txt and no splits", ("images", "masks"), _open_one_folder, name="folders"),
 )

@@ -2,21 +2,21 @@
 
 A task lists its layouts as :class:`Layout` records, and :func:`find_layout` returns the one a folder has. Photos are
 paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_list`, then read once by
-:func:`inspect_all`. Entries that cannot be used are returned as ``Skipped``, each with its reason.
+:func:`inspect_all`. Entries that cannot be used are returned as ``Skipped``, each with its reason; files and folders
+that cannot be read raise EvaluationError.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from denoising_vit.data import Skipped, spread
-from denoising_vit.data.listing import files_below, image_names
+from denoising_vit.data.listing import by_number, files_below, image_names
 from denoising_vit.data.photos import IMAGE_SUFFIXES
 from denoising_vit.data.storage import Storage
 from denoising_vit.errors import EvaluationError, PhotoError
@@ -118,13 +118,7 @@ def images_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     names = image_names((entry.name for entry in visible(folder) if entry.is_file()), str(folder))
-    return sorted(names, key=_by_number)
-
-
-def _by_number(name: str) -> tuple[list[str | int], str]:
-    """Sort frame 9 before frame 10, with or without leading zeros."""
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+    return sorted(names, key=by_number)
 
 
 def listed(folder: Path) -> str:
@@ -138,11 +132,7 @@ def listed(folder: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        EvaluationError: if it cannot be read or is not UTF-8.
-    """
+    """Read a text file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,28 +141,22 @@ def read_text(path: Path) -> str:
         raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
-    """Read the names in a text file, one a line, each once; repeated names are skipped.
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file that are not empty, without spaces around them."""
+    return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
-    Raises:
-        EvaluationError: if the file cannot be read or has no names.
-    """
-    lines = [line for line in map(str.strip, read_text(path).split("\n")) if line]
+
+def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
+    """Read the names in a text file, one a line, each once; repeated names are skipped."""
+    lines = read_lines(path)
     if not lines:
         raise EvaluationError(f"{path}: expected names, one a line, found none")
     names = list(dict.fromkeys(lines))
     return names, [Skipped(name, f"named a second time in {path}") for name in names if lines.count(name) > 1]
 
 
-Entry = TypeVar("Entry")
-
-
 def read_sequences(path: Path) -> list[str]:
-    """Read a list of DAVIS: names of sequences (2017), or files of each frame and its mask (2016).
-
-    Raises:
-        EvaluationError: if the file cannot be read or has no names.
-    """
+    """Read a list of DAVIS: names of sequences (2017), or files of each frame and its mask (2016)."""
     entries = [PurePosixPath(line.split()[0]) for line in read_names(path)[0]]
     files = [entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries]
     return list(
@@ -180,53 +164,43 @@ def read_sequences(path: Path) -> list[str]:
     )
 
 
+Entry = TypeVar("Entry")
+
+
 def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[Entry]:
-    """At most ``count`` entries, spread evenly over all of them; 0 takes all.
-
-    Raises:
-        EvaluationError: if the count is negative.
-    """
-    check_count(count, what)
-    return [entries[index] for index in spread(len(entries), count)]
-
-
-def check_count(count: int, what: str = "images") -> None:
-    """Raise EvaluationError for a negative number of entries."""
+    """At most ``count`` entries, spread evenly over all of them; 0 takes all."""
     if count < 0:
         raise EvaluationError(f"expected a number of {what} of at least 1, or 0 for all, got {count}")
+    return [entries[index] for index in spread(len(entries), count)]
 
 
 # --- photos with masks ---
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A photo and its mask or depth map, not yet read.
+class Unread:
+    """A photo that has not been read.
 
     Attributes:
         id: path of the photo below its folder, with ``/`` as separator.
         photo: file of the photo.
-        mask: file of the mask or depth map.
     """
 
     id: str
     photo: Path
+
+
+@dataclass(frozen=True)
+class Pair(Unread):
+    """A photo and the file of its mask or depth map."""
+
     mask: Path
 
 
 def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[list[Pair], list[Skipped]]:
     """Pair photos and masks by their path below each folder, without the ending; sorted by id.
 
-    Args:
-        photos: folder of the photos.
-        masks: folder of the masks.
-        what: word for a mask in messages.
-
-    Returns:
-        Pairs; and photos without a mask, masks without a photo, and second files of the same name.
-
-    Raises:
-        EvaluationError: if a folder cannot be read.
+    Photos without a mask, masks without a photo, and second files of the same name are skipped.
     """
     photo_of, skipped_photos = _by_stem(photos, "photo")
     mask_of, skipped_masks = _by_stem(masks, what)
@@ -253,8 +227,15 @@ def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
         names, skipped = files_below(Storage(), str(folder))
     except PhotoError as error:
         raise EvaluationError(str(error)) from error
+    found, repeated = by_stem(image_names(names, str(folder)), what)
+    return found, [*skipped, *repeated]
+
+
+def by_stem(names: Iterable[str], what: str) -> tuple[dict[str, str], list[Skipped]]:
+    """Names of files by their path without ending: the first one of each, and the others with the reason."""
     found: dict[str, str] = {}
-    for name in image_names(names, str(folder)):
+    skipped = []
+    for name in names:
         stem = PurePosixPath(name).with_suffix("").as_posix()
         if found.setdefault(stem, name) != name:
             skipped.append(Skipped(name, f"a second {what} of the name {stem}; {found[stem]} is taken"))
@@ -262,14 +243,7 @@ def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
 
 
 def pairs_in_list(names: Path, photos: Path, masks: Path) -> tuple[list[Pair], list[Skipped]]:
-    """Pair photos (.jpg) and masks (.png) by a list of names without ending, in its order; files are not looked for.
-
-    Returns:
-        Pairs; and repeated names.
-
-    Raises:
-        EvaluationError: if the list cannot be read or has no names.
-    """
+    """Pair photos (.jpg) and masks (.png) by a list of names without ending, in its order, each name once."""
     stems, repeated = read_names(names)
     pairs = [Pair(f"{stem}.jpg", photos / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems]
     return pairs, [Skipped(f"{entry.item}.jpg", entry.reason) for entry in repeated]
@@ -287,20 +261,6 @@ def check_same_size(photo: tuple[int, ...], mask: tuple[int, ...], path: Path, w
 # --- reading ---
 
 
-class Unread(Protocol):
-    """An entry with a photo that has not been read."""
-
-    @property
-    def id(self) -> str:
-        """Name for messages."""
-        ...
-
-    @property
-    def photo(self) -> Path:
-        """File of the photo."""
-        ...
-
-
 Item = TypeVar("Item", bound=Unread)
 Found = TypeVar("Found")
 
@@ -310,13 +270,8 @@ def inspect_all(
 ) -> tuple[list[Found], list[Skipped]]:
     """Read photos in a few threads, in order.
 
-    Args:
-        inspect_one: reads one photo. Its PhotoError, EvaluationError or OSError becomes the reason for skipping it.
-        items: the photos.
-        progress: called after each.
-
-    Returns:
-        Results for the usable photos, and the skipped ones.
+    A PhotoError, EvaluationError or OSError becomes the reason for skipping a photo. Returns the results of the usable
+    photos, and the skipped ones.
     """
 
     def inspected(item: Item) -> Found | Skipped:

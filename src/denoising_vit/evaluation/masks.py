@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,26 +61,20 @@ class Coding:
         last = self.shift + self.classes - 1
         return (
             f"{name}: label {found[most]} in {pixels}{others}; expected {self.shift} to {last} for the "
-            f"{self.classes} classes of {self.source}, or {_listed(self.ignored)} for no label. "
+            f"{self.classes} classes of {self.source}, or {' or '.join(map(str, sorted(self.ignored)))} for no label. "
             "Correct the mask or the list of classes"
         )
 
 
 def read_mask(path: Path, coding: Coding) -> np.ndarray:
-    """Read a mask as classes (H, W) int64 in 0 to K - 1, NO_LABEL for pixels without a class.
-
-    Raises:
-        EvaluationError: as :func:`read_values`, or if the mask has values without a meaning.
-    """
+    """Read a mask as classes (H, W) int64 in 0 to K - 1, NO_LABEL for pixels without a class."""
     return coding.decoded(read_values(path), str(path))
 
 
 def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read the values (H, W) of an index image.
 
-    Args:
-        path: grayscale image of up to 32 bits, or palette image, whose colours are ignored; bool for one bit.
-        max_pixels: larger masks are refused before decoding.
+    Colours of a palette are ignored. An image of one bit gives bool.
 
     Raises:
         EvaluationError: if the file is missing, empty, damaged, too large or no index image.
@@ -107,7 +100,7 @@ def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def _numbers(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
     """Values of an opened mask, after checking its header."""
     _check_header(image, path, max_pixels)
-    stretch = _stretch_of(image)
+    stretch = _STRETCHED.get(raw_mode(image), 1)  # known only before decoding
     return np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
 
 
@@ -128,18 +121,79 @@ def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
         )
 
 
-def _stretch_of(image: Image.Image) -> int:
-    """Factor by which the decoder stretches the values; known only before decoding."""
-    return _STRETCHED.get(raw_mode(image), 1)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, sorted(numbers)))
-
+# --- masks of objects ---
 
 #: The object in masks of 0 and 255 (DAVIS 2016); no object in masks with numbered objects (DAVIS 2017).
 WHITE = 255
 
-
 #: Maximum number of objects in a mask; higher values are shades of gray.
 MAX_OBJECTS = 50
+
+#: Number of mask values that a message shows.
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of a sequence: those in its first mask, as nothing can carry a label to others.
+
+    Attributes:
+        numbers: numbers of the objects in order; 1 for black and white masks.
+        binary: black and white masks, with 255 as the object. Other masks have the objects' numbers, and 255 is no
+            label.
+    """
+
+    numbers: tuple[int, ...]
+    binary: bool
+
+    @classmethod
+    def first(cls, values: np.ndarray, name: str) -> Objects:
+        """The objects in the values (H, W) of a first mask, which errors call ``name``.
+
+        Raises:
+            EvaluationError: if there are none, or the values are neither black and white nor numbers of objects.
+        """
+        there = np.unique(values).tolist()
+        numbers = [value for value in there if value not in (0, WHITE)]
+        if not numbers and WHITE not in there:
+            raise EvaluationError(f"{name}: the first mask is empty: no object to carry a label of")
+        # Next to shades of gray, as from smoothing, 255 is white and does not mark pixels without a label.
+        gray = WHITE in there and numbers != list(range(1, len(numbers) + 1))
+        if gray or any(not 0 < number <= MAX_OBJECTS for number in numbers):
+            raise EvaluationError(_unexpected(there, name))
+        return cls(tuple(numbers) or (1,), not numbers)
+
+    def labels(self, values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Labels of the values (H, W) of a mask, which errors call ``name``.
+
+        Returns:
+            Labels (H, W) int64: numbers of objects, 0 elsewhere, NO_LABEL for pixels without a label; and numbers in
+            the mask that are not in the first one.
+
+        Raises:
+            EvaluationError: if the sequence's masks cannot have these values.
+        """
+        there = np.unique(values).tolist()
+        allowed = {0, WHITE} if self.binary else {*range(MAX_OBJECTS + 1), WHITE}
+        if not allowed.issuperset(there):
+            raise EvaluationError(_unexpected(there, name))
+        if self.binary:
+            return (values == WHITE).astype(np.int64), ()
+        labels = np.where(np.isin(values, self.numbers), values, 0)
+        labels[values == WHITE] = NO_LABEL
+        return labels, tuple(value for value in there if value not in (0, WHITE, *self.numbers))
+
+
+def _unexpected(there: list[int], name: str) -> str:
+    more = ", ..." if len(there) > _SHOWN else ""
+    return (
+        f"{name}: {len(there)} values ({', '.join(map(str, there[:_SHOWN]))}{more}); expected 0 and 255, or numbers of "
+        f"objects from 1 to {MAX_OBJECTS} at most (0 for the background, 255 for no label). Write the mask as PNG, "
+        "without smoothing"
+    )
+
+
+def mask_values(path: Path) -> np.ndarray:
+    """Values of a mask (H, W) int64; 0 and 255 for one with one bit per pixel."""
+    values = read_values(path)
+    return values.astype(np.int64) * (WHITE if values.dtype == bool else 1)

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from denoising_vit.decomposition.options import DenoiseOptions, ExactOptions
 from denoising_vit.errors import PlanError
 
 
 def at_least(options: Any, **least: int) -> None:
-    """Raise PlanError unless each named option is at least this number."""
+    """Raise PlanError unless each named option is at least this number, or None."""
     for name, number in least.items():
-        if getattr(options, name) < number:
-            raise PlanError(f"{name} must be at least {number}, got {getattr(options, name)}")
+        value = getattr(options, name)
+        if value is not None and value < number:
+            raise PlanError(f"{name} must be at least {number}, got {value}")
 
 
 def positive(options: Any, *names: str) -> None:
-    """Raise PlanError unless each named option is a positive number."""
+    """Raise PlanError unless each named option is a positive number, or None."""
     for name in names:
-        if not 0 < getattr(options, name) < math.inf:
-            raise PlanError(f"{name} must be a positive number, got {getattr(options, name)}")
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise PlanError(f"{name} must be a positive number, got {value}")
+
+
+def different(options: Any, **least: int) -> None:
+    """Raise PlanError unless each named option has one number or more, at least this one, and none twice."""
+    for name, number in least.items():
+        values = getattr(options, name)
+        if not values or min(values) < number or len(set(values)) < len(values):
+            raise PlanError(f"{name} must be one number or more, {number} or above and different, got {values}")
 
 
 Preset = Literal["paper", "quick"]
@@ -31,38 +42,38 @@ Preset = Literal["paper", "quick"]
 Pads = Literal["cut", "stretched"]
 
 
-class Trainable(Protocol):
-    """Protocol of a probe: a dataclass with these fields."""
+@dataclass(frozen=True)
+class ProbeProtocol(ABC):
+    """Training of a linear probe; subclasses add the inputs and the evaluation.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    Attributes:
+        preset: the preset it is based on.
+        steps: number of optimizer steps.
+        warmup: steps of linear warm-up.
+        batch: images per step.
+        learning_rate: maximum learning rate.
+        weight_decay: weight decay of AdamW.
+        gradient_limit: maximum norm of the gradients; None for no clipping.
+    """
 
-    @property
-    def steps(self) -> int:
-        """Number of optimizer steps."""
-        ...
+    preset: Preset
+    steps: int
+    warmup: int
+    batch: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    gradient_limit: float | None = None
 
-    @property
-    def warmup(self) -> int:
-        """Number of warm-up steps."""
-        ...
+    @abstractmethod
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step, 0 to steps - 1."""
 
-    @property
-    def batch(self) -> int:
-        """Images per step."""
-        ...
-
-    @property
-    def learning_rate(self) -> float:
-        """Maximum learning rate."""
-        ...
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay of AdamW."""
-        ...
+    def momentum_at(self, step: int) -> float:
+        """AdamW's first beta of a step, 0 to steps - 1."""
+        return 0.9
 
 
-Trained = TypeVar("Trained", bound=Trainable)
+AProtocol = TypeVar("AProtocol", bound=ProbeProtocol)
 
 
 @dataclass(frozen=True)
@@ -89,19 +100,15 @@ class ProbeOptions:
     learning_rate: float | None = None
     weight_decay: float | None = None
 
-    def applied(self, base: Trained, shown: str) -> Trained:
-        """The protocol of the preset with the given options.
-
-        Args:
-            base: protocol of the preset.
-            shown: images in the published protocol, for the message that it takes no size.
-
-        Raises:
-            PlanError: if an option is out of range.
-        """
+    def applied(self, base: AProtocol, shown: str) -> AProtocol:
+        """The protocol of the preset with the given options."""
         if self.size is not None and self.preset == "paper":
             raise PlanError(f"size is for preset quick; paper shows {shown}")
-        self._check()
+        different(self, seeds=0)
+        at_least(self, steps=1, batch=1)
+        positive(self, "learning_rate")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise PlanError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         steps = self.steps or base.steps
         return replace(
             base,
@@ -113,22 +120,10 @@ class ProbeOptions:
             size=self.size,
         )
 
-    def _check(self) -> None:
-        seeds, rate, decay = self.seeds, self.learning_rate, self.weight_decay
-        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise PlanError(f"seeds must be one number or more, 0 or above and different, got {seeds}")
-        for name, value in {"steps": self.steps, "batch": self.batch}.items():
-            if value is not None and value < 1:
-                raise PlanError(f"{name} must be at least 1, got {value}")
-        if rate is not None and not 0 < rate < math.inf:
-            raise PlanError(f"learning_rate must be a positive number, got {rate}")
-        if decay is not None and not 0 <= decay < math.inf:
-            raise PlanError(f"weight_decay must be 0 or more, got {decay}")
-
 
 def recorded(protocol: Any) -> dict[str, Any]:
     """Settings of a protocol for results; later additions are left out at their defaults, so that old results count."""
-    always = {"pads": "cut", "together": None}
+    always = {"pads": "cut", "together": None, "gradient_limit": None}
     return {name: value for name, value in asdict(protocol).items() if name not in always or value != always[name]}
 
 
@@ -212,10 +207,91 @@ class ClusteringOptions:
     def validate(self) -> None:
         """Raise PlanError if an option is out of range."""
         at_least(self, patches=0)
-        for name, least in {"clusters": 1, "seeds": 0}.items():
-            numbers = getattr(self, name)
-            if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
-                raise PlanError(f"{name} must be one number or more, {least} or above and different, got {numbers}")
+        different(self, clusters=1, seeds=0)
+
+
+#: Ranking of the patches of LOST.
+SeedBy = Literal["degree", "norm"]
+
+
+@dataclass(frozen=True)
+class DiscoveryOptions:
+    """Options of LOST, and the overlap at which an object counts as found.
+
+    Attributes:
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the image's
+            own, rounded to the patch grid.
+        seed_by: degree starts from the patch with the fewest similar ones, as published for keys; norm from the one
+            with the largest feature norm.
+        k: number of next patches in the ranking that may help the first to find the others.
+        iou: least intersection over union with an object's box.
+        centred: subtract the image's mean feature first. Patches are similar if their inner product is not negative,
+            which is meaningful only for features around zero.
+    """
+
+    size: int | tuple[int, int] | None = None
+    seed_by: SeedBy = "degree"
+    k: int = 100
+    iou: float = 0.5
+    centred: bool = False
+
+    def validate(self) -> None:
+        """Raise PlanError if an option is out of range."""
+        if self.seed_by not in get_args(SeedBy):
+            raise PlanError(f"seed_by must be one of {', '.join(get_args(SeedBy))}, got {self.seed_by!r}")
+        at_least(self, k=1)
+        if not 0 < self.iou <= 1:
+            raise PlanError(f"iou must be above 0 and at most 1, got {self.iou}")
+
+
+@dataclass(frozen=True)
+class PropagationOptions:
+    """Options of label propagation; the defaults are the published ones except for the size (Caron et al. 2021).
+
+    Attributes:
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the frame's
+            own, rounded to the patch grid. Published: 480 pixels high.
+        context: number of earlier frames that labels are taken from, besides the first one.
+        k: number of most similar patches in the context that vote, more in case of ties.
+        radius: radius of the search window around a patch, in patches; 0 for the whole frame. With larger patches or
+            larger frames, give another one.
+        temperature: temperature of the votes' weights, exp(cosine / temperature).
+    """
+
+    size: int | tuple[int, int] | None = None
+    context: int = 7
+    k: int = 5
+    radius: int = 12
+    temperature: float = 0.1
+
+    def validate(self) -> None:
+        """Raise PlanError if an option is out of range."""
+        at_least(self, context=0, k=1, radius=0)
+        positive(self, "temperature")
+
+
+@dataclass(frozen=True)
+class MatchingOptions:
+    """Options of keypoint matching.
+
+    Attributes:
+        size: height and width of the model's input in pixels, or one number for a square. Without it, the photo's own,
+            rounded to the patch grid.
+        alpha: a match is correct within this share of the larger side of the target object's box; each value gives a
+            line of results.
+        upsample: upsampling factor of the target's features before the search; 1 for the patches themselves.
+    """
+
+    size: int | tuple[int, int] | None = None
+    alpha: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2)
+    upsample: int = 1
+
+    def validate(self) -> None:
+        """Raise PlanError if an option is out of range."""
+        different = len(set(self.alpha)) == len(self.alpha) > 0
+        if not (different and all(0 < one < math.inf for one in self.alpha)):
+            raise PlanError(f"alpha must be one positive number or more, all different, got {self.alpha}")
+        at_least(self, upsample=1)
 
 
 @dataclass(frozen=True)
@@ -233,11 +309,7 @@ class FieldOptions(ExactOptions):
     of: Literal["crop", "image"] = "crop"
 
     def denoising(self) -> DenoiseOptions:
-        """As options of stage 1, without held-out views.
-
-        Raises:
-            PlanError: naming the option, its range, and what came.
-        """
+        """As options of stage 1, without held-out views; PlanError if one is out of range."""
         own = {key: value for key, value in asdict(self).items() if key != "of"}
         options = DenoiseOptions(held_out=0, **own)
         options.validate()

@@ -8,14 +8,14 @@ end is taken on each side. `benchmarks/coverage.py` measures the coverage.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedData
 
 #: Training history for results: [step, loss, main metric or None].
 Curve = list[list[Any]]
@@ -91,57 +91,56 @@ def _hall(quantile: float, skew: float) -> float:
     return float(3 / skew * (np.cbrt(1 + skew * (quantile - skew / 6)) - 1))
 
 
-class Outcome(Protocol):
-    """Result of a task for each item: an image, a pair of images, an object."""
+class Outcome(ABC):
+    """Result of a task for each item: an image, a pair of images, an object. Subclasses are dataclasses of arrays.
+
+    Attributes:
+        groups: (items,) int64; items with the same number are left out together, such as the frames of a video.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    groups: np.ndarray
 
     @property
     def items(self) -> int:
         """Number of items."""
-        ...
+        return len(self.groups)
 
     @property
-    def groups(self) -> np.ndarray:
-        """(items,) int64: items with the same number are left out together, such as the frames of a video."""
-        ...
-
-    @property
+    @abstractmethod
     def there(self) -> np.ndarray:
         """(items,) bool: True for items that count in the main metric."""
-        ...
 
+    @abstractmethod
     def scored(self) -> dict[str, float]:
         """Metrics over all items, the main one first."""
-        ...
 
+    @abstractmethod
     def drawn(self, weights: np.ndarray) -> np.ndarray:
         """Main metric (rows,) for weights (rows, items) of the items; NaN if undefined."""
-        ...
 
-    def classes(self, data: JudgedData) -> dict[str, dict[str, float | None]]:
-        """Metrics of each class, if there are classes."""
-        ...
+    def classes(self, data: Any) -> dict[str, dict[str, float | None]]:
+        """Metrics of each class of the data, if there are classes."""
+        return {}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Arrays that :meth:`of` restores the outcome from."""
-        ...
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Restore an outcome from its arrays.
-
-        Raises:
-            KeyError: if one is missing.
-        """
-        ...
+        """Restore an outcome from its arrays; KeyError if one is missing."""
+        return cls(**{one.name: arrays[one.name] for one in fields(cls) if one.init})
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Measured(Outcome):
     """Metrics of each item; the task's metrics are their means. Subclasses name them, the main one first.
 
     Attributes:
         values: (items, metrics) float64; NaN leaves an item out of that mean.
-        groups: (items,) int64; items with the same number are left out together for intervals.
+        groups: as in :class:`Outcome`.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ()
@@ -157,21 +156,12 @@ class Measured:
             )
 
     @property
-    def items(self) -> int:
-        """Number of items."""
-        return len(self.values)
-
-    @property
     def there(self) -> np.ndarray:
         """(items,) bool: True for items with the main metric."""
         return ~np.isnan(self.values[:, 0])
 
     def scored(self) -> dict[str, float]:
-        """Means over items.
-
-        Raises:
-            EvaluationError: if no item has the main metric.
-        """
+        """Means over items; EvaluationError if none has the main metric."""
         if not self.there.any():
             raise EvaluationError(f"none of {self.items} items has a value of {self.METRICS[0]}")
         there = ~np.isnan(self.values)
@@ -185,19 +175,6 @@ class Measured:
         counts = weights[:, there].sum(1)
         sums = weights[:, there] @ main[there]
         return np.divide(sums, counts, out=np.full(len(weights), np.nan), where=counts > 0)
-
-    def classes(self, data: JudgedData) -> dict[str, dict[str, float | None]]:
-        """Empty: items have no classes."""
-        return {}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Both arrays."""
-        return {"values": self.values, "groups": self.groups}
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Restore an outcome from its arrays."""
-        return cls(arrays["values"], arrays["groups"])
 
 
 def paired_interval(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:

@@ -14,19 +14,9 @@ from denoising_vit.views.plan import linear_weights
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:
-    """Pixels of each class in each patch of a crop; the last column counts pixels without a label.
+    """Pixels of each class in each patch of a crop, (h, w, K + 1) int64; the last column is of pixels without a label.
 
     Each pixel of the mask counts once, for the patch with the nearest centre. Nothing is resampled.
-
-    Args:
-        labels: (H, W) labels of the image, NO_LABEL where there is none.
-        crop: the crop.
-        classes: number of classes, K.
-        patch_size: side of a patch in pixels of the rendered crop.
-        stride: distance between patches in pixels.
-
-    Returns:
-        (h, w, K + 1) int64.
     """
     h, w = (patch_count(side, patch_size, stride) for side in crop.padded)
     rows, columns = crop.places(*labels.shape)
@@ -65,24 +55,32 @@ def to_pixels(
 ) -> Tensor:
     """Interpolate scores (h, w, K) of patches bilinearly to the pixels of a crop, without pads: (H, W, K).
 
-    Args:
-        scores: scores of the crop's patches.
-        crop: the crop.
-        patch_size: side of a patch in pixels.
-        stride: distance between patches in pixels.
-        stretched: as in :meth:`Crop.places_shown`; up to 3 pixels off at 512.
+    ``stretched`` is as in :meth:`Crop.places_shown`; up to 3 pixels off at 512.
     """
     return at_places(scores, *crop.places_shown(stretched), patch_size, stride)
 
 
 def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float) -> Tensor:
     """Interpolate scores (h, w, K) of patches bilinearly at rows and columns in pixels: (rows, columns, K)."""
+    return torch.einsum("yh,hwk,xw->yxk", *_weighted(scores, rows, columns, patch_size, stride))
+
+
+def at_points(scores: Tensor, points: np.ndarray, patch_size: float, stride: float) -> Tensor:
+    """As :func:`at_places` at points (n, 2), each a row and a column: (n, K)."""
+    rows, columns = points.T
+    return torch.einsum("nh,hwk,nw->nk", *_weighted(scores, rows, columns, patch_size, stride))
+
+
+def _weighted(
+    scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (n, h) of the patches at rows, scores (h, w, K), and weights (m, w) at columns."""
     down, across = (
         # linear_weights has nodes at cell centres: patch k is at (k + 0.5) / patches.
         torch.from_numpy(linear_weights(((places - patch_size / 2) / stride + 0.5) / patches, patches)).to(scores)
         for places, patches in ((rows, scores.shape[0]), (columns, scores.shape[1]))
     )
-    return torch.einsum("yh,hwk,xw->yxk", down, scores, across)
+    return down, scores, across
 
 
 def to_image(scores: Tensor, height: int, width: int) -> Tensor:

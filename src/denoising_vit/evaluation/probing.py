@@ -1,18 +1,25 @@
-"""Training a probe with AdamW; an interrupted training resumes."""
+"""Training a probe with AdamW on random samples; an interrupted training resumes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from denoising_vit.errors import FitError
+from denoising_vit.evaluation import outcomes
+from denoising_vit.evaluation.data import EvaluationImage
+from denoising_vit.evaluation.options import ProbeProtocol
+from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import atomic_path
 
 #: Random stream of the order of images; crops have others.
@@ -33,35 +40,11 @@ def _order(images: int, epoch: int, seed: int) -> np.ndarray:
 Probe = TypeVar("Probe", bound=nn.Module)
 
 
+#: Number of threads that decode and render samples.
+_THREADS = 4
+
 #: Steps between two checkpoints.
 _CHECKPOINT_EVERY = 1_000
-
-
-class Schedule(Protocol):
-    """Schedule of a probe's training."""
-
-    @property
-    def steps(self) -> int:
-        """Number of optimizer steps."""
-        ...
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay of AdamW."""
-        ...
-
-    @property
-    def gradient_limit(self) -> float | None:
-        """Maximum norm of the gradients; None for no clipping."""
-        ...
-
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, 0 to steps - 1."""
-        ...
-
-    def momentum_at(self, step: int) -> float:
-        """First beta of AdamW in a step."""
-        ...
 
 
 @dataclass
@@ -76,11 +59,17 @@ class Curve:
     losses: list[tuple[int, float]] = field(default_factory=list)
     looks: list[tuple[int, float]] = field(default_factory=list)
 
+    @property
+    def entries(self) -> outcomes.Curve:
+        """As in results: [step, loss, score or None]."""
+        scores = {step: score for step, score in self.looks if math.isfinite(score)}
+        return [[step, loss, scores.get(step)] for step, loss in self.losses]
+
 
 def train(
     probe: Probe,
     loss_of: Callable[[Probe, int], Tensor],
-    schedule: Schedule,
+    protocol: ProbeProtocol,
     *,
     checkpoint: Path | None = None,
     look: Callable[[Probe], float] | None = None,
@@ -92,7 +81,7 @@ def train(
     Args:
         probe: the probe with its initial weights.
         loss_of: returns the loss of a step; it depends on the step alone, so that training can resume at any step.
-        schedule: steps, learning rates, weight decay.
+        protocol: steps, learning rates, weight decay.
         checkpoint: file that the state is saved to every thousand steps; an interrupted training resumes from it.
         look: returns the score on the validation images, for the history only.
         looks: number of entries in the history.
@@ -101,32 +90,32 @@ def train(
     Raises:
         FitError: if a loss is not finite.
     """
-    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=protocol.weight_decay)
     curve, losses, start = _restore(checkpoint, probe, optimizer)
     probe.train()
     for _ in range(start):
         progress()
-    for step in range(start, schedule.steps):
+    for step in range(start, protocol.steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate_at(step)
-            group["betas"] = schedule.momentum_at(step), group["betas"][1]
+            group["lr"] = protocol.learning_rate_at(step)
+            group["betas"] = protocol.momentum_at(step), group["betas"][1]
         loss = loss_of(probe, step)
         if not torch.isfinite(loss):
             raise FitError(f"the probe's loss is {float(loss.detach())} at step {step}; try a smaller learning_rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if schedule.gradient_limit is not None:
-            nn.utils.clip_grad_norm_(probe.parameters(), schedule.gradient_limit)
+        if protocol.gradient_limit is not None:
+            nn.utils.clip_grad_norm_(probe.parameters(), protocol.gradient_limit)
         optimizer.step()
         losses.append(float(loss.detach()))
         done = step + 1
-        if done * looks // schedule.steps > step * looks // schedule.steps:
+        if done * looks // protocol.steps > step * looks // protocol.steps:
             curve.losses.append((done, sum(losses) / len(losses)))
             losses.clear()
             if look is not None:
                 curve.looks.append((done, look(probe.eval())))
                 probe.train()
-        if checkpoint is not None and done % _CHECKPOINT_EVERY == 0 and done < schedule.steps:
+        if checkpoint is not None and done % _CHECKPOINT_EVERY == 0 and done < protocol.steps:
             _save(checkpoint, probe, optimizer, curve, losses, done)
         progress()
     probe.eval()
@@ -155,3 +144,56 @@ def _restore(path: Path | None, probe: nn.Module, optimizer: torch.optim.Optimiz
     except Exception as error:  # torch raises many kinds for damaged files
         kind = type(error).__name__
         raise FitError(f"{path}: damaged checkpoint ({kind}); delete it to restart this training") from error
+
+
+# --- samples ---
+
+
+class Samples(Protocol):
+    """Training samples of a probe."""
+
+    @property
+    def channels(self) -> int:
+        """Number of feature channels, C."""
+        ...
+
+    def loss(self, probe: Any, step: int) -> Tensor:
+        """Loss of a step's batch; it depends on the step alone, so that training can resume at any step."""
+        ...
+
+
+Sample = TypeVar("Sample")
+Image = TypeVar("Image", bound=EvaluationImage)
+
+
+class RandomSamples(ABC, Generic[Image, Sample]):
+    """Random samples of each step, rendered in threads, a step ahead where an accelerator does the forward passes."""
+
+    def __init__(self, source: FeatureSource, images: Sequence[Image], protocol: ProbeProtocol, seed: int) -> None:
+        self._source, self._images, self._seed = source, images, seed
+        self._batch, self._steps = protocol.batch, protocol.steps
+        self._prefetch = source.device.type != "cpu"
+        self._pool = ThreadPoolExecutor(_THREADS, "render", torch.set_num_threads, (torch.get_num_threads(),))
+        self._ahead: dict[int, list[Future[Sample]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @abstractmethod
+    def _draw(self, index: int, step: int, place: int) -> Sample:
+        """A sample of an image. Only index, step and place in the batch decide it, so that training can resume."""
+
+    def take(self, step: int) -> list[Sample]:
+        """The samples of a step, which is then forgotten."""
+        self._submit(step)
+        if self._prefetch and step + 1 < self._steps:
+            self._submit(step + 1)
+        return [future.result() for future in self._ahead.pop(step)]
+
+    def _submit(self, step: int) -> None:
+        if step not in self._ahead:
+            batch = chosen(len(self._images), self._batch, step, self._seed)
+            self._ahead[step] = [self._pool.submit(self._draw, index, step, place) for place, index in enumerate(batch)]

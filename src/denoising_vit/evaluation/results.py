@@ -118,9 +118,6 @@ class Record:
 class Results:
     """A results file that lines are appended to.
 
-    Args:
-        path: the file; created if it does not exist.
-
     Raises:
         EvaluationError: if the file holds something else or cannot be written to.
     """
@@ -153,11 +150,7 @@ class Results:
         return list(self._done.values())
 
     def add(self, record: Record) -> dict[str, Any]:
-        """Append a line, replacing an incomplete last one; return it as parsed.
-
-        Raises:
-            EvaluationError: if it cannot be written.
-        """
+        """Append a line, replacing an incomplete last one; return it as parsed."""
         line = record.to_line()
         try:
             self._drop_incomplete()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.outcomes import Outcome
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
+class Counts(Outcome):
     """Counts of pixels or patches in each image, (images, K) int64 each.
 
     Attributes:
@@ -26,34 +27,22 @@ class Counts:
     hits: np.ndarray
     truth: np.ndarray
     predicted: np.ndarray
+    groups: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", np.arange(len(self.hits)))  # each image is one
 
     @classmethod
     def joined(cls, parts: Sequence[Counts]) -> Counts:
-        """Concatenate the images of several counts.
-
-        Raises:
-            EvaluationError: if there are none.
-        """
+        """Concatenate the images of one or more counts."""
         if not parts:
             raise EvaluationError("no predictions to score; expected those of at least one image")
-        return cls(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("hits", "truth", "predicted"))
-        )
+        return cls(*map(np.concatenate, zip(*(part.arrays().values() for part in parts), strict=True)))
 
     @classmethod
     def nothing(cls, classes: int) -> Counts:
         """Counts of one image without labels."""
         return cls(*(np.zeros((1, classes), dtype=np.int64) for _ in range(3)))
-
-    @property
-    def items(self) -> int:
-        """Number of images."""
-        return len(self.hits)
-
-    @property
-    def groups(self) -> np.ndarray:
-        """One group for each image."""
-        return np.arange(self.items)
 
     @property
     def there(self) -> np.ndarray:
@@ -62,15 +51,10 @@ class Counts:
 
     def only(self, classes: Sequence[int]) -> Counts:
         """Counts of some classes; pixels of other classes still count if they were predicted as one of these."""
-        chosen = list(classes)
-        return Counts(self.hits[:, chosen], self.truth[:, chosen], self.predicted[:, chosen])
+        return Counts(*(values[:, list(classes)] for values in self.arrays().values()))
 
     def scored(self) -> dict[str, float]:
-        """mIoU, mAcc and aAcc in percent.
-
-        Raises:
-            EvaluationError: if no pixel has a label, or there is only one class.
-        """
+        """mIoU, mAcc and aAcc in percent, if :func:`scores` are defined."""
         found = scores(self)
         return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
 
@@ -87,23 +71,11 @@ class Counts:
         names = data.scored
         return {name: {"IoU": found.iou[k], "Acc": found.acc[k]} for k, name in enumerate(names)}
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The three counts."""
-        return {"hits": self.hits, "truth": self.truth, "predicted": self.predicted}
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Restore counts from their arrays."""
-        return cls(arrays["hits"], arrays["truth"], arrays["predicted"])
-
 
 def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
     """Counts of one image.
 
-    Args:
-        predicted: predicted classes 0 to K - 1, of any shape.
-        truth: true classes of the same shape; NO_LABEL is ignored.
-        classes: number of classes, K.
+    The predicted classes, 0 to K - 1, have the shape of the true ones, of which NO_LABEL is ignored.
 
     Raises:
         EvaluationError: if the shapes differ, or nothing was predicted.

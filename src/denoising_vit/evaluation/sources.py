@@ -13,7 +13,7 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe, weights_key
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage
+from denoising_vit.evaluation.data import EvaluationImage
 from denoising_vit.extractors import Extractor
 from denoising_vit.store import FeatureStore
 from denoising_vit.training_free import AveragedViT
@@ -57,7 +57,7 @@ class FeatureSource(ABC):
         self.patch_size, self.stride, self.device = backbone.patch_size, backbone.stride, backbone.device
 
     @abstractmethod
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """Input of the forward pass for a crop of an image; inputs of one padded size can be stacked."""
 
     @abstractmethod
@@ -100,12 +100,7 @@ class FeatureSource(ABC):
 class ExtractorSource(FeatureSource):
     """Features of an extractor: raw, minus G, denoised or distilled.
 
-    Args:
-        name: name in messages and tables.
-        backbone: backbone with the patch grid and normalisation.
-        extractor: the extractor; by default the backbone itself.
-        identity: JSON values that decide the features besides the backbone.
-        normalisation: mean and std of the images; by default the backbone's own.
+    By default the extractor is the backbone itself, and images have the backbone's own mean and std.
     """
 
     def __init__(
@@ -120,7 +115,7 @@ class ExtractorSource(FeatureSource):
         self._extractor, self._normalisation = extractor or backbone, normalisation
         self._mean, self._std = normalisation or (backbone.mean, backbone.std)
 
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """The rendered crop, (3, H, W) normalised, on the CPU."""
         return crop.render(to_image(image.pixels()), self._mean, self._std, colour)
 
@@ -166,12 +161,8 @@ class ClassTokens(ExtractorSource):
 class FieldSource(FeatureSource):
     """Semantic fields from stores, sampled at any crop; colour augmentation has no effect.
 
-    Args:
-        name: name in messages and tables.
-        backbone: backbone with the patch grid.
-        stores: store of each split by name; its ids are those of the images.
-        identity: JSON values that decide the fields.
-        of_crops: True if each crop was fitted as an image of its own.
+    The stores of the splits have the ids of the images. ``of_crops`` says that each crop was fitted as an image of its
+    own.
     """
 
     def __init__(
@@ -186,7 +177,7 @@ class FieldSource(FeatureSource):
         super().__init__(name, backbone, identity, cached=False)  # the stores are on disk already
         self._stores, self._of_crops = dict(stores), of_crops
 
-    def inputs(self, image: JudgedImage, crop: Crop, colour: Colour | None = None) -> Tensor:
+    def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
         """F at the patches of the crop, (h, w, C)."""
         nodes = self._stores[image.split][image.id].field
         crop = Crop.whole(crop.size) if self._of_crops else crop
@@ -197,11 +188,7 @@ class FieldSource(FeatureSource):
         return self._checked(inputs.to(self.device))
 
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Not supported: fields have no forward pass.
-
-        Raises:
-            EvaluationError: always.
-        """
+        """Raise EvaluationError: fields have no forward pass."""
         raise EvaluationError(
             f"{self.name}: fields of stage 1 belong to the original images, not to rotated or recoloured ones as in "
             "the published training; evaluate them with --preset quick"

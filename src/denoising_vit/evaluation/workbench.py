@@ -4,17 +4,20 @@ A task is one module with an options dataclass and one function that yields line
 
     def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
         options.validate()
-        data = bench.labelled
-        yield from bench.compare(names, Task("knn", evaluate, settings, seeds=(0,), size=options.size))
+        task = bench.untrained("knn", nearest_neighbours, bench.labelled, options)
+        yield from bench.compare(names, task)
 
-``evaluate(source, seeds)`` yields ``(seed, outcome, curve)``; an outcome holds one value per item (see `outcomes`), so
-that the difference between two sources gets a paired interval. A task that trains nothing calls `Workbench.measure`
-instead, with ``find(source, advance) -> outcome``. A new task adds its module, a line in `results.TASKS`, and a line in
-the table of verbs.
+The first source is the reference of the others. A task raises PlanError if an option is out of range, SizeError if the
+size does not fit the patch grid, and EvaluationError if the data are of another kind or a name is unknown.
+
+A score holds one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
+task that trains has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task adds its module, a
+line in `results.TASKS`, and a line in the table of verbs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -33,7 +36,7 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitError, EvaluationError
-from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.data import EvaluationData
 from denoising_vit.evaluation.features import FeatureCache, Shown, check_size
 from denoising_vit.evaluation.fields import fitted_fields
 from denoising_vit.evaluation.labelled import LabelledData
@@ -64,9 +67,9 @@ class Task:
         size: height and width in pixels at which images are shown; None for their own size.
         outcome: type of the outcomes.
         over: groups of items that intervals are taken over.
-        normalisation: mean and std of the images; None for the backbone's own.
+        normalisation: of the images: the backbone's own, or ImageNet's.
         crops: crops by split, if stage 1 fits each crop as an image of its own.
-        whole_fields: True if crops are evaluated with fields of whole images.
+        whole_fields: crops are evaluated with fields of whole images, which the identity of these fields records.
         published: model and variant of the published row that is measured.
     """
 
@@ -77,10 +80,13 @@ class Task:
     size: int | tuple[int, int] | None = None
     outcome: type[Outcome] = Counts
     over: str = "images"
-    normalisation: Normalisation | None = None
+    normalisation: Literal["own", "imagenet"] = "own"
     crops: Mapping[str, Sequence[Shown]] | None = None
-    beyond: bool = False
+    whole_fields: bool = False
     published: dict[str, str] | None = None
+
+
+Data = TypeVar("Data", bound=EvaluationData)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +106,10 @@ class Workbench:
         cleaners: what cleans the features.
         extractors: further sources by name: extractor(image (B, 3, H, W)) -> (B, h, w, C). Caches and results identify
             them by their name.
-        watch: progress reporting.
+        progress: progress reporting.
     """
 
-    data: JudgedData
+    data: EvaluationData
     backbone: Backbone
     spec: BackboneSpec
     results: Results
@@ -114,12 +120,18 @@ class Workbench:
     fields_of: Literal["crop", "image"] = "crop"
     cleaners: Cleaners = Cleaners()  # noqa: RUF009, frozen
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
-    watch: Progress = no_progress
+    progress: Progress = no_progress
 
     @cached_property
     def cache(self) -> FeatureCache:
         """Cached features on disk."""
         return FeatureCache(self.folder / "features", self.cache_bytes)
+
+    def data_of(self, kind: type[Data], expected: str) -> Data:
+        """The data, or EvaluationError with what was expected if they are of another kind."""
+        if not isinstance(self.data, kind):
+            raise EvaluationError(f"{self.data.name}: expected {expected}, got {self.data.layout}")
+        return self.data
 
     @property
     def labelled(self) -> LabelledData:
@@ -128,10 +140,47 @@ class Workbench:
         Raises:
             EvaluationError: if they have none, or fewer than two to score.
         """
-        if not isinstance(self.data, LabelledData):
-            raise EvaluationError(f"{self.data.name}: expected photos with masks of classes, got {self.data.layout}")
-        self.data.require_two_classes()
-        return self.data
+        data = self.data_of(LabelledData, "photos with masks of classes")
+        data.require_two_classes()
+        return data
+
+    def images_of(
+        self, source: FeatureSource, items: str = "images", count: int | None = None
+    ) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Report the progress of a source over so many items; by default over all images of the data."""
+        total = sum(len(images.images) for images in self.data.splits) if count is None else count
+        return self.progress(f"{source.name}: {items}", total)
+
+    def untrained(
+        self,
+        name: str,
+        score: Callable[..., Outcome],
+        data: EvaluationData,
+        options: Any,
+        *,
+        items: str = "images",
+        count: int | None = None,
+        **fields: Any,
+    ) -> Task:
+        """A task that trains nothing.
+
+        Args:
+            name: a key of `results.TASKS`.
+            score: ``score(source, data, options, cache=..., progress=...)`` returns the outcome of a source.
+            data: the data, of the kind that the task needs.
+            options: a dataclass with a ``size`` and optionally a ``seed``; the rest are settings.
+            items: what progress counts.
+            count: number of them; by default that of all images.
+            fields: further attributes of the task.
+        """
+        settings = asdict(options)
+        seed = settings.pop("seed", 0)
+
+        def evaluate(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
+            with self.images_of(source, items, count) as advance:
+                yield seed, score(source, data, options, cache=self.cache, progress=advance), []
+
+        return Task(name, evaluate, settings, (seed,), options.size, **fields)
 
     def compare(self, names: Sequence[str], task: Task) -> Iterator[Line]:
         """Evaluate sources by name in turn; the first is the reference of the others.
@@ -148,55 +197,8 @@ class Workbench:
             raise EvaluationError(f"unknown features {', '.join(unknown)}; choose from {', '.join(known)}")
         yield from self.evaluate(task, {name: functools.partial(self._source, name, task) for name in names})
 
-    def measure(
-        self,
-        names: Sequence[str],
-        find: Callable[[FeatureSource, Callable[[], None]], Outcome],
-        options: Any,
-        *,
-        task: str,
-        looks: str,
-        count: int,
-        outcome: type[Outcome] = Counts,
-        over: str = "images",
-        crops: Mapping[str, Sequence[Shown]] | None = None,
-        beyond: bool = False,
-    ) -> Iterator[Line]:
-        """Evaluate sources by a task that trains nothing.
-
-        Args:
-            names: names of the sources.
-            find: returns the outcome of a source; calls its second argument after each item.
-            options: options of the task, a dataclass with a ``size`` and optionally a ``seed``.
-            task: name of the task.
-            looks: name of the items for progress reporting.
-            count: number of items.
-            outcome: type of the outcome.
-            over: groups of items that intervals are taken over.
-            crops: as in :class:`Task`.
-            beyond: as in :class:`Task`.
-
-        Raises:
-            SizeError: if the size does not fit the patch grid.
-            EvaluationError: if a name is unknown.
-        """
-        settings = asdict(options)
-        seed = settings.pop("seed", 0)
-
-        def evaluate(source: FeatureSource, _seeds: tuple[int, ...]) -> Iterator[tuple[int, Outcome, Curve]]:
-            with self.watch(f"{source.name}: {looks}", count) as advance:
-                yield seed, find(source, advance), []
-
-        found = Task(task, evaluate, settings, (seed,), options.size, outcome, over, crops=crops, beyond=beyond)
-        yield from self.compare(names, found)
-
     def evaluate(self, task: Task, sources: Mapping[str, Callable[[], FeatureSource]]) -> Iterator[Line]:
-        """Evaluate sources in turn; a failure is recorded, and the next source evaluated.
-
-        Args:
-            task: the task.
-            sources: functions that make the sources, by name. The first source is the reference of the others.
-        """
+        """Evaluate sources in turn; a failure is recorded, and the next source evaluated."""
         reference: _Reference | None = None
         for number, (name, make) in enumerate(sources.items()):
             record = self._record(task, name)
@@ -295,8 +297,10 @@ class Workbench:
             return self._fields(name, task)
         else:
             extractor, identity = self.cleaners.extractor(name, self.backbone)
-        shown = {} if task.normalisation is None else {"normalisation": "imagenet"}
-        return ExtractorSource(name, self.backbone, extractor, identity | shown, task.normalisation)
+        if task.normalisation == "own":
+            return ExtractorSource(name, self.backbone, extractor, identity)
+        identity = identity | {"normalisation": task.normalisation}
+        return ExtractorSource(name, self.backbone, extractor, identity, IMAGENET)
 
     def _fields(self, name: str, task: Task) -> FeatureSource:
         if self.exact.method != "exact":
@@ -310,9 +314,9 @@ class Workbench:
             replace(self.exact, size=self.exact.size or task.size, held_out=0),
             artifact=self.cleaners.artifact,
             crops=task.crops,
-            progress=self.watch,
+            progress=self.progress,
         )
-        if task.beyond:
+        if task.whole_fields:
             source.identity = source.identity | {"of": "image"}
         return source
 

@@ -158,12 +158,7 @@ class Row:
 
 
 def list_rows(data: Path, lines: Sequence[dict[str, Any]] = ()) -> list[Row]:
-    """Every published row with the status of its steps.
-
-    Args:
-        data: folder with the benchmarks.
-        lines: existing lines of results.
-    """
+    """Every published row with the status of its steps."""
     return [_row(row, data, lines) for row in published_rows()]
 
 

@@ -13,7 +13,7 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.evaluation import depth
-from denoising_vit.evaluation.data import JudgedData
+from denoising_vit.evaluation.data import EvaluationData
 from denoising_vit.evaluation.labelled import open_labelled
 from denoising_vit.evaluation.results import Results
 from denoising_vit.evaluation.segmentation import RELEASED, Protocol, by_protocol
@@ -51,7 +51,7 @@ def reproduce_row(
     run: Mapping[str, Any],
     seed: int = 0,
     protocols: Protocols | None = None,
-    watch: Progress = no_progress,
+    progress: Progress = no_progress,
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
     """Run the steps of a row that are ready, by the published protocol.
 
@@ -65,7 +65,7 @@ def reproduce_row(
         run: command, hardware and software, for the record.
         seed: seed for the probe, the denoiser and the distillation.
         protocols: protocols of the steps; the published ones by default.
-        watch: progress reporting.
+        progress: progress reporting.
 
     Yields:
         The step and its line of results; for unusable data only the reason, under ``failed``.
@@ -77,23 +77,23 @@ def reproduce_row(
         if step.status not in ("ready", "done"):
             continue
         if made is None:
-            made = _made(row, data, backbone, folder, protocols, watch, seed)
+            made = _made(row, data, backbone, folder, protocols, progress, seed)
         try:
-            with watch(f"images of {step.benchmark.name} read", None) as advance:
-                judged = _opened(step.benchmark, data, advance)
+            with progress(f"images of {step.benchmark.name} read", None) as advance:
+                opened = _opened(step.benchmark, data, advance)
         except DenoisingVitError as error:  # the other benchmark may be as it should be
             yield step, {"failed": str(error), "metrics": {}, "skipped": []}
             continue
         features = VARIANTS_MADE[row.published.variant].features
         bench = Workbench(
-            data=judged,
+            data=opened,
             backbone=_as_segmented(backbone, features) if step.benchmark.task == "segmentation" else backbone,
             spec=spec,
             results=results,
             folder=folder,
             run=run,
             cleaners=Cleaners(denoiser=made.denoiser, distilled=made.distilled),
-            watch=watch,
+            progress=progress,
         )
         for line, _ in _lines(bench, features, step.benchmark, protocols, seed, published):
             yield step, line
@@ -115,7 +115,7 @@ def _as_segmented(backbone: Backbone, features: str) -> Backbone:
 
 
 def _made(
-    row: Row, data: Path, backbone: Backbone, folder: Path, protocols: Protocols, watch: Progress, seed: int
+    row: Row, data: Path, backbone: Backbone, folder: Path, protocols: Protocols, progress: Progress, seed: int
 ) -> _Made:
     """Train the denoiser and the distilled model of a row, unless they exist."""
     model, variant = row.published.model, VARIANTS_MADE[row.published.variant]
@@ -125,11 +125,11 @@ def _made(
     # Rows with the same photos share the denoiser.
     photos = "" if variant.denoiser is VOC_PHOTOS else "imgnet-"
     place = folder / f"denoiser-{photos}{model}-{seed}"
-    denoiser = trained_denoiser(backbone, data, variant.denoiser, place, protocols.recipe, watch, seed)
+    denoiser = trained_denoiser(backbone, data, variant.denoiser, place, protocols.recipe, progress, seed)
     if variant.distilled is None:
         return _Made(denoiser=str(denoiser))
     place, how = folder / f"distilled-{photos}{model}-{seed}", protocols.distilling
-    distilled = distilled_model(backbone, denoiser, data, variant.distilled, place, how, watch, seed)
+    distilled = distilled_model(backbone, denoiser, data, variant.distilled, place, how, progress, seed)
     return _Made(distilled=str(distilled))
 
 
@@ -141,7 +141,7 @@ class _Made:
     distilled: str | None = None
 
 
-def _opened(benchmark: Benchmark, data: Path, progress: Callable[[], None]) -> JudgedData:
+def _opened(benchmark: Benchmark, data: Path, progress: Callable[[], None]) -> EvaluationData:
     place = data / benchmark.place
     if benchmark is NYU:
         return depth.open_depth(place, progress=progress)

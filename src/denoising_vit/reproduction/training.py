@@ -18,7 +18,7 @@ from denoising_vit.reproduction.rows import TrainingPhotos
 from denoising_vit.training.options import ViewOptions
 
 #: List of a folder's validation photos, beside it.
-_JUDGED_ON = Path("ImageSets", "Segmentation", "val.txt")
+_EVALUATED_ON = Path("ImageSets", "Segmentation", "val.txt")
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,10 @@ def trained_denoiser(
     where: TrainingPhotos,
     folder: Path,
     recipe: DenoiserRecipe,
-    watch: Progress,
+    progress: Progress,
     seed: int = 0,
 ) -> Path:
     """Fit the photos and train the denoiser of a backbone; a finished or interrupted run is resumed.
-
-    Args:
-        backbone: the row's model.
-        data: folder with the photos' folders.
-        where: the photos.
-        folder: run folder.
-        recipe: training recipe.
-        watch: progress reporting.
-        seed: seed for the training.
 
     Returns:
         File of the denoiser after the last step, as published.
@@ -75,8 +66,8 @@ def trained_denoiser(
     source = Photos(photos, recipe.denoising)
     job = TrainJob.prepare(source, folder, backbone, training, recipe.views, resume=(folder / "run.json").is_file())
     if not job.folder.is_over(training.steps):
-        job.fill(watch)
-        with watch("steps of the denoiser", training.steps) as advance:
+        job.fill(progress)
+        with progress("steps of the denoiser", training.steps) as advance:
             job.training().run(lambda _step, _figures: advance())
     return job.folder.last
 
@@ -99,8 +90,8 @@ def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Datase
     for place in where.places:
         folder = data / place
         if folder.is_dir():
-            judged = folder.parent / _JUDGED_ON
-            names = set(judged.read_text().split()) if judged.is_file() else set()
+            evaluated = folder.parent / _EVALUATED_ON
+            names = set(evaluated.read_text().split()) if evaluated.is_file() else set()
             found = [item for item in open_dataset(folder) if Path(item.id).stem not in names]
             items += [replace(item, id=f"{folder.parent.name}/{item.id}") for item in found]
     chosen = spread(len(items), count)
@@ -142,20 +133,10 @@ def distilled_model(
     where: TrainingPhotos,
     folder: Path,
     recipe: DistilledRecipe,
-    watch: Progress,
+    progress: Progress,
     seed: int = 0,
 ) -> Path:
     """Distil a backbone from its denoiser; a finished or interrupted run is resumed.
-
-    Args:
-        backbone: the row's model, which is not changed.
-        denoiser: file of the denoiser.
-        data: folder with the photos' folder.
-        where: the photos.
-        folder: run folder.
-        recipe: training recipe.
-        watch: progress reporting.
-        seed: seed for the training.
 
     Returns:
         File of the weights after the last step, as published.
@@ -168,6 +149,6 @@ def distilled_model(
     training, begun = replace(recipe.training, seed=seed), (folder / "run.json").is_file()
     job = DistillJob.prepare(photos, folder, backbone, training, recipe.views, denoiser=denoiser, resume=begun)
     if not job.folder.is_over(job.options.steps):
-        with watch("steps of the distillation", job.options.steps) as advance:
+        with progress("steps of the distillation", job.options.steps) as advance:
             job.training().run(lambda _step, _figures: advance())
     return job.folder.last

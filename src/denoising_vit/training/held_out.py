@@ -24,7 +24,7 @@ BATCH, SHOWN = 8, 4
 _PLACED = 8
 
 
-class Agreement:
+class TargetSimilarity:
     """Mean cosine and squared error of features and targets, accumulated over batches."""
 
     def __init__(self) -> None:

@@ -1,10 +1,8 @@
 # The names of this room and where each is defined: read by type checkers, and by lazy_loader on first use.
 from .davis import ClipData, Frame, open_clips
-from .evaluate import matching, open_correspondence, propagation
-from .keypoint_matching import Matched, match
-from .label_propagation import Propagated, propagate
-from .options import MatchingOptions, PropagationOptions
-from .pairs import KeypointPair, PairData, PairedPhoto, PairSet, open_pairs
+from .keypoint_matching import Matched, MatchingOptions, match, matching
+from .label_propagation import Propagated, PropagationOptions, propagate, propagation
+from .pairs import KeypointPair, PairData, PairedPhoto, PairSet, open_correspondence, open_pairs
 
 __all__ = [
     "ClipData",

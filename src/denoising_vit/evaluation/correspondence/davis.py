@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.errors import EvaluationError, PhotoError
-from denoising_vit.evaluation.correspondence.objects import Objects, mask_values
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described
 from denoising_vit.evaluation.layouts import (
     Layout,
+    Unread,
     at_most,
+    by_stem,
     check_same_size,
     find_layout,
     folders_in,
@@ -29,6 +30,7 @@ from denoising_vit.evaluation.layouts import (
     readable,
     require_usable,
 )
+from denoising_vit.evaluation.masks import Objects, mask_values
 
 #: Folders of frames and masks, with a folder per resolution and then per sequence.
 _FRAMES, _MASKS = "JPEGImages", "Annotations"
@@ -38,7 +40,7 @@ _RESOLUTIONS = ("480p", "Full-Resolution", "1080p")
 
 
 @dataclass(frozen=True)
-class Frame(JudgedImage):
+class Frame(EvaluationImage):
     """One frame of a sequence.
 
     Attributes:
@@ -76,7 +78,7 @@ class Frame(JudgedImage):
 
 
 @dataclass(frozen=True)
-class ClipData(SplitData[Frame]):
+class ClipData(EvaluationData[EvaluationSet[Frame]]):
     """Videos in one split, sequence by sequence with frames in order."""
 
     @property
@@ -94,11 +96,6 @@ def open_clips(path: str | Path, *, progress: Callable[[], None] | None = None, 
     resolution, else of 2016; without a list, all.
 
     Only the first frame and one later one need a mask; labels are carried through frames without.
-
-    Args:
-        path: the folder.
-        progress: called after each frame.
-        sequences: maximum number of sequences, spread evenly; 0 takes all.
 
     Raises:
         EvaluationError: if the layout is unknown, or no sequence can be used.
@@ -125,7 +122,7 @@ def open_clips(path: str | Path, *, progress: Callable[[], None] | None = None, 
     if source:
         kinds = {frame.coding.binary for frame in frames}
         note, name = None, "DAVIS" if len(kinds) > 1 else "DAVIS 2016" if kinds.pop() else "DAVIS 2017"
-    return ClipData(name, DAVIS.name, (JudgedSet("val", tuple(frames), skipped=tuple(skipped)),), note)
+    return ClipData(name, DAVIS.name, (EvaluationSet("val", tuple(frames), skipped=tuple(skipped)),), note)
 
 
 #: Videos, for label propagation.
@@ -158,38 +155,28 @@ def _sequences(root: Path, resolution: str) -> tuple[list[str], Path | None, lis
     return [name for name in wanted if name in there], source, skipped
 
 
-class _Files(NamedTuple):
-    """One frame, not yet read."""
+@dataclass(frozen=True)
+class _Files(Unread):
+    """A frame, and its mask if it has one."""
 
     sequence: str
-    photo: Path
     mask: Path | None
-
-    @property
-    def id(self) -> str:
-        return f"{self.sequence}/{self.photo.name}"
 
 
 def _files(sequence: str, photos: Path, masks: Path) -> tuple[list[_Files], list[Skipped]]:
     """Frames in order, each with the mask of its name; second files of the same name, and masks without a frame."""
-    skipped: list[Skipped] = []
-
-    def by_stem(folder: Path) -> dict[str, Path]:
-        found: dict[str, Path] = {}
-        for path in (folder / name for name in images_in(folder)):
-            first = found.setdefault(path.stem, path)
-            if first != path:
-                reason = f"a second file of the name {path.stem}; {first.name} is taken"
-                skipped.append(Skipped(f"{sequence}/{path.name}", reason))
-        return found
-
-    photo_of, mask_of = by_stem(photos), by_stem(masks)
+    (photo_of, more), (mask_of, others) = (by_stem(images_in(folder), "file") for folder in (photos, masks))
+    skipped = [*more, *others]
     skipped += [
-        Skipped(f"{sequence}/{path.name}", f"a mask without a frame; expected {photos / stem}.jpg")
-        for stem, path in mask_of.items()
+        Skipped(name, f"a mask without a frame; expected {photos / stem}.jpg")
+        for stem, name in mask_of.items()
         if stem not in photo_of
     ]
-    return [_Files(sequence, photo, mask_of.get(stem)) for stem, photo in photo_of.items()], skipped
+    files = [
+        _Files(f"{sequence}/{name}", photos / name, sequence, masks / mask_of[stem] if stem in mask_of else None)
+        for stem, name in photo_of.items()
+    ]
+    return files, [replace(entry, item=f"{sequence}/{entry.item}") for entry in skipped]
 
 
 class _Read(NamedTuple):
@@ -203,12 +190,7 @@ class _Read(NamedTuple):
 def _read_sequence(
     masks: Path, files: list[_Files], progress: Callable[[], None] | None
 ) -> tuple[list[Frame], list[Skipped]]:
-    """The usable frames of a sequence.
-
-    Raises:
-        EvaluationError: if no label can be carried, or none evaluated.
-        PhotoError: if the first frame cannot be read.
-    """
+    """The usable frames of a sequence, if a label can be carried to a frame that is evaluated."""
     alone = "a sequence of one frame; labels need a second one to propagate to"
     if len(files) < 2:
         raise EvaluationError(alone if files else "a sequence without frames")
@@ -260,8 +242,8 @@ def _read_frame(files: _Files, coding: Objects, size: tuple[int, int] | None = N
         )
 
     def frame(mask: Path | None, mask_digest: str) -> Frame:
-        digest = photo_digest(photo)
-        return Frame("val", files.id, files.photo, height, width, digest, files.sequence, mask, coding, mask_digest)
+        shown = described("val", files.id, files.photo, photo)
+        return Frame(**shown, sequence=files.sequence, mask=mask, coding=coding, mask_digest=mask_digest)
 
     if files.mask is None:
         return _Read(frame(None, ""))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.evaluation.correspondence.options import MatchingOptions
 from denoising_vit.evaluation.correspondence.pairs import KeypointPair, PairData, PairedPhoto, Point
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.options import MatchingOptions
 from denoising_vit.evaluation.outcomes import Measured
-from denoising_vit.evaluation.patches import at_places
+from denoising_vit.evaluation.patches import at_places, at_points
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
-from denoising_vit.views.plan import linear_weights
 
 #: Maximum number of interpolated feature values in memory.
 _AT_ONCE = 2**24
@@ -47,6 +47,24 @@ class Matched(Measured):
         return {"PCK": super().scored()["PCK"], "PCK per point": float(share @ keypoints / keypoints.sum())}
 
 
+def matching(bench: Workbench, names: Sequence[str], options: MatchingOptions) -> Iterator[Line]:
+    """Evaluate keypoint matching on each source, the first one as reference; a line for each alpha."""
+    options.validate()
+    data = bench.data_of(PairData, "pairs of photos with keypoints")
+    errors: dict[str, list[np.ndarray]] = {}  # by source, the same for each alpha
+
+    def score(source: FeatureSource, data: PairData, options: MatchingOptions, **reading: Any) -> Matched:
+        if source.name not in errors:
+            errors[source.name] = match(source, data, options, **reading)
+        return Matched.within(errors[source.name], *options.alpha)
+
+    counted = {"items": "photos", "count": forward_passes(data)}
+    for alpha in options.alpha:
+        one = replace(options, alpha=(alpha,))
+        task = bench.untrained("matching", score, data, one, **counted, outcome=Matched, over="pairs")
+        yield from bench.compare(names, task)
+
+
 def match(
     source: FeatureSource,
     data: PairData,
@@ -57,24 +75,11 @@ def match(
 ) -> list[np.ndarray]:
     """Match each keypoint of a pair's source with the position of the most similar feature (cosine) in its target.
 
-    Sources are passed through the model first, keeping only the features of keypoints, then targets one by one, so
-    each photo needs at most two passes.
-
-    Args:
-        source: source of the features.
-        data: the pairs.
-        options: options of the search.
-        cache: feature cache.
-        progress: called after each photo, :func:`looks` times in all.
+    Sources are passed through the model first, keeping only the features of keypoints, then targets one by one, so each
+    photo needs at most two passes. ``progress`` is called after each pass: :func:`forward_passes` in all.
 
     Returns:
         For each pair, the errors (n,) of its keypoints as a share of the larger side of the target's box.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if features are not finite.
-        PhotoError: if a photo can no longer be read.
     """
     options.validate()
     described: dict[tuple[str, Point], Tensor] = {}
@@ -82,8 +87,7 @@ def match(
     grid = source.patch_size, source.stride
 
     def shown_of(ids: Mapping[str, object]) -> Sequence[tuple[PairedPhoto, Crop]]:
-        photos = [photo for photo in data.val.images if photo.id in ids]
-        return [(photo, Crop.whole(shown_size(options.size, photo, source))) for photo in photos]
+        return whole_images([photo for photo in data.val.images if photo.id in ids], options.size, source)
 
     shown = shown_of(by_source)
     for (photo, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
@@ -107,7 +111,7 @@ def match(
     return errors
 
 
-def looks(data: PairData) -> int:
+def forward_passes(data: PairData) -> int:
     """Number of forward passes of :func:`match`: photos, counting those that are both source and target twice."""
     return sum(map(len, _grouped(data)))
 
@@ -123,23 +127,6 @@ def _grouped(data: PairData) -> tuple[_Grouped, _Grouped]:
         sources[pair.source].append((number, pair))
         targets[pair.target].append((number, pair))
     return sources, targets
-
-
-def at_points(features: Tensor, points: np.ndarray, patch_size: int, stride: int) -> Tensor:
-    """Features of patches (h, w, C), bilinear at points: (n, C).
-
-    Args:
-        features: features of a photo.
-        points: (n, 2), row and column in pixels of the input; clamped to the centres of the outermost patches.
-        patch_size: patch size in pixels of the input.
-        stride: distance between patches.
-    """
-    down, across = (
-        # linear_weights has nodes at cell centres: patch k is at (k + 0.5) / patches.
-        torch.from_numpy(linear_weights(((places - patch_size / 2) / stride + 0.5) / patches, patches)).to(features)
-        for places, patches in zip(points.T, features.shape[:2], strict=True)
-    )
-    return torch.einsum("nh,hwc,nw->nc", down, features, across)
 
 
 def best_places(queries: Tensor, target: Tensor, patch_size: int, stride: int, upsample: int = 1) -> np.ndarray:

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.evaluation.correspondence.davis import ClipData, Frame
-from denoising_vit.evaluation.correspondence.options import PropagationOptions
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, shown_size, whole_images
 from denoising_vit.evaluation.masks import NO_LABEL
+from denoising_vit.evaluation.options import PropagationOptions
 from denoising_vit.evaluation.outcomes import Measured
 from denoising_vit.evaluation.patches import at_places
 from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_centres
 
@@ -45,6 +46,14 @@ class Propagated(Measured):
     METRICS: ClassVar[tuple[str, ...]] = ("J&F", "J", "F")
 
 
+def propagation(bench: Workbench, names: Sequence[str], options: PropagationOptions) -> Iterator[Line]:
+    """Evaluate label propagation on each source, the first one as reference."""
+    options.validate()
+    data = bench.data_of(ClipData, "videos with masks of objects (DAVIS)")
+    found = {"outcome": Propagated, "over": "sequences"}
+    yield from bench.compare(names, bench.untrained("propagation", propagate, data, options, items="frames", **found))
+
+
 def propagate(
     source: FeatureSource,
     data: ClipData,
@@ -53,25 +62,10 @@ def propagate(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Propagated:
-    """Carry the first mask of each video through it and compare with its other masks.
-
-    Args:
-        source: source of the features.
-        data: the videos.
-        options: options of the propagation.
-        cache: feature cache.
-        progress: called after each frame.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if features are not finite, or a mask can no longer be read.
-        PhotoError: if a frame can no longer be read.
-    """
+    """Carry the first mask of each video through it and compare with its other masks."""
     options.validate()
     values, groups = [], []
-    shown = [(frame, Crop.whole(shown_size(options.size, frame, source))) for frame in data.val.images]
-    features = see(source, shown, cache, progress)
+    features = see(source, whole_images(data.val.images, options.size, source), cache, progress)
     for number, frames in enumerate(data.clips):
         found = _follow(source, frames, features, options)
         values.append(found)
@@ -107,29 +101,17 @@ def evaluated_frames(frames: Sequence[Frame]) -> frozenset[int]:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """One frame of the context.
-
-    Attributes:
-        features: (h, w, C), normalised.
-        labels: (h, w, K), share of each label in each patch, in [0, 1].
-    """
+    """One frame of the context: normalised features (h, w, C), and shares (h, w, K) of the labels, in [0, 1]."""
 
     features: Tensor
     labels: Tensor
 
 
 def carry(features: Iterable[Tensor], first: Tensor, options: PropagationOptions) -> Iterator[Tensor]:
-    """Carry the labels of the first frame through a video; only the context is in memory.
+    """Carry the labels (h, w, K) of the first frame through the features (h, w, C) of all frames of a video.
 
-    Labels are passed on as computed, not rescaled to [0, 1].
-
-    Args:
-        features: (h, w, C) of each frame, including the first.
-        first: labels (h, w, K) of the first frame.
-        options: context, k, radius and temperature.
-
-    Yields:
-        Labels (h, w, K) in [0, 1] of each frame after the first.
+    Only the context is in memory. Labels are passed on as computed, not rescaled to [0, 1]. Yields the labels of each
+    frame after the first.
     """
     recent: deque[Held] = deque(maxlen=options.context)
     anchor: Held | None = None
@@ -144,7 +126,7 @@ def carry(features: Iterable[Tensor], first: Tensor, options: PropagationOptions
 
 
 def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, temperature: float) -> Tensor:
-    """Labels of a frame: for each patch, the weighted mean over the most similar patches of the context.
+    """Labels (h, w, K) of a frame: for each patch, the weighted mean over the most similar patches of the context.
 
     Computed row by row to limit memory.
 
@@ -154,9 +136,6 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
         k: number of voting patches from all frames together, and all patches as similar as the last of them.
         radius: maximum distance in rows and columns; 0 for no limit.
         temperature: weights are exp(cosine / temperature).
-
-    Returns:
-        (h, w, K) in [0, 1].
     """
     h, w, channels = target.shape
     # Rows first, so that the rows around a patch are contiguous: (h, n, w, ...).
@@ -177,17 +156,10 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
 
 
 def at_patches(labels: Tensor, objects: Sequence[int], size: tuple[int, int], patch_size: int, stride: int) -> Tensor:
-    """Labels of patches, each that of the pixel at its centre.
+    """Labels of patches, (h, w, 1 + objects) float32 of 0 and 1, each that of the pixel at its centre.
 
-    Args:
-        labels: labels of a frame's pixels, (H, W): numbers of objects, 0 for the background, negative for no label.
-        objects: numbers of the objects.
-        size: height and width of the model's input in pixels.
-        patch_size: patch size in pixels of the input.
-        stride: distance between patches.
-
-    Returns:
-        (h, w, 1 + objects) float32 of 0 and 1, the background first; all 0 for no label.
+    Pixels have numbers of objects, 0 for the background (which comes first), negative for no label (all 0); the input
+    has a size in pixels.
     """
     rows, columns = (
         torch.from_numpy((patch_centres(side, patch_size, stride) * pixels).astype(np.int64))
@@ -198,17 +170,9 @@ def at_patches(labels: Tensor, objects: Sequence[int], size: tuple[int, int], pa
 
 
 def to_mask(labels: Tensor, height: int, width: int, size: tuple[int, int], patch_size: int, stride: int) -> Tensor:
-    """Strongest label of each pixel of a frame: (H, W) int64, 0 to K - 1.
+    """Strongest label of each pixel of a frame, (H, W) int64, from labels (h, w, K) of patches of an input of a size.
 
     Labels are interpolated bilinearly, then each is rescaled to [0, 1], as published.
-
-    Args:
-        labels: (h, w, K) of patches.
-        height: height of the frame.
-        width: width of the frame.
-        size: height and width of the model's input in pixels.
-        patch_size: patch size in pixels of the input.
-        stride: distance between patches.
     """
     rows, columns = Crop.whole(size).places(height, width)
     return filled(at_places(labels, rows, columns, patch_size, stride)).argmax(-1)
@@ -226,10 +190,8 @@ def filled(labels: Tensor) -> Tensor:
 def compared(truth: np.ndarray, found: np.ndarray, objects: Sequence[int]) -> np.ndarray:
     """J&F, J and F of each object in one frame, (objects, 3) in percent.
 
-    Args:
-        truth: (H, W) numbers of objects, 0 elsewhere, NO_LABEL for ignored pixels.
-        found: (H, W), 1 for the first object and so on, 0 elsewhere.
-        objects: numbers of the objects.
+    The ``truth`` (H, W) has the numbers of objects, 0 elsewhere, NO_LABEL for ignored pixels; ``found`` (H, W) has 1
+    for the first object and so on.
     """
     void = truth == NO_LABEL
     figures = []
@@ -241,13 +203,7 @@ def compared(truth: np.ndarray, found: np.ndarray, objects: Sequence[int]) -> np
 
 
 def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | None = None) -> float:
-    """J, intersection over union in [0, 1]; 1 for two empty masks.
-
-    Args:
-        truth: (H, W) bool.
-        found: (H, W) bool.
-        void: (H, W) bool, ignored pixels.
-    """
+    """J, intersection over union in [0, 1] of two masks (H, W) outside of ``void``; 1 for two empty masks."""
     truth, found = _without(truth, void), _without(found, void)
     union = int((truth | found).sum())
     return int((truth & found).sum()) / union if union else 1.0
@@ -256,16 +212,10 @@ def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | N
 def contour_accuracy(
     truth: np.ndarray, found: np.ndarray, void: np.ndarray | None = None, *, bound: float = BOUND
 ) -> float:
-    """F, the harmonic mean of the shares of each contour near the other one, in [0, 1].
+    """F, the harmonic mean of the shares of each contour near the other one, in [0, 1], of masks (H, W).
 
     Near is a Euclidean distance of at most ``bound`` times the image's diagonal, rounded up to whole pixels. F is 0 if
-    one mask has no contour, 1 if both have none.
-
-    Args:
-        truth: (H, W) bool.
-        found: (H, W) bool.
-        void: (H, W) bool, pixels outside of both masks.
-        bound: share of the diagonal.
+    one mask has no contour, 1 if both have none. Pixels of ``void`` are outside of both masks.
     """
     ours, theirs = boundary(_without(found, void)), boundary(_without(truth, void))
     count, wanted = int(ours.sum()), int(theirs.sum())

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from denoising_vit.data import Skipped
-from denoising_vit.data.photos import photo_digest, read_photo
+from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
+from denoising_vit.evaluation.correspondence.davis import DAVIS, ClipData, open_clips
+from denoising_vit.evaluation.data import Box, EvaluationData, EvaluationImage, EvaluationSet, described
 from denoising_vit.evaluation.layouts import (
     Layout,
+    Unread,
     at_most,
     find_layout,
     folders_in,
@@ -29,9 +31,6 @@ from denoising_vit.evaluation.layouts import (
 
 #: (x, y) in pixels; the centre of the top left pixel is (0, 0).
 Point = tuple[float, float]
-
-#: x0, y0, x1, y1 in pixels.
-Box = tuple[float, float, float, float]
 
 #: Upper limit of coordinates, which excludes infinity and NaN.
 _LIMIT = 1e9
@@ -65,7 +64,7 @@ class KeypointPair:
 
 
 @dataclass(frozen=True)
-class PairedPhoto(JudgedImage):
+class PairedPhoto(EvaluationImage):
     """A photo of one or more pairs."""
 
     @property
@@ -75,38 +74,23 @@ class PairedPhoto(JudgedImage):
 
 
 @dataclass(frozen=True)
-class PairSet(JudgedSet[PairedPhoto]):
-    """Photos, each once, and their pairs.
-
-    Attributes:
-        pairs: pairs in the order of evaluation.
-    """
+class PairSet(EvaluationSet[PairedPhoto]):
+    """Photos, each once, and their pairs in the order of evaluation."""
 
     pairs: tuple[KeypointPair, ...] = field(kw_only=True)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the photos and of the pairs in order."""
-        content = hashlib.sha256(JudgedSet(self.split, self.images).digest.encode())
+        content = hashlib.sha256(EvaluationSet(self.split, self.images).digest.encode())
         for pair in self.pairs:
             content.update(json.dumps(asdict(pair)).encode())  # escapes what is not ASCII
         return content.hexdigest()
 
 
 @dataclass(frozen=True)
-class PairData(SplitData[PairedPhoto]):
-    """Pairs of photos in one split.
-
-    Attributes:
-        splits: ``val`` alone, for any split of the data set.
-    """
-
-    splits: tuple[PairSet, ...]
-
-    @property
-    def val(self) -> PairSet:
-        """The evaluated set."""
-        return self.splits[-1]
+class PairData(EvaluationData[PairSet]):
+    """Pairs of photos in one split."""
 
     @property
     def pairs(self) -> tuple[KeypointPair, ...]:
@@ -153,7 +137,7 @@ def open_pairs(
         folder = root / layout.required[0]
         pairs_found = [one.pair for one in found if isinstance(one, _Annotated)]
         ids = sorted({id for pair in pairs_found for id in (pair.source, pair.target)})
-        usable, failed = inspect_all(_read_photo, [_Unread(id, folder / id) for id in ids], progress)
+        usable, failed = inspect_all(_read_photo, [Unread(id, folder / id) for id in ids], progress)
     photos: dict[str, PairedPhoto | str] = {photo.id: photo for photo in usable}
     photos |= {entry.item: f"{folder / entry.item}: {entry.reason}" for entry in failed}
     checked = [one if isinstance(one, Skipped) else _checked(one, photos) for one in found]
@@ -168,15 +152,8 @@ def open_pairs(
     return PairData(name, layout.name, (PairSet("val", images, skipped=skipped, pairs=kept),), note)
 
 
-class _Unread(NamedTuple):
-    id: str
-    photo: Path
-
-
-def _read_photo(unread: _Unread) -> PairedPhoto:
-    pixels = read_photo(unread.photo)
-    height, width = pixels.shape[:2]
-    return PairedPhoto("val", unread.id, unread.photo, height, width, photo_digest(pixels))
+def _read_photo(unread: Unread) -> PairedPhoto:
+    return PairedPhoto(**described("val", unread.id, unread.photo, read_photo(unread.photo)))
 
 
 def _checked(annotated: _Annotated, photos: Mapping[str, PairedPhoto | str]) -> KeypointPair | Skipped:
@@ -327,3 +304,21 @@ SPAIR: Layout[Finder] = Layout(
 KEYPOINTS: Layout[Finder] = Layout(
     "photos with keypoints in JSON files of the same names", ("images", "keypoints"), _find_keypoints, name="keypoints"
 )
+
+
+def open_correspondence(
+    path: str | Path,
+    *,
+    sequences: int = 0,
+    split: str = "test",
+    pairs: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> ClipData | PairData:
+    """Open videos in the layout of DAVIS, pairs in that of SPair-71k, or a folder of keypoints.
+
+    At most so many sequences or pairs are taken, spread evenly; 0 takes all.
+    """
+    layout, _ = find_layout(Path(path), [SPAIR, DAVIS, KEYPOINTS])
+    if layout is DAVIS:
+        return open_clips(path, progress=progress, sequences=sequences)
+    return open_pairs(path, split=split, pairs=pairs, progress=progress)

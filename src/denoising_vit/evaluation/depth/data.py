@@ -17,7 +17,7 @@ from torch import Tensor
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import MAX_PIXELS, photo_digest, read_photo, use_image
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData, shared_photos
+from denoising_vit.evaluation.data import EvaluationData, EvaluationImage, EvaluationSet, described, shared_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
     Pair,
@@ -41,7 +41,7 @@ _DEEP = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 @dataclass(frozen=True)
-class DepthImage(JudgedImage):
+class DepthImage(EvaluationImage):
     """A photo with its depth map.
 
     Attributes:
@@ -68,22 +68,14 @@ class DepthImage(JudgedImage):
         return replace(self, angle=angle)
 
     def pixels(self) -> np.ndarray:
-        """The photo, (H, W, 3) uint8.
-
-        Raises:
-            PhotoError: if it can no longer be read.
-        """
+        """The photo, (H, W, 3) uint8."""
         pixels = super().pixels()
         if not self.angle:
             return pixels
         return np.asarray(Image.fromarray(pixels).rotate(self.angle, Image.Resampling.BILINEAR))
 
     def metres(self) -> Tensor:
-        """Depth (H, W) float32 in metres, 0 where it is unknown.
-
-        Raises:
-            EvaluationError: if it can no longer be read.
-        """
+        """Depth (H, W) float32 in metres, 0 where it is unknown."""
         metres = read_depth(self.depth).astype(np.float32) / self.scale
         if self.angle:
             metres = np.array(Image.fromarray(metres).rotate(self.angle, Image.Resampling.NEAREST))
@@ -91,11 +83,7 @@ class DepthImage(JudgedImage):
 
 
 def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a depth map, (H, W) int32, 0 where depth is unknown.
-
-    Args:
-        path: a grayscale image of 16 bits or more.
-        max_pixels: larger images are refused before decoding.
+    """Read a depth map, a grayscale image of 16 bits or more: (H, W) int32, 0 where depth is unknown.
 
     Raises:
         EvaluationError: if the file is missing, damaged, too large, or has 8 bits or colours.
@@ -130,7 +118,7 @@ def _values(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class DepthData(SplitData[DepthImage]):
+class DepthData(EvaluationData[EvaluationSet[DepthImage]]):
     """Photos with depth.
 
     Attributes:
@@ -176,7 +164,7 @@ def open_depth(
         failed = [*skipped, *failed]
         require_usable(usable, f"photos with depth maps in the split {split}", len(pairs), failed, path)
         _require_plausible(path, split, [median for _, median in usable], scale)
-        splits.append(JudgedSet(split, tuple(image for image, _ in usable), skipped=tuple(failed)))
+        splits.append(EvaluationSet(split, tuple(image for image, _ in usable), skipped=tuple(failed)))
     if len(splits) > 1:
         return DepthData(path.name, layout.name, tuple(splits), shared_photos(*splits))
     count = len(splits[0].images)
@@ -255,12 +243,7 @@ def _inspected(pair: Pair, split: str, scale: float, layout: str) -> tuple[Depth
     if not known.size:
         raise EvaluationError("no pixel of the depth map has a depth")
     image = DepthImage(
-        split=split,
-        id=pair.id,
-        photo=pair.photo,
-        height=height,
-        width=width,
-        digest=photo_digest(photo),
+        **described(split, pair.id, pair.photo, photo),
         depth=pair.mask,
         scale=scale,
         depth_digest=photo_digest(values.astype("<i4")),
@@ -278,7 +261,7 @@ def _require_plausible(path: Path, split: str, medians: Sequence[float], scale: 
         )
 
 
-def block_splits(data: DepthData) -> list[tuple[JudgedSet[DepthImage], JudgedSet[DepthImage]]]:
+def block_splits(data: DepthData) -> list[tuple[EvaluationSet[DepthImage], EvaluationSet[DepthImage]]]:
     """(train, val) for each block in turn; (train, val) once for data with two splits.
 
     The photos next to a block are left out of its training set, as they are nearly the same as its first and last.

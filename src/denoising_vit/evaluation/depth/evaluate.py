@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth.data import NYU, DepthData, DepthImage, block_splits
 from denoising_vit.evaluation.depth.probe import DepthProbe
 from denoising_vit.evaluation.depth.protocol import DepthOptions, DepthProtocol
 from denoising_vit.evaluation.depth.samples import NYU_PART, DepthCrops, KeptDepth, Part
-from denoising_vit.evaluation.features import FeatureCache, Shown, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.outcomes import Curve, Measured
 from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import train
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.workbench import IMAGENET, Line, Task, Workbench
+from denoising_vit.evaluation.workbench import Line, Task, Workbench
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 
@@ -40,17 +40,11 @@ class Depths(Measured):
 
 
 def depth_errors(predicted: Tensor, truth: Tensor, nearest: float, farthest: float) -> list[float]:
-    """Errors of one image, in the order of :attr:`Depths.METRICS`.
+    """Errors of one image, of depths in metres of any shape, in the order of :attr:`Depths.METRICS`.
 
     Root mean squared error in metres; mean of |error| / truth; mean of |log10 error|; percent of pixels where the
     ratio of the larger depth to the smaller is below 1.25, 1.25^2 and 1.25^3 (Eigen et al. 2014). NaN if no pixel
     has a depth between the limits.
-
-    Args:
-        predicted: depth in metres, of any shape.
-        truth: same shape; pixels outside of the limits are left out.
-        nearest: lower limit.
-        farthest: upper limit.
     """
     from torchmetrics.functional.regression import (  # takes a second to import
         mean_absolute_error,
@@ -76,7 +70,7 @@ def depth_errors(predicted: Tensor, truth: Tensor, nearest: float, farthest: flo
 def evaluate_probe(
     probe: DepthProbe,
     source: FeatureSource,
-    images: JudgedSet[DepthImage],
+    images: EvaluationSet[DepthImage],
     protocol: DepthProtocol,
     part: Part | None,
     cache: FeatureCache | None = None,
@@ -84,17 +78,7 @@ def evaluate_probe(
 ) -> np.ndarray:
     """Errors of each image, (images, figures).
 
-    Args:
-        probe: the probe in evaluation mode.
-        source: source of the features.
-        images: images to evaluate.
-        protocol: sizes and limits.
-        part: rows and columns to evaluate; None for all.
-        cache: cache for features of whole images.
-        progress: called after each image.
-
-    Raises:
-        EvaluationError: if features are not finite.
+    Only rows and columns of the ``part`` are evaluated, if there is one.
     """
     rows, columns = (slice(*part[0]), slice(*part[1])) if part else (slice(None), slice(None))
     if protocol.augment:
@@ -113,12 +97,12 @@ def evaluate_probe(
 def _resized(
     probe: DepthProbe,
     source: FeatureSource,
-    images: JudgedSet[DepthImage],
+    images: EvaluationSet[DepthImage],
     protocol: DepthProtocol,
     cache: FeatureCache | None,
 ) -> Iterator[Tensor]:
     """Depth (H, W) of each image, from features of the whole image resized to the patch grid."""
-    shown: list[Shown] = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+    shown = whole_images(images.images, protocol.size, source)
     patch = source.patch_size, source.stride
     features = see(source, shown, cache)
     tokens = see(source.class_tokens(), shown, cache) if protocol.class_token else iter([None] * len(shown))
@@ -128,7 +112,7 @@ def _resized(
 
 
 def _padded(
-    probe: DepthProbe, source: FeatureSource, images: JudgedSet[DepthImage], protocol: DepthProtocol
+    probe: DepthProbe, source: FeatureSource, images: EvaluationSet[DepthImage], protocol: DepthProtocol
 ) -> Iterator[Tensor]:
     """Depth (H, W) of each image in its own size, padded; the mean with its mirror image for ``flip_test``."""
     patch = source.patch_size, source.stride
@@ -148,13 +132,7 @@ def _padded(
 class LinearDepth:
     """Depth by linear probes on one source of features.
 
-    Attributes:
-        source: source of the features.
-        data: photos with depth.
-        protocol: training and evaluation protocol.
-        cache: cache for features of whole images.
-        checkpoints: folder for the checkpoints of long trainings, which resume from there.
-        watch: progress reporting.
+    Long trainings resume from their files in ``checkpoints``.
     """
 
     source: FeatureSource
@@ -162,7 +140,7 @@ class LinearDepth:
     protocol: DepthProtocol
     cache: FeatureCache | None = None
     checkpoints: Path | None = None
-    watch: Progress = no_progress
+    progress: Progress = no_progress
 
     def probes(self, seeds: Sequence[int]) -> Iterator[tuple[int, Depths, Curve]]:
         """For each seed, the errors of its probes on all evaluated photos, and the curve of its first probe.
@@ -177,7 +155,7 @@ class LinearDepth:
             _require_known(images, self.protocol.farthest)
         kept = None
         if not self.protocol.augment:
-            with self.watch(f"{self.source.name}: images", len(self.data.train.images)) as advance:
+            with self.progress(f"{self.source.name}: images", len(self.data.train.images)) as advance:
                 kept = KeptDepth.take(self.source, self.data.train, self.protocol, self.cache, advance)
         for seed in seeds:
             found, groups, curve = [], [], []
@@ -192,8 +170,8 @@ class LinearDepth:
     def _probe(
         self,
         kept: KeptDepth | None,
-        train_set: JudgedSet[DepthImage],
-        val_set: JudgedSet[DepthImage],
+        train_set: EvaluationSet[DepthImage],
+        val_set: EvaluationSet[DepthImage],
         seed: int,
         block: int,
         *,
@@ -214,7 +192,7 @@ class LinearDepth:
             samples = DepthCrops(source, train_set, NYU_PART if nyu else None, protocol, seed)
             checkpoint = self.checkpoints and self.checkpoints / f"{seed}-{block}.pt"
         what = f", block {block + 1} of {self.data.blocks}" if self.data.blocks else ""
-        steps = self.watch(f"{source.name}, seed {seed}{what}: steps", protocol.steps)
+        steps = self.progress(f"{source.name}, seed {seed}{what}: steps", protocol.steps)
         with samples as samples, steps as advance:
             limits = protocol.nearest, protocol.farthest
             probe = DepthProbe(samples.channels, protocol.bins, *limits, protocol.upsample, seed).to(source.device)
@@ -226,11 +204,10 @@ class LinearDepth:
                 look=(lambda probe: _mean(errors_of(probe)[:, 0])) if curve_with_scores else None,
                 progress=advance,
             )
-        scores = {step: score for step, score in curve.looks if np.isfinite(score)}
-        return errors_of(probe), [[step, loss, scores.get(step)] for step, loss in curve.losses]
+        return errors_of(probe), curve.entries
 
 
-def _require_known(images: JudgedSet[DepthImage], farthest: float) -> None:
+def _require_known(images: EvaluationSet[DepthImage], farthest: float) -> None:
     if all(image.least >= farthest for image in images.images):
         raise EvaluationError(
             f"no depth of {len(images.images)} photos of {images.split} is below {farthest:g} m, the farthest depth to "
@@ -245,13 +222,7 @@ def _mean(errors: np.ndarray) -> float:
 
 
 def depth(bench: Workbench, names: Sequence[str], options: DepthOptions) -> Iterator[Line]:
-    """Evaluate depth by a linear probe on each source, the first one as reference.
-
-    Raises:
-        PlanError: if an option is out of range.
-        SizeError: if the size does not fit the patch grid.
-        EvaluationError: if the data has no depth, or "exact" is combined with the published protocol.
-    """
+    """Evaluate depth by a linear probe on each source, the first one as reference."""
     yield from by_protocol(bench, names, options.protocol(), options.seeds)
 
 
@@ -262,18 +233,8 @@ def by_protocol(
     seeds: tuple[int, ...],
     published: dict[str, str] | None = None,
 ) -> Iterator[Line]:
-    """Like :func:`depth`, with every setting of the protocol given.
-
-    Args:
-        bench: workbench with photos and their depth.
-        names: names of the sources.
-        protocol: training and evaluation protocol.
-        seeds: seeds for the probes.
-        published: model and variant of the published row that is reproduced, if any.
-    """
-    data = bench.data
-    if not isinstance(data, DepthData):
-        raise EvaluationError(f"{data.name}: expected photos with depth maps, got {data.layout}")
+    """Like :func:`depth`, with every setting of the protocol given."""
+    data = bench.data_of(DepthData, "photos with depth maps")
     if protocol.augment and "exact" in names:  # before the others are evaluated and the fields fitted
         raise EvaluationError(
             "exact: fields of stage 1 belong to unchanged images, while the published training rotates and recolours "
@@ -281,19 +242,19 @@ def by_protocol(
         )
     settings = recorded(protocol) | {"blocks": data.blocks}
 
-    def judge(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
+    def evaluate(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
         checkpoints = bench.checkpoints(source, settings)
-        return LinearDepth(source, data, protocol, bench.cache, checkpoints, bench.watch).probes(missing)
+        return LinearDepth(source, data, protocol, bench.cache, checkpoints, bench.progress).probes(missing)
 
     task = Task(
         "depth",
-        judge,
+        evaluate,
         settings,
         seeds,
         protocol.size,
         outcome=Depths,
         over="blocks" if data.blocks else "images",
-        normalisation=None if protocol.normalisation == "own" else IMAGENET,
+        normalisation=protocol.normalisation,
         published=published,
     )
     yield from bench.compare(names, task)

@@ -73,15 +73,7 @@ class DepthProbe(nn.Module):
     def at_pixels(
         self, features: Tensor, token: Tensor | None, rows: np.ndarray, columns: np.ndarray, patch: tuple[int, int]
     ) -> Tensor:
-        """Depth (B, rows, columns) in metres at pixel positions of the input.
-
-        Args:
-            features: (B, h, w, C).
-            token: class tokens (B, 1, 1, C), or None.
-            rows: vertical positions.
-            columns: horizontal positions.
-            patch: patch size and stride.
-        """
+        """Depth (B, rows, columns) in metres at pixels of the input, from (B, h, w, C) and tokens (B, 1, 1, C)."""
         size, stride = patch
         scores = self.scores(features, token).permute(0, 3, 1, 2)  # (B, h, w, K) -> (B, K, h, w)
         fine = F.interpolate(scores, scale_factor=self.upsample, mode="bilinear") if self.upsample > 1 else scores
@@ -95,10 +87,8 @@ class DepthProbe(nn.Module):
 def scale_invariant_loss(predicted: Tensor, truth: Tensor, *, mean_only: bool = False) -> Tensor:
     """Root of the variance plus 0.15 times the squared mean of log depth errors (Eigen et al. 2014; AdaBins).
 
-    Args:
-        predicted: depth in metres, of any shape.
-        truth: same shape; 0 where depth is unknown, which is left out.
-        mean_only: leave out the variance, as in the first steps of the published training.
+    Unknown depths (0) are left out; ``mean_only`` leaves out the variance, as in the first steps of the published
+    training.
     """
     known = truth > 0
     errors = (predicted[known] + _EPSILON).log() - (truth[known] + _EPSILON).log()
@@ -113,13 +103,6 @@ def gradient_loss(predicted: Tensor, truth: Tensor) -> Tensor:
 
     The published code intends this, but slices dimensions 0 and 1 of four (images, channels) instead of rows and
     columns. With one channel and two images its loss is always 0.
-
-    Args:
-        predicted: depth in metres, (B, H, W).
-        truth: same shape; 0 where depth is unknown.
-
-    Returns:
-        Sum over scales of the absolute differences in both directions, per known pixel.
     """
     total = predicted.new_zeros(())
     for step in _SCALES:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from denoising_vit.errors import PlanError
-from denoising_vit.evaluation.options import Pads, Preset, ProbeOptions, warmed
+from denoising_vit.evaluation.options import Pads, ProbeOptions, ProbeProtocol, warmed
 
 #: Share of the learning rate at the start of the warm-up, and at the end of training.
 _WARMUP_START, _RATE_END = 1e-3, 1e-8
@@ -17,19 +17,12 @@ _MOMENTUM, _MOMENTUM_TURN = (0.95, 0.85), 0.3
 
 
 @dataclass(frozen=True)
-class DepthProtocol:
+class DepthProtocol(ProbeProtocol):
     """Training and evaluation of a linear probe that predicts weights of depth bins.
 
     Defaults are those of the published evaluation (DINOv2's, in mmsegmentation).
 
     Attributes:
-        preset: preset it is based on.
-        steps: number of optimizer steps.
-        warmup: steps of linear warm-up, from a thousandth of the learning rate.
-        batch: images per step.
-        learning_rate: highest learning rate.
-        weight_decay: weight decay of AdamW.
-        gradient_limit: maximum norm of the gradients.
         cycle: lower and raise AdamW's first beta in one cycle, as published; otherwise it stays at 0.9.
         bins: number of evenly spaced depth bins.
         nearest: depth of the first bin in metres; nearer pixels are not evaluated.
@@ -56,13 +49,9 @@ class DepthProtocol:
             grid.
     """
 
-    preset: Preset
-    steps: int
-    warmup: int
-    batch: int = 16
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
-    gradient_limit: float = 35.0
+    gradient_limit: float | None = 35.0
     cycle: bool = True
     bins: int = 256
     nearest: float = 0.001
@@ -85,15 +74,15 @@ class DepthProtocol:
     size: int | tuple[int, int] | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, 0 to steps - 1: cosine decay over all steps, times the warm-up."""
+        """Cosine decay over all steps, times the warm-up from a thousandth."""
         last = self.learning_rate * _RATE_END
         falling = last + (self.learning_rate - last) * (1 + math.cos(math.pi * step / self.steps)) / 2
         return warmed(falling, step, self.warmup, _WARMUP_START)
 
     def momentum_at(self, step: int) -> float:
-        """AdamW's first beta of a step, 0 to steps - 1."""
+        """One cycle, if ``cycle``."""
         if not self.cycle:
-            return 0.9
+            return super().momentum_at(step)
         high, low = _MOMENTUM
         turn = max(_MOMENTUM_TURN * self.steps - 1, 1e-9)
         if step <= turn:
@@ -142,11 +131,7 @@ class DepthOptions(ProbeOptions):
     gradient: float = 0.5
 
     def protocol(self) -> DepthProtocol:
-        """The preset with the given options.
-
-        Raises:
-            PlanError: if an option is out of range.
-        """
+        """The preset with the given options; PlanError if one is out of range."""
         base = PAPER if self.preset == "paper" else QUICK
         settled = self.applied(base, "crops of 416 x 544 pixels, and whole photos")
         if not 0 <= self.gradient < math.inf:

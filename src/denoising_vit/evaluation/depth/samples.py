@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedSet
+from denoising_vit.evaluation.data import EvaluationSet
 from denoising_vit.evaluation.depth.data import DepthImage
 from denoising_vit.evaluation.depth.probe import DepthProbe, depth_loss, within
 from denoising_vit.evaluation.depth.protocol import DepthProtocol
-from denoising_vit.evaluation.features import FeatureCache, see, shown_size
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
 from denoising_vit.evaluation.patches import centre_pads
-from denoising_vit.evaluation.probing import chosen
+from denoising_vit.evaluation.probing import RandomSamples, chosen
 from denoising_vit.evaluation.sources import FeatureSource
-from denoising_vit.evaluation.step_samples import StepSamples
 from denoising_vit.files import compact
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_count
@@ -54,13 +53,7 @@ class Colours:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One training sample.
-
-    Attributes:
-        image: the image, rotated or not.
-        crop: the crop, padded to whole patches.
-        colours: colour augmentation, or None.
-    """
+    """A training sample: the image, rotated or not, a crop padded to whole patches, and a change of its colours."""
 
     image: DepthImage
     crop: Crop
@@ -79,15 +72,7 @@ def draw(
 ) -> Drawn:
     """Draw a training sample of an image.
 
-    Args:
-        image: the image.
-        protocol: sizes, ranges and probabilities.
-        part: rows and columns that crops come from; None for the whole image.
-        patch: patch size and stride.
-        chance: source of the draws.
-
-    Raises:
-        EvaluationError: if the image is smaller than a crop.
+    Crops come from the ``part`` of rows and columns, or from the whole image, which must be larger than a crop.
     """
     (top, bottom), (left, right) = _require_room(image, protocol, part)
     height, width = protocol.crop
@@ -120,32 +105,24 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
     return Colours(float(gamma), (red, green, blue)) if changed else None
 
 
-class DepthCrops(StepSamples[tuple[Tensor, Drawn, Tensor]]):
+class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
     """Random crops, rendered and passed through the model in every step, as published.
 
-    Args:
-        source: source of the features.
-        images: training images.
-        part: rows and columns that crops come from; None for whole images.
-        protocol: sizes, ranges and probabilities.
-        seed: seed for the order, the crops and the colours.
-
-    Raises:
-        EvaluationError: if an image is smaller than a crop.
+    They come from the ``part`` of rows and columns, or from whole images, which must be larger.
     """
 
     def __init__(
         self,
         source: FeatureSource,
-        images: JudgedSet[DepthImage],
+        images: EvaluationSet[DepthImage],
         part: Part | None,
         protocol: DepthProtocol,
         seed: int,
     ) -> None:
         for image in images.images:  # now, not hours later
             _require_room(image, protocol, part)
-        super().__init__(len(images.images), protocol.batch, protocol.steps, seed, source.device)
-        self._source, self._images, self._part, self._protocol = source, images.images, part, protocol
+        super().__init__(source, images.images, protocol, seed)
+        self._part, self._protocol = part, protocol
 
     @property
     def channels(self) -> int:
@@ -203,13 +180,13 @@ class KeptDepth:
     def take(
         cls,
         source: FeatureSource,
-        images: JudgedSet[DepthImage],
+        images: EvaluationSet[DepthImage],
         protocol: DepthProtocol,
         cache: FeatureCache | None,
         progress: Callable[[], None] = lambda: None,
     ) -> Self:
         """Extract the features of every image in a set."""
-        shown = [(image, Crop.whole(shown_size(protocol.size, image, source))) for image in images.images]
+        shown = whole_images(images.images, protocol.size, source)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
         patch = source.patch_size, source.stride
@@ -250,13 +227,7 @@ class KeptDepth:
 
 
 def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Mean of the known depths (H, W) in the area of each patch (h, w), 0 where none is known.
-
-    Args:
-        metres: depth of all pixels, 0 where it is unknown.
-        size: height and width of the model's input.
-        patch: patch size and stride in pixels of the input.
-    """
+    """Mean of the known depths (H, W) in the area of each patch (h, w) of an input of a size, 0 where none is known."""
     known = (metres > 0).float()
     down, across = (_overlaps(have, side, *patch) for have, side in zip(metres.shape, size, strict=True))
     area, total = (down @ values @ across.T for values in (known, metres * known))

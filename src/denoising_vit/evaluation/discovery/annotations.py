@@ -1,23 +1,32 @@
-"""Annotated objects of a photo: a VOC XML file or a mask."""
+"""Boxes of the annotated objects of photos: masks, VOC XML files, or a COCO JSON file of all photos."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 from xml.etree import ElementTree
 
 import numpy as np
 
+from denoising_vit.data import Skipped
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.discovery.boxes import Box, box_around, within
-from denoising_vit.evaluation.layouts import check_same_size, read_text
+from denoising_vit.evaluation.data import Box
+from denoising_vit.evaluation.layouts import check_same_size, read_lines, read_text
 from denoising_vit.evaluation.masks import MAX_OBJECTS, WHITE, read_values
 
 #: Maximum size of an XML file in bytes; VOC's have a few thousand.
 _MAX_XML_BYTES = 10_000_000
+
+#: Pixels that a box may reach beyond the image, by rounding.
+_SLACK = 1.0
+
+#: x0, y0, x1, y1 in elements of a mask, pixels or patches; half-open.
+CellBox = tuple[int, int, int, int]
 
 
 class Annotation(Protocol):
@@ -30,6 +39,37 @@ class Annotation(Protocol):
             EvaluationError: if there are none, or they do not fit the photo.
         """
         ...
+
+
+def box_around(mask: np.ndarray) -> CellBox:
+    """The smallest box around the true elements of a mask (h, w), at least one."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def within(box: Box, height: int, width: int) -> Box:
+    """Clip an annotated box to the image, if it reaches beyond it by a pixel at most.
+
+    Raises:
+        EvaluationError: if it reaches further, has no area, or is not finite.
+    """
+    x0, y0, x1, y1 = box
+    name = f"the box x {x0:g} to {x1:g}, y {y0:g} to {y1:g}"
+    if not all(map(math.isfinite, box)):
+        raise EvaluationError(f"{name} is not finite")
+    kept = _clip(x0, width), _clip(y0, height), _clip(x1, width), _clip(y1, height)
+    if max(abs(before - after) for before, after in zip(box, kept, strict=True)) > _SLACK:
+        raise EvaluationError(
+            f"{name} is not within the image of {width} x {height} pixels; expected 0 to {width} and 0 to {height}, "
+            "with a tolerance of one pixel. Does the annotation belong to another photo?"
+        )
+    if kept[0] >= kept[2] or kept[1] >= kept[3]:
+        raise EvaluationError(f"{name} has no area in the image of {width} x {height} pixels")
+    return kept
+
+
+def _clip(place: float, size: int) -> float:
+    return min(max(0.0, place), float(size))
 
 
 def fitting_boxes(
@@ -52,9 +92,6 @@ class MaskObjects:
     """The objects of a mask that has the photo's size.
 
     Numbers are those in the mask: 1 to 50, or 255 if it has no other.
-
-    Attributes:
-        path: file of the mask.
     """
 
     path: Path
@@ -145,3 +182,157 @@ def _xml_number(one: ElementTree.Element, side: str) -> float:
     if not math.isfinite(number):
         raise EvaluationError(f"expected a number as {side} of an object's bndbox, found {text!r}")
     return number
+
+
+# --- COCO: one JSON file for all photos ---
+
+_EXPECTED = "expected COCO's objects: JSON with lists `images` (id, file_name) and `annotations` (image_id, bbox)"
+
+#: Number of missing photos that are skipped one by one, rather than in one entry.
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class CocoObjects:
+    """The objects of a photo in a COCO JSON file.
+
+    Attributes:
+        name: path of the photo below the folder of photos.
+        source: the JSON file.
+        entries: its entries for the photo's objects, without crowds.
+        size: (H, W) of the photo in the file, if it has it.
+    """
+
+    name: str
+    source: Path
+    entries: tuple[dict[str, Any], ...]
+    size: tuple[int, int] | None
+
+    def objects(self, height: int, width: int) -> dict[int, Box]:
+        """Boxes by their position among the photo's entries."""
+        if not self.entries:
+            raise EvaluationError(f"{self.source}: no object of this photo, crowds (iscrowd) aside")
+        return fitting_boxes(self.source, self.size, height, width, map(_coco_box, self.entries))
+
+
+def _read(path: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
+    """Read a COCO JSON file: photos by id, and entries that cannot be used."""
+    if not path.is_file():
+        raise EvaluationError(f"{path}: no such file; {_EXPECTED}")
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{path}: damaged JSON ({error}); {_EXPECTED}") from error
+    images, annotations = (_entries(content, key, path) for key in ("images", "annotations"))
+    entries: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in annotations:
+        if not entry.get("iscrowd"):
+            entries[str(entry.get("image_id"))].append(entry)
+    photos: dict[str, CocoObjects] = {}
+    skipped: list[Skipped] = []
+    names: set[str] = set()
+    for number, image in enumerate(images):
+        name, key = image.get("file_name"), str(image.get("id"))
+        if not isinstance(name, str) or "id" not in image or not _is_below(name):
+            reason = f"expected a path below the folder of photos as file_name, and an id; found {name!r}"
+            skipped.append(Skipped(f"images[{number}]", f"{path}: {reason}"))
+        elif name in names or key in photos:
+            skipped.append(Skipped(name, f"{path}: a second entry of its name or its id {key}"))
+        else:
+            height, width = image.get("height"), image.get("width")
+            size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+            photos[key] = CocoObjects(name, path, tuple(entries[key]), size)
+            names.add(name)
+    if not photos:
+        raise EvaluationError(f"{path}: {len(images)} images, none of which has a name and an id; {_EXPECTED}")
+    return photos, skipped
+
+
+def _entries(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        what = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise EvaluationError(f"{path}: no list of {key}, found {what or 'nothing'}; {_EXPECTED}")
+    return found
+
+
+def _is_below(name: str) -> bool:
+    """True if a path stays below the folder it is relative to."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+
+
+def _coco_box(entry: dict[str, Any]) -> Box:
+    box = entry.get("bbox")
+    try:
+        x, y, width, height = map(float, box)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise EvaluationError(f"expected x, y, width and height as bbox of an object, found {str(box)[:60]}") from error
+    return x, y, x + width, y + height
+
+
+def coco_photos(
+    source: Path, folders: Sequence[Path], names: Path | None
+) -> tuple[list[CocoObjects], Path, list[Skipped]]:
+    """Photos of a JSON file, sorted by name, and their folder.
+
+    The first of the folders that has one of the photos is taken. A list has names or ids of the photos to take, one a
+    line.
+    """
+    photos, skipped = _read(source)
+    if names is not None:
+        photos, unknown = _named(photos, names, source)
+        skipped += unknown
+    ordered = sorted(photos.values(), key=lambda photo: photo.name)
+    folder = _folder_of(ordered, folders, source)
+    there = [(folder / photo.name).is_file() for photo in ordered]
+    missing = [photo.name for photo, exists in zip(ordered, there, strict=True) if not exists]
+    skipped += _missing(missing, folder, source)
+    return [photo for photo, exists in zip(ordered, there, strict=True) if exists], folder, skipped
+
+
+def _named(photos: dict[str, CocoObjects], names: Path, source: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
+    """Photos of a list of ids, or of names with or without folders and endings."""
+    by_stem = {PurePosixPath(photo.name).stem: key for key, photo in photos.items()}
+    chosen: dict[str, CocoObjects] = {}
+    skipped: list[Skipped] = []
+    lines = read_lines(names)
+    for line in lines:
+        key = line if line in photos else by_stem.get(PurePosixPath(line).stem)
+        if key is None:
+            skipped.append(Skipped(line, f"named in {names}, but not in {source}"))
+        elif key in chosen:
+            skipped.append(Skipped(line, f"named a second time in {names}"))
+        else:
+            chosen[key] = photos[key]
+    if not chosen:
+        example = next(iter(photos.values())).name
+        raise EvaluationError(
+            f"{names}: expected names or ids of photos of {source}, one a line (such as {example}), found "
+            f"{repr(lines[0]) if lines else 'no line'}"
+        )
+    return chosen, skipped
+
+
+def _folder_of(photos: Sequence[CocoObjects], folders: Sequence[Path], source: Path) -> Path:
+    """The first folder that has one of the photos."""
+    for folder in folders:
+        if any((folder / photo.name).is_file() for photo in photos):
+            return folder
+    holds = "; ".join(f"{folder} holds {_example(folder)}" for folder in folders) or "there is no folder of photos"
+    raise EvaluationError(
+        f"none of the {len(photos)} photos that {source} lists, such as {photos[0].name}, was found; "
+        f"{holds}. Expected a folder with its photos, such as train2014 or images"
+    )
+
+
+def _example(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return f"{names[0]} ({len(names)} in all)" if names else "nothing"
+
+
+def _missing(names: list[str], folder: Path, source: Path) -> list[Skipped]:
+    if len(names) <= _LISTED:
+        return [Skipped(name, f"named in {source}, but not in {folder}") for name in names]
+    # One entry: the skipped photos are part of every line of results.
+    return [Skipped(source.name, f"{len(names)} photos that it names are not in {folder}, {names[0]} for one")]

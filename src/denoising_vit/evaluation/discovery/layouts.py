@@ -10,14 +10,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from denoising_vit.data import Skipped
-from denoising_vit.data.photos import photo_digest, read_photo
+from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.data import JudgedImage, JudgedSet, SplitData
-from denoising_vit.evaluation.discovery.annotations import Annotation, MaskObjects, VocObjects
-from denoising_vit.evaluation.discovery.boxes import Box
-from denoising_vit.evaluation.discovery.coco import coco_photos
+from denoising_vit.evaluation.data import Box, EvaluationData, EvaluationImage, EvaluationSet, described
+from denoising_vit.evaluation.discovery.annotations import Annotation, MaskObjects, VocObjects, coco_photos
 from denoising_vit.evaluation.layouts import (
     Layout,
+    Unread,
     at_most,
     find_layout,
     inspect_all,
@@ -38,7 +37,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class BoxedImage(JudgedImage):
+class BoxedImage(EvaluationImage):
     """A photo with boxes around its objects.
 
     Attributes:
@@ -56,11 +55,14 @@ class BoxedImage(JudgedImage):
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A photo and its annotated objects, not yet read."""
+class BoxedData(EvaluationData[EvaluationSet[BoxedImage]]):
+    """Photos with boxes around their objects, in one split."""
 
-    id: str
-    photo: Path
+
+@dataclass(frozen=True)
+class _Candidate(Unread):
+    """A photo and its annotated objects."""
+
     truth: Annotation
     sequence: str
 
@@ -100,7 +102,7 @@ def open_boxed(
     annotations: Path | None = None,
     names: Path | None = None,
     progress: Callable[[], None] | None = None,
-) -> SplitData[BoxedImage]:
+) -> BoxedData:
     """Open a data set of photos with boxes around their objects, and read every photo and annotation once.
 
     Layouts: VOC 2007 or 2012 (JPEGImages, Annotations, ImageSets/Main); COCO (a JSON file in annotations, photos in a
@@ -136,8 +138,8 @@ def open_boxed(
     inspected, failed = _without_void(*inspect_all(_inspected, candidates, progress))
     skipped = (*found.skipped, *failed)
     require_usable(inspected, f"photos with boxes ({found.name})", len(candidates), skipped, path)
-    val = JudgedSet("val", tuple(image for image, _ in inspected), skipped=skipped)
-    return SplitData(found.name, layout.name, (val,), found.note)
+    val = EvaluationSet("val", tuple(image for image, _ in inspected), skipped=skipped)
+    return BoxedData(found.name, layout.name, (val,), found.note)
 
 
 #: A usable photo, and the numbers of its objects.
@@ -146,15 +148,9 @@ _Inspected = tuple[BoxedImage, frozenset[int]]
 
 def _inspected(candidate: _Candidate) -> _Inspected:
     photo = read_photo(candidate.photo)
-    height, width = photo.shape[:2]
-    objects = candidate.truth.objects(height, width)
+    objects = candidate.truth.objects(*photo.shape[:2])
     image = BoxedImage(
-        split="val",
-        id=candidate.id,
-        photo=candidate.photo,
-        height=height,
-        width=width,
-        digest=photo_digest(photo),
+        **described("val", candidate.id, candidate.photo, photo),
         boxes=tuple(sorted(objects.values())),  # the digest does not depend on the order in the file
         sequence=candidate.sequence,
     )

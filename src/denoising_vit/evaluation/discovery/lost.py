@@ -1,4 +1,4 @@
-"""LOST: find one object of an image from its patch features alone.
+"""Object discovery by LOST: find one object of an image from its patch features alone, and score its box (CorLoc).
 
 Siméoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels" (BMVC 2021). Patches of an object
 are similar to each other and to few others, so the patch with the fewest similar patches, the seed, lies on an object.
@@ -12,16 +12,25 @@ norms replace degrees in the choice of the seed and the candidates, and nothing 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from scipy.ndimage import binary_propagation
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from denoising_vit.errors import EvaluationError
-from denoising_vit.evaluation.discovery.boxes import CellBox, box_around
-from denoising_vit.evaluation.discovery.options import SeedBy
+from denoising_vit.evaluation.data import Box
+from denoising_vit.evaluation.discovery.annotations import CellBox, box_around
+from denoising_vit.evaluation.discovery.layouts import DAVIS, BoxedData
+from denoising_vit.evaluation.features import FeatureCache, see, whole_images
+from denoising_vit.evaluation.options import DiscoveryOptions, SeedBy
+from denoising_vit.evaluation.outcomes import Measured
+from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.workbench import Line, Workbench
 
 #: Maximum number of similarities (patches x patches) in memory.
 _AT_ONCE = 2**24
@@ -82,18 +91,10 @@ def ranking(features: Tensor, by: SeedBy) -> Tensor:
 
 
 def expanded(features: Tensor, ranked: Tensor, k: int) -> Tensor:
-    """Patches that belong to the seed's object, connected to it or not.
+    """Patches (n,) bool that belong to the seed's object, connected to it or not; the ranking has the seed first.
 
     Candidates similar to the seed support it; a patch q belongs to the object if the sum of f_q · f_s over them is not
     negative.
-
-    Args:
-        features: (n, C).
-        ranked: patches (n,), the seed first.
-        k: number of candidates.
-
-    Returns:
-        (n,) bool, True for the seed.
     """
     seed, candidates = ranked[0], ranked[:k]
     support = candidates[features[candidates] @ features[seed] >= 0]
@@ -107,3 +108,77 @@ def component(mask: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
     start = np.zeros(mask.shape, dtype=bool)
     start[seed] = True
     return np.asarray(binary_propagation(start, mask=mask), dtype=bool)
+
+
+# --- evaluation ---
+
+
+def on_image(
+    box: CellBox, grid: tuple[int, int], patch_size: int, stride: int, shown: tuple[int, int], size: tuple[int, int]
+) -> Box:
+    """Convert a box from patches to pixels of the image.
+
+    Each pixel belongs to the patch with the nearest centre; without overlap, to the patch that contains it. The box is
+    in patches of a ``grid`` (h, w) of an input that shows (H, W) pixels for the image of a size (H, W).
+    """
+    (rows, columns), (height, width) = grid, size
+    x0, x1 = (_edge(place, columns, patch_size, stride, shown[1], width) for place in (box[0], box[2]))
+    y0, y1 = (_edge(place, rows, patch_size, stride, shown[0], height) for place in (box[1], box[3]))
+    return x0, y0, x1, y1
+
+
+def _edge(place: int, count: int, patch_size: int, stride: int, shown: int, size: int) -> float:
+    """Where patch number ``place`` begins in pixels of the image; the last one ends at the image's border."""
+    if place in (0, count):
+        return 0.0 if place == 0 else float(size)
+    return (place * stride + (patch_size - stride) / 2) * size / shown
+
+
+def best_overlap(box: Box, boxes: Sequence[Box]) -> float:
+    """Largest intersection over union of a box with any of several, in [0, 1]."""
+    found, known = (torch.tensor(some, dtype=torch.float64) for some in ([box], list(boxes)))
+    return float(box_iou(found, known).max())
+
+
+class Localised(Measured):
+    """100 for each image with its object found, else 0; the mean is CorLoc in percent."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ("CorLoc",)
+
+
+def localise(
+    source: FeatureSource,
+    data: BoxedData,
+    options: DiscoveryOptions,
+    *,
+    cache: FeatureCache | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Localised:
+    """Find one box in each image of ``val`` with LOST and compare it with the annotated boxes.
+
+    CorLoc as in Siméoni et al. 2021: an image counts if the intersection over union of its box with any annotated box
+    is at least 0.5, whatever the object is. They pad images to the patch grid and round COCO's boxes to whole pixels;
+    here images are resized to it, and boxes stay as they are.
+    """
+    options.validate()
+    shown = whole_images(data.val.images, options.size, source)
+    hits = []
+    for (image, crop), features in zip(shown, see(source, shown, cache, progress), strict=True):
+        found = find_object(features, options.seed_by, options.k, centred=options.centred)
+        size = (image.height, image.width)
+        box = on_image(found.box, found.mask.shape, source.patch_size, source.stride, crop.size, size)
+        hits.append(100.0 if best_overlap(box, image.boxes) >= options.iou else 0.0)
+    _, groups = np.unique([image.sequence for image, _ in shown], return_inverse=True)
+    return Localised(np.array(hits)[:, None], groups.astype(np.int64))
+
+
+def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions) -> Iterator[Line]:
+    """Evaluate object discovery on each source, the first one as reference.
+
+    Intervals of differences are over sequences, as frames of a sequence are nearly the same.
+    """
+    options.validate()
+    data = bench.data_of(BoxedData, "photos with boxes around their objects")
+    over = "sequences" if data.layout == DAVIS else "images"
+    task = bench.untrained("discovery", localise, data, options, outcome=Localised, over=over)
+    yield from bench.compare(names, task)

@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from denoising_vit.evaluation.options import Pads, Preset, ProbeOptions, warmed
+from denoising_vit.evaluation.options import Pads, ProbeOptions, ProbeProtocol, warmed
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(ProbeProtocol):
     """Training and evaluation of a linear probe: batch norm and a 1 x 1 convolution, with cross-entropy.
 
     The defaults are those of the published evaluation (that of DINOv2, in mmsegmentation).
 
     Attributes:
-        preset: the preset it is based on.
-        steps: number of optimizer steps.
-        warmup: steps of linear warm-up, from a millionth.
-        batch: images per step.
-        learning_rate: maximum learning rate.
-        weight_decay: weight decay of AdamW.
         augment: train on random crops with a forward pass in every step; otherwise on cached features of whole images.
         short_side: pixels that an image's shorter side is scaled to, before the random scale.
         long_side: maximum of its longer side then.
@@ -37,12 +31,6 @@ class Protocol:
         size: without crops: height and width at which images are shown; None for their own, rounded to the patch grid.
     """
 
-    preset: Preset
-    steps: int
-    warmup: int
-    batch: int = 16
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
     augment: bool = True
     short_side: int = 512
     long_side: int = 2048
@@ -57,16 +45,8 @@ class Protocol:
     pads: Pads = "cut"
     size: int | tuple[int, int] | None = None
 
-    @property
-    def gradient_limit(self) -> None:
-        """None: no gradient clipping."""
-
-    def momentum_at(self, step: int) -> float:
-        """First beta of AdamW, always its default."""
-        return 0.9
-
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, 0 to steps - 1: linear decay to 0, times the warm-up."""
+        """Linear decay to 0, times the warm-up from a millionth."""
         falling = self.learning_rate * (1 - step / self.steps)
         return warmed(falling, step, self.warmup, _WARMUP_START)
 
@@ -89,10 +69,6 @@ class SegmentationOptions(ProbeOptions):
     """Options of linear segmentation; by default those of the preset."""
 
     def protocol(self) -> Protocol:
-        """The preset with the given options.
-
-        Raises:
-            PlanError: if an option is out of range.
-        """
+        """The preset with the given options; PlanError if one is out of range."""
         base = PAPER if self.preset == "paper" else QUICK
         return self.applied(base, "crops of 512 pixels of images scaled to that side")

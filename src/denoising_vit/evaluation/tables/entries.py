@@ -91,27 +91,17 @@ class Published(_Part):
 
 
 class Entry(_Part):
-    """One line of results: one source of features, evaluated by one task in one setting.
+    """One line of results, with the attributes of `results.Record`; those that differ are given here.
 
     Attributes:
-        task: a key of `TASKS`.
-        features: name of the source.
-        settings: everything that the metrics depend on.
         data: name of the data set.
         backbone: settings of the backbone.
-        metrics: by name, scores in percent; empty if the evaluation failed.
-        seeds: metrics of each seed.
-        classes: metrics of each class by name.
-        paired: difference to the reference.
-        images: number of images of each split.
-        curve: step, loss and main metric along the training.
-        skipped: item and reason of what was left out.
-        absent: classes that never occur, left out of means.
-        failed: reason if there are no metrics.
+        backbone_name: its name.
+        metrics: scores by name, in percent; empty if the evaluation failed.
         command: the command that was run.
         hardware: description of the hardware.
         software: version by name.
-        published: published row that this measures.
+        run_seed: seed of a task without repeated draws.
     """
 
     task: Annotated[Text, AfterValidator(_known_task)]

@@ -71,12 +71,7 @@ def readable(value: object, *, pair: bool = False) -> str:
 
 
 def differing(settings: Sequence[Mapping[str, str]], always: Collection[str] = ()) -> list[str]:
-    """A label for each of several settings, with the values that differ; empty if nothing differs.
-
-    Args:
-        settings: values by dotted name, as from `flat`.
-        always: names to include even if their values are the same.
-    """
+    """A label for each of several settings, with the values that differ; empty if nothing differs."""
     keys = list(dict.fromkeys(key for each in settings for key in each))
     keys = [key for key in keys if key in always or len({each.get(key) for each in settings}) > 1]
     return [", ".join(f"{key} {each.get(key, 'none')}" for key in keys) for each in settings]

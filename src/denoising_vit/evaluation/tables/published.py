@@ -14,25 +14,19 @@ from denoising_vit.denoiser.published import (
     published_rows,
 )
 from denoising_vit.errors import EvaluationError
+from denoising_vit.evaluation.results import METRICS
 from denoising_vit.evaluation.tables.entries import Entry, Published
 from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, flat, plain, table
 
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """A data set with published figures.
-
-    Attributes:
-        heading: its name in the report.
-        names: pattern for the beginning of the names of such data.
-        task: task of the published figures.
-        figures: column and decimals by key of the published figure; the column is also the metric's name.
-    """
+    """A data set with published figures: its heading, a pattern for its names, its task, and metrics by their keys."""
 
     heading: str
     names: re.Pattern[str]
     task: str
-    figures: dict[str, tuple[str, int]]
+    figures: dict[str, str]
 
 
 _BENCHMARKS = (
@@ -40,19 +34,19 @@ _BENCHMARKS = (
         "VOC",
         re.compile(r"(pascal[^a-z]*)?voc(?!ab)", re.I),
         "segmentation",
-        {"voc_miou": ("mIoU", 2), "voc_macc": ("mAcc", 2)},
+        {"voc_miou": "mIoU", "voc_macc": "mAcc"},
     ),
     _Benchmark(
         "ADE20K",
         re.compile(r"ade(?![a-z])", re.I),
         "segmentation",
-        {"ade_miou": ("mIoU", 2), "ade_macc": ("mAcc", 2)},
+        {"ade_miou": "mIoU", "ade_macc": "mAcc"},
     ),
     _Benchmark(
         "NYU depth",
         re.compile(r"nyu", re.I),
         "depth",
-        {"nyu_rmse": ("RMSE", 4), "nyu_absrel": ("AbsRel", 4), "nyu_a1": ("a1", 2)},
+        {"nyu_rmse": "RMSE", "nyu_absrel": "AbsRel", "nyu_a1": "a1"},
     ),
 )
 
@@ -97,8 +91,11 @@ def _place(entry: Entry, published: Published) -> tuple[_Benchmark | None, str]:
 
 def _benchmark_table(benchmark: _Benchmark, entries: Sequence[Entry]) -> list[str]:
     """One row for each published row, or for each measurement of it."""
-    columns = [column for column, _ in benchmark.figures.values()]
-    header = ["model", "variant", *(f"{name}{which}" for name in columns for which in (" published", " measured"))]
+    header = [
+        "model",
+        "variant",
+        *(f"{name}{which}" for name in benchmark.figures.values() for which in (" published", " measured")),
+    ]
     rows: list[list[str]] = []
     for row in published_rows():
         found = [entry for entry in entries if entry.published == Published(model=row.model, variant=row.variant)]
@@ -117,9 +114,10 @@ def _way(entry: Entry, others: Sequence[Entry]) -> str:
 
 def _cells(benchmark: _Benchmark, row: PublishedRow, entry: Entry | None) -> list[str]:
     cells: list[str] = []
-    for key, (column, digits) in benchmark.figures.items():
-        measured = None if entry is None else entry.metrics.get(column)
-        cells += [fixed(row.figures[key], digits), fixed(measured, digits)]
+    digits = {metric.name: metric.digits for metric in METRICS[benchmark.task]}
+    for key, name in benchmark.figures.items():
+        measured = None if entry is None else entry.metrics.get(name)
+        cells += [fixed(row.figures[key], digits[name]), fixed(measured, digits[name])]
     return cells
 
 

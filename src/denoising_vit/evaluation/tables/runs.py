@@ -37,11 +37,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read ``run.json``, ``log.jsonl`` and, if there is one, ``about.json`` of a run's folder.
-
-    Raises:
-        EvaluationError: if it is not the folder of a run.
-    """
+    """Read ``run.json``, ``log.jsonl`` and, if there is one, ``about.json`` of a run's folder."""
     head = _object(folder / "run.json")
     if head.get("format") != "denoising-vit/run":
         raise EvaluationError(f"{folder}: expected the folder of a run, found none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from denoising_vit.data.listing import image_names
+from denoising_vit.data.listing import by_number, image_names
 from denoising_vit.data.photos import IMAGE_SUFFIXES, is_panel, read_photo
 from denoising_vit.errors import ClipError, PhotoError
 
@@ -192,7 +191,7 @@ class FolderClip(Clip):
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate, self.time_base = path, rate, 1 / rate
         try:
-            inside = sorted(path.iterdir(), key=_natural)
+            inside = sorted(path.iterdir(), key=lambda file: by_number(file.name))
         except OSError as error:
             raise ClipError(f"{path}: cannot be read ({error.strerror or error})") from error
         shown = [file.name for file in inside if not file.name.startswith(".") and file.is_file()]
@@ -223,9 +222,3 @@ class FolderClip(Clip):
             except PhotoError as error:
                 reason = reason or str(error)
         raise ClipError(f"{self.path}: none of its {len(self._files)} images can be read ({reason})")
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key that puts 2 before 10."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]
