@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from denoising_vit.cli.outputs import Output, OutputFolder
-from denoising_vit.cli.reporting import PhotoProgress, Row
+from denoising_vit.cli.reporting import PhotoProgress, Status, number
 from denoising_vit.data.photos import read_photo
 from denoising_vit.data.pictures import Picture, open_picture, picture_digest, reduced
 from denoising_vit.decomposition.result import Decomposition
@@ -28,6 +28,48 @@ _DRAWN = 2048
 
 if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage
+
+
+#: Headings of the numbers of a row.
+PHOTO_NUMBERS = ("views", "held-out R²", "cosine", "seconds")
+
+
+@dataclass(frozen=True)
+class PhotoRow:
+    """The outcome of one photo.
+
+    Attributes:
+        image: path of the photo.
+        status: done, kept (a result existed), or failed.
+        output: path of the safetensors file.
+        panel: path of the picture.
+        seconds: time taken.
+        views: number of crops fitted.
+        heldout_r2: share of the variance of held-out views that is predicted.
+        heldout_cosine: mean cosine to held-out views.
+        note: reason of a failure, or another remark.
+    """
+
+    image: str
+    status: Status
+    output: str | None = None
+    panel: str | None = None
+    seconds: float | None = None
+    views: int | None = None
+    heldout_r2: float | None = None
+    heldout_cosine: float | None = None
+    note: str | None = None
+
+    @property
+    def item(self) -> str:
+        """Path of the photo."""
+        return self.image
+
+    def cells(self) -> tuple[str, ...]:
+        """The numbers and the remark, as text."""
+        scores = (number(score, ".3f") for score in (self.heldout_r2, self.heldout_cosine))
+        note = self.note or ("kept" if self.status == "kept" else "")
+        return str(self.views), *scores, number(self.seconds, ".1f"), note
 
 
 @dataclass(frozen=True)
@@ -55,7 +97,7 @@ class DenoiseJob:
         """Total progress of one photo, or of one tile."""
         return self.clean.work + (0 if self.exact is None else self.exact.work)
 
-    def run(self, photo: Path, progress: PhotoProgress) -> Row:
+    def run(self, photo: Path, progress: PhotoProgress) -> PhotoRow:
         """Processes one photo, or keeps its result. Errors end in the row and are not raised."""
         started = time.perf_counter()
         try:
@@ -76,9 +118,9 @@ class DenoiseJob:
                     return self._keep(photo, picture, output, output.existing, progress)
             self._show(photo, pixels, result, exact)
         except (DenoisingVitError, OSError) as error:
-            return Row(str(photo), "failed", note=str(error))
+            return PhotoRow(str(photo), "failed", note=str(error))
         except Exception as error:  # one bad photo must not end the batch
-            return Row(str(photo), "failed", note=f"{type(error).__name__}: {error}")
+            return PhotoRow(str(photo), "failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
 
@@ -103,7 +145,7 @@ class DenoiseJob:
 
     def _keep(
         self, photo: Path, picture: Picture, output: Output, info: dict[str, Any], progress: PhotoProgress
-    ) -> Row:
+    ) -> PhotoRow:
         notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
         finer = self.upsample > 1 and info.get("upsample") != self.upsample
         redrawn = finer or not output.panel.exists()
@@ -158,8 +200,8 @@ class DenoiseJob:
         return self._denoised(self.exact, picture, result.info["photo"]["sha256"], progress)
 
     @staticmethod
-    def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:
-        return Row(
+    def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> PhotoRow:
+        return PhotoRow(
             image=str(photo),
             status=status,
             output=str(output.result),
