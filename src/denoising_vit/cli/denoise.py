@@ -88,7 +88,7 @@ def denoise(
     photos, missing = find_photos(inputs)
     told = Report("photo", PHOTO_NUMBERS, as_json=json)
     for item in missing:
-        told.add(PhotoRow(item.item, "failed", note=item.reason))
+        told.add(PhotoRow(item.item, status="failed", note=item.reason))
     if not photos:
         told.finish(out)
         return WRONG_USAGE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from denoising_vit.cli.outputs import Output, OutputFolder
-from denoising_vit.cli.reporting import PhotoProgress, Status, number
+from denoising_vit.cli.reporting import PhotoProgress, Row, number
 from denoising_vit.data.photos import read_photo
 from denoising_vit.data.pictures import Picture, open_picture, picture_digest, reduced
 from denoising_vit.decomposition.result import Decomposition
@@ -35,30 +35,22 @@ PHOTO_NUMBERS = ("views", "held-out R²", "cosine", "seconds")
 
 
 @dataclass(frozen=True)
-class PhotoRow:
+class PhotoRow(Row):
     """The outcome of one photo.
 
     Attributes:
         image: path of the photo.
-        status: done, kept (a result existed), or failed.
-        output: path of the safetensors file.
         panel: path of the picture.
-        seconds: time taken.
         views: number of crops fitted.
         heldout_r2: share of the variance of held-out views that is predicted.
         heldout_cosine: mean cosine to held-out views.
-        note: reason of a failure, or another remark.
     """
 
     image: str
-    status: Status
-    output: str | None = None
     panel: str | None = None
-    seconds: float | None = None
     views: int | None = None
     heldout_r2: float | None = None
     heldout_cosine: float | None = None
-    note: str | None = None
 
     @property
     def item(self) -> str:
@@ -118,9 +110,9 @@ class DenoiseJob:
                     return self._keep(photo, picture, output, output.existing, progress)
             self._show(photo, pixels, result, exact)
         except (DenoisingVitError, OSError) as error:
-            return PhotoRow(str(photo), "failed", note=str(error))
+            return PhotoRow(str(photo), status="failed", note=str(error))
         except Exception as error:  # one bad photo must not end the batch
-            return PhotoRow(str(photo), "failed", note=f"{type(error).__name__}: {error}")
+            return PhotoRow(str(photo), status="failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -42,32 +43,30 @@ SECONDS_BETWEEN_LINES = 60.0
 _quiet: list[bool] = []
 
 
-class Row(Protocol):
-    """The outcome of one item of a batch, a dataclass."""
+@dataclass(frozen=True, kw_only=True)
+class Row(ABC):
+    """The outcome of one item of a batch.
+
+    Attributes:
+        status: done, kept (a result existed), or failed.
+        output: path of the result.
+        seconds: time taken.
+        note: reason of a failure, or another remark.
+    """
+
+    status: Status
+    output: str | None = None
+    seconds: float | None = None
+    note: str | None = None
 
     @property
+    @abstractmethod
     def item(self) -> str:
         """Path of the item."""
-        ...
 
-    @property
-    def status(self) -> Status:
-        """Done, kept (a result existed), or failed."""
-        ...
-
-    @property
-    def output(self) -> str | None:
-        """Path of the result."""
-        ...
-
-    @property
-    def note(self) -> str | None:
-        """Reason of a failure, or another remark."""
-        ...
-
+    @abstractmethod
     def cells(self) -> tuple[str, ...]:
         """Text of the columns after the item's and the result's."""
-        ...
 
 
 class Report:
@@ -81,13 +80,13 @@ class Report:
 
     def __init__(self, what: str, numbers: Sequence[str], *, as_json: bool) -> None:
         self._what, self._numbers, self._as_json = what, numbers, as_json
-        self.rows: list[Any] = []
+        self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
         """Adds a row, and prints it in JSON mode."""
         self.rows.append(row)
         if self._as_json:
-            print_json(asdict(row))  # pyright: ignore[reportArgumentType]
+            print_json(asdict(row))
 
     def finish(self, folder: Path) -> int:
         """Prints the table and the failures. Returns the exit code."""

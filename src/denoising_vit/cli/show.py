@@ -193,9 +193,7 @@ class _Job:
             for photo in photos:
                 progress.start(photo.name)
                 try:
-                    found = self.extractor(
-                        read_photo(photo), name=readable(photo.name), progress=lambda done: progress.advance(done, 0)
-                    )
+                    found = self.extractor(read_photo(photo), name=readable(photo.name), progress=progress.advance)
                 except (DenoisingVitError, OSError) as error:
                     skipped.append((str(photo), str(error)))
                 else:

@@ -12,12 +12,12 @@ import tyro
 from rich.markup import escape
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import OnScreen, Report, Status, number, print_backbone, progress_bar
+from denoising_vit.cli.reporting import OnScreen, Report, Row, number, print_backbone, progress_bar
 from denoising_vit.cli.streams import Interrupted
 from denoising_vit.errors import DenoisingVitError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import plain_stem
-from denoising_vit.show.video.options import VideoOptions
+from denoising_vit.show.options import VideoOptions
 
 if TYPE_CHECKING:
     from denoising_vit.show.video.clips import Clip
@@ -71,26 +71,18 @@ def video(
 
 
 @dataclass(frozen=True)
-class ClipRow:
+class ClipRow(Row):
     """The outcome for a clip.
 
     Attributes:
         clip: the file or folder.
-        status: done, kept (it existed), or failed.
-        output: the video.
         frames: number of frames.
         resumed: number of frames from an earlier run.
-        seconds: time taken.
-        note: reason of a failure, or remarks.
     """
 
     clip: str
-    status: Status
-    output: str | None = None
     frames: int | None = None
     resumed: int | None = None
-    seconds: float | None = None
-    note: str | None = None
 
     @property
     def item(self) -> str:
@@ -149,12 +141,14 @@ class _Batch:
                 except BegunElsewhereError:
                     self._claimed.discard(out)
         except (DenoisingVitError, OSError) as error:
-            return ClipRow(given, "failed", note=str(error))
+            return ClipRow(given, status="failed", note=str(error))
         except Exception as error:  # one clip must not end the batch
-            return ClipRow(given, "failed", note=f"{type(error).__name__}: {error}")
+            return ClipRow(given, status="failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2) if done.status == "done" else None
         note = "; ".join(done.notes) or None
-        return ClipRow(given, done.status, str(out), done.frames, done.resumed, seconds, note)
+        return ClipRow(
+            given, done.frames, done.resumed, status=done.status, output=str(out), seconds=seconds, note=note
+        )
 
     def _claim(self, clip: Clip) -> Path:
         """A name that is free or belongs to a video of this clip."""

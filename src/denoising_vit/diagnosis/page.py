@@ -17,8 +17,7 @@ from denoising_vit.environment import run_info
 from denoising_vit.files import Mark, owned_path
 from denoising_vit.maps import Palette
 from denoising_vit.show.pages import Picture, jpeg_uri, png_uri, render, write_page
-from denoising_vit.show.pages.chart import line_chart
-from denoising_vit.show.pages.rendering import basename, scale_colours
+from denoising_vit.show.pages.rendering import basename, line_chart, scale_colours
 
 
 def write_diagnosis(diagnosis: Diagnosis, folder: Path, source: str) -> None:
