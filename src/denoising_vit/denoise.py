@@ -25,6 +25,7 @@ from denoising_vit.environment import package_version
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import KINDS, Cleaners, Extractor, GivenRegisters, GivenSubspace
 from denoising_vit.progress import OnProgress
+from denoising_vit.training_free import AveragedViT
 from denoising_vit.views.rendering import ViewRenderer
 from denoising_vit.views.sampling import on_nodes
 
@@ -196,7 +197,10 @@ class Denoising:
             clean = self._extractor.clean(features)[0]
         else:
             view = ViewRenderer(job.image, job.fitted, self.backbone.mean, self.backbone.std)(slice(1))
-            clean = self._extractor(view)[0]
+            if isinstance(self._extractor, AveragedViT):  # its first pass is that of raw
+                clean = self._extractor.averaged_with(view, features)[0]
+            else:
+                clean = self._extractor(view)[0]
         require_finite(clean)
         return Parts(on_nodes(clean, job.fitted), artifact, raw, None, info)
 

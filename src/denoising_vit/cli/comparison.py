@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import load_backbone, number, plain_table, print_error, print_note, watch
+from denoising_vit.cli.reporting import load_backbone, number, plain_table, print_error, print_note, show_progress
 from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible, print_json
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError
@@ -107,7 +107,7 @@ def _bench(options: EvaluateOptions) -> Workbench:
 
     if not options.cache_gb >= 0:
         raise EvaluationError(f"cache_gb must be 0 or more, got {options.cache_gb}")
-    with watch("images read", None) as advance:
+    with show_progress("images read", None) as advance:
         data = options.open(advance)
     if data.note:
         print_note(data.note)
@@ -125,7 +125,7 @@ def _bench(options: EvaluateOptions) -> Workbench:
         exact=options.exact.denoising(),
         fields_of=options.exact.of,
         cleaners=options.cleaners,
-        watch=watch,
+        watch=show_progress,
     )
     _ = bench.cache  # fails at once if the folder cannot be written
     return bench

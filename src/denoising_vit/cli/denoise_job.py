@@ -131,9 +131,9 @@ class DenoiseJob:
             progress.advance(before + done, before + total)
 
         if isinstance(method, TiledDenoising):
-            return method(picture, progress=advance, watch=progress.watch, digest=digest)
+            return method(picture, progress=advance, watch=progress.show_score, digest=digest)
         assert isinstance(picture, np.ndarray)
-        return method(picture, progress=advance, watch=progress.watch, digest=digest)
+        return method(picture, progress=advance, watch=progress.show_score, digest=digest)
 
     def _keep(
         self, photo: Path, picture: Picture, output: Output, info: dict[str, Any], progress: PhotoProgress

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from denoising_vit.cli.reporting import print_error, print_left_out, print_note, watch
+from denoising_vit.cli.reporting import print_error, print_left_out, print_note, show_progress
 from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible
 from denoising_vit.preparation.options import PrepareOptions
 
@@ -44,7 +44,7 @@ def prepare(
     print_left_out(dataset)
     require_writable(out)
     with interruptible("interrupted; the same command continues"):
-        failed = prepare_all(models, dataset, out, preparing, push=push, watch=watch, say=print_note)
+        failed = prepare_all(models, dataset, out, preparing, push=push, watch=show_progress, say=print_note)
     for model, reason in failed.items():
         print_error(f"{model}: {reason}", "failed")
     print_note(f"{len(models) - len(failed)} of {len(models)} backbones prepared in {out}")

@@ -164,7 +164,7 @@ class PhotoProgress(OnScreen):
         self._at, self._photo = 0, photo
         self._progress.update(self._task, description=escape(photo))
 
-    def watch(self, look: Evaluation) -> None:
+    def show_score(self, look: Evaluation) -> None:
         """Shows the current R² on held-out views."""
         if look.r2 is not None:
             self._progress.update(self._task, description=f"{escape(self._photo)} held-out R² {look.r2:.3f}")
@@ -206,7 +206,7 @@ class CountProgress(OnScreen):
 
 
 @contextlib.contextmanager
-def watch(what: str, total: int | None) -> Iterator[Callable[[], None]]:
+def show_progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
     """Shows progress while a block runs; yields the function to call after each item."""
     with CountProgress(total, what) as progress:
         yield progress.advance

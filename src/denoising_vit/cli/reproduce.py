@@ -12,7 +12,7 @@ from rich.console import Console
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.cli.comparison import main_value
-from denoising_vit.cli.reporting import load_backbone, number, plain_table, print_error, print_note, watch
+from denoising_vit.cli.reporting import load_backbone, number, plain_table, print_error, print_note, show_progress
 from denoising_vit.cli.streams import OK, SOME_FAILED, WRONG_USAGE, interruptible
 from denoising_vit.denoiser.published import VARIANTS, published_rows
 from denoising_vit.environment import run_info
@@ -152,7 +152,7 @@ def _measured(
         folder=folder,
         run=run_info(),
         seed=seed,
-        watch=watch,
+        watch=show_progress,
     )
     done = []
     for step, line in steps:

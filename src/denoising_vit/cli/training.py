@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar, watch
+from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar, show_progress
 from denoising_vit.cli.streams import INTERRUPTED, OK, SOME_FAILED
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoiser.options import PairOptions, TrainOptions
@@ -70,7 +70,7 @@ def train(
     run = _Run(job.accelerator, out, left_out, lambda: job.skipped)
 
     def prepared() -> Any:
-        job.fill(watch if run.main else no_progress)
+        job.fill(show_progress if run.main else no_progress)
         run.print_skipped()
         found = job.training()
         run.note(f"{len(found.sampler.images)} images to train on, {len(found.judge.images)} held out; run {out}")
