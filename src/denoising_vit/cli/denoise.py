@@ -39,6 +39,7 @@ class _PhotoCleaners(Cleaners):
         registers: register neurons for --method registers.
     """
 
+    artifact: str | None = None
     distilled: Unused = None
 
 

@@ -127,7 +127,7 @@ def number(value: float | None, form: str) -> str:
 
 
 class OnScreen:
-    """A progress display that is open for a block, or until it is stopped."""
+    """A progress display that is open for a block."""
 
     _progress: Progress
 
@@ -136,10 +136,6 @@ class OnScreen:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Closes the display."""
         self._progress.stop()
 
 
@@ -188,28 +184,12 @@ class PhotoProgress(OnScreen):
         self._progress.update(self._task, total=self._finished + self._left * self._each)
 
 
-class CountProgress(OnScreen):
-    """Progress over items that are counted one by one.
-
-    Args:
-        total: number of items, None if unknown.
-        unit: name of the items.
-    """
-
-    def __init__(self, total: int | None, unit: str) -> None:
-        self._progress = progress_bar(unit)
-        self._task = self._progress.add_task("", total=total)
-
-    def advance(self) -> None:
-        """Counts one item."""
-        self._progress.advance(self._task)
-
-
 @contextlib.contextmanager
 def show_progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
     """Shows progress while a block runs; yields the function to call after each item."""
-    with CountProgress(total, what) as progress:
-        yield progress.advance
+    with progress_bar(what) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 class LogProgress(Progress):
@@ -342,5 +322,5 @@ def print_left_out(dataset: Dataset) -> None:
 @contextlib.contextmanager
 def photo_progress(count: int) -> Iterator[OnPhoto]:
     """Progress over photos whose results are written at the end; yields the function to call after each."""
-    with interruptible("interrupted; nothing was written"), CountProgress(count, "photos") as progress:
-        yield lambda *_: progress.advance()
+    with interruptible("interrupted; nothing was written"), show_progress("photos", count) as advance:
+        yield lambda *_: advance()

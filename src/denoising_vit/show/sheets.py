@@ -63,10 +63,7 @@ class PhotoExtractor:
         passes: forward passes for one photo.
 
     Raises:
-        ArtifactError, DenoiserError: if a cleaner is for another backbone, or the package has none.
-        WeightsError: if weights of stage 3 are missing or for another model.
-        FormatError: if a file is missing, damaged or something else.
-        SizeError, PlanError: if size or views do not fit.
+        DenoisingVitError: as :meth:`Cleaners.extractor` does, or if size or views do not fit.
     """
 
     def __init__(self, backbone: Backbone, names: Sequence[str], cleaners: Cleaners, options: DenoiseOptions) -> None:

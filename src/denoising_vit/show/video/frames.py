@@ -36,9 +36,7 @@ class FrameFeatures:
         identity: identifies backbone and cleaners, as JSON values.
 
     Raises:
-        ArtifactError, DenoiserError: if a cleaner is for another backbone, or the package has none.
-        WeightsError: if weights of stage 3 are missing or for another model.
-        FormatError: if a file is missing, damaged or something else.
+        DenoisingVitError: as :meth:`Cleaners.extractor` does.
     """
 
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:
