@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.outputs import OutputError, OutputFolder, require_writable
+from denoising_vit.cli.outputs import OutputFolder, require_writable
 from denoising_vit.cli.reporting import PhotoProgress, Report, print_backbone, print_note
 from denoising_vit.cli.streams import WRONG_USAGE, Interrupted
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info, software_words
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import OutputError, PlanError
 from denoising_vit.extractors import Cleaners, Unused
 from denoising_vit.files import Mark, digest_of, require_ours
 from denoising_vit.tiling.options import TileOptions

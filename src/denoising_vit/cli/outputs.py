@@ -13,8 +13,6 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.errors import FormatError, OutputError
 from denoising_vit.files import Mark, atomic_path, digest_of, make_folder, plain_stem, readable, unwritable
 
-__all__ = ["Output", "OutputError", "OutputFolder", "input_digest", "require_writable"]
-
 
 def numbered(stem: str) -> Iterator[str]:
     """``stem``, ``stem-2``, ``stem-3``, ..."""
