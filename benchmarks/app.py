@@ -25,8 +25,8 @@ from skimage import data
 import denoising_vit as dv
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.show.app.models import Models
-from denoising_vit.show.app.options import AppOptions
 from denoising_vit.show.app.serving import serve
+from denoising_vit.show.options import AppOptions
 
 #: The most that the first answer may take, in seconds.
 BAR = 5.0

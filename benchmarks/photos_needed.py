@@ -18,7 +18,7 @@ import tyro
 from measuring import hardware, some_photos, table, write
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.reporting import watch
+from denoising_vit.cli.reporting import show_progress
 from denoising_vit.data import spread
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoiser.job import Photos, TrainJob
@@ -74,7 +74,7 @@ def main(
         source = Photos(photos, DenoiseOptions(views=views, held_out=0, size=size), "none")
         job = TrainJob.prepare(source, Path(name) / "run", model, options, PairOptions(sizes=str(size), keep=keep))
         found["backbone"] = job.backbone.extra_repr()
-        job.fill(watch)
+        job.fill(show_progress)
         require_enough(len(job.kept.usable()) - held_out, counts)
         for count in counts:
             found["counts"][count] = trained_on(job.training(), count, Path(name) / str(count))

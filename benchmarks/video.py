@@ -35,8 +35,8 @@ from torch import Tensor
 
 import denoising_vit as dv
 from denoising_vit.decomposition.inputs import fitting_batch
+from denoising_vit.show.options import VideoOptions, panel_size, shown_size
 from denoising_vit.show.video.films import open_clip
-from denoising_vit.show.video.options import VideoOptions, panel_size, shown_size
 from denoising_vit.show.video.rendering import render_video
 from denoising_vit.views.rendering import to_image
 

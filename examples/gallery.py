@@ -18,7 +18,8 @@ from skimage import data
 import denoising_vit as dv
 from denoising_vit.cli.app import run
 from denoising_vit.extractors import Cleaners
-from denoising_vit.show.options import MAPS, ShowOptions
+from denoising_vit.maps.kinds import MAP_KINDS
+from denoising_vit.show.options import ShowOptions
 from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, palette_of
 
 #: All colour photographs of scikit-image that come with it and are free to show.
@@ -78,8 +79,9 @@ def main() -> None:
         views=arguments.views,
     )
     sections = [
-        f"## {MAPS[kind]}\n\n{says}\n\n![{MAPS[kind]} of raw and clean features](gallery/{kind}.webp)"
+        f"## {title}\n\n{says}\n\n![{title} of raw and clean features](gallery/{kind}.webp)"
         for kind, says in KINDS.items()
+        for title in [MAP_KINDS[kind].title]
     ]
     (arguments.out / "gallery.md").write_text("\n\n".join([text.strip(), *sections]) + "\n")
 

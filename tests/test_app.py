@@ -19,10 +19,11 @@ from denoising_vit.backbones import SEEDS, BackboneSpec
 from denoising_vit.data.photos import is_panel, read_photo
 from denoising_vit.errors import AppError, BackboneError, DenoiserError, PhotoError, SizeError
 from denoising_vit.maps import Palette
+from denoising_vit.maps.kinds import SIMILARITY
 from denoising_vit.show.app import answers
 from denoising_vit.show.app.answers import Answer, Keep, Settings, answer, draw_sheet
 from denoising_vit.show.app.models import KEPT, Models
-from denoising_vit.show.app.scene import LEGENDS, MAPS, NONE, SIMILARITY, Scene, figures
+from denoising_vit.show.app.scene import LEGENDS, MAPS, NONE, Scene, figures
 from denoising_vit.show.app.serving import find_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")

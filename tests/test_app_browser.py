@@ -18,8 +18,8 @@ import tiny_app as tiny
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.data.photos import is_panel
 from denoising_vit.show.app.models import Models
-from denoising_vit.show.app.options import AppOptions
 from denoising_vit.show.app.serving import serve
+from denoising_vit.show.options import AppOptions
 
 pytestmark = pytest.mark.slow
 

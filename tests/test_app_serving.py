@@ -19,9 +19,9 @@ import tiny_app as tiny
 from command import Dvit, in_process
 from denoising_vit.errors import AppError
 from denoising_vit.show.app import serving
-from denoising_vit.show.app.options import AppOptions
 from denoising_vit.show.app.scene import Figure
 from denoising_vit.show.app.serving import require_free
+from denoising_vit.show.options import AppOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

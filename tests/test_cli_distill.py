@@ -197,7 +197,7 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
         patch.setattr(Distillation, "run", interrupted)
         done = distill(photos, *last, "-o", tmp_path / "run")
     assert done.code == 130
-    assert "interrupted; --resume goes on from the last checkpoint" in done.err
+    assert "interrupted; continue with --resume" in done.err
     assert distill(photos, *last, "-o", tmp_path / "run", "--resume").code == 0
 
 

@@ -15,10 +15,9 @@ from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import KINDS, Cleaners, Extractor, FeatureKind, features_help, parse_names
 from denoising_vit.show.app.models import Model
-from denoising_vit.show.options import ShowOptions
+from denoising_vit.show.options import ShowOptions, VideoOptions
 from denoising_vit.show.sheets import PhotoExtractor
 from denoising_vit.show.video.frames import FrameFeatures
-from denoising_vit.show.video.options import VideoOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

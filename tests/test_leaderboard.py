@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
-from denoising_vit.cli.report import report
+from denoising_vit.cli import app
 from denoising_vit.evaluation.tables import read_entries, report_markdown
 from test_tables import KNN, PAIRED, SMALL, Line, denoised, line, rows, write
 
@@ -99,22 +98,22 @@ def test_the_verb_puts_details_below_and_may_replace_its_own_page(tmp_path: Path
     results, out = write(tmp_path / "results.jsonl", line(), denoised()), tmp_path / "page.md"
     plainly = report_markdown(read_entries([results]))
     for _ in range(2):
-        assert tyro.cli(report, args=[str(results), "--leaderboard", "-o", str(out)]) == 0
+        assert app.run(["report", str(results), "--leaderboard", "-o", str(out)]) == 0
         text = out.read_text()
         head, details = plainly.split("\n## Nearest neighbours\n", 1)
         assert text.startswith(f"{head}\n## Leaderboard\n") and text.endswith(f"\n## Nearest neighbours\n{details}")
-    assert tyro.cli(report, args=[str(results), "-o", str(out)]) == 0
+    assert app.run(["report", str(results), "-o", str(out)]) == 0
     assert out.read_text() == plainly
 
 
 def test_a_picture_is_shown_below_the_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, picture = write(tmp_path / "results.jsonl", line(), denoised()), tmp_path / "maps of photos.png"
     shown = [str(results), "--picture", str(picture), "-o", str(tmp_path / "page.md")]
-    assert tyro.cli(report, args=[*shown, "--leaderboard"]) == 2
+    assert app.run(["report", *shown, "--leaderboard"]) == 2
     assert f"--picture {picture}: expected an image file, together with --leaderboard" in capsys.readouterr().err
     picture.touch()
-    assert tyro.cli(report, args=shown) == 2
-    assert tyro.cli(report, args=[*shown, "--leaderboard"]) == 0
+    assert app.run(["report", *shown]) == 2
+    assert app.run(["report", *shown, "--leaderboard"]) == 0
     head, details = (
         (tmp_path / "page.md")
         .read_text()

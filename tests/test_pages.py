@@ -16,9 +16,8 @@ from denoising_vit import Decomposition
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import EvaluationError
 from denoising_vit.show.pages import photos as photos_module
-from denoising_vit.show.pages.chart import BOTTOM, LEFT, MOST, RIGHT, TOP, line_chart
 from denoising_vit.show.pages.photos import PhotosPage
-from denoising_vit.show.pages.rendering import figure, jpeg_uri
+from denoising_vit.show.pages.rendering import BOTTOM, LEFT, MOST, RIGHT, TOP, figure, jpeg_uri, line_chart
 from denoising_vit.show.pages.run import render_run, write_run_page
 from html_page import Page, is_alone
 

@@ -13,13 +13,14 @@ from denoising_vit.data.photos import is_panel
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import DenoiserError, FormatError, PlanError
 from denoising_vit.extractors import Cleaners
+from denoising_vit.maps.kinds import MAP_KINDS
 from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT, Sheet
-from denoising_vit.show.options import MAPS, ShowOptions
+from denoising_vit.show.options import ShowOptions
 from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, palette_of, pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPTIONS = ShowOptions(features="raw,exact", maps=",".join(MAPS), views=9)
+OPTIONS = ShowOptions(features="raw,exact", maps=",".join(MAP_KINDS), views=9)
 
 
 def shown(seed: int = 0, names: tuple[str, ...] = ("raw", "exact")) -> ShownPhoto:
@@ -43,7 +44,7 @@ def test_raw_features_alone_take_one_pass() -> None:
     counted: list[int] = []
     backbone, pixels, options = planted.backbone(), planted.photos(1)[0], OPTIONS.denoising()
     extractor = PhotoExtractor(backbone, ["raw"], Cleaners(), options)
-    found = extractor(pixels, progress=counted.append)
+    found = extractor(pixels, progress=lambda done, _: counted.append(done))
     assert counted[-1] == extractor.passes == 1
     assert (found.maps()["raw"] == denoise_image(backbone, pixels, method="subtract", artifact="none").raw).all()
 
@@ -51,7 +52,7 @@ def test_raw_features_alone_take_one_pass() -> None:
 def test_progress_counts_up_to_what_was_said() -> None:
     counted: list[int] = []
     extractor = PhotoExtractor(planted.backbone(), ["raw", "exact"], Cleaners(), OPTIONS.denoising())
-    extractor(planted.photos(1)[0], progress=counted.append)
+    extractor(planted.photos(1)[0], progress=lambda done, _: counted.append(done))
     assert counted == sorted(counted) and counted[-1] == extractor.passes == 9
 
 
@@ -61,7 +62,7 @@ def test_a_finer_map_is_that_many_times_finer(photo: ShownPhoto) -> None:
     assert finer["raw"].shape[:2] == (h, w) and finer["exact"].shape[:2] == (3 * h, 3 * w)
 
 
-@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("kind", MAP_KINDS)
 def test_each_kind_of_map_is_drawn_of_each_feature_that_has_it(kind: str, photo: ShownPhoto) -> None:
     found = pictures(photo, palette_of([photo], OPTIONS), ShowOptions(maps=kind))[kind]
     assert list(found) == ["raw", "exact"] and found["exact"] is not None

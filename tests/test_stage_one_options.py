@@ -10,7 +10,7 @@ from denoising_vit.decomposition.options import CalibrationOptions, DenoiseOptio
 from denoising_vit.diagnosis.options import DiagnoseOptions
 from denoising_vit.errors import PlanError
 from denoising_vit.evaluation.options import FieldOptions
-from denoising_vit.show.video.options import VideoOptions
+from denoising_vit.show.options import VideoOptions
 
 WIDE = (0.4, 1.0)
 

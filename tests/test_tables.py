@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
-from denoising_vit.cli.report import report
+from denoising_vit.cli import app
 from denoising_vit.errors import EvaluationError, FormatError
 from denoising_vit.evaluation.tables import parse_entry, read_entries, report_markdown
 from denoising_vit.evaluation.tables.markdown import code, differing, flat, plain, readable, signed
@@ -385,9 +384,9 @@ def test_the_verb_writes_the_report_and_its_exit_code_tells_of_broken_lines(
 ) -> None:
     good, bad = write(tmp_path / "good.jsonl", line()), write(tmp_path / "bad.jsonl", "{}")
     out = tmp_path / "results.md"
-    assert tyro.cli(report, args=[str(good), "-o", str(out)]) == 0
+    assert app.run(["report", str(good), "-o", str(out)]) == 0
     assert out.read_bytes() == report_markdown(read_entries([good])).encode()
-    assert tyro.cli(report, args=[str(good), str(bad), "--out", str(out)]) == 1
+    assert app.run(["report", str(good), str(bad), "--out", str(out)]) == 1
     assert f"skipped: {bad}:1: task is missing" in capsys.readouterr().err
     assert "`good.jsonl`, `bad.jsonl`" in out.read_text()
 
@@ -395,12 +394,12 @@ def test_the_verb_writes_the_report_and_its_exit_code_tells_of_broken_lines(
 def test_the_verb_refuses_what_cannot_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = write(tmp_path / "results.md", line())
     before = results.read_bytes()
-    assert report((results,), results) == 2
+    assert app.run(["report", str(results), "-o", str(results)]) == 2
     assert "this file is among the results" in capsys.readouterr().err
     assert results.read_bytes() == before
-    assert report((results,), tmp_path / "none" / "a.md") == 2
-    assert report((results,), tmp_path / "a.txt") == 2
-    assert report((), tmp_path / "a.md") == 2
+    assert app.run(["report", str(results), "-o", str(tmp_path / "none" / "a.md")]) == 2
+    assert app.run(["report", str(results), "-o", str(tmp_path / "a.txt")]) == 2
+    assert app.run(["report", "-o", str(tmp_path / "a.md")]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.md"]
 
 

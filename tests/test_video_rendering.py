@@ -23,9 +23,9 @@ from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import ClipError, DenoisingVitError, FormatError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.maps import Palette, write_palette
+from denoising_vit.show.options import PANELS, VideoOptions
 from denoising_vit.show.video import rendering
 from denoising_vit.show.video.frames import GAP, HEADING, FrameFeatures
-from denoising_vit.show.video.options import PANELS, VideoOptions
 from denoising_vit.show.video.rendering import RenderedVideo, render_video
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,9 +11,9 @@ import torch
 import tiny_denoiser
 from denoising_vit.errors import FormatError
 from denoising_vit.maps import Palette, read_palette, write_palette
+from denoising_vit.show.options import VideoOptions, panel_size, shown_size
 from denoising_vit.show.video.films import over_white, upright
 from denoising_vit.show.video.frames import GAP, HEADING, FrameSheet
-from denoising_vit.show.video.options import VideoOptions, panel_size, shown_size
 
 PANEL = 60, 101
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import tiny_denoiser
 from denoising_vit import Backbone
-from denoising_vit.show.video.options import VideoOptions
+from denoising_vit.show.options import VideoOptions
 
 #: Height and width of the frames, and the side of the planted patches.
 SIZE = 48, 80

@@ -24,11 +24,10 @@ from denoising_vit.denoiser.loading import FoundDenoiser, GivenDenoiser, find_de
 from denoising_vit.environment import package_version
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import KINDS, Cleaners, Extractor, GivenRegisters, GivenSubspace
+from denoising_vit.progress import OnProgress
+from denoising_vit.training_free import AveragedViT
 from denoising_vit.views.rendering import ViewRenderer
 from denoising_vit.views.sampling import on_nodes
-
-#: ``progress(done, total)``.
-Progress = Callable[[int, int], None]
 
 
 def denoise_image(
@@ -39,7 +38,7 @@ def denoise_image(
     denoiser: GivenDenoiser | None = None,
     subspace: GivenSubspace | None = None,
     registers: GivenRegisters | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     watch: Callable[[Evaluation], None] | None = None,
     options: DenoiseOptions | None = None,
     **changes: Any,
@@ -133,7 +132,7 @@ class Denoising:
         self,
         photo: Photo,
         *,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         watch: Callable[[Evaluation], None] | None = None,
         digest: str | None = None,
     ) -> Decomposition:
@@ -198,7 +197,10 @@ class Denoising:
             clean = self._extractor.clean(features)[0]
         else:
             view = ViewRenderer(job.image, job.fitted, self.backbone.mean, self.backbone.std)(slice(1))
-            clean = self._extractor(view)[0]
+            if isinstance(self._extractor, AveragedViT):  # its first pass is that of raw
+                clean = self._extractor.averaged_with(view, features)[0]
+            else:
+                clean = self._extractor(view)[0]
         require_finite(clean)
         return Parts(on_nodes(clean, job.fitted), artifact, raw, None, info)
 
@@ -251,7 +253,7 @@ def work(options: DenoiseOptions) -> int:
 
 
 class _Reporter:
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: OnProgress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
         self.add(0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
@@ -69,6 +69,10 @@ class Cleaners:
             known = [other.name for other in KINDS.values() if not other.per_image]
             raise PlanError(f"no extractor named {name!r}; choose from {', '.join(known)}")
         return kind.make(backbone, self)
+
+
+#: A field of :class:`Cleaners` that a command does not take: its subclass hides the flag with ``name: Unused = None``.
+Unused = Annotated[None, tyro.conf.Fixed, tyro.conf.Suppress]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+#: ``progress(done, total)``, called as work goes on; the total may be an estimate.
+OnProgress = Callable[[int, int], None]
+
 #: ``with progress(label, total) as advance:``, then ``advance()`` after each item; the total may be unknown (None).
 Progress = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[], None]]]
 
@@ -18,6 +21,14 @@ Progress = Callable[[str, int | None], contextlib.AbstractContextManager[Callabl
 def no_progress(_label: str, _total: int | None) -> Iterator[Callable[[], None]]:
     """No-op progress."""
     yield lambda: None
+
+
+def duration(seconds: float) -> str:
+    """A duration in its largest unit, such as "5 min"."""
+    for name, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {name}"
+    return f"{seconds:.0f} s"
 
 
 _END = object()

@@ -12,15 +12,15 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, WRONG_USAGE
+from denoising_vit.cli.streams import INTERRUPTED, OK, WRONG_USAGE, Interrupted, logged, only_json
 from denoising_vit.environment import package_version
 
 #: Each verb's module in this package, with its function after a colon if it has another name; or further verbs.
 VERBS: Mapping[str, Any] = {
     "denoise": "denoise",
     "fit": "fit",
-    "train": "train",
-    "distill": "distill",
+    "train": "training:train",
+    "distill": "training:distill",
     "calibrate": "calibrate",
     "diagnose": "diagnose",
     "prepare": "prepare",
@@ -29,10 +29,10 @@ VERBS: Mapping[str, Any] = {
         "segmentation": "evaluate:segmentation",
         "hummingbird": "evaluate:hummingbird",
         "clustering": "evaluate:clustering",
-        "depth": "evaluate_depth:depth",
-        "discovery": "evaluate_discovery:discovery",
-        "correspondence": "evaluate_correspondence:correspondence",
-        "artifacts": "evaluate_artifacts:artifacts",
+        "depth": "evaluate:depth",
+        "discovery": "evaluate:discovery",
+        "correspondence": "evaluate:correspondence",
+        "artifacts": "diagnose:artifacts",
     },
     "video": "video",
     "report": "report",
@@ -98,7 +98,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--quiet"]
     # Imports are inside, so that Ctrl-C during them ends as quietly as at any other time.
     from denoising_vit.cli.reporting import print_error, print_note, quiet
-    from denoising_vit.cli.streams import logged, only_json
     from denoising_vit.errors import DenoisingVitError
 
     app = _app(VERBS, arguments)
@@ -107,6 +106,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         with alone, quiet(hidden), logged(print_note), warnings.catch_warnings():
             _show_warnings(print_error)
             return app.cli(args=arguments, prog="dvit", description=_DESCRIPTION) or OK
+    except Interrupted as stopped:
+        print_note(str(stopped))
+        return INTERRUPTED
     except DenoisingVitError as error:
         print_error(str(error))
         return WRONG_USAGE

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.reporting import CountProgress, print_error, print_note
-from denoising_vit.cli.streams import print_json
+from denoising_vit.cli.reporting import (
+    load_backbone,
+    open_photos,
+    photo_progress,
+    print_error,
+    print_left_out,
+    print_note,
+)
+from denoising_vit.cli.streams import OK, SOME_FAILED, print_json
 from denoising_vit.decomposition.options import CalibrationOptions
+from denoising_vit.errors import OutputError
 from denoising_vit.files import Mark, owned_path, require_ours
 
 if TYPE_CHECKING:
@@ -42,39 +49,24 @@ def calibrate(
         json: print the figures as one JSON line.
     """
     from denoising_vit.cli.outputs import input_digest
-    from denoising_vit.data import named_photos, open_dataset, spread
+    from denoising_vit.data import named_photos
     from denoising_vit.decomposition.calibration.calibrate import run_calibration
 
     if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
-        print_error(f"-o {out}: expected the name of a .safetensors file in a folder that exists")
-        return WRONG_USAGE
-    if photos < 0:
-        print_error(f"--photos must be 0 (all) or more, got {photos}")
-        return WRONG_USAGE
+        raise OutputError(f"-o {out}: expected the name of a .safetensors file in a folder that exists")
     mark = Mark("artifact", input_digest(data, model))
     require_ours(out, mark)
     calibration.denoising()  # report wrong options before the model is loaded
-    dataset = open_dataset(data)
-    for item in dataset.skipped:
-        print_error(f"{item.item}: {item.reason}", "skipped")
-    backbone = model.load()
-    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
-    chosen = spread(len(dataset), photos)
-    with CountProgress(len(chosen), "photos") as progress:
-        try:
-            found = run_calibration(
-                backbone, named_photos(dataset, chosen), progress=lambda *_: progress.advance(), options=calibration
-            )
-        except KeyboardInterrupt:
-            progress.stop()
-            print_note("interrupted; nothing was written")
-            return INTERRUPTED
+    dataset, chosen = open_photos(data, photos)
+    print_left_out(dataset)
+    backbone = load_backbone(model)
+    with photo_progress(len(chosen)) as progress:
+        found = run_calibration(backbone, named_photos(dataset, chosen), progress=progress, options=calibration)
     try:
         with owned_path(out, mark) as temporary:
             replace(found.artifact, info=found.artifact.info | {"made": str(mark)}).save(temporary)
     except OSError as error:
-        print_error(f"cannot write {out} ({error.strerror or error})")
-        return WRONG_USAGE
+        raise OutputError(f"cannot write {out} ({error.strerror or error})") from error
     return _tell(found, [*dataset.skipped, *found.skipped], out, as_json=json)
 
 

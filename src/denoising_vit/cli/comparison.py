@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
-from denoising_vit.cli.reporting import CountProgress, print_error, print_note, watch
-from denoising_vit.cli.streams import print_json
+from denoising_vit.cli.reporting import load_backbone, number, plain_table, print_error, print_note, show_progress
+from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible, print_json
 from denoising_vit.environment import run_info
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.options import FieldOptions
@@ -31,7 +31,7 @@ _MOST_BESIDE = 3
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(ABC):
     """Data, features and results of `dvit evaluate`.
 
     Attributes:
@@ -41,7 +41,10 @@ class EvaluateOptions:
         cache: folder for cached features and fields. By default next to the results.
         cache_gb: limit of cached features in GB; fields of stage 1 are not included.
         images: maximum number of images in each split, spread evenly over it; 0 takes all.
+        json: print the lines of results instead of a table.
         cleaners: what cleans the features.
+        exact: options of stage 1, for exact features.
+        model: the backbone and its options.
     """
 
     data: Path
@@ -50,55 +53,50 @@ class EvaluateOptions:
     cache: Path | None = None
     cache_gb: float = 10.0
     images: int = 0
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     cleaners: tyro.conf.OmitArgPrefixes[Cleaners] = Cleaners()  # noqa: RUF009, frozen
+    exact: FieldOptions = FieldOptions()  # noqa: RUF009, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec()  # noqa: RUF009, frozen
+
+    @abstractmethod
+    def open(self, progress: Callable[[], None]) -> EvaluationData:
+        """The data; ``progress`` is called after each image."""
 
 
 def compare_sources(
     options: EvaluateOptions,
-    exact: FieldOptions,
-    model: BackboneSpec,
-    open_data: Callable[[Callable[[], None]], EvaluationData],
     compare: Callable[[Workbench, Sequence[str]], Iterator[Line]],
-    *,
-    as_json: bool,
     varied: Sequence[str] = (),
 ) -> int:
     """Run a task on each source, report each result and then a table. Returns the exit code.
 
     Args:
         options: data, features and results.
-        exact: options of stage 1.
-        model: the backbone.
-        open_data: opens the data; its argument is called after each image.
         compare: the task: yields lines of results of the named sources.
-        as_json: print lines of results instead of a table.
         varied: settings that differ between the lines of one command; each value gets a table.
     """
     names = parse_names(options.features, KINDS)
-    exact.denoising()  # fail before the model is loaded
+    options.exact.denoising()  # fail before the model is loaded
     found: list[Line] = []
-    try:
-        for line, kept in compare(open_bench(options, exact, model, open_data), names):
+    with interruptible("interrupted; finished results stay, and the same command resumes"):
+        for line, kept in compare(_bench(options), names):
             found.append((line, kept))
-            if as_json:
+            if options.json:
                 print_json(line)
             if not line["failed"]:
-                metric = main_metric(line["task"])
-                value = f"{metric.name} {line['metrics'][metric.name]:.{metric.digits}f} in {line['seconds']:.0f} s"
                 label = ", ".join([line["features"], *filter(None, [_setting(line, varied)])])
-                print_note(f"{label}: {value}{' (kept from an earlier run)' if kept else ''}")
-    except KeyboardInterrupt:
-        print_note("interrupted; finished results stay, and the same command resumes")
-        return INTERRUPTED
-    return finish(found, options.out, as_json=as_json, varied=varied)
+                kept_words = " (kept from an earlier run)" if kept else ""
+                print_note(f"{label}: {main_value(line)} in {line['seconds']:.0f} s{kept_words}")
+    return finish(found, options.out, as_json=options.json, varied=varied)
 
 
-def open_bench(
-    options: EvaluateOptions,
-    exact: FieldOptions,
-    model: BackboneSpec,
-    open_data: Callable[[Callable[[], None]], EvaluationData],
-) -> Workbench:
+def main_value(line: dict[str, Any]) -> str:
+    """The main metric of a line of results, with its value."""
+    metric = main_metric(line["task"])
+    return f"{metric.name} {line['metrics'][metric.name]:.{metric.digits}f}"
+
+
+def _bench(options: EvaluateOptions) -> Workbench:
     """Open data and results, then load the model, so that errors in files come first.
 
     Raises:
@@ -109,27 +107,25 @@ def open_bench(
 
     if not options.cache_gb >= 0:
         raise EvaluationError(f"cache_gb must be 0 or more, got {options.cache_gb}")
-    with CountProgress(None, "images read") as progress:
-        data = open_data(progress.advance)
+    with show_progress("images read", None) as advance:
+        data = options.open(advance)
     if data.note:
         print_note(data.note)
     if data.absent:
         print_note(f"never occurs in val, left out of the means unless predicted: {', '.join(data.absent)}")
     results = Results(options.out)
-    backbone = model.load()
-    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     bench = Workbench(
         data=data,
-        backbone=backbone,
-        spec=model,
+        backbone=load_backbone(options.model),
+        spec=options.model,
         results=results,
         folder=options.cache or options.out.with_suffix(".cache"),
         run=run_info(),
         cache_bytes=options.cache_gb * 1e9,
-        exact=exact.denoising(),
-        fields_of=exact.of,
+        exact=options.exact.denoising(),
+        fields_of=options.exact.of,
         cleaners=options.cleaners,
-        progress=watch,
+        progress=show_progress,
     )
     _ = bench.cache  # fails at once if the folder cannot be written
     return bench
@@ -167,7 +163,8 @@ def print_scores(lines: Sequence[dict[str, Any]]) -> None:
     console = Console()
     metrics = METRICS.get(good[0]["task"])
     if metrics is None:
-        console.print(_figures(good))
+        figures = {line["features"]: line["metrics"] for line in good}
+        console.print(figures_table(figures, {name: name.replace("_", " ") for name in good[0]["metrics"]}))
         return
     beside = len(metrics) <= _MOST_BESIDE
     console.print(_scores(good, metrics, beside=beside))
@@ -179,20 +176,15 @@ def print_scores(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _scores(lines: Sequence[dict[str, Any]], metrics: Sequence[Metric], *, beside: bool) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("features")
-    for metric in metrics:
-        table.add_column(metric.name, justify="right")
-    table.add_column("seeds", justify="right")
+    headings = [*(metric.name for metric in metrics), "seeds"]
     if beside:
         paired = next((line["paired"] for line in lines if line["paired"]), {"against": "the first"})
-        table.add_column(_heading(paired, metrics[0]), justify="right")
-    table.add_column("seconds", justify="right")
+        headings.append(_heading(paired, metrics[0]))
+    table = plain_table("features", numbers=[*headings, "seconds"])
     for line in lines:
-        values = [(line["metrics"][metric.name], metric.digits) for metric in metrics]
         table.add_row(
             escape(line["features"]),
-            *("-" if value is None else f"{value:.{digits}f}" for value, digits in values),
+            *(number(line["metrics"][metric.name], f".{metric.digits}f") for metric in metrics),
             str(len(line["seeds"])),
             *([_difference(line, metrics[0])] if beside else []),
             f"{line['seconds']:.0f}",
@@ -215,12 +207,9 @@ def _difference(line: dict[str, Any], metric: Metric) -> str:
     return f"{difference} ({low} to {high}; {groups})"
 
 
-def _figures(lines: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for line in lines:
-        table.add_column(escape(line["features"]), justify="right")
-    for name in lines[0]["metrics"]:
-        values = [line["metrics"][name] for line in lines]
-        table.add_row(name.replace("_", " "), *("-" if value is None else f"{value:.3g}" for value in values))
+def figures_table(figures: Mapping[str, Mapping[str, float | None]], labels: Mapping[str, str]) -> Table:
+    """Label-free figures: sources in columns, and a row for each of these names of figures with their labels."""
+    table = plain_table("", numbers=[*map(escape, figures)])
+    for name, label in labels.items():
+        table.add_row(label, *(number(values[name], ".3g") for values in figures.values()))
     return table

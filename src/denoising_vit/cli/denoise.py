@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, WRONG_USAGE
-from denoising_vit.cli.outputs import OutputError, OutputFolder, require_writable
-from denoising_vit.cli.reporting import PhotoProgress, Report, Row, print_error, print_note
+from denoising_vit.cli.outputs import OutputFolder, require_writable
+from denoising_vit.cli.reporting import PhotoProgress, Report, print_backbone, print_note
+from denoising_vit.cli.streams import WRONG_USAGE, Interrupted
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info, software_words
-from denoising_vit.extractors import Cleaners
+from denoising_vit.errors import OutputError, PlanError
+from denoising_vit.extractors import Cleaners, Unused
 from denoising_vit.files import Mark, digest_of, require_ours
 from denoising_vit.tiling.options import TileOptions
 
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage
 
 
+@dataclass(frozen=True)
+class _PhotoCleaners(Cleaners):
+    """What cleans the features of photos.
+
+    Attributes:
+        artifact: the backbone's artifact, so that fewer views are needed: a file of `dvit calibrate`, or `shipped` for
+            the one in the package; `none` models no artifact. By default, one is fitted in each photo, and subtract
+            uses the shipped one. Selects the exact method unless a method or a denoiser is given.
+        denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
+            for the one in the package (the default where there is one).
+        subspace: positional directions for --method project. Without it, the 16 strongest of a black image.
+        registers: register neurons for --method registers.
+    """
+
+    artifact: str | None = None
+    distilled: Unused = None
+
+
 def denoise(
     inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PHOTO ...")],
     /,
@@ -31,10 +50,7 @@ def denoise(
     denoising: tyro.conf.OmitArgPrefixes[DenoiseOptions] = DenoiseOptions(method="auto"),  # noqa: B008, frozen
     tiling: tyro.conf.OmitArgPrefixes[TileOptions] = TileOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
-    artifact: str | None = None,
-    denoiser: str | None = None,
-    subspace: str | None = None,
-    registers: str | None = None,
+    cleaners: tyro.conf.OmitArgPrefixes[_PhotoCleaners] = _PhotoCleaners(),
     compare: tyro.conf.FlagCreatePairsOff[bool] = False,
     upsample: int = 1,
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None,
@@ -49,13 +65,7 @@ def denoise(
         denoising: method and options of stage 1.
         tiling: how photos larger than the backbone's input are cut into tiles.
         model: the backbone, and how to run it.
-        artifact: the backbone's artifact, so that fewer views are needed: a file of `dvit calibrate`, or `shipped` for
-            the one in the package; `none` models no artifact. By default, one is fitted in each photo, and subtract
-            uses the shipped one. Selects the exact method unless a method or a denoiser is given.
-        denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
-            for the one in the package (the default where there is one).
-        subspace: positional directions for --method project. Without it, the 16 strongest of a black image.
-        registers: register neurons for --method registers.
+        cleaners: what cleans the features.
         compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Costs one
             forward pass per view.
         upsample: also store and draw the clean features this many times finer.
@@ -64,25 +74,22 @@ def denoise(
         json: print one JSON line per photo instead of a table.
     """
     from denoising_vit.artifact import SHIPPED, resampling_note
-    from denoising_vit.cli.denoise_job import DenoiseJob
+    from denoising_vit.cli.denoise_job import PHOTO_NUMBERS, DenoiseJob, PhotoRow
     from denoising_vit.data import find_photos
     from denoising_vit.decomposition.inputs import given_artifact
     from denoising_vit.denoise import Denoising, settle
     from denoising_vit.tiling.denoising import TiledDenoising
 
     if not inputs:
-        print_error("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
-        return WRONG_USAGE
+        raise PlanError("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
     if upsample < 1:
-        print_error(f"--upsample must be a whole number of at least 1, got {upsample}")
-        return WRONG_USAGE
+        raise PlanError(f"--upsample must be a whole number of at least 1, got {upsample}")
     if report is not None and (report.suffix.lower() not in (".html", ".htm") or report.is_dir()):
-        print_error(f"--report {report}: expected the name of a .html file")
-        return WRONG_USAGE
+        raise PlanError(f"--report {report}: expected the name of a .html file")
     photos, missing = find_photos(inputs)
-    told = Report(as_json=json)
+    told = Report("photo", PHOTO_NUMBERS, as_json=json)
     for item in missing:
-        told.add(Row(item.item, "failed", note=item.reason))
+        told.add(PhotoRow(item.item, status="failed", note=item.reason))
     if not photos:
         told.finish(out)
         return WRONG_USAGE
@@ -92,7 +99,8 @@ def denoise(
         require_writable(report.parent)
     denoising.validate()
     backbone = model.load()
-    options, found = settle(denoising, backbone, denoiser, artifact)
+    artifact = cleaners.artifact
+    options, found = settle(denoising, backbone, cleaners.denoiser, artifact)
 
     def method(options: DenoiseOptions, cleaners: Cleaners) -> Denoising | TiledDenoising:
         if tiling.tile is None:
@@ -100,21 +108,16 @@ def denoise(
         return TiledDenoising(backbone, options, tiling, cleaners)
 
     # Errors in the options are reported before any photo is read.
-    used = Cleaners(artifact if found is None else None, found, subspace=subspace, registers=registers)
-    clean = method(options, used)
+    clean = method(options, replace(cleaners, artifact=artifact if found is None else None, denoiser=found))
     exact = None
     if found is None and compare:
-        print_error(f"--compare draws exact beside a denoiser, and the method is {options.method}; leave it out")
-        return WRONG_USAGE
+        raise PlanError(f"--compare draws exact beside a denoiser, and the method is {options.method}; leave it out")
     if found is not None and compare:
         exact = method(replace(options, method="exact"), Cleaners(artifact=artifact))
     elif found is not None:
         given_artifact(artifact, backbone, options)  # not used, but a wrong file is an error
     folder = OutputFolder(out, overwrite=overwrite)
-    print_note(
-        f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}; "
-        f"method {_told(options, found)}"
-    )
+    print_backbone(backbone, f"; method {_told(options, found)}")
     if exact is not None:
         print_note(
             f"pictures compare it with exact: {exact.work} more passes a {'photo' if tiling.tile is None else 'tile'}"
@@ -127,20 +130,20 @@ def denoise(
     job = DenoiseJob(clean, folder, upsample, exact, page, tiling.max_pixels)
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
     interrupted = False
-    with PhotoProgress(len(photos), job.work, unit) as progress:
-        try:
+    try:
+        with PhotoProgress(len(photos), job.work, unit) as progress:
             for photo in photos:
                 progress.start(photo.name)
                 told.add(job.run(photo, progress))
                 progress.finish()
-        except KeyboardInterrupt:
-            interrupted = True
+    except KeyboardInterrupt:
+        interrupted = True
     code = told.finish(out)
     if page is not None and report is not None:
         _write_page(page, told, backbone, _told(options, found), report, mark)
     if interrupted:
-        print_note("interrupted; finished results are kept, repeat the command to continue")
-    return INTERRUPTED if interrupted else code
+        raise Interrupted("interrupted; finished results are kept, repeat the command to continue")
+    return code
 
 
 def _page() -> PhotosPage:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from denoising_vit.cli.outputs import Output, OutputFolder
-from denoising_vit.cli.reporting import PhotoProgress, Row
+from denoising_vit.cli.reporting import PhotoProgress, Row, number
 from denoising_vit.data.photos import read_photo
 from denoising_vit.data.pictures import Picture, open_picture, picture_digest, reduced
 from denoising_vit.decomposition.result import Decomposition
@@ -28,6 +28,40 @@ _DRAWN = 2048
 
 if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage
+
+
+#: Headings of the numbers of a row.
+PHOTO_NUMBERS = ("views", "held-out R²", "cosine", "seconds")
+
+
+@dataclass(frozen=True)
+class PhotoRow(Row):
+    """The outcome of one photo.
+
+    Attributes:
+        image: path of the photo.
+        panel: path of the picture.
+        views: number of crops fitted.
+        heldout_r2: share of the variance of held-out views that is predicted.
+        heldout_cosine: mean cosine to held-out views.
+    """
+
+    image: str
+    panel: str | None = None
+    views: int | None = None
+    heldout_r2: float | None = None
+    heldout_cosine: float | None = None
+
+    @property
+    def item(self) -> str:
+        """Path of the photo."""
+        return self.image
+
+    def cells(self) -> tuple[str, ...]:
+        """The numbers and the remark, as text."""
+        scores = (number(score, ".3f") for score in (self.heldout_r2, self.heldout_cosine))
+        note = self.note or ("kept" if self.status == "kept" else "")
+        return str(self.views), *scores, number(self.seconds, ".1f"), note
 
 
 @dataclass(frozen=True)
@@ -55,7 +89,7 @@ class DenoiseJob:
         """Total progress of one photo, or of one tile."""
         return self.clean.work + (0 if self.exact is None else self.exact.work)
 
-    def run(self, photo: Path, progress: PhotoProgress) -> Row:
+    def run(self, photo: Path, progress: PhotoProgress) -> PhotoRow:
         """Processes one photo, or keeps its result. Errors end in the row and are not raised."""
         started = time.perf_counter()
         try:
@@ -76,9 +110,9 @@ class DenoiseJob:
                     return self._keep(photo, picture, output, output.existing, progress)
             self._show(photo, pixels, result, exact)
         except (DenoisingVitError, OSError) as error:
-            return Row(str(photo), "failed", note=str(error))
+            return PhotoRow(str(photo), status="failed", note=str(error))
         except Exception as error:  # one bad photo must not end the batch
-            return Row(str(photo), "failed", note=f"{type(error).__name__}: {error}")
+            return PhotoRow(str(photo), status="failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
 
@@ -97,13 +131,13 @@ class DenoiseJob:
             progress.advance(before + done, before + total)
 
         if isinstance(method, TiledDenoising):
-            return method(picture, progress=advance, watch=progress.watch, digest=digest)
+            return method(picture, progress=advance, watch=progress.show_score, digest=digest)
         assert isinstance(picture, np.ndarray)
-        return method(picture, progress=advance, watch=progress.watch, digest=digest)
+        return method(picture, progress=advance, watch=progress.show_score, digest=digest)
 
     def _keep(
         self, photo: Path, picture: Picture, output: Output, info: dict[str, Any], progress: PhotoProgress
-    ) -> Row:
+    ) -> PhotoRow:
         notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
         finer = self.upsample > 1 and info.get("upsample") != self.upsample
         redrawn = finer or not output.panel.exists()
@@ -158,8 +192,8 @@ class DenoiseJob:
         return self._denoised(self.exact, picture, result.info["photo"]["sha256"], progress)
 
     @staticmethod
-    def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> Row:
-        return Row(
+    def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> PhotoRow:
+        return PhotoRow(
             image=str(photo),
             status=status,
             output=str(output.result),

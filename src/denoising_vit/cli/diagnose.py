@@ -1,24 +1,39 @@
-"""``dvit diagnose``: artifacts of a backbone, and whether cleaning is worth it."""
+"""``dvit diagnose`` and ``dvit evaluate artifacts``: a backbone's artifacts, and whether cleaning is worth it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json as json_lines
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.reporting import CountProgress, print_error, print_note
-from denoising_vit.cli.streams import print_json
+from denoising_vit.cli.comparison import figures_table, finish
+from denoising_vit.cli.reporting import (
+    load_backbone,
+    open_photos,
+    photo_progress,
+    print_error,
+    print_left_out,
+    print_note,
+)
+from denoising_vit.cli.streams import OK, SOME_FAILED, print_json
 from denoising_vit.diagnosis.options import WRITTEN, DiagnoseOptions
+from denoising_vit.environment import run_info
+from denoising_vit.errors import OutputError
+from denoising_vit.evaluation.results import Record, Results
+from denoising_vit.extractors import KINDS, Cleaners, Extractor, Unused, features_arg, parse_names
 from denoising_vit.files import Mark, owned_path, require_ours, unwritable
 
 if TYPE_CHECKING:
+    from denoising_vit.data import Dataset
     from denoising_vit.diagnosis.diagnose import Diagnosis
+    from denoising_vit.evaluation.workbench import Line
 
 
 #: Files of the results, and the kinds of their marks.
@@ -51,42 +66,28 @@ def diagnose(
         json: print the figures as one JSON line instead of a table.
     """
     from denoising_vit.cli.outputs import input_digest, require_writable
-    from denoising_vit.data import named_photos, open_dataset, spread
+    from denoising_vit.data import named_photos
     from denoising_vit.denoiser import find_denoiser, find_shipped
     from denoising_vit.denoiser.denoised_vit import DenoisedViT
     from denoising_vit.diagnosis.diagnose import run_diagnosis
 
-    if photos < 0:
-        print_error(f"--photos must be 0 (all) or more, got {photos}")
-        return WRONG_USAGE
     source = input_digest(data, model)
     for name, kind in _FILES.items():
         require_ours(out / name, Mark(kind, source))
     diagnosing.calibration()  # checks the options before the model is loaded
-    dataset = open_dataset(data)
-    for item in dataset.skipped:
-        print_error(f"{item.item}: {item.reason}", "skipped")
+    dataset, chosen = open_photos(data, photos)
+    print_left_out(dataset)
     require_writable(out)
-    backbone = model.load()
-    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
+    backbone = load_backbone(model)
     cleaner = find_shipped(backbone) if denoiser is None else find_denoiser(denoiser, backbone)
     extractors = {} if cleaner is None else {"denoiser": DenoisedViT(backbone, cleaner.denoiser)}
-    chosen = spread(len(dataset), photos)
-    with CountProgress(len(chosen), "photos") as progress:
-        try:
-            found = run_diagnosis(
-                backbone, named_photos(dataset, chosen), extractors, lambda *_: progress.advance(), diagnosing
-            )
-        except KeyboardInterrupt:
-            progress.stop()
-            print_note("interrupted; nothing was written")
-            return INTERRUPTED
+    with photo_progress(len(chosen)) as progress:
+        found = run_diagnosis(backbone, named_photos(dataset, chosen), extractors, progress, diagnosing)
     code = _tell(found, as_json=json)
     try:
         _write(found, out, source)
     except OSError as error:
-        print_error(f"cannot write to {out} ({unwritable(error)})")
-        return WRONG_USAGE
+        raise OutputError(f"cannot write to {out} ({unwritable(error)})") from error
     print_note(f"maps and figures in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
     return SOME_FAILED if dataset.skipped else code
 
@@ -120,13 +121,107 @@ def _tell(found: Diagnosis, *, as_json: bool) -> int:
 def _table(found: Diagnosis) -> Table:
     from denoising_vit.evaluation.tables.sections import ARTIFACT_LABELS
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in found.metrics:
-        table.add_column(name, justify="right")
-    for key, label in ARTIFACT_LABELS.items():
-        values = [getattr(metrics, key) for metrics in found.metrics.values()]
-        table.add_row(label, *("-" if value is None else f"{value:.3g}" for value in values))
+    table = figures_table({name: asdict(metrics) for name, metrics in found.metrics.items()}, ARTIFACT_LABELS)
     outcomes = [found.judgements[name].outcome if name in found.judgements else "" for name in found.metrics]
     table.add_row("judged", *outcomes)
     return table
+
+
+@dataclass(frozen=True)
+class _OtherCleaners(Cleaners):
+    """What cleans the features, beside G, which the diagnosis finds itself."""
+
+    artifact: Unused = None
+
+
+def artifacts(
+    data: str,
+    features: Annotated[str, features_arg()] = "raw,subtract,exact",
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl"),
+    diagnosing: tyro.conf.OmitArgPrefixes[DiagnoseOptions] = DiagnoseOptions(),  # noqa: B008, frozen
+    model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
+    photos: int = 64,
+    cleaners: tyro.conf.OmitArgPrefixes[_OtherCleaners] = _OtherCleaners(),
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Label-free metrics of artifacts, as in `dvit diagnose`; none of them is meaningful alone.
+
+    Each half of the photos is cleaned with the artifact found in the other half, like new photos. The metrics include
+    the blank-image test: the share of raw's variance over places left on images without content, which is 0 for a
+    constant map. It is left out for exact, which would need a fit of each image.
+
+    Args:
+        data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
+        features: names of features.
+        out: file to append lines of results to.
+        diagnosing: options of the diagnosis.
+        model: the backbone and its options.
+        photos: number of photos to use, spread evenly over the data set; 0 takes all.
+        cleaners: what cleans the features.
+        json: print the lines of results instead of a table.
+    """
+    from denoising_vit.data import named_photos
+    from denoising_vit.diagnosis.diagnose import run_diagnosis
+    from denoising_vit.diagnosis.evidence import OWN
+    from denoising_vit.evaluation.sources import backbone_settings
+    from denoising_vit.metrics.blank_test import BLANK_TEST
+
+    names = parse_names(features, KINDS)
+    diagnosing.calibration()  # report wrong options before loading the model
+    dataset, chosen = open_photos(data, photos)
+    results = Results(out)
+    backbone = load_backbone(model)
+    about = {"name": Path(data).name or data, "layout": "photos", "digest": _digest(dataset, chosen)}
+    settings: dict[str, Any] = {"data": about, "backbone": backbone_settings(backbone), "blank_test": BLANK_TEST}
+    settings |= diagnosing.recorded()
+    extractors: dict[str, Extractor] = {}
+    blank: dict[str, Record] = {}
+    kept: dict[str, Any] = {}
+    for name in names:
+        identity: dict[str, str] = {}
+        if name not in OWN:  # the diagnosis makes these itself, with the G it finds
+            extractors[name], identity = cleaners.extractor(name, backbone)
+        own = json_lines.loads(json_lines.dumps(settings | {"features": identity}))
+        blank[name] = Record("artifacts", name, own, run=run_info())
+        if (line := results.find(blank[name])) is not None:
+            kept[name] = line
+            extractors.pop(name, None)
+            print_note(f"{name} (kept from an earlier run)")
+    if len(kept) == len(blank):
+        return _finish([(line, True) for line in kept.values()], out, as_json=json)
+    with photo_progress(len(chosen)) as progress:
+        found = run_diagnosis(backbone, named_photos(dataset, chosen), extractors, progress, diagnosing)
+    skipped = [[item.item, item.reason] for item in dataset.skipped] + [list(item) for item in found.info["skipped"]]
+    lines = [
+        (kept[name], True) if name in kept else (results.add(_filled(record, found, skipped)), False)
+        for name, record in blank.items()
+    ]
+    return _finish(lines, out, as_json=json)
+
+
+def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
+    if as_json:
+        for line, _ in lines:
+            print_json(line)
+    return finish(lines, out, as_json=as_json)
+
+
+def _digest(dataset: Dataset, chosen: list[int]) -> str:
+    """SHA-256 of the photos' pixels in order, or of the reason for unreadable ones."""
+    from denoising_vit.data import Skipped, named_photos
+    from denoising_vit.data.photos import photo_digest
+
+    digest = hashlib.sha256()
+    for _, pixels in named_photos(dataset, chosen):
+        digest.update((pixels.reason if isinstance(pixels, Skipped) else photo_digest(pixels)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _filled(record: Record, found: Diagnosis, skipped: list[list[str]]) -> Record:
+    return replace(
+        record,
+        metrics=asdict(found.metrics[record.features]),
+        images={"photos": len(found.info["photos"])},
+        skipped=skipped,
+        seconds=found.info["seconds"],
+    )

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
-from denoising_vit.cli.streams import print_json
+from denoising_vit.cli.streams import OK, SOME_FAILED, print_json
+from denoising_vit.errors import PlanError
 from denoising_vit.export.options import ExportOptions
-from denoising_vit.extractors import KINDS, Cleaners, FeatureKind, features_help, parse_names
+from denoising_vit.extractors import KINDS, Cleaners, FeatureKind, Unused, features_help, parse_names
 
 if TYPE_CHECKING:
     from denoising_vit.export.verification import Comparison
@@ -27,15 +27,26 @@ def _kinds() -> dict[str, FeatureKind]:
 _FEATURES = f"kind of features: {features_help(_kinds().values())}. By default those of the given cleaner, else raw."
 
 
+@dataclasses.dataclass(frozen=True)
+class _OnePassCleaners(Cleaners):
+    """What cleans the features of an export.
+
+    Attributes:
+        artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
+        denoiser: the denoiser: a file, voc_denoised or imgnet_denoised, or `shipped` (the default).
+        subspace: positional directions for project. Without it, the 16 strongest of a black image.
+        registers: register neurons for registers.
+    """
+
+    distilled: Unused = None
+
+
 def export(
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     features: Annotated[str | None, tyro.conf.arg(help=_FEATURES)] = None,
     exporting: tyro.conf.OmitArgPrefixes[ExportOptions] = ExportOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
-    artifact: str | None = None,
-    denoiser: str | None = None,
-    subspace: str | None = None,
-    registers: str | None = None,
+    cleaners: tyro.conf.OmitArgPrefixes[_OnePassCleaners] = _OnePassCleaners(),
     verify: Path | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -49,10 +60,7 @@ def export(
         features: kind of features.
         exporting: format and options.
         model: the backbone; exports are always made on the CPU in float32.
-        artifact: G for subtract: a file of `dvit calibrate`, or `shipped` (the default).
-        denoiser: the denoiser: a file, voc_denoised or imgnet_denoised, or `shipped` (the default).
-        subspace: positional directions for project. Without it, the 16 strongest of a black image.
-        registers: register neurons for registers.
+        cleaners: what cleans the features; one at most.
         verify: check an existing export instead: its folder or a file in it.
         json: print figures as one JSON line.
     """
@@ -63,27 +71,22 @@ def export(
     if verify is not None:
         return _verify(verify, as_json=json)
     if out is None:
-        print_error("nothing to do: -o DIR exports to a folder, --verify DIR checks one")
-        return WRONG_USAGE
-    all_cleaners = {"artifact": artifact, "denoiser": denoiser, "subspace": subspace, "registers": registers}
-    given = {name: value for name, value in all_cleaners.items() if value is not None}
+        raise PlanError("nothing to do: -o DIR exports to a folder, --verify DIR checks one")
+    given = [each.name for each in dataclasses.fields(cleaners) if getattr(cleaners, each.name) is not None]
     if len(given) > 1:
-        print_error(f"{' and '.join(f'--{name}' for name in given)} cannot be combined")
-        return WRONG_USAGE
+        raise PlanError(f"{' and '.join(f'--{name}' for name in given)} cannot be combined")
     implied = next((kind.name for kind in _kinds().values() if kind.uses in given), "raw")
     (features,) = parse_names([features or implied], _kinds())
     if implied not in ("raw", features):
-        print_error(f"--{next(iter(given))} has no effect on --features {features}; leave one out")
-        return WRONG_USAGE
+        raise PlanError(f"--{given[0]} has no effect on --features {features}; leave one out")
     exporting.validate()
     weights = _weights_file(model)
     if features == "distilled" and weights is None:
-        print_error("--features distilled needs the weights of stage 3: --weights FILE")
-        return WRONG_USAGE
+        raise PlanError("--features distilled needs the weights of stage 3: --weights FILE")
     backbone = dataclasses.replace(model, device="cpu", dtype="float32").load()
     # Here distilled weights are the weights of the backbone.
     name = "raw" if features == "distilled" else features
-    extractor, _ = Cleaners(artifact, denoiser, subspace=subspace, registers=registers).extractor(name, backbone)
+    extractor, _ = cleaners.extractor(name, backbone)
     assert isinstance(extractor, Backbone | DenoisedViT)  # as all features of one pass
     print_note(f"exporting {features} features of {backbone.extra_repr()} as {exporting.format}")
     found = export_extractor(extractor, out, exporting, weights=weights, distilled=features == "distilled")

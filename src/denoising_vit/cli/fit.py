@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
-from denoising_vit.cli.reporting import OnScreen, print_error, print_note, progress_bar
-from denoising_vit.cli.streams import print_json
+from denoising_vit.cli.reporting import OnScreen, print_error, print_left_out, print_note, progress_bar
+from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible, print_json
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import FitError, PhotoError
 from denoising_vit.fit.options import FitOptions
@@ -52,10 +51,9 @@ def fit(
     denoising.validate()
     running.validate()
     dataset = open_dataset(data)
-    for item in dataset.skipped:
-        if running.strict:
-            raise PhotoError(f"{item.item}: {item.reason}")
-        print_error(f"{item.item}: {item.reason}", "skipped")
+    if running.strict and (left_out := next(iter(dataset.skipped), None)):
+        raise PhotoError(f"{left_out.item}: {left_out.reason}")
+    print_left_out(dataset)
     job = FitJob.prepare(dataset, out, model, denoising, running, artifact)
     estimate = job.estimate()
     print_note(str(estimate))
@@ -68,13 +66,10 @@ def fit(
         print_note(resampled)
     estimate.require_room()
     report = _Report(dataset, estimate.left, as_json=json)
-    with report:
+    stopped = "interrupted; finished photos are kept, repeat the command to continue"
+    with interruptible(stopped), report:
         try:
             job.run(report.photo)
-        except KeyboardInterrupt:
-            report.stop()
-            print_note("interrupted; finished photos are kept, repeat the command to continue")
-            return INTERRUPTED
         except BrokenPipeError:  # of our output, not of the store
             raise
         except OSError as error:

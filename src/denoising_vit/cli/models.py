@@ -6,11 +6,10 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from denoising_vit.backbones import SEEDS
 from denoising_vit.backbones.catalog import MODEL_FAMILIES
-from denoising_vit.cli.reporting import print_note
+from denoising_vit.cli.reporting import plain_table, print_note
 
 
 def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="all")] = False) -> None:
@@ -27,12 +26,9 @@ def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg
     from denoising_vit.backbones.bundled import bundled_available
     from denoising_vit.denoiser import HUB_ID, published_file, published_variants
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("backbone", no_wrap=True)  # names are there to be copied
-    table.add_column("pretraining")
-    for heading in ("patch", "size", "weights"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("published by the authors")
+    table = plain_table("backbone", "pretraining", "patch", "size", "weights", "published by the authors")
+    for column in (0, 2, 3, 4):
+        table.columns[column].no_wrap = True  # names are there to be copied
     for name, seed in SEEDS.items():
         weights = "installed" if bundled_available(name) else "hub"
         table.add_row(
@@ -43,11 +39,8 @@ def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg
 
 
 def _list_families() -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("family")
-    table.add_column("example", no_wrap=True)
-    for heading in ("loads", "what to know"):
-        table.add_column(heading)
+    table = plain_table("family", "example", "loads", "what to know")
+    table.columns[1].no_wrap = True
     for family in MODEL_FAMILIES:
         table.add_row(family.name, family.example, "yes" if family.loads else "no", family.note)
     Console().print(table)

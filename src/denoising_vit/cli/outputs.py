@@ -13,8 +13,6 @@ from denoising_vit.backbones import BackboneSpec
 from denoising_vit.errors import FormatError, OutputError
 from denoising_vit.files import Mark, atomic_path, digest_of, make_folder, plain_stem, readable, unwritable
 
-__all__ = ["Output", "OutputError", "OutputFolder", "input_digest", "require_writable"]
-
 
 def numbered(stem: str) -> Iterator[str]:
     """``stem``, ``stem-2``, ``stem-3``, ..."""
@@ -135,10 +133,7 @@ class OutputFolder:
 def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
     """True if the picture does not exist, or shows the photo with this digest.
 
-    Args:
-        panel: path of the picture.
-        digest: digest of the photo of the result beside it.
-        recorded: True if that result exists: an old release may have written its picture without a mark.
+    Where its result is recorded, an old release may have written the picture without a mark.
     """
     from denoising_vit.data.photos import is_panel
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED
-from denoising_vit.cli.reporting import print_error, print_note, print_skipped, watch
+from denoising_vit.cli.reporting import print_error, print_left_out, print_note, show_progress
+from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible
 from denoising_vit.preparation.options import PrepareOptions
 
 
@@ -41,14 +41,10 @@ def prepare(
     from denoising_vit.preparation.prepare import prepare as prepare_all
 
     dataset = open_dataset(photos)
-    for item in dataset.skipped:
-        print_skipped(item.item, item.reason)
+    print_left_out(dataset)
     require_writable(out)
-    try:
-        failed = prepare_all(models, dataset, out, preparing, push=push, watch=watch, say=print_note)
-    except KeyboardInterrupt:
-        print_note("interrupted; the same command continues")
-        return INTERRUPTED
+    with interruptible("interrupted; the same command continues"):
+        failed = prepare_all(models, dataset, out, preparing, push=push, watch=show_progress, say=print_note)
     for model, reason in failed.items():
         print_error(f"{model}: {reason}", "failed")
     print_note(f"{len(models) - len(failed)} of {len(models)} backbones prepared in {out}")

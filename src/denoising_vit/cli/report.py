@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from denoising_vit.cli.exit_codes import OK, SOME_FAILED, WRONG_USAGE
 from denoising_vit.cli.reporting import print_error, print_note
+from denoising_vit.cli.streams import OK, SOME_FAILED
+from denoising_vit.errors import OutputError
 from denoising_vit.files import Mark, atomic_path, digest_of, require_ours
 
 #: Bytes of a report in which its line stands.
@@ -40,19 +41,15 @@ def report(
     from denoising_vit.evaluation.tables.markdown import code
 
     if not results:
-        print_error("expected one or more files that `dvit evaluate` wrote, got none; name them before -o")
-        return WRONG_USAGE
+        raise OutputError("expected one or more files that `dvit evaluate` wrote, got none; name them before -o")
     if out.suffix != ".md" or not out.parent.is_dir() or out.is_dir():
-        print_error(f"-o {out}: expected the name of a .md file in a folder that exists")
-        return WRONG_USAGE
+        raise OutputError(f"-o {out}: expected the name of a .md file in a folder that exists")
     if picture is not None and not (leaderboard and picture.is_file()):
-        print_error(
+        raise OutputError(
             f"--picture {picture}: expected an image file, together with --leaderboard, below which it is shown"
         )
-        return WRONG_USAGE
     if any(out.resolve() == path.resolve() for path in results):
-        print_error(f"-o {out}: this file is among the results; name another, so that they are not lost")
-        return WRONG_USAGE
+        raise OutputError(f"-o {out}: this file is among the results; name another, so that they are not lost")
     # A report is regenerated as results grow; it belongs to the results file named first.
     replaces = require_ours(out, Mark("report", digest_of(code(results[0].name))), read=_mark_of)
     found = read_entries(results)
@@ -64,8 +61,7 @@ def report(
             text = report_markdown(found, runs, leading=leaderboard, picture=shown)
             temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # no CRLF anywhere
     except OSError as error:
-        print_error(f"cannot write {out} ({error.strerror or error})")
-        return WRONG_USAGE
+        raise OutputError(f"cannot write {out} ({error.strerror or error})") from error
     print_note(f"{len(found.entries)} entries in {out}")
     return SOME_FAILED if found.broken else OK
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -22,11 +23,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from denoising_vit.cli.exit_codes import OK, SOME_FAILED
-from denoising_vit.cli.streams import print_json
+from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible, print_json
+from denoising_vit.errors import PlanError
 from denoising_vit.files import readable
+from denoising_vit.progress import duration
 
-if TYPE_CHECKING:  # it imports torch, for which the help would wait
+if TYPE_CHECKING:  # these import torch, for which the help would wait
+    from denoising_vit.backbones import Backbone, BackboneSpec
+    from denoising_vit.data import Dataset
+    from denoising_vit.decomposition.calibration.calibrate import OnPhoto
     from denoising_vit.decomposition.neural_field.fit import Evaluation
 
 Status = Literal["done", "kept", "failed"]
@@ -38,83 +43,91 @@ SECONDS_BETWEEN_LINES = 60.0
 _quiet: list[bool] = []
 
 
-@dataclass(frozen=True)
-class Row:
-    """The outcome of one photo.
+@dataclass(frozen=True, kw_only=True)
+class Row(ABC):
+    """The outcome of one item of a batch.
 
     Attributes:
-        image: path of the photo.
         status: done, kept (a result existed), or failed.
-        output: path of the safetensors file.
-        panel: path of the picture.
+        output: path of the result.
         seconds: time taken.
-        views: number of crops fitted.
-        heldout_r2: share of the variance of held-out views that is predicted.
-        heldout_cosine: mean cosine to held-out views.
         note: reason of a failure, or another remark.
     """
 
-    image: str
     status: Status
     output: str | None = None
-    panel: str | None = None
     seconds: float | None = None
-    views: int | None = None
-    heldout_r2: float | None = None
-    heldout_cosine: float | None = None
     note: str | None = None
+
+    @property
+    @abstractmethod
+    def item(self) -> str:
+        """Path of the item."""
+
+    @abstractmethod
+    def cells(self) -> tuple[str, ...]:
+        """Text of the columns after the item's and the result's."""
 
 
 class Report:
-    """Collects rows. Prints JSON lines at once, or a table at the end."""
+    """Collects the rows of a batch. Prints JSON lines at once, or a table at the end.
 
-    def __init__(self, *, as_json: bool) -> None:
-        self.as_json = as_json
+    Args:
+        what: the items, in the singular.
+        numbers: headings of the numbers in the table.
+        as_json: print JSON lines.
+    """
+
+    def __init__(self, what: str, numbers: Sequence[str], *, as_json: bool) -> None:
+        self._what, self._numbers, self._as_json = what, numbers, as_json
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
         """Adds a row, and prints it in JSON mode."""
         self.rows.append(row)
-        if self.as_json:
+        if self._as_json:
             print_json(asdict(row))
 
     def finish(self, folder: Path) -> int:
         """Prints the table and the failures. Returns the exit code."""
-        if not self.as_json and any(row.status != "failed" for row in self.rows):
-            Console().print(self._table())
+        good = [row for row in self.rows if row.status != "failed"]
         failed = [row for row in self.rows if row.status == "failed"]
+        if good and not self._as_json:
+            Console().print(self._table(good))
         for row in failed:
-            print_skipped(row.image, str(row.note))
-        good = len(self.rows) - len(failed)
+            print_skipped(row.item, str(row.note))
         skipped = f", {len(failed)} skipped" if failed else ""
-        print_note(f"{good} of {len(self.rows)} photos done{skipped}; results in {folder}")
+        print_note(f"{len(good)} of {len(self.rows)} {self._what}s done{skipped}; results in {folder}")
         return SOME_FAILED if failed else OK
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("photo", overflow="fold")
-        table.add_column("result", overflow="fold")
-        for heading in ("views", "held-out R²", "cosine", "seconds"):
-            table.add_column(heading, justify="right")
+    def _table(self, rows: Sequence[Row]) -> Table:
+        table = plain_table(self._what, "result", numbers=self._numbers, fold=True)
         table.add_column("")
-        good = [Path(row.image) for row in self.rows if row.status != "failed"]
-        alone = len({path.name for path in good}) == len(good)  # folders only where names alone would be ambiguous
-        for row in self.rows:
-            if row.status != "failed":
-                table.add_row(
-                    escape(readable(Path(row.image).name if alone else row.image)),
-                    escape(Path(row.output or "").name),
-                    str(row.views),
-                    "-" if row.heldout_r2 is None else f"{row.heldout_r2:.3f}",
-                    "-" if row.heldout_cosine is None else f"{row.heldout_cosine:.3f}",
-                    "-" if row.seconds is None else f"{row.seconds:.1f}",
-                    escape(row.note or ("kept" if row.status == "kept" else "")),
-                )
+        names = [Path(row.item).name or row.item for row in rows]
+        alone = len(set(names)) == len(names)  # folders only where names alone would be ambiguous
+        for row, name in zip(rows, names, strict=True):
+            shown = readable(name if alone else row.item)
+            table.add_row(*map(escape, (shown, Path(row.output or "").name, *row.cells())))
         return table
 
 
+def plain_table(*texts: str, numbers: Sequence[str] = (), fold: bool = False) -> Table:
+    """An empty table without lines: columns of text, folded or on one line where too long, then of numbers."""
+    table = Table(box=None, pad_edge=False)
+    for heading in texts:
+        table.add_column(heading, overflow="fold" if fold else "ellipsis")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in this format; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
 class OnScreen:
-    """A progress display that is open for a block, or until it is stopped."""
+    """A progress display that is open for a block."""
 
     _progress: Progress
 
@@ -123,10 +136,6 @@ class OnScreen:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Closes the display."""
         self._progress.stop()
 
 
@@ -151,7 +160,7 @@ class PhotoProgress(OnScreen):
         self._at, self._photo = 0, photo
         self._progress.update(self._task, description=escape(photo))
 
-    def watch(self, look: Evaluation) -> None:
+    def show_score(self, look: Evaluation) -> None:
         """Shows the current R² on held-out views."""
         if look.r2 is not None:
             self._progress.update(self._task, description=f"{escape(self._photo)} held-out R² {look.r2:.3f}")
@@ -175,28 +184,12 @@ class PhotoProgress(OnScreen):
         self._progress.update(self._task, total=self._finished + self._left * self._each)
 
 
-class CountProgress(OnScreen):
-    """Progress over items that are counted one by one.
-
-    Args:
-        total: number of items, None if unknown.
-        unit: name of the items.
-    """
-
-    def __init__(self, total: int | None, unit: str) -> None:
-        self._progress = progress_bar(unit)
-        self._task = self._progress.add_task("", total=total)
-
-    def advance(self) -> None:
-        """Counts one item."""
-        self._progress.advance(self._task)
-
-
 @contextlib.contextmanager
-def watch(what: str, total: int | None) -> Iterator[Callable[[], None]]:
+def show_progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
     """Shows progress while a block runs; yields the function to call after each item."""
-    with CountProgress(total, what) as progress:
-        yield progress.advance
+    with progress_bar(what) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 class LogProgress(Progress):
@@ -236,17 +229,9 @@ class LogProgress(Progress):
         if task.speed and "/s" not in words[0]:
             words.append(f"{task.speed:.3g} {unit.partition(',')[0]}/s")
         if task.time_remaining is not None and not task.finished:
-            words.append(f"{_duration(task.time_remaining)} left")
+            words.append(f"{duration(task.time_remaining)} left")
         stage = ": ".join(part for part in (Text.from_markup(task.description).plain, named) if part)
         print_note(f"{stage}: {', '.join(words)}" if stage else ", ".join(words))
-
-
-def _duration(seconds: float) -> str:
-    """A duration in its largest unit, such as "5 min"."""
-    for name, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {name}"
-    return f"{seconds:.0f} s"
 
 
 @contextlib.contextmanager
@@ -299,3 +284,43 @@ def print_skipped(item: str, reason: str) -> None:
 def print_note(message: str) -> None:
     """Prints a message to standard error."""
     Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_backbone(backbone: Backbone, more: str = "") -> None:
+    """Prints backbone, device and fingerprint, and more about the run."""
+    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}{more}")
+
+
+def load_backbone(model: BackboneSpec) -> Backbone:
+    """Loads a backbone, and prints which."""
+    backbone = model.load()
+    print_backbone(backbone)
+    return backbone
+
+
+def open_photos(data: str, photos: int) -> tuple[Dataset, list[int]]:
+    """A data set, and the numbers of so many photos of it, evenly spread; 0 for all.
+
+    Raises:
+        PlanError: if the number is negative.
+        PhotoError: if the data set cannot be opened.
+    """
+    from denoising_vit.data import open_dataset, spread
+
+    if photos < 0:
+        raise PlanError(f"--photos must be 0 (all) or more, got {photos}")
+    dataset = open_dataset(data)
+    return dataset, spread(len(dataset), photos)
+
+
+def print_left_out(dataset: Dataset) -> None:
+    """Prints the entries of a data set that are no photos, and why."""
+    for item in dataset.skipped:
+        print_error(f"{item.item}: {item.reason}", "skipped")
+
+
+@contextlib.contextmanager
+def photo_progress(count: int) -> Iterator[OnPhoto]:
+    """Progress over photos whose results are written at the end; yields the function to call after each."""
+    with interruptible("interrupted; nothing was written"), show_progress("photos", count) as advance:
+        yield lambda *_: advance()

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.reporting import print_error, print_note, watch
+from denoising_vit.cli.comparison import main_value
+from denoising_vit.cli.reporting import load_backbone, number, plain_table, print_error, print_note, show_progress
+from denoising_vit.cli.streams import OK, SOME_FAILED, WRONG_USAGE, interruptible
 from denoising_vit.denoiser.published import VARIANTS, published_rows
 from denoising_vit.environment import run_info
-from denoising_vit.evaluation.results import METRICS, Results, main_metric
+from denoising_vit.errors import PlanError
+from denoising_vit.evaluation.results import METRICS, Results
 
 if TYPE_CHECKING:
     from denoising_vit.backbones import Backbone
@@ -64,16 +65,13 @@ def reproduce(
         _print_list(list_rows(data, Results(out).lines if out.exists() else []))
         return OK
     if variant is not None and variant not in VARIANTS:
-        print_error(f"--variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        return WRONG_USAGE
+        raise PlanError(f"--variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if seed < 0:
-        print_error(f"--seed must be 0 or more, got {seed}")
-        return WRONG_USAGE
+        raise PlanError(f"--seed must be 0 or more, got {seed}")
     if dry:
         return _dry(row, variant, device, seed)
     if row is None:
-        print_error("which row? Give --row MODEL; `dvit reproduce --list` names them")
-        return WRONG_USAGE
+        raise PlanError("which row? Give --row MODEL; `dvit reproduce --list` names them")
     return _reproduce(
         row, variant or _FIRST, data, out, BackboneSpec(row, weights, device=device, dtype="float32"), seed
     )
@@ -86,14 +84,9 @@ def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSp
     if not _able(found):
         return WRONG_USAGE
     results = Results(out)
-    backbone = spec.load()
-    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
-    try:
-        how = Protocols()
-        measured = _measured(found, data, backbone, spec, how, results, out.with_suffix(".cache"), seed)
-    except KeyboardInterrupt:
-        print_note("interrupted; finished steps are kept, and the same command resumes")
-        return INTERRUPTED
+    backbone = load_backbone(spec)
+    with interruptible("interrupted; finished steps are kept, and the same command resumes"):
+        measured = _measured(found, data, backbone, spec, Protocols(), results, out.with_suffix(".cache"), seed)
     _print_measured([(found, measured)], f"{model}, {variant}")
     complete = _tell_rest(found)
     print_note(f"results in {out}")
@@ -113,7 +106,7 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
         rows = [find_row(*each, data) for each in chosen]
         if not _able(*rows):
             return WRONG_USAGE
-        try:
+        with interruptible("interrupted; results of a dry run are not kept"):
             for row in rows:
                 backbone = dry_backbone(row.published.model)
                 backbone = backbone if device == "auto" else backbone.to(device)
@@ -123,9 +116,6 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
                 measured = _measured(row, data, backbone, spec, how, results, folder / "cache", seed)
                 failed = _tell_failed(measured) or failed
                 found.append((row, measured))
-        except KeyboardInterrupt:
-            print_note("interrupted; results of a dry run are not kept")
-            return INTERRUPTED
     _print_measured(found, "dry run: random weights and made-up data, so the measured figures mean nothing")
     _tell_rest(*rows)
     return SOME_FAILED if failed else OK
@@ -162,23 +152,18 @@ def _measured(
         folder=folder,
         run=run_info(),
         seed=seed,
-        progress=watch,
+        progress=show_progress,
     )
     done = []
     for step, line in steps:
         done.append((step, line))
         if not line["failed"]:
-            metric = main_metric(line["task"])
-            value = f"{metric.name} {line['metrics'][metric.name]:.{metric.digits}f}"
-            print_note(f"{row.published.model} on {step.benchmark.name}: {value}")
+            print_note(f"{row.published.model} on {step.benchmark.name}: {main_value(line)}")
     return done
 
 
 def _print_list(rows: Sequence[Row]) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for heading in ("variant", "status of its steps"):
-        table.add_column(heading)
+    table = plain_table("model", "variant", "status of its steps", fold=True)  # names can be copied
     for row in rows:
         table.add_row(row.published.model, row.published.variant, row.status)
     Console().print(table)
@@ -188,11 +173,7 @@ def _print_list(rows: Sequence[Row]) -> None:
 def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
     """Print published and measured figures side by side."""
     Console().print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("model", "variant", "on", ""):
-        table.add_column(heading, overflow="fold")  # names can be copied
-    for heading in ("published", "measured"):
-        table.add_column(heading, justify="right")
+    table = plain_table("model", "variant", "on", "", numbers=("published", "measured"), fold=True)
     for row, measured in rows:
         for step, line in measured:
             digits = {metric.name: metric.digits for metric in METRICS[step.benchmark.task]}
@@ -203,7 +184,7 @@ def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
                     row.published.variant,
                     step.benchmark.name,
                     metric,
-                    *("-" if value is None else f"{value:.{digits[metric]}f}" for value in (published, found)),
+                    *(number(value, f".{digits[metric]}f") for value in (published, found)),
                 )
     Console().print(table)
 

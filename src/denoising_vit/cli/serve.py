@@ -8,9 +8,9 @@ import threading
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED
 from denoising_vit.cli.reporting import print_error, print_note
-from denoising_vit.show.app.options import AppOptions
+from denoising_vit.cli.streams import INTERRUPTED
+from denoising_vit.show.options import AppOptions
 
 
 def app(

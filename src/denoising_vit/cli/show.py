@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.reporting import PhotoProgress, print_error, print_note, print_skipped
-from denoising_vit.errors import DenoisingVitError, OutputError
+from denoising_vit.cli.reporting import PhotoProgress, load_backbone, print_note, print_skipped
+from denoising_vit.cli.streams import OK, SOME_FAILED, interruptible
+from denoising_vit.errors import DenoisingVitError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, owned_path, plain_stem, readable, require_ours
 from denoising_vit.show.options import ShowOptions
@@ -60,14 +60,11 @@ def show(
     from denoising_vit.data import find_photos
 
     if not inputs:
-        print_error("no input: name image files, folders or globs, as in `dvit show photo.jpg -o sheet.png`")
-        return WRONG_USAGE
+        raise PlanError("no input: name image files, folders or globs, as in `dvit show photo.jpg -o sheet.png`")
     if palette is not None and (save_palette is not None or colours == "together"):
-        print_error("--palette cannot be combined with --colours together or --save-palette")
-        return WRONG_USAGE
+        raise PlanError("--palette cannot be combined with --colours together or --save-palette")
     if save_palette is not None and save_palette.suffix != ".safetensors":
-        print_error(f"--save-palette {save_palette}: expected the name of a .safetensors file")
-        return WRONG_USAGE
+        raise PlanError(f"--save-palette {save_palette}: expected the name of a .safetensors file")
     showing.validate()
     photos, missing = find_photos(inputs)
     skipped = [(item.item, item.reason) for item in missing]
@@ -81,11 +78,8 @@ def show(
     for folder in (out.parent if one else out, *([] if save_palette is None else [save_palette.parent])):
         require_writable(folder)
     job = _open(model, showing, cleaners, out, palette, colours, format)
-    try:
+    with interruptible("interrupted; sheets that were finished stay"):
         done = job.run(photos, skipped, source, save_palette=save_palette, one=one)
-    except KeyboardInterrupt:
-        print_note("interrupted; sheets that were finished stay")
-        return INTERRUPTED
     return _tell(done, skipped, out)
 
 
@@ -111,11 +105,10 @@ def _open(
     from denoising_vit.maps import read_palette
     from denoising_vit.show.sheets import PhotoExtractor
 
-    backbone = model.load()
+    backbone = load_backbone(model)
     names = options.names(backbone, cleaners.denoiser)
     extractor = PhotoExtractor(backbone, names, cleaners, options.denoising())
     given = None if palette is None else read_palette(palette, backbone)
-    print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}")
     print_note(f"features {', '.join(names)}; maps {', '.join(options.kinds())}")
     return _Job(extractor, options, out, given, colours == "together", kind)
 
@@ -200,9 +193,7 @@ class _Job:
             for photo in photos:
                 progress.start(photo.name)
                 try:
-                    found = self.extractor(
-                        read_photo(photo), name=readable(photo.name), progress=lambda done: progress.advance(done, 0)
-                    )
+                    found = self.extractor(read_photo(photo), name=readable(photo.name), progress=progress.advance)
                 except (DenoisingVitError, OSError) as error:
                     skipped.append((str(photo), str(error)))
                 else:

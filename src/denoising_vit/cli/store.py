@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from denoising_vit.cli.exit_codes import OK, SOME_FAILED
 from denoising_vit.cli.reporting import print_error, print_note
-from denoising_vit.cli.streams import print_json
+from denoising_vit.cli.streams import OK, SOME_FAILED, print_json
 from denoising_vit.errors import StoreError
 from denoising_vit.files import unwritable
 

@@ -1,4 +1,4 @@
-"""Standard output: with ``--json``, nothing but JSON lines."""
+"""What a verb gives back: its exit code, and standard output, which holds only JSON lines with ``--json``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
+
+#: All succeeded; some items failed; the command cannot be carried out as given; stopped by the user (128 + SIGINT).
+OK, SOME_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Interrupted(Exception):
+    """The user stopped a verb; the message says what is kept."""
+
+
+@contextlib.contextmanager
+def interruptible(note: str) -> Iterator[None]:
+    """Turns Ctrl-C during a block into :class:`Interrupted`, which ends the verb with this note."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(note) from None
+
 
 #: Standard output, while other prints are redirected to standard error.
 _for_json: list[TextIO] = []

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli.exit_codes import INTERRUPTED, OK, SOME_FAILED, WRONG_USAGE
-from denoising_vit.cli.reporting import OnScreen, print_error, print_note, print_skipped, progress_bar
-from denoising_vit.cli.streams import print_json
-from denoising_vit.errors import DenoisingVitError, OutputError
+from denoising_vit.cli.reporting import OnScreen, Report, Row, number, print_backbone, progress_bar
+from denoising_vit.cli.streams import Interrupted
+from denoising_vit.errors import DenoisingVitError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
-from denoising_vit.files import plain_stem, readable
-from denoising_vit.show.video.options import VideoOptions
+from denoising_vit.files import plain_stem
+from denoising_vit.show.options import VideoOptions
 
 if TYPE_CHECKING:
     from denoising_vit.show.video.clips import Clip
@@ -56,53 +52,48 @@ def video(
     from denoising_vit.show.video.rendering import VideoMaker
 
     if not inputs:
-        print_error("no input: name video files or folders of frames, as in `dvit video clip.mp4 -o out`")
-        return WRONG_USAGE
+        raise PlanError("no input: name video files or folders of frames, as in `dvit video clip.mp4 -o out`")
     showing.validate()
     require_writable(out)
     backbone = model.load()
     maker = VideoMaker(backbone, showing, cleaners)
-    print_note(
-        f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}; "
-        f"features {', '.join(showing.names)}"
-    )
+    print_backbone(backbone, f"; features {', '.join(showing.names)}")
     batch = _Batch(maker, out, overwrite)
-    rows: list[Row] = []
-    with ClipProgress() as progress:
-        try:
+    told = Report("video", ("frames", "seconds"), as_json=json)
+    try:
+        with ClipProgress() as progress:
             for given in inputs:
-                rows.append(batch.run(given, progress))
-                if json:
-                    print_json(asdict(rows[-1]))
-        except KeyboardInterrupt:
-            progress.stop()
-            _tell(rows, out, as_json=json)
-            print_note("interrupted; finished parts are kept, repeat the command to continue")
-            return INTERRUPTED
-    return _tell(rows, out, as_json=json)
+                told.add(batch.run(given, progress))
+    except KeyboardInterrupt:
+        told.finish(out)
+        raise Interrupted("interrupted; finished parts are kept, repeat the command to continue") from None
+    return told.finish(out)
 
 
 @dataclass(frozen=True)
-class Row:
+class ClipRow(Row):
     """The outcome for a clip.
 
     Attributes:
         clip: the file or folder.
-        status: done, kept (it existed), or failed.
-        output: the video.
         frames: number of frames.
         resumed: number of frames from an earlier run.
-        seconds: time taken.
-        note: reason of a failure, or remarks.
     """
 
     clip: str
-    status: Literal["done", "kept", "failed"]
-    output: str | None = None
     frames: int | None = None
     resumed: int | None = None
-    seconds: float | None = None
-    note: str | None = None
+
+    @property
+    def item(self) -> str:
+        """The file or folder."""
+        return self.clip
+
+    def cells(self) -> tuple[str, ...]:
+        """The numbers and the remarks, as text."""
+        notes = ["kept"] * (self.status == "kept") + [f"{self.resumed} from before"] * bool(self.resumed)
+        frames, seconds = number(self.frames, "d"), number(self.seconds, ".1f")
+        return frames, seconds, "; ".join([*notes, *filter(None, [self.note])])
 
 
 class ClipProgress(OnScreen):
@@ -133,7 +124,7 @@ class _Batch:
         self._maker, self._folder, self._overwrite = maker, folder, overwrite
         self._claimed: set[Path] = set()
 
-    def run(self, given: str, progress: ClipProgress) -> Row:
+    def run(self, given: str, progress: ClipProgress) -> ClipRow:
         """Renders one clip, unless it is done. Errors are recorded in the row."""
         from denoising_vit.show.video.films import open_clip
         from denoising_vit.show.video.parts import BegunElsewhereError
@@ -150,12 +141,14 @@ class _Batch:
                 except BegunElsewhereError:
                     self._claimed.discard(out)
         except (DenoisingVitError, OSError) as error:
-            return Row(given, "failed", note=str(error))
+            return ClipRow(given, status="failed", note=str(error))
         except Exception as error:  # one clip must not end the batch
-            return Row(given, "failed", note=f"{type(error).__name__}: {error}")
+            return ClipRow(given, status="failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2) if done.status == "done" else None
         note = "; ".join(done.notes) or None
-        return Row(given, done.status, str(out), done.frames, done.resumed, seconds, note)
+        return ClipRow(
+            given, done.frames, done.resumed, status=done.status, output=str(out), seconds=seconds, note=note
+        )
 
     def _claim(self, clip: Clip) -> Path:
         """A name that is free or belongs to a video of this clip."""
@@ -174,32 +167,3 @@ class _Batch:
                 self._claimed.add(path)
                 return path
         raise AssertionError("unreachable: numbers do not end")
-
-
-def _tell(rows: Sequence[Row], folder: Path, *, as_json: bool) -> int:
-    """Prints the table, then failures and their reasons. Returns the exit code."""
-    good = [row for row in rows if row.status != "failed"]
-    if good and not as_json:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("clip", "result"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("frames", "seconds"):
-            table.add_column(heading, justify="right")
-        table.add_column("")
-        for row in good:
-            notes = [row.status] * (row.status == "kept") + [f"{row.resumed} from before"] * bool(row.resumed)
-            table.add_row(
-                escape(readable(row.clip)),
-                escape(Path(row.output or "").name),
-                "-" if row.frames is None else str(row.frames),
-                "-" if row.seconds is None else f"{row.seconds:.1f}",
-                escape("; ".join([*notes, *filter(None, [row.note])])),
-            )
-        Console().print(table)
-    for row in rows:
-        if row.status == "failed":
-            print_skipped(row.clip, str(row.note))
-    failed = len(rows) - len(good)
-    skipped = f", {failed} skipped" if failed else ""
-    print_note(f"{len(good)} of {len(rows)} videos done{skipped}; results in {folder}")
-    return SOME_FAILED if failed else OK

@@ -85,7 +85,7 @@ def diagnose(
         backbone: from :func:`~denoising_vit.load_backbone`.
         photos: paths, PIL images or (H, W, 3) uint8 arrays; at least 8, better some dozens. Unusable ones are skipped
             and listed in ``info["skipped"]``.
-        extractors: further extractors to judge, on the same grid.
+        extractors: further extractors to evaluate, on the same grid.
         progress: called after each photo with its name, and why it was skipped or None.
         options: options of the diagnosis.
         **changes: single fields of :class:`DiagnoseOptions`, such as ``views=16``.

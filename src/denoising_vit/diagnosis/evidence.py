@@ -93,7 +93,7 @@ class EvidenceCollector:
     Args:
         backbone: the backbone to diagnose.
         options: options of the diagnosis.
-        others: further extractors to judge, by name.
+        others: further extractors to evaluate, by name.
 
     Raises:
         EvaluationError: if an extractor is named raw, subtract or exact.

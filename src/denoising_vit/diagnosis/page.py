@@ -17,17 +17,11 @@ from denoising_vit.environment import run_info
 from denoising_vit.files import Mark, owned_path
 from denoising_vit.maps import Palette
 from denoising_vit.show.pages import Picture, jpeg_uri, png_uri, render, write_page
-from denoising_vit.show.pages.chart import line_chart
-from denoising_vit.show.pages.rendering import basename, scale_colours
+from denoising_vit.show.pages.rendering import basename, line_chart, scale_colours
 
 
 def write_diagnosis(diagnosis: Diagnosis, folder: Path, source: str) -> None:
-    """Writes the figures and the page into a folder.
-
-    Args:
-        diagnosis: the diagnosis.
-        folder: the folder.
-        source: digest of what it was made from; files that were made from it are replaced, others never.
+    """Writes the figures and the page into a folder. Only files made from the same ``source`` digest are replaced.
 
     Raises:
         OutputError: if a file is not ours to replace.
@@ -49,12 +43,7 @@ class _Row:
 
 
 def render_page(diagnosis: Diagnosis, command: str | None = None) -> str:
-    """The page as HTML without scripts, for screens and paper.
-
-    Args:
-        diagnosis: the diagnosis.
-        command: command line that repeats it.
-    """
+    """The page as HTML without scripts, for screens and paper; ``command`` is the command line that repeats it."""
     evidence = diagnosis.evidence
     calibration = evidence.calibration
     info: dict[str, Any] = dict(diagnosis.info)

@@ -109,7 +109,8 @@ def store_name(
 def _common_size(data: EvaluationData, backbone: Backbone) -> tuple[int, int]:
     """The common size of all images, rounded to the patch grid; the backbone's default size if they differ."""
     sizes = {images.common_size for images in data.splits}
-    size: tuple[int, int] | None = sizes.pop() if len(sizes) == 1 else None
-    if size is None:
+    common = sizes.pop() if len(sizes) == 1 else None
+    if common is None:
         return backbone.default_size, backbone.default_size
-    return native_size(*size, backbone.patch_size, backbone.stride)
+    height, width = common
+    return native_size(height, width, backbone.patch_size, backbone.stride)

@@ -20,6 +20,7 @@ from denoising_vit.errors import FitError
 from denoising_vit.fit.local import LocalRun, OnPhoto, manifest_of
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.fit.ray_engine import RayJob, fit_with_ray, local_threads
+from denoising_vit.progress import duration
 from denoising_vit.store import FeatureStore, Manifest
 
 #: Attempts at staged photos that turn out to be damaged.
@@ -78,7 +79,7 @@ class Estimate:
         free = "" if self.bytes_free is None else f" ({_size(self.bytes_free)} free)"
         return (
             f"{self.photos} photos, {there}{self.left} to do: {self.passes:,} forward passes, about "
-            f"{_duration(self.seconds)}, {_size(self.bytes_needed)}{free}"
+            f"{duration(self.seconds)}, {_size(self.bytes_needed)}{free}"
         )
 
 
@@ -277,9 +278,3 @@ def _size(count: int) -> str:
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

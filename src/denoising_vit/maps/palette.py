@@ -19,9 +19,9 @@ from denoising_vit.errors import FormatError
 from denoising_vit.files import KEY, Mark, below, read_record, require_ours, require_version, write_tensors
 from denoising_vit.maps.clusters import Clusters
 from denoising_vit.maps.features import Bar, Features, lookup, to_arrays
+from denoising_vit.maps.kinds import MAP_KINDS, TITLES
 from denoising_vit.maps.norms import NormScale
 from denoising_vit.maps.pca import Foreground, PCABasis
-from denoising_vit.maps.titles import TITLES
 
 #: Approximate number of vectors that a palette of many maps is fitted on.
 ENOUGH = 131_072
@@ -38,8 +38,8 @@ _STORED = {
     "foreground_basis": PCABasis,
 }
 
-#: Kinds that one colouring draws, and its attribute.
-_WHOLE = {"pca": "basis", "kmeans": "clusters", "norm": "norms"}
+#: Kinds that one colouring draws.
+_WHOLE = ("pca", "kmeans", "norm")
 
 _COMPONENTS, _COMPONENT_COLOURS = ("first", "second", "third"), "viridis"
 
@@ -107,7 +107,7 @@ class Palette:
             ValueError: if the kind is unknown, the shape is not (h, w, C) with this C, or values are not finite.
         """
         if kind in _WHOLE:
-            return getattr(self, _WHOLE[kind]).colours(features)
+            return getattr(self, MAP_KINDS[kind].fields[0]).colours(features)
         if kind in _COMPONENTS:
             return lookup(self.basis.shares(features)[..., _COMPONENTS.index(kind)], _COMPONENT_COLOURS)
         if kind not in TITLES:

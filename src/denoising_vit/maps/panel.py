@@ -13,11 +13,11 @@ from torch import Tensor
 from denoising_vit.decomposition.options import STAGE_ONE
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.maps.features import Bar, to_map
+from denoising_vit.maps.kinds import MAP_KINDS, SIMILARITY
 from denoising_vit.maps.norms import SIMILARITY_BAR, NormScale, similarity_maps
 from denoising_vit.maps.palette import Palette
 from denoising_vit.maps.pca import PCABasis
 from denoising_vit.maps.sheet import BESIDE, CELL, STEEPEST, Sheet, number, shorten
-from denoising_vit.maps.titles import TITLES
 
 FINER = 4
 """Upsampling of the first denoised picture, where the picture has the pixels to show it."""
@@ -25,7 +25,7 @@ ROUNDING = 1e-4
 """A residual below this share of the norm of raw features is rounding."""
 
 _KINDS = ("pca", "norm", "kmeans")
-_SIMILARITY = "similarity to ○"
+_TITLES = [MAP_KINDS[kind].title for kind in (*_KINDS, SIMILARITY)]
 
 Column = list[tuple[np.ndarray, Bar | None]]
 """PCA, norm, k-means and similarity of one map, with their colour bars."""
@@ -79,7 +79,7 @@ def draw_panel(
     centre = (height // 2 + 0.5) / height, (width // 2 + 0.5) / width
     if not separated:
         sheet = Sheet([aspect] * 4, 1 + len(maps), title)
-        for row, label in enumerate((*(TITLES[kind] for kind in _KINDS), _SIMILARITY)):
+        for row, label in enumerate(_TITLES):
             ring = centre if row == 3 else None
             sheet.row_label(row, label)
             sheet.photo(row, photo, "photo", ring)
@@ -94,7 +94,7 @@ def draw_panel(
         same = ("", ", same basis"), ("", ", same scale"), ("", ", same clusters"), ("", "")
         for row, (name, drawn) in enumerate(columns.items()):
             sheet.row_label(row, name)
-            for column, title_of in enumerate((*(TITLES[kind] for kind in _KINDS), _SIMILARITY)):
+            for column, title_of in enumerate(_TITLES):
                 ring = centre if column == 3 else None
                 pixels, bar = drawn[column]
                 sheet.picture(row, 1 + column, pixels, title_of + same[column][row], ring=ring, bar=bar)

@@ -1,25 +1,22 @@
-"""Options of sheets of features."""
+"""Options of sheets, of videos with the sizes that follow from them, and of the browser page."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+import ipaddress
+import math
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from denoising_vit.decomposition.options import DenoiseOptions, StageOneCrops
-from denoising_vit.errors import PlanError
+from denoising_vit.errors import AppError, ClipError, PlanError
 from denoising_vit.extractors import KINDS, GivenDenoiser, features_arg, parse_names
-from denoising_vit.maps.titles import TITLES
+from denoising_vit.maps.kinds import MAP_KINDS, TITLES
+from denoising_vit.views.patch_grid import nearest_sizes
 
 if TYPE_CHECKING:
     from denoising_vit.backbones import Backbone
-
-#: Kinds of maps, and their headings.
-MAPS = dict(TITLES) | {
-    "similarity": "similarity to ○",
-    "artifact": "G",
-    "artifact-norm": "|G|",
-    "residual": "residual norm",
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class ShowOptions(StageOneCrops):
 
     def kinds(self) -> tuple[str, ...]:
         """The maps, in order."""
-        return parse_names(self.maps, tuple(MAPS), "maps")
+        return parse_names(self.maps, tuple(MAP_KINDS), "maps")
 
     def names(self, backbone: Backbone, denoiser: GivenDenoiser | None) -> tuple[str, ...]:
         """The features, in order."""
@@ -82,3 +79,182 @@ class ShowOptions(StageOneCrops):
         return DenoiseOptions(
             views=self.views, held_out=0, area=self.area, ratio=self.ratio, size=self.size, seed=self.seed
         )
+
+
+#: Panels, and their headings.
+PANELS = {"image": "image", "pca": TITLES["pca"], "dataset-pca": "data-set PCA"} | dict(TITLES)
+
+#: Default long side in pixels of frames as the backbone sees them: the last resolution DINOv2 was trained at.
+LONG_SIDE = 518
+
+#: Options that do not change the frames.
+_INDIFFERENT = ("palette", "batch_size")
+
+_LEAST = {
+    "size": 1,
+    "panel_size": 64,
+    "every": 1,
+    "max_frames": 1,
+    "basis_frames": 1,
+    "part_frames": 1,
+    "views": 2,
+    "batch_size": 1,
+}
+
+
+@dataclass(frozen=True)
+class VideoOptions(StageOneCrops):
+    """What a video shows.
+
+    Attributes:
+        features: names of features.
+        panels: one column each: image, pca (in the basis of this clip), dataset-pca (in that of --palette), kmeans,
+            first, second, third (principal components), foreground-pca, norm, foreground (from --palette if given, else
+            of this clip); separated by commas.
+        size: side in pixels of the frames that the backbone sees, in whole patches; about 518 for the long side by
+            default. The other side follows from the aspect ratio.
+        side: the side that `size` sets, long or short.
+        panel_size: long side of each panel in pixels.
+        smooth: draw maps smoothly instead of with sharp patches.
+        palette: file of a saved palette, the colours of a data set.
+        every: use every n-th frame; each is shown n times as long.
+        max_frames: largest number of frames of the result.
+        fps: frames per second of a folder of frames; a video keeps its own times.
+        frames: also write every frame as a PNG.
+        basis_frames: number of frames, evenly spread over the clip, that colours are fitted on.
+        part_frames: frames in each part that is kept while a video is unfinished.
+        batch_size: frames per forward pass; chosen for the device by default.
+    """
+
+    features: Annotated[str, features_arg("One row each; exact takes minutes for a second of video.")] = "raw,denoiser"
+    panels: str = "image,pca"
+    size: int | None = None
+    side: Literal["long", "short"] = "long"
+    panel_size: int = 480
+    smooth: bool = False
+    palette: str | None = None
+    every: int = 1
+    max_frames: int | None = None
+    fps: float = 24.0
+    frames: bool = False
+    basis_frames: int = 16
+    part_frames: int = 48
+    batch_size: int | None = None
+
+    def validate(self) -> None:
+        """Checks what does not depend on the backbone.
+
+        Raises:
+            PlanError: naming the option, its range and its value.
+        """
+        parse_names(self.features, KINDS)
+        if "dataset-pca" in self.shown and self.palette is None:
+            raise PlanError("the panel dataset-pca needs the colours of a data set: --palette FILE, a saved palette")
+        for name, least in _LEAST.items():
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise PlanError(f"{name} must be at least {least}, got {given}")
+        DenoiseOptions(area=self.area, ratio=self.ratio).validate()
+        if self.side not in ("long", "short"):
+            raise PlanError(f"side must be 'long' or 'short', got {self.side!r}")
+        if not (math.isfinite(self.fps) and 0.01 <= self.fps <= 1000):
+            raise PlanError(f"fps must be 0.01 to 1000 frames a second, got {self.fps}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the features, in order."""
+        return parse_names(self.features, KINDS)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names of the panels, in order."""
+        return parse_names(self.panels, tuple(PANELS), "panels")
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second of a folder; 23.976 and 29.97 stand for 24000/1001 and 30000/1001."""
+        broadcast = Fraction(round(self.fps * 1.001) * 1000, 1001)
+        given = Fraction(self.fps).limit_denominator(1000)
+        return broadcast if given.denominator > 1 and abs(broadcast - given) < Fraction(5, 1000) else given
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that decide the frames, as JSON values."""
+        without = self.as_published.union(_INDIFFERENT)
+        kept = {name: value for name, value in asdict(self).items() if name not in without}
+        return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}
+
+
+def shown_size(size: tuple[int, int], backbone: Backbone, options: VideoOptions) -> tuple[int, int]:
+    """(H, W) in which the backbone sees frames of (H, W) pixels: the same aspect ratio, to the nearest whole patch.
+
+    Raises:
+        ClipError: if a side would be less than a patch.
+    """
+    measured = max(size) if options.side == "long" else min(size)
+    scale = (options.size or LONG_SIDE) / measured
+    ideal = tuple(side * scale for side in size)
+    if min(ideal) < backbone.patch_size / 2:
+        raise ClipError(
+            f"frames of {size[1]} x {size[0]} pixels would be shown in {ideal[1]:.0f} x {ideal[0]:.0f}, less than one "
+            f"patch of {backbone.patch_size} pixels; ask for a larger --size"
+        )
+    height, width = (
+        min(
+            nearest_sizes(round(side), backbone.patch_size, backbone.stride),
+            key=lambda fitting: abs(fitting - side),
+        )
+        for side in ideal
+    )
+    return height, width
+
+
+def panel_size(size: tuple[int, int], options: VideoOptions) -> tuple[int, int]:
+    """(H, W) of a panel for frames of (H, W) pixels, at their aspect ratio; even, as H.264 requires."""
+    scale = options.panel_size / max(size)
+    height, width = (max(2, 2 * round(side * scale / 2)) for side in size)
+    return height, width
+
+
+#: Largest `max_upload` in megabytes: an upload is held in memory.
+MOST_UPLOAD = 1000.0
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """Address and limits of the page.
+
+    Attributes:
+        host: address to listen at; 127.0.0.1 is reachable from this computer only, 0.0.0.0 from the whole network.
+        port: port, 1 to 65535.
+        share: also open a public internet address through Gradio's relay; anyone with the address can use the page, and
+            photos and results pass through the relay.
+        max_upload: largest uploaded photo in MB.
+        examples: folder with more sample photos, visible to everyone who reaches the page.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    share: bool = False
+    max_upload: float = 20.0
+    examples: Path | None = None
+
+    def validate(self) -> None:
+        """Checks the options before anything is loaded.
+
+        Raises:
+            AppError: naming the option, its range and its value.
+        """
+        if not 1 <= self.port <= 65535:
+            raise AppError(f"port must be 1 to 65535, got {self.port}")
+        if not 0 < self.max_upload <= MOST_UPLOAD:
+            raise AppError(f"max_upload must be more than 0 and at most {MOST_UPLOAD:g} MB, got {self.max_upload:g}")
+        if self.examples is not None and not self.examples.is_dir():
+            raise AppError(f"examples must be a folder with photos, got {self.examples}, which is not a folder")
+
+    @property
+    def local(self) -> bool:
+        """True if only this computer reaches the page."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback and not self.share
+        except ValueError:
+            return self.host == "localhost" and not self.share

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +20,11 @@ from denoising_vit.extractors import KINDS, Cleaners
 from denoising_vit.files import atomic_path
 from denoising_vit.maps import Clusters, NormScale, Palette, PCABasis, similarity_maps
 from denoising_vit.maps.features import Bar
+from denoising_vit.maps.kinds import MAP_KINDS, SIMILARITY
 from denoising_vit.maps.norms import SIMILARITY_BAR
 from denoising_vit.maps.sheet import FORMATS, Sheet
-from denoising_vit.show.options import MAPS, ShowOptions
-
-#: ``progress(done)``, with the number of finished passes out of :attr:`PhotoExtractor.passes`.
-Progress = Callable[[int], None]
+from denoising_vit.progress import OnProgress
+from denoising_vit.show.options import ShowOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +63,7 @@ class PhotoExtractor:
         passes: forward passes for one photo.
 
     Raises:
-        ArtifactError, DenoiserError: if a cleaner is for another backbone, or the package has none.
-        WeightsError: if weights of stage 3 are missing or for another model.
-        FormatError: if a file is missing, damaged or something else.
-        SizeError, PlanError: if size or views do not fit.
+        DenoisingVitError: as :meth:`Cleaners.extractor` does, or if size or views do not fit.
     """
 
     def __init__(self, backbone: Backbone, names: Sequence[str], cleaners: Cleaners, options: DenoiseOptions) -> None:
@@ -79,7 +75,9 @@ class PhotoExtractor:
         self._made = {name: one for name, one in made.items() if name != "raw" or sharing is None}
         self.passes = sum(one.work for one in self._made.values())
 
-    def __call__(self, pixels: np.ndarray, *, name: str = "photo", progress: Progress = lambda _: None) -> ShownPhoto:
+    def __call__(
+        self, pixels: np.ndarray, *, name: str = "photo", progress: OnProgress = lambda *_: None
+    ) -> ShownPhoto:
         """The features of a photo (H, W, 3) uint8.
 
         Raises:
@@ -90,7 +88,7 @@ class PhotoExtractor:
         for feature, denoising in self._made.items():
 
             def advance(done: int, _total: int, start: int = before) -> None:
-                progress(start + done)
+                progress(start + done, self.passes)
 
             found[feature] = denoising(pixels, progress=advance)
             before += denoising.work
@@ -130,7 +128,7 @@ def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[
     for kind in options.kinds():
         if kind in ("artifact", "artifact-norm", "residual"):
             drawn[kind] = _removed(kind, photo)
-        elif kind == "similarity":
+        elif kind == SIMILARITY:
             height, width = next(iter(maps.values())).shape[:2]
             at = min(int(options.at[0] * height), height - 1), min(int(options.at[1] * width), width - 1)
             alike = similarity_maps(*maps.values(), at=at)
@@ -199,18 +197,18 @@ def draw_sheet(
     single = len(kinds) == 1
     each, columns = (1, len(names)) if single else (len(names), len(kinds))
     aspects = [photo.aspect for photo in photos for _ in range(each)]
-    sheet = Sheet(aspects, 1 + columns, MAPS[kinds[0]] if single else None)
-    rings = {kind: options.at if kind == "similarity" else None for kind in kinds}
+    sheet = Sheet(aspects, 1 + columns, MAP_KINDS[kinds[0]].title if single else None)
+    rings = {kind: options.at if kind == SIMILARITY else None for kind in kinds}
     for block, (photo, palette) in enumerate(zip(photos, palettes, strict=True)):
         drawn = pictures(photo, palette, options)
-        sheet.photo(block * each, photo.pixels, photo.name, rings.get("similarity"))
+        sheet.photo(block * each, photo.pixels, photo.name, rings.get(SIMILARITY))
         for row, name in enumerate(names):
             if not single:
                 sheet.row_label(block * each + row, name)
             for column, kind in enumerate(kinds):
                 if picture := drawn[kind][name]:
                     place = (block, 1 + row) if single else (block * each + row, 1 + column)
-                    heading = name if single else MAPS[kind]
+                    heading = name if single else MAP_KINDS[kind].title
                     sheet.picture(*place, picture.pixels, heading, ring=rings[kind], bar=picture.bar)
     sheet.caption(*caption)
     with atomic_path(Path(path)) as temporary:

@@ -18,9 +18,10 @@ from denoising_vit.decomposition.methods import UNJUDGED
 from denoising_vit.decomposition.neural_field.fit import Evaluation
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.denoise import Denoising, Progress
+from denoising_vit.denoise import Denoising
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import Cleaners
+from denoising_vit.progress import OnProgress
 from denoising_vit.tiling.features import blend, layouts
 from denoising_vit.tiling.options import TileOptions
 from denoising_vit.views.plan import ViewPlan
@@ -68,7 +69,7 @@ class TiledDenoising:
         self,
         picture: Picture,
         *,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         watch: Callable[[Evaluation], None] | None = None,
         digest: str | None = None,
     ) -> Decomposition:

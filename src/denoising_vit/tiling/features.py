@@ -14,12 +14,10 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.data.pictures import Picture, open_picture
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import Extractor
+from denoising_vit.progress import OnProgress
 from denoising_vit.tiling.layout import TileLayout
 from denoising_vit.tiling.options import TileOptions
 from denoising_vit.views.rendering import per_channel, resampling_matrix, to_image
-
-#: ``progress(done, total)``, in tiles.
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -32,7 +30,7 @@ def tiled_features(
     size: tuple[int, int] | None = None,
     max_pixels: int = TileOptions.max_pixels,
     backbone: Backbone | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Tensor:
     """Features of a picture larger than the backbone's input, on one seamless grid.
 
@@ -89,7 +87,7 @@ def blend(
     columns: TileLayout,
     backbone: Backbone,
     run: Callable[[Tensor], Tensor],
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Tensor:
     """Run every tile, and add its features to the grid with its weights.
 

@@ -106,14 +106,15 @@ class AveragedViT(nn.Module):
     def forward_with_prefix(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Averaged features (B, h, w, C), and the prefix tokens (B, P, C) of the image as it is."""
         first, prefix = self.backbone.forward_with_prefix(image)
-        return self._averaged(image, first), prefix
+        return self.averaged_with(image, first), prefix
 
     def forward_intermediates(self, image: Tensor, layers: Sequence[int]) -> Intermediates:
         """Averaged features, beside them prefix tokens and raw features of other layers; see :class:`Backbone`."""
         found = self.backbone.forward_intermediates(image, layers)
-        return found._replace(features=self._averaged(image, found.features))
+        return found._replace(features=self.averaged_with(image, found.features))
 
-    def _averaged(self, image: Tensor, first: Tensor) -> Tensor:
+    def averaged_with(self, image: Tensor, first: Tensor) -> Tensor:
+        """Averaged features of images, given the backbone's features of them as they are, (B, h, w, C)."""
         plan = moves(self.passes, (first.shape[1], first.shape[2]))
         others = [self.backbone(moved(image, move, self.backbone.stride)) for move in plan[1:]]
         return aligned_mean([first, *others], plan)

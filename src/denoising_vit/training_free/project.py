@@ -138,7 +138,9 @@ def find_subspace(
         ArtifactError: if the artifact is for another backbone.
     """
     size = size or (backbone.default_size, backbone.default_size)
-    images = [] if photos is None else common.photo_images(photos, backbone, size)
+    images = (
+        [] if photos is None or (source != "place" and rank != "auto") else common.photo_images(photos, backbone, size)
+    )
     features = torch.cat([backbone(image).cpu() for image in images]) if images else None
     if source == "blank":
         directions = blank_directions(backbone, size)

@@ -17,10 +17,11 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.data.photos import read_photo_bytes
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.denoise import Progress, denoise_image
+from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import AppError, PhotoError
 from denoising_vit.extractors import KINDS
 from denoising_vit.files import atomic_path
+from denoising_vit.progress import OnProgress
 from denoising_vit.show.app.models import Model, Models
 from denoising_vit.views.patch_grid import nearest_sizes
 
@@ -127,7 +128,7 @@ def read_upload(path: Path) -> np.ndarray:
     return read_photo_bytes(content, path.name, max_pixels=MAX_PIXELS)
 
 
-def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress: Progress | None = None) -> Answer:
+def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress: OnProgress | None = None) -> Answer:
     """Denoises a photo's features and writes the files of the answer; an exception from ``progress`` cancels the work.
 
     Raises:

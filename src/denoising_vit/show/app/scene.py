@@ -14,6 +14,7 @@ from torch import Tensor
 
 from denoising_vit.errors import AppError, EvaluationError
 from denoising_vit.maps import TITLES, Palette, similarity_maps
+from denoising_vit.maps.kinds import MAP_KINDS, SIMILARITY
 from denoising_vit.maps.sheet import drawn_aspect
 from denoising_vit.metrics.tokens import effective_rank, neighbour_similarity, outlier_share
 from denoising_vit.show.app.answers import Answer
@@ -21,22 +22,11 @@ from denoising_vit.show.app.answers import Answer
 #: Approximate longer side of a picture in pixels.
 LONGER = 720
 
-SIMILARITY = "similarity"
-
 #: Kinds of maps by heading.
 MAPS = {title: kind for kind, title in TITLES.items()} | {SIMILARITY: SIMILARITY}
 
-LEGENDS = {
-    "pca": "Three principal components as red, green and blue.",
-    "kmeans": "Each colour is one of six clusters of patches.",
-    "norm": "Length of the feature vectors: dark is short, bright is long. Single bright patches are outlier tokens.",
-    "first": "The strongest principal component, from dark to bright.",
-    "second": "The second principal component, from dark to bright.",
-    "third": "The third principal component, from dark to bright.",
-    "foreground-pca": "Principal components of the foreground alone; the rest is black.",
-    "foreground": "White is what the first principal component takes for foreground.",
-    SIMILARITY: "Cosine to the chosen patch: red is alike, white unrelated, blue opposite.",
-}
+#: What the colours of each kind mean.
+LEGENDS = {kind: MAP_KINDS[kind].legend for kind in MAPS.values()}
 
 
 @dataclass(frozen=True, eq=False)

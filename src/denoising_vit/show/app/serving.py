@@ -17,7 +17,7 @@ from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import AppError
 from denoising_vit.show.app.answers import Keep
 from denoising_vit.show.app.models import Models
-from denoising_vit.show.app.options import AppOptions
+from denoising_vit.show.options import AppOptions
 
 #: Seconds that a running answer may take to end when the page is closed.
 _PATIENCE = 20.0

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from denoising_vit.decomposition.result import Decomposition
-from denoising_vit.show.options import MAPS, ShowOptions
+from denoising_vit.maps.kinds import MAP_KINDS
+from denoising_vit.show.options import ShowOptions
 from denoising_vit.show.pages.rendering import Picture, jpeg_uri, png_uri, render, scale_colours
 from denoising_vit.show.sheets import ShownPhoto, palette_of, pictures
 
@@ -59,11 +60,12 @@ class PhotosPage:
         lines: dict[str, list[Picture | None]] = {feature: [] for feature in found}
         scales = []
         for kind, maps in drawn.items():
+            title = MAP_KINDS[kind].title
             for feature, one in maps.items():
-                alt = f"{MAPS[kind]} of {feature} features of {name}"
-                lines[feature].append(one and Picture(png_uri(one.pixels), photo.aspect, MAPS[kind], alt))
+                alt = f"{title} of {feature} features of {name}"
+                lines[feature].append(one and Picture(png_uri(one.pixels), photo.aspect, title, alt))
             if bar := next((one.bar for one in maps.values() if one and one.bar), None):
-                scales.append((MAPS[kind], scale_colours(bar[0]), bar[1]))
+                scales.append((title, scale_colours(bar[0]), bar[1]))
         shown = Picture(jpeg_uri(pixels), photo.aspect, "photo", f"the photo {name}")
         self._sections.append(_Section(name, shown, lines, scales))
 

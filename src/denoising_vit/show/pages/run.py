@@ -10,8 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from denoising_vit.environment import software_words
 from denoising_vit.evaluation.tables.runs import RunRecord, best_look, read_run
-from denoising_vit.show.pages.chart import LineChart, line_chart
-from denoising_vit.show.pages.rendering import Picture, data_uri, render, write_page
+from denoising_vit.show.pages.rendering import LineChart, Picture, data_uri, line_chart, render, write_page
 
 #: Charts of held-out evaluations: title, key of the trained features; ``raw_`` and ``target_`` keys accompany it.
 _LOOKS = (

@@ -19,7 +19,8 @@ from denoising_vit.denoise import Denoising
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.extractors import KINDS, Cleaners, Extractor
 from denoising_vit.maps import Palette
-from denoising_vit.show.video.options import PANELS, VideoOptions
+from denoising_vit.maps.kinds import MAP_KINDS
+from denoising_vit.show.options import PANELS, VideoOptions
 from denoising_vit.views.rendering import per_channel
 
 
@@ -35,9 +36,7 @@ class FrameFeatures:
         identity: identifies backbone and cleaners, as JSON values.
 
     Raises:
-        ArtifactError, DenoiserError: if a cleaner is for another backbone, or the package has none.
-        WeightsError: if weights of stage 3 are missing or for another model.
-        FormatError: if a file is missing, damaged or something else.
+        DenoisingVitError: as :meth:`Cleaners.extractor` does.
     """
 
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:
@@ -99,22 +98,10 @@ LETTERS, LEAST_LETTERS = 18, 9
 
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 
-#: Attributes of a palette that panels take their colours from.
-_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "pca": ("basis",),
-    "first": ("basis",),
-    "second": ("basis",),
-    "third": ("basis",),
-    "kmeans": ("clusters",),
-    "norm": ("norms",),
-    "foreground": ("foreground",),
-    "foreground-pca": ("foreground", "foreground_basis"),
-}
-
 
 def panel_fields(panels: Sequence[str]) -> set[str]:
     """Attributes of a clip's palette that these panels use."""
-    return {field for panel in panels for field in _FIELDS.get(panel, ())}
+    return {field for panel in panels if panel in MAP_KINDS for field in MAP_KINDS[panel].fields}
 
 
 def panel_picture(panel: str, features: Tensor, clip: Palette, data_set: Palette | None) -> np.ndarray:

@@ -20,16 +20,13 @@ from denoising_vit.errors import ClipError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import atomic_path, file_digest
 from denoising_vit.maps import Palette, read_palette, write_palette
-from denoising_vit.progress import prefetched
+from denoising_vit.progress import OnProgress, prefetched
+from denoising_vit.show.options import VideoOptions, panel_size, shown_size
 from denoising_vit.show.video.clips import Clip, Frame
 from denoising_vit.show.video.encoding import find_encoder, part_writer
 from denoising_vit.show.video.films import open_clip
 from denoising_vit.show.video.frames import FrameFeatures, FrameSheet, panel_fields, panel_picture
-from denoising_vit.show.video.options import VideoOptions, panel_size, shown_size
 from denoising_vit.show.video.parts import FrameFolder, Parts, differences, make_record, require_own_video
-
-#: ``progress(done, total)`` after each frame; the total may be an estimate.
-Progress = Callable[[int, int], None]
 
 #: Number of feature vectors that the colours of a clip are fitted on.
 _ENOUGH = 8192
@@ -69,7 +66,7 @@ def render_video(
     *,
     cleaners: Cleaners = Cleaners(),  # noqa: B008, frozen
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     options: VideoOptions | None = None,
     **changes: Any,
 ) -> RenderedVideo:
@@ -114,7 +111,7 @@ class VideoMaker:
             self._identity = self._identity | {"palette": file_digest(Path(options.palette).expanduser())}
 
     def render(
-        self, clip: Clip, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+        self, clip: Clip, out: Path, *, overwrite: bool = False, progress: OnProgress | None = None
     ) -> RenderedVideo:
         """The video of a clip; see :func:`render_video`."""
         if out.suffix.lower() != ".mp4":
@@ -143,7 +140,7 @@ class _Run:
         out: Path,
         parts: Parts,
         frame_folder: FrameFolder | None,
-        progress: Progress,
+        progress: OnProgress,
     ) -> None:
         self._maker, self._clip, self._out, self._parts, self._progress = maker, clip, out, parts, progress
         self._frame_folder = frame_folder

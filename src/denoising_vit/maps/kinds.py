@@ -1,0 +1,52 @@
+"""The one table of kinds of maps. No heavy imports: option modules read the names from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class MapKind(NamedTuple):
+    """A kind of maps.
+
+    Attributes:
+        title: heading of its pictures.
+        legend: what its colours mean.
+        fields: attributes of a palette that it takes its colours from; none where a palette does not draw it.
+    """
+
+    title: str
+    legend: str = ""
+    fields: tuple[str, ...] = ()
+
+
+SIMILARITY = "similarity"
+
+#: All kinds, by name.
+MAP_KINDS: Mapping[str, MapKind] = {
+    "pca": MapKind("PCA", "Three principal components as red, green and blue.", ("basis",)),
+    "kmeans": MapKind("k-means", "Each colour is one of six clusters of patches.", ("clusters",)),
+    "norm": MapKind(
+        "norm",
+        "Length of the feature vectors: dark is short, bright is long. Single bright patches are outlier tokens.",
+        ("norms",),
+    ),
+    "first": MapKind("1st component", "The strongest principal component, from dark to bright.", ("basis",)),
+    "second": MapKind("2nd component", "The second principal component, from dark to bright.", ("basis",)),
+    "third": MapKind("3rd component", "The third principal component, from dark to bright.", ("basis",)),
+    "foreground-pca": MapKind(
+        "foreground PCA",
+        "Principal components of the foreground alone; the rest is black.",
+        ("foreground", "foreground_basis"),
+    ),
+    "foreground": MapKind(
+        "foreground", "White is what the first principal component takes for foreground.", ("foreground",)
+    ),
+    SIMILARITY: MapKind("similarity to ○", "Cosine to the chosen patch: red is alike, white unrelated, blue opposite."),
+    "artifact": MapKind("G"),
+    "artifact-norm": MapKind("|G|"),
+    "residual": MapKind("residual norm"),
+}
+
+#: Kinds that a palette colours, and their headings.
+TITLES: Mapping[str, str] = {name: kind.title for name, kind in MAP_KINDS.items() if kind.fields}
