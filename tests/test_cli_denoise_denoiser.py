@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,3 +372,31 @@ def test_help_names_the_options(dvit: Dvit) -> None:
     words = dvit("--help").words
     for option in ("--denoiser", "--compare", "--method", "neural-field is the published", "auto is denoiser"):
         assert option in words
+
+
+# --- pictures are drawn beside the next photo ---
+
+
+def test_a_picture_is_drawn_while_the_next_photo_is_computed(
+    whole: Dvit, shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tiny_artifact.write_photos(tmp_path / "photos", 3)
+    computed = [threading.Event() for _ in range(3)]
+    number = itertools.count()
+    real = Denoising.__call__
+
+    def compute(*arguments: Any, **options: Any) -> Decomposition:
+        computed[next(number)].set()
+        return real(*arguments, **options)
+
+    def draw(_photo: np.ndarray, _result: Decomposition, path: Path, **_more: Any) -> None:
+        first = not list((tmp_path / "out").glob("*.png"))
+        assert not first or computed[1].wait(60), "the second photo waits for the picture of the first"
+        Image.new("RGB", (1, 1)).save(path, format="PNG")
+
+    monkeypatch.setattr(Denoising, "__call__", compute)
+    monkeypatch.setattr(denoising_vit.maps, "draw_panel", draw)
+    done = whole(photos, "-o", tmp_path / "out", "--json")
+    assert done.code == 0
+    assert [Path(row["image"]).name for row in done.rows] == ["00.png", "01.png", "02.png"]  # in order
+    assert all((tmp_path / "out" / f"0{place}.safetensors").is_file() for place in range(3))

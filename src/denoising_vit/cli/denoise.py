@@ -74,7 +74,7 @@ def denoise(
         json: print one JSON line per photo instead of a table.
     """
     from denoising_vit.artifact import SHIPPED, resampling_note
-    from denoising_vit.cli.denoise_job import PHOTO_NUMBERS, DenoiseJob, PhotoRow
+    from denoising_vit.cli.denoise_job import PHOTO_NUMBERS, DenoiseJob, PhotoRow, Writing
     from denoising_vit.data import find_photos
     from denoising_vit.decomposition.inputs import given_artifact
     from denoising_vit.denoise import Denoising, settle
@@ -131,10 +131,10 @@ def denoise(
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
     interrupted = False
     try:
-        with PhotoProgress(len(photos), job.work, unit) as progress:
+        with PhotoProgress(len(photos), job.work, unit) as progress, Writing(told) as writing:
             for photo in photos:
                 progress.start(photo.name)
-                told.add(job.run(photo, progress))
+                writing.add(job.compute(photo, progress))
                 progress.finish()
     except KeyboardInterrupt:
         interrupted = True

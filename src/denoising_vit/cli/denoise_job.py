@@ -1,11 +1,13 @@
-"""One photo of `dvit denoise`: compute and draw its features, or keep an existing result."""
+"""One photo of `dvit denoise`: compute its features, or keep an existing result; write and draw beside the next."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from denoising_vit.cli.outputs import Output, OutputFolder
-from denoising_vit.cli.reporting import PhotoProgress, Row, number
+from denoising_vit.cli.reporting import PhotoProgress, Report, Row, number
 from denoising_vit.data.photos import read_photo
 from denoising_vit.data.pictures import Picture, open_picture, picture_digest, reduced
 from denoising_vit.decomposition.result import Decomposition
@@ -89,30 +91,55 @@ class DenoiseJob:
         """Total progress of one photo, or of one tile."""
         return self.clean.work + (0 if self.exact is None else self.exact.work)
 
-    def run(self, photo: Path, progress: PhotoProgress) -> PhotoRow:
-        """Processes one photo, or keeps its result. Errors end in the row and are not raised."""
+    def compute(self, photo: Path, progress: PhotoProgress) -> Callable[[], PhotoRow]:
+        """Computes the features of one photo, unless it has a result.
+
+        Returns:
+            what writes and draws them, and returns the outcome. Errors end in the outcome and are not raised.
+        """
         started = time.perf_counter()
         try:
             picture = self._open(photo)
             digest = picture_digest(picture)
             output = self.folder.claim(photo, digest)
             if output.existing is not None:
-                return self._keep(photo, picture, output, output.existing, progress)
+                beside = self._redraws(output, output.existing) and self.clean.made(output.existing)
+                exact = self._exact(picture, digest, progress) if beside else None
+                return functools.partial(self._guarded, photo, lambda: self._keep(photo, picture, output, exact))
             result = self._denoised(self.clean, picture, digest, progress)
             about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
             result = dataclasses.replace(result, info=result.info | {"photo": about})
-            exact = self._exact_beside(picture, result, progress)
-            pixels = _drawable(picture)
-            while not self._write(pixels, result, exact, output):  # another run took the name meanwhile
-                self.folder.release(output)
-                output = self.folder.claim(photo, digest)
-                if output.existing is not None:
-                    return self._keep(photo, picture, output, output.existing, progress)
-            self._show(photo, pixels, result, exact)
-        except (DenoisingVitError, OSError) as error:
-            return PhotoRow(str(photo), status="failed", note=str(error))
-        except Exception as error:  # one bad photo must not end the batch
-            return PhotoRow(str(photo), status="failed", note=f"{type(error).__name__}: {error}")
+            exact = self._exact(picture, digest, progress)
+        except Exception as error:
+            failed = _failed(photo, error)
+            return lambda: failed
+        finish = functools.partial(self._finish, photo, picture, result, exact, output, started)
+        return functools.partial(self._guarded, photo, finish)
+
+    @staticmethod
+    def _guarded(photo: Path, finish: Callable[[], PhotoRow]) -> PhotoRow:
+        try:
+            return finish()
+        except Exception as error:
+            return _failed(photo, error)
+
+    def _finish(
+        self,
+        photo: Path,
+        picture: Picture,
+        result: Decomposition,
+        exact: Decomposition | None,
+        output: Output,
+        started: float,
+    ) -> PhotoRow:
+        """Writes and draws what was computed."""
+        pixels = _drawable(picture)
+        while not self._write(pixels, result, exact, output):  # another run took the name meanwhile
+            self.folder.release(output)
+            output = self.folder.claim(photo, result.info["photo"]["sha256"])
+            if output.existing is not None:
+                return self._keep(photo, picture, output, exact)
+        self._show(photo, pixels, result, exact)
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
 
@@ -135,23 +162,29 @@ class DenoiseJob:
         assert isinstance(picture, np.ndarray)
         return method(picture, progress=advance, watch=progress.show_score, digest=digest)
 
-    def _keep(
-        self, photo: Path, picture: Picture, output: Output, info: dict[str, Any], progress: PhotoProgress
-    ) -> PhotoRow:
+    def _keep(self, photo: Path, picture: Picture, output: Output, exact: Decomposition | None) -> PhotoRow:
+        """Keeps a result, and adds what it lacks: its picture, or finer features."""
+        info = output.existing
+        assert info is not None
         notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
-        finer = self.upsample > 1 and info.get("upsample") != self.upsample
-        redrawn = finer or not output.panel.exists()
+        redrawn = self._redraws(output, info)
         if redrawn or self.page is not None:
             result, pixels = Decomposition.load(output.result), _drawable(picture)
-            exact = self._exact_beside(picture, result, progress) if redrawn else None
             self._show(photo, pixels, result, exact)
             if redrawn:
                 with self._drawn(pixels, result, exact, output):
                     pass
-            if finer:
+            if self._refines(info):
                 result.save(output.result, upsample=self.upsample)  # the field is stored, so nothing is recomputed
                 notes.append("finer features added")
         return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
+
+    def _redraws(self, output: Output, info: dict[str, Any]) -> bool:
+        """True if the picture of an existing result is missing, or is wanted finer."""
+        return self._refines(info) or not output.panel.exists()
+
+    def _refines(self, info: dict[str, Any]) -> bool:
+        return self.upsample > 1 and info.get("upsample") != self.upsample
 
     def _show(self, photo: Path, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None) -> None:
         if self.page is not None:
@@ -185,11 +218,9 @@ class DenoiseJob:
             output.mark.add(temporary, ".png")
             yield
 
-    def _exact_beside(self, picture: Picture, result: Decomposition, progress: PhotoProgress) -> Decomposition | None:
-        """Stage 1 for the comparison; None if it is not wanted, or the kept result has other settings."""
-        if self.exact is None or not self.clean.made(result.info):
-            return None
-        return self._denoised(self.exact, picture, result.info["photo"]["sha256"], progress)
+    def _exact(self, picture: Picture, digest: str, progress: PhotoProgress) -> Decomposition | None:
+        """Stage 1 for the comparison; None if it is not wanted."""
+        return None if self.exact is None else self._denoised(self.exact, picture, digest, progress)
 
     @staticmethod
     def _row(photo: Path, output: Output, info: dict[str, Any], status: Any, **more: Any) -> PhotoRow:
@@ -208,3 +239,39 @@ class DenoiseJob:
 def _drawable(picture: Picture) -> np.ndarray:
     """The picture (H, W, 3) uint8 for drawing, shrunk if it is not in memory."""
     return picture if isinstance(picture, np.ndarray) else reduced(picture, _DRAWN)
+
+
+def _failed(photo: Path, error: Exception) -> PhotoRow:
+    """The outcome of a photo that could not be done; an error that is not ours is told with its type."""
+    known = isinstance(error, DenoisingVitError | OSError)
+    return PhotoRow(str(photo), status="failed", note=str(error) if known else f"{type(error).__name__}: {error}")
+
+
+class Writing:
+    """Writes and draws each photo in a thread, while the features of the next are computed.
+
+    Args:
+        told: takes the outcomes, in the order of the photos.
+    """
+
+    def __init__(self, told: Report) -> None:
+        self._told = told
+        self._pool = ThreadPoolExecutor(1, "write")
+        self._last: Future[PhotoRow] | None = None
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._pool:
+            self._settle()
+
+    def add(self, finish: Callable[[], PhotoRow]) -> None:
+        """Starts to write a photo, when the one before is done."""
+        self._settle()
+        self._last = self._pool.submit(finish)
+
+    def _settle(self) -> None:
+        if self._last is not None:
+            self._told.add(self._last.result())
+            self._last = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,10 +86,15 @@ class OutputFolder:
         self.folder = folder
         self.overwrite = overwrite
         self._claimed: set[str] = set()
+        self._lock = threading.Lock()  # one thread claims names while another gives up those that were taken
         require_writable(folder)
 
     def claim(self, photo: Path, digest: str) -> Output:
         """The files for a photo with this digest of its pixels."""
+        with self._lock:
+            return self._claim(photo, digest)
+
+    def _claim(self, photo: Path, digest: str) -> Output:
         mark, place = Mark("panel", digest), digest_of(photo.resolve())
         stem, note = plain_stem(photo.stem), None
         edited: Output | None = None
