@@ -1,4 +1,4 @@
-"""The recipe of the shipped denoiser, at a tiny size on the CPU."""
+"""The recipes of the shipped denoiser, at a tiny size on the CPU."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ import torch
 from PIL import Image
 from skimage import data
 
-from denoising_vit.denoiser.module import read_denoiser
+import denoising_vit as dv
+from denoising_vit.backbones.recorded import describe
+from denoising_vit.denoiser.module import Denoiser, read_denoiser, write_denoiser
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@pytest.fixture(scope="module")
-def recipe() -> Callable[[list[str]], None]:
+def load(name: str) -> Callable[[list[str]], None]:
     sys.path.insert(0, str(RECIPES))
     try:
-        return runpy.run_path(str(RECIPES / "shipped_denoiser.py"))["main"]
+        return runpy.run_path(str(RECIPES / name))["main"]
     finally:
         sys.path.remove(str(RECIPES))
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Callable[[list[str]], None]:
+    return load("shipped_denoiser.py")
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +58,39 @@ def test_it_trains_and_writes_a_denoiser(recipe: Callable[[list[str]], None], ph
     assert denoiser.info["area"] == [0.4, 1.0] and denoiser.info["blank"] == 0.5
     assert denoiser.trained_for is not None and denoiser.trained_for["name"] == "vit_tiny_patch16_224"
     assert denoiser(torch.randn(1, 8, 8, 192)).shape == (1, 8, 8, 192)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_second_teacher_is_followed_and_images_without_content_stay_clean(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m", weights="bundled", device="cpu")
+    torch.manual_seed(0)
+    teacher = Denoiser(backbone.embed_dim, (37, 37))
+    with torch.no_grad():
+        for weights in teacher.parameters():
+            weights.add_(0.05 * torch.randn_like(weights))
+    teacher.trained_for = describe(backbone)
+    file, out = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
+    write_denoiser(teacher, file)
+    size = "--size 112 --count 4 --held-out 1 --steps 40 --share 1"
+    load("second_teacher.py")(
+        [
+            "--weights",
+            "bundled",
+            "--device",
+            "cpu",
+            *size.split(),
+            "--teacher",
+            str(file),
+            "--photos",
+            str(photos),
+            "-o",
+            str(out),
+        ]
+    )
+    lines = [json.loads(line[line.index("{") :]) for line in capsys.readouterr().out.splitlines() if "{" in line]
+    cosines = {line["features"]: line["cosine_to_teacher"] for line in lines if "features" in line}
+    assert cosines["student"] > cosines["raw"]
+    assert all(line["variance_left"] < 0.2 for line in lines if line.get("blank") == "uniform")
+    assert read_denoiser(out).info["steps"] == 40

@@ -85,8 +85,11 @@ def test_other_weights_of_the_same_model_are_refused(backbone: dv.Backbone) -> N
 def test_it_says_how_it_was_made() -> None:
     made = dv.load_denoiser(MODEL)
     assert made.trained_for is not None and made.trained_for["name"] == MODEL
-    assert made.info["recipe"] == "recipes/shipped_denoiser.py"
-    assert (made.info["photos"], made.info["views"], made.info["blank"]) == (2231, 12, 0.5)
+    assert made.info["recipe"] == "recipes/second_teacher.py"
+    assert (made.info["count"], made.info["steps"], made.info["share"]) == (420, 450, 0.5)
+    start = made.info["start"]
+    assert start["recipe"] == "recipes/shipped_denoiser.py"
+    assert (start["photos"], start["views"], start["blank"]) == (2231, 12, 0.5)
 
 
 def test_hardly_any_artifact_is_left_on_images_without_content(backbone: dv.Backbone, clean: dv.DenoisedViT) -> None:
