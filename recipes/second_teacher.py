@@ -68,7 +68,8 @@ def main(given: list[str] | None = None) -> None:
     options = Options(count=asked.count, held_out=asked.held_out, steps=asked.steps, share=asked.share)
     started = time.perf_counter()
     backbone = BackboneSpec(weights=asked.weights, device=asked.device).load()
-    size = (asked.size or backbone.default_size,) * 2
+    side: int = asked.size or backbone.default_size
+    size = side, side
     start, teacher = (dv.load_denoiser(name, backbone=backbone) for name in (asked.start, asked.teacher))
     raw = whole_photos(backbone, asked.photos, size, options)
     with torch.no_grad():
