@@ -400,3 +400,20 @@ def test_a_picture_is_drawn_while_the_next_photo_is_computed(
     assert done.code == 0
     assert [Path(row["image"]).name for row in done.rows] == ["00.png", "01.png", "02.png"]  # in order
     assert all((tmp_path / "out" / f"0{place}.safetensors").is_file() for place in range(3))
+
+
+def test_exact_is_not_drawn_beside_a_result_of_other_settings_that_another_run_left(
+    dvit: Dvit, photo: Path, file: Path, tmp_path: Path, drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Denoising.__call__
+
+    def other_run_first(*arguments: Any, **options: Any) -> Decomposition:
+        monkeypatch.setattr(Denoising, "__call__", real)
+        assert dvit(photo, "-o", tmp_path / "out", "--method", "exact").code == 0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Denoising, "__call__", other_run_first)
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--upsample", "2", "--json")
+    assert [row["status"] for row in done.rows] == ["kept"]
+    result, exact = drawn[-1]  # the other run's, drawn again because it is wanted finer
+    assert (result.info["method"], exact) == ("exact", None)

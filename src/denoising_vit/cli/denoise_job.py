@@ -97,31 +97,34 @@ class DenoiseJob:
         Returns:
             what writes and draws them, and returns the outcome. Errors end in the outcome and are not raised.
         """
-        started = time.perf_counter()
         try:
-            picture = self._open(photo)
-            digest = picture_digest(picture)
-            output = self.folder.claim(photo, digest)
-            if output.existing is not None:
-                beside = self._redraws(output, output.existing) and self.clean.made(output.existing)
-                exact = self._exact(picture, digest, progress) if beside else None
-                return functools.partial(self._guarded, photo, lambda: self._keep(photo, picture, output, exact))
-            result = self._denoised(self.clean, picture, digest, progress)
-            about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
-            result = dataclasses.replace(result, info=result.info | {"photo": about})
-            exact = self._exact(picture, digest, progress)
-        except Exception as error:
+            finish = self._computed(photo, progress)
+        except Exception as error:  # one bad photo must not end the batch
             failed = _failed(photo, error)
             return lambda: failed
-        finish = functools.partial(self._finish, photo, picture, result, exact, output, started)
-        return functools.partial(self._guarded, photo, finish)
 
-    @staticmethod
-    def _guarded(photo: Path, finish: Callable[[], PhotoRow]) -> PhotoRow:
-        try:
-            return finish()
-        except Exception as error:
-            return _failed(photo, error)
+        def guarded() -> PhotoRow:
+            try:
+                return finish()
+            except Exception as error:
+                return _failed(photo, error)
+
+        return guarded
+
+    def _computed(self, photo: Path, progress: PhotoProgress) -> Callable[[], PhotoRow]:
+        started = time.perf_counter()
+        picture = self._open(photo)
+        digest = picture_digest(picture)
+        output = self.folder.claim(photo, digest)
+        if output.existing is not None:
+            beside = self._redraws(output, output.existing) and self.clean.made(output.existing)
+            exact = self._exact(picture, digest, progress) if beside else None
+            return functools.partial(self._keep, photo, picture, output, exact)
+        result = self._denoised(self.clean, picture, digest, progress)
+        about = result.info["photo"] | {"name": readable(photo.name), "place": digest_of(photo.resolve())}
+        result = dataclasses.replace(result, info=result.info | {"photo": about})
+        exact = self._exact(picture, digest, progress)
+        return functools.partial(self._finish, photo, picture, result, exact, output, started)
 
     def _finish(
         self,
@@ -138,7 +141,7 @@ class DenoiseJob:
             self.folder.release(output)
             output = self.folder.claim(photo, result.info["photo"]["sha256"])
             if output.existing is not None:
-                return self._keep(photo, picture, output, exact)
+                return self._keep(photo, picture, output, exact if self.clean.made(output.existing) else None)
         self._show(photo, pixels, result, exact)
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
@@ -257,7 +260,7 @@ class Writing:
     def __init__(self, told: Report) -> None:
         self._told = told
         self._pool = ThreadPoolExecutor(1, "write")
-        self._last: Future[PhotoRow] | None = None
+        self._last: Future[None] | None = None
 
     def __enter__(self) -> Writing:
         return self
@@ -269,9 +272,10 @@ class Writing:
     def add(self, finish: Callable[[], PhotoRow]) -> None:
         """Starts to write a photo, when the one before is done."""
         self._settle()
-        self._last = self._pool.submit(finish)
+        self._last = self._pool.submit(lambda: self._told.add(finish()))
 
     def _settle(self) -> None:
+        """Waits for the last photo, and raises what ended it."""
         if self._last is not None:
-            self._told.add(self._last.result())
+            self._last.result()
             self._last = None
