@@ -22,7 +22,7 @@ import numpy as np
 import probes
 import torch
 from scenes import read_photos, render
-from stage_two import apply, blank_features
+from stage_two import apply, blank_features, blend, clean_blanks
 from targets import clock
 from torch import Tensor
 
@@ -130,22 +130,16 @@ def train(start: Denoiser, raw: Tensor, target: Tensor, blank: Tensor, options: 
         adam.param_groups[0]["lr"] = learning_rate(step, options.steps, options.rate, 1e-6, 0.1)
         photos = torch.randint(len(raw) - options.held_out, (half,), generator=order).to(raw.device)
         blanks = blank[torch.randint(len(blank), (half,), generator=order).to(blank.device)].float()
-        same = blanks.mean((1, 2), keepdim=True).expand_as(blanks)
         with torch.autocast(raw.device.type, torch.bfloat16):
             clean = student(torch.cat([raw[photos].float(), blanks]))
-        squared, cosine = denoising_loss(clean, torch.cat([target[photos].float(), same]))
+        squared, cosine = denoising_loss(clean, torch.cat([target[photos].float(), clean_blanks(blanks)]))
         (squared + 1 - cosine).backward()
         adam.step()
         adam.zero_grad()
-        decay = min(options.average, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), student.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+        blend(average, student, 1 - min(options.average, (1 + step) / (10 + step)))
         if step % 50 == 0:
             print(f"step {step}: loss {(squared + 1 - cosine).item():.4f}", flush=True)
-    with torch.no_grad():
-        for trained, before in zip(average.parameters(), start.parameters(), strict=True):
-            trained.lerp_(before, 1 - options.share)
+    blend(average, start, 1 - options.share)
     return average
 
 

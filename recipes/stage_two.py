@@ -85,10 +85,7 @@ def train(
         raw, target = batch_of(pairs[size], chosen[size], options.batch - known, options.subtract, order)
         if known:
             blank = blanks[size][torch.randint(len(blanks[size]), (known,), generator=order).to(device)].float()
-            raw, target = (
-                torch.cat([raw, blank]),
-                torch.cat([target, blank.mean((1, 2), keepdim=True).expand_as(blank)]),
-            )
+            raw, target = torch.cat([raw, blank]), torch.cat([target, clean_blanks(blank)])
         with torch.autocast(device.type, torch.bfloat16):
             clean = denoiser(raw)
         squared, cosine = denoising_loss(clean, target)
@@ -96,13 +93,22 @@ def train(
         loss.backward()
         adam.step()
         adam.zero_grad()
-        decay = min(options.average, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), denoiser.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+        blend(average, denoiser, 1 - min(options.average, (1 + step) / (10 + step)))
         if step % max(options.steps // 5, 1) == 0:
             watch(step, loss.item())
     return average
+
+
+def clean_blanks(blank: Tensor) -> Tensor:
+    """Clean features (M, h, w, C) of content-free images: the same everywhere, the mean of their raw ones."""
+    return blank.mean((1, 2), keepdim=True).expand_as(blank)
+
+
+@torch.no_grad()
+def blend(denoiser: Denoiser, other: Denoiser, share: float) -> None:
+    """Moves the weights of a denoiser towards those of another one, by this share of the way."""
+    for weights, others in zip(denoiser.parameters(), other.parameters(), strict=True):
+        weights.lerp_(others, share)
 
 
 def batch_of(pairs: Pairs, chosen: Tensor, count: int, subtract: bool, order: torch.Generator) -> tuple[Tensor, Tensor]:
