@@ -13,9 +13,9 @@ import denoising_vit as dv
 import planted
 from command import Dvit, in_process
 from denoising_vit.backbones import BackboneSpec
-from denoising_vit.cli import denoise_job
 from denoising_vit.data.pictures import open_picture
 from denoising_vit.extractors import Cleaners
+from denoising_vit.tiling import denoising
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +61,7 @@ def test_a_picture_read_by_regions_is_the_one_decoded_whole(
     results = []
     for folder, whole in (("whole", 10**6), ("regions", 1000)):
         monkeypatch.setattr(
-            denoise_job, "open_picture", lambda path, whole=whole, **k: open_picture(path, whole=whole, **k)
+            denoising, "open_picture", lambda path, whole=whole, **k: open_picture(path, whole=whole, **k)
         )
         (row,) = dvit(large, "-o", tmp_path / folder, "--tile", 88).rows
         assert row["status"] == "done" and Path(row["panel"]).exists()

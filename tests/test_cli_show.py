@@ -51,6 +51,18 @@ def test_one_sheet_of_all_photos(show: Show, photos: Path, tmp_path: Path) -> No
     assert is_panel(tmp_path / "sheets" / "all.png")
 
 
+def test_tiles_of_a_large_photo_and_wrong_tiles(show: Show, tmp_path: Path) -> None:
+    Image.fromarray(planted.photos(1)[0]).resize((160, 96)).save(tmp_path / "large.png")
+    tiles = ("large.png", "-o", "sheet.png", "--features", "raw,average", "--size", 96, 160, "--tile")
+    done = show(*tiles, 64)
+    assert done.code == 0, done.words
+    assert "1 of 1 photos shown; sheet.png" in done.words and "tiles of 64 px" in done.words
+    wrong = show(*tiles, 64, "--overlap", 40)
+    assert wrong.code == 2 and "overlap must be 0 to 32 pixels, half a tile, got 40" in wrong.words
+    alone = show("large.png", "-o", "sheet.png", "--overlap", 8)
+    assert alone.code == 2 and "give the side of a tile too" in alone.words
+
+
 def test_a_sheet_of_each_in_a_folder_under_names_of_their_own(show: Show, photos: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()

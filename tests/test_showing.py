@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from denoising_vit.maps.kinds import MAP_KINDS
 from denoising_vit.maps.sheet import CELL, GAP, LEFT, RIGHT, Sheet
 from denoising_vit.show.options import ShowOptions
 from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, palette_of, pictures
+from denoising_vit.tiling.denoising import TiledDenoising
+from denoising_vit.tiling.options import TileOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +57,23 @@ def test_progress_counts_up_to_what_was_said() -> None:
     extractor = PhotoExtractor(planted.backbone(), ["raw", "exact"], Cleaners(), OPTIONS.denoising())
     extractor(planted.photos(1)[0], progress=lambda done, _: counted.append(done))
     assert counted == sorted(counted) and counted[-1] == extractor.passes == 9
+
+
+def test_tiles_give_the_features_of_tiled_denoising(tmp_path: Path) -> None:
+    backbone, options, tiling = planted.backbone(), OPTIONS.denoising(), TileOptions(tile=88, overlap=16)
+    pixels = np.random.default_rng(0).integers(0, 256, (88, 200, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    counted: list[tuple[int, int]] = []
+    extractor = PhotoExtractor(backbone, ["raw", "project", "exact"], Cleaners(), options, tiling)
+    found = extractor(extractor.open(tmp_path / "a.png"), progress=lambda *done: counted.append(done))
+    for name in ("project", "exact"):
+        result = TiledDenoising(backbone, replace(options, method=name), tiling)(pixels)
+        assert (found.maps()[name] == result.semantic).all() and result.size == (88, 200)
+    assert (
+        found.maps()["raw"] == TiledDenoising(backbone, replace(options, method="project"), tiling)(pixels).raw
+    ).all()
+    done, totals = zip(*counted, strict=True)
+    assert list(done) == sorted(done) and counted[-1] == (30, 30) and set(totals) == {30}  # (1 + 9) passes of 3 tiles
 
 
 def test_a_finer_map_is_that_many_times_finer(photo: ShownPhoto) -> None:

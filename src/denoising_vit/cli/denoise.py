@@ -77,8 +77,8 @@ def denoise(
     from denoising_vit.cli.denoise_job import PHOTO_NUMBERS, DenoiseJob, PhotoRow, Writing
     from denoising_vit.data import find_photos
     from denoising_vit.decomposition.inputs import given_artifact
-    from denoising_vit.denoise import Denoising, settle
-    from denoising_vit.tiling.denoising import TiledDenoising
+    from denoising_vit.denoise import settle
+    from denoising_vit.tiling.denoising import TiledDenoising, denoising_of
 
     if not inputs:
         raise PlanError("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
@@ -102,18 +102,14 @@ def denoise(
     artifact = cleaners.artifact
     options, found = settle(denoising, backbone, cleaners.denoiser, artifact)
 
-    def method(options: DenoiseOptions, cleaners: Cleaners) -> Denoising | TiledDenoising:
-        if tiling.tile is None:
-            return Denoising(backbone, options, cleaners)
-        return TiledDenoising(backbone, options, tiling, cleaners)
-
     # Errors in the options are reported before any photo is read.
-    clean = method(options, replace(cleaners, artifact=artifact if found is None else None, denoiser=found))
+    used = replace(cleaners, artifact=artifact if found is None else None, denoiser=found)
+    clean = denoising_of(backbone, options, used, tiling)
     exact = None
     if found is None and compare:
         raise PlanError(f"--compare draws exact beside a denoiser, and the method is {options.method}; leave it out")
     if found is not None and compare:
-        exact = method(replace(options, method="exact"), Cleaners(artifact=artifact))
+        exact = denoising_of(backbone, replace(options, method="exact"), Cleaners(artifact=artifact), tiling)
     elif found is not None:
         given_artifact(artifact, backbone, options)  # not used, but a wrong file is an error
     folder = OutputFolder(out, overwrite=overwrite)

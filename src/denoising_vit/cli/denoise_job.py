@@ -16,17 +16,13 @@ import numpy as np
 
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Report, Row, number
-from denoising_vit.data.photos import read_photo
-from denoising_vit.data.pictures import Picture, open_picture, picture_digest, reduced
+from denoising_vit.data.pictures import Picture, drawable, picture_digest
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import Denoising
 from denoising_vit.errors import DenoisingVitError
 from denoising_vit.files import atomic_path, digest_of, readable
-from denoising_vit.tiling.denoising import TiledDenoising
+from denoising_vit.tiling.denoising import TiledDenoising, denoise_picture, open_for
 from denoising_vit.tiling.options import TileOptions
-
-#: Most pixels along a side of a picture that is drawn, where it is not in memory anyway.
-_DRAWN = 2048
 
 if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage
@@ -113,7 +109,7 @@ class DenoiseJob:
 
     def _computed(self, photo: Path, progress: PhotoProgress) -> Callable[[], PhotoRow]:
         started = time.perf_counter()
-        picture = self._open(photo)
+        picture = open_for(self.clean, photo, self.max_pixels)
         digest = picture_digest(picture)
         output = self.folder.claim(photo, digest)
         if output.existing is not None:
@@ -136,7 +132,7 @@ class DenoiseJob:
         started: float,
     ) -> PhotoRow:
         """Writes and draws what was computed."""
-        pixels = _drawable(picture)
+        pixels = drawable(picture)
         while not self._write(pixels, result, exact, output):  # another run took the name meanwhile
             self.folder.release(output)
             output = self.folder.claim(photo, result.info["photo"]["sha256"])
@@ -145,11 +141,6 @@ class DenoiseJob:
         self._show(photo, pixels, result, exact)
         seconds = round(time.perf_counter() - started, 2)
         return self._row(photo, output, result.info, "done", seconds=seconds, note=output.note)
-
-    def _open(self, photo: Path) -> Picture:
-        if isinstance(self.clean, TiledDenoising):
-            return open_picture(photo, size=self.clean.size, max_pixels=self.max_pixels)
-        return read_photo(photo, max_pixels=self.max_pixels)
 
     @staticmethod
     def _denoised(
@@ -160,10 +151,7 @@ class DenoiseJob:
         def advance(done: int, total: int) -> None:
             progress.advance(before + done, before + total)
 
-        if isinstance(method, TiledDenoising):
-            return method(picture, progress=advance, watch=progress.show_score, digest=digest)
-        assert isinstance(picture, np.ndarray)
-        return method(picture, progress=advance, watch=progress.show_score, digest=digest)
+        return denoise_picture(method, picture, progress=advance, watch=progress.show_score, digest=digest)
 
     def _keep(self, photo: Path, picture: Picture, output: Output, exact: Decomposition | None) -> PhotoRow:
         """Keeps a result, and adds what it lacks: its picture, or finer features."""
@@ -172,7 +160,7 @@ class DenoiseJob:
         notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
         redrawn = self._redraws(output, info)
         if redrawn or self.page is not None:
-            result, pixels = Decomposition.load(output.result), _drawable(picture)
+            result, pixels = Decomposition.load(output.result), drawable(picture)
             self._show(photo, pixels, result, exact)
             if redrawn:
                 with self._drawn(pixels, result, exact, output):
@@ -237,11 +225,6 @@ class DenoiseJob:
             heldout_cosine=info["heldout_cosine"],
             **more,
         )
-
-
-def _drawable(picture: Picture) -> np.ndarray:
-    """The picture (H, W, 3) uint8 for drawing, shrunk if it is not in memory."""
-    return picture if isinstance(picture, np.ndarray) else reduced(picture, _DRAWN)
 
 
 def _failed(photo: Path, error: Exception) -> PhotoRow:

@@ -17,6 +17,7 @@ from denoising_vit.errors import DenoisingVitError, OutputError, PlanError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, owned_path, plain_stem, readable, require_ours
 from denoising_vit.show.options import ShowOptions
+from denoising_vit.tiling.options import TileOptions
 
 if TYPE_CHECKING:
     from denoising_vit.maps import Palette
@@ -36,6 +37,7 @@ def show(
     showing: tyro.conf.OmitArgPrefixes[ShowOptions] = ShowOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     cleaners: tyro.conf.OmitArgPrefixes[Cleaners] = Cleaners(),  # noqa: B008, frozen
+    tiling: tyro.conf.OmitArgPrefixes[TileOptions] = TileOptions(),  # noqa: B008, frozen
     colours: Literal["each", "together"] = "each",
     palette: Path | None = None,
     save_palette: Path | None = None,
@@ -50,6 +52,7 @@ def show(
         showing: what to draw.
         model: the backbone.
         cleaners: what cleans its features.
+        tiling: how photos larger than the backbone's input are cut into tiles.
         colours: the colours shared by all features of a photo. each: different ones for every photo. together: the same
             for all photos, whose features are kept in memory (about 2 MB for each photo and kind).
         palette: file of --save-palette, the colours of all photos.
@@ -77,7 +80,7 @@ def show(
             require_ours(file, Mark(kind, source), photos)
     for folder in (out.parent if one else out, *([] if save_palette is None else [save_palette.parent])):
         require_writable(folder)
-    job = _open(model, showing, cleaners, out, palette, colours, format)
+    job = _open(model, showing, cleaners, tiling, out, palette, colours, format)
     with interruptible("interrupted; sheets that were finished stay"):
         done = job.run(photos, skipped, source, save_palette=save_palette, one=one)
     return _tell(done, skipped, out)
@@ -96,6 +99,7 @@ def _open(
     model: BackboneSpec,
     options: ShowOptions,
     cleaners: Cleaners,
+    tiling: TileOptions,
     out: Path,
     palette: Path | None,
     colours: Literal["each", "together"],
@@ -107,9 +111,10 @@ def _open(
 
     backbone = load_backbone(model)
     names = options.names(backbone, cleaners.denoiser)
-    extractor = PhotoExtractor(backbone, names, cleaners, options.denoising())
+    extractor = PhotoExtractor(backbone, names, cleaners, options.denoising(), tiling)
     given = None if palette is None else read_palette(palette, backbone)
-    print_note(f"features {', '.join(names)}; maps {', '.join(options.kinds())}")
+    tiles = "" if tiling.tile is None else f"; tiles of {tiling.tile} px"
+    print_note(f"features {', '.join(names)}; maps {', '.join(options.kinds())}{tiles}")
     return _Job(extractor, options, out, given, colours == "together", kind)
 
 
@@ -187,13 +192,13 @@ class _Job:
 
     def _extracted(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[tuple[Path, ShownPhoto]]:
         """Photos with their features; unusable ones are skipped."""
-        from denoising_vit.data.photos import read_photo
-
         with PhotoProgress(len(photos), self.extractor.passes, "passes") as progress:
             for photo in photos:
                 progress.start(photo.name)
                 try:
-                    found = self.extractor(read_photo(photo), name=readable(photo.name), progress=progress.advance)
+                    found = self.extractor(
+                        self.extractor.open(photo), name=readable(photo.name), progress=progress.advance
+                    )
                 except (DenoisingVitError, OSError) as error:
                     skipped.append((str(photo), str(error)))
                 else:

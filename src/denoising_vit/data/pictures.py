@@ -16,6 +16,9 @@ from denoising_vit.files import file_digest, needed
 #: Pixels that are read at once to shrink a picture.
 _AT_ONCE = 1 << 24
 
+#: Most pixels along a side of a picture that is drawn, where it is not in memory anyway.
+_DRAWN = 2048
+
 _ORIENTATION = 0x0112
 
 #: Axes and colours of TIFF files that are read region by region.
@@ -121,6 +124,11 @@ def reduced(picture: Picture, side: int) -> np.ndarray:
     return np.concatenate(
         [np.asarray(Image.fromarray(picture[top : top + band, 0:width]).reduce(factor)) for top in tops]
     )
+
+
+def drawable(picture: Picture) -> np.ndarray:
+    """The picture (H, W, 3) uint8 for drawing, shrunk if it is not in memory."""
+    return picture if isinstance(picture, np.ndarray) else reduced(picture, _DRAWN)
 
 
 def _tiff_pixels(path: Path) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from denoising_vit.artifact.artifact import NONE
 from denoising_vit.backbones import Backbone
+from denoising_vit.data.pictures import Picture, drawable
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import Denoising
@@ -25,6 +26,8 @@ from denoising_vit.maps.norms import SIMILARITY_BAR
 from denoising_vit.maps.sheet import FORMATS, Sheet
 from denoising_vit.progress import OnProgress
 from denoising_vit.show.options import ShowOptions
+from denoising_vit.tiling.denoising import TiledDenoising, denoise_picture, denoising_of, open_for
+from denoising_vit.tiling.options import TileOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,28 +59,42 @@ class PhotoExtractor:
         names: names of features, of :data:`~denoising_vit.extractors.KINDS`.
         cleaners: what cleans the features; loaded once, here.
         options: options of stage 1; the size holds for all features.
+        tiling: how photos larger than the backbone's input are cut into tiles.
 
     Attributes:
         backbone: the backbone.
         names: the features, in order.
-        passes: forward passes for one photo.
+        passes: forward passes for one photo, or for one tile.
 
     Raises:
         DenoisingVitError: as :meth:`Cleaners.extractor` does, or if size or views do not fit.
     """
 
-    def __init__(self, backbone: Backbone, names: Sequence[str], cleaners: Cleaners, options: DenoiseOptions) -> None:
-        self.backbone, self.names = backbone, tuple(names)
-        made = {name: _denoising(name, backbone, cleaners, options) for name in names}
+    def __init__(
+        self,
+        backbone: Backbone,
+        names: Sequence[str],
+        cleaners: Cleaners,
+        options: DenoiseOptions,
+        tiling: TileOptions = TileOptions(),  # noqa: B008, frozen
+    ) -> None:
+        self.backbone, self.names, self._max_pixels = backbone, tuple(names), tiling.max_pixels
+        made = {name: _denoising(name, backbone, cleaners, options, tiling) for name in names}
         # Raw features come with all others of this backbone, and need no pass of their own.
         sharing = next((name for name in names if name != "raw" and made[name].backbone is backbone), None)
         self._raw_from = sharing or "raw"
         self._made = {name: one for name, one in made.items() if name != "raw" or sharing is None}
         self.passes = sum(one.work for one in self._made.values())
 
-    def __call__(
-        self, pixels: np.ndarray, *, name: str = "photo", progress: OnProgress = lambda *_: None
-    ) -> ShownPhoto:
+    def open(self, photo: Path) -> Picture:
+        """Open a photo; where tiles are taken of it, it may be read region by region.
+
+        Raises:
+            PhotoError: if it cannot be read, or is too large.
+        """
+        return open_for(next(iter(self._made.values())), photo, self._max_pixels)
+
+    def __call__(self, picture: Picture, *, name: str = "photo", progress: OnProgress = lambda *_: None) -> ShownPhoto:
         """The features of a photo (H, W, 3) uint8.
 
         Raises:
@@ -87,12 +104,14 @@ class PhotoExtractor:
         before = 0
         for feature, denoising in self._made.items():
 
-            def advance(done: int, _total: int, start: int = before) -> None:
-                progress(start + done, self.passes)
+            def advance(done: int, total: int, each: int = denoising.work, start: int = before) -> None:
+                tiles = total // each
+                progress(start * tiles + done, self.passes * tiles)
 
-            found[feature] = denoising(pixels, progress=advance)
+            found[feature] = denoise_picture(denoising, picture, progress=advance)
             before += denoising.work
-        return ShownPhoto(name, pixels, {each: found[self._raw_from if each == "raw" else each] for each in self.names})
+        kept = {each: found[self._raw_from if each == "raw" else each] for each in self.names}
+        return ShownPhoto(name, drawable(picture), kept)
 
 
 def cleans(name: str) -> bool:
@@ -100,31 +119,33 @@ def cleans(name: str) -> bool:
     return name not in KINDS or KINDS[name].cleans
 
 
-def _denoising(name: str, backbone: Backbone, cleaners: Cleaners, options: DenoiseOptions) -> Denoising:
+def _denoising(
+    name: str, backbone: Backbone, cleaners: Cleaners, options: DenoiseOptions, tiling: TileOptions
+) -> Denoising | TiledDenoising:
     kind = KINDS[name]
     if not kind.cleans:  # the output of a backbone
         extractor, _ = cleaners.extractor(name, backbone)
         assert isinstance(extractor, Backbone)
-        return Denoising(extractor, replace(options, method="subtract"), Cleaners(artifact=NONE))
+        return denoising_of(extractor, replace(options, method="subtract"), Cleaners(artifact=NONE), tiling)
     own = Cleaners() if kind.uses is None else Cleaners(**{kind.uses: getattr(cleaners, kind.uses)})
-    return Denoising(backbone, replace(options, method=name), own)
+    return denoising_of(backbone, replace(options, method=name), own, tiling)
 
 
-class Picture(NamedTuple):
+class DrawnMap(NamedTuple):
     """A map (h, w, 3) uint8 with one pixel for each patch, and its colour bar."""
 
     pixels: np.ndarray
     bar: Bar | None = None
 
 
-def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[str, dict[str, Picture | None]]:
+def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[str, dict[str, DrawnMap | None]]:
     """All maps of a photo by kind and features; None where features have no such map.
 
     Raises:
         ValueError: if features are not finite, or the palette has other channels.
     """
     maps = photo.maps(options.upsample)
-    drawn: dict[str, dict[str, Picture | None]] = {}
+    drawn: dict[str, dict[str, DrawnMap | None]] = {}
     for kind in options.kinds():
         if kind in ("artifact", "artifact-norm", "residual"):
             drawn[kind] = _removed(kind, photo)
@@ -132,24 +153,24 @@ def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[
             height, width = next(iter(maps.values())).shape[:2]
             at = min(int(options.at[0] * height), height - 1), min(int(options.at[1] * width), width - 1)
             alike = similarity_maps(*maps.values(), at=at)
-            drawn[kind] = {name: Picture(pixels, SIMILARITY_BAR) for name, pixels in zip(maps, alike, strict=True)}
+            drawn[kind] = {name: DrawnMap(pixels, SIMILARITY_BAR) for name, pixels in zip(maps, alike, strict=True)}
         else:
             bar = palette.bar(kind)
-            drawn[kind] = {name: Picture(palette.colours(kind, one), bar) for name, one in maps.items()}
+            drawn[kind] = {name: DrawnMap(palette.colours(kind, one), bar) for name, one in maps.items()}
     return drawn
 
 
-def _removed(kind: str, photo: ShownPhoto) -> dict[str, Picture | None]:
+def _removed(kind: str, photo: ShownPhoto) -> dict[str, DrawnMap | None]:
     """G, its norm, or the norm of the residual, in their own colours because they are small beside the features."""
     cleaned = {name: result for name, result in photo.found.items() if cleans(name)}
     parts = {name: result.residual if kind == "residual" else result.artifact for name, result in cleaned.items()}
     # A denoiser does not separate G from the rest that it removes: its G is zero, and not drawn.
     parts = {name: part for name, part in parts.items() if kind == "residual" or bool(part.any())}
-    drawn: dict[str, Picture | None] = dict.fromkeys(photo.found)
+    drawn: dict[str, DrawnMap | None] = dict.fromkeys(photo.found)
     if parts:
         colours = (PCABasis if kind == "artifact" else NormScale).fit(*parts.values())
         bar = colours.bar if isinstance(colours, NormScale) else None
-        drawn |= {name: Picture(colours.colours(part), bar) for name, part in parts.items()}
+        drawn |= {name: DrawnMap(colours.colours(part), bar) for name, part in parts.items()}
     return drawn
 
 

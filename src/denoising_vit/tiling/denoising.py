@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.data.pictures import Picture, picture_digest
+from denoising_vit.data.photos import read_photo
+from denoising_vit.data.pictures import Picture, open_picture, picture_digest
 from denoising_vit.decomposition.methods import UNJUDGED
 from denoising_vit.decomposition.neural_field.fit import Evaluation
 from denoising_vit.decomposition.options import DenoiseOptions
@@ -26,6 +28,45 @@ from denoising_vit.tiling.features import blend, layouts
 from denoising_vit.tiling.options import TileOptions
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.sampling import on_nodes
+
+
+def denoising_of(
+    backbone: Backbone, options: DenoiseOptions, cleaners: Cleaners, tiling: TileOptions
+) -> Denoising | TiledDenoising:
+    """One method of denoising: of whole photos, or of tiles if these have a size.
+
+    Raises:
+        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as :func:`~denoising_vit.denoise_image`.
+    """
+    if tiling.tile is None:
+        return Denoising(backbone, options, cleaners)
+    return TiledDenoising(backbone, options, tiling, cleaners)
+
+
+def open_for(denoising: Denoising | TiledDenoising, photo: Path, max_pixels: int) -> Picture:
+    """Open a photo for a method; one that takes tiles may read it region by region.
+
+    Raises:
+        PhotoError: if it cannot be read or has more pixels.
+    """
+    if isinstance(denoising, TiledDenoising):
+        return open_picture(photo, size=denoising.size, max_pixels=max_pixels)
+    return read_photo(photo, max_pixels=max_pixels)
+
+
+def denoise_picture(
+    denoising: Denoising | TiledDenoising,
+    picture: Picture,
+    *,
+    progress: OnProgress | None = None,
+    watch: Callable[[Evaluation], None] | None = None,
+    digest: str | None = None,
+) -> Decomposition:
+    """Denoise what :func:`open_for` opened for this method."""
+    if isinstance(denoising, TiledDenoising):
+        return denoising(picture, progress=progress, watch=watch, digest=digest)
+    assert isinstance(picture, np.ndarray)
+    return denoising(picture, progress=progress, watch=watch, digest=digest)
 
 
 class TiledDenoising:
