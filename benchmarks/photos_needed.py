@@ -64,6 +64,7 @@ def main(
         steps=steps,
         batch_size=batch,
         learning_rate=_PEAK / peak_rate(1.0, batch),
+        blank=0.0,
         held_out=held_out,
         evaluate_every=steps,
         checkpoint_every=steps,

@@ -81,7 +81,7 @@ def main(
 def prepared(folder: Path, photos: int, run: Path, steps: int, batch: int, size: str) -> TrainJob:
     """A run on some of the photos."""
     denoising = DenoiseOptions(views=8, held_out=0, size=112)
-    options = TrainOptions(steps=steps, batch_size=batch, held_out=2, evaluate_every=steps + 1)
+    options = TrainOptions(steps=steps, batch_size=batch, blank=0.0, held_out=2, evaluate_every=steps + 1)
     return TrainJob.prepare(
         Photos(some_photos(folder, photos), denoising), run, BackboneSpec(), options, PairOptions(sizes=size, keep=4)
     )

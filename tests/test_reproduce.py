@@ -662,7 +662,7 @@ def test_settings_that_came_later_are_recorded_only_where_they_change_what_is_do
         assert not {"pads", "together"} & recorded(ours).keys()
         assert recorded(released)["pads"] == "stretched"
     assert recorded(depth.RELEASED)["together"] == 2
-    assert not {"accumulate", "start"} & TrainOptions().recorded().keys()
+    assert not {"accumulate", "blank", "start"} & TrainOptions(blank=0.0).recorded().keys()
     training = DenoiserRecipe().training.recorded()
     assert (training["accumulate"], training["start"]) == (8, "random")
 

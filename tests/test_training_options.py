@@ -17,6 +17,7 @@ def test_the_published_recipe_is_the_default() -> None:
     assert (options.steps, options.batch_size, options.blocks) == (50_000, 16, 1)
     assert (options.learning_rate, options.final_rate, options.warmup) == (2e-4, 1e-6, 0.15)
     assert options.weight_decay == 1e-5
+    assert options.blank == 0.5  # not published: half of a batch are content-free images
     options.validate()
     PairOptions().validate()
 

@@ -104,7 +104,7 @@ def fitted(folder: Path, count: int = PHOTOS, **fitting: Any) -> Fitted:
 
 
 def options(**changes: Any) -> TrainOptions:
-    values: dict[str, Any] = {"steps": 20, "batch_size": 4, "learning_rate": 0.01, "held_out": 3}
+    values: dict[str, Any] = {"steps": 20, "batch_size": 4, "learning_rate": 0.01, "held_out": 3, "blank": 0.0}
     values |= {"evaluate_every": 10, "checkpoint_every": 5, "precision": "float32"}
     return TrainOptions(**(values | changes))
 

@@ -25,6 +25,7 @@ from denoising_vit.denoiser.train import Training, last_layers
 from denoising_vit.errors import TrainError
 from denoising_vit.progress import Progress
 from denoising_vit.store import FeatureStore
+from denoising_vit.training.blanks import BLANKS, Blanks
 from denoising_vit.training.engine import arithmetic, device_of, from_all, from_first, make_accelerator
 from denoising_vit.training.photos import ViewReader
 from denoising_vit.training.run_folder import RunFolder, backbone_identity
@@ -80,6 +81,7 @@ class TrainJob:
         sizes: (H, W) of the views.
         kept: pairs on disk, of all images; only of the held-out images if each step draws new views.
         accelerator: processes and devices.
+        blanks: content-free images, of :meth:`fill`; None if the run has none.
     """
 
     folder: RunFolder
@@ -90,6 +92,7 @@ class TrainJob:
     sizes: tuple[tuple[int, int], ...]
     kept: KeptPairs
     accelerator: Any
+    blanks: Blanks | None = None
 
     @classmethod
     def prepare(
@@ -150,7 +153,7 @@ class TrainJob:
         return cls(folder, backbone, targets, options, views, sizes, kept, accelerator)
 
     def fill(self, watch: Progress) -> None:
-        """Computes the missing pairs; the images are divided between the processes.
+        """Computes the missing pairs, whose images are divided between the processes, and those of content-free images.
 
         Raises:
             TrainError: if a target is missing, features are not finite, or the disk is full.
@@ -177,9 +180,12 @@ class TrainJob:
                 f"{self.kept.folder}: cannot be written to ({error.strerror or error}); what is there stays, and "
                 "--resume goes on"
             ) from error
+        if self.options.blanks:
+            with watch("content-free images", BLANKS * len(self.sizes)) as advance:
+                self.blanks = Blanks.of(self.backbone, self.sizes, self.options.seed, advance)
 
     def training(self) -> Training:
-        """The run, ready to start.
+        """The run, ready to start; after :meth:`fill`.
 
         Raises:
             TrainError: if too few images can be used.
@@ -191,13 +197,14 @@ class TrainJob:
         if not self.views.keep:
             assert isinstance(self.targets, StoredTargets)
             pairs = ViewReader(self.targets, backbone, backbone.device, self.sizes, self.folder.path)
-        views_a_step = options.views_a_step(self.accelerator.num_processes)
+        photos_a_step = options.photos * options.accumulate * self.accelerator.num_processes
         return Training(
             folder=self.folder,
             denoiser=self._denoiser(len(trained)),
             backbone=backbone,
             pairs=pairs,
-            sampler=Sampler(trained, self.sizes, self.views, options.seed, views_a_step),
+            blanks=self.blanks,
+            sampler=Sampler(trained, self.sizes, self.views, options.seed, photos_a_step),
             judge=HeldOut(self.targets, self.kept, held_out, backbone, self.sizes, device, self.folder.panels),
             ids=tuple(self.targets.ids),
             options=options,

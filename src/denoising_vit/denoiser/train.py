@@ -19,6 +19,7 @@ from denoising_vit.denoiser.options import TrainOptions
 from denoising_vit.denoiser.pairs import KeptPairs
 from denoising_vit.errors import TrainError
 from denoising_vit.progress import prefetched
+from denoising_vit.training.blanks import Blanks
 from denoising_vit.training.checkpoints import Progress
 from denoising_vit.training.engine import from_first
 from denoising_vit.training.loop import (
@@ -53,6 +54,7 @@ class Training:
         denoiser: the trained denoiser.
         backbone: the frozen backbone.
         pairs: kept pairs; or, for new views in every step, photos with their fields.
+        blanks: content-free images, which complete each batch; None without.
         sampler: the samples of each step.
         judge: evaluation on the held-out images.
         ids: ids of the images.
@@ -65,6 +67,7 @@ class Training:
     denoiser: Denoiser
     backbone: Backbone
     pairs: KeptPairs | ViewReader
+    blanks: Blanks | None
     sampler: Sampler
     judge: HeldOut
     ids: tuple[str, ...]
@@ -95,7 +98,7 @@ class Training:
         checkpoints = self.folder.checkpoints
         progress = checkpoints.load(self.denoiser, optimizer, step=from_first(accelerator, checkpoints.step))
         model, wrapped_optimizer = accelerator.prepare(self.denoiser, optimizer)
-        peak = peak_rate(options.learning_rate, self.sampler.pairs)
+        peak = peak_rate(options.learning_rate, options.views_a_step(accelerator.num_processes))
         batches = prefetched(self._batches(progress.step), _AHEAD)
         consistent = True  # weights, optimizer and progress are of the same step, and its evaluation is done
         with contextlib.closing(batches), opened_log(self.folder, progress.step, accelerator) as log:
@@ -111,6 +114,11 @@ class Training:
                         waited += time.perf_counter() - asked
                         seen += samples
                         raw, target = self._features(inputs.to(device)), target.to(device)
+                        if self.blanks is not None:
+                            before = number * accelerator.num_processes + accelerator.process_index
+                            place = progress.step, before * options.blanks, options.blanks
+                            blank, clean = self.blanks.draw(samples[0].size, *place)
+                            raw, target = torch.cat([raw, blank.to(raw)]), torch.cat([target, clean.to(target)])
                         with synchronised(model, number == options.accumulate - 1):
                             with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
                                 clean = model(raw)
@@ -150,7 +158,7 @@ class Training:
     def _batches(self, start: int) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
         """Samples of this process from a step on, with raw features or views, and targets."""
         steps = range(start, self.options.last_step)
-        plan = own_batches(self.sampler, steps, self.options.batch_size, self.accelerator)
+        plan = own_batches(self.sampler, steps, self.options.photos, self.accelerator)
         if isinstance(self.pairs, KeptPairs):
             yield from self.pairs.batches(plan)
             return

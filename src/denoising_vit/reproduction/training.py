@@ -29,8 +29,8 @@ class DenoiserRecipe:
         images: number of photos: for VOC the first of the released list, for ImageNet spread evenly over all.
         denoising: options of stage 1.
         views: whole images, never mirrored.
-        training: 50,000 steps of 128 pairs (published: 16 on each of 8 devices), float32, random initial weights. One
-            image is held out, for the figures of the run.
+        training: 50,000 steps of 128 pairs (published: 16 on each of 8 devices), float32, random initial weights, no
+            content-free images. One image is held out, for the figures of the run.
     """
 
     images: int = 10_000
@@ -38,7 +38,7 @@ class DenoiserRecipe:
     views: PairOptions = field(default_factory=lambda: PairOptions(whole=1, flip=0, keep=1))
     training: TrainOptions = field(
         default_factory=lambda: TrainOptions(
-            batch_size=16, accumulate=8, start="random", precision="float32", held_out=1
+            batch_size=16, accumulate=8, blank=0.0, start="random", precision="float32", held_out=1
         )
     )
 

@@ -13,7 +13,7 @@ from denoising_vit.views.crops import Crop
 from denoising_vit.views.plan import areas_and_ratios
 
 #: Purposes of random numbers; each has its own stream.
-_SPLIT, _ORDER, _STEP, _KEPT, _FRESH = range(5)
+_SPLIT, _ORDER, _STEP, _KEPT, _FRESH, _BLANK = range(6)
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: 
 def fresh_view(seed: int, count: int, size: tuple[int, int], views: ViewOptions) -> Crop:
     """A new crop for the sample of this number, counted over the run."""
     return _crop(_stream(seed, _FRESH, count), size, views)
+
+
+def blank_numbers(seed: int, step: int, first: int, count: int, most: int) -> list[int]:
+    """Numbers below ``most`` of ``count`` content-free images of a step, from the ``first`` of all processes on."""
+    return _stream(seed, _BLANK, step).randint(most, size=first + count)[first:].tolist()
 
 
 def whole_view(size: tuple[int, int], mirrored: bool) -> Crop:

@@ -1,0 +1,69 @@
+"""Content-free images as training pairs: their clean features are known, because they are the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from denoising_vit.backbones import Backbone
+from denoising_vit.metrics.blank_test import random_blank_images
+from denoising_vit.training.samples import blank_numbers
+from denoising_vit.views.rendering import per_channel
+
+#: Number of images of each size, and images per forward pass.
+BLANKS, _BATCH = 128, 4
+
+
+@dataclass(frozen=True, eq=False)
+class Blanks:
+    """Raw features of uniform and noisy images.
+
+    Attributes:
+        raw: features (N, h, w, C) of each size, float16 on the CPU.
+        seed: seed of the run.
+    """
+
+    raw: tuple[Tensor, ...]
+    seed: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        backbone: Backbone,
+        sizes: Sequence[tuple[int, int]],
+        seed: int,
+        on_image: Callable[[], None] = lambda: None,
+    ) -> Blanks:
+        """Runs the backbone on images of each size (H, W); ``on_image`` is called after each."""
+        raw = []
+        for size in sizes:
+            parts = []
+            for start in range(0, BLANKS, _BATCH):
+                images = blank_images(backbone, size, _BATCH, seed + start)
+                parts.append(backbone(images.to(backbone.device, backbone.dtype)).half().cpu())
+                for _ in images:
+                    on_image()
+            raw.append(torch.cat(parts))
+        return cls(tuple(raw), seed)
+
+    def draw(self, size: int, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Raw and clean features (count, h, w, C) float32 of images of a step, fixed by the seed.
+
+        Args:
+            size: index of the size.
+            step: number of the step.
+            first: number of images of this step that earlier batches and processes have.
+            count: number of images.
+        """
+        raw = self.raw[size][blank_numbers(self.seed, step, first, count, BLANKS)].float()
+        return raw, raw.mean((1, 2), keepdim=True).expand_as(raw)
+
+
+def blank_images(backbone: Backbone, size: tuple[int, int], count: int, seed: int) -> Tensor:
+    """Random content-free images (count, 3, H, W), normalized, float32 on the CPU."""
+    mean, std = (per_channel(values) for values in (backbone.mean, backbone.std))
+    return (random_blank_images(count, size, seed) - mean) / std

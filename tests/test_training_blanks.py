@@ -1,0 +1,81 @@
+"""Content-free images as training pairs: their targets, their share of a batch, resuming, and what they achieve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_training as tiny
+from denoising_vit.errors import TrainError
+from denoising_vit.training.blanks import BLANKS, Blanks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tiny.Fitted:
+    return tiny.fitted(tmp_path_factory.mktemp("data"))
+
+
+def test_targets_are_the_same_everywhere_and_keep_the_mean() -> None:
+    blanks = Blanks.of(tiny.backbone(), [SIZE, (32, 64)], seed=3)
+    assert [tuple(raw.shape[:3]) for raw in blanks.raw] == [(BLANKS, 8, 8), (BLANKS, 4, 8)]
+    raw, clean = blanks.draw(1, step=0, first=0, count=5)
+    assert raw.shape == clean.shape and raw.shape[:3] == (5, 4, 8)
+    assert (clean == clean[:, :1, :1]).all() and not (raw == raw[:, :1, :1]).all()
+    torch.testing.assert_close(clean.mean((1, 2)), raw.mean((1, 2)))
+
+
+def test_images_of_a_step_are_shared_out_between_batches_and_processes() -> None:
+    blanks = Blanks.of(tiny.backbone(), [SIZE], seed=3)
+    whole, _ = blanks.draw(0, step=4, first=0, count=6)
+    parts = [blanks.draw(0, step=4, first=first, count=2)[0] for first in (0, 2, 4)]
+    assert (torch.cat(parts) == whole).all()
+    assert not (blanks.draw(0, step=5, first=0, count=6)[0] == whole).all()
+    assert not (Blanks.of(tiny.backbone(), [SIZE], seed=4).draw(0, 4, 0, 6)[0] == whole).all()
+
+
+@pytest.mark.parametrize(
+    ("share", "batch", "blanks"), [(0.5, 16, 8), (0.2, 4, 1), (0.9, 4, 3), (0.5, 1, 0), (0.0, 8, 0)]
+)
+def test_a_batch_has_its_share_of_them_and_one_photo_at_least(share: float, batch: int, blanks: int) -> None:
+    options = tiny.options(blank=share, batch_size=batch)
+    assert (options.blanks, options.photos) == (blanks, batch - blanks)
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(TrainError, match=r"blank must be a share in \[0, 1\), got"):
+        tiny.options(blank=share).validate()
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_an_interrupted_run_is_the_uninterrupted_one(data: tiny.Fitted, tmp_path: Path, keep: int) -> None:
+    training, views = tiny.options(steps=8, evaluate_every=4, blank=0.5, accumulate=2), tiny.views(keep=keep)
+    tiny.trained(data.stored, tmp_path / "straight", None, training, views)
+    tiny.trained(data.stored, tmp_path / "stopped", None, tiny.stopped(training, 3), views)
+    tiny.trained(data.stored, tmp_path / "stopped", None, training, views, resume=True)
+    there, here = (tiny.results(tmp_path / run) for run in ("straight", "stopped"))
+    assert there["log"] == here["log"] and there["last.safetensors"] == here["last.safetensors"]
+
+
+def test_a_run_without_them_is_another_run(data: tiny.Fitted, tmp_path: Path) -> None:
+    tiny.trained(data.stored, tmp_path / "run", None, tiny.options(steps=2, evaluate_every=2, stop_at=1))
+    with pytest.raises(TrainError, match=r"blank"):
+        tiny.prepared(
+            data.stored, tmp_path / "run", None, tiny.options(steps=2, evaluate_every=2, blank=0.5), resume=True
+        )
+
+
+def test_they_remove_what_fields_leave_on_content_free_images(data: tiny.Fitted, tmp_path: Path) -> None:
+    found = {}
+    for share in (0.0, 0.5):
+        training = tiny.options(steps=150, evaluate_every=150, batch_size=8, blank=share)
+        tiny.trained(data.stored, tmp_path / f"{share}", None, training)
+        (found[share],) = tiny.rows(tmp_path / f"{share}", "held_out")
+    assert found[0.5]["blank_variance"] < 0.5 * found[0.0]["blank_variance"]
+    assert found[0.5]["cosine"] > found[0.0]["cosine"] - 0.01  # with half as many photos
