@@ -64,7 +64,9 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
         # One look at the end, for the weights that are written then.
-        options = DistillOptions(steps=steps * rounds, batch_size=batch, held_out=1, evaluate_every=steps * rounds + 1)
+        options = DistillOptions(
+            steps=steps * rounds, batch_size=batch, blank=0.0, held_out=1, evaluate_every=steps * rounds + 1
+        )
         spec = BackboneSpec(backbone)
         job = DistillJob.prepare(open_dataset(photos), folder, spec, options, ViewOptions(sizes=size))
         run = job.training()

@@ -25,7 +25,7 @@ def test_the_published_recipe_is_the_default() -> None:
 
 def test_prefix_tokens_are_held_by_default_and_nothing_else_is_on() -> None:
     options = DistillOptions()
-    assert options.hold_prefix == 1
+    assert (options.hold_prefix, options.blank) == (1, 0.125)  # neither is published
     assert not (options.checkpointing or options.shard)
 
 
@@ -68,8 +68,9 @@ def test_the_ends_of_ranges_are_allowed(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "images", "processes", "steps"),
     [
-        ({"epochs": 5, "batch_size": 16}, 1600, 1, 500),
-        ({"epochs": 5, "batch_size": 16}, 1600, 2, 250),
+        ({"epochs": 5, "batch_size": 16, "blank": 0}, 1600, 1, 500),
+        ({"epochs": 5, "batch_size": 16, "blank": 0}, 1600, 2, 250),
+        ({"epochs": 5, "batch_size": 16}, 1400, 1, 500),  # 14 photos and 2 content-free images a step
         ({"epochs": 5, "batch_size": 4, "accumulate": 4}, 1600, 1, 500),
         ({"epochs": 5, "batch_size": 4, "accumulate": 2}, 1600, 4, 250),
         ({"epochs": 0.5, "batch_size": 1}, 7, 1, 4),
@@ -88,7 +89,8 @@ def test_steps_are_what_the_epochs_take_unless_they_are_named(
 
 
 def test_views_of_a_step_are_those_of_all_batches_and_processes() -> None:
-    assert DistillOptions(batch_size=3, accumulate=5).views_a_step(7) == 105
+    options = DistillOptions(batch_size=3, accumulate=5, blank=0.3)
+    assert (options.views_a_step(7), options.photos_a_step(7)) == (105, 70)
 
 
 def test_where_a_run_stops_is_not_recorded() -> None:

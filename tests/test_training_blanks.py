@@ -1,12 +1,15 @@
-"""Content-free images as training pairs: their targets, their share of a batch, resuming, and what they achieve."""
+"""Content-free images in stages 2 and 3: their targets, their share of a batch, resuming, and what they achieve."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import tiny_distillation
+import tiny_fit
 import tiny_training as tiny
 from denoising_vit.errors import TrainError
 from denoising_vit.training.blanks import BLANKS, Blanks
@@ -79,3 +82,40 @@ def test_they_remove_what_fields_leave_on_content_free_images(data: tiny.Fitted,
         (found[share],) = tiny.rows(tmp_path / f"{share}", "held_out")
     assert found[0.5]["blank_variance"] < 0.5 * found[0.0]["blank_variance"]
     assert found[0.5]["cosine"] > found[0.0]["cosine"] - 0.01  # with half as many photos
+
+
+# --- stage 3 ---
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_fit.write_photos(tmp_path_factory.mktemp("photos"), tiny_distillation.PHOTOS)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_student_learns_them_beside_photos(photos: Path, tmp_path: Path) -> None:
+    training = tiny_distillation.options(batch_size=3, blank=0.7)
+    with tiny_distillation.blank_panels():
+        run = tiny_distillation.prepared(photos, tmp_path / "run", None, training).training()
+    (batch,) = (next(batches) for batches in [run._batches(0)])
+    images, usable, lesson = run._lesson(batch, 0, 0)
+    assert len(batch.images) == 1 and len(images) == len(usable) == 3 and bool(usable.all())
+    assert (images[:1] == batch.images).all() and not (images[1] == images[2]).all()
+    raw, target = lesson.raw[0], lesson.features[0]
+    torch.testing.assert_close(target[:1], run.teacher(batch).features[0])
+    assert (target[1:] == target[1:, :1, :1]).all()
+    torch.testing.assert_close(target[1:].mean((1, 2)), raw[1:].mean((1, 2)))
+    again, _, _ = run._lesson(batch, 0, 1)
+    assert (again[1] == images[2]).all()  # the second image of the step, for the second process
+    other, _, _ = run._lesson(batch, 1, 0)
+    assert not (other[1] == images[1]).all()
+
+
+def test_an_interrupted_distillation_is_the_uninterrupted_one(photos: Path, tmp_path: Path) -> None:
+    training = tiny_distillation.options(batch_size=2, blank=0.5, accumulate=2)
+    runs = tmp_path / "straight", tmp_path / "stopped"
+    with tiny_distillation.blank_panels():
+        tiny_distillation.distilled(photos, runs[0], None, training)
+        tiny_distillation.distilled(photos, runs[1], None, replace(training, stop_at=3))
+        tiny_distillation.distilled(photos, runs[1], None, training, resume=True)
+    assert len({(run / "last.safetensors").read_bytes() for run in runs}) == 1

@@ -99,7 +99,7 @@ def tokens(prefix: int = 3) -> Backbone:
 
 
 def options(**changes: Any) -> DistillOptions:
-    values: dict[str, Any] = {"steps": 6, "batch_size": 2, "learning_rate": 0.02, "held_out": 3}
+    values: dict[str, Any] = {"steps": 6, "batch_size": 2, "learning_rate": 0.02, "held_out": 3, "blank": 0.0}
     values |= {"evaluate_every": 3, "checkpoint_every": 2, "precision": "float32"}
     return DistillOptions(**(values | changes))
 

@@ -197,7 +197,7 @@ class TrainJob:
         if not self.views.keep:
             assert isinstance(self.targets, StoredTargets)
             pairs = ViewReader(self.targets, backbone, backbone.device, self.sizes, self.folder.path)
-        photos_a_step = options.photos * options.accumulate * self.accelerator.num_processes
+        photos_a_step = options.photos_a_step(self.accelerator.num_processes)
         return Training(
             folder=self.folder,
             denoiser=self._denoiser(len(trained)),

@@ -57,8 +57,6 @@ class TrainOptions(RunOptions):
 
     Attributes:
         blocks: number of transformer blocks of the denoiser.
-        blank: share of content-free images (uniform colours and noise) in a batch. Their clean features are known, the
-            same everywhere, which removes what fields leave; 0 is as published.
         start: initial weights: identity begins with blocks that pass features through, which suits a short training;
             random is as published.
         shrink: factor on what the blocks add to the features, in the evaluated and written denoiser; slightly below 1
@@ -80,24 +78,11 @@ class TrainOptions(RunOptions):
             TrainError: with the option, its range, and the value.
         """
         super().validate()
-        if not 0 <= self.blank < 1:
-            raise TrainError(f"blank must be a share in [0, 1), got {self.blank}")
         if self.start not in ("identity", "random"):
             raise TrainError(f"start must be identity or random, got {self.start!r}")
         if not 0 < self.shrink <= 1:
             raise TrainError(f"shrink must be a factor in (0, 1], got {self.shrink}")
 
     @property
-    def blanks(self) -> int:
-        """Number of content-free images in a batch; a batch has one photo at least."""
-        return min(round(self.blank * self.batch_size), self.batch_size - 1)
-
-    @property
-    def photos(self) -> int:
-        """Number of views of photos in a batch."""
-        return self.batch_size - self.blanks
-
-    def recorded(self) -> dict[str, Any]:
-        """As for all runs, without options at the only value that earlier versions had, so that their runs resume."""
-        only = {"accumulate": 1, "blank": 0.0, "start": "identity"}
-        return {name: value for name, value in super().recorded().items() if value != only.get(name, ...)}
+    def _only(self) -> dict[str, Any]:
+        return super()._only | {"accumulate": 1, "start": "identity"}

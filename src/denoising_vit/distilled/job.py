@@ -134,13 +134,13 @@ class DistillJob:
             "views": asdict(self.views),
             "teacher": self.teacher.identity,
         }
-        views_a_step = options.views_a_step(accelerator.num_processes)
+        photos_a_step = options.photos_a_step(accelerator.num_processes)
         return Distillation(
             folder=self.folder,
             student=self.student,
             teacher=self.teacher,
             reader=reader,
-            sampler=Sampler(trained, self.sizes, self.views, options.seed, views_a_step),
+            sampler=Sampler(trained, self.sizes, self.views, options.seed, photos_a_step),
             judge=HeldOut.of(held_out, reader, self.teacher),
             judged=copy.deepcopy(self.student).requires_grad_(False).to(backbone.dtype),
             record={"backbone": describe(backbone), "info": info},

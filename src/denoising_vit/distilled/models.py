@@ -104,6 +104,13 @@ class FieldTeacher:
 Teacher = DenoiserTeacher | FieldTeacher
 
 
+@torch.no_grad()
+def blank_lesson(teacher: Teacher, images: Tensor) -> Lesson:
+    """Targets of content-free images: the mean of their raw features, everywhere."""
+    raw, prefixes = features_of(teacher.backbone, images, teacher.layers)
+    return Lesson(tuple(one.mean((1, 2), keepdim=True).expand_as(one) for one in raw), prefixes, raw)
+
+
 def features_of(
     backbone: Backbone, images: Tensor, layers: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

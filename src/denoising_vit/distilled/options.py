@@ -35,6 +35,7 @@ class DistillOptions(RunOptions):
     layer_decay: float = 1.0
     ema: float = 0.0
     hold_prefix: float = 1.0
+    blank: float = 0.125
     checkpointing: bool = False
     shard: bool = False
 
@@ -69,4 +70,4 @@ class DistillOptions(RunOptions):
         """The same options with the number of steps that the epochs take."""
         if self.steps:
             return self
-        return replace(self, steps=max(round(self.epochs * images / self.views_a_step(processes)), 1))
+        return replace(self, steps=max(round(self.epochs * images / self.photos_a_step(processes)), 1))

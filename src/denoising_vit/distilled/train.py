@@ -17,11 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoising_vit.distilled.held_out import HeldOut
-from denoising_vit.distilled.models import Average, Lesson, Student, Teacher, blocks_of, trained_groups
+from denoising_vit.distilled.models import (
+    Average,
+    Lesson,
+    Student,
+    Teacher,
+    blank_lesson,
+    blocks_of,
+    trained_groups,
+)
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.errors import TrainError
 from denoising_vit.files import DISTILLED, KEY, compact, write_tensors
 from denoising_vit.progress import prefetched
+from denoising_vit.training.blanks import blank_images
 from denoising_vit.training.checkpoints import Progress
 from denoising_vit.training.engine import from_first, gathered, shard
 from denoising_vit.training.loop import (
@@ -41,7 +50,7 @@ from denoising_vit.training.loop import (
 )
 from denoising_vit.training.photos import Batch, ViewReader
 from denoising_vit.training.run_folder import RunFolder
-from denoising_vit.training.samples import Sampler
+from denoising_vit.training.samples import Sampler, blank_numbers
 
 FORMAT_VERSION = 1
 
@@ -122,7 +131,7 @@ class Distillation:
         # About the gradients of the class token, a few hundred numbers.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         model = self.student if sharding else accelerator.prepare(self.student)
-        peak = peak_rate(options.learning_rate, self.sampler.pairs)
+        peak = peak_rate(options.learning_rate, options.views_a_step(accelerator.num_processes))
         batches = prefetched(self._batches(progress.step), _AHEAD)
         consistent = True  # weights, optimizer and progress are of the same step, and its evaluation is done
         with contextlib.closing(batches), opened_log(self.folder, progress.step, accelerator) as log:
@@ -137,11 +146,12 @@ class Distillation:
                         batch = next(batches)
                         waited += time.perf_counter() - asked
                         seen += batch.samples
-                        lesson = self.teacher(batch)
+                        before = number * accelerator.num_processes + accelerator.process_index
+                        images, usable, lesson = self._lesson(batch, progress.step, before * options.blanks)
                         with synchronised(model, number == options.accumulate - 1, sharding):
                             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                                answer = model(batch.images)
-                            loss, parts = self._loss(answer, lesson, batch.usable)
+                                answer = model(images)
+                            loss, parts = self._loss(answer, lesson, usable)
                             require_finite(loss, "loss", progress.step, batch.samples, ids)
                             (loss / options.accumulate).backward()
                         totals += torch.stack([loss.detach(), *parts]) / options.accumulate
@@ -178,7 +188,26 @@ class Distillation:
     def _batches(self, start: int) -> Iterator[Batch]:
         """Batches of this process from a step on."""
         steps = range(start, self.options.last_step)
-        return self.reader.batches(own_batches(self.sampler, steps, self.options.batch_size, self.accelerator))
+        return self.reader.batches(own_batches(self.sampler, steps, self.options.photos, self.accelerator))
+
+    def _lesson(self, batch: Batch, step: int, first: int) -> tuple[Tensor, Tensor, Lesson]:
+        """Images of a batch, content-free ones included, which of them are usable, and their targets.
+
+        Args:
+            batch: photos.
+            step: number of the step.
+            first: number of content-free images of this step that earlier batches and processes have.
+        """
+        lesson, count = self.teacher(batch), self.options.blanks
+        if not count:
+            return batch.images, batch.usable, lesson
+        size = self.reader.sizes[batch.samples[0].size]
+        seeds = blank_numbers(self.options.seed, step, first, count, 2**31)
+        blank = torch.cat([blank_images(self.teacher.backbone, size, 1, seed) for seed in seeds]).to(batch.images)
+        known = blank_lesson(self.teacher, blank)
+        both = (tuple(map(torch.cat, zip(one, other, strict=True))) for one, other in zip(lesson, known, strict=True))
+        usable = torch.cat([batch.usable, torch.ones(count, dtype=torch.bool, device=batch.usable.device)])
+        return torch.cat([batch.images, blank]), usable, Lesson(*both)
 
     def _loss(
         self, answer: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], lesson: Lesson, usable: Tensor

@@ -121,7 +121,9 @@ class DistilledRecipe:
     """
 
     training: DistillOptions = field(
-        default_factory=lambda: DistillOptions(batch_size=64, accumulate=8, hold_prefix=0, precision="float32")
+        default_factory=lambda: DistillOptions(
+            batch_size=64, accumulate=8, hold_prefix=0, blank=0.0, precision="float32"
+        )
     )
     views: ViewOptions = field(default_factory=ViewOptions)
 

@@ -90,6 +90,8 @@ class RunOptions:
         final_rate: final learning rate.
         warmup: share of the steps with a rising learning rate.
         weight_decay: weight decay of AdamW.
+        blank: share of content-free images (uniform colours and noise) in a batch. Their clean features are known, the
+            same everywhere; 0 is as published.
         held_out: number of held-out images, which are never trained on. Default: a tenth, at most 100.
         evaluate_every: steps between evaluations on the held-out images.
         checkpoint_every: steps between checkpoints.
@@ -106,6 +108,7 @@ class RunOptions:
     final_rate: float = 1e-6
     warmup: float = 0.15
     weight_decay: float = 1e-5
+    blank: float = 0.0
     held_out: int | None = None
     evaluate_every: int = 1000
     checkpoint_every: int = 500
@@ -131,12 +134,28 @@ class RunOptions:
                 raise TrainError(f"{name} must be at least {least}, got {value}")
         if not 0 <= self.warmup < 1:
             raise TrainError(f"warmup must be a share in [0, 1), got {self.warmup}")
+        if not 0 <= self.blank < 1:
+            raise TrainError(f"blank must be a share in [0, 1), got {self.blank}")
         if self.precision not in get_args(Precision):
             raise TrainError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 
     def views_a_step(self, processes: int) -> int:
         """Views per optimizer step, of all processes."""
         return self.batch_size * self.accumulate * processes
+
+    @property
+    def blanks(self) -> int:
+        """Number of content-free images in a batch; a batch has one photo at least."""
+        return min(round(self.blank * self.batch_size), self.batch_size - 1)
+
+    @property
+    def photos(self) -> int:
+        """Number of views of photos in a batch."""
+        return self.batch_size - self.blanks
+
+    def photos_a_step(self, processes: int) -> int:
+        """Views of photos per optimizer step, of all processes."""
+        return self.photos * self.accumulate * processes
 
     @property
     def last_step(self) -> int:
@@ -163,8 +182,17 @@ class RunOptions:
         return count
 
     def recorded(self) -> dict[str, Any]:
-        """Options that decide the result, as JSON values; `stop_at` does not."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "stop_at"}
+        """Options that decide the result, as JSON values; `stop_at` does not.
+
+        Those with the only value that earlier versions had are left out, so that earlier runs resume.
+        """
+        without = {"stop_at": self.stop_at} | self._only
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != without.get(name, ...)}
+
+    @property
+    def _only(self) -> dict[str, Any]:
+        """Options that came later, and the value that earlier versions had."""
+        return {"blank": 0.0}
 
 
 def _parsed(text: str) -> tuple[int, int]:
