@@ -161,9 +161,9 @@ def visit(page: Page, number: int, clicks: int, content: bytes) -> Counter[str]:
 
 
 def asked(exact: bool, size: int, views: int) -> list[Any]:
-    """Inputs of a click on "Denoise": photo, backbone, method, layer, size, views, scale, map, earlier answer."""
+    """Inputs of a click on "Denoise": photo, backbone, method, layer, size, views, wide, scale, map, earlier answer."""
     method = "exact" if exact else "denoiser"
-    return [None, "vit_small_patch14_dinov2.lvd142m", method, -1, size, views, 1, "pca", None]
+    return [None, "vit_small_patch14_dinov2.lvd142m", method, -1, size, views, False, 1, "pca", None]
 
 
 def refused(page: Page, megabytes: int) -> Counter[str]:

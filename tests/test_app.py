@@ -236,6 +236,15 @@ def test_photos_of_one_colour_and_steep_ones_are_answered(
     assert all("nan" not in f"{line.raw} {line.clean}" for line in figures(found))
 
 
+def test_wide_crops_take_the_known_artifact(models: Models, keep: Keep) -> None:
+    model = models.get(models.spec.backbone)
+    found = answer(models, keep, tiny.SAMPLE, settings(models, **FEW, wide=True))
+    options = {"views": 8, "held_out": found.result.info["held_out"], "size": 64, "area": (0.4, 1.0)}
+    expected = dv.denoise_image(model.backbone, tiny.SAMPLE, method="exact", artifact=model.artifact, **options)
+    torch.testing.assert_close(found.result.semantic, expected.semantic, atol=1e-2, rtol=1e-2)  # float16
+    assert found.result.info["area"] == [0.4, 1.0]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -219,10 +219,12 @@ def test_exact_with_few_views_says_how_well_it_predicts(visit: Callable[..., Vis
     assert int(visitor.page.locator("#views input[type=number]").input_value()) == 8  # the least
     for name, value in (("views", 8), ("scale", 2), ("size", 168)):
         visitor.type(name, value)
+    visitor.page.check("#wide input")
     visitor.run()
     assert "held-out R²" in visitor.page.inner_text("#figures")
     result = dv.Decomposition.load(visitor.download("features", tmp_path))
     assert (result.info["views"], result.info["upsample"], result.size) == (8, 2, (168, 168))
+    assert result.info["area"] == [0.4, 1.0]
     visitor.choose("method", "subtract")
     visitor.changes("compare", lambda: visitor.page.click("#run"))
     assert "held-out R²" not in visitor.page.inner_text("#figures")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from denoising_vit.artifact import NONE
 from denoising_vit.backbones import Backbone
 from denoising_vit.data.photos import read_photo_bytes
 from denoising_vit.decomposition.options import DenoiseOptions
@@ -78,13 +79,14 @@ class Keep:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one request; ``views`` and ``scale`` (upsampling of the features) are for exact."""
+    """Settings of one request; ``views``, ``wide`` (wide crops) and ``scale`` (upsampling) are for exact."""
 
     backbone: str
     method: str = "denoiser"
     layer: int = -1
     size: int | None = None
     views: int = 32
+    wide: bool = False
     scale: int = 1
 
 
@@ -172,7 +174,10 @@ def options_of(model: Model, settings: Settings) -> DenoiseOptions:
             raise AppError(f"{name} must be 1 to {most} on this page, got {value}")
     if settings.size is not None and settings.size > largest:
         raise AppError(f"size must be at most {largest} pixels on this page, got {settings.size}")
-    return DenoiseOptions(method=settings.method, views=settings.views, held_out=_HELD_OUT, size=settings.size)
+    area = DenoiseOptions.context().area if settings.wide else DenoiseOptions.area
+    return DenoiseOptions(
+        method=settings.method, views=settings.views, held_out=_HELD_OUT, size=settings.size, area=area
+    )
 
 
 def largest_size(backbone: Backbone) -> int:
@@ -182,6 +187,8 @@ def largest_size(backbone: Backbone) -> int:
 
 def _cleaner(model: Model, settings: Settings) -> dict[str, Any]:
     if settings.method == "exact":
+        if settings.wide:  # wide crops cannot tell an artifact from content
+            return {"artifact": model.artifact or NONE}
         return {} if model.fits_artifact else {"artifact": model.artifact}
     uses = KINDS[settings.method].uses
     return {uses: getattr(model, uses)} if uses in ("artifact", "denoiser") else {}

@@ -137,6 +137,7 @@ class Handlers:
         layer: int | None,
         size: int,
         views: int,
+        wide: bool,
         scale: int,
         kind: str,
         before: Path | None,
@@ -146,7 +147,7 @@ class Handlers:
         """Photo and settings -> answer, pictures and figures."""
         if photo is None:
             raise AppError("no photo: choose a sample or upload one")
-        settings = Settings(backbone, method, _whole(layer, "layer"), int(size), int(views), int(scale))
+        settings = Settings(backbone, method, _whole(layer, "layer"), int(size), int(views), wide, int(scale))
         session = str(request.session_hash)
 
         def advance(done: int, total: int) -> None:

@@ -69,6 +69,12 @@ class _Controls:
         self.views = gr.Slider(
             8, MOST_VIEWS, value=Settings.views, step=8, label="Views (exact)", interactive=exact, elem_id="views"
         )
+        self.wide = gr.Checkbox(
+            label="Wide crops (exact)",
+            info="0.4 to 1 of the photo instead of 0.1 to 0.5: more context, and 8 to 16 views suffice",
+            interactive=exact,
+            elem_id="wide",
+        )
         self.scale = gr.Slider(
             1, MOST_SCALE, value=1, step=1, label="Output scale (exact)", interactive=exact, elem_id="scale"
         )
@@ -134,12 +140,14 @@ def _wire_settings(page: gr.Blocks, controls: _Controls, handlers: Handlers, ans
         [controls.method, controls.about_backbone],
         **light,
     )
-    controls.method.change(_only_exact, controls.method, [controls.views, controls.scale], **light)
+    only_exact = [controls.views, controls.wide, controls.scale]
+    controls.method.change(_only_exact, controls.method, only_exact, **light)
 
 
 def _wire_results(controls: _Controls, handlers: Handlers, answer: gr.State) -> None:
     light: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 2}
-    asked = [controls.backbone, controls.method, controls.layer, controls.size, controls.views, controls.scale]
+    asked = [controls.backbone, controls.method, controls.layer, controls.size]
+    asked += [controls.views, controls.wide, controls.scale]
     pictures = [controls.compare, controls.picture, controls.raw, controls.clean]
     place = [controls.row, controls.column]
     controls.run.click(
@@ -174,9 +182,10 @@ def _clickable(label: str, name: str) -> gr.Image:
     )
 
 
-def _only_exact(method: str) -> tuple[Any, Any]:
-    """Enables views and output scale for exact only."""
-    return gr.Slider(interactive=method == "exact"), gr.Slider(interactive=method == "exact")
+def _only_exact(method: str) -> tuple[Any, Any, Any]:
+    """Enables views, wide crops and output scale for exact only."""
+    exact = method == "exact"
+    return gr.Slider(interactive=exact), gr.Checkbox(interactive=exact), gr.Slider(interactive=exact)
 
 
 def _divided(share: float) -> Any:
