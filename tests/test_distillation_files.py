@@ -85,12 +85,12 @@ def test_the_files_load_as_weights_and_as_a_plain_timm_model(ran: tuple[Distilla
     backbone = dv.load_backbone(tiny.MODEL, weights=path, dtype="float32", device="cpu")
     plain = timm.create_model(tiny.MODEL, num_classes=0, checkpoint_path=str(path)).eval()
     with torch.no_grad():
-        expected = run.judged.backbone(image)
+        expected = run.evaluated.backbone(image)
         found = backbone(image)
         assert_near(found, expected, raw(image))
         torch.testing.assert_close(tokens_of(plain, image), found.flatten(1, 2), rtol=1e-5, atol=1e-5)
     for key, value in plain.state_dict().items():
-        assert torch.equal(value, run.judged.state_dict()[f"backbone.model.{key}"].half().float()), key
+        assert torch.equal(value, run.evaluated.state_dict()[f"backbone.model.{key}"].half().float()), key
 
 
 def test_its_fingerprint_is_another_than_that_of_the_raw_model(ran: tuple[Distillation, dv.Backbone]) -> None:
@@ -130,7 +130,7 @@ def test_models_of_every_architecture_load(photos: Path, tmp_path: Path, name: s
     image = torch.randn(1, 3, *plain.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = again(image)
-        assert_near(found, run.judged.backbone(image), raw(image))
+        assert_near(found, run.evaluated.backbone(image), raw(image))
         torch.testing.assert_close(tokens_of(plain, image), found.flatten(1, 2), rtol=1e-4, atol=1e-4)
 
 

@@ -208,7 +208,7 @@ def test_unreadable_held_out_photos_are_judged_without(photos: Path, tmp_path: P
     folder = spoilt(photos, tmp_path / "photos", held_out[1])
     job = tiny.prepared(folder, tmp_path / "run", shown=tiny.views(sizes="48,64x48"))
     run = job.training()
-    assert run.judge.images == (held_out[0], held_out[2])
+    assert run.held_out.images == (held_out[0], held_out[2])
     assert set(run.sampler.images).isdisjoint(held_out)
     run.run()
     assert list(job.skipped) == [f"{held_out[1]:02}.png"]
@@ -333,7 +333,7 @@ def test_held_out_photos_are_asked_for_again_as_well(
     with tiny.served(listed) as server:
         job = tiny.prepared(open_dataset(f"{server.address}/list.txt"), tmp_path / "run")
         server.away = 3
-        assert len(job.training().judge.images) == 3
+        assert len(job.training().held_out.images) == 3
     assert server.failed == 3
 
 
@@ -369,7 +369,7 @@ def test_looks_at_held_out_photos_ask_no_server(listed: Path, tmp_path: Path) ->
         run = tiny.prepared(open_dataset(f"{server.address}/list.txt"), tmp_path / "run").training()
         server.asked.clear()
         run.run()
-    held_out = {f"/{image:02}.png" for image in run.judge.images}
+    held_out = {f"/{image:02}.png" for image in run.held_out.images}
     assert not held_out & set(server.asked)
     assert len(list((tmp_path / "run" / "panels").iterdir())) == 2
 

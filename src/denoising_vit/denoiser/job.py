@@ -198,7 +198,7 @@ class TrainJob:
             backbone=backbone,
             pairs=pairs,
             sampler=Sampler(trained, self.sizes, self.views, options.seed, views_a_step),
-            judge=HeldOut(self.targets, self.kept, held_out, backbone, self.sizes, device, self.folder.panels),
+            held_out=HeldOut(self.targets, self.kept, held_out, backbone, self.sizes, device, self.folder.panels),
             ids=tuple(self.targets.ids),
             options=options,
             accelerator=self.accelerator,

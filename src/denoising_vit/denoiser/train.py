@@ -54,7 +54,7 @@ class Training:
         backbone: the frozen backbone.
         pairs: kept pairs; or, for new views in every step, photos with their fields.
         sampler: the samples of each step.
-        judge: evaluation on the held-out images.
+        held_out: evaluation on the held-out images.
         ids: ids of the images.
         options: length, learning rate and logging.
         accelerator: processes and devices.
@@ -66,7 +66,7 @@ class Training:
     backbone: Backbone
     pairs: KeptPairs | ViewReader
     sampler: Sampler
-    judge: HeldOut
+    held_out: HeldOut
     ids: tuple[str, ...]
     options: TrainOptions
     accelerator: Any
@@ -167,14 +167,14 @@ class Training:
         """Evaluates on the held-out images, and writes the denoiser if it is the best so far or the last."""
         if log is not None:  # the first process
             shrunk_copy = shrunk(self.denoiser, self.options.shrink)
-            figures = self.judge(shrunk_copy)
+            figures = self.held_out(shrunk_copy)
             if progress.best is None or figures["cosine"] > progress.best:
                 progress = replace(progress, best=figures["cosine"], best_step=progress.step)
                 self._write(shrunk_copy, self.folder.denoiser, progress.step, figures)
             if progress.step == self.options.steps:
                 self._write(shrunk_copy, self.folder.last, progress.step, figures)
             log.write(progress.step, "held_out", figures)
-            self.judge.draw(shrunk_copy, progress.step)
+            self.held_out.draw(shrunk_copy, progress.step)
             on_look(progress.step, figures)
         self.accelerator.wait_for_everyone()
         return progress
