@@ -354,7 +354,7 @@ def test_a_photo_that_stays_away_ends_the_run_which_goes_on_later(
             server.away = 1000 if step == 2 else server.away
 
         with pytest.raises(
-            TrainError, match=r"\d\d\.png: cannot be reached \(.*503.*\); --resume goes on from the last"
+            TrainError, match=r"\d\d\.png: cannot be reached \(.*503.*\); --resume continues from the last"
         ):
             run.run(on_step=lose)
         assert 2 <= job.folder.checkpoints.step < 6
@@ -386,5 +386,5 @@ def test_photos_of_fields_are_asked_for_again(listed: Path, tmp_path: Path, monk
         assert run.run().step == 6
         assert server.failed == 2
         server.away = 1000
-        with pytest.raises(TrainError, match=r"cannot be read \(.*503.*\); --resume goes on from the last checkpoint"):
+        with pytest.raises(TrainError, match=r"cannot be read \(.*503.*\); --resume continues from the last"):
             tiny.prepared(source, tmp_path / "other", backbone, training).training()

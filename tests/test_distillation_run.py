@@ -273,7 +273,7 @@ def test_a_run_of_another_stage_is_another_run(photos: Path, tmp_path: Path) -> 
 
 
 def test_a_run_is_not_begun_over_another(photos: Path, straight: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="holds a run already; --resume goes on with it, or name another folder"):
+    with pytest.raises(TrainError, match="holds a run already; --resume continues it, or name another folder"):
         tiny.prepared(photos, straight, None, all_on())
     with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
         tiny.prepared(photos, tmp_path / "none", None, all_on(), resume=True)

@@ -175,7 +175,7 @@ class TrainJob:
         except OSError as error:
             raise TrainError(
                 f"{self.kept.folder}: cannot be written to ({error.strerror or error}); what is there stays, and "
-                "--resume goes on"
+                "--resume continues"
             ) from error
 
     def training(self) -> Training:

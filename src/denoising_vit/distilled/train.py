@@ -271,7 +271,7 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     try:
         write_tensors(tensors, path, {KEY: json.dumps(head)})
     except OSError as error:
-        raise TrainError(f"{path}: the model could not be written ({error}); --resume goes on") from error
+        raise TrainError(f"{path}: the model could not be written ({error}); --resume continues") from error
 
 
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:
