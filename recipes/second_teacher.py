@@ -22,7 +22,7 @@ import numpy as np
 import probes
 import torch
 from scenes import read_photos, render
-from stage_two import apply, blank_features, blend, clean_blanks
+from stage_two import Training, apply, blank_features, blend, clean_blanks, optimise, some
 from targets import clock
 from torch import Tensor
 
@@ -30,22 +30,16 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import Denoiser, write_denoiser
-from denoising_vit.training.loop import denoising_loss, learning_rate
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Training):
     """Options of the training.
 
     Attributes:
         count: number of photos, the held-out ones included.
         held_out: number of photos that are not trained on.
         blanks: number of content-free images.
-        steps: number of optimizer steps.
-        batch: images in a step; half of them are content-free.
-        rate: peak learning rate.
-        weight_decay: weight decay of AdamW.
-        average: decay of the moving average of the weights.
         share: share of the trained weights in the result; the rest are those of the start.
         seed: seed for the order; the next one is for the choice of photos and the content-free images.
     """
@@ -55,11 +49,10 @@ class Options:
     blanks: int = 128
     steps: int = 450
     batch: int = 8
+    blank: float = 0.5
     rate: float = 3e-4
-    weight_decay: float = 1e-2
     average: float = 0.99
     share: float = 0.5
-    seed: int = 0
 
 
 def main(given: list[str] | None = None) -> None:
@@ -122,23 +115,16 @@ def train(start: Denoiser, raw: Tensor, target: Tensor, blank: Tensor, options: 
         options: steps, batch and learning rate.
     """
     student = copy.deepcopy(start).train().requires_grad_(True)
-    average = copy.deepcopy(start).eval().requires_grad_(False)
-    adam = torch.optim.AdamW(student.parameters(), lr=options.rate, weight_decay=options.weight_decay)
     order = torch.Generator().manual_seed(options.seed)
-    half = options.batch // 2
-    for step in range(options.steps):
-        adam.param_groups[0]["lr"] = learning_rate(step, options.steps, options.rate, 1e-6, 0.1)
-        photos = torch.randint(len(raw) - options.held_out, (half,), generator=order).to(raw.device)
-        blanks = blank[torch.randint(len(blank), (half,), generator=order).to(blank.device)].float()
-        with torch.autocast(raw.device.type, torch.bfloat16):
-            clean = student(torch.cat([raw[photos].float(), blanks]))
-        squared, cosine = denoising_loss(clean, torch.cat([target[photos].float(), clean_blanks(blanks)]))
-        (squared + 1 - cosine).backward()
-        adam.step()
-        adam.zero_grad()
-        blend(average, student, 1 - min(options.average, (1 + step) / (10 + step)))
-        if step % 50 == 0:
-            print(f"step {step}: loss {(squared + 1 - cosine).item():.4f}", flush=True)
+    known = round(options.blank * options.batch)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        photos = torch.randint(len(raw) - options.held_out, (options.batch - known,), generator=order).to(raw.device)
+        blanks = some(blank, known, order)
+        targets = torch.cat([target[photos].float(), clean_blanks(blanks)])
+        return torch.cat([raw[photos].float(), blanks]), targets
+
+    average = optimise(student, draw, options, lambda step, loss: print(f"step {step}: loss {loss:.4f}", flush=True))
     blend(average, start, 1 - options.share)
     return average
 

@@ -136,7 +136,7 @@ class Run:
             if asked.labelled:
                 self.sets = probes.load(asked.labelled, backbone.grid_size(*self.size), backbone.device)
                 self.raw = {name: probes.shown(some, backbone, self.size) for name, some in self.sets.items()}
-            self.judge("raw", None)
+            self.evaluate("raw", None)
 
     def denoiser(self, variant: Variant) -> None:
         """Trains, evaluates and writes a denoiser."""
@@ -152,13 +152,13 @@ class Run:
         options = asdict(variant.training) | {"views": self.asked.views, "area": list(self.asked.area)}
         options |= {"scenes": sum(len(chosen) for chosen in self.chosen.values())}
         self.tell(variant=variant.name, seconds=time.perf_counter() - started, **options)
-        self.judge(variant.name, denoiser)
+        self.evaluate(variant.name, denoiser)
         written = denoiser.cpu()
         written.trained_for, written.info = describe(self.backbone), options
         write_denoiser(written, self.asked.out / f"{variant.name}.safetensors")
 
     @torch.no_grad()
-    def judge(self, name: str, denoiser: Denoiser | None) -> None:
+    def evaluate(self, name: str, denoiser: Denoiser | None) -> None:
         """Evaluates features on held-out pairs, content-free images, and labels."""
         for size in self.pairs:
             pairs, index = self.pairs[size], self.held_out[size]

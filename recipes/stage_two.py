@@ -73,20 +73,38 @@ def train(
     torch.manual_seed(options.seed)
     sizes: Sequence[Size] = list(pairs)
     denoiser = Denoiser(backbone.embed_dim, backbone.grid_size(*sizes[0])).to(device)
-    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    adam = torch.optim.AdamW(denoiser.parameters(), lr=options.rate, weight_decay=options.weight_decay)
     order = torch.Generator().manual_seed(options.seed)
     shares = torch.tensor([float(len(chosen[size])) for size in sizes])
     known = round(options.blank * options.batch)
-    for step in range(options.steps):
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(step, options.steps, options.rate, 1e-6, 0.1)
+
+    def draw() -> tuple[Tensor, Tensor]:
         size = sizes[int(torch.multinomial(shares, 1, generator=order))]
         raw, target = batch_of(pairs[size], chosen[size], options.batch - known, options.subtract, order)
         if known:
-            blank = blanks[size][torch.randint(len(blanks[size]), (known,), generator=order).to(device)].float()
+            blank = some(blanks[size], known, order)
             raw, target = torch.cat([raw, blank]), torch.cat([target, clean_blanks(blank)])
-        with torch.autocast(device.type, torch.bfloat16):
+        return raw, target
+
+    return optimise(denoiser, draw, options, watch)
+
+
+def optimise(
+    denoiser: Denoiser,
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    options: Training,
+    watch: Callable[[int, float], None],
+) -> Denoiser:
+    """Trains a denoiser in place on the raw features and targets (B, h, w, C) that ``draw`` gives for each step.
+
+    Returns the moving average of its weights.
+    """
+    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    adam = torch.optim.AdamW(denoiser.parameters(), lr=options.rate, weight_decay=options.weight_decay)
+    for step in range(options.steps):
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(step, options.steps, options.rate, 1e-6, 0.1)
+        raw, target = draw()
+        with torch.autocast(raw.device.type, torch.bfloat16):
             clean = denoiser(raw)
         squared, cosine = denoising_loss(clean, target)
         loss = squared + 1 - cosine
@@ -97,6 +115,11 @@ def train(
         if step % max(options.steps // 5, 1) == 0:
             watch(step, loss.item())
     return average
+
+
+def some(features: Tensor, count: int, order: torch.Generator) -> Tensor:
+    """Random ones of the features (N, h, w, C), float32."""
+    return features[torch.randint(len(features), (count,), generator=order).to(features.device)].float()
 
 
 def clean_blanks(blank: Tensor) -> Tensor:

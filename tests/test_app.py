@@ -55,6 +55,11 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def colours(picture: np.ndarray) -> set[int]:
+    """The colours of a picture (height, width, 3) uint8, as numbers of 24 bits."""
+    return set(np.unique(picture.astype(int) @ (1 << 16, 1 << 8, 1)).tolist())
+
+
 # Samples
 
 
@@ -287,7 +292,7 @@ def test_both_sides_have_the_same_colours() -> None:
     for kind in LEGENDS:
         if kind != SIMILARITY:
             left, right = shown.maps(kind, (0, 0))
-            assert {*map(tuple, left.reshape(-1, 3))} == {*map(tuple, right.reshape(-1, 3))}, kind
+            assert colours(left) == colours(right), kind
 
 
 def test_maps_have_the_photos_aspect_and_sharp_patches() -> None:
@@ -295,7 +300,7 @@ def test_maps_have_the_photos_aspect_and_sharp_patches() -> None:
     left, right = shown.maps("pca", (0, 0))
     assert left.shape == right.shape
     assert left.shape[1] / left.shape[0] == pytest.approx(2, abs=0.01)
-    assert len({*map(tuple, left.reshape(-1, 3))}) <= 35
+    assert len(colours(left)) <= 35
     assert (np.diff(left.astype(int), axis=1) != 0).any(-1).sum(1).max() <= 6  # 7 columns meet at 6 edges
     assert left.shape[1] % 14 == 0
 

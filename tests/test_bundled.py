@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from denoising_vit.backbones.bundled import (
     convert_onnx,
     onnx_path,
 )
+from forks import fork
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -252,30 +251,18 @@ def test_a_full_disk_costs_nothing_else(cache: Path, converted: State, quick_con
     assert len(quick_conversion) == 1
 
 
-CONVERT = """
-import sys
-from denoising_vit.backbones.bundled import bundled_state_dict
-print("ready", flush=True)
-sys.stdin.readline()
-state, _ = bundled_state_dict()
-print(len(state), float(state["blocks.7.attn.qkv.weight"].double().sum()))
-"""
+def convert() -> None:
+    """What a process does that uses the weights."""
+    state, _ = bundled_state_dict()
+    print(len(state), float(state["blocks.7.attn.qkv.weight"].double().sum()))
 
 
-def test_two_processes_at_once_both_convert_and_leave_one_whole_file(cache: Path, converted: State) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, "-c", CONVERT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+def test_two_processes_at_once_both_convert_and_leave_one_whole_file(
+    cache: Path, converted: State, tmp_path: Path
+) -> None:
+    forks = [fork(convert, folder=tmp_path, DVIT_CACHE=str(cache)) for _ in range(2)]
+    assert [each.end() for each in forks] == [0, 0], forks[0].err.read_text()
     expected = f"{len(converted)} {float(converted['blocks.7.attn.qkv.weight'].double().sum())}\n"
-    assert outputs == [expected, expected]
+    assert forks[0].out.read_text() == 2 * expected
     assert [path.name for path in cache.iterdir()] == [FILE]
     assert_same_state(load_file(cache / FILE), converted)

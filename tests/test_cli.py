@@ -717,7 +717,7 @@ def test_backbone_that_yields_nan_is_reported_per_photo(
     assert "0 of 2 photos" in done.err
 
 
-# --- the installed command ---
+# --- the installed command, which does a photo in test_end_to_end.py ---
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -726,15 +726,6 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [script, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", env=environment
     )
-
-
-def test_installed_command_does_a_photo(tmp_path: Path) -> None:
-    photo = cat(tmp_path / "one.jpg")
-    done = command("denoise", photo, "-o", tmp_path / "out", "--json", *FAST)
-    assert done.returncode == 0, done.stderr
-    (row,) = map(json.loads, done.stdout.splitlines())
-    assert row["status"] == "done"
-    assert listing(tmp_path / "out") == ["one.png", "one.safetensors"]
 
 
 def test_installed_command_refuses_missing_photos_with_2(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_stop_and_resume(distill: Distill, last: Any, photos: Path, tmp_path: Pa
     assert "1 of 2 steps done (continue with --resume)" in first.err
     again = distill(photos, *last, "-o", run)
     assert again.code == 2
-    assert "holds a run already; --resume goes on with it" in again.err
+    assert "holds a run already; --resume continues it" in again.err
     other = distill(photos, *last, "-o", run, "--resume", "--batch-size", 2)
     assert other.code == 2
     assert "cannot resume with other options: options.batch_size was 1, now 2" in other.err
@@ -290,7 +290,7 @@ def test_a_server_that_stays_away_ends_the_run_with_2(
             patch.setattr(DistillJob, "training", away)
             done = distill(f"{server.address}/list.txt", *last, "-o", tmp_path / "run")
         assert done.code == 2
-        assert re.search(r"\d\d\.png: cannot be reached .*--resume goes on from the last checkpoint", done.words)
+        assert re.search(r"\d\d\.png: cannot be reached .*--resume continues from the last checkpoint", done.words)
 
 
 class Second:

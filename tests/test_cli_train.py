@@ -88,7 +88,7 @@ def test_stop_and_resume(train: Train, store: Path, photos: Path, tmp_path: Path
     assert "2 of 4 steps done (continue with --resume)" in first.err
     again = train(store, "--photos", photos, "-o", run)
     assert again.code == 2
-    assert "holds a run already; --resume goes on with it" in again.err
+    assert "holds a run already; --resume continues it" in again.err
     other = train(store, "--photos", photos, "-o", run, "--resume", "--batch-size", 3)
     assert other.code == 2
     assert "cannot resume with other options: options.batch_size was 2, now 3" in other.err

@@ -42,16 +42,16 @@ def changed(run: Distillation) -> Student:
     """The student, with other weights than the teacher's."""
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for value in run.judged.parameters():
+        for value in run.evaluated.parameters():
             value.add_(torch.randn(value.shape, generator=chance) * 0.02)
-    return run.judged
+    return run.evaluated
 
 
 @torch.no_grad()
 def by_hand(run: Distillation, student: Student, size: tuple[int, int]) -> list[tuple[Any, Lesson]]:
     """The student's answer and the lesson, photo by photo."""
     found = []
-    for image in run.judge.images:
+    for image in run.held_out.images:
         photo = to_image(read_photo(Path(open_dataset(run.reader.photos.dataset.source)[image].url)))  # pyright: ignore
         view = whole_view(size, mirrored=False).render(photo, student.backbone.mean, student.backbone.std)[None]
         (batch,) = run.reader.batches([[sample_of(image, run.sampler.sizes.index(size), size)]])
@@ -75,7 +75,7 @@ def test_figures_by_a_straightforward_computation(photos: Path, tmp_path: Path) 
     job = tiny.prepared(photos, tmp_path / "run", backbone, None, tiny.views(sizes="48,64x48"), also=also)
     run = job.training()
     student = changed(run)
-    figures = run.judge(student)
+    figures = run.held_out(student)
     both = {size: by_hand(run, student, size) for size in ((48, 48), (64, 48))}
     answers = [pair for pairs in both.values() for pair in pairs]
     assert len(answers) == 2 * 3
@@ -109,12 +109,12 @@ def test_figures_by_a_straightforward_computation(photos: Path, tmp_path: Path) 
 
 def test_registers_count_for_the_drift_of_prefix_tokens_alone(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run", tiny.tokens(3)).training()
-    before = run.judge(run.judged)
+    before = run.held_out(run.evaluated)
     for name in ("blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance"):
         assert before[name] == pytest.approx(1, rel=1e-3)  # the student is the frozen backbone still
     with torch.no_grad():
-        run.judged.get_parameter("backbone.model.prefix")[:, 1:] *= -1
-    figures = run.judge(run.judged)
+        run.evaluated.get_parameter("backbone.model.prefix")[:, 1:] *= -1
+    figures = run.held_out(run.evaluated)
     assert figures["class_drift"] == pytest.approx(before["class_drift"], abs=1e-9)
     assert figures["prefix_drift"] > 0.5
     assert figures["cosine"] == before["cosine"]
@@ -130,7 +130,7 @@ def test_without_prefix_tokens_there_is_no_drift(photos: Path, tmp_path: Path) -
 
 def test_a_student_that_learnt_nothing_is_raw(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run").training()
-    figures = run.judge(run.judged)
+    figures = run.held_out(run.evaluated)
     assert figures["ratio"] == pytest.approx(1, abs=1e-3)
     assert figures["cosine"] == pytest.approx(figures["raw_cosine"], abs=1e-4)
     assert figures["rank"] == pytest.approx(figures["raw_rank"], rel=1e-2)
@@ -139,8 +139,8 @@ def test_a_student_that_learnt_nothing_is_raw(photos: Path, tmp_path: Path) -> N
 
 def test_place_is_told_where_there_are_photos_enough(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(held_out=8)).training()
-    figures = run.judge(run.judged)
-    student = run.judged
+    figures = run.held_out(run.evaluated)
+    student = run.evaluated
     features = torch.cat([answer[0][0] for answer, _ in by_hand(run, student, (48, 48))])
     assert figures["place"] == pytest.approx(linear_position_r2(features, train=4), abs=1e-3)
     assert math.isfinite(figures["place_neighbours"])
@@ -158,8 +158,8 @@ def test_the_teacher_is_asked_once(photos: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(DenoiserTeacher, "__call__", counted)
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(held_out=9)).training()
     assert seen == [8, 1]
-    run.judge(run.judged)
-    run.judge(run.judged)
+    run.held_out(run.evaluated)
+    run.held_out(run.evaluated)
     assert seen == [8, 1]
 
 
@@ -169,7 +169,7 @@ def test_what_float16_cannot_hold_is_kept_as_it_is(photos: Path, tmp_path: Path)
         backbone.get_parameter("model.norm.weight").mul_(1e5)
     denoiser = tiny.denoiser(None)
     run = tiny.prepared(photos, tmp_path / "run", backbone, denoiser=denoiser).training()
-    figures = run.judge(run.judged)
+    figures = run.held_out(run.evaluated)
     assert all(math.isfinite(value) for value in figures.values())
     assert figures["raw_cosine"] == pytest.approx(figures["cosine"], abs=1e-4)
 
@@ -195,8 +195,8 @@ def test_pictures_show_photo_raw_student_and_teacher(
     run.run()
     ((step, headings, shown),) = drawn
     assert (step, headings) == (1, ("raw", "distilled, step 1", "teacher"))
-    assert [name for name, _, _ in shown] == [f"{image:02}.png" for image in run.judge.images[:rows]]
-    answers = by_hand(run, run.judged, (48, 48))
+    assert [name for name, _, _ in shown] == [f"{image:02}.png" for image in run.held_out.images[:rows]]
+    answers = by_hand(run, run.evaluated, (48, 48))
     for (name, pixels, maps), (answer, lesson) in zip(shown, answers, strict=False):
         assert (pixels == read_photo(photos / name)).all()
         for found, expected in zip(maps, (lesson.raw[0], answer[0][0], lesson.features[0]), strict=True):
@@ -330,6 +330,6 @@ def test_a_huge_rate_diverges_after_the_best_was_kept(
     best = max(told, key=lambda row: row["cosine"])
     assert told[-1]["ratio"] > distil._DIVERGED
     assert best["step"] < told[-1]["step"]
-    kept = job.training().judged
+    kept = job.training().evaluated
     kept.load_state_dict({f"backbone.model.{name}": value for name, value in load_file(job.folder.distilled).items()})
-    assert job.training().judge(kept)["cosine"] == pytest.approx(best["cosine"], abs=1e-3)
+    assert job.training().held_out(kept)["cosine"] == pytest.approx(best["cosine"], abs=1e-3)

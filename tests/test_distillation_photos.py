@@ -208,7 +208,7 @@ def test_unreadable_held_out_photos_are_judged_without(photos: Path, tmp_path: P
     folder = spoilt(photos, tmp_path / "photos", held_out[1])
     job = tiny.prepared(folder, tmp_path / "run", shown=tiny.views(sizes="48,64x48"))
     run = job.training()
-    assert run.judge.images == (held_out[0], held_out[2])
+    assert run.held_out.images == (held_out[0], held_out[2])
     assert set(run.sampler.images).isdisjoint(held_out)
     run.run()
     assert list(job.skipped) == [f"{held_out[1]:02}.png"]
@@ -333,7 +333,7 @@ def test_held_out_photos_are_asked_for_again_as_well(
     with tiny.served(listed) as server:
         job = tiny.prepared(open_dataset(f"{server.address}/list.txt"), tmp_path / "run")
         server.away = 3
-        assert len(job.training().judge.images) == 3
+        assert len(job.training().held_out.images) == 3
     assert server.failed == 3
 
 
@@ -354,7 +354,7 @@ def test_a_photo_that_stays_away_ends_the_run_which_goes_on_later(
             server.away = 1000 if step == 2 else server.away
 
         with pytest.raises(
-            TrainError, match=r"\d\d\.png: cannot be reached \(.*503.*\); --resume goes on from the last"
+            TrainError, match=r"\d\d\.png: cannot be reached \(.*503.*\); --resume continues from the last"
         ):
             run.run(on_step=lose)
         assert 2 <= job.folder.checkpoints.step < 6
@@ -369,7 +369,7 @@ def test_looks_at_held_out_photos_ask_no_server(listed: Path, tmp_path: Path) ->
         run = tiny.prepared(open_dataset(f"{server.address}/list.txt"), tmp_path / "run").training()
         server.asked.clear()
         run.run()
-    held_out = {f"/{image:02}.png" for image in run.judge.images}
+    held_out = {f"/{image:02}.png" for image in run.held_out.images}
     assert not held_out & set(server.asked)
     assert len(list((tmp_path / "run" / "panels").iterdir())) == 2
 
@@ -386,5 +386,5 @@ def test_photos_of_fields_are_asked_for_again(listed: Path, tmp_path: Path, monk
         assert run.run().step == 6
         assert server.failed == 2
         server.away = 1000
-        with pytest.raises(TrainError, match=r"cannot be read \(.*503.*\); --resume goes on from the last checkpoint"):
+        with pytest.raises(TrainError, match=r"cannot be read \(.*503.*\); --resume continues from the last"):
             tiny.prepared(source, tmp_path / "other", backbone, training).training()

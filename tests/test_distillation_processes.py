@@ -1,14 +1,15 @@
-"""Two processes equal one on the doubled batch, through the commands that users start."""
+"""Two processes equal one on the doubled batch, and what becomes of a run that loses one of them."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import tiny_fit
 from denoising_vit.errors import TrainError
 from denoising_vit.training.loop import gradient_norm
 from denoising_vit.training.samples import Sampler, split
+from forks import PATIENCE, dvit, run_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,9 +29,6 @@ PHOTOS, HELD_OUT, STEPS = 7, 2, 4
 
 #: High enough for weights to move by more than a thousandth.
 RATE = 0.01
-
-#: Seconds that a command may take on a machine that has much else to do.
-PATIENCE = 900
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,22 +67,17 @@ def arguments(given: Given, run: Path, *more: str, batch: int = 2) -> list[str]:
     ]
 
 
-def launched(launcher: list[str], command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command in two processes of a launcher, which wants the number of a free port as well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    whole = [sys.executable, "-m", *launcher, port, *command]
-    return subprocess.run(whole, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+def dying_dvit(arguments: list[str]) -> None:
+    """`dvit`, whose second process is killed in its third step."""
+    step, calls = torch.optim.AdamW.step, iter(range(9))
 
+    def dying(self: torch.optim.AdamW, *args: Any) -> Any:
+        if next(calls) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args)
 
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-#: With --cpu it would start one process, however many are asked for; where they compute, the program is told.
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
-
-MODULE = ["-m", "denoising_vit"]
+    torch.optim.AdamW.step = dying  # pyright: ignore[reportAttributeAccessIssue]
+    dvit(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +93,10 @@ def one(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("two") / "run"
-    done = launched(TORCHRUN, [*MODULE, *arguments(given, run)])
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stderr
-    assert done.stderr.count("photos to train on") == 1  # the first process alone speaks
+    done = run_together(dvit, arguments(given, run), folder=run.parent)
+    assert done.codes == (0, 0), done.err
+    assert "2 process(es)" in done.err
+    assert done.err.count("photos to train on") == 1  # the first process alone speaks
     return run
 
 
@@ -110,8 +104,9 @@ def two(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights shared out between the processes, and activations computed again."""
     run = tmp_path_factory.mktemp("shared") / "run"
-    done = launched(TORCHRUN, [*MODULE, *arguments(given, run, "--shard", "--checkpointing", "--ema", "0.5")])
-    assert done.returncode == 0, done.stderr
+    more = ("--shard", "--checkpointing", "--ema", "0.5")
+    done = run_together(dvit, arguments(given, run, *more), folder=run.parent)
+    assert done.codes == (0, 0), done.err
     return run
 
 
@@ -196,6 +191,20 @@ def test_a_run_of_two_processes_is_not_gone_on_with_by_one(given: Given, two: Pa
 
 # --- accelerate's launcher, and a photo that one process alone cannot read ---
 
+#: With --cpu it would start one process, however many are asked for; where they compute, the program is told.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+
+
+def launched(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command in two processes of accelerate's launcher, which wants the number of a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    whole = [sys.executable, "-m", *ACCELERATE, port, "-m", "denoising_vit", *command]
+    return subprocess.run(whole, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
 
 def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(given: Given, tmp_path: Path) -> None:
     """Gradients are means over processes: half of those of the one that has a photo."""
@@ -204,7 +213,7 @@ def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(
     photos = tmp_path / "photos"
     spoilt = Given(tiny_fit.write_photos(photos, PHOTOS), given.weights, given.denoiser)
     (photos / f"{second.image:02}.png").write_text("words")
-    done = launched(ACCELERATE, [*MODULE, *arguments(spoilt, tmp_path / "run", "--stop-at", "2", batch=1)])
+    done = launched(arguments(spoilt, tmp_path / "run", "--stop-at", "2", batch=1))
     assert done.returncode == 1, done.stderr
     assert done.stderr.count(f"skipped: {second.image:02}.png: not an image file") == 1
     assert f"2 of {STEPS} steps done" in done.stderr
@@ -222,37 +231,12 @@ def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(
 
 # --- a process that dies ---
 
-DYING = '''"""`dvit`, whose second process is killed in its third step."""
-
-import os
-import signal
-import sys
-
-import torch
-
-from denoising_vit.cli import main
-
-step, calls = torch.optim.AdamW.step, iter(range(9))
-
-
-def dying(self, *args):
-    if next(calls) == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args)
-
-
-torch.optim.AdamW.step = dying
-main(sys.argv[1:])
-'''
-
 
 def test_a_process_that_is_killed_ends_the_command_and_leaves_a_checkpoint(given: Given, tmp_path: Path) -> None:
     """From which the run goes on, as from that of any crash."""
-    (tmp_path / "dying.py").write_text(DYING)
     run = tmp_path / "run"
-    killed = launched(TORCHRUN, [str(tmp_path / "dying.py"), *arguments(given, run)])
-    assert killed.returncode != 0
-    assert "Signal 9 (SIGKILL)" in killed.stderr
+    first, second = run_together(dying_dvit, arguments(given, run), folder=tmp_path).codes
+    assert (first, second) == (1, -signal.SIGKILL)
     assert not (run / "last.safetensors").exists()
     left = max((run / "checkpoints").iterdir())
     # The first may have been a step further.

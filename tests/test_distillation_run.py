@@ -273,7 +273,7 @@ def test_a_run_of_another_stage_is_another_run(photos: Path, tmp_path: Path) -> 
 
 
 def test_a_run_is_not_begun_over_another(photos: Path, straight: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="holds a run already; --resume goes on with it, or name another folder"):
+    with pytest.raises(TrainError, match="holds a run already; --resume continues it, or name another folder"):
         tiny.prepared(photos, straight, None, all_on())
     with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
         tiny.prepared(photos, tmp_path / "none", None, all_on(), resume=True)
@@ -473,8 +473,8 @@ def test_held_out_photos_are_never_trained_on(photos: Path, tmp_path: Path, monk
     monkeypatch.setattr(DenoiserTeacher, "__call__", watched)
     run.run()
     assert len(seen) == 6 * 4
-    assert len(run.judge.images) == 3
-    assert {sample.image for sample in seen} == set(range(tiny.PHOTOS)) - set(run.judge.images)
+    assert len(run.held_out.images) == 3
+    assert {sample.image for sample in seen} == set(range(tiny.PHOTOS)) - set(run.held_out.images)
     assert seen == [sample for step in range(6) for sample in run.sampler.step(step)]
     assert {sample.crop.flip for sample in seen} == {True, False}
     assert {sample.crop.box for sample in seen} == {(0.0, 0.0, 1.0, 1.0)}  # as published

@@ -174,7 +174,7 @@ def test_the_student_does_not_pass_for_the_backbone_that_it_was(photos: Path, tm
     assert backbone.fingerprint  # asked for before it is copied
     job, _ = tiny.distilled(photos, tmp_path / "run", backbone)
     assert not job.student.backbone.fingerprint.matches(backbone.fingerprint)
-    assert not job.training().judged.backbone.fingerprint.matches(backbone.fingerprint)
+    assert not job.training().evaluated.backbone.fingerprint.matches(backbone.fingerprint)
 
 
 def test_a_backbone_in_words_is_loaded_once_for_each_of_the_two(photos: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_backbone_in_another_precision_is_taught_in_float32(photos: Path, tmp_
     exact = tiny.copied(tiny_fit.spec_of(tmp_path / "tiny.safetensors").load())
     assert job.teacher.backbone.dtype == torch.bfloat16
     tiny.assert_same(tiny.copied(job.student.backbone), exact)  # not what bfloat16 left of it
-    assert job.training().judged.backbone.dtype == torch.bfloat16
+    assert job.training().evaluated.backbone.dtype == torch.bfloat16
 
 
 def test_blocks_behind_the_layer_stay_as_they_are_in_a_run(photos: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_average_of_a_run_is_what_is_judged_and_kept(photos: Path, tmp_path: Pat
     job = tiny.prepared(photos, tmp_path / "run", training=tiny.options(ema=0.8, evaluate_every=6))
     run = job.training()
     judged: list[dict[str, Tensor]] = []
-    judge = run.judge
+    judge = run.held_out
     average = {name: value.double() for name, value in tiny.copied(run.student).items()}
 
     def watched(model: Student) -> dict[str, float]:
@@ -239,7 +239,7 @@ def test_average_of_a_run_is_what_is_judged_and_kept(photos: Path, tmp_path: Pat
         for name, value in tiny.copied(run.student).items():
             average[name] = 0.8 * average[name] + 0.2 * value.double()
 
-    setattr(run, "judge", watched)  # noqa: B010, of another type
+    setattr(run, "held_out", watched)  # noqa: B010, of another type
     setattr(watched, "draw", judge.draw)  # noqa: B010
     run.run(on_step=step)
     (shown,) = judged

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import pytest
 
 import tiny_fit as tiny
 from denoising_vit.store import FeatureStore
+from forks import Fork, dvit, fork
 
 PHOTOS = 12
 
@@ -40,7 +39,6 @@ def fit_and_count(arguments: list[str], counter: str) -> None:
     from denoising_vit.fit import job
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
-    torch.set_num_threads(1)
     forward = TimmBackbone.forward
     file = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -58,9 +56,13 @@ def fit_and_count(arguments: list[str], counter: str) -> None:
 class Run:
     """A process that fits, and what it has done."""
 
-    process: ForkServerProcess
+    fork: Fork
     counter: Path
     before: int
+
+    @property
+    def process(self) -> ForkServerProcess:
+        return self.fork.process
 
     @property
     def passes(self) -> int:
@@ -73,10 +75,7 @@ class Run:
             time.sleep(0.002)
 
     def end(self) -> int:
-        self.process.join(120)
-        code = self.process.exitcode
-        assert code is not None, "the process does not end"
-        return code
+        return self.fork.end()
 
 
 def counted(counter: Path) -> int:
@@ -96,16 +95,13 @@ Start = Callable[[Place], Run]
 
 @pytest.fixture(scope="module")
 def start() -> Start:
-    """Starts `dvit fit` for a place; processes are forked from one that has done the imports, which take seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["denoising_vit.cli.app", "denoising_vit.cli.fit", "timm", "tiny_fit"])
+    """Starts `dvit fit` for a place."""
 
     def run(place: Place) -> Run:
         arguments = [*tiny.command(place.photos, place.store, place.weights), "--batch-size", str(tiny.PASSES)]
-        process = context.Process(target=fit_and_count, args=(arguments, str(place.counter)), daemon=True)
         before = counted(place.counter)
-        process.start()
-        return Run(process, place.counter, before)
+        started = fork(fit_and_count, arguments, str(place.counter), folder=place.counter.parent)
+        return Run(started, place.counter, before)
 
     return run
 
@@ -240,21 +236,16 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
 
 def test_ctrl_c_of_the_installed_command(inputs: tuple[Path, Path], tmp_path: Path, undisturbed: Undisturbed) -> None:
     store = tmp_path / "store"
-    script = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from denoising_vit.cli import main; main(sys.argv[1:])"
-    )
     # More views than the other tests have, so that it is still at work when the signal comes.
     arguments = [*tiny.command(inputs[0], store, inputs[1]), "--views", "300"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not any((store / "staged").glob("*.safetensors")):
+    run = fork(dvit, arguments, folder=tmp_path)
+    while run.process.is_alive() and not any((store / "staged").glob("*.safetensors")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert out == ""
+    assert run.process.pid is not None
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.end() == 130
+    err = run.err.read_text()
+    assert run.out.read_text() == ""
     assert "interrupted; finished photos are kept, repeat the command to continue" in err
     assert "Traceback" not in err
     assert 0 < done_in(store) < PHOTOS

@@ -102,11 +102,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dry runs by tiny protocols, on models of 128 channels."""
-    real, build = dry.dry_protocols, dry.build_timm_model
-    narrow = partial(build, embed_dim=128, num_heads=2)
-    monkeypatch.setattr(dry, "build_timm_model", narrow)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs on models of 128 channels."""
+    monkeypatch.setattr(dry, "build_timm_model", partial(dry.build_timm_model, embed_dim=128, num_heads=2))
+
+
+@pytest.fixture
+def tiny(narrow: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dry runs by tiny protocols."""
+    real = dry.dry_protocols
     monkeypatch.setattr(dry, "dry_protocols", lambda model: replace(real(model), segmentation=TINY, depth=TINY_DEPTH))
     with blank_panels():
         yield
@@ -570,6 +574,7 @@ def assert_dry(dvit: Dvit, model: str, folder: Path, variant: str = "baseline", 
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.usefixtures("narrow")
 def test_dry_run_follows_the_published_protocols(dvit: Dvit, tmp_path: Path) -> None:
     assert_dry(dvit, SMALL, tmp_path)
 

@@ -156,7 +156,7 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, there: str) -> N
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_bytes(b"\0\1\0")
     before = (tmp_path / "run.json").read_text()
-    with pytest.raises(TrainError, match="holds a run already; --resume goes on with it, or name another folder"):
+    with pytest.raises(TrainError, match="holds a run already; --resume continues it, or name another folder"):
         RunFolder(tmp_path).begin(IDENTITY | {"processes": 2}, resume=False)
     assert (tmp_path / there).read_bytes() == b"\0\1\0"
     assert (tmp_path / "run.json").read_text() == before
@@ -219,7 +219,7 @@ def test_changed_options_are_each_named_with_both_sides(tmp_path: Path) -> None:
 )
 def test_a_damaged_record_of_a_run_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(TrainError, match=r"run.json: damaged .*start anew in another folder"):
+    with pytest.raises(TrainError, match=r"run.json: damaged .*start again in another folder"):
         RunFolder(tmp_path).begin(IDENTITY, resume=True)
 
 

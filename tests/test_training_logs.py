@@ -55,7 +55,7 @@ class Full:
 def test_a_full_disk_is_told(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt: Any = Full()
     monkeypatch.setattr(log, "_file", spoilt)
-    with pytest.raises(TrainError, match=r"log.jsonl: cannot be written to \(.*No space left.*--resume goes on"):
+    with pytest.raises(TrainError, match=r"log.jsonl: cannot be written to \(.*No space left.*--resume continues"):
         log.write(1, "train", {"loss": 1.0})
 
 

@@ -340,7 +340,7 @@ def test_damaged_record_of_pairs_says_what_to_do(
 ) -> None:
     (kept.folder / "pairs.json").write_text(text)
     again = KeptPairs(kept.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
-    with pytest.raises(TrainError, match=r"pairs.json: damaged .*remove .*its features are computed anew"):
+    with pytest.raises(TrainError, match=r"pairs.json: damaged .*remove .*its features are computed again"):
         again.open(create=True)
 
 

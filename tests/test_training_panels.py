@@ -68,7 +68,7 @@ def columns(picture: np.ndarray) -> list[set[tuple[int, ...]]]:
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "panels").write_text("in the way")
-    with pytest.raises(TrainError, match=r"panels: a panel cannot be written .*--resume goes on"):
+    with pytest.raises(TrainError, match=r"panels: a panel cannot be written .*--resume continues"):
         draw_panel(tmp_path / "panels", 1, ("raw", "clean"), rows(1))
 
 

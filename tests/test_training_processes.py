@@ -1,11 +1,7 @@
-"""Two processes give what one gives with twice the batch, through the command that users start."""
+"""Two processes give what one gives with twice the batch."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +11,12 @@ import tiny_fit
 import tiny_training as tiny
 from denoising_vit.cli import app
 from denoising_vit.denoiser import read_denoiser
+from forks import dvit, run_together
+from tiny_distillation import blank_panels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PHOTOS, STEPS = 7, 3
-
-#: Seconds that a command may take on a machine that has much else to do.
-PATIENCE = 900
 
 
 @pytest.fixture(scope="module")
@@ -37,38 +32,28 @@ def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def arguments(data: tuple[Path, Path, Path], run: Path, batch: int) -> list[str]:
     photos, store, weights = data
     return [
-        *("-m", "denoising_vit", "train", str(store), "--photos", str(photos), "-o", str(run)),
+        *("train", str(store), "--photos", str(photos), "-o", str(run)),
         *("--backbone", tiny_fit.MODEL, "--weights", str(weights), "--device", "cpu", "--dtype", "float32"),
         *("--precision", "float32", "--steps", str(STEPS), "--batch-size", str(batch), "--learning-rate", "1e-3"),
         *("--held-out", "2", "--evaluate-every", "2", "--checkpoint-every", "1", "--pairs.keep", "3"),
     ]
 
 
-def in_two(data: tuple[Path, Path, Path], run: Path) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    whole = [sys.executable, *launcher, *arguments(data, run, 2)]
-    return subprocess.run(whole, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)
-
-
 @pytest.fixture(scope="module")
 def one(data: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("one") / "run"
-    _, _, *command = arguments(data, run, 4)
-    assert app.run(command) == 0
+    with blank_panels():
+        assert app.run(arguments(data, run, 4)) == 0
     return run
 
 
 @pytest.fixture(scope="module")
 def two(data: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("two") / "run"
-    done = in_two(data, run)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("images to train on") == 1  # the first process alone speaks
-    assert "2 process(es)" in done.stderr
+    done = run_together(dvit, arguments(data, run, 2), folder=run.parent)
+    assert done.codes == (0, 0), done.err
+    assert done.err.count("images to train on") == 1  # the first process alone speaks
+    assert "2 process(es)" in done.err
     return run
 
 

@@ -146,14 +146,14 @@ def test_ctrl_c_while_held_out_images_are_looked_at(
 ) -> None:
     """Without the second, at the last step, there is no denoiser in the end."""
     training = tiny.prepared(data.stored, tmp_path / "run").training()
-    judge, interrupt = training.judge, Interrupt(look, KeyboardInterrupt)
+    judge, interrupt = training.held_out, Interrupt(look, KeyboardInterrupt)
 
     def judged(denoiser: Callable[[Tensor], Tensor]) -> dict[str, float]:
         interrupt()
         return judge(denoiser)
 
     setattr(judged, "draw", judge.draw)  # noqa: B010
-    setattr(training, "judge", judged)  # noqa: B010, of another type
+    setattr(training, "held_out", judged)  # noqa: B010, of another type
     with pytest.raises(KeyboardInterrupt):
         training.run()
     there, here = tiny.results(straight), tiny.results(resumed(data, tmp_path / "run"))
@@ -288,16 +288,16 @@ def test_held_out_images_are_never_trained_on(
         monkeypatch.setattr(training, "_batches", watched)
         training.run()
         assert len(read) == 80
-        assert len(training.judge.images) == 3
-        assert not {sample.image for sample in read} & set(training.judge.images)
-        assert {sample.image for sample in read} | set(training.judge.images) == set(range(tiny.PHOTOS))
+        assert len(training.held_out.images) == 3
+        assert not {sample.image for sample in read} & set(training.held_out.images)
+        assert {sample.image for sample in read} | set(training.held_out.images) == set(range(tiny.PHOTOS))
 
 
 def test_the_split_is_that_of_the_run_before(data: tiny.Fitted, straight: Path) -> None:
     first, again = (tiny.prepared(data.stored, straight, resume=True).training() for _ in range(2))
-    assert first.judge.images == again.judge.images
+    assert first.held_out.images == again.held_out.images
     assert first.sampler == again.sampler
-    assert set(first.judge.images).isdisjoint(first.sampler.images)
+    assert set(first.held_out.images).isdisjoint(first.sampler.images)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -367,7 +367,7 @@ def test_fresh_pairs_train_as_well_and_are_judged_by_kept_ones(data: tiny.Fitted
     job, _ = tiny.trained(data.stored, tmp_path / "run", None, tiny.options(steps=60), tiny.views(keep=0))
     told = tiny.rows(job.folder.path, "held_out")
     assert told[-1]["ratio"] < 0.85
-    assert job.kept.usable() == tuple(job.training().judge.images)
+    assert job.kept.usable() == tuple(job.training().held_out.images)
 
 
 def test_photos_without_a_store_train_and_unusable_ones_are_told(data: tiny.Fitted, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_photos_without_a_store_train_and_unusable_ones_are_told(data: tiny.Fitt
     assert progress.step == 20
     assert list(job.skipped) == ["04.png"]
     training = job.training()
-    assert 4 not in (*training.sampler.images, *training.judge.images)
+    assert 4 not in (*training.sampler.images, *training.held_out.images)
     assert len(training.sampler.images) == tiny.PHOTOS - 1 - 3
 
 
@@ -433,7 +433,7 @@ def test_the_best_by_held_out_cosine_is_what_is_kept(
         states[progress.step] = {name: value.clone() for name, value in self.denoiser.state_dict().items()}
         return evaluate(self, progress, *args)
 
-    judge = training.judge
+    judge = training.held_out
     cosines = iter([0.1, 0.2, 0.9, 0.3, 0.9, 0.4, 0.5, 0.6, 0.7, 0.8])
     monkeypatch.setattr(Training, "_evaluate", watched)
 
@@ -441,7 +441,7 @@ def test_the_best_by_held_out_cosine_is_what_is_kept(
         return judge(denoiser) | {"cosine": next(cosines)}
 
     setattr(judged, "draw", judge.draw)  # noqa: B010
-    monkeypatch.setattr(training, "judge", judged)
+    monkeypatch.setattr(training, "held_out", judged)
     progress = training.run()
     assert (progress.step, progress.best, progress.best_step) == (20, 0.9, 6)
     for path, step in ((job.folder.denoiser, 6), (job.folder.last, 20)):
@@ -547,7 +547,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(
 
 def test_figures_by_a_straightforward_computation(data: tiny.Fitted, tmp_path: Path) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(sizes="56,40x72"))
-    judge = job.training().judge
+    judge = job.training().held_out
 
     def denoiser(raw: Tensor) -> Tensor:
         return 0.5 * raw + 0.1
@@ -585,7 +585,7 @@ def test_the_crop_that_is_judged_is_the_first(
     data: tiny.Fitted, tmp_path: Path, views: dict[str, Any], crop: int | None
 ) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(**views))
-    judge = job.training().judge
+    judge = job.training().held_out
     figures = judge(lambda raw: raw)
     assert ("crop_mse" in figures) == (crop is not None)
     if crop is not None:
@@ -596,7 +596,7 @@ def test_the_crop_that_is_judged_is_the_first(
 
 def test_place_is_told_where_there_are_images_enough(data: tiny.Fitted, tmp_path: Path) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", training=tiny.options(held_out=8))
-    figures = job.training().judge(lambda raw: raw)
+    figures = job.training().held_out(lambda raw: raw)
     assert figures["place"] == figures["raw_place"]
     assert figures["raw_place"] > figures["target_place"]  # the planted pattern is a matter of place
     assert math.isfinite(figures["place_neighbours"])

@@ -72,7 +72,7 @@ def test_a_run_trains_as_ever_and_judges_and_writes_the_shrunk_one(tmp_path: Pat
     for name, value in read_denoiser(runs[1.0] / "last.safetensors").state_dict().items():
         factor = 0.5 if "attn.proj" in name or "mlp.fc2" in name else 1
         torch.testing.assert_close(written.state_dict()[name], factor * value, atol=1e-6, rtol=2e-3)
-    judge = tiny.prepared(data.stored, runs[0.5], None, options[0.5], resume=True).training().judge
+    judge = tiny.prepared(data.stored, runs[0.5], None, options[0.5], resume=True).training().held_out
     told = tiny.rows(runs[0.5], "held_out")[-1]
     assert judge(written)["cosine"] == pytest.approx(told["cosine"], abs=1e-4)
     assert told["cosine"] != tiny.rows(runs[1.0], "held_out")[-1]["cosine"]

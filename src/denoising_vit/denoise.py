@@ -93,7 +93,7 @@ class Denoising:
         artifact: G (h, w, C) on the grid of the views if known, else None.
         denoiser: the denoiser if the method uses one.
         fitted: the views that are fitted; the first shows the whole photo.
-        held_out: the views that judge the fit, if any.
+        held_out: the views that the fit is evaluated on, if any.
         work: what progress on one photo counts up to.
 
     Raises:

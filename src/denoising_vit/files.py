@@ -313,6 +313,39 @@ def read_record(path: Path) -> Any:
         return parse_json((file.metadata() or {}).get(KEY, "{}"))
 
 
+@contextlib.contextmanager
+def open_own(
+    path: Path, kind: str, version: int, what: str, required: Iterable[str] = ()
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Our record in a safetensors file, and the file as `safe_open` gives it.
+
+    Args:
+        path: the file.
+        kind: ``format`` in the record.
+        version: the newest format version that this release reads.
+        what: content of the file, for errors, such as "an artifact".
+        required: keys of the record.
+
+    Raises:
+        FormatError: if the file is missing, damaged, something else, or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        head = read_record(path)
+        if not isinstance(head, dict) or head.get("format") != kind:
+            raise FormatError(f"{path}: a safetensors file, but not one with {what} (no {kind!r} metadata)")
+        require_version(path, head, version)
+        if lacking := [key for key in required if key not in head]:
+            raise FormatError(f"{path}: damaged, its metadata lacks {', '.join(lacking)}")
+        with safe_open(path, framework="pt") as file:
+            yield head, file
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not {what}, or damaged: expected a safetensors file ({error})") from error
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse the JSON of a file that may be damaged.
 

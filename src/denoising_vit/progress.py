@@ -10,7 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: ``progress(done, total)``, called as work goes on; the total may be an estimate.
+#: ``progress(done, total)``, called as work proceeds; the total may be an estimate.
 OnProgress = Callable[[int, int], None]
 
 #: ``with progress(label, total) as advance:``, then ``advance()`` after each item; the total may be unknown (None).

@@ -10,14 +10,13 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
 from denoising_vit.errors import ArtifactError, FormatError, PlanError
-from denoising_vit.files import KEY, compact, read_record, require_version, write_tensors
+from denoising_vit.files import KEY, compact, open_own, write_tensors
 from denoising_vit.hub.pretrained import Pretrained
 
 FORMAT = "denoising-vit/artifact"
@@ -28,7 +27,7 @@ SHIPPED, NONE = "shipped", "none"
 
 _FOLDER = Path(__file__).parent / "shipped"
 
-_REQUIRED = ("format_version", "size", "backbone", "info")
+_REQUIRED = ("size", "backbone", "info")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +105,9 @@ class Artifact(Pretrained):
             FormatError: if the file is missing, damaged, something else, or of a newer version.
         """
         path = Path(path).expanduser()
-        if not path.is_file():
-            raise FormatError(f"{path}: no such file")
-        try:
-            head = read_record(path)
+        with open_own(path, FORMAT, FORMAT_VERSION, "an artifact", _REQUIRED) as (head, file):
             _check_head(path, head)
-            with safe_open(path, framework="pt") as file:
-                values = file.get_tensor("artifact").float()
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise FormatError(f"{path}: not an artifact, or damaged: expected a safetensors file ({error})") from error
+            values = file.get_tensor("artifact").float()
         if values.ndim != 3 or not torch.isfinite(values).all():
             raise FormatError(f"{path}: damaged artifact, expected finite values (h, w, C), got {tuple(values.shape)}")
         return cls(values, tuple(head["size"]), head["backbone"], head["info"])
@@ -134,12 +127,7 @@ def _public(info: dict[str, Any]) -> dict[str, Any]:
     return info | {key: value for key, value in told.items() if key in info}
 
 
-def _check_head(path: Path, head: Any) -> None:
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise FormatError(f"{path}: a safetensors file, but not one with an artifact (no {FORMAT!r} metadata)")
-    require_version(path, head, FORMAT_VERSION)
-    if lacking := [key for key in _REQUIRED if key not in head]:
-        raise FormatError(f"{path}: damaged artifact, its metadata lacks {', '.join(lacking)}")
+def _check_head(path: Path, head: dict[str, Any]) -> None:
     size, backbone = head["size"], head["backbone"]
     if not _is_size(size) or not isinstance(head["info"], dict):
         raise FormatError(f"{path}: damaged artifact, its metadata does not hold a size and a record")

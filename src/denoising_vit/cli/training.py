@@ -73,7 +73,7 @@ def train(
         job.fill(show_progress if run.main else no_progress)
         run.print_skipped()
         found = job.training()
-        run.note(f"{len(found.sampler.images)} images to train on, {len(found.judge.images)} held out; run {out}")
+        run.note(f"{len(found.sampler.images)} images to train on, {len(found.held_out.images)} held out; run {out}")
         return found
 
     return run(job.backbone, prepared, training, job.folder.denoiser)
@@ -154,7 +154,7 @@ def distill(
 
     def prepared() -> Any:
         found = job.training()
-        counts = f"{len(found.sampler.images)} photos to train on, {len(found.judge.images)} held out"
+        counts = f"{len(found.sampler.images)} photos to train on, {len(found.held_out.images)} held out"
         processes = job.accelerator.num_processes
         if training.shard and processes == 1:
             run.note("--shard has no effect with one process")

@@ -189,6 +189,13 @@ def photo_digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
+def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A photo (H, W, 3) with its longer side at most ``side`` pixels."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    return np.array(image)
+
+
 def refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:
     """Refuse an opened image that declares too many pixels.
 

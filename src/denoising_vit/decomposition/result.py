@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from denoising_vit.errors import FormatError
-from denoising_vit.files import KEY, compact, read_record, require_version, write_tensors
+from denoising_vit.files import KEY, compact, open_own, write_tensors
 from denoising_vit.views.patch_grid import patch_centres, patch_count
 from denoising_vit.views.sampling import sample_field
 
 FORMAT = "denoising-vit/decomposition"
 FORMAT_VERSION = 1
 
-_REQUIRED = ("format_version", "size", "patch_size", "stride", "info")
+_REQUIRED = ("size", "patch_size", "stride", "info")
 
 
 def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tensor] | None = None) -> None:
@@ -48,8 +48,6 @@ def read_decomposition(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: if the file is missing, damaged, something else, or of a newer version.
     """
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
     head = read_head(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -73,16 +71,8 @@ def read_head(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: if the file is not a decomposition that this version reads.
     """
-    try:
-        head = read_record(path)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: not a decomposition: expected a safetensors file ({error})") from error
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise FormatError(f"{path}: a safetensors file, but not one with a decomposition (no {FORMAT!r} metadata)")
-    lacking = [key for key in _REQUIRED if key not in head]
-    if lacking:
-        raise FormatError(f"{path}: damaged decomposition, its metadata lacks {', '.join(lacking)}")
-    require_version(path, head, FORMAT_VERSION)
+    with open_own(path, FORMAT, FORMAT_VERSION, "a decomposition", _REQUIRED) as (head, _):
+        pass
     size, info = head["size"], head["info"]
     sides = [*size, head["patch_size"], head["stride"]] if isinstance(size, list) and len(size) == 2 else [None]
     if not all(isinstance(side, int) and side > 0 for side in sides) or not isinstance(info, dict):

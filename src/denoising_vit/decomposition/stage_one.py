@@ -75,7 +75,7 @@ class Ready:
         solver: solver of the plan.
         held_out: the held-out views, if any.
         artifact: G (h, w, C) if known.
-        judged: features of the held-out views.
+        held_out_features: features of the held-out views.
         raw: features of the whole photo (h, w, C), the first of its views.
     """
 
@@ -85,7 +85,7 @@ class Ready:
     solver: ExactSolver
     held_out: ViewPlan | None
     artifact: Tensor | None
-    judged: list[Tensor] = field(default_factory=list)
+    held_out_features: list[Tensor] = field(default_factory=list)
     raw: Tensor | None = None
 
     def solve_apart(self) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class Ready:
             self.statistics.add(features)
         else:
             require_finite(features)
-            self.judged.append(features.clone())
+            self.held_out_features.append(features.clone())
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """F on its nodes (Ry, Rx, C) and G (h, w, C), fitted unless it is known; float64."""
@@ -118,10 +118,10 @@ class Ready:
         """How well F (Ry, Rx, C) and G (h, w, C) predict the held-out views, and how many tokens were clipped."""
         found: dict[str, Any] = {"clipped_tokens": self.statistics.clipped_tokens}
         if self.held_out is not None:
-            judge = HeldOut(nodes, artifact, self.held_out)
-            for features in self.judged:
-                judge.add_views(features)
-            found |= {"heldout_r2": judge.r2, "heldout_cosine": judge.cosine}
+            evaluation = HeldOut(nodes, artifact, self.held_out)
+            for features in self.held_out_features:
+                evaluation.add_views(features)
+            found |= {"heldout_r2": evaluation.r2, "heldout_cosine": evaluation.cosine}
         return found
 
     def finish(self) -> Done:

@@ -100,7 +100,7 @@ class DenoisedViT(nn.Module):
     def _added(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """What all images of a grid have added, (h, w, C) float32; kept, as most callers have one size."""
         if torch.compiler.is_compiling():
-            return self._made(grid, device)  # in the graph: one that reads what is kept would be compiled anew for it
+            return self._made(grid, device)  # in the graph: one that reads what is kept would be compiled again for it
         kept = self._kept  # read once and replaced as a whole: another thread may have another size
         if kept is None or kept[0] != grid or kept[1].device != device:
             self._kept = kept = grid, self._made(grid, device)

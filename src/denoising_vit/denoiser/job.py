@@ -178,7 +178,7 @@ class TrainJob:
         except OSError as error:
             raise TrainError(
                 f"{self.kept.folder}: cannot be written to ({error.strerror or error}); what is there stays, and "
-                "--resume goes on"
+                "--resume continues"
             ) from error
         if self.options.blanks:
             with watch("content-free images", BLANKS * len(self.sizes)) as advance:
@@ -205,7 +205,7 @@ class TrainJob:
             pairs=pairs,
             blanks=self.blanks,
             sampler=Sampler(trained, self.sizes, self.views, options.seed, photos_a_step),
-            judge=HeldOut(self.targets, self.kept, held_out, backbone, self.sizes, device, self.folder.panels),
+            held_out=HeldOut(self.targets, self.kept, held_out, backbone, self.sizes, device, self.folder.panels),
             ids=tuple(self.targets.ids),
             options=options,
             accelerator=self.accelerator,

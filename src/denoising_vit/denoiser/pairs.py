@@ -157,7 +157,7 @@ class KeptPairs:
     def _mapped(self, path: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
         size = math.prod(shape) * np.dtype(kind).itemsize
         if not path.is_file() or path.stat().st_size != size:  # memmap would extend it with zeros
-            raise TrainError(f"{path}: damaged, expected {size} bytes; remove {self.folder} to compute them anew")
+            raise TrainError(f"{path}: damaged, expected {size} bytes; remove {self.folder} to compute them again")
         return np.memmap(path, kind, "r", shape=shape)
 
     def todo(self) -> list[int]:
@@ -248,7 +248,7 @@ class KeptPairs:
         recorded = read_object(head)
         if recorded is None:
             raise TrainError(
-                f"{head}: damaged (expected a JSON object); remove {self.folder}, its features are computed anew"
+                f"{head}: damaged (expected a JSON object); remove {self.folder}, its features are computed again"
             )
         if different := differences(recorded, self.identity):
             raise TrainError(

@@ -186,7 +186,7 @@ class StoredTargets:
     def _fitted(self, index: int, pixels: np.ndarray | Skipped) -> Fitted:
         name = self.ids[index]
         if isinstance(pixels, Skipped):
-            more = "; --resume goes on from the last checkpoint" if pixels.unreachable else ""
+            more = "; --resume continues from the last checkpoint" if pixels.unreachable else ""
             raise TrainError(f"{name}: the photo of a target cannot be read ({pixels.reason}){more}")
         try:
             field, record = self.store.read(index)

@@ -56,7 +56,7 @@ class Training:
         pairs: kept pairs; or, for new views in every step, photos with their fields.
         blanks: content-free images, which complete each batch; None without.
         sampler: the samples of each step.
-        judge: evaluation on the held-out images.
+        held_out: evaluation on the held-out images.
         ids: ids of the images.
         options: length, learning rate and logging.
         accelerator: processes and devices.
@@ -69,7 +69,7 @@ class Training:
     pairs: KeptPairs | ViewReader
     blanks: Blanks | None
     sampler: Sampler
-    judge: HeldOut
+    held_out: HeldOut
     ids: tuple[str, ...]
     options: TrainOptions
     accelerator: Any
@@ -175,14 +175,14 @@ class Training:
         """Evaluates on the held-out images, and writes the denoiser if it is the best so far or the last."""
         if log is not None:  # the first process
             shrunk_copy = shrunk(self.denoiser, self.options.shrink)
-            figures = self.judge(shrunk_copy)
+            figures = self.held_out(shrunk_copy)
             if progress.best is None or figures["cosine"] > progress.best:
                 progress = replace(progress, best=figures["cosine"], best_step=progress.step)
                 self._write(shrunk_copy, self.folder.denoiser, progress.step, figures)
             if progress.step == self.options.steps:
                 self._write(shrunk_copy, self.folder.last, progress.step, figures)
             log.write(progress.step, "held_out", figures)
-            self.judge.draw(shrunk_copy, progress.step)
+            self.held_out.draw(shrunk_copy, progress.step)
             on_look(progress.step, figures)
         self.accelerator.wait_for_everyone()
         return progress
@@ -192,7 +192,7 @@ class Training:
         try:
             write_denoiser(denoiser, path)
         except OSError as error:
-            raise TrainError(f"{path}: the denoiser could not be written ({error}); --resume goes on") from error
+            raise TrainError(f"{path}: the denoiser could not be written ({error}); --resume continues") from error
 
     def _save(self, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
         if self.accelerator.is_main_process:

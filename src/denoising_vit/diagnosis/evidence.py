@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Skipped
+from denoising_vit.data.photos import shrunk
 from denoising_vit.decomposition.calibration.calibrate import (
     Calibration,
     OnPhoto,
@@ -145,7 +145,7 @@ class EvidenceCollector:
                 crop = Crop.neutral(self._accepted, self._whole.size, self._options.seed)
                 image = to_image(pixels, self._backbone.device)
                 whole = ViewRenderer(image, self._whole, self._backbone.mean, self._backbone.std)(slice(1))
-                kept = _thumbnail(pixels) if self._accepted < self._options.shown else None
+                kept = shrunk(pixels, _THUMBNAIL) if self._accepted < self._options.shown else None
                 full = pixels if self._accepted < BLANK_PHOTOS else None
                 shown = crop.render(image, self._backbone.mean, self._backbone.std)[None]
                 self._waiting[index] = _Photo(crop, (shown, whole), kept, full)
@@ -253,9 +253,3 @@ def _checked(name: str, features: Tensor, shape: torch.Size) -> Tensor:
     if not torch.isfinite(features).all():
         raise EvaluationError(f"{name}: features are not finite")
     return features[0].float().cpu()
-
-
-def _thumbnail(pixels: np.ndarray) -> np.ndarray:
-    image = Image.fromarray(pixels)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return np.asarray(image)

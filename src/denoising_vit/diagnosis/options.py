@@ -11,8 +11,8 @@ from denoising_vit.errors import PlanError
 #: Files of a diagnosis, and the kinds of their marks.
 WRITTEN = {"diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
 
-#: Options that records leave out where they have their defaults, as when there were no others.
-_LATER = ("resolution", "smoothness", "shrinkage", "coverage", "taper")
+#: Options in every record. Records leave out all others at their defaults, so that a new option changes no old record.
+_ALWAYS = ("views", "size", "clip", "seed", "batch_size", "shown")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,5 @@ class DiagnoseOptions(CalibrationOptions):
 
     def recorded(self) -> dict[str, Any]:
         """The options for the record."""
-        usual = {each.name for each in fields(self) if each.name in _LATER and getattr(self, each.name) == each.default}
-        without = self.as_published | usual
-        return {name: value for name, value in asdict(self).items() if name not in without}
+        defaults = {each.name: each.default for each in fields(self)}
+        return {name: value for name, value in asdict(self).items() if name in _ALWAYS or value != defaults[name]}

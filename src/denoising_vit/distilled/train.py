@@ -75,8 +75,8 @@ class Distillation:
         teacher: the frozen teacher.
         reader: reads and renders photos.
         sampler: the samples of each step.
-        judge: evaluation on the held-out photos.
-        judged: a student in the precision of inference, which gets the weights to evaluate.
+        held_out: evaluation on the held-out photos.
+        evaluated: a student in the precision of inference, which gets the weights to evaluate.
         record: record written with the weights; JSON values.
         options: length, learning rate and logging.
         accelerator: processes and devices.
@@ -88,8 +88,8 @@ class Distillation:
     teacher: Teacher
     reader: ViewReader
     sampler: Sampler
-    judge: HeldOut
-    judged: Student
+    held_out: HeldOut
+    evaluated: Student
     record: dict[str, Any]
     options: DistillOptions
     accelerator: Any
@@ -234,14 +234,14 @@ class Distillation:
         """Evaluates on the held-out photos, and writes the weights if they are the best so far or the last."""
         state, diverged = self._weights(average), False
         if log is not None:  # the first process
-            self.judged.load_state_dict(state)
-            figures = self.judge(self.judged)
+            self.evaluated.load_state_dict(state)
+            figures = self.held_out(self.evaluated)
             log.write(progress.step, "held_out", figures)
             on_look(progress.step, figures)
             diverged = self._has_diverged(progress.step, figures)
             if not diverged:
                 progress = self._keep(progress, state, figures)
-                self.judge.draw(self.judged, progress.step)
+                self.held_out.draw(self.evaluated, progress.step)
         self.accelerator.wait_for_everyone()
         told = torch.tensor(float(diverged), device=self.accelerator.device)
         if self.accelerator.reduce(told, "sum").item():
@@ -300,7 +300,7 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     try:
         write_tensors(tensors, path, {KEY: json.dumps(head)})
     except OSError as error:
-        raise TrainError(f"{path}: the model could not be written ({error}); --resume goes on") from error
+        raise TrainError(f"{path}: the model could not be written ({error}); --resume continues") from error
 
 
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from denoising_vit.artifact import Artifact
 from denoising_vit.backbones.catalog import Dtype
@@ -18,7 +17,7 @@ from denoising_vit.denoiser import Denoiser
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.errors import DenoisingVitError, ExportError, FormatError
 from denoising_vit.export.checkpoints import WEIGHTS, float_state
-from denoising_vit.files import KEY, below, read_record, require_version, write_tensors
+from denoising_vit.files import KEY, below, open_own, write_tensors
 from denoising_vit.training_free.project import Subspace
 
 FORMAT = "denoising-vit/extractor"
@@ -70,15 +69,8 @@ def load_extractor(
     """
     path = Path(path).expanduser()
     path = path / WEIGHTS if path.is_dir() else path
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
-    try:
-        head = read_record(path)
-        _check_head(path, head)
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: not an extractor, or damaged: expected a safetensors file ({error})") from error
+    with open_own(path, FORMAT, FORMAT_VERSION, "an extractor", _REQUIRED) as (head, file):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no dict
     try:
         return _built(head, tensors, str(path), device, dtype)
     except DenoisingVitError as error:
@@ -110,11 +102,3 @@ def _built(
     made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # checks that they belong together
     place = device_at(device)
     return made.to(device=place, dtype=dtype_on(dtype, place))
-
-
-def _check_head(path: Path, head: Any) -> None:
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise FormatError(f"{path}: a safetensors file, but not one with an extractor (no {FORMAT!r} metadata)")
-    require_version(path, head, FORMAT_VERSION)
-    if lacking := [key for key in _REQUIRED if key not in head]:
-        raise FormatError(f"{path}: damaged extractor, its metadata lacks {', '.join(lacking)}")

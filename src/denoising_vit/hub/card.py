@@ -16,7 +16,7 @@ from denoising_vit.files import DISTILLED, Mark, digest_of, owned_path, read_rec
 #: Name of the card.
 CARD = "README.md"
 
-#: Mark of all cards. A card is written anew from the files in its folder, so no inputs tell one from another.
+#: Mark of all cards. A card is rewritten from the files in its folder, so no inputs tell one from another.
 CARD_MARK = Mark("model-card", digest_of(CARD))
 
 
@@ -153,7 +153,7 @@ def _made(record: dict[str, Any]) -> dict[str, Any]:
     about = _backbone(record)
     rows = {name: about[name] for name in ("name", "layer", "norm", "stride") if about.get(name) is not None}
     if "weights" in about:
-        rows["weights"] = Path(str(about["weights"])).name  # folders are nobody's business
+        rows["weights"] = Path(str(about["weights"])).name  # folders stay private
     if about:
         rows["fingerprint"] = Fingerprint(tuple(about["fingerprint"])).short
     rows = {"backbone" if name == "name" else f"backbone, {name}": value for name, value in rows.items()}

@@ -52,7 +52,7 @@ class Pretrained(ABC):
     def save_pretrained(self, folder: str | Path, *, figures: Mapping[str, Any] | None = None) -> None:
         """Writes its file and a model card into a folder, which is created if missing.
 
-        A file of the same kind is replaced. The card is written anew, about all files of ours in the folder.
+        A file of the same kind is replaced. The card is rewritten, about all files of ours in the folder.
 
         Args:
             folder: the folder.

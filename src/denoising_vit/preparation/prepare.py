@@ -114,7 +114,7 @@ def prepare_one(
             if wanted := [name for name in _STAGES if name not in done and (name != "denoiser" or options.denoiser)]:
                 spec = BackboneSpec(model, options.weights, device=options.device, dtype=options.dtype)
                 work = _Work(spec.load(), dataset, folder, options, watch, done)
-                if "denoiser" in wanted:  # the diagnosis is to judge it
+                if "denoiser" in wanted:  # the diagnosis evaluates it too
                     wanted = [*dict.fromkeys([*wanted, "diagnosis"])]
                 for name in wanted:
                     say(f"{model}: {name}")

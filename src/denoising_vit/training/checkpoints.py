@@ -92,7 +92,7 @@ class Checkpoints:
         try:
             write_tensors(tensors, path, {KEY: json.dumps(asdict(progress))})
         except OSError as error:
-            kept = "none was written before" if before is None else f"{before.name} is whole, --resume goes on from it"
+            kept = "none was written before" if before is None else f"{before.name} is whole, --resume continues it"
             raise TrainError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
         for old in self._all()[:-_KEPT]:
             old.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ class Checkpoints:
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:16])  # torch lists every tensor
             raise TrainError(
-                f"{path}: damaged checkpoint ({reason}); remove it, and --resume goes on from the one before"
+                f"{path}: damaged checkpoint ({reason}); remove it, and --resume continues from the one before"
             ) from error
         return progress
 

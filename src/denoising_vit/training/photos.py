@@ -104,7 +104,7 @@ class PlainPhotos:
                 yield Seen(index, to_image(found), None)
             elif found.unreachable:
                 raise TrainError(
-                    f"{found.item}: cannot be reached ({found.reason}); --resume goes on from the last checkpoint"
+                    f"{found.item}: cannot be reached ({found.reason}); --resume continues from the last checkpoint"
                 )
             else:
                 yield found
@@ -189,7 +189,7 @@ class ViewReader:
             try:
                 write_reason(self.told, skipped.item, skipped.reason)
             except OSError as error:
-                raise TrainError(f"{self.told}: cannot be written to ({error}); --resume goes on") from error
+                raise TrainError(f"{self.told}: cannot be written to ({error}); --resume continues") from error
 
 
 class _Ids(Sequence[str]):

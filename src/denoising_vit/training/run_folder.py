@@ -110,11 +110,11 @@ class RunFolder:
         head = self.path / _HEAD
         recorded = read_object(head)
         if recorded is None:
-            raise TrainError(f"{head}: damaged (expected a JSON object); start anew in another folder")
+            raise TrainError(f"{head}: damaged (expected a JSON object); start again in another folder")
         if different := differences(recorded, {"format": FORMAT, "version": 1, **identity}):
             raise TrainError(
                 f"{self.path}: cannot resume with other options: {'; '.join(different)}. Give those of the run, or "
-                "start anew in another folder"
+                "start again in another folder"
             )
 
     def begin_together(self, identity: dict[str, Any], accelerator: Any, *, resume: bool) -> None:
@@ -139,7 +139,7 @@ class RunFolder:
             if self.path.exists() and (not self.path.is_dir() or {e.name for e in self.path.iterdir()} - {HOLDING}):
                 raise TrainError(f"{self.path} exists and is no run of this program; expected a new or empty folder")
         elif not resume and self._is_begun():
-            raise TrainError(f"{self.path} holds a run already; --resume goes on with it, or name another folder")
+            raise TrainError(f"{self.path} holds a run already; --resume continues it, or name another folder")
 
     def _is_begun(self) -> bool:
         """True if the folder has more than the record of a run, or a record of another program."""

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -21,7 +19,7 @@ from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_
 from denoising_vit.data import find_photos
 from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import ArtifactError, FormatError, PhotoError
-from denoising_vit.files import KEY, atomic_path, read_record, require_version
+from denoising_vit.files import KEY, open_own, write_tensors
 from denoising_vit.views.rendering import to_image
 
 FORMAT_VERSION = 1
@@ -61,28 +59,17 @@ def photo_images(
 def write(path: Path, kind: str, values: Tensor, backbone: dict[str, Any], info: dict[str, Any]) -> None:
     """Write ``values`` and the record of the backbone they belong to."""
     head = {"format": kind, "format_version": FORMAT_VERSION, "backbone": backbone, "info": info}
-    with atomic_path(path) as temporary:
-        try:
-            save_file({"values": values.detach().cpu().contiguous()}, temporary, metadata={KEY: json.dumps(head)})
-        except SafetensorError as error:
-            raise OSError(f"{path}: could not be written ({error})") from error
+    write_tensors({"values": values.detach().cpu().contiguous()}, path, {KEY: json.dumps(head)})
 
 
-def read(path: Path, kind: str) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+def read(path: Path, kind: str, what: str) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
     """Values (rows, columns), record of the backbone, and info of a file of this kind.
 
     Raises:
         FormatError: if the file is missing, damaged, or of another kind.
     """
-    try:
-        head = read_record(path)
-        if not isinstance(head, dict) or head.get("format") != kind:
-            raise FormatError(f"{path}: expected a file with {kind!r} metadata")
-        require_version(path, head, FORMAT_VERSION)
-        with safe_open(path, framework="pt") as file:
-            values = file.get_tensor("values")
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: missing, damaged, or not a safetensors file ({error})") from error
+    with open_own(path, kind, FORMAT_VERSION, what) as (head, file):
+        values = file.get_tensor("values")
     backbone, info = head.get("backbone"), head.get("info")
     if not isinstance(backbone, dict) or not names_backbone(backbone) or not isinstance(info, dict):
         raise FormatError(f"{path}: damaged, its metadata does not name a backbone and its fingerprint")

@@ -103,7 +103,7 @@ class Subspace(nn.Module, Pretrained):
         Raises:
             FormatError: if the file is missing, damaged, or something else.
         """
-        return cls(*common.read(Path(path), KIND))
+        return cls(*common.read(Path(path), KIND, "a subspace"))
 
     def extra_repr(self) -> str:
         """One line for ``repr``."""
@@ -158,7 +158,7 @@ def find_subspace(
     info: dict[str, Any] = {"source": source, "size": list(size)}
     if rank == "auto" and features is not None:
         info["photos"] = len(features)
-        if source == "place":  # judged on photos that the directions were not fitted to: on their own, place is gone
+        if source == "place":  # evaluated on other photos: on those it was fitted to, place is gone
             half = len(features) // 2
             rank, info["ranks"] = choose_rank(features[half:], place_directions(features[:half], len(directions)))
         else:

@@ -80,7 +80,7 @@ class Registers(Pretrained):
         Raises:
             FormatError: if the file is missing, damaged, or something else.
         """
-        values, backbone, info = common.read(Path(path), KIND)
+        values, backbone, info = common.read(Path(path), KIND, "registers")
         if values.shape[1] != 2 or (values < 0).any():
             raise FormatError(f"{path}: damaged, expected pairs of block and neuron, got {tuple(values.shape)}")
         return cls(tuple((int(block), int(neuron)) for block, neuron in values), backbone, info)

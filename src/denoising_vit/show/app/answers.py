@@ -15,7 +15,7 @@ from PIL import Image
 
 from denoising_vit.artifact import NONE
 from denoising_vit.backbones import Backbone
-from denoising_vit.data.photos import read_photo_bytes
+from denoising_vit.data.photos import read_photo_bytes, shrunk
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.denoise import denoise_image
@@ -203,10 +203,3 @@ def draw_sheet(found: Answer) -> Path:
         with atomic_path(path) as temporary:
             draw_panel(found.photo, found.result, temporary, upsample=found.scale)
     return path
-
-
-def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A photo (H, W, 3) with its longer side at most ``side`` pixels."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side))
-    return np.array(image)

@@ -13,9 +13,10 @@ from typing import Any
 
 import gradio as gr
 
+from denoising_vit.data.photos import shrunk
 from denoising_vit.errors import AppError, DenoisingVitError
 from denoising_vit.maps.kinds import SIMILARITY
-from denoising_vit.show.app.answers import Answer, Keep, Settings, answer, draw_sheet, largest_size, read_upload, shrunk
+from denoising_vit.show.app.answers import Answer, Keep, Settings, answer, draw_sheet, largest_size, read_upload
 from denoising_vit.show.app.models import Model, Models
 from denoising_vit.show.app.scene import LEGENDS, LONGER, Figure, Scene, figures, scene_in
 from denoising_vit.views.patch_grid import nearest_sizes

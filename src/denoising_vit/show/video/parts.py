@@ -113,7 +113,7 @@ class Parts:
             return None
 
     def open(self, record: dict[str, Any], each: int, *, overwrite: bool) -> None:
-        """Resumes from existing parts of ``each`` frames, or starts anew; ``overwrite`` discards other settings' parts.
+        """Resumes from existing parts of ``each`` frames, or starts again; ``overwrite`` drops other settings' parts.
 
         Raises:
             ClipError: if there are parts of other settings.
