@@ -41,6 +41,9 @@ FAULTS: dict[str, tuple[int, int]] = {
 }
 COUNT = 0
 
+#: timm's smallest ViT: 64 channels in 6 blocks.
+MODEL = "test_vit"
+
 #: Packages that the verbs import when they need them.
 _OTHERS = ("torch", "torchvision", "timm", "matplotlib.pyplot", "sklearn.decomposition", "scipy.ndimage", "zarr", "av")
 _OTHERS += ("rich.progress", "tyro", "PIL.Image", "jinja2", "accelerate", "tensorboard", "torchmetrics", "pydantic")
@@ -86,7 +89,7 @@ def cases() -> dict[str, Case]:
     """The verbs that write, at sizes that take a second."""
     import tiny_fit
 
-    model = ("--backbone", tiny_fit.MODEL, "--weights", "weights.safetensors", "--device", "cpu", "--dtype", "float32")
+    model = ("--backbone", MODEL, "--weights", "weights.safetensors", "--device", "cpu", "--dtype", "float32")
     seen = (*model, "--size", str(tiny_fit.SIZE), "--views", "8")
     quick = ("--steps", "2", "--batch-size", "1", "--held-out", "1", "--checkpoint-every", "1", "--evaluate-every", "1")
     train = ("train", "photos", "-o", "out/run", "--on-the-fly", *quick, "--pairs.keep", "1", "--pairs.whole", "1")
@@ -116,9 +119,9 @@ def prepare(folder: Path) -> None:
 
     tiny_fit.write_photos(folder / "photos", 4)
     tiny_fit.write_photos(folder / "clip", 3, seed=1)
-    weights = tiny_fit.write_weights(folder / "weights.safetensors")
-    write_denoiser(tiny_export.denoiser(tiny_fit.spec_of(weights).load()), folder / "denoiser.safetensors")
-    tiny_fit.prepare(folder / "photos", folder / "store", tiny_fit.spec_of(weights)).run()
+    spec = tiny_fit.spec_of(tiny_fit.write_weights(folder / "weights.safetensors", MODEL), backbone=MODEL)
+    write_denoiser(tiny_export.denoiser(spec.load()), folder / "denoiser.safetensors")
+    tiny_fit.prepare(folder / "photos", folder / "store", spec).run()
     (folder / "out").mkdir()
     (folder / "out" / "theirs.txt").write_bytes(FOREIGN)
 
@@ -251,7 +254,7 @@ class Harness:
             code, words, _ = forked(place, self.case.arguments, n, mode, error, None)
             after = tree(place)
             again, words_again = 0, ""
-            if code != 0 and not self._complete(after):  # else the work is done, and a verb may refuse to do it again
+            if not self._complete(after):  # else the work is done, and a verb may refuse to do it again
                 again, words_again, _ = forked(place, self._again(after), 0, COUNT, 0, None)
             trial = Trial(code, words, again, words_again)
             removes = self.log[n - 1][1] in ("unlink", "rmdir")  # what could not be removed stays
@@ -305,7 +308,17 @@ def _names_a_file(words: str) -> bool:
     return bool(re.search(r"\bout\b|\.(png|safetensors|json|jsonl|mp4|html)\b", words))
 
 
-def armed(work: Path, names: Sequence[str], every: int, faults: Sequence[str], result: Path | None) -> int:
+def ends(log: Sequence[Sequence[str]]) -> list[int]:
+    """Numbers of the first and the last call of each kind on each file: those between them are alike."""
+    places: dict[tuple[str, ...], list[int]] = {}
+    for n, (_, *call) in enumerate(log, 1):
+        places.setdefault(tuple(call), []).append(n)
+    return sorted({n for each in places.values() for n in (each[0], each[-1])})
+
+
+def armed(
+    work: Path, names: Sequence[str], every: int, faults: Sequence[str], result: Path | None, *, only_ends: bool
+) -> int:
     """In the preloaded process: all trials of the named verbs."""
     import_everything()
     pid = os.fork()  # inputs are made in a fork, so that this process never runs torch
@@ -322,20 +335,22 @@ def armed(work: Path, names: Sequence[str], every: int, faults: Sequence[str], r
     rows, failed = [], 0
     for name in names or cases():
         harness = Harness(work, cases()[name])
-        print(f"{name}: {harness.calls} calls", flush=True)
+        chosen = ends(harness.log) if only_ends else range(1, harness.calls + 1)
+        print(f"{name}: {harness.calls} calls, {len(chosen)} of them chosen", flush=True)
         lost = [problem.replace(f"{harness.at}/", "") for problem in flushes.losses(harness.log)]
         rows.append({"verb": name, "fault": "power cut", "calls": harness.calls, "tried": 1, "problems": lost})
         print("\n".join(f"    {problem}" for problem in lost), end="\n" if lost else "", flush=True)
         failed += bool(lost)
         for place, fault in enumerate(faults):
-            first = 1 + place * every // len(faults)  # other calls for each fault, so that together they try more
-            points, found = range(first, harness.calls + 1, every), {}
+            first = place * every // len(faults)  # other calls for each fault, so that together they try more
+            points, found = chosen[first::every], {}
             tried = 0
             for n in points:
                 if FAULTS[fault][0] == 3 and harness.log[n - 1][1] != "write":
                     continue
                 tried += 1
                 trial = harness.trial(n, fault)
+                print(".", end="", file=sys.stderr, flush=True)
                 for problem in trial.problems:
                     call, said = harness.log[n - 1], (trial.words_again or trial.words).strip().splitlines()
                     where = f"call {n}: {call[1]} {call[2][len(str(harness.at)) + 1 :]}; said: {' '.join(said[-1:])}"
@@ -356,11 +371,13 @@ def main() -> int:
     parser.add_argument("--verbs", nargs="*", default=[], help="default: all")
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), help="default: all")
     parser.add_argument("--every", type=int, default=1, help="try each n-th call only")
+    parser.add_argument("--ends", action="store_true", help="of the like calls on one file try the first and the last")
     parser.add_argument("--result", type=Path, help="file for the table, as JSON")
     parser.add_argument("--armed", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.armed:
-        return armed(chosen.armed, chosen.verbs, chosen.every, chosen.faults, chosen.result)
+        given = chosen.verbs, chosen.every, chosen.faults, chosen.result
+        return armed(chosen.armed, *given, only_ends=chosen.ends)
     with tempfile.TemporaryDirectory() as folder:
         return preloaded(Path(folder), [folder, *sys.argv[1:]])
 

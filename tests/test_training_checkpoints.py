@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from denoising_vit import Denoiser
+from denoising_vit.environment import run_info
 from denoising_vit.errors import TrainError
 from denoising_vit.training import run_folder
 from denoising_vit.training.checkpoints import Checkpoints, Progress
@@ -144,6 +145,14 @@ def test_a_new_folder_is_made_and_the_same_run_goes_on(tmp_path: Path) -> None:
     assert json.loads((folder.path / "run.json").read_text())["stage"] == "denoiser"
     folder.begin(IDENTITY, resume=True)
     folder.begin(IDENTITY, resume=True)
+
+
+def test_a_run_that_ended_between_its_two_records_gets_the_other_when_it_resumes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(IDENTITY, resume=False)
+    (tmp_path / "about.json").unlink()
+    folder.begin(IDENTITY, resume=True)
+    assert json.loads((tmp_path / "about.json").read_text()).keys() == run_info().keys()
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:

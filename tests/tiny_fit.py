@@ -28,10 +28,10 @@ VIEWS, HELD_OUT = 8, 1
 PASSES = VIEWS + HELD_OUT
 
 
-def write_weights(path: Path) -> Path:
+def write_weights(path: Path, model: str = MODEL) -> Path:
     """Random weights in a file: those of ``weights="random"`` are others in each process."""
     torch.manual_seed(0)
-    save_file(timm.create_model(MODEL).state_dict(), path)
+    save_file(timm.create_model(model).state_dict(), path)
     return path
 
 

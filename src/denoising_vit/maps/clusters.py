@@ -14,6 +14,9 @@ from denoising_vit.maps.pca import settle_signs
 FIT_POINTS, MOST_POINTS = 4096, 16384
 """Vectors of each map, and of all maps, that k-means is fitted on; all vectors are assigned."""
 
+DIRECTIONS = 32
+"""Principal directions that k-means is run along: clusters lie in the first few, and all cost several times as much."""
+
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
@@ -48,12 +51,14 @@ class Clusters:
         count = min(FIT_POINTS, max(MOST_POINTS // len(points), clusters), *(len(vectors) for vectors in points))
         sample = _sorted(np.concatenate([_thin(vectors, count) for vectors in points]))
         centre = sample.mean(0, dtype=np.float64)
-        scale = float(np.abs(sample - centre).max()) or 1.0
-        sample = ((sample - centre) / scale).astype(np.float32)
+        sample = sample - centre.astype(np.float32)
+        scale = float(np.abs(sample).max()) or 1.0
+        sample /= scale
         clusters = min(clusters, _distinct(sample, np.abs(centre).max() / scale))
         runs: Any = 3  # scikit-learn has no annotations: a checker takes the type of the default, a string
-        model = KMeans(clusters, n_init=runs, random_state=seed).fit(sample)
-        found = np.asarray(model.cluster_centers_, np.float64)
+        model = KMeans(clusters, n_init=runs, random_state=seed).fit(_strongest(sample))
+        members = np.eye(clusters, dtype=np.float64)[model.labels_]  # (N, k)
+        found = members.T @ sample / members.sum(0)[:, None]
         return cls(found[_order(found)] * scale + centre)
 
     def labels(self, features: Features) -> np.ndarray:
@@ -100,6 +105,15 @@ def _thin(points: np.ndarray, count: int) -> np.ndarray:
 def _distinct(points: np.ndarray, offset: float) -> int:
     """Number of sorted points (N, C) that differ by more than rounding, given their distance from zero."""
     return 1 + int(np.count_nonzero(np.diff(np.sort(_keys(points))) > RESOLUTION * (1 + offset)))
+
+
+def _strongest(points: np.ndarray) -> np.ndarray:
+    """Centred points (N, C) along about their strongest :data:`DIRECTIONS` principal directions, if C is larger."""
+    if points.shape[1] <= DIRECTIONS:
+        return points
+    random = np.random.default_rng(0).standard_normal((points.shape[1], DIRECTIONS)).astype(np.float32)
+    found, _ = np.linalg.qr(points.T @ (points @ random))  # one step of subspace iteration
+    return points @ found
 
 
 def _order(centres: np.ndarray) -> np.ndarray:

@@ -6,28 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from denoising_vit.data.photos import PANEL_SOFTWARE
+from denoising_vit.maps.canvas import Canvas, Words
 from denoising_vit.maps.features import Bar, lookup
 
-DPI, FINE_DPI = 150, 300
 CELL, TALLEST = 330, 520  # pixels: width of a cell; greatest height of a picture
 LEFT, RIGHT, GAP, ASIDE = 70, 26, 20, 28  # pixels: margins; space between columns; extra space before one set apart
 TITLE, HEADING, BAR, BETWEEN, CAPTION = 62, 40, 36, 14, 62  # pixels: heights of the bands, from top to bottom
 LINE, LETTER = 20, 9.5  # pixels: line height and letter width of the caption
-INK, SOFT, FONT = "#1a1a1a", "#5c5c5c", "DejaVu Sans"
+INK, SOFT = "#1a1a1a", "#5c5c5c"
 BESIDE = "  ·  "
 """Separator of the parts of a caption."""
 STEEPEST = 4.0
 """Pictures of aspects beyond 4:1 or 1:4 are drawn at that."""
-FORMATS = (".png", ".pdf", ".svg")
 
 
 class Sheet:
@@ -49,13 +42,10 @@ class Sheet:
         rows = sum(HEADING + height + BAR for height, _ in self._boxes) + (len(aspects) - 1) * BETWEEN
         self._height = self._top + rows + CAPTION
         self._width = LEFT + columns * CELL + (columns - 1) * GAP + (ASIDE if self._apart < columns else 0) + RIGHT
-        self._figure = Figure((self._width / DPI, self._height / DPI), dpi=DPI, facecolor="white")
-        # One set of axes in pixels for all pictures: each set costs as much as the pictures of a row.
-        self._axes = self._figure.add_axes((0, 0, 1, 1))
-        self._axes.set(xlim=(0, self._width), ylim=(self._height, 0))
-        self._axes.set_axis_off()
+        self._canvas = Canvas(self._width, self._height)
+        self._last_photo: tuple[np.ndarray, tuple[int, int], np.ndarray] | None = None
         if title:
-            self._text(LEFT, self._top * 0.5, shorten(title, 100), size=14, weight="bold", ha="left")
+            self._text(LEFT, self._top * 0.5, shorten(title, 100), size=14, bold=True, align="left")
 
     def box(self, row: int) -> tuple[int, int]:
         """(height, width) in pixels of the pictures of a row."""
@@ -74,55 +64,41 @@ class Sheet:
         """Draws (h, w, 3) uint8 with its heading, a ring at (y, x) in [0, 1], and a colour bar below."""
         left, top = self._corner(row, column)
         height, width = self.box(row)
-        self._image(pixels, left, top, width, height)
+        self._canvas.picture(pixels, left, top, width, height)
         if ring:
-            y, x = top + ring[0] * height, left + ring[1] * width
-            stroke = [withStroke(linewidth=3.2, foreground="black")]
-            self._axes.plot(x, y, "o", ms=8, mfc="none", mec="white", mew=1.6, path_effects=stroke)
+            self._canvas.ring(left + ring[1] * width, top + ring[0] * height)
         self._text(left + width / 2, top - HEADING * 0.42, heading, size=9.5)
         if bar:
             self._bar(left + (width - CELL) // 2, top + height + BAR // 2, *bar)
 
     def photo(self, row: int, pixels: np.ndarray, heading: str, ring: tuple[float, float] | None = None) -> None:
         """Draws a photo (H, W, 3) uint8 of any size in the first column."""
-        height, width = self.box(row)
-        # Thinned before it is resized: a 100-megapixel copy for a thumbnail is wasteful.
-        rows, columns = (max(1, side // (4 * goal)) for side, goal in zip(pixels.shape, (height, width), strict=False))
-        image = Image.fromarray(np.ascontiguousarray(pixels[::rows, ::columns]))
-        self.picture(row, 0, np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)), heading, ring=ring)
+        box, last = self.box(row), self._last_photo
+        if last is None or last[0] is not pixels or last[1] != box:  # most sheets repeat one photo
+            self._last_photo = last = pixels, box, _resized(pixels, *box)
+        self.picture(row, 0, last[2], heading, ring=ring)
 
     def row_label(self, row: int, label: str) -> None:
         """Writes a label along the left edge of a row."""
         top = self._corner(row, 0)[1]
-        self._text(LEFT * 0.55, top + self.box(row)[0] / 2, label, size=11, weight="bold", rotation=90)
+        self._text(LEFT * 0.55, top + self.box(row)[0] / 2, label, size=11, bold=True, upward=True)
 
     def caption(self, *lines: str) -> None:
         """Writes lines at the bottom, each broken in two where it is too long."""
         fitting = [part for line in lines for part in halved(line, int((self._width - LEFT - RIGHT) / LETTER))]
         for place, line in enumerate(fitting):
             below = (place - (len(fitting) - 1) / 2) * LINE
-            self._text(LEFT, self._height - CAPTION * 0.5 + below, line, size=8, colour=SOFT, ha="left")
+            self._text(LEFT, self._height - CAPTION * 0.5 + below, line, size=8, colour=SOFT, align="left")
 
     def save(self, path: str | Path, suffix: str = ".png") -> None:
-        """Writes one of :data:`FORMATS`, the same file for the same sheet; text stays text in PDF and SVG."""
-        FigureCanvasAgg(self._figure)
-        kind = suffix.removeprefix(".")
-        # The software marks a PNG as a sheet, not a photo. Dates would make every file different.
-        about = {
-            "png": {"Software": PANEL_SOFTWARE},
-            "pdf": {"Creator": PANEL_SOFTWARE, "CreationDate": None},
-            "svg": {"Creator": PANEL_SOFTWARE, "Date": None},
-        }
-        kept: Any = {"svg.fonttype": "none", "svg.hashsalt": "dvit", "pdf.fonttype": 42, "image.composite_image": False}
-        with matplotlib.rc_context(kept):
-            dpi = DPI if kind == "png" else FINE_DPI
-            self._figure.savefig(path, format=kind, dpi=dpi, facecolor="white", metadata=about[kind])
+        """Writes a PNG, PDF or SVG, by the suffix."""
+        self._canvas.save(path, suffix)
 
     def _bar(self, left: int, top: int, colours: str, span: tuple[float, float]) -> None:
         """A colour bar with the values at its ends, centred in a cell."""
-        self._image(lookup(np.linspace(0, 1, 256)[None], colours), left + CELL // 4, top - 4, CELL // 2, 8)
+        self._canvas.picture(lookup(np.linspace(0, 1, 256)[None], colours), left + CELL // 4, top - 4, CELL // 2, 8)
         for place, align, value in ((CELL // 4 - 8, "right", span[0]), (CELL * 3 // 4 + 8, "left", span[1])):
-            self._text(left + place, top, number(value), size=7.5, colour=SOFT, ha=align)
+            self._text(left + place, top, number(value), size=7.5, colour=SOFT, align=align)
 
     def _corner(self, row: int, column: int) -> tuple[int, int]:
         """(left, top) in pixels of a picture, centred in its cell."""
@@ -131,16 +107,8 @@ class Sheet:
         left = LEFT + column * (CELL + GAP) + aside + (CELL - self.box(row)[1]) // 2
         return left, self._top + HEADING + above
 
-    def _image(self, pixels: np.ndarray, left: int, top: int, width: int, height: int) -> None:
-        """Draws (h, w, 3) uint8 in a rectangle."""
-        place = (left, left + width, top + height, top)
-        self._axes.imshow(pixels, interpolation="nearest", aspect="auto", extent=place)
-
-    def _text(
-        self, left: float, top: float, text: str, *, size: float, colour: str = INK, ha: str = "center", **style: Any
-    ) -> None:
-        style |= {"fontsize": size, "color": colour, "ha": ha, "va": "center", "family": FONT, "parse_math": False}
-        self._figure.text(left / self._width, 1 - top / self._height, printable(text), **style)
+    def _text(self, left: float, top: float, text: str, *, size: float, colour: str = INK, **style: Any) -> None:
+        self._canvas.words(Words(left, top, text, size, colour, **style))
 
 
 def draw_rows(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | Path) -> None:
@@ -191,10 +159,12 @@ def shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
-def printable(text: str) -> str:
-    """The text on one line, with a box for each character that the font lacks (matplotlib would warn about each)."""
-    font = get_font(findfont(FONT))
-    return "".join(mark if font.get_char_index(ord(mark)) else "□" for mark in " ".join(text.split()))
+def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A photo (H, W, 3) uint8 as (height, width, 3)."""
+    # Thinned before it is resized: a 100-megapixel copy for a thumbnail is wasteful.
+    rows, columns = (max(1, side // (4 * goal)) for side, goal in zip(pixels.shape, (height, width), strict=False))
+    image = Image.fromarray(np.ascontiguousarray(pixels[::rows, ::columns]))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _box(aspect: float) -> tuple[int, int]:

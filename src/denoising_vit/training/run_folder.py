@@ -116,6 +116,8 @@ class RunFolder:
                 f"{self.path}: cannot resume with other options: {'; '.join(different)}. Give those of the run, or "
                 "start again in another folder"
             )
+        if not (self.path / _ABOUT).is_file():  # the run ended between the two
+            self._write({_ABOUT: run_info()})
 
     def begin_together(self, identity: dict[str, Any], accelerator: Any, *, resume: bool) -> None:
         """:meth:`begin` in the first process; the others check that they were given the same options.
@@ -153,7 +155,14 @@ class RunFolder:
             make_folder(self.path)
             remove_pairs(self.pairs)
             (self.path / REASONS).unlink(missing_ok=True)
-            for name, record in ((_HEAD, {"format": FORMAT, "version": 1, **identity}), (_ABOUT, run_info())):
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._write({_HEAD: {"format": FORMAT, "version": 1, **identity}, _ABOUT: run_info()})
+
+    def _write(self, records: dict[str, dict[str, Any]]) -> None:
+        """Writes records by the name of their file."""
+        try:
+            for name, record in records.items():
                 with atomic_path(self.path / name) as temporary:
                     temporary.write_text(json.dumps(record, indent=1))
         except OSError as error:
