@@ -16,7 +16,7 @@ import faults
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the shim that makes calls fail needs a C compiler")
 def test_a_fault_at_a_write_costs_nothing_that_the_same_command_does_not_make_good(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
-    command = [sys.executable, faults.__file__, "--verbs", "export", "--every", "15", "--result", str(result)]
+    command = [sys.executable, faults.__file__, "--verbs", "export", "--every", "8", "--result", str(result)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     rows = json.loads(result.read_text())
     assert [row["fault"] for row in rows] == ["power cut", *faults.FAULTS]

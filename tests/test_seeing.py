@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from denoising_vit.backbones.recorded import describe
+from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.evaluation.features import FeatureCache, Shown, see
 from denoising_vit.evaluation.labelled import LabelledData
 from denoising_vit.evaluation.sources import ExtractorSource
 from denoising_vit.files import compact
+from denoising_vit.training_free import Subspace
 from denoising_vit.views.crops import Crop
 from tiny_labelled import PATCH, SIZE, coloured, colours, tiny_backbone, write_labelled
 
@@ -134,6 +137,38 @@ def test_a_second_pass_makes_no_forward_pass(shown: list[Shown], cache: FeatureC
     extractor.shapes.clear()
     list(see(extractor.source(), shown, FeatureCache(cache.folder)))
     assert extractor.shapes == []
+
+
+def test_features_that_are_cleaned_share_the_forward_passes_of_raw_ones(
+    shown: list[Shown], cache: FeatureCache
+) -> None:
+    model = Counted()
+    backbone = tiny_backbone(model)
+    identity = {"subspace": "one direction"}
+    extractor = DenoisedViT(backbone, Subspace(torch.eye(3)[:1], describe(backbone)))
+    model.shapes.clear()
+    clean, raw = ExtractorSource("project", backbone, extractor, identity), ExtractorSource("raw", backbone)
+    first = list(see(clean, shown, cache))
+    passes = sum(shape[0] for shape in model.shapes)
+    assert passes == 5 and len(files(cache)) == 5
+    kept = list(see(raw, shown, cache))
+    again = list(see(clean, shown, cache))
+    assert sum(shape[0] for shape in model.shapes) == passes  # neither made one
+    assert same(first, again) and same(first, list(see(clean, shown)))
+    for features, of_raw in zip(first, kept, strict=True):
+        assert not features[..., 0].any() and torch.equal(features[..., 1:], of_raw[..., 1:])
+
+
+def test_other_means_of_images_are_other_raw_features(shown: list[Shown], cache: FeatureCache) -> None:
+    backbone = tiny_backbone()
+    extractor = DenoisedViT(backbone, Subspace(torch.eye(3)[:1], describe(backbone)))
+    list(see(ExtractorSource("raw", backbone), shown, cache))
+    other = ExtractorSource("project", backbone, extractor, {"normalisation": "imagenet"}, ((0.5,) * 3, (0.5,) * 3))
+    found = list(see(other, shown, cache))
+    assert len(files(cache)) == 10
+    image, crop = shown[0]
+    expected = extractor(other.inputs(image, crop)[None])[0]
+    torch.testing.assert_close(found[0], expected, atol=1e-3, rtol=1e-3)
 
 
 def test_only_what_is_missing_is_made_and_order_is_kept(shown: list[Shown], cache: FeatureCache) -> None:

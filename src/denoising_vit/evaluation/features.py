@@ -141,12 +141,17 @@ def see(
 ) -> Iterator[Tensor]:
     """Features (h, w, C), float32 on the CPU, of each crop in turn.
 
-    Cached or not, they are rounded to float16 if they fit its range, so that a second run gives the same.
+    Cached or not, they are rounded to float16 if they fit its range, so that a second run gives the same. Features that
+    are cleaned from raw ones share the forward passes of these, and are cleaned again each time.
 
     Raises:
         EvaluationError: if features are not finite or not a grid.
         PhotoError: if a photo can no longer be read.
     """
+    if (raw := source.raw) is not None:
+        for features in see(raw, shown, cache, progress):
+            yield compact(source.cleaned(features)).float()
+        return
     cache = cache if source.cached else None
     batches = _batches(source, shown, cache)
     with contextlib.closing(batches if source.device.type == "cpu" else prefetched(batches, _AHEAD)) as batches:

@@ -68,6 +68,15 @@ class FeatureSource(ABC):
             EvaluationError: if they are not finite or not a grid.
         """
 
+    @property
+    def raw(self) -> FeatureSource | None:
+        """Source of the raw features that :meth:`cleaned` takes; None if these have a forward pass of their own."""
+        return None
+
+    def cleaned(self, raw: Tensor) -> Tensor:
+        """Features (h, w, C), float32 on the CPU, from those of :attr:`raw`."""
+        raise NotImplementedError
+
     def class_tokens(self) -> FeatureSource:
         """Source of the class tokens (B, 1, 1, C) of the same crops, cached like features.
 
@@ -124,6 +133,20 @@ class ExtractorSource(FeatureSource):
         """Features (B, h, w, C) of rendered crops (B, 3, H, W)."""
         grid = self._of.grid_size(*inputs.shape[2:])
         return self._checked(self._extractor(inputs.to(self.device)), grid)
+
+    @property
+    def raw(self) -> FeatureSource | None:
+        """Source of the backbone's own features, if the extractor cleans these."""
+        if not (isinstance(self._extractor, DenoisedViT) and self._extractor.backbone is self._of):
+            return None
+        shown = {name: value for name, value in self.identity.items() if name == "normalisation"}
+        return ExtractorSource("raw", self._of, identity=shown, normalisation=self._normalisation)
+
+    @torch.no_grad()
+    def cleaned(self, raw: Tensor) -> Tensor:
+        """Features (h, w, C), float32 on the CPU, from raw ones (h, w, C)."""
+        assert isinstance(self._extractor, DenoisedViT)
+        return self._checked(self._extractor.clean(raw[None].to(self.device)), (raw.shape[0], raw.shape[1]))[0].cpu()
 
     @torch.no_grad()
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
