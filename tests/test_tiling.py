@@ -22,6 +22,7 @@ from denoising_vit.denoise import Denoising
 from denoising_vit.errors import EvaluationError, PhotoError, PlanError, SizeError
 from denoising_vit.extractors import KINDS, Cleaners
 from denoising_vit.metrics.seams import seam_ratio
+from denoising_vit.tiling.alignment import Alignment
 from denoising_vit.tiling.denoising import TiledDenoising
 from denoising_vit.tiling.layout import TileLayout
 from denoising_vit.tiling.options import TileOptions
@@ -182,6 +183,59 @@ def test_seams_by_hand() -> None:
     assert seam_ratio(features, [], [1]) == pytest.approx(3 * 3 / 3 / (6 / 14))  # 6 steps of 1, 8 of 0
     with pytest.raises(EvaluationError, match="needs both"):
         seam_ratio(features, [], [])
+
+
+# --- alignment ---
+
+
+def test_offsets_of_tiles_are_found_where_they_overlap() -> None:
+    backbone, pixels = planted.backbone(), picture(408, 408)
+    stream = torch.Generator().manual_seed(0)
+
+    def moved(image: Tensor) -> Tensor:
+        return backbone(image) + torch.randn(planted.CHANNELS, generator=stream)
+
+    local = backbone(normalised(pixels, backbone))[0]
+    left = {}
+    for align in (False, True):
+        apart = dv.tiled_features(moved, pixels, tile=80, overlap=24, align=align, backbone=backbone) - local
+        left[align] = float((apart - apart.mean((0, 1))).square().mean())
+    assert left[False] > 0.3 and left[True] < 0.25 * left[False]
+
+
+def test_a_pattern_that_all_tiles_share_moves_none() -> None:
+    backbone, pixels = planted.backbone(), picture(192, 304)  # tiles evenly spaced
+
+    def ramped(image: Tensor) -> Tensor:
+        return backbone(image) + torch.linspace(0, 1, image.shape[3] // P)[:, None]
+
+    apart, aligned = (
+        dv.tiled_features(ramped, pixels, tile=80, overlap=24, align=align, backbone=backbone)
+        for align in (False, True)
+    )
+    torch.testing.assert_close(aligned, apart, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1)])
+def test_few_tiles_have_offsets_too(shape: tuple[int, int]) -> None:
+    rows, columns = (TileLayout.make(side, 80, 24, P, P) for side in (56 * count + 24 for count in shape))
+    assert (len(rows.starts), len(columns.starts)) == shape
+    alignment, wanted = Alignment(rows, columns), torch.tensor([0.0, 3, 1, 0])
+    for row, column in np.ndindex(shape):
+        alignment.add(row, column, torch.full((rows.shown, columns.shown, 2), float(-wanted[row + column])))
+    found = alignment.offsets(2)[..., 0].flatten()
+    if found.numel() == 4:  # first and last are alike, so nothing is taken for a pattern of the tiles
+        torch.testing.assert_close(found, wanted - wanted.mean(), atol=0.1, rtol=0)
+    assert found.shape == (shape[0] * shape[1],) and bool(torch.isfinite(found).all())
+
+
+def test_results_say_whether_they_are_aligned(tmp_path: Path) -> None:
+    backbone, options = planted.backbone(), DenoiseOptions(method="project")
+    aligned = TiledDenoising(backbone, options, TileOptions(tile=88))
+    apart = TiledDenoising(backbone, options, TileOptions(tile=88, align=False))
+    result = apart(picture(88, 160))
+    assert "align" not in result.info["tiles"]  # as in files of earlier versions
+    assert apart.made(result.info) and not aligned.made(result.info)
 
 
 # --- denoising ---

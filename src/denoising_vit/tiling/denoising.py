@@ -134,7 +134,10 @@ class TiledDenoising:
             infos.append(part.info)
             return torch.cat([part.semantic, part.artifact, part.raw], dim=-1)
 
-        semantic, artifact, raw = blend(picture, rows, columns, self.backbone, run).chunk(3, dim=-1)
+        channels = self.backbone.embed_dim
+        artifact_channels = slice(channels, 2 * channels)  # G has mean zero in every tile
+        blended = blend(picture, rows, columns, self.backbone, run, align=self.tiling.align, fixed=artifact_channels)
+        semantic, artifact, raw = blended.chunk(3, dim=-1)
         height, width = picture.shape[:2]
         info = infos[0] | {key: _mean([each[key] for each in infos]) for key in UNJUDGED}
         info |= {
@@ -162,7 +165,9 @@ class TiledDenoising:
 
     def _recorded(self, plan: ViewPlan) -> dict[str, Any]:
         size = None if self.size is None else list(self.size)
-        return {"of": list(plan.size), "tile": self.tiling.tile, "overlap": self.tiling.overlap, "size": size}
+        return {"of": list(plan.size), "tile": self.tiling.tile, "overlap": self.tiling.overlap, "size": size} | (
+            {"align": True} if self.tiling.align else {}
+        )
 
     def _on_nodes(self, semantic: Tensor, size: tuple[int, int]) -> Tensor:
         """The field whose values at the patch centres are these; nodes are patch centres unless patches overlap."""

@@ -15,6 +15,7 @@ from denoising_vit.data.pictures import Picture, open_picture
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import Extractor
 from denoising_vit.progress import OnProgress
+from denoising_vit.tiling.alignment import Alignment
 from denoising_vit.tiling.layout import TileLayout
 from denoising_vit.tiling.options import TileOptions
 from denoising_vit.views.rendering import per_channel, resampling_matrix, to_image
@@ -27,6 +28,7 @@ def tiled_features(
     *,
     tile: int | None = None,
     overlap: int | None = None,
+    align: bool = True,
     size: tuple[int, int] | None = None,
     max_pixels: int = TileOptions.max_pixels,
     backbone: Backbone | None = None,
@@ -45,6 +47,7 @@ def tiled_features(
         tile: side of a tile in pixels; the backbone's default size by default.
         overlap: pixels that neighbouring tiles share, at least; up to half a tile, a quarter by default. 0 takes every
             patch from the nearest tile, and shows seams.
+        align: shift the features of each tile by a constant, so that neighbours agree where they overlap.
         size: (H, W) to which the picture is resized; its own by default. Sides that do not fit the patch grid are
             changed to the nearest that do, by less than a patch.
         max_pixels: larger pictures are refused.
@@ -62,10 +65,10 @@ def tiled_features(
     model = extractor if isinstance(extractor, Backbone) else backbone or getattr(extractor, "backbone", None)
     if not isinstance(model, Backbone):
         raise PlanError("the extractor has no attribute `backbone`, whose patch grid tiles are cut to; give backbone=")
-    options = TileOptions(model.default_size if tile is None else tile, overlap, max_pixels)
+    options = TileOptions(model.default_size if tile is None else tile, overlap, align, max_pixels)
     opened = open_picture(picture, size=size, max_pixels=max_pixels)
     rows, columns = layouts(model, opened, options, size)
-    return blend(opened, rows, columns, model, lambda image: extractor(image)[0], progress)
+    return blend(opened, rows, columns, model, lambda image: extractor(image)[0], progress, align=align)
 
 
 def layouts(
@@ -88,6 +91,9 @@ def blend(
     backbone: Backbone,
     run: Callable[[Tensor], Tensor],
     progress: OnProgress | None = None,
+    *,
+    align: bool = True,
+    fixed: slice = slice(0),
 ) -> Tensor:
     """Run every tile, and add its features to the grid with its weights.
 
@@ -98,22 +104,33 @@ def blend(
         backbone: its normalisation and stride are those of the tiles.
         run: maps a normalised tile (1, 3, H, W) to (h, w, C).
         progress: called after each tile.
+        align: shift tiles by constants, so that neighbours agree where they overlap.
+        fixed: channels that are not shifted.
 
     Returns:
         (H', W', C) float32 on the CPU.
     """
     blended = torch.empty(0)
     total = len(rows.starts) * len(columns.starts)
+    alignment = Alignment(rows, columns)
     for index in range(total):
         row, column = divmod(index, len(columns.starts))
         features = run(_tile(picture, rows, row, columns, column, backbone)).float().cpu()
         if not len(blended):
             blended = torch.zeros(rows.weights.shape[1], columns.weights.shape[1], features.shape[2])
+        alignment.add(row, column, features)
         down, across = rows.patches(row), columns.patches(column)
         weights = np.outer(rows.weights[row, down], columns.weights[column, across])
         blended[down, across] += features * torch.from_numpy(weights)[..., None]
         if progress is not None:
             progress(index + 1, total)
+    if align and total > 1:
+        offsets = alignment.offsets(blended.shape[2])
+        offsets[..., fixed] = 0
+        across = torch.from_numpy(columns.weights).T
+        for row, of_row in enumerate(offsets):
+            down = rows.patches(row)
+            blended[down] += torch.from_numpy(rows.weights[row, down])[:, None, None] * (across @ of_row)
     return blended
 
 

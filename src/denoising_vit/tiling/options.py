@@ -17,11 +17,13 @@ class TileOptions:
             to the backbone at once.
         overlap: pixels over which neighbouring tiles overlap, at least; their features are blended there. 0 takes every
             patch from the nearest tile. Without it, a quarter of a tile.
+        align: shift the features of each tile by a constant, so that neighbours agree where they overlap.
         max_pixels: largest picture that is read, in pixels.
     """
 
     tile: int | None = None
     overlap: int | None = None
+    align: bool = True
     max_pixels: int = 100_000_000
 
     def __post_init__(self) -> None:

@@ -1,0 +1,80 @@
+"""Offsets of tiles: each tile sees other surroundings, which moves all of its features; overlaps tell by how much."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array, diags_array
+from scipy.sparse.linalg import splu
+from torch import Tensor
+
+from denoising_vit.tiling.layout import TileLayout
+
+#: Weight of the penalty on offsets, relative to the mean number of patches that a tile shares.
+_RIDGE = 0.01
+
+
+class Alignment:
+    """Collects the means of tiles where they overlap, and solves for one offset (C,) of each tile.
+
+    Neighbours show the same content where they overlap, so the difference of their means there is due to what else each
+    of them shows, and to the place in the tile. The second part is the same for all neighbours in a direction, and is
+    subtracted: otherwise it would add up to a ramp across the picture. Offsets minimise the squared differences that
+    are left, weighted by the shared patches, plus a small penalty.
+
+    Args:
+        rows: tiles along the height.
+        columns: tiles along the width.
+    """
+
+    def __init__(self, rows: TileLayout, columns: TileLayout) -> None:
+        self._layouts = rows, columns
+        self._means: dict[tuple[int, int, int, bool], Tensor] = {}  # by tile, axis, and whether the next one shares it
+
+    def add(self, row: int, column: int, features: Tensor) -> None:
+        """Takes the features (h, w, C) of a tile."""
+        for axis, (layout, place) in enumerate(zip(self._layouts, (row, column), strict=True)):
+            for after in (False, True):
+                if shared := _shared(layout, place if after else place - 1):
+                    strip = features.narrow(axis, layout.shown - shared if after else 0, shared)
+                    self._means[row, column, axis, after] = strip.double().mean((0, 1))
+
+    def offsets(self, channels: int) -> Tensor:
+        """(tiles along the height, tiles along the width, C) float32; zero where tiles do not overlap."""
+        shape = len(self._layouts[0].starts), len(self._layouts[1].starts)
+        first, second, weights, wanted = [], [], [], []
+        for axis, layout in enumerate(self._layouts):
+            tiles = [at for at in np.ndindex(shape) if (*at, axis, True) in self._means]
+            if not tiles:
+                continue
+            nexts = [(row + (axis == 0), column + (axis == 1)) for row, column in tiles]
+            differences = torch.stack(
+                [
+                    self._means[*after, axis, False] - self._means[*at, axis, True]
+                    for at, after in zip(tiles, nexts, strict=True)
+                ]
+            )
+            across = self._layouts[1 - axis].shown
+            patches = np.array([_shared(layout, at[axis]) * across for at in tiles], np.float64)
+            mean = np.average(differences.numpy(), axis=0, weights=patches)
+            first += [np.ravel_multi_index(at, shape) for at in tiles]
+            second += [np.ravel_multi_index(at, shape) for at in nexts]
+            weights.append(patches)
+            wanted.append(differences.numpy() - mean)
+        if not wanted:
+            return torch.zeros(*shape, channels)
+        count, weight = shape[0] * shape[1], np.concatenate(weights)
+        pairs = np.arange(len(weight))
+        steps = coo_array((np.ones(len(weight)), (pairs, first)), (len(weight), count))
+        steps = (steps - coo_array((np.ones(len(weight)), (pairs, second)), (len(weight), count))).tocsr()
+        normal = steps.T @ diags_array(weight) @ steps
+        normal = normal + diags_array(np.full(count, _RIDGE * normal.diagonal().mean()))
+        found = splu(normal.tocsc()).solve(steps.T @ (weight[:, None] * np.concatenate(wanted)))
+        return torch.from_numpy(found - found.mean(0)).float().view(*shape, channels)
+
+
+def _shared(layout: TileLayout, index: int) -> int:
+    """Number of patches that a tile shares with the next; 0 if there is none."""
+    if not 0 <= index < len(layout.starts) - 1:
+        return 0
+    return max(layout.starts[index] + layout.shown - layout.starts[index + 1], 0)
