@@ -3,10 +3,10 @@
     python benchmarks/tiles.py [PHOTO | FOLDER] [--size 3000 4000] [--out DIR]
 
 Cuts one picture into tiles, and measures the mean step between neighbouring patches across the borders of tiles over
-the mean step elsewhere (1: no seam): each patch from the nearest tile, and blended over an overlap. Artifacts of
-position and the context that a tile lacks both make seams; only the first can be cleaned. So it does the same with a
-picture without content, where everything that tiles differ by is artifact. A folder of photos becomes a mosaic of
-six of them, whose borders are not those of tiles. Also writes one sheet of colours, the same for all.
+the mean step elsewhere (1: no seam): each patch from the nearest tile, blended over an overlap, and aligned as well.
+Artifacts of position and the context that a tile lacks both make seams; only the first can be cleaned. So it does the
+same with a picture without content, where everything that tiles differ by is artifact. A folder of photos becomes a
+mosaic of six of them, whose borders are not those of tiles. Also writes one sheet of colours, the same for all.
 """
 
 from __future__ import annotations
@@ -54,12 +54,15 @@ def main(
     rows, drawn, found = [], {}, {"hardware": hardware(), "backbone": model.extra_repr(), "size": size, "tile": tile}
     for about, picture in pictures.items():
         for overlap in overlaps if about == "picture" else overlaps[:1]:
-            ratios, maps = measured(model, names, picture, TileOptions(tile, overlap))
-            found[f"{about}, overlap {overlap}"] = ratios
-            rows.append([about, "nearest tile" if overlap == 0 else f"blended over {overlap} px", *ratios.values()])
-            print(rows[-1], flush=True)
-            if about == "picture":
-                drawn[overlap] = maps
+            for align in (False, True) if overlap else (False,):
+                ratios, maps = measured(model, names, picture, TileOptions(tile, overlap, align))
+                words = f"blended over {overlap} px" if overlap else "nearest tile"
+                words += ", aligned" if align else ""
+                found[f"{about}, {words}"] = ratios
+                rows.append([about, words, *ratios.values()])
+                print(rows[-1], flush=True)
+                if about == "picture":
+                    drawn[words] = maps
     markdown = table(["picture", "tiles", *names], rows)
     write(out, "tiles", found, markdown)
     if out is not None:
@@ -103,19 +106,19 @@ def measured(
 
     rows, columns = layouts(model, picture, options, None)
     with torch.inference_mode():
-        found = blend(picture, rows, columns, model, run).chunk(len(names), dim=-1)
+        found = blend(picture, rows, columns, model, run, align=options.align).chunk(len(names), dim=-1)
     maps = dict(zip(names, found, strict=True))
     return {name: round(seam_ratio(one, rows.seams, columns.seams), 3) for name, one in maps.items()}, maps
 
 
-def draw(picture: np.ndarray, drawn: dict[int, dict[str, Any]], path: Path) -> None:
-    """A row for each overlap, a column for each kind of features."""
+def draw(picture: np.ndarray, drawn: dict[str, dict[str, Any]], path: Path) -> None:
+    """A row for each way to join tiles, a column for each kind of features."""
     basis = PCABasis.fit(*(one for maps in drawn.values() for one in maps.values()))
     names = next(iter(drawn.values())).keys()
     sheet = Sheet([picture.shape[1] / picture.shape[0]] * len(drawn), 1 + len(names))
-    for row, (overlap, maps) in enumerate(drawn.items()):
+    for row, (words, maps) in enumerate(drawn.items()):
         sheet.photo(row, reduced(picture, 1024), "picture")
-        sheet.row_label(row, f"overlap {overlap} px")
+        sheet.row_label(row, words)
         for column, name in enumerate(names, 1):
             sheet.picture(row, column, basis.colours(maps[name]), name)
     sheet.save(path)
