@@ -118,7 +118,7 @@ def draw(picture: np.ndarray, drawn: dict[str, dict[str, Any]], path: Path) -> N
     sheet = Sheet([picture.shape[1] / picture.shape[0]] * len(drawn), 1 + len(names))
     for row, (words, maps) in enumerate(drawn.items()):
         sheet.photo(row, reduced(picture, 1024), "picture")
-        sheet.row_label(row, words)
+        sheet.row_label(row, words.replace(",", " ").split()[-1 if "aligned" in words else 0])
         for column, name in enumerate(names, 1):
             sheet.picture(row, column, basis.colours(maps[name]), name)
     sheet.save(path)
