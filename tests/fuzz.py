@@ -109,7 +109,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "artifact": Kind((_artifact(folder),), lambda path: _compared(Artifact.load(path).backbone)),
         "denoiser": Kind((_denoiser(folder),), lambda path: _compared(read_denoiser(path).trained_for)),
         "palette": Kind((_palette(),), lambda path: _compared(read_palette(path).backbone)),
-        "matrix": Kind((_matrix(),), lambda path: _compared(common.read(path, "kind")[1])),
+        "matrix": Kind((_matrix(),), lambda path: _compared(common.read(path, "kind", "a matrix")[1])),
         "manifest": _object(store, "manifest.json"),
         "marker": _object(store, "sealed/000000.json"),
         "failure": _object(store, "failed/00000003.json"),
