@@ -38,14 +38,14 @@ class Words:
     """A line of text.
 
     Attributes:
-        left: of its anchor, in pixels.
-        top: of its middle, in pixels.
-        text: what it says.
-        size: in points.
-        colour: as ``#rrggbb``.
-        align: the end of the text that the anchor is at.
-        bold: with bold letters.
-        upward: turned by 90 degrees, and centred.
+        left: horizontal position of the anchor in pixels.
+        top: vertical position of the middle of the line in pixels.
+        text: the text.
+        size: font size in points.
+        colour: colour as ``#rrggbb``.
+        align: which end of the line the anchor is at.
+        bold: bold type.
+        upward: rotated by 90 degrees to read upwards; centred.
     """
 
     left: float
@@ -59,11 +59,11 @@ class Words:
 
 
 class Canvas:
-    """What is drawn on a white rectangle, in the order: pictures, rings, words.
+    """A white canvas; pictures are drawn first, then rings, then text.
 
     Args:
-        width: in pixels.
-        height: in pixels.
+        width: width in pixels.
+        height: height in pixels.
     """
 
     def __init__(self, width: int, height: int) -> None:

@@ -39,6 +39,16 @@ class Alignment:
                     strip = features.narrow(axis, layout.shown - shared if after else 0, shared)
                     self._means[row, column, axis, after] = strip.double().mean((0, 1))
 
+    def shift(self, blended: Tensor, fixed: slice) -> None:
+        """Adds the offsets of all tiles to their blended features (H', W', C), in place, but to ``fixed`` channels."""
+        rows, columns = self._layouts
+        offsets = self.offsets(blended.shape[2])
+        offsets[..., fixed] = 0
+        across = torch.from_numpy(columns.weights).T
+        for row, of_row in enumerate(offsets):
+            down = rows.patches(row)
+            blended[down] += torch.from_numpy(rows.weights[row, down])[:, None, None] * (across @ of_row)
+
     def offsets(self, channels: int) -> Tensor:
         """(tiles along the height, tiles along the width, C) float32; zero where tiles do not overlap."""
         shape = len(self._layouts[0].starts), len(self._layouts[1].starts)

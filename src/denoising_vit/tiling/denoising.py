@@ -165,9 +165,10 @@ class TiledDenoising:
 
     def _recorded(self, plan: ViewPlan) -> dict[str, Any]:
         size = None if self.size is None else list(self.size)
-        return {"of": list(plan.size), "tile": self.tiling.tile, "overlap": self.tiling.overlap, "size": size} | (
-            {"align": True} if self.tiling.align else {}
-        )
+        found = {"of": list(plan.size), "tile": self.tiling.tile, "overlap": self.tiling.overlap, "size": size}
+        if self.tiling.align:  # results of earlier versions are not aligned, and do not say so
+            found["align"] = True
+        return found
 
     def _on_nodes(self, semantic: Tensor, size: tuple[int, int]) -> Tensor:
         """The field whose values at the patch centres are these; nodes are patch centres unless patches overlap."""

@@ -124,13 +124,8 @@ def blend(
         blended[down, across] += features * torch.from_numpy(weights)[..., None]
         if progress is not None:
             progress(index + 1, total)
-    if align and total > 1:
-        offsets = alignment.offsets(blended.shape[2])
-        offsets[..., fixed] = 0
-        across = torch.from_numpy(columns.weights).T
-        for row, of_row in enumerate(offsets):
-            down = rows.patches(row)
-            blended[down] += torch.from_numpy(rows.weights[row, down])[:, None, None] * (across @ of_row)
+    if align:
+        alignment.shift(blended, fixed)
     return blended
 
 
