@@ -310,7 +310,11 @@ def read_record(path: Path) -> Any:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return parse_json((file.metadata() or {}).get(KEY, "{}"))
+        return _record_in(file)
+
+
+def _record_in(file: Any) -> Any:
+    return parse_json((file.metadata() or {}).get(KEY, "{}"))
 
 
 @contextlib.contextmanager
@@ -334,13 +338,13 @@ def open_own(
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     try:
-        head = read_record(path)
-        if not isinstance(head, dict) or head.get("format") != kind:
-            raise FormatError(f"{path}: a safetensors file, but not one with {what} (no {kind!r} metadata)")
-        require_version(path, head, version)
-        if lacking := [key for key in required if key not in head]:
-            raise FormatError(f"{path}: damaged, its metadata lacks {', '.join(lacking)}")
         with safe_open(path, framework="pt") as file:
+            head = _record_in(file)
+            if not isinstance(head, dict) or head.get("format") != kind:
+                raise FormatError(f"{path}: a safetensors file, but not one with {what} (no {kind!r} metadata)")
+            require_version(path, head, version)
+            if lacking := [key for key in required if key not in head]:
+                raise FormatError(f"{path}: damaged, its metadata lacks {', '.join(lacking)}")
             yield head, file
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: not {what}, or damaged: expected a safetensors file ({error})") from error
