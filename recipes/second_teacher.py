@@ -22,7 +22,7 @@ import numpy as np
 import probes
 import torch
 from scenes import read_photos, render
-from stage_two import Training, apply, blank_features, blend, clean_blanks, optimise, some
+from stage_two import Training, apply, blank_features, blend, optimise, some
 from targets import clock
 from torch import Tensor
 
@@ -30,6 +30,7 @@ import denoising_vit as dv
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import Denoiser, write_denoiser
+from denoising_vit.training.blanks import clean_blanks
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.denoiser import Denoiser
 from denoising_vit.metrics.blank_test import random_blank_images
+from denoising_vit.training.blanks import clean_blanks
 from denoising_vit.training.loop import denoising_loss, learning_rate
 
 Size = tuple[int, int]
@@ -120,11 +121,6 @@ def optimise(
 def some(features: Tensor, count: int, order: torch.Generator) -> Tensor:
     """Random ones of the features (N, h, w, C), float32."""
     return features[torch.randint(len(features), (count,), generator=order).to(features.device)].float()
-
-
-def clean_blanks(blank: Tensor) -> Tensor:
-    """Clean features (M, h, w, C) of content-free images: the same everywhere, the mean of their raw ones."""
-    return blank.mean((1, 2), keepdim=True).expand_as(blank)
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def diagnose(
         diagnosing: options of the diagnosis.
         model: the backbone.
         photos: number of photos, evenly spread over the data set; 0 for all.
-        denoiser: another denoiser to evaluate: a file, or voc_denoised or imgnet_denoised for the published ones; the
+        denoiser: a denoiser to evaluate too: a file, or voc_denoised or imgnet_denoised for the published ones; the
             one in the package for this backbone by default.
         json: print the figures as one JSON line instead of a table.
     """

@@ -16,7 +16,7 @@ from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.errors import DenoisingVitError, TrainError
 from denoising_vit.progress import no_progress
-from denoising_vit.training.options import ViewOptions
+from denoising_vit.training.options import RunOptions, ViewOptions
 
 if TYPE_CHECKING:
     from denoising_vit.backbones import Backbone
@@ -74,6 +74,7 @@ def train(
         run.print_skipped()
         found = job.training()
         run.note(f"{len(found.sampler.images)} images to train on, {len(found.held_out.images)} held out; run {out}")
+        run.note_blanks(training)
         return found
 
     return run(job.backbone, prepared, training, job.folder.denoiser)
@@ -158,7 +159,8 @@ def distill(
         processes = job.accelerator.num_processes
         if training.shard and processes == 1:
             run.note("--shard has no effect with one process")
-        run.note(f"{counts}; {job.options.steps} steps of {found.sampler.pairs} views; run {out}")
+        run.note(f"{counts}; {job.options.steps} steps of {training.views_a_step(processes)} views; run {out}")
+        run.note_blanks(training)
         if (rate := training.safer_rate(processes)) is not None:
             run.note(
                 f"runs with steps of so few views have diverged at --learning-rate {training.learning_rate:g}; "
@@ -238,6 +240,11 @@ class _Run:
         self._write_page()
         self._accelerator.wait_for_everyone()
         return SOME_FAILED if self.main and (self._skipped() or self._left_out) else OK
+
+    def note_blanks(self, options: RunOptions) -> None:
+        """Prints how many images of a batch are content-free: a small share of a small batch may be none."""
+        if options.blank:
+            self.note(f"{options.blanks} of {options.batch_size} images in a batch are content-free (--blank)")
 
     def note(self, message: str) -> None:
         """Prints a message."""

@@ -153,7 +153,7 @@ class TrainJob:
         return cls(folder, backbone, targets, options, views, sizes, kept, accelerator)
 
     def fill(self, watch: Progress) -> None:
-        """Computes the missing pairs, whose images are divided between the processes, and those of content-free images.
+        """Computes the missing pairs, images divided between the processes, and features of content-free images.
 
         Raises:
             TrainError: if a target is missing, features are not finite, or the disk is full.
@@ -191,6 +191,7 @@ class TrainJob:
             TrainError: if too few images can be used.
         """
         options, backbone, device = self.options, self.backbone, self.accelerator.device
+        assert self.blanks is not None or not options.blanks, "fill() comes first"
         images = self.kept.usable() if self.views.keep else tuple(self.targets.images)
         trained, held_out = _split(images, options)
         pairs: KeptPairs | ViewReader = self.kept

@@ -26,6 +26,7 @@ from denoising_vit.training.loop import (
     Figures,
     Log,
     OnFigures,
+    blanks_before,
     denoising_loss,
     gradient_norm,
     is_due,
@@ -115,10 +116,12 @@ class Training:
                         seen += samples
                         raw, target = self._features(inputs.to(device)), target.to(device)
                         if self.blanks is not None:
-                            before = number * accelerator.num_processes + accelerator.process_index
-                            place = progress.step, before * options.blanks, options.blanks
-                            blank, clean = self.blanks.draw(samples[0].size, *place)
-                            raw, target = torch.cat([raw, blank.to(raw)]), torch.cat([target, clean.to(target)])
+                            first = blanks_before(number, options.blanks, accelerator)
+                            known = self.blanks.draw(samples[0].size, progress.step, first, options.blanks)
+                            raw, target = (
+                                torch.cat([some, more.to(device)])
+                                for some, more in zip((raw, target), known, strict=True)
+                            )
                         with synchronised(model, number == options.accumulate - 1):
                             with torch.autocast(raw.device.type, self.dtype, enabled=self.dtype != torch.float32):
                                 clean = model(raw)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from denoising_vit.backbones import Backbone
 from denoising_vit.denoiser import Denoiser, FoundDenoiser, GivenDenoiser, find_denoiser, load_denoiser, source_name
 from denoising_vit.errors import DenoiserError, TrainError
+from denoising_vit.training.blanks import clean_blanks
 from denoising_vit.training.photos import Batch
 from denoising_vit.views.patch_grid import nearest_sizes
 
@@ -106,9 +107,9 @@ Teacher = DenoiserTeacher | FieldTeacher
 
 @torch.no_grad()
 def blank_lesson(teacher: Teacher, images: Tensor) -> Lesson:
-    """Targets of content-free images: the mean of their raw features, everywhere."""
+    """Targets of content-free images (B, 3, H, W)."""
     raw, prefixes = features_of(teacher.backbone, images, teacher.layers)
-    return Lesson(tuple(one.mean((1, 2), keepdim=True).expand_as(one) for one in raw), prefixes, raw)
+    return Lesson(tuple(clean_blanks(one) for one in raw), prefixes, raw)
 
 
 def features_of(

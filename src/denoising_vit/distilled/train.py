@@ -37,6 +37,7 @@ from denoising_vit.training.loop import (
     Figures,
     Log,
     OnFigures,
+    blanks_before,
     denoising_loss,
     gradient_norm,
     is_due,
@@ -146,8 +147,8 @@ class Distillation:
                         batch = next(batches)
                         waited += time.perf_counter() - asked
                         seen += batch.samples
-                        before = number * accelerator.num_processes + accelerator.process_index
-                        images, usable, lesson = self._lesson(batch, progress.step, before * options.blanks)
+                        first = blanks_before(number, options.blanks, accelerator)
+                        images, usable, lesson = self._lesson(batch, progress.step, first)
                         with synchronised(model, number == options.accumulate - 1, sharding):
                             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                                 answer = model(images)

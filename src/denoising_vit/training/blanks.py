@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone
+from denoising_vit.files import compact
 from denoising_vit.metrics.blank_test import random_blank_images
 from denoising_vit.training.samples import blank_numbers
 from denoising_vit.views.rendering import per_channel
@@ -22,7 +23,7 @@ class Blanks:
     """Raw features of uniform and noisy images.
 
     Attributes:
-        raw: features (N, h, w, C) of each size, float16 on the CPU.
+        raw: features (N, h, w, C) of each size, on the CPU, in float16 unless values exceed its range.
         seed: seed of the run.
     """
 
@@ -44,7 +45,7 @@ class Blanks:
             parts = []
             for start in range(0, BLANKS, _BATCH):
                 images = blank_images(backbone, size, _BATCH, seed + start)
-                parts.append(backbone(images.to(backbone.device, backbone.dtype)).half().cpu())
+                parts.append(compact(backbone(images.to(backbone.device, backbone.dtype)).cpu()))
                 for _ in images:
                     on_image()
             raw.append(torch.cat(parts))
@@ -60,7 +61,12 @@ class Blanks:
             count: number of images.
         """
         raw = self.raw[size][blank_numbers(self.seed, step, first, count, BLANKS)].float()
-        return raw, raw.mean((1, 2), keepdim=True).expand_as(raw)
+        return raw, clean_blanks(raw)
+
+
+def clean_blanks(raw: Tensor) -> Tensor:
+    """Clean features (B, h, w, C) of content-free images: the same everywhere, the mean of their raw ones."""
+    return raw.mean((1, 2), keepdim=True).expand_as(raw)
 
 
 def blank_images(backbone: Backbone, size: tuple[int, int], count: int, seed: int) -> Tensor:

@@ -69,6 +69,11 @@ def own_batches(sampler: Sampler, steps: Iterable[int], batch_size: int, acceler
             yield samples[start + first : start + first + batch_size]
 
 
+def blanks_before(number: int, blanks: int, accelerator: Any) -> int:
+    """Content-free images of a step in earlier batches, and in those of earlier processes; ``blanks`` a batch."""
+    return (number * accelerator.num_processes + accelerator.process_index) * blanks
+
+
 @contextlib.contextmanager
 def synchronised(model: nn.Module, last: bool, sharing: bool = False) -> Iterator[None]:
     """Lets processes exchange gradients only after the last batch of a step.

@@ -90,8 +90,8 @@ class RunOptions:
         final_rate: final learning rate.
         warmup: share of the steps with a rising learning rate.
         weight_decay: weight decay of AdamW.
-        blank: share of content-free images (uniform colours and noise) in a batch. Their clean features are known, the
-            same everywhere; 0 is as published.
+        blank: share of content-free images (uniform colours and noise) in a batch, rounded to whole images. Their clean
+            features are known, the same everywhere; 0 is as published.
         held_out: number of held-out images, which are never trained on. Default: a tenth, at most 100.
         evaluate_every: steps between evaluations on the held-out images.
         checkpoint_every: steps between checkpoints.
