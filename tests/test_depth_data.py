@@ -13,7 +13,7 @@ from PIL import Image, features
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.evaluation.depth import DepthData, open_depth
-from denoising_vit.evaluation.depth.data import block_splits, read_depth
+from denoising_vit.evaluation.depth.data import block_splits, read_depth, scenes_of
 from tiny_depth import (
     SIZE,
     blocky,
@@ -45,7 +45,8 @@ def test_folders_without_splits_are_judged_in_blocks(tmp_path: Path) -> None:
 
 def test_folders_with_splits_have_no_blocks(tmp_path: Path) -> None:
     data = open_depth(write_splits(tmp_path / "rooms", blocky(3, 0), blocky(2, 1)))
-    assert (data.layout, data.blocks, data.note) == ("folders", 0, None)
+    assert (data.layout, data.blocks, data.note, data.over) == ("folders", 0, None, "images")
+    assert data.groups(data.val, 0) == [0, 1]
     assert [(images.split, len(images.images)) for images in data.splits] == [("train", 3), ("val", 2)]
 
 
@@ -382,6 +383,45 @@ def test_folders_that_are_no_layout_are_refused_with_what_was_found(tmp_path: Pa
     for root, found in ((file, "a file"), (tmp_path / "gone", "nothing")):
         with pytest.raises(EvaluationError, match=f"expected the folder of a data set, found {found} there"):
             open_depth(root)
+
+
+# --- Scenes
+
+
+def test_photos_between_two_training_photos_are_a_scene() -> None:
+    train = [f"train/rgb_{number:05}.jpg" for number in (2, 4, 11)]
+    val = [f"test/rgb_{number:05}.jpg" for number in (0, 5, 9, 10, 12)]
+    scenes = scenes_of(train, val)
+    assert list(scenes) == val and list(scenes.values()) == [0, 1, 1, 1, 2]
+
+
+def test_a_scene_is_a_folder_if_each_folder_has_numbers_of_its_own() -> None:
+    train = ["kitchen_0028b/rgb_00045.jpg", "office_0006/rgb_00045.jpg"]
+    val = ["kitchen/rgb_00046.jpg", "bathroom/rgb_00050.jpg", "kitchen/rgb_00044.jpg"]
+    groups = scenes_of(train, val)
+    assert groups == {"bathroom/rgb_00050.jpg": 0, "kitchen/rgb_00046.jpg": 1, "kitchen/rgb_00044.jpg": 1}
+
+
+@pytest.mark.parametrize("val", [["a.jpg", "b.jpg"], ["5.jpg", "6.jpg"]])  # without numbers; in one run
+def test_scenes_are_unknown_without_numbers_or_folders(val: list[str]) -> None:
+    assert scenes_of(["1.jpg", "2.jpg"], val) == {}
+
+
+def test_scenes_are_found_among_all_photos_of_the_lists_even_if_few_are_taken(tmp_path: Path) -> None:
+    picture = flat(2, NYU_SIZE)
+    root = write_nyu(tmp_path / "nyu", [picture] * 2, [picture] * 4)
+    for name, numbers in (("nyu_train.txt", (2, 8)), ("nyu_test.txt", (1, 3, 5, 9))):
+        lines = []
+        for line, number in zip((root / name).read_text().splitlines(), numbers, strict=True):
+            photo, depth, focal = line.split()
+            moved = f"{name}_rgb_{number}.png"
+            (root / photo.lstrip("/")).rename(root / moved)
+            lines.append(f"{moved} {depth} {focal}")
+        (root / name).write_text("\n".join(lines))
+    data = open_depth(root)
+    assert data.over == "scenes" and data.groups(data.val, 0) == [0, 1, 1, 2]
+    few = open_depth(root, images=1)
+    assert few.scenes == data.scenes and few.groups(few.val, 0) == [1]
 
 
 # --- Blocks

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -124,9 +126,22 @@ class DepthData(EvaluationData[EvaluationSet[DepthImage]]):
     Attributes:
         blocks: for data without splits, number of blocks of consecutive photos, each evaluated with probes trained on
             the others; 0 for data with two splits.
+        scenes: the scene of each photo of ``val`` by its id, as :func:`scenes_of` finds it; empty if unknown.
     """
 
     blocks: int = 0
+    scenes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def over(self) -> str:
+        """Groups of photos that intervals are taken over: those that do not share a scene, as far as this is known."""
+        return "blocks" if self.blocks else "scenes" if self.scenes else "images"
+
+    def groups(self, val_set: EvaluationSet[DepthImage], block: int) -> list[int]:
+        """The group of each photo of a block; of all photos if there are no blocks."""
+        if self.blocks:
+            return [block] * len(val_set.images)
+        return [self.scenes.get(image.id, place) for place, image in enumerate(val_set.images)]
 
 
 def open_depth(
@@ -157,8 +172,8 @@ def open_depth(
     if layout.name != NYU and any((root / name).is_file() for name in _LAYOUTS[0].required):
         find_layout(path, _LAYOUTS[:1])  # raises: NYUv2 with one list missing is no other layout
     inspect = functools.partial(_inspected, scale=scale, layout=layout.name)
-    splits = []
-    for split, (pairs, skipped) in layout.open(root).items():
+    splits, files = [], layout.open(root)
+    for split, (pairs, skipped) in files.items():
         pairs = at_most(pairs, images)
         usable, failed = inspect_all(functools.partial(inspect, split=split), pairs, progress)
         failed = [*skipped, *failed]
@@ -166,7 +181,8 @@ def open_depth(
         _require_plausible(path, split, [median for _, median in usable], scale)
         splits.append(EvaluationSet(split, tuple(image for image, _ in usable), skipped=tuple(failed)))
     if len(splits) > 1:
-        return DepthData(path.name, layout.name, tuple(splits), shared_photos(*splits))
+        scenes = scenes_of(*([pair.id for pair in pairs] for pairs, _ in files.values())) if layout.name == NYU else {}
+        return DepthData(path.name, layout.name, tuple(splits), shared_photos(*splits), scenes=scenes)
     count = len(splits[0].images)
     if blocks < 2 or count < 2 * blocks:
         raise EvaluationError(
@@ -230,6 +246,30 @@ def _listed(root: Path, path: Path) -> _Files:
     if not pairs:
         raise EvaluationError(f"{path}: expected a photo, a depth map and a focal length a line, found none")
     return [pairs[photo] for photo in sorted(pairs)], skipped
+
+
+def scenes_of(train: Sequence[str], val: Sequence[str]) -> dict[str, int]:
+    """Group the photos of ``val`` so that no scene is in two groups: id to number of the group.
+
+    Frames of NYUv2's labelled set are numbered scene by scene, and a scene is in one split only. So if both splits are
+    numbered as one set, without a number twice, a group is a run of photos without a training photo in between: one
+    scene or several. Otherwise it is a folder, which the published lists have for each kind of room.
+
+    Args:
+        train: ids of the photos to train on, such as ``bathroom/rgb_00045.jpg``.
+        val: ids of the photos to evaluate on.
+
+    Returns:
+        the groups; empty if the photos are neither numbered nor in folders.
+    """
+    numbers = {id: re.findall(r"\d+", Path(id).stem)[-1:] for id in (*train, *val)}
+    if all(numbers.values()) and len({int(number) for (number,) in numbers.values()}) == len(numbers):
+        held_out = set(val)
+        order = sorted(numbers, key=lambda id: int(numbers[id][0]))
+        runs = [list(run) for is_val, run in itertools.groupby(order, held_out.__contains__) if is_val]
+    else:
+        runs = [list(run) for _, run in itertools.groupby(sorted(val, key=posixpath.dirname), posixpath.dirname)]
+    return {id: scene for scene, run in enumerate(runs) for id in run} if len(runs) > 1 else {}
 
 
 def _inspected(pair: Pair, split: str, scale: float, layout: str) -> tuple[DepthImage, float]:

@@ -163,7 +163,7 @@ class LinearDepth:
                 first = kept is not None and seed == seeds[0] and block == 0
                 errors, looks = self._probe(kept, train_set, val_set, seed, block, curve_with_scores=first)
                 found.append(errors)
-                groups += [block] * len(errors) if self.data.blocks else list(range(len(errors)))
+                groups += self.data.groups(val_set, block)
                 curve = curve or looks
             yield seed, Depths(np.concatenate(found), np.array(groups, dtype=np.int64)), curve
 
@@ -253,7 +253,7 @@ def by_protocol(
         seeds,
         protocol.size,
         outcome=Depths,
-        over="blocks" if data.blocks else "images",
+        over=data.over,
         normalisation=protocol.normalisation,
         published=published,
     )
