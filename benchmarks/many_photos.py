@@ -1,6 +1,6 @@
 """What `dvit denoise` of many photos costs beside the bare forward passes of the same photos.
 
-    python benchmarks/many_photos.py PHOTOS [--count 20] [--runs 3] [--out DIR]
+    python benchmarks/many_photos.py PHOTOS [--count 20] [--runs 3] [--no-pictures] [--out DIR]
 
 In one process, in alternating runs: the passes of the backbone and of its denoiser over a half of the photos, rendered
 beforehand; `dvit denoise` of that half; and `dvit denoise` of all. The difference of the last two is what the other
@@ -42,6 +42,7 @@ def main(
     backbone: str = "vit_small_patch14_dinov2.lvd142m",
     count: Annotated[int, tyro.conf.arg(help="number of photos; an even one")] = 20,
     runs: int = 3,
+    pictures: Annotated[bool, tyro.conf.arg(help="draw pictures, as the verb does by default")] = True,
     out: Annotated[Path | None, tyro.conf.arg(help="folder for JSON and Markdown")] = None,
 ) -> None:
     """Measures `dvit denoise` of many photos."""
@@ -53,8 +54,8 @@ def main(
         bare = forward(model, chosen[half:])
         jobs: dict[str, Callable[[], Any]] = {
             "forward": lambda: [job() for job in bare],
-            "half": lambda: denoise(chosen[:half], results, backbone),
-            "all": lambda: denoise(chosen, results, backbone),
+            "half": lambda: denoise(chosen[:half], results, backbone, pictures),
+            "all": lambda: denoise(chosen, results, backbone, pictures),
         }
         times = alternate(jobs, runs)
         beyond = Times(
@@ -70,6 +71,7 @@ def main(
             "hardware": hardware(),
             "backbone": model.extra_repr(),
             "photos": len(chosen),
+            "pictures": pictures,
             "forward_s": {clock: times["forward"].median(clock) / half for clock in CLOCKS},
             "denoise_s": {clock: beyond.median(clock) / half for clock in CLOCKS},
             "ratio": ratios(beyond, times["forward"]),
@@ -91,11 +93,12 @@ def forward(model: dv.Backbone, photos: list[Path]) -> list[Callable[[], None]]:
     return jobs
 
 
-def denoise(photos: list[Path], out: Path, backbone: str) -> None:
+def denoise(photos: list[Path], out: Path, backbone: str, pictures: bool) -> None:
     """The verb, with its start-up but for imports."""
     shutil.rmtree(out, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        code = app.run(["denoise", *map(str, photos), "-o", str(out), "--backbone", backbone])
+        more = [] if pictures else ["--no-pictures"]
+        code = app.run(["denoise", *map(str, photos), "-o", str(out), "--backbone", backbone, *more])
     assert code == 0, f"dvit denoise ended with {code}"
 
 
@@ -114,8 +117,9 @@ def markdown(found: dict[str, Any]) -> str:
         ratio = found["ratio"][clock]
         spread = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['largest']:.2f})"
         rows.append((clock, f"{found['forward_s'][clock]:.3f}", f"{found['denoise_s'][clock]:.3f}", spread, BAR))
+    drawn = "with pictures" if found["pictures"] else "without pictures"
     head = ("clock", "bare forward, s a photo", "dvit denoise, s a photo", "ratio", "at most")
-    return f"{found['hardware']}; {found['backbone']}; {found['photos']} photos\n\n{table(head, rows)}"
+    return f"{found['hardware']}; {found['backbone']}; {found['photos']} photos, {drawn}\n\n{table(head, rows)}"
 
 
 if __name__ == "__main__":

@@ -319,6 +319,31 @@ def test_picture_of_a_kept_result_of_another_way_is_not_compared(
     assert [(result.info["method"], exact) for result, exact in drawn] == [("exact", None), ("exact", None)]
 
 
+def test_without_pictures_none_is_drawn_and_the_result_is_the_same(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn
+) -> None:
+    command = (photo, "--denoiser", file, "--json", "-o")
+    dvit(*command, tmp_path / "drawn")
+    (row,) = dvit(*command, tmp_path / "plain", "--no-pictures").rows
+    assert (row["status"], row["panel"]) == ("done", None)
+    assert len(drawn) == 1 and [path.name for path in (tmp_path / "plain").iterdir()] == ["00.safetensors"]
+    assert torch.equal(result_of(tmp_path / "plain").semantic, result_of(tmp_path / "drawn").semantic)
+    (row,) = dvit(*command, tmp_path / "plain", "--no-pictures", "--upsample", "2").rows
+    assert row["note"] == "kept, finer features added" and len(drawn) == 1
+    (row,) = dvit(*command, tmp_path / "plain").rows  # and drawn later where it is wanted
+    assert row["status"] == "kept" and row["panel"] == str(tmp_path / "plain" / "00.png") and len(drawn) == 2
+
+
+def test_a_picture_of_the_result_before_does_not_stay_beside_another_result(
+    dvit: Dvit, photo: Path, tmp_path: Path, file: Path
+) -> None:
+    dvit(photo, "-o", tmp_path / "out")
+    dvit(photo, "-o", tmp_path / "out", "--no-pictures")
+    assert (tmp_path / "out" / "00.png").exists()  # it shows the result that is kept
+    dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--no-pictures", "--overwrite")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00.safetensors"]
+
+
 # --- what is refused ---
 
 
@@ -366,6 +391,15 @@ def test_a_comparison_without_a_denoiser_is_refused(dvit: Dvit, photo: Path, tmp
     assert done.code == 2
     assert "--compare draws exact beside a denoiser, and the method is exact" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_nothing_shows_is_refused(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+    command = (photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--no-pictures")
+    done = dvit(*command)
+    assert done.code == 2 and "leave out --no-pictures, or give --report" in done.err
+    assert not (tmp_path / "out").exists()
+    assert dvit(*command, "--report", tmp_path / "page.html").code == 0
+    assert (tmp_path / "page.html").exists() and not (tmp_path / "out" / "00.png").exists()
 
 
 def test_help_names_the_options(dvit: Dvit) -> None:

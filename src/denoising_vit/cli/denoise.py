@@ -52,6 +52,7 @@ def denoise(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     cleaners: tyro.conf.OmitArgPrefixes[_PhotoCleaners] = _PhotoCleaners(),
     compare: tyro.conf.FlagCreatePairsOff[bool] = False,
+    pictures: bool = True,
     upsample: int = 1,
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -68,6 +69,7 @@ def denoise(
         cleaners: what cleans the features.
         compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Costs one
             forward pass per view.
+        pictures: draw a picture of each photo. On an accelerator, drawing takes longer than one forward pass.
         upsample: also store and draw the clean features this many times finer.
         report: also write a self-contained page (.html) with maps and figures of all photos.
         overwrite: process photos again that have a result, including results from before the photo changed.
@@ -86,6 +88,8 @@ def denoise(
         raise PlanError(f"--upsample must be a whole number of at least 1, got {upsample}")
     if report is not None and (report.suffix.lower() not in (".html", ".htm") or report.is_dir()):
         raise PlanError(f"--report {report}: expected the name of a .html file")
+    if compare and not pictures and report is None:
+        raise PlanError("--compare draws exact beside a denoiser: leave out --no-pictures, or give --report")
     photos, missing = find_photos(inputs)
     told = Report("photo", PHOTO_NUMBERS, as_json=json)
     for item in missing:
@@ -123,7 +127,7 @@ def denoise(
     if subtracted is not None and (note := resampling_note(artifact or SHIPPED, backbone, subtracted.fitted.grid)):
         print_note(note)
     page = None if report is None else _page()
-    job = DenoiseJob(clean, folder, upsample, exact, page, tiling.max_pixels)
+    job = DenoiseJob(clean, folder, upsample, exact, page, pictures, tiling.max_pixels)
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
     interrupted = False
     try:

@@ -38,7 +38,7 @@ class PhotoRow(Row):
 
     Attributes:
         image: path of the photo.
-        panel: path of the picture.
+        panel: path of the picture, if there is one.
         views: number of crops fitted.
         heldout_r2: share of the variance of held-out views that is predicted.
         heldout_cosine: mean cosine to held-out views.
@@ -72,6 +72,7 @@ class DenoiseJob:
         upsample: factor by which stored and drawn features are finer.
         exact: stage 1 for the comparison in the picture, if wanted.
         page: report page, if wanted.
+        pictures: True if a picture of each photo is wanted.
         max_pixels: largest photo that is read.
     """
 
@@ -80,6 +81,7 @@ class DenoiseJob:
     upsample: int
     exact: Denoising | TiledDenoising | None
     page: PhotosPage | None = None
+    pictures: bool = True
     max_pixels: int = TileOptions.max_pixels
 
     @property
@@ -158,21 +160,21 @@ class DenoiseJob:
         info = output.existing
         assert info is not None
         notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
-        redrawn = self._redraws(output, info)
-        if redrawn or self.page is not None:
+        redrawn, refined = self._redraws(output, info), self._refines(info)
+        if redrawn or refined or self.page is not None:
             result, pixels = Decomposition.load(output.result), drawable(picture)
             self._show(photo, pixels, result, exact)
             if redrawn:
                 with self._drawn(pixels, result, exact, output):
                     pass
-            if self._refines(info):
+            if refined:
                 result.save(output.result, upsample=self.upsample)  # the field is stored, so nothing is recomputed
                 notes.append("finer features added")
         return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
 
     def _redraws(self, output: Output, info: dict[str, Any]) -> bool:
         """True if the picture of an existing result is missing, or is wanted finer."""
-        return self._refines(info) or not output.panel.exists()
+        return self.pictures and (self._refines(info) or not output.panel.exists())
 
     def _refines(self, info: dict[str, Any]) -> bool:
         return self.upsample > 1 and info.get("upsample") != self.upsample
@@ -201,7 +203,14 @@ class DenoiseJob:
     def _drawn(
         self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output
     ) -> Iterator[None]:
-        """Draws the picture to a temporary file and moves it in place if the block succeeds."""
+        """Draws the picture to a temporary file and moves it in place if the block succeeds.
+
+        Where no pictures are wanted, removes that of an earlier result, which would no longer show this one.
+        """
+        if not self.pictures:
+            yield
+            output.panel.unlink(missing_ok=True)
+            return
         from denoising_vit.maps import draw_panel  # matplotlib and scikit-learn take seconds to import
 
         with atomic_path(output.panel) as temporary:
@@ -219,7 +228,7 @@ class DenoiseJob:
             image=str(photo),
             status=status,
             output=str(output.result),
-            panel=str(output.panel),
+            panel=str(output.panel) if output.panel.exists() else None,
             views=info.get("views", 1),
             heldout_r2=info["heldout_r2"],
             heldout_cosine=info["heldout_cosine"],
