@@ -104,7 +104,7 @@ def fields(
             if count == _FITTED_AT:
                 windows = [window.to(b.device, torch.float32) for window in stage.plan.windows]
                 g = torch.cat([weighted_sum(views[:count], *windows).double() for views in features], -1)
-                ways["per photo"] = stage.solver.solve_artifact(stage.solver.solve_field(b), g)
+                ways["per photo"] = stage.solver.solve_apart(b, g)[1]
             for name, artifact in ways.items():
                 maps = stage.at_patches(b, artifact).unflatten(-1, (len(some), -1))  # (h, w, N C) -> (h, w, N, C)
                 found.setdefault((count, name), []).append(maps.permute(2, 0, 1, 3).half())

@@ -649,6 +649,27 @@ def test_artifact_that_learns_is_taken_as_it_is(backbone: Backbone, photo: np.nd
     assert not dv.denoise_image(backbone, photo, artifact=artifact, **FEW).field.requires_grad
 
 
+def test_offsets_keep_what_a_crop_adds_to_all_of_its_features_out_of_the_field() -> None:
+    def with_context(image: Tensor) -> Tensor:
+        features = with_pattern(image)
+        return features + 3 * clean_features(image).mean((1, 2), keepdim=True)  # what the crop shows as a whole
+
+    def error(**options: Any) -> float:
+        found = dv.denoise_image(plain(with_context), smooth_photo(), views=32, held_out=4, **options)
+        truth = dv.denoise_image(plain(with_pattern), smooth_photo(), views=32, held_out=4).semantic
+        difference = found.semantic - truth
+        return float((difference - difference.mean((0, 1))).norm() / (truth - truth.mean((0, 1))).norm())
+
+    assert error() > 0.5
+    assert error(offsets=True) < 0.1
+
+
+def test_offsets_are_recorded_only_where_they_are_fitted() -> None:
+    assert "offsets" not in DenoiseOptions().recorded()
+    assert DenoiseOptions(offsets=True).recorded()["offsets"] is True
+    assert "offsets" not in DenoiseOptions(method="neural-field", offsets=True).recorded()
+
+
 def test_wide_crops_are_a_choice_and_published_ones_are_recorded_as_before() -> None:
     assert "area" not in DenoiseOptions().recorded() and "ratio" not in DenoiseOptions().recorded()
     wide = DenoiseOptions.context()

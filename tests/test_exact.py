@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from denoising_vit.decomposition import exact
 from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.decomposition.statistics import Statistics
@@ -58,11 +59,18 @@ def views_of(plan: ViewPlan, field: Tensor, artifact: Tensor) -> Tensor:
     return torch.einsum("vyr,rsc,vxs->vyxc", wy, field, wx) + artifact
 
 
-def fit(plan: ViewPlan, features: Tensor, **penalties: Unpack[Penalties]) -> tuple[Tensor, Tensor]:
+def fit(
+    plan: ViewPlan, features: Tensor, *, offsets: bool = False, **penalties: Unpack[Penalties]
+) -> tuple[Tensor, Tensor]:
+    statistics = sums_of(plan, features)
+    return ExactSolver(plan, offsets=offsets, **penalties).solve(statistics.b, statistics.g, statistics.s)
+
+
+def sums_of(plan: ViewPlan, features: Tensor) -> Statistics:
     statistics = Statistics(plan, features.shape[-1])
     for batch in features.split(8):
         statistics.add(batch)
-    return ExactSolver(plan, **penalties).solve(statistics.b, statistics.g)
+    return statistics
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -98,21 +106,36 @@ def dense_normal_equations(plan: ViewPlan, smoothness: float, shrinkage: float) 
     return normal
 
 
+def with_offsets(normal: Tensor, plan: ViewPlan) -> Tensor:
+    """The same system with one more unknown for each view, a constant."""
+    wy, wx = plan.weights
+    weights = patch_weights(plan)
+    onto_field = torch.einsum("vyr,vyx,vxs->rsv", wy, weights, wx).flatten(0, 1)
+    coupling = torch.cat([onto_field, weights.flatten(1).T])  # (unknowns, V)
+    each = weights.sum((1, 2))
+    penalised = torch.diag(each + exact._OFFSET_SHRINKAGE * each.mean())
+    return torch.cat([torch.cat([normal, coupling], 1), torch.cat([coupling.T, penalised], 1)])
+
+
+@pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize(
     "penalties", [DEFAULT, Penalties(smoothness=0.3, shrinkage=0.2), Penalties(smoothness=0.0, shrinkage=1e-6)]
 )
 @pytest.mark.parametrize("taper", [0.0, 0.3])
-def test_equals_a_dense_solve(penalties: Penalties, taper: float) -> None:
+def test_equals_a_dense_solve(penalties: Penalties, taper: float, offsets: bool) -> None:
     plan = make_plan(24, grid=(5, 7), resolution=(11, 13), seed=3, taper=taper)
     features = noise(24, 5, 7, 3)
-    field, artifact = fit(plan, features, **penalties)
+    field, artifact = fit(plan, features, offsets=offsets, **penalties)
     wy, wx = plan.weights
     weighed = features * patch_weights(plan)[..., None]
     b = torch.einsum("vyr,vyxc,vxs->rsc", wy, weighed, wx).flatten(0, 1)
     g = weighed.sum(0).flatten(0, 1)
-    truth = torch.linalg.solve(dense_normal_equations(plan, **penalties), torch.cat([b, g]))
+    normal, right = dense_normal_equations(plan, **penalties), torch.cat([b, g])
+    if offsets:
+        normal, right = with_offsets(normal, plan), torch.cat([right, weighed.sum((1, 2))])
+    truth = torch.linalg.solve(normal, right)
     assert error(field.flatten(0, 1), truth[: 11 * 13]) < 1e-7
-    assert error(artifact.flatten(0, 1), truth[11 * 13 :]) < 1e-7
+    assert error(artifact.flatten(0, 1), truth[11 * 13 : 11 * 13 + 35]) < 1e-7
 
 
 @pytest.mark.parametrize(("stride", "taper"), [(14, 0.0), (14, 0.3), (7, 0.3)])
@@ -191,16 +214,40 @@ def test_artifact_has_mean_zero_and_a_constant_goes_to_the_field() -> None:
     assert torch.allclose(shifted_field, field + 7.5, atol=1e-9)
 
 
-def test_known_artifact_is_subtracted_before_the_field_is_fitted() -> None:
+def test_what_a_crop_adds_to_all_of_its_features_stays_out_of_field_and_artifact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exact, "_OFFSET_SHRINKAGE", 1e-8)
+    plan = make_plan(32)
+    field, artifact = smooth_field(*plan.resolution), mean_free(noise(*plan.grid, 4, seed=1))
+    moved = noise(32, 4, seed=2)
+    features = views_of(plan, field, artifact) + (moved - moved.mean(0))[:, None, None]
+    found_field, found_artifact = fit(plan, features, offsets=True, **EXACT)
+    assert error(found_field, field) < 1e-4 and error(found_artifact, artifact) < 1e-4
+    without = fit(plan, features, **EXACT)
+    assert error(without[0], field) > 0.3
+
+
+def test_offsets_need_the_sums_of_each_view() -> None:
+    plan = make_plan(32)
+    sums = sums_of(plan, noise(32, *plan.grid, 2))
+    with pytest.raises(ValueError, match="offsets need the sums of each view"):
+        ExactSolver(plan, offsets=True, **DEFAULT).solve(sums.b, sums.g)
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_known_artifact_is_subtracted_before_the_field_is_fitted(offsets: bool) -> None:
     plan = make_plan(32)
     artifact = noise(*plan.grid, 2, seed=5)
     features = noise(32, *plan.grid, 2)
     with_it, without = Statistics(plan, 2), Statistics(plan, 2)
     with_it.add(features + artifact)
     without.add(features)
-    solver = ExactSolver(plan, **DEFAULT)
-    known = solver.solve_field(with_it.b, artifact)
-    assert torch.allclose(known, solver.solve_field(without.b, torch.zeros_like(artifact)), atol=1e-10)
+    solver = ExactSolver(plan, offsets=offsets, **DEFAULT)
+    known = solver.solve_field(with_it.b, artifact, with_it.s)
+    assert torch.allclose(known, solver.solve_field(without.b, torch.zeros_like(artifact), without.s), atol=1e-10)
+    if not offsets:
+        assert torch.equal(known, solver.solve_field(with_it.b, artifact))  # s is not used
 
 
 def test_project_and_spread_are_adjoint() -> None:

@@ -25,6 +25,17 @@ def test_a_perfect_prediction_scores_one() -> None:
     assert judge.cosine == pytest.approx(1)
 
 
+def test_offsets_predict_what_is_the_same_in_a_whole_view() -> None:
+    field, artifact = torch.randn(5, 6, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    moved = predicted(field, artifact) + torch.randn(3, 1, 1, 4, dtype=torch.float64)
+    plain, judge = HeldOut(field, artifact, PLAN), HeldOut(field, artifact, PLAN, offsets=True)
+    for batch in moved.split(2):
+        plain.add_views(batch)
+        judge.add_views(batch)
+    assert judge.r2 == pytest.approx(1)
+    assert plain.r2 is not None and plain.r2 < 0.9
+
+
 def test_r2_is_measured_about_the_mean_of_each_channel() -> None:
     truth = torch.randn(3, 2, 3, 4, dtype=torch.float64) + torch.tensor([0.0, 10, -20, 30])
     field = torch.zeros(5, 6, 4, dtype=torch.float64)

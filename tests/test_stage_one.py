@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,9 +144,12 @@ def test_other_methods_are_refused(backbone: Backbone) -> None:
         StageOne(backbone, DenoiseOptions(method="neural-field"))
 
 
+@pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("known", [False, True])
-def test_photos_solved_together_are_those_solved_alone(backbone: Backbone, photos: Photos, known: bool) -> None:
-    stage = StageOne(backbone, OPTIONS, torch.randn(7, 7, 5) if known else None)
+def test_photos_solved_together_are_those_solved_alone(
+    backbone: Backbone, photos: Photos, known: bool, offsets: bool
+) -> None:
+    stage = StageOne(backbone, replace(OPTIONS, offsets=offsets), torch.randn(7, 7, 5) if known else None)
     ready = [result for result in run(stage, photos) if isinstance(result, Ready)]
     together = finish_together(ready)
     assert [done.index for done in together] == [4, 7, 8, 11]

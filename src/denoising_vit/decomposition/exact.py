@@ -6,6 +6,9 @@ The norm of view v weighs its patches by ``u_v t_v^T`` (all ones without a taper
 normal equations are ``A F + K^T G = b`` and ``K F + D G = g``. A, K and D come from the crops alone; the image
 contributes only b and g (:class:`~denoising_vit.decomposition.statistics.Statistics`). Eliminating F leaves
 ``T G = g - K A^-1 b`` with ``T = D - K A^-1 K^T``. See docs/method.md for the derivation.
+
+With offsets, each view also has an unknown constant o_v (C) that its features are shifted by, with the penalty
+``nu (N / views) |o|^2``. They are eliminated together with F.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from denoising_vit.views.plan import ViewPlan, least_views
 #: products to run at full speed, small enough for memory to stay O(nodes per side x positions).
 _ROWS, _COLUMNS = 512, 512
 
+#: nu, weight of the square of a view's offset, per observation of a view: small, so that offsets are nearly free.
+_OFFSET_SHRINKAGE = 0.003
+
 
 class ExactSolver:
     """Solves stage 1 for any image seen through one plan; what depends on the plan alone is computed once.
@@ -34,6 +40,7 @@ class ExactSolver:
         plan: the views.
         smoothness: lam, weight of the field's squared differences, per observation and node.
         shrinkage: mu, weight of the artifact's square, per observation of a position.
+        offsets: fit a constant in each view as well.
         device: where to compute, in float64; statistics must come from there.
 
     Raises:
@@ -41,17 +48,24 @@ class ExactSolver:
     """
 
     def __init__(
-        self, plan: ViewPlan, *, smoothness: float, shrinkage: float, device: torch.device | str = "cpu"
+        self,
+        plan: ViewPlan,
+        *,
+        smoothness: float,
+        shrinkage: float,
+        offsets: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not (smoothness >= 0 and shrinkage >= 0):  # NaN is neither
             raise PlanError(f"smoothness and shrinkage must be 0 or more, got {smoothness} and {shrinkage}")
         self.plan = plan
         self.smoothness = smoothness
         self.shrinkage = shrinkage
+        self.offsets = offsets
         self._wy, self._wx = (weight.to(device) for weight in plan.weights)
         self._uy, self._tx = (weight.to(device) for weight in plan.weighted)
-        rows, columns = (window.to(device) for window in plan.windows)
-        self._position_weights = rows.T @ columns  # (h, w), summed over views
+        self._rows, self._columns = (window.to(device) for window in plan.windows)
+        self._position_weights = self._rows.T @ self._columns  # (h, w), summed over views
 
     def factorise(self, *, artifact_known: bool) -> None:
         """Computes the factors now (later calls find them).
@@ -60,25 +74,52 @@ class ExactSolver:
             PlanError: if the views are too few.
         """
         _ = self._field_factor if artifact_known else self._artifact_factor
+        if self.offsets:
+            _ = self._offset_factor
 
-    def solve(self, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Field (Ry, Rx, C) and artifact (h, w, C), mean zero, from b (Ry, Rx, C) and g (h, w, C), all float64."""
-        artifact = self.solve_artifact(self.solve_field(b), g)
-        return self.solve_field(b, artifact), artifact
+    def solve(self, b: Tensor, g: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Field (Ry, Rx, C) and artifact (h, w, C), mean zero, float64, from the statistics of an image.
 
-    def solve_field(self, b: Tensor, artifact: Tensor | None = None) -> Tensor:
-        """The field (Ry, Rx, C) where the artifact (h, w, C) is known, or none: ``F = A^-1 (b - K^T G)``."""
-        return self._field_factor.solve(b if artifact is None else b - self.spread(artifact))
-
-    def solve_artifact(self, field: Tensor, g: Tensor) -> Tensor:
-        """The artifact (h, w, C), mean zero, from the field as it would be without one, ``A^-1 b``, and g.
-
-        It is linear in both: the artifact of several photos together is the mean of theirs.
+        Args:
+            b: (Ry, Rx, C) float64.
+            g: (h, w, C) float64.
+            s: (V, C) float64; only offsets need it.
         """
+        _, artifact = self.solve_apart(b, g, s)
+        return self.solve_field(b, artifact, s), artifact
+
+    def solve_field(self, b: Tensor, artifact: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        """The field (Ry, Rx, C) where the artifact (h, w, C) is known, or none: ``F = A^-1 (b - K^T G)``."""
+        if artifact is not None:
+            b = b - self.spread(artifact)
+            s = None if s is None else s - torch.einsum("vh,hwc,vw->vc", self._rows, artifact, self._columns)
+        return self._field_and_offsets(b, s)[0]
+
+    def solve_apart(self, b: Tensor, g: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The field (Ry, Rx, C) as it would be without an artifact, and the artifact (h, w, C), mean zero.
+
+        Both are linear in the statistics: the artifact of several photos together is the mean of theirs.
+        """
+        field, offsets = self._field_and_offsets(b, s)
         right = g - self.project(field)
+        if offsets is not None:
+            right = right - torch.einsum("vh,vc,vw->hwc", self._rows, offsets, self._columns)
         artifact = torch.cholesky_solve(right.flatten(0, 1), self._artifact_factor).view_as(g)
         # The data cannot tell F + c, G - c from F, G for a constant c: G has mean zero.
-        return artifact - artifact.mean((0, 1))
+        return field, artifact - artifact.mean((0, 1))
+
+    def _field_and_offsets(self, b: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The field (Ry, Rx, C) and the offsets (V, C), if there are any, without an artifact."""
+        field = self._field_factor.solve(b)
+        if not self.offsets:
+            return field, None
+        if s is None:
+            raise ValueError("offsets need the sums of each view, s")
+        right = s - torch.einsum("rsv,rsc->vc", self._offset_spread, field)
+        offsets = torch.cholesky_solve(right, self._offset_factor)
+        # The data cannot tell F + c, o - c from F, o for a constant c: offsets have mean zero.
+        offsets = offsets - offsets.mean(0)
+        return field - self._offset_response @ offsets, offsets
 
     def project(self, field: Tensor) -> Tensor:
         """``K F``: the weighted sum over views of the field at the patches, (Ry, Rx, C) -> (h, w, C)."""
@@ -130,6 +171,10 @@ class ExactSolver:
         mean_weight = float(self._position_weights.mean())
         schur += mean_weight / positions  # the pinned constant
         schur.diagonal().add_(self._position_weights.flatten() + self.shrinkage * mean_weight)
+        if self.offsets:
+            coupling = torch.einsum("vh,vw->hwv", self._rows, self._columns) - self.project(self._offset_response)
+            coupling = coupling.flatten(0, 1)  # (h w, V)
+            schur -= coupling @ torch.cholesky_solve(coupling.T, self._offset_factor)
         try:
             return torch.linalg.cholesky(schur)  # reads the lower triangle only
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -137,6 +182,26 @@ class ExactSolver:
                 f"{len(self.plan)} views cannot tell artifact from content; use more views, more shrinkage, or give a "
                 "known artifact"
             ) from error
+
+    @cached_property
+    def _offset_spread(self) -> Tensor:
+        """What an offset of one adds to b, by view, (Ry, Rx, V)."""
+        return torch.einsum("vr,vs->rsv", self._uy.sum(1), self._tx.sum(1))
+
+    @cached_property
+    def _offset_response(self) -> Tensor:
+        """What an offset of one adds to the field where it is not modelled, by view, (Ry, Rx, V)."""
+        return self._field_factor.solve(self._offset_spread)
+
+    @cached_property
+    def _offset_factor(self) -> Tensor:
+        """The Cholesky factor (V, V) of the offsets' equations once F is eliminated, with the constant pinned."""
+        weights = self._rows.sum(1) * self._columns.sum(1)  # (V,)
+        schur = torch.diag(weights) - torch.einsum("rsv,rsw->vw", self._offset_spread, self._offset_response)
+        mean_weight = float(weights.mean())
+        schur += mean_weight / len(weights)  # the pinned constant
+        schur.diagonal().add_(_OFFSET_SHRINKAGE * mean_weight)
+        return torch.linalg.cholesky(schur)
 
     def _coupling_rows(self) -> Iterator[Tensor]:
         """Block rows of K^T, each (Rx, h w), made when needed: the whole would be nodes x positions."""

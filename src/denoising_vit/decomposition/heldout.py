@@ -45,11 +45,12 @@ class HeldOut(Agreement):
         field: F, (Ry, Rx, C).
         artifact: G, (h, w, C).
         plan: the held-out views.
+        offsets: add to each prediction the constant that fits the view best, as the solver does for fitted views.
     """
 
-    def __init__(self, field: Tensor, artifact: Tensor, plan: ViewPlan) -> None:
+    def __init__(self, field: Tensor, artifact: Tensor, plan: ViewPlan, *, offsets: bool = False) -> None:
         super().__init__()
-        self._field, self._artifact = field, artifact
+        self._field, self._artifact, self._offsets = field, artifact, offsets
         self._weights = tuple(weight.to(field) for weight in plan.weights)
         self._views = 0
 
@@ -62,5 +63,8 @@ class HeldOut(Agreement):
         wy, wx = (weight[self._views : self._views + len(features)] for weight in self._weights)
         require_finite(features)
         truth = features.to(self._field.device).to(self._field.dtype)
-        self.add(truth, torch.einsum("vyr,rsc,vxs->vyxc", wy, self._field, wx) + self._artifact)
+        predicted = torch.einsum("vyr,rsc,vxs->vyxc", wy, self._field, wx) + self._artifact
+        if self._offsets:
+            predicted += (truth - predicted).mean((1, 2), keepdim=True)
+        self.add(truth, predicted)
         self._views += len(features)

@@ -109,12 +109,12 @@ def prepare(
 def solver_for(plan: ViewPlan, options: DenoiseOptions, device: torch.device) -> ExactSolver:
     """The exact solver of a plan; photos that share a plan share its factors, which depend on the crops alone."""
     solving = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    return _solver(plan, options.smoothness, options.shrinkage, solving)
+    return _solver(plan, options.smoothness, options.shrinkage, options.offsets, solving)
 
 
 @functools.lru_cache(maxsize=2)
-def _solver(plan: ViewPlan, smoothness: float, shrinkage: float, device: torch.device) -> ExactSolver:
-    return ExactSolver(plan, smoothness=smoothness, shrinkage=shrinkage, device=device)
+def _solver(plan: ViewPlan, smoothness: float, shrinkage: float, offsets: bool, device: torch.device) -> ExactSolver:
+    return ExactSolver(plan, smoothness=smoothness, shrinkage=shrinkage, offsets=offsets, device=device)
 
 
 def _view_size(backbone: Backbone, options: DenoiseOptions) -> tuple[int, int]:

@@ -63,6 +63,8 @@ class ExactOptions(StageOneCrops):
             to edge of a view), for the neural field's released recipe only.
         taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
             (0), seams show where crops end.
+        offsets: exact only; fit a constant in each crop as well. What a crop shows moves all of its features, and
+            without this, these moves end in the field.
         seed: seed for the crops; the same seed gives the same result.
     """
 
@@ -73,6 +75,7 @@ class ExactOptions(StageOneCrops):
     clip: float | None = _option(None, method="exact")
     coverage: Coverage = _option("even", "views")  # noqa: RUF009, a field
     taper: float = _option(0.3, "views", method="exact")
+    offsets: bool = _option(False, method="exact")
     seed: int = _option(0, "views")
 
 
@@ -152,7 +155,7 @@ class DenoiseOptions(ExactOptions):
             roles |= {"seed": "result", "held_out": "result"}
         unused = {each.name for each in fields(self) if each.metadata["method"] not in (None, self.method)}
         unused |= {name for name, role in roles.items() if role in without}
-        unused |= self.as_published
+        unused |= self.as_published | (set() if self.offsets else {"offsets"})
         kept = {name: value for name, value in asdict(self).items() if name not in unused}
         return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}
 

@@ -71,7 +71,7 @@ class Ready:
     Attributes:
         index: position in the data set.
         about: name, size and digest of the photo.
-        statistics: b and g of the fitted views.
+        statistics: b, g and s of the fitted views.
         solver: solver of the plan.
         held_out: the held-out views, if any.
         artifact: G (h, w, C) if known.
@@ -93,8 +93,7 @@ class Ready:
 
         Both are linear in the photo, so :meth:`ExactSolver.solve_field` gives F for any other G from them.
         """
-        field = self.solver.solve_field(self.statistics.b)
-        return field, self.solver.solve_artifact(field, self.statistics.g)
+        return self.solver.solve_apart(self.statistics.b, self.statistics.g, self.statistics.s)
 
     def add(self, features: Tensor, *, fitted: bool) -> None:
         """Adds the features (B, h, w, C) of the next views, fitted or held out.
@@ -112,13 +111,13 @@ class Ready:
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """F on its nodes (Ry, Rx, C) and G (h, w, C), fitted unless it is known; float64."""
-        return _solve(self.solver, self.artifact, self.statistics.b, self.statistics.g)
+        return _solve(self.solver, self.artifact, self.statistics.b, self.statistics.g, self.statistics.s)
 
     def figures(self, nodes: Tensor, artifact: Tensor) -> dict[str, Any]:
         """How well F (Ry, Rx, C) and G (h, w, C) predict the held-out views, and how many tokens were clipped."""
         found: dict[str, Any] = {"clipped_tokens": self.statistics.clipped_tokens}
         if self.held_out is not None:
-            evaluation = HeldOut(nodes, artifact, self.held_out)
+            evaluation = HeldOut(nodes, artifact, self.held_out, offsets=self.solver.offsets)
             for features in self.held_out_features:
                 evaluation.add_views(features)
             found |= {"heldout_r2": evaluation.r2, "heldout_cosine": evaluation.cosine}
@@ -136,18 +135,18 @@ class Ready:
 def finish_together(photos: Sequence[Ready]) -> list[Done]:
     """Solve photos of one plan as a batch, with as many kernel launches as for one photo."""
     ready = photos[0]
-    b, g = (torch.cat(sums, dim=-1) for sums in zip(*((p.statistics.b, p.statistics.g) for p in photos), strict=True))
+    b, g, s = (torch.cat([getattr(p.statistics, name) for p in photos], dim=-1) for name in ("b", "g", "s"))
     known = None if ready.artifact is None else torch.cat([ready.artifact] * len(photos), dim=-1)
-    solved = (part.chunk(len(photos), dim=-1) for part in _solve(ready.solver, known, b, g))
+    solved = (part.chunk(len(photos), dim=-1) for part in _solve(ready.solver, known, b, g, s))
     return [photo._done(nodes, artifact) for photo, nodes, artifact in zip(photos, *solved, strict=True)]
 
 
-def _solve(solver: ExactSolver, known: Tensor | None, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _solve(solver: ExactSolver, known: Tensor | None, b: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """F (Ry, Rx, C) and G (h, w, C), fitted unless it is known."""
     if known is None:
-        return solver.solve(b, g)
+        return solver.solve(b, g, s)
     artifact = known.to(b)
-    return solver.solve_field(b, artifact), artifact
+    return solver.solve_field(b, artifact, s), artifact
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Sufficient statistics of stage 1: all that the exact solver needs of an image's features.
 
 ``b = sum_v (u Wy)_v^T Y_v (t Wx)_v`` and ``g = sum_v (u t^T)_v Y_v``, where u and t are the weights of the view's rows
-and columns of patches, are added up view by view, so raw features are never stored.
+and columns of patches, are added up view by view, so raw features are never stored. ``s_v = u_v^T Y_v t_v`` is the
+weighted sum over each view.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from denoising_vit.views.plan import ViewPlan
 
 
 class Statistics:
-    """Accumulates ``b`` (Ry, Rx, C) and ``g`` (h, w, C), float64, over the views of a plan.
+    """Accumulates ``b`` (Ry, Rx, C), ``g`` (h, w, C) and ``s`` (V, C), float64, over the views of a plan.
 
     Args:
         plan: the views whose features will come.
@@ -41,6 +42,7 @@ class Statistics:
         keep = "cpu" if device.type == "mps" else device
         self.b = torch.zeros(*plan.resolution, channels, dtype=torch.float64, device=keep)
         self.g = torch.zeros(*plan.grid, channels, dtype=torch.float64, device=keep)
+        self.s = torch.zeros(len(plan), channels, dtype=torch.float64, device=keep)
         self._windows = tuple(window.to(keep) for window in plan.windows)
 
     def add(self, features: Tensor) -> None:
@@ -70,6 +72,7 @@ class Statistics:
                 self.g.addcmul_(view, torch.outer(down, across)[..., None])
         else:
             self.g += weighted_sum(features, rows, columns)
+        self.s[index] = torch.einsum("vh,vhwc,vw->vc", rows, features, columns)
         self.views_seen += len(features)
 
     def _check(self, features: Tensor) -> None:

@@ -205,8 +205,11 @@ class EvidenceCollector:
     def _clean(self, photos: list[_Photo], artifact: Tensor) -> None:
         """Removes an artifact (h, w, C) from raw features and fields."""
         # F was solved without an artifact. The problem is linear, so an artifact changes all fields by the same amount.
-        nothing = torch.zeros(*self._stage.fitted.resolution, artifact.shape[-1], dtype=torch.float64)
-        change = self._stage.solver.solve_field(nothing.to(self._solving), artifact.double().to(self._solving)).cpu()
+        b, s = (
+            torch.zeros(*shape, artifact.shape[-1], dtype=torch.float64, device=self._solving)
+            for shape in (self._stage.fitted.resolution, (len(self._stage.fitted),))
+        )
+        change = self._stage.solver.solve_field(b, artifact.double().to(self._solving), s).cpu()
         for photo in photos:
             photo.at_crop["exact"] += self._at_crop(photo, change).float()
             photo.at_whole["exact"] += at_patches(change, self._whole).float()
