@@ -30,16 +30,24 @@ class StageOneCrops:
         views: number of crops of each photo for stage 1, the whole photo included.
         area: least and largest share of the photo that a crop of stage 1 covers.
         ratio: least and largest width over height of such a crop, measured in the frame of the views.
+        offsets: exact only; stage 1 also fits a constant in each crop.
     """
 
     views: int = _option(64, "views")
     area: tuple[float, float] = _option(CropOptions.area, "views")
     ratio: tuple[float, float] = _option(CropOptions.ratio, "views")
+    offsets: bool = _option(False, method="exact")
 
     @property
     def as_published(self) -> set[str]:
-        """The options with the published areas and ratios. Records leave them out, as when there were no others."""
-        return {name for name in ("area", "ratio") if getattr(self, name) == getattr(CropOptions, name)}
+        """The options with their published values. Records leave them out, as when there were no others."""
+        published = {"area": CropOptions.area, "ratio": CropOptions.ratio, "offsets": False}
+        return {name for name, value in published.items() if getattr(self, name) == value}
+
+    def as_denoising(self, **more: Any) -> DenoiseOptions:
+        """Options of stage 1 with these crops, without held-out views."""
+        crops = {each.name: getattr(self, each.name) for each in fields(StageOneCrops)}
+        return DenoiseOptions(**crops, held_out=0, **more)
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,8 @@ class ExactOptions(StageOneCrops):
             to edge of a view), for the neural field's released recipe only.
         taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
             (0), seams show where crops end.
-        offsets: exact only; fit a constant in each crop as well. What a crop shows moves all of its features, and
-            without this, these moves end in the field.
+        offsets: exact only; also fit a constant in each crop. What a crop shows shifts all of its features, and without
+            these constants the field takes up the shifts. Give an artifact, or `none`, with it.
         seed: seed for the crops; the same seed gives the same result.
     """
 
@@ -75,7 +83,6 @@ class ExactOptions(StageOneCrops):
     clip: float | None = _option(None, method="exact")
     coverage: Coverage = _option("even", "views")  # noqa: RUF009, a field
     taper: float = _option(0.3, "views", method="exact")
-    offsets: bool = _option(False, method="exact")
     seed: int = _option(0, "views")
 
 
@@ -155,7 +162,7 @@ class DenoiseOptions(ExactOptions):
             roles |= {"seed": "result", "held_out": "result"}
         unused = {each.name for each in fields(self) if each.metadata["method"] not in (None, self.method)}
         unused |= {name for name, role in roles.items() if role in without}
-        unused |= self.as_published | (set() if self.offsets else {"offsets"})
+        unused |= self.as_published
         kept = {name: value for name, value in asdict(self).items() if name not in unused}
         return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}
 

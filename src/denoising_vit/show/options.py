@@ -76,9 +76,7 @@ class ShowOptions(StageOneCrops):
 
     def denoising(self) -> DenoiseOptions:
         """Options of stage 1, without held-out views."""
-        return DenoiseOptions(
-            views=self.views, held_out=0, area=self.area, ratio=self.ratio, size=self.size, seed=self.seed
-        )
+        return self.as_denoising(size=self.size, seed=self.seed)
 
 
 #: Panels, and their headings.
@@ -154,7 +152,7 @@ class VideoOptions(StageOneCrops):
             given = getattr(self, name)
             if given is not None and given < least:
                 raise PlanError(f"{name} must be at least {least}, got {given}")
-        DenoiseOptions(area=self.area, ratio=self.ratio).validate()
+        self.as_denoising().crops()
         if self.side not in ("long", "short"):
             raise PlanError(f"side must be 'long' or 'short', got {self.side!r}")
         if not (math.isfinite(self.fps) and 0.01 <= self.fps <= 1000):

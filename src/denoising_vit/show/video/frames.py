@@ -14,7 +14,6 @@ from torch import Tensor
 from denoising_vit.artifact import artifact_digest, known_artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.denoise import Denoising
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
 from denoising_vit.extractors import KINDS, Cleaners, Extractor
@@ -41,7 +40,7 @@ class FrameFeatures:
 
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:
         self.backbone, self._names = backbone, options.names
-        self._denoising = DenoiseOptions(views=options.views, area=options.area, ratio=options.ratio, held_out=0)
+        self._denoising = options.as_denoising()
         self._artifact = cleaners.artifact
         self._made: Denoising | None = None  # for the size of the last frame
         self.identity: dict[str, Any] = {"backbone": describe(backbone)}
