@@ -59,7 +59,8 @@ class Options(Training):
 def main(given: list[str] | None = None) -> None:
     """Trains the denoiser, prints what it leaves, and writes it."""
     asked = arguments(given)
-    options = Options(count=asked.count, held_out=asked.held_out, steps=asked.steps, share=asked.share)
+    asked_for = {name: getattr(asked, name) for name in ("count", "held_out", "blanks", "steps", "share")}
+    options = Options(**asked_for)
     started = time.perf_counter()
     backbone = BackboneSpec(weights=asked.weights, device=asked.device).load()
     side: int = asked.size or backbone.default_size
@@ -91,6 +92,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="side of the images in pixels; the backbone's by default")
     parser.add_argument("--count", type=int, default=Options.count, help="number of photos, held-out ones included")
     parser.add_argument("--held-out", type=int, default=Options.held_out, help="number of photos not trained on")
+    parser.add_argument("--blanks", type=int, default=Options.blanks, help="number of content-free images")
     parser.add_argument("--steps", type=int, default=Options.steps, help="number of optimizer steps")
     parser.add_argument("--share", type=float, default=Options.share, help="share of the trained weights in the result")
     return parser.parse_args(given)

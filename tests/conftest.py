@@ -6,16 +6,17 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Workers beside each other have a core each; before torch is imported, which reads it then.
+from browser import NONE_FOUND, chromium  # noqa: F401, a fixture
+
+# Workers beside each other have a core each; torch reads it when it is imported. That is not here: the process that
+# hands out the tests needs none of it, and importing it takes seconds.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch
-
-from browser import NONE_FOUND, chromium  # noqa: F401, a fixture
 
 # As the Ray engine does; some tests import Ray before it.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -28,6 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Threads that wait for each other on a busy machine take many times as long as one."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -107,6 +110,44 @@ SLOW = (
 )
 
 
+#: Files that need the same things, which each process gets once for seconds: they go to one worker.
+TOGETHER = {
+    "processes that fork": (
+        "test_distillation_processes",
+        "test_training_processes",
+        "test_fit_resume",
+        "test_bundled",
+    ),
+    "gradio": ("test_app_browser", "test_app", "test_app_serving"),
+    "graphs": (
+        "test_export_bundled",
+        "test_export",
+        "test_export_huggingface",
+        "test_export_resampling",
+        "test_cli_export",
+        "test_training_free",
+        "test_huggingface",
+    ),
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives a file, or all files of an entry of `TOGETHER`, to one worker."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    names = {file: name for name, files in TOGETHER.items() for file in files}
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return names.get(Path(file).stem, file)
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the slow files, and sorts the longest to the front; workers take files in this order."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
@@ -116,10 +157,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_collectstart() -> None:
+    """Imports make no garbage to speak of, and looking for it grows dearer with all that is imported."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Looking for garbage among all that is imported by now took a tenth of the time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

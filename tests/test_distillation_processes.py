@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ import tiny_fit
 from denoising_vit.errors import TrainError
 from denoising_vit.training.loop import gradient_norm
 from denoising_vit.training.samples import Sampler, split
-from forks import PATIENCE, dvit, run_together
+from forks import Ended, dvit, fork, run_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,18 +190,26 @@ def test_a_run_of_two_processes_is_not_gone_on_with_by_one(given: Given, two: Pa
 # --- accelerate's launcher, and a photo that one process alone cannot read ---
 
 #: With --cpu it would start one process, however many are asked for; where they compute, the program is told.
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+ACCELERATE = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+ACCELERATE += ["--dynamo_backend", "no", "--main_process_port"]
 
 
-def launched(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command in two processes of accelerate's launcher, which wants the number of a free port."""
+def launch(arguments: list[str]) -> None:
+    """`accelerate launch`, as a program."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch_command(launch_command_parser().parse_args(arguments))
+
+
+def launched(command: list[str], folder: Path) -> Ended:
+    """`dvit` in two processes of accelerate's launcher, which wants the number of a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    whole = [sys.executable, "-m", *ACCELERATE, port, "-m", "denoising_vit", *command]
-    return subprocess.run(whole, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    whole = [*ACCELERATE, port, "-m", "denoising_vit", *command]
+    started = fork(launch, whole, folder=folder, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    code = started.end()
+    return Ended((code,), started.err.read_text())
 
 
 def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(given: Given, tmp_path: Path) -> None:
@@ -213,10 +219,10 @@ def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(
     photos = tmp_path / "photos"
     spoilt = Given(tiny_fit.write_photos(photos, PHOTOS), given.weights, given.denoiser)
     (photos / f"{second.image:02}.png").write_text("words")
-    done = launched(arguments(spoilt, tmp_path / "run", "--stop-at", "2", batch=1))
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count(f"skipped: {second.image:02}.png: not an image file") == 1
-    assert f"2 of {STEPS} steps done" in done.stderr
+    done = launched(arguments(spoilt, tmp_path / "run", "--stop-at", "2", batch=1), tmp_path)
+    assert done.codes == (1,), done.err
+    assert done.err.count(f"skipped: {second.image:02}.png: not an image file") == 1
+    assert f"2 of {STEPS} steps done" in done.err
     training, spec = tiny.options(**OPTIONS), tiny_fit.spec_of(given.weights)
     run = tiny.prepared(
         photos, tmp_path / "alone", spec, training, tiny.views(**SHOWN), denoiser=given.denoiser

@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(photos: Path, out: Path, *more: str) -> list[str]:
-    small = "--model vit_tiny_patch16_224 --weights random --device cpu --tiny --scenes 2 --views 4 --plans 2 --batch 4"
+    small = "--model test_vit --weights random --device cpu --tiny --scenes 2 --views 4 --plans 2 --batch 4"
     return [*small.split(), "--blanks", "32", "--photos", str(photos), "-o", str(out), *more]
 
 
@@ -56,8 +56,8 @@ def test_it_trains_and_writes_a_denoiser(recipe: Callable[[list[str]], None], ph
     assert left["half-blank"] < min(left["raw"], left["no-blank"])  # known truth does what it is there for
     denoiser = read_denoiser(tmp_path / "half-blank.safetensors")
     assert denoiser.info["area"] == [0.4, 1.0] and denoiser.info["blank"] == 0.5
-    assert denoiser.trained_for is not None and denoiser.trained_for["name"] == "vit_tiny_patch16_224"
-    assert denoiser(torch.randn(1, 8, 8, 192)).shape == (1, 8, 8, 192)
+    assert denoiser.trained_for is not None and denoiser.trained_for["name"] == "test_vit"
+    assert denoiser(torch.randn(1, 8, 8, 64)).shape == (1, 8, 8, 64)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -73,7 +73,7 @@ def test_a_second_teacher_is_followed_and_images_without_content_stay_clean(
     teacher.trained_for = describe(backbone)
     file, out = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
     write_denoiser(teacher, file)
-    size = "--size 112 --count 4 --held-out 1 --steps 40 --share 1"
+    size = "--size 112 --count 4 --held-out 1 --blanks 32 --steps 40 --share 1"
     load("second_teacher.py")(
         [
             "--weights",
@@ -92,5 +92,5 @@ def test_a_second_teacher_is_followed_and_images_without_content_stay_clean(
     lines = [json.loads(line[line.index("{") :]) for line in capsys.readouterr().out.splitlines() if "{" in line]
     cosines = {line["features"]: line["cosine_to_teacher"] for line in lines if "features" in line}
     assert cosines["student"] > cosines["raw"]
-    assert all(line["variance_left"] < 0.2 for line in lines if line.get("blank") == "uniform")
+    assert all(line["variance_left"] < 0.175 for line in lines if line.get("blank") == "uniform")
     assert read_denoiser(out).info["steps"] == 40

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -233,13 +234,16 @@ class Backbone(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Device of the weights; images are moved to it."""
-        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        return next((tensor.device for tensor in self._weights()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights; features are float32 in any case."""
-        tensors = (*self.parameters(), *self.buffers())
-        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        return next((tensor.dtype for tensor in self._weights() if tensor.is_floating_point()), torch.float32)
+
+    def _weights(self) -> Iterator[Tensor]:
+        """One after the other: asked several times per pass, mostly for the first one alone."""
+        return itertools.chain(self.parameters(), self.buffers())
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -256,8 +260,7 @@ class Backbone(nn.Module, ABC):
         """
         if not self.state_dict():
             return None
-        tensors = (*self.parameters(), *self.buffers())
-        now = [(value, 0 if value.is_inference() else value._version) for value in tensors]
+        now = [(value, 0 if value.is_inference() else value._version) for value in self._weights()]
         known = self._digest
         if known is None or not _unchanged(known[0], now):
             self._digest = known = now, state_digest(self)
