@@ -6,8 +6,6 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -108,44 +106,6 @@ SLOW = (
     "test_video_rendering",
     "test_video_sheet",
 )
-
-
-#: Files that need the same things, which each process gets once for seconds: they go to one worker.
-TOGETHER = {
-    "processes that fork": (
-        "test_distillation_processes",
-        "test_training_processes",
-        "test_fit_resume",
-        "test_bundled",
-    ),
-    "gradio": ("test_app_browser", "test_app", "test_app_serving"),
-    "graphs": (
-        "test_export_bundled",
-        "test_export",
-        "test_export_huggingface",
-        "test_export_resampling",
-        "test_cli_export",
-        "test_training_free",
-        "test_huggingface",
-    ),
-}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives a file, or all files of an entry of `TOGETHER`, to one worker."""
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    names = {file: name for name, files in TOGETHER.items() for file in files}
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return names.get(Path(file).stem, file)
-
-    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

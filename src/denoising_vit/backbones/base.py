@@ -242,7 +242,7 @@ class Backbone(nn.Module, ABC):
         return next((tensor.dtype for tensor in self._weights() if tensor.is_floating_point()), torch.float32)
 
     def _weights(self) -> Iterator[Tensor]:
-        """One after the other: asked several times per pass, mostly for the first one alone."""
+        """Parameters and buffers. Every forward pass needs the first one, so they are not collected."""
         return itertools.chain(self.parameters(), self.buffers())
 
     @property
