@@ -45,10 +45,10 @@ class Pairs:
 class Stage1:
     """The exact solver of one plan, for batches of images on the device, without an artifact."""
 
-    def __init__(self, backbone: Backbone, plan: ViewPlan, smoothness: float = 1e-2) -> None:
+    def __init__(self, backbone: Backbone, plan: ViewPlan, smoothness: float = 1e-2, *, offsets: bool = False) -> None:
         self.backbone, self.plan = backbone, plan
         device = backbone.device
-        self.solver = ExactSolver(plan, smoothness=smoothness, shrinkage=1e-3, device=device)
+        self.solver = ExactSolver(plan, smoothness=smoothness, shrinkage=1e-3, offsets=offsets, device=device)
         self._weighted = [weight.to(device, torch.float32) for weight in plan.weighted]
         self._whole = [weight[0].to(device) for weight in plan.weights]  # the first view is the whole image
 
@@ -58,8 +58,12 @@ class Stage1:
 
     def at_patches(self, b: Tensor, artifact: Tensor | None = None) -> Tensor:
         """F at the patches of the whole image, (h, w, C N), from b (Ry, Rx, C N)."""
+        return self.sampled(self.solver.solve_field(b, artifact))
+
+    def sampled(self, field: Tensor) -> Tensor:
+        """The field (Ry, Rx, C) at the patches of the whole image, (h, w, C)."""
         down, across = self._whole
-        return torch.einsum("hr,rsc,ws->hwc", down, self.solver.solve_field(b, artifact), across)
+        return torch.einsum("hr,rsc,ws->hwc", down, field, across)
 
 
 def plans(
