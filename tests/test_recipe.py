@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -94,3 +95,45 @@ def test_a_second_teacher_is_followed_and_images_without_content_stay_clean(
     assert cosines["student"] > cosines["raw"]
     assert all(line["variance_left"] < 0.175 for line in lines if line.get("blank") == "uniform")
     assert read_denoiser(out).info["steps"] == 40
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[str]:
+    """Three photos with labels in the layouts of VOC 2012, CamVid and NYUv2."""
+    chance = np.random.default_rng(0)
+    voc, camvid, nyu = (tmp_path / name for name in ("voc", "camvid", "nyu"))
+    lists = {split: [f"{split}{number}" for number in range(3)] for split in ("train", "val")}
+    for split, names in lists.items():
+        (voc / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (voc / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+        rows = [f"{name}.jpg {name}.png 518.8" for name in names]
+        nyu.mkdir(exist_ok=True)
+        (nyu / f"nyu_{'train' if split == 'train' else 'test'}.txt").write_text("\n".join(rows))
+        for name in names:
+            pixels = chance.integers(0, 255, (96, 128, 3), dtype=np.uint8)
+            classes = Image.fromarray(np.repeat([0, 8], 48).astype(np.uint8)[:, None].repeat(128, 1))
+            metres = Image.fromarray((pixels[..., 0].astype(np.uint16) + 100) * 20)
+            for photo, truth, labels in (
+                (voc / f"JPEGImages/{name}.jpg", voc / f"SegmentationClass/{name}.png", classes),
+                (camvid / f"{split}/images/{name}.png", camvid / f"{split}/masks/{name}.png", classes),
+                (nyu / f"{name}.jpg", nyu / f"{name}.png", metres),
+            ):
+                for path, image in ((photo, Image.fromarray(pixels)), (truth, labels)):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    image.save(path)
+    return ["--voc", str(voc), "--camvid", str(camvid), "--nyu", str(nyu)]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_offsets_are_compared_on_every_set(sets: list[str], tmp_path: Path) -> None:
+    small = "--model test_vit --weights random --size 128 --views 12 --most 3"
+    load("offsets.py")([*sets, *small.split(), "-o", str(tmp_path / "lines.jsonl")])
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    tasks = {(line["set"], line["task"]) for line in lines}
+    assert tasks == {
+        ("nyu", "depth"),
+        *((name, task) for name in ("voc", "camvid") for task in ("neighbours", "ridge")),
+    }
+    assert len(lines) == 5 * 7 and all(line["images"] in (3, None) for line in lines)
+    pair = next(line for line in lines if line["features"] == ["no G", "no G, offsets"])
+    assert pair["difference"] == pytest.approx(pair["second"] - pair["first"]) and pair["difference"] != 0
