@@ -61,7 +61,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _draw_cat(arguments.out, folder)
     backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m")
-    options = ShowOptions(features=FEATURES, views=arguments.views, area=(0.4, 1.0))
+    options = ShowOptions(features=FEATURES, views=arguments.views, area=(0.4, 1.0), offsets=True)
     extractor = PhotoExtractor(backbone, FEATURES.split(","), Cleaners(artifact="shipped"), options.denoising())
     photos = [_extracted(extractor, name) for name in PHOTOS]
     for kind in KINDS:
