@@ -38,7 +38,8 @@ _TEXT = """# Gallery
 Features of every colour photograph that comes with scikit-image and is free to show, raw and clean: {names}. None was
 excluded for its appearance; the stereo pair `motorcycle` is not among them, because its terms are not stated, nor
 are drawings (`logo`, `colorwheel`). Made by `python examples/gallery.py docs` with {backbone} ({weights}), the denoiser
-that comes with the package, and stage 1 on {views} wide views with the G that comes with it.
+that comes with the package, and stage 1 on {views} wide views with the G that comes with it and a constant for each
+view (`--offsets`).
 
 In each row all features have the same colours, fitted to all of them together: a difference of colour is a difference
 of features. Patches are drawn as they are, without smoothing.
@@ -47,7 +48,8 @@ What to look at: in areas that look alike (retina, sky behind the rocket, dark s
 denoiser differ less from patch to patch than raw ones, and edges of things stay; the mean of moved passes is the
 smoothest. Subtracting G or projecting its directions out changes little that the eye can see. What to be sceptical
 about: colours of the denoiser are paler, because its features are shorter; projecting changes all colours of the deep
-field, where a photo shows little; and stage 1 shows faint straight lines where its wide crops end (cat, retina).
+field, where a photo shows little; and stage 1 is smoother than its patches show, because its views overlap. Without
+offsets it shows straight lines where its views end (cat, retina).
 """
 
 
