@@ -258,7 +258,7 @@ def test_bad_uploads_are_explained_and_the_page_goes_on(visit: Callable[..., Vis
     assert "exceed the maximum allowed size" in visitor.error()
     Image.new("1", (10_000, 9_000)).save(tmp_path / "many.png")
     visitor.upload(tmp_path / "many.png")
-    assert "10000 x 9000 pixels is more than the limit" in visitor.error().replace(",", "")
+    assert "10000 x 9000 pixels exceed the limit" in visitor.error().replace(",", "")
     visitor.changes("photo", lambda: visitor.upload(tiny.photo(tmp_path, 1, 1, name="one.png")))
     visitor.page.click("#run")
     assert "1 x 1 pixels is less than one patch" in visitor.error()
