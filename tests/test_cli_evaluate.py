@@ -560,9 +560,9 @@ def test_wrong_names_of_features_are_refused(
         (("segmentation", "--batch", 0), "batch must be at least 1, got 0"),
         (("segmentation", "--learning-rate", 0), "learning_rate must be "),
         (("segmentation", "--weight-decay", -1), "weight_decay must be 0 or more, got -1"),
-        (("segmentation", "--seeds", 1, 1), "seeds must be one number or more, 0 or above and different"),
-        (("segmentation", "--seeds", -1), "seeds must be one number or more, 0 or above and different"),
-        (("segmentation", "--preset", "paper", "--size", 48), "size is for preset quick"),
+        (("segmentation", "--seeds", 1, 1), "seeds must be one or more different numbers of at least 0"),
+        (("segmentation", "--seeds", -1), "seeds must be one or more different numbers of at least 0"),
+        (("segmentation", "--preset", "paper", "--size", 48), "size applies to preset quick"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -647,15 +647,15 @@ def break_all_masks(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_nothing_there, ["expected the folder of a data set", "found nothing there"]),
-        (break_file_there, ["expected the folder of a data set", "found a file there"]),
+        (break_nothing_there, ["expected a data set folder", "found nothing"]),
+        (break_file_there, ["expected a data set folder", "found a file"]),
         (break_no_masks, ["looks like folders with splits, but lacks val/masks"]),
         (break_other_folder, ["expected VOC 2012", "train/images", "classes.txt", "found holiday/, notes.txt"]),
         (break_empty, ["found an empty folder"]),
         (break_class_list, ["classes.txt: expected a list of classes, found no such file", "one a line"]),
         (
             break_all_masks,
-            ["expected photos with masks for the split val, none of 4 can be used", "the first reason: 00.png"],
+            ["expected photos with masks for the split val, but none of 4 is usable", "first reason: 00.png"],
         ),
     ],
 )
@@ -834,7 +834,7 @@ def test_report_of_results_with_a_line_that_was_cut_off_says_so(dvit: Dvit, resu
 
 def test_report_of_nothing_is_refused(dvit: Dvit, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
-    for content, words in ((None, "cannot be read"), (b"", "got none that can be used")):
+    for content, words in ((None, "cannot be read"), (b"", "got no usable line")):
         if content is not None:
             empty.write_bytes(content)
         done = dvit("report", empty, "-o", tmp_path / "results.md")

@@ -135,7 +135,7 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="expected a record of a run"):
         write_run_page(tmp_path)
     (run / "run.json").write_text('{"format": "another"}')
-    with pytest.raises(EvaluationError, match="expected the folder of a run"):
+    with pytest.raises(EvaluationError, match="expected a run folder"):
         write_run_page(run)
     assert not (run / "run.html").exists()
 

@@ -444,7 +444,7 @@ def test_benchmark_without_any_mask_fails_and_the_others_are_measured(
     for mask in (data / VOC.place / "SegmentationClass").iterdir():
         mask.unlink()
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
-    assert "none of 2 can be used" in done.err
+    assert "none of 2 is usable" in done.err
     assert str(data / VOC.place) in done.err
     assert names_of(out) == ["ADE20K", "nyu"]
     assert done.code == 1
@@ -478,11 +478,11 @@ def with_an_empty_list(nyu: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (shallow, "split train, none of 1 can be used; the first reason: scene/rgb_train.jpg: "),
+        (shallow, "split train, but none of 1 is usable; first reason: scene/rgb_train.jpg: "),
         (cropped, "scene/rgb_test.jpg: expected 640 x 480 pixels, as NYUv2 has, got 561 x 427"),
-        (without_photos, "split train, none of 1 can be used; the first reason: scene/rgb_train.jpg: "),
+        (without_photos, "split train, but none of 1 is usable; first reason: scene/rgb_train.jpg: "),
         (with_depth_in_the_border_alone, "none of 1 items has a value of RMSE"),
-        (with_an_empty_list, "nyu_test.txt: expected a photo, a depth map and a focal length a line, found none"),
+        (with_an_empty_list, "nyu_test.txt: expected a photo, a depth map and a focal length per line, found none"),
     ],
 )
 def test_broken_depth_data_fails_and_the_others_are_measured(
