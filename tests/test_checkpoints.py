@@ -243,7 +243,7 @@ def test_a_vit_that_does_not_fit_is_named_by_its_prefix_and_keys(state: State, t
     short = {name: value for name, value in state.items() if not name.startswith("blocks.5.")}
     content = {"state_dict": before("net.vit.", short) | {"net.head.weight": torch.ones(3)}}
     words = (
-        r"the ViT under 'state_dict\.net\.vit\.' cannot be loaded, they do not fit test_vit: "
+        r"the ViT under 'state_dict\.net\.vit\.' do not fit test_vit: "
         r"12 missing \(blocks\.5\.norm1.*; 1 not under this prefix \(state_dict\.net\.head\.weight\)"
     )
     refused(content, tmp_path, words)
@@ -287,7 +287,7 @@ def test_a_vit_in_place_of_a_denoiser_is_told_as_what_it_is(state: State, tmp_pa
 def test_a_denoiser_of_convolutions_is_told_as_what_it_is(tmp_path: Path) -> None:
     convolutions = {"denoiser.0.weight": torch.ones(32, 64, 1, 1), "denoiser.0.bias": torch.ones(32)}
     torch.save({"denoiser": convolutions}, tmp_path / "a.pth")
-    with pytest.raises(FormatError, match="a denoiser of convolutions, which is not supported"):
+    with pytest.raises(FormatError, match="a convolutional denoiser, which is not supported"):
         load_denoiser(tmp_path / "a.pth")
 
 
