@@ -224,7 +224,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(
 
 
 def test_a_photo_of_one_pixel_is_refused(models: Models, keep: Keep, tmp_path: Path) -> None:
-    with pytest.raises(PhotoError, match="1 x 1 pixels is less than one patch of 16 pixels"):
+    with pytest.raises(PhotoError, match="1 x 1 pixels are less than one patch of 16 pixels"):
         answer(models, keep, tiny.photo(tmp_path, 1, 1), settings(models))
 
 

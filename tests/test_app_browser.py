@@ -261,7 +261,7 @@ def test_bad_uploads_are_explained_and_the_page_goes_on(visit: Callable[..., Vis
     assert "10000 x 9000 pixels exceed the limit" in visitor.error().replace(",", "")
     visitor.changes("photo", lambda: visitor.upload(tiny.photo(tmp_path, 1, 1, name="one.png")))
     visitor.page.click("#run")
-    assert "1 x 1 pixels is less than one patch" in visitor.error()
+    assert "1 x 1 pixels are less than one patch" in visitor.error()
     visitor.changes("photo", lambda: visitor.upload(tiny.photo(tmp_path, 40, 60, 90, name="<i>flat.png")))
     assert "flat.png, 60 × 40 pixels" in visitor.page.inner_text("#about-photo")
     visitor.run()

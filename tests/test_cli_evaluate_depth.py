@@ -197,7 +197,7 @@ def test_the_published_protocol_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(probing, "_save", keep)
     options = ("--features", "raw", "--preset", "paper", "--steps", 7, "--seeds", 0)
     done = run(*options)
-    assert done.code == 130 and "the same command resumes" in done.err
+    assert done.code == 130 and "run the command again to resume" in done.err
     assert steps == [2, 4] and not out.read_text()
     done = run(*options)
     assert done.code == 0, done.err
@@ -396,8 +396,8 @@ def test_data_that_are_none_are_refused_with_what_was_expected_and_found(
         (("--steps", 0), "steps must be at least 1, got 0"),
         (("--batch", 0), "batch must be at least 1, got 0"),
         (("--learning-rate", 0), "learning_rate must be a positive number, got 0"),
-        (("--weight-decay", -1), "weight_decay must be 0 or more, got -1"),
-        (("--gradient", -1), "gradient must be 0 or more, got -1"),
+        (("--weight-decay", -1), "weight_decay must be at least 0, got -1"),
+        (("--gradient", -1), "gradient must be at least 0, got -1"),
         (("--farthest", 0), "farthest must be a depth of more than 0.001 m, got 0"),
         (("--seeds", 1, 1), "seeds must be one or more different numbers of at least 0"),
         (("--seeds", -1), "seeds must be one or more different numbers of at least 0"),
@@ -405,7 +405,7 @@ def test_data_that_are_none_are_refused_with_what_was_expected_and_found(
         (("--preset", "slow"), "slow"),
         (("--features", "raw,clean"), "unknown features: 'clean'"),
         (("--exact.views", 0), "views must be at least 1, got 0"),
-        (("--cache-gb", -1), "cache_gb must be 0 or more"),
+        (("--cache-gb", -1), "cache_gb must be at least 0"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -461,5 +461,5 @@ def test_features_that_cannot_be_had_fail_and_the_others_are_judged(
     assert done.code == 1
     assert_plain(done)
     raw, subtract = lines_of(out)
-    assert raw["failed"] is None and "make one by dvit calibrate" in subtract["failed"]
+    assert raw["failed"] is None and "create one with dvit calibrate" in subtract["failed"]
     assert "subtract failed: " in done.err and f"{raw['metrics']['RMSE']:.4f}" in done.out

@@ -83,7 +83,7 @@ def test_ctrl_c_and_going_on(video: Dvit, frames: Path, tmp_path: Path, monkeypa
         patch.setattr(rendering._Run, "_drawn", interrupted)
         stopped = video(frames)
     assert stopped.code == 130
-    assert "interrupted; finished parts are kept, repeat the command to continue" in stopped.err
+    assert "interrupted; finished parts are kept, run the command again to resume" in stopped.err
     assert not (tmp_path / "out" / "clip.mp4").exists()
     other = video(frames, "--panels", "pca")
     assert other.code == 1

@@ -515,7 +515,7 @@ NAN, INF = math.nan, math.inf
         *(("learning_rate", value, rf"must be a positive number, got {value}") for value in (0.0, -1.0, NAN, INF)),
         *(("eps", value, rf"must be a positive number, got {value}") for value in (0.0, -1e-3, NAN)),
         *(
-            (name, value, rf"must be 0 or more, got {value}")
+            (name, value, rf"must be at least 0, got {value}")
             for name in ("weight_decay", "residual_weight", "sparsity_weight", "final_learning_rate")
             for value in (-0.5, NAN, INF)
         ),
@@ -525,8 +525,8 @@ NAN, INF = math.nan, math.inf
             for value in (-0.1, 1.5, NAN)
         ),
         *((name, value, rf"must be in \[0, 1\), got {value}") for name in ("beta1", "beta2") for value in (-0.1, 1.0)),
-        ("coarsest", 1, r"must be 2 or more and finest no less, got 1 and 8"),
-        ("coarsest", 9, r"must be 2 or more and finest no less, got 9 and 8"),
+        ("coarsest", 1, r"must be at least 2 and at most finest, got 1 and 8"),
+        ("coarsest", 9, r"must be at least 2 and at most finest, got 9 and 8"),
         ("recipe", "published", r"must be 'paper' or 'released', got 'published'"),
         ("keep", "first", r"must be 'last' or 'best', got 'first'"),
     ],
@@ -537,7 +537,7 @@ def test_bad_option_is_refused_by_name(name: str, value: Any, told: str) -> None
 
 
 def test_finest_below_coarsest_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match=r"finest no less, got 2 and 1"):
+    with pytest.raises(PlanError, match=r"at most finest, got 2 and 1"):
         tiny(finest=1).validate()
 
 

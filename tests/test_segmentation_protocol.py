@@ -87,7 +87,7 @@ def test_training_too_short_for_a_warm_up_begins_at_the_full_rate() -> None:
         (SegmentationOptions(batch=0), "batch must be at least 1, got 0"),
         (SegmentationOptions(learning_rate=0.0), "learning_rate must be a positive number, got 0.0"),
         (SegmentationOptions(learning_rate=float("nan")), "learning_rate must be a positive number, got nan"),
-        (SegmentationOptions(weight_decay=-1.0), "weight_decay must be 0 or more, got -1.0"),
+        (SegmentationOptions(weight_decay=-1.0), "weight_decay must be at least 0, got -1.0"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: SegmentationOptions, message: str) -> None:

@@ -164,5 +164,5 @@ def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> 
 
 def test_a_missing_denoiser_is_said() -> None:
     assert ShowOptions().names(planted.backbone(), None) == ("raw", "exact")
-    with pytest.raises(DenoiserError, match="comes with the package"):
+    with pytest.raises(DenoiserError, match="the package has no denoiser"):
         PhotoExtractor(planted.backbone(), ["denoiser"], Cleaners(), OPTIONS.denoising())

@@ -395,7 +395,7 @@ def test_the_verb_refuses_what_cannot_be_meant(tmp_path: Path, capsys: pytest.Ca
     results = write(tmp_path / "results.md", line())
     before = results.read_bytes()
     assert app.run(["report", str(results), "-o", str(results)]) == 2
-    assert "this file is among the results" in capsys.readouterr().err
+    assert "this is one of the results files" in capsys.readouterr().err
     assert results.read_bytes() == before
     assert app.run(["report", str(results), "-o", str(tmp_path / "none" / "a.md")]) == 2
     assert app.run(["report", str(results), "-o", str(tmp_path / "a.txt")]) == 2

@@ -108,7 +108,7 @@ class ProbeOptions:
         at_least(self, steps=1, batch=1)
         positive(self, "learning_rate")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise PlanError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+            raise PlanError(f"weight_decay must be at least 0, got {self.weight_decay}")
         steps = self.steps or base.steps
         return replace(
             base,

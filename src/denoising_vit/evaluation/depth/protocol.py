@@ -135,7 +135,7 @@ class DepthOptions(ProbeOptions):
         base = PAPER if self.preset == "paper" else QUICK
         settled = self.applied(base, "crops of 416 x 544 pixels, and whole photos")
         if not 0 <= self.gradient < math.inf:
-            raise PlanError(f"gradient must be 0 or more, got {self.gradient}")
+            raise PlanError(f"gradient must be at least 0, got {self.gradient}")
         if not base.nearest < self.farthest < math.inf:
             raise PlanError(f"farthest must be a depth of more than {base.nearest} m, got {self.farthest}")
         return replace(settled, farthest=self.farthest, gradient=self.gradient)
