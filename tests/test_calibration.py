@@ -286,7 +286,7 @@ def test_unknown_option_is_a_type_error(backbone: Backbone) -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_too_few_photos_are_refused_with_how_many_it_takes(backbone: Backbone, count: int) -> None:
     with pytest.raises(
-        ArtifactError, match=rf"^{count} usable photos: an artifact needs at least 4, better a few dozen"
+        ArtifactError, match=rf"^{count} usable photos: an artifact needs at least 4, preferably a few dozen"
     ):
         dv.calibrate(backbone, tiny.photos(count))
 
@@ -309,7 +309,7 @@ def test_noisy_artifact_is_warned_of_with_the_number_of_photos_it_takes() -> Non
     assert stability["suggested"] > 6
     (told,) = [str(each.message) for each in warned]
     assert told.startswith("6 photos are too few for a stable artifact")
-    assert f"about {stability['suggested']} would do for 0.95" in told
+    assert f"use about {stability['suggested']} for 0.95" in told
 
 
 def test_suggested_number_of_photos_is_enough(one_thread: None) -> None:
@@ -580,8 +580,8 @@ def test_doubt_names_the_photos_it_takes() -> None:
     told = doubt_about(Stability.of(products(8, 1.0, 10.0)))
     assert told is not None
     assert "8 photos are too few" in told
-    assert "a share of 0.44" in told  # 1 / (1 + 10 / 8)
-    assert "about 190 would do for 0.95" in told
+    assert "a fraction of 0.44" in told  # 1 / (1 + 10 / 8)
+    assert "use about 190 for 0.95" in told
 
 
 @pytest.mark.parametrize("noise", [1e4, 1e9])

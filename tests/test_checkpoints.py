@@ -120,7 +120,7 @@ def test_objects_of_numpy_are_no_way_to_run_code(tmp_path: Path) -> None:
     for number, hidden in enumerate((np.array([Evil()], dtype=object), np.array([1.0]), np.dtype("O"))):
         path = tmp_path / f"{number}.pth"
         torch.save({"denoiser": model, "lr": np.float64(1), "more": hidden, "evil": Evil()}, path)
-        with pytest.raises(FormatError, match="code is never run"):
+        with pytest.raises(FormatError, match="code in checkpoints is never executed"):
             load_denoiser(path)
         assert not trace.exists()
 
@@ -274,7 +274,7 @@ def test_names_of_hugging_face_point_to_its_models(key: str, tmp_path: Path) -> 
 
 
 def test_a_denoiser_in_place_of_weights_is_told_as_what_it_is(tmp_path: Path) -> None:
-    refused({"denoiser": denoiser().state_dict()}, tmp_path, "a denoiser, not the weights of test_vit; give it as one")
+    refused({"denoiser": denoiser().state_dict()}, tmp_path, "a denoiser, not the weights of test_vit; give it by")
 
 
 def test_a_vit_in_place_of_a_denoiser_is_told_as_what_it_is(state: State, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_items_of_the_data_that_are_no_photos_count_as_skipped(dvit: Dvit, data:
     """As for `dvit fit`: what was asked for and could not be used makes the exit code 1."""
     (data / "08.png").symlink_to(data / "gone.png")
     done = dvit("calibrate", data, "-o", tmp_path / "g.safetensors")
-    assert "skipped: 08.png: a link to a file that is not there" in done.err
+    assert "skipped: 08.png: a broken link" in done.err
     assert done.code == 1
 
 

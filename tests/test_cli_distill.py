@@ -412,7 +412,7 @@ def test_a_folder_that_is_something_else(distill: Distill, last: Any, photos: Pa
     (tmp_path / "run" / "thesis.tex").write_text("words")
     done = distill(photos, *last, "-o", tmp_path / "run")
     assert done.code == 2
-    assert "is no run of this program; expected a new or empty folder" in done.err
+    assert "is not a run of this program; expected a new or empty folder" in done.err
 
 
 def test_a_run_that_diverges_is_2_and_names_what_it_kept(

@@ -652,7 +652,7 @@ def break_all_masks(data: Path) -> None:
         (break_no_masks, ["looks like folders with splits, but lacks val/masks"]),
         (break_other_folder, ["expected VOC 2012", "train/images", "classes.txt", "found holiday/, notes.txt"]),
         (break_empty, ["found an empty folder"]),
-        (break_class_list, ["classes.txt: expected a list of classes, found no such file", "one a line"]),
+        (break_class_list, ["classes.txt: expected a list of classes, found no such file", "one per line"]),
         (
             break_all_masks,
             ["expected photos with masks for the split val, but none of 4 is usable", "first reason: 00.png"],
@@ -850,7 +850,7 @@ def test_report_is_not_written_over_results_or_elsewhere(dvit: Dvit, tmp_path: P
     results.write_bytes(b"{}\n")
     for out, words in (
         (results, "one of the results files"),
-        (tmp_path / "page.html", "name of a .md file"),
+        (tmp_path / "page.html", "expected a .md file"),
         (tmp_path / "gone" / "page.md", "existing folder"),
     ):
         done = dvit("report", results, "-o", out)

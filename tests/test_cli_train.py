@@ -223,7 +223,10 @@ def test_fresh_views_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> N
         (("--steps", 0), "steps must be at least 1, got 0"),
         (("--held-out", 6), "expected more than 6 images, because 6 are held out"),
         (("--resume",), "no run to resume; start it without --resume"),
-        (("--backbone", "vit_small_patch16_224", "--weights", "random"), "the store is of vit_tiny_patch16_224"),
+        (
+            ("--backbone", "vit_small_patch16_224", "--weights", "random"),
+            "the store was fitted with vit_tiny_patch16_224",
+        ),
     ],
 )
 def test_what_does_not_fit_is_2_and_leaves_nothing(

@@ -169,7 +169,7 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_skipped_with_reasons(tree: P
     reasons = {entry.item: entry.reason for entry in dataset.skipped}
     assert set(reasons) == {"n01/up", "gone.png", "self.png"}
     assert "a link to its parent folder" in reasons["n01/up"]
-    assert "not there" in reasons["gone.png"]
+    assert "broken link" in reasons["gone.png"]
 
 
 def test_folder_that_cannot_be_read_is_skipped_and_the_others_come(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

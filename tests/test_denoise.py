@@ -167,7 +167,7 @@ def test_tensor_that_is_not_finite_is_refused(backbone: Backbone) -> None:
 
 def test_photo_smaller_than_a_patch_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     Image.new("RGB", (30, 7)).save(tmp_path / "flat.png")
-    with pytest.raises(PhotoError, match=r"flat.png: 30 x 7 pixels .* at least 8 on each side"):
+    with pytest.raises(PhotoError, match=r"flat.png: 30 x 7 pixels .* at least 8 per side"):
         dv.denoise_image(backbone, tmp_path / "flat.png", **FEW)
 
 
@@ -313,7 +313,7 @@ def test_artifact_of_the_wrong_shape_is_refused_naming_both(
     backbone: Backbone, photo: np.ndarray, shape: tuple[int, ...]
 ) -> None:
     given = str(shape).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(PlanError, match=rf"artifact has shape {given}, expected \(7, 7, 5\).*7 x 7 patches"):
+    with pytest.raises(PlanError, match=rf"artifact of shape \(7, 7, 5\).*7 x 7 patches, got {given}"):
         dv.denoise_image(backbone, photo, artifact=torch.zeros(shape))
 
 

@@ -147,7 +147,7 @@ def test_too_few_photos_are_refused_with_the_number_that_is_needed() -> None:
 
 
 def test_one_photo_many_times_is_one_photo() -> None:
-    with pytest.raises(dv.ArtifactError, match=r"1 usable photos \(9 skipped; first: photo 1: the same picture"):
+    with pytest.raises(dv.ArtifactError, match=r"1 usable photos \(9 skipped; first: photo 1: a duplicate"):
         dv.diagnose(planted.backbone(), planted.photos(1) * 10, views=VIEWS)
 
 

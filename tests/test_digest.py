@@ -124,7 +124,7 @@ def test_a_store_is_not_filled_or_trained_on(fitted: tiny_training.Fitted, backb
     assert FeatureStore.open(fitted.folder, type(manifest)(**ours)).ids == fitted.store.ids
     with pytest.raises(StoreError, match=r"weights: .*similar, but not equal: digests \w{8} and \w{8}"):
         FeatureStore.open(fitted.folder, type(manifest)(**theirs))
-    with pytest.raises(TrainError, match=r"the store is of .*, digest \w{8}\); got .*, digest \w{8}\)"):
+    with pytest.raises(TrainError, match=r"the store was fitted with .*, digest \w{8}\), got .*, digest \w{8}\)"):
         StoredTargets(fitted.store, fitted.stored.photos, later)
 
 

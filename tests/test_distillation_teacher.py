@@ -149,7 +149,7 @@ def test_a_denoiser_of_another_layer_is_refused() -> None:
 
 
 def test_a_denoiser_of_another_width_is_refused() -> None:
-    with pytest.raises(DenoiserError, match=r"the denoiser has 384 channels; .* has 192. Use one that was trained"):
+    with pytest.raises(DenoiserError, match=r"has 384 channels, but .* has 192. Use a denoiser that was trained"):
         DenoiserTeacher.of(tiny.backbone(), tiny.denoiser(None, channels=384))
 
 
@@ -306,7 +306,7 @@ def test_fields_and_a_denoiser_are_two_teachers(fitted: tuple[Backbone, Path, Pa
 
 
 def test_fields_of_another_backbone_are_refused(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"the store is of .*seed 0.*; got .*seed 1"):
+    with pytest.raises(TrainError, match=r"the store was fitted with .*seed 0.*, got .*seed 1"):
         tiny.prepared(stored(fitted), tmp_path / "run", tiny.backbone(seed=1))
     assert not (tmp_path / "run").exists()
 

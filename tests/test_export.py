@@ -307,7 +307,7 @@ def test_damaged_files_of_ours(whole: dict[str, Backbone | DenoisedViT], tmp_pat
         with pytest.raises(FormatError, match=told):
             load_extractor(tmp_path / "bad.safetensors")
 
-    refused("not one with an extractor", {"format": "other"})
+    refused("expected a safetensors file with an extractor", {"format": "other"})
     refused("format version 1 or lower, got 9", {"format_version": 9})
     refused("expected a number as format_version, got 'one'", {"format_version": "one"})
     refused(r"damaged extractor \(.*do not fit", {}, **{"backbone.norm.weight": torch.zeros(3)})

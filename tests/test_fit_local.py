@@ -607,7 +607,7 @@ def test_a_disk_that_is_too_small_is_refused_naming_both_sides(
     job.estimate().require_room()
     disk_with(monkeypatch, needed - 1)
     assert job.estimate().bytes_free == needed - 1
-    told = r"no room for it: 8 photos, 8 to do: .*, 152\.1 kB \(152\.1 kB free\)\. Make room"
+    told = r"not enough disk space: 8 photos, 8 to do: .*, 152\.1 kB \(152\.1 kB free\)\. Free some"
     with pytest.raises(FitError, match=told):
         job.estimate().require_room()
 

@@ -156,7 +156,7 @@ def test_a_folder_without_the_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(dv.FormatError, match=r"nowhere: expected a folder, or a hub id like owner/name"):
         dv.Artifact.from_pretrained("nowhere")
     assert dv.Subspace.from_pretrained(tmp_path / "subspace.safetensors").rank == 5  # a file will do
-    with pytest.raises(dv.FormatError, match="expected a file of dvit distill"):
+    with pytest.raises(dv.FormatError, match="expected a file written by dvit distill"):
         dv.DistilledWeights.load(tmp_path / "subspace.safetensors")
 
 

@@ -450,7 +450,7 @@ def test_model_is_done_learning_after_the_fit() -> None:
 
 
 def test_best_step_without_held_out_views_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"keep is 'best'"):
+    with pytest.raises(PlanError, match=r"keep 'best' needs held-out views"):
         fit_neural_field(noisy_views(), tiny(keep="best"))
 
 
@@ -520,7 +520,7 @@ NAN, INF = math.nan, math.inf
             for value in (-0.5, NAN, INF)
         ),
         *(
-            (name, value, rf"must be a share of the steps in \[0, 1\], got {value}")
+            (name, value, rf"must be a fraction in \[0, 1\], got {value}")
             for name in ("warm_up", "residual_from")
             for value in (-0.1, 1.5, NAN)
         ),
@@ -704,7 +704,7 @@ def test_progress_counts_views_and_steps_and_looks_are_watched(backbone: Backbon
 def test_best_step_without_held_out_views_is_refused_before_anything_runs(
     backbone: Backbone, photo: np.ndarray
 ) -> None:
-    with pytest.raises(PlanError, match=r"keep is 'best'.*held_out must be at least 1"):
+    with pytest.raises(PlanError, match=r"keep 'best' needs .*held_out must be at least 1"):
         dv.denoise_image(backbone, photo, **neurally(held_out=0, neural=tiny(keep="best")))
 
 

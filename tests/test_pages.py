@@ -230,4 +230,4 @@ def test_denoise_writes_the_page_it_is_asked_for(dvit: Dvit, tmp_path: Path) -> 
 
 def test_a_page_needs_the_name_of_a_page(dvit: Dvit, tmp_path: Path) -> None:
     done = dvit("denoise", tmp_path / "a.png", "-o", tmp_path / "out", "--report", tmp_path / "page.pdf")
-    assert done.code == 2 and "expected the name of a .html file" in done.words
+    assert done.code == 2 and "expected a name ending in .html" in done.words

@@ -181,7 +181,7 @@ def test_a_position_pattern_makes_seams_that_blending_and_subtraction_remove() -
 def test_seams_by_hand() -> None:
     features = torch.tensor([0.0, 1, 4, 5])[None, :, None].expand(3, 4, 1)  # a step of 3 between columns 1 and 2
     assert seam_ratio(features, [], [1]) == pytest.approx(3 * 3 / 3 / (6 / 14))  # 6 steps of 1, 8 of 0
-    with pytest.raises(EvaluationError, match="needs both"):
+    with pytest.raises(EvaluationError, match="expected both"):
         seam_ratio(features, [], [])
 
 

@@ -121,7 +121,9 @@ def test_photos_choose_the_rank(tmp_path: Path) -> None:
     assert again.info == found.info
     with pytest.raises(dv.ArtifactError, match="Use that backbone"):
         again.require_of(planted.backbone(seed=1))
-    with pytest.raises(dv.FormatError, match=r"not one with registers \(no 'denoising-vit/registers' metadata"):
+    with pytest.raises(
+        dv.FormatError, match=r"expected a safetensors file with registers \(no 'denoising-vit/registers' metadata"
+    ):
         Registers.load(tmp_path / "a.safetensors")
     for wrong in ("x", "place", "artifact"):
         with pytest.raises(dv.PlanError):

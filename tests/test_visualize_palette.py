@@ -96,7 +96,7 @@ def test_the_background_of_foreground_components_is_black(palette: Palette) -> N
 
 
 def test_an_unknown_kind_is_refused_with_those_there_are(palette: Palette) -> None:
-    with pytest.raises(ValueError, match="no kind of map named 'pac'; there are pca, kmeans"):
+    with pytest.raises(ValueError, match="unknown kind of map 'pac'; choose from pca, kmeans"):
         palette.colours("pac", field())
 
 
@@ -161,10 +161,10 @@ def test_a_damaged_palette_is_refused(damage: str, palette: Palette, tmp_path: P
     else:
         tensors["basis.low"] = np.zeros(2) if damage == "shape" else np.full(3, np.nan)
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 1}'})
-    with pytest.raises(FormatError, match="a damaged palette"):
+    with pytest.raises(FormatError, match="damaged palette"):
         read_palette(path)
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette"}'})
-    with pytest.raises(FormatError, match="lacks format_version"):
+    with pytest.raises(FormatError, match="format_version missing"):
         read_palette(path)
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 9}'})
     with pytest.raises(FormatError, match="upgrade denoising-vit"):
