@@ -368,7 +368,9 @@ def test_fewer_bits_in_sixteen_are_judged_by_the_largest_value_and_told(
 ) -> None:
     path = tmp_path / "deep.tif"
     Image.fromarray(np.array([[0, largest // 2, largest]], dtype=np.uint16)).save(path)
-    with pytest.warns(DenoisingVitWarning, match=rf"deep.tif: no 16-bit value is above {largest:,}; .*\({white:,} is white"):
+    with pytest.warns(
+        DenoisingVitWarning, match=rf"deep.tif: no 16-bit value is above {largest:,}; .*\({white:,} is white"
+    ):
         pixels = read_photo(path)
     assert pixels[0, :, 0].tolist() == [round(value * 255 / white) for value in (0, largest // 2, largest)]
 
