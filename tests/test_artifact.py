@@ -293,12 +293,12 @@ def test_resampling_does_not_change_the_artifact_itself(artifact: Artifact) -> N
 def test_artifact_of_another_backbone_is_refused(artifact: Artifact, other: Callable[[], Backbone]) -> None:
     theirs = other()
     assert not artifact.is_of(theirs)
-    with pytest.raises(ArtifactError, match=r"calibrated for Planted .*; got Planted .*dvit calibrate"):
+    with pytest.raises(ArtifactError, match=r"calibrated for Planted .*, got Planted .*dvit calibrate"):
         artifact.require_of(theirs)
 
 
 def test_other_stride_is_named_on_both_sides(artifact: Artifact) -> None:
-    with pytest.raises(ArtifactError, match=r"calibrated for .*stride 8.*; got .*stride 4"):
+    with pytest.raises(ArtifactError, match=r"calibrated for .*stride 8.*, got .*stride 4"):
         artifact.require_of(tiny.backbone(stride=4))
 
 
@@ -306,7 +306,7 @@ def test_other_weights_can_be_told_apart_in_the_message(artifact: Artifact) -> N
     """Two modules, two files of one name or two seeds of `random` have the same words; something must differ."""
     with pytest.raises(ArtifactError) as refused:
         artifact.require_of(tiny.backbone(seed=1))
-    ours, theirs = str(refused.value).split("calibrated for ")[1].split(". Use the")[0].split("; got ")
+    ours, theirs = str(refused.value).split("calibrated for ")[1].split(". Use the")[0].split(", got ")
     assert ours != theirs
 
 
@@ -327,14 +327,14 @@ def test_other_layer_of_the_same_model_is_refused_with_both_named(weights: Path)
     last, inner = tiny_fit.spec_of(weights).load(), tiny_fit.spec_of(weights, layer=5).load()
     artifact = tiny.artifact_of(last, grid_of_noise(3, 3, last.embed_dim))
     artifact.require_of(last)
-    with pytest.raises(ArtifactError, match=r"vit_tiny_patch16_224 \(layer 11, .*; got .*\(layer 5, "):
+    with pytest.raises(ArtifactError, match=r"vit_tiny_patch16_224 \(layer 11, .*, got .*\(layer 5, "):
         artifact.require_of(inner)
 
 
 def test_features_without_the_final_norm_are_another_backbone(weights: Path) -> None:
     last, bare = tiny_fit.spec_of(weights).load(), tiny_fit.spec_of(weights, norm=False).load()
     artifact = tiny.artifact_of(last, grid_of_noise(3, 3, last.embed_dim))
-    with pytest.raises(ArtifactError, match=r"norm True.*; got .*norm False"):
+    with pytest.raises(ArtifactError, match=r"norm True.*, got .*norm False"):
         artifact.require_of(bare)
 
 
@@ -379,7 +379,7 @@ def test_values_lose_their_gradient(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("shape", [(7, 7, 5), (7, 5, 6), (49, 6), (1, 7, 7, 6)], ids=str)
 def test_values_of_another_shape_are_refused_with_both_shapes(backbone: Backbone, shape: tuple[int, ...]) -> None:
-    with pytest.raises(PlanError, match=r"expected \(7, 7, 6\) for Planted on a grid of 7 x 7 patches") as refused:
+    with pytest.raises(PlanError, match=r"of shape \(7, 7, 6\) for Planted on a grid of 7 x 7 patches") as refused:
         known_artifact(torch.zeros(shape), backbone, tiny.GRID)
     assert str(shape) in str(refused.value)
 

@@ -251,7 +251,11 @@ def test_a_vit_that_does_not_fit_is_named_by_its_prefix_and_keys(state: State, t
 
 def test_several_vits_of_which_nothing_tells_which_is_meant_are_refused(state: State, tmp_path: Path) -> None:
     content = {"state_dict": before("base_encoder.", state) | before("momentum_encoder.", other(state))}
-    refused(content, tmp_path, r"under 'state_dict\.base_encoder\.', 'state_dict\.momentum_encoder\.', .*save the one")
+    refused(
+        content,
+        tmp_path,
+        r"under 'state_dict\.base_encoder\.', 'state_dict\.momentum_encoder\.', .*save the wanted one",
+    )
 
 
 def test_one_name_with_and_without_a_wrapper_is_refused(state: State, tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def test_denoiser_of_another_backbone_is_refused_with_both_named(
 
 
 def test_denoiser_of_another_width_is_refused(photo: np.ndarray, denoiser: Denoiser) -> None:
-    with pytest.raises(DenoiserError, match=r"the denoiser has 64 channels; Planted .* has 6"):
+    with pytest.raises(DenoiserError, match=r"the denoiser has 64 channels, but Planted .* has 6"):
         dv.denoise_image(tiny_artifact.backbone(), photo, method="denoiser", denoiser=denoiser)
 
 

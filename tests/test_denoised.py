@@ -239,7 +239,7 @@ def test_denoiser_of_other_weights_is_refused(wide: Backbone) -> None:
 
 
 def test_denoiser_of_another_width_is_refused(backbone: Backbone, wide: Backbone) -> None:
-    with pytest.raises(DenoiserError, match=r"denoiser has 64 channels; Planted .* has 6\b"):
+    with pytest.raises(DenoiserError, match=r"denoiser has 64 channels, but Planted .* has 6\b"):
         DenoisedViT(backbone, denoiser_of(wide))
 
 

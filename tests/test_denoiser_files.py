@@ -209,8 +209,8 @@ def refused(path: Path, *words: str) -> str:
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pth", "none"])
 def test_a_missing_file_is_refused_by_its_path(name: str, tmp_path: Path) -> None:
-    refused(tmp_path / name, "no such denoiser file")
-    with pytest.raises(FormatError, match=rf"{re.escape(str(tmp_path / name))}: no such denoiser file"):
+    refused(tmp_path / name, "expected a denoiser file")
+    with pytest.raises(FormatError, match=rf"{re.escape(str(tmp_path / name))}: expected a denoiser file"):
         read_denoiser(tmp_path / name)
 
 
@@ -237,7 +237,7 @@ def test_anything_else_is_refused_by_its_path_and_says_what_was_expected(
     name: str, content: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, "expected|readable safetensors or PyTorch|Convert it to safetensors")
+    refused(tmp_path / name, "expected|readable safetensors or PyTorch|convert it to safetensors")
 
 
 def test_an_artifact_is_refused_as_what_it_is(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_the_head_of_the_tests_below_is_one_that_is_read(tmp_path: Path) -> None
 
 def test_a_newer_format_is_refused_with_both_versions(tmp_path: Path) -> None:
     path = rewritten(tmp_path / "own.safetensors", own_head(format_version=2))
-    refused(path, "format version 2", "up to 1", "upgrade denoising-vit")
+    refused(path, "format version 1 or lower, got 2", "upgrade denoising-vit")
 
 
 DAMAGED_HEADS: dict[str, object] = {
@@ -315,7 +315,7 @@ DAMAGED_STATES: dict[str, tuple[Callable[[State], object], str]] = {
     "position of two dimensions": (lambda state: state.update(pos_embed=torch.ones(16, 64)), r"\(1, h w, C\)"),
     "position of a map": (lambda state: state.update(pos_embed=torch.ones(1, 64, 4, 4)), r"\(1, h w, C\)"),
     "two positions": (lambda state: state.update(pos_embed=torch.ones(2, 16, 64)), r"\(1, h w, C\)"),
-    "position without places": (lambda state: state.update(pos_embed=torch.ones(1, 0, 64)), "place"),
+    "position without places": (lambda state: state.update(pos_embed=torch.ones(1, 0, 64)), "0 positions does not fit"),
     "no square": (lambda state: state.update(pos_embed=torch.ones(1, 15, 64)), "15 positions does not fit"),
     "half a head": (lambda state: state.update(pos_embed=torch.ones(1, 16, 96)), "multiple of 64 channels, got 96"),
     "another width": (lambda state: state.update(pos_embed=torch.ones(1, 16, 128)), "of another shape"),
@@ -436,7 +436,7 @@ def test_a_backbone_of_other_weights_is_refused_with_both(own: Path) -> None:
 def test_a_backbone_of_another_width_is_refused_with_both(own: Path, tmp_path: Path) -> None:
     other = renamed(tiny_backbone(channels=6), "another")
     for path in (own, published(tmp_path / "a.pth", filled())):
-        with pytest.raises(DenoiserError, match=r"denoiser has 64 channels; another .* has 6\b"):
+        with pytest.raises(DenoiserError, match=r"denoiser has 64 channels, but another .* has 6\b"):
             load_denoiser(path, backbone=other)
 
 
