@@ -210,7 +210,7 @@ def refused(path: Path, *words: str) -> str:
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pth", "none"])
 def test_a_missing_file_is_refused_by_its_path(name: str, tmp_path: Path) -> None:
     refused(tmp_path / name, "expected a denoiser file")
-    with pytest.raises(FormatError, match=rf"{re.escape(str(tmp_path / name))}: expected a denoiser file"):
+    with pytest.raises(FormatError, match=rf"{re.escape(str(tmp_path / name))}: no such denoiser file"):
         read_denoiser(tmp_path / name)
 
 
@@ -522,7 +522,7 @@ def test_what_was_not_published_for_a_model_names_what_was() -> None:
 
 @pytest.mark.parametrize("name", ["", "voc_denoise", "resnet50", "vit_tiny_patch16_224", "a/b/c", "nowhere/at.pth"])
 def test_a_name_of_nothing_is_refused_by_that_name(name: str) -> None:
-    with pytest.raises(FormatError, match=f"^{re.escape(name)}: expected a denoiser file, or the name"):
+    with pytest.raises(FormatError, match=f"^{re.escape(name)}: no such denoiser file; expected a file, or the name"):
         load_denoiser(name)
 
 

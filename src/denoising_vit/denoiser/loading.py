@@ -157,7 +157,7 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
         return _shipped(source)
     folder = bool(source) and path.is_dir()
     if not folder and (path.suffix in (".safetensors", ".pth", ".pt") or source.count("/") != 1):
-        raise FormatError(f"{source}: expected a denoiser file, or the name of a model or variant")
+        raise FormatError(f"{source}: no such denoiser file; expected a file, or the name of a model or variant")
     try:
         return Denoiser.from_pretrained(source)
     except HubError as error:
