@@ -209,7 +209,7 @@ def refused(path: Path, *words: str) -> str:
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pth", "none"])
 def test_a_missing_file_is_refused_by_its_path(name: str, tmp_path: Path) -> None:
-    refused(tmp_path / name, "expected a denoiser file")
+    refused(tmp_path / name, "no such denoiser file")
     with pytest.raises(FormatError, match=rf"{re.escape(str(tmp_path / name))}: no such denoiser file"):
         read_denoiser(tmp_path / name)
 
