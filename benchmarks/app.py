@@ -64,7 +64,7 @@ def _answers(executable: str, url: str, count: int) -> list[float]:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         page: Any = browser.new_page()
         for _ in range(count):
-            page.goto(url)  # anew, because the same answer has the same pictures
+            page.goto(url)  # anew, because the same answer has a duplicates
             page.wait_for_selector("#photo img")
             started = time.perf_counter()
             page.click("#run")

@@ -139,7 +139,7 @@ def handlers() -> Any:
     ("error", "words"),
     [
         (AppError("<b>row</b> must be 0"), "&lt;b&gt;row&lt;/b&gt; must be 0"),
-        (MemoryError(), "not enough memory for this"),
+        (MemoryError(), "not enough memory; use"),
         (ZeroDivisionError("secret"), "failed \\(ZeroDivisionError\\); see the terminal"),
     ],
 )

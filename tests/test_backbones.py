@@ -312,7 +312,7 @@ def test_a_dtype_that_models_do_not_compute_in_is_refused(dtype: Any) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99"])
 def test_a_device_that_is_not_here_is_refused(device: str) -> None:
-    with pytest.raises(BackboneError, match=f"device '{device}' cannot be used here"):
+    with pytest.raises(BackboneError, match=f"device '{device}' is not available"):
         load("test_vit", device=device)
 
 

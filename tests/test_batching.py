@@ -64,7 +64,9 @@ def test_a_batch_that_fits_is_passed_as_it_is() -> None:
 
 def test_no_room_for_one_image_is_told_with_its_size() -> None:
     _, backbone = with_room(0)
-    with pytest.raises(BackboneError, match=r"no memory for a single image of 16 x 24 pixels; take smaller views"):
+    with pytest.raises(
+        BackboneError, match=r"not enough memory for a single image of 16 x 24 pixels; use smaller views"
+    ):
         Passes(backbone)(torch.randn(4, 3, 16, 24))
 
 

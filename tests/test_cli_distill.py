@@ -105,7 +105,7 @@ def test_help_documents_every_option(dvit: Dvit, monkeypatch: pytest.MonkeyPatch
     for words in (
         "decay of an exponential moving average of the weights",
         "weight of the loss that keeps class token and registers unchanged",
-        "factor on the learning rate from each block to the one before it",
+        "factor on the learning rate from each block to the previous one",
         "number of batches whose gradients are accumulated per step",
         "number of passes over the photos if steps is 0",
         "photos: a folder at any depth (class names are ignored), a text list, or tar shards",
@@ -178,7 +178,7 @@ def test_stop_and_resume(distill: Distill, last: Any, photos: Path, tmp_path: Pa
     assert "1 of 2 steps done (continue with --resume)" in first.err
     again = distill(photos, *last, "-o", run)
     assert again.code == 2
-    assert "holds a run already; --resume continues it" in again.err
+    assert "already has a run; use --resume to continue it" in again.err
     other = distill(photos, *last, "-o", run, "--resume", "--batch-size", 2)
     assert other.code == 2
     assert "cannot resume with other options: options.batch_size was 1, now 2" in other.err
@@ -244,7 +244,7 @@ def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes_and_told(
     done = distill(shard, *last, "-o", tmp_path / "run")
     assert done.code == 1
     assert "3 photos to train on, 2 held out" in done.err
-    assert re.search(r"skipped: s.tar: .*5 images before that are used", done.err)
+    assert re.search(r"skipped: s.tar: .*5 images before it are used", done.err)
     assert (tmp_path / "run" / "distilled.safetensors").is_file()
 
 
@@ -290,7 +290,7 @@ def test_a_server_that_stays_away_ends_the_run_with_2(
             patch.setattr(DistillJob, "training", away)
             done = distill(f"{server.address}/list.txt", *last, "-o", tmp_path / "run")
         assert done.code == 2
-        assert re.search(r"\d\d\.png: cannot be reached .*--resume continues from the last checkpoint", done.words)
+        assert re.search(r"\d\d\.png: unreachable .*--resume continues from the last checkpoint", done.words)
 
 
 class Second:
@@ -336,20 +336,20 @@ def test_the_first_process_alone_speaks(
         (("--denoiser", "{files}/none.safetensors"), "no such denoiser file"),
         (("--denoiser", "{files}/tiny.safetensors"), "tiny.safetensors"),
         (("--denoiser", "voc_distilled"), "voc_distilled is a whole model, not a denoiser"),
-        ((), "no denoiser of vit_tiny_patch16_224 with these weights"),
-        (("--also", "{files}/last.safetensors"), "last.safetensors: a second denoiser of layer 11; expected one each"),
-        (("--also", "{files}/nameless.safetensors"), "nameless.safetensors: it does not say which layer"),
-        (("--also", "{files}/inner.safetensors", "{files}/inner.safetensors"), "a second denoiser of layer 5"),
-        (("--also", "{files}/other.safetensors"), "a second denoiser of layer 1|trained for .*layer 1"),
+        ((), "no denoiser for vit_tiny_patch16_224 with these weights"),
+        (("--also", "{files}/last.safetensors"), "last.safetensors: duplicate denoiser for layer 11"),
+        (("--also", "{files}/nameless.safetensors"), "nameless.safetensors does not record its layer"),
+        (("--also", "{files}/inner.safetensors", "{files}/inner.safetensors"), "duplicate denoiser for layer 5"),
+        (("--also", "{files}/other.safetensors"), "duplicate denoiser for layer 1|trained for .*layer 1"),
         (("--views.sizes", "50"), "a side of 50 pixels does not fit the patch grid: .* Nearest: 48 or 64"),
-        (("--views.sizes", "big"), "sizes must be numbers of pixels like 518 or 364x476"),
-        (("--views.flip", 2), r"flip must be a share in \[0, 1\], got 2.0"),
-        (("--ema", 1), r"ema must be a share in \[0, 1\), got 1.0"),
+        (("--views.sizes", "big"), "sizes must be pixel sizes such as 518 or 364x476"),
+        (("--views.flip", 2), r"flip must be a fraction in \[0, 1\], got 2.0"),
+        (("--ema", 1), r"ema must be a factor in \[0, 1\), got 1.0"),
         (("--layer-decay", 0), r"layer_decay must be a factor in \(0, 1\], got 0.0"),
         (("--steps", 0, "--epochs", 0), "expected --epochs above 0, or --steps"),
         (("--steps", 0, "--epochs", "inf"), "expected --epochs above 0, or --steps; got inf epochs"),
         (("--accumulate", 0), "accumulate must be at least 1, got 0"),
-        (("--held-out", PHOTOS), "6 images are too few: 6 are held out, and none is left to train on"),
+        (("--held-out", PHOTOS), "expected more than 6 images, because 6 are held out"),
         (("--resume",), "no run to resume; start it without --resume"),
         (("--device", "cuda:99"), "device cuda:99 is not available"),
         (("--layer", 12), "has 12 blocks: layer must be -12 to 11, got 12"),
@@ -371,15 +371,13 @@ def test_what_does_not_fit_is_2_says_why_and_leaves_nothing(
 def test_a_store_is_no_photos(distill: Distill, last: Any, store: Path, tmp_path: Path) -> None:
     done = distill(store, *last, "-o", tmp_path / "run")
     assert done.code == 2
-    assert f"{store} is a store; expected photos. Use PHOTOS --fields {store} to take its fields as targets" in done.err
+    assert f"{store} is a store; expected photos. Use PHOTOS --fields {store} to use its fields as targets" in done.err
 
 
 def test_fields_that_are_no_store(distill: Distill, photos: Path, tmp_path: Path) -> None:
     done = distill(photos, "--fields", tmp_path / "none", "-o", tmp_path / "run")
     assert done.code == 2
-    assert (
-        f"none is no store; run dvit fit {photos} -o {tmp_path}/none first, or give a denoiser (--denoiser)" in done.err
-    )
+    assert f"not a store; first run dvit fit {photos} -o {tmp_path}/none, or give a denoiser (--denoiser)" in done.err
 
 
 @pytest.mark.parametrize("option", ["--denoiser", "--also"])
@@ -388,7 +386,7 @@ def test_fields_and_a_denoiser(
 ) -> None:
     done = distill(photos, "--fields", store, option, files / "inner.safetensors", "-o", tmp_path / "run")
     assert done.code == 2
-    assert "with --fields the targets are the store's fields; leave out the denoiser or --fields" in done.err
+    assert "with --fields, the targets are the store's fields; omit the denoiser or --fields" in done.err
 
 
 def test_photos_of_fields_that_are_gone(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:
@@ -414,7 +412,7 @@ def test_a_folder_that_is_something_else(distill: Distill, last: Any, photos: Pa
     (tmp_path / "run" / "thesis.tex").write_text("words")
     done = distill(photos, *last, "-o", tmp_path / "run")
     assert done.code == 2
-    assert "is no run of this program; expected a new or empty folder" in done.err
+    assert "is not a run of this program; expected a new or empty folder" in done.err
 
 
 def test_a_run_that_diverges_is_2_and_names_what_it_kept(
@@ -425,7 +423,7 @@ def test_a_run_that_diverges_is_2_and_names_what_it_kept(
     more = ("--steps", 8, "--learning-rate", 10, "--warmup", 0.4, "--final-rate", 0)
     done = distill(photos, "--denoiser", near, "-o", tmp_path / "run", *more)
     assert done.code == 2
-    assert re.search(r"step \d: the run diverged, .*; the best model is kept \(\S+/distilled.safetensors\)", done.words)
+    assert re.search(r"step \d: the run diverged: .*; the best model is kept \(\S+/distilled.safetensors\)", done.words)
     assert "Lower --learning-rate, or raise --warmup" in done.err
     kept = dv.load_backbone(tiny.MODEL, weights=tmp_path / "run" / "distilled.safetensors", device="cpu")
     with torch.no_grad():

@@ -365,7 +365,7 @@ def test_interrupt_leaves_finished_lines_and_the_same_command_goes_on(
     command = command_of("knn", data, data, out)
     stopped = dvit(*command)
     assert stopped.code == 130
-    assert "interrupted; finished results stay, and the same command resumes" in stopped.err
+    assert "interrupted; finished results are kept, run the command again to resume" in stopped.err
     assert [line["features"] for line in lines_of(out)] == ["raw"]
     resumed = dvit(*command)
     assert resumed.code == 0, resumed.err
@@ -396,7 +396,7 @@ def test_without_an_artifact_subtract_fails_and_the_others_are_judged(
     found = by_features(lines_of(out))
     assert found["raw"]["failed"] is found["exact"]["failed"] is None
     assert found["exact"]["paired"]["against"] == "raw"
-    assert "no artifact of Planted with these weights" in found["subtract"]["failed"]
+    assert "no artifact for Planted with these weights" in found["subtract"]["failed"]
     (told,) = [line for line in done.err.splitlines() if line.startswith("subtract failed: ")]
     assert "dvit calibrate PHOTOS -o FILE" in told
     assert "--artifact" in told  # what to do with that file
@@ -429,7 +429,7 @@ def test_failure_is_gone_from_the_report_once_the_same_was_measured(
     assert dvit(*command).code == 1
     assert dvit(*command, "--artifact", artifact).code == 0
     assert dvit("report", out, "-o", tmp_path / "results.md").code == 0
-    assert "no artifact of Planted" not in (tmp_path / "results.md").read_text()
+    assert "no artifact for Planted" not in (tmp_path / "results.md").read_text()
 
 
 def test_mask_of_another_size_is_left_out_and_named(
@@ -483,7 +483,7 @@ def test_class_that_never_occurs_is_said(dvit: Dvit, planted: tiny_artifact.Plan
         names.write("unicorn\n")
     done = dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", out, *FEW)
     assert done.code == 0
-    assert "never occurs in val, left out of the means unless predicted: unicorn" in done.err
+    assert "never occurs in val, excluded from means unless predicted: unicorn" in done.err
     (line,) = lines_of(out)
     assert (line["absent"], line["classes"]["unicorn"]["IoU"]) == (["unicorn"], None)
 
@@ -555,14 +555,14 @@ def test_wrong_names_of_features_are_refused(
         (("knn", "--images", -1), "expected a number of images of at least 1, or 0 for all, got -1"),
         (("knn", "--exact.views", 0), "views must be at least 1, got 0"),
         (("knn", "--exact.method", "neural-field"), "exact"),
-        (("knn", "--cache-gb", -1), "cache_gb must be 0 or more"),
+        (("knn", "--cache-gb", -1), "cache_gb must be at least 0"),
         (("segmentation", "--steps", 0), "steps must be at least 1, got 0"),
         (("segmentation", "--batch", 0), "batch must be at least 1, got 0"),
         (("segmentation", "--learning-rate", 0), "learning_rate must be "),
-        (("segmentation", "--weight-decay", -1), "weight_decay must be 0 or more, got -1"),
-        (("segmentation", "--seeds", 1, 1), "seeds must be one number or more, 0 or above and different"),
-        (("segmentation", "--seeds", -1), "seeds must be one number or more, 0 or above and different"),
-        (("segmentation", "--preset", "paper", "--size", 48), "size is for preset quick"),
+        (("segmentation", "--weight-decay", -1), "weight_decay must be at least 0, got -1"),
+        (("segmentation", "--seeds", 1, 1), "seeds must be one or more different numbers of at least 0"),
+        (("segmentation", "--seeds", -1), "seeds must be one or more different numbers of at least 0"),
+        (("segmentation", "--preset", "paper", "--size", 48), "size applies to preset quick"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -579,7 +579,7 @@ def test_options_out_of_range_are_refused_before_the_work(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--photos", -1), "--photos must be 0 (all) or more, got -1"),
+        (("--photos", -1), "--photos must be at least 0 (all), got -1"),
         (("--views", 1), "views must be at least 2"),
         (("--photos", 5), "5 usable photos"),
         (("--size", 50), "does not fit the patch grid"),
@@ -647,15 +647,15 @@ def break_all_masks(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_nothing_there, ["expected the folder of a data set", "found nothing there"]),
-        (break_file_there, ["expected the folder of a data set", "found a file there"]),
+        (break_nothing_there, ["expected a data set folder", "found nothing"]),
+        (break_file_there, ["expected a data set folder", "found a file"]),
         (break_no_masks, ["looks like folders with splits, but lacks val/masks"]),
         (break_other_folder, ["expected VOC 2012", "train/images", "classes.txt", "found holiday/, notes.txt"]),
         (break_empty, ["found an empty folder"]),
-        (break_class_list, ["classes.txt: expected a list of classes, found no such file", "one a line"]),
+        (break_class_list, ["classes.txt: expected a list of classes, found no such file", "one per line"]),
         (
             break_all_masks,
-            ["expected photos with masks for the split val, none of 4 can be used", "the first reason: 00.png"],
+            ["expected photos with masks for the split val, but none of 4 is usable", "first reason: 00.png"],
         ),
     ],
 )
@@ -834,7 +834,7 @@ def test_report_of_results_with_a_line_that_was_cut_off_says_so(dvit: Dvit, resu
 
 def test_report_of_nothing_is_refused(dvit: Dvit, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
-    for content, words in ((None, "cannot be read"), (b"", "got none that can be used")):
+    for content, words in ((None, "cannot be read"), (b"", "got no usable line")):
         if content is not None:
             empty.write_bytes(content)
         done = dvit("report", empty, "-o", tmp_path / "results.md")
@@ -849,9 +849,9 @@ def test_report_is_not_written_over_results_or_elsewhere(dvit: Dvit, tmp_path: P
     results = tmp_path / "results.md"
     results.write_bytes(b"{}\n")
     for out, words in (
-        (results, "among the results"),
-        (tmp_path / "page.html", "name of a .md file"),
-        (tmp_path / "gone" / "page.md", "folder that exists"),
+        (results, "one of the results files"),
+        (tmp_path / "page.html", "expected a .md file"),
+        (tmp_path / "gone" / "page.md", "existing folder"),
     ):
         done = dvit("report", results, "-o", out)
         assert done.code == 2

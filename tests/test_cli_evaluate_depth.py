@@ -197,7 +197,7 @@ def test_the_published_protocol_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(probing, "_save", keep)
     options = ("--features", "raw", "--preset", "paper", "--steps", 7, "--seeds", 0)
     done = run(*options)
-    assert done.code == 130 and "the same command resumes" in done.err
+    assert done.code == 130 and "run the command again to resume" in done.err
     assert steps == [2, 4] and not out.read_text()
     done = run(*options)
     assert done.code == 0, done.err
@@ -276,14 +276,14 @@ def no_photo(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (eight_bits, "05.png: expected depth in 16 bits, got 8 bits, too coarse for depth"),
-        (colours, "05.png: expected depth as one value per pixel in 16 bits, got an image of mode RGB"),
+        (eight_bits, "05.png: expected 16-bit depth, got 8 bits, which is too coarse"),
+        (colours, "05.png: expected one 16-bit value per pixel, got an image of mode RGB"),
         (
             another_size,
             "val/05.png: expected photo and depth map of the same size, got a photo of 64 x 48 pixels and",
         ),
         (all_unknown, "val/05.png: no pixel of the depth map has a depth"),
-        (damaged, "05.png: a damaged depth map"),
+        (damaged, "05.png: damaged depth map"),
         (no_depth, "val/05.png: a photo without a depth map; expected"),
         (no_photo, "val/05.png: a depth map without a photo; expected"),
     ],
@@ -361,12 +361,12 @@ def all_eight_bits(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (gone, ["expected the folder of a data set, found nothing there"]),
-        (file_there, ["expected the folder of a data set, found a file there"]),
+        (gone, ["expected a data set folder, found nothing"]),
+        (file_there, ["expected a data set folder, found a file"]),
         (other_folder, ["expected NYUv2 (nyu_train.txt", "in two splits (train/rgb or train/images", "found holiday"]),
         (nothing_in_it, ["expected NYUv2 (nyu_train.txt", "found an empty folder"]),
         (one_list, ["looks like NYUv2, but lacks nyu_test.txt"]),
-        (all_eight_bits, ["split val, none of 6 can be used; the first reason: 00.png", "got 8 bits"]),
+        (all_eight_bits, ["split val, but none of 6 is usable; first reason: 00.png", "got 8 bits"]),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -387,25 +387,25 @@ def test_data_that_are_none_are_refused_with_what_was_expected_and_found(
     [
         (("--depth-scale", 1), "which is implausible (expected 0.05 to 200); give the right --depth-scale"),
         (("--depth-scale", 1e7), "which is implausible (expected 0.05 to 200); give the right --depth-scale"),
-        (("--depth-scale", 0), "depth scale must be a positive number of units in a metre, got 0"),
-        (("--depth-scale", "nan"), "depth scale must be a positive number of units in a metre, got nan"),
+        (("--depth-scale", 0), "depth scale must be a positive number of units per metre, got 0"),
+        (("--depth-scale", "nan"), "depth scale must be a positive number of units per metre, got nan"),
         (("--blocks", 4), "6 photos without splits cannot be evaluated in 4 blocks"),
-        (("--blocks", 1), "6 photos without splits cannot be evaluated in 1 blocks; expected 2 blocks or more"),
+        (("--blocks", 1), "6 photos without splits cannot be evaluated in 1 blocks; expected at least 2 blocks"),
         (("--images", 5), "5 photos without splits cannot be evaluated in 3 blocks"),
         (("--images", -1), "expected a number of images of at least 1, or 0 for all, got -1"),
         (("--steps", 0), "steps must be at least 1, got 0"),
         (("--batch", 0), "batch must be at least 1, got 0"),
         (("--learning-rate", 0), "learning_rate must be a positive number, got 0"),
-        (("--weight-decay", -1), "weight_decay must be 0 or more, got -1"),
-        (("--gradient", -1), "gradient must be 0 or more, got -1"),
+        (("--weight-decay", -1), "weight_decay must be at least 0, got -1"),
+        (("--gradient", -1), "gradient must be at least 0, got -1"),
         (("--farthest", 0), "farthest must be a depth of more than 0.001 m, got 0"),
-        (("--seeds", 1, 1), "seeds must be one number or more, 0 or above and different"),
-        (("--seeds", -1), "seeds must be one number or more, 0 or above and different"),
-        (("--preset", "paper", "--size", 48), "size is for preset quick"),
+        (("--seeds", 1, 1), "seeds must be one or more different numbers of at least 0"),
+        (("--seeds", -1), "seeds must be one or more different numbers of at least 0"),
+        (("--preset", "paper", "--size", 48), "size applies to preset quick"),
         (("--preset", "slow"), "slow"),
         (("--features", "raw,clean"), "unknown features: 'clean'"),
         (("--exact.views", 0), "views must be at least 1, got 0"),
-        (("--cache-gb", -1), "cache_gb must be 0 or more"),
+        (("--cache-gb", -1), "cache_gb must be at least 0"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -432,9 +432,7 @@ def test_photos_smaller_than_the_published_crops_name_the_other_preset(
     done = run("--features", "raw", "--preset", "paper", *SHORT)
     assert done.code == 1
     assert_plain(done)
-    assert (
-        "64 x 48 pixels are less than the crops of 544 x 416 of the published protocol; use --preset quick" in done.err
-    )
+    assert "64 x 48 pixels are smaller than the published protocol's crops of 544 x 416; use --preset quick" in done.err
     assert lines_of(out)[0]["failed"]
 
 
@@ -444,7 +442,7 @@ def test_exact_features_are_refused_by_the_published_protocol_before_the_work(
     done = run("--preset", "paper", *SHORT)  # exact is among the features unless others are named
     assert done.code == 2
     assert_plain(done)
-    assert "exact: fields of stage 1 belong to unchanged images" in done.err
+    assert "exact: stage 1 fields match unchanged images" in done.err
     assert "--preset quick" in done.err and "--features" in done.err
     assert_no_results(out)
 
@@ -453,7 +451,7 @@ def test_depth_that_is_all_too_far_names_the_limit(run: Run, planted: tiny_artif
     done = run("--features", "raw", "--farthest", 0.5, *SHORT)
     assert done.code == 1
     assert_plain(done)
-    assert "no depth of 6 photos of val is below 0.5 m" in done.err and "--farthest" in done.err
+    assert "none of the 6 photos of val has a depth below 0.5 m" in done.err and "--farthest" in done.err
 
 
 def test_features_that_cannot_be_had_fail_and_the_others_are_judged(
@@ -463,5 +461,5 @@ def test_features_that_cannot_be_had_fail_and_the_others_are_judged(
     assert done.code == 1
     assert_plain(done)
     raw, subtract = lines_of(out)
-    assert raw["failed"] is None and "make one by dvit calibrate" in subtract["failed"]
+    assert raw["failed"] is None and "create one with dvit calibrate" in subtract["failed"]
     assert "subtract failed: " in done.err and f"{raw['metrics']['RMSE']:.4f}" in done.out

@@ -137,7 +137,7 @@ def test_keypoints_are_matched_where_the_data_have_them(dvit: Dvit, tmp_path: Pa
     [
         (("--videos.k", 0), "k must be at least 1, got 0"),
         (("--videos.temperature", 0), "temperature must be a positive number, got 0"),
-        (("--pairs.alpha", -1), "alpha must be one positive number or more"),
+        (("--pairs.alpha", -1), "alpha must be one or more different positive numbers"),
     ],
 )
 def test_wrong_options_of_correspondence_are_named(

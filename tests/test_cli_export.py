@@ -63,10 +63,10 @@ def test_a_folder_and_its_check(export: Export, dvit: Dvit, tmp_path: Path) -> N
     assert done.code == 0, done.err
     assert done.out == ""
     assert "exporting raw features of vit_tiny_patch16_224" in done.err
-    assert "against PyTorch: largest difference 0, mean cosine 1.000000" in done.err
+    assert "against PyTorch: maximum difference 0, mean cosine 1.000000" in done.err
     again = dvit("export", "--verify", tmp_path / "out", "--json")
     assert again.code == 0
-    assert f"{tmp_path / 'out'}: sound" in again.err
+    assert f"{tmp_path / 'out'}: intact" in again.err
     (row,) = again.rows
     assert row["export"] == str(tmp_path / "out")
     assert row["difference"] == 0
@@ -97,7 +97,7 @@ def test_cleaners(export: Export, tmp_path: Path, artifact: Path, denoiser: Path
 
 
 def test_a_model_without_a_shipped_cleaner(export: Export, tmp_path: Path) -> None:
-    for kind, told in (("subtract", "no artifact of vit_tiny"), ("denoiser", "no denoiser of vit_tiny")):
+    for kind, told in (("subtract", "no artifact for vit_tiny"), ("denoiser", "no denoiser for vit_tiny")):
         failed = export("--features", kind)
         assert failed.code == 2
         assert told in failed.err
@@ -113,7 +113,7 @@ def test_distilled(export: Export, dvit: Dvit, tmp_path: Path) -> None:
     assert meta(tmp_path / "twice")["features"] == "distilled"
     failed = dvit("export", "-o", tmp_path / "no", "--backbone", tiny.MODEL, "--features", "distilled")
     assert failed.code == 2
-    assert "needs the weights of stage 3: --weights FILE" in failed.err
+    assert "needs the weights of stage 3; give --weights FILE" in failed.err
 
 
 def test_what_exists_is_kept(export: Export, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_exists_is_kept(export: Export, tmp_path: Path) -> None:
     failed = export("--format", "timm")
     assert failed.code == 2
     assert "error: " in failed.err
-    assert "exists already; choose another folder with -o" in failed.err
+    assert "already exists; choose another folder with -o" in failed.err
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 
@@ -141,13 +141,13 @@ def test_a_changed_export_gives_1(export: Export, dvit: Dvit, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ((), "-o DIR exports to a folder, --verify DIR checks one"),
+        ((), "give -o DIR to export, or --verify DIR to check an export"),
         (("-o", "x", "--artifact", "shipped", "--denoiser", "shipped"), "--artifact and --denoiser cannot be combined"),
         (("-o", "x", "--features", "average"), "unknown features: 'average'"),
         (("-o", "x", "--subspace", "a", "--registers", "b"), "--subspace and --registers cannot be combined"),
         (("-o", "x", "--features", "raw", "--denoiser", "shipped"), "--denoiser has no effect on --features raw"),
         (("-o", "x", "--features", "denoiser", "--artifact", "shipped"), "--artifact has no effect on --features deno"),
-        (("-o", "x", "--format", "timm", "--int8"), "--int8 is for onnx, got timm"),
+        (("-o", "x", "--format", "timm", "--int8"), "--int8 applies to onnx only, got timm"),
         (("-o", "x", "--format", "jpeg"), "invalid choice"),
     ],
     ids=str,
@@ -201,5 +201,5 @@ def test_a_processor_that_crops_is_told_in_words(dvit: Dvit, tmp_path: Path) -> 
         warnings.simplefilter("default", DenoisingVitWarning)  # as outside of tests, where it is no error
         done = denoise(dvit, tmp_path, tmp_path / "model", *FITTING, "--size", 32)
     assert done.code == 0, done.err
-    assert "warning: the image processor of hf:model cuts the centre out of photos" in done.words
+    assert "warning: the image processor of hf:model crops the centre of photos" in done.words
     assert "UserWarning" not in done.err

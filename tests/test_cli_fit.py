@@ -121,7 +121,7 @@ def test_same_command_again_is_a_no_op(fit: Fit, photos: Path, tmp_path: Path, n
     again = fit(photos, tmp_path / "store", "--json")
     assert again.code == 0
     assert again.out == ""
-    assert f"{PHOTOS} photos, {PHOTOS} done already, 0 to do" in again.err
+    assert f"{PHOTOS} photos, {PHOTOS} already done, 0 to do" in again.err
     assert tiny.contents(tmp_path / "store") == before
 
 
@@ -154,10 +154,10 @@ def test_skipped_photos_are_told_with_their_reasons_and_give_1_each_time(
         skipped = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
         assert len(skipped) == 2
         assert skipped[0].startswith("skipped: 02.png: not an image file")
-        assert skipped[1].startswith("skipped: 04.png: 5 x 90 pixels is less than one patch")
+        assert skipped[1].startswith("skipped: 04.png: 5 x 90 pixels are less than one patch")
         last = done.err.splitlines()[-1]
         assert last.startswith(f"{PHOTOS - 2} of {PHOTOS} photos in ") and ", 2 skipped" in last
-    assert f"{PHOTOS - 2} done already, 2 skipped already, 0 to do" in second.err
+    assert f"{PHOTOS - 2} already done, 2 already skipped, 0 to do" in second.err
     tiny.assert_whole(tmp_path / "store", failed=2)
 
 
@@ -243,24 +243,24 @@ def test_a_store_of_a_newer_version_is_refused(fit: Fit, photos: Path, store: Pa
 def test_no_photos_is_refused(fit: Fit, tmp_path: Path) -> None:
     refused(fit(tmp_path / "missing", tmp_path / "store"), tmp_path / "missing", "no such file or folder")
     (tmp_path / "empty").mkdir()
-    refused(fit(tmp_path / "empty", tmp_path / "store"), tmp_path / "empty", "found none in it")
+    refused(fit(tmp_path / "empty", tmp_path / "store"), tmp_path / "empty", "found none")
     (tmp_path / "blank.txt").write_text("\n# nothing\n\n")
-    refused(fit(tmp_path / "blank.txt", tmp_path / "store"), "blank.txt", "found none in it")
+    refused(fit(tmp_path / "blank.txt", tmp_path / "store"), "blank.txt", "found none")
     assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--workers", "2"], "workers is for engine 'ray'"),
-        (["--ray-address", "auto"], "ray_address is for engine 'ray'"),
+        (["--workers", "2"], "workers applies to engine 'ray' only"),
+        (["--ray-address", "auto"], "ray_address applies to engine 'ray' only"),
         (["--decoders", "0"], "decoders must be at least 1, got 0"),
         (["--images-per-shard", "0"], "images_per_shard must be at least 1, got 0"),
-        (["--method", "neural-field"], "exact method, got 'neural-field'"),
+        (["--method", "neural-field"], "exact method for data sets, got 'neural-field'"),
         (["--size", "50"], "50"),
         (["--views", "0"], "views must be at least 1, got 0"),
         (["--device", "cpu,nonsense"], "nonsense"),
-        (["--engine", "ray", "--device", "cpu,cpu"], "engine 'ray' takes one device"),
+        (["--engine", "ray", "--device", "cpu,cpu"], "engine 'ray' expects one device"),
         (["--weights", "missing.safetensors"], "missing.safetensors"),
     ],
 )
@@ -318,11 +318,11 @@ def test_ctrl_c_gives_130_and_the_same_command_goes_on(
         done = fit(photos, tmp_path / "store", "--batch-size", tiny.PASSES)
     assert done.code == 130
     assert done.out == ""
-    assert "interrupted; finished photos are kept, repeat the command to continue" in done.err
+    assert "interrupted; finished photos are kept, run the command again to resume" in done.err
     assert len(FeatureStore.open(tmp_path / "store").done()) == 2
     again = fit(photos, tmp_path / "store", "--batch-size", tiny.PASSES)
     assert again.code == 0
-    assert "2 done already, 5 to do" in again.err
+    assert "2 already done, 5 to do" in again.err
     assert tiny.fields(tmp_path / "store") == tiny.fields(finished)
 
 

@@ -58,9 +58,9 @@ def test_tiles_of_a_large_photo_and_wrong_tiles(show: Show, tmp_path: Path) -> N
     assert done.code == 0, done.words
     assert "1 of 1 photos shown; sheet.png" in done.words and "tiles of 64 px" in done.words
     wrong = show(*tiles, 64, "--overlap", 40)
-    assert wrong.code == 2 and "overlap must be 0 to 32 pixels, half a tile, got 40" in wrong.words
+    assert wrong.code == 2 and "overlap must be 0 to 32 pixels (half a tile), got 40" in wrong.words
     alone = show("large.png", "-o", "sheet.png", "--overlap", 8)
-    assert alone.code == 2 and "give the side of a tile too" in alone.words
+    assert alone.code == 2 and "also give the side of a tile" in alone.words
 
 
 def test_a_sheet_of_each_in_a_folder_under_names_of_their_own(show: Show, photos: Path, tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_where_nothing_could_be_shown_nothing_is_written(show: Show, tmp_path: P
         (("--maps", "pac"), "unknown maps: 'pac'; choose from pca"),
         (("--features", "raw,rwa"), "unknown features: 'rwa'; choose from raw"),
         (("--features", "distilled"), "distilled features need the weights"),
-        (("--features", "denoiser"), "no denoiser of vit_tiny_patch16_224"),
+        (("--features", "denoiser"), "no denoiser for vit_tiny_patch16_224"),
         (("--palette", "none.safetensors"), "no such palette"),
         (("--palette", "p", "--colours", "together"), "cannot be combined with"),
-        (("--save-palette", "colours.png"), "expected the name of a .safetensors file"),
-        (("--at", "2", "0"), "at must be two shares"),
+        (("--save-palette", "colours.png"), "expected a name ending in .safetensors"),
+        (("--at", "2", "0"), "at must be two fractions"),
         (("--size", "65"), "does not fit the patch grid"),
         (("--features", "exact", "--views", "2"), "views"),
     ],

@@ -88,7 +88,7 @@ def test_stop_and_resume(train: Train, store: Path, photos: Path, tmp_path: Path
     assert "2 of 4 steps done (continue with --resume)" in first.err
     again = train(store, "--photos", photos, "-o", run)
     assert again.code == 2
-    assert "holds a run already; --resume continues it" in again.err
+    assert "already has a run; use --resume to continue it" in again.err
     other = train(store, "--photos", photos, "-o", run, "--resume", "--batch-size", 3)
     assert other.code == 2
     assert "cannot resume with other options: options.batch_size was 2, now 3" in other.err
@@ -193,19 +193,19 @@ def test_a_store_needs_its_photos(train: Train, store: Path, tmp_path: Path) -> 
 def test_a_store_is_not_fitted_again(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
     done = train(store, "--photos", photos, "-o", tmp_path / "run", "--on-the-fly")
     assert done.code == 2
-    assert "is a store and already contains the fields; leave out --on-the-fly" in done.err
+    assert "is a store and already contains the fields; omit --on-the-fly" in done.err
 
 
 def test_photos_alone_have_no_targets(train: Train, photos: Path, tmp_path: Path) -> None:
     done = train(photos, "-o", tmp_path / "run")
     assert done.code == 2
-    assert f"run dvit fit {photos} -o STORE first, or give --on-the-fly" in done.err
+    assert f"first run dvit fit {photos} -o STORE, or give --on-the-fly" in done.err
 
 
 def test_photos_twice(train: Train, photos: Path, tmp_path: Path) -> None:
     done = train(photos, "--photos", photos, "-o", tmp_path / "run", *FITTING)
     assert done.code == 2
-    assert "with --on-the-fly, the data are the photos" in done.err
+    assert "with --on-the-fly, give the photos as the data" in done.err
 
 
 def test_fresh_views_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> None:
@@ -218,12 +218,15 @@ def test_fresh_views_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--pairs.sizes", "big"), "sizes must be numbers of pixels like 518 or 364x476"),
+        (("--pairs.sizes", "big"), "sizes must be pixel sizes such as 518 or 364x476"),
         (("--pairs.sizes", "50"), "50"),
         (("--steps", 0), "steps must be at least 1, got 0"),
-        (("--held-out", 6), "6 images are too few: 6 are held out"),
+        (("--held-out", 6), "expected more than 6 images, because 6 are held out"),
         (("--resume",), "no run to resume; start it without --resume"),
-        (("--backbone", "vit_small_patch16_224", "--weights", "random"), "the store is of vit_tiny_patch16_224"),
+        (
+            ("--backbone", "vit_small_patch16_224", "--weights", "random"),
+            "the store was fitted with vit_tiny_patch16_224",
+        ),
     ],
 )
 def test_what_does_not_fit_is_2_and_leaves_nothing(

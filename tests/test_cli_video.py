@@ -83,11 +83,11 @@ def test_ctrl_c_and_going_on(video: Dvit, frames: Path, tmp_path: Path, monkeypa
         patch.setattr(rendering._Run, "_drawn", interrupted)
         stopped = video(frames)
     assert stopped.code == 130
-    assert "interrupted; finished parts are kept, repeat the command to continue" in stopped.err
+    assert "interrupted; finished parts are kept, run the command again to resume" in stopped.err
     assert not (tmp_path / "out" / "clip.mp4").exists()
     other = video(frames, "--panels", "pca")
     assert other.code == 1
-    assert "panels image,pca, now pca); repeat those to continue it, or start over with --overwrite" in other.err
+    assert "panels image,pca, now pca); use the same settings to resume it, or start over with --overwrite" in other.err
     done = video(frames)
     assert done.code == 0, done.err
     assert "2 from before" in done.out
@@ -98,7 +98,7 @@ def test_what_was_made_with_other_settings_is_told(video: Dvit, frames: Path) ->
     assert video(frames).code == 0
     kept = video(frames, "--every", 2)
     assert kept.code == 0
-    assert "kept; made with other settings (every 1, now 2): --overwrite to do it again" in kept.words
+    assert "kept; made with other settings (every 1, now 2); use --overwrite to redo it" in kept.words
     assert "kept" not in video(frames, "--every", 2, "--overwrite").out
 
 
@@ -112,9 +112,9 @@ def test_stride_and_size(video: Dvit, frames: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--panels", "dataset-pca"), "needs the colours of a data set: --palette FILE"),
+        (("--panels", "dataset-pca"), "needs a saved palette of a data set; give --palette FILE"),
         (("--features", "new"), "unknown features: 'new'; choose from raw"),
-        (("--features", "denoiser"), "no denoiser of vit_tiny"),
+        (("--features", "denoiser"), "no denoiser for vit_tiny"),
         (("--features", "distilled"), "--distilled"),
         (("--every", "0"), "every must be at least 1"),
     ],

@@ -92,7 +92,7 @@ def test_more_clusters_than_classes_tell_more(data: LabelledData) -> None:
 
 
 def test_few_patches_are_drawn_from_every_image(data: LabelledData) -> None:
-    with pytest.raises(EvaluationError, match="18 patches are less than 19 clusters"):
+    with pytest.raises(EvaluationError, match="18 patches are fewer than 19 clusters"):
         clustered(source_of(), data, ClusteringOptions(patches=18), 19, 0)
     assert clustered(source_of(), data, ClusteringOptions(patches=18), 3, 0).sum() == 6 * 48 * 48
 
@@ -100,9 +100,9 @@ def test_few_patches_are_drawn_from_every_image(data: LabelledData) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (ClusteringOptions(clusters=()), "clusters must be one number or more, 1 or above and different, got"),
-        (ClusteringOptions(clusters=(3, 3)), "clusters must be one number or more"),
-        (ClusteringOptions(seeds=(-1,)), "seeds must be one number or more, 0 or above and different, got"),
+        (ClusteringOptions(clusters=()), "clusters must be one or more different numbers of at least 1, got"),
+        (ClusteringOptions(clusters=(3, 3)), "clusters must be one or more different numbers"),
+        (ClusteringOptions(seeds=(-1,)), "seeds must be one or more different numbers of at least 0, got"),
         (ClusteringOptions(patches=-1), "patches must be at least 0, got -1"),
     ],
 )

@@ -682,7 +682,7 @@ def test_stage_one_of_another_method_fails_in_words(
 ) -> None:
     told = list(knn(exact_bench(tmp_path, larger, vit, method="subtract"), ["raw", "exact"], FEW))
     assert told[0][0]["failed"] is None
-    assert "exact method, got 'subtract'" in told[1][0]["failed"]
+    assert "exact method for stage 1 of a data set, got 'subtract'" in told[1][0]["failed"]
 
 
 def test_an_interval_of_another_method_is_made_again_from_the_counts(tmp_path: Path, data: LabelledData) -> None:

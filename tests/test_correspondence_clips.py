@@ -174,7 +174,7 @@ def test_frames_without_masks_stay_and_are_told_once_a_sequence(root: Path) -> N
     data = open_clips(root)
     assert [one.mask is None for one in data.clips[1]] == [False, True, True, False]
     assert reasons(data) == {
-        "white": "2 of 4 frames have no mask (00001.png first): carried through, but not evaluated"
+        "white": "2 of 4 frames have no mask (00001.png first): propagated through, but not evaluated"
     }
     with pytest.raises(EvaluationError, match="expected a frame with a mask"):
         data.clips[1][1].labels()
@@ -202,7 +202,7 @@ SPOILT = {
     "size": (_spoil_by(lambda mask: mask[:50, :70]), "a photo of 128 x 96 pixels and a mask of 70 x 50"),
     "shades": (
         _spoil_by(_shades),
-        r"\d+ values \(0, .*, \.\.\.\); expected 0 and 255, or numbers of objects from 1 to 50 at most",
+        r"\d+ values \(0, .*, \.\.\.\); expected 0 and 255, or object numbers from 1 to at most 50",
     ),
     "few shades": (_spoil_by(lambda mask: np.where(np.roll(mask, 3) != mask, 20, mask)), "3 values .*0, 20, 255"),
     "jpeg": (_as_jpeg, "got JPEG"),
@@ -220,7 +220,7 @@ def test_a_mask_that_cannot_be_used_is_not_judged_and_its_frame_carried_through(
     data = open_clips(root)
     assert [one.mask is None for one in data.clips[1]] == [False, False, True, False]
     ((item, reason),) = reasons(data).items()
-    assert item == "white/00002.png" and reason.startswith("carried through, but not evaluated: ")
+    assert item == "white/00002.png" and reason.startswith("propagated through, but not evaluated: ")
     assert re.search(words, reason)
 
 
@@ -270,11 +270,11 @@ def _one_frame_that_can_be_read(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda root: only_white(root, 1), r"^a sequence of one frame; labels need a second one to propagate to$"),
+        (lambda root: only_white(root, 1), r"^a sequence of one frame; expected at least two$"),
         (lambda root: only_white(root, 0), r"^a sequence without frames$"),
         (_no_first_mask, r"the first frame has no mask; expected .*white/00000\.png"),
         (_no_masks, r"the first frame has no mask; expected .*white/00000\.png"),
-        (_empty_first_mask, r"00000\.png: the first mask is empty: no object"),
+        (_empty_first_mask, r"00000\.png: the first mask is empty; expected at least one object"),
         (_only_the_first_mask, "no frame after the first has a mask: nothing to evaluate"),
         (_damaged_first_frame, r"00000\.png: damaged"),
         (_one_frame_that_can_be_read, r"a sequence of one frame; .* \(white/00001\.png: the file is empty"),
@@ -286,7 +286,7 @@ def test_a_sequence_that_cannot_be_used_is_left_out(root: Path, spoil: Callable[
     assert [frames[0].sequence for frames in data.clips] == ["numbers"]
     assert re.search(words, reasons(data)["white"])
     shutil.rmtree(root / PHOTOS / "numbers")
-    with pytest.raises(EvaluationError, match="none of 1 can be used; the first reason: white: ") as error:
+    with pytest.raises(EvaluationError, match="none of 1 is usable; first reason: white: ") as error:
         open_clips(root)
     assert re.search(words.removeprefix("^").removesuffix("$"), str(error.value))
 
@@ -311,7 +311,7 @@ def test_files_that_belong_to_nothing_are_told(root: Path) -> None:
     told = reasons(data)
     assert set(told) == {"white/00003.png", "white/00000.png"}
     assert "a mask without a frame; expected" in told["white/00003.png"]
-    assert told["white/00000.png"] == "a second file of the name 00000; 00000.jpg is taken"
+    assert told["white/00000.png"] == "duplicate file name 00000; 00000.jpg is used"
 
 
 def test_an_object_that_is_not_in_the_first_mask_is_left_out(root: Path) -> None:
@@ -319,7 +319,7 @@ def test_an_object_that_is_not_in_the_first_mask_is_left_out(root: Path) -> None
     mask = np.array(Image.open(path))
     save_mask(path, np.where(mask == 1, 1, 0).astype(np.uint8))
     data = open_clips(root)
-    assert reasons(data) == {"numbers": "not in the first mask, so left out: object 2"}
+    assert reasons(data) == {"numbers": "not in the first mask, so ignored: object 2"}
     assert data.clips[0][0].objects == (1,)
     for one in data.clips[0]:
         assert set(one.labels().unique().tolist()) == {0, 1}
@@ -349,10 +349,10 @@ def test_what_no_mask_may_have() -> None:
 
 @pytest.mark.parametrize("opened", [open_clips, open_correspondence])
 def test_what_is_no_such_folder_is_refused(tmp_path: Path, opened: Callable[[Path], object]) -> None:
-    with pytest.raises(EvaluationError, match="expected the folder of a data set, found nothing there"):
+    with pytest.raises(EvaluationError, match="expected a data set folder, found nothing"):
         opened(tmp_path / "missing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(EvaluationError, match="expected the folder of a data set, found a file there"):
+    with pytest.raises(EvaluationError, match="expected a data set folder, found a file"):
         opened(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvaluationError, match=r"expected .*DAVIS \(JPEGImages, Annotations\).*; found an empty folder"):
@@ -376,7 +376,7 @@ def test_a_layout_without_one_resolution_is_refused(tmp_path: Path) -> None:
     for kind in ("JPEGImages", "Annotations"):
         (tmp_path / kind / "a").mkdir(parents=True)
         (tmp_path / kind / "b").mkdir()
-    with pytest.raises(EvaluationError, match=r"one folder of a resolution, such as 480p, .*; found a/, b/ and a/, b/"):
+    with pytest.raises(EvaluationError, match=r"one resolution folder, such as 480p, .*; found a/, b/ and a/, b/"):
         open_clips(tmp_path)
     shutil.rmtree(tmp_path / "Annotations" / "a")
     shutil.rmtree(tmp_path / "Annotations" / "b")
@@ -387,18 +387,18 @@ def test_a_layout_without_one_resolution_is_refused(tmp_path: Path) -> None:
 def test_no_sequence_at_all_is_refused(tmp_path: Path) -> None:
     for kind in ("JPEGImages", "Annotations"):
         (tmp_path / kind / "480p").mkdir(parents=True)
-    with pytest.raises(EvaluationError, match=r"expected sequences of frames with masks, none of 0 can be used$"):
+    with pytest.raises(EvaluationError, match=r"expected sequences of frames with masks, but none of 0 is usable$"):
         open_clips(tmp_path)
     (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
     listed = tmp_path / "ImageSets" / "2017" / "val.txt"
     listed.write_text(" \n\n")
-    with pytest.raises(EvaluationError, match=r"val\.txt: expected names, one a line, found none"):
+    with pytest.raises(EvaluationError, match=r"val\.txt: expected names, one per line, found none"):
         open_clips(tmp_path)
     listed.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EvaluationError, match=r"val\.txt: expected UTF-8 text"):
         open_clips(tmp_path)
     listed.write_text("bear\n")
-    with pytest.raises(EvaluationError, match=r"the first reason: bear: named in .* no folder"):
+    with pytest.raises(EvaluationError, match=r"first reason: bear: listed in .* no folder"):
         open_clips(tmp_path)
 
 

@@ -172,7 +172,7 @@ def test_of_one_sequence_there_is_no_interval(tmp_path: Path) -> None:
 def test_what_was_left_out_is_in_the_lines(tmp_path: Path) -> None:
     data = open_clips(write_davis(tmp_path / "davis", {"one": moving(3), "short": moving(1)}))
     (line, _), *_ = carried(workbench(tmp_path, data, {"clean": colours}))
-    assert line["skipped"] == [["val/short", "a sequence of one frame; labels need a second one to propagate to"]]
+    assert line["skipped"] == [["val/short", "a sequence of one frame; expected at least two"]]
 
 
 def test_data_of_another_kind_are_refused(tmp_path: Path, clips: ClipData, pairs: PairData) -> None:

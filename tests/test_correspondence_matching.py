@@ -250,8 +250,8 @@ def test_the_same_again_is_the_same(data: PairData) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (MatchingOptions(alpha=(0,)), r"alpha must be one positive number or more, all different, got \(0,\)"),
-        (MatchingOptions(alpha=(float("nan"),)), "alpha must be one positive number or more, all different, got .nan"),
+        (MatchingOptions(alpha=(0,)), r"alpha must be one or more different positive numbers, got \(0,\)"),
+        (MatchingOptions(alpha=(float("nan"),)), "alpha must be one or more different positive numbers, got .nan"),
         (MatchingOptions(upsample=0), "upsample must be at least 1, got 0"),
     ],
 )
@@ -291,7 +291,7 @@ def test_the_list_decides_which_pairs_and_in_which_order(own: Path) -> None:
     assert [pair.name for pair in data.pairs] == ["000003-03-01:mark", "000000-00-01:mark"]
     assert [(entry.item, "no such file" in entry.reason) for entry in data.val.skipped] == [("missing", True)]
     (own / "Layout" / "large" / "test.txt").write_text("\n")
-    with pytest.raises(EvaluationError, match=r"test\.txt: expected names, one a line, found none"):
+    with pytest.raises(EvaluationError, match=r"test\.txt: expected names, one per line, found none"):
         open_pairs(own)
 
 
@@ -353,8 +353,8 @@ def without(*keys: str) -> dict[str, Any]:
         ("[" * 100_000, "expected a pair as JSON"),
         ([1, 2], "expected a pair with its keypoints, got list"),
         (without("trg_kps", "category"), "expected category, src_imname, .*; category, trg_kps missing"),
-        (pair_of(0, 1, src_kps=[]), "expected as many keypoints in both photos, got 0 and 4"),
-        (pair_of(0, 1, trg_kps=[[1, 2]]), "expected as many keypoints in both photos, got 4 and 1"),
+        (pair_of(0, 1, src_kps=[]), "expected equal numbers of keypoints, got 0 and 4"),
+        (pair_of(0, 1, trg_kps=[[1, 2]]), "expected equal numbers of keypoints, got 4 and 1"),
         (pair_of(0, 1, src_kps=[[1, 2, 3]] * 4), "src_kps: expected 2 finite numbers each"),
         (pair_of(0, 1, src_kps=[["1", 2]] * 4), "src_kps: expected 2 finite numbers each"),
         (pair_of(0, 1, src_kps=[[True, 2]] * 4), "src_kps: expected 2 finite numbers each"),
@@ -365,9 +365,9 @@ def without(*keys: str) -> dict[str, Any]:
         (pair_of(0, 1, trg_bndbox=None), "trg_bndbox: expected 4 finite numbers each"),
         (pair_of(0, 1, trg_bndbox=[5, 5, 5, 50]), "expected a box x0, y0, x1, y1 with an area"),
         (pair_of(0, 1, trg_bndbox=[9, 5, 5, 50]), "expected a box x0, y0, x1, y1 with an area"),
-        (pair_of(0, 1, src_kps=[[97, 3]] * 4), "00.png: keypoint 97, 3 is outside of the photo of 96 x 64"),
-        (pair_of(0, 1, trg_kps=[[3, -1]] * 4), "01.png: keypoint 3, -1 is outside of the photo of 96 x 64"),
-        (pair_of(0, 1, trg_imsize=[48, 32, 3]), "keypoints are of a photo of 48 x 32 pixels, this one has 96 x 64"),
+        (pair_of(0, 1, src_kps=[[97, 3]] * 4), "00.png: keypoint 97, 3 is outside the photo of 96 x 64"),
+        (pair_of(0, 1, trg_kps=[[3, -1]] * 4), "01.png: keypoint 3, -1 is outside the photo of 96 x 64"),
+        (pair_of(0, 1, trg_imsize=[48, 32, 3]), "for a photo of 48 x 32 pixels, but this photo has 96 x 64"),
         (pair_of(0, 1, src_imname="77.png"), r"77\.png: no such file"),
         (pair_of(0, 1, trg_imname="../mark/01.png"), "expected names in category and trg_imname"),
         (pair_of(0, 1, category=".."), "expected names in category and src_imname"),
@@ -383,7 +383,7 @@ def test_a_pair_that_cannot_be_used_is_left_out(own: Path, content: Any, words: 
     assert re.search(words, entry.reason)
     shutil.rmtree(own / "PairAnnotation")
     write_pair(own, "bad", content)
-    with pytest.raises(EvaluationError, match=f"none of 1 can be used; the first reason: bad: .*{words}"):
+    with pytest.raises(EvaluationError, match=f"none of 1 is usable; first reason: bad: .*{words}"):
         open_pairs(own)
 
 
@@ -420,10 +420,10 @@ def test_a_photo_that_is_gone_when_it_is_needed_is_an_error_in_words(own: Path) 
 
 
 def test_what_holds_no_pairs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="expected the folder of a data set, found nothing there"):
+    with pytest.raises(EvaluationError, match="expected a data set folder, found nothing"):
         open_pairs(tmp_path / "missing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(EvaluationError, match="expected the folder of a data set, found a file there"):
+    with pytest.raises(EvaluationError, match="expected a data set folder, found a file"):
         open_pairs(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvaluationError, match=r"expected SPair-71k \(JPEGImages, .*; found an empty folder"):
@@ -506,7 +506,7 @@ def test_a_folder_of_keypoints_is_matched_as_spair_is(tmp_path: Path, data: Pair
         ('{"keypoints": {}}', "with at least one keypoint"),
         ('{"keypoints": {"a": [1]}}', "keypoints: expected 2 finite numbers each"),
         ('{"keypoints": {"a": [1, 2]}, "box": [3, 3, 1, 4]}', "expected a box x0, y0, x1, y1 with an area"),
-        ('{"keypoints": {"a": [97, 2]}}', "keypoint 97, 2 is outside of the photo of 96 x 64"),
+        ('{"keypoints": {"a": [97, 2]}}', "keypoint 97, 2 is outside the photo of 96 x 64"),
     ],
 )
 def test_keypoints_that_cannot_be_used_are_left_out(tmp_path: Path, content: str | None, words: str) -> None:

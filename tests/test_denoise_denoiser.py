@@ -267,7 +267,7 @@ def test_automatic_method_gives_what_the_method_by_name_gives(backbone: Backbone
 
 
 def test_without_a_denoiser_it_is_told_what_to_do(backbone: Backbone, photo: np.ndarray) -> None:
-    told = r"no denoiser of Planted with these weights .* stride 8 comes with the package; train one by dvit train and "
+    told = r"no denoiser for Planted with these weights .* stride 8; train one with dvit train and "
     for given in (None, "shipped"):
         with pytest.raises(DenoiserError, match=told + "give it by --denoiser FILE$"):
             dv.denoise_image(backbone, photo, method="denoiser", denoiser=given)
@@ -281,7 +281,7 @@ def test_the_published_one_is_named_where_there_is_one(photo: np.ndarray) -> Non
 
 
 def test_shipped_without_a_backbone_is_told_what_it_needs() -> None:
-    with pytest.raises(DenoiserError, match="depends on the backbone: give the backbone as well"):
+    with pytest.raises(DenoiserError, match="depends on the backbone: also give the backbone"):
         dv.load_denoiser("shipped")
 
 
@@ -297,7 +297,7 @@ def test_denoiser_of_another_backbone_is_refused_with_both_named(
 
 
 def test_denoiser_of_another_width_is_refused(photo: np.ndarray, denoiser: Denoiser) -> None:
-    with pytest.raises(DenoiserError, match=r"the denoiser has 64 channels; Planted .* has 6"):
+    with pytest.raises(DenoiserError, match=r"the denoiser has 64 channels, but Planted .* has 6"):
         dv.denoise_image(tiny_artifact.backbone(), photo, method="denoiser", denoiser=denoiser)
 
 
@@ -305,7 +305,7 @@ def test_denoiser_of_another_width_is_refused(photo: np.ndarray, denoiser: Denoi
 def test_denoiser_with_another_method_is_refused_with_both_named(
     backbone: Backbone, photo: np.ndarray, method: str
 ) -> None:
-    told = f"a denoiser \\(voc_denoised\\) is given, but the method is '{method}', which uses none"
+    told = f"a denoiser \\(voc_denoised\\) is given, but method '{method}' does not use one"
     with pytest.raises(PlanError, match=told):
         dv.denoise_image(backbone, photo, method=method, denoiser="voc_denoised")
 
@@ -313,7 +313,7 @@ def test_denoiser_with_another_method_is_refused_with_both_named(
 def test_artifact_with_a_denoiser_is_refused(backbone: Backbone, denoiser: Denoiser, photo: np.ndarray) -> None:
     artifact = tiny_artifact.artifact_of(backbone)
     for method in ("denoiser", "auto"):
-        with pytest.raises(PlanError, match="an artifact is given, which the method 'denoiser' does not use"):
+        with pytest.raises(PlanError, match="an artifact is given, but method 'denoiser' does not use it"):
             dv.denoise_image(backbone, photo, method=method, denoiser=denoiser, artifact=artifact)
 
 
@@ -328,7 +328,7 @@ def test_file_that_is_missing_or_something_else_is_refused(
 
 
 def test_denoiser_of_another_type_is_refused_by_name(backbone: Backbone, photo: np.ndarray) -> None:
-    with pytest.raises(DenoiserError, match="expected a denoiser as Denoiser, file or name, got list"):
+    with pytest.raises(DenoiserError, match="expected a denoiser as a Denoiser, file or name, got list"):
         dv.denoise_image(backbone, photo, method="denoiser", denoiser=[1.0])  # pyright: ignore[reportArgumentType]
 
 

@@ -239,7 +239,7 @@ def test_denoiser_of_other_weights_is_refused(wide: Backbone) -> None:
 
 
 def test_denoiser_of_another_width_is_refused(backbone: Backbone, wide: Backbone) -> None:
-    with pytest.raises(DenoiserError, match=r"denoiser has 64 channels; Planted .* has 6\b"):
+    with pytest.raises(DenoiserError, match=r"denoiser has 64 channels, but Planted .* has 6\b"):
         DenoisedViT(backbone, denoiser_of(wide))
 
 
@@ -311,7 +311,7 @@ def test_positions_do_not_depend_on_what_was_seen_before_or_beside(wide: Backbon
 
 @pytest.mark.parametrize("positions", [-0.1, float("nan"), float("inf")])
 def test_weights_of_positions_that_are_none_are_refused(wide: Backbone, positions: float) -> None:
-    with pytest.raises(ValueError, match=rf"finite weight, 0 or more, got {positions}"):
+    with pytest.raises(ValueError, match=rf"finite weight of at least 0, got {positions}"):
         DenoisedViT(wide, denoiser_of(wide), positions=positions)
 
 

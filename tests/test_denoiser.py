@@ -320,7 +320,7 @@ def test_a_width_that_has_no_whole_heads_is_refused(channels: int) -> None:
 
 @pytest.mark.parametrize("blocks", [0, -1])
 def test_no_block_is_refused(blocks: int) -> None:
-    with pytest.raises(ValueError, match=f"1 block or more, got {blocks}"):
+    with pytest.raises(ValueError, match=f"at least 1 block, got {blocks}"):
         Denoiser(64, blocks=blocks)
 
 

@@ -145,7 +145,7 @@ def test_without_a_denoiser_the_source_fails_in_words_and_raw_is_judged(
 ) -> None:
     (raw, _), (line, _) = knn(bench, ["raw", "denoiser"], FEW)
     assert raw["failed"] is None and raw["metrics"]["mIoU"] > 0
-    assert "comes with the package; train one by dvit train and give it by --denoiser FILE" in line["failed"]
+    assert "; train one with dvit train and give it by --denoiser FILE" in line["failed"]
     again = list(knn(replace(bench, cleaners=Cleaners(denoiser=str(files["same"]))), ["raw", "denoiser"], FEW))
     assert [(found["failed"], kept) for found, kept in again] == [(None, True), (None, False)]
 

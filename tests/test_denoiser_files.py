@@ -237,7 +237,7 @@ def test_anything_else_is_refused_by_its_path_and_says_what_was_expected(
     name: str, content: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, "expected|readable safetensors or PyTorch|Convert it to safetensors")
+    refused(tmp_path / name, "expected|readable safetensors or PyTorch|convert it to safetensors")
 
 
 def test_an_artifact_is_refused_as_what_it_is(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_the_head_of_the_tests_below_is_one_that_is_read(tmp_path: Path) -> None
 
 def test_a_newer_format_is_refused_with_both_versions(tmp_path: Path) -> None:
     path = rewritten(tmp_path / "own.safetensors", own_head(format_version=2))
-    refused(path, "format version 2", "up to 1", "upgrade denoising-vit")
+    refused(path, "format version 1 or lower, got 2", "upgrade denoising-vit")
 
 
 DAMAGED_HEADS: dict[str, object] = {
@@ -315,8 +315,8 @@ DAMAGED_STATES: dict[str, tuple[Callable[[State], object], str]] = {
     "position of two dimensions": (lambda state: state.update(pos_embed=torch.ones(16, 64)), r"\(1, h w, C\)"),
     "position of a map": (lambda state: state.update(pos_embed=torch.ones(1, 64, 4, 4)), r"\(1, h w, C\)"),
     "two positions": (lambda state: state.update(pos_embed=torch.ones(2, 16, 64)), r"\(1, h w, C\)"),
-    "position without places": (lambda state: state.update(pos_embed=torch.ones(1, 0, 64)), "place"),
-    "no square": (lambda state: state.update(pos_embed=torch.ones(1, 15, 64)), "15 places is no square grid"),
+    "position without places": (lambda state: state.update(pos_embed=torch.ones(1, 0, 64)), "0 positions does not fit"),
+    "no square": (lambda state: state.update(pos_embed=torch.ones(1, 15, 64)), "15 positions does not fit"),
     "half a head": (lambda state: state.update(pos_embed=torch.ones(1, 16, 96)), "multiple of 64 channels, got 96"),
     "another width": (lambda state: state.update(pos_embed=torch.ones(1, 16, 128)), "of another shape"),
     "NaN": (lambda state: state[FC2].view(-1)[3].fill_(float("nan")), rf"{re.escape(FC2)} .*not finite"),
@@ -436,7 +436,7 @@ def test_a_backbone_of_other_weights_is_refused_with_both(own: Path) -> None:
 def test_a_backbone_of_another_width_is_refused_with_both(own: Path, tmp_path: Path) -> None:
     other = renamed(tiny_backbone(channels=6), "another")
     for path in (own, published(tmp_path / "a.pth", filled())):
-        with pytest.raises(DenoiserError, match=r"denoiser has 64 channels; another .* has 6\b"):
+        with pytest.raises(DenoiserError, match=r"denoiser has 64 channels, but another .* has 6\b"):
             load_denoiser(path, backbone=other)
 
 
@@ -497,7 +497,7 @@ def test_a_fetched_one_of_another_width_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_variant_without_a_backbone_asks_for_it() -> None:
-    with pytest.raises(DenoiserError, match="voc_denoised was published for many models: give the backbone"):
+    with pytest.raises(DenoiserError, match="voc_denoised was published for several models: also give the backbone"):
         load_denoiser("voc_denoised")
 
 
@@ -522,13 +522,13 @@ def test_what_was_not_published_for_a_model_names_what_was() -> None:
 
 @pytest.mark.parametrize("name", ["", "voc_denoise", "resnet50", "vit_tiny_patch16_224", "a/b/c", "nowhere/at.pth"])
 def test_a_name_of_nothing_is_refused_by_that_name(name: str) -> None:
-    with pytest.raises(FormatError, match=f"^{re.escape(name)}: no such denoiser file, and no model or variant"):
+    with pytest.raises(FormatError, match=f"^{re.escape(name)}: no such denoiser file; expected a file, or the name"):
         load_denoiser(name)
 
 
 @pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2.lvd142m", "vit_base_patch16_224.mae"])
 def test_a_model_without_a_denoiser_in_the_package_is_told_so(name: str) -> None:
-    with pytest.raises(DenoiserError, match=f"no denoiser of {re.escape(name)} comes with the package.*voc_denoised"):
+    with pytest.raises(DenoiserError, match=f"the package has no denoiser for {re.escape(name)}.*voc_denoised"):
         load_denoiser(name)
 
 
@@ -552,7 +552,7 @@ def test_a_models_name_is_its_denoiser_in_the_package(name: str) -> None:
 @pytest.mark.usefixtures("shipped")
 def test_a_denoiser_in_the_package_is_not_given_out_for_a_model_of_the_same_architecture() -> None:
     assert_same(load_denoiser("vit_base_patch16_224.dino"), filled(seed=2), half=True)
-    with pytest.raises(DenoiserError, match=r"no denoiser of vit_base_patch16_224\.mae"):
+    with pytest.raises(DenoiserError, match=r"no denoiser for vit_base_patch16_224\.mae"):
         load_denoiser("vit_base_patch16_224.mae")
 
 
@@ -564,13 +564,13 @@ def test_a_hub_that_does_not_answer_is_told_in_words(monkeypatch: pytest.MonkeyP
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(DenoiserError, match=r"owner/name is no file, .* from the hub \(TimeoutError: timed out\)"):
+    with pytest.raises(DenoiserError, match=r"owner/name is not a file, .* from the hub \(TimeoutError: timed out\)"):
         load_denoiser("owner/name")
 
 
 def test_the_hubs_own_client_without_a_network_is_told_in_words() -> None:
     with pytest.raises(
-        DenoiserError, match=r"owner/name is no file, and denoiser\.safetensors of owner/name could not"
+        DenoiserError, match=r"owner/name is not a file, and denoiser\.safetensors of owner/name could not"
     ):
         load_denoiser("owner/name")
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False

@@ -115,7 +115,7 @@ def test_colours_are_changed_as_numbers_up_to_255() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(415, 640), (480, 543)])
 def test_photos_smaller_than_a_crop_are_refused(height: int, width: int) -> None:
-    with pytest.raises(EvaluationError, match=rf"a: {width} x {height} pixels .* crops of 544 x 416 .*--preset quick"):
+    with pytest.raises(EvaluationError, match=rf"a: {width} x {height} pixels .* crops of 544 x 416; .*--preset quick"):
         draw(image_of(height, width), PAPER, None, PATCH, np.random.default_rng(0))
 
 

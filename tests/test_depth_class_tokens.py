@@ -157,7 +157,7 @@ def test_class_tokens_that_are_not_finite_are_refused(shown: list) -> None:
 
 def test_fields_have_no_forward_pass_to_take_class_tokens_from() -> None:
     source = sources_of(backbone_of(True))["exact"]
-    with pytest.raises(EvaluationError, match=r"exact: fields of stage 1 .*--preset quick"):
+    with pytest.raises(EvaluationError, match=r"exact: stage 1 fields .*--preset quick"):
         source.features_and_class(torch.zeros(1, 8, 12, CHANNELS))
 
 

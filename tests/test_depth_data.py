@@ -61,7 +61,7 @@ def test_folders_may_have_other_names(tmp_path: Path, photos: str, depths: str) 
 def test_photos_that_are_in_both_splits_are_told(tmp_path: Path) -> None:
     pictures = blocky(3, 0)
     data = open_depth(write_splits(tmp_path / "rooms", pictures, pictures[1:]))
-    assert data.note == "2 of 2 photos of val are in train as well"
+    assert data.note == "2 of 2 photos of val are also in train"
 
 
 def test_depth_is_read_in_metres_at_every_pixel(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_one_list_of_the_two_is_not_enough(nyu: Path, missing: str) -> None:
 def test_a_list_without_any_pair_is_refused(nyu: Path, content: str) -> None:
     (nyu / "nyu_test.txt").write_text(content)
     with pytest.raises(
-        EvaluationError, match=r"nyu_test\.txt: expected a photo, a depth map and a focal length a line"
+        EvaluationError, match=r"nyu_test\.txt: expected a photo, a depth map and a focal length per line"
     ):
         open_depth(nyu)
 
@@ -242,11 +242,11 @@ def gone(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (bits8, "expected depth in 16 bits, got 8 bits, too coarse for depth"),
-        (palette, "expected depth in 16 bits, got 8 bits"),
-        (colours, "expected depth as one value per pixel in 16 bits, got an image of mode RGB"),
-        (cut, "a damaged depth map"),
-        (broken_in_the_middle, "a damaged depth map"),
+        (bits8, "expected 16-bit depth, got 8 bits, which is too coarse"),
+        (palette, "expected 16-bit depth, got 8 bits"),
+        (colours, "expected one 16-bit value per pixel, got an image of mode RGB"),
+        (cut, "damaged depth map"),
+        (broken_in_the_middle, "damaged depth map"),
         (no_image, "not an image file that can be read, expected depth as 16-bit PNG"),
         (nothing, "not an image file that can be read, expected depth as 16-bit PNG"),
         (unknown, "no pixel of the depth map has a depth"),
@@ -284,7 +284,8 @@ def test_reasons_name_files_as_they_are_called(tmp_path: Path) -> None:
     (root / "rgb" / "02.png").unlink()
     found = reasons(open_depth(root, blocks=2))
     assert (
-        found["03.png"] == f"a photo without a depth map; expected {root / 'depth' / '03'}.png, or with another ending"
+        found["03.png"]
+        == f"a photo without a depth map; expected {root / 'depth' / '03'}.png, or with another extension"
     )
     assert found["02.png"].startswith(f"a depth map without a photo; expected {root / 'rgb' / '02'}.jpg")
 
@@ -314,7 +315,7 @@ def test_damaged_files_are_never_more_than_a_reason(tmp_path: Path, ending: str)
 
 def test_a_depth_map_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     write_depth(tmp_path / "large.png", np.full((20, 30), 2.0))
-    with pytest.raises(EvaluationError, match=r"large\.png: 30 x 20 pixels, more than the limit of 599"):
+    with pytest.raises(EvaluationError, match=r"large\.png: 30 x 20 pixels exceed the limit of 599"):
         read_depth(tmp_path / "large.png", max_pixels=599)
 
 
@@ -335,12 +336,12 @@ def empty(root: Path) -> None:
         ),
         (
             {"scale": 1},
-            r"at 1 units in a metre, half of the depths .* below 3\.?\d*e\+03 m.*give the right --depth-scale",
+            r"at 1 units per metre, half of the depths .* below 3\.?\d*e\+03 m.*give the right --depth-scale",
         ),
-        ({"scale": 0}, "depth scale must be a positive number of units in a metre, got 0"),
+        ({"scale": 0}, "depth scale must be a positive number of units per metre, got 0"),
         ({"scale": -5}, "depth scale must be a positive number"),
         ({"scale": float("nan")}, "depth scale must be a positive number"),
-        ({"blocks": 1}, "5 photos without splits cannot be evaluated in 1 blocks; expected 2 blocks or more"),
+        ({"blocks": 1}, "5 photos without splits cannot be evaluated in 1 blocks; expected at least 2 blocks"),
         ({"blocks": 0}, "cannot be evaluated in 0 blocks"),
         ({"blocks": 3}, "5 photos without splits cannot be evaluated in 3 blocks; .* twice as many photos as blocks"),
         ({"images": 3, "blocks": 2}, "3 photos without splits cannot be evaluated in 2 blocks"),
@@ -356,11 +357,11 @@ def test_a_split_without_anything_usable_is_refused_with_the_first_reason(rooms:
         bits8(path)
     with pytest.raises(
         EvaluationError,
-        match=r"photos with depth maps in the split val, none of 5 can be used; the first reason: 00\.png: .*8 bits",
+        match=r"photos with depth maps in the split val, but none of 5 is usable; first reason: 00\.png: .*8 bits",
     ):
         open_depth(rooms)
     empty(rooms)
-    with pytest.raises(EvaluationError, match=r"none of 0 can .*first reason: 00\.png: a photo without a depth map"):
+    with pytest.raises(EvaluationError, match=r"none of 0 is .*first reason: 00\.png: a photo without a depth map"):
         open_depth(rooms)
 
 
@@ -381,7 +382,7 @@ def test_folders_that_are_no_layout_are_refused_with_what_was_found(tmp_path: Pa
         ):
             open_depth(root)
     for root, found in ((file, "a file"), (tmp_path / "gone", "nothing")):
-        with pytest.raises(EvaluationError, match=f"expected the folder of a data set, found {found} there"):
+        with pytest.raises(EvaluationError, match=f"expected a data set folder, found {found}"):
             open_depth(root)
 
 

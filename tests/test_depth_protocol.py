@@ -201,20 +201,20 @@ def test_options_change_what_they_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": ()}, "seeds must be one number or more"),
-        ({"seeds": (1, 1)}, "seeds must be one number or more"),
-        ({"seeds": (-1,)}, "seeds must be one number or more"),
+        ({"seeds": ()}, "seeds must be one or more different numbers"),
+        ({"seeds": (1, 1)}, "seeds must be one or more different numbers"),
+        ({"seeds": (-1,)}, "seeds must be one or more different numbers"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch": -2}, "batch must be at least 1, got -2"),
         ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
         ({"learning_rate": math.nan}, "learning_rate must be a positive number"),
         ({"learning_rate": math.inf}, "learning_rate must be a positive number"),
-        ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
-        ({"gradient": -1.0}, "gradient must be 0 or more, got -1.0"),
-        ({"gradient": math.nan}, "gradient must be 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"gradient": -1.0}, "gradient must be at least 0, got -1.0"),
+        ({"gradient": math.nan}, "gradient must be at least 0"),
         ({"farthest": 0.001}, "farthest must be a depth of more than 0.001 m, got 0.001"),
         ({"farthest": math.inf}, "farthest must be a depth of more than 0.001 m, got inf"),
-        ({"preset": "paper", "size": 56}, "size is for preset quick"),
+        ({"preset": "paper", "size": 56}, "size applies to preset quick"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -147,12 +147,12 @@ def test_too_few_photos_are_refused_with_the_number_that_is_needed() -> None:
 
 
 def test_one_photo_many_times_is_one_photo() -> None:
-    with pytest.raises(dv.ArtifactError, match=r"1 usable photos \(9 skipped, the first: photo 1: the same picture"):
+    with pytest.raises(dv.ArtifactError, match=r"1 usable photos \(9 skipped; first: photo 1: a duplicate"):
         dv.diagnose(planted.backbone(), planted.photos(1) * 10, views=VIEWS)
 
 
 def test_black_photos_are_refused_as_having_no_content() -> None:
-    with pytest.raises(dv.ArtifactError, match="no content: all its pixels are alike"):
+    with pytest.raises(dv.ArtifactError, match="no content: all pixels are the same"):
         dv.diagnose(planted.backbone(), [np.full((100, 100, 3), n, np.uint8) for n in range(10)], views=VIEWS)
 
 
@@ -293,7 +293,7 @@ def test_place_in_the_features_counts_even_if_nothing_is_shared() -> None:
 def test_outliers_of_either_side(high: float, low: float, side: str) -> None:
     (found,) = findings(dataclasses.replace(CLEAN, outliers_high=high, outliers_low=low), 0.0, UNSURE)
     assert (found.kind, found.strength) == ("outlier tokens", "moderate")
-    assert found.words == f"3.0% of {side} norm, as shares of the tokens"
+    assert found.words == f"3.0% of {side} norm, as fractions of the tokens"
 
 
 POSITIONAL = (Finding("positional", "strong", 0.2, "20 %"),)

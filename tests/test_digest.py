@@ -122,9 +122,9 @@ def test_a_store_is_not_filled_or_trained_on(fitted: tiny_training.Fitted, backb
     manifest = fitted.store.manifest
     ours, theirs = ({**manifest.__dict__, "backbone": describe(each)} for each in (backbone, later))
     assert FeatureStore.open(fitted.folder, type(manifest)(**ours)).ids == fitted.store.ids
-    with pytest.raises(StoreError, match=r"weights: .*alike, but not the same: digests \w{8} and \w{8}"):
+    with pytest.raises(StoreError, match=r"weights: .*similar, but not equal: digests \w{8} and \w{8}"):
         FeatureStore.open(fitted.folder, type(manifest)(**theirs))
-    with pytest.raises(TrainError, match=r"the store is of .*, digest \w{8}\); got .*, digest \w{8}\)"):
+    with pytest.raises(TrainError, match=r"the store was fitted with .*, digest \w{8}\), got .*, digest \w{8}\)"):
         StoredTargets(fitted.store, fitted.stored.photos, later)
 
 
@@ -148,11 +148,11 @@ def test_kept_pairs_are_refused_and_older_ones_open(
         return pairs
 
     opened(backbone).fill(targets.images)
-    with pytest.raises(TrainError, match=r'holds other pairs: backbone.digest was "\w+[.]{3}, now "\w+[.]{3}[.] Name'):
+    with pytest.raises(TrainError, match=r'has other pairs: backbone.digest was "\w+[.]{3}, now "\w+[.]{3}[.] Choose'):
         opened(later)
     lighter = copy.deepcopy(backbone)
     lighter.mean = (0.1, 0.1, 0.1)
-    with pytest.raises(TrainError, match=r"holds other pairs: backbone.mean was \[0.485, 0.456, 0.406\], now \[0.1"):
+    with pytest.raises(TrainError, match=r"has other pairs: backbone.mean was \[0.485, 0.456, 0.406\], now \[0.1"):
         opened(lighter)
     head = tmp_path / "pairs" / "pairs.json"
     content = json.loads(head.read_text())
@@ -165,7 +165,7 @@ def test_kept_pairs_are_refused_and_older_ones_open(
 def test_videos_are_not_gone_on_with(backbone: Backbone, later: Backbone) -> None:
     ours, theirs = (make_record("clip", {"every": 1}, {"backbone": describe(each)}) for each in (backbone, later))
     assert differences(ours, copy.deepcopy(ours)) == []
-    assert differences(ours, theirs) == ["another backbone or other weights"]
+    assert differences(ours, theirs) == ["a different backbone or weights"]
     del theirs["backbone"]["digest"]
     assert differences(theirs, ours) == []
 
@@ -188,4 +188,4 @@ def test_results_are_told_to_be_made_with_other_weights(
 
     note(backbone)
     assert note(backbone) == "kept"
-    assert note(later) == "kept, made with other settings: --overwrite to do it again"
+    assert note(later) == "kept, made with other settings; use --overwrite to redo it"

@@ -94,10 +94,10 @@ def test_a_voc_list_decides_which_photos_in_which_order(voc: Path) -> None:
     (lists / "test.txt").write_text("000002\r\n\n000000\n000002\n")
     data = open_boxed(voc, split="test")
     assert [image.id for image in data.val.images] == ["000002.jpg", "000000.jpg"]
-    assert "named a second time" in reasons(data)["000002"] and data.name == "VOC 2007 test"
+    assert "listed twice" in reasons(data)["000002"] and data.name == "VOC 2007 test"
     refused(voc, "val.txt", "no such file", "trainval.txt", split="val")
     (lists / "val.txt").write_text("\n \n")
-    refused(voc, "val.txt: expected names, one a line, found none", split="val")
+    refused(voc, "val.txt: expected names, one per line, found none", split="val")
 
 
 @pytest.mark.parametrize("below", ["VOC2012", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007"])
@@ -137,7 +137,7 @@ DAMAGED: list[tuple[Callable[[str], str], str]] = [
     (swapped("xmax", "nan"), "expected a number as xmax of an object's bndbox, found 'nan'"),
     (swapped("ymax", "1e999"), "expected a number as ymax of an object's bndbox, found '1e999'"),
     (lambda text: text.replace("bndbox", "box"), "expected a number as xmin of an object's bndbox, found None"),
-    (swapped("width", "97"), "97 x 96 pixels, expected the photo's 96 x 96"),
+    (swapped("width", "97"), "97 x 96, expected the photo's 96 x 96"),
     (swapped("xmax", "98"), "to 98, y"),
     (swapped("xmax", "98"), "is not within the image of 96 x 96 pixels"),
     (swapped("ymax", "5000"), "is not within the image of 96 x 96 pixels"),
@@ -170,7 +170,7 @@ def test_xml_in_another_encoding_is_left_out(voc: Path) -> None:
 
 def test_xml_of_any_length_is_not_parsed(voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("denoising_vit.evaluation.discovery.annotations._MAX_XML_BYTES", 100)
-    refused(voc, "none of 3 can be used", "larger than 100 bytes")
+    refused(voc, "none of 3 is usable", "larger than 100 bytes")
 
 
 def test_files_that_are_missing_or_damaged_leave_their_photo_out(voc: Path) -> None:
@@ -181,7 +181,7 @@ def test_files_that_are_missing_or_damaged_leave_their_photo_out(voc: Path) -> N
     assert "000000.xml: no such file" in reasons(data)["000000.jpg"]
     assert "image" in reasons(data)["000001.jpg"]
     (voc / "JPEGImages" / "000002.jpg").unlink()
-    refused(voc, "none of 3 can be used", "the first reason: 000000.jpg: ", "no such file")
+    refused(voc, "none of 3 is usable", "first reason: 000000.jpg: ", "no such file")
 
 
 # --- boxes and the border ---
@@ -266,7 +266,7 @@ def test_photos_with_crowds_alone_or_nothing_are_left_out(coco: Path) -> None:
     data = open_boxed(rewritten(coco, change))
     assert [image.id for image in data.val.images] == NAMES[2:]
     assert list(reasons(data)) == NAMES[:2]
-    assert "no object of this photo, crowds (iscrowd) aside" in reasons(data)[NAMES[0]]
+    assert "no object for this photo, apart from crowds (iscrowd)" in reasons(data)[NAMES[0]]
 
 
 @pytest.mark.parametrize("folder", ["train2014", "images", "images/train2014", "photos"])
@@ -305,7 +305,7 @@ def test_a_list_takes_photos_by_name_or_id(coco: Path, tmp_path: Path) -> None:
     chosen.write_text(f"train2014/{NAMES[3]}\n101\n\n{NAMES[3]}\nCOCO_train2014_9.jpg\n")
     data = open_boxed(coco, names=chosen)
     assert [image.id for image in data.val.images] == [NAMES[1], NAMES[3]]
-    assert "named a second time" in reasons(data)[NAMES[3]]
+    assert "listed twice" in reasons(data)[NAMES[3]]
     assert "but not in" in reasons(data)["COCO_train2014_9.jpg"]
     assert data.note and "twenty.txt" in data.note
     chosen.write_text("nothing\n")
@@ -320,12 +320,12 @@ def test_a_json_file_of_other_photos_is_refused_with_examples_of_both(coco: Path
         path.rename(path.with_name(f"photo{number}.jpg"))
     refused(
         coco,
-        f"instances_train2014.json lists, such as {NAMES[0]}, was found",
-        "none of the 4 photos that ",
-        "holds photo0.jpg (4 in all)",
+        f"instances_train2014.json, such as {NAMES[0]}, was found",
+        "none of the 4 photos listed in ",
+        "has photo0.jpg (4 in total)",
     )
     shutil.rmtree(coco / "train2014")
-    refused(coco, "lists, such as")
+    refused(coco, "instances_train2014.json, such as")
 
 
 def test_photos_that_are_missing_are_told_one_by_one_or_together(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,13 +337,13 @@ def test_photos_that_are_missing_are_told_one_by_one_or_together(coco: Path, mon
     monkeypatch.setattr("denoising_vit.evaluation.discovery.annotations._LISTED", 1)
     (reason,) = open_boxed(coco).val.skipped
     assert reason.item == "instances_train2014.json"
-    assert reason.reason.startswith("2 photos that it names are not in") and NAMES[0] in reason.reason
+    assert reason.reason.startswith("2 listed photos are not in") and NAMES[0] in reason.reason
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda c: c["images"][1].update(height=50), "96 x 50 pixels, expected the photo's 96 x 96"),
+        (lambda c: c["images"][1].update(height=50), "96 x 50, expected the photo's 96 x 96"),
         (lambda c: c["annotations"][1].update(bbox=[90, 0, 8, 5]), "x 90 to 98, y 0 to 5 is not within the image"),
         (lambda c: c["annotations"][1].update(bbox=[5, 5, 0, 5]), "has no area"),
         (lambda c: c["annotations"][1].update(bbox=[5, 5, 4]), "expected x, y, width and height as bbox"),
@@ -372,7 +372,7 @@ def test_names_that_lead_out_of_the_folder_are_left_out(coco: Path, name: Any) -
 
 def test_photos_that_are_entered_twice_are_taken_once(coco: Path) -> None:
     data = open_boxed(rewritten(coco, lambda content: content["images"].append(content["images"][0])))
-    assert len(data.val.images) == 4 and "a second entry" in reasons(data)[NAMES[0]]
+    assert len(data.val.images) == 4 and "duplicate name or id" in reasons(data)[NAMES[0]]
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def numbered(tmp_path: Path) -> Path:
 def test_numbered_objects_have_a_box_each_and_white_is_none(numbered: Path) -> None:
     data = open_boxed(numbered)
     assert boxes_of(data) == {"0.png": ((8, 16, 24, 32), (48, 40, 96, 96)), "1.png": ((5, 6, 7, 8),)}
-    assert "which is no object where other masks number theirs" in reasons(data)["2.png"]
+    assert "which means no object because other masks have numbers" in reasons(data)["2.png"]
 
 
 def test_where_no_mask_numbers_objects_white_is_the_object(numbered: Path) -> None:
@@ -510,9 +510,9 @@ def test_a_list_takes_sequences(tmp_path: Path) -> None:
 
 
 def test_places_that_hold_no_data_set_are_told(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "nowhere: expected the folder of a data set, found nothing there")
+    refused(tmp_path / "nowhere", "nowhere: expected a data set folder, found nothing")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "file: expected the folder of a data set, found a file there")
+    refused(tmp_path / "file", "file: expected a data set folder, found a file")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "VOC (JPEGImages", "COCO", "DAVIS", "(images, masks)", "found an empty folder")
     for number in range(12):
@@ -544,19 +544,19 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
 def test_folders_without_anything_usable_are_told(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
-    refused(tmp_path, "expected photos with boxes", "none of 0 can be used")
+    refused(tmp_path, "expected photos with boxes", "none of 0 is usable")
     save(tmp_path / "images" / "a.png", np.zeros((4, 4, 3), np.uint8))
     save(tmp_path / "masks" / "a.png", np.zeros((4, 4), np.uint8))
-    refused(tmp_path, "none of 1 can be used; the first reason: a.png: ", "no object")
+    refused(tmp_path, "none of 1 is usable; first reason: a.png: ", "no object")
 
 
 @pytest.mark.parametrize(
     ("asked", "word"),
     [
-        ({"split": "val"}, "split has no meaning for photos and masks in folders, got val"),
-        ({"difficult": False}, "difficult has no meaning"),
-        ({"annotations": Path("a.json")}, "annotations has no meaning"),
-        ({"names": Path("a.txt")}, "names has no meaning"),
+        ({"split": "val"}, "split does not apply to photos and masks in folders, got val"),
+        ({"difficult": False}, "difficult does not apply"),
+        ({"annotations": Path("a.json")}, "annotations does not apply"),
+        ({"names": Path("a.txt")}, "names does not apply"),
         ({"images": -1}, "expected a number of images of at least 1, or 0 for all, got -1"),
     ],
 )
@@ -565,8 +565,8 @@ def test_what_means_nothing_is_refused(tmp_path: Path, asked: dict[str, Any], wo
 
 
 def test_voc_and_coco_refuse_each_other_s_options(tmp_path: Path) -> None:
-    refused(write_voc(tmp_path / "voc", scenes(1)), "names has no meaning for VOC", names=Path("a.txt"))
-    refused(write_coco(tmp_path / "coco", scenes(1)), "difficult has no meaning for COCO", difficult=False)
+    refused(write_voc(tmp_path / "voc", scenes(1)), "names does not apply to VOC", names=Path("a.txt"))
+    refused(write_coco(tmp_path / "coco", scenes(1)), "difficult does not apply to COCO", difficult=False)
 
 
 def test_images_are_taken_evenly_and_each_is_told(tmp_path: Path) -> None:
@@ -606,7 +606,7 @@ def test_a_photo_that_is_turned_is_measured_upright(tmp_path: Path) -> None:
     Image.open(path).save(path, exif=exif)
     data = open_boxed(root)
     assert list(boxes_of(data)) == [NAMES[1]]
-    assert "96 x 64 pixels, expected the photo's 64 x 96" in reasons(data)[NAMES[0]]
+    assert "96 x 64, expected the photo's 64 x 96" in reasons(data)[NAMES[0]]
 
 
 def test_the_helpers_write_what_they_say() -> None:

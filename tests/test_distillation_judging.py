@@ -258,7 +258,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_best(
     told = [(0.5, 0.9), (0.6, 0.8), (0.55, 1.9), (0.2, 2.1)]
     judged_as(run, monkeypatch, iter({"cosine": c, "raw_cosine": 0.6, "ratio": ratio} for c, ratio in told))
     with pytest.raises(
-        TrainError, match=r"step 4: the run diverged, .* more than 2 times .* the best model is kept"
+        TrainError, match=r"step 4: the run diverged: .* more than 2 times .* the best model is kept"
     ) as e:
         run.run()
     assert f"({run.folder.distilled}). Lower --learning-rate, or raise --warmup" in str(e.value)

@@ -235,7 +235,7 @@ def test_a_photo_whose_field_is_gone_ends_the_run(photos: Path, tmp_path: Path) 
     source = tiny_training.Stored(store, open_dataset(folder))
     run = tiny.prepared(source, tmp_path / "run", backbone, tiny.options(held_out=1)).training()
     (folder / f"{run.sampler.step(0)[0].image:02}.png").write_text("words")
-    with pytest.raises(TrainError, match=r"\.png: the photo of a target cannot be read \(not an image file"):
+    with pytest.raises(TrainError, match=r"\.png: the target's photo cannot be read \(not an image file"):
         run.run()
 
 
@@ -270,7 +270,7 @@ def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes(photos: Path, tmp_pat
     job, progress = tiny.distilled(dataset, tmp_path / "run", training=tiny.options(held_out=1))
     assert progress.step == 6
     assert list(job.photos.ids) == [f"s.tar/{number:02}.png" for number in range(4)]
-    assert "4 images before that are used" in dataset.skipped[0].reason
+    assert "4 images before it are used" in dataset.skipped[0].reason
 
 
 def test_a_shard_that_breaks_off_while_it_is_read_costs_its_own_photos(photos: Path, tmp_path: Path) -> None:
@@ -353,9 +353,7 @@ def test_a_photo_that_stays_away_ends_the_run_which_goes_on_later(
         def lose(step: int, _figures: dict[str, float]) -> None:
             server.away = 1000 if step == 2 else server.away
 
-        with pytest.raises(
-            TrainError, match=r"\d\d\.png: cannot be reached \(.*503.*\); --resume continues from the last"
-        ):
+        with pytest.raises(TrainError, match=r"\d\d\.png: unreachable \(.*503.*\); --resume continues from the last"):
             run.run(on_step=lose)
         assert 2 <= job.folder.checkpoints.step < 6
         assert job.skipped == {}

@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(
 def test_changed_options_are_refused_by_name(
     photos: Path, straight: Path, training: dict[str, Any], views: dict[str, Any], says: str
 ) -> None:
-    with pytest.raises(TrainError, match=f"cannot resume with other options: {says}. Give those of the run, or start"):
+    with pytest.raises(TrainError, match=f"resume with other options: {says}. Use the options of the run, or start"):
         tiny.prepared(photos, straight, None, all_on(**training), tiny.views(**views), resume=True)
 
 
@@ -268,12 +268,12 @@ def test_a_run_of_another_stage_is_another_run(photos: Path, tmp_path: Path) -> 
         TrainError, match=r"cannot resume with other options: .*stage was \"denoiser\", now \"distillation\""
     ):
         tiny.prepared(photos, tmp_path / "denoiser", resume=True)
-    with pytest.raises(TrainError, match="holds a run already"):
+    with pytest.raises(TrainError, match="already has a run"):
         tiny.prepared(photos, tmp_path / "denoiser")
 
 
 def test_a_run_is_not_begun_over_another(photos: Path, straight: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="holds a run already; --resume continues it, or name another folder"):
+    with pytest.raises(TrainError, match="already has a run; use --resume to continue it, or choose another folder"):
         tiny.prepared(photos, straight, None, all_on())
     with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
         tiny.prepared(photos, tmp_path / "none", None, all_on(), resume=True)
@@ -504,7 +504,7 @@ def test_steps_are_what_the_epochs_take(photos: Path, tmp_path: Path) -> None:
 
 
 def test_too_few_photos_leave_nothing(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="11 images are too few: 11 are held out, and none is left to train on"):
+    with pytest.raises(TrainError, match="expected more than 11 images, because 11 are held out"):
         tiny.prepared(photos, tmp_path / "run", None, tiny.options(held_out=11))
     assert not (tmp_path / "run").exists()
 

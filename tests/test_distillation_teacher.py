@@ -126,7 +126,7 @@ def test_the_denoiser_that_comes_with_the_package_is_found(
     backbone = tiny.backbone()
     made = tiny.denoiser(backbone)
     monkeypatch.setattr(loading, "_SHIPPED", tmp_path)
-    with pytest.raises(DenoiserError, match=r"no denoiser of vit_tiny_patch16_224 .* train one by dvit train and give"):
+    with pytest.raises(DenoiserError, match=r"no denoiser for vit_tiny.* train one with dvit train and give"):
         DenoiserTeacher.of(backbone, None)
     tiny.write(made, tmp_path / f"{tiny.MODEL}.safetensors")
     lesson = DenoiserTeacher.of(backbone, None)(batch(images))
@@ -149,7 +149,7 @@ def test_a_denoiser_of_another_layer_is_refused() -> None:
 
 
 def test_a_denoiser_of_another_width_is_refused() -> None:
-    with pytest.raises(DenoiserError, match=r"the denoiser has 384 channels; .* has 192. Use one that was trained"):
+    with pytest.raises(DenoiserError, match=r"has 384 channels, but .* has 192. Use a denoiser that was trained"):
         DenoiserTeacher.of(tiny.backbone(), tiny.denoiser(None, channels=384))
 
 
@@ -173,10 +173,10 @@ def recorded(**changes: Any) -> Denoiser:
     [
         (
             lambda: tiny.denoiser(None),
-            r"given: it does not say which layer of vit_tiny_patch16_224 it is for; expected",
+            r"given does not record its layer of vit_tiny_patch16_224; expected",
         ),
-        (lambda: recorded(layer=None), r"it does not say which layer .* was trained with --layer"),
-        (lambda: tiny.denoiser(tiny.backbone(3)), r"given: a second denoiser of layer 2; expected one each"),
+        (lambda: recorded(layer=None), r"does not record its layer .* was trained with --layer"),
+        (lambda: tiny.denoiser(tiny.backbone(3)), r"given: duplicate denoiser for layer 2; expected one each"),
         (lambda: tiny.denoiser(tiny.backbone(3, 1, seed=1)), r"trained for .*seed 1.*; got .*seed 0"),
         (lambda: recorded(layer=0), r"trained for .*layer 0.*; got .*layer 0.*fingerprint"),  # words alone do not count
         (lambda: wider(1), r"the denoiser has 384 channels; .*layer 1.* has 192"),
@@ -193,7 +193,7 @@ def test_two_further_denoisers_of_one_layer_are_refused(tmp_path: Path) -> None:
     backbone = tiny.backbone(3)
     further = [tiny.denoiser(backbone.at_layer(1), seed=1), tiny.denoiser(backbone.at_layer(1), seed=2)]
     files = [tiny.write(made, tmp_path / f"d{number}.safetensors") for number, made in enumerate(further)]
-    with pytest.raises(DenoiserError, match=r"^d1.safetensors: a second denoiser of layer 1; expected one each"):
+    with pytest.raises(DenoiserError, match=r"^d1.safetensors: duplicate denoiser for layer 1; expected one each"):
         DenoiserTeacher.of(backbone, tiny.denoiser(backbone), files)
 
 
@@ -300,13 +300,13 @@ def test_a_run_on_fields_comes_nearer_to_them(fitted: tuple[Backbone, Path, Path
 def test_fields_and_a_denoiser_are_two_teachers(fitted: tuple[Backbone, Path, Path], tmp_path: Path, more: str) -> None:
     denoiser = tiny.denoiser(fitted[0])
     given: dict[str, Any] = {"denoiser": denoiser} if more == "denoiser" else {"also": [denoiser]}
-    with pytest.raises(TrainError, match="with --fields the targets are the store's fields; leave out the denoiser"):
+    with pytest.raises(TrainError, match="with --fields, the targets are the store's fields; omit the denoiser"):
         tiny.prepared(stored(fitted), tmp_path / "run", fitted[0], **given)
     assert not (tmp_path / "run").exists()
 
 
 def test_fields_of_another_backbone_are_refused(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"the store is of .*seed 0.*; got .*seed 1"):
+    with pytest.raises(TrainError, match=r"the store was fitted with .*seed 0.*, got .*seed 1"):
         tiny.prepared(stored(fitted), tmp_path / "run", tiny.backbone(seed=1))
     assert not (tmp_path / "run").exists()
 
@@ -315,7 +315,7 @@ def test_fields_on_the_patch_grid_are_too_coarse_for_crops(fitted: tuple[Backbon
     backbone, photos, _ = fitted
     coarse = tiny_training.fit(photos, tmp_path / "store", backbone, grid="patch", size=tiny.SIZE)
     source = Stored(coarse, open_dataset(photos))
-    with pytest.raises(TrainError, match=r"keeps the patch grid alone.*--grid field, or train on whole photos"):
+    with pytest.raises(TrainError, match=r"has the patch grid only.*--grid field, or train on whole photos"):
         tiny.prepared(source, tmp_path / "run", backbone, shown=tiny.views(whole=0.9))
     assert not (tmp_path / "run").exists()
     tiny.prepared(source, tmp_path / "run", backbone, shown=tiny.views(whole=1))

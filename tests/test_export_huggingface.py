@@ -102,7 +102,7 @@ def test_files_are_named_as_on_the_hub(tmp_path: Path) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_models_that_are_no_dinov2(tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    with pytest.raises(ExportError, match=f"huggingface is for DINOv2.*vit_small_patch14_dinov2 {told}"):
+    with pytest.raises(ExportError, match=f"huggingface supports DINOv2.*vit_small_patch14_dinov2 {told}"):
         export_extractor(tiny.dinov2(**change), tmp_path / "out", FORM)
     assert list(tmp_path.iterdir()) == []
 

@@ -106,7 +106,7 @@ def test_an_unknown_method_is_refused_naming_a_new_kind(made_up: str) -> None:
 
 
 def test_exact_features_have_no_extractor() -> None:
-    with pytest.raises(PlanError, match="no extractor named 'exact'; choose from raw, subtract, denoiser, distilled"):
+    with pytest.raises(PlanError, match="unknown extractor 'exact'; choose from raw, subtract, denoiser, distilled"):
         Cleaners().extractor("exact", planted.backbone())
 
 

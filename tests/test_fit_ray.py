@@ -102,7 +102,7 @@ def test_a_cluster_that_does_not_answer_is_named(
 
 
 def test_several_devices_are_refused(photos: Path, weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="takes one device; give each worker its own by --workers and --worker-gpus"):
+    with pytest.raises(FitError, match="expects one device; set workers by --workers and --worker-gpus"):
         tiny.prepare(photos, tmp_path / "store", tiny.spec_of(weights, device="cpu,cpu"), engine="ray")
     assert not (tmp_path / "store").exists()
 
@@ -357,5 +357,5 @@ def test_a_killed_worker_costs_its_shard_alone(cluster: Child, spec: BackboneSpe
 def test_a_cluster_without_a_machine_is_refused() -> None:
     ray = SimpleNamespace(nodes=lambda: [{"Alive": False, "Resources": {"CPU": 8.0}}])
     job: Any = SimpleNamespace(options=FitOptions(workers=2, worker_cpus=1.0), on_gpu=False)
-    with pytest.raises(FitError, match="asks for 1 CPUs and the largest machine of the cluster has 0"):
+    with pytest.raises(FitError, match="needs 1 CPUs, but the largest machine of the cluster has 0"):
         ray_engine._request(ray, job)

@@ -246,6 +246,6 @@ def test_ctrl_c_of_the_installed_command(inputs: tuple[Path, Path], tmp_path: Pa
     assert run.end() == 130
     err = run.err.read_text()
     assert run.out.read_text() == ""
-    assert "interrupted; finished photos are kept, repeat the command to continue" in err
+    assert "interrupted; finished photos are kept, run the command again to resume" in err
     assert "Traceback" not in err
     assert 0 < done_in(store) < PHOTOS

@@ -56,7 +56,7 @@ def test_a_manifest_of_other_types_is_damaged(kinds: dict[str, fuzz.Kind], name:
 
 def test_an_address_that_its_service_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("filecache://a\n")
-    with pytest.raises(PhotoError, match=r"filecache://a: expected a path or an address"):
+    with pytest.raises(PhotoError, match=r"filecache://a: expected a path or an fsspec address"):
         open_dataset(tmp_path / "list.txt")
 
 

@@ -186,7 +186,7 @@ def test_of_a_model_with_a_head_the_vit_is_taken() -> None:
     whole = transformers.Dinov2ForImageClassification(tiny.config("dinov2")).eval()
     found = load_backbone(whole, layer=0)(picture(24, 40))
     assert torch.equal(found, load_backbone(whole.dinov2, layer=0)(picture(24, 40)))
-    with pytest.raises(BackboneError, match="brings its own weights, stride and layout"):
+    with pytest.raises(BackboneError, match="weights, stride and layout do not apply"):
         load_backbone(whole, stride=4)
     other = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1]))
     with pytest.raises(BackboneError, match="ResNetModel is a 'resnet'; expected one of dinov2"):
@@ -198,7 +198,7 @@ def test_of_a_model_with_a_head_the_vit_is_taken() -> None:
 
 def test_a_processor_that_crops_is_told(folder: Path) -> None:
     tiny.write_processor(folder, {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}})
-    with pytest.warns(DenoisingVitWarning, match=r"cuts the centre out of photos \(16 x 16\); here they are"):
+    with pytest.warns(DenoisingVitWarning, match=r"crops the centre of photos \(16 x 16\); here photos are"):
         backbone = load(folder)
     assert backbone.default_size == tiny.SIDE
 
@@ -206,23 +206,23 @@ def test_a_processor_that_crops_is_told(folder: Path) -> None:
 def test_a_configuration_without_patch_size(folder: Path) -> None:
     """transformers would take 14 for it."""
     tiny.edit_config(folder, without=("patch_size",))
-    with pytest.raises(BackboneError, match=r"hf:model: its config.json has no patch_size, so its grid is not known"):
+    with pytest.raises(BackboneError, match=r"hf:model: config.json has no patch_size, so its grid is unknown"):
         load(folder)
 
 
 def test_patches_that_are_not_square(folder: Path) -> None:
     tiny.edit_config(folder, patch_size=[8, 16])
-    with pytest.raises(BackboneError, match=r"patch_size must be a whole number above zero, or two .*\[8, 16\]"):
+    with pytest.raises(BackboneError, match=r"patch_size must be a positive whole number, or two .*\[8, 16\]"):
         load(folder, weights="random")
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"hidden_size": 64}, "tensors of another shape"),
-        ({"patch_size": 4}, "tensors of another shape"),
+        ({"hidden_size": 64}, "wrong tensor shapes"),
+        ({"patch_size": 4}, "wrong tensor shapes"),
         ({"num_hidden_layers": 5}, r"missing \(encoder\.layer\.3"),
-        ({"num_hidden_layers": 2}, r"of blocks left over \(encoder\.layer\.2"),
+        ({"num_hidden_layers": 2}, r"of other blocks unused \(encoder\.layer\.2"),
     ],
     ids=str,
 )
@@ -249,13 +249,15 @@ def test_weights_that_are_damaged_or_missing(folder: Path) -> None:
 
 def test_another_kind_of_model(folder: Path) -> None:
     tiny.edit_config(folder, model_type="resnet")
-    with pytest.raises(BackboneError, match=r"hf:model is a 'resnet'; expected one of dinov2, .*Wrap another model"):
+    with pytest.raises(
+        BackboneError, match=r"hf:model has model type 'resnet'; expected one of dinov2, .*To use another model"
+    ):
         load(folder)
 
 
 def test_no_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(BackboneError, match=r"no image processor that tells the normalisation .* give mean and std"):
+    with pytest.raises(BackboneError, match=r"expected an image processor with the normalisation .* give mean and std"):
         load(folder)
 
 
@@ -267,22 +269,22 @@ def test_a_normalisation_that_is_none(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hf:nothing", "hf:/no/such/place", "hf:"])
 def test_no_such_directory(name: str) -> None:
-    with pytest.raises(BackboneError, match="no such directory, and no hub id such as hf:facebook/dinov2-small"):
+    with pytest.raises(BackboneError, match="expected a directory, or a hub id such as hf:facebook/dinov2-small"):
         load(name)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
-    with pytest.raises(BackboneError, match=r"config.json of hf:nobody/no-such-model could not be read or fetched"):
+    with pytest.raises(BackboneError, match=r"config.json of hf:nobody/no-such-model could not be read or downloaded"):
         load("hf:nobody/no-such-model")
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"stride": 4}, "brings its own stride"),
-        ({"patch_size": 8}, "brings its own stride, patch_size"),
-        ({"weights": "weights.safetensors"}, "brings its own weights; weights must be auto, hub or random"),
+        ({"stride": 4}, "has its own stride"),
+        ({"patch_size": 8}, "has its own stride, patch_size"),
+        ({"weights": "weights.safetensors"}, "has its own weights; weights must be auto, hub or random"),
         ({"layer": 3}, "has 3 blocks: layer must be -3 to 2, got 3"),
     ],
     ids=str,

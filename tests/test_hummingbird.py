@@ -209,5 +209,5 @@ def test_names_that_are_no_classes_are_refused(data: LabelledData, score: list[s
 def test_a_class_to_score_has_to_be_there(tmp_path: Path) -> None:
     data = write_labelled(tmp_path, coloured(4, 0), coloured(3, 1), classes=5).scoring(["class 1", "class 4"])
     assert data.absent == ("class 4",)
-    with pytest.raises(EvaluationError, match="hold class 1 of 2 classes; expected at least two"):
+    with pytest.raises(EvaluationError, match=r"expected at least two classes .* found class 1 of 2"):
         data.require_two_classes()

@@ -81,7 +81,7 @@ def test_masks_of_0_and_255_are_refused_as_nothing_to_tell_apart(tmp_path: Path)
         add_pair(root / split, "a", [[0, 0, 255], [0, 255, 255]], 10)
     data = open_labelled(root)
     with pytest.raises(
-        EvaluationError, match=r"objects: the masks of val hold background of 2 classes; expected at least two.* 50 %"
+        EvaluationError, match=r"expected at least two classes in val's masks, found background of 2.* 50 %"
     ):
         data.require_two_classes()
     add_pair(root / "val", "a", [[0, 0, 1], [0, 1, 1]], 10)
@@ -166,7 +166,7 @@ def test_colours_and_floats_are_no_index_image(tmp_path: Path, mode: str) -> Non
 
 def test_jpeg_is_no_mask(tmp_path: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "m.jpg")
-    refuses_mask(tmp_path / "m.jpg", "got JPEG", "write PNG")
+    refuses_mask(tmp_path / "m.jpg", "got JPEG", "write the mask as PNG")
 
 
 def test_files_that_are_no_mask(tmp_path: Path) -> None:
@@ -319,8 +319,8 @@ def test_second_file_of_a_name_is_skipped(street: Path) -> None:
     write_mask(street / "train" / "masks" / "b.tif", [[2, 2, 2], [2, 2, 2]])
     train = open_labelled(street).train
     assert [(entry.item, entry.reason) for entry in train.skipped] == [
-        ("a.webp", "a second photo of the name a; a.png is taken"),
-        ("b.tif", "a second mask of the name b; b.png is taken"),
+        ("a.webp", "duplicate photo name a; a.png is used"),
+        ("b.tif", "duplicate mask name b; b.png is used"),
     ]
     assert train.pixels == (3, 9, 0)
 
@@ -345,17 +345,17 @@ def test_unusable_pairs_are_skipped_with_a_reason(street: Path) -> None:
 
 def test_nothing_usable_gives_the_first_reason(street: Path) -> None:
     write_mask(street / "val" / "masks" / "v.png", [[77, 0, 0], [0, 0, 0]])
-    with pytest.raises(EvaluationError, match=r"split val, none of 1 .* v\.png: .*label 77 in 1 pixel"):
+    with pytest.raises(EvaluationError, match=r"split val, but none of 1 .* v\.png: .*label 77 in 1 pixel"):
         open_labelled(street)
     (street / "val" / "masks" / "v.png").unlink()
-    with pytest.raises(EvaluationError, match=r"split val, none of 0 .* v\.png: a photo without a mask"):
+    with pytest.raises(EvaluationError, match=r"split val, but none of 0 .* v\.png: a photo without a mask"):
         open_labelled(street)
 
 
 def test_photos_in_both_splits_are_noted(street: Path) -> None:
     write_photo(street / "val" / "images" / "again.png", 10)  # the photo of train/a
     write_mask(street / "val" / "masks" / "again.png", [[0, 0, 0], [0, 0, 0]])
-    assert open_labelled(street).note == "1 of 2 photos of val are in train as well"
+    assert open_labelled(street).note == "1 of 2 photos of val are also in train"
 
 
 # --- lists of classes ---
@@ -363,10 +363,12 @@ def test_photos_in_both_splits_are_noted(street: Path) -> None:
 
 def test_missing_and_empty_class_lists_say_what_to_write(street: Path) -> None:
     (street / "classes.txt").write_text(" \n\n")
-    with pytest.raises(EvaluationError, match=r"classes\.txt: .* found an empty file\. Write the names .* one a line"):
+    with pytest.raises(
+        EvaluationError, match=r"classes\.txt: .* found an empty file\. Write the class names .* one per line"
+    ):
         open_labelled(street)
     (street / "classes.txt").unlink()
-    with pytest.raises(EvaluationError, match=r"classes\.txt: .* no such file\. Write the names .* that of label 0"):
+    with pytest.raises(EvaluationError, match=r"classes\.txt: .* no such file\. Write the class names .* label 0"):
         open_labelled(street)
 
 
@@ -378,10 +380,10 @@ def test_class_list_given_outright(street: Path) -> None:
 
 def test_class_names_are_unique_and_without_gaps(street: Path) -> None:
     write_classes(street, "sky\nroad\nsky\n")
-    with pytest.raises(EvaluationError, match="line 3 is 'sky', as line 1"):
+    with pytest.raises(EvaluationError, match="line 3 is 'sky', the same as line 1"):
         open_labelled(street)
     write_classes(street, "sky\n\ncar\n")
-    with pytest.raises(EvaluationError, match="line 2 is empty, expected the name of label 1"):
+    with pytest.raises(EvaluationError, match="line 2 is empty; expected the name of label 1"):
         open_labelled(street)
     (street / "classes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EvaluationError, match="expected UTF-8 text"):
@@ -459,11 +461,11 @@ def test_voc(tmp_path: Path, below: str) -> None:
         "background": 5, "aeroplane": 1, "person": 3, "tvmonitor": 1,
     }  # fmt: skip
     assert [entry.item for entry in data.train.skipped] == ["2007_000032.jpg"]
-    assert "a second time" in data.train.skipped[0].reason
+    assert "listed twice" in data.train.skipped[0].reason
     first, second = data.val.skipped
     assert "label 21 in 1 pixel; expected 0 to 20" in first.reason  # not void here
     assert (second.item, second.reason) == ("2007_999999.jpg", "no such file")
-    assert data.note == "1 of 1 photos of val are in train as well"
+    assert data.note == "1 of 1 photos of val are also in train"
 
 
 def test_other_years_of_voc_keep_their_name(tmp_path: Path) -> None:
@@ -484,7 +486,7 @@ def test_voc_without_its_lists_says_what_is_missing(tmp_path: Path) -> None:
 def test_voc_with_an_empty_list(tmp_path: Path) -> None:
     make_voc(tmp_path)
     (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
-    with pytest.raises(EvaluationError, match=r"val\.txt: expected names, one a line, found none"):
+    with pytest.raises(EvaluationError, match=r"val\.txt: expected names, one per line, found none"):
         open_labelled(tmp_path)
 
 
@@ -518,7 +520,7 @@ def test_names_of_ade20k_from_its_table(tmp_path: Path) -> None:
     table.write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
     assert open_labelled(tmp_path).val.class_names[1:3] == ("thing 2, stuff 2", "thing 3, stuff 3")
     table.write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows[:-1]]))
-    with pytest.raises(EvaluationError, match=r"objectInfo150\.txt: .* found 149 rows"):
+    with pytest.raises(EvaluationError, match=r"objectInfo150\.txt: .* found 149 other rows"):
         open_labelled(tmp_path)
 
 
@@ -534,7 +536,7 @@ def test_ade20k_without_a_folder_says_which(tmp_path: Path) -> None:
 def test_data_sets_with_their_own_classes_take_no_list(tmp_path: Path, make: object) -> None:
     assert callable(make)
     make(tmp_path)
-    with pytest.raises(EvaluationError, match=r"has its own classes, .*names\.txt; leave it out"):
+    with pytest.raises(EvaluationError, match=r"has fixed classes, .*names\.txt\); omit it"):
         open_labelled(tmp_path, classes=tmp_path / "names.txt")
 
 
@@ -559,13 +561,13 @@ def test_unknown_layout_shows_what_is_expected_and_found(tmp_path: Path) -> None
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="found nothing there"):
+    with pytest.raises(EvaluationError, match="found nothing"):
         open_labelled(tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(EvaluationError, match="found a file there"):
+    with pytest.raises(EvaluationError, match="found a file"):
         open_labelled(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvaluationError, match="found an empty folder"):
         open_labelled(tmp_path / "empty")
-    with pytest.raises(EvaluationError, match=r"cannot be read|found nothing there"):
+    with pytest.raises(EvaluationError, match=r"cannot be read|found nothing"):
         open_labelled(tmp_path / ("x" * 5000))

@@ -147,9 +147,9 @@ def test_channels_beyond_one_batch_count() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(EvaluationError, match=r"one length, 4 or more, got \(5,\) and \(6,\)"):
+    with pytest.raises(EvaluationError, match=r"equal length, at least 4, got \(5,\) and \(6,\)"):
         mic(np.arange(5), np.arange(6))
-    with pytest.raises(EvaluationError, match="4 or more"):
+    with pytest.raises(EvaluationError, match="at least 4"):
         mic(np.arange(3), np.arange(3))
     with pytest.raises(EvaluationError, match="finite values"):
         mic(np.array([0, 1, 2, np.nan]), np.arange(4))
@@ -157,5 +157,5 @@ def test_errors() -> None:
         mic(np.arange(5), np.arange(5), exponent=1.5)
     with pytest.raises(EvaluationError, match="constant output"):
         position_mic(torch.ones(2, 3, 5, 2))
-    with pytest.raises(EvaluationError, match="4 patches or more, got 1 x 3"):
+    with pytest.raises(EvaluationError, match="at least 4 patches, got 1 x 3"):
         position_mic(torch.randn(2, 1, 3, 2))

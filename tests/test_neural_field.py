@@ -450,7 +450,7 @@ def test_model_is_done_learning_after_the_fit() -> None:
 
 
 def test_best_step_without_held_out_views_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"keep is 'best'"):
+    with pytest.raises(PlanError, match=r"keep 'best' needs held-out views"):
         fit_neural_field(noisy_views(), tiny(keep="best"))
 
 
@@ -515,18 +515,18 @@ NAN, INF = math.nan, math.inf
         *(("learning_rate", value, rf"must be a positive number, got {value}") for value in (0.0, -1.0, NAN, INF)),
         *(("eps", value, rf"must be a positive number, got {value}") for value in (0.0, -1e-3, NAN)),
         *(
-            (name, value, rf"must be 0 or more, got {value}")
+            (name, value, rf"must be at least 0, got {value}")
             for name in ("weight_decay", "residual_weight", "sparsity_weight", "final_learning_rate")
             for value in (-0.5, NAN, INF)
         ),
         *(
-            (name, value, rf"must be a share of the steps in \[0, 1\], got {value}")
+            (name, value, rf"must be a fraction in \[0, 1\], got {value}")
             for name in ("warm_up", "residual_from")
             for value in (-0.1, 1.5, NAN)
         ),
         *((name, value, rf"must be in \[0, 1\), got {value}") for name in ("beta1", "beta2") for value in (-0.1, 1.0)),
-        ("coarsest", 1, r"must be 2 or more and finest no less, got 1 and 8"),
-        ("coarsest", 9, r"must be 2 or more and finest no less, got 9 and 8"),
+        ("coarsest", 1, r"must be at least 2 and at most finest, got 1 and 8"),
+        ("coarsest", 9, r"must be at least 2 and at most finest, got 9 and 8"),
         ("recipe", "published", r"must be 'paper' or 'released', got 'published'"),
         ("keep", "first", r"must be 'last' or 'best', got 'first'"),
     ],
@@ -537,7 +537,7 @@ def test_bad_option_is_refused_by_name(name: str, value: Any, told: str) -> None
 
 
 def test_finest_below_coarsest_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match=r"finest no less, got 2 and 1"):
+    with pytest.raises(PlanError, match=r"at most finest, got 2 and 1"):
         tiny(finest=1).validate()
 
 
@@ -704,7 +704,7 @@ def test_progress_counts_views_and_steps_and_looks_are_watched(backbone: Backbon
 def test_best_step_without_held_out_views_is_refused_before_anything_runs(
     backbone: Backbone, photo: np.ndarray
 ) -> None:
-    with pytest.raises(PlanError, match=r"keep is 'best'.*held_out must be at least 1"):
+    with pytest.raises(PlanError, match=r"keep 'best' needs .*held_out must be at least 1"):
         dv.denoise_image(backbone, photo, **neurally(held_out=0, neural=tiny(keep="best")))
 
 

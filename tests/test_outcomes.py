@@ -45,7 +45,7 @@ def random_two(seed: int, groups: Sequence[int], gaps: bool = True) -> Two:
 @pytest.mark.parametrize("shape", [(3, 1), (3, 3), (2, 2), (6,), (0, 2)])
 def test_figures_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     items = 0 if shape[0] == 0 else 3
-    with pytest.raises(EvaluationError, match=r"expected 2 figures \(main, other\) of each of at least one item, got"):
+    with pytest.raises(EvaluationError, match=r"expected 2 metrics \(main, other\) for each of at least one item, got"):
         Two(np.zeros(shape), np.arange(items))
 
 
@@ -238,7 +238,7 @@ def test_a_side_with_figures_of_fewer_groups_decides_whether_there_are_enough() 
 def test_other_items_or_seeds_cannot_be_paired() -> None:
     three, four = two([1, 2, 3]), two([1, 2, 3, 4])
     for left, right in (([], []), ([three], [four]), ([three], [three, three]), ([three, three], [three, four])):
-        with pytest.raises(EvaluationError, match="a paired interval needs the same items and seeds on both sides"):
+        with pytest.raises(EvaluationError, match="a paired interval needs the same items and seeds for both sources"):
             paired_interval(left, right)
 
 
@@ -259,5 +259,5 @@ def test_the_record_of_a_difference_tells_what_it_is_over() -> None:
 def test_items_that_are_grouped_otherwise_cannot_be_paired() -> None:
     values = np.zeros((4, 2))
     ours, theirs = Two(values, np.array([0, 0, 1, 1])), Two(values, np.array([0, 1, 1, 1]))
-    with pytest.raises(EvaluationError, match="the same groups of items on both sides"):
+    with pytest.raises(EvaluationError, match="the same groups of items for both sources"):
         paired_interval([ours], [theirs])

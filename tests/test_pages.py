@@ -135,7 +135,7 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="expected a record of a run"):
         write_run_page(tmp_path)
     (run / "run.json").write_text('{"format": "another"}')
-    with pytest.raises(EvaluationError, match="expected the folder of a run"):
+    with pytest.raises(EvaluationError, match="expected a run folder"):
         write_run_page(run)
     assert not (run / "run.html").exists()
 
@@ -230,4 +230,4 @@ def test_denoise_writes_the_page_it_is_asked_for(dvit: Dvit, tmp_path: Path) -> 
 
 def test_a_page_needs_the_name_of_a_page(dvit: Dvit, tmp_path: Path) -> None:
     done = dvit("denoise", tmp_path / "a.png", "-o", tmp_path / "out", "--report", tmp_path / "page.pdf")
-    assert done.code == 2 and "expected the name of a .html file" in done.words
+    assert done.code == 2 and "expected a name ending in .html" in done.words

@@ -127,9 +127,9 @@ def test_errors(probe) -> None:
 
 def test_errors_of_options() -> None:
     features = noise(4, 3, 5, 2)
-    with pytest.raises(EvaluationError, match="31 neighbours need as many training patches, got 30"):
+    with pytest.raises(EvaluationError, match="at least 31 training patches for 31 neighbours, got 30"):
         neighbour_position_r2(features, train=2, neighbours=31)
-    with pytest.raises(EvaluationError, match="1 or more, got 0 and 9"):
+    with pytest.raises(EvaluationError, match="at least 1, got 0 and 9"):
         neighbour_position_r2(features, train=2, neighbours=0, tokens_per_image=9)
-    with pytest.raises(EvaluationError, match="ridge must be 0 or more, got -1"):
+    with pytest.raises(EvaluationError, match="ridge must be at least 0, got -1"):
         linear_position_r2(features, train=2, ridge=-1)

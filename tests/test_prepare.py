@@ -161,7 +161,7 @@ def test_other_options_are_refused(dvit: Dvit, prepared: Path, tmp_path: Path) -
     shutil.copytree(prepared, tmp_path / MODEL)
     done = dvit("--models", MODEL, "-o", tmp_path, "--steps", 5)
     assert done.code == 1
-    assert "was prepared with other options: options.steps was 4, now 5. Give those again" in done.err
+    assert "was prepared with other options: options.steps was 4, now 5. Use the same" in done.err
     assert dvit("--models", MODEL, "-o", tmp_path, "--steps", 5, "--no-denoiser").code == 0  # there is no training
     assert dvit("--models", MODEL, "-o", tmp_path, "--steps", 0).code == 2
 
@@ -171,7 +171,7 @@ def test_a_folder_of_something_else_is_left_alone(dvit: Dvit, tmp_path: Path) ->
     (tmp_path / MODEL / "notes.txt").write_text("mine")
     done = dvit("--models", MODEL, "-o", tmp_path)
     assert done.code == 1
-    assert f"{tmp_path / MODEL} exists and was not made by dvit prepare" in done.err
+    assert f"{tmp_path / MODEL} exists and was not written by dvit prepare" in done.err
     assert [path.name for path in (tmp_path / MODEL).iterdir()] == ["notes.txt"]
 
 

@@ -71,12 +71,12 @@ def test_rows_are_shared_and_cannot_be_changed() -> None:
 
 
 def test_an_unknown_variant_names_those_of_the_model() -> None:
-    with pytest.raises(EvaluationError, match=r"dino with published figures \(baseline, voc_denoised, voc_distilled\)"):
+    with pytest.raises(EvaluationError, match=r"dino with published scores \(baseline, voc_denoised, voc_distilled\)"):
         published_row("vit_base_patch16_224.dino", "imgnet_denoised")
 
 
 def test_an_unknown_model_names_similar_ones() -> None:
     with pytest.raises(EvaluationError, match=r"got 'vit_base_patch16_224\.dyno'; did you mean vit_base_patch16_224\."):
         published_row("vit_base_patch16_224.dyno", "baseline")
-    with pytest.raises(EvaluationError, match=r"got '\?'; there are figures for vit_small_patch14_dinov2\.lvd142m, "):
+    with pytest.raises(EvaluationError, match=r"got '\?'; published models: vit_small_patch14_dinov2\.lvd142m, "):
         published_row("?", "baseline")

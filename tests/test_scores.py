@@ -249,5 +249,5 @@ def test_images_without_any_label_make_no_difference_unsure() -> None:
 def test_other_images_or_seeds_cannot_be_paired() -> None:
     three, four = counted(random_pairs(3)), counted(random_pairs(4))
     for left, right in (([three], [four]), ([three], [three, three])):
-        with pytest.raises(EvaluationError, match="same items and seeds on both sides"):
+        with pytest.raises(EvaluationError, match="same items and seeds for both sources"):
             paired_interval(left, right)

@@ -79,15 +79,15 @@ def test_training_too_short_for_a_warm_up_begins_at_the_full_rate() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (SegmentationOptions(preset="paper", size=518), "size is for preset quick"),
-        (SegmentationOptions(seeds=()), "seeds must be one number or more"),
-        (SegmentationOptions(seeds=(1, 1)), r"different, got \(1, 1\)"),
-        (SegmentationOptions(seeds=(0, -1)), "0 or above"),
+        (SegmentationOptions(preset="paper", size=518), "size applies to preset quick"),
+        (SegmentationOptions(seeds=()), "seeds must be one or more different numbers"),
+        (SegmentationOptions(seeds=(1, 1)), r"different numbers of at least 0, got \(1, 1\)"),
+        (SegmentationOptions(seeds=(0, -1)), "numbers of at least 0"),
         (SegmentationOptions(steps=0), "steps must be at least 1, got 0"),
         (SegmentationOptions(batch=0), "batch must be at least 1, got 0"),
         (SegmentationOptions(learning_rate=0.0), "learning_rate must be a positive number, got 0.0"),
         (SegmentationOptions(learning_rate=float("nan")), "learning_rate must be a positive number, got nan"),
-        (SegmentationOptions(weight_decay=-1.0), "weight_decay must be 0 or more, got -1.0"),
+        (SegmentationOptions(weight_decay=-1.0), "weight_decay must be at least 0, got -1.0"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: SegmentationOptions, message: str) -> None:

@@ -151,7 +151,7 @@ def test_another_ending_is_refused(photo: ShownPhoto, tmp_path: Path) -> None:
     [
         ({"maps": "pca,pac"}, "unknown maps: 'pac'; choose from pca, kmeans"),
         ({"features": "raw,exakt"}, "unknown features: 'exakt'; choose from raw, subtract"),
-        ({"at": (0.5, 1.5)}, "at must be two shares"),
+        ({"at": (0.5, 1.5)}, "at must be two fractions"),
         ({"clusters": 0}, "clusters must be a whole number of at least 1, got 0"),
         ({"views": 0}, "views must be"),
         ({"upsample": 0}, "upsample must be"),
@@ -164,5 +164,5 @@ def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> 
 
 def test_a_missing_denoiser_is_said() -> None:
     assert ShowOptions().names(planted.backbone(), None) == ("raw", "exact")
-    with pytest.raises(DenoiserError, match="comes with the package"):
+    with pytest.raises(DenoiserError, match="the package has no denoiser"):
         PhotoExtractor(planted.backbone(), ["denoiser"], Cleaners(), OPTIONS.denoising())

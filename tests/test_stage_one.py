@@ -140,7 +140,7 @@ def test_a_source_that_breaks_is_heard_of(backbone: Backbone, photos: Photos) ->
 
 
 def test_other_methods_are_refused(backbone: Backbone) -> None:
-    with pytest.raises(PlanError, match="exact method, got 'neural-field'"):
+    with pytest.raises(PlanError, match="exact method for data sets, got 'neural-field'"):
         StageOne(backbone, DenoiseOptions(method="neural-field"))
 
 

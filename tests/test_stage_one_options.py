@@ -51,5 +51,5 @@ def test_options_of_data_sets_are_those_of_a_photo() -> None:
 
 @pytest.mark.parametrize("options", [VideoOptions(area=(0.5, 0.1)), DiagnoseOptions(area=(0.5, 0.1))], ids=type)
 def test_impossible_crops_are_refused(options: VideoOptions | DiagnoseOptions) -> None:
-    with pytest.raises(PlanError, match="crop area must be two increasing shares"):
+    with pytest.raises(PlanError, match="crop area must be two increasing fractions"):
         options.validate() if isinstance(options, VideoOptions) else options.calibration()

@@ -158,7 +158,7 @@ def test_float32_store_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(7e4, r"a\.jpg: .*7e\+04.*65504 at most.*float32"), (float("nan"), "not finite"), (-float("inf"), "a.jpg")],
+    [(7e4, r"a\.jpg: .*7e\+04.*at most 65504.*float32"), (float("nan"), "not finite"), (-float("inf"), "a.jpg")],
 )
 def test_values_that_do_not_fit_are_refused_and_leave_nothing(store: FeatureStore, value: float, message: str) -> None:
     field = field_of(0)
@@ -169,15 +169,15 @@ def test_values_that_do_not_fit_are_refused_and_leave_nothing(store: FeatureStor
 
 
 def test_field_of_another_shape_is_refused(store: FeatureStore) -> None:
-    with store.writer(0) as writer, pytest.raises(FieldError, match=r"\(4, 3, 5\), expected \(3, 4, 5\)"):
+    with store.writer(0) as writer, pytest.raises(FieldError, match=r"shape \(3, 4, 5\) .*, got \(4, 3, 5\)"):
         writer.put(0, torch.zeros(4, 3, 5))
 
 
 def test_record_that_is_not_json_is_refused(store: FeatureStore) -> None:
     with store.writer(0) as writer:
-        with pytest.raises(StoreError, match=r"a\.jpg: the record must be JSON"):
+        with pytest.raises(StoreError, match=r"a\.jpg: the record must consist of JSON"):
             writer.put(0, field_of(0), {"heldout_r2": float("nan")})
-        with pytest.raises(StoreError, match=r"'a\.jpg', its record says 'd\.png'"):
+        with pytest.raises(StoreError, match=r"'a\.jpg', but its record has the id 'd\.png'"):
             writer.put(0, field_of(0), {"id": "d.png"})
 
 
@@ -199,7 +199,7 @@ def test_sealed_shard_takes_nothing_more(store: FeatureStore) -> None:
     with store.writer(0) as writer:
         assert writer.missing() == []
         assert writer.finish()
-        with pytest.raises(StoreError, match=r"a\.jpg: its shard 0 is sealed"):
+        with pytest.raises(StoreError, match=r"a\.jpg: its shard 0 is already sealed"):
             writer.put(0, field_of(0))
 
 
@@ -216,7 +216,7 @@ def test_second_attempt_at_a_failed_image_counts(store: FeatureStore) -> None:
 def test_writer_outside_its_block_is_refused(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match=r"with store\.writer"):
         store.writer(0).put(0, field_of(0))
-    with pytest.raises(StoreError, match="no shard 3; expected 0 to 2"):
+    with pytest.raises(StoreError, match="unknown shard 3; expected 0 to 2"):
         store.writer(3)
 
 
@@ -364,7 +364,7 @@ def test_what_a_killed_writer_left_half_written_is_swept(store: FeatureStore) ->
 
 
 def test_store_is_not_made_twice(store: FeatureStore) -> None:
-    with pytest.raises(StoreError, match="there is a feature store already"):
+    with pytest.raises(StoreError, match="a feature store already exists"):
         FeatureStore.create(store.url, make_manifest(), IDS)
 
 
@@ -399,7 +399,8 @@ def test_place_without_a_store_is_refused(tmp_path: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [([], "at least one image"), (["a", "b", "a"], "'a' comes 2 times"), (["a", ""], "not empty")]
+    ("ids", "message"),
+    [([], "at least one image"), (["a", "b", "a"], "'a' occurs 2 times"), (["a", ""], "non-empty strings")],
 )
 def test_unusable_ids_are_refused(tmp_path: Path, ids: list[str], message: str) -> None:
     with pytest.raises(StoreError, match=message):
@@ -418,9 +419,9 @@ def test_read_only_place_is_named_when_opened_for_writing(store: FeatureStore, m
     assert reader.done() == {0, 1}
     assert torch.equal(reader[1].field, field_of(1).half().float())
     assert list(reader.verify()) == []
-    with pytest.raises(StoreError, match=r"Read-only file system.*not read-only"):
+    with pytest.raises(StoreError, match=r"Read-only file system.*writable location"):
         FeatureStore.open(store.url, writable=True)
-    with pytest.raises(StoreError, match="for reading only"):
+    with pytest.raises(StoreError, match="read-only"):
         reader.writer(1)
 
 
@@ -499,7 +500,7 @@ def edit_manifest(store: FeatureStore, **changes: Any) -> None:
 
 def test_store_of_a_newer_version_asks_for_an_upgrade(store: FeatureStore) -> None:
     edit_manifest(store, version=3, novelty=True)
-    with pytest.raises(StoreError, match="version 3, this release reads up to 2; upgrade denoising-vit"):
+    with pytest.raises(StoreError, match="version 2 or lower, got 3; upgrade denoising-vit"):
         FeatureStore.open(store.url)
 
 
@@ -523,7 +524,7 @@ def test_manifest_that_is_something_else_is_refused(store: FeatureStore, text: s
 def test_manifest_that_lacks_something_is_refused(store: FeatureStore) -> None:
     path = root_of(store) / "manifest.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "plan"}))
-    with pytest.raises(StoreError, match="it lacks plan"):
+    with pytest.raises(StoreError, match="damaged manifest: plan missing"):
         FeatureStore.open(store.url)
 
 
@@ -532,7 +533,7 @@ def test_manifest_that_lacks_something_is_refused(store: FeatureStore) -> None:
     [
         ({"images_per_shard": 0}, "images_per_shard must be at least 1"),
         ({"dtype": "int4"}, "'float16' or 'float32' or 'int8', got 'int4'"),
-        ({"options": {"x": object()}}, "options of a store must be JSON values"),
+        ({"options": {"x": object()}}, "options of a store must consist of JSON values"),
     ],
 )
 def test_manifest_out_of_range_is_refused(change: dict[str, Any], message: str) -> None:

@@ -84,7 +84,9 @@ def test_second_writer_of_a_shard_is_refused_with_the_first_ones_host_and_proces
     objects = open_objects(tmp_path if kind == "local" else f"memory://{tmp_path}")
     here = Process.current()
     first = Leases(objects).acquire("x")
-    with pytest.raises(StoreError, match=rf"x is being written by process {here.pid} on {here.host}.*finished is kept"):
+    with pytest.raises(
+        StoreError, match=rf"is being written by process {here.pid} on {here.host}.*finished images are kept"
+    ):
         Leases(objects).acquire("x")
     first.release()
     Leases(objects).acquire("x").release()

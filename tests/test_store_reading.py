@@ -89,8 +89,8 @@ def test_semantic_and_sample_are_those_of_the_decomposition(store: FeatureStore)
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("nobody.jpg", r"no image 'nobody\.jpg' among the 7"),
-        (7, "no image 7; expected an index of 0 to 6"),
+        ("nobody.jpg", r"unknown image 'nobody\.jpg'"),
+        (7, "no image 7; expected an index from 0 to 6"),
         (-1, "no image -1"),
         (1, r"photo1\.jpg failed: no luck with 1"),
         ("photo2.jpg", r"photo2\.jpg is not finished yet"),
@@ -155,7 +155,7 @@ def test_damaged_image_is_an_error_and_its_neighbours_are_read(store: FeatureSto
 
 def test_image_whose_shard_is_gone_is_an_error_and_not_nan(store: FeatureStore) -> None:
     path_in(store, "field/c/2/0/0/0").unlink()
-    with pytest.raises(StoreError, match=r"photo4\.jpg is gone from shard 2"):
+    with pytest.raises(StoreError, match=r"photo4\.jpg is missing from shard 2"):
         store[4]
 
 
@@ -206,9 +206,13 @@ def test_missing_shard_is_found(store: FeatureStore) -> None:
     [
         ("sealed/000002.json", "{", "damaged"),
         ("sealed/000002.json", '{"images": {}, "failed": {}}', "photo4.jpg is neither finished nor failed"),
-        ("sealed/000002.json", '{"images": {"4": {"id": "x"}, "5": {"id": "photo5.jpg"}}, "failed": {}}', "is of x"),
-        ("sealed/000002.json", '{"images": {"5": {"id": "photo5.jpg"}}, "failed": {"4": "?"}}', "says failed"),
-        ("sealed/000004.json", "{}", "only 4"),
+        (
+            "sealed/000002.json",
+            '{"images": {"4": {"id": "x"}, "5": {"id": "photo5.jpg"}}, "failed": {}}',
+            "belongs to x",
+        ),
+        ("sealed/000002.json", '{"images": {"5": {"id": "photo5.jpg"}}, "failed": {"4": "?"}}', "marked as failed"),
+        ("sealed/000004.json", "{}", "below 4"),
         ("failed/00000001.json", "{}", "damaged"),
         ("staged/00000003.safetensors", "abc", "damaged"),
         ("ids.json", '["a"]', "was changed"),
@@ -225,7 +229,7 @@ def test_damaged_object_is_found(store: FeatureStore, key: str, content: str, wh
 def test_staged_image_under_another_ones_name_is_found(store: FeatureStore) -> None:
     path_in(store, "staged/00000003.safetensors").rename(path_in(store, "staged/00000002.safetensors"))
     (problem,) = store.verify()
-    assert str(problem) == "staged/00000002.safetensors: the record of photo2.jpg is of photo3.jpg"
+    assert str(problem) == "staged/00000002.safetensors: the record of photo2.jpg belongs to photo3.jpg"
 
 
 # --- export ---

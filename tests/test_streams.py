@@ -58,7 +58,7 @@ def test_what_is_left_out_of_a_folder_is_said(dvit: Dvit, tmp_path: Path) -> Non
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.heic").touch()
     found = dvit("denoise", tmp_path / "photos", "-o", tmp_path / "out")
-    assert f"{tmp_path / 'photos'}: 1 file left out whose ending is not that of an image (1 .heic)" in found.err
+    assert f"{tmp_path / 'photos'}: 1 file ignored, without an image extension (1 .heic)" in found.err
 
 
 def test_logs_are_shown_for_as_long_as_a_command_runs() -> None:

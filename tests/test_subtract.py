@@ -197,7 +197,7 @@ def test_smooth_features_are_in_place_where_patches_overlap() -> None:
 
 
 def test_without_an_artifact_there_must_be_a_shipped_one(backbone: Backbone, photo: np.ndarray) -> None:
-    with pytest.raises(ArtifactError, match=r"no artifact of Planted .* comes with the package; make one by dvit cal"):
+    with pytest.raises(ArtifactError, match=r"no artifact for Planted .*; create one with dvit cal"):
         dv.denoise_image(backbone, photo, method="subtract")
 
 
@@ -275,5 +275,5 @@ def test_unknown_method_names_those_there_are(backbone: Backbone, photo: np.ndar
 
 
 def test_an_artifact_of_another_type_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match=r"expected an artifact as Artifact, file name or tensor.*got list"):
+    with pytest.raises(PlanError, match=r"expected an Artifact, a file name or a tensor.*got list"):
         known.known_artifact([1.0], tiny.backbone(), (7, 7))  # pyright: ignore[reportArgumentType]

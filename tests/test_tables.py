@@ -298,9 +298,9 @@ def test_measured_figures_stand_beside_the_published(render: Render) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"task": "knn"}, "expected the task segmentation, which is what was published, got knn"),
-        ({"published": {"model": SMALL, "variant": "x"}}, "with published figures (baseline, voc_denoised), got 'x'"),
-        ({}, "expected data of VOC, ADE20K, NYU depth, by its name; got camvid"),
+        ({"task": "knn"}, "expected the published task segmentation, got knn"),
+        ({"published": {"model": SMALL, "variant": "x"}}, "with published scores (baseline, voc_denoised), got 'x'"),
+        ({}, "expected a data set named VOC, ADE20K, NYU depth, got camvid"),
     ],
 )
 def test_measurements_of_no_published_figure_are_named(render: Render, changes: Line, reason: str) -> None:
@@ -333,7 +333,7 @@ BROKEN = {
     "cut off": ('{"task": "knn"', "not JSON"),
     "not a number": ('{"seconds": NaN}', "NaN is not a JSON number"),
     "no object": ("[1]", r"the line: expected an object, got \[1\]"),
-    "no task": ("{}", "task is missing; expected a line that `dvit evaluate` wrote"),
+    "no task": ("{}", "task is missing; expected a line written by `dvit evaluate`"),
     "other task": (line(task="detection"), 'task: expected one of knn, segmentation, .*, artifacts, got "detection"'),
     "no score": (line(metrics={"mIoU": 1.0, "mAcc": 1.0}), "metrics.aAcc is missing"),
     "text": (line(metrics=KNN["metrics"] | {"mIoU": "36"}), 'metrics.mIoU: expected a valid number, got "36"'),
@@ -371,7 +371,7 @@ def test_infinity_does_not_come_in_by_a_large_exponent() -> None:
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="got none that can be used; run `dvit evaluate` first"):
+    with pytest.raises(EvaluationError, match="got no usable line; run `dvit evaluate` first"):
         read_entries([write(tmp_path / "empty.jsonl")])
     with pytest.raises(EvaluationError, match=r"bad\.jsonl:1: task is missing"):
         read_entries([write(tmp_path / "bad.jsonl", "{}")])
@@ -395,7 +395,7 @@ def test_the_verb_refuses_what_cannot_be_meant(tmp_path: Path, capsys: pytest.Ca
     results = write(tmp_path / "results.md", line())
     before = results.read_bytes()
     assert app.run(["report", str(results), "-o", str(results)]) == 2
-    assert "this file is among the results" in capsys.readouterr().err
+    assert "this is one of the results files" in capsys.readouterr().err
     assert results.read_bytes() == before
     assert app.run(["report", str(results), "-o", str(tmp_path / "none" / "a.md")]) == 2
     assert app.run(["report", str(results), "-o", str(tmp_path / "a.txt")]) == 2

@@ -222,12 +222,12 @@ def test_leakage_errors() -> None:
 
 
 def test_shape_errors() -> None:
-    with pytest.raises(EvaluationError, match="a shared pattern takes 4 images at least, got 3"):
+    with pytest.raises(EvaluationError, match="a shared pattern needs at least 4 images, got 3"):
         shared_pattern(noise(3, 3, 5, 7))
     with pytest.raises(EvaluationError, match="bound must be positive, got 0"):
         outlier_share(noise(2, 3, 5, 7), bound=0)
     for metric in (neighbour_similarity, detail):
-        with pytest.raises(EvaluationError, match="grid of 2 patches or more"):
+        with pytest.raises(EvaluationError, match="grid of at least 2 patches"):
             metric(noise(4, 1, 1, 7))
 
 

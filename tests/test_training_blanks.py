@@ -52,7 +52,7 @@ def test_a_batch_has_its_share_of_them_and_one_photo_at_least(share: float, batc
 
 @pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
-    with pytest.raises(TrainError, match=r"blank must be a share in \[0, 1\), got"):
+    with pytest.raises(TrainError, match=r"blank must be a fraction in \[0, 1\), got"):
         tiny.options(blank=share).validate()
 
 

@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
     before = {path.name: path.read_bytes() for path in there.folder.iterdir()}
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(
-        TrainError, match=r"step-0000003.*could not be written \(.*No space left.*step-0000002.* is whole, --resume"
+        TrainError, match=r"step-0000003.*could not be written \(.*No space left.*step-0000002.* is intact, --resume"
     ):
         there.save(Progress(3), trained, optimiser_of(trained))
     assert {path.name: path.read_bytes() for path in there.folder.iterdir()} == before
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
 def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safetensors.torch.save_file", full)
     trained = model()
-    with pytest.raises(TrainError, match="none was written before"):
+    with pytest.raises(TrainError, match="there is no earlier one"):
         Checkpoints(tmp_path / "checkpoints").save(Progress(3), trained, optimiser_of(trained))
 
 
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(there: Checkpo
     spoilt["no metadata"] = whole.replace(b'"denoising_vit"', b'"denoising_vot"')
     there.last.write_bytes(spoilt[damage])
     trained = model()
-    with pytest.raises(TrainError, match=r"step-0000002.safetensors: damaged checkpoint .*remove it, and --resume"):
+    with pytest.raises(TrainError, match=r"step-0000002.safetensors: damaged checkpoint .*delete it, and --resume"):
         there.load(trained, optimiser_of(trained))
     there.last.unlink()
     assert there.load(trained, optimiser_of(trained)).step == 1
@@ -165,7 +165,7 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, there: str) -> N
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_bytes(b"\0\1\0")
     before = (tmp_path / "run.json").read_text()
-    with pytest.raises(TrainError, match="holds a run already; --resume continues it, or name another folder"):
+    with pytest.raises(TrainError, match="already has a run; use --resume to continue it, or choose another folder"):
         RunFolder(tmp_path).begin(IDENTITY | {"processes": 2}, resume=False)
     assert (tmp_path / there).read_bytes() == b"\0\1\0"
     assert (tmp_path / "run.json").read_text() == before
@@ -189,7 +189,7 @@ def test_a_run_that_never_began_keeps_no_other_out(tmp_path: Path, pairs: bool) 
 @pytest.mark.parametrize("text", ["{}", '{"format": "another/program"}', "words"])
 def test_a_record_of_another_program_is_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(TrainError, match="holds a run already"):
+    with pytest.raises(TrainError, match="already has a run"):
         RunFolder(tmp_path).begin(IDENTITY, resume=False)
     assert (tmp_path / "run.json").read_text() == text
 
@@ -204,7 +204,7 @@ def test_folders_and_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mum.txt").write_text("dear")
     for place in ("letters", "letters/mum.txt"):
-        with pytest.raises(TrainError, match="exists and is no run of this program; expected a new or empty folder"):
+        with pytest.raises(TrainError, match="exists and is not a run of this program; expected a new or empty folder"):
             RunFolder(tmp_path / place).begin(IDENTITY, resume=False)
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mum.txt"]
 
@@ -267,7 +267,7 @@ def test_a_folder_that_a_run_on_another_machine_writes_is_refused(
     first.begin(IDENTITY, resume=False)
     monkeypatch.setattr(run_folder, "_HELD", {})  # as another process sees it
     for resume in (False, True):
-        with pytest.raises(TrainError, match=r"another run writes it .*process \d+ on "):
+        with pytest.raises(TrainError, match=r"another run is writing to it .*process \d+ on "):
             second.begin(IDENTITY, resume=resume)
     monkeypatch.undo()
     run_folder.let_go(first.path, "run")
@@ -288,6 +288,6 @@ def test_a_process_is_told_what_the_first_began_and_does_not_read_it_from_the_di
     monkeypatch.setattr(run_folder, "from_first", lambda _accelerator, _mine: IDENTITY)
     folder = RunFolder(tmp_path / "not there yet")
     folder.begin_together(IDENTITY, Second(), resume=False)
-    with pytest.raises(TrainError, match=r"process 1 was given other options or photos than the first: processes"):
+    with pytest.raises(TrainError, match=r"process 1 has other options or photos than the first process: processes"):
         folder.begin_together(IDENTITY | {"processes": 5}, Second(), resume=False)
     assert not folder.path.exists()

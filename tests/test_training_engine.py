@@ -84,7 +84,7 @@ def test_a_launcher_hands_out_the_devices(
 ) -> None:
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(TrainError, match="processes of a launcher share the devices; expected --device auto, got 'c"):
+    with pytest.raises(TrainError, match="the processes share the devices; expected --device auto, got 'c"):
         engine.make_accelerator("cuda:1")
     engine.make_accelerator("cuda")
 

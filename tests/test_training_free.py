@@ -63,7 +63,7 @@ def test_the_artifact_s_directions_take_any_amount_of_it_away() -> None:
     subspace = find_subspace(backbone, source="artifact", artifact=artifact, rank=1)
     clean = subspace(backbone(image))
     torch.testing.assert_close(subspace(backbone(image) + 3 * artifact.values), clean, rtol=0, atol=1e-4)
-    with pytest.raises(dv.PlanError, match="rank must be 0 to 1, the directions that 'artifact' gives, got 2"):
+    with pytest.raises(dv.PlanError, match="rank must be 0 to 1, the number of directions of 'artifact', got 2"):
         find_subspace(backbone, source="artifact", artifact=artifact, rank=2)
 
 
@@ -121,7 +121,9 @@ def test_photos_choose_the_rank(tmp_path: Path) -> None:
     assert again.info == found.info
     with pytest.raises(dv.ArtifactError, match="Use that backbone"):
         again.require_of(planted.backbone(seed=1))
-    with pytest.raises(dv.FormatError, match=r"not one with registers \(no 'denoising-vit/registers' metadata"):
+    with pytest.raises(
+        dv.FormatError, match=r"expected a safetensors file with registers \(no 'denoising-vit/registers' metadata"
+    ):
         Registers.load(tmp_path / "a.safetensors")
     for wrong in ("x", "place", "artifact"):
         with pytest.raises(dv.PlanError):
@@ -186,7 +188,7 @@ def test_a_given_subspace_and_given_registers_clean_a_photo(
     for method in made:
         wanted = dv.denoise_image(backbone, photo, method=method, size=(96, 96), **made[method]).semantic
         assert torch.equal(shown.found[method].semantic, wanted)
-    with pytest.raises(dv.PlanError, match="a subspace is given, which the method 'average' does not use"):
+    with pytest.raises(dv.PlanError, match="a subspace is given, but method 'average' does not use it"):
         dv.denoise_image(backbone, photo, method="average", size=(96, 96), subspace=subspace)
 
 

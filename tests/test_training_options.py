@@ -37,8 +37,8 @@ def test_the_published_recipe_is_the_default() -> None:
         ("learning_rate", math.nan, "learning_rate must be at least 0, got nan"),
         ("final_rate", -1.0, "final_rate must be at least 0"),
         ("weight_decay", math.nan, "weight_decay must be at least 0, got nan"),
-        ("warmup", 1.0, r"warmup must be a share in \[0, 1\), got 1.0"),
-        ("warmup", math.nan, r"warmup must be a share in \[0, 1\), got nan"),
+        ("warmup", 1.0, r"warmup must be a fraction in \[0, 1\), got 1.0"),
+        ("warmup", math.nan, r"warmup must be a fraction in \[0, 1\), got nan"),
         ("precision", "float64", "precision must be one of auto, float32, bfloat16, got 'float64'"),
     ],
 )
@@ -50,17 +50,17 @@ def test_training_options_out_of_range_are_named(name: str, value: Any, says: st
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"whole": 1.5}, r"whole must be a share in \[0, 1\], got 1.5"),
-        ({"flip": -0.1}, r"flip must be a share in \[0, 1\], got -0.1"),
-        ({"inverted": math.nan}, r"inverted must be a share in \[0, 1\], got nan"),
-        ({"area": (0.0, 0.5)}, r"area must be two increasing shares in \(0, 1\], got \(0.0, 0.5\)"),
-        ({"area": (0.6, 0.5)}, "area must be two increasing shares"),
-        ({"area": (0.6, 1.1)}, "area must be two increasing shares"),
+        ({"whole": 1.5}, r"whole must be a fraction in \[0, 1\], got 1.5"),
+        ({"flip": -0.1}, r"flip must be a fraction in \[0, 1\], got -0.1"),
+        ({"inverted": math.nan}, r"inverted must be a fraction in \[0, 1\], got nan"),
+        ({"area": (0.0, 0.5)}, r"area must be two increasing fractions in \(0, 1\], got \(0.0, 0.5\)"),
+        ({"area": (0.6, 0.5)}, "area must be two increasing fractions"),
+        ({"area": (0.6, 1.1)}, "area must be two increasing fractions"),
         ({"ratio": (0.0, 1.0)}, "ratio must be two increasing positive numbers"),
         ({"ratio": (2.0, 1.0)}, "ratio must be two increasing positive numbers"),
-        ({"keep": -1}, "keep must be 0 or more, got -1"),
-        ({"keep": 2}, "of 2 views that are kept none is a crop: the whole image and its mirror image .* 3 or more"),
-        ({"keep": 1, "flip": 0}, "of 1 views that are kept none is a crop: the whole image comes first.* 2 or more"),
+        ({"keep": -1}, "keep must be at least 0, got -1"),
+        ({"keep": 2}, "none of the 2 kept views is a crop, because the whole image and its mirror image .* 3 or more"),
+        ({"keep": 1, "flip": 0}, "none of the 1 kept views is a crop, because the whole image comes first.* 2 or more"),
     ],
 )
 def test_pair_options_out_of_range_are_named(changes: dict[str, Any], says: str) -> None:
@@ -90,7 +90,7 @@ def test_sizes_are_heights_and_widths() -> None:
 
 @pytest.mark.parametrize("text", ["", "large", "518,", "518x", "x518", "1x2x3", "0", "518x-14", "5.5", "518;364"])
 def test_nonsense_for_sizes_is_shown(text: str) -> None:
-    with pytest.raises(TrainError, match=r"sizes must be numbers of pixels like 518 or 364x476.*got ") as told:
+    with pytest.raises(TrainError, match=r"sizes must be pixel sizes such as 518 or 364x476.*got ") as told:
         PairOptions(sizes=text).validate()
     assert repr(text) in str(told.value)
 
@@ -102,7 +102,7 @@ def test_a_tenth_is_held_out_and_a_hundred_at_most(images: int, count: int) -> N
 
 @pytest.mark.parametrize(("images", "held_out"), [(0, None), (1, None), (3, 3), (3, 5)])
 def test_no_image_to_train_on_is_an_error(images: int, held_out: int | None) -> None:
-    with pytest.raises(TrainError, match=f"{images} images are too few: .* are held out, and none is left"):
+    with pytest.raises(TrainError, match=f"expected more than .* are held out for evaluation; got {images}"):
         TrainOptions(held_out=held_out).held_out_of(images)
 
 

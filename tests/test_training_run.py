@@ -255,7 +255,7 @@ def test_a_run_that_had_no_room_is_begun_with_fewer_views(
             tiny.prepared(data.stored, run)
     job = tiny.prepared(data.stored, run, pairs=tiny.views(keep=3))
     assert (job.views.keep, len(job.kept.usable())) == (3, tiny.PHOTOS)
-    with pytest.raises(TrainError, match="holds a run already"):
+    with pytest.raises(TrainError, match="already has a run"):
         tiny.prepared(data.stored, run)
 
 
@@ -340,7 +340,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_pairs(
 
 def test_a_store_with_too_few_images(tmp_path: Path) -> None:
     small = tiny.fitted(tmp_path, 1)
-    with pytest.raises(TrainError, match="1 images are too few: 1 are held out"):
+    with pytest.raises(TrainError, match="expected more than 1 images, because 1 are held out"):
         tiny.prepared(small.stored, tmp_path / "run", training=tiny.options(held_out=None))
     assert not (tmp_path / "run").exists()
 
@@ -402,7 +402,7 @@ def test_a_cache_is_filled_once_for_runs_with_other_rates(data: tiny.Fitted, tmp
     assert (planted.passes, progress.step) == (passes + blank, 7)
     assert not (tmp_path / "two" / "pairs").exists()
     assert len(job.training().sampler.images) == tiny.PHOTOS - 3
-    with pytest.raises(TrainError, match=r"holds other pairs: seed was 0, now 1; views.keep was 4, now 5"):
+    with pytest.raises(TrainError, match=r"has other pairs: seed was 0, now 1; views.keep was 4, now 5"):
         tiny.prepared(
             data.stored, tmp_path / "3", extractor, tiny.options(seed=1), tiny.views(keep=5), cache=tmp_path / "cache"
         )
@@ -521,7 +521,7 @@ def test_a_full_disk_at_a_checkpoint_ends_the_run_and_it_goes_on_later(
     with monkeypatch.context() as patch:
         save, calls = checkpoints.write_tensors, iter(range(10))
         patch.setattr(checkpoints, "write_tensors", lambda *a, **b: save(*a, **b) if next(calls) < 2 else full())
-        with pytest.raises(TrainError, match=r"step-0000015.*No space left.*step-0000010.safetensors is whole"):
+        with pytest.raises(TrainError, match=r"step-0000015.*No space left.*step-0000010.safetensors is intact"):
             job.training().run()
     assert tiny.results(resumed(data, tmp_path / "run")) == tiny.results(straight)
 

@@ -69,7 +69,9 @@ def test_photos_may_come_in_another_order_and_with_others(
 
 
 def test_a_store_of_another_backbone_is_refused_by_both_names(data: tiny.Fitted) -> None:
-    with pytest.raises(TrainError, match=r"the store is of .*Planted.*; got .*Planted.*Give the backbone that it was"):
+    with pytest.raises(
+        TrainError, match=r"the store was fitted with .*Planted.*, got .*Planted.*Use the store's backbone"
+    ):
         stored(data, tiny.backbone(seed=1))
 
 
@@ -88,7 +90,7 @@ def test_a_target_that_goes_while_it_is_needed_is_an_error(
     _remove(data.folder)
     if opened_anew:  # what other processes meet, which have not looked at the store before
         targets.store = FeatureStore.open(data.folder)
-    with pytest.raises(TrainError, match=r"01.png: its target is missing \("):
+    with pytest.raises(TrainError, match=r"01.png: the target is missing \("):
         next(targets.stream([1]))
 
 
@@ -101,7 +103,7 @@ def _remove(store: Path) -> None:
 def test_a_damaged_shard_is_an_error_that_names_the_image(data: tiny.Fitted, extractor: Backbone) -> None:
     (shard,) = [path for path in (data.folder / layout.FIELD).rglob("*") if path.is_file() and path.name == "0"]
     shard.write_bytes(b"nothing of use")
-    with pytest.raises(TrainError, match=r"02.png: its target is missing \(.*cannot be read"):
+    with pytest.raises(TrainError, match=r"02.png: the target is missing \(.*cannot be read"):
         next(stored(data, extractor).stream([2]))
 
 
@@ -115,13 +117,13 @@ def test_another_photo_of_the_same_name_is_an_error(data: tiny.Fitted, extractor
     Image.fromarray(tiny_artifact.photos(1, seed=9)[0]).save(data.photos / "03.png")
     targets = stored(data, extractor)
     assert next(targets.stream([2])).index == 2
-    with pytest.raises(TrainError, match=r"03.png: the photo is another than the store was fitted on"):
+    with pytest.raises(TrainError, match=r"03.png: the photo differs from the one that the store was fitted on"):
         next(targets.stream([3]))
 
 
 def test_a_photo_that_cannot_be_read_any_more_is_an_error(data: tiny.Fitted, extractor: Backbone) -> None:
     (data.photos / "03.png").write_text("words")
-    with pytest.raises(TrainError, match=r"03.png: the photo of a target cannot be read \(.*not an image"):
+    with pytest.raises(TrainError, match=r"03.png: the target's photo cannot be read \(.*not an image"):
         next(stored(data, extractor).stream([3]))
 
 
@@ -143,7 +145,7 @@ def test_a_store_of_the_patch_grid_says_so(data: tiny.Fitted, extractor: Backbon
     tiny.fit(data.photos, tmp_path / "coarse", extractor, grid="patch")
     coarse = tiny.Fitted(data.photos, tmp_path / "coarse")
     assert not stored(coarse, extractor).keeps_fields
-    with pytest.raises(TrainError, match="keeps the patch grid alone, too coarse for crops; fit with --grid field"):
+    with pytest.raises(TrainError, match="the patch grid only, which is too coarse for crops; fit with --grid field"):
         tiny.prepared(coarse.stored, tmp_path / "run", extractor, tiny.options(held_out=1))
     whole = tiny.views(keep=2, whole=1)
     job, progress = tiny.trained(coarse.stored, tmp_path / "run", extractor, tiny.options(held_out=1), whole)

@@ -194,7 +194,7 @@ def test_what_is_no_clip_is_told(tmp_path: Path) -> None:
     assert "the file is empty (0 bytes)" in refused(empty)
     assert "no frames in this folder (looked for" in refused(nothing)
     (nothing / "below").mkdir()
-    assert "name one that holds frames" in refused(nothing)
+    assert "give one that has frames" in refused(nothing)
     assert "no such file or folder" in refused(tmp_path / "absent.mp4")
 
 
@@ -205,7 +205,7 @@ def test_sound_alone_and_a_video_of_no_length(tmp_path: Path) -> None:
         sound.sample_rate = 8000
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
-    assert "there is no video in it, only audio" in refused(tmp_path / "sound.m4a")
+    assert "expected a video stream, found audio" in refused(tmp_path / "sound.m4a")
     with av.open(str(tmp_path / "none.avi"), "w") as container:
         video = container.add_stream("mjpeg", rate=25)
         video.width, video.height, video.pix_fmt = 32, 32, "yuvj420p"
@@ -241,7 +241,7 @@ def test_frames_that_are_too_large_are_refused(
 ) -> None:
     path = tiny.film(tmp_path / "a.mp4", pictures)
     monkeypatch.setattr(films, "MAX_PIXELS", 80 * 48 - 1)
-    assert "frames of 80 x 48 pixels are more than the limit of 3,839" in refused(path)
+    assert "frames of 80 x 48 pixels exceed the limit of 3,839" in refused(path)
 
 
 def test_without_pyav_the_extra_is_named(

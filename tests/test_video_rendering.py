@@ -270,9 +270,9 @@ def test_an_unfinished_run_with_other_settings(render: Render, frames: Path, mon
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 9)
         render(frames)
-    with pytest.raises(ClipError, match=r"other settings \(panels image,pca, now pca\); repeat those to continue it"):
+    with pytest.raises(ClipError, match=r"settings \(panels image,pca, now pca\); use the same settings to resume it"):
         render(frames, panels="pca")
-    with pytest.raises(ClipError, match="another backbone or other weights"):
+    with pytest.raises(ClipError, match="a different backbone or weights"):
         render(frames, backbone=tiny.backbone(seed=1))
     done = render(frames, panels="pca", overwrite=True)
     assert (done.resumed, done.frames) == (0, 10)
@@ -294,12 +294,12 @@ def test_what_is_finished_is_kept(render: Render, frames: Path, tmp_path: Path) 
     assert (kept.status, kept.notes) == ("kept", ())
     other = render(frames, size=40)
     assert other.status == "kept"
-    assert "size 80, now 40): --overwrite to do it again" in other.notes[0]
+    assert "size 80, now 40); use --overwrite to redo it" in other.notes[0]
     assert first.path.read_bytes() == content
     assert render(frames, max_frames=3, overwrite=True).status == "done"
     assert len(tiny.decoded(first.path)) == len(pngs(first)) == 3  # no PNG of the longer one is left
     (tmp_path / "mine.mp4").write_bytes(b"mine")
-    with pytest.raises(OutputError, match="exists and was not made by dvit video"):
+    with pytest.raises(OutputError, match="exists and was not written by dvit video"):
         render(frames, "mine")
 
 
@@ -314,7 +314,7 @@ def test_damaged_and_other_frames_are_told(render: Render, tmp_path: Path) -> No
     sheets = pngs(done)
     assert np.array_equal(sheets[5], sheets[4])
     clip = tiny.folder(tmp_path / "mixed", [tiny.picture(0), tiny.picture(1, (80, 48))])
-    assert "1 frames of another aspect ratio than the first have black bars" in render(clip, "boxed").notes[0]
+    assert "1 frames have another aspect ratio than the first and get black bars" in render(clip, "boxed").notes[0]
 
 
 def test_progress_counts_each_frame_once(render: Render, frames: Path) -> None:
@@ -355,7 +355,7 @@ def test_few_frames_are_held(frames: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         ({"features": "raw,new"}, "unknown features: 'new'; choose from raw, subtract"),
         ({"panels": "image,image"}, "different panels, separated by commas, got image, image; choose from image, pca"),
-        ({"panels": "dataset-pca"}, "needs the colours of a data set: --palette FILE"),
+        ({"panels": "dataset-pca"}, "needs a saved palette of a data set; give --palette FILE"),
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"panel_size": 8}, "panel_size must be at least 64"),
         ({"fps": float("nan")}, "fps must be 0.01 to 1000"),
@@ -373,9 +373,9 @@ def test_wrong_files(render: Render, frames: Path, tmp_path: Path) -> None:
         render(frames, panels="dataset-pca", palette=str(tmp_path / "absent"))
     with pytest.raises(DenoisingVitError, match="--distilled"):
         render(frames, features="distilled")
-    with pytest.raises(ClipError, match=r"expected the name of an \.mp4 file"):
+    with pytest.raises(ClipError, match=r"expected a name ending in \.mp4"):
         render_video(tiny.backbone(), frames, tmp_path / "a.avi", options=tiny.SMALL)
-    with pytest.raises(ClipError, match="less than one patch of 8 pixels; ask for a larger --size"):
+    with pytest.raises(ClipError, match="less than one patch of 8 pixels; increase --size"):
         render(frames, size=4)
 
 

@@ -365,7 +365,7 @@ def test_least_views_by_hand() -> None:
     [
         ({"views": 0}, "at least 1 view, got 0"),
         ({"views": -3}, "at least 1 view, got -3"),
-        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"size": (15, 96)}, "15 x 96 pixels are smaller than one patch of 16"),
         ({"size": (96, 0)}, "96 x 0 pixels are smaller than one patch of 16"),
         ({"resolution": 1}, "at least 2 x 2 nodes, got 1 x 1"),
@@ -384,7 +384,7 @@ def test_bad_argument_raises_a_plan_error_that_names_it(options: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"area": (0.5, 0.1)}, r"area must be two increasing shares in \(0, 1\], got \(0.5, 0.1\)"),
+        ({"area": (0.5, 0.1)}, r"area must be two increasing fractions in \(0, 1\], got \(0.5, 0.1\)"),
         ({"area": (0.0, 0.5)}, "area must be"),
         ({"area": (0.1, 1.5)}, "area must be"),
         ({"ratio": (2.0, 0.5)}, "ratio must be two increasing positive numbers"),
@@ -433,5 +433,5 @@ def test_a_taper_changes_the_digest_and_keeps_the_coverage() -> None:
 
 @pytest.mark.parametrize("taper", [-0.1, 0.6, float("nan")])
 def test_a_taper_out_of_range_is_refused(taper: float) -> None:
-    with pytest.raises(PlanError, match="taper must be a share"):
+    with pytest.raises(PlanError, match="taper must be a fraction"):
         ViewPlan.make(8, size=(70, 70), patch_size=14, taper=taper)

@@ -96,7 +96,7 @@ def test_the_background_of_foreground_components_is_black(palette: Palette) -> N
 
 
 def test_an_unknown_kind_is_refused_with_those_there_are(palette: Palette) -> None:
-    with pytest.raises(ValueError, match="no kind of map named 'pac'; there are pca, kmeans"):
+    with pytest.raises(ValueError, match="unknown kind of map 'pac'; choose from pca, kmeans"):
         palette.colours("pac", field())
 
 
@@ -133,7 +133,7 @@ def test_a_palette_of_another_backbone_is_refused(tmp_path: Path) -> None:
     maps = [np.random.default_rng(0).standard_normal((6, 6, one.embed_dim))]
     write_palette(Palette(maps, backbone=describe(one)), tmp_path / "p.safetensors")
     read_palette(tmp_path / "p.safetensors", one)
-    with pytest.raises(FormatError, match="mean something in one backbone only"):
+    with pytest.raises(FormatError, match="valid for one backbone only"):
         read_palette(tmp_path / "p.safetensors", other)
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_palette_is_refused(palette: Palette, tmp_path: Path) -> None
     with pytest.raises(FormatError, match="not a palette, or damaged"):
         read_palette(path)
     save_file({"x": np.ones(3)}, path)
-    with pytest.raises(FormatError, match="holds no palette"):
+    with pytest.raises(FormatError, match="not a palette"):
         read_palette(path)
     with pytest.raises(FormatError, match=r"\.safetensors"):
         write_palette(palette, tmp_path / "p.png")
@@ -161,10 +161,10 @@ def test_a_damaged_palette_is_refused(damage: str, palette: Palette, tmp_path: P
     else:
         tensors["basis.low"] = np.zeros(2) if damage == "shape" else np.full(3, np.nan)
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 1}'})
-    with pytest.raises(FormatError, match="a damaged palette"):
+    with pytest.raises(FormatError, match="damaged palette"):
         read_palette(path)
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette"}'})
-    with pytest.raises(FormatError, match="lacks format_version"):
+    with pytest.raises(FormatError, match="format_version missing"):
         read_palette(path)
     save_file(tensors, path, metadata={KEY: '{"format": "denoising-vit/palette", "format_version": 9}'})
     with pytest.raises(FormatError, match="upgrade denoising-vit"):

@@ -217,7 +217,7 @@ def test_extreme_aspects_are_clamped_in_columns_too(tmp_path: Path, shape: tuple
 
 
 def test_exact_is_drawn_beside_a_denoiser_only(tmp_path: Path):
-    with pytest.raises(ValueError, match="exact is drawn beside the result of a denoiser only"):
+    with pytest.raises(ValueError, match="exact can be drawn only with a denoiser's result"):
         draw(tmp_path, photo(4, 4), decomposition(method="exact"), exact=decomposition())
 
 

@@ -343,13 +343,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("weights", ["auto", "hub"])
 def test_without_a_network_the_extra_with_the_bundled_model_is_named(weights: str) -> None:
-    with pytest.raises(WeightsError, match=rf"{re.escape(DINOV2)} could not be fetched .*extra `offline`"):
+    with pytest.raises(WeightsError, match=rf"{re.escape(DINOV2)} could not be downloaded .*extra `offline`"):
         load(weights, DINOV2)
 
 
 @pytest.mark.usefixtures("no_network")
 def test_without_a_network_another_model_is_offered() -> None:
-    with pytest.raises(WeightsError, match=rf"could not be fetched .*or use {re.escape(DINOV2)}.*extra `offline`"):
+    with pytest.raises(WeightsError, match=rf"could not be downloaded .*or use {re.escape(DINOV2)}.*extra `offline`"):
         load("hub", "vit_tiny_patch16_224.augreg_in21k")
 
 
@@ -388,7 +388,7 @@ def test_random_weights_are_the_same_whatever_other_threads_load() -> None:
 
 
 def test_bundled_weights_of_another_model_are_refused() -> None:
-    with pytest.raises(WeightsError, match=rf"no weights of {NAME} are bundled; only {re.escape(DINOV2)} is"):
+    with pytest.raises(WeightsError, match=rf"{NAME} has no bundled weights; only {re.escape(DINOV2)} has"):
         load("bundled")
 
 

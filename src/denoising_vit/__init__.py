@@ -8,5 +8,5 @@
 
 import lazy_loader
 
-# Importing torch and timm takes seconds; `dvit --help`, and a program that may need none of this, need not wait for it.
+# Importing torch and timm takes seconds; so `dvit --help`, and programs that do not need them, do not wait for it.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Denoise photos: separate one photo's features by stage 1, or clean them in one pass."""
+"""Denoise photos: separate a photo's features by stage 1, or clean them in one pass."""
 
 from __future__ import annotations
 
@@ -46,58 +46,59 @@ def denoise_image(
     """Separate a photo's features into semantic field, shared artifact and residual (the paper's per-image denoising).
 
     With ``method="denoiser"``, one pass over the whole photo is mapped to the semantic field (stage 2). A denoiser does
-    not tell the artifact from what else it removes: the artifact is then zero, and the residual holds all of it.
+    not separate the artifact from the rest that it removes, so the artifact is zero and the residual contains
+    everything.
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
         photo: a path, a PIL image, an (H, W, 3) uint8 array, or a normalised (1, 3, H, W) tensor.
-        artifact: the backbone's artifact if known: an :class:`~denoising_vit.Artifact`, a file of one, ``"shipped"``,
-            or values (h, w, C). Stage 1 then fits the field only.
-        denoiser: the backbone's denoiser: a :class:`~denoising_vit.Denoiser`, or what
-            :func:`~denoising_vit.load_denoiser` takes. For the methods ``denoiser`` and ``auto``, which otherwise use
-            the one in the package.
-        subspace: positional directions for the method ``project``, which otherwise finds some on a black image.
+        artifact: the backbone's artifact, if known: an :class:`~denoising_vit.Artifact`, its file, ``"shipped"``, or
+            values (h, w, C). Stage 1 then fits the field only.
+        denoiser: the backbone's denoiser: a :class:`~denoising_vit.Denoiser`, or a source for
+            :func:`~denoising_vit.load_denoiser`; for the methods ``denoiser`` and ``auto``. Defaults to the one in the
+            package.
+        subspace: positional directions for the method ``project``; by default, they are found on a black image.
         registers: register neurons for the method ``registers``, which needs them.
         progress: called as ``progress(done, total)`` after each batch of views, and after each step of the neural
             field; ``total`` is :func:`work`.
         watch: called with each evaluation of the neural field on the held-out views.
-        options: how to run; the defaults where none.
-        **changes: single fields of :class:`DenoiseOptions`, such as ``views=128``.
+        options: options of the denoising; None uses the defaults.
+        **changes: individual fields of :class:`DenoiseOptions`, such as ``views=128``.
 
     Returns:
         The decomposition on the patch grid of ``size``, on the CPU.
 
     Raises:
-        PhotoError: if the photo cannot be read or used.
+        PhotoError: if the photo cannot be read.
         SizeError: if the size does not fit the patch grid.
-        PlanError: if the views are too few, an option is out of range, or the method does not use what is given.
+        PlanError: if there are too few views, an option is out of range, or the method does not use a given argument.
         BackboneError: if the features are not finite or not a grid.
         FitError: if the neural field's loss is not finite.
-        ArtifactError: if the artifact is that of another backbone, or the method needs one and none is given.
-        DenoiserError: if the denoiser is for another backbone, or the method needs one and none is given or found.
-        FormatError: if the file of the artifact or the denoiser is missing, damaged or something else.
+        ArtifactError: if the artifact belongs to another backbone, or the method needs one and none is given.
+        DenoiserError: if the denoiser belongs to another backbone, or the method needs one and none is given or found.
+        FormatError: if the file of the artifact or the denoiser is missing, damaged or of another type.
     """
     options = replace(options or DenoiseOptions(), **changes)
     if isinstance(photo, Tensor) and photo.ndim == 4 and options.size is None:
-        options = replace(options, size=tuple(photo.shape[2:]))  # its owner has prepared it: it is shown as it is
+        options = replace(options, size=tuple(photo.shape[2:]))  # a prepared tensor is used unchanged
     cleaners = Cleaners(artifact, denoiser, subspace=subspace, registers=registers)
     return Denoising(backbone, options, cleaners)(photo, progress=progress, watch=watch)
 
 
 class Denoising:
-    """One method of denoising, set up once for any number of photos; see :func:`denoise_image` for the arguments.
+    """A denoising method, set up once for any number of photos; see :func:`denoise_image` for the arguments.
 
     Attributes:
-        backbone: as given.
-        options: as given, with the method that ``auto`` stands for.
-        artifact: G (h, w, C) on the grid of the views if known, else None.
-        denoiser: the denoiser if the method uses one.
-        fitted: the views that are fitted; the first shows the whole photo.
-        held_out: the views that the fit is evaluated on, if any.
-        work: what progress on one photo counts up to.
+        backbone: the given backbone.
+        options: the given options, with ``auto`` resolved to a method.
+        artifact: G (h, w, C) on the grid of the views, if known, else None.
+        denoiser: the denoiser, if the method uses one.
+        fitted: the views to fit; the first shows the whole photo.
+        held_out: the views to evaluate the fit on, if any.
+        work: total amount of work for one photo.
 
     Raises:
-        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as :func:`denoise_image`, before any forward
+        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as in :func:`denoise_image`, before any forward
             pass over a photo.
     """
 
@@ -117,7 +118,7 @@ class Denoising:
             "registers": "registers are",
         }.items():
             if getattr(cleaners, name) is not None and name != uses:
-                raise PlanError(f"{words} given, which the method {method!r} does not use; leave it out")
+                raise PlanError(f"{words} given, but method {method!r} does not use it; omit it")
         self._extractor: Extractor | None = None
         self._identity: dict[str, str] = {}
         self.artifact: Tensor | None = None
@@ -162,14 +163,14 @@ class Denoising:
                 "plan": self.fitted.digest,
                 **self.options.recorded(),
                 **parts.info,
-                "artifact": artifact_digest(self.artifact),  # None where it was fitted, or there is none
+                "artifact": artifact_digest(self.artifact),  # None if it was fitted, or there is none
                 **self._identity,
                 "seconds": round(time.perf_counter() - started, 3),
             },
         )
 
     def made(self, info: dict[str, Any]) -> bool:
-        """True if a result with this ``info`` came from this backbone, these views and these settings."""
+        """True if a result with this ``info`` is from this backbone, these views and these settings."""
         decisive = self.options.recorded("views", "shape", "nothing")
         decisive |= {"plan": self.fitted.digest, "artifact": artifact_digest(self.artifact)} | self._identity
         decisive |= {"tiles": None}  # nor from tiles of this size
@@ -181,7 +182,7 @@ class Denoising:
 
     @torch.no_grad()
     def _one_pass(self, job: Job) -> Parts:
-        """One pass over the whole photo; what is not known as artifact goes into the residual."""
+        """One pass over the whole photo; everything except a known artifact goes into the residual."""
         (features,) = job.features(job.fitted)
         require_finite(features)
         raw = features[0]
@@ -197,7 +198,7 @@ class Denoising:
             clean = self._extractor.clean(features)[0]
         else:
             view = ViewRenderer(job.image, job.fitted, self.backbone.mean, self.backbone.std)(slice(1))
-            if isinstance(self._extractor, AveragedViT):  # its first pass is that of raw
+            if isinstance(self._extractor, AveragedViT):  # its first pass is the raw one
                 clean = self._extractor.averaged_with(view, features)[0]
             else:
                 clean = self._extractor(view)[0]
@@ -206,7 +207,7 @@ class Denoising:
 
 
 def methods() -> tuple[str, ...]:
-    """What ``method`` may be: stage 1, the features that are cleaned in one pass, and ``auto``."""
+    """Values of ``method``: those of stage 1, the one-pass features, and ``auto``."""
     return (*STAGE_ONE, *(kind.name for kind in KINDS.values() if kind.cleans and not kind.per_image), "auto")
 
 
@@ -216,16 +217,16 @@ def settle(
     denoiser: GivenDenoiser | None = None,
     artifact: KnownArtifact | None = None,
 ) -> tuple[DenoiseOptions, FoundDenoiser | None]:
-    """The options with the method that is run, and the denoiser if that uses one.
+    """The options with ``auto`` resolved to a method, and the denoiser if the method uses one.
 
-    ``auto`` is denoiser if one is given, exact if an artifact is given, which only stage 1 uses, and otherwise
-    denoiser if one comes with the package for this backbone with these weights, layer and stride, else exact.
+    ``auto`` is denoiser if one is given; exact if an artifact is given, which only stage 1 uses; otherwise denoiser if
+    the package has one for this backbone's weights, layer and stride, else exact.
 
     Raises:
         PlanError: if the method is unknown, a denoiser is given for a method that uses none, or an option is out of
             range.
-        DenoiserError: if the denoiser is for another backbone, or cannot be found or fetched.
-        FormatError: if the denoiser's file is damaged or something else.
+        DenoiserError: if the denoiser belongs to another backbone, or cannot be found or downloaded.
+        FormatError: if the denoiser's file is damaged or of another type.
     """
     options.validate()
     if options.method not in methods():
@@ -233,8 +234,8 @@ def settle(
     if options.method not in ("auto", "denoiser"):
         if denoiser is not None:
             raise PlanError(
-                f"a denoiser ({source_name(denoiser)}) is given, but the method is {options.method!r}, which uses none"
-                ": leave one of them out"
+                f"a denoiser ({source_name(denoiser)}) is given, but method {options.method!r} does not use one; omit "
+                "one of them"
             )
         return options, None
     if options.method == "denoiser" or denoiser is not None:
@@ -245,7 +246,7 @@ def settle(
 
 
 def work(options: DenoiseOptions) -> int:
-    """What progress on one photo counts up to: views, and the steps of the neural field."""
+    """Total amount of work for one photo: number of views, and steps of the neural field."""
     if options.method not in STAGE_ONE:
         return 1
     steps = options.neural.total_steps if options.method == "neural-field" else 0

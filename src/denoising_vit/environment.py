@@ -1,4 +1,4 @@
-"""The command, hardware and software of this process, as results and runs record them."""
+"""Command, hardware and software of this process, for the records of results and runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 @functools.cache
 def package_version() -> str:
-    """Version of this package: of the installed one, else of ``pyproject.toml`` in a source checkout, else unknown."""
+    """Version of the installed package, else from ``pyproject.toml`` in a source checkout, else unknown."""
     try:
         return importlib.metadata.version("denoising-vit")
     except importlib.metadata.PackageNotFoundError:
@@ -28,7 +28,7 @@ def package_version() -> str:
 
 
 def run_info(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command, hardware and software of this process, for the record; no host names or folders beyond these."""
+    """Command, hardware and software of this process, for the record; without host names or other folders."""
     import torch
 
     return {
@@ -43,12 +43,12 @@ def run_info(command: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def software_words(about: Mapping[str, Any]) -> str:
-    """The recorded software in words; empty if none was recorded."""
+    """Description of the recorded software; empty if none was recorded."""
     return ", ".join(f"{name} {version}" for name, version in about.get("software", {}).items())
 
 
 def hardware() -> str:
-    """Processor and accelerator in words."""
+    """Description of processor and accelerator."""
     import torch
 
     kinds = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}

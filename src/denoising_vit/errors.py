@@ -1,74 +1,74 @@
-"""Errors and warnings that users are meant to read: what was expected, what came, what to do."""
+"""Errors and warnings for users: what was expected, what was given, what to do."""
 
 from __future__ import annotations
 
 
 class DenoisingVitError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class PhotoError(DenoisingVitError):
-    """A photo that cannot be read or used; a batch job skips it and says why."""
+    """A photo cannot be read or used; a batch job skips it with the reason."""
 
 
 class BackboneError(DenoisingVitError):
-    """A backbone that cannot be built, or whose output is not a patch grid."""
+    """A backbone cannot be built, or its output is not a patch grid."""
 
 
 class WeightsError(BackboneError):
-    """Weights that are missing, belong to another model, or are not finite."""
+    """Weights are missing, belong to another model, or are not finite."""
 
 
 class SizeError(DenoisingVitError, ValueError):
-    """An image size that does not fit the patch grid."""
+    """An image size does not fit the patch grid."""
 
 
 class PlanError(DenoisingVitError, ValueError):
-    """An option out of range, or options that do not fit together."""
+    """An option is out of range, or options are inconsistent."""
 
 
 class FitError(DenoisingVitError):
-    """A fit that failed numerically, or cannot be carried out."""
+    """A fit failed numerically, or cannot be run."""
 
 
 class OutputError(DenoisingVitError):
-    """A place that cannot be written to, or holds something that is not ours to replace."""
+    """A location is not writable, or has a file that must not be replaced."""
 
 
 class FormatError(DenoisingVitError):
-    """A file that is not what this package writes, or was written for something else."""
+    """A file was not written by this package, or for another purpose."""
 
 
 class ArtifactError(DenoisingVitError):
-    """An artifact that cannot be found from these photos, or belongs to another backbone."""
+    """An artifact cannot be estimated from these photos, or belongs to another backbone."""
 
 
 class DenoiserError(DenoisingVitError):
-    """A denoiser that cannot be found, or belongs to another backbone."""
+    """A denoiser cannot be found, or belongs to another backbone."""
 
 
 class ExportError(DenoisingVitError):
-    """An export that cannot be made or checked, or that was changed since."""
+    """An export cannot be written or checked, or has changed since."""
 
 
 class HubError(DenoisingVitError):
-    """A hub that cannot be reached, or that refuses to give or take a file."""
+    """A hub is unreachable, or rejects an upload or download."""
 
 
 class TrainError(DenoisingVitError):
-    """A training run that cannot be started, resumed or carried on."""
+    """A training run cannot be started, resumed or continued."""
 
 
 class StoreError(DenoisingVitError):
-    """A feature store that cannot be opened, read or written as asked."""
+    """A feature store cannot be opened, read or written as requested."""
 
 
 class FieldError(StoreError):
-    """One image's field that a store cannot hold; the others are not affected."""
+    """A store cannot hold one image's field; other images are not affected."""
 
 
 class EvaluationError(DenoisingVitError):
-    """Data or features that a metric cannot be computed on."""
+    """A metric cannot be computed on the data or features."""
 
 
 class AppError(DenoisingVitError):
@@ -76,8 +76,8 @@ class AppError(DenoisingVitError):
 
 
 class ClipError(DenoisingVitError):
-    """A video that cannot be read or made; a batch job skips it and says why."""
+    """A video cannot be read or written; a batch job skips it with the reason."""
 
 
 class DenoisingVitWarning(UserWarning):
-    """Something worth knowing that does not stop the work."""
+    """A remark that does not stop the work."""

@@ -1,7 +1,7 @@
-"""The one table of kinds of features, and extractors by name.
+"""The table of kinds of features, and extractors by name.
 
-A new kind of features is an entry of :data:`KINDS` and a function that makes its extractor. Every verb, the page and
-the export read this table. Importing it takes no torch, so that `dvit VERB --help` is fast.
+A new kind of features needs an entry of :data:`KINDS` and a function that creates its extractor. Every verb, the page
+and the export read this table. Importing it does not import torch, so that `dvit VERB --help` is fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     GivenSubspace: TypeAlias = Subspace | str | Path
     GivenRegisters: TypeAlias = Registers | str | Path
 else:
-    GivenArtifact = GivenDenoiser = GivenSubspace = GivenRegisters = str  # what the command line parses
+    GivenArtifact = GivenDenoiser = GivenSubspace = GivenRegisters = str  # types for the command line
 
 #: extractor(image (B, 3, H, W)) -> features (B, h, w, C).
 Extractor = Callable[["Tensor"], "Tensor"]
@@ -38,14 +38,14 @@ class Cleaners:
     """The cleaners to use, by kind.
 
     Attributes:
-        artifact: artifact G of the backbone: a file of `dvit calibrate`, or `shipped` for the one in the package.
-            Without it, subtract takes the shipped one, and exact fits one in each image.
-        denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones. Without it,
+        artifact: artifact G of the backbone: a file of `dvit calibrate`, or `shipped` for the one in the package. By
+            default, subtract uses the shipped one, and exact fits one in each image.
+        denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones. Defaults to
             the one in the package.
         distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
             published file.
-        subspace: positional directions for project: a file of `dvit prepare` or `Subspace.save`. Without it, the
-            16 strongest directions of a black image.
+        subspace: positional directions for project: a file of `dvit prepare` or `Subspace.save`. Defaults to the 16
+            strongest directions of a black image.
         registers: register neurons for registers: a file of `dvit prepare` or `Registers.save`.
     """
 
@@ -56,22 +56,22 @@ class Cleaners:
     registers: GivenRegisters | None = None
 
     def extractor(self, name: str, backbone: Backbone) -> tuple[Extractor, dict[str, str]]:
-        """The extractor of that kind, and what identifies its cleaner.
+        """The extractor of a kind of features, and the record that identifies its cleaner.
 
         Raises:
             PlanError: if the name is unknown, or the features are fitted to each image (`exact`).
-            ArtifactError, DenoiserError: if the cleaner is for another backbone, or the package has none.
+            ArtifactError, DenoiserError: if the cleaner belongs to another backbone, or the package has none.
             WeightsError: if weights are missing or for another model.
-            FormatError: if a file is missing, damaged or something else.
+            FormatError: if a file is missing, damaged or of another type.
         """
         kind = KINDS.get(name)
         if kind is None or kind.make is None:
             known = [other.name for other in KINDS.values() if not other.per_image]
-            raise PlanError(f"no extractor named {name!r}; choose from {', '.join(known)}")
+            raise PlanError(f"unknown extractor {name!r}; choose from {', '.join(known)}")
         return kind.make(backbone, self)
 
 
-#: A field of :class:`Cleaners` that a command does not take: its subclass hides the flag with ``name: Unused = None``.
+#: A field of :class:`Cleaners` that a command does not use; its subclass hides the flag with ``name: Unused = None``.
 Unused = Annotated[None, tyro.conf.Fixed, tyro.conf.Suppress]
 
 
@@ -80,13 +80,13 @@ class FeatureKind:
     """A kind of features.
 
     Attributes:
-        name: as in ``--features``.
-        summary: a few words for ``--help``.
-        make: makes the extractor, and the record that identifies what it cleans with. None for features that stage 1
-            fits to each image: these are read from fields, and no extractor gives them.
-        uses: the field of :class:`Cleaners` that it takes, if any. Where that is not given, it may take one from the
+        name: name as in ``--features``.
+        summary: short description for ``--help``.
+        make: creates the extractor, and the record that identifies its cleaner. None for features that stage 1 fits to
+            each image: these are read from fields, and no extractor computes them.
+        uses: the field of :class:`Cleaners` that it uses, if any. If that is not given, it may use one from the
             package, or find one.
-        cleans: False if the features are the output of a backbone as it is.
+        cleans: False if the features are the unchanged output of a backbone.
         one_pass: True if an image takes one forward pass.
     """
 
@@ -116,7 +116,7 @@ def _subtract(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[s
     if isinstance(artifact, str | Path) and artifact != NONE:
         artifact = load_artifact(artifact, backbone)
     if not isinstance(artifact, Artifact):
-        raise PlanError("subtract needs an artifact as a file or an Artifact; give one, or leave subtract out")
+        raise PlanError("subtract needs an artifact as a file or an Artifact; give one, or omit subtract")
     return DenoisedViT(backbone, artifact), {"artifact": str(artifact_digest(artifact.values))}
 
 
@@ -134,7 +134,7 @@ def _distilled(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[
 
     if cleaners.distilled is None:
         raise WeightsError(
-            "distilled features need the weights that dvit distill wrote: --distilled RUN/distilled.safetensors"
+            "distilled features need the weights written by dvit distill: --distilled RUN/distilled.safetensors"
         )
     path = Path(cleaners.distilled).expanduser()
     if not path.is_file():
@@ -164,7 +164,7 @@ def _registers(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[
 
     if cleaners.registers is None:
         raise PlanError(
-            "registers needs the register neurons of the backbone: find them on a few photos by dvit prepare, or by "
+            "registers needs the register neurons of the backbone: find them on a few photos with dvit prepare or "
             "find_registers(backbone, photos).save(FILE), and give --registers FILE"
         )
     given = cleaners.registers
@@ -189,12 +189,12 @@ KINDS: dict[str, FeatureKind] = {
 
 
 def features_help(kinds: Iterable[FeatureKind] | None = None) -> str:
-    """Names and summaries of kinds of features, for ``--help``; all kinds where none are given."""
+    """Names and summaries of kinds of features, for ``--help``; defaults to all kinds."""
     return ", ".join(f"{kind.name} ({kind.summary})" for kind in (KINDS.values() if kinds is None else kinds))
 
 
 def features_arg(more: str = "") -> Any:
-    """The help of ``--features``, to annotate such an option with."""
+    """Annotation with the help of ``--features``."""
     return tyro.conf.arg(help=f"names separated by commas: {features_help()}. {more}".strip())
 
 
@@ -202,9 +202,9 @@ def parse_names(names: str | Sequence[str], known: Iterable[str], of: str = "fea
     """Parse names, keeping their order.
 
     Args:
-        names: in one text, separated by commas, or one by one.
-        known: the names to choose from.
-        of: what they name, for the error message.
+        names: one text with commas as separators, or a sequence of names.
+        known: available names.
+        of: what the names are, for the error message.
 
     Raises:
         PlanError: if a name is unknown or repeated, or there is none.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and most of these helpers do
 
 T = TypeVar("T")
 
-#: Metadata key of our JSON record in a safetensors file.
+#: Metadata key of this package's JSON record in a safetensors file.
 KEY = "denoising_vit"
 
 #: ``format`` in the record of a distilled model's weights.
@@ -33,10 +33,10 @@ DISTILLED = "denoising-vit/distilled"
 #: Errors of file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
-#: Longest file name in bytes that file systems allow, and the bytes that a temporary name adds.
+#: Maximum length of a file name in bytes on common file systems, and bytes added by a temporary name.
 _LONGEST, _ADDED = 255, 15
 
-#: Bytes at either end of a file that are searched for a mark, and the longest safetensors header that is read.
+#: Number of bytes at each end of a file to search for a mark, and maximum size of a safetensors header to read.
 _END, _HEADER = 4096, 1 << 24
 
 _MARK = re.compile(rb"denoising-vit (?P<kind>[a-z-]+) of (?P<source>[0-9a-f]{64})")
@@ -52,7 +52,7 @@ def atomic_path(target: Path, *, new: bool = False, durable: bool = True) -> Ite
         target: the file.
         new: never replace an existing file.
         durable: flush the content before the rename and the folder after it, so that a power cut leaves no empty file
-            under a final name, which later runs would take for a result. Only what is computed again may go without.
+            under a final name, which later runs would treat as a result. Omit it only for files that can be recomputed.
 
     Raises:
         FileExistsError: if ``new`` and the target exists.
@@ -64,7 +64,7 @@ def atomic_path(target: Path, *, new: bool = False, durable: bool = True) -> Ite
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~current_umask())  # mkstemp makes private files; results follow the user's umask
+        temporary.chmod(0o666 & ~current_umask())  # mkstemp creates private files, but results follow the umask
         if durable:
             flush_file(temporary)
         if new:
@@ -75,14 +75,14 @@ def atomic_path(target: Path, *, new: bool = False, durable: bool = True) -> Ite
             flush_folder(target.parent)
     except OSError as error:
         if error.errno is not None and error.filename in (None, name, temporary):
-            error.filename = str(target)  # a failed write names no file, and nobody knows the temporary one
+            error.filename = str(target)  # the error has no file name, or only a temporary one
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def place_new(temporary: Path, target: Path) -> None:
-    """Give a complete file its name; of several processes, only one succeeds.
+    """Rename a complete file to its final name; of several processes, only one succeeds.
 
     Raises:
         FileExistsError: if the name is taken.
@@ -92,7 +92,7 @@ def place_new(temporary: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        target.open("xb").close()  # FAT and some network drives: the target is empty for a moment
+        target.open("xb").close()  # FAT and some network drives: the target is briefly empty
         temporary.replace(target)
 
 
@@ -103,8 +103,8 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Flush a folder's entries to disk where the platform supports it; otherwise a power cut may lose new files."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, and some network drives flush none
+    """Flush a folder's entries to disk if the platform supports it; otherwise a power cut may lose new files."""
+    with contextlib.suppress(OSError):  # not supported by Windows and some network drives
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -113,14 +113,14 @@ def flush_folder(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush all files and folders below a folder, and the folder, before it is renamed to its final name."""
+    """Flush all files and folders below a folder, and the folder itself, before it is renamed to its final name."""
     for path in folder.rglob("*"):
         (flush_folder if path.is_dir() else flush_file)(path)
     flush_folder(folder)
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder with its parents, as durable as the files in it."""
+    """Create a folder with its parents, and flush them to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -128,15 +128,15 @@ def make_folder(path: Path) -> None:
 
 
 def current_umask() -> int:
-    """The process's umask. It can only be read by setting it, so it is the strictest for a moment."""
-    with _UMASK_LOCK:  # two threads at once would leave the strictest behind
+    """The process's umask. It can only be read by setting it, so it is briefly the strictest one."""
+    with _UMASK_LOCK:  # two concurrent threads would leave the strictest umask
         current = os.umask(0o077)
         os.umask(current)
     return current
 
 
 def unwritable(error: Exception) -> str:
-    """Why a folder cannot be written to; a file in its place is reported as "not a directory"."""
+    """Reason why a folder is not writable; a file in its place is reported as "not a directory"."""
     if isinstance(error, FileExistsError):  # the system's "File exists" would not explain the problem
         return os.strerror(errno.ENOTDIR)
     return getattr(error, "strerror", None) or str(error)
@@ -157,7 +157,7 @@ def readable(name: str) -> str:
 
 
 def clipped(name: str, most: int) -> str:
-    """A name cut to at most ``most`` bytes, never within a character."""
+    """A name truncated to at most ``most`` bytes, never within a character."""
     content = os.fsencode(name)
     return name if len(content) <= most else content[:most].decode("utf-8", "ignore")
 
@@ -180,7 +180,7 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """Identification that we write into our files, to recognize them before replacing them.
+    """Identification that this package writes into its files, to recognise them before replacing them.
 
     Attributes:
         kind: kind of file, in lower-case letters and hyphens.
@@ -230,7 +230,7 @@ class Mark:
 def require_ours(
     target: Path, mark: Mark, inputs: Iterable[Path] = (), read: Callable[[Path], Mark | None] = Mark.read
 ) -> bool:
-    """Check that a file may be written: it is new (False), or replaces ours of the same kind and inputs (True).
+    """Check that a file may be written: it is new (False), or replaces a file of the same kind and inputs (True).
 
     Args:
         target: the file to write.
@@ -239,19 +239,19 @@ def require_ours(
         read: reads the mark of a file.
 
     Raises:
-        OutputError: if the target is an input, is not ours, or was made from other inputs.
+        OutputError: if the target is an input, has no such mark, or was made from other inputs.
     """
     if not os.path.lexists(target):
         return False
     if any(path.exists() and target.exists() and path.samefile(target) for path in inputs):
-        raise OutputError(f"{target} is an input and is never written to; name another file for the output")
+        raise OutputError(f"{target} is an input file; choose another file for the output")
     found = read(target)
-    if found is None or found.kind != mark.kind:  # files of releases without marks cannot be recognized
+    if found is None or found.kind != mark.kind:  # files of releases without marks cannot be recognised
         reason = "was not written by this command" if found is None else f"is a {found.kind}, not a {mark.kind}"
-        raise OutputError(f"{target} exists and {reason}; name another file, or move this one away")
+        raise OutputError(f"{target} exists and {reason}; choose another file, or move this one away")
     if found != mark:
         raise OutputError(
-            f"{target} exists and was made from another input; name another file, or remove it to regenerate it"
+            f"{target} exists and was made from another input; choose another file, or delete it to regenerate it"
         )
     return True
 
@@ -261,7 +261,7 @@ def owned_path(target: Path, mark: Mark, inputs: Iterable[Path] = ()) -> Iterato
     """Like :func:`atomic_path`, for a marked file that :func:`require_ours` allows to write.
 
     Raises:
-        OutputError: if the file is not ours to replace.
+        OutputError: if the file must not be replaced.
         FileExistsError: if another process created it in the meantime.
         OSError: if it cannot be written.
     """
@@ -279,10 +279,10 @@ def write_tensors(
     new: bool = False,
     durable: bool = True,
 ) -> None:
-    """Write a safetensors file with :func:`atomic_path`, readable as the umask says.
+    """Write a safetensors file with :func:`atomic_path`, with permissions from the umask.
 
     Raises:
-        OSError: if it cannot be written, such as on a full disk, which safetensors reports with its own error.
+        OSError: if it cannot be written, for example on a full disk, which safetensors reports with its own error.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -295,14 +295,14 @@ def write_tensors(
 
 
 def is_safetensors(path: Path) -> bool:
-    """True if a file begins like a safetensors file: a length, then a JSON header. The name does not matter."""
+    """True if a file starts like a safetensors file: a length, then a JSON header. The name does not matter."""
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
 
 
 def read_record(path: Path) -> Any:
-    """Our record in the metadata of a safetensors file; empty if there is none.
+    """The package's record in the metadata of a safetensors file; empty if there is none.
 
     Raises:
         SafetensorError, OSError, JSONDecodeError: if the file is damaged or of another type.
@@ -321,17 +321,17 @@ def _record_in(file: Any) -> Any:
 def open_own(
     path: Path, kind: str, version: int, what: str, required: Iterable[str] = ()
 ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Our record in a safetensors file, and the file as `safe_open` gives it.
+    """The package's record in a safetensors file, and the file from `safe_open`.
 
     Args:
         path: the file.
         kind: ``format`` in the record.
-        version: the newest format version that this release reads.
+        version: newest format version that this release can read.
         what: content of the file, for errors, such as "an artifact".
         required: keys of the record.
 
     Raises:
-        FormatError: if the file is missing, damaged, something else, or of a newer version.
+        FormatError: if the file is missing, damaged, of another type, or from a newer version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -341,10 +341,10 @@ def open_own(
         with safe_open(path, framework="pt") as file:
             head = _record_in(file)
             if not isinstance(head, dict) or head.get("format") != kind:
-                raise FormatError(f"{path}: a safetensors file, but not one with {what} (no {kind!r} metadata)")
+                raise FormatError(f"{path}: expected a safetensors file with {what} (no {kind!r} metadata)")
             require_version(path, head, version)
             if lacking := [key for key in required if key not in head]:
-                raise FormatError(f"{path}: damaged, its metadata lacks {', '.join(lacking)}")
+                raise FormatError(f"{path}: damaged: {', '.join(lacking)} missing in its metadata")
             yield head, file
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: not {what}, or damaged: expected a safetensors file ({error})") from error
@@ -372,17 +372,15 @@ def require_version(path: Path, head: Mapping[str, Any], known: int) -> None:
     """
     version = head.get("format_version")
     if version is None:
-        raise FormatError(f"{path}: damaged, its metadata lacks format_version")
+        raise FormatError(f"{path}: damaged: format_version missing in its metadata")
     if not isinstance(version, int):
-        raise FormatError(f"{path}: damaged, expected a number as its format_version, got {version!r}")
+        raise FormatError(f"{path}: damaged: expected a number as format_version, got {version!r}")
     if version > known:
-        raise FormatError(
-            f"{path}: written in format version {version}, this release reads up to {known}; upgrade denoising-vit"
-        )
+        raise FormatError(f"{path}: expected format version {known} or lower, got {version}; upgrade denoising-vit")
 
 
 def compact(values: Tensor) -> Tensor:
-    """Values as stored: float16, or float32 if they exceed its range, as features without a final norm can."""
+    """Values in storage precision: float16, or float32 if they exceed its range, as they can without a final norm."""
     import torch
 
     values = values.detach().cpu()

@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 _END = object()
 
-#: Seconds between checks for a consumer that stopped.
+#: Seconds between checks whether the consumer has stopped.
 _POLL = 0.1
 
 
@@ -43,15 +43,15 @@ class _Raised:
 
 
 def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
-    """Yield the items, which a background thread produces at most ``ahead`` in advance.
+    """Yield the items; a background thread produces up to ``ahead`` of them in advance.
 
     Exceptions of the iterator are raised to the consumer in order. The thread ends when the consumer stops.
     """
-    import torch  # here, so that progress of a command does not wait for it
+    import torch  # imported here, so that a command's progress does not wait for it
 
     waiting: queue.Queue[object] = queue.Queue(ahead)
     stopped = threading.Event()
-    # A new thread takes over torch's number of threads only with its first parallel loop: sums before that would be
+    # A new thread takes over torch's number of threads only with its first parallel loop; sums before that would be
     # split differently, and differ in their last bits.
     threads = torch.get_num_threads()
 
@@ -70,7 +70,7 @@ def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
         except BaseException as error:  # raised again in the consumer's thread
             put(_Raised(error))
         finally:
-            close = getattr(items, "close", None)  # a generator is closed in the thread that ran it
+            close = getattr(items, "close", None)  # a generator must be closed in the thread that ran it
             if close is not None:
                 close()
 

@@ -1,4 +1,4 @@
-"""The artifact G of a backbone: a file made by calibration, to subtract from features."""
+"""The artifact G of a backbone: a file written by calibration, to subtract from features."""
 
 from denoising_vit.artifact.artifact import (
     FORMAT,

@@ -22,7 +22,7 @@ from denoising_vit.hub.pretrained import Pretrained
 FORMAT = "denoising-vit/artifact"
 FORMAT_VERSION = 1
 
-#: Names of the artifact in the package, and of none at all: then no artifact is modelled.
+#: Names for the artifact in the package, and for no artifact.
 SHIPPED, NONE = "shipped", "none"
 
 _FOLDER = Path(__file__).parent / "shipped"
@@ -32,13 +32,13 @@ _REQUIRED = ("size", "backbone", "info")
 
 @dataclass(frozen=True, eq=False)
 class Artifact(Pretrained):
-    """The artifact that a backbone adds to every image; made by :func:`~denoising_vit.calibrate`.
+    """The artifact that a backbone adds to every image; created by :func:`~denoising_vit.calibrate`.
 
     Attributes:
-        values: G, (h, w, C) float32; its mean over places is zero.
+        values: G, (h, w, C) float32; its mean over positions is zero.
         size: (H, W) of the calibration views in pixels.
         backbone: record of the backbone: name, weights, fingerprint, layer, norm, stride.
-        info: how it was made (photos, views, plan) and how stable it is (``reliability``, ``split_half``); JSON values.
+        info: provenance (photos, views, plan) and stability (``reliability``, ``split_half``); JSON values.
     """
 
     FORMAT = FORMAT
@@ -55,9 +55,9 @@ class Artifact(Pretrained):
         return h, w
 
     def at(self, grid: tuple[int, int]) -> Tensor:
-        """G on another patch grid, (h, w, C) with mean zero: bicubic, as position embeddings are resampled.
+        """G on another patch grid, (h, w, C) with mean zero: bicubic, like position embeddings.
 
-        On the calibration grid the values are unchanged. What other grids lose is in docs/decisions.md.
+        On the calibration grid, the values are unchanged. docs/decisions.md has the loss on other grids.
         """
         if grid == self.grid:
             return self.values
@@ -67,24 +67,24 @@ class Artifact(Pretrained):
         return resampled - resampled.mean((0, 1))
 
     def is_of(self, backbone: Backbone) -> bool:
-        """True if this is the artifact of a backbone: the same weights, layer, norm and stride."""
+        """True if this artifact belongs to a backbone with the same weights, layer, norm and stride."""
         return self.values.shape[-1] == backbone.embed_dim and is_recorded(self.backbone, backbone)
 
     def require_of(self, backbone: Backbone) -> None:
-        """Check that this is the artifact of a backbone.
+        """Check that this artifact belongs to a backbone.
 
         Raises:
-            ArtifactError: if it is not; the message names both backbones.
+            ArtifactError: naming both backbones, if it does not.
         """
         if self.is_of(backbone):
             return
         raise ArtifactError(
-            f"this artifact was calibrated for {recorded_words(self.backbone)}; got {backbone_words(backbone)}. "
-            "Use the backbone as it was calibrated, or calibrate this one: dvit calibrate PHOTOS -o FILE"
+            f"this artifact was calibrated for {recorded_words(self.backbone)}, got {backbone_words(backbone)}. "
+            "Use the same backbone, or calibrate this one: dvit calibrate PHOTOS -o FILE"
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file (float16) that :meth:`load` reads.
+        """Write a safetensors file (float16) for :meth:`load`.
 
         Photos are recorded by file name without folders, so that the file can be shared.
         """
@@ -99,17 +99,17 @@ class Artifact(Pretrained):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file that :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            FormatError: if the file is missing, damaged, something else, or of a newer version.
+            FormatError: if the file is missing, damaged, of another type, or from a newer version.
         """
         path = Path(path).expanduser()
         with open_own(path, FORMAT, FORMAT_VERSION, "an artifact", _REQUIRED) as (head, file):
             _check_head(path, head)
             values = file.get_tensor("artifact").float()
         if values.ndim != 3 or not torch.isfinite(values).all():
-            raise FormatError(f"{path}: damaged artifact, expected finite values (h, w, C), got {tuple(values.shape)}")
+            raise FormatError(f"{path}: damaged artifact: expected finite values (h, w, C), got {tuple(values.shape)}")
         return cls(values, tuple(head["size"]), head["backbone"], head["info"])
 
 
@@ -130,26 +130,26 @@ def _public(info: dict[str, Any]) -> dict[str, Any]:
 def _check_head(path: Path, head: dict[str, Any]) -> None:
     size, backbone = head["size"], head["backbone"]
     if not _is_size(size) or not isinstance(head["info"], dict):
-        raise FormatError(f"{path}: damaged artifact, its metadata does not hold a size and a record")
+        raise FormatError(f"{path}: damaged artifact: size or record missing in its metadata")
     if not names_backbone(backbone):
-        raise FormatError(f"{path}: damaged artifact, its metadata does not name a backbone and its fingerprint")
+        raise FormatError(f"{path}: damaged artifact: backbone or fingerprint missing in its metadata")
 
 
 def _is_size(size: Any) -> bool:
     return isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
 
 
-#: An artifact, a file of one, ``shipped``, ``none`` for zeros, or values (h, w, C) on the grid of the views.
+#: An artifact, its file, ``shipped``, ``none`` for zeros, or values (h, w, C) on the grid of the views.
 KnownArtifact = Artifact | Tensor | str | Path
 
 
 def known_artifact(given: KnownArtifact | None, backbone: Backbone, grid: tuple[int, int]) -> Tensor | None:
-    """The values of a given artifact on a patch grid, (h, w, C) on the CPU; None for None.
+    """Values of the given artifact on a patch grid, (h, w, C) on the CPU; None if None is given.
 
     Raises:
-        ArtifactError: if it is for another backbone, or the package has none.
-        FormatError: if the file is missing, damaged or something else.
-        PlanError: if values have another shape, or are not finite.
+        ArtifactError: if it belongs to another backbone, or the package has none.
+        FormatError: if the file is missing, damaged or of another type.
+        PlanError: if values have a wrong shape, or are not finite.
     """
     if isinstance(given, str) and given == NONE:
         return torch.zeros(*grid, backbone.embed_dim)
@@ -161,11 +161,11 @@ def known_artifact(given: KnownArtifact | None, backbone: Backbone, grid: tuple[
     if given is None:
         return None
     if not isinstance(given, Tensor):
-        raise PlanError(f"expected an artifact as Artifact, file name or tensor (h, w, C), got {type(given).__name__}")
+        raise PlanError(f"expected an Artifact, a file name or a tensor (h, w, C), got {type(given).__name__}")
     if tuple(given.shape) != (*grid, backbone.embed_dim):
         raise PlanError(
-            f"the given artifact has shape {tuple(given.shape)}, expected {(*grid, backbone.embed_dim)} for "
-            f"{backbone.name} on a grid of {grid[0]} x {grid[1]} patches"
+            f"expected an artifact of shape {(*grid, backbone.embed_dim)} for {backbone.name} on a grid of "
+            f"{grid[0]} x {grid[1]} patches, got {tuple(given.shape)}"
         )
     if not torch.isfinite(given).all():
         raise PlanError("the given artifact has values that are not finite")
@@ -176,8 +176,8 @@ def load_artifact(source: str | Path, backbone: Backbone) -> Artifact:
     """Load the artifact of a backbone from a file of `dvit calibrate`, or from the package for ``shipped``.
 
     Raises:
-        ArtifactError: if it is for another backbone, or the package has none.
-        FormatError: if the file is missing, damaged or something else.
+        ArtifactError: if it belongs to another backbone, or the package has none.
+        FormatError: if the file is missing, damaged or of another type.
     """
     if str(source) != SHIPPED:
         artifact = Artifact.load(source)
@@ -186,9 +186,9 @@ def load_artifact(source: str | Path, backbone: Backbone) -> Artifact:
     artifact = shipped_for(backbone)
     if artifact is None:
         raise ArtifactError(
-            f"no artifact of {backbone.name} with these weights ({backbone.weights}), layer {backbone.layer} and "
-            f"stride {backbone.stride} comes with the package; make one by dvit calibrate PHOTOS -o FILE, "
-            "and give it by --artifact FILE"
+            f"the package has no artifact for {backbone.name} with these weights ({backbone.weights}), layer "
+            f"{backbone.layer} and stride {backbone.stride}; create one with dvit calibrate PHOTOS -o FILE, and give "
+            "it by --artifact FILE"
         )
     return artifact
 
@@ -203,7 +203,7 @@ def shipped_for(backbone: Backbone) -> Artifact | None:
 
 
 def resampling_note(source: str | Path, backbone: Backbone, grid: tuple[int, int]) -> str | None:
-    """A note for the user if an artifact is resampled to the grid of the views; else None."""
+    """Note for the user if an artifact is resampled to the grid of the views; else None."""
     own = grid if source == NONE else load_artifact(source, backbone).grid
     if own == grid:
         return None
@@ -211,5 +211,5 @@ def resampling_note(source: str | Path, backbone: Backbone, grid: tuple[int, int
 
 
 def artifact_digest(values: Tensor | None) -> str | None:
-    """SHA-256 of an artifact in the precision of its file, so that saving does not change it; None for None."""
+    """SHA-256 of an artifact in the precision of its file, so that saving does not change it; None if None is given."""
     return None if values is None else hashlib.sha256(compact(values).numpy().tobytes()).hexdigest()

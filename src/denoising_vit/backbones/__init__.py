@@ -1,4 +1,4 @@
-"""Feature extractors: pretrained ViTs from timm, or any callable, behind one interface."""
+"""Feature extractors with one interface: pretrained ViTs from timm and transformers, or any callable."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
 """Fast bfloat16 attention on CPUs: a few heads at a time, as plain matrix products.
 
 The scores of one head of 1,370 tokens (3.8 MB) stay in the cache, and products and softmax run at the full rate of the
-vendor's kernels; torch's fused CPU kernel reaches less than half of that in bfloat16. docs/decisions.md has the figures
-for speed and accuracy.
+vendor's kernels; torch's fused CPU kernel reaches less than half of that in bfloat16. docs/decisions.md has the
+measured speed and accuracy.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: With fewer tokens the fused kernel is as fast.
+#: With fewer tokens, the fused kernel is as fast.
 _LEAST_TOKENS = 256
 
-#: Number of scores held at once, so that they fit the cache: one head of 1,370 tokens (3.8 MB), or several of fewer.
+#: Number of scores in memory at once, to fit the cache: one head of 1,370 tokens (3.8 MB), or several heads of fewer.
 _MOST_SCORES = 1 << 21
 
 
 class BlockedAttention(TorchFunctionMode):
     """While active, replaces plain scaled dot product attention on CPU bfloat16 tensors, in any model.
 
-    Masked, causal, grouped, cross or differentiated attention is left to torch.
+    Attention that is masked, causal, grouped, cross, or needs gradients is left to torch.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._scratch: Tensor | None = None  # the same memory for every layer of a forward pass
+        self._scratch: Tensor | None = None  # shared by all layers of a forward pass
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = self._attend(*args, **kwargs or {}) if func is F.scaled_dot_product_attention else None
@@ -46,7 +46,7 @@ class BlockedAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """The result, or None to let torch compute it; the signature is torch's."""
+        """Return the result, or None to leave it to torch; the signature is torch's."""
         plain = attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa
         if not plain or not _applies(query, key, value):
             return None
@@ -61,14 +61,14 @@ def blocked_attention(
 ) -> Tensor:
     """``softmax(Q K^T scale) V`` for (B, heads, N, D) tensors; the result has the same shape.
 
-    Scores are rounded to bfloat16 (the fused kernel holds them in float32), so their size matters: subtracting the mean
-    key moves all scores of a query by the same amount, which softmax ignores, and makes them smaller.
+    Scores are rounded to bfloat16 (the fused kernel keeps them in float32), so their magnitude matters: subtracting the
+    mean key shifts all scores of a query by the same amount, which softmax ignores, and makes them smaller.
     """
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     key = _centred(key)
     images, heads, tokens, _ = query.shape
     scores, shares = (query.new_empty(_scratch_shape(query)) if scratch is None else scratch).unbind()
-    # Heads lie side by side in memory, (B, N, heads, D), as the projection that follows wants them.
+    # Heads are adjacent in memory, (B, N, heads, D), as the following projection needs them.
     result = query.new_empty(images, tokens, heads, value.shape[-1]).transpose(1, 2)
     for image in range(images):
         for first in range(0, heads, len(scores)):
@@ -81,7 +81,7 @@ def blocked_attention(
 
 
 def _scratch_shape(query: Tensor) -> tuple[int, int, int, int]:
-    """Shape of the buffer for scores and softmax of the heads computed at once."""
+    """Shape of the buffer for scores and softmax of the heads that are computed at once."""
     _, heads, tokens, _ = query.shape
     return 2, min(max(_MOST_SCORES // tokens**2, 1), heads), tokens, tokens
 

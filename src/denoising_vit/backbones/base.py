@@ -65,30 +65,30 @@ def block_numbers(layers: Sequence[int], depth: int | None, name: str) -> tuple[
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-#: Lowest value of black and highest value of white, over channels, in normalised images.
+#: Minimum of black and maximum of white over channels, in normalised images.
 _ENDS = ((min, 0.0), (max, 1.0))
 
-#: Values may lie outside the range of photos by this many times its width; interpolation and noise stay far within.
+#: Tolerance of values outside the range of photos, as a multiple of its width; interpolation and noise stay far below.
 _MARGIN = 10.0
 
 
 class Backbone(nn.Module, ABC):
     """A frozen ViT as an extractor: ``backbone(image)`` maps (B, 3, H, W) to features (B, h, w, C).
 
-    Made by :func:`~denoising_vit.load_backbone`.
+    Created by :func:`~denoising_vit.load_backbone`.
 
     Attributes:
         name: name of the model.
         patch_size: side of a patch in pixels.
-        stride: distance between neighbouring patches in pixels; below the patch size patches overlap.
+        stride: distance between neighbouring patches in pixels; below the patch size, patches overlap.
         embed_dim: C.
         mean: per-channel mean of the expected normalisation.
-        std: per-channel deviation of the expected normalisation.
+        std: per-channel standard deviation of the expected normalisation.
         default_size: default side of the square images in pixels.
-        layer: index of the block whose output is taken; None if unknown.
+        layer: index of the output block; None if unknown.
         norm: True if the model's final norm is applied.
         weights: origin of the weights, for records and messages.
-        depth: number of blocks; None if unknown, as of a module.
+        depth: number of blocks; None if unknown, as for a module.
     """
 
     def __init__(
@@ -132,14 +132,14 @@ class Backbone(nn.Module, ABC):
         """Patch tokens (B, h w, C), row by row, and prefix tokens (B, P, C), for an image that fits the grid."""
 
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        """The result of :meth:`_tokens`, then the same after each of these blocks."""
+        """The result of :meth:`_tokens`, then the same tokens after each of these blocks."""
         raise NotImplementedError
 
     def at_layer(self, layer: int) -> Backbone:
         """The same weights with another layer as output; nothing is copied.
 
         Raises:
-            BackboneError: if the blocks are unknown, as of a module, or there is no such block.
+            BackboneError: if the blocks are unknown, as for a module, or the block does not exist.
         """
         (block,) = block_numbers((layer,), self.depth, self.name)
         other = copy.copy(self)
@@ -165,14 +165,15 @@ class Backbone(nn.Module, ABC):
     def forward_intermediates(self, image: Tensor, layers: Sequence[int]) -> Intermediates:
         """Features, prefix tokens, and raw features after other blocks, from one forward pass; float32.
 
-        Other blocks get the model's final norm too if ``norm`` is set, so that the entry for ``layer`` is the features.
+        The model's final norm is also applied to other blocks if ``norm`` is set, so that the entry for ``layer``
+        equals the features.
 
         Args:
             image: normalised images (B, 3, H, W).
-            layers: block indices, negative from the end; blocks behind ``layer`` cost the time to run them.
+            layers: block indices, negative from the end; blocks after ``layer`` take additional time.
 
         Raises:
-            BackboneError: if the blocks are unknown, as of a module, or there is no such block.
+            BackboneError: if the blocks are unknown, as for a module, or a block does not exist.
             SizeError: if H or W does not fit the patch grid.
         """
         blocks = block_numbers(layers, self.depth, self.name)
@@ -189,15 +190,15 @@ class Backbone(nn.Module, ABC):
     def _check(self, image: Tensor) -> None:
         if image.ndim != 4 or image.shape[1] != 3:
             raise BackboneError(f"expected images of shape (B, 3, H, W), got {tuple(image.shape)}")
-        self.grid_size(*image.shape[2:])  # raises before the model does
+        self.grid_size(*image.shape[2:])  # check before the model runs
         if image.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.check_values(image)  # on other devices it would synchronise
+            self.check_values(image)  # on other devices, this would force a synchronisation
 
     def check_values(self, image: Tensor) -> None:
-        """Refuse images (..., 3, H, W) with values far outside those of normalised photos.
+        """Reject images (..., 3, H, W) with values far outside those of normalised photos.
 
         Raises:
-            BackboneError: naming the values and the expected range.
+            BackboneError: with the values and the expected range.
         """
         if not image.numel():
             return
@@ -206,7 +207,7 @@ class Backbone(nn.Module, ABC):
         if least < low - _MARGIN * (high - low) or most > high + _MARGIN * (high - low):
             raise BackboneError(
                 f"expected normalised images, about {low:.1f} to {high:.1f} for {self.name}, got values from {least:g} "
-                f"to {most:g}; bring pixels to 0 to 1 first, then subtract the mean {self.mean} and divide by the "
+                f"to {most:g}; scale pixels to 0 to 1, then subtract the mean {self.mean} and divide by the "
                 f"standard deviation {self.std}"
             )
 
@@ -217,7 +218,7 @@ class Backbone(nn.Module, ABC):
             raise BackboneError(
                 f"{self.name} returned tokens of shape {tuple(tokens.shape)} for {len(image)} images of "
                 f"{image.shape[2]} x {image.shape[3]}; expected {h} x {w} = {h * w} patch tokens each "
-                f"(patch {self.patch_size}, stride {self.stride}). Are patch size and stride right?"
+                f"(patch {self.patch_size}, stride {self.stride}). Check patch size and stride"
             )
         return tokens.float().unflatten(1, (h, w))
 
@@ -225,7 +226,7 @@ class Backbone(nn.Module, ABC):
         """(h, w) of the patch grid of an image of H x W pixels.
 
         Raises:
-            SizeError: if a side does not fit; the message names the nearest sides that do.
+            SizeError: if a side does not fit; the message names the nearest valid sides.
         """
         for side in (height, width):
             check_side(side, self.patch_size, self.stride)
@@ -247,16 +248,16 @@ class Backbone(nn.Module, ABC):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Identifies the weights, layer, norm and stride, whatever file the weights came in."""
+        """Fingerprint of weights, layer, norm and stride, independent of the weights' file."""
         if self._fingerprint is None:
             self._fingerprint = Fingerprint.of(self, self._fingerprint_size())
         return self._fingerprint
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the weights in their precision; None if there are none, as of a function.
+        """SHA-256 of the weights in their precision; None without weights, as for a function.
 
-        It tells successive checkpoints apart, which have nearly the same fingerprint.
+        It distinguishes successive checkpoints, which have nearly the same fingerprint.
         """
         if not self.state_dict():
             return None
@@ -288,6 +289,6 @@ class Backbone(nn.Module, ABC):
 
 
 def _unchanged(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
-    """True if these are the same tensors in the same versions; writing to one raises its version."""
+    """True if these are the same tensors in the same versions; writing to a tensor increments its version."""
     pairs = zip(before, now, strict=False)
     return len(before) == len(now) and all(old is new and was == version for (old, was), (new, version) in pairs)

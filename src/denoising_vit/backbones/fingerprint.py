@@ -1,4 +1,4 @@
-"""Identify weights: by a fingerprint of the features they give, and by a digest of their bits."""
+"""Identification of weights: by a fingerprint of their features, and by a digest of their bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-#: Cosine above which two fingerprints are of the same weights; bfloat16 and float32 of one model agree to 0.9998.
+#: Cosine above which two fingerprints mean the same weights; bfloat16 and float32 of one model agree to 0.9998.
 SAME = 0.999
 
 _LENGTH, _WIDTH = 128, 1 << 14
@@ -18,10 +18,10 @@ _LENGTH, _WIDTH = 128, 1 << 14
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The features of one fixed synthetic image, projected to 128 numbers.
+    """Features of one fixed synthetic image, projected to 128 numbers.
 
-    A random projection preserves the cosine between the features of two models, so weights can be compared with
-    a record.
+    A random projection approximately preserves the cosine between the features of two models, so that weights can be
+    compared with a record.
     """
 
     values: tuple[float, ...]
@@ -31,7 +31,7 @@ class Fingerprint:
         """Fingerprint of any extractor (1, 3, size, size) -> (1, h, w, C)."""
         with torch.no_grad():
             features = extractor(synthetic_image(size)).cpu().double().flatten().numpy()
-        # RandomState's streams never change between NumPy versions; signs keep the projection exact.
+        # RandomState's streams are the same in all NumPy versions; signs keep the projection exact.
         signs = 2.0 * np.random.RandomState(0).randint(0, 2, (_LENGTH, _WIDTH), dtype=np.int8) - 1
         parts = np.pad(features, (0, -features.size % _WIDTH)).reshape(-1, _WIDTH)
         weights = np.cos(np.arange(1, len(parts) + 1))  # a different weight for each part of a long feature map
@@ -50,7 +50,7 @@ class Fingerprint:
 
     @property
     def short(self) -> str:
-        """Eight hexadecimal digits for messages; only :meth:`matches` decides."""
+        """Eight hexadecimal digits for messages; use :meth:`matches` to compare."""
         bits = "".join("1" if value > 0 else "0" for value in self.values[:32])
         return f"{int(bits, 2):08x}"
 

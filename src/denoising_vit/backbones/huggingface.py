@@ -19,10 +19,10 @@ class Family:
         model: name of the class in transformers that returns the tokens.
         norm: name of the final norm in the model.
         normed: True if the returned tokens are normalised.
-        resamples: True if it takes ``interpolate_pos_encoding``, and needs it for other image sizes.
+        resamples: True if it supports ``interpolate_pos_encoding``, and needs it for other image sizes.
         class_tokens: number of tokens before registers and patches.
         build: further arguments of the class.
-        config: values set in the configuration, to leave out parts that dense features do not use.
+        config: values to set in the configuration, to omit parts that dense features do not use.
     """
 
     model: str
@@ -60,11 +60,11 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """Images that a model takes.
+    """Images that a model expects.
 
     Attributes:
         mean: per-channel mean of the normalisation.
-        std: per-channel deviation of the normalisation.
+        std: per-channel standard deviation of the normalisation.
         size: default side of the square images in pixels.
     """
 
@@ -74,14 +74,14 @@ class Shown:
 
 
 class HuggingFaceBackbone(Backbone):
-    """A ViT of transformers. Its position embedding is resampled as transformers does it, not as timm does.
+    """A ViT of transformers. Its position embedding is resampled as in transformers, not as in timm.
 
     Args:
         model: a model of one of the families.
         family: its family.
-        shown: images that it takes.
+        shown: images that it expects.
         name: name for messages and records.
-        layer: block whose output is taken, negative from the end.
+        layer: output block, negative from the end.
         norm: apply the model's final norm.
         weights: origin of the weights, for records and messages.
 
@@ -117,11 +117,11 @@ class HuggingFaceBackbone(Backbone):
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         if self.layer != (self.depth or 0) - 1 or not self.norm:
             return self._intermediate_tokens(image, ())[0]
-        tokens = self._run(image).last_hidden_state  # keeps no other block's output in memory
+        tokens = self._run(image).last_hidden_state  # does not keep other blocks' outputs in memory
         return self._split(tokens if self.family.normed else self._final_norm(tokens))
 
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-        states = self._run(image, output_hidden_states=True).hidden_states  # embeddings first, then one a block
+        states = self._run(image, output_hidden_states=True).hidden_states  # embeddings first, then one per block
         assert self.layer is not None
         tokens = [states[block + 1] for block in (self.layer, *blocks)]
         return [self._split(self._final_norm(part) if self.norm else part) for part in tokens]
@@ -137,11 +137,11 @@ class HuggingFaceBackbone(Backbone):
         return tokens[:, self._prefix :], tokens[:, : self._prefix]
 
     def _fingerprint_size(self) -> int:
-        return 8 * self.patch_size  # as for timm; the model takes any size
+        return 8 * self.patch_size  # as for timm; the model supports any size
 
 
 def square_side(given: Any, what: str) -> int:
-    """Side of a square that a configuration gives as one number or two.
+    """Side of a square that a configuration gives as one or two numbers.
 
     Raises:
         BackboneError: if the numbers differ or are not positive integers.
@@ -149,5 +149,5 @@ def square_side(given: Any, what: str) -> int:
     sides = list(given) if isinstance(given, list | tuple) else [given, given]
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
     if len(sides) != 2 or not whole or sides[0] != sides[1]:
-        raise BackboneError(f"{what} must be a whole number above zero, or two that are the same, got {given!r}")
+        raise BackboneError(f"{what} must be a positive whole number, or two equal ones, got {given!r}")
     return sides[0]

@@ -29,7 +29,7 @@ Triple = tuple[float, float, float]
 
 
 def is_huggingface(model: str) -> bool:
-    """True for a name with the prefix, or a directory that holds a Hugging Face model."""
+    """True for a name with the prefix, or a directory with a Hugging Face model."""
     return model.startswith(PREFIX) or "model_type" in folder_config(Path(model).expanduser())
 
 
@@ -52,19 +52,19 @@ def load_huggingface(
     std: Triple | None = None,
     default_size: int | None = None,
 ) -> HuggingFaceBackbone:
-    """Load a ViT of transformers; code from a model repository is never run.
+    """Load a ViT of transformers; code from a model repository is never executed.
 
     Args:
         model: a directory or hub id, with or without the prefix ``hf:``.
-        weights: ``auto`` or ``hub`` for its own, or ``random``.
-        layer: block whose output is taken, negative from the end.
+        weights: ``auto`` or ``hub`` for the model's own, or ``random``.
+        layer: output block, negative from the end.
         norm: apply the final norm.
         mean: mean of the normalisation, instead of the image processor's.
-        std: deviation of the normalisation, instead of the image processor's.
+        std: standard deviation of the normalisation, instead of the image processor's.
         default_size: side of the images, instead of the configuration's.
 
     Raises:
-        BackboneError: if it cannot be built: no such directory, another kind of model, no patch size.
+        BackboneError: if it cannot be built: missing directory, unsupported model type, or no patch size.
         WeightsError: if the weights are missing, not finite, or do not fit the configuration.
     """
     from denoising_vit.backbones.runtime import offline_if_unreachable
@@ -74,9 +74,9 @@ def load_huggingface(
     folder = Path(source).expanduser()
     local = bool(source) and folder.is_dir()
     if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise BackboneError(f"{model}: no such directory, and no hub id such as hf:facebook/dinov2-small")
+        raise BackboneError(f"{model}: expected a directory, or a hub id such as hf:facebook/dinov2-small")
     if weights not in ("auto", "hub", "random"):
-        raise WeightsError(f"{model} brings its own weights; weights must be auto, hub or random, got {weights!r}")
+        raise WeightsError(f"{model} has its own weights; weights must be auto, hub or random, got {weights!r}")
     where = str(folder) if local else source
     name = PREFIX + (folder.resolve().name if local else source)
     with quiet(transformers), contextlib.nullcontext() if local else offline_if_unreachable():
@@ -97,7 +97,7 @@ def load_huggingface(
 
 
 def is_model_of_transformers(model: object) -> bool:
-    """True for a model of transformers; the package is not imported."""
+    """True for a model of transformers; does not import the package."""
     return any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__)
 
 
@@ -111,14 +111,14 @@ def wrap_huggingface(
     default_size: int | None = None,
     frozen: bool = True,
 ) -> HuggingFaceBackbone:
-    """A loaded model of transformers as a backbone; of one with heads or a text tower, its ViT.
+    """Wrap a loaded model of transformers as a backbone; of a model with heads or a text tower, use its ViT.
 
     Args:
         model: the model.
-        layer: block whose output is taken, negative from the end.
+        layer: output block, negative from the end.
         norm: apply the final norm.
-        mean: mean of the normalisation; ImageNet's by default, since the model does not hold it.
-        std: deviation of the normalisation, likewise.
+        mean: mean of the normalisation; defaults to ImageNet's, because the model does not include it.
+        std: standard deviation of the normalisation; defaults to ImageNet's.
         default_size: side of the images, instead of the configuration's.
         frozen: freeze the model and put it in evaluation mode.
 
@@ -130,7 +130,7 @@ def wrap_huggingface(
     candidates = (model, getattr(model, "vision_model", None), getattr(model, "base_model", None))
     tower = next((part for part in candidates if type(part).__name__ == family.model), None)
     if tower is None:
-        raise BackboneError(f"{name} holds no {family.model}; give that, or its directory or hub id: hf:...")
+        raise BackboneError(f"{name} has no {family.model}; give one, or its directory or hub id: hf:...")
     if frozen:
         tower.eval().requires_grad_(False)
     size = square_side(tower.config.image_size, f"{name}: image_size") if default_size is None else default_size
@@ -150,19 +150,19 @@ def _family(raw: dict[str, Any], name: str) -> Family:
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise BackboneError(
-            f"{name} is a {kind!r}; expected one of {', '.join(FAMILIES)}. Wrap another model yourself: "
+            f"{name} has model type {kind!r}; expected one of {', '.join(FAMILIES)}. To use another model, wrap it: "
             "load_backbone(module, patch_size=...)"
         )
     return FAMILIES[kind]
 
 
 def _require_patch_size(raw: dict[str, Any], name: str) -> None:
-    """Refuse a configuration without a patch size, for which transformers would take a default.
+    """Reject a configuration without a patch size, for which transformers would use a default.
 
-    The configuration of an image tower inside a larger model may leave it out; loading the weights checks it.
+    The configuration of an image tower inside a larger model may omit it; loading the weights checks it.
     """
     if "vision_config" not in raw and raw.get("patch_size") is None:
-        raise BackboneError(f"{name}: its config.json has no patch_size, so its grid is not known; add it there")
+        raise BackboneError(f"{name}: config.json has no patch_size, so its grid is unknown; add it there")
 
 
 def _shown(
@@ -177,8 +177,8 @@ def _shown(
     if processor.get("do_center_crop"):
         cut = processor.get("crop_size") or {}
         warnings.warn(
-            f"the image processor of {name} cuts the centre out of photos ({cut.get('height')} x {cut.get('width')}); "
-            f"here they are shown whole, squeezed to the size that is asked for ({own} by default)",
+            f"the image processor of {name} crops the centre of photos ({cut.get('height')} x {cut.get('width')}); "
+            f"here photos are shown whole, resized to the requested size ({own} by default)",
             DenoisingVitWarning,
             stacklevel=4,
         )
@@ -188,9 +188,9 @@ def _shown(
 def _processor(transformers: Any, where: str, name: str) -> dict[str, Any]:
     try:
         found = transformers.AutoImageProcessor.from_pretrained(where, trust_remote_code=False).to_dict()
-    except Exception as error:  # transformers raises many kinds: no file, another kind of file, an unknown class
+    except Exception as error:  # transformers raises many types: missing file, invalid file, unknown class
         raise BackboneError(
-            f"{name}: no image processor that tells the normalisation ({_PROCESSOR}: {_first_line(error)}). Add the "
+            f"{name}: expected an image processor with the normalisation ({_PROCESSOR}: {_first_line(error)}). Add the "
             "file, or give mean and std: load_backbone(..., mean=(..), std=(..))"
         ) from error
     return found if found.get("do_normalize", True) else found | {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
@@ -210,7 +210,7 @@ def _random(cls: Any, config: Any, family: Family) -> nn.Module:
 
 
 def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) -> nn.Module:
-    """The model with its weights; none may be missing, of another shape, or left over from further blocks."""
+    """The model with its weights; raises if any are missing, misshapen, or left over from further blocks."""
     from denoising_vit.backbones.weights import require_finite
 
     try:
@@ -218,16 +218,16 @@ def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) ->
             model, info = cls.from_pretrained(
                 where, config=config, output_loading_info=True, dtype=torch.float32, **dict(family.build)
             )
-    except Exception as error:  # transformers raises many kinds: no file, a damaged one, shapes that differ
+    except Exception as error:  # transformers raises many types: missing file, damaged file, wrong shapes
         misfit = isinstance(error, RuntimeError) and "size" in str(error)
-        what = "do not fit its config.json: tensors of another shape" if misfit else f"not loaded: {_first_line(error)}"
+        what = "do not fit its config.json: wrong tensor shapes" if misfit else f"not loaded: {_first_line(error)}"
         raise WeightsError(f"the weights of {name}: {what} ({type(error).__name__})") from error
     missing = sorted(info["missing_keys"])
     unused = sorted(key for key in info["unexpected_keys"] if "text" not in key and re.search(r"layers?\.\d+\.", key))
     if missing or unused:
         raise WeightsError(
             f"the weights of {name} do not fit its config.json: {len(missing)} missing "
-            f"({', '.join(missing[:3]) or '-'}), {len(unused)} of blocks left over ({', '.join(unused[:3]) or '-'})"
+            f"({', '.join(missing[:3]) or '-'}), {len(unused)} of other blocks unused ({', '.join(unused[:3]) or '-'})"
         )
     require_finite(model, name)
     return model
@@ -236,10 +236,10 @@ def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) ->
 def _fetched(name: str, fetch: Any, *arguments: Any, **more: Any) -> Any:
     try:
         return fetch(*arguments, **more)
-    except Exception as error:  # transformers and the hub's client raise many kinds
+    except Exception as error:  # transformers and the hub's client raise many types
         raise BackboneError(
-            f"the config.json of {name} could not be read or fetched ({type(error).__name__}: {_first_line(error)}). "
-            "Check the network, or give a local directory: hf:PATH"
+            f"the config.json of {name} could not be read or downloaded ({type(error).__name__}: "
+            f"{_first_line(error)}). Check the network, or give a local directory: hf:PATH"
         ) from error
 
 
@@ -250,7 +250,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Hide progress bars and loading reports; problems are raised as our errors."""
+    """Hide progress bars and loading reports; problems are raised as this package's errors."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

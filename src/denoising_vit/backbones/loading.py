@@ -53,26 +53,27 @@ def load_backbone(
 
     Args:
         model: a timm name (any VisionTransformer, Eva or NaFlexVit); ``hf:`` and a hub id or directory of Hugging Face
-            transformers (DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP); a directory of either kind, such as `dvit export`
-            writes; a model of timm or transformers; or, with ``patch_size``, any module or function that maps
+            transformers (DINOv2, DINOv3, ViT, DeiT, CLIP, SigLIP); a directory of either kind, such as one written by
+            `dvit export`; a model of timm or transformers; or, with ``patch_size``, any module or function that maps
             normalised images (B, 3, H, W) to a patch grid or to tokens. A given module is frozen in place.
-        weights: for a timm name: ``auto`` (the bundled ones if installed, else the hub), ``hub``, ``bundled``,
+        weights: for a timm name: ``auto`` (the bundled weights if installed, else the hub), ``hub``, ``bundled``,
             ``random``, or a safetensors or PyTorch file.
         stride: distance between patches in pixels; below the patch size for a finer grid (as in the paper).
-        layer: block whose output is taken, negative from the end; for models of timm and transformers.
+        layer: output block, negative from the end; for models of timm and transformers.
         norm: apply the final norm; for models of timm and transformers.
-        dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32; a given module keeps its own.
-        device: ``auto`` is CUDA, then MPS, then the CPU; a given module stays where it is.
+        dtype: ``auto`` is bfloat16 if the hardware is fast at it, else float32; a given module keeps its own.
+        device: ``auto`` is CUDA, then MPS, then the CPU; a given module keeps its own.
         patch_size: side of a patch in pixels, for a module.
-        mean: mean of the normalisation, for a module (default: ImageNet's) or instead of an image processor's.
-        std: deviation of the normalisation, likewise.
+        mean: mean of the normalisation, for a module (defaults to ImageNet's) or instead of an image processor's.
+        std: standard deviation of the normalisation, with the same default.
         default_size: side of the images, for a module, or instead of a Hugging Face configuration's.
         layout: output layout of a module, if its shape is ambiguous.
 
     Raises:
-        BackboneError: if the model cannot be built or does not return a patch grid, or an option is not for this kind.
+        BackboneError: if the model cannot be built or does not return a patch grid, or an option does not apply to this
+            kind of model.
         WeightsError: if the weights are missing, for another model, or not finite.
-        DenoisingVitWarning: if the image processor of a Hugging Face model crops, which is not done here.
+        DenoisingVitWarning: if the image processor of a Hugging Face model crops photos, which is not done here.
     """
     shown = {"mean": mean, "std": std, "default_size": default_size}
     for_modules = {"patch_size": patch_size, "layout": layout}
@@ -97,7 +98,7 @@ def load_backbone(
 
 
 def _timm_named(model: str, weights: str | Path, stride: int | None, layer: int, norm: bool) -> Backbone:
-    """A timm name, or a directory that timm or `dvit export` wrote."""
+    """A timm name, or a directory written by timm or `dvit export`."""
     from denoising_vit.backbones.timm_vit import TimmBackbone
 
     name, weights = _of_folder(model, weights)
@@ -106,15 +107,15 @@ def _timm_named(model: str, weights: str | Path, stride: int | None, layer: int,
 
 
 def _timm_model(model: Any, for_names: dict[str, Any], shown: dict[str, Any], stride: int | None) -> Backbone:
-    """A timm ViT that the caller built."""
+    """A timm ViT built by the caller."""
     from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT, any_size, timm_name
 
     if not isinstance(model, TimmViT):
-        raise BackboneError("a module needs its patch size: load_backbone(module, patch_size=14)")
+        raise BackboneError("a module needs a patch size: load_backbone(module, patch_size=14)")
     if for_names["weights"] != "auto" or any(value is not None for value in shown.values()):
-        raise BackboneError("weights, mean, std and default_size are not for models of timm, which bring their own")
+        raise BackboneError("weights, mean, std and default_size do not apply to models of timm, which have their own")
     if stride is not None:
-        model = copy.copy(model)  # another patch embedding is put into it
+        model = copy.copy(model)  # its patch embedding is replaced
         model._modules = dict(model._modules)
     frozen = any_size(model.eval().requires_grad_(False))
     layer, norm = for_names["layer"], for_names["norm"]
@@ -124,9 +125,9 @@ def _timm_model(model: Any, for_names: dict[str, Any], shown: dict[str, Any], st
 def _transformers_model(
     model: Any, for_names: dict[str, Any], for_modules: dict[str, Any], shown: dict[str, Any]
 ) -> Backbone:
-    """A model of transformers that the caller built."""
+    """A model of transformers built by the caller."""
     if for_names["weights"] != "auto" or any(value not in (None, "auto") for value in for_modules.values()):
-        raise BackboneError("a model of transformers brings its own weights, stride and layout")
+        raise BackboneError("weights, stride and layout do not apply to models of transformers, which have their own")
     return wrap_huggingface(model, layer=for_names["layer"], norm=for_names["norm"], **shown)
 
 
@@ -135,16 +136,16 @@ def _module(
 ) -> Backbone:
     """Any other module or function."""
     if for_names != {"weights": "auto", "layer": -1, "norm": True}:
-        raise BackboneError("weights, layer and norm are for timm names; a module brings its own")
+        raise BackboneError("weights, layer and norm do not apply to modules, which have their own")
     if isinstance(model, nn.Module):
         model.eval().requires_grad_(False)
     return ModuleBackbone(model, device=place, **{name: value for name, value in given.items() if value is not None})
 
 
 def _require_default(model: str, names: str, values: dict[str, Any]) -> None:
-    """Refuse options that are for another kind of model."""
+    """Reject options that apply to another kind of model."""
     if any(value not in (None, "auto") for value in values.values()):
-        raise BackboneError(f"{model!r} brings its own {names}; these options are for modules")
+        raise BackboneError(f"{model!r} has its own {names}; these options apply to modules")
 
 
 def with_weights(backbone: Backbone, path: Path) -> Backbone:
@@ -158,7 +159,7 @@ def with_weights(backbone: Backbone, path: Path) -> Backbone:
     from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
 
     if not isinstance(backbone, TimmBackbone):
-        raise BackboneError(f"{backbone.name} is a module of its own: load its weights yourself, and wrap it again")
+        raise BackboneError(f"{backbone.name} is a custom module; load its weights yourself, and wrap it again")
     other = copy.deepcopy(backbone)
     load_weights(other.model, read_state_dict(path), name=backbone.name, source=str(path))
     require_finite(other.model, str(path))
@@ -173,7 +174,7 @@ def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
     if "architecture" not in config:
         return model, weights
     if str(weights) != "auto":
-        raise WeightsError(f"{model} brings its own weights; leave weights out, or give its timm name")
+        raise WeightsError(f"{model} has its own weights; omit weights, or give its timm name")
     tag = config.get("pretrained_cfg", {}).get("tag")
     name = str(config["architecture"])
     return f"{name}.{tag}" if tag else name, folder / "model.safetensors"
@@ -192,18 +193,18 @@ def _with_weights(name: str, weights: str | Path) -> tuple[TimmViT, str]:
         model, source = _from_hub(name), "hub"
     elif choice == "bundled":
         if not is_bundled_name(name):
-            raise WeightsError(f"no weights of {name} are bundled; only {BUNDLED_MODEL} is")
+            raise WeightsError(f"{name} has no bundled weights; only {BUNDLED_MODEL} has")
         model = build_timm_model(name, pretrained=False)
         state, source = bundled_state_dict()
         try:
             load_weights(model, state, name=name, source=source)
-        except WeightsError:  # the cache holds other weights
+        except WeightsError:  # the cache has other weights
             state, source = bundled_state_dict(anew=True)
             load_weights(model, state, name=name, source=source)
     else:
         path = Path(choice).expanduser()
         if not path.exists() and not path.suffix:
-            raise WeightsError(f"{choice}: no such weights file, and none of auto, hub, bundled, random")
+            raise WeightsError(f"{choice}: expected a weights file, or one of auto, hub, bundled, random")
         source, state, model = choice, read_state_dict(path), build_timm_model(name, pretrained=False)
         load_weights(model, state, name=name, source=source)
     require_finite(model, source)
@@ -218,11 +219,11 @@ def _from_hub(name: str) -> TimmViT:
             return build_timm_model(name, pretrained=True)
     except BackboneError:
         raise
-    except Exception as error:  # the hub's client raises errors of many kinds
+    except Exception as error:  # the hub's client raises many types
         package = "or install it" if is_bundled_name(name) else f"or use {BUNDLED_MODEL}, which comes"
         reason = str(error).strip().splitlines()
         raise WeightsError(
-            f"the weights of {name} could not be fetched from the hub ({type(error).__name__}: "
+            f"the weights of {name} could not be downloaded from the hub ({type(error).__name__}: "
             f"{reason[0] if reason else 'no reason given'}). Check the network, give a local file (weights=FILE), "
             f"{package} as a package: {INSTALL_HINT}"
         ) from error

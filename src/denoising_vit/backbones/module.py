@@ -15,24 +15,24 @@ from denoising_vit.views.patch_grid import nearest_sizes
 
 Layout = Literal["auto", "channels_last", "channels_first", "tokens"]
 
-#: Class token and registers; more than this many are taken for a wrong patch size.
+#: Maximum number of prefix tokens (class token and registers); more mean a wrong patch size.
 _MOST_PREFIX_TOKENS = 32
 
 
 class ModuleBackbone(Backbone):
-    """A module or function of the user's as a backbone. A module should be in evaluation mode.
+    """A user's module or function as a backbone. A module should be in evaluation mode.
 
     Args:
         model: maps normalised images (B, 3, H, W) to (B, h, w, C), (B, C, h, w), or tokens (B, prefix + h w, C); or
             returns these as ``last_hidden_state``, under ``x_norm_patchtokens``, or first in a tuple or list.
         patch_size: side of a patch in pixels.
-        stride: distance between patches in pixels; the patch size by default.
-        mean: mean of the normalisation; ImageNet's by default.
-        std: deviation of the normalisation; ImageNet's by default.
-        default_size: side of the images; the multiple of the patch size up to 518 by default.
+        stride: distance between patches in pixels; defaults to the patch size.
+        mean: mean of the normalisation; defaults to ImageNet's.
+        std: standard deviation of the normalisation; defaults to ImageNet's.
+        default_size: side of the images; defaults to the largest multiple of the patch size up to 518.
         layout: output layout, if its shape is ambiguous.
-        name: name for messages and records; the class or function name by default.
-        device: device of a function's images; a module's parameters tell.
+        name: name for messages and records; defaults to the class or function name.
+        device: device of a function's images; for a module, that of its parameters.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ModuleBackbone(Backbone):
             default_size=default_size or 518 // max(patch_size, 1) * patch_size,
         )
         self.layout: Layout = layout
-        # What a function computes on and in cannot be read off it; this moves and converts with the backbone.
+        # A function's device and dtype are unknown; this tensor moves and converts with the backbone.
         self.register_buffer("_place", torch.zeros((), device=device), persistent=False)
         self.model = model  # registers a module, so that its device and dtype are known
         self.prefix_tokens: int | None = None
@@ -77,7 +77,7 @@ class ModuleBackbone(Backbone):
             self.forward(torch.zeros(1, 3, side, side))
         except BackboneError:
             raise
-        except Exception:  # a model of one size only, which may raise anything
+        except Exception:  # the model may support one size only and raise anything
             return
 
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,8 +86,8 @@ class ModuleBackbone(Backbone):
         tokens = as_tokens(found, self.layout, (h, w), self.name)
         prefix = tokens.shape[1] - h * w
         expected = range(_MOST_PREFIX_TOKENS + 1) if self.prefix_tokens is None else (self.prefix_tokens,)
-        if prefix not in expected:  # a wrong patch size leaves far too many, or too few
-            return tokens, tokens[:, :0]  # refused by the caller, with what was expected
+        if prefix not in expected:  # a wrong patch size gives far too many or too few
+            return tokens, tokens[:, :0]  # rejected by the caller with a message
         return tokens[:, prefix:], tokens[:, :prefix]
 
 
@@ -111,7 +111,7 @@ def as_output(tokens: Tensor, layout: Layout, grid: tuple[int, int]) -> Tensor:
 
 
 def tensor_in(output: Any, name: str) -> Tensor:
-    """The features in what a model returned.
+    """The features in a model's output.
 
     Raises:
         BackboneError: if there is no tensor.
@@ -124,7 +124,7 @@ def tensor_in(output: Any, name: str) -> Tensor:
 
 
 def with_tensor(output: Any, features: Tensor) -> Any:
-    """What a model returned, with other features where :func:`tensor_in` finds them."""
+    """A model's output, with other features at the place where :func:`tensor_in` finds them."""
     key = _key(output)
     if key is None:
         if not hasattr(output, "last_hidden_state"):
@@ -143,17 +143,17 @@ def with_tensor(output: Any, features: Tensor) -> Any:
 
 
 def _key(output: Any) -> str | int | None:
-    """Key or index of the features in what a model returned; None if there is none."""
+    """Key or index of the features in a model's output; None if there is none."""
     if isinstance(output, dict):
         return next((key for key in ("x_norm_patchtokens", "last_hidden_state") if key in output), None)
     return 0 if isinstance(output, tuple | list) and output else None
 
 
 def layout_of(output: Tensor, h: int, w: int, name: str) -> Layout:
-    """Layout of an output, by its shape.
+    """Layout of an output, from its shape.
 
     Raises:
-        BackboneError: if the shape fits no layout, or two.
+        BackboneError: if the shape matches no layout, or two.
     """
     if output.ndim == 3:
         return "tokens"
@@ -161,12 +161,12 @@ def layout_of(output: Tensor, h: int, w: int, name: str) -> Layout:
     first = output.ndim == 4 and tuple(output.shape[2:]) == (h, w)
     if last and first:
         raise BackboneError(
-            f"{name} returned {tuple(output.shape)}, which may be (B, h, w, C) or (B, C, h, w): say which with "
+            f"{name} returned {tuple(output.shape)}, which may be (B, h, w, C) or (B, C, h, w); specify "
             "layout='channels_last' or layout='channels_first'"
         )
     if not last and not first:
         raise BackboneError(
             f"{name} returned {tuple(output.shape)}; expected (B, {h}, {w}, C), (B, C, {h}, {w}) or tokens "
-            f"(B, prefix + {h * w}, C). Are patch size and stride right?"
+            f"(B, prefix + {h * w}, C). Check patch size and stride"
         )
     return "channels_last" if last else "channels_first"

@@ -8,12 +8,12 @@ from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.fingerprint import Fingerprint
 from denoising_vit.files import digest
 
-#: Keys of a record that messages name.
+#: Keys of a record to name in messages.
 _TOLD = ("layer", "norm", "stride", "weights")
 
 
 def names_backbone(record: Any) -> bool:
-    """True if a value read from a file is a record: a dictionary with a name, a numeric fingerprint, maybe a digest."""
+    """True if a value from a file is a record: a dictionary with name, numeric fingerprint, and optionally digest."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return False
     values = record.get("fingerprint")
@@ -28,7 +28,7 @@ def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
 
 
 def recorded_words(recorded: dict[str, Any]) -> str:
-    """A recorded backbone for messages."""
+    """Description of a recorded backbone for messages."""
     known = [(key, recorded.get(key)) for key in _TOLD]
     known.append(("fingerprint", Fingerprint(tuple(recorded["fingerprint"])).short))
     known.append(("digest", (recorded.get("digest") or "")[:8] or None))
@@ -36,7 +36,7 @@ def recorded_words(recorded: dict[str, Any]) -> str:
 
 
 def backbone_words(backbone: Backbone) -> str:
-    """A loaded backbone for messages, in the words of :func:`recorded_words`."""
+    """Description of a loaded backbone for messages, in the form of :func:`recorded_words`."""
     known = {key: getattr(backbone, key) for key in ("name", *_TOLD)}
     return recorded_words(known | {"fingerprint": backbone.fingerprint.values, "digest": backbone.digest})
 
@@ -44,7 +44,7 @@ def backbone_words(backbone: Backbone) -> str:
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """True if two records have the same weights, layer, norm and stride.
 
-    Digests decide if both records have one, for the same model in the same precision; fingerprints decide otherwise.
+    Digests are compared if both records have one, for the same model in the same precision; otherwise fingerprints are.
     """
     digests = [record.get("digest") for record in (one, other)]
     if all(digests) and all(one.get(key) == other.get(key) for key in ("name", "dtype")) and digests[0] != digests[1]:

@@ -18,11 +18,11 @@ _HUB_LOCK = threading.RLock()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32 (recent CUDA; AMX or AVX512-BF16), else float32."""
+    """bfloat16 if the hardware multiplies it faster than float32 (recent CUDA; AMX or AVX512-BF16), else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        # torch has no public function for this; these are missing on other platforms.
+        # torch has no public function for this; these functions are missing on other platforms.
         checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
         return torch.bfloat16 if any(check is not None and check() for check in checks) else torch.float32
     return torch.float32
@@ -40,7 +40,7 @@ def device_at(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+        raise BackboneError(f"device {device!r} is not available ({str(error).splitlines()[0]})") from error
     return place
 
 
@@ -64,20 +64,20 @@ def dtype_on(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator inside the block and restore it afterwards.
 
-    Only one thread runs inside at a time, since the generator belongs to the whole process. Libraries that disable
+    Only one thread runs inside at a time, because the generator is shared by the whole process. Libraries that disable
     weight initialisation for the whole process while they load a model also run inside.
     """
     with _SEED_LOCK, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's only: no other generator is restored
+        torch.default_generator.manual_seed(seed)  # the CPU generator only, because no other one is restored
         yield
 
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Set the hub client to offline mode inside the block if the hub cannot be reached.
+    """Set the hub client to offline mode inside the block if the hub is unreachable.
 
-    Without a network the client retries for most of a minute before it looks into its cache. Only one thread runs
-    inside at a time, since the setting belongs to the whole process.
+    Without a network, the client retries for most of a minute before it uses its cache. Only one thread runs inside at
+    a time, because the setting is shared by the whole process.
     """
     from huggingface_hub import constants
 
@@ -97,7 +97,7 @@ def _reachable(url: str) -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        # The hub's client may know certificates that urllib does not: the network is there.
+        # The network is available: the hub's client may know certificates that urllib does not.
         return "CERTIFICATE" in str(error.reason)
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""The specification of a backbone: what another process needs to load the same one. No heavy imports."""
+"""The specification of a backbone, from which another process can load the same backbone. No heavy imports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Backbone options; enough for another process to load the same backbone.
+    """Backbone options; another process can load the same backbone from them.
 
     Attributes:
         backbone: any timm VisionTransformer, Eva or NaFlexVit (`dvit models` lists the published ones); hf:ID or
             hf:PATH for a ViT of Hugging Face transformers; or a directory written by `dvit export`.
-        weights: auto (the bundled ones if installed, else the hub), hub, bundled, random, or a .safetensors or .pth
+        weights: auto (the bundled weights if installed, else the hub), hub, bundled, random, or a .safetensors or .pth
             file.
         stride: distance between patches in pixels; below the patch size for a finer grid.
-        layer: block whose output is taken, negative from the end.
+        layer: output block, negative from the end.
         norm: apply the model's final norm.
         device: auto, cpu, cuda, cuda:1, mps.
-        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
+        dtype: auto is bfloat16 if the hardware is fast at it, else float32.
     """
 
     backbone: str = "vit_small_patch14_dinov2.lvd142m"
@@ -36,11 +36,11 @@ class BackboneSpec:
     dtype: Dtype = "auto"
 
     def load(self) -> Backbone:
-        """Loads it.
+        """Load the backbone.
 
         Raises:
             BackboneError: if the model cannot be built.
-            WeightsError: if the weights are missing, of another model, or not finite.
+            WeightsError: if the weights are missing, for another model, or not finite.
         """
         from denoising_vit.backbones.loading import load_backbone
 

@@ -1,4 +1,4 @@
-"""Give one module another behaviour by a subclass of its class, and take it back."""
+"""Change the behaviour of one module by a subclass of its class, and undo the change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Specialised:
 
 
 def specialise(module: nn.Module, mixin: type[Specialised]) -> None:
-    """Put a mixin before the class of one module, in place. Parameters, buffers and submodules stay as they are."""
+    """Insert a mixin before the class of one module, in place. Parameters, buffers and submodules are unchanged."""
     module.__class__ = _subclass(mixin, type(module))
 
 
@@ -32,8 +32,8 @@ def generalise(module: nn.Module) -> None:
 
 @functools.cache
 def _subclass(mixin: type[Specialised], base: type[nn.Module]) -> Any:
-    # The same name and module as the original: other libraries look classes up by them. `forward` keeps its signature,
-    # which transformers inspects.
+    # The same name and module as the original, because other libraries look classes up by them. `forward` keeps its
+    # signature, which transformers inspects.
     names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if "forward" in vars(mixin):
 

@@ -21,7 +21,7 @@ from denoising_vit.backbones.subclassing import shallow
 from denoising_vit.errors import BackboneError
 from denoising_vit.views.patch_grid import nearest_sizes
 
-#: timm's classes whose tokens make one patch grid at any image size.
+#: timm's classes whose tokens form a single patch grid at any image size.
 TimmViT = VisionTransformer | Eva | NaFlexVit
 
 
@@ -29,10 +29,10 @@ class TimmBackbone(Backbone):
     """A timm ViT.
 
     Args:
-        model: a model that takes any image size, as :func:`build_timm_model` and :func:`any_size` give.
+        model: a model that supports any image size, from :func:`build_timm_model` or :func:`any_size`.
         name: timm name.
-        stride: distance between patches in pixels; the patch size by default.
-        layer: block whose output is taken, negative from the end.
+        stride: distance between patches in pixels; defaults to the patch size.
+        layer: output block, negative from the end.
         norm: apply the model's final norm.
         weights: origin of the weights, for records and messages.
 
@@ -61,7 +61,7 @@ class TimmBackbone(Backbone):
         )
         if self.stride != patch_size:
             if isinstance(model, NaFlexVit):
-                raise BackboneError(f"{name} is a NaFlexVit, whose patches cannot overlap: leave the stride out")
+                raise BackboneError(f"{name} is a NaFlexVit, whose patches cannot overlap; omit the stride")
             model.set_submodule("patch_embed", OverlappingPatchEmbed(model.patch_embed, self.stride))
         self.model = model
 
@@ -71,8 +71,8 @@ class TimmBackbone(Backbone):
     def _intermediate_tokens(self, image: Tensor, blocks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         assert self.layer is not None
         blocks = (self.layer, *blocks)
-        rising = sorted(set(blocks))  # timm returns each block once, in rising order
-        # Tokens in a row (NLC): timm's own reshape gives the wrong grid where patches overlap.
+        rising = sorted(set(blocks))  # timm returns each block once, in ascending order
+        # Flat tokens (NLC), because timm's reshape gives a wrong grid for overlapping patches.
         found: Any = self.model.forward_intermediates(
             image,
             indices=rising,
@@ -86,26 +86,26 @@ class TimmBackbone(Backbone):
         return [tokens[rising.index(block)] for block in blocks]
 
     def _split(self, tokens: Any) -> tuple[Tensor, Tensor]:
-        """Patch and prefix tokens of one block, normalised; timm returns a pair where the model has prefix tokens."""
+        """Patch and prefix tokens of one block, normalised; timm returns a pair if the model has prefix tokens."""
         patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
-        # Models that pool by the mean keep their final norm behind the pooling.
+        # Models with mean pooling have their final norm after the pooling.
         pooled = self.norm and isinstance(self.model.norm, nn.Identity)
         return (self.model.fc_norm(patches), self.model.fc_norm(prefix)) if pooled else (patches, prefix)
 
     def _fingerprint_size(self) -> int:
-        # A fingerprint needs no large image, and the model takes any size.
+        # A fingerprint needs no large image, and the model supports any size.
         return nearest_sizes(8 * self.patch_size, self.patch_size, self.stride)[0]
 
 
 class OverlappingPatchEmbed(nn.Module):
     """timm's patch embedding with another stride: (B, 3, H, W) -> (B, h, w, C).
 
-    timm's module only takes multiples of the patch size, which overlapping patches do not need.
+    timm's module supports only multiples of the patch size, which overlapping patches do not need.
     """
 
     def __init__(self, embed: Any, stride: int) -> None:
         super().__init__()
-        self.grid_size = embed.grid_size  # of the position embedding; timm resamples from it
+        self.grid_size = embed.grid_size  # grid of the position embedding; timm resamples from it
         self.patch_size = embed.patch_size
         self.proj = embed.proj
         self.proj.stride = (stride, stride)
@@ -117,13 +117,13 @@ class OverlappingPatchEmbed(nn.Module):
 
 
 def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, **changes: Any) -> TimmViT:
-    """Build a timm model that takes any image size, frozen and in evaluation mode.
+    """Build a timm model that supports any image size, frozen and in evaluation mode.
 
     Args:
         name: timm name, with or without the tag of the weights.
-        pretrained: fetch the weights from the hub.
-        depth: number of blocks, for trials with random weights; the model's own by default.
-        **changes: further arguments of the model, likewise for trials.
+        pretrained: download the weights from the hub.
+        depth: number of blocks, for tests with random weights; defaults to the model's own.
+        **changes: further arguments of the model, also for tests.
 
     Raises:
         BackboneError: if timm does not know the name, or the model is not a plain ViT.
@@ -134,17 +134,17 @@ def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, *
         raise BackboneError(
             f"timm {timm.__version__} knows no model {name!r}"
             + (f"; similar: {similar}" if similar else "")
-            + ". `dvit models` lists the published ones; any other module can be passed with its patch size"
+            + ". `dvit models` lists the published ones; any other module can be given with its patch size"
         )
-    flexible = model_entrypoint(architecture).__module__ == NaFlexVit.__module__  # takes any size as it is
+    flexible = model_entrypoint(architecture).__module__ == NaFlexVit.__module__  # supports any size
     options: dict[str, Any] = (
         changes | ({} if flexible else {"dynamic_img_size": True}) | ({} if depth is None else {"depth": depth})
     )
     try:
         with seeded(0):  # timm draws initial weights from the global generator
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except TypeError as error:  # an architecture without this option
-        raise BackboneError(f"{name} is no plain ViT (it takes no dynamic_img_size): {error}") from error
+    except TypeError as error:  # the architecture does not have this option
+        raise BackboneError(f"{name} is not a plain ViT (no dynamic_img_size): {error}") from error
     except RuntimeError as error:
         if pretrained and "tag" not in str(error):
             raise
@@ -152,13 +152,13 @@ def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, *
     if not isinstance(model, TimmViT):
         raise BackboneError(
             f"{name} is a {type(model).__name__}; expected a VisionTransformer, Eva or NaFlexVit with patch tokens. "
-            "Wrap it yourself: load_backbone(module, patch_size=...)"
+            "To use it, wrap it: load_backbone(module, patch_size=...)"
         )
     return model.eval().requires_grad_(False)
 
 
 def any_size(model: TimmViT) -> TimmViT:
-    """A view of a timm model that takes any image size; weights are shared, and the model stays as it is.
+    """A view of a timm model that supports any image size; weights are shared, and the model is unchanged.
 
     Raises:
         BackboneError: if its rotary positions are fixed to one size.
@@ -167,7 +167,7 @@ def any_size(model: TimmViT) -> TimmViT:
         return model
     if isinstance(model, Eva):
         raise BackboneError(
-            "this Eva model has its rotary positions fixed to one image size; build it with "
+            "this Eva model has rotary positions for one image size only; build it with "
             "timm.create_model(..., dynamic_img_size=True)"
         )
     view = shallow(model)
@@ -187,13 +187,13 @@ def timm_name(model: TimmViT) -> str:
 def edit_intermediates(
     found: Any, patches: Callable[[Tensor, int], Tensor], final: Callable[[Tensor], Tensor] | None
 ) -> Any:
-    """What timm's ``forward_intermediates`` returned, edited.
+    """Edit the output of timm's ``forward_intermediates``.
 
     Args:
-        found: a list; (final tokens, list); or a dictionary. The list holds patch tokens, or pairs of patch and prefix
+        found: a list; (final tokens, list); or a dictionary. The list has patch tokens, or pairs of patch and prefix
             tokens.
-        patches: from patch tokens and their number in the list to new patch tokens.
-        final: from the final tokens, prefix first, to new ones; None keeps them.
+        patches: maps patch tokens and their index in the list to new patch tokens.
+        final: maps the final tokens, prefix first, to new ones; None keeps them.
     """
 
     def listed(entries: list[Any]) -> list[Any]:
@@ -223,5 +223,5 @@ def _square_patch(model: TimmViT, name: str) -> int:
     else:
         channels = 0
     if channels != 3 or patch is None or patch[0] != patch[1]:
-        raise BackboneError(f"{name} does not cut the image into square patches ({type(embed).__name__})")
+        raise BackboneError(f"{name} does not divide the image into square patches ({type(embed).__name__})")
     return int(patch[0])

@@ -28,10 +28,10 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 #: Words in a prefix, in order of preference.
 _BEST, _AVERAGED, _LAST = {"teacher", "target"}, {"ema"}, {"student", "online"}
 
-#: Function by which NumPy scalars are pickled; its module was renamed in NumPy 2.
+#: Function that NumPy scalars are pickled with; its module was renamed in NumPy 2.
 _SCALAR = np.float64(0).__reduce__()[0]
 
-#: Types besides tensors that checkpoints hold: command lines, and NumPy scalars such as learning rates. None runs code.
+#: Types besides tensors in checkpoints: command lines, and NumPy scalars such as learning rates. None executes code.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -39,18 +39,18 @@ _HARMLESS: list[Any] = [
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
 ]
 
-#: The allowed types are a setting of the whole process.
+#: Lock, because the allowed types are a process-wide setting.
 _TURN = threading.Lock()
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors or PyTorch file by name; names of nested containers are joined by dots.
 
-    The file's content decides the format, not its name. PyTorch files are read with ``weights_only=True``, so code in a
-    pickle is refused. Optimizer states and the name parts of wrappers are left out.
+    The file's content determines the format, not its name. PyTorch files are read with ``weights_only=True``, which
+    rejects code in a pickle. Optimizer states and the name parts of wrappers are removed.
 
     Raises:
-        WeightsError: if the file is missing, damaged, holds more than weights, or holds none.
+        WeightsError: if the file is missing or damaged, has more than weights, or has none.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
@@ -60,15 +60,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         for name, tensor in _named(load_file(path) if is_safetensors(path) else _unpickled(path)):
             if tensors.setdefault(name, tensor) is not tensor:
-                raise WeightsError(f"{path}: two tensors named {name}, with and without what wrappers add to names")
+                raise WeightsError(f"{path}: two tensors named {name}, with and without wrapper prefixes")
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: refused, the file is damaged or holds more than weights (code is never run from a checkpoint). "
-            "Convert it to safetensors where you trust it"
+            f"{path}: rejected, because the file is damaged or has more than weights (code in checkpoints is never "
+            "executed). If you trust it, convert it to safetensors"
         ) from error
-    except Exception as error:  # damaged files raise errors of many kinds
+    except Exception as error:  # damaged files raise many types
         raise WeightsError(
             f"{path}: not a readable safetensors or PyTorch weights file ({type(error).__name__}: {error})"
         ) from error
@@ -80,13 +80,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def models_among(tensors: dict[str, Tensor], landmark: str) -> dict[str, dict[str, Tensor]]:
-    """Models in a checkpoint by prefix: for each, its tensors without the prefix.
+    """Models in a checkpoint by prefix, each with its tensors without the prefix.
 
-    A teacher comes first, then an average of weights (EMA), then others, a student last.
+    A teacher comes first, then an average of weights (EMA), then others; a student comes last.
 
     Args:
         tensors: tensors by full name.
-        landmark: pattern of a name that each model has once.
+        landmark: pattern of a name that each model has exactly once.
     """
     found = (re.fullmatch(rf"((?:.*\.)?){landmark}", name) for name in tensors)
     prefixes = sorted({match[1] for match in found if match}, key=len, reverse=True)
@@ -99,22 +99,22 @@ def models_among(tensors: dict[str, Tensor], landmark: str) -> dict[str, dict[st
 
 
 def the_model(models: dict[str, dict[str, Tensor]], source: str) -> tuple[str, dict[str, Tensor]]:
-    """Prefix and tensors of the preferred model of those that :func:`models_among` found.
+    """Prefix and tensors of the preferred model among those found by :func:`models_among`.
 
     Raises:
-        WeightsError: if two are equally preferred; it names their prefixes.
+        WeightsError: if two are equally preferred; the message names their prefixes.
     """
     best, *others = models
     if alike := [prefix for prefix in others if _rank(prefix) == _rank(best)]:
         raise WeightsError(
-            f"{source}: several models, under {', '.join(repr(prefix) for prefix in (best, *alike))}, and nothing "
-            "tells which to use; save the one that you want in a file of its own"
+            f"{source}: several models, under {', '.join(repr(prefix) for prefix in (best, *alike))}, with no "
+            "indication of which to use; save the wanted one in a separate file"
         )
     return best, models[best]
 
 
 def without_containers(tensors: dict[str, Tensor], containers: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors without the names of containers that hold all of them."""
+    """Tensors without the names of containers that all of them are in."""
     for container in containers:
         if tensors and all(name.startswith(f"{container}.") for name in tensors):
             inner = {name.removeprefix(f"{container}."): tensor for name, tensor in tensors.items()}
@@ -129,7 +129,7 @@ def _rank(prefix: str) -> int:
 
 
 def _unpickled(path: Path) -> object:
-    # An open file: torch would choose the format by the file's name.
+    # Pass an open file, because torch would choose the format by the file's name.
     with _TURN, torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -145,16 +145,16 @@ def _named(content: object, before: tuple[str, ...] = ()) -> Iterator[tuple[str,
             yield from _named(value, parts)
 
 
-#: Landmark of a ViT under timm's names.
+#: Landmark of a ViT with timm's names.
 _PATCHES = "patch_embed.proj.weight"
 
-#: The same under the names of CLIP's release, which timm translates.
+#: Landmark with the names of CLIP's release, which timm translates.
 _PATCHES_OF_CLIP = r"visual\.conv1\.weight"
 
-#: The same under the names of Hugging Face transformers.
+#: Landmark with the names of Hugging Face transformers.
 _PATCHES_OF_TRANSFORMERS = re.compile(r"(.*\.)?embeddings\.patch_embeddings?(\.projection)?\.weight")
 
-#: Containers of weights under other names that timm translates.
+#: Containers of weights with other names that timm translates.
 _CONTAINERS = ("model", "state_dict", "teacher")
 
 #: Landmark of a denoiser.
@@ -165,9 +165,9 @@ _UNUSED = ("head", "fc_norm", "mask_token", "decoder", "attn_pool", "contrastive
 
 
 def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, source: str) -> None:
-    """Load weights under timm's names, or those of the original release, into a timm model.
+    """Load weights with timm's names, or those of the original release, into a timm model.
 
-    They may have any prefix, and other models may be in the same file.
+    Names may have any prefix, and the file may have other models.
 
     Args:
         model: model to load into.
@@ -176,18 +176,18 @@ def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, sourc
         source: name of the file, for messages.
 
     Raises:
-        WeightsError: if there are none, or any is missing, left over, or of another shape.
+        WeightsError: if there are none, or any is missing, left over, or misshapen.
     """
     prefix, state = _vit_among(tensors, model, name, source)
     where = f"the ViT under {prefix!r}" if prefix else "its weights"
-    misfit = f"{source}: {where} cannot be loaded, they do not fit {name}"
+    misfit = f"{source}: {where} do not fit {name}"
     if reason := _other_patches(model, state):
         raise WeightsError(f"{misfit}: {reason}")
-    filters = importlib.import_module(type(model).__module__)  # of timm, which translates published names
+    filters = importlib.import_module(type(model).__module__)  # timm's module, which translates published names
     own = model.state_dict()
     try:
         fitted = dict(filters.checkpoint_filter_fn(dict(state), model))
-    except Exception as error:  # timm reshapes tensors, and raises errors of many kinds
+    except Exception as error:  # timm reshapes tensors and raises many types
         reason = _difference(own, state) or f"{type(error).__name__}: {error}"
         raise WeightsError(f"{misfit}: {reason}") from error
     if reason := _difference(own, fitted):
@@ -198,29 +198,29 @@ def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, sourc
 
 
 def _vit_among(tensors: dict[str, Tensor], model: TimmViT, name: str, source: str) -> tuple[str, dict[str, Tensor]]:
-    """Prefix and tensors of the ViT; all tensors if none is a patch embedding under timm's name."""
+    """Prefix and tensors of the ViT; all tensors if none is a patch embedding with timm's name."""
     models = models_among(tensors, re.escape(_PATCHES)) or models_among(tensors, _PATCHES_OF_CLIP)
-    # A student may have another size than its teacher: prefer the one that fits.
+    # A student may have another size than its teacher, so prefer the one that fits.
     fitting = {prefix: state for prefix, state in models.items() if not _other_patches(model, state)}
     if models:
         prefix, state = the_model(fitting or models, source)
-        # Blocks trained in chunks: blocks.CHUNK.NUMBER. instead of blocks.NUMBER.
+        # Chunked blocks are named blocks.CHUNK.NUMBER. instead of blocks.NUMBER.
         return prefix, {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
     if theirs := next(filter(_PATCHES_OF_TRANSFORMERS.fullmatch, tensors), None):
         raise WeightsError(
-            f"{source}: {theirs} is a name of Hugging Face transformers, and {name} one of timm. Give the folder with "
-            "the file and its config.json, or the hub id, as the model: load_backbone('hf:FOLDER')"
+            f"{source}: {theirs} is a name of Hugging Face transformers, but {name} is a timm model. Give the folder "
+            "with the file and its config.json, or the hub id, as the model: load_backbone('hf:FOLDER')"
         )
     if any(map(_OF_A_DENOISER.fullmatch, tensors)):
         raise WeightsError(
-            f"{source}: a denoiser, not the weights of {name}; give it as one: load_denoiser(FILE), --denoiser FILE"
+            f"{source}: a denoiser, not the weights of {name}; give it by load_denoiser(FILE) or --denoiser FILE"
         )
     return "", without_containers(tensors, _CONTAINERS)
 
 
 def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     """Missing, left over or misshapen tensors, for messages; empty if there are none."""
-    # A norm behind the pooling may be missing in the file, unless the model uses it as the final norm.
+    # A norm after the pooling may be missing in the file, unless the model uses it as the final norm.
     missing = [key for key in own if key not in state and not (key.startswith(_UNUSED) and "fc_norm" not in key)]
     unknown = [key for key in state if key not in own and not key.startswith(_UNUSED)]
     shapes = [
@@ -240,7 +240,7 @@ def _some(keys: list[str], what: str) -> str:
 
 
 def require_finite(model: nn.Module, source: str) -> None:
-    """Refuse weights with NaN or infinity.
+    """Reject weights with NaN or infinity.
 
     Raises:
         WeightsError: if any parameter or buffer is not finite.
@@ -249,13 +249,13 @@ def require_finite(model: nn.Module, source: str) -> None:
         if value.is_floating_point() and not torch.isfinite(value).all():
             bad = int((~torch.isfinite(value)).sum())
             raise WeightsError(
-                f"{source}: {bad} of {value.numel()} values of {key} are NaN or infinite; the file is damaged or was "
-                "saved from a run that diverged"
+                f"{source}: {bad} of {value.numel()} values of {key} are NaN or infinite; the file is damaged, or was "
+                "saved from a diverged run"
             )
 
 
 def _other_patches(model: TimmViT, state: dict[str, Tensor]) -> str:
-    """Describe a patch embedding of another shape, which timm would resample silently; empty if it fits."""
+    """Description of a misshapen patch embedding, which timm would silently resample; empty if it fits."""
     there, embed = state.get(_PATCHES), getattr(model, "patch_embed", None)
     if embed is None:  # a NaFlexVit, whose patch embedding is resampled by design
         return ""

@@ -1,1 +1,1 @@
-"""Clean a model in place, so that it gives clean patch tokens through its own interface."""
+"""Clean a model in place, so that its own interface returns clean patch tokens."""

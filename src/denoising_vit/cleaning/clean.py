@@ -1,8 +1,8 @@
-"""clean() and restore(): a model that gives clean patch tokens through its own interface.
+"""clean() and restore(): a model whose own interface returns clean patch tokens.
 
 The model keeps its class name, parameters and ``state_dict``: its class is replaced by a subclass that edits the
-outputs. The cleaner is not registered as a submodule, so checkpoints load and optimizers do not see it, and follows the
-model to other devices.
+outputs. The cleaner is not registered as a submodule, so that checkpoints load and optimizers do not see it, but it
+follows the model to other devices.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from denoising_vit.training_free.average import DEFAULT_PASSES, require_passes
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Options of each method, besides those of the module's images.
+#: Options of each method, besides those that describe a module's images.
 _OPTIONS = {
     "auto": ("denoiser",),
     "subtract": ("artifact",),
@@ -42,40 +42,41 @@ _OPTIONS = {
     "registers": ("registers", "photos", "size"),
 }
 
-#: Options that say what a module's images and outputs are.
+#: Options that describe a module's images and outputs.
 _MODULE = ("patch_size", "stride", "mean", "std", "default_size", "layout")
 
 
 def clean(model: M, method: str = "auto", **options: Any) -> M:
-    """Make a model give clean patch tokens, in place, through its own interface.
+    """Make a model return clean patch tokens, in place, through its own interface.
 
-    Class token and registers stay as they are; ``registers`` acts inside the model and moves them a little. Only the
-    last block is cleaned: other layers of ``forward_intermediates``, ``hidden_states`` and the like pass through.
-    Un-normalised tokens of the last block are cleaned through the final norm and mapped back at each token's own scale.
-    Outputs pooled from patch tokens by a head behind them change with the tokens. Cleaning a model again replaces what
-    was there; :func:`restore` undoes it.
+    Class token and registers are unchanged, except that ``registers`` acts inside the model and changes them slightly.
+    Only the last block is cleaned; other layers of ``forward_intermediates``, ``hidden_states`` and the like are
+    unchanged. Un-normalised tokens of the last block are cleaned through the final norm and mapped back to each token's
+    own scale. Outputs that a head pools from patch tokens change with the tokens. Cleaning a model again replaces the
+    earlier cleaner; :func:`restore` undoes it.
 
     Args:
         model: a timm VisionTransformer, Eva or NaFlexVit, also inside ``features_only`` (``forward_features``,
             ``forward_intermediates``, ``get_intermediate_layers``); a ViT of transformers (``last_hidden_state`` and
             ``hidden_states[-1]``), also inside a larger model; a :class:`Backbone`; or, with ``patch_size``, any module
             that returns a grid or tokens.
-        method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``;
-            ``subtract`` takes the artifact G away; ``denoiser`` maps tokens by a trained block; ``project`` removes
-            positional directions; ``average`` averages passes over shifted and mirrored images; ``registers`` moves
-            outliers into an added token.
-        **options: of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or ``photos``,
-            ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average); ``registers``
-            (object or file), or ``photos`` and ``size`` to find them. Of the images: ``mean`` and ``std`` (models of
-            transformers, modules), ``patch_size``, ``stride``, ``default_size`` and ``layout`` (modules).
+        method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``; ``subtract``
+            subtracts the artifact G; ``denoiser`` applies a trained block to tokens; ``project`` removes positional
+            directions; ``average`` averages passes over shifted and mirrored images; ``registers`` moves outliers into
+            an added token.
+        **options: options of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or
+            ``photos``, ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average);
+            ``registers`` (object or file), or ``photos`` and ``size`` to find them. Options of the images: ``mean`` and
+            ``std`` (models of transformers, modules), ``patch_size``, ``stride``, ``default_size`` and ``layout``
+            (modules).
 
     Returns:
         The model.
 
     Raises:
-        PlanError: if the method or an option is unknown, or something it needs is missing.
-        BackboneError: if the model's tokens make no grid, or the method is not for this kind of model.
-        ArtifactError, DenoiserError: if what cleans is for another backbone, or none comes with the package.
+        PlanError: if the method or an option is unknown, or a required option is missing.
+        BackboneError: if the model's tokens do not form a grid, or the method does not support this kind of model.
+        ArtifactError, DenoiserError: if the cleaner belongs to another backbone, or the package has none.
     """
     if method not in _OPTIONS:
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(_OPTIONS)}")
@@ -87,7 +88,7 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
     ready = {"project": "subspace", "registers": "registers"}.get(method)
     if ready in options and len(options) > 1:
         unused = ", ".join(name for name in options if name != ready)
-        raise PlanError(f"{ready} is given, so that {unused} would not be used; leave one of them out")
+        raise PlanError(f"{ready} is given, so {unused} would have no effect; omit one of them")
     with _evaluating(model), torch.no_grad(), _restored(model):
         target, backbone, mixin = _target(model, of_module)
         if method == "registers":
@@ -109,7 +110,7 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
 
 
 def restore(model: M) -> M:
-    """Undo :func:`clean`, in place; a model that was not cleaned stays as it is."""
+    """Undo :func:`clean`, in place; a model that was not cleaned is unchanged."""
     for module in list(model.modules()):
         if isinstance(module, Cleaned):
             generalise(module)
@@ -151,7 +152,7 @@ def _artifact(given: Any, backbone: Backbone) -> Artifact:
 def _registers(backbone: Backbone, options: dict[str, Any]) -> Registers:
     found = options.get("registers")
     if found is None and options.get("photos") is None:
-        raise PlanError("registers are found on unlabelled photos: give photos=, or registers=")
+        raise PlanError("registers are found on unlabelled photos; give photos= or registers=")
     if found is None:
         return find_registers(backbone, **options)
     found = found if isinstance(found, Registers) else Registers.load(found)
@@ -160,7 +161,7 @@ def _registers(backbone: Backbone, options: dict[str, Any]) -> Registers:
 
 
 def _automatic(backbone: Backbone, options: dict[str, Any]) -> tuple[str, nn.Module]:
-    """The denoiser that is given or comes with the package, else the projection."""
+    """The denoiser that is given or in the package, else the projection."""
     if options.get("denoiser") is None and find_shipped(backbone) is None:
         return "project", _cleaner("project", backbone, {})
     return "denoiser", _cleaner("denoiser", backbone, options)
@@ -189,18 +190,18 @@ def _target(model: nn.Module, of_module: dict[str, Any]) -> tuple[nn.Module, Bac
         return backbone.model, backbone, CleanTransformers
     raise BackboneError(
         f"{type(model).__name__} is neither a ViT of timm (VisionTransformer, Eva, NaFlexVit) or transformers nor a "
-        "Backbone; give the side of a patch in pixels to clean any other module: clean(module, patch_size=16)"
+        "Backbone; to clean another module, give the side of a patch in pixels: clean(module, patch_size=16)"
     )
 
 
 def _refuse(given: dict[str, Any], what: str) -> None:
     if given:
-        raise PlanError(f"{', '.join(given)} cannot be given for {what}, which brings its own")
+        raise PlanError(f"{', '.join(given)} cannot be given for {what}, which has its own")
 
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """The model without its earlier cleaner inside the block; it is put back if the block fails."""
+    """The model without its earlier cleaner inside the block; the cleaner is put back if the block fails."""
     before = [(module, type(module), dict(vars(module)), dict(module._forward_pre_hooks)) for module in model.modules()]
     restore(model)
     try:

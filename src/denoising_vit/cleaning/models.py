@@ -33,10 +33,10 @@ class Cleaned(Specialised):
 
 
 class CleanTimm(Cleaned):
-    """A timm ViT with clean patch tokens behind its last block."""
+    """A timm ViT with clean patch tokens after its last block."""
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Tokens (B, P + h w, C), patch tokens clean."""
+        """Tokens (B, P + h w, C), with clean patch tokens."""
         run = super().forward_features  # pyright: ignore[reportAttributeAccessIssue]
         return self._all_tokens(run(x, *args, **kwargs), x, lambda image: run(image, *args, **kwargs))
 
@@ -52,14 +52,14 @@ class CleanTimm(Cleaned):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Timm's intermediates, those of the last block clean."""
+        """Timm's intermediates, with those of the last block clean."""
         run = super().forward_intermediates  # pyright: ignore[reportAttributeAccessIssue]
         features = super().forward_features  # pyright: ignore[reportAttributeAccessIssue]
         found = run(x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, *args, **kwargs)
         cleaning, blocks = self._cleaning, len(self.blocks)  # pyright: ignore[reportAttributeAccessIssue]
         taken, most = feature_take_indices(blocks, indices)
         if blocks != cleaning.depth or (stop_early and most < blocks - 1):
-            return found  # it ended before the last block
+            return found  # it stopped before the last block
         last = sorted(taken).index(blocks - 1) if blocks - 1 in taken else None
         grid = cleaning.grid(x)
 
@@ -77,7 +77,7 @@ class CleanTimm(Cleaned):
         return edit_intermediates(found, patches, lambda tokens: self._all_tokens(tokens, x, features))
 
     def _all_tokens(self, tokens: Tensor, image: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
-        """Prefix and patch tokens (B, P + h w, C), patch tokens cleaned; not if the last blocks were pruned."""
+        """Prefix and patch tokens (B, P + h w, C), with patch tokens cleaned unless the last blocks were pruned."""
         cleaning = self._cleaning
         if len(self.blocks) != cleaning.depth:  # pyright: ignore[reportAttributeAccessIssue]
             return tokens
@@ -88,7 +88,7 @@ class CleanTimm(Cleaned):
         return torch.cat([prefix, clean], dim=1)
 
     def _normed(self) -> bool:
-        """True if the model normalises before any pooling; a pruned model no longer does."""
+        """True if the model applies its norm before any pooling; a pruned model no longer does."""
         return not isinstance(self.norm, nn.Identity)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -138,7 +138,7 @@ class CleanTransformers(Cleaned):
 
 
 def _hidden_states(output: Any) -> tuple[tuple[Tensor, ...] | None, int | str]:
-    """The hidden states in what a model of transformers returned, and their index or name."""
+    """The hidden states in the output of a model of transformers, and their index or name."""
     if isinstance(output, dict):
         return output.get("hidden_states"), "hidden_states"
     shape = output[0].shape
@@ -178,17 +178,17 @@ class CleanBackbone(Cleaned):
     """A :class:`Backbone` whose features are clean."""
 
     def forward_with_prefix(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Clean features (B, h, w, C), and the prefix tokens as they are."""
+        """Clean features (B, h, w, C), and the unchanged prefix tokens."""
         features, prefix = super().forward_with_prefix(image)  # pyright: ignore[reportAttributeAccessIssue]
         return self._clean(features, image), prefix
 
     def forward_intermediates(self, image: Tensor, layers: Sequence[int]) -> Intermediates:
-        """Clean features, and raw ones of other layers."""
+        """Clean features, and raw features of other layers."""
         found = super().forward_intermediates(image, layers)  # pyright: ignore[reportAttributeAccessIssue]
         return found._replace(features=self._clean(found.features, image))
 
     def at_layer(self, layer: int) -> Backbone:
-        """Another layer, raw: the cleaner is for this one."""
+        """Another layer, with raw features, because the cleaner belongs to this layer."""
         other = super().at_layer(layer)  # pyright: ignore[reportAttributeAccessIssue]
         generalise(other)
         return other

@@ -1,4 +1,4 @@
-"""What cleans the tokens of one model, apart from how the model returns them."""
+"""Cleaning of a model's tokens, independent of how the model returns them."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Minus(nn.Module):
 
 @dataclass
 class Cleaning:
-    """What cleans the tokens of one model.
+    """Cleaner of a model's tokens, with its settings.
 
     Attributes:
-        words: what was done, for ``repr``.
-        cleaner: features (B, h, w, C) float32 -> clean ones; None for ``average``.
-        passes: number of moved passes, for ``average``.
+        words: description for ``repr``.
+        cleaner: maps features (B, h, w, C) float32 to clean features; None for ``average``.
+        passes: number of shifted and mirrored passes, for ``average``.
         stride: distance between patches in pixels.
         patch_size: side of a patch in pixels.
         prefix: number of prefix tokens.
-        depth: number of blocks when it was made; None where unknown.
-        norm: final norm, behind which features are cleaned; None if tokens come as they are cleaned.
+        depth: number of blocks at the time of cleaning; None if unknown.
+        norm: final norm, after which features are cleaned; None if tokens are cleaned as they are.
         normed: True if the last hidden state of a model of transformers is after the final norm.
         layout: output layout of a module.
     """
@@ -68,7 +68,7 @@ class Cleaning:
         return (patch_count(height, self.patch_size, self.stride), patch_count(width, self.patch_size, self.stride))
 
     def features(self, first: Tensor, image: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
-        """Clean features of raw ones (B, h, w, C); ``again`` gives raw features of a moved image."""
+        """Clean features from raw features (B, h, w, C); ``again`` returns those of a moved image."""
         if self.cleaner is not None:
             return self.cleaner(first.float())
         plan = moves(self.passes or DEFAULT_PASSES, (first.shape[1], first.shape[2]))
@@ -78,14 +78,14 @@ class Cleaning:
     def tokens(
         self, first: Tensor, grid: tuple[int, int], image: Tensor, again: Callable[[Tensor], Tensor], normed: bool
     ) -> Tensor:
-        """Clean patch tokens of raw ones (B, h w, C), in their dtype.
+        """Clean patch tokens from raw patch tokens (B, h w, C), in their dtype.
 
         Args:
             first: patch tokens of ``image``.
             grid: (h, w).
             image: normalised images (B, 3, H, W).
-            again: raw patch tokens of another image.
-            normed: True if tokens are behind the final norm.
+            again: returns raw patch tokens of another image.
+            normed: True if tokens are after the final norm.
         """
         if normed or self.norm is None or self.cleaner is None:
             clean = self.features(first.unflatten(1, grid), image, lambda other: again(other).unflatten(1, grid))
@@ -95,13 +95,13 @@ class Cleaning:
         return (first.float() + change * _scale(first.float(), self.norm)).to(first.dtype)
 
     def moved_by(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow the model to another device, in the precision it has."""
+        """Follow the model to another device, without changing precision."""
         if self.cleaner is not None:
             self.cleaner._apply(lambda tensor: tensor.to(fn(tensor).device))
 
 
 def _scale(tokens: Tensor, norm: nn.Module) -> Tensor:
-    """Deviation of each token over the norm's weight, (B, N, C): undoes the norm's scale; 0 where the weight is."""
+    """Deviation of each token over the norm's weight, (B, N, C), to undo the norm's scale; 0 where the weight is 0."""
     centred = tokens - tokens.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else tokens
     eps = getattr(norm, "eps", None) or 1e-6
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
@@ -113,8 +113,8 @@ def _scale(tokens: Tensor, norm: nn.Module) -> Tensor:
 
 
 def cleaning_of(method: str, cleaner: nn.Module | None, passes: int | None, backbone: Backbone) -> Cleaning:
-    """How to clean the tokens of the model in a backbone; the backbone itself is not kept."""
-    if cleaner is not None:  # the caller's own stays as it is
+    """Cleaning of the tokens of a backbone's model; the backbone itself is not kept."""
+    if cleaner is not None:  # the caller's cleaner is not changed
         cleaner = copy.deepcopy(cleaner).to(backbone.device).eval().requires_grad_(False)
     what = {
         "subtract": "minus the artifact G",

@@ -1,4 +1,4 @@
-"""The verbs, and how errors are shown."""
+"""The command-line verbs, and the display of errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from denoising_vit.cli.streams import INTERRUPTED, OK, WRONG_USAGE, Interrupted, logged, only_json
 from denoising_vit.environment import package_version
 
-#: Each verb's module in this package, with its function after a colon if it has another name; or further verbs.
+#: Module of each verb, with its function after a colon if the name differs; or a mapping of subcommands.
 VERBS: Mapping[str, Any] = {
     "denoise": "denoise",
     "fit": "fit",
@@ -57,20 +57,20 @@ _DESCRIPTIONS: Mapping[str, str] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb and exits with 0 (success), 1 (some items failed), 2 (wrong usage) or 130 (interrupted)."""
+    """Run a verb and exit with 0 (success), 1 (some items failed), 2 (wrong usage) or 130 (interrupted)."""
     try:
         code = run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone (`dvit models | head`)
+    except BrokenPipeError:  # the reader of the output has closed it (`dvit models | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
     sys.exit(code)
 
 
 def _show_warnings(show: Callable[[str, str], None]) -> None:
-    """Shows our own warnings as messages, without the line of code that raised them."""
+    """Show this package's warnings as messages, without the source line."""
     from denoising_vit.errors import DenoisingVitWarning
 
     before = warnings.showwarning
@@ -85,7 +85,7 @@ def _show_warnings(show: Callable[[str, str], None]) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns its exit code.
+    """Run a verb and return its exit code.
 
     Raises:
         SystemExit: raised by the parser, with code 2 for wrong usage and 0 for ``--help``.
@@ -96,7 +96,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return OK
     hidden = "--quiet" in arguments  # an option of all verbs
     arguments = [argument for argument in arguments if argument != "--quiet"]
-    # Imports are inside, so that Ctrl-C during them ends as quietly as at any other time.
+    # Imports are inside the block, so that Ctrl-C during imports is handled in the same way.
     from denoising_vit.cli.reporting import print_error, print_note, quiet
     from denoising_vit.errors import DenoisingVitError
 
@@ -112,18 +112,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except DenoisingVitError as error:
         print_error(str(error))
         return WRONG_USAGE
-    except BrokenPipeError:  # of our output
+    except BrokenPipeError:  # standard output was closed
         raise
     except OSError as error:
         print_error(
-            f"{error.filename or 'a file'} could not be read or written ({error.strerror or error}); make room, or "
-            "permit it, and give the same command again"
+            f"{error.filename or 'a file'} could not be read or written ({error.strerror or error}); free disk space "
+            "or fix the permissions, and run the command again"
         )
         return WRONG_USAGE
 
 
 def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:
-    """The parser of these verbs. Only the module of the named verb is imported."""
+    """The parser of these verbs. Only the module of the given verb is imported."""
     import tyro
 
     app: Any = tyro.extras.SubcommandApp()
@@ -140,10 +140,10 @@ def _app(verbs: Mapping[str, Any], arguments: Sequence[str]) -> Any:
 
 
 def _other(description: str | None) -> Callable[[], int]:
-    """A placeholder for a verb that was not named, with its description for the help."""
+    """A placeholder for a verb that was not given, with its description for the help."""
 
     def stub() -> int:
-        raise AssertionError("another verb was named")
+        raise AssertionError("another verb was given")
 
     stub.__doc__ = description
     return stub

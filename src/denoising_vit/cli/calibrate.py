@@ -36,7 +36,7 @@ def calibrate(
     photos: int = 64,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """The artifact that a backbone adds to every image, from a few dozen varied photos.
+    """Estimate the artifact that a backbone adds to every image, from a few dozen varied photos.
 
     Reports its reliability and the number of photos needed. Use it with `dvit denoise PHOTO --artifact FILE -o DIR`.
 
@@ -44,19 +44,19 @@ def calibrate(
         data: a folder, text list, tar shards or URL, as for `dvit fit`.
         out: output file (.safetensors).
         calibration: options of the calibration.
-        model: the backbone, and how to run it.
-        photos: number of photos to use, spread evenly over the data set; 0 for all.
-        json: print the figures as one JSON line.
+        model: the backbone and its options.
+        photos: number of photos to use, spread evenly over the data set; 0 uses all.
+        json: print the metrics as one JSON line.
     """
     from denoising_vit.cli.outputs import input_digest
     from denoising_vit.data import named_photos
     from denoising_vit.decomposition.calibration.calibrate import run_calibration
 
     if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
-        raise OutputError(f"-o {out}: expected the name of a .safetensors file in a folder that exists")
+        raise OutputError(f"-o {out}: expected a .safetensors file in an existing folder")
     mark = Mark("artifact", input_digest(data, model))
     require_ours(out, mark)
-    calibration.denoising()  # report wrong options before the model is loaded
+    calibration.denoising()  # report invalid options before the model is loaded
     dataset, chosen = open_photos(data, photos)
     print_left_out(dataset)
     backbone = load_backbone(model)
@@ -81,8 +81,8 @@ def _tell(found: Calibration, skipped: list[Skipped], out: Path, *, as_json: boo
         print_json(record | {"skipped": [item.item for item in skipped]})
     halves = ", ".join(f"{value:.3f} ({count})" for count, value in found.split_half.items())
     print_note(f"split-half correlation (photos): {halves}")
-    enough = f"; 0.95 takes {stability.suggested} photos" if stability.suggested else ""
-    print_note(f"reliability of the artifact of {stability.photos} photos: {stability.reliability:.3f}{enough}")
+    enough = f"; {stability.suggested} photos needed for 0.95" if stability.suggested else ""
+    print_note(f"reliability of the artifact from {stability.photos} photos: {stability.reliability:.3f}{enough}")
     if doubt := doubt_about(stability):
         print_error(doubt, "warning")
     print_note(f"artifact written to {out}")

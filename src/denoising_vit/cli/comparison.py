@@ -1,4 +1,4 @@
-"""Comparing sources of features on the command line: shared options, progress, and tables of results."""
+"""Comparison of feature sources on the command line: shared options, progress, and tables of results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from denoising_vit.evaluation.data import EvaluationData
     from denoising_vit.evaluation.workbench import Line, Workbench
 
-#: With more metrics than this, differences go below the table: a terminal is 80 columns wide.
+#: Maximum number of metrics in a table with differences; with more, differences go below, because terminals have 80
+#: columns.
 _MOST_BESIDE = 3
 
 
@@ -37,13 +38,13 @@ class EvaluateOptions(ABC):
     Attributes:
         data: folder of the data, in one of the layouts above.
         features: names of features.
-        out: results file that lines are appended to. The same command resumes an interrupted one.
-        cache: folder for cached features and fields. By default next to the results.
-        cache_gb: limit of cached features in GB; fields of stage 1 are not included.
-        images: maximum number of images in each split, spread evenly over it; 0 takes all.
-        json: print the lines of results instead of a table.
-        cleaners: what cleans the features.
-        exact: options of stage 1, for exact features.
+        out: results file to append lines to. The same command resumes an interrupted run.
+        cache: folder for cached features and fields. Defaults to a folder next to the results.
+        cache_gb: maximum size of cached features in GB, without fields of stage 1.
+        images: maximum number of images per split, spread evenly; 0 uses all.
+        json: print the result lines instead of a table.
+        cleaners: sources of the artifact, denoiser and other cleaners.
+        exact: options of stage 1 for exact features.
         model: the backbone and its options.
     """
 
@@ -68,17 +69,17 @@ def compare_sources(
     compare: Callable[[Workbench, Sequence[str]], Iterator[Line]],
     varied: Sequence[str] = (),
 ) -> int:
-    """Run a task on each source, report each result and then a table. Returns the exit code.
+    """Run a task on each source, and report each result and then a table. Returns the exit code.
 
     Args:
         options: data, features and results.
-        compare: the task: yields lines of results of the named sources.
-        varied: settings that differ between the lines of one command; each value gets a table.
+        compare: the task; yields the result lines of the named sources.
+        varied: settings that differ between the lines of one command; one table per value.
     """
     names = parse_names(options.features, KINDS)
     options.exact.denoising()  # fail before the model is loaded
     found: list[Line] = []
-    with interruptible("interrupted; finished results stay, and the same command resumes"):
+    with interruptible("interrupted; finished results are kept, run the command again to resume"):
         for line, kept in compare(_bench(options), names):
             found.append((line, kept))
             if options.json:
@@ -91,28 +92,28 @@ def compare_sources(
 
 
 def main_value(line: dict[str, Any]) -> str:
-    """The main metric of a line of results, with its value."""
+    """The main metric of a result line, with its value."""
     metric = main_metric(line["task"])
     return f"{metric.name} {line['metrics'][metric.name]:.{metric.digits}f}"
 
 
 def _bench(options: EvaluateOptions) -> Workbench:
-    """Open data and results, then load the model, so that errors in files come first.
+    """Open data and results, then load the model, so that file errors come first.
 
     Raises:
-        EvaluationError: if the data cannot be used, or results or cache cannot be written.
+        EvaluationError: if the data are unusable, or results or cache cannot be written.
         BackboneError: if the backbone cannot be loaded.
     """
     from denoising_vit.evaluation.workbench import Workbench
 
     if not options.cache_gb >= 0:
-        raise EvaluationError(f"cache_gb must be 0 or more, got {options.cache_gb}")
+        raise EvaluationError(f"cache_gb must be at least 0, got {options.cache_gb}")
     with show_progress("images read", None) as advance:
         data = options.open(advance)
     if data.note:
         print_note(data.note)
     if data.absent:
-        print_note(f"never occurs in val, left out of the means unless predicted: {', '.join(data.absent)}")
+        print_note(f"never occurs in val, excluded from means unless predicted: {', '.join(data.absent)}")
     results = Results(options.out)
     bench = Workbench(
         data=data,
@@ -127,7 +128,7 @@ def _bench(options: EvaluateOptions) -> Workbench:
         cleaners=options.cleaners,
         progress=show_progress,
     )
-    _ = bench.cache  # fails at once if the folder cannot be written
+    _ = bench.cache  # fail now if the folder is not writable
     return bench
 
 
@@ -144,7 +145,7 @@ def finish(found: Sequence[Line], out: Path, *, as_json: bool, varied: Sequence[
     skipped = lines[0]["skipped"] if lines else []
     for name, reason in skipped:
         print_error(f"{name}: {reason}", "skipped")
-    print_note(f"results in {out}; `dvit report {out} -o results.md` makes tables of them")
+    print_note(f"results in {out}; create tables with `dvit report {out} -o results.md`")
     return SOME_FAILED if skipped or any(line["failed"] for line in lines) else OK
 
 
@@ -156,7 +157,7 @@ def _setting(line: dict[str, Any], varied: Sequence[str]) -> str:
 
 
 def print_scores(lines: Sequence[dict[str, Any]]) -> None:
-    """Print results as a table with sources in rows, or metrics in rows for label-free figures."""
+    """Print results as a table with one source per row, or one metric per row for label-free metrics."""
     good = [line for line in lines if not line["failed"]]
     if not good:
         return
@@ -208,7 +209,7 @@ def _difference(line: dict[str, Any], metric: Metric) -> str:
 
 
 def figures_table(figures: Mapping[str, Mapping[str, float | None]], labels: Mapping[str, str]) -> Table:
-    """Label-free figures: sources in columns, and a row for each of these names of figures with their labels."""
+    """Label-free metrics: one source per column, and one row per metric with its label."""
     table = plain_table("", numbers=[*map(escape, figures)])
     for name, label in labels.items():
         table.add_row(label, *(number(values[name], ".3g") for values in figures.values()))

@@ -1,4 +1,4 @@
-"""``dvit denoise``: clean features of photos, with pictures of raw and clean."""
+"""``dvit denoise``: clean features of photos, with pictures of raw and clean features."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _PhotoCleaners(Cleaners):
-    """What cleans the features of photos.
+    """Cleaners for features of photos.
 
     Attributes:
-        artifact: the backbone's artifact, so that fewer views are needed: a file of `dvit calibrate`, or `shipped` for
-            the one in the package; `none` models no artifact. By default, one is fitted in each photo, and subtract
-            uses the shipped one. Selects the exact method unless a method or a denoiser is given.
+        artifact: the backbone's artifact, which reduces the number of views needed: a file of `dvit calibrate`, or
+            `shipped` for the one in the package; `none` models no artifact. By default, one is fitted in each photo,
+            and subtract uses the shipped one. Selects the exact method unless a method or a denoiser is given.
         denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
-            for the one in the package (the default where there is one).
-        subspace: positional directions for --method project. Without it, the 16 strongest of a black image.
+            for the one in the package (the default if there is one).
+        subspace: positional directions for --method project. Defaults to the 16 strongest of a black image.
         registers: register neurons for --method registers.
     """
 
@@ -58,21 +58,21 @@ def denoise(
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Clean features of photos: a .safetensors file and a picture of raw and clean features for each.
+    """Clean the features of photos; writes a .safetensors file and a picture of raw and clean features for each.
 
     Args:
         inputs: image files, folders (searched recursively for images) and globs.
-        out: folder for the results, created if missing.
+        out: folder for the results; created if it does not exist.
         denoising: method and options of stage 1.
-        tiling: how photos larger than the backbone's input are cut into tiles.
-        model: the backbone, and how to run it.
-        cleaners: what cleans the features.
+        tiling: tiling of photos larger than the backbone's input.
+        model: the backbone and its options.
+        cleaners: sources of the artifact, denoiser and other cleaners.
         compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Costs one
             forward pass per view.
         pictures: draw a picture of each photo. On an accelerator, drawing takes longer than one forward pass.
-        upsample: also store and draw the clean features this many times finer.
-        report: also write a self-contained page (.html) with maps and figures of all photos.
-        overwrite: process photos again that have a result, including results from before the photo changed.
+        upsample: also store and draw the clean features upsampled by this factor.
+        report: also write a self-contained page (.html) with maps and metrics of all photos.
+        overwrite: process photos again that already have a result, including results from before the photo changed.
         json: print one JSON line per photo instead of a table.
     """
     from denoising_vit.artifact import SHIPPED, resampling_note
@@ -83,13 +83,13 @@ def denoise(
     from denoising_vit.tiling.denoising import TiledDenoising, denoising_of
 
     if not inputs:
-        raise PlanError("no input: name image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
+        raise PlanError("no input; give image files, folders or globs, as in `dvit denoise photo.jpg -o out`")
     if upsample < 1:
         raise PlanError(f"--upsample must be a whole number of at least 1, got {upsample}")
     if report is not None and (report.suffix.lower() not in (".html", ".htm") or report.is_dir()):
-        raise PlanError(f"--report {report}: expected the name of a .html file")
+        raise PlanError(f"--report {report}: expected a name ending in .html")
     if compare and not pictures and report is None:
-        raise PlanError("--compare draws exact beside a denoiser: leave out --no-pictures, or give --report")
+        raise PlanError("--compare needs a picture or a page: omit --no-pictures, or give --report")
     photos, missing = find_photos(inputs)
     told = Report("photo", PHOTO_NUMBERS, as_json=json)
     for item in missing:
@@ -106,21 +106,21 @@ def denoise(
     artifact = cleaners.artifact
     options, found = settle(denoising, backbone, cleaners.denoiser, artifact)
 
-    # Errors in the options are reported before any photo is read.
+    # Invalid options are reported before any photo is read.
     used = replace(cleaners, artifact=artifact if found is None else None, denoiser=found)
     clean = denoising_of(backbone, options, used, tiling)
     exact = None
     if found is None and compare:
-        raise PlanError(f"--compare draws exact beside a denoiser, and the method is {options.method}; leave it out")
+        raise PlanError(f"--compare needs method denoiser, got {options.method}; omit --compare")
     if found is not None and compare:
         exact = denoising_of(backbone, replace(options, method="exact"), Cleaners(artifact=artifact), tiling)
     elif found is not None:
-        given_artifact(artifact, backbone, options)  # not used, but a wrong file is an error
+        given_artifact(artifact, backbone, options)  # not used, but an invalid file is an error
     folder = OutputFolder(out, overwrite=overwrite)
     print_backbone(backbone, f"; method {_told(options, found)}")
     if exact is not None:
         print_note(
-            f"pictures compare it with exact: {exact.work} more passes a {'photo' if tiling.tile is None else 'tile'}"
+            f"pictures compare it with exact: {exact.work} more passes per {'photo' if tiling.tile is None else 'tile'}"
         )
     views = [one.whole if isinstance(one, TiledDenoising) else one for one in (clean, exact) if one is not None]
     subtracted = next((one for one in views if one.artifact is not None), None)
@@ -142,7 +142,7 @@ def denoise(
     if page is not None and report is not None:
         _write_page(page, told, backbone, _told(options, found), report, mark)
     if interrupted:
-        raise Interrupted("interrupted; finished results are kept, repeat the command to continue")
+        raise Interrupted("interrupted; finished results are kept, run the command again to resume")
     return code
 
 
@@ -171,10 +171,10 @@ def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str,
 
 
 def _told(options: DenoiseOptions, found: FoundDenoiser | None) -> str:
-    """The method in words, and where its denoiser comes from."""
+    """Description of the method and of the denoiser's source."""
     from denoising_vit.artifact import SHIPPED
 
     if found is None:
         return options.method
-    source = "comes with the package" if found.source == SHIPPED else found.source
+    source = "in the package" if found.source == SHIPPED else found.source
     return f"{options.method} ({source}, {found.digest[:8]})"

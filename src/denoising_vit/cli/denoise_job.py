@@ -1,4 +1,4 @@
-"""One photo of `dvit denoise`: compute its features, or keep an existing result; write and draw beside the next."""
+"""One photo of `dvit denoise`: compute its features or keep an existing result; write and draw in the background."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from denoising_vit.show.pages.photos import PhotosPage
 
 
-#: Headings of the numbers of a row.
+#: Headings of a row's numbers.
 PHOTO_NUMBERS = ("views", "held-out R²", "cosine", "seconds")
 
 
 @dataclass(frozen=True)
 class PhotoRow(Row):
-    """The outcome of one photo.
+    """The result of one photo.
 
     Attributes:
         image: path of the photo.
-        panel: path of the picture, if there is one.
-        views: number of crops fitted.
-        heldout_r2: share of the variance of held-out views that is predicted.
+        panel: path of the picture, if any.
+        views: number of fitted crops.
+        heldout_r2: fraction of the variance of held-out views that is explained.
         heldout_cosine: mean cosine to held-out views.
     """
 
@@ -69,11 +69,11 @@ class DenoiseJob:
     Attributes:
         clean: method that computes the results.
         folder: output folder.
-        upsample: factor by which stored and drawn features are finer.
-        exact: stage 1 for the comparison in the picture, if wanted.
-        page: report page, if wanted.
-        pictures: True if a picture of each photo is wanted.
-        max_pixels: largest photo that is read.
+        upsample: upsampling factor of stored and drawn features.
+        exact: stage 1 for the comparison in the picture, if requested.
+        page: report page, if requested.
+        pictures: True to draw a picture of each photo.
+        max_pixels: maximum size of a photo.
     """
 
     clean: Denoising | TiledDenoising
@@ -86,18 +86,18 @@ class DenoiseJob:
 
     @property
     def work(self) -> int:
-        """Total progress of one photo, or of one tile."""
+        """Total amount of work for one photo, or for one tile."""
         return self.clean.work + (0 if self.exact is None else self.exact.work)
 
     def compute(self, photo: Path, progress: PhotoProgress) -> Callable[[], PhotoRow]:
-        """Computes the features of one photo, unless it has a result.
+        """Compute the features of one photo, unless it has a result.
 
         Returns:
-            what writes and draws them, and returns the outcome. Errors end in the outcome and are not raised.
+            A function that writes and draws them and returns the row. Errors are recorded in the row, not raised.
         """
         try:
             finish = self._computed(photo, progress)
-        except Exception as error:  # one bad photo must not end the batch
+        except Exception as error:  # one bad photo must not stop the batch
             failed = _failed(photo, error)
             return lambda: failed
 
@@ -133,9 +133,9 @@ class DenoiseJob:
         output: Output,
         started: float,
     ) -> PhotoRow:
-        """Writes and draws what was computed."""
+        """Write and draw the computed features."""
         pixels = drawable(picture)
-        while not self._write(pixels, result, exact, output):  # another run took the name meanwhile
+        while not self._write(pixels, result, exact, output):  # another run has taken the name
             self.folder.release(output)
             output = self.folder.claim(photo, result.info["photo"]["sha256"])
             if output.existing is not None:
@@ -156,10 +156,10 @@ class DenoiseJob:
         return denoise_picture(method, picture, progress=advance, watch=progress.show_score, digest=digest)
 
     def _keep(self, photo: Path, picture: Picture, output: Output, exact: Decomposition | None) -> PhotoRow:
-        """Keeps a result, and adds what it lacks: its picture, or finer features."""
+        """Keep a result, and add what is missing: its picture, or upsampled features."""
         info = output.existing
         assert info is not None
-        notes = [] if self.clean.made(info) else ["made with other settings: --overwrite to do it again"]
+        notes = [] if self.clean.made(info) else ["made with other settings; use --overwrite to redo it"]
         redrawn, refined = self._redraws(output, info), self._refines(info)
         if redrawn or refined or self.page is not None:
             result, pixels = Decomposition.load(output.result), drawable(picture)
@@ -168,12 +168,12 @@ class DenoiseJob:
                 with self._drawn(pixels, result, exact, output):
                     pass
             if refined:
-                result.save(output.result, upsample=self.upsample)  # the field is stored, so nothing is recomputed
-                notes.append("finer features added")
+                result.save(output.result, upsample=self.upsample)  # from the stored field, without recomputation
+                notes.append("upsampled features added")
         return self._row(photo, output, info, "kept", note=", ".join(["kept", *notes]))
 
     def _redraws(self, output: Output, info: dict[str, Any]) -> bool:
-        """True if the picture of an existing result is missing, or is wanted finer."""
+        """True if the picture of an existing result is missing, or is requested at a higher resolution."""
         return self.pictures and (self._refines(info) or not output.panel.exists())
 
     def _refines(self, info: dict[str, Any]) -> bool:
@@ -184,7 +184,7 @@ class DenoiseJob:
             self.page.add(photo.name, pixels, result, exact)
 
     def _write(self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output) -> bool:
-        """Writes the result and its picture. Returns False and writes neither if another run took the name.
+        """Write the result and its picture; return False and write neither if another run has taken the name.
 
         Raises:
             OSError: if they cannot be written.
@@ -203,9 +203,9 @@ class DenoiseJob:
     def _drawn(
         self, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None, output: Output
     ) -> Iterator[None]:
-        """Draws the picture to a temporary file and moves it in place if the block succeeds.
+        """Draw the picture to a temporary file and move it into place if the block succeeds.
 
-        Where no pictures are wanted, removes that of an earlier result, which would no longer show this one.
+        Without pictures, remove that of an earlier result, which would not show this result.
         """
         if not self.pictures:
             yield
@@ -219,7 +219,7 @@ class DenoiseJob:
             yield
 
     def _exact(self, picture: Picture, digest: str, progress: PhotoProgress) -> Decomposition | None:
-        """Stage 1 for the comparison; None if it is not wanted."""
+        """Stage 1 for the comparison; None if not requested."""
         return None if self.exact is None else self._denoised(self.exact, picture, digest, progress)
 
     @staticmethod
@@ -237,16 +237,16 @@ class DenoiseJob:
 
 
 def _failed(photo: Path, error: Exception) -> PhotoRow:
-    """The outcome of a photo that could not be done; an error that is not ours is told with its type."""
+    """The row of a failed photo; errors from outside this package are reported with their type."""
     known = isinstance(error, DenoisingVitError | OSError)
     return PhotoRow(str(photo), status="failed", note=str(error) if known else f"{type(error).__name__}: {error}")
 
 
 class Writing:
-    """Writes and draws each photo in a thread, while the features of the next are computed.
+    """Writes and draws each photo in a thread, while the features of the next photo are computed.
 
     Args:
-        told: takes the outcomes, in the order of the photos.
+        told: receives the rows, in the order of the photos.
     """
 
     def __init__(self, told: Report) -> None:
@@ -262,12 +262,12 @@ class Writing:
             self._settle()
 
     def add(self, finish: Callable[[], PhotoRow]) -> None:
-        """Starts to write a photo, when the one before is done."""
+        """Start to write a photo, once the previous one is written."""
         self._settle()
         self._last = self._pool.submit(lambda: self._told.add(finish()))
 
     def _settle(self) -> None:
-        """Waits for the last photo, and raises what ended it."""
+        """Wait for the last photo, and raise its error, if any."""
         if self._last is not None:
             self._last.result()
             self._last = None

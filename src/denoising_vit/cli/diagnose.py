@@ -1,4 +1,4 @@
-"""``dvit diagnose`` and ``dvit evaluate artifacts``: a backbone's artifacts, and whether cleaning is worth it."""
+"""``dvit diagnose`` and ``dvit evaluate artifacts``: a backbone's artifacts, and whether cleaning is worthwhile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from denoising_vit.evaluation.workbench import Line
 
 
-#: Files of the results, and the kinds of their marks.
+#: Result files, and the kinds of their marks.
 _FILES = {"artifact.safetensors": "artifact", **WRITTEN}
 
 
@@ -50,20 +50,20 @@ def diagnose(
     denoiser: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Measure a backbone's artifacts on your photos, and whether cleaning is worth it.
+    """Measure a backbone's artifacts on your photos, and whether cleaning is worthwhile.
 
     Writes DIR/diagnosis.html (a page with maps, for a browser), DIR/diagnosis.json, and DIR/artifact.safetensors (for
     `--artifact`).
 
     Args:
         data: a folder, text list, tar shards or URL, as for `dvit fit`.
-        out: folder for the results; created if missing.
+        out: folder for the results; created if it does not exist.
         diagnosing: options of the diagnosis.
         model: the backbone.
-        photos: number of photos, evenly spread over the data set; 0 for all.
-        denoiser: a denoiser to evaluate too: a file, or voc_denoised or imgnet_denoised for the published ones; the
-            one in the package for this backbone by default.
-        json: print the figures as one JSON line instead of a table.
+        photos: number of photos to use, spread evenly over the data set; 0 uses all.
+        denoiser: a denoiser to evaluate as well: a file, or voc_denoised or imgnet_denoised for the published ones;
+            defaults to the one in the package for this backbone.
+        json: print the metrics as one JSON line instead of a table.
     """
     from denoising_vit.cli.outputs import input_digest, require_writable
     from denoising_vit.data import named_photos
@@ -74,7 +74,7 @@ def diagnose(
     source = input_digest(data, model)
     for name, kind in _FILES.items():
         require_ours(out / name, Mark(kind, source))
-    diagnosing.calibration()  # checks the options before the model is loaded
+    diagnosing.calibration()  # check the options before the model is loaded
     dataset, chosen = open_photos(data, photos)
     print_left_out(dataset)
     require_writable(out)
@@ -88,7 +88,7 @@ def diagnose(
         _write(found, out, source)
     except OSError as error:
         raise OutputError(f"cannot write to {out} ({unwritable(error)})") from error
-    print_note(f"maps and figures in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
+    print_note(f"maps and metrics in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
     return SOME_FAILED if dataset.skipped else code
 
 
@@ -129,7 +129,7 @@ def _table(found: Diagnosis) -> Table:
 
 @dataclass(frozen=True)
 class _OtherCleaners(Cleaners):
-    """What cleans the features, beside G, which the diagnosis finds itself."""
+    """Cleaners other than G, which the diagnosis estimates itself."""
 
     artifact: Unused = None
 
@@ -144,11 +144,11 @@ def artifacts(
     cleaners: tyro.conf.OmitArgPrefixes[_OtherCleaners] = _OtherCleaners(),
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Label-free metrics of artifacts, as in `dvit diagnose`; none of them is meaningful alone.
+    """Label-free metrics of artifacts, as in `dvit diagnose`; none of them is meaningful on its own.
 
-    Each half of the photos is cleaned with the artifact found in the other half, like new photos. The metrics include
-    the blank-image test: the share of raw's variance over places left on images without content, which is 0 for a
-    constant map. It is left out for exact, which would need a fit of each image.
+    Each half of the photos is cleaned with the artifact from the other half, so that it is tested on new photos. The
+    metrics include the blank-image test: the fraction of raw's variance over positions that remains on images without
+    content, which is 0 for a constant map. It is skipped for exact, which would need a fit of each image.
 
     Args:
         data: photos: a folder, text list, tar shards or URL, as for `dvit fit`.
@@ -156,9 +156,9 @@ def artifacts(
         out: file to append lines of results to.
         diagnosing: options of the diagnosis.
         model: the backbone and its options.
-        photos: number of photos to use, spread evenly over the data set; 0 takes all.
-        cleaners: what cleans the features.
-        json: print the lines of results instead of a table.
+        photos: number of photos to use, spread evenly over the data set; 0 uses all.
+        cleaners: sources of the denoiser and other cleaners.
+        json: print the result lines instead of a table.
     """
     from denoising_vit.data import named_photos
     from denoising_vit.diagnosis.diagnose import run_diagnosis
@@ -167,7 +167,7 @@ def artifacts(
     from denoising_vit.metrics.blank_test import BLANK_TEST
 
     names = parse_names(features, KINDS)
-    diagnosing.calibration()  # report wrong options before loading the model
+    diagnosing.calibration()  # report invalid options before the model is loaded
     dataset, chosen = open_photos(data, photos)
     results = Results(out)
     backbone = load_backbone(model)
@@ -179,7 +179,7 @@ def artifacts(
     kept: dict[str, Any] = {}
     for name in names:
         identity: dict[str, str] = {}
-        if name not in OWN:  # the diagnosis makes these itself, with the G it finds
+        if name not in OWN:  # the diagnosis computes these itself, with its own G
             extractors[name], identity = cleaners.extractor(name, backbone)
         own = json_lines.loads(json_lines.dumps(settings | {"features": identity}))
         blank[name] = Record("artifacts", name, own, run=run_info())
@@ -207,7 +207,7 @@ def _finish(lines: list[Line], out: Path, *, as_json: bool) -> int:
 
 
 def _digest(dataset: Dataset, chosen: list[int]) -> str:
-    """SHA-256 of the photos' pixels in order, or of the reason for unreadable ones."""
+    """SHA-256 of the photos' pixels in order; for unreadable photos, of the reason."""
     from denoising_vit.data import Skipped, named_photos
     from denoising_vit.data.photos import photo_digest
 

@@ -1,6 +1,6 @@
-"""``dvit evaluate``: the tasks, each with the data it takes.
+"""``dvit evaluate``: the tasks, each with its data options.
 
-A task is a verb here and a line of `VERBS` in `app.py`. Its first argument is a subclass of :class:`EvaluateOptions`
+A task is a verb here and an entry of `VERBS` in `app.py`. Its first argument is a subclass of :class:`EvaluateOptions`
 that opens its data.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-#: Options whose flags have no prefix of their own; groups within them keep theirs.
+#: Options whose flags have no prefix; groups within them keep theirs.
 Flat = Annotated[_T, tyro.conf.arg(name="")]
 
 
@@ -44,9 +44,9 @@ class LabelledOptions(EvaluateOptions):
     """Data, features and results of `dvit evaluate` on photos with class masks.
 
     Attributes:
-        classes: file with one class name a line, if the data has none.
-        score: names of the classes to score, separated by commas, if the data hold too little of the others; these can
-            still be predicted.
+        classes: file with class names, one per line, if the data have none.
+        score: names of the classes to score, separated by commas, if the data have too few pixels of other classes;
+            those can still be predicted.
     """
 
     classes: Path | None = None
@@ -121,7 +121,7 @@ def clustering(
     shared: Flat[LabelledOptions],
     grouping: tyro.conf.OmitArgPrefixes[ClusteringOptions] = ClusteringOptions(),  # noqa: B008, frozen
 ) -> int:
-    """Clusters of patches (k-means, also many more than there are classes), given classes by their pixels.
+    """K-means clustering of patches (optionally with many more clusters than classes), scored against classes.
 
     Data: as for `dvit evaluate knn`; only the images of val are used.
 
@@ -141,8 +141,8 @@ class DepthDataOptions(EvaluateOptions):
     """Data, features and results of `dvit evaluate depth`.
 
     Attributes:
-        depth_scale: units of the depth maps in a metre; 1000 for millimetres.
-        blocks: for data without splits, number of blocks of consecutive photos to evaluate in turn.
+        depth_scale: depth map units per metre; 1000 for millimetres.
+        blocks: for data without splits, number of blocks of consecutive photos; each is evaluated in turn.
     """
 
     depth_scale: float = 1000.0
@@ -161,7 +161,7 @@ def depth(
 ) -> int:
     """Depth estimation with a linear probe on frozen features and class token, evaluated at every pixel.
 
-    Data: NYUv2 as published (nyu_train.txt, nyu_test.txt), or rgb/ and depth/ with 16-bit PNGs of the same names, in
+    Data: NYUv2 as published (nyu_train.txt, nyu_test.txt), or rgb/ and depth/ with 16-bit PNGs with the same names, in
     the folder itself or in train/ and val/.
 
     Args:
@@ -177,11 +177,11 @@ class BoxedOptions(EvaluateOptions):
     """Data, features and results of `dvit evaluate discovery`.
 
     Attributes:
-        split: VOC: list in ImageSets/Main, by default trainval. COCO: part after instances_ in the name of the JSON
-            file, if there are several. DAVIS: list of sequences in ImageSets.
+        split: VOC: list in ImageSets/Main, by default trainval. COCO: part of the JSON file's name after instances_, if
+            there are several. DAVIS: list of sequences in ImageSets.
         difficult: VOC: include objects marked as difficult or truncated.
         annotations: COCO: the JSON file, if the folder has several.
-        names: COCO: file with the names or ids of the photos to use, one a line, as for COCO20k.
+        names: COCO: file with the names or ids of the photos to use, one per line, as for COCO20k.
     """
 
     split: str | None = None
@@ -190,7 +190,7 @@ class BoxedOptions(EvaluateOptions):
     names: Path | None = None
 
     def open(self, progress: Callable[[], None]) -> EvaluationData:
-        """Photos with boxes of objects."""
+        """Photos with object boxes."""
         return boxed.open_boxed(
             self.data,
             images=self.images,
@@ -206,7 +206,7 @@ def discovery(
     shared: Flat[BoxedOptions],
     finding: tyro.conf.OmitArgPrefixes[DiscoveryOptions] = DiscoveryOptions(),  # noqa: B008, frozen
 ) -> int:
-    """Object discovery with LOST: the share of images in which its box, found from features alone, is on an object.
+    """Object discovery with LOST: percentage of images whose predicted box, from features alone, covers an object.
 
     Data: VOC2007 or VOC2012 (JPEGImages/, Annotations/, ImageSets/Main/trainval.txt), COCO (annotations/*.json and its
     photos), DAVIS (JPEGImages/480p, Annotations/480p), or images/ and masks/ of objects.
@@ -242,7 +242,7 @@ def correspondence(
 ) -> int:
     """Correspondence: label propagation through videos (J and F), or keypoint matching between photos (PCK).
 
-    The data decides the task: DAVIS 2016 or 2017 (JPEGImages/480p, Annotations/480p) for propagation; SPair-71k
+    The data determine the task: DAVIS 2016 or 2017 (JPEGImages/480p, Annotations/480p) for propagation; SPair-71k
     (JPEGImages/, PairAnnotation/), or photos in images/ with keypoints/NAME.json: {"keypoints": {"left eye": [x, y]}},
     optionally with "box": [x0, y0, x1, y1], for matching. --images counts sequences, or pairs.
 

@@ -31,16 +31,16 @@ def fit(
 ) -> int:
     """Fit stage 1 to a whole data set: clean features of every photo, in one store.
 
-    Prints an estimate of time and space first. The same command resumes an interrupted run.
+    Prints an estimate of time and disk space first. The same command resumes an interrupted run.
 
     Args:
-        data: a folder (searched recursively), a text file with one photo a line, tar shards (`x-{000..099}.tar`), or
+        data: a folder (searched recursively), a text file with one photo per line, tar shards (`x-{000..099}.tar`), or
             one of these at a URL (s3://, gs://, https://).
-        out: folder or URL of the store, which is created if it does not exist.
+        out: folder or URL of the store; created if it does not exist.
         denoising: options of stage 1; held-out views cost forward passes, `--held-out 0` saves them.
         model: the backbone; several devices, as in `--device cuda:0,cuda:1`, share the work.
         artifact: a known artifact of the backbone: a file of `dvit calibrate`, `shipped`, or `none` for no artifact. By
-            default each photo has its own.
+            default, one is fitted in each photo.
         running: options of the run.
         json: print one JSON line per photo.
     """
@@ -66,33 +66,33 @@ def fit(
         print_note(resampled)
     estimate.require_room()
     report = _Report(dataset, estimate.left, as_json=json)
-    stopped = "interrupted; finished photos are kept, repeat the command to continue"
+    stopped = "interrupted; finished photos are kept, run the command again to resume"
     with interruptible(stopped), report:
         try:
             job.run(report.photo)
-        except BrokenPipeError:  # of our output, not of the store
+        except BrokenPipeError:  # standard output was closed, not the store
             raise
         except OSError as error:
             raise FitError(
-                f"cannot write to {job.store.url} ({error.strerror or error}); finished photos are kept, repeat the "
-                "command to continue"
+                f"cannot write to {job.store.url} ({error.strerror or error}); finished photos are kept, run the "
+                "command again to resume"
             ) from error
     return report.finish(job)
 
 
 class _Report(OnScreen):
-    """Progress bar with photos per second, JSON lines, and skipped photos with reasons at the end."""
+    """Progress bar with photos per second, JSON lines, and finally the skipped photos with reasons."""
 
     def __init__(self, dataset: Dataset, left: int, *, as_json: bool) -> None:
         self._dataset, self._as_json = dataset, as_json
         self._done, self._started = 0, time.perf_counter()
         self._unreached: dict[int, str] = {}
-        # Photos are finished in bursts, so the rate is averaged over a long time.
+        # Photos are finished in bursts, so the rate is averaged over a long period.
         self._progress = progress_bar("photos, {task.fields[rate]}", speed_estimate_period=600)
         self._task = self._progress.add_task("", total=left, rate="starting")
 
     def photo(self, index: int, reason: str | None) -> None:
-        """Report the outcome of a photo."""
+        """Report the result of a photo."""
         self._done += 1
         rate = self._done / (time.perf_counter() - self._started)
         self._progress.update(self._task, completed=self._done, rate=f"{rate:.2f} photos/s")
@@ -109,9 +109,9 @@ class _Report(OnScreen):
             print_error(f"{self._dataset[index].id}: {reason}", "skipped")
         seconds = time.perf_counter() - self._started
         rate = f" at {self._done / seconds:.2f} photos/s" if self._done else ""
-        skipped = f", {len(failed)} skipped (--retry-failed tries them again)" if failed else ""
+        skipped = f", {len(failed)} skipped (use --retry-failed to retry)" if failed else ""
         print_note(f"{done} of {len(self._dataset)} photos in {job.store.url}{rate}{skipped}")
         left = len(self._dataset) - done - len(failed)
         if left:
-            print_note(f"{left} photos could not be reached; the same command tries them again")
+            print_note(f"{left} photos were unreachable; run the command again to retry")
         return SOME_FAILED if failed or left or self._dataset.skipped else OK

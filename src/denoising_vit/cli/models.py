@@ -15,10 +15,10 @@ from denoising_vit.cli.reporting import plain_table, print_note
 def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(name="all")] = False) -> None:
     """List the backbones that the method was published for.
 
-    Any other timm VisionTransformer, Eva or NaFlexVit model works by its name in the same way.
+    Any other timm VisionTransformer, Eva or NaFlexVit model works in the same way, by its name.
 
     Args:
-        families: list the families of models that load, and those that do not, with the reason.
+        families: list the supported families of models, and unsupported ones with the reason.
     """
     if families:
         _list_families()
@@ -28,7 +28,7 @@ def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg
 
     table = plain_table("backbone", "pretraining", "patch", "size", "weights", "published by the authors")
     for column in (0, 2, 3, 4):
-        table.columns[column].no_wrap = True  # names are there to be copied
+        table.columns[column].no_wrap = True  # names can be copied
     for name, seed in SEEDS.items():
         weights = "installed" if bundled_available(name) else "hub"
         table.add_row(
@@ -39,9 +39,9 @@ def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg
 
 
 def _list_families() -> None:
-    table = plain_table("family", "example", "loads", "what to know")
+    table = plain_table("family", "example", "loads", "notes")
     table.columns[1].no_wrap = True
     for family in MODEL_FAMILIES:
         table.add_row(family.name, family.example, "yes" if family.loads else "no", family.note)
     Console().print(table)
-    print_note("built from the code with random weights; only the DINOv2 ViT-S/14 was checked with pretrained ones")
+    print_note("tested with random weights; only the DINOv2 ViT-S/14 was tested with pretrained weights")

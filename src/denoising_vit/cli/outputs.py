@@ -1,4 +1,4 @@
-"""Output files: a name for every photo, and results that exist."""
+"""Output files: names for photos, and existing results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Output:
         result: path of the safetensors file.
         panel: path of the picture.
         mark: ownership mark of the picture.
-        existing: record of an earlier result of this photo, None if there is none.
+        existing: record of an earlier result of this photo; None if there is none.
         replaces: True if an existing result of this photo is overwritten.
         note: remark about another result that is kept.
     """
@@ -43,16 +43,16 @@ class Output:
 
 
 def input_digest(data: str, model: BackboneSpec) -> str:
-    """Digest of a data set's location and a backbone, which identifies an output made from them."""
+    """Digest of a data set's location and a backbone, to identify an output made from them."""
     own = {name: value for name, value in asdict(model).items() if name not in ("device", "dtype")}
     return digest_of(data if "://" in data else Path(data), own)
 
 
 def require_writable(folder: Path) -> None:
-    """Creates a folder if missing, and checks that files can be written to it.
+    """Create a folder if it does not exist, and check that it is writable.
 
     Raises:
-        OutputError: if they cannot.
+        OutputError: if it is not writable.
     """
     try:
         make_folder(folder)
@@ -65,18 +65,18 @@ def require_writable(folder: Path) -> None:
 
 
 class OutputFolder:
-    """Gives every photo a name: its stem, or ``stem-2``, ``stem-3``, ... if that is taken.
+    """Assigns a name to every photo: its stem, or ``stem-2``, ``stem-3``, ... if the name is taken.
 
-    A result belongs to the photo that it records the pixels of. The same command finds its results again, two photos of
-    one name never overwrite each other, and files that are not ours are left alone. With ``overwrite``, a result also
-    belongs to a photo that was edited at the same path.
+    A result belongs to the photo whose pixels it records. The same command finds its results again, two photos with the
+    same name never overwrite each other, and files of other origin are left alone. With ``overwrite``, a result also
+    belongs to an edited photo at the same path.
 
-    A name is free while no file has it. If two runs choose the same one, the first to write keeps it, and the other
-    claims again.
+    A name is free while no file has it. If two runs choose the same name, the first to write keeps it, and the other
+    claims a new one.
 
     Args:
-        folder: output folder, created if missing.
-        overwrite: process photos again that have a result.
+        folder: output folder; created if it does not exist.
+        overwrite: process photos again that already have a result.
 
     Raises:
         OutputError: if the folder cannot be written to.
@@ -86,7 +86,7 @@ class OutputFolder:
         self.folder = folder
         self.overwrite = overwrite
         self._claimed: set[str] = set()
-        self._lock = threading.Lock()  # one thread claims names while another gives up those that were taken
+        self._lock = threading.Lock()  # one thread claims names while another releases them
         require_writable(folder)
 
     def claim(self, photo: Path, digest: str) -> Output:
@@ -119,7 +119,7 @@ class OutputFolder:
         raise AssertionError("unreachable: numbers do not end")
 
     def release(self, output: Output) -> None:
-        """Releases a name that another run took meanwhile."""
+        """Release a name that another run has taken."""
         self._claimed.discard(output.result.stem)
 
     def _taken(self, output: Output) -> Output:
@@ -139,7 +139,7 @@ class OutputFolder:
 def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
     """True if the picture does not exist, or shows the photo with this digest.
 
-    Where its result is recorded, an old release may have written the picture without a mark.
+    If its result is recorded, an old release may have written the picture without a mark.
     """
     from denoising_vit.data.photos import is_panel
 
@@ -151,5 +151,5 @@ def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
 
 def _of_another(result: Path, *, certain: bool) -> str:
     if certain:
-        return f"{result.name} kept: it was made from an earlier version of this photo; --overwrite replaces it"
-    return f"{result.name} kept: it was made from another photo of this name, or from an earlier version of this one"
+        return f"{result.name} kept: made from an earlier version of this photo; use --overwrite to replace it"
+    return f"{result.name} kept: made from another photo with this name, or from an earlier version of this one"

@@ -1,4 +1,4 @@
-"""``dvit prepare``: everything that can be prepared for a list of backbones."""
+"""``dvit prepare``: all files for a list of backbones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def prepare(
 
     Each backbone gets a folder DIR/NAME with files for the options of the other verbs: artifact.safetensors for
     --artifact, subspace.safetensors for --subspace, denoiser.safetensors for --denoiser and, if a few neurons write
-    outlier tokens, registers.safetensors for --registers; and with diagnosis.html and a model card, README.md. The
-    same command continues an interrupted run and leaves alone what is finished. A backbone that fails does not stop
-    the others; the reason is printed at the end and kept in prepared.json.
+    outlier tokens, registers.safetensors for --registers; also diagnosis.html and a model card, README.md. The same
+    command resumes an interrupted run and skips finished steps. A backbone that fails does not stop the others; the
+    reason is printed at the end and recorded in prepared.json.
 
     Args:
         models: timm names or hf:ID, as for `--backbone` of the other verbs.
         photos: unlabelled photos: a folder, text list, tar shards or URL, as for `dvit fit`.
-        out: folder for the results; created if missing.
-        preparing: what is prepared.
+        out: folder for the results; created if it does not exist.
+        preparing: options of the preparation.
         push: upload the safetensors files and the card of each folder to the Hugging Face hub, as OWNER/NAME. Log in
             first (`hf auth login`). The diagnosis is not uploaded, because it shows your photos.
     """
@@ -43,7 +43,7 @@ def prepare(
     dataset = open_dataset(photos)
     print_left_out(dataset)
     require_writable(out)
-    with interruptible("interrupted; the same command continues"):
+    with interruptible("interrupted; run the command again to resume"):
         failed = prepare_all(models, dataset, out, preparing, push=push, watch=show_progress, say=print_note)
     for model, reason in failed.items():
         print_error(f"{model}: {reason}", "failed")

@@ -1,4 +1,4 @@
-"""``dvit report``: tables in Markdown, from the lines that `dvit evaluate` appended."""
+"""``dvit report``: tables in Markdown, from the lines appended by `dvit evaluate`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from denoising_vit.cli.streams import OK, SOME_FAILED
 from denoising_vit.errors import OutputError
 from denoising_vit.files import Mark, atomic_path, digest_of, require_ours
 
-#: Bytes of a report in which its line stands.
+#: Number of first bytes of a report that contain its source line.
 _BEGINNING = 65536
 
 
@@ -26,31 +26,29 @@ def report(
     leaderboard: tyro.conf.FlagCreatePairsOff[bool] = False,
     picture: Path | None = None,
 ) -> int:
-    """Tables in Markdown from results files, with published figures beside measured ones.
+    """Write tables in Markdown from results files, with published next to measured scores.
 
-    The same results give the same file. Where the same settings occur twice, the later line wins.
+    The same results give the same file. If the same settings occur twice, the later line counts.
 
     Args:
-        results: files of JSON lines that `dvit evaluate` wrote, one or more.
-        out: the file (.md).
-        runs: folders of `dvit train` or `dvit distill`, whose evaluations on held-out images are listed as well.
-        leaderboard: begin with a table of features by tasks, which marks significant differences.
+        results: one or more files of JSON lines written by `dvit evaluate`.
+        out: output file (.md).
+        runs: folders of `dvit train` or `dvit distill`, whose held-out evaluations are also listed.
+        leaderboard: start with a table of features by tasks that marks significant differences.
         picture: image file to show below the leaderboard, such as a sheet of `dvit show` with the same features.
     """
     from denoising_vit.evaluation.tables import read_entries, report_markdown
     from denoising_vit.evaluation.tables.markdown import code
 
     if not results:
-        raise OutputError("expected one or more files that `dvit evaluate` wrote, got none; name them before -o")
+        raise OutputError("expected one or more files written by `dvit evaluate`, got none; give them before -o")
     if out.suffix != ".md" or not out.parent.is_dir() or out.is_dir():
-        raise OutputError(f"-o {out}: expected the name of a .md file in a folder that exists")
+        raise OutputError(f"-o {out}: expected a .md file in an existing folder")
     if picture is not None and not (leaderboard and picture.is_file()):
-        raise OutputError(
-            f"--picture {picture}: expected an image file, together with --leaderboard, below which it is shown"
-        )
+        raise OutputError(f"--picture {picture}: expected an image file, together with --leaderboard")
     if any(out.resolve() == path.resolve() for path in results):
-        raise OutputError(f"-o {out}: this file is among the results; name another, so that they are not lost")
-    # A report is regenerated as results grow; it belongs to the results file named first.
+        raise OutputError(f"-o {out}: this is one of the results files; choose another, so that it is not overwritten")
+    # A report is regenerated as results grow; it belongs to the first results file.
     replaces = require_ours(out, Mark("report", digest_of(code(results[0].name))), read=_mark_of)
     found = read_entries(results)
     for line in found.broken:
@@ -59,7 +57,7 @@ def report(
         with atomic_path(out, new=not replaces) as temporary:
             shown = None if picture is None else Path(os.path.relpath(picture, out.parent)).as_posix()
             text = report_markdown(found, runs, leading=leaderboard, picture=shown)
-            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # no CRLF anywhere
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # no CRLF on any platform
     except OSError as error:
         raise OutputError(f"cannot write {out} ({error.strerror or error})") from error
     print_note(f"{len(found.entries)} entries in {out}")
@@ -67,7 +65,7 @@ def report(
 
 
 def _mark_of(path: Path) -> Mark | None:
-    """The first results file of a report, from the line under its heading; None where it is no report."""
+    """The first results file of a report, from the line below its heading; None if it is not a report."""
     try:
         text = path.read_bytes()[:_BEGINNING].decode("utf-8", "replace")
     except OSError:

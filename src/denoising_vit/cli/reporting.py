@@ -28,7 +28,7 @@ from denoising_vit.errors import PlanError
 from denoising_vit.files import readable
 from denoising_vit.progress import duration
 
-if TYPE_CHECKING:  # these import torch, for which the help would wait
+if TYPE_CHECKING:  # these import torch, which would delay the help
     from denoising_vit.backbones import Backbone, BackboneSpec
     from denoising_vit.data import Dataset
     from denoising_vit.decomposition.calibration.calibrate import OnPhoto
@@ -36,16 +36,16 @@ if TYPE_CHECKING:  # these import torch, for which the help would wait
 
 Status = Literal["done", "kept", "failed"]
 
-#: Least time between two lines of progress in a log file.
+#: Minimum time between two lines of progress in a log file.
 SECONDS_BETWEEN_LINES = 60.0
 
-#: Whether progress is hidden, one value for each :func:`quiet` block that is open.
+#: Whether progress is hidden, one value per open :func:`quiet` block.
 _quiet: list[bool] = []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(ABC):
-    """The outcome of one item of a batch.
+    """The result of one item of a batch.
 
     Attributes:
         status: done, kept (a result existed), or failed.
@@ -66,14 +66,14 @@ class Row(ABC):
 
     @abstractmethod
     def cells(self) -> tuple[str, ...]:
-        """Text of the columns after the item's and the result's."""
+        """Text of the columns after the item and its result."""
 
 
 class Report:
-    """Collects the rows of a batch. Prints JSON lines at once, or a table at the end.
+    """Collects the rows of a batch. Prints JSON lines immediately, or a table at the end.
 
     Args:
-        what: the items, in the singular.
+        what: name of an item, in the singular.
         numbers: headings of the numbers in the table.
         as_json: print JSON lines.
     """
@@ -83,13 +83,13 @@ class Report:
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Adds a row, and prints it in JSON mode."""
+        """Add a row, and print it in JSON mode."""
         self.rows.append(row)
         if self._as_json:
             print_json(asdict(row))
 
     def finish(self, folder: Path) -> int:
-        """Prints the table and the failures. Returns the exit code."""
+        """Print the table and the failures, and return the exit code."""
         good = [row for row in self.rows if row.status != "failed"]
         failed = [row for row in self.rows if row.status == "failed"]
         if good and not self._as_json:
@@ -104,7 +104,7 @@ class Report:
         table = plain_table(self._what, "result", numbers=self._numbers, fold=True)
         table.add_column("")
         names = [Path(row.item).name or row.item for row in rows]
-        alone = len(set(names)) == len(names)  # folders only where names alone would be ambiguous
+        alone = len(set(names)) == len(names)  # folders only if names alone would be ambiguous
         for row, name in zip(rows, names, strict=True):
             shown = readable(name if alone else row.item)
             table.add_row(*map(escape, (shown, Path(row.output or "").name, *row.cells())))
@@ -112,7 +112,7 @@ class Report:
 
 
 def plain_table(*texts: str, numbers: Sequence[str] = (), fold: bool = False) -> Table:
-    """An empty table without lines: columns of text, folded or on one line where too long, then of numbers."""
+    """An empty table without borders: columns of text, folded or cut if too long, then columns of numbers."""
     table = Table(box=None, pad_edge=False)
     for heading in texts:
         table.add_column(heading, overflow="fold" if fold else "ellipsis")
@@ -127,7 +127,7 @@ def number(value: float | None, form: str) -> str:
 
 
 class OnScreen:
-    """A progress display that is open for a block."""
+    """A progress display that is shown within a block."""
 
     _progress: Progress
 
@@ -140,7 +140,7 @@ class OnScreen:
 
 
 class PhotoProgress(OnScreen):
-    """Progress over the work on all photos, with the time left; on standard error.
+    """Progress over the work on all photos, with the remaining time; on standard error.
 
     Args:
         photos: number of photos.
@@ -156,12 +156,12 @@ class PhotoProgress(OnScreen):
         self._finished = 0
 
     def start(self, photo: str) -> None:
-        """Starts the next photo."""
+        """Start the next photo."""
         self._at, self._photo = 0, photo
         self._progress.update(self._task, description=escape(photo))
 
     def show_score(self, look: Evaluation) -> None:
-        """Shows the current R² on held-out views."""
+        """Show the current R² on held-out views."""
         if look.r2 is not None:
             self._progress.update(self._task, description=f"{escape(self._photo)} held-out R² {look.r2:.3f}")
 
@@ -171,14 +171,14 @@ class PhotoProgress(OnScreen):
         return self._at
 
     def advance(self, done: int, total: int) -> None:
-        """Sets the work done on the current photo; one of more work than expected raises what is expected of each."""
+        """Set the work done on the current photo; a larger total than expected raises the estimate for all photos."""
         self._at, self._each = done, max(self._each, total)
         self._progress.update(
             self._task, completed=self._finished + done, total=self._finished + self._left * self._each
         )
 
     def finish(self) -> None:
-        """Ends the current photo. Work that was not needed leaves the total, so that the time left stays right."""
+        """Finish the current photo. Unneeded work leaves the total, so that the remaining time stays correct."""
         self._left -= 1
         self._finished += self._at
         self._progress.update(self._task, total=self._finished + self._left * self._each)
@@ -186,14 +186,14 @@ class PhotoProgress(OnScreen):
 
 @contextlib.contextmanager
 def show_progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Shows progress while a block runs; yields the function to call after each item."""
+    """Show progress while a block runs; yields the function to call after each item."""
     with progress_bar(what) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
 
 
 class LogProgress(Progress):
-    """Progress as plain lines on standard error, at most one a minute: for log files.
+    """Progress as plain lines on standard error, at most one per minute, for log files.
 
     A line reads ``cat.jpg: 120 / 1,000 views, 3.1 views/s, 5 min left``.
 
@@ -208,12 +208,12 @@ class LogProgress(Progress):
         self._unit, self._next_line = unit, self.get_time() + SECONDS_BETWEEN_LINES
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
-        """Updates a task as rich does, and prints a line when one is due."""
+        """Update a task as rich does, and print a line when one is due."""
         super().update(task_id, **changes)
         self._print_line(task_id)
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """Advances a task as rich does, and prints a line when one is due."""
+        """Advance a task as rich does, and print a line when one is due."""
         super().advance(task_id, advance)
         self._print_line(task_id)
 
@@ -236,7 +236,7 @@ class LogProgress(Progress):
 
 @contextlib.contextmanager
 def quiet(on: bool = True) -> Iterator[None]:
-    """Shows no progress while a block runs."""
+    """Hide progress while a block runs."""
     _quiet.append(on)
     try:
         yield
@@ -245,11 +245,11 @@ def quiet(on: bool = True) -> Iterator[None]:
 
 
 def progress_bar(unit: str, *, shown: bool = True, **settings: Any) -> Progress:
-    """A progress display on standard error: a bar on a terminal, otherwise a plain line at most once a minute.
+    """A progress display on standard error: a bar on a terminal, otherwise a plain line at most once per minute.
 
     Args:
-        unit: unit of the count; ``{task.fields[name]}`` stands for a field of the task.
-        shown: False shows nothing, as `--quiet` does.
+        unit: unit of the count; ``{task.fields[name]}`` is replaced by a field of the task.
+        shown: False hides it, like `--quiet`.
         **settings: further settings of rich's `Progress`.
     """
     console = Console(stderr=True)
@@ -272,34 +272,34 @@ def progress_bar(unit: str, *, shown: bool = True, **settings: Any) -> Progress:
 
 
 def print_error(message: str, label: str = "error") -> None:
-    """Prints an error to standard error, unwrapped, so that it can be searched and copied."""
+    """Print an error to standard error, unwrapped, so that it can be searched and copied."""
     Console(stderr=True).print(f"[bold red]{label}:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def print_skipped(item: str, reason: str) -> None:
-    """Prints that an item was skipped and why. A reason that begins with the item's name is printed as it is."""
+    """Print that an item was skipped, and why. A reason that starts with the item's name is printed unchanged."""
     print_error(reason if reason.startswith(item) else f"{item}: {reason}", "skipped")
 
 
 def print_note(message: str) -> None:
-    """Prints a message to standard error."""
+    """Print a message to standard error."""
     Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_backbone(backbone: Backbone, more: str = "") -> None:
-    """Prints backbone, device and fingerprint, and more about the run."""
+    """Print backbone, device, fingerprint, and further details of the run."""
     print_note(f"backbone {backbone.extra_repr()} on {backbone.device}, fingerprint {backbone.fingerprint.short}{more}")
 
 
 def load_backbone(model: BackboneSpec) -> Backbone:
-    """Loads a backbone, and prints which."""
+    """Load a backbone, and print its description."""
     backbone = model.load()
     print_backbone(backbone)
     return backbone
 
 
 def open_photos(data: str, photos: int) -> tuple[Dataset, list[int]]:
-    """A data set, and the numbers of so many photos of it, evenly spread; 0 for all.
+    """A data set, and the indices of this number of photos, spread evenly; 0 for all.
 
     Raises:
         PlanError: if the number is negative.
@@ -308,19 +308,19 @@ def open_photos(data: str, photos: int) -> tuple[Dataset, list[int]]:
     from denoising_vit.data import open_dataset, spread
 
     if photos < 0:
-        raise PlanError(f"--photos must be 0 (all) or more, got {photos}")
+        raise PlanError(f"--photos must be at least 0 (all), got {photos}")
     dataset = open_dataset(data)
     return dataset, spread(len(dataset), photos)
 
 
 def print_left_out(dataset: Dataset) -> None:
-    """Prints the entries of a data set that are no photos, and why."""
+    """Print the entries of a data set that are not photos, and why."""
     for item in dataset.skipped:
         print_error(f"{item.item}: {item.reason}", "skipped")
 
 
 @contextlib.contextmanager
 def photo_progress(count: int) -> Iterator[OnPhoto]:
-    """Progress over photos whose results are written at the end; yields the function to call after each."""
+    """Progress over photos whose results are written at the end; yields the function to call after each photo."""
     with interruptible("interrupted; nothing was written"), show_progress("photos", count) as advance:
         yield lambda *_: advance()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from denoising_vit.backbones import Backbone
     from denoising_vit.reproduction import Protocols, Row, Step
 
-    #: Steps and their lines of results.
+    #: Steps and their result lines.
     _Measured = Sequence[tuple[Step, dict[str, Any]]]
 
 
@@ -42,22 +42,23 @@ def reproduce(
     seed: int = 0,
     dry: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Reproduce a published row with the released protocol, and print published and measured figures side by side.
+    """Reproduce a published row with the released protocol, and print published and measured scores side by side.
 
-    Runs the steps that have their data, and lists what is missing for the others and where to put it.
+    Runs the steps whose data are available; for the others, lists what is missing and where to put it.
 
     Args:
-        row: the model, as `--list` names it.
-        variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled. Without it, baseline.
+        row: the model, as named by `--list`.
+        variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled. Defaults to baseline.
         list: list every row with the status of its steps, and stop.
         data: folder with VOCdevkit/VOC2012, ADEChallengeData2016 and nyu; for denoisers also VOCdevkit/VOC2007 and the
             released list of photos voc_train.txt, and imagenet/train for training on ImageNet.
-        out: file to append lines of results to. The same command resumes an interrupted run.
-        weights: weights of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not that of the table.
+        out: results file to append lines to. The same command resumes an interrupted run.
+        weights: weights of the model: hub, or a .safetensors or .pth file. The bundled DINOv2 is not the one in the
+            table.
         device: auto, cpu, cuda, cuda:1, mps.
         seed: seed for the probe, the denoiser and the distillation.
         dry: run every step on synthetic data, with two random blocks and two training steps. Without a row, runs all
-            rows of the variant; without both, all rows. Figures are meaningless and not kept.
+            rows of the variant; without both, all rows. The scores are meaningless and not kept.
     """
     from denoising_vit.reproduction import list_rows
 
@@ -67,11 +68,11 @@ def reproduce(
     if variant is not None and variant not in VARIANTS:
         raise PlanError(f"--variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if seed < 0:
-        raise PlanError(f"--seed must be 0 or more, got {seed}")
+        raise PlanError(f"--seed must be at least 0, got {seed}")
     if dry:
         return _dry(row, variant, device, seed)
     if row is None:
-        raise PlanError("which row? Give --row MODEL; `dvit reproduce --list` names them")
+        raise PlanError("no row given; give --row MODEL (see `dvit reproduce --list`)")
     return _reproduce(
         row, variant or _FIRST, data, out, BackboneSpec(row, weights, device=device, dtype="float32"), seed
     )
@@ -80,12 +81,12 @@ def reproduce(
 def _reproduce(model: str, variant: str, data: Path, out: Path, spec: BackboneSpec, seed: int) -> int:
     from denoising_vit.reproduction import Protocols, find_row
 
-    found = find_row(model, variant, data)  # ignores existing results, which are printed again
+    found = find_row(model, variant, data)  # regardless of existing results, which are printed again
     if not _able(found):
         return WRONG_USAGE
     results = Results(out)
     backbone = load_backbone(spec)
-    with interruptible("interrupted; finished steps are kept, and the same command resumes"):
+    with interruptible("interrupted; finished steps are kept, run the command again to resume"):
         measured = _measured(found, data, backbone, spec, Protocols(), results, out.with_suffix(".cache"), seed)
     _print_measured([(found, measured)], f"{model}, {variant}")
     complete = _tell_rest(found)
@@ -116,17 +117,17 @@ def _dry(model: str | None, variant: str | None, device: str, seed: int) -> int:
                 measured = _measured(row, data, backbone, spec, how, results, folder / "cache", seed)
                 failed = _tell_failed(measured) or failed
                 found.append((row, measured))
-    _print_measured(found, "dry run: random weights and made-up data, so the measured figures mean nothing")
+    _print_measured(found, "dry run: random weights and synthetic data, so the measured scores are meaningless")
     _tell_rest(*rows)
     return SOME_FAILED if failed else OK
 
 
 def _able(*rows: Row) -> bool:
-    """True if any step is ready; otherwise prints why not."""
+    """True if any step is ready; otherwise print the reasons."""
     if any(step.status == "ready" for row in rows for step in row.steps):
         return True
     _tell_rest(*rows)
-    print_error(f"nothing can be measured of {', '.join(f'{r.published.model}, {r.published.variant}' for r in rows)}")
+    print_error(f"no step can run for {', '.join(f'{r.published.model}, {r.published.variant}' for r in rows)}")
     return False
 
 
@@ -163,7 +164,7 @@ def _measured(
 
 
 def _print_list(rows: Sequence[Row]) -> None:
-    table = plain_table("model", "variant", "status of its steps", fold=True)  # names can be copied
+    table = plain_table("model", "variant", "status of its steps", fold=True)  # so that names can be copied
     for row in rows:
         table.add_row(row.published.model, row.published.variant, row.status)
     Console().print(table)
@@ -171,7 +172,7 @@ def _print_list(rows: Sequence[Row]) -> None:
 
 
 def _print_measured(rows: Sequence[tuple[Row, _Measured]], title: str) -> None:
-    """Print published and measured figures side by side."""
+    """Print published and measured scores side by side."""
     Console().print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     table = plain_table("model", "variant", "on", "", numbers=("published", "measured"), fold=True)
     for row, measured in rows:
@@ -200,7 +201,7 @@ def _tell_failed(measured: _Measured) -> bool:
 
 
 def _tell_rest(*rows: Row) -> bool:
-    """Print the steps that were not run and why, each reason once; True if no data is missing."""
+    """Print the steps that were not run and why, each reason once; True if no data are missing."""
     left = dict.fromkeys((step.benchmark.name, step.why) for row in rows for step in row.steps if step.why)
     for name, why in left:
         print_note(f"{name}: {why}")

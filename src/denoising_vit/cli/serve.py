@@ -23,10 +23,10 @@ def app(
 
     Args:
         page: address and limits of the page.
-        model: the first backbone; device and precision hold for all.
-        denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones; the one in
-            the package by default.
-        artifact: artifact of the backbone for subtract and exact: a file of `dvit calibrate`, or `shipped`. By default
+        model: the first backbone; its device and precision apply to all.
+        denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones; defaults to
+            the one in the package.
+        artifact: artifact of the backbone for subtract and exact: a file of `dvit calibrate`, or `shipped`. By default,
             exact fits one in each photo, and subtract uses the one in the package.
     """
     page.validate()
@@ -35,26 +35,26 @@ def app(
 
     if page.share:
         print_error(
-            "--share opens a public address: anyone who has it can use this computer's page, and photos pass through "
-            "Gradio's relay",
+            "--share opens a public address: anyone with the address can use the page on this computer, and photos "
+            "pass through Gradio's relay",
             "warning",
         )
     elif not page.local:
         print_error(
-            f"--host {page.host} opens the page to the network: anyone who reaches this computer can use it, without a "
-            "password and without encryption",
+            f"--host {page.host} opens the page to the network: anyone who can reach this computer can use it, without "
+            "a password and without encryption",
             "warning",
         )
     print_note(f"loading {model.backbone} ...")
     with serve(Models(model, denoiser, artifact), page) as opened:
         print_note(f"ready: {opened.url}" + (f" and {opened.shared}" if opened.shared else ""))
-        print_note("Ctrl-C closes the page and removes its files")
+        print_note("press Ctrl-C to close the page and remove its files")
         _wait()
     return INTERRUPTED
 
 
 def _wait() -> None:
-    """Waits for Ctrl-C or SIGTERM; files are removed in either case."""
+    """Wait for Ctrl-C or SIGTERM; files are removed in either case."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()

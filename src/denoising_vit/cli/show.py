@@ -1,4 +1,4 @@
-"""``dvit show``: maps of features side by side in the same colours."""
+"""``dvit show``: feature maps side by side in shared colours."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def show(
     save_palette: Path | None = None,
     format: Literal["png", "pdf", "svg"] = "png",
 ) -> int:
-    """Draw maps of raw and clean features in the same colours, on one sheet or on one for each photo.
+    """Draw maps of raw and clean features in shared colours, on one sheet or on one sheet per photo.
 
     Args:
         inputs: image files, folders (searched recursively for image files) and globs (every file they match).
-        out: one sheet of all photos (.png, .pdf or .svg), or a folder for a sheet of each. Only earlier sheets of the
-            same photos are replaced.
-        showing: what to draw.
+        out: one sheet of all photos (.png, .pdf or .svg), or a folder with one sheet per photo. Only earlier sheets of
+            the same photos are replaced.
+        showing: options of the sheet.
         model: the backbone.
-        cleaners: what cleans its features.
-        tiling: how photos larger than the backbone's input are cut into tiles.
-        colours: the colours shared by all features of a photo. each: different ones for every photo. together: the same
-            for all photos, whose features are kept in memory (about 2 MB for each photo and kind).
+        cleaners: sources of the artifact, denoiser and other cleaners.
+        tiling: tiling of photos larger than the backbone's input.
+        colours: colours shared by all features of a photo. each: different colours for every photo. together: the same
+            for all photos, whose features are kept in memory (about 2 MB per photo and kind).
         palette: file of --save-palette, the colours of all photos.
         save_palette: write the colours of all photos together to this .safetensors file, for other pictures or videos.
         format: format of sheets in a folder.
@@ -63,11 +63,11 @@ def show(
     from denoising_vit.data import find_photos
 
     if not inputs:
-        raise PlanError("no input: name image files, folders or globs, as in `dvit show photo.jpg -o sheet.png`")
+        raise PlanError("no input; give image files, folders or globs, as in `dvit show photo.jpg -o sheet.png`")
     if palette is not None and (save_palette is not None or colours == "together"):
         raise PlanError("--palette cannot be combined with --colours together or --save-palette")
     if save_palette is not None and save_palette.suffix != ".safetensors":
-        raise PlanError(f"--save-palette {save_palette}: expected the name of a .safetensors file")
+        raise PlanError(f"--save-palette {save_palette}: expected a name ending in .safetensors")
     showing.validate()
     photos, missing = find_photos(inputs)
     skipped = [(item.item, item.reason) for item in missing]
@@ -81,13 +81,13 @@ def show(
     for folder in (out.parent if one else out, *([] if save_palette is None else [save_palette.parent])):
         require_writable(folder)
     job = _open(model, showing, cleaners, tiling, out, palette, colours, format)
-    with interruptible("interrupted; sheets that were finished stay"):
+    with interruptible("interrupted; finished sheets are kept"):
         done = job.run(photos, skipped, source, save_palette=save_palette, one=one)
     return _tell(done, skipped, out)
 
 
 def _tell(done: int, skipped: Sequence[tuple[str, str]], out: Path) -> int:
-    """Prints what was skipped and why. Returns the exit code."""
+    """Print what was skipped and why, and return the exit code."""
     for name, reason in skipped:
         print_skipped(name, reason)
     missing = f", {len(skipped)} skipped" if skipped else ""
@@ -105,7 +105,7 @@ def _open(
     colours: Literal["each", "together"],
     kind: str,
 ) -> _Job:
-    """Loads backbone, cleaners and palette, so that errors in options come before the first photo."""
+    """Load backbone, cleaners and palette, so that invalid options are reported before the first photo."""
     from denoising_vit.maps import read_palette
     from denoising_vit.show.sheets import PhotoExtractor
 
@@ -123,11 +123,11 @@ class _Job:
     """Settings for all photos.
 
     Attributes:
-        extractor: extracts the features.
-        options: what to draw.
+        extractor: extractor of the features.
+        options: options of the sheet.
         out: a sheet, or a folder of sheets.
         given: palette from a file.
-        together: all photos share their colours.
+        together: True if all photos share their colours.
         kind: format of sheets in a folder.
     """
 
@@ -147,7 +147,7 @@ class _Job:
         save_palette: Path | None,
         one: bool,
     ) -> int:
-        """Draws one sheet of all photos, or one of each as soon as its colours are known. Returns their number."""
+        """Draw one sheet of all photos, or one per photo once its colours are known. Returns their number."""
         from denoising_vit.maps import write_palette
 
         extracted = self._extracted(photos, skipped)
@@ -173,7 +173,7 @@ class _Job:
         return len(taken)
 
     def _draw_own(self, file: Path, photo: ShownPhoto, palette: Palette, taken: set[Path]) -> None:
-        """Draws the sheet of one photo, under a name that is free or belongs to an earlier sheet of it."""
+        """Draw the sheet of one photo, under a name that is free or belongs to an earlier sheet of it."""
         from denoising_vit.cli.outputs import numbered
 
         mark = Mark(_SHEET, digest_of(file.resolve()))
@@ -191,7 +191,7 @@ class _Job:
                 return
 
     def _extracted(self, photos: Sequence[Path], skipped: list[tuple[str, str]]) -> Iterator[tuple[Path, ShownPhoto]]:
-        """Photos with their features; unusable ones are skipped."""
+        """Photos with their features; unusable photos are skipped."""
         with PhotoProgress(len(photos), self.extractor.passes, "passes") as progress:
             for photo in photos:
                 progress.start(photo.name)
@@ -216,7 +216,7 @@ class _Job:
         from denoising_vit.show.sheets import draw_sheet
 
         backbone = self.extractor.backbone
-        exact = [f"exact of {self.options.views} views"] if "exact" in self.extractor.names else []
+        exact = [f"exact with {self.options.views} views"] if "exact" in self.extractor.names else []
         whose = "a palette" if self.given else "all photos" if self.together else "each photo"
         parts = [backbone.name, backbone.weights, *exact, f"colours of {whose}, the same for all features"]
         draw_sheet(photos, palettes, path, self.options, caption=[BESIDE.join(parts)], suffix=suffix)

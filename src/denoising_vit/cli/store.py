@@ -50,7 +50,7 @@ def info(store: StoreName, /, json: tyro.conf.FlagCreatePairsOff[bool] = False) 
 
 
 def verify(store: StoreName, /) -> int:
-    """Read a whole store with its checksums, and print what is damaged.
+    """Read a whole store with its checksums, and print any damage.
 
     Args:
         store: a folder or URL.
@@ -77,8 +77,8 @@ def export(
 
     Args:
         store: a folder or URL.
-        out: local folder, which is created if it does not exist. Existing files are kept: with one of the same name
-            and other content, nothing is written.
+        out: local folder; created if it does not exist. Existing files are kept: if a file with the same name and other
+            content exists, nothing is written.
         kind: npy (the field only) or safetensors (with its record); photos of int8 stores are float32.
     """
     from denoising_vit.store import FeatureStore

@@ -1,4 +1,4 @@
-"""What a verb gives back: its exit code, and standard output, which holds only JSON lines with ``--json``."""
+"""Output of a verb: its exit code, and standard output, which has only JSON lines with ``--json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-#: All succeeded; some items failed; the command cannot be carried out as given; stopped by the user (128 + SIGINT).
+#: All succeeded; some items failed; invalid command; stopped by the user (128 + SIGINT).
 OK, SOME_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def interruptible(note: str) -> Iterator[None]:
-    """Turns Ctrl-C during a block into :class:`Interrupted`, which ends the verb with this note."""
+    """Convert Ctrl-C in a block to :class:`Interrupted`, which ends the verb with this note."""
     try:
         yield
     except KeyboardInterrupt:
@@ -32,7 +32,7 @@ _for_json: list[TextIO] = []
 
 @contextlib.contextmanager
 def only_json() -> Iterator[None]:
-    """Lets only :func:`print_json` write to standard output during a block; other prints go to standard error."""
+    """Let only :func:`print_json` write to standard output in a block; other prints go to standard error."""
     _for_json.append(sys.stdout)
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -42,13 +42,13 @@ def only_json() -> Iterator[None]:
 
 
 def print_json(record: Any) -> None:
-    """Prints one line of JSON."""
+    """Print one line of JSON."""
     print(json.dumps(record), file=_for_json[-1] if _for_json else sys.stdout, flush=True)
 
 
 @contextlib.contextmanager
 def logged(show: Callable[[str], None]) -> Iterator[None]:
-    """Shows log messages of the package during a block."""
+    """Show log messages of the package in a block."""
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""``dvit train`` and ``dvit distill``: stages 2 and 3, runs of training."""
+"""``dvit train`` and ``dvit distill``: training of stages 2 and 3."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def train(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     exact: DenoiseOptions = DenoiseOptions(held_out=0),  # noqa: B008, frozen
 ) -> int:
-    """Stage 2: trains a denoiser that cleans features in one forward pass.
+    """Stage 2: train a denoiser that cleans features in one forward pass.
 
     Targets are the semantic fields of stage 1. The folder of the run gets `denoiser.safetensors` (the best on held-out
     images, for `--denoiser`), `last.safetensors`, `log.jsonl`, TensorBoard files, panels, checkpoints, and at the end
@@ -47,15 +47,15 @@ def train(
 
     Args:
         data: a store of `dvit fit`, or photos with --on-the-fly.
-        out: folder of the run, created if needed.
-        photos: with a store: the photos it was fitted on.
+        out: folder of the run; created if it does not exist.
+        photos: with a store: the photos that it was fitted on.
         on_the_fly: fit stage 1 on the photos in this run, without a store.
-        resume: resume the run in the folder, with the same result as without an interruption, bit for bit.
-        cache: folder for the features of the pairs, which runs with other learning rates or steps can share. Default:
-            in the folder of the run.
+        resume: resume the run in the folder; the result is bit-identical to that of an uninterrupted run.
+        cache: folder for the features of the pairs, which runs with other learning rates or steps can share. Defaults
+            to a folder in that of the run.
         artifact: with --on-the-fly: the known artifact of the backbone, a file, `shipped` or `none`.
         training: length, learning rate and logging.
-        pairs: which views are training pairs.
+        pairs: views to use as training pairs.
         model: the frozen backbone.
         exact: with --on-the-fly: options of stage 1.
     """
@@ -64,7 +64,7 @@ def train(
     training.validate()
     pairs.validate()
     source = _pairs_source(data, photos, on_the_fly, exact, artifact)
-    # A store names its photos; other files beside them do not matter.
+    # A store lists its photos, so other files in the folder do not matter.
     left_out = () if isinstance(source, Stored) else source.dataset.skipped
     job = TrainJob.prepare(source, out, model, training, pairs, cache=cache, resume=resume)
     run = _Run(job.accelerator, out, left_out, lambda: job.skipped)
@@ -86,7 +86,7 @@ def _pairs_source(
     """The photos and their targets.
 
     Raises:
-        TrainError: if the arguments do not fit together.
+        TrainError: if the arguments are inconsistent.
     """
     from denoising_vit.data import open_dataset
     from denoising_vit.denoiser.job import Photos, Stored
@@ -94,18 +94,18 @@ def _pairs_source(
 
     is_store = FeatureStore.exists(data)
     if is_store and on_the_fly:
-        raise TrainError(f"{data} is a store and already contains the fields; leave out --on-the-fly")
+        raise TrainError(f"{data} is a store and already contains the fields; omit --on-the-fly")
     if is_store and photos is None:
         raise TrainError(f"{data} is a store of fields; also give its photos with --photos")
     if is_store and photos is not None:
         return Stored(FeatureStore.open(data), open_dataset(photos))
     if not on_the_fly:
         raise TrainError(
-            f"{data} is no store, so it has no targets; run dvit fit {data} -o STORE first, or give --on-the-fly to "
-            "fit them now"
+            f"{data} is not a store, so it has no targets; first run dvit fit {data} -o STORE, or give --on-the-fly to "
+            "fit them in this run"
         )
     if photos is not None:
-        raise TrainError("--photos goes with a store; with --on-the-fly, the data are the photos")
+        raise TrainError("--photos needs a store; with --on-the-fly, give the photos as the data")
     return Photos(open_dataset(data), exact, artifact)
 
 
@@ -121,7 +121,7 @@ def distill(
     views: ViewOptions = ViewOptions(),  # noqa: B008, frozen
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
 ) -> int:
-    """Stage 3: fine-tunes the whole ViT to give clean features without an extra block.
+    """Stage 3: fine-tune the whole ViT to give clean features without an extra block.
 
     The teacher is the frozen backbone with its denoiser. The folder of the run gets `distilled.safetensors` (the best
     on held-out photos, for `--weights` of all verbs and timm's `checkpoint_path` with `num_classes=0`),
@@ -132,15 +132,15 @@ def distill(
     Args:
         data: photos: a folder at any depth (class names are ignored), a text list, or tar shards, local or at an
             address like `https://host/shards-{0000..0009}.tar`.
-        out: folder of the run, created if needed.
+        out: folder of the run; created if it does not exist.
         denoiser: denoiser of the teacher: a file of `dvit train`, or voc_denoised or imgnet_denoised for the published
-            ones. Default: the shipped one.
-        also: denoisers of further layers, trained with --layer, to be distilled at the same time, for decoders that
-            read several layers.
-        fields: a store that `dvit fit` made of these photos; its semantic fields replace the denoiser as the teacher.
-        resume: resume the run in the folder, with the same result as without an interruption, bit for bit.
+            ones. Defaults to the shipped one.
+        also: denoisers of further layers, trained with --layer, to distil at the same time, for decoders that read
+            several layers.
+        fields: a store of `dvit fit` for these photos; its semantic fields replace the denoiser as the teacher.
+        resume: resume the run in the folder; the result is bit-identical to that of an uninterrupted run.
         training: length, learning rate and logging.
-        views: which views of the photos.
+        views: views of the photos to train on.
         model: the backbone of teacher and student.
     """
     from denoising_vit.data import Dataset
@@ -163,7 +163,7 @@ def distill(
         run.note_blanks(training)
         if (rate := training.safer_rate(processes)) is not None:
             run.note(
-                f"runs with steps of so few views have diverged at --learning-rate {training.learning_rate:g}; "
+                f"steps with so few views have diverged at --learning-rate {training.learning_rate:g}; "
                 f"--learning-rate {rate:.2g} is safer"
             )
         return found
@@ -175,33 +175,31 @@ def _photos_source(data: str, fields: str | None) -> Dataset | Stored:
     """The photos, with their fields if there is a store.
 
     Raises:
-        TrainError: if a store is given where photos are expected, or the other way round.
+        TrainError: if a store is given instead of photos, or vice versa.
     """
     from denoising_vit.data import open_dataset
     from denoising_vit.denoiser.job import Stored
     from denoising_vit.store import FeatureStore
 
     if FeatureStore.exists(data):
-        raise TrainError(
-            f"{data} is a store; expected photos. Use PHOTOS --fields {data} to take its fields as targets"
-        )
+        raise TrainError(f"{data} is a store; expected photos. Use PHOTOS --fields {data} to use its fields as targets")
     if fields is None:
         return open_dataset(data)
     if not FeatureStore.exists(fields):
         raise TrainError(
-            f"{fields} is no store; run dvit fit {data} -o {fields} first, or give a denoiser (--denoiser)"
+            f"{fields} is not a store; first run dvit fit {data} -o {fields}, or give a denoiser (--denoiser)"
         )
     return Stored(FeatureStore.open(fields), open_dataset(data))
 
 
 class _Run:
-    """A run on screen. Only the first of several processes prints.
+    """Displays a run. Only the first of several processes prints.
 
     Args:
-        accelerator: its processes.
+        accelerator: processes of the run.
         folder: folder of the run.
-        left_out: entries of the data set that are no photos.
-        skipped: gives the photos that could not be used so far, and why.
+        left_out: entries of the data set that are not photos.
+        skipped: returns the photos found unusable so far, and why.
     """
 
     def __init__(
@@ -212,14 +210,14 @@ class _Run:
         self._left_out, self._skipped, self._told = [*left_out], skipped, False
 
     def __call__(self, backbone: Backbone, prepared: Callable[[], Any], options: Any, best: Path) -> int:
-        """Trains what is prepared, and returns the exit code of this process.
+        """Run the prepared training, and return the exit code of this process.
 
-        It comes after all processes are done: a launcher kills the others when one fails.
+        It returns only after all processes are done, because a launcher kills the others when one fails.
 
         Args:
             backbone: the backbone.
-            prepared: makes the training.
-            options: its number of steps, and the last one of this run.
+            prepared: creates the training.
+            options: options with the number of steps and the last step of this run.
             best: file of the best model.
         """
         self.note(
@@ -242,24 +240,24 @@ class _Run:
         return SOME_FAILED if self.main and (self._skipped() or self._left_out) else OK
 
     def note_blanks(self, options: RunOptions) -> None:
-        """Prints how many images of a batch are content-free: a small share of a small batch may be none."""
+        """Print the number of content-free images per batch, because a small fraction of a small batch may be 0."""
         if options.blank:
             self.note(f"{options.blanks} of {options.batch_size} images in a batch are content-free (--blank)")
 
     def note(self, message: str) -> None:
-        """Prints a message."""
+        """Print a message."""
         if self.main:
             print_note(message)
 
     def print_skipped(self) -> None:
-        """Prints what was skipped and why, once."""
+        """Print what was skipped and why, once."""
         if self.main and not self._told:
             self._told = True
             for name, reason in [*((item.item, item.reason) for item in self._left_out), *self._skipped().items()]:
                 print_error(f"{name}: {reason}", "skipped")
 
     def _write_page(self) -> None:
-        """Writes the page of the run, once a step is done; a failure is only a warning."""
+        """Write the page of the run, if a step is done; a failure is only a warning."""
         from denoising_vit.show.pages.run import write_run_page
 
         if not self.main or not (self._folder / "log.jsonl").is_file():
@@ -271,18 +269,18 @@ class _Run:
 
 
 class _StepsBar(OnScreen):
-    """A progress bar of steps with the loss, and a line for each evaluation."""
+    """A progress bar of steps with the loss, and a line per evaluation."""
 
     def __init__(self, steps: int, *, shown: bool) -> None:
         self._progress = progress_bar("steps, loss {task.fields[loss]}", shown=shown, speed_estimate_period=300)
         self._task = self._progress.add_task("", total=steps, loss="-")
 
     def step(self, step: int, figures: dict[str, float]) -> None:
-        """Updates the bar after a step."""
+        """Update the bar after a step."""
         self._progress.update(self._task, completed=step, loss=f"{figures['loss']:.3f}")
 
     def look(self, step: int, figures: dict[str, float]) -> None:
-        """Prints the metrics of an evaluation."""
+        """Print the metrics of an evaluation."""
         self._progress.print(
             f"step {step}: held-out cosine {figures['cosine']:.4f} (raw {figures['raw_cosine']:.4f}), "
             f"1 - cosine {figures['ratio']:.3f} of raw's, effective rank {figures['rank']:.0f} "

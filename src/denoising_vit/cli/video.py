@@ -34,25 +34,25 @@ def video(
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Render videos of raw and clean features side by side, in the same colours for all frames of a clip.
+    """Render videos of raw and clean features side by side, with the same colours in all frames of a clip.
 
     Each clip becomes NAME.mp4 (H.264, with the times of its source) in the folder. The same command resumes an
     interrupted run.
 
     Args:
         inputs: video files, and folders of frames in the order of their names.
-        out: folder for the results; created if missing.
-        showing: what the videos show.
+        out: folder for the results; created if it does not exist.
+        showing: options of the videos.
         model: the backbone; --stride below the patch size gives finer maps.
-        cleaners: what cleans its features.
-        overwrite: replace existing videos, and unfinished ones of other settings.
+        cleaners: sources of the artifact, denoiser and other cleaners.
+        overwrite: replace existing videos, and unfinished ones with other settings.
         json: print one JSON line per video instead of a table.
     """
     from denoising_vit.cli.outputs import require_writable
     from denoising_vit.show.video.rendering import VideoMaker
 
     if not inputs:
-        raise PlanError("no input: name video files or folders of frames, as in `dvit video clip.mp4 -o out`")
+        raise PlanError("no input; give video files or folders of frames, as in `dvit video clip.mp4 -o out`")
     showing.validate()
     require_writable(out)
     backbone = model.load()
@@ -66,13 +66,13 @@ def video(
                 told.add(batch.run(given, progress))
     except KeyboardInterrupt:
         told.finish(out)
-        raise Interrupted("interrupted; finished parts are kept, repeat the command to continue") from None
+        raise Interrupted("interrupted; finished parts are kept, run the command again to resume") from None
     return told.finish(out)
 
 
 @dataclass(frozen=True)
 class ClipRow(Row):
-    """The outcome for a clip.
+    """The result for a clip.
 
     Attributes:
         clip: the file or folder.
@@ -105,12 +105,12 @@ class ClipProgress(OnScreen):
         self._begun = False
 
     def start(self, clip: str) -> None:
-        """Starts the next clip."""
+        """Start the next clip."""
         self._progress.reset(self._task, total=None, description=escape(clip))
         self._begun = False
 
     def advance(self, done: int, total: int) -> None:
-        """Updates the number of finished frames; resumed ones do not count for the speed."""
+        """Update the number of finished frames; resumed frames do not count towards the speed."""
         if not self._begun:
             self._progress.reset(self._task, total=total, completed=done)
             self._begun = True
@@ -118,14 +118,14 @@ class ClipProgress(OnScreen):
 
 
 class _Batch:
-    """Renders clips one after another, under different names in one folder."""
+    """Renders clips one after another, with unique names in one folder."""
 
     def __init__(self, maker: VideoMaker, folder: Path, overwrite: bool) -> None:
         self._maker, self._folder, self._overwrite = maker, folder, overwrite
         self._claimed: set[Path] = set()
 
     def run(self, given: str, progress: ClipProgress) -> ClipRow:
-        """Renders one clip, unless it is done. Errors are recorded in the row."""
+        """Render one clip, unless it is done. Errors are recorded in the row."""
         from denoising_vit.show.video.films import open_clip
         from denoising_vit.show.video.parts import BegunElsewhereError
 
@@ -142,7 +142,7 @@ class _Batch:
                     self._claimed.discard(out)
         except (DenoisingVitError, OSError) as error:
             return ClipRow(given, status="failed", note=str(error))
-        except Exception as error:  # one clip must not end the batch
+        except Exception as error:  # one clip must not stop the batch
             return ClipRow(given, status="failed", note=f"{type(error).__name__}: {error}")
         seconds = round(time.perf_counter() - started, 2) if done.status == "done" else None
         note = "; ".join(done.notes) or None

@@ -24,7 +24,7 @@ class Skipped:
 
     Attributes:
         item: name of the entry.
-        reason: why it was skipped, as shown to users.
+        reason: reason for skipping it, as shown to users.
         unreachable: True if its storage did not respond, so that a retry may succeed.
     """
 
@@ -38,11 +38,11 @@ class Item:
     """One image of a data set, not yet read.
 
     Attributes:
-        id: unique within the data set and the same on every machine: the path below the source with ``/`` as separator,
-            ``<shard>/<member>`` in tar shards, the line of a text list.
+        id: unique within the data set and the same on every machine: the path below the source with ``/`` as separator;
+            ``<shard>/<member>`` for tar shards; the line for a text list.
         url: absolute path or fsspec address of the file or tar shard.
-        start: offset of the member in a shard.
-        size: bytes of the member in a shard.
+        start: offset of the member in its shard.
+        size: size of the member in its shard, in bytes.
     """
 
     id: str
@@ -56,12 +56,12 @@ _PASSING = (408, 425, 429)
 
 
 class Dataset(Sequence[Item]):
-    """The images of one source, as found by :func:`open_dataset`. Can be pickled and shared between threads.
+    """The images of one source, as found by :func:`open_dataset`. It can be pickled and shared between threads.
 
     Attributes:
         source: the source, as given by the user.
-        items: images sorted by id; those of a text list in its order.
-        skipped: entries that cannot be used, with reasons.
+        items: images sorted by id; for a text list, in the list's order.
+        skipped: unusable entries, with reasons.
     """
 
     def __init__(self, source: str, items: Iterable[Item], skipped: Iterable[Skipped] = ()) -> None:
@@ -85,7 +85,7 @@ class Dataset(Sequence[Item]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the ids in order; it does not depend on the pixels."""
+        """SHA-256 of the ids in order; independent of the pixels."""
         digest = hashlib.sha256()
         for item in self.items:
             digest.update(item.id.encode() + b"\0")
@@ -110,24 +110,24 @@ class Dataset(Sequence[Item]):
     def stream(
         self, indices: Iterable[int], *, workers: int = 4, ahead: int = 8, patience: Sequence[float] = ()
     ) -> Iterator[tuple[int, np.ndarray | Skipped]]:
-        """Yield images in the order of ``indices``, which threads read and decode in advance.
+        """Yield images in the order of ``indices``; threads read and decode them in advance.
 
         The threads end with the iterator; close it to stop early. ``indices`` may be endless.
 
         Args:
             indices: indices of the images.
             workers: number of threads, at least 1.
-            ahead: number of decoded images that may wait, at least 1.
+            ahead: maximum number of decoded images in the queue, at least 1.
             patience: seconds to wait before each retry of an unreachable image.
 
         Yields:
-            The index, and the image as (H, W, 3) uint8 or why it was skipped.
+            The index, and the image as (H, W, 3) uint8 or the reason for skipping it.
 
         Raises:
             IndexError: if an index is out of range.
         """
         if workers < 1 or ahead < 1:
-            raise ValueError(f"expected workers and ahead of at least 1, found {workers} and {ahead}")
+            raise ValueError(f"expected workers and ahead of at least 1, got {workers} and {ahead}")
         return self._stream(indices, workers, ahead, tuple(patience))
 
     def _stream(
@@ -165,26 +165,26 @@ class Dataset(Sequence[Item]):
 
 
 def _may_pass(cause: BaseException | None) -> bool:
-    """True for errors of a network or drive, which a retry may fix, not of the file itself."""
-    status = getattr(cause, "status", None)  # of HTTP
+    """True for errors of a network or drive, which a retry may fix; False for errors of the file itself."""
+    status = getattr(cause, "status", None)  # HTTP status
     if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING:
         return False
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, PhotoError, ValueError)
     return isinstance(cause, Exception) and not isinstance(cause, lasting)
 
 
-#: Decoding threads for callers that run a model on the same processors.
+#: Number of decoding threads for callers that run a model on the same CPU cores.
 _DECODERS = 2
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Indices of ``wanted`` of ``count`` items, evenly spread because neighbours are often alike; 0 for all."""
+    """Indices of ``wanted`` of ``count`` items, spread evenly because neighbours are often similar; 0 for all."""
     if wanted == 0 or wanted >= count:
         return list(range(count))
     return [int((number + 0.5) * count / wanted) for number in range(wanted)]
 
 
 def named_photos(dataset: Dataset, indices: list[int]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
-    """Yield ids and pixels (H, W, 3) uint8 of photos, or why they were skipped; decoded in advance."""
+    """Yield ids and pixels (H, W, 3) uint8 of photos, or the reason for skipping them; decoded in advance."""
     for index, pixels in dataset.stream(indices, workers=_DECODERS, ahead=2 * _DECODERS):
         yield dataset[index].id, pixels

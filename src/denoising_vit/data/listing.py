@@ -1,4 +1,4 @@
-"""Files of folders, globs and braces, local or at an fsspec address."""
+"""Files from folders, globs and braces, local or at an fsspec address."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from denoising_vit.errors import PhotoError
 
 _LOG = logging.getLogger(__name__)
 
-#: Suffixes of ignored files that the log names.
+#: Number of suffixes of ignored files to log.
 _MOST_NAMED = 5
 
 
@@ -31,9 +31,9 @@ def by_number(name: str) -> tuple[list[str | int], str]:
 
 
 def files_below(storage: Storage, folder: str) -> tuple[list[str], list[Skipped]]:
-    """Files at any depth, as sorted paths relative to the folder, without hidden ones; and entries that were skipped.
+    """Files at any depth, as sorted paths relative to the folder, without hidden files; and skipped entries.
 
-    Links to folders are followed (class folders of subsets are often links), except to a folder that contains them.
+    Links to folders are followed (class folders of subsets are often links), except links to a parent folder.
 
     Raises:
         PhotoError: if the folder itself cannot be read.
@@ -48,7 +48,7 @@ def files_below(storage: Storage, folder: str) -> tuple[list[str], list[Skipped]
 
 
 def image_names(names: Iterable[str], place: str) -> list[str]:
-    """The names with suffixes of images; the number of others is logged.
+    """The names with image suffixes; the number of other files is logged.
 
     Args:
         names: paths or addresses of files.
@@ -57,18 +57,18 @@ def image_names(names: Iterable[str], place: str) -> list[str]:
     names = list(names)
     images = [name for name in names if suffix_of(name) in IMAGE_SUFFIXES]
     if len(images) < len(names):
-        others = Counter(suffix_of(name) or "no ending" for name in names if suffix_of(name) not in IMAGE_SUFFIXES)
+        others = Counter(suffix_of(name) or "no extension" for name in names if suffix_of(name) not in IMAGE_SUFFIXES)
         told = ", ".join(f"{count} {ending}" for ending, count in others.most_common(_MOST_NAMED))
         more = ", ..." if len(others) > _MOST_NAMED else ""
         files = f"{others.total()} file{'s' if others.total() > 1 else ''}"
-        _LOG.info("%s: %s left out whose ending is not that of an image (%s%s)", place, files, told, more)
+        _LOG.info("%s: %s ignored, without an image extension (%s%s)", place, files, told, more)
     return images
 
 
 def _local_files_below(root: str) -> tuple[list[str], list[Skipped]]:
     files: list[str] = []
     skipped: list[Skipped] = []
-    waiting = [("", frozenset({Path(root).resolve()}))]  # folders, each with itself and its parents
+    waiting = [("", frozenset({Path(root).resolve()}))]  # folders, each with the set of itself and its parents
     while waiting:
         below, around = waiting.pop()
         try:
@@ -76,7 +76,7 @@ def _local_files_below(root: str) -> tuple[list[str], list[Skipped]]:
         except OSError as error:
             if not below:
                 raise
-            skipped.append(Skipped(below, f"a folder that cannot be read ({reason_of(error)})"))
+            skipped.append(Skipped(below, f"unreadable folder ({reason_of(error)})"))
             continue
         for entry in entries:
             name = posixpath.join(below, entry.name)
@@ -86,13 +86,13 @@ def _local_files_below(root: str) -> tuple[list[str], list[Skipped]]:
                 if entry.is_dir():
                     target = Path(entry.path).resolve()
                     if target in around:
-                        skipped.append(Skipped(name, f"a link to {target}, a folder that it is in"))
+                        skipped.append(Skipped(name, f"a link to its parent folder {target}"))
                     else:
                         waiting.append((name, around | {target}))
                 elif entry.is_file():
                     files.append(name)
                 elif entry.is_symlink():
-                    skipped.append(Skipped(name, "a link to a file that is not there"))
+                    skipped.append(Skipped(name, "a broken link"))
             except OSError as error:  # circular links
                 skipped.append(Skipped(name, reason_of(error)))
     return sorted(files), sorted(skipped, key=lambda entry: entry.item)
@@ -108,11 +108,11 @@ def relative_to(storage: Storage, address: str, folder: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """True if any part of a relative path begins with a dot."""
+    """True if any part of a relative path starts with a dot."""
     return any(part.startswith(".") for part in name.split("/"))
 
 
-#: Largest number of names from one pattern with braces; more are taken for a typing error.
+#: Maximum number of names from one pattern with braces; more are assumed to be a typing error.
 _MAX_NAMES = 1_000_000
 
 
@@ -131,12 +131,12 @@ def matches(storage: Storage, pattern: str) -> list[tuple[str, bool]]:
     """Matches of a glob (``**`` allowed), sorted by address, each with True for a folder.
 
     Raises:
-        PhotoError: if the place cannot be searched.
+        PhotoError: if the location cannot be searched.
     """
     if not scheme_of(pattern):
         found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207, may be absolute
         return [(match, Path(match).is_dir()) for match in found]
-    with reporting(f"{pattern}: the place cannot be searched"):
+    with reporting(f"{pattern}: the location cannot be searched"):
         filesystem = storage.filesystem(pattern)
         filesystem.invalidate_cache()
         found = filesystem.glob(pattern, detail=True)
@@ -145,16 +145,16 @@ def matches(storage: Storage, pattern: str) -> list[tuple[str, bool]]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand ``a-{08..10}`` to ``a-08``, ``a-09``, ``a-10``, and ``{a,b}`` to ``a``, ``b``; several give all pairs.
+    """Expand ``a-{08..10}`` to ``a-08``, ``a-09``, ``a-10``, and ``{a,b}`` to ``a``, ``b``; several are combined.
 
     Raises:
-        PhotoError: if braces contain neither, or expand to too many names.
+        PhotoError: if braces have neither form, or expand to too many names.
     """
     names = list(itertools.islice(_expanded(pattern, pattern), _MAX_NAMES + 1))
     if len(names) > _MAX_NAMES:
-        raise PhotoError(f"{pattern}: the braces stand for more than {_MAX_NAMES:,} names")
+        raise PhotoError(f"{pattern}: the braces expand to more than {_MAX_NAMES:,} names")
     if any(brace in names[0] for brace in "{}"):
-        raise PhotoError(f"{pattern}: expected every brace to have its partner, as in shards-{{0000..0009}}.tar")
+        raise PhotoError(f"{pattern}: expected matching braces, as in shards-{{0000..0009}}.tar")
     return list(dict.fromkeys(names))
 
 
@@ -173,7 +173,7 @@ def _alternatives(inside: str, pattern: str) -> Iterable[str]:
         first, last = int(numbers[1]), int(numbers[2])
         padded = any(len(text) > 1 and text.startswith("0") for text in numbers.groups())
         if abs(last - first) >= _MAX_NAMES:
-            raise PhotoError(f"{pattern}: {{{inside}}} stands for more than {_MAX_NAMES:,} names")
+            raise PhotoError(f"{pattern}: {{{inside}}} expands to more than {_MAX_NAMES:,} names")
         width = max(map(len, numbers.groups())) if padded else 0
         return (f"{number:0{width}d}" for number in range(min(first, last), max(first, last) + 1))
     if "," in inside:
@@ -188,17 +188,17 @@ def find_photos(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]
         inputs: paths and patterns.
 
     Returns:
-        Unique files in the order of the inputs, those of folders and globs sorted by name; and inputs that match
-        nothing. A file that is given itself may have any suffix.
+        Unique files in the order of the inputs, those of folders and globs sorted by name; and unmatched inputs. A
+        file that is given explicitly may have any suffix.
     """
     found: dict[Path, Path] = {}
     skipped: list[Skipped] = []
     for item in map(str, inputs):
         try:
             files, reason = _expand(item, skipped)
-        except OSError as error:  # a name too long for the file system
+        except OSError as error:  # the name is too long for the file system
             files, reason = [], error.strerror or str(error)
-        except PhotoError as error:  # a folder that may not be read
+        except PhotoError as error:  # the folder is not readable
             files, reason = [], str(error)
         for file in files:
             found.setdefault(file.resolve(), file)
@@ -208,7 +208,7 @@ def find_photos(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]
 
 
 def _expand(item: str, skipped: list[Skipped]) -> tuple[list[Path], str]:
-    """The files of an input, or why there are none; extends ``skipped``."""
+    """The files of an input, or the reason why there are none; extends ``skipped``."""
     path = Path(item)
     if not item.strip():
         return [], "an empty name"
@@ -226,7 +226,7 @@ def _expand(item: str, skipped: list[Skipped]) -> tuple[list[Path], str]:
 
 
 def _images_below(folder: Path, skipped: list[Skipped]) -> list[Path]:
-    """Image files at any depth, without hidden ones and our own pictures."""
+    """Image files at any depth, without hidden files and pictures drawn by this package."""
     names, others = files_below(Storage(), str(folder))
     skipped += (replace(entry, item=str(folder / entry.item)) for entry in others)
     files = (folder / name for name in image_names(names, str(folder)))

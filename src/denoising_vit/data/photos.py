@@ -20,10 +20,10 @@ from denoising_vit.errors import DenoisingVitError, DenoisingVitWarning, PhotoEr
 
 _T = TypeVar("_T")
 
-#: Largest photo in pixels; a decoded photo takes 3 bytes a pixel, its float copy 12.
+#: Maximum photo size in pixels; a decoded photo takes 3 bytes per pixel, its float copy 12.
 MAX_PIXELS = 100_000_000
 
-#: ``Software`` of pictures that we draw of results, so that they are not taken for photos.
+#: ``Software`` metadata of pictures drawn by this package, so that they are not used as photos.
 PANEL_SOFTWARE = "denoising-vit panel"
 
 #: Guards Pillow's limit, which is global.
@@ -32,7 +32,7 @@ _PILLOW_LOCK = threading.RLock()
 #: Supported formats. Pillow has others, some of which start other programs (EPS) or are rarely tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 
-#: Suffixes of images in a folder: all that Pillow uses for these formats.
+#: Image suffixes in a folder: all that Pillow uses for these formats.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".avif", ".avifs"}
@@ -52,7 +52,7 @@ _ORIENTATION = 0x0112
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-#: Chunks of a PNG file that are needed to decode and rotate it.
+#: PNG chunks needed to decode and rotate an image.
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 
 #: TIFF tag of the declared maximum.
@@ -67,15 +67,15 @@ def read_photo(
 ) -> np.ndarray:
     """Read a photo as (H, W, 3) uint8, rotated by its EXIF orientation.
 
-    Grayscale, palette and CMYK are converted to RGB; transparent images are composed with white; of animations, the
-    first frame is read. 16-bit grayscale is scaled to 8 bits by the maximum that a TIFF declares, else by the fewest of
-    8, 10, 12, 14 and 16 bits that hold its values, with a warning if fewer than 16. Broken metadata are ignored.
+    Grayscale, palette and CMYK are converted to RGB; transparent images are composited over white; of animations, the
+    first frame is read. 16-bit grayscale is scaled to 8 bits by the maximum declared in a TIFF, or else by the smallest
+    of 8, 10, 12, 14 and 16 bits that covers its values, with a warning if below 16. Broken metadata are ignored.
 
     Args:
         source: a path, a PIL image, or an (H, W, 3) uint8 array, which is returned unchanged.
-        max_pixels: largest photo that is decoded.
-        size: (H, W) that is needed. A JPEG beyond the limit is then decoded at a half, a quarter or an eighth of its
-            sides, if that has both sides at least as long as the longer of these.
+        max_pixels: maximum size of a photo to decode.
+        size: (H, W) that is needed. A JPEG above the limit is then decoded at a half, a quarter or an eighth of its
+            sides, if both sides are still at least as long as the longer of these.
 
     Raises:
         PhotoError: if the file is missing, empty, damaged, too large, or not an image.
@@ -99,15 +99,15 @@ def read_photo(
 
 
 def read_photo_bytes(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Like :func:`read_photo`, from the content of a file.
+    """Like :func:`read_photo`, from the contents of a file.
 
     Args:
         content: the whole file.
         name: name for error messages.
-        max_pixels: largest photo that is decoded.
+        max_pixels: maximum size of a photo to decode.
 
     Raises:
-        PhotoError: if the content is empty, damaged, too large, or not an image.
+        PhotoError: if the contents are empty, damaged, too large, or not an image.
     """
     if not content:
         raise PhotoError(f"{name}: the file is empty (0 bytes)")
@@ -116,7 +116,7 @@ def read_photo_bytes(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS)
 
 
 def is_panel(file: Path | bytes) -> bool:
-    """True for a picture that this package drew of a result: a path, or the first kilobyte of a PNG file."""
+    """True for a picture drawn by this package, given as a path or as the first kilobyte of a PNG file."""
     if isinstance(file, Path) and file.suffix.lower() != ".png":
         return False
     try:
@@ -128,7 +128,7 @@ def is_panel(file: Path | bytes) -> bool:
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn the errors of decoders into a PhotoError."""
+    """Convert decoder errors to a PhotoError."""
     try:
         yield
     except PhotoError:
@@ -142,7 +142,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def open_image(file: Path | io.BytesIO) -> Image.Image:
-    """Open an image file of any of FORMATS and any suffix, reading the header only.
+    """Open an image file in any of FORMATS, with any suffix, reading only the header.
 
     Raises:
         UnidentifiedImageError: if it has another format.
@@ -153,7 +153,7 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
 
 
 def use_image(file: Path | io.BytesIO, use: Callable[[Image.Image], _T]) -> _T:
-    """Call ``use`` with an opened image; of a PNG with broken metadata, the metadata are skipped.
+    """Call ``use`` with an opened image; if a PNG has broken metadata, the metadata are skipped.
 
     Raises:
         UnidentifiedImageError: if it has none of FORMATS.
@@ -175,7 +175,7 @@ def use_image(file: Path | io.BytesIO, use: Callable[[Image.Image], _T]) -> _T:
 
 @contextlib.contextmanager
 def _without_pillow_limit() -> Iterator[None]:
-    """Disable Pillow's limit on pixels; ours is checked before decoding, with a better message."""
+    """Disable Pillow's limit on pixels; this package checks its own before decoding, with a better message."""
     with _PILLOW_LOCK:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -197,7 +197,7 @@ def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:
-    """Refuse an opened image that declares too many pixels.
+    """Raise PhotoError for an opened image that declares too many pixels.
 
     Raises:
         PhotoError: naming its size, the limit, and what to do.
@@ -205,17 +205,17 @@ def refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise PhotoError(
-            f"{name}: {width:,} x {height:,} pixels is more than the limit of {max_pixels:,}; shrink it first, or "
-            "raise the limit (`dvit denoise --max-pixels`, or max_pixels= in Python)"
+            f"{name}: {width:,} x {height:,} pixels exceed the limit of {max_pixels:,}; shrink it first, or raise the "
+            "limit (`dvit denoise --max-pixels`, or max_pixels= in Python)"
         )
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int, size: tuple[int, int] | None = None) -> np.ndarray:
     """Decode an opened image of any mode to (H, W, 3) uint8; ``name`` is for errors and warnings."""
     if size is not None and image.width * image.height > max_pixels:
-        image.draft(None, (max(size), max(size)))  # JPEG only; the longer side for both, as it may lie on its side
+        image.draft(None, (max(size), max(size)))  # JPEG only; the longer side for both, as it may be rotated
     refuse_larger(image, name, max_pixels)
-    deep = ";16" in raw_mode(image)  # known before decoding only
+    deep = ";16" in raw_mode(image)  # only available before decoding
     declared = _declared_largest(image)
     image.load()
     image = _upright(image)
@@ -227,8 +227,8 @@ def _decode(image: Image.Image, name: str, max_pixels: int, size: tuple[int, int
     pixels = np.array(image.convert("RGB"))
     if deep and 0 < (largest := int(pixels.max())) < 64:  # Pillow keeps the upper 8 of 16 bits
         raise PhotoError(
-            f"{name}: colours of 16 bits whose values end below {256 * (largest + 1):,} of 65,535; it would be nearly "
-            "black. Scale its values to 16 bits, or convert it to 8 bits first"
+            f"{name}: the 16-bit colour values are below {256 * (largest + 1):,} of 65,535, so the image would be "
+            "nearly black. Scale its values to 16 bits, or convert it to 8 bits first"
         )
     return pixels
 
@@ -278,7 +278,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grayscale(pixels: np.ndarray, name: str, declared: int | None) -> np.ndarray:
-    """Convert 16-bit (or 0 to 1 float) grayscale to RGB; other ranges are ambiguous."""
+    """Convert 16-bit (or 0 to 1 float) grayscale to RGB; other ranges are ambiguous and raise PhotoError."""
     low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
     if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
         scaled = pixels * 255
@@ -298,6 +298,6 @@ def _white(high: int, declared: int | None, name: str) -> int:
         return declared
     bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits)
     if bits < 16 and high:
-        words = f"{name}: no value of its 16 bits is above {high:,}; read as {bits} bits ({(1 << bits) - 1:,} is white)"
+        words = f"{name}: no 16-bit value is above {high:,}; read as {bits} bits ({(1 << bits) - 1:,} is white)"
         warnings.warn(words, DenoisingVitWarning, stacklevel=2)
     return (1 << bits) - 1

@@ -1,4 +1,4 @@
-"""Large pictures: decoded whole, or read region by region where their format allows."""
+"""Large pictures: decoded as a whole, or read region by region if their format allows it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from denoising_vit.data.photos import MAX_PIXELS, explained, open_image, photo_d
 from denoising_vit.errors import PhotoError
 from denoising_vit.files import file_digest, needed
 
-#: Pixels that are read at once to shrink a picture.
+#: Number of pixels to read at once when shrinking a picture.
 _AT_ONCE = 1 << 24
 
-#: Most pixels along a side of a picture that is drawn, where it is not in memory anyway.
+#: Maximum side in pixels of a drawn picture, unless it is already in memory.
 _DRAWN = 2048
 
 _ORIENTATION = 0x0112
 
-#: Axes and colours of TIFF files that are read region by region.
+#: Axes and colours of TIFF files that can be read region by region.
 _READ = {("YX", "MINISBLACK"), ("YXS", "RGB"), ("YXS", "YCBCR")}
 
 
 class TiffPicture:
-    """An (H, W, 3) uint8 TIFF file whose regions are read when they are asked for: ``picture[top:bottom, left:right]``.
+    """An (H, W, 3) uint8 TIFF file whose regions are read on request: ``picture[top:bottom, left:right]``.
 
     Args:
         path: the file.
-        size: least (H, W) that is needed; of a pyramid, the smallest level that has it is read.
+        size: minimum (H, W) needed; in a pyramid, the smallest level that covers it is read.
 
     Attributes:
         path: the file.
         shape: (H, W, 3).
 
     Raises:
-        PhotoError: if tifffile is not installed, or the file is not upright gray or RGB of 8 or 16 bits.
+        PhotoError: if tifffile is not installed, or the file is not upright grey or RGB with 8 or 16 bits.
     """
 
     def __init__(self, path: Path, size: tuple[int, int] | None = None) -> None:
@@ -58,12 +58,12 @@ class TiffPicture:
         if turned or not known:
             raise PhotoError(
                 f"{path}: {level.dtype} {page.photometric.name} of axes {level.axes}{', turned' * turned}; expected an "
-                "upright TIFF of gray or interleaved RGB of 8 or 16 bits, to be read tile by tile. Convert it first"
+                "upright TIFF, grey or interleaved RGB with 8 or 16 bits, to read it tile by tile. Convert it first"
             )
         self.shape = (*self._pixels.shape[:2], 3)
 
     def __getitem__(self, region: tuple[slice, slice]) -> np.ndarray:
-        """The pixels of a region, (h, w, 3) uint8; the upper 8 bits of 16, transparent ones over white."""
+        """The pixels of a region, (h, w, 3) uint8; the upper 8 bits of 16, with transparency over white."""
         with explained(str(self.path)):
             pixels = np.asarray(self._pixels[region])
         if pixels.dtype == np.uint16:
@@ -76,7 +76,7 @@ class TiffPicture:
         return pixels[..., :3]
 
 
-#: An array (H, W, 3) uint8, or something that is sliced like one.
+#: An array (H, W, 3) uint8, or an object that is sliced like one.
 Picture = np.ndarray | TiffPicture
 
 
@@ -89,15 +89,15 @@ def open_picture(
 ) -> Picture:
     """Open a picture of any size.
 
-    Pillow decodes it whole, 3 bytes a pixel, with two exceptions: a TIFF of more than ``whole`` pixels is read region
-    by region, which takes tifffile; and a JPEG of more than ``max_pixels`` is decoded at a half, a quarter or an eighth
-    of its sides where ``size`` needs no more.
+    Pillow decodes it as a whole, 3 bytes per pixel, with two exceptions: a TIFF of more than ``whole`` pixels is read
+    region by region, which needs tifffile; and a JPEG of more than ``max_pixels`` is decoded at a half, a quarter or an
+    eighth of its sides if ``size`` needs no more.
 
     Args:
         source: as for :func:`read_photo`.
-        size: (H, W) at which it will be used; its own by default.
-        max_pixels: larger pictures are refused.
-        whole: larger TIFF files are not decoded whole.
+        size: (H, W) at which it will be used; defaults to its own.
+        max_pixels: maximum size; larger pictures raise PhotoError.
+        whole: maximum size of TIFF files to decode as a whole.
 
     Raises:
         PhotoError: if it is missing, damaged, too large, not an image, or needs tifffile, which is not installed.
@@ -111,12 +111,12 @@ def open_picture(
 
 
 def picture_digest(picture: Picture) -> str:
-    """SHA-256 of the pixels of an array, or of a file that is not decoded whole."""
+    """SHA-256 of the pixels of an array, or of a file that is read region by region."""
     return photo_digest(picture) if isinstance(picture, np.ndarray) else file_digest(picture.path)
 
 
 def reduced(picture: Picture, side: int) -> np.ndarray:
-    """A picture shrunk by a whole number to at most ``side`` pixels, by means over squares; never whole in memory."""
+    """Shrink a picture by an integer factor to at most ``side`` pixels, by means over squares, in parts."""
     height, width = picture.shape[:2]
     factor = math.ceil(max(height, width) / side)
     band = factor * max(_AT_ONCE // (factor * width), 1)
@@ -132,7 +132,7 @@ def drawable(picture: Picture) -> np.ndarray:
 
 
 def _tiff_pixels(path: Path) -> int:
-    """Pixels that a TIFF file declares; 0 for any other file, which :func:`read_photo` explains."""
+    """Number of pixels that a TIFF file declares; 0 for any other file, whose errors :func:`read_photo` reports."""
     try:
         with open_image(path) as image:
             return image.width * image.height if image.format == "TIFF" else 0

@@ -1,4 +1,4 @@
-"""Index of the images in tar shards, which are read without unpacking."""
+"""Index of the images in tar shards, so that they can be read without unpacking."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAGIC = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 
-#: Threads that index shards; remote ones mostly wait.
+#: Number of threads that index shards; remote shards mostly wait.
 _WORKERS = 8
 
 
@@ -38,11 +38,11 @@ def index_shards(storage: Storage, shards: Sequence[tuple[str, str]]) -> tuple[l
 
     Args:
         storage: access to the shards.
-        shards: name and address of each; the name is the prefix of its members' ids.
+        shards: name and address of each shard; the name is the prefix of its members' ids.
 
     Returns:
-        Members sorted by id, and entries that cannot be used. Of a truncated or damaged shard, the members before the
-        damage are used.
+        Members sorted by id, and unusable entries. For a truncated or damaged shard, members before the damage are
+        used.
     """
     items: list[Item] = []
     skipped: list[Skipped] = []
@@ -57,7 +57,7 @@ def index_shards(storage: Storage, shards: Sequence[tuple[str, str]]) -> tuple[l
 
 
 def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item], list[Skipped], list[str]]:
-    """Images of a shard, entries that cannot be used, and, if it has images, the names of its files."""
+    """Images of a shard, unusable entries, and, if it has images, the names of its files."""
     if path_of(address).lower().endswith(_COMPRESSED):
         return [], [Skipped(name, _compressed("by its name"))], []
     try:
@@ -75,7 +75,7 @@ def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item],
         return [], [Skipped(name, reason_of(error))], []
     items, skipped = _images(members, name, address)
     if fault:
-        skipped.append(Skipped(name, f"{fault}; {len(items)} images before that are used"))
+        skipped.append(Skipped(name, f"{fault}; {len(items)} images before it are used"))
     elif not items and not skipped:
         count = sum(not member.isdir() for member in members)
         skipped.append(Skipped(name, f"no image files among its {count} members" if count else "an empty tar archive"))
@@ -84,26 +84,26 @@ def _index_shard(storage: Storage, name: str, address: str) -> tuple[list[Item],
 
 
 def _length(file: BinaryIO, address: str) -> int:
-    """The length of a shard, after checking that parts of it can be read."""
+    """The length of a shard; OSError if parts of it cannot be read."""
     try:
         length = file.seek(0, 2)
         if length > 1 and not can_list(address):
             file.seek(length - 1)
             file.read(1)
         file.seek(0)
-    except ValueError as error:  # of fsspec, if the server sends the whole file
-        raise OSError("its server does not give parts of files (byte ranges); download the shard first") from error
+    except ValueError as error:  # from fsspec, if the server sends the whole file
+        raise OSError("its server does not support byte ranges; download the shard first") from error
     return length
 
 
 def _compressed(kind: str) -> str:
-    return f"a compressed archive ({kind}), of which no part can be read alone; unpack it to a plain .tar first"
+    return f"a compressed archive ({kind}), which has no random access; unpack it to a plain .tar first"
 
 
 def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
     """Complete members, and a description of the damage to the archive, if any.
 
-    ``tarfile`` takes a damaged header for the end, and does not check that the last member is complete.
+    ``tarfile`` treats a damaged header as the end, and does not check that the last member is complete.
     """
     members: list[tarfile.TarInfo] = []
     place = -1
@@ -111,10 +111,10 @@ def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if member.offset_data <= place or member.size < 0:
-                    return members, f"damaged at byte {place:,}"  # a negative size would never end
+                    return members, f"damaged at byte {place:,}"  # a negative size would loop forever
                 place = member.offset_data
                 if member.isreg() and place + member.size > length:
-                    return members, f"cut off at byte {length:,}, within {member.name}"
+                    return members, f"truncated at byte {length:,}, within {member.name}"
                 members.append(member)
             place = archive.offset
             file.seek(place)
@@ -124,7 +124,7 @@ def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
     if block.strip(b"\0"):
         return members, f"damaged at byte {place:,}"
     if len(block) < tarfile.BLOCKSIZE:
-        return members, f"cut off at byte {length:,}, where another member or the end mark was expected"
+        return members, f"truncated at byte {length:,}, where another member or the end mark was expected"
     return members, ""
 
 
@@ -147,7 +147,7 @@ def _unusable(member: tarfile.TarInfo) -> str:
     if member.issym() or member.islnk():
         return f"a link (to {member.linkname}); links in shards are not followed"
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "a path that leads out of the archive"
+        return "a path outside the archive"
     if not member.isreg() or member.issparse():
-        return "not a plain file within the archive"
+        return "not a regular file"
     return ""

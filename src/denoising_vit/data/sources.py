@@ -36,29 +36,29 @@ from denoising_vit.errors import PhotoError
 
 _EXPECTED = "expected a folder of images, an image file, a text list of images (.txt) or uncompressed tar shards (.tar)"
 
-#: Bytes that identify our pictures among remote PNG files, and files that are checked at once.
+#: Number of first bytes that identify this package's pictures among remote PNG files, and of files to check at once.
 _START_BYTES, _AT_ONCE = 1024, 4096
 
 
 def open_dataset(source: str | Path) -> Dataset:
     """Find the images of a source, without reading them.
 
-    Folders are searched recursively for images or, if there are none, for tar shards. Hidden files and pictures that
-    this package drew are ignored. Order and ids do not depend on the location of the source.
+    Folders are searched recursively for images or, if there are none, for tar shards. Hidden files and pictures drawn
+    by this package are ignored. Order and ids do not depend on the location of the source.
 
     Args:
         source: a path or an fsspec address (``s3://``, ``gs://``, ``https://``, ...) of a folder, an image, a text list
             or a tar shard, or a pattern of images or shards: a glob, or braces like ``shards-{0000..0009}.tar``.
-            ``https://`` servers cannot list files: give files, lists or braces.
+            ``https://`` servers cannot list files, so give files, lists or braces.
 
     Raises:
         PhotoError: if the source does not exist, has no images, or cannot be reached.
     """
     name = str(source)
     if not name.strip():
-        raise PhotoError(f"{_EXPECTED}, found an empty name")
+        raise PhotoError(f"{_EXPECTED}, got an empty name")
     if isinstance(source, Path) and (collapsed := re.match(r"([A-Za-z0-9]{2,}):/", name)):
-        raise PhotoError(f"{name}: give {collapsed[1]}:// addresses as str; a Path loses one of the slashes")
+        raise PhotoError(f"{name}: give {collapsed[1]}:// addresses as str, because a Path removes one of the slashes")
     storage = Storage()
     address = local_or_remote(name)
     if not scheme_of(address):
@@ -69,12 +69,12 @@ def open_dataset(source: str | Path) -> Dataset:
     if not items:
         reasons = "; ".join(f"{entry.item}: {entry.reason}" for entry in skipped[:3])
         more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        raise PhotoError(f"{name}: {_EXPECTED}, found none in it{f' ({reasons}{more})' if reasons else ''}")
+        raise PhotoError(f"{name}: {_EXPECTED}, found none{f' ({reasons}{more})' if reasons else ''}")
     return Dataset(name, items, skipped)
 
 
 def _find(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]]:
-    """Images sorted by id, or in the order of a list; and entries that were skipped."""
+    """Images sorted by id, or in the order of a list; and skipped entries."""
     if not can_list(address):
         return _find_without_listing(storage, address)
     kind = storage.kind(address)
@@ -96,14 +96,14 @@ def _find_without_listing(storage: Storage, address: str) -> tuple[list[Item], l
     named = suffix_of(address) == ".txt" or suffix_of(address) in IMAGE_SUFFIXES or is_shard(address)
     if not named or "*" in path_of(address):
         raise PhotoError(
-            f"{address}: {scheme_of(address)}:// servers do not list what they have; expected a text list of images "
-            "(.txt), an image, or tar shards (.tar) named outright or by braces like shards-{0000..0009}.tar"
+            f"{address}: {scheme_of(address)}:// servers cannot list files; expected a text list of images (.txt), an "
+            "image, or tar shards (.tar), given by name or by braces like shards-{0000..0009}.tar"
         )
     return _from_file(storage, address)
 
 
 def _from_file(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]]:
-    """The images of one file; an image may have any suffix, and may be our own picture."""
+    """The images of one file; an image may have any suffix, and may be a picture drawn by this package."""
     name = posixpath.basename(path_of(address)) if scheme_of(address) else Path(address).name
     if is_shard(address):
         return index_shards(storage, [(name, address)])
@@ -113,7 +113,7 @@ def _from_file(storage: Storage, address: str) -> tuple[list[Item], list[Skipped
         try:
             read_photo_bytes(storage.read(address), name)
         except Exception as error:  # every service has its own exceptions
-            raise PhotoError(f"{address}: {_EXPECTED}, found a file that is none of these") from error
+            raise PhotoError(f"{address}: {_EXPECTED}, got a file of another type") from error
     return [Item(name, address)], []
 
 
@@ -128,7 +128,7 @@ def _from_pattern(storage: Storage, pattern: str) -> tuple[list[Item], list[Skip
 
     for name in expand_braces(pattern):
         if not can_list(name) or (is_shard(name) and not is_pattern(name)):
-            take(name)  # a missing file is reported when it is indexed
+            take(name)  # a missing file is reported on indexing
             continue
         kind = storage.kind(name)
         found = [(name, kind == "folder")] if kind else matches(storage, name) if is_pattern(name) else []
@@ -148,7 +148,7 @@ def _from_pattern(storage: Storage, pattern: str) -> tuple[list[Item], list[Skip
 
 
 def _select(storage: Storage, files: Sequence[tuple[str, str]], place: str) -> tuple[list[Item], list[Skipped]]:
-    """The images among files (name, address); without any, those in tar shards among them."""
+    """The images among files (name, address); if there are none, those in tar shards among them."""
     shown = sorted((name, address) for name, address in files if not is_hidden(name))
     shards = [(name, address) for name, address in shown if is_shard(address)]
     found = set(image_names((address for _, address in shown if not is_shard(address)), place))
@@ -156,7 +156,7 @@ def _select(storage: Storage, files: Sequence[tuple[str, str]], place: str) -> t
     items = _without_panels(storage, images)
     if not items:
         return index_shards(storage, shards)
-    reason = "a tar archive beside images, which may hold the same ones; give it as a data set of its own"
+    reason = "a tar archive next to images, possibly of the same images; open it as a separate data set"
     return items, [Skipped(name, reason) for name, _ in shards]
 
 
@@ -175,26 +175,26 @@ def _without_panels(storage: Storage, images: list[Item]) -> list[Item]:
 
 
 def _well_named(items: Sequence[Item]) -> tuple[list[Item], list[Skipped]]:
-    """Items with unique ids of valid UTF-8; and the others."""
+    """Items with unique ids in valid UTF-8; and the other items, skipped."""
     kept: dict[str, Item] = {}
     skipped = []
     for item in items:
         try:
             item.id.encode()
         except UnicodeEncodeError:
-            skipped.append(Skipped(ascii(item.id), "a name that is not UTF-8; rename it"))
+            skipped.append(Skipped(ascii(item.id), "the name is not UTF-8; rename the file"))
             continue
         if item.id in kept:
-            skipped.append(Skipped(item.id, "a second item of this name; the first is taken"))
+            skipped.append(Skipped(item.id, "duplicate name; the first item is used"))
         else:
             kept[item.id] = item
     return list(kept.values()), skipped
 
 
 def read_list(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]]:
-    """The images of a text list in order, without blank lines and lines that begin with ``#``.
+    """The images of a text list in order, without blank lines and lines starting with ``#``.
 
-    Local files are checked now; remote ones when they are read, because each check takes a request.
+    Local files are checked now, remote files on reading, because each check takes a request.
 
     Raises:
         PhotoError: if the list cannot be read, or the library for an address in it is not installed.
@@ -207,7 +207,7 @@ def read_list(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]
         text = content.decode("utf-8-sig")
     items = []
     skipped = []
-    first: dict[str, int] = {}  # line of each place
+    first: dict[str, int] = {}  # line number of each path
     for number, raw in enumerate(text.split("\n"), start=1):
         line = raw.strip(" \t\r")
         if not line or line.startswith("#"):
@@ -226,7 +226,7 @@ def read_list(storage: Storage, address: str) -> tuple[list[Item], list[Skipped]
 
 
 def _place_of(line: str, address: str) -> str:
-    """The path or address of a line in the list at ``address``.
+    """The path or address on a line of the list at ``address``.
 
     Raises:
         ValueError: if a remote list names a file of this machine or of another server.
@@ -238,8 +238,8 @@ def _place_of(line: str, address: str) -> str:
         theirs, own = (_server(name) for name in (place, address))
         if theirs != own:
             raise ValueError(
-                f"an address outside {own[0]}://{own[1]}, where the list is; download the list and give that file if "
-                "what it names is to be fetched"
+                f"an address outside {own[0]}://{own[1]}, the server of the list; to allow it, download the list and "
+                "give the local file"
             )
         return place
     if place != line or place.startswith("/"):
@@ -249,7 +249,7 @@ def _place_of(line: str, address: str) -> str:
     if any(part in (".", "..") for part in place.split("/")):
         joined = posixpath.normpath(joined)
     if joined.split("/")[0] != path.split("/")[0]:
-        raise ValueError("a path that leads out of the bucket or server of the list")
+        raise ValueError("a path outside the list's bucket or server")
     return f"{scheme}://{joined}"
 
 
@@ -262,13 +262,13 @@ def _server(address: str) -> tuple[str, str]:
 def _check(storage: Storage, place: str) -> None:
     """Raise ValueError for entries that are not image files, as far as is known without a request."""
     if is_shard(place):
-        raise ValueError("a tar shard; give shards as the data set: a file, a folder or a pattern, not a list")
+        raise ValueError("a tar shard; give shards as a file, a folder or a pattern, not in a list")
     if scheme_of(place):
-        storage.filesystem(place)  # a missing library is one error now, instead of one for each photo
+        storage.filesystem(place)  # report a missing library once, not for every photo
         return
     try:
         kind = storage.kind(place)
     except PhotoError as error:
         raise ValueError(reason_of(error)) from error
     if kind != "file":
-        raise ValueError("a folder; a list names image files" if kind else "no such file")
+        raise ValueError("a folder; expected an image file" if kind else "no such file")

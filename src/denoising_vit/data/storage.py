@@ -15,13 +15,13 @@ import fsspec
 
 from denoising_vit.errors import PhotoError
 
-#: Extra of this package that installs the library of a scheme.
+#: Extra of this package that installs a scheme's library.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
 #: Schemes whose servers cannot list files.
 _WITHOUT_LISTING = frozenset({"http", "https"})
 
-#: Largest file that is read: a photo of 100 million pixels of 8 bytes, uncompressed.
+#: Maximum size of a file to read: a photo of 100 million pixels of 8 bytes, uncompressed.
 MAX_BYTES = 1 << 30
 
 
@@ -47,7 +47,7 @@ def path_of(address: str) -> str:
 
 
 def suffix_of(address: str) -> str:
-    """The suffix in lower case, with its dot."""
+    """The suffix in lower case, with the dot."""
     return posixpath.splitext(path_of(address))[1].lower()
 
 
@@ -62,7 +62,7 @@ def reason_of(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reporting(problem: str) -> Iterator[None]:
-    """Turn any error into a PhotoError with this message and the reason; every service has its own exceptions."""
+    """Convert any error to a PhotoError with this message and the reason; every service has its own exceptions."""
     try:
         yield
     except PhotoError:
@@ -72,9 +72,9 @@ def reporting(problem: str) -> Iterator[None]:
 
 
 class Storage:
-    """Access to local paths and fsspec addresses; can be pickled, shared between threads, and used after a fork.
+    """Access to local paths and fsspec addresses; it can be pickled, shared between threads, and used after a fork.
 
-    fsspec has one file system with its own connections for each thread; here all threads of a process share one.
+    fsspec has one file system with its own connections per thread; here all threads of a process share one.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Storage:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # connections cannot be sent to other processes
+        return {}  # connections cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
@@ -105,9 +105,9 @@ class Storage:
             extra = EXTRAS.get(scheme)
             remedy = f"pip install 'denoising-vit[{extra}]'" if extra else str(error)
             raise PhotoError(f"{address}: {scheme}:// needs a library that is not installed: {remedy}") from error
-        except Exception as error:  # every service checks its addresses in its own way
+        except Exception as error:  # every service validates addresses differently
             raise PhotoError(
-                f"{address}: expected a path or an address that fsspec knows (s3://, gs://, https://, ...), found "
+                f"{address}: expected a path or an fsspec address (s3://, gs://, https://, ...), got "
                 f"{scheme}:// ({error})"
             ) from error
 
@@ -115,9 +115,9 @@ class Storage:
         """Type of an address; None if it does not exist.
 
         Raises:
-            PhotoError: if it cannot be reached.
+            PhotoError: if it is unreachable.
         """
-        with reporting(f"{address}: cannot be reached"), contextlib.suppress(FileNotFoundError):
+        with reporting(f"{address}: unreachable"), contextlib.suppress(FileNotFoundError):
             if not scheme_of(address):
                 path = Path(address)
                 return "folder" if path.is_dir() else "file" if path.is_file() else None
@@ -131,13 +131,13 @@ class Storage:
         return self.filesystem(address).open(address, "rb")
 
     def read(self, address: str, start: int | None = None, size: int | None = None) -> bytes:
-        """Read a file, or ``size`` bytes from ``start`` on.
+        """Read a file, or ``size`` bytes starting at ``start``.
 
         Raises:
             Exception: any exception of the file system; see :func:`reason_of`.
         """
         if size is not None and size > MAX_BYTES:
-            raise PhotoError(f"{size:,} bytes is more than the limit of {MAX_BYTES:,} for one photo")
+            raise PhotoError(f"{size:,} bytes exceed the limit of {MAX_BYTES:,} per photo")
         if scheme_of(address):
             end = None if start is None or size is None else start + size
             content = b"" if size == 0 else self.filesystem(address).cat_file(address, start=start, end=end)
@@ -145,8 +145,8 @@ class Storage:
             content = _read_local(Path(address), start or 0, size)
         if size is not None and len(content) != size:
             raise PhotoError(
-                f"expected {size:,} bytes from byte {start:,} of {address} on, {len(content):,} came; the file has "
-                "changed since the data set was opened, or its server ignores byte ranges"
+                f"expected {size:,} bytes from byte {start:,} of {address}, got {len(content):,}; the file has changed "
+                "since the data set was opened, or its server ignores byte ranges"
             )
         return content
 
@@ -155,6 +155,6 @@ def _read_local(path: Path, start: int, size: int | None) -> bytes:
     with path.open("rb") as file:
         length = os.fstat(file.fileno()).st_size
         if size is None and length > MAX_BYTES:
-            raise PhotoError(f"{length:,} bytes is more than the limit of {MAX_BYTES:,} for one photo")
+            raise PhotoError(f"{length:,} bytes exceed the limit of {MAX_BYTES:,} per photo")
         file.seek(start)
         return file.read(-1 if size is None else size)

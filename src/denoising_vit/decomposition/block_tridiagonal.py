@@ -2,8 +2,8 @@
 
     A = L L^T,   L has the blocks L_k on its diagonal and E_k = A_{k+1,k} L_k^{-T} below it
 
-Memory is two blocks per block row. The diagonal blocks are kept as inverses, which turns every substitution into
-matrix products (several times as fast as triangular solves for hundreds of right-hand sides, on CPU and CUDA alike).
+Memory is two blocks per block row. The diagonal blocks are stored as inverses, which turns every substitution into
+matrix products (several times faster than triangular solves for hundreds of right-hand sides, on CPU and CUDA).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BlockTridiagonal:
                 block = diagonal[k + 1] - self.below[k] @ self.below[k].T
 
     def forward(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Streams ``L^{-1} X``: takes and yields block rows (m, columns) one by one, holding only the last."""
+        """Stream ``L^{-1} X``: takes and yields block rows (m, columns) one by one, keeping only the last one."""
         solved = None
         for k, row in enumerate(rows):
             if solved is not None:

@@ -2,10 +2,10 @@
 
     minimise  sum_v |Y_v - Wy_v F Wx_v^T - G|^2_v  +  lam (N / nodes) |grad F|^2  +  mu (N / positions) |G|^2
 
-The norm of view v weighs its patches by ``u_v t_v^T`` (all ones without a taper), and N is the sum of all weights. Its
-normal equations are ``A F + K^T G = b`` and ``K F + D G = g``. A, K and D come from the crops alone; the image
-contributes only b and g (:class:`~denoising_vit.decomposition.statistics.Statistics`). Eliminating F leaves
-``T G = g - K A^-1 b`` with ``T = D - K A^-1 K^T``. See docs/method.md for the derivation.
+The norm of view v weights its patches by ``u_v t_v^T`` (all ones without a taper), and N is the sum of all weights. Its
+normal equations are ``A F + K^T G = b`` and ``K F + D G = g``. A, K and D depend only on the crops; the image
+contributes only b and g (:class:`~denoising_vit.decomposition.statistics.Statistics`). Eliminating F gives
+``T G = g - K A^-1 b`` with ``T = D - K A^-1 K^T``. docs/method.md has the derivation.
 
 With offsets, each view also has an unknown constant o_v (C) that its features are shifted by, with the penalty
 ``nu (N / views) |o|^2``. They are eliminated together with F.
@@ -25,8 +25,8 @@ from denoising_vit.decomposition.block_tridiagonal import BlockTridiagonal
 from denoising_vit.errors import PlanError
 from denoising_vit.views.plan import ViewPlan, least_views
 
-#: Rows of L^-1 K^T that are gathered before they enter T, and columns of T updated at once: large enough for the
-#: products to run at full speed, small enough for memory to stay O(nodes per side x positions).
+#: Number of rows of L^-1 K^T to gather before they enter T, and of columns of T to update at once: large enough for
+#: fast matrix products, small enough to keep memory at O(nodes per side x positions).
 _ROWS, _COLUMNS = 512, 512
 
 #: nu, weight of the square of a view's offset, per observation of a view: small, so that offsets are nearly free.
@@ -34,14 +34,14 @@ _OFFSET_SHRINKAGE = 0.003
 
 
 class ExactSolver:
-    """Solves stage 1 for any image seen through one plan; what depends on the plan alone is computed once.
+    """Solver of stage 1 for any image seen through one plan; everything that depends only on the plan is computed once.
 
     Args:
         plan: the views.
         smoothness: lam, weight of the field's squared differences, per observation and node.
         shrinkage: mu, weight of the artifact's square, per observation of a position.
-        offsets: fit a constant in each view as well.
-        device: where to compute, in float64; statistics must come from there.
+        offsets: also fit a constant in each view.
+        device: device to compute on, in float64; statistics must be on this device.
 
     Raises:
         PlanError: if the views cannot determine field and artifact.
@@ -56,8 +56,8 @@ class ExactSolver:
         offsets: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not (smoothness >= 0 and shrinkage >= 0):  # NaN is neither
-            raise PlanError(f"smoothness and shrinkage must be 0 or more, got {smoothness} and {shrinkage}")
+        if not (smoothness >= 0 and shrinkage >= 0):  # also rejects NaN
+            raise PlanError(f"smoothness and shrinkage must be at least 0, got {smoothness} and {shrinkage}")
         self.plan = plan
         self.smoothness = smoothness
         self.shrinkage = shrinkage
@@ -68,10 +68,10 @@ class ExactSolver:
         self._position_weights = self._rows.T @ self._columns  # (h, w), summed over views
 
     def factorise(self, *, artifact_known: bool) -> None:
-        """Computes the factors now (later calls find them).
+        """Compute the factors now, for later calls to reuse.
 
         Raises:
-            PlanError: if the views are too few.
+            PlanError: if there are too few views.
         """
         _ = self._field_factor if artifact_known else self._artifact_factor
         if self.offsets:
@@ -105,7 +105,7 @@ class ExactSolver:
         if offsets is not None:
             right = right - torch.einsum("vh,vc,vw->hwc", self._rows, offsets, self._columns)
         artifact = torch.cholesky_solve(right.flatten(0, 1), self._artifact_factor).view_as(g)
-        # The data cannot tell F + c, G - c from F, G for a constant c: G has mean zero.
+        # The data cannot distinguish F + c, G - c from F, G for a constant c, so G is set to mean zero.
         return field, artifact - artifact.mean((0, 1))
 
     def _field_and_offsets(self, b: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -117,7 +117,7 @@ class ExactSolver:
             raise ValueError("offsets need the sums of each view, s")
         right = s - torch.einsum("rsv,rsc->vc", self._offset_spread, field)
         offsets = torch.cholesky_solve(right, self._offset_factor)
-        # The data cannot tell F + c, o - c from F, o for a constant c: offsets have mean zero.
+        # Nor can they distinguish F + c, o - c from F, o, so offsets are set to mean zero.
         offsets = offsets - offsets.mean(0)
         return field - self._offset_response @ offsets, offsets
 
@@ -127,13 +127,13 @@ class ExactSolver:
         return torch.as_tensor(total).view(*self.plan.grid, -1)
 
     def spread(self, artifact: Tensor) -> Tensor:
-        """``K^T G``: what an artifact adds to b, (h, w, C) -> (Ry, Rx, C)."""
+        """``K^T G``: contribution of an artifact to b, (h, w, C) -> (Ry, Rx, C)."""
         flat = artifact.flatten(0, 1)
         return torch.stack([columns @ flat for columns in self._coupling_rows()])
 
     @cached_property
     def _field_factor(self) -> BlockTridiagonal:
-        """The factors of ``A = sum_v (Wy^T u Wy) (x) (Wx^T t Wx) + lam L``; block row k holds the nodes of row k."""
+        """The factors of ``A = sum_v (Wy^T u Wy) (x) (Wx^T t Wx) + lam L``; block row k has the nodes of row k."""
         self._require_views(artifact_known=True)
         rows, columns = self.plan.resolution
         gram_y = self._uy.transpose(1, 2) @ self._wy  # (V, Ry, Ry), tridiagonal
@@ -156,10 +156,10 @@ class ExactSolver:
 
     @cached_property
     def _artifact_factor(self) -> Tensor:
-        """The Cholesky factor of T (h w, h w), with the constant pinned.
+        """The Cholesky factor of T (h w, h w), with the constant fixed.
 
-        Adding a multiple of the all-ones matrix does not move the solution, whose mean is zero already, and makes T
-        well conditioned however small mu is.
+        Adding a multiple of the all-ones matrix does not change the solution, whose mean is zero, and makes T well
+        conditioned even for a small mu.
         """
         self._require_views(artifact_known=False)
         positions = math.prod(self.plan.grid)
@@ -169,7 +169,7 @@ class ExactSolver:
         while rows := list(itertools.islice(solved, gathered)):
             _subtract_gram(schur, torch.cat(rows))
         mean_weight = float(self._position_weights.mean())
-        schur += mean_weight / positions  # the pinned constant
+        schur += mean_weight / positions  # fixes the constant
         schur.diagonal().add_(self._position_weights.flatten() + self.shrinkage * mean_weight)
         if self.offsets:
             coupling = torch.einsum("vh,vw->hwv", self._rows, self._columns) - self.project(self._offset_response)
@@ -179,8 +179,8 @@ class ExactSolver:
             return torch.linalg.cholesky(schur)  # reads the lower triangle only
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise PlanError(
-                f"{len(self.plan)} views cannot tell artifact from content; use more views, more shrinkage, or give a "
-                "known artifact"
+                f"{len(self.plan)} views cannot separate artifact and content; use more views, more shrinkage, or give "
+                "a known artifact"
             ) from error
 
     @cached_property
@@ -204,7 +204,7 @@ class ExactSolver:
         return torch.linalg.cholesky(schur)
 
     def _coupling_rows(self) -> Iterator[Tensor]:
-        """Block rows of K^T, each (Rx, h w), made when needed: the whole would be nodes x positions."""
+        """Block rows of K^T, each (Rx, h w), created on demand, because the whole has nodes x positions entries."""
         h, w = self.plan.grid
         nodes = self.plan.resolution[1]
         across = self._tx.transpose(1, 2).flatten(1)  # (V, Rx w)
@@ -219,7 +219,7 @@ class ExactSolver:
             ry, rx = self.plan.resolution
             raise PlanError(
                 f"{len(self.plan)} views of {h} x {w} patches are too few for a field of {ry} x {rx} nodes"
-                f"{'' if artifact_known else ' and an artifact'}: at least {needed} are needed. Use more views, "
+                f"{'' if artifact_known else ' and an artifact'}; expected at least {needed}. Use more views, "
                 "or a lower resolution"
             )
 
@@ -231,7 +231,7 @@ def _path_laplacian(nodes: int, identity: Tensor) -> Tensor:
 
 
 def _subtract_gram(matrix: Tensor, rows: Tensor) -> None:
-    """``matrix -= rows^T rows`` for the lower triangle, panel by panel (the upper one is left unfinished)."""
+    """``matrix -= rows^T rows`` for the lower triangle, panel by panel (the upper triangle is incomplete)."""
     for start in range(0, len(matrix), _COLUMNS):
         panel = rows[:, start : start + _COLUMNS]
         matrix[start:, start : start + _COLUMNS].addmm_(rows[:, start:].T, panel, alpha=-1)

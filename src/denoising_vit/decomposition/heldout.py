@@ -1,4 +1,4 @@
-"""How well field and artifact predict held-out views."""
+"""Accuracy of field and artifact in predicting held-out views."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Agreement:
         self._tokens = 0
 
     def add(self, truth: Tensor, predicted: Tensor) -> None:
-        """Takes features and their prediction, both (..., C)."""
+        """Add features and their prediction, both (..., C)."""
         self._sum = self._sum + truth.flatten(0, -2).sum(0)
         self._squares += float(truth.square().sum())
         self._error += float((truth - predicted).square().sum())
@@ -27,19 +27,19 @@ class Agreement:
 
     @property
     def r2(self) -> float | None:
-        """Share of the variance (about each channel's mean) that is predicted; None without variance."""
+        """Fraction of the variance (about each channel's mean) that is explained; None without variance."""
         mean_part = float(torch.as_tensor(self._sum).square().sum()) / max(self._tokens, 1)
         variation = self._squares - mean_part
         return 1 - self._error / variation if variation > 1e-12 * self._squares else None
 
     @property
     def cosine(self) -> float | None:
-        """Mean cosine over all tokens; None before the first."""
+        """Mean cosine over all tokens; None without tokens."""
         return self._cosine / self._tokens if self._tokens else None
 
 
 class HeldOut(Agreement):
-    """The agreement of ``Wy F Wx^T + G`` with the features of held-out views.
+    """Agreement of ``Wy F Wx^T + G`` with the features of held-out views.
 
     Args:
         field: F, (Ry, Rx, C).
@@ -55,7 +55,7 @@ class HeldOut(Agreement):
         self._views = 0
 
     def add_views(self, features: Tensor) -> None:
-        """Takes the features (B, h, w, C) of the next B views.
+        """Add the features (B, h, w, C) of the next B views.
 
         Raises:
             BackboneError: if a value is not finite.

@@ -1,4 +1,4 @@
-"""Inputs of stage 1: photos, the views of them, the artifact if known, and the solver that photos share."""
+"""Inputs of stage 1: photos, their views, the artifact if known, and the solver shared by photos."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def load_image(photo: Photo, backbone: Backbone, digest: str | None = None) -> t
     """The image (3, H, W) in [0, 1] on the backbone's device, and its record; computes its digest unless given.
 
     Raises:
-        PhotoError: if the photo cannot be read, or holds less than one patch.
-        BackboneError: if a tensor has values that no photo is normalised to.
+        PhotoError: if the photo cannot be read, or is smaller than one patch.
+        BackboneError: if a tensor has values outside the range of normalised photos.
     """
     if isinstance(photo, Tensor):
         if photo.ndim != 4 or len(photo) != 1 or photo.shape[1] != 3 or not photo.is_floating_point():
@@ -48,15 +48,15 @@ def load_image(photo: Photo, backbone: Backbone, digest: str | None = None) -> t
     height, width = image.shape[1:]
     if min(height, width) < backbone.patch_size:
         raise PhotoError(
-            f"{f'{name}: ' if name else ''}{width} x {height} pixels is less than one patch of {backbone.patch_size} "
-            f"pixels; expected at least {backbone.patch_size} on each side"
+            f"{f'{name}: ' if name else ''}{width} x {height} pixels are less than one patch of {backbone.patch_size} "
+            f"pixels; expected at least {backbone.patch_size} per side"
         )
     if not torch.isfinite(image).all():
         raise PhotoError("the image has values that are not finite")
     return image, {"name": name, "height": height, "width": width, "sha256": digest}
 
 
-@torch.no_grad()  # not inference mode: results are to be usable in a caller's own training
+@torch.no_grad()  # not inference mode, so that a caller can train on the results
 def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size: int | None = None) -> Iterator[Tensor]:
     """Features of the views of an image (3, H, W) in [0, 1], batch by batch, (B, h, w, C) float32 each."""
     batch_size = batch_size or fitting_batch(backbone.device, math.prod(plan.grid))
@@ -66,7 +66,7 @@ def extract_views(backbone: Backbone, image: Tensor, plan: ViewPlan, batch_size:
 
 
 def fitting_batch(device: torch.device, tokens: int) -> int:
-    """Number of views per forward pass; on a CPU just enough tokens to fill it, as larger batches leave its cache."""
+    """Number of views per forward pass; on a CPU, just enough to use all cores, because more would exceed its cache."""
     return min(max((65536 if device.type == "cuda" else 4096) // tokens, 1), 32)
 
 
@@ -75,14 +75,14 @@ _HELD_OUT_SEED = 1_000_003
 
 
 def given_artifact(artifact: KnownArtifact | None, backbone: Backbone, options: DenoiseOptions) -> Tensor | None:
-    """The values (h, w, C) of the given artifact on the grid of the views; None if none is given.
+    """Values (h, w, C) of the given artifact on the grid of the views; None if none is given.
 
-    The method subtract needs one, and takes the one in the package by default.
+    The method subtract needs an artifact and defaults to the one in the package.
 
     Raises:
-        ArtifactError: if it is for another backbone, or is needed and there is none.
-        FormatError: if its file is missing, damaged or something else.
-        PlanError: if values have another shape, or are not finite.
+        ArtifactError: if it belongs to another backbone, or is needed but missing.
+        FormatError: if its file is missing, damaged or of another type.
+        PlanError: if values have a wrong shape, or are not finite.
         SizeError: if the size does not fit the patch grid.
     """
     if artifact is None and options.method == "subtract":
@@ -93,11 +93,11 @@ def given_artifact(artifact: KnownArtifact | None, backbone: Backbone, options: 
 def prepare(
     backbone: Backbone, options: DenoiseOptions, artifact: Tensor | None = None
 ) -> tuple[ViewPlan, ViewPlan | None]:
-    """The views to fit, the full image first, and the held-out views; computes the exact solver's factors.
+    """The views to fit, starting with the full image, and the held-out views; also computes the exact solver's factors.
 
     Raises:
         SizeError: if the size does not fit the patch grid.
-        PlanError: if the views are too few.
+        PlanError: if there are too few views.
     """
     options.validate()
     fitted, held_out = _plans(backbone, options, _view_size(backbone, options))
@@ -107,7 +107,7 @@ def prepare(
 
 
 def solver_for(plan: ViewPlan, options: DenoiseOptions, device: torch.device) -> ExactSolver:
-    """The exact solver of a plan; photos that share a plan share its factors, which depend on the crops alone."""
+    """The exact solver of a plan; photos with the same plan share its factors, which depend only on the crops."""
     solving = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     return _solver(plan, options.smoothness, options.shrinkage, options.offsets, solving)
 
@@ -125,7 +125,7 @@ def _view_size(backbone: Backbone, options: DenoiseOptions) -> tuple[int, int]:
 def _plans(backbone: Backbone, options: DenoiseOptions, size: tuple[int, int]) -> tuple[ViewPlan, ViewPlan | None]:
     h, w = backbone.grid_size(*size)
     exact, once = options.method == "exact", options.method not in STAGE_ONE
-    # Patch centres are nodes at odd multiples of the grid: there, sampling the network loses nothing.
+    # At odd multiples of the grid, patch centres are nodes, so sampling the network there is lossless.
     overlap = backbone.stride < backbone.patch_size
     own_nodes = None if exact or (once and overlap) else (h, w) if once else (3 * h, 3 * w)
 

@@ -1,4 +1,4 @@
-"""The methods of stage 1 for one photo: from its views to field, artifact and residual."""
+"""The methods of stage 1 for one photo: from views to field, artifact and residual."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from denoising_vit.decomposition.stage_one import Ready
 from denoising_vit.decomposition.statistics import Statistics, require_finite
 from denoising_vit.views.plan import ViewPlan
 
-#: What is recorded as held-out figures if no views are held out.
+#: Held-out metrics to record if no views are held out.
 UNJUDGED: dict[str, float | None] = {"heldout_r2": None, "heldout_cosine": None}
 
 
@@ -31,7 +31,7 @@ class Job:
         fitted: the fitted views; the first shows the whole photo.
         held_out: the held-out views, if any.
         options: options of stage 1.
-        on_done: called with the number of views or steps just done.
+        on_done: called with the number of views or steps just completed.
     """
 
     backbone: Backbone
@@ -56,8 +56,8 @@ class Parts:
         field: F on its nodes (Ry, Rx, C).
         artifact: G (h, w, C).
         raw: the backbone's output for the whole photo, (h, w, C).
-        residual: h as predicted by a model (h, w, C); None if it is what F and G leave over.
-        info: figures and settings of the method, as JSON values.
+        residual: h as predicted by a model (h, w, C); None if it is the remainder after F and G.
+        info: metrics and settings of the method, as JSON values.
     """
 
     field: Tensor
@@ -68,7 +68,7 @@ class Parts:
 
 
 def separate_exactly(job: Job, artifact: Tensor | None) -> Parts:
-    """Exact linear least squares: features are summed as they arrive, and not kept."""
+    """Exact linear least squares: features are summed as they arrive, and not stored."""
     statistics = Statistics(job.fitted, job.backbone.embed_dim, device=job.backbone.device, clip=job.options.clip)
     solver = solver_for(job.fitted, job.options, job.backbone.device)
     photo = Ready(0, {}, statistics, solver, job.held_out, artifact)
@@ -81,7 +81,7 @@ def separate_exactly(job: Job, artifact: Tensor | None) -> Parts:
 
 
 def separate_neurally(job: Job, artifact: Tensor | None, watch: Callable[[Evaluation], None] | None) -> Parts:
-    """Gradient descent as published: keeps the features of all views."""
+    """Gradient descent as published; it stores the features of all views."""
     seen = gather(job.features(job.fitted), job.fitted)
     held_out = None if job.held_out is None else gather(job.features(job.held_out), job.held_out)
     options = job.options.neural
@@ -107,9 +107,9 @@ def separate_neurally(job: Job, artifact: Tensor | None, watch: Callable[[Evalua
 
 
 def gather(features: Iterator[Tensor], plan: ViewPlan) -> SeenViews:
-    """Collect the features of all views of a plan, in float16 if they fit: 0.8 GB for 768 views.
+    """Collect the features of all views of a plan, in float16 if within its range: 0.8 GB for 768 views.
 
-    Those of a released plan keep their precision.
+    Features of a released plan keep their precision.
 
     Raises:
         BackboneError: if a value is not finite.

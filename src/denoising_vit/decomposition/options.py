@@ -1,4 +1,4 @@
-"""The options of stage 1."""
+"""Options of stage 1."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import PlanError
 from denoising_vit.views.options import Coverage, CropOptions
 
-#: Methods that fit views; all others take one pass over the whole photo.
+#: Methods that fit views; all other methods take one pass over the whole photo.
 STAGE_ONE = ("exact", "neural-field")
 
-#: What an option decides: the result itself; the drawn views, which a plan's digest covers; the shape of views and
-#: field, which results show themselves; or nothing.
+#: What an option affects: the result itself; the drawn views, which a plan's digest covers; the shapes of views and
+#: field, which results contain; or nothing.
 Decides = Literal["result", "views", "shape", "nothing"]
 
 
 def _option(default: Any, decides: Decides = "result", method: str | None = None) -> Any:
-    """A field of the options: what it decides, and the only method that uses it, if any."""
+    """A field of the options: what it affects, and the only method that uses it, if any."""
     return field(default=default, metadata={"decides": decides, "method": method})
 
 
 @dataclass(frozen=True)
 class StageOneCrops:
-    """Which crops stage 1 sees.
+    """Crops for stage 1.
 
     Attributes:
-        views: number of crops of each photo for stage 1, the whole photo included.
-        area: least and largest share of the photo that a crop of stage 1 covers.
-        ratio: least and largest width over height of such a crop, measured in the frame of the views.
-        offsets: exact only; stage 1 also fits a constant in each crop.
+        views: number of crops of each photo for stage 1, including the whole photo.
+        area: minimum and maximum fraction of the photo that a crop of stage 1 covers.
+        ratio: minimum and maximum aspect ratio (width / height) of such a crop, measured in the frame of the views.
+        offsets: exact only; also fit a constant in each crop of stage 1.
     """
 
     views: int = _option(64, "views")
@@ -40,7 +40,7 @@ class StageOneCrops:
 
     @property
     def as_published(self) -> set[str]:
-        """The options with their published values. Records leave them out, as when there were no others."""
+        """Options at their published values. Records omit them, as before these options existed."""
         published = {"area": CropOptions.area, "ratio": CropOptions.ratio, "offsets": False}
         return {name for name, value in published.items() if getattr(self, name) == value}
 
@@ -52,27 +52,27 @@ class StageOneCrops:
 
 @dataclass(frozen=True)
 class ExactOptions(StageOneCrops):
-    """How the exact method fits a photo.
+    """Options of the exact method.
 
     Attributes:
-        views: number of crops of each photo, the whole photo included.
-        area: least and largest share of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the context of
-            the whole photo, and 8 to 16 suffice. They separate artifact from content less well, so also give the
-            backbone's artifact, or `none`.
-        ratio: least and largest width over height of a crop, measured in the frame of the views.
-        size: height and width of a view in pixels, or one number for a square. Without it, the backbone's own.
-        resolution: nodes of the semantic field along each side. Without it, twice the patch grid.
+        views: number of crops of each photo, including the whole photo.
+        area: minimum and maximum fraction of the photo that a crop covers. Wide crops, such as 0.4 to 1, keep the
+            context of the whole photo, so 8 to 16 are enough. They separate artifact and content less well, so also
+            give the backbone's artifact, or `none`.
+        ratio: minimum and maximum aspect ratio (width / height) of a crop, measured in the frame of the views.
+        size: height and width of a view in pixels, or one number for a square. Defaults to the backbone's own.
+        resolution: number of nodes of the semantic field per side. Defaults to twice the patch grid.
         smoothness: exact only; weight of the penalty on differences within the semantic field.
-        shrinkage: exact only; weight of the penalty on the artifact's size.
-        clip: exact only; scale down tokens whose norm is more than this many median absolute deviations above the
-            median, so that outliers weigh less; off by default
-        coverage: even sees borders nearly as often as the middle; plain draws crops as published; released makes views
-            as the released code does (whole pixels of the photo squeezed to the size of a view, patches put from edge
-            to edge of a view), for the neural field's released recipe only.
-        taper: exact only; share of a crop's side over which its patches gain weight from the border inwards; without it
-            (0), seams show where crops end.
-        offsets: exact only; also fit a constant in each crop. What a crop shows shifts all of its features, and without
-            these constants the field takes up the shifts. Give an artifact, or `none`, with it.
+        shrinkage: exact only; weight of the penalty on the artifact's magnitude.
+        clip: exact only; scale down tokens whose norm exceeds the median by more than this number of median absolute
+            deviations, to limit the influence of outliers; off by default
+        coverage: even covers borders nearly as often as the middle; plain draws crops as published; released renders
+            views like the released code (whole pixels of the photo resized to the view, patches placed from edge to
+            edge of a view), for the neural field's released recipe only.
+        taper: exact only; fraction of a crop's side over which patch weights rise from the border inwards; with 0,
+            seams appear where crops end.
+        offsets: exact only; also fit a constant in each crop. The content of a crop shifts all of its features, and without
+            these constants the field absorbs the shifts. Also give an artifact, or `none`.
         seed: seed for the crops; the same seed gives the same result.
     """
 
@@ -88,19 +88,20 @@ class ExactOptions(StageOneCrops):
 
 @dataclass(frozen=True)
 class DenoiseOptions(ExactOptions):
-    """How a photo is denoised: the method, and how stage 1 is run.
+    """Options for denoising a photo: the method, and the options of stage 1.
 
     Attributes:
         method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
-            views and plain coverage); subtract removes a known artifact from one pass over the whole photo; denoiser
-            applies a trained denoiser to it (stage 2). Methods of one pass (see `dvit show --features`) use only the
-            size of the options below. auto is denoiser if one is given or in the package for these weights, else exact.
-        resolution: nodes of the semantic field along each side. Without it, twice the patch grid; three times with
+            views and plain coverage); subtract subtracts a known artifact from one pass over the whole photo; denoiser
+            applies a trained denoiser to that pass (stage 2). One-pass methods (see `dvit show --features`) use only
+            the size of the options below. auto is denoiser if one is given or in the package for these weights, else
+            exact.
+        resolution: number of nodes of the semantic field per side. Defaults to twice the patch grid; three times with
             neural-field, so that patch centres are nodes.
         seed: seed for the crops and for the neural field's training; the same seed gives the same result.
-        held_out: number of held-out crops for judging the fit.
-        batch_size: views in one forward pass. Without it, what suits the device.
-        neural: neural-field only; its recipe.
+        held_out: number of held-out crops to evaluate the fit on.
+        batch_size: views per forward pass. Defaults to a number chosen for the device.
+        neural: neural-field only; its options.
     """
 
     method: str = _option("exact")
@@ -110,7 +111,7 @@ class DenoiseOptions(ExactOptions):
 
     @classmethod
     def released(cls) -> DenoiseOptions:
-        """Stage 1 as the released code runs it: the neural field on 768 crops and the whole photo, 25,000 steps.
+        """Stage 1 as in the released code: the neural field on 768 crops and the whole photo, with 25,000 steps.
 
         The released code runs the backbone in float32.
         """
@@ -118,15 +119,15 @@ class DenoiseOptions(ExactOptions):
         return cls(method="neural-field", views=769, coverage="released", neural=neural)
 
     def validate(self) -> None:
-        """Checks what does not depend on the backbone.
+        """Check everything that does not depend on the backbone.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: with the option, its range, and its value.
         """
         least: dict[str, int] = {"views": 1, "held_out": 0, "batch_size": 1, "seed": 0, "smoothness": 0, "shrinkage": 0}
         for name, least_value in least.items():
             value = getattr(self, name)
-            if value is not None and not value >= least_value:  # NaN is not
+            if value is not None and not value >= least_value:  # also rejects NaN
                 raise PlanError(f"{name} must be at least {least_value}, got {value}")
         self.crops()
         if self.clip is not None and not self.clip > 0:
@@ -134,10 +135,10 @@ class DenoiseOptions(ExactOptions):
         if self.method == "neural-field":
             self.neural.validate()
             if self.neural.keep == "best" and not self.held_out:
-                raise PlanError("keep is 'best', which held-out views decide; held_out must be at least 1")
+                raise PlanError("keep 'best' needs held-out views; held_out must be at least 1, got 0")
 
     def crops(self) -> CropOptions:
-        """How crops are drawn.
+        """Options for drawing crops.
 
         Raises:
             PlanError: if area, ratio or coverage is out of range.
@@ -146,19 +147,19 @@ class DenoiseOptions(ExactOptions):
 
     @classmethod
     def context(cls) -> DenoiseOptions:
-        """The exact solver on 16 wide views, for a backbone whose artifact is known or weak (docs/decisions.md)."""
+        """The exact solver on 16 wide views, for a backbone with a known or weak artifact (docs/decisions.md)."""
         return cls(views=16, held_out=0, area=(0.4, 1.0))
 
     def recorded(self, *without: Decides) -> dict[str, Any]:
-        """The options of the method, as JSON values.
+        """The options that the method uses, as JSON values.
 
         Args:
-            without: leave out options that decide this.
+            without: omit options that affect this.
         """
         if self.method not in STAGE_ONE:
             return {"method": self.method, "size": self.size} if "shape" not in without else {"method": self.method}
         roles = {each.name: each.metadata["decides"] for each in fields(self)}
-        if self.method == "neural-field":  # it trains with the seed, and may keep the best step on held-out views
+        if self.method == "neural-field":  # training uses the seed, and may select the best step on held-out views
             roles |= {"seed": "result", "held_out": "result"}
         unused = {each.name for each in fields(self) if each.metadata["method"] not in (None, self.method)}
         unused |= {name for name, role in roles.items() if role in without}
@@ -169,12 +170,12 @@ class DenoiseOptions(ExactOptions):
 
 @dataclass(frozen=True)
 class CalibrationOptions(ExactOptions):
-    """How the artifact of a backbone is found.
+    """Options for estimating a backbone's artifact.
 
     Attributes:
-        views: number of crops of each photo, the whole photo included; few suffice, since photos add up.
-        seed: seed for the crops, and for the random halves that are compared; the same seed gives the same artifact.
-        batch_size: views in one forward pass. Without it, what suits the device.
+        views: number of crops of each photo, including the whole photo; a few are enough, because photos add up.
+        seed: seed for the crops, and for the random halves to compare; the same seed gives the same artifact.
+        batch_size: views per forward pass. Defaults to a number chosen for the device.
     """
 
     views: int = _option(16, "views")
@@ -182,13 +183,13 @@ class CalibrationOptions(ExactOptions):
     batch_size: int | None = _option(None, "nothing")
 
     def denoising(self) -> DenoiseOptions:
-        """As options of stage 1, without held-out views.
+        """Convert to options of stage 1, without held-out views.
 
         Raises:
-            PlanError: naming the option, its range, and what came.
+            PlanError: with the option, its range, and its value.
         """
         options = DenoiseOptions(held_out=0, **asdict(self))
         options.validate()
         if self.views < 2:
-            raise PlanError(f"views must be at least 2, got {self.views}: one view of a photo cannot tell G from F")
+            raise PlanError(f"views must be at least 2, got {self.views}; one view per photo cannot separate G and F")
         return options

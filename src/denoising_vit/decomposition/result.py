@@ -26,7 +26,7 @@ _REQUIRED = ("size", "patch_size", "stride", "info")
 
 
 def write_decomposition(result: Decomposition, path: Path, extra: dict[str, Tensor] | None = None) -> None:
-    """Writes ``field``, ``semantic``, ``artifact``, ``raw``, a predicted ``residual`` and ``extra`` as float16."""
+    """Write ``field``, ``semantic``, ``artifact``, ``raw``, a predicted ``residual`` and ``extra`` as float16."""
     tensors = {"field": result.field, "semantic": result.semantic, "artifact": result.artifact, "raw": result.raw}
     if result.predicted_residual is not None:
         tensors["residual"] = result.predicted_residual
@@ -46,7 +46,7 @@ def read_decomposition(path: Path) -> dict[str, Any]:
     """Read the file as the arguments of :class:`Decomposition`; tensors become float32.
 
     Raises:
-        FormatError: if the file is missing, damaged, something else, or of a newer version.
+        FormatError: if the file is missing, damaged, of another type, or from a newer version.
     """
     head = read_head(path)
     try:
@@ -66,45 +66,45 @@ def read_decomposition(path: Path) -> dict[str, Any]:
 
 
 def read_head(path: Path) -> dict[str, Any]:
-    """The JSON metadata alone, without reading tensors.
+    """Read only the JSON metadata.
 
     Raises:
-        FormatError: if the file is not a decomposition that this version reads.
+        FormatError: if the file is not a decomposition, or from a newer version.
     """
     with open_own(path, FORMAT, FORMAT_VERSION, "a decomposition", _REQUIRED) as (head, _):
         pass
     size, info = head["size"], head["info"]
     sides = [*size, head["patch_size"], head["stride"]] if isinstance(size, list) and len(size) == 2 else [None]
     if not all(isinstance(side, int) and side > 0 for side in sides) or not isinstance(info, dict):
-        raise FormatError(f"{path}: damaged decomposition, its metadata does not hold sizes in pixels and a record")
+        raise FormatError(f"{path}: damaged decomposition: sizes or record missing in its metadata")
     return head
 
 
 def _require_shapes(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
-    """Check that the shapes of tensors fit each other and the metadata."""
+    """Check that the shapes of tensors match each other and the metadata."""
     patch, stride = head["patch_size"], head["stride"]
     grid = tuple(patch_count(side, patch, stride) for side in head["size"])
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     field = shapes.pop("field")
     if len(field) != 3 or any(shape != (*grid, field[-1]) for shape in shapes.values()):
-        raise FormatError(f"{path}: damaged decomposition, its tensors do not fit a grid of {grid[0]} x {grid[1]}")
+        raise FormatError(f"{path}: damaged decomposition: its tensors do not match a grid of {grid[0]} x {grid[1]}")
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """One image's features, separated: ``raw = semantic + artifact + residual`` on the patch grid, as in the paper.
+    """Separated features of one image: ``raw = semantic + artifact + residual`` on the patch grid, as in the paper.
 
-    The sum is exact with the exact solver, and approximate with the neural field, which predicts the residual.
+    The sum is exact with the exact solver, but approximate with the neural field, which predicts the residual.
 
     Attributes:
         field: F on its own nodes, (Ry, Rx, C) float32; nodes are at cell centres of [0, 1]^2.
         artifact: G, (h, w, C) float32.
         raw: the backbone's features of the whole image, (h, w, C) float32.
-        size: (H, W) in pixels at which the image was shown to the backbone.
+        size: (H, W) in pixels of the backbone's input.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
-        predicted_residual: h as a network predicts it from ``raw``, (h, w, C); None where none was fitted.
-        info: what was run and how well it predicts held-out views (``heldout_r2``, ``heldout_cosine``); JSON values.
+        predicted_residual: h as predicted from ``raw`` by a network, (h, w, C); None if none was fitted.
+        info: settings, and accuracy on held-out views (``heldout_r2``, ``heldout_cosine``); JSON values.
     """
 
     field: Tensor = dataclasses.field(repr=False)
@@ -136,18 +136,18 @@ class Decomposition:
 
     @property
     def heldout_r2(self) -> float | None:
-        """Share of the variance of held-out views that F + G predicts; None without held-out views."""
+        """Fraction of the variance of held-out views explained by F + G; None without held-out views."""
         return self.info.get("heldout_r2")
 
     @property
     def heldout_cosine(self) -> float | None:
-        """Mean cosine between F + G and the features of held-out views; None without."""
+        """Mean cosine between F + G and the features of held-out views; None without held-out views."""
         return self.info.get("heldout_cosine")
 
     def sample(self, coords: Tensor) -> Tensor:
-        """F anywhere: bilinear at ``coords`` (..., 2), (x, y) in [0, 1] of the image, origin top left -> (..., C).
+        """F at any position: bilinear at ``coords`` (..., 2), (x, y) in [0, 1] from the image's top left -> (..., C).
 
-        Coordinates beyond the image take the value at its border.
+        Coordinates outside the image take the value at its border.
 
         Raises:
             ValueError: if the last dimension is not 2.
@@ -167,7 +167,7 @@ class Decomposition:
         return top * (1 - sy) + bottom * sy
 
     def upsample(self, factor: int) -> Tensor:
-        """F on a grid ``factor`` times as fine as the patch grid, covering the same cells: (factor h, factor w, C).
+        """F on a grid ``factor`` times finer than the patch grid, covering the same cells: (factor h, factor w, C).
 
         Raises:
             ValueError: if the factor is not a positive whole number.
@@ -177,11 +177,11 @@ class Decomposition:
         return self._on_product_grid(*(_refine(*args, factor) for args in self._sides()))
 
     def save(self, path: str | Path, *, upsample: int | None = None) -> None:
-        """Write a safetensors file (float16) that :meth:`load` reads; ``sample`` and ``upsample`` work after loading.
+        """Write a safetensors file (float16) for :meth:`load`; ``sample`` and ``upsample`` work after loading.
 
         Args:
             path: the file.
-            upsample: record this factor, and above 1 also store the clean features that many times finer, under
+            upsample: record this factor and, above 1, also store the clean features upsampled by it, under
                 ``upsampled``, as `dvit denoise --upsample` does.
 
         Raises:
@@ -194,10 +194,10 @@ class Decomposition:
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:
-        """Read a file that :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            FormatError: if the file is missing, damaged, something else, or of a newer version.
+            FormatError: if the file is missing, damaged, of another type, or from a newer version.
         """
         return cls(**read_decomposition(Path(path)))
 

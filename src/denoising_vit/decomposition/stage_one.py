@@ -1,4 +1,4 @@
-"""The exact solver for photos: one, or a stream of them whose views share batches."""
+"""The exact solver for photos: a single photo, or a stream of photos whose views share batches."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from denoising_vit.progress import prefetched
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer
 
-#: Batches of views that are rendered ahead.
+#: Number of batches of views to render ahead.
 _AHEAD = 3
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A photo that could not be used.
+    """A photo that failed.
 
     Attributes:
         index: position in the data set.
         name: id of the photo.
-        reason: why, without the name.
-        final: True if another attempt would fail as well.
+        reason: reason of the failure, without the name.
+        final: True if another attempt would also fail.
     """
 
     index: int
@@ -55,7 +55,7 @@ class Done:
         index: position in the data set.
         name: id of the photo.
         field: F on its nodes (Ry, Rx, C), float32 on the CPU.
-        record: photo, held-out figures and clipped tokens; JSON values.
+        record: photo, held-out metrics and clipped tokens; JSON values.
     """
 
     index: int
@@ -74,7 +74,7 @@ class Ready:
         statistics: b, g and s of the fitted views.
         solver: solver of the plan.
         held_out: the held-out views, if any.
-        artifact: G (h, w, C) if known.
+        artifact: G (h, w, C), if known.
         held_out_features: features of the held-out views.
         raw: features of the whole photo (h, w, C), the first of its views.
     """
@@ -89,21 +89,21 @@ class Ready:
     raw: Tensor | None = None
 
     def solve_apart(self) -> tuple[Tensor, Tensor]:
-        """F without any artifact (Ry, Rx, C), and G of this photo alone (h, w, C); float64.
+        """F without any artifact (Ry, Rx, C), and G from this photo alone (h, w, C); float64.
 
         Both are linear in the photo, so :meth:`ExactSolver.solve_field` gives F for any other G from them.
         """
         return self.solver.solve_apart(self.statistics.b, self.statistics.g, self.statistics.s)
 
     def add(self, features: Tensor, *, fitted: bool) -> None:
-        """Adds the features (B, h, w, C) of the next views, fitted or held out.
+        """Add the features (B, h, w, C) of the next views, fitted or held out.
 
         Raises:
             BackboneError: if a value is not finite.
         """
         if fitted:
             if self.raw is None:
-                self.raw = features[0].clone()  # the batch that it is a part of need not stay
+                self.raw = features[0].clone()  # a copy, so that the batch can be freed
             self.statistics.add(features)
         else:
             require_finite(features)
@@ -114,7 +114,7 @@ class Ready:
         return _solve(self.solver, self.artifact, self.statistics.b, self.statistics.g, self.statistics.s)
 
     def figures(self, nodes: Tensor, artifact: Tensor) -> dict[str, Any]:
-        """How well F (Ry, Rx, C) and G (h, w, C) predict the held-out views, and how many tokens were clipped."""
+        """Accuracy of F (Ry, Rx, C) and G (h, w, C) on the held-out views, and the number of clipped tokens."""
         found: dict[str, Any] = {"clipped_tokens": self.statistics.clipped_tokens}
         if self.held_out is not None:
             evaluation = HeldOut(nodes, artifact, self.held_out, offsets=self.solver.offsets)
@@ -124,7 +124,7 @@ class Ready:
         return found
 
     def finish(self) -> Done:
-        """Solves the photo, and evaluates it on the held-out views."""
+        """Solve the photo, and evaluate it on the held-out views."""
         return self._done(*self.solve())
 
     def _done(self, nodes: Tensor, artifact: Tensor) -> Done:
@@ -133,7 +133,7 @@ class Ready:
 
 
 def finish_together(photos: Sequence[Ready]) -> list[Done]:
-    """Solve photos of one plan as a batch, with as many kernel launches as for one photo."""
+    """Solve photos with the same plan as a batch, with as many kernel launches as for one photo."""
     ready = photos[0]
     b, g, s = (torch.cat([getattr(p.statistics, name) for p in photos], dim=-1) for name in ("b", "g", "s"))
     known = None if ready.artifact is None else torch.cat([ready.artifact] * len(photos), dim=-1)
@@ -142,7 +142,7 @@ def finish_together(photos: Sequence[Ready]) -> list[Done]:
 
 
 def _solve(solver: ExactSolver, known: Tensor | None, b: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """F (Ry, Rx, C) and G (h, w, C), fitted unless it is known."""
+    """F (Ry, Rx, C) and G (h, w, C); G is fitted unless it is known."""
     if known is None:
         return solver.solve(b, g, s)
     artifact = known.to(b)
@@ -151,7 +151,7 @@ def _solve(solver: ExactSolver, known: Tensor | None, b: Tensor, g: Tensor, s: T
 
 @dataclass
 class _Photo:
-    """A photo in progress: the views that are left, and the reason if it failed."""
+    """A photo in progress: the remaining views, and the reason if it failed."""
 
     ready: Ready
     views: list[tuple[bool, ViewRenderer]]  # (fitted or held out, renderer)
@@ -184,18 +184,18 @@ class StageOne:
     Args:
         backbone: the backbone.
         options: options of stage 1; the method must be exact.
-        artifact: G if known, as for `denoise_image`.
+        artifact: G, if known, as for `denoise_image`.
 
     Raises:
         PlanError: if the method is not exact, or there are too few views.
-        ArtifactError: if the artifact is for another backbone.
-        FormatError: if the artifact's file is missing, damaged or something else.
+        ArtifactError: if the artifact belongs to another backbone.
+        FormatError: if the artifact's file is missing, damaged or of another type.
         SizeError: if the size does not fit the patch grid.
     """
 
     def __init__(self, backbone: Backbone, options: DenoiseOptions, artifact: KnownArtifact | None = None) -> None:
         if options.method != "exact":
-            raise PlanError(f"whole data sets are fitted by the exact method, got {options.method!r}")
+            raise PlanError(f"expected the exact method for data sets, got {options.method!r}")
         self.backbone = backbone
         self.options = options
         self.artifact = given_artifact(artifact, backbone, options)
@@ -206,10 +206,10 @@ class StageOne:
 
     @property
     def on_cpu(self) -> bool:
-        """True if forward passes and all else share the processor.
+        """True if forward passes and everything else share the CPU.
 
-        Each parallel part of a forward pass then waits for its slowest core, so that running other work at the same
-        time is slower than running it afterwards.
+        Each parallel section of a forward pass then waits for its slowest core, so running other work at the same time
+        is slower than running it afterwards.
         """
         return self.backbone.device.type == "cpu"
 
@@ -219,7 +219,7 @@ class StageOne:
         return len(self.fitted) + (0 if self.held_out is None else len(self.held_out))
 
     def run(self, photos: Iterable[tuple[int, str, np.ndarray | Skipped]]) -> Generator[Ready | Failed, None, None]:
-        """Extract the features of all views of photos (index, id, pixels); yields photos in order, ready to be solved.
+        """Extract the features of all views of photos (index, id, pixels); yields photos in order, ready to solve.
 
         With an accelerator, a thread renders views ahead of the forward passes.
         """
@@ -252,7 +252,7 @@ class StageOne:
             photo = self._open(index, name, pixels)
             if isinstance(photo, Failed):
                 batch.append(_Piece(photo))
-                if len(batch) > self.batch_size:  # a run of failures must not wait for a full batch
+                if len(batch) > self.batch_size:  # consecutive failures must not wait for a full batch
                     yield batch
                     batch, room = [], self.batch_size
                 continue

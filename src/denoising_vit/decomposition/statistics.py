@@ -1,7 +1,7 @@
-"""Sufficient statistics of stage 1: all that the exact solver needs of an image's features.
+"""Sufficient statistics of stage 1: the only data about an image's features that the exact solver needs.
 
-``b = sum_v (u Wy)_v^T Y_v (t Wx)_v`` and ``g = sum_v (u t^T)_v Y_v``, where u and t are the weights of the view's rows
-and columns of patches, are added up view by view, so raw features are never stored. ``s_v = u_v^T Y_v t_v`` is the
+``b = sum_v (u Wy)_v^T Y_v (t Wx)_v`` and ``g = sum_v (u t^T)_v Y_v``, where u and t are the weights of the view's patch
+rows and columns, are accumulated view by view, so that raw features are never stored. ``s_v = u_v^T Y_v t_v`` is the
 weighted sum over each view.
 """
 
@@ -18,11 +18,11 @@ class Statistics:
     """Accumulates ``b`` (Ry, Rx, C), ``g`` (h, w, C) and ``s`` (V, C), float64, over the views of a plan.
 
     Args:
-        plan: the views whose features will come.
+        plan: the views to add.
         channels: C.
-        device: where the features are; sums are kept there, on the CPU where the device has no float64.
-        clip: limit the pull of outlier tokens: norms above ``median + clip * MAD`` of their view are scaled down to
-            that bound. None leaves them.
+        device: device of the features; the sums are on this device, or on the CPU if it has no float64.
+        clip: limit the influence of outlier tokens: norms above ``median + clip * MAD`` of their view are scaled down
+            to this bound. None disables clipping.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Statistics:
         self.clipped_tokens = 0
         self._precision = torch.float32 if device.type == "mps" else torch.float64
         self._weights = tuple(weight.to(device, self._precision) for weight in plan.weighted)
-        # A crop sees a part of the field only: on a CPU, products with that part take a third of the time.
+        # A crop covers only a part of the field; on a CPU, products with this part take a third of the time.
         self._spans = list(zip(*(_seen_nodes(weight) for weight in plan.weights), strict=True))
         keep = "cpu" if device.type == "mps" else device
         self.b = torch.zeros(*plan.resolution, channels, dtype=torch.float64, device=keep)
@@ -46,10 +46,10 @@ class Statistics:
         self._windows = tuple(window.to(keep) for window in plan.windows)
 
     def add(self, features: Tensor) -> None:
-        """Adds the features (B, h, w, C) of the next B views of the plan.
+        """Add the features (B, h, w, C) of the next B views of the plan.
 
         Raises:
-            ValueError: if the shape is not that of the plan, or more views come than it has.
+            ValueError: if the shape differs from the plan's, or there are more views than in the plan.
             BackboneError: if a value is not finite.
         """
         self._check(features)
@@ -63,7 +63,7 @@ class Statistics:
             for view, rows, columns, (down, across) in zip(features, wy, wx, self._spans[index], strict=True):
                 self.b[down, across] += field_products(view[None], rows[None, :, down], columns[None, :, across])
         else:
-            # Moved first and converted then: a device without float64 can do no part of the conversion.
+            # Move first, then convert, because a device without float64 cannot convert.
             self.b += field_products(features, wy, wx).to(self.b.device).to(self.b.dtype)
         features = features.to(self.g.device).to(self.g.dtype)
         rows, columns = (window[index] for window in self._windows)
@@ -87,7 +87,7 @@ class Statistics:
 
 
 def _seen_nodes(weights: Tensor) -> list[slice]:
-    """For each view, the nodes between the first and the last that it samples; weights (V, n, nodes)."""
+    """For each view, the nodes from the first to the last that it samples; weights (V, n, nodes)."""
     seen = weights.ne(0).any(1).int()  # (V, nodes)
     first, after = seen.argmax(1), seen.shape[1] - seen.flip(1).argmax(1)
     return [slice(start, stop) for start, stop in zip(first.tolist(), after.tolist(), strict=True)]
@@ -111,24 +111,24 @@ def field_products(features: Tensor, wy: Tensor, wx: Tensor) -> Tensor:
     views, h, _, channels = features.shape
     wide = wx.transpose(1, 2)[:, None] @ features  # (B, 1, Rx, w) (B, h, w, C) -> (B, h, Rx, C)
     wide = wide.reshape(views * h, wx.shape[2] * channels)
-    summed = wy.reshape(views * h, wy.shape[2]).T @ wide  # (Ry, B h) (B h, Rx C): this sums over views as well
+    summed = wy.reshape(views * h, wy.shape[2]).T @ wide  # (Ry, B h) (B h, Rx C): this also sums over views
     return summed.view(wy.shape[2], wx.shape[2], channels)
 
 
 def weighted_sum(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``sum_v (u t^T)_v Y_v`` at once: features (B, h, w, C), rows (B, h), columns (B, w) -> (h, w, C)."""
+    """``sum_v (u t^T)_v Y_v`` in one step: features (B, h, w, C), rows (B, h), columns (B, w) -> (h, w, C)."""
     return (features * (rows[:, :, None] * columns[:, None, :])[..., None]).sum(0)
 
 
 def clip_norms(features: Tensor, k: float) -> tuple[Tensor, int]:
-    """Scales tokens whose norm exceeds ``median + k MAD`` of their view down to it.
+    """Scale tokens whose norm exceeds ``median + k MAD`` of their view down to this bound.
 
     Args:
         features: (B, h, w, C).
-        k: how many median absolute deviations above the median a norm may be.
+        k: maximum number of median absolute deviations above the median.
 
     Returns:
-        The features (B, h, w, C) and how many tokens were scaled.
+        The features (B, h, w, C), and the number of scaled tokens.
     """
     norms = features.norm(dim=-1)  # (B, h, w)
     flat = norms.flatten(1)

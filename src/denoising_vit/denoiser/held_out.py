@@ -28,14 +28,14 @@ from denoising_vit.training.samples import Sample, whole_view
 
 @dataclass
 class HeldOut:
-    """Held-out images; the metrics of raw features are computed once.
+    """Held-out images; metrics of raw features are computed only once.
 
     Attributes:
-        targets: all images.
+        targets: photos and fields of all images.
         pairs: kept pairs of the held-out images.
-        images: their indices.
+        images: indices of the held-out images.
         backbone: the frozen backbone.
-        sizes: (H, W) of the run; rank and position are measured at the first.
+        sizes: (H, W) of the run; rank and position are measured at the first size.
         device: device of the denoiser.
         folder: folder of the pictures.
     """
@@ -53,9 +53,10 @@ class HeldOut:
         """Metrics of a denoiser, of raw features (``raw_``), and of the targets (``target_``).
 
         ``cosine`` and ``mse`` compare with the targets, as means over whole images at all sizes; ``crop_cosine`` and
-        ``crop_mse`` over one crop of each image. ``ratio`` is (1 - cosine) relative to raw features. ``rank`` is the
-        effective rank, ``place`` and ``place_neighbours`` the R^2 of a linear and a nearest-neighbour probe for the
-        position in the view. Those of :func:`~denoising_vit.metrics.blank_test.blank_figures` are relative to raw.
+        ``crop_mse`` over one crop per image. ``ratio`` is (1 - cosine) relative to raw features. ``rank`` is the
+        effective rank, ``place`` and ``place_neighbours`` are the R^2 of a linear and a nearest-neighbour probe of the
+        position in the view. Metrics of :func:`~denoising_vit.metrics.blank_test.blank_figures` are relative to raw
+        features.
         """
         if self._raw is None:
             self._raw = self._raw_figures()
@@ -65,7 +66,7 @@ class HeldOut:
 
     @torch.no_grad()
     def draw(self, denoiser: Callable[[Tensor], Tensor], step: int) -> None:
-        """Draws raw features, the denoiser's, and the targets of the first held-out images.
+        """Draw raw features, clean features and targets of the first held-out images.
 
         Raises:
             PhotoError: if a photo is missing.

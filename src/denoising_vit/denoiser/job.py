@@ -1,4 +1,4 @@
-"""From photos or a store, a backbone and options to a run of stage 2."""
+"""Prepare a run of stage 2 from photos or a store, a backbone and options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from denoising_vit.training.samples import Sampler, split
 
 @dataclass(frozen=True)
 class Photos:
-    """Photos to fit in the run, without a store.
+    """Photos to fit during the run, without a store.
 
     Attributes:
         dataset: the photos.
@@ -47,13 +47,13 @@ class Photos:
     artifact: KnownArtifact | None = None
 
     def targets(self, backbone: Backbone) -> Targets:
-        """Their fields."""
+        """Fields of these photos."""
         return FittedTargets(StageOne(backbone, self.denoising, self.artifact), self.dataset)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A store of fields, with the photos it was fitted on.
+    """A store of fields, with the photos that it was fitted on.
 
     Attributes:
         store: the store.
@@ -64,24 +64,24 @@ class Stored:
     photos: Dataset
 
     def targets(self, backbone: Backbone) -> Targets:
-        """Their fields."""
+        """Fields of these photos."""
         return StoredTargets(self.store, self.photos, backbone)
 
 
 @dataclass
 class TrainJob:
-    """A prepared run, perhaps still without its features: :meth:`prepare`, :meth:`fill`, then :meth:`training`.
+    """A prepared run: :meth:`prepare`, then :meth:`fill` for missing features, then :meth:`training`.
 
     Attributes:
         folder: folder of the run.
         backbone: the frozen backbone.
         targets: photos and fields.
         options: length, learning rate and logging.
-        views: which views are pairs.
+        views: the views to use as pairs.
         sizes: (H, W) of the views.
         kept: pairs on disk, of all images; only of the held-out images if each step draws new views.
         accelerator: processes and devices.
-        blanks: content-free images, of :meth:`fill`; None if the run has none.
+        blanks: content-free images, set by :meth:`fill`; None if the run uses none.
     """
 
     folder: RunFolder
@@ -106,19 +106,19 @@ class TrainJob:
         cache: str | Path | None = None,
         resume: bool = False,
     ) -> TrainJob:
-        """Loads the backbone, opens the targets, and creates or opens the folder of the run.
+        """Load the backbone, open the targets, and create or open the folder of the run.
 
         Args:
             source: photos and targets.
             run: folder of the run.
-            model: specification of the backbone, loaded on the device of each process; or the backbone.
+            model: specification of the backbone, to be loaded on the device of each process; or the backbone.
             options: length, learning rate and logging.
-            views: which views are pairs.
-            cache: folder of the kept pairs. Default: in the folder of the run.
+            views: the views to use as pairs.
+            cache: folder of the kept pairs. Defaults to a folder in that of the run.
             resume: resume the run in the folder.
 
         Raises:
-            TrainError: if source, backbone, options or folder do not fit together.
+            TrainError: if source, backbone, options or folder do not match.
             StoreError: if the records of the store are damaged.
             SizeError: if a size does not fit the patch grid.
             BackboneError: if the backbone cannot be loaded.
@@ -153,7 +153,7 @@ class TrainJob:
         return cls(folder, backbone, targets, options, views, sizes, kept, accelerator)
 
     def fill(self, watch: Progress) -> None:
-        """Computes the missing pairs, images divided between the processes, and features of content-free images.
+        """Compute the missing pairs, with images divided between the processes, and features of content-free images.
 
         Raises:
             TrainError: if a target is missing, features are not finite, or the disk is full.
@@ -165,19 +165,19 @@ class TrainJob:
             accelerator.wait_for_everyone()
             if not accelerator.is_main_process:
                 self.kept.open(create=False)
-            # The first process decides what to do, and results are exchanged: on a shared disk, machines may see
-            # different states for a while.
+            # The first process decides, and results are exchanged, because machines may see a shared disk in different
+            # states for a while.
             todo = from_first(accelerator, self.kept.todo())
             mine = todo[accelerator.process_index :: accelerator.num_processes]
             with watch("images seen", len(mine)) as advance:
                 self.kept.fill(mine, advance)
             known = from_all(accelerator, self.kept.marks())
-            self.kept.open(create=False)  # with the rows that others wrote
+            self.kept.open(create=False)  # with the rows that other processes wrote
             for marks, told in known:
                 self.kept.adopt(marks, told)
         except OSError as error:
             raise TrainError(
-                f"{self.kept.folder}: cannot be written to ({error.strerror or error}); what is there stays, and "
+                f"{self.kept.folder}: cannot be written to ({error.strerror or error}); existing files are kept, and "
                 "--resume continues"
             ) from error
         if self.options.blanks:
@@ -188,7 +188,7 @@ class TrainJob:
         """The run, ready to start; after :meth:`fill`.
 
         Raises:
-            TrainError: if too few images can be used.
+            TrainError: if too few images are usable.
         """
         options, backbone, device = self.options, self.backbone, self.accelerator.device
         assert self.blanks is not None or not options.blanks, "fill() comes first"
@@ -214,7 +214,7 @@ class TrainJob:
         )
 
     def _denoiser(self, images: int) -> Denoiser:
-        """A new denoiser; its position embedding has the grid of the backbone's own size, as published."""
+        """A new denoiser; its position embedding has the grid of the backbone's default size, as published."""
         backbone, options = self.backbone, self.options
         grid = backbone.grid_size(backbone.default_size, backbone.default_size)
         with seeded(options.seed):
@@ -233,7 +233,7 @@ class TrainJob:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reasons why images cannot be used, by id; after :meth:`fill`."""
+        """Reasons why images are unusable, by id; after :meth:`fill`."""
         return self.kept.unusable()
 
 
@@ -243,14 +243,14 @@ def _split(images: Sequence[int], options: TrainOptions) -> tuple[tuple[int, ...
 
 
 def _require_crops(targets: Targets, views: PairOptions) -> None:
-    """Checks that the targets allow the views."""
+    """Check that the targets support the views."""
     if not views.keep and isinstance(targets, FittedTargets):
         raise TrainError(
-            "new views in every step (--pairs.keep 0) need the fields of a store: run dvit fit first; with "
-            "--on-the-fly, expected --pairs.keep 1 or more"
+            "new views in every step (--pairs.keep 0) need the fields of a store: run dvit fit first, or use "
+            "--pairs.keep 1 or more with --on-the-fly"
         )
     if isinstance(targets, StoredTargets) and not targets.keeps_fields and views.whole < 1:
         raise TrainError(
-            f"{targets.store.url} keeps the patch grid alone, too coarse for crops; fit with --grid field, or train on "
-            "whole images (--pairs.whole 1)"
+            f"{targets.store.url} has the patch grid only, which is too coarse for crops; fit with --grid field, or "
+            "train on whole images (--pairs.whole 1)"
         )

@@ -24,11 +24,11 @@ class FoundDenoiser:
     """A denoiser for a backbone, with its record.
 
     Attributes:
-        denoiser: on the device and in the precision of the backbone, or unchanged if it was given as a module.
+        denoiser: on the device and in the precision of the backbone, or unchanged if given as a module.
         source: ``shipped``, the name of a file without its folder, a published variant, a hub id, or ``given`` for a
             module.
-        digest: its :func:`denoiser_digest` before the conversion to the backbone's precision, so that it is the same
-            on all hardware.
+        digest: its :func:`denoiser_digest` before the conversion to the backbone's precision, so that it is the same on
+            all hardware.
     """
 
     denoiser: Denoiser
@@ -46,7 +46,7 @@ GivenDenoiser = Denoiser | FoundDenoiser | str | Path
 
 
 def load_denoiser(source: str | Path, *, backbone: Backbone | None = None) -> Denoiser:
-    """Loads a denoiser, frozen and in evaluation mode.
+    """Load a denoiser, frozen and in evaluation mode.
 
     Args:
         source: name of a model with a shipped denoiser; a file (.safetensors, or a published .pth); a folder of
@@ -55,7 +55,7 @@ def load_denoiser(source: str | Path, *, backbone: Backbone | None = None) -> De
         backbone: its backbone; the denoiser is checked, and moved to the backbone's device and precision.
 
     Raises:
-        DenoiserError: if it is for another backbone, or cannot be found or downloaded.
+        DenoiserError: if it belongs to another backbone, or cannot be found or downloaded.
         FormatError: if the file is damaged or of another kind.
     """
     if backbone is not None:
@@ -64,12 +64,12 @@ def load_denoiser(source: str | Path, *, backbone: Backbone | None = None) -> De
 
 
 def find_denoiser(given: GivenDenoiser | None, backbone: Backbone) -> FoundDenoiser:
-    """The denoiser of a backbone, given in any form; the shipped one if None is given.
+    """The denoiser of a backbone, given in any form; the shipped denoiser if None is given.
 
-    A module is used unchanged: moving it to another device would change the caller's object.
+    A module is used unchanged, because moving it to another device would change the caller's object.
 
     Raises:
-        DenoiserError: if it is for another backbone, or cannot be found or downloaded; the message says what to do.
+        DenoiserError: if it belongs to another backbone, or cannot be found or downloaded; the message says what to do.
         FormatError: if the file is damaged or of another kind.
     """
     if isinstance(given, FoundDenoiser):
@@ -84,14 +84,14 @@ def find_denoiser(given: GivenDenoiser | None, backbone: Backbone) -> FoundDenoi
             raise DenoiserError(_none_shipped(backbone))
         return found
     if not isinstance(given, str | Path):
-        raise DenoiserError(f"expected a denoiser as Denoiser, file or name, got {type(given).__name__}")
+        raise DenoiserError(f"expected a denoiser as a Denoiser, file or name, got {type(given).__name__}")
     denoiser = _found(str(given), backbone)
     denoiser.require_of(backbone)
     return _ready(denoiser, source_name(given), backbone)
 
 
 def find_shipped(backbone: Backbone) -> FoundDenoiser | None:
-    """The shipped denoiser for this backbone with these weights, layer and stride; None if there is none.
+    """The shipped denoiser for this backbone's weights, layer and stride; None if there is none.
 
     Raises:
         FormatError: if its file is damaged.
@@ -114,7 +114,7 @@ def denoiser_digest(denoiser: Denoiser) -> str:
 
 
 def source_name(given: GivenDenoiser) -> str:
-    """A short name of the source of a denoiser; for a file, its name without the folder."""
+    """Short name of a denoiser's source; for a file, its name without the folder."""
     if isinstance(given, FoundDenoiser):
         return given.source
     if isinstance(given, Denoiser):
@@ -132,8 +132,8 @@ def _ready(denoiser: Denoiser, source: str, backbone: Backbone) -> FoundDenoiser
 def _none_shipped(backbone: Backbone) -> str:
     published = ", or --denoiser voc_denoised for the published one"
     return (
-        f"no denoiser of {backbone.name} with these weights ({backbone.weights}), layer {backbone.layer} and stride "
-        f"{backbone.stride} comes with the package; train one by dvit train and give it by --denoiser FILE"
+        f"the package has no denoiser for {backbone.name} with these weights ({backbone.weights}), layer "
+        f"{backbone.layer} and stride {backbone.stride}; train one with dvit train and give it by --denoiser FILE"
         f"{published if 'voc_denoised' in published_variants(backbone.name) else ''}"
     )
 
@@ -143,28 +143,28 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
     if path.is_file():
         return read_denoiser(path)
     if source == SHIPPED:
-        raise DenoiserError("which denoiser comes with the package depends on the backbone: give the backbone as well")
+        raise DenoiserError("the shipped denoiser depends on the backbone: also give the backbone")
     if source in DENOISED:
         if backbone is None:
-            raise DenoiserError(f"{source} was published for many models: give the backbone, or the file")
+            raise DenoiserError(f"{source} was published for several models: also give the backbone, or give the file")
         return read_denoiser(fetch_published(backbone.name, source))
     if source in VARIANTS:
         raise DenoiserError(
-            f"{source} is a whole model, not a denoiser: load it as the weights of the backbone, "
+            f"{source} is a whole model, not a denoiser: load it as the backbone's weights, with "
             "load_backbone(name, weights=FILE) or --weights FILE"
         )
     if source.split(".")[0] in {name.split(".")[0] for name in SEEDS}:
         return _shipped(source)
     folder = bool(source) and path.is_dir()
     if not folder and (path.suffix in (".safetensors", ".pth", ".pt") or source.count("/") != 1):
-        raise FormatError(f"{source}: no such denoiser file, and no model or variant of that name")
+        raise FormatError(f"{source}: no such denoiser file; expected a file, or the name of a model or variant")
     try:
         return Denoiser.from_pretrained(source)
     except HubError as error:
-        raise DenoiserError(f"{source} is no file, and {error}") from error
+        raise DenoiserError(f"{source} is not a file, and {error}") from error
 
 
 def _shipped(model: str) -> Denoiser:
-    for path in sorted(_SHIPPED.glob(f"{model}.*safetensors")):  # possibly with a tag of other weights
+    for path in sorted(_SHIPPED.glob(f"{model}.*safetensors")):  # the name may have a tag for other weights
         return read_denoiser(path)
-    raise DenoiserError(f"no denoiser of {model} comes with the package; published ones: --denoiser voc_denoised")
+    raise DenoiserError(f"the package has no denoiser for {model}; published ones: --denoiser voc_denoised")

@@ -1,4 +1,4 @@
-"""The denoiser, one transformer block (or a few) from raw to clean features, and its files."""
+"""The denoiser, one or more transformer blocks that map raw to clean features, and its files."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _INITIAL_DEVIATION = 0.02
 
 
 class Denoiser(nn.Module, Pretrained):
-    """Raw features (B, h, w, C) to clean ones, on any grid (section 4.2 of the paper).
+    """Map raw features (B, h, w, C) to clean features, on any grid (section 4.2 of the paper).
 
     Adds a learned position embedding, then applies transformer blocks with heads of 64 channels, without an outer
-    residual or final norm. Parameters are named as in the published checkpoints.
+    residual or a final norm. Parameters are named as in the published checkpoints.
 
     Args:
         embed_dim: C, a multiple of 64.
-        grid: (h, w) of the position embedding, which is resampled to other grids.
+        grid: (h, w) of the position embedding; it is resampled to other grids.
         blocks: number of transformer blocks.
-        trained_for: record of the backbone it was trained for; None if unknown, as for the published denoisers.
+        trained_for: record of the backbone that it was trained for; None if unknown, as for the published denoisers.
         info: record of the training; JSON values.
 
     Raises:
@@ -65,9 +65,9 @@ class Denoiser(nn.Module, Pretrained):
         if embed_dim < _HEAD or embed_dim % _HEAD:
             raise ValueError(f"a denoiser's width must be a multiple of {_HEAD} channels, got {embed_dim}")
         if blocks < 1:
-            raise ValueError(f"a denoiser needs 1 block or more, got {blocks}")
+            raise ValueError(f"a denoiser needs at least 1 block, got {blocks}")
         if min(grid) < 1:
-            raise ValueError(f"a denoiser's grid must have 1 place or more along each side, got {tuple(grid)}")
+            raise ValueError(f"a denoiser's grid must have at least 1 position per side, got {tuple(grid)}")
         self.embed_dim, self.grid, self.blocks = embed_dim, (int(grid[0]), int(grid[1])), blocks
         self.trained_for, self.info = trained_for, info or {}
         self.pos_embed = nn.Parameter(torch.randn(1, grid[0] * grid[1], embed_dim) * _INITIAL_DEVIATION)
@@ -76,24 +76,24 @@ class Denoiser(nn.Module, Pretrained):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of a denoiser of the same shape and record, ``Denoiser(**config)``; JSON values."""
+        """Arguments of a denoiser with the same shape and record, ``Denoiser(**config)``; JSON values."""
         shape = {"embed_dim": self.embed_dim, "grid": list(self.grid), "blocks": self.blocks}
         return shape | {"trained_for": self.trained_for, "info": self.info}
 
     def save(self, path: str | Path) -> None:
-        """Writes a file, as :func:`write_denoiser` does."""
+        """Write a file; see :func:`write_denoiser`."""
         write_denoiser(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a file, as :func:`read_denoiser` does."""
+        """Read a file; see :func:`read_denoiser`."""
         found = read_denoiser(path)
         assert isinstance(found, cls)
         return found
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
-        """See :meth:`Pretrained.from_pretrained`; folders of earlier versions are read as well."""
+        """See :meth:`Pretrained.from_pretrained`; folders of earlier versions are also supported."""
         record = Path(source).expanduser() / "config.json"
         if not record.is_file() or cls.path_in(source).is_file():
             return super().from_pretrained(source, revision=revision)
@@ -108,15 +108,15 @@ class Denoiser(nn.Module, Pretrained):
         return found
 
     def require_of(self, backbone: Backbone) -> None:
-        """Checks that the denoiser was trained for a backbone.
+        """Check that the denoiser was trained for a backbone.
 
         Raises:
-            DenoiserError: if not, naming both.
+            DenoiserError: naming both, if it was trained for another one.
         """
         if self.embed_dim != backbone.embed_dim:
             raise DenoiserError(
-                f"the denoiser has {self.embed_dim} channels; {backbone_words(backbone)} has {backbone.embed_dim}. Use "
-                "one that was trained for it"
+                f"the denoiser has {self.embed_dim} channels, but {backbone_words(backbone)} has {backbone.embed_dim}. "
+                "Use a denoiser that was trained for it"
             )
         if self.trained_for is not None and not is_recorded(self.trained_for, backbone):
             raise DenoiserError(
@@ -128,7 +128,7 @@ class Denoiser(nn.Module, Pretrained):
         """Clean features (B, h, w, C) float32 from raw features (B, h, w, C).
 
         Raises:
-            ValueError: if the features have another shape.
+            ValueError: if the features have a wrong shape.
         """
         if features.ndim != 4 or features.shape[-1] != self.embed_dim:
             raise ValueError(f"expected features (B, h, w, {self.embed_dim}), got {tuple(features.shape)}")
@@ -165,14 +165,14 @@ def _block(embed_dim: int) -> Block:
 
 
 def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
-    """Writes a denoiser to a safetensors file, in float16 unless values exceed its range.
+    """Write a denoiser to a safetensors file, in float16 unless values exceed its range.
 
     Raises:
         FormatError: if the name does not end in .safetensors, or a value is not finite.
         OSError: if it cannot be written.
     """
     if Path(path).suffix != ".safetensors":
-        raise FormatError(f"{path}: expected the name of a .safetensors file")
+        raise FormatError(f"{path}: expected a name ending in .safetensors")
     state = {name: compact(value) for name, value in denoiser.state_dict().items()}
     require_finite(state, str(path))
     head = {
@@ -186,15 +186,15 @@ def write_denoiser(denoiser: Denoiser, path: str | Path) -> None:
 
 
 def read_denoiser(path: str | Path) -> Denoiser:
-    """Reads a file of :func:`write_denoiser`, or a published checkpoint in any of its containers.
+    """Read a file of :func:`write_denoiser`, or a published checkpoint in any of its containers.
 
-    Width, grid and blocks are inferred from the tensors. Pickles are read without running code.
+    Width, grid and blocks are inferred from the tensors. Pickles are read without executing code.
 
     Returns:
         The denoiser in float32 and evaluation mode.
 
     Raises:
-        FormatError: if the file is missing, damaged, of another kind, or of a newer version.
+        FormatError: if the file is missing, damaged, of another type, or from a newer version.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -213,7 +213,7 @@ def read_denoiser(path: str | Path) -> Denoiser:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """Our metadata in a safetensors file; empty for other files."""
+    """The package's metadata in a safetensors file; empty for other files."""
     try:
         head = read_record(path)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
@@ -226,14 +226,14 @@ def _head(path: Path) -> dict[str, Any]:
 def _check_head(head: Any, path: Path) -> None:
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         kind = head.get("format") if isinstance(head, dict) else head
-        raise FormatError(f"{path}: a safetensors file of {kind!r}, expected one of {FORMAT!r}")
+        raise FormatError(f"{path}: expected a safetensors file of {FORMAT!r}, got {kind!r}")
     grid, record = head.get("grid"), head.get("trained_for")
     require_version(path, head, FORMAT_VERSION)
     sides = isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
     if not sides or not isinstance(head.get("info"), dict):
-        raise FormatError(f"{path}: damaged denoiser, its metadata does not hold a grid and a record")
+        raise FormatError(f"{path}: damaged denoiser: grid or record missing in its metadata")
     if record is not None and not names_backbone(record):
-        raise FormatError(f"{path}: damaged denoiser, its metadata does not name a backbone and its fingerprint")
+        raise FormatError(f"{path}: damaged denoiser: backbone or fingerprint missing in its metadata")
 
 
 def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoiser:
@@ -265,7 +265,7 @@ def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoi
 
 
 def _shape(state: dict[str, Tensor], head: dict[str, Any], source: str) -> tuple[int, tuple[int, int]]:
-    """Channels and grid of the position embedding; the grid is square if the file does not name one."""
+    """Channels and grid of the position embedding; the grid is square unless the file has one."""
     position, kind = state.get("pos_embed"), _other_kind(state)
     if kind or position is None or position.ndim != 3 or len(position) != 1:
         got = kind or ", ".join(list(state)[:3]) or "nothing"
@@ -274,7 +274,7 @@ def _shape(state: dict[str, Tensor], head: dict[str, Any], source: str) -> tuple
     side = math.isqrt(places)
     h, w = head.get("grid") or (side, side)
     if not places or h * w != places:
-        raise FormatError(f"{source}: a position embedding of {places} places is no square grid, and none is named")
+        raise FormatError(f"{source}: a position embedding of {places} positions does not fit a grid of {h} x {w}")
     return channels, (h, w)
 
 
@@ -285,16 +285,16 @@ def _width(state: dict[str, Tensor]) -> int:
 
 
 def _other_kind(state: dict[str, Tensor]) -> str:
-    """A description of tensors that are not a denoiser's; empty if unknown."""
+    """Description of a known state dict that is not a denoiser's; empty if unknown."""
     if any(name.endswith("patch_embed.proj.weight") for name in state):
         return "a whole model, to be given as weights"
     if any(re.fullmatch(r"(denoiser\.)?0\.weight", name) for name in state):
-        return "a denoiser of convolutions, which is not supported"
+        return "a convolutional denoiser, which is not supported"
     return ""
 
 
 def require_finite(state: dict[str, Tensor], source: str) -> None:
-    """Checks tensors for NaN and infinity.
+    """Check tensors for NaN and infinity.
 
     Raises:
         FormatError: naming the first tensor with such values.

@@ -1,4 +1,4 @@
-"""Options of stage 2: which views are training pairs, and how the denoiser is trained."""
+"""Options of stage 2: the views to use as training pairs, and the training of the denoiser."""
 
 from __future__ import annotations
 
@@ -11,42 +11,41 @@ from denoising_vit.training.options import RunOptions, ViewOptions
 
 @dataclass(frozen=True)
 class PairOptions(ViewOptions):
-    """Views that are training pairs: raw features of the view, and F at its patches.
+    """Views to use as training pairs: raw features of the view, and F at its patches.
 
-    F is a function of the place in the image, so any crop of a fitted image is a pair, at any size.
+    F is a function of the position in the image, so any crop of a fitted image is a pair, at any size.
 
     Attributes:
-        sizes: heights and widths of the backbone's input in pixels, one drawn per step: `518x518,364x476`. Default: the
-            size of the fit.
-        whole: share of the pairs that show the whole image, mirrored or not; 1 is as published.
-        flip: probability that a crop is mirrored; with 0, no whole image is mirrored either.
-        keep: number of views per image and size that are drawn once, with features computed once and kept on disk: the
-            whole image, its mirror image unless `flip` is 0, and crops. With 0, every step draws new views and runs the
-            backbone.
+        sizes: heights and widths of the backbone's input in pixels, one drawn per step: `518x518,364x476`. Defaults to
+            the size of the fit.
+        whole: fraction of pairs that show the whole image, mirrored or not; 1 is as published.
+        flip: probability that a crop is mirrored; with 0, whole images are not mirrored either.
+        keep: number of views per image and size to draw once and keep on disk with their features: the whole image, its
+            mirror image unless `flip` is 0, and crops. With 0, every step draws new views and runs the backbone.
     """
 
     whole: float = 0.25
     keep: int = 8
 
     def validate(self) -> None:
-        """Checks the range of every option.
+        """Check the range of every option.
 
         Raises:
             TrainError: with the option, its range, and the value.
         """
         super().validate()
         if self.keep < 0:
-            raise TrainError(f"keep must be 0 or more, got {self.keep}")
+            raise TrainError(f"keep must be at least 0, got {self.keep}")
         if self.whole < 1 and 0 < self.keep <= self.wholes:
             first = "the whole image and its mirror image come" if self.flip else "the whole image comes"
             raise TrainError(
-                f"of {self.keep} views that are kept none is a crop: {first} first. "
-                f"Expected --pairs.keep {self.wholes + 1} or more, or --pairs.whole 1"
+                f"none of the {self.keep} kept views is a crop, because {first} first; "
+                f"expected --pairs.keep {self.wholes + 1} or more, or --pairs.whole 1"
             )
 
     @property
     def kept(self) -> tuple[int, int] | None:
-        """Numbers of whole views and of crops that are kept per image; None if each step draws new views."""
+        """Numbers of whole views and of crops kept per image; None if each step draws new views."""
         wholes = min(self.wholes, self.keep)
         return (wholes, self.keep - wholes) if self.keep else None
 
@@ -57,10 +56,10 @@ class TrainOptions(RunOptions):
 
     Attributes:
         blocks: number of transformer blocks of the denoiser.
-        start: initial weights: identity begins with blocks that pass features through, which suits a short training;
-            random is as published.
-        shrink: factor on what the blocks add to the features, in the evaluated and written denoiser; slightly below 1
-            undoes some overfitting of a short training on few images. Training itself is the same.
+        start: initial weights: identity passes features through at the start, which suits short training; random is as
+            published.
+        shrink: factor on the blocks' residual branches in the evaluated and written denoiser; slightly below 1 reduces
+            overfitting after short training on few images. Training itself is unaffected.
     """
 
     blocks: int = 1
@@ -72,7 +71,7 @@ class TrainOptions(RunOptions):
         return super()._least() | {"blocks": 1}
 
     def validate(self) -> None:
-        """Checks the range of every option.
+        """Check the range of every option.
 
         Raises:
             TrainError: with the option, its range, and the value.

@@ -28,13 +28,13 @@ from denoising_vit.training.samples import Sample, kept_view
 #: Status of an image.
 _TO_DO, _DONE, _UNUSABLE = 0, 1, 2
 
-_NO_REASON = "it could not be used; the reason was not recorded"
+_NO_REASON = "unusable; the reason was not recorded"
 
 
 class KeptPairs:
     """The kept views of images: raw features and targets in float16, in plain files.
 
-    An interrupted :meth:`fill` can be resumed. Several processes may fill different images of the same files.
+    An interrupted :meth:`fill` can be resumed. Several processes may fill different images in the same files.
 
     Args:
         folder: folder of the files.
@@ -42,7 +42,7 @@ class KeptPairs:
         images: indices of the images with kept views.
         backbone: the frozen backbone.
         sizes: (H, W) of the views.
-        views: which views; ``keep`` of each image and size.
+        views: the views; ``keep`` per image and size.
         seed: seed for the views.
     """
 
@@ -72,10 +72,10 @@ class KeptPairs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Values that decide the pairs, as JSON values; how often whole images are drawn is not among them."""
+        """JSON values that determine the pairs, without the sampling frequency of whole images."""
         views = {name: value for name, value in asdict(self._views).items() if name not in ("whole", "sizes")}
         if not self._views.flip:
-            views["wholes"] = self._views.wholes  # earlier versions kept a mirrored one even without flips
+            views["wholes"] = self._views.wholes  # earlier versions kept a mirror image even without flips
         mine = {
             "backbone": backbone_identity(self._backbone),
             "targets": self._targets.identity,
@@ -93,13 +93,13 @@ class KeptPairs:
         return 2 * 2 * len(self.images) * self._views.keep * values
 
     def open(self, *, create: bool) -> None:
-        """Opens the files for reading, with all that other machines have written; network file systems need a new open.
+        """Open the files for reading, with all rows of other machines; network file systems need a new open for these.
 
         Args:
-            create: create missing files; only one process may.
+            create: create missing files; only one process may do so.
 
         Raises:
-            TrainError: if the folder holds other pairs, or the disk is full.
+            TrainError: if the folder has other pairs, or the disk is full.
             OSError: if it cannot be written to.
         """
         head = self.folder / HEAD
@@ -116,7 +116,7 @@ class KeptPairs:
         self._arrays = list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def _files(self) -> Iterator[tuple[Path, type, tuple[int, ...]]]:
-        """Path, type and shape of the status file, then of raw features and targets (N, keep, h, w, C) of each size."""
+        """Path, type and shape of the status file, then of raw features and targets (N, keep, h, w, C) at each size."""
         images, keep, channels = len(self.images), self._views.keep, self._backbone.embed_dim
         yield self.folder / STATE, np.uint8, (images,)
         for place, (h, w) in enumerate(self._grids):
@@ -124,20 +124,20 @@ class KeptPairs:
                 yield self.folder / f"{kind}-{place}-{h}x{w}.f16", np.float16, (images, keep, h, w, channels)
 
     def _create(self) -> None:
-        """Creates empty files with reserved space."""
+        """Create empty files with reserved disk space."""
         files = [(path, math.prod(shape) * np.dtype(kind).itemsize) for path, kind, shape in self._files()]
         existing, state = [path for path, _ in files if os.path.lexists(path)], self.folder / STATE
-        # A process that was killed here leaves a status file of zeros.
+        # A process killed here leaves a status file of zeros.
         if existing and not (state.is_file() and not any(state.read_bytes())):
             raise TrainError(
-                f"{self.folder} holds {existing[0].name} and no {HEAD}, so their backbone is unknown; name another "
-                "place (--cache), or move them away"
+                f"{self.folder} has {existing[0].name} but no {HEAD}, so its backbone is unknown; choose another "
+                "folder (--cache), or move the files away"
             )
         for path in existing:
             path.unlink(missing_ok=True)
         free = shutil.disk_usage(self.folder).free
         if self.bytes > free:
-            raise self._no_room(f"{free / 1e9:.1f} GB are free")
+            raise self._no_room(f"but only {free / 1e9:.1f} GB are free")
         try:
             for path, size in files:
                 reserve(path, size)
@@ -146,18 +146,18 @@ class KeptPairs:
                 path.unlink(missing_ok=True)
             if error.errno not in NO_ROOM:
                 raise
-            raise self._no_room(f"which are not free ({error.strerror})") from error
+            raise self._no_room(f"which is not available ({error.strerror})") from error
 
     def _no_room(self, why: str) -> TrainError:
         return TrainError(
             f"{self.folder}: the features of {self._views.keep} views of {len(self.images)} images take "
-            f"{self.bytes / 1e9:.1f} GB, {why}; keep fewer views (--pairs.keep), or name another place (--cache)"
+            f"{self.bytes / 1e9:.1f} GB, {why}; keep fewer views (--pairs.keep), or choose another folder (--cache)"
         )
 
     def _mapped(self, path: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
         size = math.prod(shape) * np.dtype(kind).itemsize
         if not path.is_file() or path.stat().st_size != size:  # memmap would extend it with zeros
-            raise TrainError(f"{path}: damaged, expected {size} bytes; remove {self.folder} to compute them again")
+            raise TrainError(f"{path}: damaged, expected {size} bytes; delete {self.folder} to compute it again")
         return np.memmap(path, kind, "r", shape=shape)
 
     def todo(self) -> list[int]:
@@ -169,17 +169,17 @@ class KeptPairs:
         return tuple(image for image, row in self._rows.items() if self._opened[row] == _DONE)
 
     def unusable(self) -> dict[str, str]:
-        """Reasons why images cannot be used, by id; also from earlier runs."""
+        """Reasons why images are unusable, by id; also from earlier runs."""
         reasons, ids = read_reasons(self.folder) | self._told, self._targets.ids
         names = [ids[image] for image, row in self._rows.items() if self._opened[row] == _UNUSABLE]
         return {name: reasons.get(name, _NO_REASON) for name in names}
 
     def fill(self, images: Sequence[int], on_image: Callable[[], None] = lambda: None) -> None:
-        """Computes and keeps the pairs of images.
+        """Compute and keep the pairs of images.
 
         Args:
             images: images without pairs.
-            on_image: called after each.
+            on_image: called after each image.
 
         Raises:
             TrainError: if a target is missing, or features are not finite.
@@ -201,14 +201,14 @@ class KeptPairs:
                 on_image()
 
     def marks(self) -> tuple[dict[int, int], dict[str, str]]:
-        """Status by row of all images that are done, and reasons of failures by id.
+        """Status by row of all processed images, and reasons of failures by id.
 
-        Processes exchange them (:meth:`adopt`) instead of reading files that other machines write.
+        Processes exchange these values (:meth:`adopt`) instead of reading files that other machines write.
         """
         return {row: int(mark) for row, mark in enumerate(self._opened) if mark != _TO_DO}, dict(self._told)
 
     def adopt(self, marks: dict[int, int], told: dict[str, str]) -> None:
-        """Adds the status and reasons of another process."""
+        """Add the status and reasons from another process."""
         for row, mark in marks.items():
             self._opened[row] = mark
         self._told |= told
@@ -248,16 +248,16 @@ class KeptPairs:
         recorded = read_object(head)
         if recorded is None:
             raise TrainError(
-                f"{head}: damaged (expected a JSON object); remove {self.folder}, its features are computed again"
+                f"{head}: damaged (expected a JSON object); delete {self.folder} to compute its features again"
             )
         if different := differences(recorded, self.identity):
             raise TrainError(
-                f"{self.folder} holds other pairs: {'; '.join(different)}. Name another place (--cache), or remove it"
+                f"{self.folder} has other pairs: {'; '.join(different)}. Choose another folder (--cache), or delete it"
             )
 
 
 def _half(features: Tensor, name: str, what: str) -> np.ndarray:
     half = features.half()
     if not torch.isfinite(half).all():
-        raise TrainError(f"{name}: {what} that are not finite, or too large for float16; none were trained on")
+        raise TrainError(f"{name}: {what} that are not finite or exceed float16; training has not started")
     return half.numpy()

@@ -1,4 +1,4 @@
-"""Targets of stage 2: semantic fields from a store, or fitted in the run."""
+"""Targets of stage 2: semantic fields from a store, or fitted during the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from denoising_vit.store import FeatureStore
 from denoising_vit.training.photos import Seen
 from denoising_vit.views.rendering import to_image
 
-#: Number of ids in a message.
+#: Maximum number of ids in a message.
 _NAMED = 3
 
 
@@ -41,7 +41,7 @@ class Unusable:
 
     Attributes:
         index: its index in the data set.
-        reason: why.
+        reason: reason of the failure.
     """
 
     index: int
@@ -68,7 +68,7 @@ class Targets(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Values that identify the targets; JSON values."""
+        """JSON values that identify the targets."""
         ...
 
     def stream(self, images: Iterable[int]) -> Iterator[Fitted | Unusable]:
@@ -81,7 +81,7 @@ class Targets(Protocol):
 
 
 class StoredTargets:
-    """Fields of a store, with the photos they were fitted on.
+    """Fields of a store, with the photos that it was fitted on.
 
     Args:
         store: the store.
@@ -96,15 +96,15 @@ class StoredTargets:
         recorded = store.manifest.backbone
         if not same_weights(recorded, describe(backbone)):
             raise TrainError(
-                f"{store.url}: the store is of {recorded_words(recorded)}; got {backbone_words(backbone)}. Give the "
-                "backbone that it was fitted with, or fit a store with this one"
+                f"{store.url}: the store was fitted with {recorded_words(recorded)}, got {backbone_words(backbone)}. "
+                "Use the store's backbone, or fit a new store with this one"
             )
         done, failed = store.done(), store.failed()
         unfinished = [index for index in range(len(store)) if index not in done and index not in failed]
         if unfinished:
             raise TrainError(
                 f"{store.url}: {len(unfinished)} of {len(store)} images have no target yet "
-                f"({_named(store.ids, unfinished)}); run `dvit fit` to its end first"
+                f"({_named(store.ids, unfinished)}); finish `dvit fit` first"
             )
         self.store, self.photos = store, photos
         self.images = tuple(sorted(done))
@@ -145,27 +145,27 @@ class StoredTargets:
 
     @cached_property
     def _pictures(self) -> str:
-        """SHA-256 of the photos' digests: other photos may have the same names."""
+        """SHA-256 of the photos' digests, because other photos may have the same names."""
         return digest([[index, self._record(index).get("photo", {}).get("sha256")] for index in self.images])
 
     def _record(self, index: int) -> dict[str, Any]:
-        """The record of a photo; for a sealed shard, one small object has all records, so no field is read."""
+        """The record of a photo; a sealed shard has all records in one small object, so no field is read."""
         marker = self.store.marker(self.store.manifest.shard_of(index))
         if marker is not None and index in marker.records:
             return marker.records[index]
-        return self.store.read(index)[1]  # a crash kept the shard from being sealed
+        return self.store.read(index)[1]  # the shard was not sealed because of a crash
 
     @property
     def keeps_fields(self) -> bool:
-        """True if the field has more nodes than patches, as crops require."""
+        """True if the field has more nodes than patches, which crops require."""
         return min(self.store.manifest.field) > min(self.store.manifest.grid)
 
     def stream(self, images: Iterable[int], patience: Sequence[float] = ()) -> Generator[Fitted, None, None]:
         """Photos with their fields, in the given order.
 
         Args:
-            images: indices, perhaps endless.
-            patience: seconds to wait before each retry of a photo that cannot be reached.
+            images: indices; may be endless.
+            patience: seconds to wait before each retry of an unreachable photo.
 
         Raises:
             TrainError: if a target or photo is missing, or the photo has changed since the fit.
@@ -187,16 +187,16 @@ class StoredTargets:
         name = self.ids[index]
         if isinstance(pixels, Skipped):
             more = "; --resume continues from the last checkpoint" if pixels.unreachable else ""
-            raise TrainError(f"{name}: the photo of a target cannot be read ({pixels.reason}){more}")
+            raise TrainError(f"{name}: the target's photo cannot be read ({pixels.reason}){more}")
         try:
             field, record = self.store.read(index)
         except StoreError as error:
-            raise TrainError(f"{name}: its target is missing ({error})") from error
+            raise TrainError(f"{name}: the target is missing ({error})") from error
         recorded = record.get("photo", {}).get("sha256")
         if recorded is not None and recorded != photo_digest(pixels):
             raise TrainError(
-                f"{name}: the photo is another than the store was fitted on; expected the same pixels. Fit the "
-                "photos as they are now into a new store"
+                f"{name}: the photo differs from the one that the store was fitted on; restore the original photo, or "
+                "fit the current photos into a new store"
             )
         return Fitted(index, to_image(pixels), torch.from_numpy(field))
 
@@ -236,10 +236,10 @@ class FittedTargets:
         }
 
     def stream(self, images: Iterable[int]) -> Generator[Fitted | Unusable, None, None]:
-        """Fits photos, in the given order, or gives the reason why one cannot be read.
+        """Fit photos in the given order, or give the reason why one cannot be read.
 
         Raises:
-            TrainError: if a photo cannot be reached at the moment.
+            TrainError: if a photo is temporarily unreachable.
         """
         waiting: dict[int, Tensor] = {}
 
@@ -253,7 +253,7 @@ class FittedTargets:
             if isinstance(result, Failed):
                 waiting.pop(result.index, None)
                 if not result.final:
-                    raise TrainError(f"{result.name}: cannot be reached ({result.reason}); --resume tries again")
+                    raise TrainError(f"{result.name}: unreachable ({result.reason}); --resume tries again")
                 yield Unusable(result.index, result.reason)
                 continue
             done = result.finish()

@@ -1,4 +1,4 @@
-"""Stage 2: trains one transformer block to map raw features to semantic fields."""
+"""Stage 2: train one transformer block to map raw features to semantic fields."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from denoising_vit.training.photos import ViewReader
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sample, Sampler
 
-#: Batches read ahead.
+#: Number of batches to read ahead.
 _AHEAD = 4
 
 
 @dataclass
 class Training:
-    """A run of stage 2 that is ready to start; see :meth:`run`.
+    """A run of stage 2, ready to start; see :meth:`run`.
 
     Attributes:
         folder: folder of the run.
         denoiser: the trained denoiser.
         backbone: the frozen backbone.
         pairs: kept pairs; or, for new views in every step, photos with their fields.
-        blanks: content-free images, which complete each batch; None without.
+        blanks: content-free images that complete each batch; None for none.
         sampler: the samples of each step.
         held_out: evaluation on the held-out images.
         ids: ids of the images.
@@ -81,14 +81,14 @@ class Training:
         on_step: OnFigures = lambda _step, _figures: None,
         on_look: OnFigures = lambda _step, _figures: None,
     ) -> Progress:
-        """Trains from the last checkpoint, or from the start, to the last step.
+        """Train from the last checkpoint, or from the start, to the last step.
 
         Args:
-            on_step: called after each step with the number of steps done and their figures.
-            on_look: called likewise after each evaluation.
+            on_step: called after each step with the number of steps done and their metrics.
+            on_look: called in the same way after each evaluation.
 
         Returns:
-            The state of the run.
+            The final state of the run.
 
         Raises:
             TrainError: if a loss or gradient is not finite, naming the pairs, or a file cannot be written.
@@ -101,7 +101,7 @@ class Training:
         model, wrapped_optimizer = accelerator.prepare(self.denoiser, optimizer)
         peak = peak_rate(options.learning_rate, options.views_a_step(accelerator.num_processes))
         batches = prefetched(self._batches(progress.step), _AHEAD)
-        consistent = True  # weights, optimizer and progress are of the same step, and its evaluation is done
+        consistent = True  # weights, optimizer and progress belong to the same step, whose evaluation is done
         with contextlib.closing(batches), opened_log(self.folder, progress.step, accelerator) as log:
             try:
                 while progress.step < options.last_step:
@@ -171,11 +171,11 @@ class Training:
 
     @torch.no_grad()
     def _features(self, inputs: Tensor) -> Tensor:
-        """Raw features (B, h, w, C): kept ones, or those of new views."""
+        """Raw features (B, h, w, C): kept features, or those of new views."""
         return inputs if isinstance(self.pairs, KeptPairs) else self.backbone(inputs)
 
     def _evaluate(self, progress: Progress, log: Log | None, on_look: OnFigures) -> Progress:
-        """Evaluates on the held-out images, and writes the denoiser if it is the best so far or the last."""
+        """Evaluate on the held-out images, and write the denoiser if it is the best so far or the last."""
         if log is not None:  # the first process
             shrunk_copy = shrunk(self.denoiser, self.options.shrink)
             figures = self.held_out(shrunk_copy)
@@ -204,11 +204,11 @@ class Training:
 
 @torch.no_grad()
 def shrunk(denoiser: Denoiser, factor: float) -> Denoiser:
-    """A copy in evaluation mode that scales what each block adds to the features.
+    """A copy in evaluation mode whose blocks' residual branches are scaled.
 
     Args:
         denoiser: the denoiser.
-        factor: 1 changes nothing; with 0, raw features plus the position embedding are passed through.
+        factor: factor on the branches; 1 changes nothing, 0 passes raw features plus the position embedding through.
     """
     copied = Denoiser(**denoiser.config).to(denoiser.pos_embed)
     copied.load_state_dict(denoiser.state_dict())
@@ -218,7 +218,7 @@ def shrunk(denoiser: Denoiser, factor: float) -> Denoiser:
 
 
 def last_layers(denoiser: Denoiser) -> Iterator[Tensor]:
-    """Parameters of the last layer of each attention and MLP branch; what a branch adds is linear in them."""
+    """Parameters of the last layer of each attention and MLP branch; the branch's output is linear in them."""
     for name, parameter in denoiser.named_parameters():
         if "attn.proj" in name or "mlp.fc2" in name:
             yield parameter

@@ -1,1 +1,1 @@
-"""Diagnosis of a backbone: its artifacts, and whether cleaning is worth it."""
+"""Diagnosis of a backbone: its artifacts, and whether cleaning is worthwhile."""

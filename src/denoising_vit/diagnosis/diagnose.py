@@ -1,4 +1,4 @@
-"""diagnose: figures, findings and verdict of a backbone on photos."""
+"""diagnose: metrics, findings and verdict for a backbone on photos."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Diagnosis:
         verdict: whether to clean, and how.
         findings: artifacts of the raw features.
         judgements: effect of each method, by name.
-        metrics: label-free figures by source: raw, subtract, exact and further extractors.
-        shared: share of the raw features' energy that is the same pattern in every photo.
+        metrics: label-free metrics by source: raw, subtract, exact and further extractors.
+        shared: fraction of the raw features' energy in a pattern that is the same in every photo.
         evidence: features, artifact and maps.
         info: backbone, options, photos and seconds as JSON values.
     """
@@ -79,21 +79,21 @@ def diagnose(
     options: DiagnoseOptions | None = None,
     **changes: Any,
 ) -> Diagnosis:
-    """Diagnoses a backbone on photos: raw features, features minus the artifact, and the exact method's.
+    """Diagnose a backbone on photos: raw features, features minus the artifact, and those of the exact method.
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
-        photos: paths, PIL images or (H, W, 3) uint8 arrays; at least 8, better some dozens. Unusable ones are skipped
-            and listed in ``info["skipped"]``.
+        photos: paths, PIL images or (H, W, 3) uint8 arrays; at least 8, preferably a few dozen. Unusable photos are
+            skipped and listed in ``info["skipped"]``.
         extractors: further extractors to evaluate, on the same grid.
-        progress: called after each photo with its name, and why it was skipped or None.
+        progress: called once per photo with its name, and None or the reason for skipping it.
         options: options of the diagnosis.
-        **changes: single fields of :class:`DiagnoseOptions`, such as ``views=16``.
+        **changes: individual fields of :class:`DiagnoseOptions`, such as ``views=16``.
 
     Raises:
-        ArtifactError: if fewer than 8 photos can be used.
+        ArtifactError: if fewer than 8 photos are usable.
         EvaluationError: if features are constant.
-        PlanError: if views are too few, or an option is out of range.
+        PlanError: if there are too few views, or an option is out of range.
         SizeError: if the size does not fit the patch grid.
     """
     options = replace(options or DiagnoseOptions(), **changes)
@@ -107,7 +107,7 @@ def run_diagnosis(
     progress: OnPhoto,
     options: DiagnoseOptions,
 ) -> Diagnosis:
-    """As :func:`diagnose`, from names with pixels, or why a photo was skipped."""
+    """Like :func:`diagnose`, from names with pixels, or the reason why a photo was skipped."""
     started = time.perf_counter()
     evidence = EvidenceCollector(backbone, options, extractors).run(photos, progress)
     metrics = _metrics(evidence, options.seed)
@@ -133,7 +133,7 @@ def run_diagnosis(
 
 
 def _metrics(evidence: Evidence, seed: int) -> dict[str, ArtifactMetrics]:
-    """Label-free figures of every source."""
+    """Label-free metrics of every source."""
     blank = {name: blank_figures(probe, evidence.blank["raw"]) for name, probe in evidence.blank.items()}
     return {
         name: replace(

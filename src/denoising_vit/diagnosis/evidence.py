@@ -1,4 +1,4 @@
-"""Evidence of a diagnosis, collected photo by photo: about 25 MB a photo for a ViT-S at 518 px, 75 MB for a ViT-L."""
+"""Evidence of a diagnosis, collected photo by photo: about 25 MB per photo for a ViT-S at 518 px, 75 MB for a ViT-L."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from denoising_vit.views.crops import Crop
 from denoising_vit.views.rendering import ViewRenderer, per_channel, to_image
 from denoising_vit.views.sampling import at_patches, on_nodes
 
-#: Features that every diagnosis includes.
+#: Features in every diagnosis.
 OWN = ("raw", "subtract", "exact")
 
-#: Least number of photos: two halves, each with two training and two test photos.
+#: Minimum number of photos: two halves, each with two training and two test photos.
 LEAST_PHOTOS = 8
 
 #: Longer side in pixels of the photos on the page.
@@ -42,7 +42,7 @@ _THUMBNAIL = 480
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A photo on the page: reduced pixels (H, W, 3) uint8, and maps (h, w, C) by source."""
+    """A photo on the page: downscaled pixels (H, W, 3) uint8, and maps (h, w, C) by source."""
 
     name: str
     pixels: np.ndarray
@@ -56,7 +56,7 @@ class Evidence:
     Attributes:
         crops: features of one crop of each photo, (N, h, w, C); half of the crops are upside down. Each half of
             the photos is cleaned with the artifact of the other half.
-        pairs: features of the same places in the whole photo and in the crop, (n, h, w, C) each; upright crops only.
+        pairs: features at the same positions in the whole photo and in the crop, (n, h, w, C) each; upright crops only.
         calibration: the artifact of all photos, its stability, and skipped photos.
         responses: features of an all-black and an all-mean image, (2, h, w, C).
         shown: a few photos with their maps.
@@ -111,10 +111,10 @@ class EvidenceCollector:
         self._solving = torch.device("cpu")
 
     def run(self, photos: Iterable[tuple[str, np.ndarray | Skipped]], progress: OnPhoto) -> Evidence:
-        """The evidence of photos, given as name and pixels, or why a photo was skipped.
+        """The evidence of photos, given as name and pixels, or the reason why a photo was skipped.
 
         Raises:
-            ArtifactError: if fewer than 8 photos can be used.
+            ArtifactError: if fewer than 8 photos are usable.
             EvaluationError: if an extractor's features are not on the backbone's grid, or not finite.
         """
         skipped: list[Skipped] = []
@@ -138,10 +138,10 @@ class EvidenceCollector:
     def _opened(
         self, photos: Iterable[tuple[str, np.ndarray | Skipped]]
     ) -> Iterator[tuple[int, str, np.ndarray | Skipped]]:
-        """Numbers photos, and renders crop and whole photo."""
+        """Number photos, and render crop and whole photo."""
         for index, (name, pixels) in enumerate(telling(photos)):
             if not isinstance(pixels, Skipped) and min(pixels.shape[:2]) >= self._backbone.patch_size:
-                # Numbered by the photos used, so that upright and upside-down crops stay balanced.
+                # Only used photos are numbered, so that upright and upside-down crops stay balanced.
                 crop = Crop.neutral(self._accepted, self._whole.size, self._options.seed)
                 image = to_image(pixels, self._backbone.device)
                 whole = ViewRenderer(image, self._whole, self._backbone.mean, self._backbone.std)(slice(1))
@@ -154,7 +154,7 @@ class EvidenceCollector:
 
     @torch.no_grad()
     def _take(self, photo: _Photo, result: Ready) -> str | None:
-        """Adds the features of a photo after its stage 1; returns why it cannot be used, or None."""
+        """Add the features of a photo after its stage 1; returns the reason if it is unusable, else None."""
         crop, whole = photo.images
         photo.images = (torch.empty(0), torch.empty(0))
         photo.name = result.about["name"]
@@ -182,7 +182,7 @@ class EvidenceCollector:
 
     def _evidence(self, seen: list[_Photo], calibration: Calibration) -> Evidence:
         halves = [seen[::2], seen[1::2]]
-        # Each half is cleaned with what the other half found, as new photos would be.
+        # Each half is cleaned with the artifact of the other half, like new photos.
         found = [torch.stack([photo.artifact for photo in half]).mean(0) for half in halves]
         for half, artifact in zip(halves, found[::-1], strict=True):
             self._clean(half, artifact)
@@ -203,7 +203,7 @@ class EvidenceCollector:
         )
 
     def _clean(self, photos: list[_Photo], artifact: Tensor) -> None:
-        """Removes an artifact (h, w, C) from raw features and fields."""
+        """Remove an artifact (h, w, C) from raw features and fields."""
         # F was solved without an artifact. The problem is linear, so an artifact changes all fields by the same amount.
         b, s = (
             torch.zeros(*shape, artifact.shape[-1], dtype=torch.float64, device=self._solving)

@@ -11,18 +11,19 @@ from denoising_vit.errors import PlanError
 #: Files of a diagnosis, and the kinds of their marks.
 WRITTEN = {"diagnosis.json": "diagnosis", "diagnosis.html": "diagnosis-page"}
 
-#: Options in every record. Records leave out all others at their defaults, so that a new option changes no old record.
+#: Options in every record. Other options are omitted at their defaults, so that a new option changes no old record.
 _ALWAYS = ("views", "size", "clip", "seed", "batch_size", "shown")
 
 
 @dataclass(frozen=True)
 class DiagnoseOptions(CalibrationOptions):
-    """Options of a diagnosis, and of the calibration within it.
+    """Options of a diagnosis and of its calibration.
 
     Attributes:
-        views: number of crops of each photo for stage 1, including the whole photo; few suffice, because all photos
-            share the artifact.
-        clip: scale down tokens with norms more than this many median absolute deviations above the median before
+        views: number of crops of each photo for stage 1, including the whole photo; a few are enough, because all
+            photos share the artifact.
+        clip: before fitting, scale down tokens whose norm exceeds the median by more than this number of median
+            absolute deviations, to limit the influence of outlier tokens; off if None.
             fitting, so that outlier tokens matter less; off if None.
         shown: number of photos with maps on the page.
         seed: seed for crops and probes.
@@ -37,10 +38,10 @@ class DiagnoseOptions(CalibrationOptions):
         """Options of the calibration.
 
         Raises:
-            PlanError: naming the option, its range and its value.
+            PlanError: with the option, its range and its value.
         """
         if self.shown < 0:
-            raise PlanError(f"shown must be 0 or more, got {self.shown}")
+            raise PlanError(f"shown must be at least 0, got {self.shown}")
         options = CalibrationOptions(**{name: value for name, value in asdict(self).items() if name != "shown"})
         options.denoising()
         return options

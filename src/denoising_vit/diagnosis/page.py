@@ -1,4 +1,4 @@
-"""The page of a diagnosis, one self-contained HTML file: pictures and numbers for the text in ``page.html``."""
+"""The page of a diagnosis as one self-contained HTML file: pictures and numbers for the text in ``page.html``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from denoising_vit.show.pages.rendering import basename, line_chart, scale_colou
 
 
 def write_diagnosis(diagnosis: Diagnosis, folder: Path, source: str) -> None:
-    """Writes the figures and the page into a folder. Only files made from the same ``source`` digest are replaced.
+    """Write the metrics and the page into a folder. Only files made from the same ``source`` digest are replaced.
 
     Raises:
-        OutputError: if a file is not ours to replace.
+        OutputError: if a file must not be replaced.
         OSError: if a file cannot be written.
     """
     figures, page = (Mark(kind, source) for kind in WRITTEN.values())
@@ -35,7 +35,7 @@ def write_diagnosis(diagnosis: Diagnosis, folder: Path, source: str) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """A photo with a line of PCA maps and a line of norms, one picture for each source."""
+    """A photo with a row of PCA maps and a row of norms, one picture per source."""
 
     photo: Picture
     colours: list[Picture]
@@ -83,13 +83,13 @@ def _severity(diagnosis: Diagnosis) -> Literal["good", "weak", "bad"]:
 
 
 def _thresholds() -> dict[str, tuple[float, ...]]:
-    """All thresholds of the verdict by name."""
+    """All thresholds of the verdict, by name."""
     named = {name: value for name, value in vars(verdict).items() if name.isupper() and not name.startswith("_")}
     return {name: value if isinstance(value, tuple) else (value,) for name, value in named.items()}
 
 
 def _artifact(evidence: Evidence) -> tuple[list[Picture], tuple[float, float]]:
-    """G and its norm in their own colours, because G is small beside the features, and the ends of the scale."""
+    """G and its norm in their own colours, because G is small relative to the features, and the ends of the scale."""
     artifact = evidence.calibration.artifact
     ratio = artifact.size[1] / artifact.size[0]
     palette = Palette([artifact.values])

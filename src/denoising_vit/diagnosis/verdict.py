@@ -1,6 +1,6 @@
-"""Findings, judgements and verdict from label-free figures.
+"""Findings, judgements and verdict from label-free metrics.
 
-The thresholds are conventions, set between planted artifacts, planted clean features and available models
+The thresholds are conventions, chosen from planted artifacts, planted clean features and available models
 (docs/decisions.md).
 """
 
@@ -21,34 +21,34 @@ Strength = Literal["weak", "moderate", "strong"]
 Kind = Literal["positional", "outlier tokens"]
 Outcome = Literal["denoised", "partly", "blurred", "damaged", "unchanged", "unknown"]
 
-#: Share of the features' energy common to all photos that counts as weak, moderate, strong.
+#: Fractions of the features' energy common to all photos that count as weak, moderate, strong.
 SHARED = (0.005, 0.02, 0.1)
 
 #: Reliability of the calibrated artifact above which the shared part is more than chance.
 RELIABLE = 0.5
 
-#: R^2 of the neighbour probe above which features encode position, although no common pattern is found.
+#: R^2 of the neighbour probe above which features encode position although no common pattern is found.
 PLACE = 0.25
 
-#: Share of tokens with outlying norms that counts as weak, moderate, strong.
+#: Fractions of tokens with outlying norms that count as weak, moderate, strong.
 OUTLIERS = (0.001, 0.01, 0.05)
 
-#: Least R^2 of a probe that detects anything.
+#: Minimum R^2 for a probe to count as a detection.
 _SEEN = 0.03
 
-#: An artifact counts as removed if no more than this share of a raw figure is left.
+#: An artifact counts as removed if at most this fraction of a raw metric remains.
 REMOVED = 0.5
 
-#: A map is blurred below this share of the content's detail, or below the next with a lower effective rank.
+#: A map is blurred below this fraction of the content's detail, or below the next one with a lower effective rank.
 BLURRED, BLURRED_DETAIL, BLURRED_RANK = 0.4, 0.6, 0.95
 
-#: Features are damaged below this share of the content's effective rank, or beyond this loss of consistency.
+#: Features are damaged below this fraction of the content's effective rank, or beyond this loss of consistency.
 DAMAGED_RANK, DAMAGED_CONSISTENCY = 0.8, 0.05
 
-#: Norms this many median absolute deviations above the median are not content.
+#: Number of median absolute deviations above the median from which norms are not content.
 CLIP = 6.0
 
-#: Gain of consistency over subtraction that makes the exact method worth its many passes.
+#: Gain of consistency over subtraction above which the exact method is worth its many passes.
 WORTH = 0.03
 
 
@@ -58,19 +58,19 @@ class Finding:
 
     kind: Kind
     strength: Strength
-    share: float  #: of the features' energy (positional) or of the tokens
+    share: float  #: fraction of the features' energy (positional) or of the tokens
     words: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """Rank and detail of the content, which cleaning must keep.
+    """Rank and detail of the content, which cleaning must preserve.
 
     Raw features also have the rank and detail of their artifacts.
 
     Attributes:
         effective_rank: RankMe.
-        detail: share of the variance in differences of adjacent patches.
+        detail: fraction of the variance in differences of adjacent patches.
     """
 
     effective_rank: float
@@ -78,7 +78,7 @@ class Content:
 
     @classmethod
     def of(cls, features: Tensor, clip: float) -> Content:
-        """From features without the shared artifact (N, h, w, C), with outlying norms clipped as for a fit."""
+        """Compute from features without the shared artifact (N, h, w, C), with outlying norms clipped as for a fit."""
         clipped, _ = clip_norms(features, clip)
         return cls(effective_rank(clipped), detail(clipped))
 
@@ -88,8 +88,8 @@ class Judgement:
     """The effect of one method.
 
     Attributes:
-        outcome: denoised if all findings are gone without loss of sharpness or content (partly: some of them); unknown
-            if the photos are too few.
+        outcome: denoised if all findings are removed without loss of sharpness or content (partly: some of them);
+            unknown if there are too few photos.
         words: reason.
     """
 
@@ -102,7 +102,7 @@ class Verdict:
     """Whether to clean, and how.
 
     Attributes:
-        clean_up: True if cleaning is worth it.
+        clean_up: True if cleaning is worthwhile.
         method: the cheapest method that works: subtract, exact or another extractor; None if none does.
         words: the verdict in one or two sentences.
     """
@@ -113,7 +113,7 @@ class Verdict:
 
 
 def findings(raw: ArtifactMetrics, shared: float, stability: Stability) -> tuple[Finding, ...]:
-    """Artifacts of raw features, given the share of their energy common to all photos."""
+    """Artifacts of raw features, from the fraction of their energy that is common to all photos."""
     found = []
     strength = _strength(shared, SHARED) if stability.reliability >= RELIABLE else None
     placed = raw.neighbour_position >= PLACE
@@ -123,18 +123,18 @@ def findings(raw: ArtifactMetrics, shared: float, stability: Stability) -> tuple
         found.append(Finding("positional", raised, shared, words))
     elif placed:
         words = (
-            f"features encode the place in the view (R² {raw.neighbour_position:.2f}), but not as one shared pattern"
+            f"features encode the position in the view (R² {raw.neighbour_position:.2f}), but not as one shared pattern"
         )
         found.append(Finding("positional", "weak", max(shared, 0.0), words))
     if strength := _strength(raw.outliers, OUTLIERS):
         sides = {"high": raw.outliers_high, "low": raw.outliers_low}
         parts = " and ".join(f"{share:.1%} of {side} norm" for side, share in sides.items() if share >= OUTLIERS[0] / 2)
-        found.append(Finding("outlier tokens", strength, raw.outliers, f"{parts}, as shares of the tokens"))
+        found.append(Finding("outlier tokens", strength, raw.outliers, f"{parts}, as fractions of the tokens"))
     return tuple(found)
 
 
 def too_few(shared: float, stability: Stability) -> str | None:
-    """Why there are too few photos to tell whether they share a pattern; None if they suffice."""
+    """The reason if there are too few photos to detect a shared pattern; None if there are enough."""
     if shared < SHARED[0] or stability.reliability >= RELIABLE:
         return None
     number = f"; about {stability.suggested} would do" if stability.suggested else ""
@@ -145,7 +145,7 @@ def too_few(shared: float, stability: Stability) -> str | None:
 
 
 def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, found: tuple[Finding, ...]) -> Judgement:
-    """Judges a method by the figures before and after."""
+    """Judge a method by the metrics before and after."""
     # Artifacts may have less detail or rank than the content.
     rank = cleaned.effective_rank / min(content.effective_rank, raw.effective_rank)
     sharpness = cleaned.detail / min(content.detail, raw.detail)
@@ -157,7 +157,7 @@ def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, foun
     if gain is not None and gain < -DAMAGED_CONSISTENCY:
         return Judgement("damaged", f"views agree less than before (R² {gain:+.2f})")
     if unseen := [finding.kind for finding in found if not _is_seen(finding, raw)]:
-        return Judgement("unknown", f"{' and '.join(unseen)} cannot be seen in so few crops; take more photos")
+        return Judgement("unknown", f"{' and '.join(unseen)} cannot be detected in so few crops; use more photos")
     gone = [finding.kind for finding in found if _is_gone(finding, cleaned, raw)]
     left = [finding.kind for finding in found if finding.kind not in gone]
     if not gone:
@@ -190,11 +190,11 @@ def conclude(
         part = f"which removes a part: {judgements[method].words}"
         return Verdict(True, method, f"{summary} Clean with method {method}, {part}.")
     why = {
-        "subtract": "one pass and a subtraction do it",
+        "subtract": "one pass and a subtraction are enough",
         "exact": "views agree clearly better with it than after subtraction"
         if "subtract" in able
-        else "subtraction alone does not do it",
-    }.get(method, "it removes what was found")
+        else "subtraction alone is not enough",
+    }.get(method, "it removes these artifacts")
     return Verdict(True, method, f"{summary} Clean with method {method}: {why}.")
 
 

@@ -1,1 +1,1 @@
-"""Stage 3: the ViT itself learns to give clean features, and needs no extra block."""
+"""Stage 3: train the ViT itself to give clean features, without an extra block."""

@@ -59,7 +59,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, images: Sequence[int], reader: ViewReader, teacher: Teacher) -> HeldOut:
-        """Reads photos and computes their targets.
+        """Read photos and compute their targets.
 
         Raises:
             TrainError: if no photo can be read.
@@ -89,7 +89,7 @@ class HeldOut:
         """Metrics of a student, of the frozen backbone (``raw_``), and of the targets (``target_``).
 
         ``cosine`` and ``mse`` compare features of the student's own layer with the targets, as means over whole photos
-        at all sizes; ``ratio`` is (1 - cosine) relative to raw features; ``layer_N_cosine`` is of further layers.
+        at all sizes; ``ratio`` is (1 - cosine) relative to raw features; ``layer_N_cosine`` is for further layers.
         ``class_drift`` and ``prefix_drift`` are 1 - cosine of class tokens, and of all prefix tokens, to those of the
         frozen backbone. ``rank``, ``place`` and the blank-image metrics are as in stage 2.
         """
@@ -102,7 +102,7 @@ class HeldOut:
 
     @torch.no_grad()
     def draw(self, student: Student, step: int) -> None:
-        """Draws raw features, the student's and the teacher's of the first photos.
+        """Draw raw features, the student's features and the targets of the first photos.
 
         Raises:
             TrainError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""From photos or a store, a backbone and options to a run of stage 3."""
+"""Prepare a run of stage 3 from photos or a store, a backbone and options."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class DistillJob:
         teacher: the frozen teacher.
         student: the trained model, float32.
         photos: photos to train and evaluate on.
-        options: length, learning rate and logging, with the number of steps that the epochs take.
-        views: which views of the photos.
+        options: length, learning rate and logging, with the number of steps for the epochs.
+        views: views of the photos to train on.
         sizes: (H, W) of the views.
         accelerator: processes and devices.
     """
@@ -65,21 +65,21 @@ class DistillJob:
         also: Sequence[GivenDenoiser] = (),
         resume: bool = False,
     ) -> DistillJob:
-        """Loads teacher and student, and creates or opens the folder of the run.
+        """Load teacher and student, and create or open the folder of the run.
 
         Args:
             source: photos, with a denoiser as the teacher; or a store and its photos, with its fields as the teacher.
             run: folder of the run.
-            model: specification of the backbone, loaded on the device of each process; or the backbone.
+            model: specification of the backbone, to be loaded on the device of each process; or the backbone.
             options: length, learning rate and logging.
-            views: which views of the photos.
-            denoiser: denoiser of the backbone. Default: the shipped one.
-            also: denoisers of further layers to train as well.
+            views: views of the photos to train on.
+            denoiser: denoiser of the backbone. Defaults to the shipped one.
+            also: denoisers of further layers to train.
             resume: resume the run in the folder.
 
         Raises:
-            TrainError: if source, backbone, options or folder do not fit together.
-            DenoiserError: if a denoiser is for another backbone or width, or cannot be found.
+            TrainError: if source, backbone, options or folder do not match.
+            DenoiserError: if a denoiser belongs to another backbone or has another width, or cannot be found.
             SizeError: if a size does not fit the patch grid.
             BackboneError: if the backbone cannot be loaded.
         """
@@ -95,14 +95,14 @@ class DistillJob:
             backbone.grid_size(*size)
         if isinstance(photos, StoredTargets) and not photos.keeps_fields and views.whole < 1:
             raise TrainError(
-                f"{photos.store.url} keeps the patch grid alone, too coarse for crops; fit with --grid field, or train "
-                "on whole photos (--views.whole 1)"
+                f"{photos.store.url} has the patch grid only, which is too coarse for crops; fit with --grid field, or "
+                "train on whole photos (--views.whole 1)"
             )
         taught = Student(student, teacher.layers)
         taught.require_grad(min(sizes), prefix=options.hold_prefix > 0)
         if options.shard:
-            blocks_of(taught)  # refuses unsuitable models now, not when the run starts
-        trained_groups(taught, options.weight_decay, options.layer_decay)  # likewise
+            blocks_of(taught)  # rejects unsuitable models now, not when the run starts
+        trained_groups(taught, options.weight_decay, options.layer_decay)  # also rejects unsuitable models
         if options.checkpointing:
             _checkpoint_blocks(student)
         folder = RunFolder(Path(run))
@@ -151,7 +151,7 @@ class DistillJob:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reasons why photos could not be used, by id, so far."""
+        """Reasons why photos are unusable so far, by id."""
         return read_reasons(self.folder.path)
 
 
@@ -173,7 +173,7 @@ def _photos_and_teacher(
     if isinstance(source, Dataset):
         return PlainPhotos(source), DenoiserTeacher.of(backbone, denoiser, also)
     if denoiser is not None or also:
-        raise TrainError("with --fields the targets are the store's fields; leave out the denoiser or --fields")
+        raise TrainError("with --fields, the targets are the store's fields; omit the denoiser or --fields")
     return StoredTargets(source.store, source.photos, backbone), FieldTeacher(backbone)
 
 

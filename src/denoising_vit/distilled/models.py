@@ -33,12 +33,12 @@ class Lesson(NamedTuple):
 
 @dataclass(frozen=True)
 class DenoiserTeacher:
-    """A frozen backbone with a denoiser for each taught layer.
+    """A frozen backbone with a denoiser for each trained layer.
 
     Attributes:
         backbone: the frozen backbone.
-        layers: further taught layers, besides the backbone's own.
-        denoisers: denoisers of the backbone's own layer, then of the others.
+        layers: further layers to train, besides the backbone's own.
+        denoisers: denoisers of the backbone's own layer, then of the other layers.
     """
 
     backbone: Backbone
@@ -52,7 +52,7 @@ class DenoiserTeacher:
         """A teacher with a denoiser of the backbone's own layer, and denoisers that record other layers.
 
         Raises:
-            DenoiserError: if one is for another backbone, or does not record its layer.
+            DenoiserError: if a denoiser belongs to another backbone, or does not record its layer.
             FormatError: if a file is damaged.
         """
         found = [find_denoiser(denoiser, backbone)]
@@ -60,14 +60,14 @@ class DenoiserTeacher:
         for given in also:
             layer = _layer_of(given, backbone)
             if layer in (backbone.layer, *layers):
-                raise DenoiserError(f"{source_name(given)}: a second denoiser of layer {layer}; expected one each")
+                raise DenoiserError(f"{source_name(given)}: duplicate denoiser for layer {layer}; expected one each")
             found.append(find_denoiser(given, backbone.at_layer(layer)))
             layers.append(layer)
         return cls(backbone, tuple(layers), tuple(found))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Values that decide the targets besides the backbone; JSON values."""
+        """JSON values that determine the targets, besides the backbone."""
         return {"denoisers": [found.digest for found in self.denoisers], "layers": list(self.layers)}
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class FieldTeacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields are identified with the photos."""
+        """Empty: the photos' identity includes the fields."""
         return {"fields": True}
 
     @torch.no_grad()
@@ -130,13 +130,13 @@ def _layer_of(given: GivenDenoiser, backbone: Backbone) -> int:
     layer = (denoiser.trained_for or {}).get("layer")
     if not isinstance(layer, int):
         raise DenoiserError(
-            f"{source_name(given)}: it does not say which layer of {backbone.name} it is for; expected a denoiser that "
-            "was trained with --layer"
+            f"{source_name(given)} does not record its layer of {backbone.name}; expected a denoiser that was trained "
+            "with --layer"
         )
     return layer
 
 
-#: Patches per side of the image that finds the parameters to train.
+#: Patches per side of the image used to find the parameters to train.
 _PROBED = 4
 
 
@@ -145,7 +145,7 @@ class Student(nn.Module):
 
     Args:
         backbone: the backbone, float32.
-        layers: further taught layers, besides its own.
+        layers: further layers to train, besides its own.
     """
 
     def __init__(self, backbone: Backbone, layers: tuple[int, ...] = ()) -> None:
@@ -153,11 +153,11 @@ class Student(nn.Module):
         self.backbone, self.layers = backbone, layers
 
     def forward(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Features (B, h, w, C) and prefix tokens (B, P, C) of each taught layer, float32."""
+        """Features (B, h, w, C) and prefix tokens (B, P, C) of each trained layer, float32."""
         return features_of(self.backbone, images, self.layers)
 
     def require_grad(self, size: tuple[int, int], *, prefix: bool) -> None:
-        """Freezes the parameters without gradients (blocks after the last layer, heads): processes would wait for them.
+        """Freeze parameters without gradients (blocks after the last layer, heads), which processes would wait for.
 
         Args:
             size: (H, W) of an image that the model accepts.
@@ -184,7 +184,7 @@ class Average:
     """An exponential moving average (EMA) of the trained weights.
 
     Args:
-        model: gives the initial weights.
+        model: model with the initial weights.
         decay: weight of the old average.
     """
 
@@ -194,7 +194,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Adds the current weights."""
+        """Update the average with the current weights."""
         for name, value in trained(model):
             self.values[name].lerp_(value, 1 - self.decay)
 
@@ -217,10 +217,10 @@ def blocks_of(student: Student) -> nn.ModuleList | nn.Sequential:
 
 
 def trained_groups(student: Student, weight_decay: float, layer_decay: float) -> list[Any]:
-    """The trained parameters, in groups with layer-wise learning rate decay if it is not 1.
+    """The trained parameters, in groups with layer-wise learning rate decay unless the decay is 1.
 
     Raises:
-        TrainError: if it is not 1 and the model is not a timm model.
+        TrainError: if the decay is not 1 and the model is not a timm model.
     """
     model: Any = getattr(student.backbone, "model", None)
     if layer_decay == 1:

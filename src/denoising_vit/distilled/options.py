@@ -8,24 +8,24 @@ from dataclasses import dataclass, replace
 from denoising_vit.errors import TrainError
 from denoising_vit.training.options import RunOptions
 
-#: Peak learning rate per view of a step up to which small steps are known to train (docs/decisions.md), and the factor
-#: above it from which a warning is due.
+#: Peak learning rate per view of a step up to which small steps are known to train (docs/decisions.md), and the
+#: factor above it at which a warning is given.
 _SAFE_PEAK, _TOO_HIGH = 2e-4 / 256, 2.0
 
 
 @dataclass(frozen=True)
 class DistillOptions(RunOptions):
-    """Training of a distilled model; the defaults of loss, optimizer, schedule and epochs are as published.
+    """Training of a distilled model; loss, optimizer, schedule and epochs default to the published ones.
 
-    The published learning rate is for steps of about 128 views. See :meth:`safer_rate` for smaller ones.
+    The published learning rate is for steps of about 128 views. See :meth:`safer_rate` for smaller steps.
 
     Attributes:
-        steps: number of optimizer steps; 0 for the steps of the epochs.
+        steps: number of optimizer steps; 0 derives it from the epochs.
         epochs: number of passes over the photos if steps is 0.
-        layer_decay: factor on the learning rate from each block to the one before it; 1 is as published.
+        layer_decay: factor on the learning rate from each block to the previous one; 1 is as published.
         ema: decay of an exponential moving average of the weights, which is then evaluated and written; 0 for none.
         hold_prefix: weight of the loss that keeps class token and registers unchanged; 0 for none.
-        checkpointing: recompute the activations of blocks in the backward pass: less memory, a third more time.
+        checkpointing: recompute the blocks' activations in the backward pass: less memory, a third more time.
         shard: shard weights, gradients and optimizer state between the processes (FSDP), for models too large for one
             device.
     """
@@ -43,7 +43,7 @@ class DistillOptions(RunOptions):
         return super()._least() | {"steps": 0, "epochs": 0, "hold_prefix": 0}
 
     def validate(self) -> None:
-        """Checks the range of every option.
+        """Check the range of every option.
 
         Raises:
             TrainError: with the option, its range, and the value.
@@ -54,20 +54,20 @@ class DistillOptions(RunOptions):
         if not 0 < self.layer_decay <= 1:
             raise TrainError(f"layer_decay must be a factor in (0, 1], got {self.layer_decay}")
         if not 0 <= self.ema < 1:
-            raise TrainError(f"ema must be a share in [0, 1), got {self.ema}")
+            raise TrainError(f"ema must be a factor in [0, 1), got {self.ema}")
 
     def safer_rate(self, processes: int) -> float | None:
-        """A lower `learning_rate` for steps of few views; None if the given one is not much higher.
+        """A lower `learning_rate` for steps with few views; None if the given one is not much higher.
 
         It makes the peak proportional to the views per step, ``2e-4 views / 256``, not to their square root as
-        published: gradients of few views are too noisy for that, and such runs have diverged.
+        published. Gradients of few views are too noisy for the published rate, and such runs have diverged.
         """
         views = self.views_a_step(processes)
         safe = _SAFE_PEAK * views / math.sqrt(views / 256)
         return safe if self.learning_rate > _TOO_HIGH * safe else None
 
     def with_steps(self, images: int, processes: int) -> DistillOptions:
-        """The same options with the number of steps that the epochs take."""
+        """The same options with the number of steps for the epochs."""
         if self.steps:
             return self
         return replace(self, steps=max(round(self.epochs * images / self.photos_a_step(processes)), 1))

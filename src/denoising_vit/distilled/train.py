@@ -1,4 +1,4 @@
-"""Stage 3: fine-tunes the whole ViT to the clean features of a frozen teacher."""
+"""Stage 3: fine-tune the whole ViT to the clean features of a frozen teacher."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ from denoising_vit.training.samples import Sampler, blank_numbers
 
 FORMAT_VERSION = 1
 
-#: Batches read and rendered ahead.
+#: Number of batches to read and render ahead.
 _AHEAD = 3
 
-#: After the warm-up, a run has diverged if the student's 1 - cosine is this many times that of raw features, and its
-#: cosine is lower by this much.
+#: After the warm-up, a run has diverged if the student's 1 - cosine is this factor times that of raw features, and its
+#: cosine is lower by this difference.
 _DIVERGED, _BY = 2.0, 0.1
 
-#: Metrics of a step that are averaged over processes.
+#: Metrics of a step to average over processes.
 _MEANS = ("loss", "mse", "cosine", "held")
 
 
 @dataclass
 class Distillation:
-    """A run of stage 3 that is ready to start; see :meth:`run`.
+    """A run of stage 3, ready to start; see :meth:`run`.
 
     Attributes:
         folder: folder of the run.
@@ -77,7 +77,7 @@ class Distillation:
         reader: reads and renders photos.
         sampler: the samples of each step.
         held_out: evaluation on the held-out photos.
-        evaluated: a student in the precision of inference, which gets the weights to evaluate.
+        evaluated: a student in inference precision, which receives the weights to evaluate.
         record: record written with the weights; JSON values.
         options: length, learning rate and logging.
         accelerator: processes and devices.
@@ -101,16 +101,16 @@ class Distillation:
         on_step: OnFigures = lambda _step, _figures: None,
         on_look: OnFigures = lambda _step, _figures: None,
     ) -> Progress:
-        """Trains from the last checkpoint, or from the start, to the last step.
+        """Train from the last checkpoint, or from the start, to the last step.
 
-        After an exception, prepare the job again: its student may have taken steps that no checkpoint has.
+        After an exception, prepare the job again, because its student may be ahead of the last checkpoint.
 
         Args:
-            on_step: called after each step with the number of steps done and their figures.
-            on_look: called likewise after each evaluation.
+            on_step: called after each step with the number of steps done and their metrics.
+            on_look: called in the same way after each evaluation.
 
         Returns:
-            The state of the run.
+            The final state of the run.
 
         Raises:
             TrainError: if a loss or gradient is not finite, the run diverges, a photo is missing, or a file cannot be
@@ -129,12 +129,12 @@ class Distillation:
         more = {} if average is None else average.values
         checkpoints, is_main = self.folder.checkpoints, accelerator.is_main_process
         progress = checkpoints.load(self.student, optimizer, more, step=from_first(accelerator, checkpoints.step))
-        # About the gradients of the class token, a few hundred numbers.
+        # This concerns the gradients of the class token, a few hundred numbers.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         model = self.student if sharding else accelerator.prepare(self.student)
         peak = peak_rate(options.learning_rate, options.views_a_step(accelerator.num_processes))
         batches = prefetched(self._batches(progress.step), _AHEAD)
-        consistent = True  # weights, optimizer and progress are of the same step, and its evaluation is done
+        consistent = True  # weights, optimizer and progress belong to the same step, whose evaluation is done
         with contextlib.closing(batches), opened_log(self.folder, progress.step, accelerator) as log:
             try:
                 while progress.step < options.last_step:
@@ -192,12 +192,12 @@ class Distillation:
         return self.reader.batches(own_batches(self.sampler, steps, self.options.photos, self.accelerator))
 
     def _lesson(self, batch: Batch, step: int, first: int) -> tuple[Tensor, Tensor, Lesson]:
-        """Images of a batch, content-free ones included, which of them are usable, and their targets.
+        """Images of a batch including content-free ones, a mask of usable images, and the targets.
 
         Args:
             batch: photos.
             step: number of the step.
-            first: number of content-free images of this step that earlier batches and processes have.
+            first: number of this step's content-free images in earlier batches and processes.
         """
         lesson, count = self.teacher(batch), self.options.blanks
         if not count:
@@ -213,9 +213,9 @@ class Distillation:
     def _loss(
         self, answer: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], lesson: Lesson, usable: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """The published loss, as a mean over layers, plus the loss on prefix tokens; and its parts."""
+        """The published loss, averaged over layers, plus the loss on prefix tokens; and its terms."""
         (features, prefixes), some = answer, not bool(usable.all())
-        if not bool(usable.any()):  # zero gradients, which other processes wait for
+        if not bool(usable.any()):  # zero gradients, because other processes wait for them
             nothing = sum(one.sum() for one in (*features, *prefixes)) * 0.0
             assert isinstance(nothing, Tensor)
             return nothing, [nothing.detach()] * (len(_MEANS) - 1)
@@ -232,7 +232,7 @@ class Distillation:
         return loss, [squared.detach(), cosine.detach(), held.detach()]
 
     def _evaluate(self, progress: Progress, log: Log | None, on_look: OnFigures, average: Average | None) -> Progress:
-        """Evaluates on the held-out photos, and writes the weights if they are the best so far or the last."""
+        """Evaluate on the held-out photos, and write the weights if they are the best so far or the last."""
         state, diverged = self._weights(average), False
         if log is not None:  # the first process
             self.evaluated.load_state_dict(state)
@@ -246,11 +246,11 @@ class Distillation:
         self.accelerator.wait_for_everyone()
         told = torch.tensor(float(diverged), device=self.accelerator.device)
         if self.accelerator.reduce(told, "sum").item():
-            best = self.folder.distilled  # checked on the disk: only the first process knows about it
+            best = self.folder.distilled  # checked on disk, because only the first process knows it
             kept = f"the best model is kept ({best})" if best.is_file() else "no model was kept"
             raise TrainError(
-                f"step {progress.step}: the run diverged, held-out features are more than {_DIVERGED:g} times as far "
-                f"from the teacher's as raw ones; {kept}. Lower --learning-rate, or raise --warmup"
+                f"step {progress.step}: the run diverged: 1 - cosine of held-out features to the teacher is more than "
+                f"{_DIVERGED:g} times that of raw features; {kept}. Lower --learning-rate, or raise --warmup"
             )
         return progress
 
@@ -262,7 +262,7 @@ class Distillation:
         return step > self.options.warmup * self.options.steps and figures["ratio"] > _DIVERGED and lost > _BY
 
     def _keep(self, progress: Progress, state: dict[str, Tensor], figures: Figures) -> Progress:
-        """Writes the weights if they are the best so far or the last."""
+        """Write the weights if they are the best so far or the last."""
         paths = []
         if progress.best is None or figures["cosine"] > progress.best:
             progress = replace(progress, best=figures["cosine"], best_step=progress.step)
@@ -275,19 +275,19 @@ class Distillation:
         return progress
 
     def _weights(self, average: Average | None) -> dict[str, Tensor]:
-        """Whole weights of the student, or of their average, on the CPU; all processes must call this."""
+        """Unsharded weights of the student, or of their average, on the CPU; all processes must call this."""
         state: dict[str, Tensor] = self.student.state_dict()
         state |= {} if average is None else average.values
         return {name: gathered(value.detach()).cpu() for name, value in state.items()}
 
 
 def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
-    """Writes weights for `load_backbone(name, weights=path)`, in float16 unless values exceed its range.
+    """Write weights for `load_backbone(name, weights=path)`, in float16 unless values exceed its range.
 
-    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` reads the file too.
+    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` also reads the file.
 
     Args:
-        state: weights by timm's names.
+        state: weights by their names in timm.
         path: a .safetensors file.
         record: the backbone and its training; JSON values.
 
@@ -305,10 +305,10 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
 
 
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:
-    """The same loss for prefix tokens (B, P, C)."""
+    """The published loss, for prefix tokens (B, P, C)."""
     return F.mse_loss(prefix, frozen) + 1 - F.cosine_similarity(prefix, frozen, dim=-1).mean()
 
 
 def _plain(name: str) -> str:
-    """The name of a weight in the plain model."""
+    """Name of a weight in the unwrapped model."""
     return name.removeprefix("backbone.").removeprefix("model.")

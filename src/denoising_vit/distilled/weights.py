@@ -1,4 +1,4 @@
-"""The weights that stage 3 wrote, as a file that can be shared."""
+"""Weights written by stage 3, as a file that can be shared."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from denoising_vit.hub.pretrained import Pretrained
 
 @dataclass(frozen=True)
 class DistilledWeights(Pretrained):
-    """Weights of a ViT that gives clean features by itself: a file of `dvit distill`, and its record.
+    """Weights of a ViT that gives clean features by itself: a file written by `dvit distill`, and its record.
 
     Attributes:
         path: the file; it must stay where it is.
-        record: backbone and training, as the file has them; JSON values.
+        record: backbone and training, from the file; JSON values.
     """
 
     FORMAT = DISTILLED
@@ -31,14 +31,14 @@ class DistilledWeights(Pretrained):
     record: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Copies the file."""
+        """Copy the file."""
         if self.path != Path(path):
             with atomic_path(Path(path)) as temporary:
                 shutil.copyfile(self.path, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads the record of a file; :meth:`backbone` reads the weights.
+        """Read the record of a file; :meth:`backbone` reads the weights.
 
         Raises:
             FormatError: if the file is missing, damaged, or something else.
@@ -49,16 +49,16 @@ class DistilledWeights(Pretrained):
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{path}: missing, damaged, or not a safetensors file ({error})") from error
         if not isinstance(record, dict) or record.get("format") != cls.FORMAT:
-            raise FormatError(f"{path}: expected a file of dvit distill, with {cls.FORMAT!r} metadata")
+            raise FormatError(f"{path}: expected a file written by dvit distill, with {cls.FORMAT!r} metadata")
         if not names_backbone(record.get("backbone")):
-            raise FormatError(f"{path}: damaged, its metadata does not name a backbone and its fingerprint")
+            raise FormatError(f"{path}: damaged: backbone or fingerprint missing in its metadata")
         return cls(path, record)
 
     def backbone(self, **options: Any) -> Backbone:
         """The distilled ViT: images (B, 3, H, W) to clean features (B, h, w, C).
 
         Args:
-            **options: of :func:`~denoising_vit.load_backbone`, such as ``device`` and ``dtype``.
+            **options: options of :func:`~denoising_vit.load_backbone`, such as ``device`` and ``dtype``.
 
         Raises:
             WeightsError: if the weights are damaged.

@@ -1,1 +1,1 @@
-"""Evaluation: label-free metrics of artifacts in feature maps."""
+"""Evaluation: tasks that compare kinds of features, their data layouts, and tables of results."""

@@ -1,4 +1,4 @@
-"""K-means clusters of patches, given classes afterwards: how well features group what belongs together."""
+"""K-means clustering of patches: how well unsupervised clusters match semantic classes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from denoising_vit.evaluation.scores import Counts
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.evaluation.workbench import Line, Task, Workbench
 
-#: How clusters get classes: each the commonest class of its pixels, or one cluster for each class.
+#: How clusters are mapped to classes: each to its most frequent class, or one cluster per class.
 Matching = Literal["majority", "hungarian"]
 
 
 def clustering(bench: Workbench, names: Sequence[str], options: ClusteringOptions) -> Iterator[Line]:
-    """Clustering by each source; lines for each number of clusters, and each way to give them classes."""
+    """Evaluate clustering on each source; one line per number of clusters and mapping to classes."""
     options.validate()
     for clusters in options.clusters:
         yield from _compared(bench, names, options, clusters)
 
 
 def _compared(bench: Workbench, names: Sequence[str], options: ClusteringOptions, clusters: int) -> Iterator[Line]:
-    """Lines for one number of clusters; every way to give them classes reads the same clusters."""
+    """Lines for one number of clusters; every mapping to classes uses the same clusters."""
     data = bench.labelled
     tables: dict[tuple[str, int], np.ndarray] = {}  # by source and seed
 
@@ -70,8 +70,8 @@ def clustered(
 ) -> np.ndarray:
     """Cluster the patches of ``val`` by k-means and count the pixels of each class: (images, k, K) int32.
 
-    A pixel is in the cluster of the patch with the nearest centre. ``progress`` is called twice for each image. There
-    must be as many patches as clusters.
+    Each pixel belongs to the cluster of the patch with the nearest centre. ``progress`` is called twice per image.
+    There must be at least as many patches as clusters.
     """
     options.validate()
     shown = whole_images(data.val.images, options.size, source)
@@ -91,15 +91,15 @@ def clustered(
 
 
 def matched(tables: np.ndarray, matching: Matching) -> Counts:
-    """Give each cluster a class by all images together, and count hits image by image.
+    """Map each cluster to a class, using all images together, and count hits per image.
 
     Args:
         tables: (images, k, K) pixels of each cluster and class.
-        matching: majority: the commonest class of the cluster's pixels. hungarian: one cluster for each class, with the
-            largest sum of IoU; needs k = K.
+        matching: majority: the most frequent class among the cluster's pixels. hungarian: one cluster per class, with
+            the largest sum of IoU; needs k = K.
 
     Raises:
-        EvaluationError: for hungarian, if there are not as many clusters as classes.
+        EvaluationError: for hungarian, if the numbers of clusters and classes differ.
     """
     total = tables.sum(0, dtype=np.int64)  # (k, K)
     if matching == "majority":
@@ -123,10 +123,10 @@ def _fitted(points: Tensor, clusters: int, seed: int) -> Any:
 
     if len(points) < clusters:
         raise EvaluationError(
-            f"{len(points)} patches are less than {clusters} clusters; give more images, larger ones (--size), more "
+            f"{len(points)} patches are fewer than {clusters} clusters; give more images, larger images (--size), more "
             "--patches or fewer --clusters"
         )
-    runs: Any = 1  # scikit-learn has no annotations
+    runs: Any = 1  # scikit-learn has no type annotations
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different features than clusters: some stay empty
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct features than clusters
         return KMeans(clusters, n_init=runs, random_state=seed).fit(points.numpy())

@@ -1,6 +1,7 @@
-"""Photos to evaluate on, whatever the task.
+"""Evaluation images and data sets, for any task.
 
-A data set has one or two splits of images. An image knows its photo and ground truth, and reads them when needed.
+A data set has one or two splits of images. An image holds the paths of its photo and ground truth and reads them on
+demand.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Box = tuple[float, float, float, float]
 class EvaluationImage:
     """A photo; subclasses add its ground truth.
 
-    Attributes:
+    #: x0, y0, x1, y1 in pixels, half-open: the box of an image of H x W pixels is 0, 0, W, H.
         split: ``train`` or ``val``.
         id: path of the photo below the folder of its split's photos, with ``/`` as separator.
         photo: file of the photo.
@@ -43,7 +44,7 @@ class EvaluationImage:
 
     @property
     def truth_digest(self) -> str:
-        """Digest of the ground truth, whatever its files."""
+        """Digest of the ground truth, independent of file formats."""
         raise NotImplementedError
 
     def pixels(self) -> np.ndarray:
@@ -81,7 +82,7 @@ class EvaluationSet(Generic[Image]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of ids, photos and ground truth in order, whatever the file formats."""
+        """SHA-256 of ids, photos and ground truth in order, independent of file formats."""
         return _digest(f"{image.id}\0{image.digest}\0{image.truth_digest}\n" for image in self.images)
 
     @cached_property
@@ -91,7 +92,7 @@ class EvaluationSet(Generic[Image]):
 
     @property
     def common_size(self) -> tuple[int, int] | None:
-        """(H, W), if all photos share it."""
+        """(H, W), if all photos have the same size."""
         sizes = {(image.height, image.width) for image in self.images}
         return sizes.pop() if len(sizes) == 1 else None
 
@@ -114,7 +115,7 @@ class EvaluationData(Generic[Split]):
         name: name in tables.
         layout: name of the folder layout.
         splits: ``train`` and ``val``, or ``val`` alone if nothing is trained.
-        note: remark for readers of the results.
+        note: remark for the report.
     """
 
     name: str
@@ -124,7 +125,7 @@ class EvaluationData(Generic[Split]):
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Classes that do not occur in the scored images, left out of means; none without classes."""
+        """Classes that do not occur in the scored images and are left out of means; empty without classes."""
         return ()
 
     @property
@@ -142,4 +143,4 @@ def shared_photos(train: EvaluationSet[EvaluationImage], val: EvaluationSet[Eval
     """Remark on photos that are in both splits; None if there are none."""
     known = {image.digest for image in train.images}
     count = sum(image.digest in known for image in val.images)
-    return f"{count} of {len(val.images)} photos of val are in train as well" if count else None
+    return f"{count} of {len(val.images)} photos of val are also in train" if count else None

@@ -26,14 +26,14 @@ from denoising_vit.views.patch_grid import check_side, nearest_sizes
 
 
 class Patches(Protocol):
-    """A backbone or source of features."""
+    """A backbone or a source of features."""
 
     patch_size: int
     stride: int
 
 
 def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patches: Patches) -> tuple[int, int]:
-    """(H, W) in pixels at which an image is shown: the given size if it fits the grid, or its own, rounded to it."""
+    """(H, W) in pixels of the model's input for an image: the given size, or its own, rounded to the patch grid."""
     if size is None:
         return native_size(image.height, image.width, patches.patch_size, patches.stride)
     check_size(size, patches.patch_size, patches.stride)
@@ -41,13 +41,13 @@ def shown_size(size: int | tuple[int, int] | None, image: EvaluationImage, patch
 
 
 def check_size(size: int | tuple[int, int] | None, patch_size: int, stride: int) -> None:
-    """Raise SizeError, naming the nearest valid sides, unless whole patches cover the size."""
+    """Raise SizeError with the nearest valid sides unless whole patches cover the size."""
     for side in () if size is None else (size,) if isinstance(size, int) else size:
         check_side(side, patch_size, stride)
 
 
 def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
-    """The nearest sides that fit the patch grid, the larger one of two equally near."""
+    """The nearest sides that fit the patch grid; of two equally near sides, the larger."""
     down, across = (
         max(nearest_sizes(side, patch_size, stride), key=lambda fitting: (-abs(fitting - side), fitting))
         for side in (height, width)
@@ -58,7 +58,7 @@ def native_size(height: int, width: int, patch_size: int, stride: int) -> tuple[
 #: Hex digits in the names of cached files.
 _DIGITS = 24
 
-#: Maximum size of a cached file besides its values, in bytes.
+#: Maximum overhead of a cached file besides its values, in bytes.
 _HEADER = 256
 
 #: Batches rendered ahead of the forward passes on an accelerator.
@@ -67,7 +67,7 @@ _AHEAD = 3
 #: An image and a crop of it.
 Shown = tuple[EvaluationImage, Crop]
 
-#: :func:`see` with its cache and progress.
+#: :func:`see` with its cache and progress already set.
 See = Callable[[FeatureSource, Sequence[Shown]], Iterator[Tensor]]
 
 Image = TypeVar("Image", bound=EvaluationImage)
@@ -76,13 +76,13 @@ Image = TypeVar("Image", bound=EvaluationImage)
 def whole_images(
     images: Sequence[Image], size: int | tuple[int, int] | None, patches: Patches
 ) -> list[tuple[Image, Crop]]:
-    """Images, each as one crop, at a size that fits the patch grid; None is their own."""
+    """Images, each as one crop, at a size that fits the patch grid; with None, at their own size."""
     return [(image, Crop.whole(shown_size(size, image, patches))) for image in images]
 
 
 @dataclass
 class FeatureCache:
-    """Features on disk, one file for each crop, up to a limit.
+    """Features on disk, one file per crop, up to a total size.
 
     Attributes:
         folder: folder of the files; created if it does not exist.
@@ -118,7 +118,7 @@ class FeatureCache:
             return None
 
     def put(self, path: Path, features: Tensor) -> None:
-        """Save features (h, w, C), in float16 if they fit its range, unless the limit is reached."""
+        """Save features (h, w, C), in float16 if within its range, unless the limit is reached."""
         kept = compact(features)
         size = kept.nbytes + _HEADER
         if self._used + size > self.limit:
@@ -127,7 +127,7 @@ class FeatureCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors({"features": kept}, path, durable=False)
         except OSError as error:
-            self.limit = 0.0  # the cache only saves time: go on without it
+            self.limit = 0.0  # the cache only saves time: continue without it
             warnings.warn(f"features are no longer cached on disk ({error})", DenoisingVitWarning, stacklevel=2)
             return
         self._used += size
@@ -141,8 +141,8 @@ def see(
 ) -> Iterator[Tensor]:
     """Features (h, w, C), float32 on the CPU, of each crop in turn.
 
-    Cached or not, they are rounded to float16 if they fit its range, so that a second run gives the same. Features that
-    are cleaned from raw ones share the forward passes of these, and are cleaned again each time.
+    Cached or not, features are rounded to float16 if within its range, so that a second run gives the same result.
+    Features cleaned from raw ones share the raw features' forward passes and are cleaned again each time.
 
     Raises:
         EvaluationError: if features are not finite or not a grid.
@@ -168,7 +168,7 @@ _Batch = tuple[Tensor | None, _Waiting]
 def _batches(
     source: FeatureSource, shown: Sequence[Shown], cache: FeatureCache | None
 ) -> Generator[_Batch, None, None]:
-    """Cached features, or inputs of one size, as many as the device takes at once."""
+    """Cached features, or inputs of one size, up to as many as the device takes at once."""
     waiting: _Waiting = []
 
     def flush() -> Iterator[_Batch]:

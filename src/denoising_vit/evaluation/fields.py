@@ -1,4 +1,4 @@
-"""Stage 1 of the images of a data set: fitted once into stores that later runs reuse."""
+"""Stage 1 of a data set's images: fitted once into stores that later runs reuse."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def fitted_fields(
 ) -> FieldSource:
     """Semantic fields of all images, fitted if they are not stored yet.
 
-    Without a size in the options, views have the common size of the images, or the backbone's default size if there is
-    none. If there are crops by split, each is fitted as an image of its own.
+    Without a size in the options, views have the common size of the images, or the backbone's default size if sizes
+    differ. If there are crops by split, each crop is fitted as an image of its own.
 
     Raises:
         EvaluationError: if an image could not be fitted.
-        FitError: if there is no room.
-        PlanError: if the views do not suffice.
+        FitError: if there is not enough room.
+        PlanError: if there are too few views.
     """
-    options = replace(options, size=options.size or _common_size(data, backbone))  # one plan serves all
+    options = replace(options, size=options.size or _common_size(data, backbone))  # one plan for all images
     known = given_artifact(artifact, backbone, options)
     identity: dict[str, Any] = options.recorded("nothing") | {"artifact": artifact_digest(known), "size": options.size}
     splits = list(data.splits)
@@ -83,7 +83,7 @@ def fitted_fields(
 def _cut(
     images: EvaluationSet[EvaluationImage], shown: Sequence[Shown], folder: Path
 ) -> EvaluationSet[EvaluationImage]:
-    """Save crops as images with the ids of the images they are from."""
+    """Save crops as images with the ids of their source images."""
     cut = []
     for image, crop in shown:
         pixels = np.ascontiguousarray(crop.cut(image.pixels()))
@@ -101,7 +101,7 @@ def _cut(
 def store_name(
     images: EvaluationSet[EvaluationImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]
 ) -> str:
-    """Name of a store, equal for the same fields of the same photos, whatever the task."""
+    """Name of a store; the same fields of the same photos have the same name, whatever the task."""
     whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
     return f"{images.split}-{digest(identity | whose, 16)}"
 

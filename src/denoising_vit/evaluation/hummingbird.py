@@ -21,7 +21,7 @@ from denoising_vit.evaluation.workbench import Line, Workbench
 
 
 def hummingbird(bench: Workbench, names: Sequence[str], options: HummingbirdOptions) -> Iterator[Line]:
-    """Dense retrieval by each source; the first is the reference of the others."""
+    """Evaluate dense retrieval on each source, with the first as the reference."""
     options.validate()
     yield from bench.compare(names, bench.untrained("hummingbird", retrieved, bench.labelled, options))
 
@@ -32,9 +32,9 @@ class Memory:
 
     Attributes:
         features: (N, C), normalised.
-        labels: (N, K), share of each class among a patch's labelled pixels.
+        labels: (N, K), class distribution over each patch's labelled pixels.
         photos: (N,), number of each patch's photo.
-        numbers: number of each photo by digest; copies of a photo share a number.
+        numbers: number of each photo by digest; copies of a photo have the same number.
     """
 
     features: Tensor
@@ -43,11 +43,11 @@ class Memory:
     numbers: Mapping[str, int]
 
     def others(self, digest: str) -> Tensor:
-        """(N,) bool: True for patches of other photos than this one."""
+        """(N,) bool: True for patches of photos other than the one with this digest."""
         return self.photos != self.numbers.get(digest, -1)
 
     def retrieve(self, queries: Tensor, k: int, temperature: float, without: Tensor | None = None) -> Tensor:
-        """Soft labels (Q, K) of features (Q, C): mean of those of the k nearest, weighted by softmax(cosine / T)."""
+        """Soft labels (Q, K) of features (Q, C): the mean over the k nearest, weighted by softmax(cosine / T)."""
         similarity, rows = nearest(queries, self.features, k, without)
         weights = (similarity / temperature).softmax(-1)
         return torch.einsum("qk,qkc->qc", weights, self.labels[rows])
@@ -63,8 +63,8 @@ def retrieved(
 ) -> Counts:
     """Label each pixel of ``val`` by the patches of ``train`` with the nearest features (cosine).
 
-    Soft labels of patches are interpolated bilinearly to the mask's pixels, and the largest one is taken. Patches of
-    the same photo are excluded, should it be in both splits.
+    Soft labels of patches are interpolated bilinearly to the mask's pixels, and the class with the largest is
+    predicted. Patches of the same photo are excluded if it is in both splits.
 
     Raises:
         PlanError: if an option is out of range.
@@ -104,11 +104,11 @@ def _memory(source: FeatureSource, train: LabelledSet, options: HummingbirdOptio
 
 
 def drawn(counts: Tensor, most: int | None, generator: torch.Generator) -> Tensor:
-    """Indices of the patches of one image to keep: rare classes first, at random among equal ones.
+    """Indices of the patches of one image to keep: rare classes first, ties in random order.
 
     As in open-hummingbird-eval: each patch gets a uniform random number times the sum, over its classes, of the number
-    of patches of the image with that class; the patches with the smallest products are kept. Patches have counts (P, K)
-    of each class; those without any are never kept.
+    of patches of the image with that class; the patches with the smallest products are kept. ``counts`` (P, K) are the
+    pixels of each class in each patch; patches without labelled pixels are never kept.
     """
     there = torch.nonzero(counts.sum(-1)).flatten()
     shows = counts[there] > 0
@@ -121,5 +121,5 @@ def _require(patches: int, k: int) -> None:
     if patches < k:
         raise EvaluationError(
             f"the memory has {patches} labelled patches of other images, fewer than the {k} neighbours; "
-            "give more images, larger ones (--size), a larger --memory or a smaller --k"
+            "give more images, larger images (--size), a larger --memory or a smaller --k"
         )

@@ -25,7 +25,7 @@ _VAL_SEED = 1_000_003
 
 
 def knn(bench: Workbench, names: Sequence[str], options: KnnOptions) -> Iterator[Line]:
-    """Nearest-neighbour segmentation of each source; the first is the reference of the others."""
+    """Evaluate nearest-neighbour segmentation on each source, with the first as the reference."""
     options.validate()
     data = bench.labelled
     crops, neutral = None, options.crops == "neutral"
@@ -79,7 +79,7 @@ def crops_of(images: LabelledSet, patches: Patches, options: KnnOptions) -> list
 
 
 def vote(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """Classes (Q,) of queries (Q, C) by the k nearest of a normalised gallery (N, C) with labels (N,)."""
+    """Classes (Q,) of queries (Q, C) by votes of the k nearest of a normalised gallery (N, C) with labels (N,)."""
     similarity, found = nearest(queries, gallery, k)
     weights = (similarity / temperature).softmax(-1)
     votes = torch.zeros(len(queries), classes, device=queries.device)
@@ -102,7 +102,7 @@ def _gallery(source: FeatureSource, train: LabelledSet, options: KnnOptions, see
     if len(gallery) < options.k:
         raise EvaluationError(
             f"the gallery has {len(gallery)} labelled patches, fewer than the {options.k} neighbours; give "
-            "more images, larger ones (--size), a larger --gallery or a smaller --k"
+            "more images, larger images (--size), a larger --gallery or a smaller --k"
         )
     return gallery, label
 

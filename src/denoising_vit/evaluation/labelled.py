@@ -42,10 +42,10 @@ VOC_CLASSES = (
 #: Number of classes in ADE20K's scene parsing benchmark.
 ADE_CLASSES = 150
 
-#: Share of unlabelled pixels that is reported if a class never occurs; borders of objects are about 0.05.
+#: Fraction of unlabelled pixels above which a class that never occurs is reported; object borders are about 0.05.
 _COMMON = 0.1
 
-_REMEDY = "Write the names of the classes into it, one a line, that of label 0 first"
+_REMEDY = "Write the class names into it, one per line, starting with label 0"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LabelledImage(EvaluationImage):
     """A photo with a class for each pixel.
 
     Attributes:
-        mask: file of the mask, of the photo's size.
+        mask: file of the mask, which has the photo's size.
         coding: meaning of the mask's values.
         mask_digest: digest of the labels.
         class_pixels: labelled pixels of each class, K of them.
@@ -75,7 +75,7 @@ class LabelledImage(EvaluationImage):
         return self.mask_digest
 
     def labels(self) -> Tensor:
-        """Read the classes (H, W) int64: 0 to K - 1, NO_LABEL where there is none."""
+        """Read the classes (H, W) int64: 0 to K - 1, NO_LABEL for pixels without a label."""
         return torch.from_numpy(read_mask(self.mask, self.coding))
 
 
@@ -99,7 +99,7 @@ class LabelledSet(EvaluationSet[LabelledImage]):
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Classes without pixels."""
+        """Classes that no pixel has."""
         return tuple(name for name, count in zip(self.class_names, self.pixels, strict=True) if count == 0)
 
 
@@ -129,23 +129,23 @@ class LabelledData(EvaluationData[LabelledSet]):
         return tuple(name for name in self.val.absent if name in self.scored)
 
     def require_two_classes(self) -> None:
-        """Refuse data on which any guess scores 100.
+        """Reject data on which any prediction scores 100.
 
         Raises:
-            EvaluationError: if the masks of ``val`` hold fewer than two scored classes.
+            EvaluationError: if the masks of ``val`` contain fewer than two scored classes.
         """
         there = [name for name in self.scored if name not in self.absent]
         if len(there) < 2:
             held, note = " and ".join(there) or "none", f". {self.note}" if self.note else ""
             raise EvaluationError(
-                f"{self.name}: the masks of val hold {held} of {len(self.scored)} classes; expected at least two{note}"
+                f"{self.name}: expected at least two classes in val's masks, found {held} of {len(self.scored)}{note}"
             )
 
     def scoring(self, score: Sequence[str]) -> LabelledData:
-        """The same data with only these classes scored; empty for all.
+        """The same data with only these classes scored; empty scores all.
 
         Raises:
-            EvaluationError: if a name is not a class of the data, or there is only one.
+            EvaluationError: if a name is not a class of the data, or fewer than two classes remain.
         """
         names = self.val.class_names
         unknown = [name for name in score if name not in names]
@@ -182,19 +182,19 @@ def open_labelled(
 ) -> LabelledData:
     """Open a labelled data set, reading every photo and mask once.
 
-    Layouts: VOC 2012 as unpacked; ADE20K (scene parsing, 150 classes) as unpacked; photos and masks of the same names
+    Layouts: VOC 2012 as unpacked; ADE20K (scene parsing, 150 classes) as unpacked; photos and masks with the same names
     in ``train/images``, ``train/masks``, ``val/images`` and ``val/masks`` (or ``images/train`` and so on); or in
-    ``images`` and ``masks`` alone, where the first half by name becomes train. The latter have ``classes.txt``, the
-    names of the classes.
+    ``images`` and ``masks`` alone, where the first half by name becomes train. The folder layouts need ``classes.txt``,
+    a list of class names.
 
     Args:
         path: the folder.
-        classes: file with class names, one a line, instead of ``classes.txt``; not for VOC 2012 and ADE20K.
-        images: maximum number of images in each split, spread evenly; 0 takes all.
+        classes: file with class names, one per line, instead of ``classes.txt``; not for VOC 2012 and ADE20K.
+        images: maximum number of images per split, spread evenly; 0 uses all.
         progress: called after each image.
 
     Raises:
-        EvaluationError: if the folder has none of the layouts, no list of classes, or nothing usable in a split.
+        EvaluationError: if the folder has none of the layouts, no list of classes, or no usable photo in a split.
     """
     layout, root = find_layout(Path(path), _LAYOUTS)
     with readable(root):
@@ -231,14 +231,14 @@ def _inspect(split: str, pair: Pair, coding: Coding) -> LabelledImage:
 
 
 def _ignored_note(split: LabelledSet, coding: Coding) -> str | None:
-    """Remark if a class never occurs while many pixels have no label: the class may be written as such."""
+    """Remark if a class never occurs while many pixels have no label: its value may be one that means no label."""
     unlabelled = 1 - sum(split.pixels) / sum(image.height * image.width for image in split.images)
     if not split.absent or unlabelled < _COMMON:
         return None
     numbers = " and ".join(map(str, coding.ignored))
     return (
         f"{', '.join(split.absent)}: never in the masks of {split.split}, while {100 * unlabelled:.0f} % of their "
-        f"pixels have {numbers}, which means no label; if a class is written so, give it its number in the list"
+        f"pixels have {numbers}, which means no label; if it is meant as a class, write the class number instead"
     )
 
 
@@ -246,10 +246,10 @@ def _ignored_note(split: LabelledSet, coding: Coding) -> str | None:
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
-    """Read the names of classes, one a line, beginning with label 0.
+    """Read class names, one per line, starting with label 0.
 
     Raises:
-        EvaluationError: if the file is missing, has no name, an empty line among names, or a name twice.
+        EvaluationError: if the file is missing or has no name, an empty line among names, or a duplicate name.
     """
     if not path.is_file():
         raise EvaluationError(f"{path}: expected a list of classes, found no such file. {_REMEDY}")
@@ -260,10 +260,10 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     for number, name in enumerate(names, start=1):
         if not name:
             # Skipping it would shift the labels of all later classes.
-            raise EvaluationError(f"{path}: line {number} is empty, expected the name of label {number - 1}")
+            raise EvaluationError(f"{path}: line {number} is empty; expected the name of label {number - 1}")
         if first.setdefault(name, number) != number:
             raise EvaluationError(
-                f"{path}: line {number} is {name!r}, as line {first[name]}; expected a name of its own for each class"
+                f"{path}: line {number} is {name!r}, the same as line {first[name]}; expected a unique name per class"
             )
     return tuple(names)
 
@@ -275,8 +275,8 @@ def read_ade_names(table: Path) -> tuple[str, ...]:
     rows = [line.split("\t") for line in read_lines(table)][1:]
     if [row[0].strip() for row in rows] != [str(number) for number in range(1, ADE_CLASSES + 1)]:
         raise EvaluationError(
-            f"{table}: expected a header and then classes 1 to {ADE_CLASSES} in tab-separated columns, number first "
-            f"and name last, found {len(rows)} rows that are not these; fetch the file again, or remove it"
+            f"{table}: expected a header, then classes 1 to {ADE_CLASSES} in tab-separated columns (number first, name "
+            f"last); found {len(rows)} other rows. Download the file again, or delete it"
         )
     return tuple(row[-1].strip() for row in rows)
 
@@ -288,7 +288,7 @@ def _open_voc(root: Path, classes: Path | None) -> _Files:
     _refuse(classes, "VOC 2012")
     lists, photos, masks = root / "ImageSets" / "Segmentation", root / "JPEGImages", root / "SegmentationClass"
     train, val = (_Split(*pairs_in_list(lists / f"{name}.txt", photos, masks)) for name in ("train", "val"))
-    # 255 is the border around objects; a label right after the last class never means one here.
+    # 255 marks the border around objects; no value right after the last class means no label here.
     coding = Coding(len(VOC_CLASSES), "VOC 2012", ignored=(255,))
     year = root.name.removeprefix("VOC")  # other years have the same layout
     name = f"VOC {year}" if root.name.startswith("VOC") and year.isdigit() else "VOC 2012"
@@ -316,13 +316,13 @@ def _open_splits(root: Path, classes: Path | None, photos: str, masks: str) -> _
 
 
 def _open_one_folder(root: Path, classes: Path | None) -> _Files:
-    """Split into halves, because neighbours by name are often nearly equal frames of one film."""
+    """Split into halves, not at random: neighbours by name are often nearly equal frames of one video."""
     names, coding = _listed_classes(root, classes)
     pairs, skipped = pairs_in_folders(root / "images", root / "masks")
     if len(pairs) < 2:
         reason = f" ({skipped[0].item}: {skipped[0].reason})" if skipped else ""
         raise EvaluationError(
-            f"{root}: expected at least 2 photos with masks in images and masks, to make train and val of them, found "
+            f"{root}: expected at least 2 photos with masks in images and masks, to split into train and val; found "
             f"{len(pairs)}{reason}"
         )
     half = (len(pairs) + 1) // 2
@@ -336,14 +336,14 @@ def _listed_classes(root: Path, classes: Path | None) -> tuple[tuple[str, ...], 
     source = classes or root / "classes.txt"
     names = read_class_list(source)
     count = len(names)
-    # The number right after the last class is a common mark for no label; so is 255, unless it is a class.
+    # The value right after the last class often means no label; so does 255, unless it is a class.
     ignored = (count,) if count >= 255 else (count, 255)
     return names, Coding(count, str(source), ignored=ignored)
 
 
 def _refuse(classes: Path | None, name: str) -> None:
     if classes is not None:
-        raise EvaluationError(f"{name} has its own classes, expected no list of them, got {classes}; leave it out")
+        raise EvaluationError(f"{name} has fixed classes, got a list of classes ({classes}); omit it")
 
 
 _LAYOUTS: tuple[Layout[Callable[[Path, Path | None], _Files]], ...] = (

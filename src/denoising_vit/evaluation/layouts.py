@@ -1,9 +1,9 @@
 """Folder layouts of evaluation data, shared by all tasks.
 
-A task lists its layouts as :class:`Layout` records, and :func:`find_layout` returns the one a folder has. Photos are
-paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_list`, then read once by
-:func:`inspect_all`. Entries that cannot be used are returned as ``Skipped``, each with its reason; files and folders
-that cannot be read raise EvaluationError.
+A task lists its layouts as :class:`Layout` records, and :func:`find_layout` returns the one that a folder has. Photos
+are paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_list`, then read once by
+:func:`inspect_all`. Unusable entries are returned as ``Skipped`` with a reason; unreadable files and folders raise
+EvaluationError.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from denoising_vit.data.photos import IMAGE_SUFFIXES
 from denoising_vit.data.storage import Storage
 from denoising_vit.errors import EvaluationError, PhotoError
 
-#: Decoding releases the GIL. More threads gain little and hold more photos in memory.
+#: Decoding releases the GIL. More threads gain little and keep more photos in memory.
 _THREADS = 4
 
-#: Number of names in a folder that a message shows.
+#: Number of names in a folder that a message lists.
 _SHOWN = 8
 
 #: Type of the function that opens a layout.
@@ -33,14 +33,14 @@ Opener = TypeVar("Opener", covariant=True)
 
 @dataclass(frozen=True)
 class Layout(Generic[Opener]):
-    """Files and folders that make a folder a known data set.
+    """Files and folders that identify the layout of a data set.
 
     Attributes:
         title: name for messages.
-        required: paths that must exist below a root. A path with an ending is a file, any other a folder; ``*`` is a
+        required: paths that must exist below a root. A path with an extension is a file, any other a folder; ``*`` is a
             wildcard, and ``|`` separates alternatives.
         open: opens a folder with this layout.
-        roots: folders below the given one where the layout may begin.
+        roots: folders below the given one in which the layout may start.
         name: name in results.
     """
 
@@ -52,17 +52,17 @@ class Layout(Generic[Opener]):
 
 
 def find_layout(path: Path, layouts: Sequence[Layout[Opener]]) -> tuple[Layout[Opener], Path]:
-    """Return the first of the layouts that a folder has, and the root where it begins.
+    """Return the first layout that a folder matches, and the root where it starts.
 
     Raises:
-        EvaluationError: if the path is no folder, has none of the layouts, or has one of them at several roots.
+        EvaluationError: if the path is not a folder, matches no layout, or matches one at several roots.
     """
     expected = ", or ".join(f"{layout.title} ({', '.join(layout.required).replace('|', ' or ')})" for layout in layouts)
     partial = []
     with readable(path):
         if not path.is_dir():
             what = "a file" if path.exists() else "nothing"
-            raise EvaluationError(f"{path}: expected the folder of a data set, found {what} there")
+            raise EvaluationError(f"{path}: expected a data set folder, found {what}")
         for layout in layouts:
             roots = []
             for root in (path / below for below in layout.roots):
@@ -96,7 +96,7 @@ def _described(root: Path, entry: str) -> str:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raise the OSErrors of a folder (no permission, name too long) as EvaluationError."""
+    """Convert OSErrors of a folder (no permission, name too long) to EvaluationError."""
     try:
         yield
     except OSError as error:
@@ -109,12 +109,12 @@ def visible(folder: Path) -> list[Path]:
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; none if it does not exist."""
+    """Names of the subfolders of a folder, sorted; empty if it does not exist."""
     return sorted(entry.name for entry in visible(folder) if entry.is_dir()) if folder.is_dir() else []
 
 
 def images_in(folder: Path) -> list[str]:
-    """Names of the images in a folder, in the order of the numbers in them; none if it does not exist."""
+    """Names of the images in a folder, in natural order; empty if it does not exist."""
     if not folder.is_dir():
         return []
     names = image_names((entry.name for entry in visible(folder) if entry.is_file()), str(folder))
@@ -142,21 +142,21 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file that are not empty, without spaces around them."""
+    """Lines of a text file, stripped, without empty ones."""
     return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
 def read_names(path: Path) -> tuple[list[str], list[Skipped]]:
-    """Read the names in a text file, one a line, each once; repeated names are skipped."""
+    """Read the names in a text file, one per line; duplicates are skipped."""
     lines = read_lines(path)
     if not lines:
-        raise EvaluationError(f"{path}: expected names, one a line, found none")
+        raise EvaluationError(f"{path}: expected names, one per line, found none")
     names = list(dict.fromkeys(lines))
-    return names, [Skipped(name, f"named a second time in {path}") for name in names if lines.count(name) > 1]
+    return names, [Skipped(name, f"listed twice in {path}") for name in names if lines.count(name) > 1]
 
 
 def read_sequences(path: Path) -> list[str]:
-    """Read a list of DAVIS: names of sequences (2017), or files of each frame and its mask (2016)."""
+    """Read a DAVIS list: names of sequences (2017), or the files of each frame and its mask (2016)."""
     entries = [PurePosixPath(line.split()[0]) for line in read_names(path)[0]]
     files = [entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries]
     return list(
@@ -168,7 +168,7 @@ Entry = TypeVar("Entry")
 
 
 def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[Entry]:
-    """At most ``count`` entries, spread evenly over all of them; 0 takes all."""
+    """At most ``count`` entries, spread evenly over all; 0 returns all."""
     if count < 0:
         raise EvaluationError(f"expected a number of {what} of at least 1, or 0 for all, got {count}")
     return [entries[index] for index in spread(len(entries), count)]
@@ -179,7 +179,7 @@ def at_most(entries: Sequence[Entry], count: int, what: str = "images") -> list[
 
 @dataclass(frozen=True)
 class Unread:
-    """A photo that has not been read.
+    """A photo that has not been read yet.
 
     Attributes:
         id: path of the photo below its folder, with ``/`` as separator.
@@ -198,9 +198,9 @@ class Pair(Unread):
 
 
 def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[list[Pair], list[Skipped]]:
-    """Pair photos and masks by their path below each folder, without the ending; sorted by id.
+    """Pair photos and masks by their path below each folder, without the extension; sorted by id.
 
-    Photos without a mask, masks without a photo, and second files of the same name are skipped.
+    Photos without a mask, masks without a photo, and duplicate names are skipped.
     """
     photo_of, skipped_photos = _by_stem(photos, "photo")
     mask_of, skipped_masks = _by_stem(masks, what)
@@ -210,11 +210,11 @@ def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[lis
         if stem in mask_of
     ]
     unpaired = [
-        Skipped(name, f"a photo without a {what}; expected {masks / stem}.png, or with another ending")
+        Skipped(name, f"a photo without a {what}; expected {masks / stem}.png, or with another extension")
         for stem, name in photo_of.items()
         if stem not in mask_of
     ] + [
-        Skipped(name, f"a {what} without a photo; expected {photos / stem}.jpg, or with another ending")
+        Skipped(name, f"a {what} without a photo; expected {photos / stem}.jpg, or with another extension")
         for stem, name in mask_of.items()
         if stem not in photo_of
     ]
@@ -222,7 +222,7 @@ def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[lis
 
 
 def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
-    """Image files below a folder by their path without ending; the first one where several share it."""
+    """Image files below a folder by their path without the extension; the first of duplicates."""
     try:
         names, skipped = files_below(Storage(), str(folder))
     except PhotoError as error:
@@ -232,18 +232,18 @@ def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
 
 
 def by_stem(names: Iterable[str], what: str) -> tuple[dict[str, str], list[Skipped]]:
-    """Names of files by their path without ending: the first one of each, and the others with the reason."""
+    """File names by their path without the extension, the first of duplicates; and the others, with the reason."""
     found: dict[str, str] = {}
     skipped = []
     for name in names:
         stem = PurePosixPath(name).with_suffix("").as_posix()
         if found.setdefault(stem, name) != name:
-            skipped.append(Skipped(name, f"a second {what} of the name {stem}; {found[stem]} is taken"))
+            skipped.append(Skipped(name, f"duplicate {what} name {stem}; {found[stem]} is used"))
     return found, skipped
 
 
 def pairs_in_list(names: Path, photos: Path, masks: Path) -> tuple[list[Pair], list[Skipped]]:
-    """Pair photos (.jpg) and masks (.png) by a list of names without ending, in its order, each name once."""
+    """Pair photos (.jpg) and masks (.png) by a list of names without extensions, in the list's order."""
     stems, repeated = read_names(names)
     pairs = [Pair(f"{stem}.jpg", photos / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems]
     return pairs, [Skipped(f"{entry.item}.jpg", entry.reason) for entry in repeated]
@@ -270,7 +270,7 @@ def inspect_all(
 ) -> tuple[list[Found], list[Skipped]]:
     """Read photos in a few threads, in order.
 
-    A PhotoError, EvaluationError or OSError becomes the reason for skipping a photo. Returns the results of the usable
+    A photo is skipped with its PhotoError, EvaluationError or OSError as the reason. Returns the results of the usable
     photos, and the skipped ones.
     """
 
@@ -294,15 +294,15 @@ def inspect_all(
             if progress is not None:
                 progress()
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
+        pool.shutdown(cancel_futures=True)  # so that an interrupt does not wait for the rest
     return usable, failed
 
 
 def require_usable(
     usable: Sequence[object], expected: str, count: int, skipped: Sequence[Skipped], path: Path | None = None
 ) -> None:
-    """Raise EvaluationError with the first reason if none of ``count`` entries of a folder can be used."""
+    """Raise EvaluationError with the first reason if none of ``count`` entries of a folder is usable."""
     if not usable:
-        first = f"; the first reason: {skipped[0].item}: {skipped[0].reason}" if skipped else ""
+        first = f"; first reason: {skipped[0].item}: {skipped[0].reason}" if skipped else ""
         place = f"{path}: " if path else ""
-        raise EvaluationError(f"{place}expected {expected}, none of {count} can be used{first}")
+        raise EvaluationError(f"{place}expected {expected}, but none of {count} is usable{first}")

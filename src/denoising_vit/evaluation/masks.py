@@ -17,7 +17,7 @@ NO_LABEL = -1
 #: Pillow modes with numbers instead of colours; for palette images, the indices.
 _INDEX_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
-#: Factor by which Pillow stretches grayscale of 2 or 4 bits, which tools that shrink PNG files write.
+#: Factor by which Pillow scales grayscale of 2 or 4 bits, which some PNG optimizers write.
 _STRETCHED = {"L;2": 85, "L;4": 17}
 
 
@@ -27,8 +27,8 @@ class Coding:
 
     Attributes:
         classes: number of classes, K.
-        source: list of the classes, for messages.
-        shift: value of the first class; 1 where 0 means no label, as in ADE20K.
+        source: where the list of classes is from, for messages.
+        shift: value of the first class; 1 if 0 means no label, as in ADE20K.
         ignored: values that mean no label.
     """
 
@@ -41,7 +41,7 @@ class Coding:
         """Values of a mask (H, W) -> classes (H, W) int64: 0 to K - 1, and NO_LABEL.
 
         Raises:
-            EvaluationError: naming the mask, if it has other values.
+            EvaluationError: with the mask's name, if it has other values.
         """
         labels = values.astype(np.int64) - self.shift
         outside = (labels < 0) | (labels >= self.classes)
@@ -74,10 +74,10 @@ def read_mask(path: Path, coding: Coding) -> np.ndarray:
 def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read the values (H, W) of an index image.
 
-    Colours of a palette are ignored. An image of one bit gives bool.
+    Palette colours are ignored. A 1-bit image returns bool.
 
     Raises:
-        EvaluationError: if the file is missing, empty, damaged, too large or no index image.
+        EvaluationError: if the file is missing, empty, damaged, too large or not an index image.
     """
     if path.is_dir():
         raise EvaluationError(f"{path} is a directory, expected a mask")
@@ -100,7 +100,7 @@ def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def _numbers(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
     """Values of an opened mask, after checking its header."""
     _check_header(image, path, max_pixels)
-    stretch = _STRETCHED.get(raw_mode(image), 1)  # known only before decoding
+    stretch = _STRETCHED.get(raw_mode(image), 1)  # only available before decoding
     return np.asarray(image) // stretch if stretch > 1 else np.asarray(image)
 
 
@@ -108,16 +108,16 @@ def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise EvaluationError(
-            f"{path}: {width:,} x {height:,} pixels is more than the limit of {max_pixels:,}; shrink the mask first"
+            f"{path}: {width:,} x {height:,} pixels exceed the limit of {max_pixels:,}; shrink the mask first"
         )
     if image.mode not in _INDEX_MODES:
         raise EvaluationError(
-            f"{path}: expected an index image (grayscale or palette, each value the number of a class), got mode "
-            f"{image.mode}; write the class numbers instead of colours"
+            f"{path}: expected an index image (grayscale or palette, with class numbers as values), got mode "
+            f"{image.mode}; write class numbers instead of colours"
         )
     if image.format in ("JPEG", "MPO"):
         raise EvaluationError(
-            f"{path}: expected a mask in a format that keeps its numbers, got JPEG, which changes them; write PNG"
+            f"{path}: expected a lossless format, got JPEG, which changes class numbers; write the mask as PNG"
         )
 
 
@@ -126,7 +126,7 @@ def _check_header(image: Image.Image, path: Path, max_pixels: int) -> None:
 #: The object in masks of 0 and 255 (DAVIS 2016); no object in masks with numbered objects (DAVIS 2017).
 WHITE = 255
 
-#: Maximum number of objects in a mask; higher values are shades of gray.
+#: Maximum number of objects in a mask; more values mean shades of grey.
 MAX_OBJECTS = 50
 
 #: Number of mask values that a message shows.
@@ -135,7 +135,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of a sequence: those in its first mask, as nothing can carry a label to others.
+    """The objects of a sequence: those in its first mask, since no label can be propagated to others.
 
     Attributes:
         numbers: numbers of the objects in order; 1 for black and white masks.
@@ -148,27 +148,27 @@ class Objects:
 
     @classmethod
     def first(cls, values: np.ndarray, name: str) -> Objects:
-        """The objects in the values (H, W) of a first mask, which errors call ``name``.
+        """The objects in the values (H, W) of a first mask, called ``name`` in errors.
 
         Raises:
-            EvaluationError: if there are none, or the values are neither black and white nor numbers of objects.
+            EvaluationError: if there are none, or the values are neither black and white nor object numbers.
         """
         there = np.unique(values).tolist()
         numbers = [value for value in there if value not in (0, WHITE)]
         if not numbers and WHITE not in there:
-            raise EvaluationError(f"{name}: the first mask is empty: no object to carry a label of")
-        # Next to shades of gray, as from smoothing, 255 is white and does not mark pixels without a label.
+            raise EvaluationError(f"{name}: the first mask is empty; expected at least one object")
+        # Among shades of grey, as from smoothing, 255 is white and does not mean no label.
         gray = WHITE in there and numbers != list(range(1, len(numbers) + 1))
         if gray or any(not 0 < number <= MAX_OBJECTS for number in numbers):
             raise EvaluationError(_unexpected(there, name))
         return cls(tuple(numbers) or (1,), not numbers)
 
     def labels(self, values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Labels of the values (H, W) of a mask, which errors call ``name``.
+        """Labels of the values (H, W) of a mask, called ``name`` in errors.
 
         Returns:
-            Labels (H, W) int64: numbers of objects, 0 elsewhere, NO_LABEL for pixels without a label; and numbers in
-            the mask that are not in the first one.
+            Labels (H, W) int64: object numbers, 0 elsewhere, NO_LABEL for pixels without a label; and numbers in this
+            mask that are not in the first one.
 
         Raises:
             EvaluationError: if the sequence's masks cannot have these values.
@@ -187,13 +187,13 @@ class Objects:
 def _unexpected(there: list[int], name: str) -> str:
     more = ", ..." if len(there) > _SHOWN else ""
     return (
-        f"{name}: {len(there)} values ({', '.join(map(str, there[:_SHOWN]))}{more}); expected 0 and 255, or numbers of "
-        f"objects from 1 to {MAX_OBJECTS} at most (0 for the background, 255 for no label). Write the mask as PNG, "
+        f"{name}: {len(there)} values ({', '.join(map(str, there[:_SHOWN]))}{more}); expected 0 and 255, or object "
+        f"numbers from 1 to at most {MAX_OBJECTS} (0 for the background, 255 for no label). Write the mask as PNG, "
         "without smoothing"
     )
 
 
 def mask_values(path: Path) -> np.ndarray:
-    """Values of a mask (H, W) int64; 0 and 255 for one with one bit per pixel."""
+    """Values of a mask (H, W) int64; 0 and 255 for a 1-bit mask."""
     values = read_values(path)
     return values.astype(np.int64) * (WHITE if values.dtype == bool else 1)

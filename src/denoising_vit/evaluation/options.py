@@ -1,4 +1,4 @@
-"""Options of the tasks and of stage 1 in them, and range checks. No heavy imports."""
+"""Options of the tasks and of their stage 1, and range checks. No heavy imports."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def positive(options: Any, *names: str) -> None:
 
 
 def different(options: Any, **least: int) -> None:
-    """Raise PlanError unless each named option has one number or more, at least this one, and none twice."""
+    """Raise PlanError unless each named option is a list of one or more different numbers of at least this value."""
     for name, number in least.items():
         values = getattr(options, name)
         if not values or min(values) < number or len(set(values)) < len(values):
-            raise PlanError(f"{name} must be one number or more, {number} or above and different, got {values}")
+            raise PlanError(f"{name} must be one or more different numbers of at least {number}, got {values}")
 
 
 Preset = Literal["paper", "quick"]
 
 
-#: Cut pads off, or stretch the patch grid over a crop as if there were none.
+#: Cut pads off, or stretch the patch grid over a crop as if there were no pads.
 Pads = Literal["cut", "stretched"]
 
 
@@ -47,13 +47,13 @@ class ProbeProtocol(ABC):
     """Training of a linear probe; subclasses add the inputs and the evaluation.
 
     Attributes:
-        preset: the preset it is based on.
+        preset: name of the preset.
         steps: number of optimizer steps.
         warmup: steps of linear warm-up.
         batch: images per step.
         learning_rate: maximum learning rate.
         weight_decay: weight decay of AdamW.
-        gradient_limit: maximum norm of the gradients; None for no clipping.
+        gradient_limit: maximum norm of the gradients; None disables clipping.
     """
 
     preset: Preset
@@ -78,15 +78,15 @@ AProtocol = TypeVar("AProtocol", bound=ProbeProtocol)
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """Options of a linear probe; by default those of the preset.
+    """Options of a linear probe; omitted options take the preset's value.
 
     Attributes:
-        preset: paper is the published protocol (hours on a GPU); quick trains on features of whole images, which are
-            computed once (minutes on a CPU).
-        seeds: seeds of the probes; one probe is trained and evaluated for each.
-        size: quick only: height and width in pixels at which images are shown, or one number for a square. By default
-            their own size, rounded to the patch grid.
-        steps: number of optimizer steps; the warm-up keeps its share.
+        preset: paper is the published protocol (hours on a GPU); quick trains on features of whole images, computed
+            once (minutes on a CPU).
+        seeds: seeds of the probes; one probe is trained and evaluated per seed.
+        size: quick only: height and width of the model's input in pixels, or one number for a square. Defaults to the
+            image's own size, rounded to the patch grid.
+        steps: number of optimizer steps; the warm-up scales with it.
         batch: images per step.
         learning_rate: maximum learning rate.
         weight_decay: weight decay of AdamW.
@@ -101,14 +101,14 @@ class ProbeOptions:
     weight_decay: float | None = None
 
     def applied(self, base: AProtocol, shown: str) -> AProtocol:
-        """The protocol of the preset with the given options."""
+        """The preset's protocol with the given options."""
         if self.size is not None and self.preset == "paper":
-            raise PlanError(f"size is for preset quick; paper shows {shown}")
+            raise PlanError(f"size applies to preset quick only; paper uses {shown}")
         different(self, seeds=0)
         at_least(self, steps=1, batch=1)
         positive(self, "learning_rate")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise PlanError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+            raise PlanError(f"weight_decay must be at least 0, got {self.weight_decay}")
         steps = self.steps or base.steps
         return replace(
             base,
@@ -122,13 +122,13 @@ class ProbeOptions:
 
 
 def recorded(protocol: Any) -> dict[str, Any]:
-    """Settings of a protocol for results; later additions are left out at their defaults, so that old results count."""
+    """Settings of a protocol for results, without newer settings at their defaults, so that old results stay valid."""
     always = {"pads": "cut", "together": None, "gradient_limit": None}
     return {name: value for name, value in asdict(protocol).items() if name not in always or value != always[name]}
 
 
 def warmed(rate: float, step: int, warmup: int, start: float) -> float:
-    """The rate after a linear warm-up that begins at the share ``start`` of it."""
+    """Learning rate after a linear warm-up that starts at ``start`` times this rate."""
     return rate if step >= warmup else rate * (1 - (1 - step / warmup) * (1 - start))
 
 
@@ -137,13 +137,13 @@ class KnnOptions:
     """Options of nearest-neighbour segmentation.
 
     Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. By default their own
+        size: height and width of the model's input in pixels, or one number for a square. Defaults to the image's own
             size, rounded to the patch grid.
-        crops: whole images, or one neutral crop of each: a random square, upside down for half of the images, so
-            that the place in the view carries no class information.
+        crops: whole images, or one neutral crop of each: a random square, upside down for half of the images, so that
+            the position in the view carries no class information.
         k: number of neighbours that vote.
-        temperature: temperature of the votes' weights, exp(cosine / temperature).
-        gallery: maximum number of training patches to compare with, spread evenly over the images; 0 takes all.
+        temperature: temperature of the vote weights, exp(cosine / temperature).
+        gallery: maximum number of training patches to compare with, spread evenly over the images; 0 uses all.
         seed: seed for the gallery and the crops.
     """
 
@@ -162,14 +162,14 @@ class KnnOptions:
 
 @dataclass(frozen=True)
 class HummingbirdOptions:
-    """Options of dense retrieval; the defaults are the published ones where not stated otherwise.
+    """Options of dense retrieval; defaults are the published values unless noted.
 
     Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. By default their own
+        size: height and width of the model's input in pixels, or one number for a square. Defaults to the image's own
             size, rounded to the patch grid. Published: 504 for patches of 14 pixels, 512 for 16.
-        k: number of neighbours that labels are taken from.
-        temperature: temperature of their weights, softmax(cosine / temperature).
-        memory: maximum number of training patches in the memory bank, spread evenly over the images; 0 takes all.
+        k: number of neighbours to take labels from.
+        temperature: temperature of the neighbours' weights, softmax(cosine / temperature).
+        memory: maximum number of training patches in the memory bank, spread evenly over the images; 0 uses all.
             Published: 10,240,000, and 102,400 as the smallest.
         seed: seed for the choice of these patches.
     """
@@ -191,12 +191,12 @@ class ClusteringOptions:
     """Options of clustering.
 
     Attributes:
-        size: height and width in pixels at which images are shown, or one number for a square. By default their own
+        size: height and width of the model's input in pixels, or one number for a square. Defaults to the image's own
             size, rounded to the patch grid.
-        clusters: numbers of clusters; each is a line of results. Each cluster gets the commonest class of its pixels;
-            with as many clusters as classes there is a second line, with one cluster for each class (Hungarian).
-        patches: maximum number of patches to fit k-means on, spread evenly over the images; 0 takes all.
-        seeds: seeds for k-means and the choice of these patches; scores are means over them.
+        clusters: numbers of clusters; one line of results each. Each cluster is mapped to its most frequent class; with
+            as many clusters as classes there is a second line, with one cluster per class (Hungarian matching).
+        patches: maximum number of patches to fit k-means on, spread evenly over the images; 0 uses all.
+        seeds: seeds for k-means and the choice of these patches; scores are averaged over seeds.
     """
 
     size: int | tuple[int, int] | None = None
@@ -216,17 +216,17 @@ SeedBy = Literal["degree", "norm"]
 
 @dataclass(frozen=True)
 class DiscoveryOptions:
-    """Options of LOST, and the overlap at which an object counts as found.
+    """Options of LOST, and the overlap that counts as found.
 
     Attributes:
-        size: height and width of the model's input in pixels, or one number for a square. Without it, the image's
-            own, rounded to the patch grid.
-        seed_by: degree starts from the patch with the fewest similar ones, as published for keys; norm from the one
-            with the largest feature norm.
-        k: number of next patches in the ranking that may help the first to find the others.
-        iou: least intersection over union with an object's box.
+        size: height and width of the model's input in pixels, or one number for a square. Defaults to the image's own
+            size, rounded to the patch grid.
+        seed_by: degree starts from the patch with the fewest similar patches, as published for keys; norm from the
+            patch with the largest feature norm.
+        k: number of top-ranked patches that may support the seed.
+        iou: minimum intersection over union with an object's box.
         centred: subtract the image's mean feature first. Patches are similar if their inner product is not negative,
-            which is meaningful only for features around zero.
+            which is meaningful only for features centred at zero.
     """
 
     size: int | tuple[int, int] | None = None
@@ -246,16 +246,16 @@ class DiscoveryOptions:
 
 @dataclass(frozen=True)
 class PropagationOptions:
-    """Options of label propagation; the defaults are the published ones except for the size (Caron et al. 2021).
+    """Options of label propagation; defaults are the published values, except for the size (Caron et al. 2021).
 
     Attributes:
-        size: height and width of the model's input in pixels, or one number for a square. Without it, the frame's
-            own, rounded to the patch grid. Published: 480 pixels high.
-        context: number of earlier frames that labels are taken from, besides the first one.
-        k: number of most similar patches in the context that vote, more in case of ties.
-        radius: radius of the search window around a patch, in patches; 0 for the whole frame. With larger patches or
-            larger frames, give another one.
-        temperature: temperature of the votes' weights, exp(cosine / temperature).
+        size: height and width of the model's input in pixels, or one number for a square. Defaults to the frame's own
+            size, rounded to the patch grid. Published: 480 pixels high.
+        context: number of previous frames to take labels from, in addition to the first.
+        k: number of most similar patches in the context that vote; ties vote too.
+        radius: radius of the search window around a patch, in patches; 0 for the whole frame. Adjust it to the patch
+            and frame size.
+        temperature: temperature of the vote weights, exp(cosine / temperature).
     """
 
     size: int | tuple[int, int] | None = None
@@ -275,11 +275,11 @@ class MatchingOptions:
     """Options of keypoint matching.
 
     Attributes:
-        size: height and width of the model's input in pixels, or one number for a square. Without it, the photo's own,
-            rounded to the patch grid.
-        alpha: a match is correct within this share of the larger side of the target object's box; each value gives a
-            line of results.
-        upsample: upsampling factor of the target's features before the search; 1 for the patches themselves.
+        size: height and width of the model's input in pixels, or one number for a square. Defaults to the photo's own
+            size, rounded to the patch grid.
+        alpha: a match is correct within this fraction of the larger side of the target object's box; one line of
+            results per value.
+        upsample: upsampling factor of the target's features before the search; 1 for no upsampling.
     """
 
     size: int | tuple[int, int] | None = None
@@ -290,26 +290,26 @@ class MatchingOptions:
         """Raise PlanError if an option is out of range."""
         different = len(set(self.alpha)) == len(self.alpha) > 0
         if not (different and all(0 < one < math.inf for one in self.alpha)):
-            raise PlanError(f"alpha must be one positive number or more, all different, got {self.alpha}")
+            raise PlanError(f"alpha must be one or more different positive numbers, got {self.alpha}")
         at_least(self, upsample=1)
 
 
 @dataclass(frozen=True)
 class FieldOptions(ExactOptions):
-    """How stage 1 of the images is done: by the exact method, once for all tasks.
+    """Options of stage 1 on the images: by the exact method, once for all tasks.
 
     Attributes:
-        size: height and width of a view in pixels, or one number for a square. Without it, the size at which images
-            are shown, or the backbone's own if these differ.
-        of: with crops of images (`--crops neutral`): crop fits each crop as an image, so that stage 1 sees what the
-            other features see; image fits whole images and samples their fields in the crops, which is not a fair
+        size: height and width of a view in pixels, or one number for a square. Defaults to the size of the model's
+            input, or to the backbone's default size if images differ in size.
+        of: with crops of images (`--crops neutral`): crop fits each crop as an image, so that stage 1 sees the same
+            pixels as other features; image fits whole images and samples their fields in the crops, which is not a fair
             comparison, because those fields saw the whole upright image.
     """
 
     of: Literal["crop", "image"] = "crop"
 
     def denoising(self) -> DenoiseOptions:
-        """As options of stage 1, without held-out views; PlanError if one is out of range."""
+        """Convert to options of stage 1, without held-out views; PlanError if one is out of range."""
         own = {key: value for key, value in asdict(self).items() if key != "of"}
         options = DenoiseOptions(held_out=0, **own)
         options.validate()

@@ -1,9 +1,9 @@
 """Per-item outcomes of a task, and paired 95 % intervals of the difference between two sources.
 
-The metric over all groups is computed again without each group in turn. These jackknife values give its standard error,
-and Student's t with one degree of freedom less than groups gives the interval. If the groups' influences are skewed,
-that interval misses on one side too often: Hall's cubic transformation (1992) corrects it for skewness, and the farther
-end is taken on each side. `benchmarks/coverage.py` measures the coverage.
+The metric over all groups is recomputed without each group in turn. These jackknife values give its standard error, and
+Student's t, with one degree of freedom less than the number of groups, gives the interval. If the influence of groups
+is skewed, that interval misses on one side too often. Hall's cubic transformation (1992) corrects for skewness, and on
+each side the farther of both ends is used. `benchmarks/coverage.py` measures the coverage.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Curve = list[list[Any]]
 #: With fewer groups there is no interval.
 MIN_GROUPS = 5
 
-#: Name of the method in results.
+#: Name of the interval's method in results.
 METHOD = "jackknife t, skewness-corrected"
 
-_CHUNK = 256  # groups at once: weights are (groups, items)
+_CHUNK = 256  # groups per batch: weights are (groups, items)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Interval:
     Attributes:
         difference: difference over all items.
         low: lower end of the interval; None with fewer than MIN_GROUPS groups.
-        high: upper end; None likewise.
+        high: upper end; None with fewer than MIN_GROUPS groups.
         groups: number of groups with a value.
     """
 
@@ -49,14 +49,14 @@ class Interval:
 def interval_over(
     difference: float, groups: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], there: Sequence[np.ndarray]
 ) -> Interval:
-    """The 95 % interval of a figure over groups of items.
+    """The 95 % interval of a statistic over groups of items.
 
     Args:
-        difference: the figure over all items.
+        difference: the statistic over all items.
         groups: (items,) the group of each item.
-        figure: returns the figure (rows,) for weights (rows, items) of the items.
-        there: for each outcome in the figure, (items,) bool: True for items with a value. Groups without any are left
-            out; the outcome with the fewest groups decides whether there are enough.
+        figure: returns the statistic (rows,) for weights (rows, items) of the items.
+        there: for each outcome in the statistic, (items,) bool: True for items with a value. Groups without any are
+            ignored; the outcome with the fewest groups decides whether there are enough.
     """
     names = np.unique(groups[np.any(there, axis=0)])
     fewest = min(len(np.unique(groups[one])) for one in there)
@@ -69,13 +69,13 @@ def interval_over(
 
 
 def ends(value: float, without: np.ndarray) -> tuple[float, float]:
-    """Both ends of the 95 % interval of a figure, given its ``value`` and the figure (n,) without each group."""
+    """Both ends of the 95 % interval of a statistic, from its ``value`` and the statistic (n,) without each group."""
     from scipy.special import stdtrit  # not needed by most commands
 
     count = len(without)
     influence = (count - 1) * (without.mean() - without)
     spread = influence.std()
-    if spread <= 1e-12 * max(1.0, abs(value)):  # rounding alone
+    if spread <= 1e-12 * max(1.0, abs(value)):  # rounding error
         return value, value
     error = spread / np.sqrt(count - 1)
     skew = float((influence**3).mean() / spread**3 / np.sqrt(count))
@@ -95,7 +95,7 @@ class Outcome(ABC):
     """Result of a task for each item: an image, a pair of images, an object. Subclasses are dataclasses of arrays.
 
     Attributes:
-        groups: (items,) int64; items with the same number are left out together, such as the frames of a video.
+        groups: (items,) int64; items with the same number are one group, such as the frames of a video.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -121,7 +121,7 @@ class Outcome(ABC):
         """Main metric (rows,) for weights (rows, items) of the items; NaN if undefined."""
 
     def classes(self, data: Any) -> dict[str, dict[str, float | None]]:
-        """Metrics of each class of the data, if there are classes."""
+        """Metrics of each class of the data; empty without classes."""
         return {}
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -136,10 +136,10 @@ class Outcome(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Measured(Outcome):
-    """Metrics of each item; the task's metrics are their means. Subclasses name them, the main one first.
+    """Metrics of each item; the task's metrics are their means. Subclasses set ``METRICS``, the main one first.
 
     Attributes:
-        values: (items, metrics) float64; NaN leaves an item out of that mean.
+        values: (items, metrics) float64; NaN excludes an item from the mean of that metric.
         groups: as in :class:`Outcome`.
     """
 
@@ -151,7 +151,7 @@ class Measured(Outcome):
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.groups), len(self.METRICS)) or not len(self.groups):
             raise EvaluationError(
-                f"expected {len(self.METRICS)} figures ({', '.join(self.METRICS)}) of each of at least one item, got "
+                f"expected {len(self.METRICS)} metrics ({', '.join(self.METRICS)}) for each of at least one item, got "
                 f"{self.values.shape} for {len(self.groups)} items"
             )
 
@@ -161,7 +161,7 @@ class Measured(Outcome):
         return ~np.isnan(self.values[:, 0])
 
     def scored(self) -> dict[str, float]:
-        """Means over items; EvaluationError if none has the main metric."""
+        """Means over items; EvaluationError if no item has the main metric."""
         if not self.there.any():
             raise EvaluationError(f"none of {self.items} items has a value of {self.METRICS[0]}")
         there = ~np.isnan(self.values)
@@ -178,21 +178,21 @@ class Measured(Outcome):
 
 
 def paired_interval(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:
-    """Paired 95 % interval of the difference in the main metric: both sides leave out the same group.
+    """Paired 95 % interval of the difference in the main metric: both sources leave out the same group.
 
     Args:
-        ours: outcomes of one source, one for each seed; differences are averaged over seeds.
+        ours: outcomes of one source, one per seed; differences are averaged over seeds.
         theirs: outcomes of the other source for the same seeds.
 
     Raises:
-        EvaluationError: if items, seeds or groups differ between both sides.
+        EvaluationError: if items, seeds or groups differ between the sources.
     """
     pairs = list(zip(ours, theirs, strict=False))
     if not ours or len(ours) != len(theirs) or any(a.items != b.items for a, b in pairs):
-        raise EvaluationError("a paired interval needs the same items and seeds on both sides")
+        raise EvaluationError("a paired interval needs the same items and seeds for both sources")
     groups = ours[0].groups
     if any(not np.array_equal(a.groups, groups) for a in (*ours, *theirs)):
-        raise EvaluationError("a paired interval needs the same groups of items on both sides")
+        raise EvaluationError("a paired interval needs the same groups of items for both sources")
     difference = float(np.mean([_main(a) - _main(b) for a, b in pairs]))
 
     def figure(weights: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from denoising_vit.views.plan import linear_weights
 
 
 def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stride: int) -> Tensor:
-    """Pixels of each class in each patch of a crop, (h, w, K + 1) int64; the last column is of pixels without a label.
+    """Pixels of each class in each patch of a crop, (h, w, K + 1) int64; the last column counts pixels without a label.
 
     Each pixel of the mask counts once, for the patch with the nearest centre. Nothing is resampled.
     """
@@ -32,7 +32,7 @@ def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stri
 
 
 def commonest(counts: Tensor) -> Tensor:
-    """Commonest class (h, w) of each patch by counts (h, w, K + 1); NO_LABEL where most pixels have none."""
+    """Most frequent class (h, w) of each patch by counts (h, w, K + 1); NO_LABEL if most pixels have no label."""
     none = counts.shape[-1] - 1
     found = counts.argmax(-1)
     return torch.where((found == none) | (counts.sum(-1) == 0), NO_LABEL, found)
@@ -40,13 +40,13 @@ def commonest(counts: Tensor) -> Tensor:
 
 def _nearest_patch(places: np.ndarray, count: int, patch_size: int, stride: int) -> np.ndarray:
     shown = ~np.isnan(places)
-    # Half up, so that a pixel on the border between two patches belongs to the second.
+    # Round half up, so that a pixel on the border between two patches belongs to the second.
     cell = np.floor((np.where(shown, places, 0) - patch_size / 2) / stride + 0.5).astype(np.int64)
     return np.where(shown, np.clip(cell, 0, count - 1), -1)
 
 
 def quota(most: int, number: int, images: int) -> int | None:
-    """Number of patches from image ``number`` so that all images together have ``most``; None (all) if that is 0."""
+    """Number of patches from image ``number`` so that all images together give ``most``; None (all) if that is 0."""
     return (number + 1) * most // images - number * most // images if most else None
 
 
@@ -55,18 +55,18 @@ def to_pixels(
 ) -> Tensor:
     """Interpolate scores (h, w, K) of patches bilinearly to the pixels of a crop, without pads: (H, W, K).
 
-    ``stretched`` is as in :meth:`Crop.places_shown`; up to 3 pixels off at 512.
+    ``stretched`` is as in :meth:`Crop.places_shown`; it shifts positions by up to 3 pixels at 512.
     """
     return at_places(scores, *crop.places_shown(stretched), patch_size, stride)
 
 
 def at_places(scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float) -> Tensor:
-    """Interpolate scores (h, w, K) of patches bilinearly at rows and columns in pixels: (rows, columns, K)."""
+    """Interpolate scores (h, w, K) of patches bilinearly at rows and columns given in pixels: (rows, columns, K)."""
     return torch.einsum("yh,hwk,xw->yxk", *_weighted(scores, rows, columns, patch_size, stride))
 
 
 def at_points(scores: Tensor, points: np.ndarray, patch_size: float, stride: float) -> Tensor:
-    """As :func:`at_places` at points (n, 2), each a row and a column: (n, K)."""
+    """Like :func:`at_places`, at points (n, 2), each a row and a column: (n, K)."""
     rows, columns = points.T
     return torch.einsum("nh,hwk,nw->nk", *_weighted(scores, rows, columns, patch_size, stride))
 
@@ -104,7 +104,7 @@ def _halves(pixels: int) -> tuple[int, int]:
     return pixels // 2, pixels - pixels // 2
 
 
-#: Maximum number of similarities held at a time, and of queries that they belong to.
+#: Maximum number of similarities in memory, and of queries per block.
 _AT_ONCE, _QUERIES = 2**25, 4096
 
 
@@ -115,7 +115,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int, without: Tensor | None = None
         queries: (Q, C), not normalised.
         bank: (N, C), normalised, with N >= k.
         k: number of neighbours.
-        without: (N,) bool, rows of the bank to leave out; at least k must remain.
+        without: (N,) bool, rows of the bank to exclude; at least k must remain.
 
     Returns:
         Cosines (Q, k) in descending order, and rows of the bank (Q, k).

@@ -1,4 +1,4 @@
-"""Training a probe with AdamW on random samples; an interrupted training resumes."""
+"""Training a probe with AdamW on random samples; interrupted trainings resume."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from denoising_vit.evaluation.options import ProbeProtocol
 from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import atomic_path
 
-#: Random stream of the order of images; crops have others.
+#: Random stream for the order of images; crops have their own.
 _ORDER = 1
 
 
 def chosen(images: int, batch: int, step: int, seed: int) -> list[int]:
-    """Indices of the images of a step: each image once an epoch; a batch may span two epochs."""
+    """Indices of the images of a step: each image once per epoch; a batch may span two epochs."""
     wanted = range(step * batch, (step + 1) * batch)
     return [int(_order(images, position // images, seed)[position % images]) for position in wanted]
 
@@ -53,7 +53,7 @@ class Curve:
 
     Attributes:
         losses: (step, mean loss since the previous entry).
-        looks: (step, score on the validation images), if they were evaluated.
+        looks: (step, score on the validation images), if evaluated during training.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Curve:
 
     @property
     def entries(self) -> outcomes.Curve:
-        """As in results: [step, loss, score or None]."""
+        """Entries as in results: [step, loss, score or None]."""
         scores = {step: score for step, score in self.looks if math.isfinite(score)}
         return [[step, loss, scores.get(step)] for step, loss in self.losses]
 
@@ -76,16 +76,16 @@ def train(
     looks: int = 8,
     progress: Callable[[], None] = lambda: None,
 ) -> Curve:
-    """Train a probe with AdamW, and leave it in evaluation mode.
+    """Train a probe with AdamW and leave it in evaluation mode.
 
     Args:
         probe: the probe with its initial weights.
-        loss_of: returns the loss of a step; it depends on the step alone, so that training can resume at any step.
+        loss_of: returns the loss of a step; it must depend on the step only, so that training can resume at any step.
         protocol: steps, learning rates, weight decay.
-        checkpoint: file that the state is saved to every thousand steps; an interrupted training resumes from it.
+        checkpoint: file to save the state to every thousand steps; an interrupted training resumes from it.
         look: returns the score on the validation images, for the history only.
         looks: number of entries in the history.
-        progress: called after each step, including those of an earlier run.
+        progress: called once per step, including those of an earlier run.
 
     Raises:
         FitError: if a loss is not finite.
@@ -141,7 +141,7 @@ def _restore(path: Path | None, probe: nn.Module, optimizer: torch.optim.Optimiz
         probe.load_state_dict(state["probe"])
         optimizer.load_state_dict(state["optimizer"])
         return Curve(list(state["losses"]), list(state["looks"])), list(state["since"]), int(state["step"])
-    except Exception as error:  # torch raises many kinds for damaged files
+    except Exception as error:  # torch raises many types for damaged files
         kind = type(error).__name__
         raise FitError(f"{path}: damaged checkpoint ({kind}); delete it to restart this training") from error
 
@@ -158,7 +158,7 @@ class Samples(Protocol):
         ...
 
     def loss(self, probe: Any, step: int) -> Tensor:
-        """Loss of a step's batch; it depends on the step alone, so that training can resume at any step."""
+        """Loss of a step's batch; it depends on the step only, so that training can resume at any step."""
         ...
 
 
@@ -167,7 +167,7 @@ Image = TypeVar("Image", bound=EvaluationImage)
 
 
 class RandomSamples(ABC, Generic[Image, Sample]):
-    """Random samples of each step, rendered in threads, a step ahead where an accelerator does the forward passes."""
+    """Random samples of each step, rendered in threads; with an accelerator, one step ahead of the forward passes."""
 
     def __init__(self, source: FeatureSource, images: Sequence[Image], protocol: ProbeProtocol, seed: int) -> None:
         self._source, self._images, self._seed = source, images, seed
@@ -184,10 +184,10 @@ class RandomSamples(ABC, Generic[Image, Sample]):
 
     @abstractmethod
     def _draw(self, index: int, step: int, place: int) -> Sample:
-        """A sample of an image. Only index, step and place in the batch decide it, so that training can resume."""
+        """A sample of an image. It depends only on index, step and place in the batch, so that training can resume."""
 
     def take(self, step: int) -> list[Sample]:
-        """The samples of a step, which is then forgotten."""
+        """The samples of a step; they are not kept."""
         self._submit(step)
         if self._prefetch and step + 1 < self._steps:
             self._submit(step + 1)

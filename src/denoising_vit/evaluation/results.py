@@ -1,4 +1,4 @@
-"""Results: a file of JSON lines, one for each task, source of features and setting."""
+"""Results: a file of JSON lines, one per task, source of features and setting."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ _DEPTH = (
     *(Metric(name) for name in ("a1", "a2", "a3")),
 )
 
-#: All tasks in the order of reports; a new task needs a line here.
+#: All tasks in the order of reports; every task needs an entry here.
 TASKS: dict[str, TaskInfo] = {
     "knn": TaskInfo("Nearest neighbours", _CLASSES),
     "segmentation": TaskInfo("Segmentation by a trained head", _CLASSES),
     "hummingbird": TaskInfo("Retrieval of nearest neighbours, scored at pixels", _CLASSES),
     "clustering": TaskInfo("Clusters of patches", _CLASSES),
     "depth": TaskInfo("Depth by a trained head", _DEPTH),
-    # Percent of images in which the one box found covers an object.
+    # Percent of images in which the predicted box covers an object.
     "discovery": TaskInfo("Object discovery", (Metric("CorLoc"),)),
     # Percent: region similarity and contour accuracy of DAVIS, and their mean.
     "propagation": TaskInfo("Label propagation in video", (Metric("J&F"), Metric("J"), Metric("F"))),
-    # Percent of keypoints within a share of the object's larger side: mean over pairs, and over keypoints.
+    # Percent of keypoints within a fraction of the object's larger side: mean over pairs, and over keypoints.
     "matching": TaskInfo("Matching of keypoints", (Metric("PCK"), Metric("PCK per point"))),
     "artifacts": TaskInfo("Label-free figures of artifacts"),
 }
 
-#: Metrics of each task that compares with a ground truth.
+#: Metrics of each task that has a ground truth.
 METRICS = {name: task.metrics for name, task in TASKS.items() if task.metrics}
 
 
 def main_metric(task: str) -> Metric:
-    """The metric that differences are taken of."""
+    """The metric whose differences are reported."""
     return METRICS[task][0]
 
 
@@ -69,24 +69,24 @@ _BEGINNING = b'{"task": '
 
 @dataclass(frozen=True)
 class Record:
-    """One line of results: one source of features, evaluated by one task in one setting.
+    """One line of results: one source of features, evaluated on one task in one setting.
 
     Attributes:
         task: a key of `TASKS`.
         features: name of the source.
-        settings: everything that decides the result, as JSON values: data, backbone, features, options.
+        settings: everything that determines the result, as JSON values: data, backbone, features, options.
         metrics: means over the seeds, by name.
         seeds: metrics of each seed.
         classes: IoU and Acc of each class, means over the seeds; None if the class never occurs.
         paired: difference to the reference source, with its interval.
-        curve: [step, loss, main metric or None] along the training of the first seed.
+        curve: [step, loss, main metric or None] during the training of the first seed.
         images: number of images of each split.
-        skipped: (id, reason) of images that were left out.
+        skipped: (id, reason) of skipped images.
         absent: classes that do not occur in the evaluated images.
         failed: reason if there are no metrics.
-        seconds: time taken, without features that were cached.
+        seconds: run time, without cached features.
         run: command, hardware, software.
-        published: model and variant of the published row that is measured.
+        published: model and variant of the published row that this line reproduces.
     """
 
     task: str
@@ -116,10 +116,10 @@ class Record:
 
 
 class Results:
-    """A results file that lines are appended to.
+    """A results file to append lines to.
 
     Raises:
-        EvaluationError: if the file holds something else or cannot be written to.
+        EvaluationError: if the file has other content or cannot be written to.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,7 +127,7 @@ class Results:
         self._done: dict[str, dict[str, Any]] = {}
         try:
             make_folder(path.parent)
-            with path.open("ab+") as file:  # fails before anything is computed
+            with path.open("ab+") as file:  # fail before anything is computed
                 file.seek(0)
                 content = file.read()
             flush_folder(path.parent)  # a power cut must not lose a new file with its lines
@@ -141,7 +141,7 @@ class Results:
             self._take(number, line)
 
     def find(self, record: Record) -> dict[str, Any] | None:
-        """The line of an earlier run for the same source and setting; None if there is none or it failed."""
+        """The line of an earlier run for the same source and setting; None if it is missing or failed."""
         return self._done.get(record.key)
 
     @property
@@ -154,7 +154,7 @@ class Results:
         line = record.to_line()
         try:
             self._drop_incomplete()
-            with self.path.open("ab") as file:  # one write at the end: another run may add to the same file
+            with self.path.open("ab") as file:  # one write: another run may append to the same file
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())

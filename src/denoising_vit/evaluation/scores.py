@@ -1,4 +1,4 @@
-"""Segmentation scores, counted image by image so that differences get intervals over images."""
+"""Segmentation scores, counted per image so that intervals can be taken over images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Counts(Outcome):
     """Counts of pixels or patches in each image, (images, K) int64 each.
 
     Attributes:
-        hits: pixels of a class that were predicted as it.
+        hits: pixels of a class that were predicted as this class.
         truth: pixels of the class.
         predicted: labelled pixels predicted as the class.
     """
@@ -30,13 +30,13 @@ class Counts(Outcome):
     groups: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", np.arange(len(self.hits)))  # each image is one
+        object.__setattr__(self, "groups", np.arange(len(self.hits)))  # each image is a group
 
     @classmethod
     def joined(cls, parts: Sequence[Counts]) -> Counts:
-        """Concatenate the images of one or more counts."""
+        """Concatenate the images of several counts."""
         if not parts:
-            raise EvaluationError("no predictions to score; expected those of at least one image")
+            raise EvaluationError("no predictions to score; expected at least one image")
         return cls(*map(np.concatenate, zip(*(part.arrays().values() for part in parts), strict=True)))
 
     @classmethod
@@ -50,16 +50,16 @@ class Counts(Outcome):
         return (self.truth + self.predicted).sum(1) > 0
 
     def only(self, classes: Sequence[int]) -> Counts:
-        """Counts of some classes; pixels of other classes still count if they were predicted as one of these."""
+        """Counts of these classes; pixels of other classes still count if they were predicted as one of these."""
         return Counts(*(values[:, list(classes)] for values in self.arrays().values()))
 
     def scored(self) -> dict[str, float]:
-        """mIoU, mAcc and aAcc in percent, if :func:`scores` are defined."""
+        """mIoU, mAcc and aAcc in percent; raises as :func:`scores`."""
         found = scores(self)
         return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """MIoU (rows,) in percent for weights (rows, images); NaN if no weighted image has a label."""
+        """Mean IoU (rows,) in percent for weights (rows, images); NaN if no weighted image has a label."""
         hits, truth, predicted = (weights @ values for values in (self.hits, self.truth, self.predicted))
         iou = _ratio(hits, truth + predicted - hits)
         there = ~np.isnan(iou)
@@ -75,7 +75,7 @@ class Counts(Outcome):
 def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
     """Counts of one image.
 
-    The predicted classes, 0 to K - 1, have the shape of the true ones, of which NO_LABEL is ignored.
+    ``predicted`` has classes 0 to K - 1 and the shape of ``truth``; pixels with NO_LABEL in ``truth`` are ignored.
 
     Raises:
         EvaluationError: if the shapes differ, or nothing was predicted.
@@ -86,7 +86,7 @@ def count(predicted: Tensor, truth: Tensor, classes: int) -> Counts:
         raise EvaluationError(
             f"expected a prediction for each label, got {tuple(predicted.shape)} for {tuple(truth.shape)}"
         )
-    # (K, 5): true and false positives, true and false negatives, support. It refuses to count a single class.
+    # (K, 5): true and false positives, true and false negatives, support. It rejects a single class.
     kinds = max(classes, 2)
     found = multiclass_stat_scores(predicted.flatten(), truth.flatten(), kinds, average=None, ignore_index=NO_LABEL)
     hits, false, _, _, support = found.view(kinds, 5)[:classes].T.cpu().numpy().astype(np.int64)
@@ -101,8 +101,8 @@ class Scores:
         miou: mean IoU over the classes that occur or are predicted.
         macc: mean accuracy over the classes that occur.
         aacc: accuracy over all pixels.
-        iou: IoU of each class; None if left out.
-        acc: accuracy of each class; None if left out.
+        iou: IoU of each class; None if undefined.
+        acc: accuracy of each class; None if undefined.
     """
 
     miou: float
@@ -120,7 +120,7 @@ def scores(counts: Counts) -> Scores:
     """
     hits, truth, predicted = (values.sum(0).astype(float) for values in (counts.hits, counts.truth, counts.predicted))
     if not truth.sum():
-        raise EvaluationError("no pixel of the evaluated images has a label, so there is nothing to score")
+        raise EvaluationError("no pixel of the evaluated images has a label; expected labelled masks")
     iou, acc = _ratio(hits, truth + predicted - hits), _ratio(hits, truth)
     if np.isfinite(iou).sum() < 2:
         raise EvaluationError(

@@ -28,7 +28,7 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def backbone_settings(backbone: Backbone) -> dict[str, Any]:
-    """Settings that decide a backbone's features, as JSON values, without the device."""
+    """Settings that determine a backbone's features, as JSON values, without the device."""
     described = {key: value for key, value in describe(backbone).items() if key != "device"}
     shown = {"stride": backbone.stride, "mean": list(backbone.mean), "std": list(backbone.std)}
     weights = {"fingerprint": backbone.fingerprint.short, "digest": weights_key(backbone)[:32]}
@@ -38,14 +38,14 @@ def backbone_settings(backbone: Backbone) -> dict[str, Any]:
 class FeatureSource(ABC):
     """Features of any crop of an image.
 
-    Preparing the inputs is separate from the forward pass, so that another thread can do it ahead.
+    Inputs are prepared separately from the forward pass, so that another thread can prepare them ahead.
 
     Attributes:
         name: name in messages and tables.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
-        identity: JSON values that decide the features besides the backbone.
-        backbone: JSON values that decide the backbone's features.
+        identity: JSON values that determine the features, besides the backbone.
+        backbone: JSON values that determine the backbone's features.
         device: device of the forward passes.
         cached: True if features are worth caching on disk.
     """
@@ -58,7 +58,7 @@ class FeatureSource(ABC):
 
     @abstractmethod
     def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
-        """Input of the forward pass for a crop of an image; inputs of one padded size can be stacked."""
+        """Input of the forward pass for a crop of an image; inputs with the same padded size can be stacked."""
 
     @abstractmethod
     def features(self, inputs: Tensor) -> Tensor:
@@ -70,18 +70,18 @@ class FeatureSource(ABC):
 
     @property
     def raw(self) -> FeatureSource | None:
-        """Source of the raw features that :meth:`cleaned` takes; None if these have a forward pass of their own."""
+        """Source of the raw features that :meth:`cleaned` takes; None if these features need their own forward pass."""
         return None
 
     def cleaned(self, raw: Tensor) -> Tensor:
-        """Features (h, w, C), float32 on the CPU, from those of :attr:`raw`."""
+        """Clean features (h, w, C), float32 on the CPU, from features of :attr:`raw`."""
         raise NotImplementedError
 
     def class_tokens(self) -> FeatureSource:
         """Source of the class tokens (B, 1, 1, C) of the same crops, cached like features.
 
-        They are those of the frozen backbone, which cleaning does not change; without class tokens, the mean of its
-        features.
+        Cleaning does not change them: they are those of the frozen backbone, or the mean of its features if it has
+        none.
         """
         return ClassTokens(self._of)
 
@@ -125,7 +125,7 @@ class ExtractorSource(FeatureSource):
         self._mean, self._std = normalisation or (backbone.mean, backbone.std)
 
     def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
-        """The rendered crop, (3, H, W) normalised, on the CPU."""
+        """The rendered crop (3, H, W), normalised, on the CPU."""
         return crop.render(to_image(image.pixels()), self._mean, self._std, colour)
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class ExtractorSource(FeatureSource):
 
     @property
     def raw(self) -> FeatureSource | None:
-        """Source of the backbone's own features, if the extractor cleans these."""
+        """Source of the backbone's own features, if the extractor cleans them."""
         if not (isinstance(self._extractor, DenoisedViT) and self._extractor.backbone is self._of):
             return None
         shown = {name: value for name, value in self.identity.items() if name == "normalisation"}
@@ -144,7 +144,7 @@ class ExtractorSource(FeatureSource):
 
     @torch.no_grad()
     def cleaned(self, raw: Tensor) -> Tensor:
-        """Features (h, w, C), float32 on the CPU, from raw ones (h, w, C)."""
+        """Features (h, w, C), float32 on the CPU, from raw features (h, w, C)."""
         assert isinstance(self._extractor, DenoisedViT)
         return self._checked(self._extractor.clean(raw[None].to(self.device)), (raw.shape[0], raw.shape[1]))[0].cpu()
 
@@ -155,7 +155,7 @@ class ExtractorSource(FeatureSource):
         if isinstance(extractor, Backbone | DenoisedViT | AveragedViT):
             features, prefix = extractor.forward_with_prefix(inputs)
             raw = features if isinstance(extractor, Backbone) or prefix.shape[1] else extractor.backbone(inputs)
-        else:  # any function of images: the rest is the backbone's
+        else:  # any function of images; class tokens come from the backbone
             features, (raw, prefix) = extractor(inputs), self._of.forward_with_prefix(inputs)
         features = self._checked(features, self._of.grid_size(*inputs.shape[2:]))
         return features, self._checked(_class_token(raw, prefix))
@@ -184,8 +184,7 @@ class ClassTokens(ExtractorSource):
 class FieldSource(FeatureSource):
     """Semantic fields from stores, sampled at any crop; colour augmentation has no effect.
 
-    The stores of the splits have the ids of the images. ``of_crops`` says that each crop was fitted as an image of its
-    own.
+    The stores of the splits have the images' ids. With ``of_crops``, each crop was fitted as an image of its own.
     """
 
     def __init__(
@@ -197,24 +196,24 @@ class FieldSource(FeatureSource):
         *,
         of_crops: bool = False,
     ) -> None:
-        super().__init__(name, backbone, identity, cached=False)  # the stores are on disk already
+        super().__init__(name, backbone, identity, cached=False)  # the stores are already on disk
         self._stores, self._of_crops = dict(stores), of_crops
 
     def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
-        """F at the patches of the crop, (h, w, C)."""
+        """F at the crop's patches, (h, w, C)."""
         nodes = self._stores[image.split][image.id].field
         crop = Crop.whole(crop.size) if self._of_crops else crop
         return crop.sample(nodes, self.patch_size, self.stride)
 
     def features(self, inputs: Tensor) -> Tensor:
-        """The same."""
+        """Return the inputs, which are already features."""
         return self._checked(inputs.to(self.device))
 
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Raise EvaluationError: fields have no forward pass."""
         raise EvaluationError(
-            f"{self.name}: fields of stage 1 belong to the original images, not to rotated or recoloured ones as in "
-            "the published training; evaluate them with --preset quick"
+            f"{self.name}: stage 1 fields match unchanged images, while the published training rotates and recolours "
+            "them; use --preset quick"
         )
 
 

@@ -1,4 +1,4 @@
-"""Comparing sources of features: each is evaluated by the same task, and recorded as one line of results.
+"""Comparison of feature sources: each is evaluated on the same task and recorded as one line of results.
 
 A task is one module with an options dataclass and one function that yields lines::
 
@@ -7,12 +7,12 @@ A task is one module with an options dataclass and one function that yields line
         task = bench.untrained("knn", nearest_neighbours, bench.labelled, options)
         yield from bench.compare(names, task)
 
-The first source is the reference of the others. A task raises PlanError if an option is out of range, SizeError if the
-size does not fit the patch grid, and EvaluationError if the data are of another kind or a name is unknown.
+The first source is the reference for the others. A task raises PlanError if an option is out of range, SizeError if
+the size does not fit the patch grid, and EvaluationError for the wrong kind of data or an unknown name.
 
-A score holds one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
-task that trains has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task adds its module, a
-line in `results.TASKS`, and a line in the table of verbs.
+A score has one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
+task with training has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task needs its
+module, an entry in `results.TASKS`, and an entry in the table of verbs.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ from denoising_vit.extractors import KINDS, Cleaners, Extractor
 from denoising_vit.files import atomic_path, digest
 from denoising_vit.progress import Progress, no_progress
 
-#: Mean and std of images in the published evaluation, for every model.
+#: Mean and std of images in the published evaluation, the same for every model.
 IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 
-#: A line of results, and True if an earlier run wrote it.
+#: A line of results, and True if it is from an earlier run.
 Line = tuple[dict[str, Any], bool]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """How each source of features is evaluated.
+    """Definition of a task: how each source of features is evaluated.
 
     Attributes:
         name: a key of `results.TASKS`.
-        evaluate: yields seed, outcome and curve of a source for each of the given seeds.
-        settings: JSON values that decide the results besides data, backbone, features, size and seeds.
-        seeds: seeds that metrics are means over.
-        size: height and width in pixels at which images are shown; None for their own size.
+        evaluate: yields seed, outcome and curve of a source for each given seed.
+        settings: JSON values that determine the results, besides data, backbone, features, size and seeds.
+        seeds: seeds to average metrics over.
+        size: height and width of the model's input in pixels; None for the image's own size.
         outcome: type of the outcomes.
-        over: groups of items that intervals are taken over.
-        normalisation: of the images: the backbone's own, or ImageNet's.
+        over: unit of the groups that intervals are taken over.
+        normalisation: normalisation of images: the backbone's own, or ImageNet's.
         crops: crops by split, if stage 1 fits each crop as an image of its own.
-        whole_fields: crops are evaluated with fields of whole images, which the identity of these fields records.
-        published: model and variant of the published row that is measured.
+        whole_fields: evaluate crops with fields of whole images; recorded in the identity of the fields.
+        published: model and variant of the published row that is reproduced.
     """
 
     name: str
@@ -97,15 +97,15 @@ class Workbench:
         data: the data set.
         backbone: the backbone.
         spec: how the backbone was loaded, for jobs that load it again.
-        results: file of the results.
-        folder: folder for cached features, fields and outcomes, which later runs reuse.
+        results: results file.
+        folder: folder for cached features, fields and outcomes, reused by later runs.
         run: command, hardware and software, for the record.
-        cache_bytes: limit of the cached features in bytes.
+        cache_bytes: maximum total size of cached features in bytes.
         exact: options of stage 1.
-        fields_of: if crops are evaluated: fit each crop as an image of its own, or whole images.
-        cleaners: what cleans the features.
+        fields_of: for evaluation on crops: fit each crop as an image of its own, or fit whole images.
+        cleaners: sources of denoiser, artifact and distilled weights.
         extractors: further sources by name: extractor(image (B, 3, H, W)) -> (B, h, w, C). Caches and results identify
-            them by their name.
+            them by name.
         progress: progress reporting.
     """
 
@@ -128,17 +128,17 @@ class Workbench:
         return FeatureCache(self.folder / "features", self.cache_bytes)
 
     def data_of(self, kind: type[Data], expected: str) -> Data:
-        """The data, or EvaluationError with what was expected if they are of another kind."""
+        """The data; EvaluationError with the expected kind if they are of another kind."""
         if not isinstance(self.data, kind):
             raise EvaluationError(f"{self.data.name}: expected {expected}, got {self.data.layout}")
         return self.data
 
     @property
     def labelled(self) -> LabelledData:
-        """The data, if they have classes.
+        """The data, checked to have classes.
 
         Raises:
-            EvaluationError: if they have none, or fewer than two to score.
+            EvaluationError: if they have no classes, or fewer than two to score.
         """
         data = self.data_of(LabelledData, "photos with masks of classes")
         data.require_two_classes()
@@ -147,7 +147,7 @@ class Workbench:
     def images_of(
         self, source: FeatureSource, items: str = "images", count: int | None = None
     ) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        """Report the progress of a source over so many items; by default over all images of the data."""
+        """Report a source's progress over ``count`` items; by default over all images of the data."""
         total = sum(len(images.images) for images in self.data.splits) if count is None else count
         return self.progress(f"{source.name}: {items}", total)
 
@@ -162,15 +162,15 @@ class Workbench:
         count: int | None = None,
         **fields: Any,
     ) -> Task:
-        """A task that trains nothing.
+        """A task without training.
 
         Args:
             name: a key of `results.TASKS`.
             score: ``score(source, data, options, cache=..., progress=...)`` returns the outcome of a source.
             data: the data, of the kind that the task needs.
-            options: a dataclass with a ``size`` and optionally a ``seed``; the rest are settings.
-            items: what progress counts.
-            count: number of them; by default that of all images.
+            options: a dataclass with a ``size`` and optionally a ``seed``; the other fields are settings.
+            items: name of the items that progress counts.
+            count: number of items; defaults to the number of images.
             fields: further attributes of the task.
         """
         settings = asdict(options)
@@ -183,7 +183,7 @@ class Workbench:
         return Task(name, evaluate, settings, (seed,), options.size, **fields)
 
     def compare(self, names: Sequence[str], task: Task) -> Iterator[Line]:
-        """Evaluate sources by name in turn; the first is the reference of the others.
+        """Evaluate sources in turn, by name; the first is the reference for the others.
 
         Raises:
             SizeError: if the size does not fit the patch grid.
@@ -191,14 +191,14 @@ class Workbench:
         """
         check_size(task.size, self.backbone.patch_size, self.backbone.stride)
         if taken := KINDS.keys() & self.extractors.keys():
-            raise EvaluationError(f"extractors need other names than {', '.join(sorted(taken))}, which are built in")
+            raise EvaluationError(f"extractors must not have the built-in names {', '.join(sorted(taken))}")
         known = (*KINDS, *self.extractors)
         if unknown := [name for name in names if name not in known]:
             raise EvaluationError(f"unknown features {', '.join(unknown)}; choose from {', '.join(known)}")
         yield from self.evaluate(task, {name: functools.partial(self._source, name, task) for name in names})
 
     def evaluate(self, task: Task, sources: Mapping[str, Callable[[], FeatureSource]]) -> Iterator[Line]:
-        """Evaluate sources in turn; a failure is recorded, and the next source evaluated."""
+        """Evaluate sources in turn; a failure is recorded and does not stop the comparison."""
         reference: _Reference | None = None
         for number, (name, make) in enumerate(sources.items()):
             record = self._record(task, name)
@@ -215,14 +215,14 @@ class Workbench:
                     seconds = round(time.perf_counter() - started, 1)
                     yield self.results.add(replace(scored, seconds=seconds)), False
                 if number == 0:
-                    # The line may exist without its outcomes, which are made again only if another source needs them.
+                    # The line may exist without its outcomes, which are recomputed only if another source needs them.
                     reference = _Reference(record, outcomes)
-            except Exception as error:  # one source must not end the comparison
+            except Exception as error:  # one source must not stop the comparison
                 reason = str(error) if isinstance(error, DenoisingVitError) else f"{type(error).__name__}: {error}"
                 yield self.results.add(replace(record, failed=reason)), False
 
     def checkpoints(self, source: FeatureSource, settings: Mapping[str, Any]) -> Path:
-        """Folder for checkpoints of the probes of a source."""
+        """Folder for checkpoints of a source's probes."""
         return self.folder / "checkpoints" / digest([self._settings | dict(settings), source.name, source.identity], 16)
 
     @cached_property
@@ -249,7 +249,7 @@ class Workbench:
         )
 
     def _outcomes(self, task: Task, source: FeatureSource, record: Record) -> tuple[list[Outcome], Curve]:
-        """Outcome of each seed, loaded if an earlier run saved it, and the curve of the first seed."""
+        """Outcome of each seed, loaded if saved by an earlier run, and the curve of the first seed."""
         # The outcome of a seed does not depend on the other seeds.
         key = replace(record, settings={name: value for name, value in record.settings.items() if name != "seeds"}).key
         folder = self.folder / "counts"
@@ -304,7 +304,7 @@ class Workbench:
 
     def _fields(self, name: str, task: Task) -> FeatureSource:
         if self.exact.method != "exact":
-            raise EvaluationError(f"stage 1 of a data set is done by the exact method, got {self.exact.method!r}")
+            raise EvaluationError(f"expected the exact method for stage 1 of a data set, got {self.exact.method!r}")
         source = fitted_fields(
             name,
             self.data,
@@ -323,7 +323,7 @@ class Workbench:
 
 @dataclass(frozen=True, eq=False)
 class _Reference:
-    """The source that others are compared with: its record, and a function that returns its outcomes and curve."""
+    """The reference source: its record, and a function that returns its outcomes and curve."""
 
     record: Record
     outcomes: Callable[[], tuple[list[Outcome], Curve]]
@@ -335,7 +335,7 @@ class _Reference:
 
 
 def _has_reference(line: dict[str, Any], reference: _Reference | None) -> bool:
-    """True if a line was compared with this reference, by the current method of intervals."""
+    """True if a line was compared with this reference, with the current interval method."""
     paired = line["paired"]
     if reference is None or paired is None:
         return reference is None and paired is None
@@ -348,7 +348,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON returns them, so that they compare equal to those of a file."""
+    """Values as JSON returns them, so that they compare equal to values from a file."""
     return json.loads(json.dumps(values))
 
 
@@ -358,7 +358,7 @@ def _text_digest(text: str, length: int) -> str:
 
 def _save(path: Path, outcome: Outcome, curve: Curve) -> None:
     looks = np.array([[step, loss, np.nan if score is None else score] for step, loss, score in curve]).reshape(-1, 3)
-    # safetensors writes bytes in the order of memory, whatever the strides.
+    # safetensors writes bytes in memory order, ignoring strides.
     arrays = {name: np.ascontiguousarray(values) for name, values in (outcome.arrays() | {"curve": looks}).items()}
     with atomic_path(path) as temporary:
         save_file(arrays, temporary)

@@ -1,4 +1,4 @@
-"""What is recorded and said about an export: its metadata, and the README as a model card."""
+"""Records of an export: its metadata, and the README as a model card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from denoising_vit.files import DISTILLED, is_safetensors, read_record
 from denoising_vit.hub.card import front_matter, table
 from denoising_vit.training_free.registers import has_registers
 
-#: Packages whose versions are recorded.
+#: Packages whose versions to record.
 _PACKAGES = ("denoising-vit", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 _UNKNOWN = "not stated by the weights"
@@ -36,7 +36,7 @@ def description(
         extractor: the exported extractor.
         options: options of the export.
         weights: file of the backbone's weights, if any.
-        distilled: the user's statement, where the file does not tell.
+        distilled: the user's statement, if the file does not record it.
     """
     clean = extractor if isinstance(extractor, DenoisedViT) else None
     backbone = extractor.backbone if isinstance(extractor, DenoisedViT) else extractor
@@ -78,7 +78,7 @@ def _distilled_record(weights: Path | None) -> dict[str, Any] | None:
             return None
         head = read_record(weights)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ExportError(f"{weights}: not a safetensors file that can be read ({error})") from error
+        raise ExportError(f"{weights}: not a readable safetensors file ({error})") from error
     return head if isinstance(head, dict) and head.get("format") == DISTILLED else None
 
 
@@ -157,7 +157,7 @@ _SAME = 0.9999
 
 
 def card(meta: dict[str, Any]) -> str:
-    """The README in Markdown, with the metadata that hubs read."""
+    """The README in Markdown, with metadata for hubs."""
     backbone, kind = meta["backbone"], meta["format_of_files"]
     name = backbone["name"].removeprefix("hf:").split("/")[-1]
     title = _TITLES.get(meta["features"], f"{meta['features']} features")

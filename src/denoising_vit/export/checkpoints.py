@@ -22,10 +22,10 @@ from denoising_vit.files import write_tensors
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
-#: Fields of timm's pretrained configuration that stay valid.
+#: Fields of timm's pretrained configuration that remain valid.
 _KEPT = ("interpolation", "crop_pct", "crop_mode", "input_size", "fixed_input_size", "first_conv", "classifier")
 
-_BICUBIC = 3  # Pillow's number
+_BICUBIC = 3  # Pillow's constant
 
 
 def float_state(module: nn.Module) -> dict[str, Tensor]:
@@ -41,23 +41,23 @@ def plain_timm(backbone: Backbone, kind: str) -> TimmBackbone:
     """
     if not isinstance(backbone, TimmBackbone):
         raise ExportError(
-            f"{kind} is for models of timm, got {backbone.name} ({type(backbone).__name__}); use onnx or program"
+            f"{kind} supports models of timm, got {backbone.name} ({type(backbone).__name__}); use onnx or program"
         )
     own = (backbone.layer == (backbone.depth or 0) - 1, backbone.norm, backbone.stride == backbone.patch_size)
     if not all(own):
         raise ExportError(
-            f"{kind} holds weights only, not which layer is taken, how it is normalised or how far patches are apart: "
-            f"expected the last layer, the final norm and stride {backbone.patch_size}, got layer {backbone.layer}, "
-            f"norm {backbone.norm} and stride {backbone.stride}; use onnx or program"
+            f"{kind} stores only weights, not the layer, norm or stride: expected the last layer, the final norm and "
+            f"stride {backbone.patch_size}, got layer {backbone.layer}, norm {backbone.norm} and stride "
+            f"{backbone.stride}; use onnx or program"
         )
     return backbone
 
 
 def write_timm(backbone: Backbone, folder: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes weights under timm's names, with metadata, and the configuration that timm builds the model from.
+    """Write weights with timm's names and metadata, and the configuration from which timm builds the model.
 
     Raises:
-        ExportError: if a timm checkpoint cannot hold the backbone.
+        ExportError: if a timm checkpoint cannot represent the backbone.
     """
     model: Any = plain_timm(backbone, "timm").model
     write_tensors(float_state(model), folder / WEIGHTS, {"format": "pt"} | (metadata or {}))
@@ -71,7 +71,7 @@ def write_timm(backbone: Backbone, folder: Path, metadata: dict[str, str] | None
         "architecture": architecture,
         "num_classes": 0,
         "num_features": backbone.embed_dim,
-        # Without img_size timm may build another position embedding, and silently resample ours to it.
+        # Without img_size, timm may build another position embedding and silently resample the weights to it.
         "model_args": {"dynamic_img_size": True, "img_size": [int(side) * backbone.patch_size for side in grid]},
         "pretrained_cfg": pretrained,
     }
@@ -79,7 +79,7 @@ def write_timm(backbone: Backbone, folder: Path, metadata: dict[str, str] | None
 
 
 def write_huggingface(backbone: Backbone, folder: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes configuration, weights with metadata, and image processor of ``Dinov2Model``, with or without registers.
+    """Write configuration, weights with metadata, and image processor of ``Dinov2Model``, with or without registers.
 
     The image processor resizes photos as this package does: to the model's own size, without cropping.
 
@@ -109,9 +109,10 @@ def write_huggingface(backbone: Backbone, folder: Path, metadata: dict[str, str]
 
 
 def own_side(backbone: Backbone) -> int:
-    """Side in pixels of images with the grid of the position embedding, where nothing is resampled.
+    """Side in pixels of images on the grid of the position embedding, where nothing is resampled.
 
-    Features differ elsewhere: transformers resamples DINOv2's position embedding without antialiasing, timm with it.
+    At other sizes, features differ: transformers resamples DINOv2's position embedding without antialiasing, timm with
+    it.
     """
     model: Any = plain_timm(backbone, "huggingface").model
     return int(model.patch_embed.grid_size[0]) * backbone.patch_size
@@ -125,11 +126,11 @@ def _dinov2_config(model: Any, name: str) -> dict[str, Any]:
     """``config.json`` of a timm DINOv2.
 
     Raises:
-        ExportError: if the model is built differently.
+        ExportError: if the model's architecture differs.
     """
     if differs := _not_dinov2(model):
         raise ExportError(
-            f"huggingface is for DINOv2, with or without registers; {name} {differs}. Use timm, onnx or program"
+            f"huggingface supports DINOv2, with or without registers; {name} {differs}. Use timm, onnx or program"
         )
     block, registers = model.blocks[0], int(model.num_reg_tokens)
     swiglu = isinstance(block.mlp, GluMlp)
@@ -159,7 +160,7 @@ def _dinov2_config(model: Any, name: str) -> dict[str, Any]:
 
 
 def _dinov2_state(model: Any) -> dict[str, Tensor]:
-    """A timm state dict under the published names of DINOv2 in transformers."""
+    """A timm state dict with the published names of DINOv2 in transformers."""
     own = float_state(model)
     positions = own["pos_embed"]
     if model.no_embed_class:  # the class token already contains its position
@@ -197,7 +198,7 @@ def _dinov2_block(index: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _not_dinov2(model: Any) -> str | None:
-    """How a model differs from DINOv2; None for a DINOv2."""
+    """Difference between a model and DINOv2; None for a DINOv2."""
     if not isinstance(model, VisionTransformer):
         return f"is a {type(model).__name__}"
     block: Any = model.blocks[0]

@@ -1,4 +1,4 @@
-"""export_extractor: writes a folder with the model, checks it, and moves it into place."""
+"""export_extractor: write a folder with the model, check it, and move it into place."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def export_extractor(
     weights: Path | None = None,
     distilled: bool = False,
 ) -> Comparison:
-    """Writes a folder with the model, its card and reference features, atomically.
+    """Write a folder with the model, its card and reference features, atomically.
 
     Args:
         extractor: a backbone or :class:`~denoising_vit.DenoisedViT`; exported in float32.
-        out: the folder; it must not exist, or be empty.
+        out: the folder; must be new or empty.
         options: format and options.
         weights: file of the backbone's weights, which may record a distillation.
         distilled: True if the weights are distilled but their file does not record it.
@@ -83,7 +83,7 @@ def export_extractor(
         The difference from PyTorch.
 
     Raises:
-        ExportError: if the format cannot hold the extractor, the folder exists or cannot be written, a package is
+        ExportError: if the format does not support the extractor, the folder exists or cannot be written, a package is
             missing, or the export differs from PyTorch.
     """
     options = options or ExportOptions()
@@ -99,8 +99,8 @@ def export_extractor(
         run = runner(folder, options.format, int8=options.int8)
         found = compare(reference, record(run, sizes, pixels=options.pixels))
         allowed = TOLERANCES[options.format]
-        if found is None or (not options.int8 and found.relative > allowed):  # int8 is measured only
-            problem = "of other shapes, or not finite" if found is None else f"{found.difference:.2g} apart"
+        if found is None or (not options.int8 and found.relative > allowed):  # int8 is only measured
+            problem = "with wrong shapes or non-finite values" if found is None else f"{found.difference:.2g} apart"
             raise ExportError(
                 f"the export differs from PyTorch: features {problem} (at most {allowed:g}). Nothing was written"
             )
@@ -116,17 +116,17 @@ def export_extractor(
 
 
 def _require_held(extractor: Extractor, options: ExportOptions) -> None:
-    """Raises ExportError if the format cannot hold the extractor, or a package is missing."""
+    """Raise ExportError if the format does not support the extractor, or a package is missing."""
     for package, extra in _NEEDED.get(options.format, ()):
         needed(package, extra, ExportError)
     clean = isinstance(extractor, DenoisedViT)
     if clean and options.format in CHECKPOINTS:
         raise ExportError(
-            f"{options.format} holds only the weights of a ViT, not a cleaner applied after its final norm; use onnx, "
-            "program or safetensors, or distil the cleaner into the ViT (stage 3) and export that"
+            f"{options.format} stores only the weights of a ViT, not a cleaner after its final norm; use onnx, program "
+            "or safetensors, or distil the cleaner into the ViT (stage 3) and export that"
         )
     if has_registers(extractor) and options.format in (*CHECKPOINTS, "safetensors"):
-        raise ExportError(f"{options.format} holds only weights, no test-time registers; use onnx or program")
+        raise ExportError(f"{options.format} stores only weights, no test-time registers; use onnx or program")
     if not clean and options.format == "safetensors":
         raise ExportError(
             "safetensors needs a cleaner (subtract, denoiser or project); export raw and distilled models as timm"
@@ -160,7 +160,7 @@ def _carried(meta: dict[str, Any]) -> dict[str, str]:
 
 
 def _in_pytorch(module: TraceableExtractor) -> Run:
-    """Runs the extractor itself in float32, not the traced module."""
+    """Run the extractor itself in float32, not the traced module."""
     pure = module.reference()
 
     def run(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -189,20 +189,20 @@ def _elsewhere(module: TraceableExtractor, run: Run) -> dict[str, Any]:
 
 
 def _model_first(folder: Path) -> list[Path]:
-    """Files of an export, the model first."""
+    """Files of an export, with the model first."""
     first = (ONNX, INT8, PROGRAM, WEIGHTS)
     return sorted(folder.iterdir(), key=lambda path: (path.name not in first, path.name))
 
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that is renamed to it if the block succeeds.
+    """A temporary folder next to ``out`` that is renamed to it if the block succeeds.
 
     Raises:
         ExportError: if ``out`` exists and is not empty, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists already; choose another folder with -o, or remove it")
+        raise ExportError(f"{out} already exists; choose another folder with -o, or remove it")
     temporary = None
     try:
         make_folder(out.parent)

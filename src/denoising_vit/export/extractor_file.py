@@ -1,4 +1,4 @@
-"""Extractor files: a backbone with the denoiser or G that cleans its features, in one safetensors file."""
+"""Extractor files: a backbone with its denoiser or G in one safetensors file."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _REQUIRED = ("backbone", "positions")
 
 
 def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
-    """Writes a float32 file for :func:`load_extractor`.
+    """Write a float32 file for :func:`load_extractor`.
 
     Raises:
         ExportError: if the backbone is not a timm model.
     """
     backbone = extractor.backbone
     if not isinstance(backbone, TimmBackbone):
-        raise ExportError(f"safetensors is for models of timm, got {backbone.name}; use onnx or program")
+        raise ExportError(f"safetensors supports models of timm, got {backbone.name}; use onnx or program")
     tensors = {_BACKBONE + key: value for key, value in float_state(backbone.model).items()}
     head: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "positions": extractor.positions}
     head["backbone"] = {key: getattr(backbone, key) for key in ("name", "stride", "layer", "norm")}
@@ -47,7 +47,7 @@ def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
         tensors[_SUBSPACE] = extractor.subspace.directions.detach().float().cpu().contiguous()
     elif extractor.artifact is not None:
         artifact = extractor.artifact
-        # Without the names of photos: the file may be given away.
+        # Without the names of photos, because the file may be shared.
         info = {key: value for key, value in artifact.info.items() if key not in ("photos", "skipped")}
         head["artifact"] = {"size": artifact.size, "backbone": artifact.backbone, "info": info}
         tensors[_ARTIFACT] = artifact.values.detach().float().cpu().contiguous()
@@ -57,15 +57,15 @@ def write_extractor(extractor: DenoisedViT, folder: Path) -> None:
 def load_extractor(
     path: str | Path, *, device: str | torch.device = "auto", dtype: Dtype | torch.dtype = "auto"
 ) -> DenoisedViT:
-    """Reads a file of ``dvit export --format safetensors``.
+    """Read a file of ``dvit export --format safetensors``.
 
     Args:
         path: its directory, or the file.
         device: ``auto`` is CUDA, then MPS, then the CPU.
-        dtype: ``auto`` is bfloat16 where the hardware is fast at it, else float32.
+        dtype: ``auto`` is bfloat16 if the hardware is fast at it, else float32.
 
     Raises:
-        FormatError: if the file is missing, damaged, something else, or of a newer version.
+        FormatError: if the file is missing, damaged, of another type, or from a newer version.
     """
     path = Path(path).expanduser()
     path = path / WEIGHTS if path.is_dir() else path
@@ -99,6 +99,6 @@ def _built(
         record = head["artifact"]
         size = cast("tuple[int, int]", tuple(record["size"]))
         cleaner = Artifact(tensors[_ARTIFACT].float(), size, record["backbone"], record["info"])
-    made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # checks that they belong together
+    made = DenoisedViT(backbone, cleaner, positions=float(head["positions"]))  # checks that they match
     place = device_at(device)
     return made.to(device=place, dtype=dtype_on(dtype, place))

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT, PREFIX = "image", "features", "prefix"
 
-#: Declared upper bound of patches along a side.
+#: Declared upper bound of patches per side.
 _MOST_PATCHES = 4096
 
-#: Bytes above which the weights go to a separate file, because protocol buffers cannot hold them.
+#: Bytes above which the weights go to a separate file, because of the limit of protocol buffers.
 _LARGE = 1_800_000_000
 
 
 def trace(module: TraceableExtractor) -> ExportedProgram:
-    """A program for any batch size, height and width on the patch grid; it rejects others.
+    """Trace a program for any batch size, height and width on the patch grid; it rejects other sizes.
 
     Raises:
         ExportError: if the model cannot be traced.
@@ -46,32 +46,32 @@ def trace(module: TraceableExtractor) -> ExportedProgram:
     try:
         with torch.no_grad(), module.tracing():
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
-    except Exception as error:  # the tracer raises many kinds
+    except Exception as error:  # the tracer raises many types
         raise ExportError(
-            f"{backbone.name} cannot be traced for any size ({type(error).__name__}: {first_line(error)}). timm's "
-            "models and those of Hugging Face transformers can"
+            f"{backbone.name} cannot be traced for any size ({type(error).__name__}: {first_line(error)}). Models of "
+            "timm and Hugging Face transformers can"
         ) from error
     _require_any_size(program, backbone.name)
     return program
 
 
 def _require_any_size(program: ExportedProgram, name: str) -> None:
-    """Raises ExportError if the example's size was silently fixed in the program."""
+    """Raise ExportError if the example's size was silently fixed in the program."""
     outputs: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
     fixed = [side for side in outputs[0].meta["val"].shape[:3] if isinstance(side, int)]
     if fixed:
-        raise ExportError(f"{name} cannot be traced for any size: it makes plain numbers of the size of its images")
+        raise ExportError(f"{name} cannot be traced for any size: it converts image sizes to plain numbers")
 
 
 def write_program(program: ExportedProgram, path: Path) -> None:
-    """Writes a ``.pt2`` file without example inputs, which would be pickled."""
+    """Write a ``.pt2`` file without example inputs, which would be pickled."""
     program.example_inputs = None
     torch.export.save(program, path)
     refuse_pickles(path)
 
 
 def refuse_pickles(path: Path) -> None:
-    """Rejects ``.pt2`` files with pickled parts, from which torch would run hidden code.
+    """Reject ``.pt2`` files with pickled parts, from which torch would execute hidden code.
 
     Raises:
         ExportError: naming such a part, or if the file is not a program.
@@ -82,7 +82,7 @@ def refuse_pickles(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ExportError(f"{path}: not a torch.export program, or damaged ({error})") from error
     if pickled:
-        raise ExportError(f"{path}: refused, {pickled[0].filename} is pickled; our programs contain no pickle")
+        raise ExportError(f"{path}: rejected: {pickled[0].filename} is pickled; exported programs have no pickles")
 
 
 def _is_pickled(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
@@ -94,7 +94,7 @@ def _is_pickled(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
 
 
 def write_onnx(program: ExportedProgram, module: TraceableExtractor, path: Path, about: dict[str, str]) -> None:
-    """Writes an ONNX file with named axes that rejects sizes off the patch grid at run time.
+    """Write an ONNX file with named axes that rejects sizes off the patch grid at run time.
 
     Args:
         program: the traced module.
@@ -120,7 +120,7 @@ def write_onnx(program: ExportedProgram, module: TraceableExtractor, path: Path,
 
 
 def quantise(source: Path, target: Path) -> None:
-    """Writes an ONNX file with linear layers in int8, with a scale for each output channel."""
+    """Write an ONNX file with linear layers in int8, with one scale per output channel."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet("", "onnxruntime"):
@@ -140,10 +140,10 @@ def first_line(error: BaseException) -> str:
 
 
 def _require_grid(graph: GraphProto, patch: int, stride: int) -> None:
-    """Inserts a named reshape before the model that fails if patches do not cover the image exactly.
+    """Insert a named reshape before the model that fails if patches do not cover the image exactly.
 
-    ONNX has no assertion, and a convolution would silently drop rows and columns. The reshape is to the largest size on
-    the grid: the image's own, or one with fewer elements, which every runtime rejects.
+    ONNX has no assertions, and a convolution would silently drop rows and columns. The reshape is to the largest size
+    on the grid: the image's own, or one with fewer elements, which every runtime rejects.
     """
     import onnx
 
@@ -173,7 +173,7 @@ def _require_grid(graph: GraphProto, patch: int, stride: int) -> None:
 
 
 def _name_axes(graph: GraphProto) -> None:
-    """Gives input and output axes readable names instead of the tracer's symbols."""
+    """Give input and output axes readable names instead of the tracer's symbols."""
     del graph.value_info[:]
     axes = {INPUT: {0: "batch", 2: "height", 3: "width"}, OUTPUT: {0: "batch", 1: "h", 2: "w"}, PREFIX: {0: "batch"}}
     for value in (*graph.input, *graph.output):
@@ -183,7 +183,7 @@ def _name_axes(graph: GraphProto) -> None:
 
 @contextlib.contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Silences loggers below errors for a block."""
+    """Silence loggers below errors in a block."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:

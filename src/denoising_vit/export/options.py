@@ -9,10 +9,10 @@ from denoising_vit.errors import ExportError
 
 Format = Literal["timm", "huggingface", "onnx", "program", "safetensors"]
 
-#: Formats that hold only weights, under the names of another library.
+#: Formats that store only weights, with the names of another library.
 CHECKPOINTS: tuple[Format, ...] = ("timm", "huggingface")
 
-#: Formats that hold the computation and run without this package.
+#: Formats that store the computation and run without this package.
 GRAPHS: tuple[Format, ...] = ("onnx", "program")
 
 
@@ -22,12 +22,12 @@ class ExportOptions:
 
     Attributes:
         format: onnx; program (torch.export, .pt2); timm (safetensors for timm); huggingface (a directory for
-            transformers); safetensors (for dv.load_extractor). timm and huggingface hold raw and distilled models only,
-            safetensors only models with G, a projection or a denoiser.
+            transformers); safetensors (for dv.load_extractor). timm and huggingface support only raw and distilled
+            models, safetensors only models with G, a projection or a denoiser.
         pixels: normalise in the graph, which then takes images in [0, 1]; onnx and program.
-        prefix: output class and register tokens as well; onnx and program.
+        prefix: also output class and register tokens; onnx and program.
         int8: write linear layers in int8, and measure the loss; onnx.
-        licence: licence of the weights for the model card; the known one by default.
+        licence: licence of the weights for the model card; defaults to the known one.
     """
 
     format: Format = "onnx"
@@ -37,13 +37,11 @@ class ExportOptions:
     licence: str | None = None
 
     def validate(self) -> None:
-        """Raises ExportError if options do not go together."""
+        """Raise ExportError if options are inconsistent."""
         if self.format not in get_args(Format):
             raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {self.format!r}")
         for name in ("pixels", "prefix"):
             if getattr(self, name) and self.format not in GRAPHS:
-                raise ExportError(
-                    f"--{name} is for formats that hold a graph ({', '.join(GRAPHS)}); {self.format} holds weights"
-                )
+                raise ExportError(f"--{name} applies to formats with a graph ({', '.join(GRAPHS)}), got {self.format}")
         if self.int8 and self.format != "onnx":
-            raise ExportError(f"--int8 is for onnx, got {self.format}")
+            raise ExportError(f"--int8 applies to onnx only, got {self.format}")

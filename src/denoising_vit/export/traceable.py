@@ -1,8 +1,8 @@
 """An extractor as a module that can be traced for any batch size, height and width.
 
 Position embeddings and G are resampled in the graph. Bicubic resampling is linear and separable, and its weights depend
-on the two sides only, so a graph can compute them from the shape of the image with operations that every runtime has;
-``interpolate`` with ``antialias`` is missing in most. Results equal torch's up to rounding.
+only on the two sizes, so a graph can compute them from the image's shape with operations that every runtime supports;
+most do not support ``interpolate`` with ``antialias``. Results equal torch's up to rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PATCHING = threading.Lock()
 class TraceableExtractor(nn.Module):
     """The computation of an exported graph: (B, 3, H, W) to features (B, h, w, C), and optionally prefix tokens.
 
-    A float32 copy of the extractor on the CPU.
+    It uses a float32 copy of the extractor on the CPU.
 
     Args:
         extractor: a backbone or :class:`~denoising_vit.DenoisedViT`.
@@ -99,18 +99,18 @@ def _float_copy(extractor: Extractor) -> Extractor:
 
 
 def _resample_in_graph(backbone: Backbone, denoiser: Any) -> None:
-    """Replaces the resampling of positions, which branches on the size, in our copies of the models."""
+    """Replace the resampling of positions, which branches on the size, in the copies of the models."""
     if denoiser is not None:
         own, grid = denoiser.pos_embed, denoiser.grid
         denoiser.position = lambda h, w: resample_positions(own, (h, w), old=grid, prefix=0)
     rope: Any = getattr(getattr(backbone, "model", None), "rope", None)
     if type(rope).__name__ == "RotaryEmbeddingDinoV3" and (rope.grid_indexing, rope.normalize_coords) == PLAIN_ROPE:
-        rope._create_embed = lambda shape, no_aug=False: _rotary(rope, shape)  # timm's turns the shape into numbers
+        rope._create_embed = lambda shape, no_aug=False: _rotary(rope, shape)  # timm's converts the shape to numbers
     embeddings: Any = getattr(backbone.model, "embeddings", None) if isinstance(backbone, HuggingFaceBackbone) else None
     if embeddings is None or not hasattr(embeddings, "interpolate_pos_encoding"):
         return
     kept = backbone.family.class_tokens if isinstance(backbone, HuggingFaceBackbone) else 0
-    antialias = "registers" in type(embeddings).__name__.lower()  # transformers' other families do not
+    antialias = "registers" in type(embeddings).__name__.lower()  # other families of transformers do not
 
     def interpolated(_tokens: Tensor, height: int, width: int) -> Tensor:
         table = getattr(embeddings, "position_embeddings", None)
@@ -132,7 +132,7 @@ def _rotary(rope: Any, shape: Sequence[int]) -> Tensor:
 
 
 def resample(grid: Tensor, size: tuple[int, int], *, antialias: bool = True) -> Tensor:
-    """A grid (h, w, C) at another size, as ``interpolate(mode="bicubic", align_corners=False)``; exact at its own."""
+    """A grid (h, w, C) at another size, as ``interpolate(mode="bicubic", align_corners=False)``; exact at its size."""
     down, across = (
         bicubic_matrix(int(grid.shape[axis]), size[axis], antialias=antialias, like=grid) for axis in range(2)
     )
@@ -143,8 +143,9 @@ def resample(grid: Tensor, size: tuple[int, int], *, antialias: bool = True) -> 
 def bicubic_matrix(old: int, new: int, *, antialias: bool, like: Tensor) -> Tensor:
     """Weights (new, old) of bicubic resampling along one axis, as in torch; ``new`` may be symbolic.
 
-    With antialiasing the kernel (Keys, a = -1/2) widens with the reduction, is cut off at the border and normalised.
-    Without, a = -3/4 and the border is repeated.
+    With antialiasing, the kernel (Keys, a = -1/2) widens with the reduction, and is truncated at the border and
+    normalised.
+    Without it, a = -3/4 and the border is repeated.
     """
     places = torch.arange(new, dtype=torch.float32, device=like.device) + 0.5
     scale = old / torch.full((), 1.0, device=like.device).mul(new)  # a tensor: a number would be fixed in the graph
@@ -153,7 +154,7 @@ def bicubic_matrix(old: int, new: int, *, antialias: bool, like: Tensor) -> Tens
         cells = torch.arange(old, dtype=torch.float32, device=like.device) + 0.5
         weights = _keys((cells - centres) / scale.clamp(min=1), -0.5)
         return weights / weights.sum(1, keepdim=True)
-    # Two cells beyond each border repeat the one at it.
+    # Two cells beyond each border repeat the border cell.
     cells = torch.arange(-2, old + 2, dtype=torch.float32, device=like.device) + 0.5
     weights = _keys(cells - centres, -0.75)  # (new, old + 4)
     first, last = weights[:, :3].sum(1, keepdim=True), weights[:, -3:].sum(1, keepdim=True)
@@ -163,7 +164,7 @@ def bicubic_matrix(old: int, new: int, *, antialias: bool, like: Tensor) -> Tens
 
 
 def _keys(distance: Tensor, a: float) -> Tensor:
-    """The cubic convolution kernel, zero from 2 on."""
+    """The cubic convolution kernel, zero at distances of 2 or more."""
     distance = distance.abs()
     near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
     far = ((distance - 5) * distance + 8) * distance * a - 4 * a
@@ -184,7 +185,7 @@ def resample_positions(
 
 @contextlib.contextmanager
 def timm_resamples_in_graph() -> Iterator[None]:
-    """Makes timm's models resample their position embeddings by :func:`resample_positions` for a block."""
+    """Make timm's models resample their position embeddings by :func:`resample_positions` in a block."""
     from timm.models import eva, vision_transformer
 
     def ours(

@@ -1,4 +1,4 @@
-"""Runs exports with the libraries they are made for, and compares them with PyTorch."""
+"""Run exports with their target libraries, and compare them with PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONNX, INT8, PROGRAM = "model.onnx", "model.int8.onnx", "model.pt2"
 
 
 def runner(folder: Path, kind: str, *, int8: bool = False) -> Run:
-    """Loads the export in a folder.
+    """Load the export in a folder.
 
     Raises:
         ExportError: if it cannot be loaded, or a package is missing.
@@ -40,12 +40,12 @@ def runner(folder: Path, kind: str, *, int8: bool = False) -> Run:
         "safetensors": _own,
     }
     if kind not in made:
-        raise ExportError(f"{folder}: an export of unknown format {kind!r}; upgrade denoising-vit")
+        raise ExportError(f"{folder}: unknown export format {kind!r}; upgrade denoising-vit")
     try:
         run = made[kind](folder)
     except ExportError:
         raise
-    except Exception as error:  # libraries raise many kinds
+    except Exception as error:  # libraries raise many types
         raise ExportError(f"{folder}: could not be loaded ({type(error).__name__}: {first_line(error)})") from error
 
     def guarded(image: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +95,7 @@ def _huggingface(folder: Path) -> Run:
 def _onnx(path: Path) -> Run:
     runtime = needed("onnxruntime", "onnx", ExportError)
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions
+    options.log_severity_level = 4  # errors are raised as exceptions
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(image: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -134,7 +134,7 @@ META, REFERENCE = "export.json", "check.safetensors"
 #: Compared images: batch size, and patches down and across.
 CHECKED = ((2, 4, 5), (1, 9, 6), (1, 7, 7))
 
-#: Largest difference of a feature, relative to the root mean square of the features if that is above 1.
+#: Maximum difference of a feature, relative to the root mean square of the features if that is above 1.
 TOLERANCES = {"timm": 1e-4, "huggingface": 1e-4, "safetensors": 1e-4, "program": 1e-4, "onnx": 1e-3}
 
 #: Tolerance of the mean cosine of int8, which processors round differently.
@@ -145,24 +145,24 @@ INT8_SLACK = 0.005
 class Comparison:
     """Difference of two runs on the same images."""
 
-    difference: float  #: largest absolute difference of features and prefix tokens
+    difference: float  #: maximum absolute difference of features and prefix tokens
     scale: float  #: root mean square of the reference, at least 1
     cosine: float  #: mean cosine of features over patches and images
     least_cosine: float  #: cosine of the worst patch
 
     @property
     def relative(self) -> float:
-        """Largest difference relative to the scale."""
+        """Maximum difference, relative to the scale."""
         return self.difference / self.scale
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of :func:`verify_export`."""
+    """The result of :func:`verify_export`."""
 
     kind: str  #: format of the export
     comparison: Comparison | None  #: None if shapes differ or files have changed
-    problems: tuple[str, ...]  #: empty for a sound export
+    problems: tuple[str, ...]  #: empty for an intact export
 
 
 def record(run: Run, sizes: Sequence[Sequence[int]], *, pixels: bool) -> dict[str, Tensor]:
@@ -177,14 +177,14 @@ def record(run: Run, sizes: Sequence[Sequence[int]], *, pixels: bool) -> dict[st
 
 
 def _image(batch: int, height: int, width: int, *, pixels: bool) -> Tensor:
-    """Fixed images (B, 3, H, W) made without a random generator: normalised, or in [0, 1]."""
+    """Fixed images (B, 3, H, W) without a random generator: normalised, or in [0, 1]."""
     waves = synthetic_image(max(height, width))[..., :height, :width]
     images = torch.cat([waves * (1 - 0.3 * index) if index % 2 == 0 else waves.flip(-1) for index in range(batch)])
     return ((images + 2) / 4).clamp(0, 1) if pixels else images
 
 
 def compare(reference: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Comparison | None:
-    """Compares two records; None if names or shapes differ, or values are not finite."""
+    """Compare two records; None if names or shapes differ, or values are not finite."""
     if reference.keys() != found.keys() or not reference:
         return None
     pairs = [(reference[name], found[name]) for name in reference]
@@ -202,13 +202,13 @@ def compare(reference: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Com
 
 
 def verify_export(path: str | Path) -> Verdict:
-    """Checks an export against the digests and features recorded when it was made.
+    """Check an export against the digests and features that were recorded with it.
 
     Args:
         path: its folder, or a file in it.
 
     Raises:
-        ExportError: if it is not an export of ours, or cannot be run.
+        ExportError: if it is not an export of this package, or cannot be run.
     """
     path = Path(path).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -224,7 +224,7 @@ def verify_export(path: str | Path) -> Verdict:
     found = compare(reference, record(run, check["sizes"], pixels=options["pixels"]))
     problem = None
     if found is None:
-        problem = "features of other shapes than when it was made, or not finite"
+        problem = "features with other shapes than recorded, or non-finite values"
     elif options["int8"]:
         least = check["cosine"] - INT8_SLACK
         if found.cosine < least:
@@ -239,19 +239,18 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
         meta = parse_json((folder / META).read_text())
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"{path}: no export, or damaged: expected a folder of `dvit export` with {META} in it ({error})"
+            f"{path}: not an export, or damaged: expected a folder of `dvit export` with {META} in it ({error})"
         ) from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ExportError(f"{folder / META}: not the record of an export (no {FORMAT!r} in it)")
     version = meta.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ExportError(
-            f"{folder / META}: written in format version {version}, this release reads up to {FORMAT_VERSION}; "
-            "upgrade denoising-vit"
+            f"{folder / META}: expected format version {FORMAT_VERSION} or lower, got {version}; upgrade denoising-vit"
         )
     parts = {"format_of_files": str, "options": dict, "check": dict, "files": dict}
     if lacking := [key for key, kind in parts.items() if not isinstance(meta.get(key), kind)]:
-        raise ExportError(f"{folder / META}: damaged record, it lacks {', '.join(lacking)}")
+        raise ExportError(f"{folder / META}: damaged record: {', '.join(lacking)} missing")
     return meta
 
 

@@ -1,4 +1,4 @@
-"""Fitting a data set into a store: what it will take, and the engine that does it."""
+"""Fitting a data set into a store: the estimate of the work, and the engine that does it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from denoising_vit.fit.ray_engine import RayJob, fit_with_ray, local_threads
 from denoising_vit.progress import duration
 from denoising_vit.store import FeatureStore, Manifest
 
-#: Attempts at staged photos that turn out to be damaged.
+#: Number of attempts at staged photos that turn out to be damaged.
 _ROUNDS = 3
 
-#: Batches that are timed, after one warm-up batch.
+#: Number of batches to time, after one warm-up batch.
 _TIMED = 2
 
 
@@ -35,14 +35,14 @@ class Estimate:
     """Remaining work of a job.
 
     Attributes:
-        photos: photos in the data set.
-        done: photos in the store.
-        failed: photos that could not be used.
-        left: all other photos.
-        passes: forward passes for the rest.
-        seconds: time for these on one device, from a short measurement.
-        image_bytes: bytes of one photo in the store.
-        bytes_needed: bytes of the rest, with room for the shards being written.
+        photos: number of photos in the data set.
+        done: number of photos in the store.
+        failed: number of photos that could not be used.
+        left: number of remaining photos.
+        passes: forward passes for the remaining photos.
+        seconds: time for these passes on one device, from a short measurement.
+        image_bytes: bytes per photo in the store.
+        bytes_needed: bytes for the remaining photos, with room for the shards being written.
         bytes_free: free bytes at the store; None if unknown (an object store).
     """
 
@@ -65,17 +65,18 @@ class Estimate:
         """Check that the disk is large enough.
 
         Raises:
-            FitError: with the whole estimate and what to do.
+            FitError: with the whole estimate and possible remedies.
         """
         if self.lacks_room:
             raise FitError(
-                f"no room for it: {self}. Make room, name another place (-o), keep the patch grid only (--grid patch, "
-                "a quarter of the bytes), store int8 (--precision int8, half the bytes), or take fewer photos"
+                f"not enough disk space: {self}. Free some space, choose another location (-o), store the patch grid "
+                "only (--grid patch, a quarter of the bytes), store int8 (--precision int8, half the bytes), or use "
+                "fewer photos"
             )
 
     def __str__(self) -> str:
-        there = f"{self.done} done already, " if self.done else ""
-        there += f"{self.failed} skipped already, " if self.failed else ""
+        there = f"{self.done} already done, " if self.done else ""
+        there += f"{self.failed} already skipped, " if self.failed else ""
         free = "" if self.bytes_free is None else f" ({_size(self.bytes_free)} free)"
         return (
             f"{self.photos} photos, {there}{self.left} to do: {self.passes:,} forward passes, about "
@@ -85,14 +86,14 @@ class Estimate:
 
 @dataclass
 class FitJob:
-    """Stage 1 of a data set into a store; made by :meth:`prepare`, run by :meth:`run`.
+    """Stage 1 of a data set into a store; created by :meth:`prepare`, run by :meth:`run`.
 
     Attributes:
         dataset: the photos.
         store: the store, open for writing.
-        stages: the exact solver, once for each device.
+        stages: the exact solver, one per device.
         spec: the backbone, as other processes load it.
-        options: how the job is run.
+        options: options of the job.
     """
 
     dataset: Dataset
@@ -119,12 +120,12 @@ class FitJob:
             store: folder or URL.
             spec: the backbone; several devices, separated by commas, share the work.
             denoising: options of stage 1.
-            options: how the job is run.
+            options: options of the job.
             artifact: a known G, as for `denoise_image`.
-            backbone: what ``spec`` loads, on its one device, if it is loaded already.
+            backbone: the backbone that ``spec`` describes, if already loaded, on its only device.
 
         Raises:
-            FitError: if the data set is empty, the disk too small, or the devices would give different results.
+            FitError: if the data set is empty, the disk is too small, or the devices would give different results.
             ArtifactError: if the artifact belongs to another backbone.
             StoreError: if the store has another backbone, plan or data set, or is not a store.
         """
@@ -133,7 +134,7 @@ class FitJob:
             raise FitError(f"{dataset.source}: no photos to fit")
         devices = [device.strip() for device in spec.device.split(",")]
         if options.engine == "ray" and len(devices) > 1:
-            raise FitError("engine 'ray' takes one device; give each worker its own by --workers and --worker-gpus")
+            raise FitError("engine 'ray' expects one device; set workers by --workers and --worker-gpus instead")
         backbones = [replace(spec, device=device).load() for device in devices] if backbone is None else [backbone]
         if options.compiled:
             backbones = [compiled(backbone) for backbone in backbones]
@@ -142,12 +143,12 @@ class FitJob:
         for device, stage in zip(devices, stages, strict=True):
             if differences := manifest.mismatch(manifest_of(stage, options)):
                 raise FitError(
-                    f"{devices[0]} and {device} would not give the same results: {'; '.join(differences)}; name a "
-                    "dtype that both compute in (--dtype), or one device"
+                    f"{devices[0]} and {device} would give different results: {'; '.join(differences)}; choose a "
+                    "dtype that both support (--dtype), or one device"
                 )
         if not FeatureStore.exists(store):
             args = stages, manifest, options, str(store), len(dataset), 0, 0
-            if _estimate(*args, seconds_a_pass=0).lacks_room:  # measured only for the error message
+            if _estimate(*args, seconds_a_pass=0).lacks_room:  # time is measured only for the error message
                 _estimate(*args, seconds_per_pass(stages[0])).require_room()
         opened = FeatureStore.create_or_open(store, manifest, [item.id for item in dataset])
         if options.retry_failed:
@@ -162,13 +163,14 @@ class FitJob:
         return _estimate(*args, len(self.store), done, failed, seconds)
 
     def run(self, on_photo: OnPhoto = lambda _index, _reason: None) -> None:
-        """Fit all photos that are not done. Unreachable photos are not recorded as failed, and remain to be done.
+        """Fit all remaining photos. Unreachable photos are not recorded as failed; a later run retries them.
 
         Args:
-            on_photo: called after each photo with its index and None, or why it was not done. With Ray, shard by shard.
+            on_photo: called once per photo with its index, and None or the reason for skipping it. With Ray, shard by
+                shard.
 
         Raises:
-            PhotoError: if strict, and a photo cannot be used.
+            PhotoError: if strict, and a photo is unusable.
             StoreError: if another process writes a shard.
             FitError: if Ray fails, or a shard cannot be sealed.
             OSError: if the store cannot be written to; finished photos are kept.
@@ -189,8 +191,8 @@ class FitJob:
             if not lost:
                 return
         raise FitError(
-            f"{len(lost)} photos were written to {self.store.url} and cannot be read back (the first is "
-            f"{self.dataset[min(lost)].id}); is the disk damaged?"
+            f"{len(lost)} photos were written to {self.store.url} but cannot be read back (first: "
+            f"{self.dataset[min(lost)].id}); check the disk for damage"
         )
 
     def _run(self, shards: list[int], on_photo: OnPhoto) -> None:
@@ -202,7 +204,7 @@ class FitJob:
         weights = Path(self.spec.weights).expanduser()
         spec = replace(
             self.spec,
-            dtype=str(backbone.dtype).removeprefix("torch."),  # the default depends on the machine
+            dtype=str(backbone.dtype).removeprefix("torch."),  # explicit, because the default depends on the machine
             weights=str(weights.absolute()) if weights.is_file() else self.spec.weights,
         )
         job = RayJob(
@@ -219,7 +221,7 @@ class FitJob:
 
 
 def absolute(source: str) -> str:
-    """A local path made absolute for processes in other folders; URLs are unchanged."""
+    """Make a local path absolute for processes with other working directories; URLs are unchanged."""
     return source if "://" in source else str(Path(source).expanduser().absolute())
 
 
@@ -236,7 +238,7 @@ def _estimate(
     left = photos - done - failed
     # While a shard is sealed, its photos exist twice; each writer has one open shard.
     twice = min(len(stages) * options.workers * manifest.images_per_shard, left)
-    # Workers on this machine share the processors that the measurement used.
+    # Workers on this machine share the CPU cores that the measurement used.
     parallel = len(stages) if options.engine == "local" else options.workers if options.ray_address else 1
     passes = left * stages[0].views
     return Estimate(
@@ -253,18 +255,18 @@ def _estimate(
 
 
 def seconds_per_pass(stage: StageOne) -> float:
-    """Time of a forward pass, measured on blank images in batches of the real size."""
+    """Time of a forward pass, measured on blank images in batches of the actual size."""
     images = torch.zeros(stage.batch_size, 3, *stage.fitted.size, device=stage.backbone.device)
     with torch.no_grad():
         stage.backbone(images)
         started = time.perf_counter()
         for _ in range(_TIMED):
-            stage.backbone(images).sum().item()  # waits for the device
+            stage.backbone(images).sum().item()  # wait for the device
     return (time.perf_counter() - started) / (_TIMED * stage.batch_size)
 
 
 def _free_bytes(url: str) -> int | None:
-    """Free bytes at a store or its future folder; None for object stores."""
+    """Free bytes at a store, existing or not; None for object stores."""
     if "://" in url and not url.startswith("file://"):
         return None
     path = Path(url.removeprefix("file://")).expanduser().absolute()

@@ -1,6 +1,6 @@
 """The local engine: shards of a data set are fitted in one process, while threads decode and write.
 
-With an accelerator, rendering and solving overlap the forward passes as well; on a CPU they would share its cores.
+With an accelerator, rendering and solving also overlap the forward passes; on a CPU they would compete for its cores.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from denoising_vit.store import FeatureStore, Manifest, ShardWriter
 from denoising_vit.views.patch_grid import patch_centres
 from denoising_vit.views.sampling import sample_field
 
-#: Called with the index of a photo and None, or why it was not done.
+#: Called with the index of a photo, and None or the reason for skipping it.
 OnPhoto = Callable[[int, str | None], None]
 
-#: Groups of photos that wait to be written, and shards that are sealed at once.
+#: Number of groups of photos waiting to be written, and of shards to seal at once.
 _WAITING = 2
 
-#: Photos that an accelerator solves at once; each takes 40 MB until then.
+#: Number of photos that an accelerator solves at once; each takes 40 MB until then.
 _SOLVED = 8
 
-#: Seconds after which photos that are held in memory for their shard are staged on disk.
+#: Seconds until photos kept in memory for their shard are staged on disk.
 _HELD = 1.0
 
 
@@ -65,10 +65,10 @@ class LocalRun:
 
     Attributes:
         dataset: the photos.
-        store: where results are written.
-        decoders: number of threads for each stage that read and decode.
-        strict: stop at the first photo that cannot be used, without recording it as failed.
-        on_photo: called after each photo, by one thread at a time.
+        store: the store to write to.
+        decoders: number of threads per stage that read and decode.
+        strict: stop at the first unusable photo, without recording it as failed.
+        on_photo: called once per photo, by one thread at a time.
     """
 
     dataset: Dataset
@@ -80,14 +80,14 @@ class LocalRun:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fit(self, stages: Sequence[StageOne], shards: Iterable[int]) -> None:
-        """Fit the unfinished photos of shards.
+        """Fit the remaining photos of shards.
 
         Args:
             stages: the solver on each device.
-            shards: shards of the store.
+            shards: numbers of the shards.
 
         Raises:
-            PhotoError: if strict, and a photo cannot be used.
+            PhotoError: if strict, and a photo is unusable.
             StoreError: if another process writes a shard.
             OSError: if the store cannot be written to; finished photos are kept.
         """
@@ -95,7 +95,7 @@ class LocalRun:
         if len(stages) == 1:
             self._fit(stages[0], waiting)
             return
-        threads = torch.get_num_threads()  # new threads have their own setting
+        threads = torch.get_num_threads()  # the setting is per thread
         with ThreadPoolExecutor(len(stages), "stage", torch.set_num_threads, (threads,)) as pool:
             jobs = [pool.submit(self._fit, stage, waiting) for stage in stages]
             for job in jobs:
@@ -110,7 +110,7 @@ class LocalRun:
         with _Writers(self, hold=not stage.on_cpu) as writers, ThreadPoolExecutor(1, "write") as pool:
             pending: collections.deque[Future[None]] = collections.deque()
             photos = self._photos(writers.open_shards(shards))
-            # Closing the results stops the threads that render and read.
+            # Closing the results stops the rendering and reading threads.
             with contextlib.closing(_together(stage.run(photos), 1 if stage.on_cpu else _SOLVED)) as groups:
                 for group in groups:
                     if stage.on_cpu:
@@ -149,10 +149,10 @@ class _OpenShard:
 
     Attributes:
         writer: its writer.
-        leases: closes the writer.
+        leases: context that closes the writer.
         left: photos that are not written yet.
-        unreported: photos that are held, and failures since; index and reason.
-        since: when the first of these was written.
+        unreported: photos in memory, and failures since then; index and reason.
+        since: time of the first of these.
     """
 
     writer: ShardWriter
@@ -163,9 +163,10 @@ class _OpenShard:
 
 
 class _Writers:
-    """The shards that one stage writes, each open from its first photo that is read to its last that is written.
+    """The shards that one stage writes, each open from reading its first photo to writing its last one.
 
-    With ``hold``, photos are held in memory, so that a shard that is complete within :data:`_HELD` seconds is written
+    With ``hold``, photos are kept in memory, so that a shard completed within :data:`_HELD` seconds is written only
+    once, in the background. Photos are reported once they are on disk.
     once only, in the background. Photos are reported once they are on disk.
     """
 
@@ -181,14 +182,14 @@ class _Writers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._seal.shutdown()  # before the leases, which sealing needs
-        every = contextlib.ExitStack()  # which ends the other leases where one cannot be ended
+        self._seal.shutdown()  # before the leases end, because sealing needs them
+        every = contextlib.ExitStack()  # ends the other leases even if one fails
         for shard in list(self._open):
             every.push(self._open.pop(shard).leases)
         every.__exit__(kind, error, trace)
 
     def open_shards(self, shards: Iterator[int]) -> Iterator[int]:
-        """The unfinished photos of shards, each leased when its first photo is due."""
+        """The remaining photos of shards; each shard is leased when its first photo is due."""
         while (shard := self._run.next_of(shards)) is not None:
             with contextlib.ExitStack() as stack:
                 writer = stack.enter_context(self._run.store.writer(shard))
@@ -199,10 +200,10 @@ class _Writers:
             yield from todo
 
     def write(self, group: Sequence[Ready | Done | Failed]) -> None:
-        """Store photos, solving them first if necessary, or record why they failed.
+        """Store photos, after solving them if necessary, or record why they failed.
 
         Raises:
-            PhotoError: if strict, and a photo cannot be used.
+            PhotoError: if strict, and a photo is unusable.
         """
         for result in _solved(group):
             self._write(result)
@@ -217,7 +218,7 @@ class _Writers:
             self._sealed()
 
     def _sealed(self) -> None:
-        """Wait for the first of the shards that are sealed in the background, and report its photos."""
+        """Wait for the first shard being sealed in the background, and report its photos."""
         job, opened = self._sealing.popleft()
         job.result()
         self._report(opened)
@@ -245,7 +246,7 @@ class _Writers:
             self._sealed()
 
     def _store(self, done: Done, opened: _OpenShard) -> Failed | None:
-        """Store a photo, or say why it cannot be stored."""
+        """Store a photo, or return the failure."""
         try:
             nodes = resampled(done.field, self._run.store.manifest.field)
             (opened.writer.hold if self._hold else opened.writer.put)(done.index, nodes, done.record)
@@ -255,7 +256,7 @@ class _Writers:
 
     def _close(self, opened: _OpenShard) -> None:
         with opened.leases:
-            opened.writer.finish()  # not sealed if a photo was unreachable, which remains to be done
+            opened.writer.finish()  # not sealed if a photo was unreachable; a later run retries it
 
     def _report(self, opened: _OpenShard) -> None:
         for index, reason in opened.unreported:
@@ -266,7 +267,7 @@ class _Writers:
 def _together(
     results: Generator[Ready | Failed, None, None], count: int
 ) -> Generator[list[Ready | Failed], None, None]:
-    """Group the results; a failure ends its group, so that it is reported at once."""
+    """Group the results; a failure ends its group, so that it is reported immediately."""
     with contextlib.closing(results):
         group: list[Ready | Failed] = []
         for result in results:
@@ -279,7 +280,7 @@ def _together(
 
 
 def _solved(group: Sequence[Ready | Done | Failed]) -> list[Done | Failed]:
-    """The group in order, with the photos that are ready solved."""
+    """The group in order, with the ready photos solved."""
     ready = [result for result in group if isinstance(result, Ready)]
     solved = iter(finish_together(ready) if len(ready) > 1 else [photo.finish() for photo in ready])
     return [next(solved) if isinstance(result, Ready) else result for result in group]

@@ -14,24 +14,24 @@ Precision = Literal["float16", "float32", "int8"]
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Where and how a data set is fitted; only ``grid``, ``precision`` and ``compiled`` change what is stored.
+    """Options of a fit over a data set; only ``grid``, ``precision`` and ``compiled`` affect the stored values.
 
     Attributes:
         engine: local for this process; ray for several processes, on this machine or a cluster.
         workers: ray only; number of processes, each with its own model.
-        ray_address: ray only; address of a running cluster, as `ray start` prints it. By default that of RAY_ADDRESS,
-            or a cluster that is started on this machine.
-        worker_cpus: ray only; processors for each worker. By default an even share that leaves some for reading.
-        worker_gpus: ray only; accelerators for each worker.
-        grid: field stores all nodes of F, for crops as training targets; patch stores the patch grid only, a quarter of
-            the bytes, and rules out crops.
-        precision: precision of the store. int8 takes half the bytes of float16, with one scale for each channel of a
-            photo; photos are rejected if the cosine of any patch to its float16 value falls below 0.999.
-        images_per_shard: number of photos in one object of the store.
+        ray_address: ray only; address of a running cluster, as printed by `ray start`. Defaults to RAY_ADDRESS, or to a
+            new cluster on this machine.
+        worker_cpus: ray only; CPU cores per worker. Defaults to an even share, with some left for reading.
+        worker_gpus: ray only; accelerators per worker.
+        grid: field stores all nodes of F, so that crops can be training targets; patch stores the patch grid only, a
+            quarter of the bytes, without crops.
+        precision: precision of the store. int8 takes half the bytes of float16, with one scale per channel and photo;
+            photos are rejected if the cosine of any patch to its float16 value falls below 0.999.
+        images_per_shard: number of photos per store object.
         decoders: number of threads that read and decode photos.
-        compiled: compile the backbone, which takes minutes once; for accelerators, on a CPU it is slower. Results
-            differ in their rounding.
-        strict: stop at the first photo that cannot be used.
+        compiled: compile the backbone, which takes minutes once; for accelerators, because it is slower on a CPU.
+            Results differ by rounding.
+        strict: stop at the first unusable photo.
         retry_failed: retry photos that an earlier run could not use.
     """
 
@@ -64,7 +64,7 @@ class FitOptions:
         for name in ("worker_cpus", "worker_gpus"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise PlanError(f"{name} must be 0 or more, got {value}")
+                raise PlanError(f"{name} must be at least 0, got {value}")
         alone = [name for name in ("ray_address", "worker_cpus", "worker_gpus") if getattr(self, name) is not None]
         if self.engine == "local" and (alone or self.workers != 1):
-            raise PlanError(f"{', '.join(alone) or 'workers'} is for engine 'ray'; the local engine is one process")
+            raise PlanError(f"{', '.join(alone) or 'workers'} applies to engine 'ray' only; local has one process")

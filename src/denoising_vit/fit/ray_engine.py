@@ -1,6 +1,6 @@
 """The Ray engine: shards are rows of a Ray dataset, and workers are actors with their own model.
 
-Workers read, fit and write, so no features travel between processes. If a worker dies, it is restarted and its shard
+Workers read, fit and write, so that no features move between processes. If a worker dies, it is restarted and its shard
 is resumed.
 """
 
@@ -24,10 +24,10 @@ from denoising_vit.fit.local import LocalRun, OnPhoto, manifest_of
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore
 
-#: Share of a machine's processors for the workers; the rest reads and schedules.
+#: Fraction of a machine's CPU cores for the workers; the rest reads and schedules.
 _WORKERS_SHARE = 0.8
 
-#: Seconds to wait for a connection to a cluster; Ray itself waits for minutes.
+#: Timeout in seconds for connecting to a cluster; Ray's own takes minutes.
 _ANSWER = 5
 
 
@@ -40,10 +40,10 @@ class RayJob:
         source: absolute path or URL of the data set.
         store: path or URL of the store.
         denoising: options of stage 1.
-        options: how the job is run.
-        artifact: G (h, w, C) if it is known.
-        threads: number of torch threads in a worker; None for torch's default.
-        on_gpu: True if the backbone runs on CUDA in the driver.
+        options: options of the job.
+        artifact: G (h, w, C) if known.
+        threads: number of torch threads per worker; None for torch's default.
+        on_gpu: True if the driver's backbone runs on CUDA.
     """
 
     spec: BackboneSpec
@@ -59,7 +59,7 @@ class RayJob:
 class ShardFitter:
     """A worker: loads the backbone once, then fits one shard after another.
 
-    Our errors are returned in rows: if raised, Ray would wrap them in advice, and retry some of them.
+    Errors of this package are returned in rows: if raised, Ray would wrap them in advice and retry some of them.
     """
 
     def __init__(self, job: RayJob) -> None:
@@ -82,12 +82,12 @@ class ShardFitter:
         backbone = compiled(job.spec.load()) if job.options.compiled else job.spec.load()
         self._stage = StageOne(backbone, job.denoising, job.artifact)
         self._dataset = open_dataset(job.source)
-        # Nothing is written if photos were added meanwhile, or if this machine computes differently.
+        # Write nothing if photos were added since the start, or if this machine gives different results.
         ours = manifest_of(self._stage, job.options).with_ids([item.id for item in self._dataset])
         self._store = FeatureStore.open(job.store, ours, writable=True)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fit the shard of a row; returns the reasons of photos that were not done, or the error, as JSON."""
+        """Fit the shard of a row; returns the reasons of skipped photos, or the error, as JSON."""
         reasons: dict[int, str] = {}
 
         def note(index: int, reason: str | None) -> None:
@@ -112,13 +112,14 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
         job: settings for the workers.
         store: the store, opened by the caller.
         shards: shards to fit.
-        on_photo: called for the photos of each shard when it is finished, with None or why a photo was not done.
+        on_photo: called for each photo of a finished shard, with None or the reason for skipping it.
 
     Raises:
-        FitError: if Ray is not installed, no cluster answers, the cluster is too small for a worker, or a worker fails.
+        FitError: if Ray is not installed, no cluster responds, the cluster is too small for a worker, or a worker
+            fails.
         DenoisingVitError: the error of a worker.
     """
-    # Under `uv run` Ray would pack the working folder, and every worker would build its own environment.
+    # Under `uv run`, Ray would upload the working directory, and every worker would build its own environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
@@ -154,7 +155,7 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
 
 
 def local_threads(workers: int) -> int:
-    """Number of torch threads for each worker on this machine."""
+    """Number of torch threads per worker on this machine."""
     return max((os.cpu_count() or 1) // workers, 1)
 
 
@@ -165,14 +166,14 @@ def _connect(ray: Any, address: str | None) -> None:
             socket.create_connection((host, int(port)), timeout=_ANSWER).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
-        # Ray looks up a token only for clusters that it finds by itself, not for a given address.
+        # Ray looks up a token only for clusters that it discovers, not for a given address.
         unset = address is not None and "RAY_AUTH_MODE" not in os.environ
-        hint = ". If the cluster asks for a token, set RAY_AUTH_MODE=token" if unset else ""
+        hint = ". If the cluster requires a token, set RAY_AUTH_MODE=token" if unset else ""
         raise FitError(f"no Ray cluster at {address or 'this machine'}: {error}{hint}") from error
 
 
 def _quiet(ray: Any) -> None:
-    """Disable Ray's progress bars and notes, and its timeout for rows, because a shard may take half an hour."""
+    """Disable Ray's progress bars and messages, and its timeout for rows, because a shard may take half an hour."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -181,10 +182,10 @@ def _quiet(ray: Any) -> None:
 
 
 def _request(ray: Any, job: RayJob) -> dict[str, Any]:
-    """Processors and accelerators to request for a worker.
+    """CPU cores and accelerators to request per worker.
 
     Raises:
-        FitError: if no machine has as many.
+        FitError: if no machine has enough.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = {kind: max((machine.get(kind, 0.0) for machine in machines), default=0.0) for kind in ("CPU", "GPU")}
@@ -198,14 +199,14 @@ def _request(ray: Any, job: RayJob) -> dict[str, Any]:
     for kind, asked in (("CPU", cpus), ("GPU", gpus)):
         if asked > most[kind]:
             raise FitError(
-                f"a worker asks for {asked:g} {kind}s and the largest machine of the cluster has {most[kind]:g}; lower "
-                f"--worker-{kind.lower()}s, or start Ray where there are as many"
+                f"a worker needs {asked:g} {kind}s, but the largest machine of the cluster has {most[kind]:g}; lower "
+                f"--worker-{kind.lower()}s, or start Ray on larger machines"
             )
     return {"num_cpus": cpus} | ({"num_gpus": gpus} if gpus else {})
 
 
 def _as_raised(kind: str, message: str) -> DenoisingVitError:
-    """Restore our error from its type and message."""
+    """Recreate this package's error from its type and message."""
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, DenoisingVitError):
         return known(message)

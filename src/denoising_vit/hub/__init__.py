@@ -1,1 +1,1 @@
-"""Folders and hub repositories of what the package makes: their files, their model card, and how they are shared."""
+"""Folders and hub repositories of this package's files: contents, model card, upload and download."""

@@ -1,4 +1,4 @@
-"""The model card of a folder: a README that is written from the records of the files beside it."""
+"""The model card of a folder: a README written from the records of the files in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from denoising_vit.files import DISTILLED, Mark, digest_of, owned_path, read_rec
 #: Name of the card.
 CARD = "README.md"
 
-#: Mark of all cards. A card is rewritten from the files in its folder, so no inputs tell one from another.
+#: Mark of all cards. A card is rewritten from the files in its folder, so its mark has no inputs.
 CARD_MARK = Mark("model-card", digest_of(CARD))
 
 
@@ -27,8 +27,8 @@ class Kind:
     Attributes:
         file: name of the file in a folder or repository.
         name: heading of its section.
-        about: what it is.
-        use: line of Python that makes an extractor of a ``backbone`` with it; PATH stands for the folder or hub id.
+        about: description of the file.
+        use: Python line that creates an extractor from a ``backbone`` and the file; PATH is the folder or hub id.
     """
 
     file: str
@@ -84,14 +84,14 @@ _LICENCE = (
 
 
 def write_card(folder: Path, figures: Mapping[str, Any] | None = None) -> None:
-    """Writes the card of the shareable files in a folder.
+    """Write the card of the shareable files in a folder.
 
     Args:
         folder: the folder.
-        figures: measured figures to state, by what they are.
+        figures: measured values to state, by description.
 
     Raises:
-        OutputError: if the folder has a README that is not a card of ours.
+        OutputError: if the folder has a README that is not a card of this package.
         OSError: if it cannot be written.
     """
     text = card(((KINDS[name], record_of(folder / KINDS[name].file)) for name in kinds_in(folder)), figures or {})
@@ -105,7 +105,7 @@ def kinds_in(folder: Path) -> list[str]:
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """Our record in a file; empty if the file is missing or not ours."""
+    """The package's record in a file; empty if the file is missing or has none."""
     try:
         found = read_record(path)
     except (SafetensorError, OSError, ValueError):
@@ -114,11 +114,11 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 def card(pieces: Iterable[tuple[Kind, dict[str, Any]]], figures: Mapping[str, Any]) -> str:
-    """The card in Markdown, with the metadata that hubs read.
+    """The card in Markdown, with metadata for hubs.
 
     Args:
         pieces: kind and record of each file.
-        figures: figures to state, by what they are.
+        figures: values to state, by description.
     """
     pieces = list(pieces)
     names = dict.fromkeys(str(_backbone(record).get("name", "a ViT")) for _, record in pieces)
@@ -132,7 +132,7 @@ def card(pieces: Iterable[tuple[Kind, dict[str, Any]]], figures: Mapping[str, An
 
 
 def front_matter(library: str) -> str:
-    """The metadata that hubs read, for a library by its name on the hub."""
+    """Metadata for hubs; ``library`` is the library's name on the hub."""
     tags = "".join(f"\n- {tag}" for tag in ("denoising-vit", "feature-extraction", "vision"))
     return f"---\nlibrary_name: {library}\npipeline_tag: image-feature-extraction\nlicense: other\ntags:{tags}\n---"
 
@@ -149,7 +149,7 @@ def _use(kind: Kind, record: dict[str, Any]) -> str:
 
 
 def _made(record: dict[str, Any]) -> dict[str, Any]:
-    """Rows on the backbone, and on how the file was made."""
+    """Rows on the backbone, and on the provenance of the file."""
     about = _backbone(record)
     rows = {name: about[name] for name in ("name", "layer", "norm", "stride") if about.get(name) is not None}
     if "weights" in about:
@@ -166,7 +166,7 @@ def _backbone(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and words of a record, pairs of numbers, and the number of photos."""
+    """Numbers and texts of a record, pairs of numbers, and the number of photos."""
     rows: dict[str, Any] = {}
     for name, value in record.items():
         told = name.replace("_", " ")

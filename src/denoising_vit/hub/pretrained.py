@@ -1,7 +1,7 @@
-"""save_pretrained, from_pretrained and push_to_hub: one implementation for all that the package makes.
+"""save_pretrained, from_pretrained and push_to_hub: one implementation for all shareable files of this package.
 
-A folder, on disk or on the hub, has at most one file of each kind, under a fixed name, and one model card about all of
-them. So everything made for one backbone fits into one repository, and each class fetches its own file alone.
+A folder, on disk or on the hub, has at most one file of each kind, with a fixed name, and one model card for all of
+them. So everything for one backbone fits into one repository, and each class downloads only its own file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from denoising_vit.hub.card import CARD, CARD_MARK, KINDS, kinds_in, record_of, 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-#: File that the hub itself puts into a new repository.
+#: File that the hub adds to a new repository.
 _OF_THE_HUB = ".gitattributes"
 
 
 class Pretrained(ABC):
-    """Lets a class with ``save`` and ``load`` be shared as a folder or a hub repository.
+    """Base of classes with ``save`` and ``load`` that can be shared as a folder or a hub repository.
 
     Attributes:
         FORMAT: ``format`` in the record of its files, a key of :data:`KINDS`.
@@ -37,34 +37,34 @@ class Pretrained(ABC):
 
     @abstractmethod
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file."""
+        """Write a safetensors file."""
 
     @classmethod
     @abstractmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what :meth:`save` wrote."""
+        """Read a file written by :meth:`save`."""
 
     @classmethod
     def path_in(cls, folder: str | Path) -> Path:
-        """Its file in a folder."""
+        """The object's file in a folder."""
         return Path(folder).expanduser() / KINDS[cls.FORMAT].file
 
     def save_pretrained(self, folder: str | Path, *, figures: Mapping[str, Any] | None = None) -> None:
-        """Writes its file and a model card into a folder, which is created if missing.
+        """Write the object's file and a model card into a folder, which is created if it does not exist.
 
-        A file of the same kind is replaced. The card is rewritten, about all files of ours in the folder.
+        A file of the same kind is replaced. The card is rewritten to cover all files of this package in the folder.
 
         Args:
             folder: the folder.
-            figures: measured figures to state in the card, by what they are.
+            figures: measured values to state in the card, by description.
 
         Raises:
-            OutputError: if a file in the way is not ours.
+            OutputError: if an existing file must not be replaced.
             OSError: if the folder cannot be written to.
         """
         path = self.path_in(folder)
         if os.path.lexists(path) and record_of(path).get("format") != self.FORMAT:
-            raise OutputError(f"{path} exists and is no {self.FORMAT} file; name another folder, or move it away")
+            raise OutputError(f"{path} exists and is not a {self.FORMAT} file; choose another folder, or move it away")
         require_ours(path.with_name(CARD), CARD_MARK)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.save(path)
@@ -72,15 +72,15 @@ class Pretrained(ABC):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Self:
-        """Loads it from a folder of :meth:`save_pretrained` or a hub repository of :meth:`push_to_hub`.
+        """Load from a folder of :meth:`save_pretrained` or a hub repository of :meth:`push_to_hub`.
 
         Args:
             source: a folder, a file, or a hub id ``owner/name``.
             revision: branch, tag or commit on the hub.
 
         Raises:
-            FormatError: if the folder lacks the file, or the file is damaged or something else.
-            HubError: if it cannot be fetched.
+            FormatError: if the folder has no such file, or the file is damaged or of another type.
+            HubError: if the download fails.
         """
         if Path(source).expanduser().is_file():
             return cls.load(source)
@@ -91,30 +91,30 @@ class Pretrained(ABC):
                 raise FormatError(f"{path.parent}: expected a file {path.name} in this folder, found {found}")
             return cls.load(path)
         if not _HUB_ID.fullmatch(str(source)):
-            raise FormatError(f"{source}: no such folder; expected one, or a hub id like owner/name")
+            raise FormatError(f"{source}: expected a folder, or a hub id like owner/name")
         from huggingface_hub import hf_hub_download
 
-        with _hub(f"{path.name} of {source} could not be fetched from the hub"):
+        with _hub(f"{path.name} of {source} could not be downloaded from the hub"):
             fetched = hf_hub_download(str(source), path.name, revision=revision)
         return cls.load(fetched)
 
     def push_to_hub(
         self, repo_id: str, *, figures: Mapping[str, Any] | None = None, private: bool | None = None
     ) -> str:
-        """Uploads its file and a model card, as the user that the hub's client is logged in as.
+        """Upload the object's file and a model card, as the user logged in to the hub's client.
 
-        To share several pieces in one repository, save them into one folder and use :func:`push_folder`.
+        To share several files in one repository, save them into one folder and use :func:`push_folder`.
 
         Args:
-            repo_id: ``owner/name``; created if missing.
-            figures: measured figures to state in the card, by what they are.
+            repo_id: ``owner/name``; created if it does not exist.
+            figures: measured values to state in the card, by description.
             private: whether a new repository is private.
 
         Returns:
             The address of the repository.
 
         Raises:
-            OutputError: if the repository holds files without a card of ours.
+            OutputError: if the repository has files but no card of this package.
             HubError: if the upload fails.
         """
         with tempfile.TemporaryDirectory() as folder:
@@ -123,18 +123,18 @@ class Pretrained(ABC):
 
 
 def push_folder(folder: str | Path, repo_id: str, *, private: bool | None = None) -> str:
-    """Uploads the model card and the files that it is about; nothing else in the folder.
+    """Upload the model card and the files that it covers; nothing else in the folder.
 
     Args:
         folder: a folder with files of :meth:`Pretrained.save_pretrained`.
-        repo_id: ``owner/name``; created if missing.
+        repo_id: ``owner/name``; created if it does not exist.
         private: whether a new repository is private.
 
     Returns:
         The address of the repository.
 
     Raises:
-        OutputError: if the repository holds files without a card of ours.
+        OutputError: if the repository has files but no card of this package.
         HubError: if the upload fails.
     """
     from huggingface_hub import HfApi
@@ -145,14 +145,14 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool | None = None
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         there = set(api.list_repo_files(repo_id)) - {_OF_THE_HUB}
         if there and (CARD not in there or Mark.read(Path(api.hf_hub_download(repo_id, CARD))) != CARD_MARK):
-            raise OutputError(f"{repo_id} holds files that are not ours on the hub; name another repository")
+            raise OutputError(f"{repo_id} has files from another source on the hub; choose another repository")
         api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files)
     return str(address)
 
 
 @contextlib.contextmanager
 def _hub(failed: str) -> Iterator[None]:
-    """Reports errors of the hub's client, of whatever kind, as HubError."""
+    """Convert errors of the hub's client, of any type, to HubError."""
     try:
         with offline_if_unreachable():
             yield

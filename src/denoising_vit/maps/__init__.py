@@ -1,4 +1,4 @@
-"""Pictures of features (PCA, k-means, norm, similarity and more) in colours shared by all maps that are compared."""
+"""Pictures of features (PCA, k-means, norm, similarity and more) in colours shared by all compared maps."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
-"""Pictures, rings and words at places in pixels: drawn by Pillow as a PNG, by matplotlib as PDF or SVG.
+"""Pictures, rings and text at pixel positions: drawn by Pillow for PNG, by matplotlib for PDF or SVG.
 
-matplotlib takes four times as long for a PNG, which is drawn beside the forward passes of the next photo.
+matplotlib takes four times as long for a PNG, which is drawn during the forward passes of the next photo.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DPI, FINE_DPI = 150, 300
 FONT = "DejaVu Sans"
 FORMATS = (".png", ".pdf", ".svg")
 
-#: A ring in points: its diameter, and the widths of the white line and of the black one below it.
+#: A ring in points: its diameter, and the widths of its white line and of the black line below it.
 RING, WHITE, BLACK = 8.0, 1.6, 3.2
 
 #: zlib's strategy for runs: half the time of its default for enlarged patches, and no larger.
 _RUNS = 3
 
-_FINER = 8  # rings are drawn so many times finer, then averaged
+_FINER = 8  # supersampling factor of rings
 
 _ANCHORS = {"left": "lm", "center": "mm", "right": "rm"}
 
@@ -43,7 +43,7 @@ class Words:
         text: the text.
         size: font size in points.
         colour: colour as ``#rrggbb``.
-        align: which end of the line the anchor is at.
+        align: end of the line where the anchor is.
         bold: bold type.
         upward: rotated by 90 degrees to read upwards; centred.
     """
@@ -73,19 +73,19 @@ class Canvas:
         self._words: list[Words] = []
 
     def picture(self, pixels: np.ndarray, left: int, top: int, width: int, height: int) -> None:
-        """Adds (h, w, 3) uint8 in a rectangle; enlarged pixels have sharp edges."""
+        """Add (h, w, 3) uint8 in a rectangle; enlarged pixels have sharp edges."""
         self._pictures.append((pixels, left, top, width, height))
 
     def ring(self, x: float, y: float) -> None:
-        """Adds a white ring with black edges around a point."""
+        """Add a white ring with black edges around a point."""
         self._rings.append((x, y))
 
     def words(self, words: Words) -> None:
-        """Adds a line of text; a box replaces each character that the font lacks."""
+        """Add a line of text; a box replaces each character missing in the font."""
         self._words.append(words)
 
     def save(self, path: str | Path, suffix: str) -> None:
-        """Writes one of :data:`FORMATS`, the same file for the same canvas; text stays text in PDF and SVG."""
+        """Write one of :data:`FORMATS`, deterministically; text remains text in PDF and SVG."""
         if suffix != ".png":
             return self._save_vectors(path, suffix.removeprefix("."))
         about = PngInfo()
@@ -115,11 +115,11 @@ class Canvas:
         return image
 
     def _save_vectors(self, path: str | Path, kind: str) -> None:
-        from matplotlib.figure import Figure  # this and what it imports take a part of a second
+        from matplotlib.figure import Figure  # takes a fraction of a second to import
         from matplotlib.patheffects import withStroke
 
         figure = Figure((self._width / DPI, self._height / DPI), dpi=DPI, facecolor="white")
-        # One set of axes in pixels for all pictures: each set costs as much as the pictures of a row.
+        # One set of axes in pixels for all pictures, because each set costs as much as a row of pictures.
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, self._width), ylim=(self._height, 0))
         axes.set_axis_off()
@@ -134,7 +134,7 @@ class Canvas:
             style |= {"weight": "bold" if words.bold else "normal", "rotation": 90 if words.upward else 0}
             style |= {"family": FONT, "parse_math": False}
             figure.text(words.left / self._width, 1 - words.top / self._height, printable(words.text), **style)
-        # Dates would make every file different.
+        # No dates, so that files are reproducible.
         about = {"Creator": PANEL_SOFTWARE} | ({"CreationDate": None} if kind == "pdf" else {"Date": None})
         kept: Any = {"svg.fonttype": "none", "svg.hashsalt": "dvit", "pdf.fonttype": 42, "image.composite_image": False}
         with matplotlib.rc_context(kept):
@@ -142,7 +142,7 @@ class Canvas:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with a box for each character that the font lacks (matplotlib would warn about each)."""
+    """The text on one line, with a box for each character missing in the font (matplotlib would warn about each)."""
     known = _characters()
     return "".join(mark if ord(mark) in known else "□" for mark in " ".join(text.split()))
 
@@ -159,7 +159,7 @@ def _characters() -> frozenset[int]:
 
 @functools.cache
 def _font(size: float, bold: bool) -> ImageFont.FreeTypeFont:
-    # Basic layout: the other one is not in every build of Pillow, and files must not depend on it.
+    # Basic layout, because the other one is not in every build of Pillow and would change files.
     return ImageFont.truetype(_file(bold), size * DPI / 72, layout_engine=ImageFont.Layout.BASIC)
 
 

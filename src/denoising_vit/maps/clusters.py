@@ -1,4 +1,4 @@
-"""k-means clusters of features as colours, the same colour for the same cluster in every map."""
+"""k-means clusters of features as colours, with the same colour for the same cluster in every map."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from denoising_vit.maps.features import RESOLUTION, Features, to_arrays, to_map
 from denoising_vit.maps.pca import settle_signs
 
 FIT_POINTS, MOST_POINTS = 4096, 16384
-"""Vectors of each map, and of all maps, that k-means is fitted on; all vectors are assigned."""
+"""Maximum numbers of vectors per map, and over all maps, to fit k-means on; all vectors are assigned to clusters."""
 
 DIRECTIONS = 32
-"""Principal directions that k-means is run along: clusters lie in the first few, and all cost several times as much."""
+"""Number of principal directions for k-means: clusters are in the first few, and all would cost several times more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +30,14 @@ class Clusters:
 
     @classmethod
     def fit(cls, *features: Features, clusters: int = 6, seed: int = 0) -> Clusters:
-        """Fits clusters to the same number of vectors of each map, so that a fine map does not outvote the others.
+        """Fit clusters to the same number of vectors of each map, so that a finer map does not have more weight.
 
         Clusters and their order (along the first principal direction of the centres) depend on the set of vectors, not
-        on their places in the image.
+        on their positions in the image.
 
         Args:
             *features: maps (h, w, C).
-            clusters: number of clusters; fewer are used where there are fewer distinct vectors.
+            clusters: number of clusters; reduced if there are fewer distinct vectors.
             seed: seed of k-means.
 
         Raises:
@@ -55,7 +55,7 @@ class Clusters:
         scale = float(np.abs(sample).max()) or 1.0
         sample /= scale
         clusters = min(clusters, _distinct(sample, np.abs(centre).max() / scale))
-        runs: Any = 3  # scikit-learn has no annotations: a checker takes the type of the default, a string
+        runs: Any = 3  # scikit-learn has no annotations; the default is a string
         model = KMeans(clusters, n_init=runs, random_state=seed).fit(_strongest(sample))
         members = np.eye(clusters, dtype=np.float64)[model.labels_]  # (N, k)
         found = members.T @ sample / members.sum(0)[:, None]
@@ -70,12 +70,12 @@ class Clusters:
         array = to_map(features, self.centres.shape[1])
         middle = self.centres.mean(0)
         centres = self.centres - middle
-        # The least of |x|² - 2 x·c + |c|² needs no |x|²; row by row, because float64 copies are large.
+        # The minimum of |x|² - 2 x·c + |c|² over c needs no |x|²; row by row, because float64 copies are large.
         halves = np.einsum("kc,kc->k", centres, centres) / 2
         return np.stack([((row.astype(np.float64) - middle) @ centres.T - halves).argmax(1) for row in array])
 
     def colours(self, features: Features) -> np.ndarray:
-        """Clusters of features (h, w, C) as a picture (h, w, 3) uint8; raises ValueError as :meth:`labels` does."""
+        """Clusters of features (h, w, C) as a picture (h, w, 3) uint8; ValueError as in :meth:`labels`."""
         count = len(self.centres)
         if count <= 20:
             table = colormaps["tab10" if count <= 10 else "tab20"](np.arange(count), bytes=True)
@@ -91,12 +91,12 @@ def _keys(points: np.ndarray) -> np.ndarray:
 
 
 def _sorted(points: np.ndarray) -> np.ndarray:
-    """The points sorted by :func:`_keys`, so that the random choices of k-means do not depend on places."""
+    """The points sorted by :func:`_keys`, so that the random choices of k-means do not depend on positions."""
     return points[np.argsort(_keys(points), kind="stable")]
 
 
 def _thin(points: np.ndarray, count: int) -> np.ndarray:
-    """``count`` of the points, evenly spread over their sorted order."""
+    """``count`` of the points, spread evenly over their sorted order."""
     if len(points) == count:
         return points
     return _sorted(points)[(2 * np.arange(count) + 1) * len(points) // (2 * count)]
@@ -108,7 +108,7 @@ def _distinct(points: np.ndarray, offset: float) -> int:
 
 
 def _strongest(points: np.ndarray) -> np.ndarray:
-    """Centred points (N, C) along about their strongest :data:`DIRECTIONS` principal directions, if C is larger."""
+    """Centred points (N, C) along roughly their :data:`DIRECTIONS` strongest principal directions, if C is larger."""
     if points.shape[1] <= DIRECTIONS:
         return points
     random = np.random.default_rng(0).standard_normal((points.shape[1], DIRECTIONS)).astype(np.float32)

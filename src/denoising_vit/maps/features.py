@@ -1,4 +1,4 @@
-"""What all maps share: checked feature arrays, robust ranges and colormaps."""
+"""Helpers of all maps: checked feature arrays, robust ranges and colormaps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Bar = tuple[str, tuple[float, float]]
 """A colour bar: the name of its colormap, and the values at its two ends."""
 
 RESOLUTION = 1e-6
-"""Differences below this share of the features' own size are rounding errors."""
+"""Differences below this fraction of the features' magnitude are rounding errors."""
 
 
 def to_arrays(*features: Features, maps: bool = False) -> list[np.ndarray]:
-    """Features as float32 arrays (..., C) on the CPU, checked to share C and to be finite.
+    """Features as float32 arrays (..., C) on the CPU, checked for equal C and finite values.
 
     Args:
         *features: one or more feature maps.
@@ -33,7 +33,7 @@ def to_arrays(*features: Features, maps: bool = False) -> list[np.ndarray]:
         array = item.detach().float().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item, np.float32)
         if array.size == 0 or array.ndim < 1 or (maps and array.ndim != 3):
             shape = "(h, w, C)" if maps else "(..., C)"
-            raise ValueError(f"expected features of shape {shape} that are not empty, got shape {tuple(array.shape)}")
+            raise ValueError(f"expected non-empty features of shape {shape}, got shape {tuple(array.shape)}")
         broken = array.size - int(np.count_nonzero(np.isfinite(array)))
         if broken:
             raise ValueError(
@@ -43,12 +43,12 @@ def to_arrays(*features: Features, maps: bool = False) -> list[np.ndarray]:
         arrays.append(array)
     if len({array.shape[-1] for array in arrays}) > 1:
         shapes = ", ".join(str(array.shape) for array in arrays)
-        raise ValueError(f"maps that are compared must have the same number of channels, got shapes {shapes}")
+        raise ValueError(f"compared maps must have the same number of channels, got shapes {shapes}")
     return arrays
 
 
 def to_map(features: Features, channels: int | None = None) -> np.ndarray:
-    """One map as a float32 array (h, w, C), checked against the number of channels its colours were fitted on.
+    """One map as a float32 array (h, w, C), checked for the number of channels that its colours were fitted on.
 
     Raises:
         ValueError: if the shape is wrong or values are not finite.
@@ -68,7 +68,7 @@ def project(array: np.ndarray, mean: np.ndarray, directions: np.ndarray) -> np.n
 
 
 def robust_range(values: np.ndarray, bounds: tuple[float, float] = (1.0, 99.0)) -> tuple[float, float]:
-    """Two percentiles of the values, or minimum and maximum where nearly all values are equal."""
+    """Two percentiles of the values, or minimum and maximum if nearly all values are equal."""
     low, high = np.percentile(values, bounds)
     least, greatest = values.min(), values.max()
     if high - low <= RESOLUTION * (greatest - least):

@@ -1,4 +1,4 @@
-"""The one table of kinds of maps. No heavy imports: option modules read the names from here."""
+"""The table of all kinds of maps. No heavy imports: option modules read the names from here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class MapKind(NamedTuple):
 
     Attributes:
         title: heading of its pictures.
-        legend: what its colours mean.
-        fields: attributes of a palette that it takes its colours from; none where a palette does not draw it.
+        legend: meaning of its colours.
+        fields: attributes of a palette that it takes its colours from; empty if a palette does not draw it.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Norms of features, and their similarity to one patch, as colours of one scale."""
+"""Norms of features, and their similarity to one patch, as colours on a shared scale."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SIMILARITY_BAR: Bar = ("RdBu_r", (-1.0, 1.0))
 
 @dataclass(frozen=True)
 class NormScale:
-    """Norms as colours, dark for short; one middle colour where all norms are equal.
+    """Norms as colours, dark for small; a single middle colour if all norms are equal.
 
     Attributes:
         low: norm drawn darkest.
-        high: norm drawn brightest; larger ones are clipped.
+        high: norm drawn brightest; larger norms are clipped.
     """
 
     low: float
@@ -27,7 +27,7 @@ class NormScale:
 
     @classmethod
     def fit(cls, *features: Features) -> NormScale:
-        """The 1st to the 99th percentile of all norms of maps (h, w, C), so that a few outlier tokens change little.
+        """The 1st to the 99th percentile of all norms of maps (h, w, C), which a few outlier tokens hardly affect.
 
         Raises:
             ValueError: if a map is not (h, w, C), channels differ, or values are not finite.
@@ -56,17 +56,17 @@ def _norms(array: np.ndarray) -> np.ndarray:
 
 
 def similarity_maps(*features: Features, at: tuple[int, int] | None = None) -> list[np.ndarray]:
-    """Cosine of each feature with the feature of one patch of the same map: red alike, white unrelated, blue opposite.
+    """Cosine of each feature with the feature of one patch of the same map: red similar, white unrelated, blue opposed.
 
-    ViT features share a large mean that brings all cosines close to 1, so the mean over all maps (each map counting
-    alike) is subtracted first. Colours span [-1, 1]; where a centred feature is zero the similarity is 0.
+    ViT features share a large mean that brings all cosines close to 1, so the mean over all maps (with equal weight per
+    map) is subtracted first. Colours span [-1, 1]; where a centred feature is zero, the similarity is 0.
 
     Args:
         *features: maps (h, w, C).
-        at: (row, column) of the patch in the first map, the centre by default; other maps use the same place.
+        at: (row, column) of the patch in the first map, by default the centre; other maps use the same position.
 
     Returns:
-        One picture (h, w, 3) uint8 for each map.
+        One picture (h, w, 3) uint8 per map.
 
     Raises:
         ValueError: if ``at`` is outside the first map, a map is not (h, w, C), channels differ, or values are not

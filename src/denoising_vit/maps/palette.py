@@ -1,4 +1,4 @@
-"""Palettes: the colours shared by all maps of a comparison, kept in a small safetensors file if wanted."""
+"""Palettes: the colours shared by all maps of a comparison, optionally saved to a small safetensors file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from denoising_vit.maps.kinds import MAP_KINDS, TITLES
 from denoising_vit.maps.norms import NormScale
 from denoising_vit.maps.pca import Foreground, PCABasis
 
-#: Approximate number of vectors that a palette of many maps is fitted on.
+#: Approximate number of vectors to fit a palette of many maps on.
 ENOUGH = 131_072
 
 FORMAT = "denoising-vit/palette"
 FORMAT_VERSION = 1
 
-#: Colourings that a file holds, by their attribute of a palette.
+#: Colourings in a file, by their attribute of a palette.
 _STORED = {
     "basis": PCABasis,
     "clusters": Clusters,
@@ -38,7 +38,7 @@ _STORED = {
     "foreground_basis": PCABasis,
 }
 
-#: Kinds that one colouring draws.
+#: Kinds drawn by a single colouring.
 _WHOLE = ("pca", "kmeans", "norm")
 
 _COMPONENTS, _COMPONENT_COLOURS = ("first", "second", "third"), "viridis"
@@ -48,9 +48,9 @@ class Palette:
     """The colourings of one comparison, each fitted on first use.
 
     Args:
-        maps: features (h, w, C) that are compared; they decide all colours together.
+        maps: features (h, w, C) to compare; they determine all colours together.
         fitted: known colourings by attribute: ``basis``, ``clusters``, ``norms``, ``foreground``, ``foreground_basis``.
-        backbone: record of the backbone, where known.
+        backbone: record of the backbone, if known.
         most: approximate number of vectors to fit on; more are thinned to evenly spaced rows and columns.
 
     Raises:
@@ -68,7 +68,7 @@ class Palette:
     ) -> None:
         self.backbone = backbone
         self._maps = [] if not maps and fitted else _thinned(to_arrays(*maps, maps=True), most)
-        vars(self).update(fitted or {})  # replaces what would be fitted
+        vars(self).update(fitted or {})  # replaces properties that would be fitted
 
     @functools.cached_property
     def basis(self) -> PCABasis:
@@ -92,7 +92,7 @@ class Palette:
 
     @functools.cached_property
     def foreground_basis(self) -> PCABasis:
-        """PCA basis of the foreground alone; of all features where there is no foreground."""
+        """PCA basis of the foreground alone; of all features if there is no foreground."""
         inner = np.concatenate([array[self.foreground.mask(array)] for array in self._maps])  # (N, C)
         return PCABasis.fit(*([inner] if len(inner) else self._maps))
 
@@ -111,18 +111,18 @@ class Palette:
         if kind in _COMPONENTS:
             return lookup(self.basis.shares(features)[..., _COMPONENTS.index(kind)], _COMPONENT_COLOURS)
         if kind not in TITLES:
-            raise ValueError(f"no kind of map named {kind!r}; there are {', '.join(TITLES)}")
+            raise ValueError(f"unknown kind of map {kind!r}; choose from {', '.join(TITLES)}")
         inside = self.foreground.mask(features)[..., None]
         shown = 255 if kind == "foreground" else self.foreground_basis.colours(features)
         return np.where(inside, shown, np.zeros(3, np.uint8)).astype(np.uint8)
 
     def bar(self, kind: str) -> Bar | None:
-        """The colour bar of a kind of map, where it has one."""
+        """The colour bar of a kind of map, if it has one."""
         return self.norms.bar if kind == "norm" else None
 
 
 def _thinned(arrays: list[np.ndarray], most: int) -> list[np.ndarray]:
-    """The maps as they are if few, else evenly spaced rows and columns of each, including the borders."""
+    """The maps unchanged if small, else evenly spaced rows and columns of each, including the borders."""
     share = min(1.0, (most / sum(array.shape[0] * array.shape[1] for array in arrays)) ** 0.5)
     if share == 1:
         return arrays
@@ -139,21 +139,21 @@ def _thinned(arrays: list[np.ndarray], most: int) -> list[np.ndarray]:
 def write_palette(
     palette: Palette, path: str | Path, fields: Collection[str] = tuple(_STORED), *, mark: Mark | None = None
 ) -> None:
-    """Writes colourings of a palette, fitting those that were not used yet.
+    """Write colourings of a palette, fitting unused ones first.
 
     Args:
         palette: the palette.
         path: a .safetensors file.
-        fields: attributes of the palette to write, all by default.
-        mark: mark of the file; with one, only a file with the same mark is replaced.
+        fields: attributes of the palette to write; defaults to all.
+        mark: mark of the file; with a mark, only a file with the same mark is replaced.
 
     Raises:
-        OutputError: if there is a file with another mark or none.
+        OutputError: if a file with another mark or without a mark exists.
         FormatError: if the name does not end in .safetensors.
         OSError: if the file cannot be written.
     """
     if Path(path).suffix != ".safetensors":
-        raise FormatError(f"{path}: expected the name of a .safetensors file")
+        raise FormatError(f"{path}: expected a name ending in .safetensors")
     tensors = {
         f"{name}.{field}": torch.from_numpy(np.array(value, np.float64, order="C"))
         for name in _STORED
@@ -170,34 +170,34 @@ def write_palette(
 
 
 def read_palette(path: str | Path, backbone: Backbone | None = None) -> Palette:
-    """Reads a file of :func:`write_palette`.
+    """Read a file of :func:`write_palette`.
 
     Args:
         path: the file.
-        backbone: backbone of the features to colour; palettes of another one are refused.
+        backbone: backbone of the features to colour; palettes of another backbone raise FormatError.
 
     Raises:
-        FormatError: if the file is missing, damaged, something else, of a newer version, or of another backbone.
+        FormatError: if the file is missing, damaged, of another type, from a newer version, or of another backbone.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FormatError(f"{path}: no such palette; `dvit show PHOTOS --save-palette FILE` makes one")
+        raise FormatError(f"{path}: no such palette; `dvit show PHOTOS --save-palette FILE` writes one")
     try:
         head, tensors = read_record(path), load_file(path)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FormatError(f"{path}: not a palette, or damaged: expected a safetensors file ({error})") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise FormatError(f"{path}: holds no palette; `dvit show PHOTOS --save-palette FILE` makes one")
+        raise FormatError(f"{path}: not a palette; `dvit show PHOTOS --save-palette FILE` writes one")
     require_version(path, head, FORMAT_VERSION)
     recorded: Any = head.get("backbone")
     if backbone is not None and names_backbone(recorded) and not is_recorded(recorded, backbone):
         raise FormatError(
-            f"{path}: colours of {recorded_words(recorded)}, got {backbone_words(backbone)}; directions in feature "
-            "space mean something in one backbone only. Make a palette of this one: dvit show --save-palette FILE"
+            f"{path}: a palette of {recorded_words(recorded)}, got {backbone_words(backbone)}; a palette is valid for "
+            "one backbone only. Create one for this backbone: dvit show --save-palette FILE"
         )
     fields = head.get("fields", list(_STORED))
     if not isinstance(fields, list):
-        raise FormatError(f"{path}: a damaged palette: expected a list of its fields, got {fields!r}")
+        raise FormatError(f"{path}: damaged palette: expected a list of its fields, got {fields!r}")
     return Palette([], fitted=_colourings(path, tensors, fields), backbone=recorded)
 
 
@@ -214,6 +214,6 @@ def _colourings(path: Path, tensors: dict[str, np.ndarray], fields: Collection[s
     }
     wanted = {f"{name}.{key}": shape for name in _STORED if name in fields for key, shape in expected[name].items()}
     if shapes != wanted or not all(np.isfinite(value).all() for value in tensors.values()):
-        raise FormatError(f"{path}: a damaged palette: parts are missing, do not fit together or are not finite")
+        raise FormatError(f"{path}: damaged palette: parts are missing, inconsistent or not finite")
     values = {name: value if value.ndim else float(value) for name, value in tensors.items()}
     return {name: kind(**below(f"{name}.", values)) for name, kind in _STORED.items() if name in fields}

@@ -1,6 +1,6 @@
-"""One sheet for one decomposition: photo, raw and denoised features, artifact and residual.
+"""One sheet per decomposition: photo, raw and denoised features, artifact and residual.
 
-A denoiser has no artifact of its own to show: its sheet compares it with raw features and with stage 1.
+A denoiser has no artifact to show, so its sheet compares it with raw features and with stage 1.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from denoising_vit.maps.pca import PCABasis
 from denoising_vit.maps.sheet import BESIDE, CELL, STEEPEST, Sheet, number, shorten
 
 FINER = 4
-"""Upsampling of the first denoised picture, where the picture has the pixels to show it."""
+"""Upsampling of the first denoised picture, if it has enough pixels."""
 ROUNDING = 1e-4
-"""A residual below this share of the norm of raw features is rounding."""
+"""A residual below this fraction of the norm of raw features is rounding error."""
 
 _KINDS = ("pca", "norm", "kmeans")
 _TITLES = [MAP_KINDS[kind].title for kind in (*_KINDS, SIMILARITY)]
@@ -40,22 +40,23 @@ def draw_panel(
     title: str | None = None,
     exact: Decomposition | None = None,
 ) -> None:
-    """Draws one decomposition as a PNG about 2,200 pixels wide.
+    """Draw one decomposition as a PNG about 2,200 pixels wide.
 
     Upper row: the photo, raw features (PCA, norm, k-means, similarity to the centre patch), the artifact G. Lower row:
     denoised features, upsampled and then the same four maps in the same colours, and the norm of the residual. G is
-    small beside the features and has a PCA basis of its own. Patches have sharp edges: smoothing would hide artifacts.
+    small relative to the features and has its own PCA basis. Patches have sharp edges, because smoothing would hide
+    artifacts.
 
     A denoiser's result is drawn in columns instead, about 1,500 pixels wide: the photo, raw features, the denoiser's
-    and stage 1's if given. Each row is one kind of map in the same colours.
+    features and those of stage 1, if given. Each row is one kind of map in shared colours.
 
     Args:
         photo: (H, W, 3) uint8, any resolution.
         result: its decomposition.
         path: the file; always a PNG, whatever its suffix.
-        upsample: draw denoised features on a grid this many times as fine as the patch grid.
+        upsample: draw denoised features on a grid finer than the patch grid by this factor.
         title: a line above the pictures.
-        exact: stage 1's decomposition of the same photo, drawn beside a denoiser's result.
+        exact: stage 1's decomposition of the same photo, drawn next to a denoiser's result.
 
     Raises:
         ValueError: if the photo is not (H, W, 3) uint8, ``upsample`` is not a positive whole number, features are not
@@ -67,8 +68,8 @@ def draw_panel(
     aspect = photo.shape[1] / photo.shape[0]
     method = str(result.info.get("method", "exact"))
     if exact is not None and method != "denoiser":
-        raise ValueError("exact is drawn beside the result of a denoiser only; this result is of another method")
-    separated = method in (*STAGE_ONE, "subtract")  # other methods do not tell G from the rest that they remove
+        raise ValueError("exact can be drawn only with a denoiser's result; this result is from another method")
+    separated = method in (*STAGE_ONE, "subtract")  # other methods do not separate G from the residual
     results = {"denoised" if separated else method: result} | ({} if exact is None else {"exact": exact})
     palette = Palette([result.raw, *(one.semantic for one in results.values())])
     maps = {"raw": result.raw} | {
@@ -119,14 +120,14 @@ def _draw_rest(sheet: Sheet, result: Decomposition) -> None:
     sheet.picture(0, 5, PCABasis.fit(artifact).colours(artifact), f"artifact G, RMS {number(size)}")
     residual = result.residual
     if float(residual.norm(dim=-1).max()) < ROUNDING * float(result.raw.norm(dim=-1).max()):
-        residual = residual * 0  # after a subtraction only rounding is left, which must not be drawn as structure
+        residual = residual * 0  # after subtraction, only rounding errors remain, which must not look like structure
     scale = NormScale.fit(residual)
     heading = f"residual norm, {number(scale.low)} to {number(scale.high)}"
     sheet.picture(1, 5, scale.colours(residual), heading, bar=scale.bar)
 
 
 def _caption(result: Decomposition, aspect: float) -> str:
-    """Backbone, sizes and held-out scores, as far as known."""
+    """Backbone, sizes and held-out scores, if known."""
     info, (height, width, channels) = result.info, result.raw.shape
     backbone = info.get("backbone", {})
     parts = [shorten(str(backbone[key]), 48) for key in ("name", "weights") if backbone.get(key)]
@@ -141,7 +142,7 @@ def _caption(result: Decomposition, aspect: float) -> str:
 
 
 def _compared(result: Decomposition, exact: Decomposition | None) -> list[str]:
-    """A line about the denoiser and about stage 1 beside it; none for results of other methods."""
+    """A line about the denoiser and about stage 1; none for results of other methods."""
     denoiser = result.info.get("denoiser", {})
     parts = [f"denoiser {shorten(str(denoiser['source']), 40)}, {denoiser['digest'][:8]}"] if denoiser else []
     if exact is not None:

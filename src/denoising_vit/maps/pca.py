@@ -1,4 +1,4 @@
-"""Principal components: colours in one shared basis, and foreground by the first component."""
+"""Principal components: colours in a shared basis, and foreground by the first component."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from denoising_vit.maps.features import RESOLUTION, Features, project, robust_range, to_arrays, to_map
 
 LEAST_SPAN = 0.05
-"""Components that vary less than this share of the strongest one are not stretched to the full range of colours."""
+"""Components that vary less than this fraction of the strongest one are not stretched to the full range of colours."""
 
 
 @dataclass(frozen=True, eq=False)
 class PCABasis:
-    """Three directions in feature space, and the ranges that become red, green and blue.
+    """Three directions in feature space, and the ranges that map to red, green and blue.
 
-    The basis depends on the set of feature vectors only, not on their places: mirrored or permuted patches keep their
-    colours.
+    The basis depends only on the set of feature vectors, not on their positions: mirrored or permuted patches keep
+    their colours.
 
     Attributes:
         mean: (C,) float64.
@@ -33,11 +33,11 @@ class PCABasis:
 
     @classmethod
     def fit(cls, *features: Features, bounds: tuple[float, float] = (1.0, 99.0)) -> PCABasis:
-        """Fits one basis to all ``features`` (..., C); every vector counts once.
+        """Fit one basis to all ``features`` (..., C); every vector has the same weight.
 
         Args:
             *features: one or more maps with the same C; sizes may differ.
-            bounds: percentiles of each projection that become the darkest and the brightest value.
+            bounds: percentiles of each projection that map to the darkest and the brightest value.
 
         Raises:
             ValueError: if there are no features, their channels differ, values are not finite, or bounds are not
@@ -68,16 +68,16 @@ class PCABasis:
         return np.clip((projected - self.low) / (self.high - self.low), 0, 1)
 
     def colours(self, features: Features) -> np.ndarray:
-        """Features (h, w, C) as a picture (h, w, 3) uint8; raises ValueError as :meth:`shares` does."""
-        # A hair below, so that a component without structure, at 127.5 and some rounding, is one even grey.
+        """Features (h, w, C) as a picture (h, w, 3) uint8; ValueError as in :meth:`shares`."""
+        # Slightly below, so that a component without structure, at 127.5 plus rounding errors, is a uniform grey.
         return np.rint(self.shares(features) * 255 - 1e-3).astype(np.uint8)
 
 
 def settle_signs(directions: np.ndarray) -> np.ndarray:
-    """Flips directions (C, k) so that the largest entry of each is positive (the first of several equal ones).
+    """Flip directions (C, k) so that the largest entry of each is positive (the first of several equal ones).
 
-    Eigenvectors have an arbitrary sign. This rule needs no data, unlike the skew of the projections, so symmetric data
-    does not flip it.
+    Eigenvectors have an arbitrary sign. Unlike the skew of the projections, this rule does not depend on data, so that
+    symmetric data cannot change it.
     """
     sizes = np.abs(directions)
     largest = np.argmax(sizes >= (1 - 1e-6) * sizes.max(0), axis=0)
@@ -87,8 +87,8 @@ def settle_signs(directions: np.ndarray) -> np.ndarray:
 def _principal(covariance: np.ndarray) -> np.ndarray:
     """The three leading eigenvectors of (C, C) as columns (C, 3), zero where C < 3."""
     channels = len(covariance)
-    # Among equally strong directions an eigensolver picks a rotation by rounding error. A tilt far above rounding and
-    # far below what can be seen always picks the same one.
+    # Among equally strong directions, an eigensolver picks a rotation by rounding error. A tilt far above rounding and
+    # far below visibility makes the choice deterministic.
     tilt = 1e-8 * np.trace(covariance) * np.linspace(1, 0, channels)
     _, vectors = np.linalg.eigh(covariance + np.diag(tilt))
     leading = settle_signs(vectors[:, ::-1][:, :3])
@@ -104,7 +104,7 @@ class Foreground:
 
     Attributes:
         mean: (C,) float64.
-        direction: (C,) float64, the first principal component, pointing to the foreground; zero where nothing varies.
+        direction: (C,) float64, the first principal component, pointing to the foreground; zero if nothing varies.
         threshold: projections above it are foreground.
     """
 
@@ -114,10 +114,10 @@ class Foreground:
 
     @classmethod
     def fit(cls, *features: Features) -> Foreground:
-        """Fits Otsu's threshold (1979) to the projections of all maps (h, w, C).
+        """Fit Otsu's threshold (1979) to the projections of all maps (h, w, C).
 
-        Background reaches the border of a picture and its subject mostly does not, so the foreground is the side with
-        the smaller share of the border than of the whole.
+        The background usually reaches the border of a picture and the subject does not, so the foreground is the side
+        that covers less of the border than of the whole.
 
         Raises:
             ValueError: if a map is not (h, w, C), channels differ, or values are not finite.
@@ -127,7 +127,7 @@ class Foreground:
         direction = basis.components[:, 0]
         projected = [project(array, basis.mean, direction) for array in arrays]
         values = np.concatenate([projections.ravel() for projections in projected])
-        # Where features vary by rounding only, any direction is arbitrary: nothing is foreground.
+        # If features vary only by rounding, the direction is arbitrary, so nothing is foreground.
         if values.max() - values.min() <= RESOLUTION * float(np.sqrt((basis.mean**2).sum())):
             return cls(basis.mean, np.zeros_like(direction), 0.0)
         threshold = _otsu(values)
@@ -153,7 +153,7 @@ def _border(values: np.ndarray) -> np.ndarray:
 
 
 def _otsu(values: np.ndarray) -> float:
-    """The threshold with the greatest variance between its two sides."""
+    """The threshold with the largest variance between both sides."""
     counts, edges = np.histogram(values, _BINS)
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)[:-1].astype(np.float64)

@@ -20,17 +20,17 @@ INK, SOFT = "#1a1a1a", "#5c5c5c"
 BESIDE = "  ·  "
 """Separator of the parts of a caption."""
 STEEPEST = 4.0
-"""Pictures of aspects beyond 4:1 or 1:4 are drawn at that."""
+"""Limit of aspect ratios: pictures beyond 4:1 or 1:4 are drawn at the limit."""
 
 
 class Sheet:
-    """A figure of rows and columns, laid out in whole pixels so that patches stay sharp.
+    """A figure with rows and columns, laid out in whole pixels so that patches stay sharp.
 
     Args:
-        aspects: width over height of the pictures of each row.
+        aspects: aspect ratio (width / height) of the pictures of each row.
         columns: number of columns.
         title: a line above everything.
-        apart: column set apart from those before it.
+        apart: column with extra space before it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Sheet:
         ring: tuple[float, float] | None = None,
         bar: Bar | None = None,
     ) -> None:
-        """Draws (h, w, 3) uint8 with its heading, a ring at (y, x) in [0, 1], and a colour bar below."""
+        """Draw (h, w, 3) uint8 with its heading, a ring at (y, x) in [0, 1], and a colour bar below."""
         left, top = self._corner(row, column)
         height, width = self.box(row)
         self._canvas.picture(pixels, left, top, width, height)
@@ -72,26 +72,26 @@ class Sheet:
             self._bar(left + (width - CELL) // 2, top + height + BAR // 2, *bar)
 
     def photo(self, row: int, pixels: np.ndarray, heading: str, ring: tuple[float, float] | None = None) -> None:
-        """Draws a photo (H, W, 3) uint8 of any size in the first column."""
+        """Draw a photo (H, W, 3) uint8 of any size in the first column."""
         box, last = self.box(row), self._last_photo
         if last is None or last[0] is not pixels or last[1] != box:  # most sheets repeat one photo
             self._last_photo = last = pixels, box, _resized(pixels, *box)
         self.picture(row, 0, last[2], heading, ring=ring)
 
     def row_label(self, row: int, label: str) -> None:
-        """Writes a label along the left edge of a row."""
+        """Write a label along the left edge of a row."""
         top = self._corner(row, 0)[1]
         self._text(LEFT * 0.55, top + self.box(row)[0] / 2, label, size=11, bold=True, upward=True)
 
     def caption(self, *lines: str) -> None:
-        """Writes lines at the bottom, each broken in two where it is too long."""
+        """Write lines at the bottom, each split in two if it is too long."""
         fitting = [part for line in lines for part in halved(line, int((self._width - LEFT - RIGHT) / LETTER))]
         for place, line in enumerate(fitting):
             below = (place - (len(fitting) - 1) / 2) * LINE
             self._text(LEFT, self._height - CAPTION * 0.5 + below, line, size=8, colour=SOFT, align="left")
 
     def save(self, path: str | Path, suffix: str = ".png") -> None:
-        """Writes a PNG, PDF or SVG, by the suffix."""
+        """Write a PNG, PDF or SVG, depending on the suffix."""
         self._canvas.save(path, suffix)
 
     def _bar(self, left: int, top: int, colours: str, span: tuple[float, float]) -> None:
@@ -112,7 +112,7 @@ class Sheet:
 
 
 def draw_rows(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | Path) -> None:
-    """Draws named rows of pictures (H, W, 3) uint8 as a PNG; each row at the aspect of its first picture, a photo.
+    """Draw named rows of pictures (H, W, 3) uint8 as a PNG; each row has the aspect ratio of its photo.
 
     Args:
         headings: headings of the columns after the photo's.
@@ -135,17 +135,17 @@ def draw_rows(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[np.nda
 
 
 def drawn_aspect(aspect: float) -> float:
-    """The aspect at which a photo is drawn, 1:4 to 4:1."""
+    """The aspect ratio at which a photo is drawn, 1:4 to 4:1."""
     return min(max(aspect, 1 / STEEPEST), STEEPEST)
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where that is readable."""
+    """Format with three significant digits, without an exponent if that is readable."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}".replace("-", "−")
 
 
 def halved(line: str, longest: int) -> list[str]:
-    """The line, or its parts on two lines where it is too long."""
+    """The line, or two lines if it is too long."""
     parts = line.split(BESIDE)
     if len(line) <= longest or len(parts) == 1:
         return [line]
@@ -154,14 +154,14 @@ def halved(line: str, longest: int) -> list[str]:
 
 
 def shorten(text: str, longest: int) -> str:
-    """The text, without its middle where it is too long."""
+    """The text, without its middle if it is too long."""
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """A photo (H, W, 3) uint8 as (height, width, 3)."""
-    # Thinned before it is resized: a 100-megapixel copy for a thumbnail is wasteful.
+    # Subsample before resizing, to avoid a 100-megapixel copy for a thumbnail.
     rows, columns = (max(1, side // (4 * goal)) for side, goal in zip(pixels.shape, (height, width), strict=False))
     image = Image.fromarray(np.ascontiguousarray(pixels[::rows, ::columns]))
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))

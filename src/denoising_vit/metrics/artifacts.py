@@ -1,4 +1,4 @@
-"""All label-free metrics of one source of features; none of them is meaningful alone."""
+"""All label-free metrics of one source of features; none of them is meaningful on its own."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from denoising_vit.metrics.tokens import (
     shared_pattern,
 )
 
-#: Directions of the response to images without content for the leakage.
+#: Number of directions of the response to images without content, for the leakage.
 LEAKAGE_RANK = 8
 
-#: Neighbours of the position probe, fewer for small grids.
+#: Number of neighbours of the position probe; fewer for small grids.
 NEIGHBOURS = 20
 
-#: Images for the maximal information coefficient, which takes seconds for each.
+#: Number of images for the maximal information coefficient, which takes seconds per image.
 MIC_IMAGES = 4
 
-#: Directions with a smaller share of the responses' norm are rounding errors.
+#: Directions with a smaller fraction of the responses' norm are rounding errors.
 _FLAT = 1e-4
 
 
 @dataclass(frozen=True)
 class ArtifactMetrics:
-    """Label-free metrics. See :mod:`denoising_vit.metrics.tokens` for the useless maps that get the best value of each.
+    """Label-free metrics. :mod:`denoising_vit.metrics.tokens` lists a useless map with the best value of each.
 
     Attributes:
         shared: energy of the pattern shared by all images, relative to a token's; 0 after subtracting means.
         linear_position: R^2 of a linear probe for the position in the view; 0 after subtracting means.
         neighbour_position: R^2 of a nearest-neighbour probe for the position.
-        mic: largest maximal information coefficient of a channel with the position, mean over x and y, in [0, 1].
-        leakage: share of the features' energy in the directions of responses to black and mean images; None if flat.
-        outliers_high: share of tokens with norms far above the others.
-        outliers_low: share of tokens with norms far below the others.
-        consistency: R^2 of features of the same place between two views; None without a second view.
+        mic: maximal information coefficient with the position of the best channel, mean over x and y, in [0, 1].
+        leakage: fraction of the features' energy in the directions of responses to black and mean images; None if flat.
+        outliers_high: fraction of tokens with norms far above the others.
+        outliers_low: fraction of tokens with norms far below the others.
+        consistency: R^2 between features at the same position in two views; None without a second view.
         effective_rank: RankMe, 1 to C.
         neighbour_similarity: mean cosine of adjacent patches.
-        detail: share of the variance in differences of adjacent patches.
-        blank_variance: share of raw's variance over places that is left on images without content. This and the next
-            four are those of :func:`~denoising_vit.metrics.blank_test.blank_figures`; None without a single pass.
+        detail: fraction of the variance in differences of adjacent patches.
+        blank_variance: fraction of raw's variance over positions that remains on images without content. This and the
+            next four are from :func:`~denoising_vit.metrics.blank_test.blank_figures`; None without a single pass.
         blank_detail: the same for high frequencies.
         blurred_detail: the same for high frequencies on heavily blurred photos.
-        shift_change: change of features at the same place of a photo shifted by part of a patch, relative to raw's.
-        photo_variance: share of raw's variance over places that is left on photos; the four above are 0 for a
+        shift_change: change of features at the same position of a photo under sub-patch shifts, relative to raw's.
+        photo_variance: fraction of raw's variance over positions that remains on photos; the four above are 0 for a
             constant map.
     """
 
@@ -78,7 +78,7 @@ class ArtifactMetrics:
 
     @property
     def outliers(self) -> float:
-        """Share of tokens with outlying norms."""
+        """Fraction of tokens with outlying norms."""
         return self.outliers_high + self.outliers_low
 
 
@@ -90,10 +90,10 @@ def artifact_metrics(
     Args:
         features: features of at least 8 images, (N, h, w, C); preferably of crops whose position is independent of
             their content. Probes are fitted and tested within each half of the images, and averaged: if each half was
-            cleaned with the artifact found in the other, no probe sees an artifact estimated from its own images
-            (errors would be opposite in training and test images).
+            cleaned with the artifact of the other, no probe sees an artifact estimated from its own images (errors
+            would be opposite in training and test images).
         responses: the backbone's features of images without content, (M, h, w, C).
-        pair: features of the same places in two views, (n, h, w, C) each.
+        pair: features at the same positions in two views, (n, h, w, C) each.
         seed: seed for the probes.
 
     Raises:

@@ -1,12 +1,12 @@
-"""The blank-image test: artifacts left on images whose clean features are known, relative to raw features.
+"""The blank-image test: remaining artifacts on images whose clean features are known, relative to raw features.
 
-Clean features of a content-free image are the same everywhere, for any model, so what varies from place to place is
-artifact. Such images need no label, and they are training pairs with targets free of artifacts.
+Clean features of a content-free image are the same everywhere, for any model, so any variation over positions is an
+artifact. Such images need no labels, and are training pairs with artifact-free targets.
 
-Of the figures, four are lower for cleaner features, and 0 for a constant map: low values alone do not make good
-features. ``photo_variance`` belongs beside them: the share of the variance over places that is left where there is
-content. Under fine noise patches still differ a little by chance, and heavily blurred photos still have soft gradients,
-so only high frequencies are measured on the latter.
+Four of the metrics are lower for cleaner features, and 0 for a constant map, so low values alone do not mean good
+features. Read them together with ``photo_variance``: the fraction of the variance over positions that remains where
+there is content. Under fine noise, patches still differ a little by chance, and heavily blurred photos still have soft
+gradients, so only high frequencies are measured on the latter.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.nn.functional import avg_pool2d, interpolate
 from denoising_vit.backbones import Backbone
 from denoising_vit.views.rendering import per_channel, to_image
 
-#: Version of the images and figures, recorded with results.
+#: Version of the images and metrics, recorded with results.
 BLANK_TEST = 1
 
-#: Number of photos that are blurred and shifted.
+#: Number of photos to blur and shift.
 BLANK_PHOTOS = 4
 
 #: Black, grey, white, and a few colours.
@@ -38,28 +38,29 @@ _COLOURS = (
     (0.3, 0.5, 0.9),
 )
 
-#: Contrast of noise around grey, and sides of its grains in pixels. More contrast makes patches differ by chance.
+#: Contrast of noise around grey, and sides of its grains in pixels. Higher contrast makes patches differ by chance.
 _CONTRAST, _GRAINS = 0.01, (1, 3)
 
-#: Side in pixels that a photo is reduced to before it is enlarged again.
+#: Side in pixels to which a photo is downscaled before it is upscaled again.
 _BLUR = 4
 
-#: Shifts of photos along both sides, as a share of the patch stride.
+#: Shifts of photos along both axes, as fractions of the patch stride.
 _PARTS = (0.25, 0.5)
 
-#: Raw features with a variance over places below this share of their mean square are flat: no share of it is defined.
+#: Raw features whose variance over positions is below this fraction of their mean square are flat: ratios are
+#: undefined.
 _FLAT = 1e-8
 
-#: Images per forward pass.
+#: Number of images per forward pass.
 _BATCH = 4
 
-#: Share of single-coloured images among random ones, and share of black, grey and white among these.
+#: Fraction of single-coloured images among random ones, and fraction of black, grey and white among these.
 _UNIFORM, _GREY = 0.6, 0.25
 
-#: Widest grain of noise in pixels: a patch contains many grains, so patches differ only by chance.
+#: Maximum grain of noise in pixels: a patch contains many grains, so patches differ only by chance.
 _WIDEST_GRAIN = 4
 
-#: Least and largest standard deviation of the noise of random images.
+#: Minimum and maximum standard deviation of the noise in random images.
 _RANDOM_CONTRAST = 0.01, 0.3
 
 
@@ -71,7 +72,7 @@ class BlankProbe:
         blank: images of one colour, then fine noise.
         blurred: photos without detail; empty if no photos were given.
         shifted: the unchanged photos, then the photos with each shift.
-        shifts: shifts along both sides, as a share of the patch stride.
+        shifts: shifts along both axes, as fractions of the patch stride.
     """
 
     blank: Tensor
@@ -86,7 +87,7 @@ class BlankProbe:
         Args:
             backbone: the backbone.
             size: (H, W) of the images.
-            photos: (H, W, 3) uint8; the first BLANK_PHOTOS are blurred and shifted.
+            photos: (H, W, 3) uint8; the first BLANK_PHOTOS of them are blurred and shifted.
         """
         mean, std = (per_channel(values) for values in (backbone.mean, backbone.std))
         steps = sorted({max(1, int(part * backbone.stride)) for part in _PARTS})
@@ -114,7 +115,7 @@ class BlankProbe:
 
 
 def blank_figures(features: BlankProbe, raw: BlankProbe) -> dict[str, float | None]:
-    """Figures of features relative to raw features of the same images: 1 is as raw, 0 is best.
+    """Metrics of features relative to raw features of the same images: 1 is like raw, 0 is best.
 
     Args:
         features: result of :meth:`BlankProbe.through`.
@@ -123,12 +124,13 @@ def blank_figures(features: BlankProbe, raw: BlankProbe) -> dict[str, float | No
     Returns:
         By name, None if raw features are flat, the grid is too small, or there are no photos:
 
-        - ``blank_variance``: share of raw's variance over places that is left on one-coloured images and noise;
+        - ``blank_variance``: fraction of raw's variance over positions that remains on single-coloured images and
+          noise;
         - ``blank_detail``: the same for high frequencies; grids of at least 3 x 3;
         - ``blurred_detail``: the same for high frequencies on heavily blurred photos;
-        - ``shift_change``: squared change of features at the same place of a photo shifted by part of a patch,
-          relative to raw's; both include the error of interpolating between patches;
-        - ``photo_variance``: share of raw's variance over places that is left on photos: the content.
+        - ``shift_change``: squared change of features at the same position of a photo under sub-patch shifts, relative
+          to raw's; both include the error of interpolating between patches;
+        - ``photo_variance``: fraction of raw's variance over positions that remains on photos: the content.
     """
     fine = min(raw.blank.shape[1:3]) >= 3
     return {
@@ -141,7 +143,7 @@ def blank_figures(features: BlankProbe, raw: BlankProbe) -> dict[str, float | No
 
 
 def shift_change(features: BlankProbe) -> float:
-    """Mean squared change of features (B, h, w, C) at the same place over all shifts; grids of at least 2 x 2.
+    """Mean squared change of features (B, h, w, C) at the same position over all shifts; grids of at least 2 x 2.
 
     Features of the unchanged photo are interpolated linearly between patches.
     """
@@ -156,7 +158,7 @@ def shift_change(features: BlankProbe) -> float:
 
 
 def _between(features: Tensor, part: float) -> Tensor:
-    """Features part of the way to the next patch along both sides: (B, h, w, C) -> (B, h - 1, w - 1, C)."""
+    """Features at a fraction of the way to the next patch along both axes: (B, h, w, C) -> (B, h - 1, w - 1, C)."""
     down = torch.lerp(features[:, :-1], features[:, 1:], part)
     return torch.lerp(down[:, :, :-1], down[:, :, 1:], part)
 
@@ -203,7 +205,7 @@ def _through(extractor: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def uniform_images(colours: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images of one colour each, (B, 3, H, W) in [0, 1], from colours (B, 3) in [0, 1]."""
+    """Single-coloured images (B, 3, H, W) in [0, 1], from colours (B, 3) in [0, 1]."""
     return colours[:, :, None, None].expand(-1, -1, *size).clone()
 
 
@@ -230,9 +232,9 @@ def random_blank_images(
 ) -> Tensor:
     """Random uniform colours and fine noise, (B, 3, H, W) float32 in [0, 1], on the CPU; fixed by the seed.
 
-    The shipped denoiser was trained with the default contrast. Above about 0.01, features of noise differ from patch to
-    patch by chance, and a target that is the same everywhere teaches a denoiser to remove these differences as well:
-    with the default, 40 % of all images. Lower the upper limit for images without any content.
+    The shipped denoiser was trained with the default contrast. Above about 0.01, features of noise differ between
+    patches by chance, and a target that is the same everywhere also trains a denoiser to remove these differences: with
+    the default, for 40 % of all images. Lower the upper limit for images without any content.
 
     Args:
         count: number of images.
@@ -256,12 +258,12 @@ def random_blank_images(
 
 
 def variance_over_places(features: Tensor) -> float:
-    """Variance of features (B, h, w, C) over places, averaged over images and channels."""
+    """Variance of features (B, h, w, C) over positions, averaged over images and channels."""
     return float(features.double().flatten(1, 2).var(1, correction=0).mean())
 
 
 def high_frequencies(features: Tensor) -> float:
-    """The same after subtracting a 3 x 3 mean: differences from patch to patch."""
+    """The same variance after subtracting a 3 x 3 mean: differences between adjacent patches."""
     planes = features.double().permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
     smooth = avg_pool2d(planes, 3, stride=1)
     return float((planes[..., 1:-1, 1:-1] - smooth).square().mean())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 
-#: Variance below this share of the mean square is rounding error; its square root is 16 steps of float32.
+#: Variance below this fraction of the mean square is rounding error; its square root is 16 steps of float32.
 _ROUNDING = 1e-12
 
 
@@ -26,8 +26,8 @@ def checked(features: Tensor, name: str = "features") -> Tensor:
     mean_square = sum(float(image.double().square().sum()) for image in features) / features[..., 0].numel()
     if variance <= _ROUNDING * mean_square:
         raise EvaluationError(
-            f"constant output: all {features[..., 0].numel()} tokens of {name} are the same, so there is nothing to "
-            "measure; check the weights and the input"
+            f"constant output: all {features[..., 0].numel()} tokens of {name} are the same; check the weights and the "
+            "input"
         )
     return features
 
@@ -39,7 +39,7 @@ def checked_finite(features: Tensor, name: str = "features") -> Tensor:
         EvaluationError: if the shape differs, or a value is not finite.
     """
     if features.ndim != 4 or 0 in features.shape:
-        raise EvaluationError(f"expected {name} of shape (N, h, w, C), none of them 0, got {tuple(features.shape)}")
+        raise EvaluationError(f"expected {name} of non-empty shape (N, h, w, C), got {tuple(features.shape)}")
     features = features.detach().to("cpu", torch.float32)
     finite = torch.isfinite(features)
     if not finite.all():
@@ -53,7 +53,7 @@ def checked_finite(features: Tensor, name: str = "features") -> Tensor:
 def moments(features: Tensor) -> tuple[Tensor, float]:
     """Mean (C,) of all tokens of (N, h, w, C), and their variance summed over channels, in float64."""
     tokens = features[..., 0].numel()
-    # Image by image: a float64 copy of all features would be twice their size.
+    # Image by image, because a float64 copy of all features would be twice their size.
     mean = torch.stack([image.double().sum((0, 1)) for image in features]).sum(0) / tokens
     variance = sum(float((image.double() - mean).square().sum()) for image in features) / tokens
     return mean, variance

@@ -4,11 +4,11 @@ MIC (Reshef et al., Science 2011) is the largest mutual information between two 
 k l <= B, each divided by its upper bound log min(k, l). Appendix A.4 of Denoising Vision Transformers takes its maximum
 over channels as a measure of position artifacts, with B = (h w)^0.6.
 
-This is MIC_e (Reshef et al., JMLR 2016): the axis with more bins is cut into bins of equal mass, the other optimally.
-It is a consistent estimator of the same quantity, and takes 2 s for 384 channels of a 37 x 37 grid instead of 45 s for
-the original search in C. Its values are lower (0.03 instead of 0.12 for noise of that size), so they cannot be compared
-with the paper's table. No library is used: minepy does not build on Python 3.11 or later, fast-mine has one release and
-needs numba, and both are GPL.
+This is MIC_e (Reshef et al., JMLR 2016): the axis with more bins is divided into bins of equal mass, the other
+optimally. It is a consistent estimator of the same quantity, and takes 2 s for 384 channels of a 37 x 37 grid instead
+of 45 s for the original search in C. Its values are lower (0.03 instead of 0.12 for noise of that size), so they are
+not comparable with the paper's table. No library is used: minepy does not build on Python 3.11 or later, fast-mine has
+a single release and needs numba, and both are GPL.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked
 
-#: Candidate cuts of the optimal axis: this many per bin, and at least _LEAST_CLUMPS in all.
+#: Candidate cuts of the optimal axis: number per bin, and minimum _LEAST_CLUMPS in total.
 _CLUMPS_PER_BIN = 5
 _LEAST_CLUMPS = 40
 
-#: Channels per batch: memory against time in loops.
+#: Number of channels per batch, a trade-off between memory and time in loops.
 _CHUNK = 64
 
 
@@ -37,7 +37,7 @@ def mic(a: Tensor | np.ndarray, b: Tensor | np.ndarray, exponent: float = 0.6) -
 
     1 for a noiseless monotonic relation of an even number of distinct values, and near 1 for others with many points.
     For independent pairs it is about 0.12 with 100 points, 0.065 with 400, 0.035 with 1,369. Equal values stay in one
-    bin. Up to 40 points, all cuts of the optimal axis are tried; beyond that, at least 40 quantiles.
+    bin. For up to 40 points, all cuts of the optimal axis are tried; for more, at least 40 quantiles.
 
     Args:
         a: (n,) values.
@@ -52,9 +52,9 @@ def mic(a: Tensor | np.ndarray, b: Tensor | np.ndarray, exponent: float = 0.6) -
     """
     first, second = (torch.as_tensor(values).detach().cpu().double().numpy() for values in (a, b))
     if first.ndim != 1 or first.shape != second.shape or len(first) < 4:
-        raise EvaluationError(f"expected two vectors of one length, 4 or more, got {first.shape} and {second.shape}")
+        raise EvaluationError(f"expected two vectors of equal length, at least 4, got {first.shape} and {second.shape}")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise EvaluationError("MIC needs finite values")
+        raise EvaluationError("expected finite values for MIC")
     return float(_mic_of_rows(first[None], second, exponent)[0])
 
 
@@ -62,7 +62,8 @@ def position_mic(features: Tensor, exponent: float = 0.6) -> float:
     """MIC of the best channel with a patch's position, as in appendix A.4 of Denoising Vision Transformers.
 
     Mean over images and over x and y of the largest MIC_e of any channel with that coordinate. For 384 channels of
-    independent normal features on 37 x 37 patches it is 0.05, and 0.9995 for a channel equal to x, as 37 columns cannot
+    independent normal features on 37 x 37 patches it is 0.05, and 0.9995 for a channel equal to x, because 37 columns
+    cannot
     be halved. Takes about 2 s per image of that size.
 
     Args:
@@ -73,15 +74,15 @@ def position_mic(features: Tensor, exponent: float = 0.6) -> float:
         In [0, 1]; 0 for constant channels.
 
     Raises:
-        EvaluationError: if features are not finite, constant, or of another shape.
+        EvaluationError: if features are not finite, constant, or misshapen.
     """
     features = checked(features)
     _, h, w, channels = features.shape
     if h * w < 4:
-        raise EvaluationError(f"MIC needs a grid of 4 patches or more, got {h} x {w}")
+        raise EvaluationError(f"MIC needs a grid of at least 4 patches, got {h} x {w}")
     y, x = np.divmod(np.arange(h * w), w)
     rows = [image.reshape(h * w, channels).T.numpy() for image in features]  # (h, w, C) -> (C, h w)
-    with ThreadPoolExecutor() as pool:  # NumPy itself uses one core here
+    with ThreadPoolExecutor() as pool:  # NumPy uses one core here
         found = pool.map(lambda pair: _mic_of_rows(pair[0], pair[1], exponent).max(), itertools.product(rows, (x, y)))
         return float(np.mean(list(found)))
 
@@ -93,7 +94,7 @@ def _mic_of_rows(values: np.ndarray, other: np.ndarray, exponent: float) -> np.n
     n = len(other)
     cells = max(math.floor(n**exponent + 1e-9), 4)  # 32^0.6 is 8, not 7.999...
     clumps = max(_LEAST_CLUMPS, _CLUMPS_PER_BIN * math.isqrt(cells))
-    entropy_terms = np.arange(n + 1) * np.log(np.maximum(np.arange(n + 1), 1))  # m log m, for every count there can be
+    entropy_terms = np.arange(n + 1) * np.log(np.maximum(np.arange(n + 1), 1))  # m log m, for every possible count
     other_ranks = _mid_ranks(other[None])
     best = []
     for start in range(0, len(values), _CHUNK):

@@ -1,8 +1,8 @@
 """Position probes: how well features predict the position of a patch in the grid.
 
-Neither probe is meaningful alone: a nearly constant map has no position in it either. Subtracting the mean over images
-per position removes every linear trace of position by construction, so the linear probe is then 0 even if the position
-can still be predicted, as the neighbour probe shows.
+Neither probe is meaningful on its own: a nearly constant map also has no position information. Subtracting the mean
+over images per position removes every linear trace of position by construction, so the linear probe is then 0 even if
+the position can still be predicted, as the neighbour probe shows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _LEAST_IMAGES = 2
 def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> float:
     """R^2 of a ridge regression from a patch's features to its position, mean over x and y.
 
-    Subtracting the mean over images per position makes this 0 by construction, as the rest is uncorrelated with any
+    Subtracting the mean over images per position makes this 0 by construction, because the rest is uncorrelated with
+    any
     function of the position. Use it together with :func:`neighbour_position_r2`.
 
     Args:
@@ -33,12 +34,13 @@ def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> f
         1 for perfect prediction, 0 for none; negative if worse than the centre of the grid.
 
     Raises:
-        EvaluationError: if there are fewer than 2 images on either side, the grid has a side of 1, or features are not
+        EvaluationError: if there are fewer than 2 images for training or testing, the grid has a side of 1, or features
+            are not
             finite or constant.
     """
     features = _checked_split(features, train)
     if ridge < 0:
-        raise EvaluationError(f"ridge must be 0 or more, got {ridge}")
+        raise EvaluationError(f"ridge must be at least 0, got {ridge}")
     places = _places(features)  # (h w, 2)
     centred_places = places - places.mean(0)
     mean, _ = moments(features[:train])
@@ -70,37 +72,37 @@ def neighbour_position_r2(
 
     Args:
         features: (N, h, w, C); centred per channel with the mean of the training images.
-        train: number of first images to search neighbours in; positions in the others are predicted.
+        train: number of first images to search for neighbours; positions in the others are predicted.
         neighbours: number of neighbours.
-        tokens_per_image: patches drawn per image, at most all.
-        seed: seed for the draw, the same for any features of the same shape.
+        tokens_per_image: number of patches drawn per image, at most all.
+        seed: seed for the draw, which is the same for all features of the same shape.
 
     Returns:
         1 for perfect prediction; about -1 / k, the average of k random positions, for none.
 
     Raises:
-        EvaluationError: if there are fewer than 2 images on either side, or than ``neighbours`` training patches, the
-            grid has a side of 1, or features are not finite or constant.
+        EvaluationError: if there are fewer than 2 images for training or testing, or fewer training patches than
+            ``neighbours``, the grid has a side of 1, or features are not finite or constant.
     """
     from sklearn.neighbors import KNeighborsRegressor  # takes a second to import
 
     features = _checked_split(features, train)
     if neighbours < 1 or tokens_per_image < 1:
         raise EvaluationError(
-            f"neighbours and tokens_per_image must be 1 or more, got {neighbours} and {tokens_per_image}"
+            f"neighbours and tokens_per_image must be at least 1, got {neighbours} and {tokens_per_image}"
         )
     places = _places(features)
     drawn = _drawn(len(features), len(places), tokens_per_image, seed)  # (N, t)
     if drawn[:train].numel() < neighbours:
         raise EvaluationError(
-            f"{neighbours} neighbours need as many training patches, got {drawn[:train].numel()}; take more images, or "
-            "fewer neighbours"
+            f"expected at least {neighbours} training patches for {neighbours} neighbours, got "
+            f"{drawn[:train].numel()}; use more images or fewer neighbours"
         )
     mean, _ = moments(features[:train])
     tokens = torch.stack([image.flatten(0, 1)[index] for image, index in zip(features, drawn, strict=True)])
     tokens = torch.nn.functional.normalize(tokens.double() - mean, dim=-1).float()  # (N, t, C)
     targets = places[drawn]  # (N, t, 2)
-    # On unit vectors the order by distance is the order by cosine; scikit-learn's fast path is the distance.
+    # On unit vectors, the order by distance equals the order by cosine; scikit-learn is faster for distances.
     probe = KNeighborsRegressor(neighbours, algorithm="brute", metric="euclidean")
     probe.fit(tokens[:train].flatten(0, 1).numpy(), targets[:train].flatten(0, 1).numpy())
     predicted = torch.from_numpy(np.asarray(probe.predict(tokens[train:].flatten(0, 1).numpy())))
@@ -132,7 +134,7 @@ def _places(features: Tensor) -> Tensor:
 
 def _drawn(images: int, patches: int, count: int, seed: int) -> Tensor:
     """Random patches of each image: (images, count) indices without repeats."""
-    # NumPy guarantees only RandomState's streams never to change.
+    # NumPy guarantees unchanged streams only for RandomState.
     stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     return torch.from_numpy(stream.random_sample((images, patches)).argsort(axis=1)[:, :count].copy())
 

@@ -1,4 +1,4 @@
-"""Seams: how much larger steps between neighbouring patches are across the borders of tiles than elsewhere."""
+"""Seams: size of steps between neighbouring patches across tile borders, relative to those elsewhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from denoising_vit.errors import EvaluationError
 
 
 def seam_ratio(features: Tensor, rows: Sequence[int], columns: Sequence[int]) -> float:
-    """Mean norm of steps between neighbouring patches across borders of tiles, over that of all other steps.
+    """Mean norm of steps between neighbouring patches across tile borders, over that of all other steps.
 
     Args:
         features: (h, w, C).
-        rows: every row k such that a border of tiles lies between rows k and k + 1.
-        columns: the same of columns.
+        rows: every row k with a tile border between rows k and k + 1.
+        columns: every column k with a tile border between columns k and k + 1.
 
     Returns:
-        1 without seams, unless the content has edges just there; above 1 with.
+        1 without seams, unless the content has edges exactly there; above 1 with seams.
 
     Raises:
         EvaluationError: if there is no border, or no step elsewhere.
@@ -33,5 +33,5 @@ def seam_ratio(features: Tensor, rows: Sequence[int], columns: Sequence[int]) ->
         within.append(steps[~border].flatten())
     there, elsewhere = torch.cat(across), torch.cat(within)
     if not len(there) or not float(elsewhere.sum()):
-        raise EvaluationError("expected borders of tiles and steps between patches elsewhere; the ratio needs both")
+        raise EvaluationError("expected both tile borders and steps between patches elsewhere")
     return float(there.mean() / elsewhere.mean())

@@ -1,6 +1,6 @@
 """Label-free metrics of feature maps: outlier norms, spread, smoothness, shared patterns, consistency.
 
-No metric is meaningful alone, as a useless map gets the best value of each:
+No metric is meaningful on its own, because a useless map gets the best value of each:
 
 - position probes and MIC (``position.py``, ``mic.py``), leakage and shared energy: a nearly constant map, or noise;
 - neighbour similarity: a blurred or nearly constant map;
@@ -8,7 +8,7 @@ No metric is meaningful alone, as a useless map gets the best value of each:
 - effective rank and detail: white noise.
 
 An artifact is removed if position, outliers and leakage fall while effective rank and detail do not. Constant maps are
-refused: ``constant output``.
+rejected: ``constant output``.
 
 All features are (N, h, w, C), moved to the CPU in float32; sums are in float64.
 """
@@ -28,7 +28,7 @@ from denoising_vit.metrics.checks import checked, checked_finite, moments
 #: Norms within this factor (as a logarithm) of the median are never outliers.
 _LEAST_SPREAD = 1e-3
 
-#: Minimum number of images for comparing two halves.
+#: Minimum number of images to compare two halves.
 _LEAST_IMAGES = 4
 
 #: Larger norms are scaled down to this multiple of the median.
@@ -37,11 +37,11 @@ _LONGEST = 3.0
 
 @dataclass(frozen=True)
 class OutlierShare:
-    """Share of tokens with outlying norms.
+    """Fraction of tokens with outlying norms.
 
     Attributes:
-        high: share above the bound, as in DINOv2 and DeiT-III.
-        low: share below the bound, as in CLIP.
+        high: fraction above the bound, as in DINOv2 and DeiT-III.
+        low: fraction below the bound, as in CLIP.
     """
 
     high: float
@@ -49,15 +49,15 @@ class OutlierShare:
 
     @property
     def total(self) -> float:
-        """Share of all outliers."""
+        """Fraction of all outliers."""
         return self.high + self.low
 
 
 def outlier_share(features: Tensor, bound: float = 5.0) -> OutlierShare:
-    """Share of tokens with a log-norm outside of median +- bound x 1.4826 MAD of all log-norms.
+    """Fraction of tokens with a log-norm outside median +- bound x 1.4826 MAD of all log-norms.
 
-    High-norm tokens are those of Darcet et al., Vision Transformers Need Registers (ICLR 2024), who use a threshold
-    fixed by hand for each model. With the default bound, 6e-7 of log-normal norms are outliers. The deviation is at
+    High-norm tokens are those of Darcet et al., Vision Transformers Need Registers (ICLR 2024), who choose a threshold
+    by hand for each model. With the default bound, 6e-7 of log-normal norms are outliers. The deviation is at
     least 0.1 % of the norm (unit-norm features: MAD = 0).
 
     Args:
@@ -65,10 +65,10 @@ def outlier_share(features: Tensor, bound: float = 5.0) -> OutlierShare:
         bound: number of robust standard deviations.
 
     Returns:
-        Shares in [0, 1], at most about half, as the median is assumed to be clean.
+        Fractions in [0, 1], at most about half, because the median is assumed to be clean.
 
     Raises:
-        EvaluationError: if features are not finite, constant or of another shape, or the bound is not positive.
+        EvaluationError: if features are not finite, constant or misshapen, or the bound is not positive.
     """
     if not bound > 0:
         raise EvaluationError(f"bound must be positive, got {bound}")
@@ -83,7 +83,7 @@ def outlier_share(features: Tensor, bound: float = 5.0) -> OutlierShare:
 def effective_rank(features: Tensor) -> float:
     """RankMe: the exponential of the entropy of the singular values, normalised to sum to one.
 
-    Garrido et al., RankMe (ICML 2023), of the matrix of all tokens (N h w, C). Not centred, as published: a large
+    Garrido et al., RankMe (ICML 2023), of the matrix of all tokens (N h w, C). Not centred, as published, so a large
     common mean lowers the value. Singular values come from the C x C Gram matrix in float64.
 
     Args:
@@ -93,7 +93,7 @@ def effective_rank(features: Tensor) -> float:
         A number in [1, min(N h w, C)].
 
     Raises:
-        EvaluationError: if features are not finite, constant, or of another shape.
+        EvaluationError: if features are not finite, constant, or misshapen.
     """
     features = checked(features)
     singular = torch.linalg.eigvalsh(_gram(features, torch.zeros(features.shape[-1]))).clamp(min=0).sqrt()
@@ -110,10 +110,10 @@ def neighbour_similarity(features: Tensor) -> float:
         features: (N, h, w, C), more than one patch.
 
     Returns:
-        In [-1, 1]: 0 for white noise, towards 1 for blurred maps. Neither is good by itself.
+        In [-1, 1]: 0 for white noise, towards 1 for blurred maps. Neither extreme is good.
 
     Raises:
-        EvaluationError: if features are not finite, constant, or of another shape.
+        EvaluationError: if features are not finite, constant, or misshapen.
     """
     features = _checked_pairs(features)
     mean, _ = moments(features)
@@ -127,7 +127,7 @@ def neighbour_similarity(features: Tensor) -> float:
 
 
 def detail(features: Tensor) -> float:
-    """Share of the variance in differences of adjacent patches: mean squared difference / (2 x variance).
+    """Fraction of the variance in differences of adjacent patches: mean squared difference / (2 x variance).
 
     Args:
         features: (N, h, w, C), more than one patch; invariant to shift, scale and rotation of the channels.
@@ -136,7 +136,7 @@ def detail(features: Tensor) -> float:
         0 or more: 1 for white noise, towards 0 for blurred maps, about 2 for a checkerboard.
 
     Raises:
-        EvaluationError: if features are not finite, constant, or of another shape.
+        EvaluationError: if features are not finite, constant, or misshapen.
     """
     features = _checked_pairs(features)
     _, variance = moments(features)
@@ -151,14 +151,14 @@ def detail(features: Tensor) -> float:
 def typical_energy(features: Tensor) -> float:
     """Median squared distance of a token from the median token: a variance robust to outliers.
 
-    1 % of tokens with ten times the norm of the others double the variance but do not change this. If most tokens are
-    the same (empty backgrounds) and the median is zero, it is the variance.
+    1 % of tokens with ten times the norm of the others double the variance but do not change this value. If most tokens
+    are the same (empty backgrounds) and the median is zero, the variance is returned.
 
     Args:
         features: (N, h, w, C).
 
     Raises:
-        EvaluationError: if features are not finite, constant, or of another shape.
+        EvaluationError: if features are not finite, constant, or misshapen.
     """
     features = checked(features)
     tokens = features.flatten(0, 2)  # (N h w, C)
@@ -167,11 +167,11 @@ def typical_energy(features: Tensor) -> float:
 
 
 def shared_pattern(features: Tensor) -> float:
-    """Energy of the pattern shared by all images at each place, relative to the typical energy of a token.
+    """Energy of the pattern shared by all images at each position, relative to the typical energy of a token.
 
-    Product of the means over each half of the images, place by place: contents of the halves are independent, so
+    Product of the means over each half of the images, position by position: contents of the halves are independent, so
     features without a shared pattern give zero on average. Images are assigned to halves in pairs, so that two
-    alternating kinds are in both.
+    alternating kinds of images are in both halves.
 
     Args:
         features: (N, h, w, C), N at least 4; of crops whose position is independent of their content.
@@ -184,7 +184,7 @@ def shared_pattern(features: Tensor) -> float:
     """
     features = checked(features)
     if len(features) < _LEAST_IMAGES:
-        raise EvaluationError(f"a shared pattern takes {_LEAST_IMAGES} images at least, got {len(features)}")
+        raise EvaluationError(f"a shared pattern needs at least {_LEAST_IMAGES} images, got {len(features)}")
     # Outliers are measured elsewhere and would add noise here.
     limit = float(features.norm(dim=-1).median()) * _LONGEST
     bounded = features * (limit / features.norm(dim=-1, keepdim=True).clamp(min=limit))
@@ -195,16 +195,16 @@ def shared_pattern(features: Tensor) -> float:
 
 
 def leakage(features: Tensor, responses: Tensor, rank: int) -> float:
-    """Black-image leakage: share of the features' energy in the directions of responses to empty images.
+    """Black-image leakage: fraction of the features' energy in the directions of responses to empty images.
 
-    Features of an image without content (all black, all mean) differ from patch to patch by position alone. This is
-    the share of the centred features' energy in the subspace of the ``rank`` first principal directions of these
-    differences. Not from a paper; a random subspace has rank / C of any features' energy on average.
+    Features of an image without content (all black, all mean) differ between patches only by position. This is the
+    fraction of the centred features' energy in the subspace of the first ``rank`` principal directions of these
+    differences. Not from a paper; on average, a random subspace has rank / C of any features' energy.
 
     Args:
         features: (N, h, w, C); centred per channel over all tokens.
         responses: features of images without content, (M, h', w', C); each centred over its positions.
-        rank: dimensions of the subspace, 1 to C.
+        rank: dimension of the subspace, 1 to C.
 
     Returns:
         In [0, 1].
@@ -221,13 +221,13 @@ def leakage(features: Tensor, responses: Tensor, rank: int) -> float:
         raise EvaluationError(f"rank must be 1 to {channels}, the number of channels, got {rank}")
     gram = sum(_gram(image[None], moments(image[None])[0]) for image in responses)
     values, vectors = torch.linalg.eigh(torch.as_tensor(gram))  # ascending: the squared singular values of the stack
-    # Rounding errors of float32 responses have directions as well, which are ignored.
+    # Rounding errors of float32 responses also have directions, which are ignored.
     floor = 1e-12 * float(responses.double().square().sum())
     directions = int((values > floor).sum())
     if directions < rank:
         raise EvaluationError(
-            f"the responses vary over positions in {directions} directions, but rank is {rank}; take a lower rank, or "
-            "responses to more images (0 directions: they do not depend on the position, nothing can leak)"
+            f"the responses vary over positions in {directions} directions, but rank is {rank}; use a lower rank, or "
+            "responses to more images (0 directions: they do not depend on the position, so nothing can leak)"
         )
     covariance = _gram(features, moments(features)[0])
     subspace = vectors[:, -rank:]  # (C, rank)
@@ -236,14 +236,14 @@ def leakage(features: Tensor, responses: Tensor, rank: int) -> float:
 
 
 def consistency(expected: Tensor, features: Tensor) -> float:
-    """Cross-view consistency: R^2 between features of the same places in two views.
+    """Cross-view consistency: R^2 between features at the same positions in two views.
 
-    1 - squared difference / variance of the second view. Anything that depends on the position in the view or on the
-    rest of the view lowers it. It is no criterion alone: a blurred map agrees with itself better than a sharp one, and
+    1 - squared difference / variance of the second view. Any dependence on the position in the view or on the rest of
+    the view lowers it. It is not a criterion on its own: a blurred map agrees with itself better than a sharp one, and
     a map of the position in the *image* agrees perfectly.
 
     Args:
-        expected: features of the first view, sampled at the places of the second view's patches, (N, h, w, C).
+        expected: features of the first view, sampled at the positions of the second view's patches, (N, h, w, C).
         features: features of the second view, (N, h, w, C).
 
     Returns:
@@ -258,7 +258,7 @@ def consistency(expected: Tensor, features: Tensor) -> float:
     for truth, predicted in zip(features.double(), expected.double(), strict=True):
         agreement.add(truth, predicted)
     if agreement.r2 is None:
-        raise EvaluationError("constant output: all tokens of the features are the same, so nothing can be consistent")
+        raise EvaluationError("constant output: all tokens of the features are the same, so consistency is undefined")
     return agreement.r2
 
 
@@ -275,7 +275,7 @@ def _checked_pairs(features: Tensor) -> Tensor:
     """Check features (N, h, w, C) and that their grid has adjacent patches."""
     features = checked(features)
     if features.shape[1] * features.shape[2] < 2:
-        raise EvaluationError("adjacent patches need a grid of 2 patches or more, got 1 x 1")
+        raise EvaluationError("adjacent patches need a grid of at least 2 patches, got 1 x 1")
     return features
 
 

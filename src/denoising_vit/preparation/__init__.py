@@ -1,1 +1,1 @@
-"""All that can be prepared for a backbone before it is used, made by one command for a list of backbones."""
+"""Preparation of backbones for use: all their files, written by one command for a list of backbones."""

@@ -1,4 +1,4 @@
-"""What is prepared for each backbone."""
+"""Options of the preparation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from denoising_vit.errors import PlanError
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What is prepared for each backbone.
+    """Steps and options of the preparation of each backbone.
 
     Attributes:
-        sample: number of photos for everything but the denoiser, evenly spread over the data set; 0 for all.
-        size: height and width of the images in pixels. Without it, each backbone's own.
-        denoiser: train a denoiser, on all photos; a hundred at least, several hundred are better. Needs the extra
+        sample: number of photos for everything except the denoiser, spread evenly over the data set; 0 uses all.
+        size: height and width of the images in pixels. Defaults to each backbone's own.
+        denoiser: train a denoiser on all photos; at least a hundred, preferably several hundred. Needs the extra
             `train`.
         steps: number of training steps of the denoiser.
-        batch_size: views in a training step.
+        batch_size: views per training step.
         learning_rate: peak learning rate, multiplied by sqrt(batch_size / 256); the default gives 0.001, as for the
             denoiser in the package.
         seed: seed for crops, probes and training.
         weights: weights of the backbones, as in the other verbs.
         device: auto, cpu, cuda, cuda:1, mps.
-        dtype: auto is bfloat16 where the hardware is fast at it, else float32.
+        dtype: auto is bfloat16 if the hardware is fast at it, else float32.
     """
 
     sample: int = 64
@@ -40,17 +40,17 @@ class PrepareOptions:
     dtype: Dtype = "auto"
 
     def validate(self) -> None:
-        """Checks the range of every option.
+        """Check the range of every option.
 
         Raises:
-            PlanError: naming the option, its range and its value.
+            PlanError: with the option, its range and its value.
         """
         for name, least in {"sample": 0, "size": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "seed": 0}.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN fails too
+            if value is not None and not value >= least:  # also rejects NaN
                 raise PlanError(f"{name} must be at least {least}, got {value}")
 
     def recorded(self) -> dict[str, Any]:
-        """Options that decide the files; those of the training only if there is one, so that it can come later."""
+        """Options that determine the files; training options only with training, so that it can be added later."""
         training = () if self.denoiser else ("steps", "batch_size", "learning_rate")
         return {name: value for name, value in asdict(self).items() if name not in ("denoiser", "device", *training)}

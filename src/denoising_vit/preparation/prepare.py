@@ -1,7 +1,7 @@
-"""Prepares backbones one after the other: artifact G, subspace, registers, denoiser, diagnosis and model card.
+"""Prepare backbones one after another: artifact G, subspace, registers, denoiser, diagnosis and model card.
 
-Each stage of a backbone writes one file into its folder and then enters what it found into ``prepared.json``. A stage
-with an entry is not run again, so the same command continues where an earlier one ended.
+Each stage of a backbone writes one file into its folder and then records its findings in ``prepared.json``. A stage
+with an entry is not run again, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from denoising_vit.training_free import find_registers, find_subspace
 
 FORMAT = "denoising-vit/prepared"
 
-#: Record of a folder: its options, what each stage found, and why the last command failed, if it did.
+#: Record of a folder: its options, the findings of each stage, and the reason if the last command failed.
 RECORD = "prepared.json"
 
 Say = Callable[[str], None]
@@ -56,19 +56,19 @@ def prepare(
     watch: Progress = no_progress,
     say: Say = lambda _text: None,
 ) -> dict[str, str]:
-    """Prepares each backbone in a folder of its own; one that fails does not stop the others.
+    """Prepare each backbone in its own folder; a failure does not stop the others.
 
     Args:
         models: names of backbones.
         dataset: unlabelled photos.
-        out: folder of the folders.
-        options: what to prepare.
+        out: parent folder.
+        options: options of the preparation.
         push: user or organisation on the hub to upload each folder to.
         watch: reports progress.
-        say: told which stage of which backbone begins.
+        say: called with a message when a stage of a backbone starts.
 
     Returns:
-        Why backbones failed, by name.
+        Reasons of failures, by backbone.
 
     Raises:
         PlanError: if two backbones have the same folder, or an option is out of range.
@@ -81,13 +81,13 @@ def prepare(
     for model, folder in folders.items():
         try:
             prepare_one(model, dataset, folder, options, push=push, watch=watch, say=say)
-        except Exception as error:  # such as a model that does not fit into memory: the others may
+        except Exception as error:  # for example, a model that does not fit into memory; others may
             failed[model] = _reason(error)
     return failed
 
 
 def folder_name(model: str) -> str:
-    """Name of a backbone's folder, which is its name on the hub as well."""
+    """Name of a backbone's folder, which is also its name on the hub."""
     return re.sub(r"[^\w.-]+", "-", model, flags=re.ASCII).strip("-.")
 
 
@@ -101,11 +101,11 @@ def prepare_one(
     watch: Progress = no_progress,
     say: Say = lambda _text: None,
 ) -> None:
-    """Prepares one backbone in its folder, from the first stage that is not finished; arguments of :func:`prepare`.
+    """Prepare one backbone in its folder, from the first unfinished stage; arguments as for :func:`prepare`.
 
     Raises:
-        OutputError: if the folder holds something else, or was prepared with other options.
-        Exception: of whatever kind a stage raises; the reason is recorded.
+        OutputError: if the folder has other contents, or was prepared with other options.
+        Exception: any exception of a stage; the reason is recorded.
     """
     record = _opened(folder, {"model": model, "photos": dataset.digest, "options": options.recorded()})
     done = record["stages"]
@@ -114,7 +114,7 @@ def prepare_one(
             if wanted := [name for name in _STAGES if name not in done and (name != "denoiser" or options.denoiser)]:
                 spec = BackboneSpec(model, options.weights, device=options.device, dtype=options.dtype)
                 work = _Work(spec.load(), dataset, folder, options, watch, done)
-                if "denoiser" in wanted:  # the diagnosis evaluates it too
+                if "denoiser" in wanted:  # the diagnosis also evaluates it
                     wanted = [*dict.fromkeys([*wanted, "diagnosis"])]
                 for name in wanted:
                     say(f"{model}: {name}")
@@ -131,15 +131,15 @@ def prepare_one(
 
 @dataclass(frozen=True)
 class _Work:
-    """What the stages of one backbone work with.
+    """Inputs of the stages of one backbone.
 
     Attributes:
         backbone: the backbone.
         dataset: all photos.
-        folder: where files go.
-        options: what to prepare.
+        folder: output folder.
+        options: options of the preparation.
         watch: reports progress.
-        done: what the stages before found.
+        done: findings of earlier stages.
     """
 
     backbone: Backbone
@@ -184,7 +184,7 @@ def _subspace(work: _Work) -> dict[str, Any]:
 def _registers(work: _Work) -> dict[str, Any]:
     try:
         found = find_registers(work.backbone, work.pixels, size=work.size)
-    except BackboneError as error:  # not a failure: registers are for one kind of model
+    except BackboneError as error:  # not a failure: registers support one kind of model only
         return {"none": str(error)}
     if not found.neurons:
         return {"none": found.info["reason"]}
@@ -197,7 +197,7 @@ def _denoiser(work: _Work) -> dict[str, Any]:
     training = TrainOptions(
         steps=asked.steps, batch_size=asked.batch_size, learning_rate=asked.learning_rate, seed=asked.seed
     )
-    # An artifact that its photos do not agree on is noise, which targets without one are better than.
+    # An unreliable artifact is noise; targets without an artifact are then better.
     artifact = Artifact.path_in(work.folder) if work.done["artifact"]["reliability"] >= STABLE else NONE
     source = Photos(work.dataset, replace(DenoiseOptions.context(), size=work.size, seed=asked.seed), artifact)
     resume = (run / "run.json").is_file()
@@ -206,7 +206,7 @@ def _denoiser(work: _Work) -> dict[str, Any]:
     with work.watch("steps", training.steps) as advance:
         progress = job.training().run(lambda *_: advance())
     Denoiser.load(job.folder.denoiser).save(Denoiser.path_in(work.folder))
-    remove_pairs(job.folder.pairs)  # 8 MB a photo for a small ViT
+    remove_pairs(job.folder.pairs)  # 8 MB per photo for a small ViT
     assert progress.best is not None  # a run ends with an evaluation
     return {"held-out cosine": round(progress.best, 4), "photos skipped": len(job.skipped)}
 
@@ -223,7 +223,7 @@ def _diagnosis(work: _Work) -> dict[str, Any]:
     return {"verdict": found.verdict.words}
 
 
-#: The stages of a backbone, in their order; each writes a file and returns what it found, as JSON values.
+#: The stages of a backbone, in order; each writes a file and returns its findings as JSON values.
 _STAGES: dict[str, Callable[[_Work], dict[str, Any]]] = {
     "artifact": _artifact,
     "subspace": _subspace,
@@ -234,24 +234,24 @@ _STAGES: dict[str, Callable[[_Work], dict[str, Any]]] = {
 
 
 def _opened(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The record of a folder, which is created if missing.
+    """The record of a folder, which is created if it does not exist.
 
     Raises:
-        OutputError: if it holds something else, or was prepared with other options.
+        OutputError: if it has other contents, or was prepared with other options.
     """
     found = read_object(folder / RECORD) if (folder / RECORD).is_file() else None
     if found is None or found.get("format") != FORMAT:
         if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {HOLDING}):
-            raise OutputError(f"{folder} exists and was not made by dvit prepare; name another folder with -o")
+            raise OutputError(f"{folder} exists and was not written by dvit prepare; choose another folder with -o")
         folder.mkdir(parents=True, exist_ok=True)
         return {"format": FORMAT, "version": 1, **identity, "stages": {}}
     before = {name: found[name] for name in identity}
-    # What only one of both has is of a training that was not asked for then, or is not now.
+    # An option in only one of both belongs to a training that was not requested then, or is not requested now.
     shared = before["options"].keys() & identity["options"].keys()
     options = [{name: record["options"][name] for name in shared} for record in (before, identity)]
     if different := differences(before | {"options": options[0]}, identity | {"options": options[1]}):
         raise OutputError(
-            f"{folder}: was prepared with other options: {'; '.join(different)}. Give those again, or another folder"
+            f"{folder}: was prepared with other options: {'; '.join(different)}. Use the same ones, or another folder"
         )
     found.pop("failed", None)
     return found | {"options": before["options"] | identity["options"]}
@@ -263,12 +263,12 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _figures(done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the stages found, as rows of the card."""
+    """Findings of the stages, as rows of the card."""
     stages = [name for name in _STAGES if name in done]
     return {f"{stage}, {name}": value for stage in stages for name, value in done[stage].items()}
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line; of other packages' errors, with their kind."""
+    """An error in one line; errors of other packages have their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, DenoisingVitError) else f"{type(error).__name__}: {text}"

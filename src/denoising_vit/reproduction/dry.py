@@ -19,7 +19,7 @@ from denoising_vit.reproduction.running import Protocols
 from denoising_vit.reproduction.training import DenoiserRecipe, DistilledRecipe
 from denoising_vit.training.options import ViewOptions
 
-#: Sizes of the two images of each split: one is padded, the other cut into windows.
+#: Sizes of the two images of each split: one is padded, the other divided into windows.
 _SIZES = ((48, 64), (60, 40))
 
 
@@ -51,7 +51,7 @@ def dry_protocols(backbone: Backbone) -> Protocols:
 
 
 def dry_data(folder: Path) -> Path:
-    """Write images in the layouts of VOC, ADE20K, NYUv2 (full size) and ImageNet; returns the folder."""
+    """Write images in the layouts of VOC, ADE20K, NYUv2 (full size) and ImageNet, and return the folder."""
     chance = np.random.default_rng(0)
     _write_voc(folder / VOC.place, chance)
     _write_ade(folder / ADE.place, chance)

@@ -1,4 +1,4 @@
-"""Published rows: the data each needs, and the status of its steps."""
+"""Published rows: the data that each needs, and the status of its steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from denoising_vit.denoiser.published import PublishedRow, published_row, published_rows
 
-#: Status of a step: done already, ready, or data is missing.
+#: Status of a step: already done, ready, or data are missing.
 Status = Literal["done", "ready", "missing"]
 
 
@@ -22,9 +22,9 @@ class Benchmark:
         task: evaluation task.
         layout: layout name in results.
         place: path below the data folder.
-        needs: required files and folders below that path.
-        source: where to get it.
-        figures: names of the published figures, by metric.
+        needs: required files and folders below this path.
+        source: source of the data.
+        figures: names of the published scores, by metric.
     """
 
     name: str
@@ -71,9 +71,9 @@ class TrainingPhotos:
 
     Attributes:
         places: folders below the data folder; the first is required, the others are optional.
-        source: where to get them.
-        listed: list of the photos to take in order, in the data folder; None takes all.
-        list_source: where to get the list.
+        source: source of the photos.
+        listed: list of the photos to use in order, in the data folder; None uses all.
+        list_source: source of the list.
     """
 
     places: tuple[str, ...]
@@ -82,7 +82,7 @@ class TrainingPhotos:
     list_source: str = ""
 
     def lacking(self, data: Path) -> tuple[str, str] | None:
-        """Missing data and where to get it; None if nothing is missing."""
+        """Missing data and their source; None if nothing is missing."""
         if not (data / self.places[0]).exists():
             return str(data / self.places[0]), self.source
         if self.listed is not None and not (data / self.listed).is_file():
@@ -131,7 +131,7 @@ class Step:
     Attributes:
         benchmark: the data.
         status: status of the step.
-        why: missing data and where to get it; empty if nothing is missing.
+        why: missing data and their source; empty if nothing is missing.
     """
 
     benchmark: Benchmark
@@ -144,8 +144,8 @@ class Row:
     """A published row and its steps.
 
     Attributes:
-        published: published figures.
-        steps: one step for each benchmark with published figures.
+        published: published scores.
+        steps: one step per benchmark with published scores.
     """
 
     published: PublishedRow
@@ -166,7 +166,7 @@ def find_row(model: str, variant: str, data: Path, lines: Sequence[dict[str, Any
     """One row with the status of its steps.
 
     Raises:
-        EvaluationError: if nothing was published for this model and variant, naming the published ones.
+        EvaluationError: if nothing was published for this model and variant; the message has the published ones.
     """
     return _row(published_row(model, variant), data, lines)
 

@@ -1,4 +1,4 @@
-"""Runs the steps of a published row."""
+"""Run the steps of a published row."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ def reproduce_row(
     protocols: Protocols | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
-    """Run the steps of a row that are ready, by the published protocol.
+    """Run the ready steps of a row by the published protocol.
 
     Args:
         row: the row with the status of its steps.
         data: folder with the benchmarks.
         backbone: the row's model.
         spec: specification of the model, for the record.
-        results: file of results; existing lines are not measured again.
+        results: results file; existing lines are not measured again.
         folder: folder for checkpoints and counts.
         run: command, hardware and software, for the record.
         seed: seed for the probe, the denoiser and the distillation.
-        protocols: protocols of the steps; the published ones by default.
+        protocols: protocols of the steps; defaults to the published ones.
         progress: progress reporting.
 
     Yields:
-        The step and its line of results; for unusable data only the reason, under ``failed``.
+        The step and its result line; for unusable data only the reason, under ``failed``.
     """
     protocols = protocols or Protocols()
     published = {"model": row.published.model, "variant": row.published.variant}
@@ -81,7 +81,7 @@ def reproduce_row(
         try:
             with progress(f"images of {step.benchmark.name} read", None) as advance:
                 opened = _opened(step.benchmark, data, advance)
-        except DenoisingVitError as error:  # the other benchmark may be as it should be
+        except DenoisingVitError as error:  # the other benchmarks may still be usable
             yield step, {"failed": str(error), "metrics": {}, "skipped": []}
             continue
         features = VARIANTS_MADE[row.published.variant].features
@@ -102,8 +102,8 @@ def reproduce_row(
 def _as_segmented(backbone: Backbone, features: str) -> Backbone:
     """The backbone as the released code uses it for segmentation.
 
-    Without a denoiser, it takes the last block before the final norm; for EVA-02, in another code path, the normed
-    block before the last. Depth and denoisers use the normed last block.
+    Without a denoiser, it uses the last block before the final norm; for EVA-02, in another code path, the normalised
+    second-to-last block. Depth and denoisers use the normalised last block.
     """
     if features == "denoiser" or not isinstance(backbone, TimmBackbone):
         return backbone

@@ -17,7 +17,7 @@ from denoising_vit.progress import Progress
 from denoising_vit.reproduction.rows import TrainingPhotos
 from denoising_vit.training.options import ViewOptions
 
-#: List of a folder's validation photos, beside it.
+#: List of a folder's validation photos, next to the folder.
 _EVALUATED_ON = Path("ImageSets", "Segmentation", "val.txt")
 
 
@@ -30,7 +30,7 @@ class DenoiserRecipe:
         denoising: options of stage 1.
         views: whole images, never mirrored.
         training: 50,000 steps of 128 pairs (published: 16 on each of 8 devices), float32, random initial weights, no
-            content-free images. One image is held out, for the figures of the run.
+            content-free images. One image is held out, for the run's metrics.
     """
 
     images: int = 10_000
@@ -79,10 +79,10 @@ def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Datase
         data: folder with the photos' folders.
         where: the photos.
         count: number of photos: the first of the list, or without a list, spread evenly over all except validation
-            photos; 0 takes all.
+            photos; 0 uses all.
 
     Raises:
-        PhotoError: if there are none, or listed ones are missing.
+        PhotoError: if there are no photos, or listed photos are missing.
     """
     if where.listed is not None:
         return Dataset(str(data / where.places[0]), _listed(data, where, count))

@@ -1,1 +1,1 @@
-"""Sheets of photos with maps of their features in shared colours."""
+"""Feature maps of photos in shared colours: sheets, videos, HTML pages and the browser app."""

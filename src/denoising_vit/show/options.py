@@ -1,4 +1,4 @@
-"""Options of sheets, of videos with the sizes that follow from them, and of the browser page."""
+"""Options of sheets, of videos and their derived sizes, and of the browser page."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShowOptions(StageOneCrops):
-    """What a sheet shows of each photo.
+    """Options of a sheet.
 
     Attributes:
         features: names of features.
         maps: names separated by commas: pca, kmeans, norm, similarity (to the patch of --at), first, second and third
             (single components), foreground-pca, foreground; and of what was removed: artifact (G, in its own colours),
             artifact-norm, residual (the norm of raw minus clean minus G).
-        at: place of the patch for similarity, as shares of height and width.
+        at: position of the patch for similarity, as fractions of height and width.
         clusters: number of k-means clusters.
-        upsample: upsampling of clean features of stages 1 and 2.
-        size: height and width of the input in pixels, or one number for a square; the backbone's own by default.
+        upsample: upsampling factor of clean features of stages 1 and 2.
+        size: height and width of the input in pixels, or one number for a square; defaults to the backbone's own.
         seed: exact only; seed for the crops.
     """
 
@@ -47,10 +47,10 @@ class ShowOptions(StageOneCrops):
     seed: int = DenoiseOptions.seed
 
     def validate(self) -> None:
-        """Checks what does not depend on the backbone.
+        """Check everything that does not depend on the backbone.
 
         Raises:
-            PlanError: naming the option, its range and its value.
+            PlanError: with the option, its range and its value.
         """
         self.kinds()
         if self.features is not None:
@@ -60,14 +60,14 @@ class ShowOptions(StageOneCrops):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, got {getattr(self, name)}")
         if not all(0 <= place <= 1 for place in self.at):
-            raise PlanError(f"at must be two shares of height and width, 0 to 1, got {self.at}")
+            raise PlanError(f"at must be two fractions of height and width, 0 to 1, got {self.at}")
 
     def kinds(self) -> tuple[str, ...]:
-        """The maps, in order."""
+        """Names of the maps, in order."""
         return parse_names(self.maps, tuple(MAP_KINDS), "maps")
 
     def names(self, backbone: Backbone, denoiser: GivenDenoiser | None) -> tuple[str, ...]:
-        """The features, in order."""
+        """Names of the features, in order."""
         if self.features is not None:
             return parse_names(self.features, KINDS)
         from denoising_vit.denoiser.loading import find_shipped
@@ -79,10 +79,10 @@ class ShowOptions(StageOneCrops):
         return self.as_denoising(size=self.size, seed=self.seed)
 
 
-#: Panels, and their headings.
+#: Panels and their headings.
 PANELS = {"image": "image", "pca": TITLES["pca"], "dataset-pca": "data-set PCA"} | dict(TITLES)
 
-#: Default long side in pixels of frames as the backbone sees them: the last resolution DINOv2 was trained at.
+#: Default long side in pixels of the backbone's input for frames: the last resolution in DINOv2's training.
 LONG_SIDE = 518
 
 #: Options that do not change the frames.
@@ -102,26 +102,26 @@ _LEAST = {
 
 @dataclass(frozen=True)
 class VideoOptions(StageOneCrops):
-    """What a video shows.
+    """Options of a video.
 
     Attributes:
         features: names of features.
-        panels: one column each: image, pca (in the basis of this clip), dataset-pca (in that of --palette), kmeans,
-            first, second, third (principal components), foreground-pca, norm, foreground (from --palette if given, else
-            of this clip); separated by commas.
-        size: side in pixels of the frames that the backbone sees, in whole patches; about 518 for the long side by
-            default. The other side follows from the aspect ratio.
+        panels: one column each, separated by commas: image, pca (in the basis of this clip), dataset-pca (in that of
+            --palette), kmeans, first, second, third (principal components), foreground-pca, norm, foreground (from
+            --palette if given, else from this clip).
+        size: side in pixels of the backbone's input for frames, rounded to whole patches; defaults to about 518 for the
+            long side. The other side follows from the aspect ratio.
         side: the side that `size` sets, long or short.
         panel_size: long side of each panel in pixels.
-        smooth: draw maps smoothly instead of with sharp patches.
+        smooth: interpolate maps instead of showing sharp patches.
         palette: file of a saved palette, the colours of a data set.
         every: use every n-th frame; each is shown n times as long.
-        max_frames: largest number of frames of the result.
+        max_frames: maximum number of frames in the result.
         fps: frames per second of a folder of frames; a video keeps its own times.
         frames: also write every frame as a PNG.
-        basis_frames: number of frames, evenly spread over the clip, that colours are fitted on.
-        part_frames: frames in each part that is kept while a video is unfinished.
-        batch_size: frames per forward pass; chosen for the device by default.
+        basis_frames: number of frames, spread evenly over the clip, to fit colours on.
+        part_frames: number of frames per part; finished parts survive an interruption.
+        batch_size: frames per forward pass; defaults to a number chosen for the device.
     """
 
     features: Annotated[str, features_arg("One row each; exact takes minutes for a second of video.")] = "raw,denoiser"
@@ -140,14 +140,14 @@ class VideoOptions(StageOneCrops):
     batch_size: int | None = None
 
     def validate(self) -> None:
-        """Checks what does not depend on the backbone.
+        """Check everything that does not depend on the backbone.
 
         Raises:
-            PlanError: naming the option, its range and its value.
+            PlanError: with the option, its range and its value.
         """
         parse_names(self.features, KINDS)
         if "dataset-pca" in self.shown and self.palette is None:
-            raise PlanError("the panel dataset-pca needs the colours of a data set: --palette FILE, a saved palette")
+            raise PlanError("the panel dataset-pca needs a saved palette of a data set; give --palette FILE")
         for name, least in _LEAST.items():
             given = getattr(self, name)
             if given is not None and given < least:
@@ -156,7 +156,7 @@ class VideoOptions(StageOneCrops):
         if self.side not in ("long", "short"):
             raise PlanError(f"side must be 'long' or 'short', got {self.side!r}")
         if not (math.isfinite(self.fps) and 0.01 <= self.fps <= 1000):
-            raise PlanError(f"fps must be 0.01 to 1000 frames a second, got {self.fps}")
+            raise PlanError(f"fps must be 0.01 to 1000 frames per second, got {self.fps}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,25 +176,25 @@ class VideoOptions(StageOneCrops):
         return broadcast if given.denominator > 1 and abs(broadcast - given) < Fraction(5, 1000) else given
 
     def recorded(self) -> dict[str, Any]:
-        """The options that decide the frames, as JSON values."""
+        """The options that determine the frames, as JSON values."""
         without = self.as_published.union(_INDIFFERENT)
         kept = {name: value for name, value in asdict(self).items() if name not in without}
         return kept | {name: list(kept[name]) for name in ("area", "ratio") if name in kept}
 
 
 def shown_size(size: tuple[int, int], backbone: Backbone, options: VideoOptions) -> tuple[int, int]:
-    """(H, W) in which the backbone sees frames of (H, W) pixels: the same aspect ratio, to the nearest whole patch.
+    """(H, W) of the backbone's input for frames of (H, W) pixels: the same aspect ratio, to the nearest whole patch.
 
     Raises:
-        ClipError: if a side would be less than a patch.
+        ClipError: if a side would be smaller than a patch.
     """
     measured = max(size) if options.side == "long" else min(size)
     scale = (options.size or LONG_SIDE) / measured
     ideal = tuple(side * scale for side in size)
     if min(ideal) < backbone.patch_size / 2:
         raise ClipError(
-            f"frames of {size[1]} x {size[0]} pixels would be shown in {ideal[1]:.0f} x {ideal[0]:.0f}, less than one "
-            f"patch of {backbone.patch_size} pixels; ask for a larger --size"
+            f"frames of {size[1]} x {size[0]} pixels would be resized to {ideal[1]:.0f} x {ideal[0]:.0f}, less than "
+            f"one patch of {backbone.patch_size} pixels; increase --size"
         )
     height, width = (
         min(
@@ -213,7 +213,7 @@ def panel_size(size: tuple[int, int], options: VideoOptions) -> tuple[int, int]:
     return height, width
 
 
-#: Largest `max_upload` in megabytes: an upload is held in memory.
+#: Maximum `max_upload` in megabytes, because an upload is kept in memory.
 MOST_UPLOAD = 1000.0
 
 
@@ -222,11 +222,11 @@ class AppOptions:
     """Address and limits of the page.
 
     Attributes:
-        host: address to listen at; 127.0.0.1 is reachable from this computer only, 0.0.0.0 from the whole network.
+        host: address to listen on; 127.0.0.1 is reachable from this computer only, 0.0.0.0 from the whole network.
         port: port, 1 to 65535.
         share: also open a public internet address through Gradio's relay; anyone with the address can use the page, and
             photos and results pass through the relay.
-        max_upload: largest uploaded photo in MB.
+        max_upload: maximum size of an uploaded photo in MB.
         examples: folder with more sample photos, visible to everyone who reaches the page.
     """
 
@@ -237,10 +237,10 @@ class AppOptions:
     examples: Path | None = None
 
     def validate(self) -> None:
-        """Checks the options before anything is loaded.
+        """Check the options before anything is loaded.
 
         Raises:
-            AppError: naming the option, its range and its value.
+            AppError: with the option, its range and its value.
         """
         if not 1 <= self.port <= 65535:
             raise AppError(f"port must be 1 to 65535, got {self.port}")
@@ -251,7 +251,7 @@ class AppOptions:
 
     @property
     def local(self) -> bool:
-        """True if only this computer reaches the page."""
+        """True if the page is reachable from this computer only."""
         try:
             return ipaddress.ip_address(self.host).is_loopback and not self.share
         except ValueError:

@@ -1,4 +1,4 @@
-"""Features of photos by name, and sheets of their maps in shared colours."""
+"""Features of photos by name, and sheets of feature maps in shared colours."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ShownPhoto:
         return self.pixels.shape[1] / self.pixels.shape[0]
 
     def maps(self, upsample: int = 1) -> dict[str, Tensor]:
-        """Features (h, w, C) by name; clean ones upsampled by this factor."""
+        """Features (h, w, C) by name, with clean features upsampled by this factor."""
         return {
             name: result.raw if not cleans(name) else result.semantic if upsample == 1 else result.upsample(upsample)
             for name, result in self.found.items()
@@ -53,14 +53,14 @@ class ShownPhoto:
 
 
 class PhotoExtractor:
-    """Extracts several kinds of features of photos.
+    """Extractor of several kinds of features from photos.
 
     Args:
         backbone: the backbone.
         names: names of features, of :data:`~denoising_vit.extractors.KINDS`.
-        cleaners: what cleans the features; loaded once, here.
-        options: options of stage 1; the size holds for all features.
-        tiling: how photos larger than the backbone's input are cut into tiles.
+        cleaners: the cleaners to use; loaded once, here.
+        options: options of stage 1; the size applies to all features.
+        tiling: tiling of photos larger than the backbone's input.
 
     Attributes:
         backbone: the backbone.
@@ -68,7 +68,7 @@ class PhotoExtractor:
         passes: forward passes for one photo, or for one tile.
 
     Raises:
-        DenoisingVitError: as :meth:`Cleaners.extractor` does, or if size or views do not fit.
+        DenoisingVitError: as in :meth:`Cleaners.extractor`, or if size or views do not fit.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class PhotoExtractor:
     ) -> None:
         self.backbone, self.names, self._max_pixels = backbone, tuple(names), tiling.max_pixels
         made = {name: _denoising(name, backbone, cleaners, options, tiling) for name in names}
-        # Raw features come with all others of this backbone, and need no pass of their own.
+        # Raw features come with all other features of this backbone and need no forward pass of their own.
         sharing = next((name for name in names if name != "raw" and made[name].backbone is backbone), None)
         self._raw_from = sharing or "raw"
         self._made = {name: one for name, one in made.items() if name != "raw" or sharing is None}
         self.passes = sum(one.work for one in self._made.values())
 
     def open(self, photo: Path) -> Picture:
-        """Open a photo; where tiles are taken of it, it may be read region by region.
+        """Open a photo; with tiling, it may be read region by region.
 
         Raises:
             PhotoError: if it cannot be read, or is too large.
@@ -116,7 +116,7 @@ class PhotoExtractor:
 
 
 def cleans(name: str) -> bool:
-    """True for clean features; fields of the neural field are, and no kind of features."""
+    """True for clean features, including the neural field, which is not in ``KINDS``."""
     return name not in KINDS or KINDS[name].cleans
 
 
@@ -133,17 +133,17 @@ def _denoising(
 
 
 class DrawnMap(NamedTuple):
-    """A map (h, w, 3) uint8 with one pixel for each patch, and its colour bar."""
+    """A map (h, w, 3) uint8 with one pixel per patch, and its colour bar."""
 
     pixels: np.ndarray
     bar: Bar | None = None
 
 
 def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[str, dict[str, DrawnMap | None]]:
-    """All maps of a photo by kind and features; None where features have no such map.
+    """All maps of a photo by kind and features; None if features do not have such a map.
 
     Raises:
-        ValueError: if features are not finite, or the palette has other channels.
+        ValueError: if features are not finite, or the palette has another number of channels.
     """
     maps = photo.maps(options.upsample)
     drawn: dict[str, dict[str, DrawnMap | None]] = {}
@@ -162,10 +162,10 @@ def pictures(photo: ShownPhoto, palette: Palette, options: ShowOptions) -> dict[
 
 
 def _removed(kind: str, photo: ShownPhoto) -> dict[str, DrawnMap | None]:
-    """G, its norm, or the norm of the residual, in their own colours because they are small beside the features."""
+    """G, its norm, or the norm of the residual, in their own colours because they are much smaller than features."""
     cleaned = {name: result for name, result in photo.found.items() if cleans(name)}
     parts = {name: result.residual if kind == "residual" else result.artifact for name, result in cleaned.items()}
-    # A denoiser does not separate G from the rest that it removes: its G is zero, and not drawn.
+    # A denoiser does not separate G from the residual: its G is zero, and not drawn.
     parts = {name: part for name, part in parts.items() if kind == "residual" or bool(part.any())}
     drawn: dict[str, DrawnMap | None] = dict.fromkeys(photo.found)
     if parts:
@@ -194,21 +194,21 @@ def draw_sheet(
     caption: Sequence[str] = (),
     suffix: str | None = None,
 ) -> None:
-    """Draws photos and maps of their features as a PNG, PDF or SVG.
+    """Draw photos and their feature maps as a PNG, PDF or SVG.
 
-    With one kind of map each photo is a row, with its features in columns. With several, each photo is a block, with a
-    row for each kind of features and its maps in columns.
+    With one kind of map, each photo is a row, with its features in columns. With several kinds, each photo is a block,
+    with one row per kind of features and its maps in columns.
 
     Args:
-        photos: one or more, with the same features.
-        palettes: colours of each photo; repeat one to share it.
-        path: the file.
+        photos: one or more photos with the same features.
+        palettes: colours of each photo; repeat a palette to share it.
+        path: the output file.
         options: which maps to draw.
         caption: lines at the bottom.
-        suffix: .png, .pdf or .svg; that of the path by default.
+        suffix: .png, .pdf or .svg; defaults to the suffix of the path.
 
     Raises:
-        FormatError: if the suffix is none of these.
+        FormatError: if the suffix is not one of these.
         ValueError: if features are not finite.
         OSError: if the file cannot be written.
     """

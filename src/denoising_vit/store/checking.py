@@ -30,7 +30,7 @@ class Problem:
 
 
 def find_problems(store: StoreReader) -> Iterator[Problem]:
-    """Yield problems as they are found; none for a sound store, finished or not."""
+    """Yield problems as they are found; none for an intact store, finished or not."""
     try:
         ids = store.ids
     except StoreError as error:
@@ -40,7 +40,7 @@ def find_problems(store: StoreReader) -> Iterator[Problem]:
     for folder, end in ends.items():
         for number in sorted(layout.numbers(store.objects.names(folder))):
             if number >= end:
-                yield Problem(f"{folder}/{number}", f"the store has only {end} of these")
+                yield Problem(f"{folder}/{number}", f"expected a number below {end}")
     for shard in sorted(store.sealed()):
         yield from _sealed(store, ids, shard)
     for index in sorted(store.staged()):
@@ -59,8 +59,8 @@ def _sealed(store: StoreReader, ids: list[str], shard: int) -> Iterator[Problem]
     except StoreError as error:
         yield Problem(key, str(error))
         return
-    if marker is None:  # deleted since it was listed
-        yield Problem(key, "the marker is gone")
+    if marker is None:  # deleted after the listing
+        yield Problem(key, "the marker is missing")
         return
     for index in store.manifest.images_of(shard):
         record = marker.records.get(index)
@@ -69,7 +69,7 @@ def _sealed(store: StoreReader, ids: list[str], shard: int) -> Iterator[Problem]
             yield Problem(key, f"{ids[index]} is {kind}")
             continue
         if record is not None and record.get("id") != ids[index]:
-            yield Problem(key, f"the record of {ids[index]} is of {record.get('id')}")
+            yield Problem(key, f"the record of {ids[index]} belongs to {record.get('id')}")
         try:
             values = store.array.read(index)
         except Exception as error:  # zarr raises ValueError, struct.error, RuntimeError, ... for damaged shards
@@ -78,20 +78,20 @@ def _sealed(store: StoreReader, ids: list[str], shard: int) -> Iterator[Problem]
         if record is not None and not StoredField(values, marker.scales.get(index)).exists:
             yield Problem(ids[index], f"marked as finished, but its chunk is missing from shard {shard}")
         if record is None and not np.array_equal(values, np.full_like(values, store.array.missing), equal_nan=True):
-            yield Problem(ids[index], f"its marker says failed, but there is a chunk in shard {shard}")
+            yield Problem(ids[index], f"marked as failed, but shard {shard} has its chunk")
 
 
 def _staged(store: StoreReader, ids: list[str], index: int) -> Iterator[Problem]:
     key = layout.staged_key(index)
     if index >= len(ids):
-        yield Problem(key, f"there are {len(ids)} images only")
+        yield Problem(key, f"the store has only {len(ids)} images")
         return
     try:
         _, record = decode(store.objects.read(key), store.manifest, key)
-    except FileNotFoundError:  # sealed meanwhile
+    except FileNotFoundError:  # sealed since the listing
         return
     except StoreError as error:
         yield Problem(key, str(error))
         return
     if record.get("id") != ids[index]:
-        yield Problem(key, f"the record of {ids[index]} is of {record.get('id')}")
+        yield Problem(key, f"the record of {ids[index]} belongs to {record.get('id')}")

@@ -1,4 +1,4 @@
-"""Export of a store's images to single files, for programs that know neither zarr nor this package."""
+"""Export of a store's images to single files, for programs that use neither zarr nor this package."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ def export_images(
 
     Raises:
         StoreError: if the kind is unknown.
-        OutputError: naming an existing file with other content; nothing is written then.
+        OutputError: naming an existing file with other content; then nothing is written.
         OSError: if the folder cannot be written to.
     """
     if kind not in get_args(ExportKind):
-        raise StoreError(f"export writes {' or '.join(get_args(ExportKind))}, got {kind!r}")
+        raise StoreError(f"the kind of export must be {' or '.join(get_args(ExportKind))}, got {kind!r}")
     make_folder(folder)
     names = file_names(store.ids)
     paths = {index: folder / f"{names[index]}.{kind}" for index in sorted(store.done())}
     existing = {index for index, path in paths.items() if os.path.lexists(path)}
     for index in sorted(existing):  # before anything is written
-        # An .npy file has no room for a mark: only a file with the same content is known to be of an earlier export.
+        # An .npy file has no room for a mark: only identical content shows that a file is from an earlier export.
         if not paths[index].is_file() or paths[index].read_bytes() != _content(store, index, kind):
             raise OutputError(
-                f"{paths[index]} exists and holds something else than would be written; export to another folder, or "
-                "move it away"
+                f"{paths[index]} exists and has other content; export to another folder, or move the file away"
             )
     for count, (index, path) in enumerate(paths.items(), 1):
         if index not in existing:
@@ -54,7 +53,7 @@ def export_images(
 
 
 def _content(store: StoreReader, index: int, kind: ExportKind) -> bytes:
-    """Content of an image's file, which is the same every time."""
+    """Content of an image's file, identical on every export."""
     field, record = store.read(index)
     if kind == "safetensors":
         return encode(StoredField(field), index, record)
@@ -64,9 +63,9 @@ def _content(store: StoreReader, index: int, kind: ExportKind) -> bytes:
 
 
 def file_names(ids: Sequence[str]) -> list[str]:
-    """A file name for each id, in order: never a path, and unique even if case is ignored.
+    """A file name for each id, in order: never a path, and unique even on case-insensitive file systems.
 
-    An id that is a plain name keeps it; any other is cleaned, and its index appended.
+    An id that is a plain name is kept; any other is sanitized, and its index appended.
     """
     plain = [re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:_LONGEST] or "image" for name in ids]
     taken = {name.casefold() for name, original in zip(plain, ids, strict=True) if name == original}

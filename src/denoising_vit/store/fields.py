@@ -1,4 +1,4 @@
-"""One image's field: in the store's precision, as a staged object, and as a chunk of the zarr array."""
+"""The field of one image: in the store's precision, as a staged object, and as a chunk of the zarr array."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from denoising_vit.store.objects import Objects
 FORMAT = "denoising-vit/field"
 FORMAT_VERSION = 1
 
-#: Smallest cosine of a patch in int8 to the same patch in float16.
+#: Minimum cosine of an int8 patch to the same patch in float16.
 LEAST_COSINE = 0.999
 
-#: Patches that are quantized at once.
+#: Number of patches to quantize at once.
 _BLOCK = 256
 
-#: Value of int8 chunks that do not exist; quantized values are at least -127. Missing float chunks are NaN.
+#: Fill value of missing int8 chunks; quantized values are at least -127. Missing float chunks are NaN.
 _MISSING = -128
 
-#: Offset and length of a chunk that does not exist, in a shard's index.
+#: Offset and length of a missing chunk, in a shard's index.
 _NO_CHUNK = (2**64 - 1, 2**64 - 1)
 
 
 @dataclass(frozen=True, eq=False)
 class StoredField:
-    """A field as it is stored.
+    """A field in the store's precision.
 
     Attributes:
         values: (Ry, Rx, C) in the store's dtype.
-        scale: (C,) float32, by which int8 values are multiplied; None for floats.
+        scale: (C,) float32, factors for int8 values; None for floats.
     """
 
     values: np.ndarray
@@ -53,35 +53,35 @@ class StoredField:
 
     @property
     def floats(self) -> np.ndarray:
-        """The field in floats: as stored, or float32 for int8."""
+        """The field as floats: as stored, or float32 for int8."""
         return self.values if self.scale is None else self.values * self.scale
 
     @property
     def exists(self) -> bool:
-        """False for the fill values that zarr returns in place of a missing chunk."""
+        """False if the values are the fill values that zarr returns for a missing chunk."""
         return bool((self.values != _MISSING).all() if self.scale is not None else np.isfinite(self.values).all())
 
 
 def stored_field(field: Tensor, manifest: Manifest, name: str) -> StoredField:
-    """Convert a field (Ry, Rx, C) to the store's precision, and check it.
+    """Convert a field (Ry, Rx, C) to the store's precision and check it.
 
-    int8 is symmetric with one scale a channel, ``max |F| / 127``.
+    int8 is symmetric with one scale per channel, ``max |F| / 127``.
 
     Raises:
         FieldError: naming the image, if the shape differs from the store's, a value is not finite or out of range, or
             the cosine of a patch to its int8 value is below :data:`LEAST_COSINE`.
     """
     _require_shape(tuple(field.shape), manifest, name)
-    field = field.detach()  # converted where it is, which is faster on an accelerator
+    field = field.detach()  # converted on its device, which is faster on an accelerator
     dtype = torch.float32 if manifest.dtype == "float32" else torch.float16
-    largest = torch.stack(field.aminmax()).abs().amax()  # NaN if any value is
+    largest = torch.stack(field.aminmax()).abs().amax()  # NaN if any value is NaN
     if not torch.isfinite(largest.to(dtype)):
         if not torch.isfinite(largest):
             raise FieldError(f"{name}: the field has values that are not finite")
         limit = torch.finfo(dtype).max
         raise FieldError(
-            f"{name}: the field has values up to {float(largest):.4g}, which {manifest.dtype} does not hold "
-            f"({limit:.6g} at most); make the store with dtype 'float32'"
+            f"{name}: the field has values up to {float(largest):.4g}, expected at most {limit:.6g} for "
+            f"{manifest.dtype}; create the store with dtype 'float32'"
         )
     stored = field.to(dtype)
     if manifest.dtype == "int8":
@@ -90,7 +90,7 @@ def stored_field(field: Tensor, manifest: Manifest, name: str) -> StoredField:
 
 
 def _quantized(field: Tensor, name: str) -> StoredField:
-    """Quantize a float16 field (Ry, Rx, C) to int8, a few patches at a time so that they stay in the cache."""
+    """Quantize a float16 field (Ry, Rx, C) to int8, a few patches at a time so that they fit in the CPU cache."""
     patches = field.flatten(0, 1).contiguous()  # (Ry Rx, C)
     scale = torch.maximum(patches.amax(0), -patches.amin(0)).float() / 127  # (C,)
     inverse = scale.where(scale > 0, 1.0).reciprocal()
@@ -101,13 +101,13 @@ def _quantized(field: Tensor, name: str) -> StoredField:
         rounded = (exact * inverse).round_()
         values[start : start + _BLOCK] = rounded
         norms = exact.norm(dim=1) * rounded.mul_(scale).norm(dim=1)
-        cosine = (exact * rounded).sum(1) / norms  # NaN if either is 0
+        cosine = (exact * rounded).sum(1) / norms  # NaN if either norm is 0
         cosines.append(cosine.nan_to_num(0.0).where(exact.any(1), 1.0))
     least = float(torch.cat(cosines).min())
     if least < LEAST_COSINE:
         raise FieldError(
-            f"{name}: in int8 the cosine of a patch to its float16 is {least:.4f}, expected at least {LEAST_COSINE}; "
-            "fit it into a store with precision 'float16'"
+            f"{name}: the int8 values of a patch have a cosine of {least:.4f} to float16, expected at least "
+            f"{LEAST_COSINE}; use a store with precision 'float16'"
         )
     return StoredField(values.view(field.shape).cpu().numpy(), scale.cpu().numpy())
 
@@ -141,10 +141,10 @@ def decode(data: bytes, manifest: Manifest, where: str) -> tuple[StoredField, di
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{where}: damaged, expected a safetensors object with a field ({error})") from error
     if _checksum(stored) != checksum:
-        raise StoreError(f"{where}: damaged, its checksum is not the one it was written with")
+        raise StoreError(f"{where}: damaged: its checksum does not match")
     _require_shape(stored.values.shape, manifest, where)
     if stored.values.dtype != manifest.dtype:
-        raise StoreError(f"{where}: a field of {stored.values.dtype}, expected {manifest.dtype} as in the manifest")
+        raise StoreError(f"{where}: expected a field of {manifest.dtype} as in the manifest, got {stored.values.dtype}")
     return stored, record
 
 
@@ -170,25 +170,25 @@ def _checksum(stored: StoredField) -> int:
 def _require_shape(shape: tuple[int, ...], manifest: Manifest, name: str) -> None:
     expected = (*manifest.field, manifest.channels)
     if shape != expected:
-        raise FieldError(f"{name}: a field of shape {shape}, expected {expected} as in the manifest")
+        raise FieldError(f"{name}: expected a field of shape {expected} as in the manifest, got {shape}")
 
 
 class FieldArray:
-    """The zarr array (N, Ry, Rx, C) of a store: one chunk with a checksum an image, several images a shard object."""
+    """The zarr array (N, Ry, Rx, C) of a store: one chunk with a checksum per image, several images per object."""
 
     def __init__(self, objects: Objects, manifest: Manifest) -> None:
         self._objects, self._manifest = objects, manifest
-        self._opened: Any = None  # zarr's types include results that are not arrays
+        self._opened: Any = None  # zarr's annotations include types that are not arrays
         self._pid = os.getpid()
 
     @property
     def missing(self) -> float:
-        """Value of images without a chunk."""
+        """Fill value of images without a chunk."""
         return _MISSING if self._manifest.dtype == "int8" else float("nan")
 
     @property
     def _array(self) -> Any:
-        """The zarr array, opened when first needed; connections do not survive a fork."""
+        """The zarr array, opened on first use; connections do not survive a fork."""
         import zarr
 
         if self._opened is None or self._pid != os.getpid():
@@ -210,30 +210,30 @@ class FieldArray:
             shards=(manifest.images_per_shard, *chunk),
             dtype=manifest.dtype,
             fill_value=FieldArray(objects, manifest).missing,
-            compressors=(Crc32cCodec(),),  # features hardly compress: 10 % less, for much time
+            compressors=(Crc32cCodec(),),  # features hardly compress: 10 % smaller, but much slower
             dimension_names=("image", "y", "x", "channel"),
             overwrite=True,
         )
         objects.settle(f"{layout.FIELD}/zarr.json")
 
     def read(self, index: int) -> np.ndarray:
-        """One image, (Ry, Rx, C), by two ranged reads: the shard's index and the chunk.
+        """Read one image, (Ry, Rx, C), with two ranged reads: the shard's index and the chunk.
 
         Raises:
-            Exception: of zarr, if the shard is damaged or the checksum does not match.
+            Exception: from zarr, if the shard is damaged or the checksum does not match.
         """
         return np.asarray(self._array[index])
 
     def write_shard(self, shard: int, fields: Mapping[int, np.ndarray]) -> None:
-        """Replace a shard by one put of the images' fields (Ry, Rx, C); without any, there is no shard object.
+        """Replace a shard with its images' fields (Ry, Rx, C) in one put; without any, the shard object is deleted.
 
-        The bytes are those that zarr would write (``sharding_indexed`` with the index at the end): zarr copies every
-        chunk several times on the way.
+        The bytes equal those that zarr would write (``sharding_indexed`` with the index at the end), but zarr copies
+        every chunk several times.
 
         Raises:
             OSError: if it cannot be written.
         """
-        # A shard object without marker may be damaged, and an array cannot hold an older one besides.
+        # A shard object without a marker may be damaged; its chunks must not be kept.
         self._objects.delete_below(layout.shard_folder(shard))
         if fields:
             parts = shard_parts(fields, self._manifest.images_of(shard).start, self._manifest.images_per_shard)
@@ -241,7 +241,7 @@ class FieldArray:
 
 
 def shard_parts(fields: Mapping[int, np.ndarray], start: int, count: int) -> list[bytes]:
-    """A zarr v3 shard of ``count`` chunks from image ``start`` on: chunks with CRC-32C, then the index with its own."""
+    """A zarr v3 shard of ``count`` chunks from image ``start``: chunks with CRC-32C, then the index with its own."""
     from google_crc32c import value as crc32c
 
     index = np.full((count, 2), _NO_CHUNK, "<u8")  # offset and length of each chunk

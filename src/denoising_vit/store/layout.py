@@ -1,14 +1,14 @@
-"""Names of a store's objects, and their JSON with checksums. Which objects exist decides which images are done.
+"""Names of a store's objects, and their JSON with checksums. The existing objects determine which images are done.
 
 | object | content |
 |---|---|
 | ``manifest.json`` | settings of the store; written last, so a folder with a manifest is a store |
 | ``ids.json`` | ids of all images; an image's index is its position in this list |
-| ``field/`` | zarr v3 array (N, Ry, Rx, C), one chunk an image, ``images_per_shard`` chunks a shard |
+| ``field/`` | zarr v3 array (N, Ry, Rx, C), one chunk per image, ``images_per_shard`` chunks per shard |
 | ``staged/<index>.safetensors`` | a finished image whose shard is not sealed yet |
-| ``failed/<index>.json`` | why an image failed |
-| ``sealed/<shard>.json`` | marker of a complete shard: records of its images |
-| ``leases/<name>.<generation>.json`` | which process writes a shard |
+| ``failed/<index>.json`` | the reason why an image failed |
+| ``sealed/<shard>.json`` | marker of a complete shard, with the records of its images |
+| ``leases/<name>.<generation>.json`` | lease of the process that writes a shard |
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ _CHECKSUM = "crc32"
 
 
 def staged_key(index: int) -> str:
-    """A finished image of a shard that is not sealed."""
+    """Key of a finished image whose shard is not sealed."""
     return f"{STAGED}/{index:08d}.safetensors"
 
 
 def failed_key(index: int) -> str:
-    """The reason of a failed image."""
+    """Key of a failed image's reason."""
     return f"{FAILED}/{index:08d}.json"
 
 
 def sealed_key(shard: int) -> str:
-    """The marker of a complete shard."""
+    """Key of a complete shard's marker."""
     return f"{SEALED}/{shard:06d}.json"
 
 
 def shard_folder(shard: int) -> str:
-    """Objects of one shard, by zarr's default chunk keys: shards lie along the first axis."""
+    """Folder of a shard's objects, by zarr's default chunk keys: shards lie along the first axis."""
     return f"{FIELD}/c/{shard}"
 
 
 def shard_key(shard: int) -> str:
-    """The one object that zarr writes for a shard."""
+    """Key of the single object that zarr writes for a shard."""
     return f"{shard_folder(shard)}/0/0/0"
 
 
@@ -64,23 +64,23 @@ def shard_lease(shard: int) -> str:
 
 
 def numbers(names: Iterable[str]) -> set[int]:
-    """Indices or shards in a listing of ``staged``, ``failed`` or ``sealed``; other names are ignored."""
+    """Image indices or shard numbers in a listing of ``staged``, ``failed`` or ``sealed``; other names are ignored."""
     matches = (_NUMBERED.fullmatch(name) for name in names)
     return {int(match[1]) for match in matches if match}
 
 
 def packed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content as JSON returns it, with a checksum added.
+    """The content as JSON returns it, with an added checksum.
 
     Raises:
-        TypeError, ValueError: if it is not made of JSON values.
+        TypeError, ValueError: if a value is not a JSON value.
     """
     plain = json.loads(json.dumps(content, allow_nan=False))
     return {**plain, _CHECKSUM: _checksum(plain)}
 
 
 def unpacked(data: bytes | str) -> dict[str, Any]:
-    """Parse and check a JSON object; objects of earlier releases have no checksum.
+    """Parse and check a JSON object; objects from earlier releases have no checksum.
 
     Raises:
         ValueError: if it is not a JSON object, or its checksum does not match.
@@ -94,7 +94,7 @@ def checked(content: Any) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     rest = {key: value for key, value in content.items() if key != _CHECKSUM}
     if _CHECKSUM in content and content[_CHECKSUM] != _checksum(rest):
-        raise ValueError("it was changed: its checksum is not the one it was written with")
+        raise ValueError("its checksum does not match")
     return rest
 
 

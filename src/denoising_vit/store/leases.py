@@ -1,11 +1,11 @@
-"""Leases: which process may write a shard, without relying on synchronized clocks.
+"""Leases: exclusive write access to a shard, without relying on synchronized clocks.
 
-A lease is the object ``leases/<name>.<generation>.json``, created exclusively; the highest generation holds it. Taking
+A lease is the object ``leases/<name>.<generation>.json``, created exclusively; the highest generation is valid. Taking
 over means creating the next generation, which only one contender can do, and nobody overwrites another's object. (With
 one object per name, deleted and created again, two contenders that find the same stale lease could both delete and
 create, the second deleting the first's.) A thread of the holder increments a counter in its object every few seconds.
 
-A lease is free if its holder released it, if its process on this machine has ended, or, where that is unknown, if its
+A lease is free if its holder released it, if its process on this machine has ended, or, if that is unknown, if its
 object does not change while a contender watches it by its own monotonic clock.
 """
 
@@ -30,7 +30,7 @@ from denoising_vit.store.objects import Objects
 #: Seconds between two heartbeats.
 HEARTBEAT = 5.0
 
-#: Seconds without a heartbeat after which the lease of another machine counts as abandoned.
+#: Seconds without a heartbeat after which the lease of another machine is considered abandoned.
 PATIENCE = 30.0
 
 _PROC = Path("/proc")
@@ -38,7 +38,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Process:
-    """A process, identified by more than its pid, which is reused.
+    """A process, identified by more than its pid, because pids are reused.
 
     Attributes:
         host: host name, for messages.
@@ -60,18 +60,18 @@ class Process:
         return cls(socket.gethostname(), _machine(), pid, status[1] if status else None)
 
     def is_same(self, other: Process) -> bool:
-        """True for two descriptions of one process."""
+        """True if both describe the same process."""
         return (self.machine, self.pid, self.started) == (other.machine, other.pid, other.started)
 
     def alive(self) -> bool | None:
-        """True while the process runs; None if unknown: on another machine, or not on Linux."""
+        """True while the process runs; None if unknown, on another machine or not on Linux."""
         if self.machine is None or self.started is None or self.machine != _machine():
             return None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # another user's
+        except PermissionError:  # another user's process
             pass
         status = _status(self.pid)
         if status is None:
@@ -81,7 +81,7 @@ class Process:
 
 
 def _machine() -> str | None:
-    """Host, boot and pid namespace; host names alone repeat among containers."""
+    """Host, boot and pid namespace; host names alone are not unique among containers."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{(_PROC / 'self/ns/pid').readlink()}"
@@ -112,7 +112,7 @@ class _Entry:
 
     @classmethod
     def decode(cls, data: bytes) -> _Entry | None:
-        """None if the object is damaged, or half-written on a file system without hard links."""
+        """Decode; None if the object is damaged, or half-written on a file system without hard links."""
         try:
             content = parse_json(data)
             return cls(**(content | {"holder": Process(**content["holder"])}))
@@ -125,17 +125,17 @@ class Leases:
 
     Args:
         objects: objects of the store.
-        heartbeat: seconds between two heartbeats of leases acquired here.
-        patience: seconds to watch a lease of another machine; several of its heartbeats.
+        heartbeat: seconds between heartbeats of leases acquired here.
+        patience: seconds to watch another machine's lease; several of its heartbeats.
     """
 
     def __init__(self, objects: Objects, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE) -> None:
         self._objects = objects
         self._heartbeat, self._patience = heartbeat, patience
-        self._watched: dict[str, tuple[bytes, float]] = {}  # content of foreign leases, and since when it is the same
+        self._watched: dict[str, tuple[bytes, float]] = {}  # content of other leases, and the time of its last change
 
     def acquire(self, name: str) -> Lease:
-        """Acquire the lease ``name``; waits only while another machine's lease must be watched.
+        """Acquire the lease ``name``; waits only if another machine's lease must be watched.
 
         Raises:
             StoreError: naming the holder's host and process, if it is alive.
@@ -146,7 +146,7 @@ class Leases:
                 lease = self._claim(name, generation + 1)
                 if lease is not None:
                     return lease
-                continue  # another contender was faster
+                continue  # another contender was first
             time.sleep(min(self._heartbeat, self._patience) / 4)
 
     def highest(self, name: str) -> tuple[int, bytes | None]:
@@ -155,7 +155,7 @@ class Leases:
             generation = max(self.generations(name), default=0)
             if not generation:
                 return 0, None
-            with contextlib.suppress(FileNotFoundError):  # deleted by the holder of the next generation: look again
+            with contextlib.suppress(FileNotFoundError):  # deleted by the holder of the next generation: retry
                 return generation, self._objects.read(_key(name, generation))
 
     def generations(self, name: str) -> list[int]:
@@ -164,7 +164,7 @@ class Leases:
         return [int(match[1]) for match in map(pattern.fullmatch, self._objects.names(LEASES)) if match]
 
     def _is_free(self, name: str, generation: int, data: bytes) -> bool:
-        """True if a lease may be taken over, False if it must be watched further.
+        """True if a lease may be taken over, False if it must be watched longer.
 
         Raises:
             StoreError: if its holder is alive.
@@ -182,19 +182,19 @@ class Leases:
         if alive or before != data:
             holder = f"process {entry.holder.pid} on {entry.holder.host}" if entry else "another process"
             raise StoreError(
-                f"{self._objects.url}: {name} is being written by {holder}. Wait for it to end, or end it; what it has "
-                "finished is kept"
+                f"{self._objects.url}: {name} is being written by {holder}. Wait for that process or stop it; its "
+                "finished images are kept"
             )
         return now - since >= self._patience
 
     def _claim(self, name: str, generation: int) -> Lease | None:
         entry = _Entry(Process.current(), secrets.token_hex(8))
         key = _key(name, generation)
-        if not self._objects.create(key, entry.encode(), durable=False):  # a power cut ends the holder as well
+        if not self._objects.create(key, entry.encode(), durable=False):  # a power cut also ends the holder
             return None
         older = [other for other in self.generations(name) if other != generation]
-        # A contender that slept may create a generation that was held and deleted long ago. And where a service
-        # ignores the condition of a put, the last put counts.
+        # A contender that was suspended may create a generation that was held and deleted long ago. And if a service
+        # ignores the condition of a put, the last put wins.
         if max(older, default=0) > generation:
             self._objects.delete(key)
             return None
@@ -220,10 +220,10 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Check in the store that the lease is still held.
+        """Check in the store that the lease is still valid.
 
         Raises:
-            StoreError: if it was taken over, as happens to a process that was suspended for long.
+            StoreError: if it was taken over, for example because this process was suspended for long.
         """
         if not self._lost:
             generation, data = self._leases.highest(self.name)
@@ -232,27 +232,27 @@ class Lease:
         self.require()
 
     def require(self) -> None:
-        """Like :meth:`check`, with the result of the last heartbeat.
+        """Like :meth:`check`, but based on the last heartbeat.
 
         Raises:
             StoreError: if the lease was taken over.
         """
         if self._lost:
             raise StoreError(
-                f"{self._objects.url}: another process took over {self.name} because this one stalled; finished photos "
-                "are kept. Run the command again for the rest"
+                f"{self._objects.url}: another process took over {self.name} because this process stalled; finished "
+                "images are kept. Run the command again to continue"
             )
 
     def release(self, *, forget: bool = False) -> None:
-        """Release the lease; ``forget`` deletes its object, for a name that is not needed again."""
-        if self._stop.is_set() or not Process.current().is_same(self._entry.holder):  # a forked child does not hold it
+        """Release the lease; ``forget`` also deletes its object, for a name that is no longer needed."""
+        if self._stop.is_set() or not Process.current().is_same(self._entry.holder):  # a forked child is not the holder
             return
         self._stop.set()
         self._thread.join()
         if self._lost:
             return
         key = _key(self.name, self._generation)
-        # Must not hide the error that ended the work. On a full disk, deleting still works.
+        # This must not hide the error that ended the work. On a full disk, deleting still works.
         with contextlib.suppress(Exception):
             if not forget:
                 self._objects.write(key, replace(self._entry, released=True).encode(), durable=False)
@@ -268,7 +268,7 @@ class Lease:
 
     def _beat(self, seconds: float) -> None:
         while not self._stop.wait(seconds):
-            with contextlib.suppress(Exception):  # the network may recover, the disk may have room again
+            with contextlib.suppress(Exception):  # the network may recover, the disk may get free space
                 try:
                     self.check()
                 except StoreError:

@@ -1,4 +1,4 @@
-"""Stores as training data: a PyTorch dataset, and a sampler that shuffles while reading a few shards at a time."""
+"""Stores as training data: a PyTorch dataset, and a sampler that shuffles while reading only a few shards at a time."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from denoising_vit.store.reading import StoreReader
 class StoreDataset(Dataset[tuple[int, Tensor]]):
     """The finished images of a store: item ``k`` is (index in the store, field (Ry, Rx, C) float32).
 
-    Finished images are listed once, so that an epoch stays the same while a store grows.
+    Finished images are listed once, so that an epoch does not change while the store grows.
 
     Args:
         store: the store.
 
     Attributes:
-        indices: index in the store of each item, ascending.
+        indices: store index of each item, ascending.
     """
 
     def __init__(self, store: StoreReader) -> None:
         self.store = store
         self.indices = sorted(store.done())
         if not self.indices:
-            raise StoreError(f"{store.url}: no image is finished, there is nothing to read; run `dvit fit` first")
+            raise StoreError(f"{store.url}: no image is finished; run `dvit fit` first")
 
     def __len__(self) -> int:
         """Number of finished images."""
@@ -43,16 +43,16 @@ class StoreDataset(Dataset[tuple[int, Tensor]]):
 
 
 class ShardSampler(Sampler[int]):
-    """Samples a store shard by shard, so that reads stay within a few objects at a time.
+    """Sample a store shard by shard, so that only a few objects are read at a time.
 
-    Shards are shuffled; a window of consecutive ones is read together, with its images shuffled. Each finished image
-    occurs once an epoch. The order depends on seed and epoch only.
+    Shards are shuffled, and the images of a window of consecutive shards are shuffled together. Each finished image
+    occurs once per epoch. The order depends only on seed and epoch.
 
     Args:
-        dataset: the dataset; the sampler yields its items, not indices of the store.
+        dataset: the dataset; the sampler yields its items, not store indices.
         seed: seed for the order.
-        shuffle: False for the store's order.
-        window: number of shards that are mixed.
+        shuffle: shuffle the images; otherwise they come in the store's order.
+        window: number of shards to mix.
     """
 
     def __init__(self, dataset: StoreDataset, seed: int = 0, shuffle: bool = True, window: int = 4) -> None:

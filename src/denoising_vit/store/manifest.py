@@ -1,4 +1,4 @@
-"""Settings and ids of a store, and how they differ from those of another run."""
+"""Settings and ids of a store, and their differences from those of another run."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ FORMAT_VERSION = 2
 
 DType = Literal["float16", "float32", "int8"]
 
-#: Entries of a backbone's record that decide its features, besides its weights.
+#: Entries of a backbone's record that determine its features, besides its weights.
 _OF_BACKBONE = ("name", "layer", "norm", "dtype")
 
 EMPTY_MANIFEST = (
-    f"{{}}: {layout.MANIFEST} is empty (a power cut while it was written?). If no shard is finished, the same `dvit "
+    f"{{}}: {layout.MANIFEST} is empty, possibly because of a power cut. If no shard is finished, the same `dvit "
     "fit` recreates the store; otherwise fit into a new folder"
 )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Settings of a store. Readers and later runs compare them with their own first.
+    """Settings of a store. Readers and later runs first compare them with their own.
 
     Attributes:
         backbone: record of the backbone: name, weights, fingerprint values, layer, norm, dtype.
         plan: digest of the views.
-        options: other settings that decide the result, as JSON values.
+        options: other settings that determine the result, as JSON values.
         size: (H, W) in pixels of the backbone's input.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
         grid: (h, w) of patches.
-        field: (Ry, Rx) stored nodes of the semantic field.
+        field: (Ry, Rx) nodes of the stored semantic field.
         channels: C.
-        dtype: precision of the stored field. float16 holds magnitudes to 65,504 with a relative error of 2^-11; int8
-            has one scale a channel and image, and keeps every patch within a cosine of 0.999.
-        images_per_shard: images in one object once their shard is sealed.
+        dtype: precision of the stored field. float16 holds magnitudes up to 65,504 with a relative error of 2^-11; int8
+            has one scale per channel and image, and keeps the cosine of every patch above 0.999.
+        images_per_shard: number of images per shard object, once sealed.
         count: number of images, N; set by :meth:`FeatureStore.create`.
-        ids_digest: digest of all ids in order; set by :meth:`FeatureStore.create`. Empty: any ids match.
+        ids_digest: digest of all ids in order; set by :meth:`FeatureStore.create`. If empty, any ids match.
     """
 
     backbone: dict[str, Any]
@@ -72,7 +72,7 @@ class Manifest:
             try:
                 plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))
             except (TypeError, ValueError) as error:
-                raise StoreError(f"{name} of a store must be JSON values ({error})") from error
+                raise StoreError(f"{name} of a store must consist of JSON values ({error})") from error
             object.__setattr__(self, name, plain)
         for name in ("size", "grid", "field"):
             first, second = getattr(self, name)
@@ -92,7 +92,7 @@ class Manifest:
 
     @property
     def image_bytes(self) -> int:
-        """Size of one image's field in bytes, with its scale if it has one."""
+        """Size of one image's field in bytes, including its scale."""
         size = self.field[0] * self.field[1] * self.channels
         return {"float16": 2 * size, "float32": 4 * size, "int8": size + 4 * self.channels}[self.dtype]
 
@@ -112,7 +112,7 @@ class Manifest:
     def mismatch(self, other: Manifest) -> list[str]:
         """Differences between this store and another run, with both values; empty if the run may continue the store.
 
-        Weights are compared by fingerprint, because the same weights come from different places.
+        Weights are compared by fingerprint, because the same weights may come from different sources.
         """
         return list(self._differences(other))
 
@@ -130,17 +130,17 @@ class Manifest:
             )
 
     def to_json(self) -> str:
-        """Content of ``manifest.json``; equal manifests give equal text."""
-        version = FORMAT_VERSION if self.dtype == "int8" else 1  # earlier releases read all but int8
+        """Content of ``manifest.json``; equal manifests have equal text."""
+        version = FORMAT_VERSION if self.dtype == "int8" else 1  # earlier releases read everything except int8
         content = {"format": FORMAT, "version": version, **asdict(self)}
         return json.dumps(packed(content), indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
-        """Parse the text of :meth:`to_json`; ``where`` is for messages.
+        """Parse the text of :meth:`to_json`; ``where`` is used in messages.
 
         Raises:
-            StoreError: if it is of another type, damaged, or of a newer version.
+            StoreError: if it is of another type, damaged, or from a newer version.
         """
         try:
             content = parse_json(text)
@@ -150,16 +150,15 @@ class Manifest:
             raise StoreError(f"{where}: not a feature store; its manifest lacks the format {FORMAT!r}")
         version = content.get("version")
         if not isinstance(version, int) or version < 1:
-            raise StoreError(f"{where}: damaged manifest, its version is {version!r}; expected a positive number")
+            raise StoreError(f"{where}: damaged manifest: expected a positive version number, got {version!r}")
         if version > FORMAT_VERSION:
             raise StoreError(
-                f"{where}: a store of version {version}, this release reads up to {FORMAT_VERSION}; "
-                "upgrade denoising-vit"
+                f"{where}: expected a store of version {FORMAT_VERSION} or lower, got {version}; upgrade denoising-vit"
             )
         names = {item.name for item in fields(cls)}
         lacking = sorted(names - content.keys())
         if lacking:
-            raise StoreError(f"{where}: damaged manifest, it lacks {', '.join(lacking)}")
+            raise StoreError(f"{where}: damaged manifest: {', '.join(lacking)} missing")
         try:
             content = checked(content)
             _require_types(content)
@@ -169,7 +168,7 @@ class Manifest:
 
 
 def _require_types(content: dict[str, Any]) -> None:
-    """Raises ValueError for a value of another type than was written; all others are counts, or pairs of them."""
+    """Raise ValueError for a value of a wrong type; fields not named here are counts, or pairs of counts."""
     kinds = {"backbone": dict, "options": dict, "plan": str, "dtype": str, "ids_digest": str}
     for name in (item.name for item in fields(Manifest)):
         value = content[name]
@@ -195,7 +194,7 @@ def read_manifest(objects: Objects) -> Manifest:
             names = ", ".join(objects.names()[:3])
             found = f"not a feature store: it has no {layout.MANIFEST}, but {names}" if names else ""
             raise StoreError(
-                f"{objects.url}: {found or 'no feature store found'}; `dvit fit DATA -o STORE` makes one"
+                f"{objects.url}: {found or 'no feature store found'}; `dvit fit DATA -o STORE` creates one"
             ) from error
     if not content:
         raise StoreError(EMPTY_MANIFEST.format(objects.url))
@@ -206,7 +205,7 @@ def read_ids(objects: Objects, manifest: Manifest) -> list[str]:
     """Ids of all images in order.
 
     Raises:
-        StoreError: if they are missing, or were changed since the store was made.
+        StoreError: if they are missing, or were changed since the store was created.
     """
     try:
         ids = parse_json(objects.read(layout.IDS))
@@ -214,14 +213,14 @@ def read_ids(objects: Objects, manifest: Manifest) -> list[str]:
         raise StoreError(f"{objects.url}: {layout.IDS} is missing or damaged ({error})") from error
     if not isinstance(ids, list) or len(ids) != manifest.count or digest(ids) != manifest.ids_digest:
         raise StoreError(
-            f"{objects.url}: {layout.IDS} was changed: its digest is not {manifest.ids_digest[:8]}, as in the manifest"
+            f"{objects.url}: {layout.IDS} was changed: expected digest {manifest.ids_digest[:8]}, as in the manifest"
         )
     return ids
 
 
 @contextlib.contextmanager
 def reaching(objects: Objects) -> Iterator[None]:
-    """Report failures of the first request to a place, for which every library has its own exceptions."""
+    """Convert failures of the first request to a location, for which every library has its own exceptions."""
     try:
         yield
     except StoreError:
@@ -243,10 +242,10 @@ def _compare_weights(mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[s
     here, there = (Fingerprint(tuple(backbone.get("fingerprint") or ())) for backbone in (mine, theirs))
     same_length = len(here.values) == len(there.values)
     cosine = f"their cosine is {here.cosine(there):.3f}, expected above {SAME}"
-    likeness = cosine if same_length else "of different length"
+    likeness = cosine if same_length else "different lengths"
     if here.matches(there):
         digests = [str(backbone.get("digest"))[:8] for backbone in (mine, theirs)]
-        likeness = f"alike, but not the same: digests {digests[0]} and {digests[1]}"
+        likeness = f"similar, but not equal: digests {digests[0]} and {digests[1]}"
     yield (
         f"weights: the store has {_show(mine.get('weights'))} (fingerprint {_short(here)}), "
         f"this run has {_show(theirs.get('weights'))} (fingerprint {_short(there)}); {likeness}"

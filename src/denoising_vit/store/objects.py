@@ -1,6 +1,6 @@
-"""Objects below a local folder or an fsspec URL: the few atomic operations that a store needs.
+"""Objects in a local folder or at an fsspec URL: the few atomic operations that a store needs.
 
-zarr is imported lazily: it takes a quarter of a second.
+zarr is imported lazily, because the import takes a quarter of a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://")  # at least two letters, to excl
 
 
 def open_objects(url: str | Path) -> Objects:
-    """The objects below a local path or fsspec URL; credentials come from the environment.
+    """The objects in a local path or at an fsspec URL; credentials come from the environment.
 
     Raises:
         StoreError: if the name is empty, or this kind of URL needs a library that is not installed.
@@ -46,7 +46,7 @@ def open_objects(url: str | Path) -> Objects:
 
 
 class Objects(ABC):
-    """Objects below one root. Keys are relative, with slashes.
+    """Objects below one root. Keys are relative paths with slashes.
 
     Attributes:
         url: the root, as shown to users and for opening it again in another process.
@@ -56,7 +56,7 @@ class Objects(ABC):
 
     @abstractmethod
     def read(self, key: str) -> bytes:
-        """The whole object.
+        """Read the whole object.
 
         Raises:
             FileNotFoundError: if it does not exist.
@@ -64,7 +64,7 @@ class Objects(ABC):
 
     @abstractmethod
     def write(self, key: str, data: bytes | list[bytes], *, durable: bool = True) -> None:
-        """Write or replace an object atomically, given whole or in parts; ``durable`` flushes it to disk.
+        """Write or replace an object atomically, given as a whole or in parts; ``durable`` flushes it to disk.
 
         Raises:
             OSError: if it cannot be written; the previous object is kept.
@@ -80,7 +80,7 @@ class Objects(ABC):
 
     @abstractmethod
     def delete_below(self, folder: str) -> None:
-        """Delete a folder and its content, if it exists."""
+        """Delete a folder and its contents, if it exists."""
 
     @abstractmethod
     def names(self, folder: str = "") -> list[str]:
@@ -98,9 +98,9 @@ class Objects(ABC):
         """Flush an object that another library wrote."""
 
     def stamp(self, key: str) -> object:
-        """A value that changes when the object is rewritten, as far as that is known without reading it.
+        """A value that changes when the object is rewritten, as far as this is known without reading it.
 
-        Object stores return a constant: asking would cost as much as reading.
+        Object stores return a constant, because a query would cost as much as reading.
         """
         del key
         return ()
@@ -112,7 +112,7 @@ class Objects(ABC):
         """Check write permission by writing and deleting an object.
 
         Raises:
-            StoreError: if that fails.
+            StoreError: if this fails.
         """
         key = f".probe-{secrets.token_hex(4)}"
         try:
@@ -121,8 +121,7 @@ class Objects(ABC):
         except Exception as error:  # object stores have their own exceptions
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise StoreError(
-                f"{self.url}: cannot be written to ({reason}); expected a place that is not read-only. Choose another, "
-                "or open the store for reading"
+                f"{self.url}: cannot be written to ({reason}); choose a writable location, or open it for reading"
             ) from error
 
 
@@ -130,11 +129,11 @@ class LocalObjects(Objects):
     """Objects as files, each written to a temporary file and renamed."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root.absolute()  # worker processes may run in another folder
+        self._root = root.absolute()  # worker processes may have another working directory
         self.url = str(self._root)
 
     def read(self, key: str) -> bytes:
-        """The whole file."""
+        """Read the whole file."""
         try:
             return (self._root / key).read_bytes()
         except NotADirectoryError as error:  # the root is a file
@@ -168,7 +167,7 @@ class LocalObjects(Objects):
             shutil.rmtree(self._root / folder)
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of files and folders, except hidden ones: temporary files are hidden."""
+        """Names of files and folders, except hidden ones, which are temporary files."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(name for name in os.listdir(self._root / folder) if not name.startswith("."))  # noqa: PTH208
         return []
@@ -178,7 +177,7 @@ class LocalObjects(Objects):
         total = 0
         for folder, _, names in os.walk(self._root):
             for name in names:
-                with contextlib.suppress(FileNotFoundError):  # others may be writing
+                with contextlib.suppress(FileNotFoundError):  # other processes may be writing
                     total += (Path(folder) / name).stat().st_size
         return total
 
@@ -216,7 +215,7 @@ class LocalObjects(Objects):
 
 
 class RemoteObjects(Objects):
-    """Objects in an object store, where one put is atomic and visible to others at once."""
+    """Objects in an object store, where a put is atomic and immediately visible to others."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -226,14 +225,14 @@ class RemoteObjects(Objects):
         except ImportError as error:
             extra = EXTRAS.get(scheme)
             remedy = f"pip install 'denoising-vit[{extra}]'" if extra else "install the library that the reason names"
-            raise StoreError(f"{url}: reading {scheme}:// is not possible here ({error}); {remedy}") from error
+            raise StoreError(f"{url}: {scheme}:// is not supported by this installation ({error}); {remedy}") from error
         except ValueError as error:  # an unknown scheme
             raise StoreError(f"{url}: expected a folder or a URL such as s3://bucket/store ({error})") from error
         self._root = str(root).rstrip("/")
         self._pid = os.getpid()
 
     def _connect(self) -> tuple[Any, str]:
-        # Listings must not be cached: other machines write as well.
+        # Listings must not be cached, because other machines also write.
         return fsspec.url_to_fs(self.url, use_listings_cache=False)
 
     @property
@@ -253,12 +252,12 @@ class RemoteObjects(Objects):
         self._files.pipe_file(self._path(key), data if isinstance(data, bytes) else b"".join(data))
 
     def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
-        """One conditional put, if the service and its library support it (S3, Google Cloud)."""
+        """One conditional put, if service and library support it (S3, Google Cloud)."""
         del durable
         try:
             self._files.pipe_file(self._path(key), data, mode="create")
         except FileExistsError:
-            # A put that is retried because its answer was lost finds its own object.
+            # A put that is retried after a lost response finds its own object.
             with contextlib.suppress(FileNotFoundError):
                 return self.read(key) == data
             return False

@@ -1,4 +1,4 @@
-"""Reading a store: which images are done, and their fields."""
+"""Reading a store: the finished images, and their fields."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from denoising_vit.store.layout import unpacked
 from denoising_vit.store.manifest import Manifest, read_ids
 from denoising_vit.store.objects import Objects
 
-#: Markers kept in memory; each holds the records of a shard's images.
+#: Number of markers in memory; each has the records of a shard's images.
 _MARKERS_KEPT = 256
 
 
 class MissingImageError(StoreError, KeyError):
-    """An image that a store does not have: unknown, not finished yet, or failed."""
+    """A store does not have the image: it is unknown, not finished yet, or failed."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show it in quotes
+        return str(self.args[0])  # KeyError would add quotes
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class StoredFeatures:
 
     Attributes:
         index: index of the image in the store.
-        id: its name in the data set.
+        id: id of the image in the data set.
         field: F on its own nodes, (Ry, Rx, C) float32; nodes are at cell centres of [0, 1]^2.
         record: JSON values recorded with it, such as ``heldout_r2``.
         size: (H, W) in pixels of the backbone's input.
@@ -65,7 +65,7 @@ class StoredFeatures:
 
     @cached_property
     def _decomposition(self) -> Decomposition:
-        """A decomposition with the field only: a store keeps neither G nor the raw features."""
+        """A decomposition with the field only; a store keeps neither G nor the raw features."""
         nothing = torch.empty(0)
         return Decomposition(self.field, nothing, nothing, self.size, self.patch_size, self.stride, self.record)
 
@@ -76,7 +76,7 @@ class Marker:
 
     Attributes:
         records: record of each finished image, by index.
-        failed: why each other image failed, by index.
+        failed: reason of each failed image, by index.
         scales: scale (C,) of each finished image, by index; for int8 only.
     """
 
@@ -86,7 +86,7 @@ class Marker:
 
 
 class StoreReader:
-    """An open store: its settings, ids, state and fields. Writers, checks and exports build on it.
+    """An open store: its settings, ids, state and fields. Writers, checks and exports use it.
 
     The state is derived from the store's objects on every call, because other processes may be writing.
 
@@ -111,7 +111,7 @@ class StoreReader:
         """Ids of all images in order, finished or not.
 
         Raises:
-            StoreError: if they were changed since the store was made.
+            StoreError: if they were changed since the store was created.
         """
         return read_ids(self.objects, self.manifest)
 
@@ -121,7 +121,7 @@ class StoreReader:
 
     def done(self) -> set[int]:
         """Indices of finished images, sealed or not."""
-        # In this order: a shard that is sealed between the listings is in the last one, if not in the first.
+        # In this order: a shard that is sealed between both listings is in the second, even if not in the first.
         staged, failed = self.staged(), self._numbers(layout.FAILED)
         sealed = {index for shard in self.sealed() for index in self.manifest.images_of(shard)}
         return (sealed - failed) | staged
@@ -135,28 +135,28 @@ class StoreReader:
         return self._numbers(layout.STAGED)
 
     def sealed(self) -> set[int]:
-        """Complete shards."""
+        """Numbers of the complete shards."""
         return self._numbers(layout.SEALED)
 
     def unfinished(self) -> list[int]:
-        """Shards that need a writer: to fit images, to seal, or to clean up after a crash."""
+        """Shards that need a writer: to fit images, to seal them, or to clean up after a crash."""
         untidy = {self.manifest.shard_of(index) for index in self.staged()}
         return sorted((set(range(self.manifest.shards)) - self.sealed()) | untidy)
 
     def reasons(self, indices: Iterable[int]) -> dict[int, str]:
-        """Reasons of those of the images that failed."""
+        """Reasons of the failed images among these, by index."""
         found = {}
         for index in sorted(indices):
             try:
                 found[index] = self.reason(index)
-            except FileNotFoundError:  # finished in a second attempt meanwhile
+            except FileNotFoundError:  # a second attempt has succeeded
                 continue
-            except StoreError as error:  # the image failed nevertheless, and the next run tries it again
+            except StoreError as error:  # the image still failed; the next run retries it
                 found[index] = str(error)
         return found
 
     def reason(self, index: int) -> str:
-        """Why an image failed.
+        """Reason why an image failed.
 
         Raises:
             FileNotFoundError: if it did not fail.
@@ -175,7 +175,7 @@ class StoreReader:
             StoreError: if the marker is damaged.
         """
         key = layout.sealed_key(shard)
-        stamp = self.objects.stamp(key)  # before reading: a marker that is rewritten meanwhile is read again next time
+        stamp = self.objects.stamp(key)  # taken before reading, so that a marker rewritten meanwhile is read again
         kept = self._markers.get(shard)
         if kept is not None and kept[0] == stamp:
             return kept[1]
@@ -186,7 +186,7 @@ class StoreReader:
             failed = {int(index): str(reason) for index, reason in content["failed"].items()}
             scales = {int(index): decode_scale(scale) for index, scale in content.get("scales", {}).items()}
             if self.manifest.dtype == "int8" and scales.keys() != records.keys():
-                raise ValueError("it lacks scales of images")
+                raise ValueError("scales of images are missing")
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -198,7 +198,7 @@ class StoreReader:
         return marker
 
     def forget(self, shard: int) -> None:
-        """Read the marker of a shard again when it is next needed, because the shard may have been reopened."""
+        """Read a shard's marker again on next use, because the shard may have been reopened."""
         self._markers.pop(shard, None)
 
     def _numbers(self, folder: str) -> set[int]:
@@ -224,23 +224,23 @@ class StoreReader:
         )
 
     def index(self, image: int | str) -> int:
-        """The index of an image given by id or index.
+        """The index of an image given by index or id.
 
         Raises:
             MissingImageError: if there is no such image.
         """
         if isinstance(image, str):
             if image not in self._indices:
-                raise MissingImageError(f"{self.url}: no image {image!r} among the {len(self)} in this store")
+                raise MissingImageError(f"{self.url}: unknown image {image!r}; the store has {len(self)} images")
             return self._indices[image]
         if not 0 <= image < len(self):
             raise MissingImageError(
-                f"{self.url}: no image {image}; expected an index of 0 to {len(self) - 1}, or an id"
+                f"{self.url}: no image {image}; expected an index from 0 to {len(self) - 1}, or an id"
             )
         return int(image)
 
     def read(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """An image's field (Ry, Rx, C) in floats, and its record.
+        """An image's field (Ry, Rx, C) as floats, and its record.
 
         Raises:
             MissingImageError: if it is not finished, or failed.
@@ -250,7 +250,7 @@ class StoreReader:
         return stored.floats, record
 
     def read_stored(self, index: int) -> tuple[StoredField, dict[str, Any]]:
-        """Like :meth:`read`, with the field as it is stored."""
+        """Like :meth:`read`, with the field in the store's precision."""
         try:
             return self._read(index)
         except StoreError:
@@ -265,7 +265,7 @@ class StoreReader:
                 key = layout.staged_key(index)
                 return decode(self.objects.read(key), self.manifest, f"{self.url}: {key}")
             except FileNotFoundError:
-                pass  # not done, or sealed meanwhile
+                pass  # not done, or sealed since the check
         marker = self.marker(shard)
         if marker is None or index not in marker.records:
             raise MissingImageError(f"{self.url}: {self._why_missing(index, marker)}")
@@ -273,11 +273,11 @@ class StoreReader:
             stored = StoredField(self.array.read(index), marker.scales.get(index))
         except Exception as error:  # zarr raises ValueError, struct.error, RuntimeError, ... for damaged shards
             raise StoreError(
-                f"{self.url}: {self.ids[index]} in shard {shard} cannot be read ({error}); `dvit store verify` shows "
-                "what is damaged"
+                f"{self.url}: {self.ids[index]} in shard {shard} cannot be read ({error}); list the damage with "
+                "`dvit store verify`"
             ) from error
         if not stored.exists:
-            raise StoreError(f"{self.url}: {self.ids[index]} is gone from shard {shard}; expected its chunk there")
+            raise StoreError(f"{self.url}: the chunk of {self.ids[index]} is missing from shard {shard}")
         return stored, marker.records[index]
 
     @cached_property

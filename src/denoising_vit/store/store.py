@@ -23,8 +23,8 @@ from denoising_vit.store.writing import ShardWriter
 class FeatureStore(StoreReader):
     """Semantic fields of many images: written shard by shard, read by id or index.
 
-    A store can be sent to other processes, which open it again by its URL. Its state is always read from its objects,
-    so a store that another process writes shows its progress.
+    A store can be sent to other processes, which reopen it by its URL. Its state is always read from its objects, so
+    that progress of other processes is visible.
 
     Attributes:
         manifest: settings of the store.
@@ -45,12 +45,12 @@ class FeatureStore(StoreReader):
         """Create a store for these images and open it for writing.
 
         Args:
-            url: a folder, made if it does not exist, or an fsspec URL.
+            url: a folder, created if it does not exist, or an fsspec URL.
             manifest: settings; ``count`` and ``ids_digest`` are set from the ids.
             ids: unique ids of all images; their order determines indices and shards.
 
         Raises:
-            StoreError: if the place is not empty or not writable, or if the ids cannot be used.
+            StoreError: if the location is not empty or not writable, or if the ids are invalid.
         """
         objects = open_objects(url)
         manifest = manifest.with_ids(ids)
@@ -64,19 +64,19 @@ class FeatureStore(StoreReader):
         Args:
             url: a folder or an fsspec URL.
             expected: settings that the store must have.
-            writable: open it for writing, which reading does not need.
+            writable: open it for writing.
 
         Raises:
-            StoreError: if there is no store that this release reads, if it differs from ``expected``, with both values
-                of each difference, or if it cannot be written to.
+            StoreError: if there is no store that this release can read, if it differs from ``expected`` (the message
+                has both values of each difference), or if it is not writable.
         """
         objects = open_objects(url)
         manifest = read_manifest(objects)
         differences = manifest.mismatch(expected) if expected is not None else []
         if differences:
             raise StoreError(
-                f"{objects.url}: the store was made for something else: {'; '.join(differences)}. Run with the store's "
-                "settings, or write to a new place"
+                f"{objects.url}: the store has other settings: {'; '.join(differences)}. Use the store's settings, or "
+                "write to a new location"
             )
         if writable:
             objects.probe()
@@ -87,7 +87,7 @@ class FeatureStore(StoreReader):
         """True if there is a store.
 
         Raises:
-            StoreError: if the place cannot be reached.
+            StoreError: if the location cannot be reached.
         """
         objects = open_objects(url)
         with reaching(objects):
@@ -105,32 +105,32 @@ class FeatureStore(StoreReader):
         return cls.open(url, manifest.with_ids(ids), writable=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Other processes get the URL, not open handles."""
+        """Pickle the URL instead of open handles."""
         return _reopen, (self.url, self.writable)
 
     def lease(self, name: str) -> Lease:
-        """A lease on something other than a shard, such as a whole run, for a ``with`` block.
+        """A lease on something other than a shard, such as a whole run, as a context manager.
 
         Raises:
-            StoreError: naming the holder's host and process, if there is one.
+            StoreError: naming the holder's host and process, if another process holds it.
         """
         return self.leases.acquire(name)
 
     def writer(self, shard: int) -> ShardWriter:
-        """The writer of a shard, for a ``with`` block, which holds its lease.
+        """The writer of a shard, as a context manager that holds the shard's lease.
 
         Raises:
-            StoreError: if there is no such shard, or the store is open for reading only; on entering the block, if
-                another process writes this shard.
+            StoreError: if there is no such shard, or the store is read-only; on entering the block, if another process
+                writes this shard.
         """
         if not self.writable:
-            raise StoreError(f"{self.url}: open for reading only; expected FeatureStore.open(url, writable=True)")
+            raise StoreError(f"{self.url}: the store is read-only; open it with FeatureStore.open(url, writable=True)")
         if not 0 <= shard < self.manifest.shards:
-            raise StoreError(f"{self.url}: no shard {shard}; expected 0 to {self.manifest.shards - 1}")
+            raise StoreError(f"{self.url}: unknown shard {shard}; expected 0 to {self.manifest.shards - 1}")
         return ShardWriter(self, self.leases, shard)
 
     def retry_failed(self) -> list[int]:
-        """Make all failed images missing again, and return their indices.
+        """Mark all failed images as missing again, and return their indices.
 
         Raises:
             StoreError: if another process writes one of their shards.
@@ -156,7 +156,7 @@ class FeatureStore(StoreReader):
         }
 
     def verify(self) -> Iterator[Problem]:
-        """Read everything with its checksums and yield what is damaged."""
+        """Read everything with its checksums and yield any damage."""
         return find_problems(self)
 
     def export(
@@ -166,7 +166,7 @@ class FeatureStore(StoreReader):
 
         Raises:
             StoreError: if the kind is unknown, or an image is damaged.
-            OutputError: naming an existing file with other content; nothing is written then.
+            OutputError: naming an existing file with other content; then nothing is written.
             OSError: if the folder cannot be written to.
         """
         return export_images(self, Path(folder), kind, progress)
@@ -183,7 +183,7 @@ def _create(objects: Objects, manifest: Manifest, ids: list[str]) -> None:
     with reaching(objects):
         found = set(objects.names())
     if layout.MANIFEST in found and objects.read(layout.MANIFEST):
-        raise StoreError(f"{objects.url}: there is a feature store already; open it, or choose another place")
+        raise StoreError(f"{objects.url}: a feature store already exists here; open it, or choose another location")
     if not found <= {layout.IDS, layout.FIELD, layout.MANIFEST}:
         if layout.MANIFEST in found:
             raise StoreError(EMPTY_MANIFEST.format(objects.url))
@@ -197,7 +197,7 @@ def _create(objects: Objects, manifest: Manifest, ids: list[str]) -> None:
     if layout.MANIFEST in found:
         objects.delete(layout.MANIFEST)
     if not objects.create(layout.MANIFEST, manifest.to_json().encode()):
-        raise StoreError(f"{objects.url}: another process has just made a feature store here; open it")
+        raise StoreError(f"{objects.url}: another process has just created a feature store here; open it")
 
 
 def _require_leftovers(objects: Objects, found: set[str], ids: list[str]) -> None:
@@ -205,13 +205,13 @@ def _require_leftovers(objects: Objects, found: set[str], ids: list[str]) -> Non
     foreign = sorted(set(objects.names(layout.FIELD)) - {"zarr.json"}) if layout.FIELD in found else []
     if foreign:
         raise StoreError(
-            f"{objects.url}: expected an empty or new folder for a feature store; its folder {layout.FIELD} holds "
-            f"{', '.join(foreign[:3])}. Choose another place"
+            f"{objects.url}: expected an empty or new folder for a feature store, but its folder {layout.FIELD} has "
+            f"{', '.join(foreign[:3])}. Choose another location"
         )
     if layout.IDS in found and objects.read(layout.IDS) not in (json.dumps(ids).encode(), b""):
         raise StoreError(
-            f"{objects.url}: {layout.IDS} lists other images than those to be fitted; choose another place, or remove "
-            "it if it was left by a run that was stopped"
+            f"{objects.url}: {layout.IDS} lists other images than this run; choose another location, or delete the "
+            "file if it is left over from an interrupted run"
         )
 
 
@@ -220,7 +220,7 @@ def _require_usable(ids: list[str]) -> None:
         raise StoreError("a feature store needs at least one image, got no ids")
     for name in ids:
         if not isinstance(name, str) or not name:
-            raise StoreError(f"ids must be texts that are not empty, got {name!r}")
+            raise StoreError(f"ids must be non-empty strings, got {name!r}")
     name, count = Counter(ids).most_common(1)[0]
     if count > 1:
-        raise StoreError(f"ids must differ from each other, {name!r} comes {count} times")
+        raise StoreError(f"ids must be unique, but {name!r} occurs {count} times")

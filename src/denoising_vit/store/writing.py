@@ -1,4 +1,4 @@
-"""Writing a shard: images are staged one by one, or held in memory, and sealed together once none is missing."""
+"""Writing a shard: images are staged one by one, or kept in memory, and sealed together once the shard is complete."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _Images = dict[int, tuple[StoredField, dict[str, Any]]]
 
 
 class ShardWriter:
-    """The only writer of a shard, for a ``with`` block; made by :meth:`FeatureStore.writer`.
+    """The only writer of a shard, as a context manager; created by :meth:`FeatureStore.writer`.
 
-    Entering repairs what a killed writer left. Sealing takes three steps, and a crash may follow each: write the shard,
-    write its marker, delete the staged images. Without a marker, the shard is written again; with a marker, images that
-    are still staged are deleted.
+    Entering repairs what a killed writer left behind. Sealing has three steps, and a crash may follow each: write the
+    shard, write its marker, delete the staged images. Without a marker, the shard is written again; with a marker,
+    images that are still staged are deleted.
     """
 
     def __init__(self, store: StoreReader, leases: Leases, shard: int) -> None:
@@ -39,14 +39,14 @@ class ShardWriter:
         return self._store.manifest.images_of(self.shard)
 
     def missing(self) -> list[int]:
-        """Images that are neither finished, held, nor failed."""
+        """Images that are neither finished, in memory, nor failed."""
         if self._sealed:
             return []
         known = self._held.keys() | self._staged() | self._failed()
         return [index for index in self.images if index not in known]
 
     def put(self, index: int, field: Tensor, record: dict[str, Any] | None = None) -> None:
-        """Stage an image, which survives a crash from now on.
+        """Stage an image, so that it survives a crash.
 
         Args:
             index: one of :attr:`images`.
@@ -54,21 +54,21 @@ class ShardWriter:
             record: JSON values to store with it; its id is added.
 
         Raises:
-            FieldError: naming the image, if the field does not fit the store; call :meth:`fail` then.
-            StoreError: if the record is not made of JSON values, or the lease was lost.
-            OSError: if it cannot be written; no part of it remains.
+            FieldError: naming the image, if the field does not fit the store; then call :meth:`fail`.
+            StoreError: if the record does not consist of JSON values, or the lease was lost.
+            OSError: if it cannot be written; then no part of it remains.
         """
         self._stage({index: self._checked(index, field, record)})
 
     def hold(self, index: int, field: Tensor, record: dict[str, Any] | None = None) -> None:
-        """Keep an image in memory, to write it once only if the whole shard is sealed soon.
+        """Keep an image in memory, to write it only once if the whole shard is sealed soon.
 
-        It survives a crash after :meth:`flush` or :meth:`finish`, not before. Arguments and errors as for :meth:`put`.
+        It survives a crash only after :meth:`flush` or :meth:`finish`. Arguments and errors are those of :meth:`put`.
         """
         self._held[index] = self._checked(index, field, record)
 
     def flush(self) -> None:
-        """Stage the images that are held.
+        """Stage the images in memory.
 
         Raises:
             StoreError: if the lease was lost.
@@ -89,9 +89,9 @@ class ShardWriter:
         self._store.objects.write(layout.failed_key(index), json.dumps(content).encode())
 
     def finish(self) -> bool:
-        """Seal the shard if no image is missing, else flush; True if the shard is sealed now.
+        """Seal the shard if no image is missing, else flush; True if the shard is now sealed.
 
-        Damaged staged images are deleted: they are :meth:`missing` then, and the shard is not sealed.
+        Damaged staged images are deleted; then they are :meth:`missing`, and the shard is not sealed.
 
         Raises:
             StoreError: if the lease was lost.
@@ -108,9 +108,9 @@ class ShardWriter:
         images |= self._held
         failed = self._failed()
         reasons = self._store.reasons(failed - images.keys())
-        for index in failed & images.keys():  # finished in a second attempt
+        for index in failed & images.keys():  # a second attempt succeeded
             self._store.objects.delete(layout.failed_key(index))
-        lease.check()  # loading a large shard takes a while, and so does writing it
+        lease.check()  # loading and writing a large shard takes a while
         self._store.array.write_shard(self.shard, {index: stored.values for index, (stored, _) in images.items()})
         lease.check()
         self._write_marker(images, reasons)
@@ -119,11 +119,11 @@ class ShardWriter:
         return True
 
     def retry_failed(self) -> list[int]:
-        """Make failed images missing again, and return their indices. The images of a sealed shard are staged first.
+        """Mark failed images as missing again, and return their indices. The images of a sealed shard are staged first.
 
         Raises:
             StoreError: if the lease was lost, or a finished image is damaged.
-            OSError: if it cannot be written; the shard is still sealed then.
+            OSError: if it cannot be written; then the shard is still sealed.
         """
         self._require_lease().check()
         failed = sorted(self._failed() - self._staged())
@@ -131,7 +131,7 @@ class ShardWriter:
             marker = self._store.marker(self.shard)
             for index in marker.records if marker is not None else ():
                 self._stage({index: self._store.read_stored(index)})
-            # Until here a crash changes nothing: next to a marker, staged images are deleted.
+            # Until here, a crash changes nothing: while the marker exists, staged images are deleted.
             self._store.objects.delete(layout.sealed_key(self.shard))
             self._store.forget(self.shard)
             self._sealed = False
@@ -165,11 +165,11 @@ class ShardWriter:
         name = self._require(index)
         record = {"id": name, **(record or {})}
         if record["id"] != name:
-            raise StoreError(f"image {index} is {name!r}, its record says {record['id']!r}")
+            raise StoreError(f"image {index} is {name!r}, but its record has the id {record['id']!r}")
         try:
             record = checked(packed(record))
         except (TypeError, ValueError) as error:
-            raise StoreError(f"{name}: the record must be JSON values ({error})") from error
+            raise StoreError(f"{name}: the record must consist of JSON values ({error})") from error
         return stored_field(field, self._store.manifest, name), record
 
     def _stage(self, images: _Images) -> None:
@@ -209,9 +209,7 @@ class ShardWriter:
 
     def _require_lease(self) -> Lease:
         if self._lease is None:
-            raise StoreError(
-                "a shard is written within `with store.writer(shard) as writer:`; this writer has no lease"
-            )
+            raise StoreError("expected a writer within `with store.writer(shard) as writer:`; this writer has no lease")
         return self._lease
 
     def _require(self, index: int) -> str:
@@ -224,5 +222,5 @@ class ShardWriter:
             )
         name = self._store.ids[index]
         if self._sealed:
-            raise StoreError(f"{name}: its shard {self.shard} is sealed already, nothing more can be written to it")
+            raise StoreError(f"{name}: its shard {self.shard} is already sealed and cannot be written to")
         return name

@@ -1,4 +1,4 @@
-"""Offsets of tiles: each tile sees other surroundings, which moves all of its features; overlaps tell by how much."""
+"""Offsets of tiles: surroundings differ between tiles and shift all features; overlaps show by how much."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _RIDGE = 0.01
 
 
 class Alignment:
-    """Collects the means of tiles where they overlap, and solves for one offset (C,) of each tile.
+    """Collects the means of tiles in their overlaps, and solves for one offset (C,) per tile.
 
-    Neighbours show the same content where they overlap, so the difference of their means there is due to what else each
-    of them shows, and to the place in the tile. The second part is the same for all neighbours in a direction, and is
-    subtracted: otherwise it would add up to a ramp across the picture. Offsets minimise the squared differences that
-    are left, weighted by the shared patches, plus a small penalty.
+    Neighbours show the same content in their overlap, so the difference of their means there is caused by the rest of
+    each tile, and by the position in the tile. The second part is the same for all neighbours in a direction, and is
+    subtracted; otherwise it would add up to a ramp across the picture. Offsets minimise the remaining squared
+    differences, weighted by the number of shared patches, plus a small penalty.
 
     Args:
         rows: tiles along the height.
@@ -32,7 +32,7 @@ class Alignment:
         self._means: dict[tuple[int, int, int, bool], Tensor] = {}  # by tile, axis, and whether the next one shares it
 
     def add(self, row: int, column: int, features: Tensor) -> None:
-        """Takes the features (h, w, C) of a tile."""
+        """Add the features (h, w, C) of a tile."""
         for axis, (layout, place) in enumerate(zip(self._layouts, (row, column), strict=True)):
             for after in (False, True):
                 if shared := _shared(layout, place if after else place - 1):
@@ -40,7 +40,7 @@ class Alignment:
                     self._means[row, column, axis, after] = strip.double().mean((0, 1))
 
     def shift(self, blended: Tensor, fixed: slice) -> None:
-        """Adds the offsets of all tiles to their blended features (H', W', C), in place, but to ``fixed`` channels."""
+        """Add all tiles' offsets to their blended features (H', W', C), in place, except in ``fixed`` channels."""
         rows, columns = self._layouts
         offsets = self.offsets(blended.shape[2])
         offsets[..., fixed] = 0
@@ -50,7 +50,7 @@ class Alignment:
             blended[down] += torch.from_numpy(rows.weights[row, down])[:, None, None] * (across @ of_row)
 
     def offsets(self, channels: int) -> Tensor:
-        """(tiles along the height, tiles along the width, C) float32; zero where tiles do not overlap."""
+        """(tiles along the height, tiles along the width, C) float32; zero if tiles do not overlap."""
         shape = len(self._layouts[0].starts), len(self._layouts[1].starts)
         first, second, weights, wanted = [], [], [], []
         for axis, layout in enumerate(self._layouts):
@@ -84,7 +84,7 @@ class Alignment:
 
 
 def _shared(layout: TileLayout, index: int) -> int:
-    """Number of patches that a tile shares with the next; 0 if there is none."""
+    """Number of patches that a tile shares with the next tile; 0 if there is none."""
     if not 0 <= index < len(layout.starts) - 1:
         return 0
     return max(layout.starts[index] + layout.shown - layout.starts[index + 1], 0)

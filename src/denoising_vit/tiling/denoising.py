@@ -33,10 +33,10 @@ from denoising_vit.views.sampling import on_nodes
 def denoising_of(
     backbone: Backbone, options: DenoiseOptions, cleaners: Cleaners, tiling: TileOptions
 ) -> Denoising | TiledDenoising:
-    """One method of denoising: of whole photos, or of tiles if these have a size.
+    """A denoising method: of whole photos, or of tiles if ``tiling`` has a tile size.
 
     Raises:
-        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as :func:`~denoising_vit.denoise_image`.
+        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as in :func:`~denoising_vit.denoise_image`.
     """
     if tiling.tile is None:
         return Denoising(backbone, options, cleaners)
@@ -44,7 +44,7 @@ def denoising_of(
 
 
 def open_for(denoising: Denoising | TiledDenoising, photo: Path, max_pixels: int) -> Picture:
-    """Open a photo for a method; one that takes tiles may read it region by region.
+    """Open a photo for a method; with tiles, it may be read region by region.
 
     Raises:
         PhotoError: if it cannot be read or has more pixels.
@@ -62,7 +62,7 @@ def denoise_picture(
     watch: Callable[[Evaluation], None] | None = None,
     digest: str | None = None,
 ) -> Decomposition:
-    """Denoise what :func:`open_for` opened for this method."""
+    """Denoise a picture that :func:`open_for` opened for this method."""
     if isinstance(denoising, TiledDenoising):
         return denoising(picture, progress=progress, watch=watch, digest=digest)
     assert isinstance(picture, np.ndarray)
@@ -70,20 +70,20 @@ def denoise_picture(
 
 
 class TiledDenoising:
-    """One method of denoising for pictures of any size: each tile alone, by any method, then blended.
+    """A denoising method for pictures of any size: each tile is denoised separately by any method, then blended.
 
     Args:
         backbone: the backbone.
-        options: how tiles are denoised. ``size`` is the (H, W) to which a picture is resized; its own by default.
-        tiling: how pictures are cut into tiles.
-        cleaners: what cleans the features; an artifact as values is on the grid of one tile.
+        options: options for denoising tiles. ``size`` is the (H, W) to which a picture is resized; defaults to its own.
+        tiling: options of the tiles.
+        cleaners: cleaners of the features; an artifact given as values is on the grid of one tile.
 
     Attributes:
         whole: the method for a whole tile.
-        work: what progress on one tile counts up to.
+        work: total amount of work for one tile.
 
     Raises:
-        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as :func:`~denoising_vit.denoise_image`.
+        SizeError, PlanError, ArtifactError, DenoiserError, FormatError: as in :func:`~denoising_vit.denoise_image`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TiledDenoising:
         self.backbone, self.tiling = backbone, tiling
         self.size = (options.size, options.size) if isinstance(options.size, int) else options.size
 
-        @cache  # a picture that is narrower than a tile has smaller ones
+        @cache  # a picture narrower than a tile has smaller tiles
         def for_tiles(size: tuple[int, int]) -> Denoising:
             return Denoising(backbone, replace(options, size=size), cleaners)
 
@@ -114,9 +114,9 @@ class TiledDenoising:
         watch: Callable[[Evaluation], None] | None = None,
         digest: str | None = None,
     ) -> Decomposition:
-        """Denoise a picture; see :class:`~denoising_vit.denoise.Denoising`. Held-out figures are means over tiles.
+        """Denoise a picture; see :class:`~denoising_vit.denoise.Denoising`. Held-out metrics are means over tiles.
 
-        Memory is that of one tile, plus field, artifact and raw features of the whole: 12 C bytes a patch.
+        Memory is that of one tile, plus field, artifact and raw features of the whole picture: 12 C bytes per patch.
         """
         started = time.perf_counter()
         digest = digest or picture_digest(picture)
@@ -156,7 +156,7 @@ class TiledDenoising:
         )
 
     def made(self, info: dict[str, Any]) -> bool:
-        """True if a result with this ``info`` came from this backbone, these tiles and these settings."""
+        """True if a result with this ``info`` is from this backbone, these tiles and these settings."""
         tiles = info.get("tiles") or {}
         if not isinstance(size := tiles.get("of"), list):
             return False
@@ -166,12 +166,12 @@ class TiledDenoising:
     def _recorded(self, plan: ViewPlan) -> dict[str, Any]:
         size = None if self.size is None else list(self.size)
         found = {"of": list(plan.size), "tile": self.tiling.tile, "overlap": self.tiling.overlap, "size": size}
-        if self.tiling.align:  # results of earlier versions are not aligned, and do not say so
+        if self.tiling.align:  # results of earlier versions are not aligned and have no entry
             found["align"] = True
         return found
 
     def _on_nodes(self, semantic: Tensor, size: tuple[int, int]) -> Tensor:
-        """The field whose values at the patch centres are these; nodes are patch centres unless patches overlap."""
+        """The field with these values at the patch centres; nodes are patch centres unless patches overlap."""
         patch, stride = self.backbone.patch_size, self.backbone.stride
         if patch == stride:
             return semantic

@@ -1,4 +1,4 @@
-"""Features of a large picture in one grid, blended from tiles of it."""
+"""Features of a large picture on one grid, blended from its tiles."""
 
 from __future__ import annotations
 
@@ -36,26 +36,27 @@ def tiled_features(
 ) -> Tensor:
     """Features of a picture larger than the backbone's input, on one seamless grid.
 
-    The picture is cut into overlapping tiles, each tile goes through the extractor alone, and neighbouring tiles are
-    blended with weights that fall to zero at their ends. Beside the result and the decoded picture, memory is that of
-    one tile. Each tile is a whole image to the extractor: features know nothing beyond their tile.
+    The picture is divided into overlapping tiles, each tile goes through the extractor separately, and neighbouring
+    tiles are blended with weights that fall to zero at their ends. Besides the result and the decoded picture, memory
+    is that of one tile. Each tile is a whole image to the extractor, so its features depend on nothing outside the
+    tile.
 
     Args:
-        extractor: any callable (B, 3, H, W) -> (B, h, w, C): a backbone, or what cleans it in one pass.
+        extractor: any callable (B, 3, H, W) -> (B, h, w, C): a backbone, or a one-pass cleaner.
         picture: a path, a PIL image, or an (H, W, 3) uint8 array. A TIFF file of more than 100 million pixels is read
-            tile by tile (extra `tiff`); all others are decoded whole, 3 bytes a pixel.
-        tile: side of a tile in pixels; the backbone's default size by default.
-        overlap: pixels that neighbouring tiles share, at least; up to half a tile, a quarter by default. 0 takes every
-            patch from the nearest tile, and shows seams.
-        align: shift the features of each tile by a constant, so that neighbours agree where they overlap.
-        size: (H, W) to which the picture is resized; its own by default. Sides that do not fit the patch grid are
-            changed to the nearest that do, by less than a patch.
-        max_pixels: larger pictures are refused.
-        backbone: the extractor's backbone, where the extractor has no attribute ``backbone``.
+            tile by tile (extra `tiff`); all other files are decoded as a whole, 3 bytes per pixel.
+        tile: side of a tile in pixels; defaults to the backbone's default size.
+        overlap: minimum number of pixels shared by neighbouring tiles, up to half a tile; defaults to a quarter. 0
+            takes every patch from the nearest tile, which causes seams.
+        align: shift the features of each tile by a constant, so that neighbours agree in their overlap.
+        size: (H, W) to which the picture is resized; defaults to its own. Sides that do not fit the patch grid are
+            changed to the nearest valid ones, by less than a patch.
+        max_pixels: maximum size; larger pictures raise PhotoError.
+        backbone: the extractor's backbone, if the extractor has no attribute ``backbone``.
         progress: called as ``progress(done, total)`` after each tile.
 
     Returns:
-        (H', W', C) float32 on the CPU: one vector for every patch of the picture.
+        (H', W', C) float32 on the CPU: one vector per patch of the picture.
 
     Raises:
         PhotoError: if the picture cannot be read, is too large, or smaller than a patch.
@@ -64,7 +65,7 @@ def tiled_features(
     """
     model = extractor if isinstance(extractor, Backbone) else backbone or getattr(extractor, "backbone", None)
     if not isinstance(model, Backbone):
-        raise PlanError("the extractor has no attribute `backbone`, whose patch grid tiles are cut to; give backbone=")
+        raise PlanError("the extractor has no attribute `backbone`, whose patch grid is needed; give backbone=")
     options = TileOptions(model.default_size if tile is None else tile, overlap, align, max_pixels)
     opened = open_picture(picture, size=size, max_pixels=max_pixels)
     rows, columns = layouts(model, opened, options, size)
@@ -74,7 +75,7 @@ def tiled_features(
 def layouts(
     backbone: Backbone, picture: Picture, options: TileOptions, size: tuple[int, int] | None
 ) -> tuple[TileLayout, TileLayout]:
-    """Tiles along height and width of a picture that is shown at a size (H, W), its own by default."""
+    """Tiles along height and width of a picture shown at a size (H, W), by default its own."""
     assert options.tile is not None
     overlap = options.tile // 4 if options.overlap is None else options.overlap
     height, width = picture.shape[:2] if size is None else size
@@ -95,17 +96,17 @@ def blend(
     align: bool = True,
     fixed: slice = slice(0),
 ) -> Tensor:
-    """Run every tile, and add its features to the grid with its weights.
+    """Run every tile, and add its weighted features to the grid.
 
     Args:
         picture: the picture.
         rows: tiles along the height.
         columns: tiles along the width.
-        backbone: its normalisation and stride are those of the tiles.
+        backbone: backbone whose normalisation and stride the tiles use.
         run: maps a normalised tile (1, 3, H, W) to (h, w, C).
         progress: called after each tile.
-        align: shift tiles by constants, so that neighbours agree where they overlap.
-        fixed: channels that are not shifted.
+        align: shift tiles by constants, so that neighbours agree in their overlap.
+        fixed: channels not to shift.
 
     Returns:
         (H', W', C) float32 on the CPU.
@@ -130,7 +131,7 @@ def blend(
 
 
 def _tile(picture: Picture, rows: TileLayout, row: int, columns: TileLayout, column: int, backbone: Backbone) -> Tensor:
-    """One tile, normalised, (1, 3, H, W). Where nothing is resized, these are the picture's own pixels."""
+    """One tile, normalised, (1, 3, H, W). Without resizing, these are the picture's own pixels."""
     height, width = picture.shape[:2]
     top, down = _resampling(rows, row, height)
     left, across = _resampling(columns, column, width)
@@ -141,7 +142,7 @@ def _tile(picture: Picture, rows: TileLayout, row: int, columns: TileLayout, col
 
 
 def _resampling(layout: TileLayout, index: int, length: int) -> tuple[int, Tensor]:
-    """The first pixel of a tile of a side of ``length`` pixels, and the weights of its pixels (H, pixels used)."""
+    """First pixel of a tile along a side of ``length`` pixels, and the weights of its pixels (H, pixels used)."""
     scale = length / layout.side
     start = layout.starts[index] * layout.stride
     return resampling_matrix(start * scale, (start + layout.tile) * scale, length, layout.tile)

@@ -1,4 +1,4 @@
-"""Where tiles lie along one side of a picture, and how much each adds to each patch."""
+"""Position of tiles along one side of a picture, and their weights at each patch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class TileLayout:
     """The tiles along one side.
 
     Attributes:
-        side: pixels of the side as shown, which fit the patch grid.
-        tile: pixels of a tile.
-        stride: pixels between neighbouring patches.
-        starts: first patch of each tile, increasing.
-        shown: patches of a tile.
-        weights: (tiles, patches of the side) float32; zero where a tile does not reach, and every patch's sum is one.
-        seams: every patch k such that patches k and k + 1 are nearest to different tiles.
+        side: length of the side in pixels, which fits the patch grid.
+        tile: length of a tile in pixels.
+        stride: distance between neighbouring patches in pixels.
+        starts: first patch of each tile, ascending.
+        shown: number of patches of a tile.
+        weights: (tiles, patches of the side) float32; zero outside a tile; the sum at every patch is one.
+        seams: every patch k for which patches k and k + 1 are nearest to different tiles.
     """
 
     side: int
@@ -37,11 +37,11 @@ class TileLayout:
         """Spread as few tiles as the overlap allows evenly over a side.
 
         Args:
-            side: pixels of the side. If they do not fit the patch grid, the nearest number that does is taken.
-            tile: pixels of a tile; one tile of the whole side if that is shorter.
-            overlap: least pixels that neighbours share, up to half a tile.
+            side: length of the side in pixels; rounded to the nearest length that fits the patch grid.
+            tile: length of a tile in pixels; a shorter side has a single tile.
+            overlap: minimum number of pixels shared by neighbours, up to half a tile.
             patch: side of a patch in pixels.
-            stride: pixels between neighbouring patches.
+            stride: distance between neighbouring patches in pixels.
 
         Raises:
             SizeError: if the tile does not fit the patch grid.
@@ -55,7 +55,7 @@ class TileLayout:
         starts = tuple(np.linspace(0, patches - shown, count).round().astype(int).tolist())
         depth = _depth(starts, shown, patches)
         nearest = depth.argmax(0)
-        if shared:  # sin^2 starts and ends level, so that neither end of the ramp shows
+        if shared:  # sin^2 is flat at both ends, so that the ramp's ends are invisible
             weights = np.sin(np.clip(depth / shared, 0, 1) * (np.pi / 2)) ** 2
             weights /= weights.sum(0)
         else:
@@ -70,9 +70,9 @@ class TileLayout:
 
 
 def _depth(starts: tuple[int, ...], shown: int, patches: int) -> np.ndarray:
-    """How far every patch's centre lies within each tile, in patches: (tiles, patches), zero outside.
+    """Distance in patches from every patch's centre to the nearest end of each tile: (tiles, patches), zero outside.
 
-    An end of a tile at an end of the side is none: nothing lies beyond it.
+    A tile's end at an end of the side does not count, because there is nothing beyond it.
     """
     centres = np.arange(patches) + 0.5
     left = centres - np.array([-np.inf, *starts[1:]])[:, None]

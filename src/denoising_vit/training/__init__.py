@@ -1,1 +1,1 @@
-"""What the training of stage 2 (the denoiser) and stage 3 (the distilled ViT) share."""
+"""Code shared by the training of stage 2 (the denoiser) and stage 3 (the distilled ViT)."""

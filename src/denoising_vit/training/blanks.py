@@ -14,7 +14,7 @@ from denoising_vit.metrics.blank_test import random_blank_images
 from denoising_vit.training.samples import blank_numbers
 from denoising_vit.views.rendering import per_channel
 
-#: Number of images of each size, and images per forward pass.
+#: Number of images per size, and images per forward pass.
 BLANKS, _BATCH = 128, 4
 
 
@@ -39,7 +39,7 @@ class Blanks:
         seed: int,
         on_image: Callable[[], None] = lambda: None,
     ) -> Blanks:
-        """Runs the backbone on images of each size (H, W); ``on_image`` is called after each."""
+        """Run the backbone on images of each size (H, W); ``on_image`` is called after each image."""
         raw = []
         for size in sizes:
             parts = []
@@ -52,12 +52,12 @@ class Blanks:
         return cls(tuple(raw), seed)
 
     def draw(self, size: int, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Raw and clean features (count, h, w, C) float32 of images of a step, fixed by the seed.
+        """Raw and clean features (count, h, w, C) float32 for a step; determined by the seed.
 
         Args:
             size: index of the size.
             step: number of the step.
-            first: number of images of this step that earlier batches and processes have.
+            first: number of this step's images in earlier batches and processes.
             count: number of images.
         """
         raw = self.raw[size][blank_numbers(self.seed, step, first, count, BLANKS)].float()
@@ -65,7 +65,7 @@ class Blanks:
 
 
 def clean_blanks(raw: Tensor) -> Tensor:
-    """Clean features (B, h, w, C) of content-free images: the same everywhere, the mean of their raw ones."""
+    """Clean features (B, h, w, C) of content-free images: the same everywhere, the mean of their raw features."""
     return raw.mean((1, 2), keepdim=True).expand_as(raw)
 
 

@@ -1,4 +1,4 @@
-"""Figures for TensorBoard, which only informs: what it cannot write stops no run."""
+"""Metrics for TensorBoard; its errors never stop a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from denoising_vit.errors import DenoisingVitWarning
 
 
 class Board:
-    """TensorBoard's file of a run; does nothing if TensorBoard is not installed, or its file cannot be written.
+    """TensorBoard's log of a run; does nothing if TensorBoard is not installed or its file cannot be written.
 
     Args:
         folder: folder of the files.
@@ -29,33 +29,33 @@ class Board:
             self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Writes the figures of a step."""
+        """Write the metrics of a step."""
         with self._going_on():
             for name, value in figures.items():
                 if self._writer is not None:
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         with self._going_on():
             if self._writer is not None:
                 self._writer.close()
         threading.excepthook = self._hook
 
     def _on_thread(self, args: threading.ExceptHookArgs) -> None:
-        """Prints no traceback of TensorBoard's thread, which hands its error to the next call as well."""
+        """Print no traceback of TensorBoard's thread, because the next call raises its error again."""
         if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
             self._hook(args)
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Turns an error of the file into a warning, and stops writing it."""
+        """Turn an error into a warning, and stop writing."""
         try:
             yield
         except OSError as error:
             self._writer = None
             warnings.warn(
-                f"{self._folder}: no longer written for TensorBoard ({error}); log.jsonl has all figures",
+                f"{self._folder}: TensorBoard logging stopped ({error}); log.jsonl has all metrics",
                 DenoisingVitWarning,
                 stacklevel=2,
             )

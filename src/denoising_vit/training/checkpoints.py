@@ -18,7 +18,7 @@ from denoising_vit.errors import TrainError
 from denoising_vit.files import KEY, below, make_folder, parse_json, write_tensors
 from denoising_vit.training.engine import gathered, shared_like
 
-#: Number of checkpoints kept: the newest and the one before.
+#: Number of checkpoints to keep: the newest and the previous one.
 _KEPT = 2
 
 
@@ -29,7 +29,7 @@ class Progress:
     Attributes:
         step: number of optimizer steps done.
         best: the best held-out cosine so far; None before the first evaluation.
-        best_step: the step of the best cosine.
+        best_step: step of the best cosine.
     """
 
     step: int = 0
@@ -38,7 +38,7 @@ class Progress:
 
 
 class Checkpoints:
-    """The newest checkpoints of a run. Sampler and schedule are functions of the step and need no state.
+    """The newest checkpoints of a run. Sampler and schedule are functions of the step, so their state is not saved.
 
     Args:
         folder: folder of the checkpoint files.
@@ -67,17 +67,17 @@ class Checkpoints:
         *,
         write: bool = True,
     ) -> None:
-        """Writes a checkpoint atomically, then removes all but the newest two.
+        """Write a checkpoint atomically, then remove all but the newest two.
 
         Args:
             progress: state of the run.
             model: the model; if its weights are sharded, all processes must call this.
             optimizer: its optimizer.
             more: further tensors by name.
-            write: whether this process writes the file.
+            write: whether this process writes the file; one process must.
 
         Raises:
-            TrainError: if it cannot be written (a full disk).
+            TrainError: if it cannot be written (for example on a full disk).
         """
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for number, state in optimizer.state_dict()["state"].items():
@@ -92,7 +92,7 @@ class Checkpoints:
         try:
             write_tensors(tensors, path, {KEY: json.dumps(asdict(progress))})
         except OSError as error:
-            kept = "none was written before" if before is None else f"{before.name} is whole, --resume continues it"
+            kept = "there is no earlier one" if before is None else f"{before.name} is intact, --resume continues it"
             raise TrainError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
         for old in self._all()[:-_KEPT]:
             old.unlink(missing_ok=True)
@@ -105,13 +105,13 @@ class Checkpoints:
         *,
         step: int | None = None,
     ) -> Progress:
-        """Loads a checkpoint; further tensors are overwritten in place.
+        """Load a checkpoint; further tensors are overwritten in place.
 
         Args:
             model: its model.
             optimizer: its optimizer.
             more: further tensors by name.
-            step: step of the checkpoint; 0 loads nothing. Default: the newest, if any.
+            step: step of the checkpoint; 0 loads nothing. Defaults to the newest, if any.
 
         Raises:
             TrainError: if it is damaged, or belongs to another model.
@@ -136,7 +136,7 @@ class Checkpoints:
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:16])  # torch lists every tensor
             raise TrainError(
-                f"{path}: damaged checkpoint ({reason}); remove it, and --resume continues from the one before"
+                f"{path}: damaged checkpoint ({reason}); delete it, and --resume continues from the previous one"
             ) from error
         return progress
 

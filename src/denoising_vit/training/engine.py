@@ -19,16 +19,16 @@ from denoising_vit.training.options import Precision
 
 T = TypeVar("T")
 
-#: How long processes wait for each other. One may fit photos for hours more than another, and launchers allow only 10
-#: or 30 minutes by default. The launcher notices a process that dies.
+#: Timeout of communication between processes. A process may fit photos for hours longer than another, but launchers
+#: default to 10 or 30 minutes. If a process dies, the launcher notices.
 _PATIENCE = timedelta(days=7)
 
 
 def make_accelerator(device: str) -> Any:
-    """The accelerator of this process, as `accelerate launch` or torchrun configured it, or for a single process.
+    """The accelerator of this process, as configured by `accelerate launch` or torchrun, or for a single process.
 
     Args:
-        device: auto, or a named device.
+        device: auto, or the name of a device.
 
     Raises:
         TrainError: if accelerate is not installed, or the device is not available.
@@ -44,11 +44,11 @@ def make_accelerator(device: str) -> Any:
     on_cpu = device == "cpu" or (device == "auto" and not has_accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in os.environ
     if launched and device not in ("auto", "cpu", "cuda"):
-        raise TrainError(f"processes of a launcher share the devices; expected --device auto, got {device!r}")
+        raise TrainError(f"with a launcher, the processes share the devices; expected --device auto, got {device!r}")
     try:
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)  # accelerate uses the current one
-        # No mixed precision: accelerate would keep that of a process's first run for all later ones.
+        # No mixed precision: accelerate would keep the setting of a process's first run for all later runs.
         patient = InitProcessGroupKwargs(timeout=_PATIENCE)
         return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patient])
     except (ValueError, RuntimeError) as error:
@@ -56,7 +56,7 @@ def make_accelerator(device: str) -> Any:
 
 
 def arithmetic(device: torch.device, precision: Precision) -> torch.dtype:
-    """The dtype of autocast on a device."""
+    """The autocast dtype on a device."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return named[precision] if precision in named else fast_dtype(device)
 
@@ -67,7 +67,7 @@ def device_of(accelerator: Any, device: str) -> str:
 
 
 def from_first(accelerator: Any, value: T) -> T:
-    """The first process's value, in all processes; what others read from a shared disk may differ.
+    """Broadcast the first process's value to all processes, whose own values may differ, for example on a shared disk.
 
     Args:
         accelerator: the processes; all of them must call this.
@@ -81,14 +81,14 @@ def from_first(accelerator: Any, value: T) -> T:
 
 
 def from_all(accelerator: Any, value: T) -> list[T]:
-    """The values of all processes by rank, in all processes."""
+    """Gather the values of all processes by rank, in all processes."""
     from accelerate.utils import gather_object
 
     return gather_object([value]) if accelerator.num_processes > 1 else [value]
 
 
 def _is_available(device: str) -> bool:
-    """True if this machine has the device; unknown names are left to the backbone."""
+    """True if this machine has the device; the backbone checks unknown names."""
     kind, _, number = device.partition(":")
     if kind == "mps":
         return torch.backends.mps.is_available()
@@ -98,10 +98,10 @@ def _is_available(device: str) -> bool:
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList | nn.Sequential, accelerator: Any) -> None:
-    """Shards the parameters between the processes; blocks are gathered one by one as they are used (FSDP2).
+    """Shard the parameters between the processes; blocks are gathered one at a time as needed (FSDP2).
 
     Args:
-        model: used only through its forward pass.
+        model: the model; use only its forward pass.
         blocks: its transformer blocks.
         accelerator: processes and devices.
     """
@@ -114,13 +114,13 @@ def shard(model: nn.Module, blocks: nn.ModuleList | nn.Sequential, accelerator: 
 
 
 def gathered(value: Tensor) -> Tensor:
-    """The whole tensor of a sharded one, which all processes must call; other tensors unchanged."""
+    """Gather a sharded tensor, in all processes; other tensors are returned unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @torch.no_grad()
 def shared_like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor sharded like another of its shape; unchanged if the other is not sharded."""
+    """Shard a whole tensor like another tensor of its shape; unchanged if the other is not sharded."""
     if not isinstance(other, DTensor) or value.shape != other.shape:
         return value
     return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)

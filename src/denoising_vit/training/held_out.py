@@ -1,4 +1,4 @@
-"""Metrics and pictures of held-out images that stages 2 and 3 share."""
+"""Metrics and pictures of held-out images for stages 2 and 3."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from denoising_vit.metrics.position import linear_position_r2, neighbour_positio
 from denoising_vit.metrics.tokens import effective_rank
 from denoising_vit.training.loop import Figures
 
-#: Images per forward pass, and images in a picture.
+#: Number of images per forward pass, and per picture.
 BATCH, SHOWN = 8, 4
 
-#: The smallest number of images to measure position on.
+#: Minimum number of images for measuring position.
 _PLACED = 8
 
 
 class TargetSimilarity:
-    """Mean cosine and squared error of features and targets, accumulated over batches."""
+    """Mean cosine and squared error between features and targets, accumulated over batches."""
 
     def __init__(self) -> None:
         self._cosine = self._squared = self._patches = 0.0
 
     def add(self, clean: Tensor, target: Tensor) -> None:
-        """Adds features (B, h, w, C) and their targets."""
+        """Add features (B, h, w, C) and their targets."""
         self._cosine += float(F.cosine_similarity(clean, target, dim=-1).double().sum())
         self._squared += float((clean - target).square().mean(-1).double().sum())
         self._patches += target[..., 0].numel()
@@ -43,7 +43,7 @@ class TargetSimilarity:
 
 
 def spread(features: Tensor) -> Figures:
-    """Effective rank of features (N, h, w, C), and R^2 of a linear and a nearest-neighbour probe for the position."""
+    """Effective rank of features (N, h, w, C), and R^2 of a linear and a nearest-neighbour probe of the position."""
     figures = {"rank": effective_rank(features)}
     if len(features) >= _PLACED and min(features.shape[1:3]) > 1:
         train = len(features) // 2
@@ -53,22 +53,22 @@ def spread(features: Tensor) -> Figures:
 
 
 def error_ratio(figures: Figures, raw: Figures) -> float:
-    """(1 - cosine) relative to that of raw features."""
+    """(1 - cosine), relative to that of raw features."""
     return (1 - figures["cosine"]) / max(1 - raw["raw_cosine"], 1e-12)
 
 
 def known_blank_figures(features: BlankProbe, raw: BlankProbe) -> Figures:
-    """Metrics of the blank-image test that are available."""
+    """Available metrics of the blank-image test."""
     return {name: value for name, value in blank_figures(features, raw).items() if value is not None}
 
 
 def draw_panel(
     folder: Path, step: int, headings: Sequence[str], rows: Sequence[tuple[str, np.ndarray, Sequence[Tensor]]]
 ) -> None:
-    """Draws ``step-N.png``: one row per image, with one PCA basis for all features of a row.
+    """Draw ``step-N.png``: one row per image, with one PCA basis per row.
 
     Args:
-        folder: created if needed.
+        folder: folder for the file; created if it does not exist.
         step: N.
         headings: headings of the features.
         rows: name, pixels (H, W, 3) uint8, and features (h, w, C) of each image.

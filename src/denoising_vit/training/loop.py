@@ -1,4 +1,4 @@
-"""What the training loops of stages 2 and 3 share: loss, learning rate, gradients, log."""
+"""Parts of the training loop shared by stages 2 and 3: loss, learning rate, gradients, log."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from denoising_vit.training.samples import Sample, Sampler
 
 Figures = dict[str, float]
 
-#: Called with the number of steps done and their figures.
+#: Called with the number of steps done and their metrics.
 OnFigures = Callable[[int, Figures], None]
 
 
 def denoising_loss(clean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error and mean cosine over patches, of features (B, h, w, C) and targets.
+    """Mean squared error and mean cosine over patches, between features (B, h, w, C) and targets.
 
     The published loss of stages 2 and 3 is ``MSE + (1 - cosine)`` (section 4.2 of the paper).
     """
@@ -40,7 +40,7 @@ def learning_rate(step: int, steps: int, peak: float, final: float, warmup: floa
         steps: number of steps of the run.
         peak: peak learning rate.
         final: final learning rate.
-        warmup: share of the steps in [0, 1) with a rising rate.
+        warmup: fraction of the steps in [0, 1) with a rising rate.
     """
     rising = round(warmup * steps)
     if step < rising:
@@ -50,18 +50,18 @@ def learning_rate(step: int, steps: int, peak: float, final: float, warmup: floa
 
 
 def peak_rate(rate: float, pairs: int) -> float:
-    """The peak learning rate for a number of pairs per step, of all processes: ``rate sqrt(pairs / 256)``."""
+    """The peak learning rate for a number of pairs per step over all processes: ``rate sqrt(pairs / 256)``."""
     return rate * math.sqrt(pairs / 256)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate, times the factor of each group with layer-wise decay."""
+    """Set the learning rate, times each group's factor with layer-wise decay."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def own_batches(sampler: Sampler, steps: Iterable[int], batch_size: int, accelerator: Any) -> Iterator[list[Sample]]:
-    """The samples of this process in these steps, batch by batch."""
+    """Samples of this process in these steps, batch by batch."""
     whole, first = batch_size * accelerator.num_processes, batch_size * accelerator.process_index
     for step in steps:
         samples = sampler.step(step)
@@ -70,18 +70,18 @@ def own_batches(sampler: Sampler, steps: Iterable[int], batch_size: int, acceler
 
 
 def blanks_before(number: int, blanks: int, accelerator: Any) -> int:
-    """Content-free images of a step in earlier batches, and in those of earlier processes; ``blanks`` a batch."""
+    """Number of a step's content-free images in earlier batches and processes, with ``blanks`` per batch."""
     return (number * accelerator.num_processes + accelerator.process_index) * blanks
 
 
 @contextlib.contextmanager
 def synchronised(model: nn.Module, last: bool, sharing: bool = False) -> Iterator[None]:
-    """Lets processes exchange gradients only after the last batch of a step.
+    """Synchronize gradients between processes only after the last batch of a step.
 
     Args:
         model: the trained model, as wrapped for several processes.
         last: whether this is the last batch of the step.
-        sharing: whether its weights are sharded between the processes.
+        sharing: whether the weights are sharded between the processes.
     """
     if sharing:
         model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
@@ -95,7 +95,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def require_finite(value: Tensor, what: str, step: int, samples: Sequence[Sample], ids: Sequence[str]) -> None:
-    """Refuses a loss or gradient that is not finite, before the optimizer step.
+    """Reject a loss or gradient that is not finite, before the optimizer step.
 
     Raises:
         TrainError: naming the samples.
@@ -104,8 +104,8 @@ def require_finite(value: Tensor, what: str, step: int, samples: Sequence[Sample
         return
     named = ", ".join(f"{ids[sample.image]} {_words(sample)}" for sample in samples)
     raise TrainError(
-        f"step {step + 1}: the {what} is not finite ({value.item()}), and the run is stopped before it spoils the "
-        f"weights; the pairs were: {named}. Lower --learning-rate, or look at these images"
+        f"step {step + 1}: the {what} is not finite ({value.item()}); the run stops before it corrupts the weights. "
+        f"Pairs of this step: {named}. Lower --learning-rate, or check these images"
     )
 
 
@@ -115,15 +115,15 @@ def _words(sample: Sample) -> str:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """True after every so many steps and after the last."""
+    """True after every ``every`` steps and after the last step."""
     return step % every == 0 or step == last
 
 
 class Log:
-    """Writes figures as JSON lines, and to TensorBoard if it is installed.
+    """Writes metrics as JSON lines, and to TensorBoard if it is installed.
 
     Args:
-        path: file of the JSON lines; TensorBoard's files go beside it.
+        path: file of the JSON lines; TensorBoard's files go next to it.
         step: step at which the run starts or resumes.
     """
 
@@ -132,7 +132,7 @@ class Log:
         self._board = Board(path.parent / "tensorboard", step)
 
     def write(self, step: int, kind: str, figures: Figures) -> None:
-        """Writes the figures of a step; kind is ``train`` or ``held_out``, and values that are not finite become null.
+        """Write the metrics of a step; ``kind`` is ``train`` or ``held_out``; values that are not finite become null.
 
         Raises:
             TrainError: if the file cannot be written.
@@ -146,7 +146,7 @@ class Log:
         self._board.write(step, {f"{kind}/{name}": value for name, value in figures.items()})
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         with contextlib.suppress(OSError):  # a full disk was reported by `write`
             self._file.close()
         self._board.close()
@@ -154,7 +154,7 @@ class Log:
 
 @contextlib.contextmanager
 def opened_log(folder: RunFolder, step: int, accelerator: Any) -> Iterator[Log | None]:
-    """The log of a run from a step on, without later lines of an interrupted run; None in all but the first process."""
+    """The log of a run from a step on, without later lines of an interrupted run; None except in the first process."""
     if not accelerator.is_main_process:
         yield None
         return

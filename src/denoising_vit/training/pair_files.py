@@ -1,4 +1,4 @@
-"""Files of kept pairs, and the record of images that could not be used."""
+"""Files of kept pairs, and the record of unusable images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 
 from denoising_vit.files import parse_json
 
-#: The description of the pairs, and one byte per image with its status.
+#: The description of the pairs, and one status byte per image.
 HEAD, STATE = "pairs.json", "state.u8"
 
-#: The file with the reasons why images could not be used.
+#: The file with the reasons why images are unusable.
 REASONS = "unusable.jsonl"
 
 #: All files of a folder of pairs; the others are useless without the first.
 _ALL = (HEAD, STATE, REASONS, "raw-*.f16", "target-*.f16")
 
-#: Rows written before their status is.
+#: Number of rows to write before their status.
 _AT_ONCE = 16
 
 #: Errors of a full disk or an exceeded quota.
@@ -34,7 +34,7 @@ _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno
 
 
 def reserve(path: Path, size: int) -> None:
-    """Creates a file of zeros and reserves its space on the disk if the platform can.
+    """Create a file of zeros and reserve its disk space, if the platform supports it.
 
     Without reserved space, a write to a memory map on a full disk kills the process without a message.
 
@@ -52,10 +52,11 @@ def reserve(path: Path, size: int) -> None:
 
 
 class RowWriter:
-    """Writes rows of existing files, and their status to the first file once the rows are on the disk.
+    """Writes rows of existing files, and their status to the first file once the rows are on disk.
 
     A context manager; on exit, also after an error, the status of all written rows is saved. It writes exactly the
-    bytes of a row, not pages as memory maps do, so that machines sharing the files do not overwrite each other's rows.
+    bytes of a row, not whole pages as memory maps do, so that machines sharing the files do not overwrite each other's
+    rows.
 
     Args:
         files: one byte per row in the first, one array per row in each of the others.
@@ -67,7 +68,7 @@ class RowWriter:
         self._marks: dict[int, int] = {}
 
     def write(self, row: int, arrays: Sequence[np.ndarray]) -> None:
-        """Writes one array to each file but the first.
+        """Write one array to each file except the first.
 
         Raises:
             OSError: if they cannot be written.
@@ -78,7 +79,7 @@ class RowWriter:
             file.write(content)
 
     def mark(self, row: int, mark: int) -> None:
-        """Sets the status of a row; it is written after the row, for several rows at a time.
+        """Set the status of a row; it is written after the row, for several rows at a time.
 
         Raises:
             OSError: if it cannot be written.
@@ -117,7 +118,7 @@ def has_pairs(folder: Path) -> bool:
 
 
 def remove_pairs(folder: Path) -> None:
-    """Removes the files of pairs from a folder, and no others.
+    """Remove the files of pairs from a folder, and no others.
 
     Raises:
         OSError: if one cannot be removed.
@@ -128,7 +129,7 @@ def remove_pairs(folder: Path) -> None:
 
 
 def write_reason(folder: Path, name: str, reason: str) -> None:
-    """Appends the reason why an image could not be used, and flushes it to the disk.
+    """Append the reason why an image is unusable, and flush it to disk.
 
     Raises:
         OSError: if it cannot be written.
@@ -145,7 +146,7 @@ def write_reason(folder: Path, name: str, reason: str) -> None:
 
 
 def read_reasons(folder: Path) -> dict[str, str]:
-    """Reasons why images could not be used, by id; incomplete lines, which a crash may leave, are skipped."""
+    """Reasons why images are unusable, by id; incomplete lines, which a crash may leave, are skipped."""
     path, found = folder / REASONS, {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:

@@ -1,4 +1,4 @@
-"""Photos of a run, and batches of views that are read and rendered ahead of the steps that need them."""
+"""Photos of a run, and batches of views, read and rendered ahead of the steps that need them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from denoising_vit.training.pair_files import read_reasons, write_reason
 from denoising_vit.training.samples import Sample
 from denoising_vit.views.rendering import to_image
 
-#: Decoding threads, and the number of decoded photos they keep ready.
+#: Number of decoding threads, and of decoded photos to keep ready.
 _DECODERS, _DECODED = 4, 16
 
-#: Seconds to wait before each retry of a photo that cannot be reached.
+#: Seconds to wait before each retry of a photo that is unreachable.
 _AGAIN = (1.0, 5.0, 25.0)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A photo.
+    """A photo of a run.
 
     Attributes:
         index: its index in the data set.
@@ -55,15 +55,15 @@ class SeenPhotos(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Values that identify the photos; JSON values."""
+        """JSON values that identify the photos."""
         ...
 
     def stream(self, images: Iterable[int], patience: Sequence[float] = ()) -> Iterator[Seen | Skipped]:
         """Photos in the given order, or the reason why one cannot be read.
 
         Args:
-            images: indices, perhaps endless.
-            patience: seconds to wait before each retry of a photo that cannot be reached.
+            images: indices of photos; may be endless.
+            patience: seconds to wait before each retry of an unreachable photo.
         """
         ...
 
@@ -85,7 +85,7 @@ class PlainPhotos:
 
     @property
     def images(self) -> Sequence[int]:
-        """All indices; unreadable photos are found when they are read."""
+        """All indices; unreadable photos are detected on reading."""
         return range(len(self.dataset))
 
     @property
@@ -97,14 +97,14 @@ class PlainPhotos:
         """Photos in the given order, or the reason why one cannot be read.
 
         Raises:
-            TrainError: if a photo cannot be reached after all retries.
+            TrainError: if a photo is still unreachable after all retries.
         """
         for index, found in self.dataset.stream(images, workers=_DECODERS, ahead=_DECODED, patience=patience):
             if not isinstance(found, Skipped):
                 yield Seen(index, to_image(found), None)
             elif found.unreachable:
                 raise TrainError(
-                    f"{found.item}: cannot be reached ({found.reason}); --resume continues from the last checkpoint"
+                    f"{found.item}: unreachable ({found.reason}); --resume continues from the last checkpoint"
                 )
             else:
                 yield found
@@ -112,13 +112,13 @@ class PlainPhotos:
 
 @dataclass(frozen=True)
 class Batch:
-    """Views of one size.
+    """A batch of views of the same size.
 
     Attributes:
         samples: their samples.
         images: (B, 3, H, W), normalized.
         fields: F at their patches, (B, h, w, C) float32; None for photos without fields.
-        usable: (B,) bool; False for a photo that could not be read, with a view of zeros.
+        usable: (B,) bool; False for an unreadable photo, whose view is zeros.
     """
 
     samples: list[Sample]
@@ -133,10 +133,10 @@ class ViewReader:
 
     Attributes:
         photos: the photos.
-        backbone: its normalization and patch grid are used.
+        backbone: backbone whose normalization and patch grid to use.
         device: device to render on.
         sizes: (H, W) of the views.
-        told: folder that records which photos cannot be used, and why.
+        told: folder to record unusable photos in, with reasons.
     """
 
     photos: SeenPhotos
@@ -151,10 +151,10 @@ class ViewReader:
         return self.photos.stream(images, _AGAIN)
 
     def batches(self, plan: Iterable[list[Sample]]) -> Iterator[Batch]:
-        """Batches of the samples, in their order.
+        """Batches of the samples, in order.
 
         Raises:
-            TrainError: if a photo cannot be reached, or one with a field is missing.
+            TrainError: if a photo is unreachable, or a photo with a field is missing.
         """
         plan, again = itertools.tee(plan)
         seen = self.stream(sample.image for samples in again for sample in samples)
@@ -163,7 +163,7 @@ class ViewReader:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reasons why photos could not be used, by id; of all processes and earlier runs."""
+        """Reasons why photos are unusable, by id; from all processes and earlier runs."""
         return read_reasons(self.told)
 
     def _batch(self, samples: list[Sample], seen: Sequence[Seen | Skipped]) -> Batch:
@@ -181,7 +181,7 @@ class ViewReader:
         return Batch(samples, torch.stack(views), torch.stack(fields) if fields else None, usable)
 
     def _record(self, skipped: Skipped) -> None:
-        """Records the reason once per run, not in every epoch."""
+        """Record the reason once per run, not in every epoch."""
         if skipped.item in self._skipped:
             return
         self._skipped.add(skipped.item)
@@ -193,7 +193,7 @@ class ViewReader:
 
 
 class _Ids(Sequence[str]):
-    """Ids of a data set, made on request; there may be millions."""
+    """Ids of a data set, created on request because there may be millions."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset

@@ -86,24 +86,24 @@ class RunFolder:
         return self.checkpoints.step >= steps and self.last.is_file()
 
     def begin(self, identity: dict[str, Any], *, resume: bool) -> None:
-        """Creates the folder of a new run, or opens it to resume, and locks it for this process.
+        """Create the folder of a new run, or open it to resume, and lock it for this process.
 
-        A run with a record and nothing else could not start (no space for its pairs) and is replaced by a new one.
+        A folder with only a record is from a run that could not start (no space for its pairs); a new run replaces it.
 
         Args:
-            identity: values that decide the run's result; JSON values.
+            identity: JSON values that determine the run's result.
             resume: resume the run in the folder.
 
         Raises:
-            TrainError: if the folder holds something else, a run without `resume`, no run with it, or a run with other
-                options, with both values of each.
+            TrainError: if the folder has other contents, a run but not `resume`, `resume` but no run, or a run with
+                other options; the message has both values of each.
         """
         self._require_fit(resume=resume)
         try:
             hold(self.path, "run")
         except OSError as error:
             raise self._unwritable(error) from error
-        self._require_fit(resume=resume)  # another run may have begun meanwhile
+        self._require_fit(resume=resume)  # another run may have started since the first check
         if not resume:
             self._record(identity)
             return
@@ -113,8 +113,8 @@ class RunFolder:
             raise TrainError(f"{head}: damaged (expected a JSON object); start again in another folder")
         if different := differences(recorded, {"format": FORMAT, "version": 1, **identity}):
             raise TrainError(
-                f"{self.path}: cannot resume with other options: {'; '.join(different)}. Give those of the run, or "
-                "start again in another folder"
+                f"{self.path}: cannot resume with other options: {'; '.join(different)}. Use the options of the run, "
+                "or start again in another folder"
             )
         if not (self.path / _ABOUT).is_file():  # the run ended between the two
             self._write({_ABOUT: run_info()})
@@ -123,34 +123,34 @@ class RunFolder:
         """:meth:`begin` in the first process; the others check that they were given the same options.
 
         Raises:
-            TrainError: as :meth:`begin` does, or if the options of a process differ.
+            TrainError: as in :meth:`begin`, or if the options of a process differ.
         """
         if accelerator.is_main_process:
             self.begin(identity, resume=resume)
         if different := differences(from_first(accelerator, identity), identity):
             raise TrainError(
-                f"{self.path}: process {accelerator.process_index} was given other options or photos than the first: "
-                f"{'; '.join(different)}. Give all the same"
+                f"{self.path}: process {accelerator.process_index} has other options or photos than the first process: "
+                f"{'; '.join(different)}. Use the same for all"
             )
 
     def _require_fit(self, *, resume: bool) -> None:
-        """Refuses a folder in which the run cannot begin or resume."""
+        """Reject a folder in which the run cannot start or resume."""
         if not (self.path / _HEAD).is_file():
             if resume:
                 raise TrainError(f"{self.path}: no run to resume; start it without --resume")
             if self.path.exists() and (not self.path.is_dir() or {e.name for e in self.path.iterdir()} - {HOLDING}):
-                raise TrainError(f"{self.path} exists and is no run of this program; expected a new or empty folder")
+                raise TrainError(f"{self.path} exists and is not a run of this program; expected a new or empty folder")
         elif not resume and self._is_begun():
-            raise TrainError(f"{self.path} holds a run already; --resume continues it, or name another folder")
+            raise TrainError(f"{self.path} already has a run; use --resume to continue it, or choose another folder")
 
     def _is_begun(self) -> bool:
-        """True if the folder has more than the record of a run, or a record of another program."""
+        """True if the folder has more than the record of a run, or a record from another program."""
         ours = (read_object(self.path / _HEAD) or {}).get("format") == FORMAT
         others = {entry.name for entry in self.path.iterdir()} - {_HEAD, _ABOUT, _PAIRS, REASONS, HOLDING}
         return not ours or bool(others) or has_pairs(self.pairs)
 
     def _record(self, identity: dict[str, Any]) -> None:
-        """Writes the records of a new run, and removes files of pairs that an earlier run reserved but never filled."""
+        """Write the records of a new run, and remove files of pairs that an earlier run reserved but never filled."""
         try:
             make_folder(self.path)
             remove_pairs(self.pairs)
@@ -160,7 +160,7 @@ class RunFolder:
         self._write({_HEAD: {"format": FORMAT, "version": 1, **identity}, _ABOUT: run_info()})
 
     def _write(self, records: dict[str, dict[str, Any]]) -> None:
-        """Writes records by the name of their file."""
+        """Write records by file name."""
         try:
             for name, record in records.items():
                 with atomic_path(self.path / name) as temporary:
@@ -169,10 +169,10 @@ class RunFolder:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> TrainError:
-        return TrainError(f"{self.path}: cannot be made or written to ({error}); name another folder")
+        return TrainError(f"{self.path}: cannot be created or written to ({error}); choose another folder")
 
     def cut_log(self, step: int) -> None:
-        """Removes log lines after a step, and incomplete lines, which a crash may leave."""
+        """Remove log lines after a step, and incomplete lines, which a crash may leave."""
         if not self.log.is_file():
             return
         lines = self.log.read_text().splitlines(keepends=True)
@@ -190,14 +190,14 @@ def _logged_step(line: str) -> float:
 
 
 def backbone_identity(backbone: Backbone) -> dict[str, Any]:
-    """Values that decide the features of a backbone; JSON values."""
+    """JSON values that determine the features of a backbone."""
     told = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride", "mean", "std")}
     weights = {"fingerprint": backbone.fingerprint.short, "digest": weights_key(backbone)}
     return told | weights | {"dtype": str(backbone.dtype).removeprefix("torch.")}
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if it holds none."""
+    """The JSON object in a file; None if there is none."""
     try:
         found = parse_json(path.read_text())
     except ValueError:
@@ -206,7 +206,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """Values that differ between a recorded JSON object and the current one, with both sides."""
+    """Differences between a recorded JSON object and the current one, with both values."""
     before, now = (json.loads(json.dumps(record)) for record in (before, now))  # tuples as lists
     found = []
     for name in sorted(before.keys() | now.keys()):
@@ -224,7 +224,7 @@ def _short(value: Any) -> str:
 
 
 def hold(folder: Path, name: str) -> None:
-    """Locks a folder against writing by other processes, until this one ends or :func:`let_go` is called.
+    """Lock a folder against writing by other processes, until this process ends or :func:`let_go` is called.
 
     Raises:
         TrainError: naming the process that holds the lock.
@@ -240,12 +240,12 @@ def hold(folder: Path, name: str) -> None:
     try:
         _HELD[key] = Leases(LocalObjects(folder / HOLDING)).acquire(name)
     except StoreError as error:
-        raise TrainError(f"{folder}: another run writes it ({error})") from error
+        raise TrainError(f"{folder}: another run is writing to it ({error})") from error
     atexit.register(let_go, folder, name)
 
 
 def let_go(folder: Path, name: str) -> None:
-    """Releases the lock of :func:`hold`."""
+    """Release the lock of :func:`hold`."""
     lease = _HELD.pop((folder.resolve(), name), None)
     if lease is not None:
         lease.release(forget=True)
@@ -256,7 +256,7 @@ def let_go(folder: Path, name: str) -> None:
 
 @contextmanager
 def held(folder: Path, name: str) -> Iterator[None]:
-    """:func:`hold` within a block."""
+    """:func:`hold` as a context manager."""
     hold(folder, name)
     try:
         yield

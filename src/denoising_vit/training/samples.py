@@ -1,4 +1,4 @@
-"""Which views a step trains on: a function of the seed and the step, so a resumed run needs no sampler state."""
+"""The views of a training step: a function of seed and step, so that a resumed run needs no sampler state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sample:
         image: index in the store or data set.
         size: index of the size among those of the run.
         number: number of the kept view; None for a new view.
-        crop: the region shown.
+        crop: region of the image.
     """
 
     image: int
@@ -52,7 +52,7 @@ class Sampler:
     pairs: int
 
     def step(self, step: int) -> list[Sample]:
-        """The samples of a step, of all processes in rank order."""
+        """The samples of a step, over all processes in rank order."""
         stream = _stream(self.seed, _STEP, step)
         size = int(stream.randint(len(self.sizes)))
         draws = stream.random_sample((self.pairs, 2))
@@ -80,19 +80,19 @@ def split(images: Sequence[int], held_out: int, seed: int) -> tuple[tuple[int, .
 
 
 def kept_view(seed: int, image: int, number: int, size: tuple[int, int], views: ViewOptions) -> Crop:
-    """Kept view of this number: the whole image, its mirror image if views are mirrored, then crops."""
+    """Kept view of this number: first the whole image, then its mirror image if views are mirrored, then crops."""
     if number < views.wholes:
         return whole_view(size, mirrored=number == 1)
     return _crop(_stream(seed, _KEPT, image, number, *size), size, views)
 
 
 def fresh_view(seed: int, count: int, size: tuple[int, int], views: ViewOptions) -> Crop:
-    """A new crop for the sample of this number, counted over the run."""
+    """A new crop for the sample of this number, counted over the whole run."""
     return _crop(_stream(seed, _FRESH, count), size, views)
 
 
 def blank_numbers(seed: int, step: int, first: int, count: int, most: int) -> list[int]:
-    """Numbers below ``most`` of ``count`` content-free images of a step, from the ``first`` of all processes on."""
+    """Numbers below ``most`` of ``count`` content-free images of a step, starting at ``first`` over all processes."""
     return _stream(seed, _BLANK, step).randint(most, size=first + count)[first:].tolist()
 
 
@@ -107,7 +107,7 @@ def _crop(stream: np.random.RandomState, size: tuple[int, int], views: ViewOptio
     area, ratio = (float(value) for value in areas_and_ratios(views.area, views.ratio, drawn[:2]))
     draws = drawn.tolist()
     frame = size[1] / size[0]
-    # Not the square root that stage 1 takes: it differs in the last bit, and kept crops must not change.
+    # Stage 1 uses another square root that differs in the last bit, and kept crops must not change.
     width, height = min((area * ratio / frame) ** 0.5, 1.0), min((area / ratio * frame) ** 0.5, 1.0)
     left, top = draws[2] * (1 - width), draws[3] * (1 - height)
     box = (left, top, min(left + width, 1.0), min(top + height, 1.0))

@@ -1,7 +1,7 @@
 """Average shifted and mirrored passes; no training, k times the cost.
 
-An artifact stays at its place in the input while content moves, so that aligned features of moved inputs agree on
-content only. This is how PH-Reg (Chen et al., NeurIPS 2025) makes its teacher; here it is the plain baseline.
+An artifact stays at its position in the input while content moves, so aligned features of moved inputs agree only on
+content. PH-Reg (Chen et al., NeurIPS 2025) creates its teacher in this way; here it is the plain baseline.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ DEFAULT_PASSES = 5
 #: Directions of the shifts: diagonal ones first, then along one side.
 _DIRECTIONS = ((1, 1), (-1, -1), (1, -1), (-1, 1), (1, 0), (-1, 0), (0, 1), (0, -1))
 
-#: Shift as a share of the grid.
+#: Shift as a fraction of the grid.
 _SHARE = 8
 
-#: A move of the input: rows down, columns right, in patches; and whether it is mirrored left to right before that.
+#: A move of the input: rows down and columns right, in patches; and whether it is first mirrored left to right.
 Move = tuple[int, int, bool]
 
 
 def moves(passes: int, grid: tuple[int, int]) -> list[Move]:
-    """The moves of ``passes`` passes over a grid: as it is, mirrored, then shifted by an eighth of the grid.
+    """The moves of ``passes`` passes over a grid: unchanged, mirrored, then shifted by an eighth of the grid.
 
-    Shifts are whole patches (at least one), so that grids are aligned without resampling; every second one is mirrored.
+    Shifts are whole patches (at least one), so that grids are aligned without resampling; every second pass is
+    mirrored.
 
     Raises:
         PlanError: if there are not 2 to 10 passes.
@@ -42,17 +43,17 @@ def moves(passes: int, grid: tuple[int, int]) -> list[Move]:
 
 
 def require_passes(passes: int) -> None:
-    """Refuse a number of passes outside 2 to 10.
+    """Reject a number of passes outside 2 to 10.
 
     Raises:
-        PlanError: naming the range.
+        PlanError: with the range.
     """
     if not 2 <= passes <= len(_DIRECTIONS) + 2:
         raise PlanError(f"passes must be 2 to {len(_DIRECTIONS) + 2}, got {passes}")
 
 
 def moved(image: Tensor, move: Move, stride: int) -> Tensor:
-    """The image (B, 3, H, W) after a move; border pixels are repeated into what it uncovers."""
+    """The image (B, 3, H, W) after a move; border pixels are repeated into uncovered areas."""
     down, right, mirrored = move[0] * stride, move[1] * stride, move[2]
     image = image.flip(3) if mirrored else image
     if not (down or right):
@@ -64,12 +65,12 @@ def moved(image: Tensor, move: Move, stride: int) -> Tensor:
 
 
 def aligned_mean(grids: Sequence[Tensor], done: Sequence[Move]) -> Tensor:
-    """Mean over moved passes of features (B, h, w, C), each moved back; every place by the passes that show it."""
+    """Mean over moved passes of features (B, h, w, C), moved back; each position averages the passes that show it."""
     total, count = torch.zeros_like(grids[0]), torch.zeros_like(grids[0][:1, :, :, :1])
     h, w = grids[0].shape[1:3]
     for grid, (down, right, mirrored) in zip(grids, done, strict=True):
         seen = grid[:, max(down, 0) : h + min(down, 0), max(right, 0) : w + min(right, 0)]
-        # Back by the shift, zeros where this pass did not see the place.
+        # Shift back, with zeros where this pass did not show the position.
         sides = (0, 0, max(-right, 0), max(right, 0), max(-down, 0), max(down, 0))
         back, here = pad(seen, sides), pad(torch.ones_like(seen[:1, :, :, :1]), sides)
         total = total + (back.flip(2) if mirrored else back)
@@ -104,17 +105,17 @@ class AveragedViT(nn.Module):
         return self.forward_with_prefix(image)[0]
 
     def forward_with_prefix(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Averaged features (B, h, w, C), and the prefix tokens (B, P, C) of the image as it is."""
+        """Averaged features (B, h, w, C), and the prefix tokens (B, P, C) of the unchanged image."""
         first, prefix = self.backbone.forward_with_prefix(image)
         return self.averaged_with(image, first), prefix
 
     def forward_intermediates(self, image: Tensor, layers: Sequence[int]) -> Intermediates:
-        """Averaged features, beside them prefix tokens and raw features of other layers; see :class:`Backbone`."""
+        """Averaged features, with prefix tokens and raw features of other layers; see :class:`Backbone`."""
         found = self.backbone.forward_intermediates(image, layers)
         return found._replace(features=self.averaged_with(image, found.features))
 
     def averaged_with(self, image: Tensor, first: Tensor) -> Tensor:
-        """Averaged features of images, given the backbone's features of them as they are, (B, h, w, C)."""
+        """Averaged features of images, given the backbone's features of the unchanged images, (B, h, w, C)."""
         plan = moves(self.passes, (first.shape[1], first.shape[2]))
         others = [self.backbone(moved(image, move, self.backbone.stride)) for move in plan[1:]]
         return aligned_mean([first, *others], plan)

@@ -1,4 +1,4 @@
-"""Shared by the training-free methods: photos as images, and small safetensors files with a record."""
+"""Helpers of the training-free methods: photos as images, and small safetensors files with a record."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ FORMAT_VERSION = 1
 def photo_images(
     photos: Iterable[Any], backbone: Backbone, size: tuple[int, int], most: int | None = None
 ) -> list[Tensor]:
-    """Normalised images (1, 3, H, W) of whole photos, squeezed to ``size``.
+    """Normalised images (1, 3, H, W) of whole photos, resized to ``size``.
 
     Args:
-        photos: a folder, paths, PIL images or (H, W, 3) uint8 arrays; or normalised images (N, 3, H, W), kept as given.
-        backbone: gives the normalisation and the device.
+        photos: a folder, paths, PIL images or (H, W, 3) uint8 arrays; or normalised images (N, 3, H, W), used
+            unchanged.
+        backbone: backbone whose normalisation and device to use.
         size: (H, W) in pixels.
-        most: maximum number of photos, the first ones; further ones are not read.
+        most: maximum number of photos; only the first ones are read.
 
     Raises:
-        PhotoError: if a photo cannot be read, or there is none.
+        PhotoError: if a photo cannot be read, or there are none.
     """
     if isinstance(photos, Tensor):
         return list(photos[:most].to(backbone.device).split(1))
@@ -52,18 +53,18 @@ def photo_images(
         image = interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
         images.append((image - mean) / std)
     if not images:
-        raise PhotoError("no photos given; a few dozen unlabelled ones are needed")
+        raise PhotoError("no photos given; expected a few dozen unlabelled photos")
     return images
 
 
 def write(path: Path, kind: str, values: Tensor, backbone: dict[str, Any], info: dict[str, Any]) -> None:
-    """Write ``values`` and the record of the backbone they belong to."""
+    """Write ``values`` and the record of their backbone."""
     head = {"format": kind, "format_version": FORMAT_VERSION, "backbone": backbone, "info": info}
     write_tensors({"values": values.detach().cpu().contiguous()}, path, {KEY: json.dumps(head)})
 
 
 def read(path: Path, kind: str, what: str) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    """Values (rows, columns), record of the backbone, and info of a file of this kind.
+    """Values (rows, columns), record of the backbone, and info from a file of this kind.
 
     Raises:
         FormatError: if the file is missing, damaged, or of another kind.
@@ -72,20 +73,20 @@ def read(path: Path, kind: str, what: str) -> tuple[Tensor, dict[str, Any], dict
         values = file.get_tensor("values")
     backbone, info = head.get("backbone"), head.get("info")
     if not isinstance(backbone, dict) or not names_backbone(backbone) or not isinstance(info, dict):
-        raise FormatError(f"{path}: damaged, its metadata does not name a backbone and its fingerprint")
+        raise FormatError(f"{path}: damaged: backbone or fingerprint missing in its metadata")
     if values.ndim != 2 or not torch.isfinite(values).all():
         raise FormatError(f"{path}: damaged, expected a finite matrix, got shape {tuple(values.shape)}")
     return values, backbone, info
 
 
 def require_same(recorded: dict[str, Any], backbone: Backbone, what: str) -> None:
-    """Refuse another backbone than the recorded one.
+    """Reject a backbone that differs from the recorded one.
 
     Raises:
         ArtifactError: naming both.
     """
     if not is_recorded(recorded, backbone):
         raise ArtifactError(
-            f"{what} found for {recorded_words(recorded)}; got {backbone_words(backbone)}. Use that backbone, or find "
+            f"{what} found for {recorded_words(recorded)}, got {backbone_words(backbone)}. Use that backbone, or find "
             "them again for this one"
         )

@@ -2,10 +2,10 @@
 
 Directions come from one of three sources:
 
-- ``blank``: features of a black image differ from place to place by position alone. Their principal directions, as in
+- ``blank``: features of a black image differ between positions only by position. Their principal directions, as in
   INSID3 (CVPR 2026): SVD of the normalised, centred tokens.
 - ``artifact``: principal directions of a calibrated G.
-- ``place``: directions of a ridge regression from features to (x, y), removed and fitted again, round by round, as in
+- ``place``: directions of a ridge regression from features to (x, y), removed and refitted, round by round, as in
   RASA (Franca, 2025).
 
 The rank is chosen on unlabelled photos, see :func:`choose_rank`.
@@ -34,12 +34,12 @@ KIND = "denoising-vit/subspace"
 
 Source = Literal["blank", "artifact", "place"]
 
-#: Rank without photos to choose it on.
+#: Default rank without photos.
 DEFAULT_RANK = 16
 
 _RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
-#: Singular values below this share of the first are rounding.
+#: Singular values below this fraction of the first are rounding errors.
 _ROUNDING = 1e-5
 
 
@@ -48,8 +48,8 @@ class Subspace(nn.Module, Pretrained):
 
     Args:
         directions: orthonormal rows (rank, C).
-        backbone: record of the backbone they belong to.
-        info: source, rank and how it was chosen; JSON values.
+        backbone: record of the backbone that they belong to.
+        info: source, rank and its selection; JSON values.
     """
 
     FORMAT = KIND
@@ -63,7 +63,7 @@ class Subspace(nn.Module, Pretrained):
 
     @property
     def rank(self) -> int:
-        """Number of directions removed."""
+        """Number of removed directions."""
         return len(self.directions)
 
     @property
@@ -78,14 +78,14 @@ class Subspace(nn.Module, Pretrained):
             return features - features @ directions.T @ directions
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Move the directions, never round them."""
+        """Move the directions without rounding them."""
         directions = self.directions
         super()._apply(fn, recurse)
         self.directions = directions.to(self.directions.device)
         return self
 
     def require_of(self, backbone: Backbone) -> None:
-        """Refuse another backbone.
+        """Reject another backbone.
 
         Raises:
             ArtifactError: naming both.
@@ -93,15 +93,15 @@ class Subspace(nn.Module, Pretrained):
         common.require_same(self.backbone, backbone, "these positional directions were")
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that :meth:`load` reads."""
+        """Write a safetensors file for :meth:`load`."""
         common.write(Path(path), KIND, self.directions, self.backbone, self.info)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            FormatError: if the file is missing, damaged, or something else.
+            FormatError: if the file is missing, damaged, or of another type.
         """
         return cls(*common.read(Path(path), KIND, "a subspace"))
 
@@ -124,18 +124,17 @@ def find_subspace(
 
     Args:
         backbone: the extractor.
-        photos: a few dozen unlabelled photos: paths, PIL images or (H, W, 3) uint8 arrays. They choose the rank, and
-            ``place`` fits its directions to them (8 photos or more, as one half judges the rank for directions of the
-            other). Without photos, ``auto`` is 16.
-        source: where directions come from, see the module's docstring.
+        photos: a few dozen unlabelled photos: paths, PIL images or (H, W, 3) uint8 arrays. The rank is selected on
+            them, and ``place`` fits its directions to them (at least 8 photos, because one half evaluates the rank for
+            directions of the other). Without photos, ``auto`` is 16.
+        source: source of the directions, see the module's docstring.
         rank: number of directions, or ``auto`` for :func:`choose_rank`.
         artifact: G of the backbone, for the source ``artifact``.
-        size: (H, W) in pixels; the backbone's default size if not given.
+        size: (H, W) in pixels; defaults to the backbone's default size.
 
     Raises:
-        PlanError: if the source is unknown, or what it needs is missing, or there are not as many directions as the
-            rank asks for.
-        ArtifactError: if the artifact is for another backbone.
+        PlanError: if the source is unknown, its input is missing, or there are fewer directions than the rank.
+        ArtifactError: if the artifact belongs to another backbone.
     """
     size = size or (backbone.default_size, backbone.default_size)
     images = (
@@ -151,14 +150,14 @@ def find_subspace(
         directions = principal_directions(artifact.values)
     elif source == "place":
         if features is None:
-            raise PlanError("source='place' fits directions to photos: give a few dozen of them")
+            raise PlanError("source='place' fits directions to photos; give a few dozen photos")
         directions = place_directions(features, min(max(_RANKS), backbone.embed_dim // 2))
     else:
         raise PlanError(f"unknown source {source!r}; choose from {', '.join(get_args(Source))}")
     info: dict[str, Any] = {"source": source, "size": list(size)}
     if rank == "auto" and features is not None:
         info["photos"] = len(features)
-        if source == "place":  # evaluated on other photos: on those it was fitted to, place is gone
+        if source == "place":  # evaluated on other photos, because none is left on those it was fitted to
             half = len(features) // 2
             rank, info["ranks"] = choose_rank(features[half:], place_directions(features[:half], len(directions)))
         else:
@@ -166,12 +165,12 @@ def find_subspace(
     elif rank == "auto":
         rank = min(DEFAULT_RANK, len(directions), backbone.embed_dim // 4)
     if not 0 <= rank <= len(directions):
-        raise PlanError(f"rank must be 0 to {len(directions)}, the directions that {source!r} gives, got {rank}")
+        raise PlanError(f"rank must be 0 to {len(directions)}, the number of directions of {source!r}, got {rank}")
     return Subspace(directions[:rank], describe(backbone), info | {"rank": rank})
 
 
 def principal_directions(features: Tensor, *, unit: bool = False) -> Tensor:
-    """Principal directions (n, C) over places of features (h, w, C), strongest first; those that are rounding left out.
+    """Principal directions (n, C) over positions of features (h, w, C), strongest first, without rounding errors.
 
     Args:
         features: (h, w, C).
@@ -191,11 +190,11 @@ def blank_directions(backbone: Backbone, size: tuple[int, int]) -> Tensor:
 
 
 def place_directions(features: Tensor, most: int, *, ridge: float = 0.3) -> Tensor:
-    """Directions that a ridge regression reads place from, two a round, each round fitted to what is left (RASA).
+    """Directions from which a ridge regression predicts position, two per round, refitted after each round (RASA).
 
     Args:
         features: (N, h, w, C).
-        most: number of directions, about.
+        most: approximate number of directions.
         ridge: weight of the squared coefficients, relative to the mean variance of a channel.
     """
     _, h, w, channels = features.shape
@@ -211,25 +210,25 @@ def place_directions(features: Tensor, most: int, *, ridge: float = 0.3) -> Tens
         weights = left @ torch.linalg.solve(left @ gram @ left + penalty, left @ cross)  # (C, 2)
         new, strength = torch.linalg.qr(weights)
         if strength.diagonal().abs().min() < 1e-9:
-            break  # nothing linear is left
+            break  # no linear trace is left
         found = torch.cat([found, new.T])
     return found.float()
 
 
 def choose_rank(features: Tensor, directions: Tensor) -> tuple[int, list[dict[str, float]]]:
-    """The rank with the best trade of place against content, and the figures of every rank that was tried.
+    """The rank with the best trade-off between position and content, and the metrics of every candidate.
 
-    For each rank k (0, 1, 2, 4, ...): ``place`` is the R^2 of a linear probe for position on held-out photos after the
-    projection, as a share of what it was before, and ``lost`` is the share of content variance in the subspace, where
-    content is the tokens minus their mean over photos at each place. The rank minimises ``place + lost``; the smaller
-    one where two are equal. No labels are used.
+    For each rank k (0, 1, 2, 4, ...): ``place`` is the R^2 of a linear position probe on held-out photos after the
+    projection, as a fraction of its value before, and ``lost`` is the fraction of content variance in the subspace,
+    where content is the tokens minus their mean over photos at each position. The rank minimises ``place + lost``; ties
+    go to the smaller rank. No labels are used.
 
     Args:
         features: (N, h, w, C) of N >= 4 photos.
         directions: orthonormal rows (n, C), strongest first.
     """
     if len(features) < 4:
-        raise PlanError(f"choosing the rank needs at least 4 photos, got {len(features)}; give more, or rank=16")
+        raise PlanError(f"selecting the rank needs at least 4 photos, got {len(features)}; give more, or rank=16")
     content = (features - features.mean(0)).flatten(0, 2).double().cpu()  # (N h w, C)
     total = float(content.square().sum())
     lost = (content @ directions.double().T).square().sum(0).cumsum(0) / total  # (n,)

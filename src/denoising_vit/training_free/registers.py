@@ -4,7 +4,7 @@ Jiang et al., Vision Transformers Don't Need Trained Registers (NeurIPS 2025): a
 tokens. A token of zeros is appended to the sequence; at these neurons it gets the strongest activation of all tokens,
 and every other token gets zero. Outliers then appear in the added token, which is dropped from the output.
 
-Departures from the paper: neurons are ranked by what they write (activation times the norm of the neuron's output
+Departures from the paper: neurons are ranked by their contribution (activation times the norm of the neuron's output
 weights) instead of by activation alone, and their number is the smallest power of two that removes the outliers.
 """
 
@@ -34,11 +34,11 @@ KIND = "denoising-vit/registers"
 #: A token is an outlier if its norm is above twice the median and 5 robust deviations above it, on a log scale.
 _TIMES, _DEVIATIONS = 2.0, 5.0
 
-#: Fewer outliers than this share of the tokens: the model has none.
+#: Fraction of outlier tokens below which the model counts as free of outliers.
 _LEAST_SHARE = 5e-4
 
-#: Stop adding neurons when at most the first share of the outliers remains; give up when more than the second one
-#: remains with any number.
+#: Stop adding neurons when at most the first fraction of the outliers remains; give up when more than the second one
+#: remains with any number of neurons.
 _ENOUGH, _USELESS = 0.05, 0.5
 
 _MOST_NEURONS = 128
@@ -46,12 +46,12 @@ _MOST_NEURONS = 128
 
 @dataclass(frozen=True)
 class Registers(Pretrained):
-    """Neurons that write the outlier tokens of a backbone; made by :func:`find_registers`.
+    """Neurons that write the outlier tokens of a backbone; created by :func:`find_registers`.
 
     Attributes:
         neurons: (block, neuron) pairs, strongest first; empty if the backbone has no outliers.
-        backbone: record of the backbone they belong to.
-        info: share of outlier tokens before and after, and how many photos were used; JSON values.
+        backbone: record of the backbone that they belong to.
+        info: fraction of outlier tokens before and after, and number of photos; JSON values.
     """
 
     FORMAT = KIND
@@ -61,7 +61,7 @@ class Registers(Pretrained):
     info: dict[str, Any] = field(default_factory=dict)
 
     def require_of(self, backbone: Backbone) -> None:
-        """Refuse another backbone.
+        """Reject another backbone.
 
         Raises:
             ArtifactError: naming both.
@@ -69,20 +69,20 @@ class Registers(Pretrained):
         common.require_same(self.backbone, backbone, "these register neurons were")
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that :meth:`load` reads."""
+        """Write a safetensors file for :meth:`load`."""
         values = torch.tensor(self.neurons, dtype=torch.int64).view(-1, 2)
         common.write(Path(path), KIND, values, self.backbone, self.info)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            FormatError: if the file is missing, damaged, or something else.
+            FormatError: if the file is missing, damaged, or of another type.
         """
         values, backbone, info = common.read(Path(path), KIND, "registers")
         if values.shape[1] != 2 or (values < 0).any():
-            raise FormatError(f"{path}: damaged, expected pairs of block and neuron, got {tuple(values.shape)}")
+            raise FormatError(f"{path}: damaged: expected pairs of block and neuron, got {tuple(values.shape)}")
         return cls(tuple((int(block), int(neuron)) for block, neuron in values), backbone, info)
 
     @property
@@ -97,10 +97,10 @@ class Registers(Pretrained):
 
 
 def with_registers(backbone: Backbone, registers: Registers) -> Backbone:
-    """The backbone with a test-time register; it shares all weights. Without neurons, the backbone as it is.
+    """The backbone with a test-time register; it shares all weights. Without neurons, the unchanged backbone.
 
     Raises:
-        ArtifactError: if the registers were found for another backbone.
+        ArtifactError: if the registers belong to another backbone.
         BackboneError: if the model is not a timm VisionTransformer.
     """
     registers.require_of(backbone)
@@ -118,8 +118,8 @@ def find_registers(
     Args:
         backbone: the extractor.
         photos: a few unlabelled photos: paths, PIL images or (H, W, 3) uint8 arrays.
-        size: (H, W) in pixels; the backbone's default size if not given.
-        most: number of photos used, the first ones.
+        size: (H, W) in pixels; defaults to the backbone's default size.
+        most: maximum number of photos; only the first ones are used.
 
     Returns:
         The registers; without neurons, and with a reason in ``info``, if the model has no outliers, or no neurons
@@ -170,7 +170,7 @@ def install(model: nn.Module, neurons: Sequence[tuple[int, int]]) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Take a test-time register out of a model, in place."""
+    """Remove a test-time register from a model, in place."""
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Shift)]:
             del module._forward_pre_hooks[key]
@@ -178,13 +178,13 @@ def remove(model: nn.Module) -> None:
 
 
 def has_registers(extractor: Any) -> bool:
-    """True for a backbone with a test-time register, also behind a cleaner."""
+    """True for a backbone with a test-time register, also inside a cleaned extractor."""
     backbone = getattr(extractor, "backbone", extractor)
     return isinstance(getattr(backbone, "model", None), _WithRegister)
 
 
 class _Shift:
-    """Pre-hook of an MLP's second layer: the neurons' strongest activations go to the last token, zero elsewhere."""
+    """Pre-hook of an MLP's second layer: strongest activations move to the last token, others become zero."""
 
     def __init__(self, neurons: Sequence[int]) -> None:
         self.neurons = list(neurons)
@@ -200,7 +200,7 @@ class _Shift:
 
 
 class _WithRegister(Specialised):
-    """A timm VisionTransformer with one more token, which is dropped from everything it returns."""
+    """A timm VisionTransformer with one more token, which is dropped from all outputs."""
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         tokens = super()._pos_embed(x)  # pyright: ignore[reportAttributeAccessIssue]
@@ -221,7 +221,7 @@ class _WithRegister(Specialised):
         **kwargs: Any,
     ) -> Any:
         run = super().forward_intermediates  # pyright: ignore[reportAttributeAccessIssue]
-        # Tokens in a row: with one more than the grid has, timm could not reshape them.
+        # Flat tokens, because timm cannot reshape one more token than the grid has.
         found = run(x, indices, return_prefix_tokens, norm, stop_early, "NLC", *args, **kwargs)
         grid = self.patch_embed.dynamic_feat_size(x.shape[2:])  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -235,7 +235,7 @@ class _WithRegister(Specialised):
 
 
 def _with_neurons(backbone: Backbone, neurons: Sequence[tuple[int, int]]) -> Backbone:
-    """A backbone that shares the weights; only the modules on the way to the changed layers are its own."""
+    """A backbone that shares the weights; only the modules on the path to the changed layers are copies."""
     model = shallow(_vision_transformer(backbone))
     model.blocks = shallow(model.blocks)
     for block in _by_block(neurons):
@@ -296,7 +296,7 @@ def _limit(norms: Tensor) -> float:
 def _ranked_neurons(
     model: VisionTransformer, images: Sequence[Tensor], outliers: Tensor, top: int
 ) -> tuple[tuple[int, int], ...]:
-    """Neurons of blocks 0 to ``top``, those first that write most at outliers and least elsewhere."""
+    """Neurons of blocks 0 to ``top``, ranked by how much more they write at outliers than elsewhere."""
     prefix = model.num_prefix_tokens
     sums = [torch.zeros(2, _output_layer(model, block).weight.shape[1]) for block in range(top + 1)]
     for image, mask in zip(images, outliers, strict=True):

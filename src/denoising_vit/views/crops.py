@@ -1,4 +1,4 @@
-"""Crops of an image for a backbone, and the same crops of semantic fields and masks."""
+"""Crops of an image for a backbone, and the matching crops of semantic fields and masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer, per_channel
 from denoising_vit.views.sampling import sample_field
 
-#: Least and largest side of a neutral crop, relative to the photo's.
+#: Minimum and maximum side of a neutral crop, relative to the photo's.
 _NEUTRAL_SIDES = 0.4, 0.8
 
 
@@ -45,7 +45,7 @@ class Crop:
     def neutral(cls, number: int, size: tuple[int, int], seed: int) -> Crop:
         """A random square, half of them upside down, so that the position in the view says little about content.
 
-        In whole photos the sky is above and the road below, so that even clean features tell the position.
+        In whole photos, the sky is at the top and the road at the bottom, so even clean features reveal the position.
 
         Args:
             number: number of the image; the same number gives the same crop.
@@ -56,11 +56,11 @@ class Crop:
         side, left, top = stream.random_sample(3).tolist()
         side = _NEUTRAL_SIDES[0] + side * (_NEUTRAL_SIDES[1] - _NEUTRAL_SIDES[0])
         left, top = left * (1 - side), top * (1 - side)
-        # Not every other one: where photos are halved by turns, both halves have both.
+        # Not every other crop, so that splitting photos alternately gives both halves both kinds.
         return cls((left, top, left + side, top + side), size, inverted=number % 4 >= 2)
 
     def snapped(self, height: int, width: int) -> Crop:
-        """The same crop with a box of at least one whole pixel of an image of H x W pixels."""
+        """The same crop with a box of at least one whole pixel in an image of H x W pixels."""
         x0, y0, x1, y1 = self.box
         (left, right), (top, bottom) = _whole_pixels(x0, x1, width), _whole_pixels(y0, y1, height)
         return replace(self, box=(left / width, top / height, right / width, bottom / height))
@@ -81,11 +81,11 @@ class Crop:
         return self.size[0] + top + bottom, self.size[1] + left + right
 
     def places_shown(self, stretched: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Where the middles of the crop's own pixels are in what is shown, rows (H,) and columns (W,) in pixels of it.
+        """Centres of the crop's own pixels in the rendered input, rows (H,) and columns (W,) in its pixels.
 
         Args:
-            stretched: (H, W) of pixels, from the crop's first on, over which the patch grid is taken to lie, pads and
-                all, as the released code does; None for where the pixels are.
+            stretched: (H, W) in pixels, from the crop's start, over which the patch grid including pads is assumed to
+                lie, as in the released code; None for the true positions.
         """
         left, top, _, _ = self.pads
         own = [np.arange(side) + 0.5 for side in self.size]
@@ -105,9 +105,9 @@ class Crop:
 
         Args:
             image: image on any device.
-            mean: per-channel mean that is subtracted.
-            std: per-channel deviation that is divided by.
-            colour: augmentation of the colours (3, H, W) in [0, 1], before normalisation.
+            mean: per-channel mean to subtract.
+            std: per-channel standard deviation to divide by.
+            colour: augmentation of the colours (3, H, W) in [0, 1], applied before normalisation.
         """
         view = ViewPlan(np.array([self.box]), np.array([self.flip]), self.size, 1, 1, (2, 2))
         shown = ViewRenderer(image, view, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))(slice(1))[0]
@@ -123,12 +123,12 @@ class Crop:
     def sample(self, nodes: Tensor, patch_size: int, stride: int) -> Tensor:
         """Sample a field of the image (Ry, Rx, C), on nodes at cell centres, at the crop's patches: (h, w, C)."""
         x0, y0, x1, y1 = self.box
-        # In pixels of what is shown.
+        # In pixels of the rendered input.
         rows, columns = (patch_centres(side, patch_size, stride) * side for side in self.padded)
         return sample_field(nodes, y0 + self._rows(rows) * (y1 - y0), x0 + self._columns(columns) * (x1 - x0))
 
     def pixels(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which row and column of an image of H x W pixels each row and column of what is shown comes from; -1: none.
+        """Row and column of an image of H x W pixels for each row and column of the rendered input; -1 for none.
 
         Returns:
             (H,) and (W,) int64, by nearest neighbour.
@@ -138,7 +138,7 @@ class Crop:
         return _pixel(rows, y0, y1, height), _pixel(columns, x0, x1, width)
 
     def places(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the rows and columns of an image of H x W pixels are shown, in pixels; NaN where they are not.
+        """Rendered position of the rows and columns of an image of H x W pixels, in pixels; NaN if not shown.
 
         Returns:
             (H,) and (W,) float64, of pixel centres.
@@ -152,7 +152,7 @@ class Crop:
         )
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
-        """From rows of what is shown, in pixels, to the box: in [0, 1], less or more on the pads."""
+        """From rows of the rendered input, in pixels, to the box: in [0, 1], outside this range on the pads."""
         place = (rows - self.pads[1]) / self.size[0]
         return 1 - place if self.inverted else place
 

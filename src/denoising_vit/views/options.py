@@ -1,4 +1,4 @@
-"""How crops are drawn."""
+"""Options for drawing crops."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Coverage = Literal["even", "plain", "released"]
 
 @dataclass(frozen=True)
 class CropOptions:
-    """How crops are drawn. Defaults are the published ones, but for ``coverage``.
+    """Options for drawing crops. Defaults are the published values, except for ``coverage``.
 
     Attributes:
-        area: least and largest share of the image that a crop covers.
-        ratio: least and largest width over height, measured in the rendered frame.
+        area: minimum and maximum fraction of the image that a crop covers.
+        ratio: minimum and maximum aspect ratio (width / height), measured in the rendered frame.
         flip: probability of a horizontal flip.
-        coverage: ``even`` lets boxes overhang the image by up to their own size and moves them back inside, so that
-            borders and corners are seen nearly as often as the middle, and spreads the draws evenly (a low-discrepancy
-            sequence); ``plain`` draws independent positions inside the image only, as published; ``released`` draws
-            them as the released code does, on whole pixels of a view, and makes a released plan of them.
+        coverage: ``even`` lets boxes exceed the image by up to their own size and moves them back inside, so that
+            borders and corners are covered nearly as often as the middle, and spreads the draws evenly (a
+            low-discrepancy sequence); ``plain`` draws independent positions inside the image only, as published;
+            ``released`` draws them like the released code, on whole pixels of a view, and gives a released plan.
     """
 
     area: tuple[float, float] = (0.1, 0.5)
@@ -31,7 +31,7 @@ class CropOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise PlanError(f"crop area must be two increasing shares in (0, 1], got {self.area}")
+            raise PlanError(f"crop area must be two increasing fractions in (0, 1], got {self.area}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise PlanError(f"crop ratio must be two increasing positive numbers, got {self.ratio}")
         if not 0 <= self.flip <= 1:

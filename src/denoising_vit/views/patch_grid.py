@@ -10,7 +10,7 @@ from denoising_vit.errors import SizeError
 def patch_count(side: int, patch: int, stride: int) -> int:
     """Number of whole patches along one side; less than 1 if the side is shorter than a patch.
 
-    Only the formula, so that it also works in graphs with a symbolic ``side``.
+    There are no checks, so that it also works in graphs with a symbolic ``side``.
     """
     return (side - patch) // stride + 1
 
@@ -18,7 +18,7 @@ def patch_count(side: int, patch: int, stride: int) -> int:
 def patch_centres(side: int, patch: int, stride: int) -> np.ndarray:
     """Centres of the patches along one side, relative to that side: ``(k stride + patch / 2) / side``, shape (n,).
 
-    This equals ``(k + 0.5) / n`` only where the stride is the patch size. The published code takes patches edge to
+    This equals ``(k + 0.5) / n`` only if the stride is the patch size. The published code places patches edge to
     edge instead, which is up to half a patch off.
     """
     return (np.arange(patch_count(side, patch, stride)) * stride + patch / 2) / side
@@ -36,7 +36,7 @@ def check_side(side: int, patch: int, stride: int) -> None:
     """Check that whole patches cover a side, ``patch + k stride``.
 
     Raises:
-        SizeError: if not; the message names the nearest valid sides.
+        SizeError: if they do not; the message names the nearest valid sides.
     """
     fitting = nearest_sizes(side, patch, stride)
     if side not in fitting:

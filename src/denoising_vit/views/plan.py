@@ -1,8 +1,8 @@
-"""The views of an image: where each crop lies, and how the patches of its grid sample the image.
+"""The views of an image: the position of each crop, and how the patches of its grid sample the image.
 
 A view is an axis-aligned crop of the photo, rendered to a fixed size. Boxes are relative to the image, so one plan
-serves every photo. The centres of a view's patches are a product grid of image coordinates; bilinear interpolation of
-a field at those centres is therefore separable, ``Wy_v F Wx_v^T``, and that is what makes stage 1 solvable exactly.
+applies to every photo. The centres of a view's patches are a product grid of image coordinates, so bilinear
+interpolation of a field at these centres is separable, ``Wy_v F Wx_v^T``, which makes stage 1 exactly solvable.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from denoising_vit.errors import PlanError
 from denoising_vit.views.options import Coverage, CropOptions
 from denoising_vit.views.patch_grid import patch_centres, patch_count
 
-#: Changes whenever the same seed would give other views, so that digests of different versions never agree.
+#: Changes whenever the same seed would give other views, so that digests of different versions never match.
 PLAN_VERSION = 1
 
-#: Weight of a patch at the border of a tapered view, of 1 within.
+#: Weight of a patch at the border of a tapered view, relative to 1 inside.
 _BORDER_WEIGHT = 0.2
 
-#: Boxes are multiples of 1 / this.
+#: Boxes are multiples of the inverse of this number.
 _GRAIN = 2.0**32
 
 
@@ -42,7 +42,7 @@ def linear_weights(positions: np.ndarray, nodes: int) -> np.ndarray:
     share = place - lower
     weights = np.zeros((*positions.shape, nodes))
     np.put_along_axis(weights, lower[..., None], (1 - share)[..., None], axis=-1)
-    # A single node is both neighbours at once; adding keeps the row sum at one.
+    # A single node is both neighbours; adding keeps the row sum at one.
     there = np.take_along_axis(weights, upper[..., None], axis=-1)
     np.put_along_axis(weights, upper[..., None], there * (lower == upper)[..., None] + share[..., None], axis=-1)
     return weights
@@ -50,7 +50,7 @@ def linear_weights(positions: np.ndarray, nodes: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class ViewPlan:
-    """V views of any image: boxes, flips, and the geometry of their patch grids. Made by :meth:`make`; hashable.
+    """V views of any image: boxes, flips, and the geometry of their patch grids. Created by :meth:`make`; hashable.
 
     Attributes:
         boxes: (V, 4) float64, x0 y0 x1 y1 in [0, 1] of the image.
@@ -59,10 +59,10 @@ class ViewPlan:
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
         resolution: (Ry, Rx) nodes of the semantic field.
-        taper: share of a view's side over which the weight of its patches rises from its border inwards; 0: all patches
-            weigh the same.
-        released: views as the released code makes them. The photo is squeezed to ``size`` before it is cropped, and the
-            patches of a view are put from edge to edge of its box, up to half a patch beside their centres.
+        taper: fraction of a view's side over which patch weights rise from the border inwards; with 0, all weights are
+            equal.
+        released: views as in the released code. The photo is resized to ``size`` before it is cropped, and the patches
+            of a view are placed from edge to edge of its box, up to half a patch from their true centres.
     """
 
     boxes: np.ndarray = field(repr=False)
@@ -88,18 +88,18 @@ class ViewPlan:
         taper: float = 0.0,
         crops: CropOptions | None = None,
     ) -> ViewPlan:
-        """Draws the crops of a plan; the same arguments always give the same plan.
+        """Draw the crops of a plan; the same arguments always give the same plan.
 
         Args:
-            views: number of views, the full image included.
+            views: number of views, including the full image.
             size: (H, W) of a rendered view.
             patch_size: side of a patch.
-            stride: distance between patches, the patch size by default.
-            resolution: nodes of the field, one number for a square or (Ry, Rx); twice the patch grid by default.
-            seed: seed for the crops, 0 or more.
+            stride: distance between patches; defaults to the patch size.
+            resolution: nodes of the field, one number for a square or (Ry, Rx); defaults to twice the patch grid.
+            seed: seed for the crops, at least 0.
             full_image: make view 0 the whole image, not flipped.
             taper: see the attribute; in [0, 0.5].
-            crops: how the crops are drawn.
+            crops: options for drawing crops.
 
         Raises:
             PlanError: if there is no view, or an argument is out of range.
@@ -107,9 +107,9 @@ class ViewPlan:
         if views < 1:
             raise PlanError(f"a plan needs at least 1 view, got {views}")
         if not 0 <= taper <= 0.5:
-            raise PlanError(f"taper must be a share of a view's side in [0, 0.5], got {taper}")
+            raise PlanError(f"taper must be a fraction of a view's side in [0, 0.5], got {taper}")
         if seed < 0:
-            raise PlanError(f"seed must be 0 or more, got {seed}")
+            raise PlanError(f"seed must be at least 0, got {seed}")
         stride = patch_size if stride is None else stride
         if patch_size < 1 or not 1 <= stride <= patch_size:
             raise PlanError(f"patch_size must be positive and stride 1 to patch_size, got {patch_size} and {stride}")
@@ -152,13 +152,13 @@ class ViewPlan:
         return isinstance(other, ViewPlan) and self.digest == other.digest
 
     def subset(self, index: slice) -> ViewPlan:
-        """The plan of some of the views."""
+        """The plan of the selected views."""
         return replace(self, boxes=self.boxes[index], flips=self.flips[index])
 
     def centres(self) -> tuple[np.ndarray, np.ndarray]:
         """Image coordinates of the patch centres, rows (V, h) and columns (V, w); mirrored views run right to left.
 
-        Of a released plan they are those that the released code takes for them.
+        For a released plan, they are those of the released code.
         """
         if self.released:
             rows, columns = (np.linspace(0, 1, count) for count in self.grid)
@@ -169,9 +169,9 @@ class ViewPlan:
         return y0 + rows * (y1 - y0), x0 + columns * (x1 - x0)
 
     def coords_of_nodes(self, resolution: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Where a field fitted to this plan is read for nodes at cell centres: (Ry,) and (Rx,).
+        """Positions at which to sample a field fitted to this plan for nodes at cell centres: (Ry,) and (Rx,).
 
-        At the nodes themselves; of a released plan, where it takes the whole image's patches to be around the node.
+        These are the nodes themselves; for a released plan, the positions that it assigns to the whole image's patches.
         """
         nodes = [patch_centres(count, 1, 1) for count in resolution]
         if self.released:
@@ -192,10 +192,10 @@ class ViewPlan:
 
     @cached_property
     def windows(self) -> tuple[Tensor, Tensor]:
-        """Weights of the rows (V, h) and columns (V, w) of patches, float64; a patch weighs their product.
+        """Weights of the rows (V, h) and columns (V, w) of patches, float64; a patch's weight is their product.
 
         The features of a patch depend on its surroundings, which the border of a view cuts off; borders that coincide
-        with the image's keep their full weight.
+        with the image's border keep their full weight.
         """
         x0, y0, x1, y1 = self.boxes.T[:, :, None]
         rows, columns = self.centres()
@@ -223,14 +223,14 @@ class ViewPlan:
 
 
 def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (V, 4) and flips (V,), drawn view by view, so that more views extend a plan."""
-    # RandomState is the one NumPy generator whose streams are promised never to change.
+    """Boxes (V, 4) and flips (V,), drawn view by view, so that additional views extend a plan."""
+    # RandomState is the only NumPy generator whose streams are guaranteed not to change.
     stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     if crops.coverage != "even":
         draws = stream.random_sample((views, 5))
     else:
-        # With independent draws, 1 plan of 64 views in 15 sees some corner less than 0.15 of the mean; with this
-        # sequence the worst of 200 seeds is 0.24.
+        # With independent draws, 1 in 15 plans of 64 views covers some corner less than 0.15 of the mean; with this
+        # sequence, the worst of 200 seeds is 0.24.
         draws = (stream.random_sample(5) + np.arange(views)[:, None] * _kronecker_steps(5)) % 1
     area, ratio = areas_and_ratios(crops.area, crops.ratio, draws[:, :2])
     frame = size[1] / size[0]
@@ -246,7 +246,7 @@ def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int
 
 
 def _whole_pixels(width: np.ndarray, height: np.ndarray, draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Boxes (V, 4) of relative sides that begin and end on whole pixels of a view; all places are equally likely."""
+    """Boxes (V, 4) of relative sides that start and end on whole pixels of a view; all positions are equally likely."""
     spans = []
     for relative, draw, pixels in ((width, draws[:, 2], size[1]), (height, draws[:, 3], size[0])):
         side = np.round(relative * pixels)
@@ -262,9 +262,9 @@ def areas_and_ratios(
     """Areas and ratios of crops, each of shape (...), for draws (..., 2) in [0, 1).
 
     Args:
-        area: least and largest.
-        ratio: least and largest width over height.
-        draws: the first decides the area, the second the ratio.
+        area: minimum and maximum.
+        ratio: minimum and maximum of width / height.
+        draws: the first determines the area, the second the ratio.
     """
     low, high = np.log(ratio)
     areas = area[0] + draws[..., 0] * (area[1] - area[0])
@@ -276,18 +276,18 @@ def _kronecker_steps(dimensions: int) -> np.ndarray:
     phi = 1.0
     for _ in range(64):
         phi = (1 + phi) ** (1 / (dimensions + 1))
-    # Which dimension gets which step was chosen for the best worst-case coverage of the corners over seeds.
+    # The assignment of steps to dimensions maximises the worst-case coverage of the corners over seeds.
     return (phi ** -np.arange(1, dimensions + 1))[[3, 4, 2, 1, 0]]
 
 
 def _positions(draw: np.ndarray, side: np.ndarray, coverage: Coverage) -> np.ndarray:
-    """Where boxes of relative ``side`` begin. Even: from one side before the image to its end, moved back inside."""
+    """Start of boxes of relative ``side``. Even: from one side before the image to its end, moved back inside."""
     if coverage == "plain":
         return draw * (1 - side)
     return np.clip(draw * (1 + side) - side, 0, 1 - side)
 
 
 def least_views(plan: ViewPlan, artifact_known: bool) -> int:
-    """Views needed for at least as many observations as unknowns per channel: ``V h w >= Ry Rx (+ h w)``."""
+    """Minimum number of views for as many observations as unknowns per channel: ``V h w >= Ry Rx (+ h w)``."""
     positions, nodes = math.prod(plan.grid), math.prod(plan.resolution)
     return math.ceil((nodes + (0 if artifact_known else positions)) / positions)

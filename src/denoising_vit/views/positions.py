@@ -1,11 +1,11 @@
-"""Fixed sinusoidal position features, for tasks that need positions that clean features no longer hold."""
+"""Fixed sinusoidal position features, for tasks that need positions, which clean features do not contain."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Ratio of the longest wave to the shortest, nearly; that of the original transformer.
+#: Approximate ratio of the longest to the shortest wavelength, as in the original transformer.
 TEMPERATURE = 10_000.0
 
 
@@ -14,16 +14,16 @@ def sinusoidal_positions(
 ) -> Tensor:
     """Sines and cosines of patch positions, (h, w, C) float32, values in [-1, 1].
 
-    A place is that of the patch's centre, from the top left corner of the image, in patch sizes: ``k step + 1/2``. With
-    C / 4 frequencies ``TEMPERATURE ** (-i / (C / 4))``, channels are sines of y, cosines of y, sines of x, cosines of
-    x, in equal parts, from the shortest wave to the longest. The last C mod 4 channels are zero.
+    A position is that of the patch's centre, from the top left corner of the image, in patch sizes: ``k step + 1/2``.
+    With C / 4 frequencies ``TEMPERATURE ** (-i / (C / 4))``, channels are sines of y, cosines of y, sines of x, cosines
+    of x, in equal parts, from the shortest to the longest wavelength. The last C mod 4 channels are zero.
 
     Args:
         grid: (h, w).
-        channels: C, 4 or more.
-        step: distance between neighbouring patches in patch sizes, stride / patch size. A place of the image then has
-            the same features on a dense grid as on a plain one.
-        device: where they are made; torch's default by default.
+        channels: C, at least 4.
+        step: distance between neighbouring patches in patch sizes, stride / patch size. A position in the image then
+            has the same features on a dense grid as on a plain one.
+        device: device of the result; defaults to torch's default.
 
     Raises:
         ValueError: if there are fewer than 4 channels.

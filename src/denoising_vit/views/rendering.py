@@ -1,7 +1,7 @@
 """Rendering views: antialiased bicubic resampling of fractional boxes, from the original pixels, on any device.
 
-Resampling is separable and linear, so a view is two matrix products. Boxes are not rounded to whole pixels: on a
-500-pixel photo that would displace the patches of a small crop by up to an eighth of a patch.
+Resampling is separable and linear, so a view is two matrix products. Boxes are not rounded to whole pixels, because on
+a 500-pixel photo this would shift the patches of a small crop by up to an eighth of a patch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def to_image(photo: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 
 def per_channel(values: tuple[float, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Values of each channel, such as a mean, as (3, 1, 1) to compute with images."""
+    """Per-channel values, such as a mean, as (3, 1, 1) for computing with images."""
     return torch.tensor(values, device=device)[:, None, None]
 
 
@@ -32,13 +32,13 @@ def resampling_matrix(start: float, stop: float, length: int, count: int) -> tup
     """Antialiased bicubic resampling of the span [start, stop) of ``length`` pixels to ``count`` pixels.
 
     Args:
-        start: first edge of the span in pixels, fractions allowed.
+        start: first edge of the span in pixels, possibly fractional.
         stop: last edge of the span.
-        length: pixels of the source.
-        count: pixels of the result.
+        length: number of source pixels.
+        count: number of result pixels.
 
     Returns:
-        The first source pixel used, and the weights (count, pixels used), float32; every row sums to one.
+        Index of the first source pixel used, and the weights (count, pixels used), float32; every row sums to one.
     """
     scale = (stop - start) / count
     widening = max(scale, 1.0)  # antialiasing: the kernel grows with the reduction
@@ -51,7 +51,7 @@ def resampling_matrix(start: float, stop: float, length: int, count: int) -> tup
 
 
 class ViewRenderer:
-    """Renders the views of one image.
+    """Renderer of the views of one image.
 
     Args:
         image: (3, H, W) float in [0, 1], on the device for the views.
@@ -76,7 +76,7 @@ class ViewRenderer:
         else:
             half = torch.float16 if self.image.device.type == "cuda" else torch.float32
             rendered = render_boxes(self.image, boxes, flips, self.plan.size, half)
-        # The cubic kernel overshoots at edges; no photo has values beyond [0, 1].
+        # The cubic kernel overshoots at edges, but photos have no values outside [0, 1].
         return rendered.clamp_(0, 1).sub_(self._mean).div_(self._std)
 
     def _render(self, box: np.ndarray, flip: bool) -> Tensor:
@@ -90,7 +90,7 @@ class ViewRenderer:
         return rows.to(pixels) @ (pixels @ columns.to(pixels).T)  # (H, y) (3, y, x) (x, W) -> (3, H, W)
 
     def _cut(self, box: np.ndarray, flip: bool) -> Tensor:
-        """A box of whole pixels, cut out and enlarged, as in the released code; overshoot included."""
+        """A box of whole pixels, cropped and upscaled, as in the released code; overshoot included."""
         height, width = self.plan.size
         left, top, right, bottom = np.round(box * (width, height, width, height)).astype(int).tolist()
         pixels = self.image[None, :, top:bottom, left:right]
@@ -114,7 +114,7 @@ def _reduced(image: Tensor, plan: ViewPlan) -> Tensor:
     return F.interpolate(image[None], target, mode="bicubic", antialias=True)[0].clamp_(0, 1)
 
 
-#: Views that are rendered at once; all take as much memory as the one that shows most.
+#: Number of views to render at once; each takes as much memory as the view that shows most.
 _TOGETHER = 16
 
 _CUBIC = -0.5  # the cubic kernel's parameter; Pillow and torch use this value for antialiased resampling
@@ -125,14 +125,14 @@ Distances = TypeVar("Distances", np.ndarray, Tensor)
 def render_boxes(
     image: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The boxes of an image, each rendered to one size: (B, 3, H, W) float32, overshoot included.
+    """The boxes of an image, each rendered to the same size: (B, 3, H, W) float32, overshoot included.
 
     Args:
         image: (3, height, width) float in [0, 1].
         boxes: (B, 4), x0, y0, x1, y1 in [0, 1] of the image.
         flips: (B,), True if a view is mirrored.
         size: (H, W) of a view in pixels.
-        dtype: precision of the products; float16 errs by a few 1e-4, below the rounding of bfloat16 models.
+        dtype: precision of the products; float16 has errors of a few 1e-4, below the rounding of bfloat16 models.
     """
     parts = [slice(start, start + _TOGETHER) for start in range(0, len(boxes), _TOGETHER)]
     return torch.cat([_render(image.to(dtype), boxes[part], flips[part], size) for part in parts])
@@ -167,15 +167,16 @@ def resampling_matrices(
     """Antialiased bicubic resampling of spans of ``length`` pixels to ``count`` pixels each.
 
     Args:
-        starts: (B,), first edges of the spans in pixels, fractions allowed.
-        stops: (B,), last edges.
-        length: pixels of the source.
-        count: pixels of a result.
-        mirrored: (B,), True if results run backwards.
+        starts: (B,), first edges of the spans in pixels, possibly fractional.
+        stops: (B,), last edges of the spans.
+        length: number of source pixels.
+        count: number of result pixels per span.
+        mirrored: (B,), True if results are reversed.
         like: a tensor with the type and device of the results.
 
     Returns:
-        The first source pixel of each window, and weights (B, count, pixels of the largest window); rows sum to one.
+        Index of the first source pixel of each window, and weights (B, count, pixels of the largest window); rows sum
+        to one.
     """
     scale = (stops - starts) / count
     widening = np.maximum(scale, 1.0)  # antialiasing: the kernel grows with the reduction
@@ -185,7 +186,7 @@ def resampling_matrices(
     wide = int((last - first).max())
     first = np.minimum(first, length - wide)  # all windows are as large as the largest, within the image
     centres = np.where(mirrored[:, None], centres[:, ::-1], centres) - first[:, None]
-    # Relative to the window and divided by the kernel's width, places are small enough for float32.
+    # Relative to the window and divided by the kernel's width, positions are small enough for float32.
     grow = torch.from_numpy(widening.astype(np.float32)).to(like.device)[:, None, None]
     places = torch.from_numpy(centres.astype(np.float32)).to(like.device)[..., None]
     distance = (torch.arange(wide, device=like.device) + 0.5 - places).abs_().div_(grow)  # (B, count, wide)

@@ -1,1 +1,1 @@
-"""Calibration: the artifact of a backbone from a few dozen photos, and how reliable it is."""
+"""Calibration: the artifact of a backbone from a few dozen photos, and its reliability."""

@@ -24,32 +24,32 @@ from denoising_vit.decomposition.options import CalibrationOptions
 from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 from denoising_vit.errors import ArtifactError, DenoisingVitWarning, PhotoError
 
-#: Least number of photos; fewer have no halves to compare.
+#: Minimum number of photos; fewer cannot be split into halves to compare.
 LEAST_PHOTOS = 4
 
-#: Reliability that an artifact needs; below, more than a fifth of its variance is noise.
+#: Minimum reliability of an artifact; below, more than a fifth of its variance is noise.
 STABLE = 0.8
 
-#: Largest factor by which more photos are suggested.
+#: Maximum factor by which more photos are suggested.
 _ABSURD = 64
 
-#: Share of the mean square of features below which their variance is rounding.
+#: Fraction of the mean square of features below which their variance is rounding error.
 _ROUNDING = 1e-9
 
-#: Called after each photo with its name, and None or the reason why it was not used.
+#: Called once per photo with its name, and None or the reason for skipping it.
 OnPhoto = Callable[[str, str | None], None]
 
-#: A photo whose pixels deviate by less than this (of 255) has no content that moves from crop to crop.
+#: Deviation (of 255) of pixels below which a photo has no content that moves from crop to crop.
 _CONTENT = 1.0
 
-#: About how many rows and columns of pixels are checked for content.
+#: Approximate number of pixel rows and columns to check for content.
 _LOOKED_AT = 512
 
 
 def named_pixels(photos: Iterable[Any]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
-    """Photos in any form, as (name, pixels (H, W, 3) uint8 or the reason why they cannot be used)."""
+    """Photos in any form, as (name, pixels (H, W, 3) uint8 or the reason for skipping)."""
     if isinstance(photos, Image.Image) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
-        photos = [photos]  # one photo, not many
+        photos = [photos]  # a single photo
     if isinstance(photos, str | Path):
         photos, missing = find_photos([photos])
         yield from ((item.item, item) for item in missing)
@@ -65,9 +65,9 @@ def named_pixels(photos: Iterable[Any]) -> Iterator[tuple[str, np.ndarray | Skip
 
 
 def telling(photos: Iterable[tuple[str, np.ndarray | Skipped]]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
-    """Skip photos of one colour, and duplicates.
+    """Skip photos of a single colour, and duplicates.
 
-    Photos of one colour look the same in every crop, so they cannot tell G from F; duplicates agree with themselves.
+    Photos of a single colour look the same in every crop, so they cannot separate G and F; duplicates agree trivially.
     """
     seen: dict[str, str] = {}
     for name, pixels in photos:
@@ -76,9 +76,9 @@ def telling(photos: Iterable[tuple[str, np.ndarray | Skipped]]) -> Iterator[tupl
             continue
         digest = photo_digest(pixels)
         if not _has_content(pixels):
-            yield name, Skipped(name, "no content: all its pixels are alike")
+            yield name, Skipped(name, "no content: all pixels are the same")
         elif digest in seen:
-            yield name, Skipped(name, f"the same picture as {seen[digest]}")
+            yield name, Skipped(name, f"a duplicate of {seen[digest]}")
         else:
             seen[digest] = name
             yield name, pixels
@@ -95,10 +95,10 @@ class Calibration:
     """The result of a calibration.
 
     Attributes:
-        artifact: G; its ``info`` holds the other figures.
-        stability: how much it depends on the photos.
-        split_half: number of photos -> correlation between the artifacts of two halves of them.
-        skipped: photos that were not used, with the reason.
+        artifact: G; its ``info`` has the other metrics.
+        stability: dependence of the artifact on the photos.
+        split_half: correlation between the artifacts of two halves of the photos, by number of photos.
+        skipped: skipped photos, with reasons.
     """
 
     artifact: Artifact
@@ -117,18 +117,18 @@ def calibrate(
 ) -> Artifact:
     """Calibrate the artifact of a backbone on a few dozen varied photos.
 
-    Photos that cannot be used are skipped and listed in ``info["skipped"]`` with the reason.
+    Unusable photos are skipped and listed in ``info["skipped"]`` with the reason.
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`.
         photos: at least 4 paths, PIL images or (H, W, 3) uint8 arrays; or a folder of image files.
-        progress: called after each photo with its name, and None or the reason why it was not used.
-        options: how to run; the defaults if None.
-        **changes: single fields of :class:`CalibrationOptions`, such as ``views=32``.
+        progress: called once per photo with its name, and None or the reason for skipping it.
+        options: options of the calibration; None uses the defaults.
+        **changes: individual fields of :class:`CalibrationOptions`, such as ``views=32``.
 
     Raises:
-        ArtifactError: if fewer than 4 photos can be used.
-        PlanError: if views are too few, or an option is out of range.
+        ArtifactError: if fewer than 4 photos are usable.
+        PlanError: if there are too few views, or an option is out of range.
         SizeError: if the size does not fit the patch grid.
 
     Warns:
@@ -149,7 +149,7 @@ def run_calibration(
     options: CalibrationOptions | None = None,
     **changes: Any,
 ) -> Calibration:
-    """Like :func:`calibrate`, from :func:`named_pixels`, with all figures."""
+    """Like :func:`calibrate`, from :func:`named_pixels`, with all metrics."""
     options = replace(options or CalibrationOptions(), **changes)
     stage = StageOne(backbone, options.denoising())
     skipped: list[Skipped] = []
@@ -174,18 +174,18 @@ def require_enough(used: Sized, skipped: Sequence[Skipped], least: int, what: st
     """Check that there are enough photos to compare.
 
     Raises:
-        ArtifactError: with the number of photos, the number needed, and why others were skipped.
+        ArtifactError: with the number of photos, the number needed, and the reason why others were skipped.
     """
     if len(used) >= least:
         return
-    why = f" ({len(skipped)} skipped, the first: {skipped[0].item}: {skipped[0].reason})" if skipped else ""
-    raise ArtifactError(f"{len(used)} usable photos{why}: {what} needs at least {least}, better a few dozen")
+    why = f" ({len(skipped)} skipped; first: {skipped[0].item}: {skipped[0].reason})" if skipped else ""
+    raise ArtifactError(f"{len(used)} usable photos{why}; {what} needs at least {least}, preferably a few dozen")
 
 
 def energy_of(photo: Ready) -> float:
     """Typical energy of a photo's features: the median squared distance of a token from the median token.
 
-    The median ignores outlier tokens. A small share of the mean square keeps it above rounding.
+    The median ignores outlier tokens. A small fraction of the mean square keeps it above rounding errors.
     """
     assert photo.raw is not None
     tokens = photo.raw.cpu().double().flatten(0, 1)  # (h w, C)
@@ -200,8 +200,8 @@ def joined(
     energies: Sequence[float],
     skipped: list[Skipped],
 ) -> Calibration:
-    """The joint artifact of photos from the artifact (h, w, C) of each, and how well these agree."""
-    each = torch.stack([artifact for _, artifact in artifacts])  # (N, h, w, C); 2 MB a photo for a ViT-S at 518
+    """The joint artifact of photos from the artifact (h, w, C) of each, and their agreement."""
+    each = torch.stack([artifact for _, artifact in artifacts])  # (N, h, w, C); 2 MB per photo for a ViT-S at 518
     flat = each.flatten(1)
     products = (flat @ flat.T).double().numpy() / math.prod(stage.fitted.grid)
     stability = Stability.of(products, options.seed, sum(energies) / len(energies))
@@ -214,7 +214,7 @@ def joined(
         "photos": [name for name, _ in artifacts],
         "skipped": [[item.item, item.reason] for item in skipped],
     }
-    # For one plan the joint solution is the mean of those of single photos (docs/method.md).
+    # For one plan, the joint solution is the mean over the photos' solutions (docs/method.md).
     values = each.mean(0)
     about = describe(stage.backbone) | {"stride": stage.backbone.stride, "patch_size": stage.backbone.patch_size}
     artifact = Artifact(values, stage.fitted.size, about, info)
@@ -222,8 +222,8 @@ def joined(
 
 
 def doubt_about(stability: Stability) -> str | None:
-    """Why an artifact is not reliable, and what to do; None if it is."""
-    told = f"a share of {stability.reliability:.2f} of its variance is common to all photos"
+    """The reason why an artifact is unreliable, and a remedy; None if it is reliable."""
+    told = f"a fraction of {stability.reliability:.2f} of its variance is common to all photos"
     if stability.suggested is None or stability.suggested > _ABSURD * stability.photos:
         share = "" if stability.share is None else f", {stability.share:.2%} of the features' energy"
         return (
@@ -233,6 +233,6 @@ def doubt_about(stability: Stability) -> str | None:
     if stability.reliability >= STABLE:
         return None
     return (
-        f"{stability.photos} photos are too few for a stable artifact ({told}); about {stability.suggested} would do "
-        "for 0.95"
+        f"{stability.photos} photos are too few for a stable artifact ({told}); use about {stability.suggested} for "
+        "0.95"
     )

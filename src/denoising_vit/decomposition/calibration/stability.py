@@ -1,7 +1,7 @@
-"""How much an artifact depends on the calibration photos, and how many photos are needed.
+"""Dependence of an artifact on the calibration photos, and the number of photos needed.
 
-Each photo estimates the same G with an independent error: ``G_i = G + e_i``. The products ``G_i . G_j`` suffice: those
-of different photos are |G|^2 on average, those of a photo with itself |G|^2 + |e|^2.
+Each photo estimates the same G with an independent error: ``G_i = G + e_i``. The products ``G_i . G_j`` are sufficient:
+they average |G|^2 for different photos, and |G|^2 + |e|^2 for a photo with itself.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-#: Reliability that the suggested number of photos reaches.
+#: Target reliability of the suggested number of photos.
 ENOUGH = 0.95
 
-#: Share of the features' energy below which a common part does not count as an artifact.
+#: Fraction of the features' energy below which a common part does not count as an artifact.
 NEGLIGIBLE = 0.001
 
-#: Random splits that a correlation is averaged over.
+#: Number of random splits to average a correlation over.
 _SPLITS = 64
 
 
@@ -30,7 +30,7 @@ class Stability:
         photos: number of photos.
         signal: mean square of the common part, summed over channels: |G|^2 per patch; can be slightly negative if there
             is no common part.
-        noise: mean square of the individual errors, likewise.
+        noise: mean square of the individual errors, in the same units.
         split_half: correlation between the means of two halves of the photos, averaged over random splits.
         energy: variance of the features, in the same units; None if unknown.
     """
@@ -43,21 +43,21 @@ class Stability:
 
     @classmethod
     def of(cls, products: np.ndarray, seed: int = 0, energy: float | None = None) -> Stability:
-        """From the products (N, N) of N photos' artifacts, per patch; N >= 4."""
+        """Compute from the products (N, N) of N photos' artifacts, per patch; N >= 4."""
         photos = len(products)
         own = float(np.trace(products)) / photos
         common = (float(products.sum()) - float(np.trace(products))) / (photos * (photos - 1))
         return cls(photos, common, max(own - common, 0.0), split_half(products, photos, seed), energy)
 
     def reliability_of(self, photos: int) -> float:
-        """Share of the variance of the mean artifact of this many photos that is G, in [0, 1]."""
+        """Fraction of the variance of the mean artifact of this number of photos that is G, in [0, 1]."""
         signal = max(self.signal, 0.0)
         total = signal + self.noise / photos
         return signal / total if total > 0 else 0.0
 
     @property
     def reliability(self) -> float:
-        """Share of the artifact's variance that is G, in [0, 1]."""
+        """Fraction of the artifact's variance that is G, in [0, 1]."""
         return self.reliability_of(self.photos)
 
     @property
@@ -75,7 +75,7 @@ class Stability:
         return max(math.ceil(ENOUGH / (1 - ENOUGH) * self.noise / self.signal - 1e-9), 4)
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Convert to JSON values."""
         return asdict(self) | {
             "share": self.share,
             "reliability": self.reliability,
@@ -86,7 +86,7 @@ class Stability:
 def split_half(products: np.ndarray, photos: int, seed: int = 0) -> float:
     """Mean correlation between the means of two disjoint halves of ``photos`` of the N photos, over random draws.
 
-    Artifacts have mean zero in every channel, so that their correlation over all places and channels is a cosine.
+    Artifacts have mean zero in every channel, so their correlation over all positions and channels is a cosine.
     """
     chance = np.random.RandomState(seed)
     half = photos // 2

@@ -18,10 +18,10 @@ from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.errors import FitError, PlanError
 from denoising_vit.views.plan import ViewPlan
 
-#: The loss is checked for NaN every so many steps, because reading it waits for the device.
+#: Number of steps between checks of the loss for NaN, because reading it waits for the device.
 _CHECK_EVERY = 100
 
-#: The loss is multiplied by this in the released recipe, and its gradient never divided again.
+#: Factor on the loss in the released recipe, which never divides its gradient by it again.
 _RELEASED_SCALE = 1024
 
 
@@ -30,12 +30,12 @@ class Evaluation:
     """An evaluation on the held-out views.
 
     Attributes:
-        step: number of steps so far.
+        step: number of completed steps.
         loss: loss of the last step.
-        r2: share of the variance that F + G predicts; None without held-out views.
-        cosine: between F + G and the features.
-        r2_with_residual: the same for F + G + h, if h is fitted. Note that h sees the features that it predicts.
-        cosine_with_residual: the same for F + G + h.
+        r2: fraction of the variance explained by F + G; None without held-out views.
+        cosine: mean cosine between F + G and the features.
+        r2_with_residual: R^2 of F + G + h, if h is fitted. Note that h sees the features that it predicts.
+        cosine_with_residual: cosine of F + G + h, if h is fitted.
     """
 
     step: int
@@ -52,9 +52,9 @@ class NeuralFit:
 
     Attributes:
         plan: the fitted views.
-        model: the model after the last or best step, as the options say.
-        step: that step.
-        has_residual: True if h was fitted by then.
+        model: the model after the last or the best step, according to the options.
+        step: number of this step.
+        has_residual: True if h was fitted by this step.
         history: evaluations at regular steps.
     """
 
@@ -70,9 +70,9 @@ class NeuralFit:
         return max(reversed(self.history), key=lambda evaluation: -math.inf if evaluation.r2 is None else evaluation.r2)
 
     def separate(self, resolution: tuple[int, int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """F on nodes at cell centres (Ry, Rx, C), and G as (h, w, C) with mean zero, as the exact solver gives it.
+        """F on nodes at cell centres (Ry, Rx, C), and G as (h, w, C) with mean zero, as from the exact solver.
 
-        The mean of G moves to F, so that their sum is unchanged.
+        The mean of G is moved to F, so that their sum is unchanged.
         """
         rows, columns = self.plan.coords_of_nodes(resolution)
         artifact = self.model.artifact.detach()
@@ -81,7 +81,7 @@ class NeuralFit:
 
     @torch.no_grad()
     def predict_residual(self, features: Tensor) -> Tensor | None:
-        """Predicted h of features (..., C); None if it was not fitted."""
+        """Predicted h for features (..., C); None if it was not fitted."""
         return self.model.residual(features) if self.has_residual else None
 
 
@@ -110,26 +110,26 @@ def fit_neural_field(
     progress: Callable[[int], None] | None = None,
     watch: Callable[[Evaluation], None] | None = None,
 ) -> NeuralFit:
-    """Fits F, G and h of one image to the features of its views by Adam (the paper's section 4.1).
+    """Fit F, G and h of one image to the features of its views with Adam (section 4.1 of the paper).
 
     Args:
-        views: what is fitted; the features' device is where it is done.
+        views: the views to fit; the fit runs on the features' device.
         options: the recipe.
         held_out: views for evaluation only.
-        artifact: G (h, w, C) where it is known.
-        seed: of the initial values and of the tokens drawn; the same seed on the same machine gives the same result.
-        progress: called with the number of steps taken, after each.
+        artifact: G (h, w, C), if known.
+        seed: seed for the initial values and the drawn tokens; the same seed on the same machine gives the same result.
+        progress: called after each step with the number of completed steps.
         watch: called with every evaluation.
 
     Raises:
-        PlanError: if an option is out of range, or the best step is asked for without held-out views.
+        PlanError: if an option is out of range, or the best step is requested without held-out views.
         FitError: if the loss is not finite.
     """
     options.validate()
     if options.keep == "best" and held_out is None:
-        raise PlanError("keep is 'best', which held-out views decide, and there are none")
+        raise PlanError("keep 'best' needs held-out views, got none")
     device, (positions, channels) = views.features.device, views.features.flatten(1, 2).shape[1:]
-    with seeded(seed):  # initial values come from the CPU: the same for every device
+    with seeded(seed):  # initial values are drawn on the CPU, so that they are the same for every device
         known = None if artifact is None else artifact.flatten(0, 1)
         model = NeuralModel(positions, channels, options, known).to(device)
     draw = torch.Generator(device).manual_seed(seed)
@@ -152,7 +152,7 @@ def fit_neural_field(
         chosen = torch.randint(len(features), (options.tokens,), generator=draw, device=device)
         target = features[chosen].float()
         semantic = model.semantic(coords[chosen])
-        shared = F.embedding(chosen % positions, model.artifact)  # patches lie position by position, view after view
+        shared = F.embedding(chosen % positions, model.artifact)  # patches are ordered by view, then by position
         with_residual = step >= first_with_residual
         if with_residual:
             weights = options.residual_weight, options.sparsity_weight
@@ -162,7 +162,7 @@ def fit_neural_field(
         optimizer.zero_grad()
         (scale * loss).backward()
         model.grid.densify_gradient()
-        optimizer.step()  # parameters without a gradient (h at first, G later) are left alone
+        optimizer.step()  # parameters without a gradient (h at first, G later) are skipped
 
         done = step + 1
         look = done % options.evaluate_every == 0 or done == steps
@@ -187,8 +187,8 @@ def fit_neural_field(
 def learning_rate(step: int, options: NeuralFieldOptions) -> float:
     """Linear warm-up, then a cosine from the full learning rate to the final one at the last step.
 
-    A warm-up that leaves at most one step ends at the full learning rate. In the released recipe the first step
-    has a learning rate of 0, and the cosine would end one step after the last.
+    A warm-up that leaves at most one step ends at the full learning rate. In the released recipe, the first step has a
+    learning rate of 0, and the cosine would end one step after the last.
     """
     warm_up, released = round(options.warm_up * options.total_steps), options.recipe == "released"
     if step < warm_up:

@@ -9,31 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Factors of the spatial hash of x and y (the same source, equation 4).
+#: Factors of the spatial hash for x and y (same source, equation 4).
 _PRIME = 2_654_435_761
 
-#: Entries begin uniform within this of zero.
+#: Entries are initialised uniformly within this distance of zero.
 _INITIAL = 1e-4
 
 
 class HashGrid(nn.Module):
     """Features of points in [0, 1]^2, interpolated bilinearly between grid vertices at several resolutions.
 
-    A level of ``n`` vertices along each side has its outermost vertices on the edges of the square. Levels whose
-    vertices fit the table have one entry each; others share entries by a hash of the vertex.
+    A level of ``n`` vertices per side has its outermost vertices on the edges of the square. Levels whose vertices fit
+    into the table have one entry per vertex; other levels share entries by a hash of the vertex.
 
-    The released recipe has the levels of tiny-cuda-nn: of scale ``s = coarsest b^l - 1``, a place x lies at ``s x +
-    0.5``, so that up to half a cell at the right and lower edge lies beyond the ``ceil(s) + 1`` vertices, whose
-    neighbours there are the first of the next row (or of the level); the entries of a level are a multiple of 8.
+    The released recipe has the levels of tiny-cuda-nn: with scale ``s = coarsest b^l - 1``, a position x is at ``s x +
+    0.5``, so up to half a cell at the right and lower edge is outside the ``ceil(s) + 1`` vertices, where the
+    neighbours are the first vertices of the next row (or of the level); the number of entries per level is a multiple
+    of 8.
 
     Args:
-        levels: how many resolutions, growing geometrically.
-        coarsest: vertices along each side of the first.
-        finest: vertices along each side of the last.
-        channels: features of an entry.
-        table_size: most entries of a level.
-        sparse: give the table's gradient in sparse form; see :meth:`densify_gradient`.
-        released: place the vertices as tiny-cuda-nn does.
+        levels: number of resolutions, growing geometrically.
+        coarsest: vertices per side of the first level.
+        finest: vertices per side of the last level.
+        channels: number of features per entry.
+        table_size: maximum number of entries per level.
+        sparse: return the table's gradient in sparse form; see :meth:`densify_gradient`.
+        released: place the vertices as in tiny-cuda-nn.
     """
 
     scales: Tensor
@@ -105,15 +106,15 @@ class HashGrid(nn.Module):
 
     def _entries(self, x: Tensor, y: Tensor) -> Tensor:
         """Rows of the table for vertices (N, levels, 4)."""
-        in_order = (y * self.sides[:, None] + x) % self.sizes[:, None]  # released places lie beyond the last vertex
+        in_order = (y * self.sides[:, None] + x) % self.sizes[:, None]  # released: may be past the last vertex
         hashed = (x ^ (y * _PRIME)) % self.sizes[:, None]
         return torch.where(self.dense[:, None], in_order, hashed) + self.offsets[:, None]
 
     def densify_gradient(self) -> None:
-        """Turn the table's sparse gradient into a dense one, in memory that is reused in every step.
+        """Convert the table's sparse gradient to a dense one, in memory that is reused in every step.
 
-        Autograd would allocate and clear a new gradient as large as the table in every step, which takes longer on a
-        CPU than everything else in the step.
+        Autograd would allocate and clear a new gradient of the table's size in every step, which takes longer on a CPU
+        than the rest of the step.
         """
         sparse = self.table.grad
         if sparse is None or not sparse.is_sparse:
@@ -123,17 +124,17 @@ class HashGrid(nn.Module):
         entries, values = sparse._indices()[0], sparse._values()
         self._gradient.zero_()
         if self._gradient.is_cuda:
-            self._gradient.index_put_((entries,), values, accumulate=True)  # sorts first: the same sum every time
+            self._gradient.index_put_((entries,), values, accumulate=True)  # sorts first: deterministic
         else:
             self._gradient.index_add_(0, entries, values)
         self.table.grad = self._gradient
 
 
 def released_scales(levels: int, coarsest: int, finest: int) -> list[float]:
-    """Cells along each side of every level in tiny-cuda-nn, ``coarsest b^l - 1``, rounded to float32 as there.
+    """Cells per side of every level in tiny-cuda-nn, ``coarsest b^l - 1``, rounded to float32 as there.
 
-    The rounding counts: 16 levels from 16 to 1024 end a little above 1023 cells, so at 1,025 vertices, which no longer
-    fit a table of 2^20.
+    The rounding matters: 16 levels from 16 to 1024 end slightly above 1023 cells, so at 1,025 vertices, which no longer
+    fit into a table of 2^20.
     """
     growth = np.float32(math.exp(math.log(finest / coarsest) / max(levels - 1, 1)))
     factors = np.exp2(np.arange(levels, dtype=np.float32) * np.log2(growth))
@@ -141,7 +142,7 @@ def released_scales(levels: int, coarsest: int, finest: int) -> list[float]:
 
 
 def level_sides(levels: int, coarsest: int, finest: int) -> list[int]:
-    """Vertices along each side of every level: ``floor(coarsest b^l)``, with b such that the last has ``finest``."""
+    """Vertices per side of every level: ``floor(coarsest b^l)``, with b such that the last level has ``finest``."""
     growth = math.log(finest / coarsest) / max(levels - 1, 1)
-    # A little is added, so that a power that is a whole number is not floored to the one below it.
+    # The small addend prevents rounding errors from flooring whole-number powers to the number below.
     return [math.floor(coarsest * math.exp(growth * level) + 1e-6) for level in range(levels)]

@@ -12,12 +12,12 @@ from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions,
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error plus one minus the mean cosine, of tokens (N, C)."""
+    """Mean squared error plus (1 - mean cosine) of tokens (N, C)."""
     return F.mse_loss(predicted, target) + 1 - F.cosine_similarity(predicted, target, dim=-1).mean()
 
 
 def first_phase_loss(semantic: Tensor, artifact: Tensor, features: Tensor) -> Tensor:
-    """F and G together explain the features; all (N, C)."""
+    """Loss of F + G against the features; all (N, C)."""
     return reconstruction_loss(semantic + artifact, features)
 
 
@@ -30,10 +30,10 @@ def second_phase_loss(
     sparsity_weight: float,
     recipe: Recipe = "paper",
 ) -> Tensor:
-    """F fits the features minus h, and h, kept small, the features minus F and G; G is frozen. All (N, C).
+    """Loss with h: F fits the features minus h; h, kept small, fits the features minus F and G (frozen). All (N, C).
 
-    No gradient flows from F's error into h, or from h's into F. The two recipes have the same squared error; the
-    released one takes the cosine of F + G + h with the features, the paper's that of F + G with what h leaves.
+    No gradient flows from F's error into h, or from h's into F. Both recipes have the same squared error; the released
+    one takes the cosine of F + G + h with the features, the paper's that of F + G with the features minus h.
     """
     artifact, given = artifact.detach(), residual.detach()
     if recipe == "released":
@@ -45,10 +45,10 @@ def second_phase_loss(
     return field_loss + residual_loss + sparsity_weight * torch.mean(residual.abs())
 
 
-#: Places whose features are computed at once outside the fit.
+#: Number of positions to compute at once outside the fit.
 _CHUNK = 16_384
 
-#: Of G at first, in the released recipe.
+#: Standard deviation of the initial G in the released recipe.
 _RELEASED_DEVIATION = 0.02
 
 
@@ -56,10 +56,10 @@ class NeuralModel(nn.Module):
     """F, G and h of one image.
 
     Args:
-        positions: of the patch grid, h w.
+        positions: number of positions of the patch grid, h w.
         channels: C.
         options: widths and sizes.
-        artifact: G (h w, C) if known; then it is not fitted.
+        artifact: G (h w, C), if known; it is then not fitted.
     """
 
     artifact: Tensor

@@ -1,4 +1,4 @@
-"""The published checkpoints and figures; the CSV files name their source in the first line."""
+"""The published checkpoints and scores; the CSV files name their source in the first line."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from denoising_vit.errors import DenoiserError, EvaluationError
 #: Hub repository of the published checkpoints.
 HUB_ID = "jjaiweiyang/DVT"
 
-#: The model as pretrained; with a denoiser trained on VOC or ImageNet-1k; fine-tuned to such a denoiser's output.
+#: Variants: the pretrained model; with a denoiser trained on VOC or ImageNet-1k; distilled from such a denoiser.
 VARIANTS = ("baseline", "voc_denoised", "voc_distilled", "imgnet_denoised", "imgnet_distilled")
 
-#: Keys of a row's figures, in the order of the file: semantic segmentation of VOC and ADE20K, depth of NYU.
+#: Keys of a row's scores, in the order of the file: semantic segmentation of VOC and ADE20K, depth of NYU.
 FIGURES = ("voc_miou", "voc_macc", "ade_miou", "ade_macc", "nyu_rmse", "nyu_absrel", "nyu_a1")
 
-#: Keys of a row's figures of object discovery: VOC 2007 and 2012 trainval, COCO20k.
+#: Keys of a row's scores in object discovery: VOC 2007 and 2012 trainval, COCO20k.
 DISCOVERY = ("voc07", "voc12", "coco20k")
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """Published figures of one variant of a model.
+    """Published scores of one variant of a model.
 
     Attributes:
         model: timm name.
         variant: one of VARIANTS.
-        figures: by FIGURES, in percent, but nyu_rmse in metres and nyu_absrel a ratio; None if not published.
+        figures: by FIGURES, in percent except nyu_rmse in metres and nyu_absrel as a ratio; None if not published.
     """
 
     model: str
@@ -43,7 +43,7 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class DiscoveryRow:
-    """Published object discovery of a model.
+    """Published object discovery scores of a model.
 
     Attributes:
         model: timm name.
@@ -80,20 +80,19 @@ def published_row(model: str, variant: str) -> PublishedRow:
     """The row of one variant of one model.
 
     Raises:
-        EvaluationError: if none was published; the message names published variants of the model, or similar models.
+        EvaluationError: if there is none; the message names published variants of the model, or similar models.
     """
     variants = {row.variant: row for row in published_rows() if row.model == model}
     if variant in variants:
         return variants[variant]
     if variants:
         raise EvaluationError(
-            f"expected a variant of {model} with published figures ({', '.join(variants)}), got {variant!r}; name one"
-            " of these"
+            f"expected a variant of {model} with published scores ({', '.join(variants)}), got {variant!r}"
         )
     models = list(dict.fromkeys(row.model for row in published_rows()))
     near = get_close_matches(model, models, n=3, cutoff=0.5)
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"there are figures for {', '.join(models)}"
-    raise EvaluationError(f"expected a model with published figures, got {model!r}; {remedy}")
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"published models: {', '.join(models)}"
+    raise EvaluationError(f"expected a model with published scores, got {model!r}; {remedy}")
 
 
 def _row(found: Mapping[str, str]) -> PublishedRow:
@@ -116,18 +115,18 @@ def published_file(model: str, variant: str) -> str:
 
 
 def fetch_published(model: str, variant: str) -> Path:
-    """Downloads a published checkpoint, unless it is cached.
+    """Download a published checkpoint, unless it is cached.
 
     Args:
         model: the timm name.
         variant: such as voc_denoised.
 
     Raises:
-        DenoiserError: if none was published for the model, or it cannot be downloaded; the message says what to do.
+        DenoiserError: if none was published for the model, or the download fails; the message says what to do.
     """
     variants = published_variants(model)
     if variant not in variants:
-        there = f"; there are {', '.join(variants)}" if variants else "; `dvit models` lists what was"
+        there = f"; published: {', '.join(variants)}" if variants else "; `dvit models` lists what was"
         raise DenoiserError(f"no {variant} was published for {model}{there}")
     from huggingface_hub import hf_hub_download
 
@@ -140,7 +139,7 @@ def fetch_published(model: str, variant: str) -> Path:
     except Exception as error:  # network, missing file, damaged cache, ...
         reason = str(error).strip().splitlines()
         raise DenoiserError(
-            f"{name} could not be fetched from the hub ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}). Download {name} of {HUB_ID} where there is a network, and "
-            "give the file: --denoiser FILE"
+            f"{name} could not be downloaded from the hub ({type(error).__name__}: "
+            f"{reason[0] if reason else 'no reason given'}). Download {name} of {HUB_ID} on a machine with network "
+            "access, and give the file: --denoiser FILE"
         ) from error

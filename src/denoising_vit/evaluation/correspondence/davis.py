@@ -32,7 +32,7 @@ from denoising_vit.evaluation.layouts import (
 )
 from denoising_vit.evaluation.masks import Objects, mask_values
 
-#: Folders of frames and masks, with a folder per resolution and then per sequence.
+#: Folders of frames and masks, with one folder per resolution and sequence.
 _FRAMES, _MASKS = "JPEGImages", "Annotations"
 
 #: Resolutions in order of preference.
@@ -45,7 +45,7 @@ class Frame(EvaluationImage):
 
     Attributes:
         sequence: name of the sequence.
-        mask: file of the mask, which has the frame's size; None if there is no usable one.
+        mask: file of the mask, which has the frame's size; None if there is no usable mask.
         coding: meaning of the values in the sequence's masks.
         mask_digest: digest of the labels; empty without a mask.
     """
@@ -72,7 +72,7 @@ class Frame(EvaluationImage):
             EvaluationError: if there is no mask, or it can no longer be read.
         """
         if self.mask is None:
-            raise EvaluationError(f"{self.id}: expected a frame with a mask, this one has none")
+            raise EvaluationError(f"{self.id}: expected a frame with a mask, got one without")
         labels, _ = self.coding.labels(mask_values(self.mask), str(self.mask))
         return torch.from_numpy(labels)
 
@@ -83,22 +83,22 @@ class ClipData(EvaluationData[EvaluationSet[Frame]]):
 
     @property
     def clips(self) -> list[tuple[Frame, ...]]:
-        """Frames of each sequence. The first has a mask, and at least one later one."""
+        """Frames of each sequence. The first frame and at least one later frame have a mask."""
         return [tuple(frames) for _, frames in itertools.groupby(self.val.images, lambda frame: frame.sequence)]
 
 
 def open_clips(path: str | Path, *, progress: Callable[[], None] | None = None, sequences: int = 0) -> ClipData:
     """Open videos in the layout of DAVIS and read every frame and mask once.
 
-    Frames are in ``JPEGImages/<resolution>/<sequence>``, masks of the same names in
-    ``Annotations/<resolution>/<sequence>``: 0 and 255 as in DAVIS 2016, or numbers of objects as in DAVIS 2017. Of
-    several resolutions 480p is taken. Sequences are those of ``ImageSets/2017/val.txt``, else of the list of the
-    resolution, else of 2016; without a list, all.
+    Frames are in ``JPEGImages/<resolution>/<sequence>``, masks with the same names in
+    ``Annotations/<resolution>/<sequence>``: 0 and 255 as in DAVIS 2016, or object numbers as in DAVIS 2017. If there
+    are several resolutions, 480p is used. Sequences are read from ``ImageSets/2017/val.txt``, or else from the list of
+    the resolution, or else from that of 2016; without a list, all sequences are used.
 
-    Only the first frame and one later one need a mask; labels are carried through frames without.
+    Only the first frame and one later frame need a mask; labels are propagated through frames without masks.
 
     Raises:
-        EvaluationError: if the layout is unknown, or no sequence can be used.
+        EvaluationError: if the layout is unknown, or no sequence is usable.
     """
     root = find_layout(Path(path), [DAVIS])[1]
     frames: list[Frame] = []
@@ -136,13 +136,13 @@ def _resolution(root: Path) -> str:
     if known or len(both) == 1:
         return (known or both)[0]
     raise EvaluationError(
-        f"{root}: expected one folder of a resolution, such as 480p, in both {_FRAMES} and {_MASKS}; found "
+        f"{root}: expected one resolution folder, such as 480p, in both {_FRAMES} and {_MASKS}; found "
         f"{listed(root / _FRAMES)} and {listed(root / _MASKS)}"
     )
 
 
 def _sequences(root: Path, resolution: str) -> tuple[list[str], Path | None, list[Skipped]]:
-    """Names of sequences, their list, and listed sequences without a folder."""
+    """Names of sequences, the list file, and listed sequences without a folder."""
     folder = root / _FRAMES / resolution
     there = folders_in(folder)
     lists = (root / "ImageSets" / kind / "val.txt" for kind in ("2017", resolution, "2016"))
@@ -151,7 +151,7 @@ def _sequences(root: Path, resolution: str) -> tuple[list[str], Path | None, lis
         return there, None, []
     wanted = read_sequences(source)
     missing = [name for name in wanted if name not in there]
-    skipped = [Skipped(name, f"named in {source}, but there is no folder {folder / name}") for name in missing]
+    skipped = [Skipped(name, f"listed in {source}, but there is no folder {folder / name}") for name in missing]
     return [name for name in wanted if name in there], source, skipped
 
 
@@ -164,7 +164,7 @@ class _Files(Unread):
 
 
 def _files(sequence: str, photos: Path, masks: Path) -> tuple[list[_Files], list[Skipped]]:
-    """Frames in order, each with the mask of its name; second files of the same name, and masks without a frame."""
+    """Frames in order, each with its mask; and skipped files: duplicate names, and masks without a frame."""
     (photo_of, more), (mask_of, others) = (by_stem(images_in(folder), "file") for folder in (photos, masks))
     skipped = [*more, *others]
     skipped += [
@@ -180,7 +180,7 @@ def _files(sequence: str, photos: Path, masks: Path) -> tuple[list[_Files], list
 
 
 class _Read(NamedTuple):
-    """A frame; numbers in its mask that are not in the first one; and the reason if its mask cannot be used."""
+    """A frame; object numbers in its mask that the first mask lacks; and the reason if its mask is unusable."""
 
     frame: Frame
     others: tuple[int, ...] = ()
@@ -190,8 +190,8 @@ class _Read(NamedTuple):
 def _read_sequence(
     masks: Path, files: list[_Files], progress: Callable[[], None] | None
 ) -> tuple[list[Frame], list[Skipped]]:
-    """The usable frames of a sequence, if a label can be carried to a frame that is evaluated."""
-    alone = "a sequence of one frame; labels need a second one to propagate to"
+    """The usable frames of a sequence, if there is a later mask to evaluate."""
+    alone = "a sequence of one frame; expected at least two"
     if len(files) < 2:
         raise EvaluationError(alone if files else "a sequence without frames")
     start, *later = files
@@ -206,7 +206,7 @@ def _read_sequence(
         progress()
     read, skipped = inspect_all(lambda each: _read_frame(each, coding, size), later, progress)
     skipped += [
-        Skipped(one.frame.id, f"carried through, but not evaluated: {one.reason}") for one in read if one.reason
+        Skipped(one.frame.id, f"propagated through, but not evaluated: {one.reason}") for one in read if one.reason
     ]
     skipped.sort(key=lambda entry: entry.item)
     frames = [first.frame, *(one.frame for one in read)]
@@ -219,21 +219,21 @@ def _read_sequence(
 
 
 def _remarks(files: Sequence[_Files], others: set[int]) -> list[Skipped]:
-    """One entry per sequence rather than per frame: some videos have a mask for every fifth frame only."""
+    """One entry per sequence, not per frame: in some videos only every fifth frame has a mask."""
     bare = [file.photo.name for file in files if file.mask is None]
     remarks = []
     if bare:
         remarks.append(
-            f"{len(bare)} of {len(files)} frames have no mask ({bare[0]} first): carried through, but not evaluated"
+            f"{len(bare)} of {len(files)} frames have no mask ({bare[0]} first): propagated through, but not evaluated"
         )
     if others:
         numbers = f"object{'s' if len(others) > 1 else ''} {', '.join(map(str, sorted(others)))}"
-        remarks.append(f"not in the first mask, so left out: {numbers}")
+        remarks.append(f"not in the first mask, so ignored: {numbers}")
     return [Skipped(files[0].sequence, reason) for reason in remarks]
 
 
 def _read_frame(files: _Files, coding: Objects, size: tuple[int, int] | None = None) -> _Read:
-    """Read a frame, which must have the given size (H, W), and its mask."""
+    """Read a frame and its mask; the frame must have the given size (H, W), if any."""
     photo = read_photo(files.photo)
     height, width = photo.shape[:2]
     if size is not None and size != (height, width):
@@ -253,5 +253,5 @@ def _read_frame(files: _Files, coding: Objects, size: tuple[int, int] | None = N
         labels, others = coding.labels(values, str(files.mask))
     except (EvaluationError, OSError) as error:
         return _Read(frame(None, ""), reason=str(error))
-    # int32 in little endian: the same on every machine.
+    # Little-endian int32: the same on every machine.
     return _Read(frame(files.mask, photo_digest(labels.astype("<i4"))), others)

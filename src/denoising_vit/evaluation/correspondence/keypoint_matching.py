@@ -1,4 +1,4 @@
-"""Keypoint matching: search the keypoints of one photo in another by the similarity of features alone."""
+"""Keypoint matching: locate the keypoints of one photo in another by feature similarity alone."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _AT_ONCE = 2**24
 class Matched(Measured):
     """Percent of correct keypoints of each pair, and its number of keypoints; every pair is a group.
 
-    PCK is the mean over pairs ("per image"), so pairs with many keypoints count no more than others; intervals are of
-    this figure. PCK per point is the share of all keypoints.
+    PCK is the mean over pairs ("per image"), so that every pair has the same weight; intervals are for this metric. PCK
+    per point is the percentage over all keypoints.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("PCK", "keypoints")
 
     @classmethod
     def within(cls, errors: Sequence[np.ndarray], alpha: float) -> Matched:
-        """From the errors (n,) of each pair's keypoints, as a share of the object's larger side."""
+        """Compute from the errors (n,) of each pair's keypoints, as a fraction of the object's larger side."""
         values = [[100 * np.mean(one <= alpha), len(one)] for one in errors]
         return cls(np.array(values), np.arange(len(values)))
 
@@ -48,7 +48,7 @@ class Matched(Measured):
 
 
 def matching(bench: Workbench, names: Sequence[str], options: MatchingOptions) -> Iterator[Line]:
-    """Evaluate keypoint matching on each source, the first one as reference; a line for each alpha."""
+    """Evaluate keypoint matching on each source, with the first as the reference; one line per alpha."""
     options.validate()
     data = bench.data_of(PairData, "pairs of photos with keypoints")
     errors: dict[str, list[np.ndarray]] = {}  # by source, the same for each alpha
@@ -73,13 +73,14 @@ def match(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> list[np.ndarray]:
-    """Match each keypoint of a pair's source with the position of the most similar feature (cosine) in its target.
+    """Match each keypoint of a source photo to the position of the most similar feature (cosine) in the target photo.
 
-    Sources are passed through the model first, keeping only the features of keypoints, then targets one by one, so each
-    photo needs at most two passes. ``progress`` is called after each pass: :func:`forward_passes` in all.
+    Forward passes run over the source photos first, keeping only the features at keypoints, then over the targets one
+    by one, so each photo needs at most two. ``progress`` is called after each pass: :func:`forward_passes` times in
+    total.
 
     Returns:
-        For each pair, the errors (n,) of its keypoints as a share of the larger side of the target's box.
+        For each pair, the errors (n,) of its keypoints as a fraction of the larger side of the target's box.
     """
     options.validate()
     described: dict[tuple[str, Point], Tensor] = {}
@@ -112,7 +113,7 @@ def match(
 
 
 def forward_passes(data: PairData) -> int:
-    """Number of forward passes of :func:`match`: photos, counting those that are both source and target twice."""
+    """Number of forward passes of :func:`match`: photos, counted twice if they are both source and target."""
     return sum(map(len, _grouped(data)))
 
 
@@ -120,7 +121,7 @@ _Grouped = dict[str, list[tuple[int, KeypointPair]]]
 
 
 def _grouped(data: PairData) -> tuple[_Grouped, _Grouped]:
-    """Numbered pairs by the ids of their sources, and of their targets."""
+    """Numbered pairs by the ids of their source photos, and by those of their target photos."""
     sources: _Grouped = defaultdict(list)
     targets: _Grouped = defaultdict(list)
     for number, pair in enumerate(data.pairs):
@@ -137,8 +138,8 @@ def best_places(queries: Tensor, target: Tensor, patch_size: int, stride: int, u
         target: features (h, w, C) of the photo.
         patch_size: patch size in pixels of the input.
         stride: distance between patches.
-        upsample: factor of bilinear upsampling before the search; with 1, positions are the centres of patches. The
-            first of equally similar positions is taken, row by row.
+        upsample: factor of bilinear upsampling before the search; with 1, positions are patch centres. Ties go to the
+            first position in row-major order.
     """
     h, w, channels = target.shape
     rows, columns = (_places(count, patch_size, stride, upsample) for count in (h, w))
@@ -161,7 +162,7 @@ def _places(patches: int, patch_size: int, stride: int, upsample: int) -> np.nda
 
 
 def to_shown(points: Sequence[Point], height: int, width: int, size: tuple[int, int]) -> np.ndarray:
-    """Points (x, y) of a photo of height x width pixels to (n, 2), row and column in an input of a size."""
+    """Convert points (x, y) of a photo of height x width pixels to (n, 2), row and column in an input of ``size``."""
     x, y = np.array(points, dtype=np.float64).T
     return np.stack([(y + 0.5) / height * size[0], (x + 0.5) / width * size[1]], axis=-1)
 

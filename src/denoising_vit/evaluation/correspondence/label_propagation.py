@@ -1,8 +1,8 @@
 """Label propagation by the similarity of patches, as published for DINO, and the evaluation of DAVIS.
 
-Caron et al., ICCV 2021, section 4.2.2, after Jabri et al., NeurIPS 2020: nothing is trained. Each patch takes the
-labels of the most similar patches near its position in the first frame and in the last few ones. Masks are compared by
-J and F (Perazzi et al., CVPR 2016; Pont-Tuset et al. 2017).
+Caron et al., ICCV 2021, section 4.2.2, after Jabri et al., NeurIPS 2020: nothing is trained. Each patch takes its
+labels from the most similar patches near its position in the first frame and in the last few frames. Masks are scored
+by J and F (Perazzi et al., CVPR 2016; Pont-Tuset et al. 2017).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from denoising_vit.evaluation.workbench import Line, Workbench
 from denoising_vit.views.crops import Crop
 from denoising_vit.views.patch_grid import patch_centres
 
-#: Distance at which contours still agree, as a share of the image's diagonal.
+#: Distance within which contours match, as a fraction of the image's diagonal.
 BOUND = 0.008
 
 
@@ -37,17 +37,17 @@ BOUND = 0.008
 class Propagated(Measured):
     """J&F, J and F of each object in percent, grouped by sequence.
 
-    As in the evaluation of DAVIS 2017 with given first masks, figures are means over the frames of an object, without
-    the given first one and the last one, then over the objects of all sequences. Differences: the last frame counts if
-    no other does, pixels without a label are ignored (DAVIS: background), and numbers missing from the first mask are
-    no objects (DAVIS: all up to the largest).
+    As in the semi-supervised evaluation of DAVIS 2017, scores are means over the frames of an object, without the first
+    (given) and the last, then over the objects of all sequences. Differences: the last frame counts if there is no
+    other, unlabelled pixels are ignored (DAVIS: background), and numbers missing from the first mask are not objects
+    (DAVIS: all up to the largest).
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("J&F", "J", "F")
 
 
 def propagation(bench: Workbench, names: Sequence[str], options: PropagationOptions) -> Iterator[Line]:
-    """Evaluate label propagation on each source, the first one as reference."""
+    """Evaluate label propagation on each source, with the first as the reference."""
     options.validate()
     data = bench.data_of(ClipData, "videos with masks of objects (DAVIS)")
     found = {"outcome": Propagated, "over": "sequences"}
@@ -62,7 +62,7 @@ def propagate(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Propagated:
-    """Carry the first mask of each video through it and compare with its other masks."""
+    """Propagate the first mask of each video and compare the result with the other masks."""
     options.validate()
     values, groups = [], []
     features = see(source, whole_images(data.val.images, options.size, source), cache, progress)
@@ -91,7 +91,7 @@ def _follow(
 
 
 def evaluated_frames(frames: Sequence[Frame]) -> frozenset[int]:
-    """Frames with a mask, without the first and the last; with the last if there is no other."""
+    """Frames with a mask, except the first and the last; the last counts if there is no other."""
     there = [number for number, frame in enumerate(frames) if number and frame.mask is not None]
     return frozenset([number for number in there if number < len(frames) - 1] or there)
 
@@ -101,16 +101,16 @@ def evaluated_frames(frames: Sequence[Frame]) -> frozenset[int]:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """One frame of the context: normalised features (h, w, C), and shares (h, w, K) of the labels, in [0, 1]."""
+    """One frame of the context: normalised features (h, w, C), and label weights (h, w, K) in [0, 1]."""
 
     features: Tensor
     labels: Tensor
 
 
 def carry(features: Iterable[Tensor], first: Tensor, options: PropagationOptions) -> Iterator[Tensor]:
-    """Carry the labels (h, w, K) of the first frame through the features (h, w, C) of all frames of a video.
+    """Propagate the labels (h, w, K) of the first frame through the features (h, w, C) of all frames of a video.
 
-    Only the context is in memory. Labels are passed on as computed, not rescaled to [0, 1]. Yields the labels of each
+    Only the context is in memory. Labels are propagated as computed, not rescaled to [0, 1]. Yields the labels of each
     frame after the first.
     """
     recent: deque[Held] = deque(maxlen=options.context)
@@ -133,7 +133,7 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
     Args:
         target: normalised features (h, w, C).
         context: frames of the same grid, at least one.
-        k: number of voting patches from all frames together, and all patches as similar as the last of them.
+        k: number of voting patches over all frames; ties with the last of them vote too.
         radius: maximum distance in rows and columns; 0 for no limit.
         temperature: weights are exp(cosine / temperature).
     """
@@ -149,17 +149,17 @@ def carried(target: Tensor, context: Sequence[Held], *, k: int, radius: int, tem
         around = features[near].reshape(-1, channels)  # (rows n w, C)
         similar = (target[row] @ around.T).view(w, -1, w).masked_fill(far[:, None], -torch.inf).flatten(1)
         best = similar.topk(min(k, similar.shape[1])).values
-        # Subtracting the largest changes no weight and keeps them finite at any temperature.
+        # Subtracting the maximum leaves the weights unchanged and keeps them finite at any temperature.
         weights = ((similar - best[:, :1]) / temperature).masked_fill(similar < best[:, -1:], -torch.inf).softmax(-1)
         found.append(weights @ labels[near].reshape(len(around), -1))
     return torch.stack(found)
 
 
 def at_patches(labels: Tensor, objects: Sequence[int], size: tuple[int, int], patch_size: int, stride: int) -> Tensor:
-    """Labels of patches, (h, w, 1 + objects) float32 of 0 and 1, each that of the pixel at its centre.
+    """Labels of patches, (h, w, 1 + objects) float32 of 0 and 1; each patch has the label of the pixel at its centre.
 
-    Pixels have numbers of objects, 0 for the background (which comes first), negative for no label (all 0); the input
-    has a size in pixels.
+    Pixel values are object numbers, 0 for the background (the first channel), or negative for no label (all 0).
+    ``size`` is the input's size in pixels.
     """
     rows, columns = (
         torch.from_numpy((patch_centres(side, patch_size, stride) * pixels).astype(np.int64))
@@ -170,7 +170,7 @@ def at_patches(labels: Tensor, objects: Sequence[int], size: tuple[int, int], pa
 
 
 def to_mask(labels: Tensor, height: int, width: int, size: tuple[int, int], patch_size: int, stride: int) -> Tensor:
-    """Strongest label of each pixel of a frame, (H, W) int64, from labels (h, w, K) of patches of an input of a size.
+    """Strongest label of each pixel of a frame, (H, W) int64, from labels (h, w, K) of patches of an input of ``size``.
 
     Labels are interpolated bilinearly, then each is rescaled to [0, 1], as published.
     """
@@ -190,8 +190,8 @@ def filled(labels: Tensor) -> Tensor:
 def compared(truth: np.ndarray, found: np.ndarray, objects: Sequence[int]) -> np.ndarray:
     """J&F, J and F of each object in one frame, (objects, 3) in percent.
 
-    The ``truth`` (H, W) has the numbers of objects, 0 elsewhere, NO_LABEL for ignored pixels; ``found`` (H, W) has 1
-    for the first object and so on.
+    ``truth`` (H, W) has object numbers, 0 elsewhere, and NO_LABEL for ignored pixels; ``found`` (H, W) has 1 for the
+    first object and so on.
     """
     void = truth == NO_LABEL
     figures = []
@@ -203,7 +203,7 @@ def compared(truth: np.ndarray, found: np.ndarray, objects: Sequence[int]) -> np
 
 
 def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | None = None) -> float:
-    """J, intersection over union in [0, 1] of two masks (H, W) outside of ``void``; 1 for two empty masks."""
+    """J, the intersection over union in [0, 1] of two masks (H, W) outside ``void``; 1 for two empty masks."""
     truth, found = _without(truth, void), _without(found, void)
     union = int((truth | found).sum())
     return int((truth & found).sum()) / union if union else 1.0
@@ -212,10 +212,10 @@ def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | N
 def contour_accuracy(
     truth: np.ndarray, found: np.ndarray, void: np.ndarray | None = None, *, bound: float = BOUND
 ) -> float:
-    """F, the harmonic mean of the shares of each contour near the other one, in [0, 1], of masks (H, W).
+    """F, the harmonic mean of contour precision and recall, in [0, 1], of masks (H, W).
 
-    Near is a Euclidean distance of at most ``bound`` times the image's diagonal, rounded up to whole pixels. F is 0 if
-    one mask has no contour, 1 if both have none. Pixels of ``void`` are outside of both masks.
+    A contour pixel matches within a Euclidean distance of ``bound`` times the image's diagonal, rounded up to whole
+    pixels. F is 0 if one mask has no contour, 1 if both have none. Pixels of ``void`` are outside both masks.
     """
     ours, theirs = boundary(_without(found, void)), boundary(_without(truth, void))
     count, wanted = int(ours.sum()), int(theirs.sum())
@@ -227,9 +227,9 @@ def contour_accuracy(
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Contour (H, W), one pixel wide: pixels that differ from the one to the right, below, or below to the right.
+    """Contour (H, W), one pixel wide: pixels that differ from the pixel to the right, below, or below right.
 
-    The image's border is no contour.
+    The image border is not a contour.
     """
     beyond = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     right, below, across = beyond[:-1, 1:], beyond[1:, :-1], beyond[1:, 1:]
@@ -241,7 +241,7 @@ def _without(mask: np.ndarray, void: np.ndarray | None) -> np.ndarray:
 
 
 def _near(contour: np.ndarray, other: np.ndarray, radius: int) -> int:
-    """Number of pixels of a contour within a radius of another: a dilation, computed at these pixels only."""
+    """Number of pixels of a contour within a radius of another one: a dilation evaluated at these pixels only."""
     height, width = other.shape
     before = np.zeros((height, width + 1), dtype=np.int32)  # [y, x]: number of pixels in row y left of x
     np.cumsum(other, axis=1, out=before[:, 1:])

@@ -32,7 +32,7 @@ from denoising_vit.evaluation.layouts import (
 #: (x, y) in pixels; the centre of the top left pixel is (0, 0).
 Point = tuple[float, float]
 
-#: Upper limit of coordinates, which excludes infinity and NaN.
+#: Upper limit of coordinates; it excludes infinity and NaN.
 _LIMIT = 1e9
 
 
@@ -43,7 +43,7 @@ class KeypointPair:
     Attributes:
         name: name of the pair's file.
         source: id of the photo with given keypoints.
-        target: id of the photo in which they are searched.
+        target: id of the photo to search.
         source_points: keypoints in pixels of the source.
         target_points: correct matches in pixels of the target.
         box: x0, y0, x1, y1 of the object in the target, in pixels.
@@ -84,7 +84,7 @@ class PairSet(EvaluationSet[PairedPhoto]):
         """SHA-256 of the photos and of the pairs in order."""
         content = hashlib.sha256(EvaluationSet(self.split, self.images).digest.encode())
         for pair in self.pairs:
-            content.update(json.dumps(asdict(pair)).encode())  # escapes what is not ASCII
+            content.update(json.dumps(asdict(pair)).encode())  # escapes non-ASCII characters
         return content.hexdigest()
 
 
@@ -105,7 +105,7 @@ class _Annotated(NamedTuple):
     sizes: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
 
 
-#: Finds pairs below a root, of a split, at most so many.
+#: Finds up to a number of pairs of a split below a root.
 Finder = Callable[[Path, str, int], list[_Annotated | Skipped]]
 
 
@@ -114,22 +114,22 @@ def open_pairs(
 ) -> PairData:
     """Open pairs in the layout of SPair-71k, or a folder of keypoints, and read every photo once.
 
-    Pairs of SPair-71k are those of ``Layout/large/<split>.txt`` in its order, or all in ``PairAnnotation/<split>``;
+    SPair-71k: the pairs of ``Layout/large/<split>.txt`` in that order, or else all in ``PairAnnotation/<split>``;
     photos are in ``JPEGImages/<category>``.
 
     In a folder of keypoints, ``images/NAME.jpg`` (any format) has ``keypoints/NAME.json``: {"keypoints": {"left eye":
-    [x, y], ...}}, in pixels from the centre of the top left one, and optionally "box": [x0, y0, x1, y1] of the object;
-    without it, the box is the one around all keypoints. Every two photos with common keypoints are two pairs, one in
-    each direction; photos in subfolders of images/ are paired within these.
+    [x, y], ...}}, in pixels with the origin at the centre of the top left pixel, and optionally "box": [x0, y0, x1, y1]
+    of the object; without it, the box encloses all keypoints. Any two photos with common keypoints make two pairs, one
+    per direction; photos in subfolders of images/ are paired within their subfolder.
 
     Args:
         path: the folder.
-        split: split of SPair-71k: ``trn``, ``val`` or ``test``. It becomes the split ``val``, which is evaluated.
-        pairs: maximum number of pairs, spread evenly; 0 takes all.
+        split: split of SPair-71k: ``trn``, ``val`` or ``test``; it becomes the evaluated split, ``val``.
+        pairs: maximum number of pairs, spread evenly; 0 uses all.
         progress: called after each photo.
 
     Raises:
-        EvaluationError: if the layout or the split is unknown, or no pair can be used.
+        EvaluationError: if the layout or the split is unknown, or no pair is usable.
     """
     layout, root = find_layout(Path(path), [SPAIR, KEYPOINTS])
     with readable(root):
@@ -157,7 +157,7 @@ def _read_photo(unread: Unread) -> PairedPhoto:
 
 
 def _checked(annotated: _Annotated, photos: Mapping[str, PairedPhoto | str]) -> KeypointPair | Skipped:
-    """The pair, if its photos can be read and contain its keypoints."""
+    """The pair, if its photos are readable and contain its keypoints."""
     pair = annotated.pair
     sides = (pair.source, pair.source_points), (pair.target, pair.target_points)
     for (id, points), size in zip(sides, annotated.sizes, strict=True):
@@ -172,11 +172,11 @@ def _checked(annotated: _Annotated, photos: Mapping[str, PairedPhoto | str]) -> 
 def _misplaced(photo: PairedPhoto, points: Sequence[Point], size: tuple[int, int] | None) -> str | None:
     there = f"{photo.width} x {photo.height}"
     if size not in (None, (photo.width, photo.height)):
-        return f"the pair's keypoints are of a photo of {size[0]} x {size[1]} pixels, this one has {there}"
-    # The far border is allowed: in Pascal VOC, the source of the photos, pixels count from 1.
+        return f"the keypoints are for a photo of {size[0]} x {size[1]} pixels, but this photo has {there}"
+    # The far border is allowed: Pascal VOC, the source of the photos, counts pixels from 1.
     for x, y in points:
         if not (0 <= x <= photo.width and 0 <= y <= photo.height):
-            return f"keypoint {x:g}, {y:g} is outside of the photo of {there} pixels"
+            return f"keypoint {x:g}, {y:g} is outside the photo of {there} pixels"
     return None
 
 
@@ -214,14 +214,14 @@ def _spair_content(name: str, content: object) -> _Annotated:
         raise EvaluationError(f"expected {', '.join(needed)}; {', '.join(missing)} missing")
     source, target = (_points(content[key], key) for key in ("src_kps", "trg_kps"))
     if not source or len(source) != len(target):
-        raise EvaluationError(f"expected as many keypoints in both photos, got {len(source)} and {len(target)}")
+        raise EvaluationError(f"expected equal numbers of keypoints, got {len(source)} and {len(target)}")
     ids = _photo_id(content, "src_imname"), _photo_id(content, "trg_imname")
     pair = KeypointPair(name, *ids, source, target, _box(content["trg_bndbox"], "trg_bndbox"))
     return _Annotated(pair, (_size(content, "src_imsize"), _size(content, "trg_imsize")))
 
 
 def _photo_id(content: Mapping[str, Any], key: str) -> str:
-    """The photo's path below JPEGImages; parts that lead elsewhere are refused."""
+    """The photo's path below JPEGImages; path separators and parent folders are rejected."""
     parts = content["category"], content[key]
     for part in parts:
         if not isinstance(part, str) or part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
@@ -257,7 +257,7 @@ def _find_keypoints(root: Path, _split: str, count: int) -> list[_Annotated | Sk
         given, wanted = tuple(points[name] for name in names), tuple(matches[name] for name in names)
         found.append(_Annotated(KeypointPair(f"{source} {target}", source, target, given, wanted, box)))
     if not found:
-        raise EvaluationError(f"{root}: expected two photos or more in images/ that share keypoints, found none")
+        raise EvaluationError(f"{root}: expected at least two photos in images/ with common keypoints, found none")
     return found
 
 
@@ -316,7 +316,7 @@ def open_correspondence(
 ) -> ClipData | PairData:
     """Open videos in the layout of DAVIS, pairs in that of SPair-71k, or a folder of keypoints.
 
-    At most so many sequences or pairs are taken, spread evenly; 0 takes all.
+    Reads at most ``sequences`` videos or ``pairs`` pairs, spread evenly; 0 reads all.
     """
     layout, _ = find_layout(Path(path), [SPAIR, DAVIS, KEYPOINTS])
     if layout is DAVIS:

@@ -35,7 +35,7 @@ from denoising_vit.evaluation.layouts import (
 #: Layout of NYUv2, and the size of its photos.
 NYU, NYU_SIZE = "nyu", (480, 640)
 
-#: Range in metres that the median depth of a data set should be in, indoors or outdoors.
+#: Plausible range in metres of a data set's median depth, indoors or outdoors.
 _PLAUSIBLE = 0.05, 200.0
 
 #: Pillow's grayscale modes with more than 8 bits.
@@ -48,10 +48,11 @@ class DepthImage(EvaluationImage):
 
     Attributes:
         depth: file of the depth map, which has the photo's size.
-        scale: units of the depth map in a metre; 1000 for millimetres.
+        scale: depth map units per metre; 1000 for millimetres.
         depth_digest: digest of the depth map's values.
-        least: smallest depth in metres.
-        angle: rotation of photo and depth about the centre in degrees. Pixels from outside are black, without depth.
+        least: smallest known depth in metres.
+        angle: rotation of photo and depth map about the centre in degrees. Pixels from outside are black, without
+            depth.
     """
 
     depth: Path
@@ -77,7 +78,7 @@ class DepthImage(EvaluationImage):
         return np.asarray(Image.fromarray(pixels).rotate(self.angle, Image.Resampling.BILINEAR))
 
     def metres(self) -> Tensor:
-        """Depth (H, W) float32 in metres, 0 where it is unknown."""
+        """Depth (H, W) float32 in metres, 0 where unknown."""
         metres = read_depth(self.depth).astype(np.float32) / self.scale
         if self.angle:
             metres = np.array(Image.fromarray(metres).rotate(self.angle, Image.Resampling.NEAREST))
@@ -85,10 +86,10 @@ class DepthImage(EvaluationImage):
 
 
 def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a depth map, a grayscale image of 16 bits or more: (H, W) int32, 0 where depth is unknown.
+    """Read a depth map, a grayscale image with at least 16 bits: (H, W) int32, 0 where unknown.
 
     Raises:
-        EvaluationError: if the file is missing, damaged, too large, or has 8 bits or colours.
+        EvaluationError: if the file is missing, damaged or too large, or has 8 bits or colours.
     """
     try:
         return use_image(path, lambda image: _values(image, path, max_pixels))
@@ -99,22 +100,22 @@ def read_depth(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise EvaluationError(f"{path}: not an image file that can be read, expected depth as 16-bit PNG") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, ... for damaged files
-        raise EvaluationError(f"{path}: a damaged depth map ({error})") from error
+        raise EvaluationError(f"{path}: damaged depth map ({error})") from error
 
 
 def _values(image: Image.Image, path: Path, max_pixels: int) -> np.ndarray:
     """Values of an opened depth map; checks the header before decoding."""
     if image.width * image.height > max_pixels:
-        raise EvaluationError(f"{path}: {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
+        raise EvaluationError(f"{path}: {image.width} x {image.height} pixels exceed the limit of {max_pixels:,}")
     if image.mode in ("L", "P", "1"):
         raise EvaluationError(
-            f"{path}: expected depth in 16 bits, got 8 bits, too coarse for depth (it may be a picture of a depth "
-            "map); give the original values as a 16-bit PNG"
+            f"{path}: expected 16-bit depth, got 8 bits, which is too coarse (is it a visualisation of a depth map?); "
+            "give the original values as a 16-bit PNG"
         )
     if image.mode not in _DEEP:
         raise EvaluationError(
-            f"{path}: expected depth as one value per pixel in 16 bits, got an image of mode {image.mode}; give a "
-            "16-bit grayscale PNG"
+            f"{path}: expected one 16-bit value per pixel, got an image of mode {image.mode}; give a 16-bit grayscale "
+            "PNG"
         )
     return np.asarray(image).astype(np.int32).clip(min=0)  # negative values mark unknown depth
 
@@ -124,9 +125,9 @@ class DepthData(EvaluationData[EvaluationSet[DepthImage]]):
     """Photos with depth.
 
     Attributes:
-        blocks: for data without splits, number of blocks of consecutive photos, each evaluated with probes trained on
-            the others; 0 for data with two splits.
-        scenes: the scene of each photo of ``val`` by its id, as :func:`scenes_of` finds it; empty if unknown.
+        blocks: for data without splits, number of blocks of consecutive photos; each block is evaluated with probes
+            trained on the others. 0 for data with two splits.
+        scenes: scene number of each ``val`` photo by id, from :func:`scenes_of`; empty if unknown.
     """
 
     blocks: int = 0
@@ -134,11 +135,11 @@ class DepthData(EvaluationData[EvaluationSet[DepthImage]]):
 
     @property
     def over(self) -> str:
-        """Groups of photos that intervals are taken over: those that do not share a scene, as far as this is known."""
+        """Groups of photos that intervals are taken over: scenes, if they are known."""
         return "blocks" if self.blocks else "scenes" if self.scenes else "images"
 
     def groups(self, val_set: EvaluationSet[DepthImage], block: int) -> list[int]:
-        """The group of each photo of a block; of all photos if there are no blocks."""
+        """The group of each photo of a block, or of all photos if there are no blocks."""
         if self.blocks:
             return [block] * len(val_set.images)
         return [self.scenes.get(image.id, place) for place, image in enumerate(val_set.images)]
@@ -152,13 +153,13 @@ def open_depth(
     blocks: int = 5,
     progress: Callable[[], None] | None = None,
 ) -> DepthData:
-    """Open depth data and read every photo and depth map once.
+    """Open depth data, reading every photo and depth map once.
 
     Args:
         path: the folder.
-        scale: units of the depth maps in a metre; 1000 for millimetres.
-        images: maximum number of images per split, spread evenly; 0 takes all.
-        blocks: for data without splits, number of blocks of consecutive photos to evaluate in turn.
+        scale: depth map units per metre; 1000 for millimetres.
+        images: maximum number of images per split, spread evenly; 0 uses all.
+        blocks: for data without splits, number of blocks of consecutive photos; each is evaluated in turn.
         progress: called after each photo.
 
     Raises:
@@ -166,11 +167,11 @@ def open_depth(
             blocks, or the depths are implausible at this scale.
     """
     if not 0 < scale < float("inf"):
-        raise EvaluationError(f"depth scale must be a positive number of units in a metre, got {scale}")
+        raise EvaluationError(f"depth scale must be a positive number of units per metre, got {scale}")
     path = Path(path)
     layout, root = find_layout(path, _LAYOUTS)
     if layout.name != NYU and any((root / name).is_file() for name in _LAYOUTS[0].required):
-        find_layout(path, _LAYOUTS[:1])  # raises: NYUv2 with one list missing is no other layout
+        find_layout(path, _LAYOUTS[:1])  # raises: NYUv2 with a missing list must not match another layout
     inspect = functools.partial(_inspected, scale=scale, layout=layout.name)
     splits, files = [], layout.open(root)
     for split, (pairs, skipped) in files.items():
@@ -186,8 +187,8 @@ def open_depth(
     count = len(splits[0].images)
     if blocks < 2 or count < 2 * blocks:
         raise EvaluationError(
-            f"{path}: {count} photos without splits cannot be evaluated in {blocks} blocks; expected 2 blocks or more, "
-            "and twice as many photos as blocks"
+            f"{path}: {count} photos without splits cannot be evaluated in {blocks} blocks; expected at least 2 blocks "
+            "and at least twice as many photos as blocks"
         )
     note = f"no splits: {blocks} blocks of consecutive photos are evaluated in turn, with probes trained on the others"
     return DepthData(path.name, layout.name, tuple(splits), note, blocks=blocks)
@@ -210,7 +211,7 @@ def _folder(root: Path) -> _Files:
 
 _FOLDERS = "photos and 16-bit depth maps (PNG) of the same names"
 
-#: The first one that matches is taken.
+#: The first match is used.
 _LAYOUTS: Sequence[Layout[Callable[[Path], dict[str, _Files]]]] = (
     Layout("NYUv2", ("nyu_train.txt", "nyu_test.txt"), _nyu, name=NYU),
     Layout(_FOLDERS, ("rgb|images", "depth|depths"), lambda root: {"val": _folder(root)}, name="folders"),
@@ -224,7 +225,7 @@ _LAYOUTS: Sequence[Layout[Callable[[Path], dict[str, _Files]]]] = (
 
 
 def _listed(root: Path, path: Path) -> _Files:
-    """Pairs of a list, sorted by photo as in the published code, without the lines that have no depth."""
+    """Pairs of a list, sorted by photo as in the published code, without lines that have no depth map."""
     pairs: dict[str, Pair] = {}
     skipped = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -244,23 +245,23 @@ def _listed(root: Path, path: Path) -> _Files:
         else:
             pairs[photo] = Pair(photo, root / photo, root / depth)
     if not pairs:
-        raise EvaluationError(f"{path}: expected a photo, a depth map and a focal length a line, found none")
+        raise EvaluationError(f"{path}: expected a photo, a depth map and a focal length per line, found none")
     return [pairs[photo] for photo in sorted(pairs)], skipped
 
 
 def scenes_of(train: Sequence[str], val: Sequence[str]) -> dict[str, int]:
-    """Group the photos of ``val`` so that no scene is in two groups: id to number of the group.
+    """Group the photos of ``val`` so that no scene is in two groups: group number by id.
 
-    Frames of NYUv2's labelled set are numbered scene by scene, and a scene is in one split only. So if both splits are
-    numbered as one set, without a number twice, a group is a run of photos without a training photo in between: one
-    scene or several. Otherwise it is a folder, which the published lists have for each kind of room.
+    Frames of NYUv2's labelled set are numbered scene by scene, and each scene is in one split only. So if frame numbers
+    are unique over both splits, a group is a run of ``val`` photos without a training photo in between: one scene or
+    several. Otherwise a group is a folder; the published lists have one per kind of room.
 
     Args:
-        train: ids of the photos to train on, such as ``bathroom/rgb_00045.jpg``.
-        val: ids of the photos to evaluate on.
+        train: ids of the training photos, such as ``bathroom/rgb_00045.jpg``.
+        val: ids of the evaluated photos.
 
     Returns:
-        the groups; empty if the photos are neither numbered nor in folders.
+        The groups; empty if the photos are neither numbered nor in folders.
     """
     numbers = {id: re.findall(r"\d+", Path(id).stem)[-1:] for id in (*train, *val)}
     if all(numbers.values()) and len({int(number) for (number,) in numbers.values()}) == len(numbers):
@@ -296,15 +297,15 @@ def _require_plausible(path: Path, split: str, medians: Sequence[float], scale: 
     median, (low, high) = float(np.median(medians)), _PLAUSIBLE
     if not low <= median <= high:
         raise EvaluationError(
-            f"{path}: at {scale:g} units in a metre, half of the depths of {split} are below {median:.3g} m, which is "
-            f"implausible (expected {low:g} to {high:g}); give the right --depth-scale, 1000 for millimetres"
+            f"{path}: at {scale:g} units per metre, half of the depths of {split} are below {median:.3g} m, which is "
+            f"implausible (expected {low:g} to {high:g}); give the right --depth-scale, such as 1000 for millimetres"
         )
 
 
 def block_splits(data: DepthData) -> list[tuple[EvaluationSet[DepthImage], EvaluationSet[DepthImage]]]:
     """(train, val) for each block in turn; (train, val) once for data with two splits.
 
-    The photos next to a block are left out of its training set, as they are nearly the same as its first and last.
+    Photos next to a block are left out of its training set, because they are nearly the same as its first and last.
     """
     if not data.blocks:
         return [(data.train, data.val)]

@@ -1,4 +1,4 @@
-"""Depth evaluation: train a linear probe per seed and block, then measure its errors as for NYUv2."""
+"""Depth evaluation: train a linear probe per seed and block, then measure its errors as on NYUv2."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ from denoising_vit.evaluation.workbench import Line, Task, Workbench
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
 
-#: Rows and columns of NYUv2 photos that are evaluated (Eigen et al. 2014).
+#: Evaluated rows and columns of NYUv2 photos (Eigen et al. 2014).
 EIGEN: Part = (45, 471), (41, 601)
 
 
 @dataclass(frozen=True, eq=False)
 class Depths(Measured):
-    """Errors of each image; the published figures are their means over images."""
+    """Errors of each image; published figures are means over images."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("RMSE", "AbsRel", "log10", "a1", "a2", "a3")
 
 
 def depth_errors(predicted: Tensor, truth: Tensor, nearest: float, farthest: float) -> list[float]:
-    """Errors of one image, of depths in metres of any shape, in the order of :attr:`Depths.METRICS`.
+    """Errors of one image from depths in metres of any shape, in the order of :attr:`Depths.METRICS`.
 
-    Root mean squared error in metres; mean of |error| / truth; mean of |log10 error|; percent of pixels where the
+    Root mean squared error in metres; mean of |error| / truth; mean of |log10 error|; percentage of pixels where the
     ratio of the larger depth to the smaller is below 1.25, 1.25^2 and 1.25^3 (Eigen et al. 2014). NaN if no pixel
-    has a depth between the limits.
     """
     from torchmetrics.functional.regression import (  # takes a second to import
         mean_absolute_error,
@@ -76,9 +75,9 @@ def evaluate_probe(
     cache: FeatureCache | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Errors of each image, (images, figures).
+    """Errors of each image, (images, metrics).
 
-    Only rows and columns of the ``part`` are evaluated, if there is one.
+    If ``part`` is given, only its rows and columns are evaluated.
     """
     rows, columns = (slice(*part[0]), slice(*part[1])) if part else (slice(None), slice(None))
     if protocol.augment:
@@ -114,7 +113,7 @@ def _resized(
 def _padded(
     probe: DepthProbe, source: FeatureSource, images: EvaluationSet[DepthImage], protocol: DepthProtocol
 ) -> Iterator[Tensor]:
-    """Depth (H, W) of each image in its own size, padded; the mean with its mirror image for ``flip_test``."""
+    """Depth (H, W) of each image at its own size, padded; averaged with its mirror image for ``flip_test``."""
     patch = source.patch_size, source.stride
     for image in images.images:
         size = image.height, image.width
@@ -123,7 +122,7 @@ def _padded(
         features, token = source.features_and_class(torch.stack([source.inputs(image, one) for one in crops]))
         places = crop.places_shown(crop.size if protocol.pads == "stretched" else None)
         depth = probe.at_pixels(features, token if protocol.class_token else None, *places, patch)
-        # Both are clamped before the mean is taken, as published.
+        # Both are clamped before averaging, as published.
         depth = depth.clamp(protocol.nearest, protocol.farthest)
         yield depth[0] if len(depth) == 1 else (depth[0] + depth[1].flip(1)) / 2
 
@@ -132,7 +131,7 @@ def _padded(
 class LinearDepth:
     """Depth by linear probes on one source of features.
 
-    Long trainings resume from their files in ``checkpoints``.
+    Interrupted trainings resume from their files in ``checkpoints``.
     """
 
     source: FeatureSource
@@ -143,11 +142,11 @@ class LinearDepth:
     progress: Progress = no_progress
 
     def probes(self, seeds: Sequence[int]) -> Iterator[tuple[int, Depths, Curve]]:
-        """For each seed, the errors of its probes on all evaluated photos, and the curve of its first probe.
+        """For each seed, the errors of its probes on all evaluated photos, and the training curve of its first probe.
 
         Raises:
-            EvaluationError: if features are not finite, or the source has none for the protocol's inputs, or no depth
-                is known in a split.
+            EvaluationError: if features are not finite, if the source does not support the protocol's inputs, or if a
+                split has no known depth.
             FitError: if training fails.
         """
         splits = block_splits(self.data)
@@ -177,7 +176,7 @@ class LinearDepth:
         *,
         curve_with_scores: bool,
     ) -> tuple[np.ndarray, Curve]:
-        """Train a probe and evaluate it: errors (images, figures), and its curve."""
+        """Train a probe and evaluate it: errors (images, metrics), and its training curve."""
         protocol, source = self.protocol, self.source
         nyu = self.data.layout == NYU
 
@@ -210,8 +209,8 @@ class LinearDepth:
 def _require_known(images: EvaluationSet[DepthImage], farthest: float) -> None:
     if all(image.least >= farthest for image in images.images):
         raise EvaluationError(
-            f"no depth of {len(images.images)} photos of {images.split} is below {farthest:g} m, the farthest depth to "
-            "evaluate; give the right --farthest, or --depth-scale"
+            f"none of the {len(images.images)} photos of {images.split} has a depth below {farthest:g} m, the farthest "
+            "evaluated depth; correct --farthest or --depth-scale"
         )
 
 
@@ -222,7 +221,7 @@ def _mean(errors: np.ndarray) -> float:
 
 
 def depth(bench: Workbench, names: Sequence[str], options: DepthOptions) -> Iterator[Line]:
-    """Evaluate depth by a linear probe on each source, the first one as reference."""
+    """Evaluate depth by a linear probe on each source, with the first as the reference."""
     yield from by_protocol(bench, names, options.protocol(), options.seeds)
 
 
@@ -235,10 +234,10 @@ def by_protocol(
 ) -> Iterator[Line]:
     """Like :func:`depth`, with every setting of the protocol given."""
     data = bench.data_of(DepthData, "photos with depth maps")
-    if protocol.augment and "exact" in names:  # before the others are evaluated and the fields fitted
+    if protocol.augment and "exact" in names:  # fail before other sources are evaluated and fields fitted
         raise EvaluationError(
-            "exact: fields of stage 1 belong to unchanged images, while the published training rotates and recolours "
-            "them; evaluate them by --preset quick, or leave them out of --features"
+            "exact: stage 1 fields match unchanged images, while the published training rotates and recolours them; "
+            "use --preset quick, or remove exact from --features"
         )
     settings = recorded(protocol) | {"blocks": data.blocks}
 

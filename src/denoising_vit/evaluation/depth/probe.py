@@ -17,7 +17,7 @@ _FLOOR = 0.1
 #: Added to depths in metres before taking the logarithm.
 _EPSILON = 1e-3
 
-#: Weight of the squared mean of the errors beside their variance.
+#: Weight of the squared mean of the errors, relative to their variance.
 _MEAN_WEIGHT = 0.15
 
 #: Pixel strides of the scales at which gradients are compared.
@@ -30,12 +30,12 @@ class DepthProbe(nn.Module):
     Features are not normalised, as in the published head.
 
     Args:
-        channels: C of features and class token together.
+        channels: C of features and class token combined.
         bins: number of depth bins.
         nearest: depth of the first bin in metres.
         farthest: depth of the last bin in metres.
         upsample: upsampling factor of the grid before weights are made positive. The published head upsamples
-            features; linear layers and bilinear interpolation commute, so upsampling scores is the same.
+            features; linear layers and bilinear interpolation commute, so upsampling scores gives the same result.
         seed: seed for the initial weights.
     """
 
@@ -57,7 +57,7 @@ class DepthProbe(nn.Module):
         if token is None:
             return self.weigh(features)
         width = features.shape[-1]
-        # The token's contribution is the same at all patches, so it is computed once.
+        # The token's contribution is the same for all patches, so it is computed once.
         own, shared = self.weigh.weight[:, :width], self.weigh.weight[:, width:]
         return F.linear(features, own, self.weigh.bias) + F.linear(token, shared)
 
@@ -78,7 +78,7 @@ class DepthProbe(nn.Module):
         scores = self.scores(features, token).permute(0, 3, 1, 2)  # (B, h, w, K) -> (B, K, h, w)
         fine = F.interpolate(scores, scale_factor=self.upsample, mode="bilinear") if self.upsample > 1 else scores
         depth = self.depth(fine.permute(0, 2, 3, 1))  # (B, h, w)
-        # The centre of the first cell of the finer grid lies before that of the first patch.
+        # The centre of the first cell of the finer grid precedes that of the first patch.
         cell = stride / self.upsample
         first = size / 2 - stride / 2 + cell / 2
         return at_places(depth.permute(1, 2, 0), rows, columns, 2 * first, cell).permute(2, 0, 1)
@@ -87,7 +87,7 @@ class DepthProbe(nn.Module):
 def scale_invariant_loss(predicted: Tensor, truth: Tensor, *, mean_only: bool = False) -> Tensor:
     """Root of the variance plus 0.15 times the squared mean of log depth errors (Eigen et al. 2014; AdaBins).
 
-    Unknown depths (0) are left out; ``mean_only`` leaves out the variance, as in the first steps of the published
+    Unknown depths (0) are ignored; ``mean_only`` omits the variance, as in the first steps of the published
     training.
     """
     known = truth > 0
@@ -102,7 +102,7 @@ def gradient_loss(predicted: Tensor, truth: Tensor) -> Tensor:
     """Differences of log depth errors between pixels two apart, at four scales (MegaDepth, Li & Snavely 2018).
 
     The published code intends this, but slices dimensions 0 and 1 of four (images, channels) instead of rows and
-    columns. With one channel and two images its loss is always 0.
+    columns; with one channel and two images its loss is always 0.
     """
     total = predicted.new_zeros(())
     for step in _SCALES:
@@ -123,5 +123,5 @@ def depth_loss(predicted: Tensor, truth: Tensor, gradient: float, *, mean_only: 
 
 
 def within(truth: Tensor, farthest: float) -> Tensor:
-    """Depths with those beyond the last bin set to 0 (unknown)."""
+    """Depths, with those beyond the last bin set to 0 (unknown)."""
     return torch.where(truth < farthest, truth, torch.zeros_like(truth))

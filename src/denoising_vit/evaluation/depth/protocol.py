@@ -9,10 +9,10 @@ from typing import Literal
 from denoising_vit.errors import PlanError
 from denoising_vit.evaluation.options import Pads, ProbeOptions, ProbeProtocol, warmed
 
-#: Share of the learning rate at the start of the warm-up, and at the end of training.
+#: Fraction of the learning rate at the start of the warm-up, and at the end of training.
 _WARMUP_START, _RATE_END = 1e-3, 1e-8
 
-#: AdamW's first beta falls from the first value to the second over this share of the steps, then rises again.
+#: AdamW's first beta falls from the first value to the second over this fraction of the steps, then rises again.
 _MOMENTUM, _MOMENTUM_TURN = (0.95, 0.85), 0.3
 
 
@@ -20,20 +20,20 @@ _MOMENTUM, _MOMENTUM_TURN = (0.95, 0.85), 0.3
 class DepthProtocol(ProbeProtocol):
     """Training and evaluation of a linear probe that predicts weights of depth bins.
 
-    Defaults are those of the published evaluation (DINOv2's, in mmsegmentation).
+    Defaults follow the published evaluation (DINOv2's, in mmsegmentation).
 
     Attributes:
-        cycle: lower and raise AdamW's first beta in one cycle, as published; otherwise it stays at 0.9.
+        cycle: vary AdamW's first beta in one cycle, as published; otherwise it stays at 0.9.
         bins: number of evenly spaced depth bins.
         nearest: depth of the first bin in metres; nearer pixels are not evaluated.
         farthest: depth of the last bin in metres; farther pixels are not evaluated.
-        class_token: concatenate the class token to the features of each patch.
+        class_token: concatenate the class token to each patch's features.
         upsample: upsampling factor of the features before the bins are weighted.
-        gradient: weight of the gradient loss beside the scale-invariant loss. The published code's term is always 0
-            (docs/decisions.md).
-        together: images per group of the scale-invariant loss, which is averaged over groups; None for the batch.
-        mean_first: number of first steps in which the scale-invariant loss has no variance term.
-        augment: random crops with new forward passes in every step; otherwise features of whole images are extracted
+        gradient: weight of the gradient loss relative to the scale-invariant loss. The published code's term is
+            always 0 (docs/decisions.md).
+        together: images per group of the scale-invariant loss, which is averaged over groups; None for the whole batch.
+        mean_first: number of initial steps in which the scale-invariant loss has no variance term.
+        augment: random crops with new forward passes in every step; otherwise features of whole images are computed
             once.
         rotate: largest rotation in degrees, of half of the training photos.
         flip: probability of a horizontal flip of a training crop.
@@ -45,8 +45,7 @@ class DepthProtocol(ProbeProtocol):
         normalisation: the model's own, or ImageNet's for every model, as in the published evaluation.
         pads: cut the pads off, or stretch the patch grid over the crop as if there were no pads, as in the released
             code.
-        size: without crops, height and width of the model's input; None for the image's own, rounded to the patch
-            grid.
+        size: without crops, height and width of the model's input; None for the image's own, rounded to the patch grid.
     """
 
     learning_rate: float = 5e-3
@@ -74,7 +73,7 @@ class DepthProtocol(ProbeProtocol):
     size: int | tuple[int, int] | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        """Cosine decay over all steps, times the warm-up from a thousandth."""
+        """Cosine decay over all steps, times a warm-up that starts at a thousandth."""
         last = self.learning_rate * _RATE_END
         falling = last + (self.learning_rate - last) * (1 + math.cos(math.pi * step / self.steps)) / 2
         return warmed(falling, step, self.warmup, _WARMUP_START)
@@ -97,11 +96,12 @@ def _eased(start: float, end: float, done: float) -> float:
 
 PAPER = DepthProtocol("paper", steps=38_400, warmup=12_800)
 
-#: The released code's protocol: two images on each of eight devices, and a gradient loss that is always 0.
+#: Protocol of the released code: two images on each of eight devices, and a gradient loss that is always 0.
 RELEASED = replace(PAPER, gradient=0.0, together=2, pads="stretched")
 
-#: The same probe on features of whole images, with one prediction per patch in training and the same share of warm-up.
-#: Small batches and a higher learning rate reach a lower loss in a minute than the published ones (docs/decisions.md).
+#: The same probe on features of whole images, with one prediction per patch in training and the same warm-up fraction.
+#: Small batches and a higher learning rate reach a lower loss in a minute than the published settings
+#: (docs/decisions.md).
 QUICK = DepthProtocol(
     "quick",
     steps=400,
@@ -120,7 +120,7 @@ QUICK = DepthProtocol(
 
 @dataclass(frozen=True)
 class DepthOptions(ProbeOptions):
-    """Options of the linear probe; the preset gives those that are left out.
+    """Options of the linear probe; omitted options take the preset's value.
 
     Attributes:
         farthest: depth of the last bin in metres; farther pixels are not evaluated.
@@ -135,7 +135,7 @@ class DepthOptions(ProbeOptions):
         base = PAPER if self.preset == "paper" else QUICK
         settled = self.applied(base, "crops of 416 x 544 pixels, and whole photos")
         if not 0 <= self.gradient < math.inf:
-            raise PlanError(f"gradient must be 0 or more, got {self.gradient}")
+            raise PlanError(f"gradient must be at least 0, got {self.gradient}")
         if not base.nearest < self.farthest < math.inf:
             raise PlanError(f"farthest must be a depth of more than {base.nearest} m, got {self.farthest}")
         return replace(settled, farthest=self.farthest, gradient=self.gradient)

@@ -26,10 +26,10 @@ from denoising_vit.views.patch_grid import patch_count
 #: Rows and columns of an image.
 Part = tuple[tuple[int, int], tuple[int, int]]
 
-#: Part of a photo of NYUv2 that training crops come from; its border is white.
+#: Rows and columns of an NYUv2 photo that training crops are drawn from; its border is white.
 NYU_PART: Part = (45, 472), (43, 608)
 
-#: Number of the random stream for crops; segmentation and the order of images have others.
+#: Number of the random stream for crops; segmentation crops and image order have their own.
 _CROPS = 3
 
 
@@ -38,7 +38,7 @@ class Colours:
     """Colour augmentation of a crop.
 
     Attributes:
-        gamma: exponent of values from 0 to 255.
+        gamma: exponent of the values from 0 to 255.
         factors: factors of the three channels, including brightness.
     """
 
@@ -46,14 +46,14 @@ class Colours:
     factors: tuple[float, float, float]
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) in [0, 1] to the same."""
+        """(3, H, W) in [0, 1] to (3, H, W) in [0, 1]."""
         factors = torch.tensor(self.factors, device=image.device)[:, None, None]
         return ((255 * image.clamp(min=0)) ** self.gamma * factors / 255).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A training sample: the image, rotated or not, a crop padded to whole patches, and a change of its colours."""
+    """A training sample: an image, rotated or not, a crop padded to whole patches, and its colour augmentation."""
 
     image: DepthImage
     crop: Crop
@@ -72,7 +72,7 @@ def draw(
 ) -> Drawn:
     """Draw a training sample of an image.
 
-    Crops come from the ``part`` of rows and columns, or from the whole image, which must be larger than a crop.
+    Crops are drawn from the ``part`` of rows and columns, or from the whole image; either must be larger than a crop.
     """
     (top, bottom), (left, right) = _require_room(image, protocol, part)
     height, width = protocol.crop
@@ -87,13 +87,13 @@ def draw(
 
 
 def _require_room(image: DepthImage, protocol: DepthProtocol, part: Part | None) -> Part:
-    """The part of an image that crops come from, if it is large enough."""
+    """The part of an image that crops are drawn from; EvaluationError if it is too small."""
     (top, bottom), (left, right) = part or ((0, image.height), (0, image.width))
     height, width = protocol.crop
     if bottom - top < height or right - left < width:
         raise EvaluationError(
-            f"{image.id}: {image.width} x {image.height} pixels are less than the crops of {width} x {height} of the "
-            "published protocol; use --preset quick"
+            f"{image.id}: {image.width} x {image.height} pixels are smaller than the published protocol's crops of "
+            f"{width} x {height}; use --preset quick"
         )
     return (top, bottom), (left, right)
 
@@ -108,7 +108,7 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
 class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
     """Random crops, rendered and passed through the model in every step, as published.
 
-    They come from the ``part`` of rows and columns, or from whole images, which must be larger.
+    They are drawn from the ``part`` of rows and columns, or from whole images; either must be larger than a crop.
     """
 
     def __init__(
@@ -119,20 +119,20 @@ class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
         protocol: DepthProtocol,
         seed: int,
     ) -> None:
-        for image in images.images:  # now, not hours later
+        for image in images.images:  # fail before training, not during it
             _require_room(image, protocol, part)
         super().__init__(source, images.images, protocol, seed)
         self._part, self._protocol = part, protocol
 
     @property
     def channels(self) -> int:
-        """C of features and class token together."""
+        """C of features and class token combined."""
         inputs, _, _ = self._draw(0, 0, 0)
         features, token = self._source.features_and_class(inputs[None])
         return features.shape[-1] + (token.shape[-1] if self._protocol.class_token else 0)
 
     def loss(self, probe: DepthProbe, step: int) -> Tensor:
-        """Loss of a step's crops."""
+        """Loss on a step's crops."""
         protocol, drawn = self._protocol, self.take(step)
         features, token = self._source.features_and_class(torch.stack([inputs for inputs, _, _ in drawn]))
         crop = drawn[0][1].crop
@@ -158,7 +158,7 @@ class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class KeptDepth:
-    """Features of whole images, extracted once. The truth of a patch is the mean of its known depths.
+    """Features of whole images, computed once. The true depth of a patch is the mean of its known depths.
 
     Attributes:
         features: (h, w, C) of each image.
@@ -185,7 +185,7 @@ class KeptDepth:
         cache: FeatureCache | None,
         progress: Callable[[], None] = lambda: None,
     ) -> Self:
-        """Extract the features of every image in a set."""
+        """Compute the features of every image in a set."""
         shown = whole_images(images.images, protocol.size, source)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
@@ -195,7 +195,7 @@ class KeptDepth:
 
     @property
     def channels(self) -> int:
-        """C of features and class token together."""
+        """C of features and class token combined."""
         return self.features[0].shape[-1] + (self.tokens[0].shape[-1] if self.tokens else 0)
 
     def of(self, places: Sequence[int], seed: int = 0) -> Self:
@@ -207,7 +207,7 @@ class KeptDepth:
         return type(self)(features, tokens, truths, self.protocol, self.device, seed)
 
     def loss(self, probe: DepthProbe, step: int) -> Tensor:
-        """Loss of a step's images, averaged over groups with the same grid."""
+        """Loss on a step's images, averaged over groups with the same grid."""
         batch = min(self.protocol.batch, len(self.features))
         by_grid: dict[tuple[int, ...], list[int]] = {}
         for place in chosen(len(self.features), batch, step, self.seed):
@@ -240,4 +240,4 @@ def _overlaps(pixels: int, side: int, patch_size: int, stride: int) -> Tensor:
     start, stop = first * pixels / side, (first + patch_size) * pixels / side
     edges = np.arange(pixels)
     shared = np.minimum(stop, edges + 1) - np.maximum(start, edges)
-    return torch.from_numpy(np.where(shared > 1e-6, shared, 0)).float()  # less is rounding
+    return torch.from_numpy(np.where(shared > 1e-6, shared, 0)).float()  # smaller shares are rounding errors

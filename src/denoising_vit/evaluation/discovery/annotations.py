@@ -19,10 +19,10 @@ from denoising_vit.evaluation.data import Box
 from denoising_vit.evaluation.layouts import check_same_size, read_lines, read_text
 from denoising_vit.evaluation.masks import MAX_OBJECTS, WHITE, read_values
 
-#: Maximum size of an XML file in bytes; VOC's have a few thousand.
+#: Maximum size of an XML file in bytes; typical VOC files have a few thousand.
 _MAX_XML_BYTES = 10_000_000
 
-#: Pixels that a box may reach beyond the image, by rounding.
+#: Pixels by which a box may exceed the image, because of rounding.
 _SLACK = 1.0
 
 #: x0, y0, x1, y1 in elements of a mask, pixels or patches; half-open.
@@ -36,22 +36,22 @@ class Annotation(Protocol):
         """Boxes of all objects by number, at least one, for a photo of H x W pixels.
 
         Raises:
-            EvaluationError: if there are none, or they do not fit the photo.
+            EvaluationError: if there are no objects, or they do not fit the photo.
         """
         ...
 
 
 def box_around(mask: np.ndarray) -> CellBox:
-    """The smallest box around the true elements of a mask (h, w), at least one."""
+    """The smallest box around the true elements of a mask (h, w), of which there must be at least one."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def within(box: Box, height: int, width: int) -> Box:
-    """Clip an annotated box to the image, if it reaches beyond it by a pixel at most.
+    """Clip an annotated box to the image, if it exceeds the image by at most one pixel.
 
     Raises:
-        EvaluationError: if it reaches further, has no area, or is not finite.
+        EvaluationError: if it exceeds it by more, has no area, or is not finite.
     """
     x0, y0, x1, y1 = box
     name = f"the box x {x0:g} to {x1:g}, y {y0:g} to {y1:g}"
@@ -75,11 +75,11 @@ def _clip(place: float, size: int) -> float:
 def fitting_boxes(
     source: Path, size: tuple[int, int] | None, height: int, width: int, boxes: Iterable[Box]
 ) -> dict[int, Box]:
-    """Numbered boxes of a file, if it is about a photo of H x W pixels (``size`` is the file's) and they fit it."""
+    """Numbered boxes of a file, checked against a photo of H x W pixels; ``size`` is the file's (H, W), if known."""
     if size is not None and size != (height, width):
         raise EvaluationError(
-            f"{source}: boxes are in an image of {size[1]} x {size[0]} pixels, expected the photo's {width} x {height} "
-            "(upright, by its EXIF data); is it another photo, or was it resized?"
+            f"{source}: boxes are for an image of {size[1]} x {size[0]}, expected the photo's {width} x {height} "
+            "(EXIF orientation applied); is this another photo, or was it resized?"
         )
     try:
         return {number: within(box, height, width) for number, box in enumerate(boxes)}
@@ -91,7 +91,7 @@ def fitting_boxes(
 class MaskObjects:
     """The objects of a mask that has the photo's size.
 
-    Numbers are those in the mask: 1 to 50, or 255 if it has no other.
+    Object numbers are the mask's values: 1 to 50, or 255 if there is no other.
     """
 
     path: Path
@@ -104,15 +104,15 @@ class MaskObjects:
         if len(wrong):
             shown = ", ".join(map(str, wrong[:3].tolist())) + (", ..." if len(wrong) > 3 else "")
             raise EvaluationError(
-                f"{self.path}: {len(there)} different values, {len(wrong)} of them neither 0, {WHITE} nor numbers of "
-                f"objects ({shown}); expected 0 and {WHITE}, or 0 and 1 to {MAX_OBJECTS} with {WHITE} for no object. "
+                f"{self.path}: {len(there)} different values, {len(wrong)} of them neither 0, {WHITE} nor object "
+                f"numbers ({shown}); expected 0 and {WHITE}, or 0 and 1 to {MAX_OBJECTS} with {WHITE} for no object. "
                 "Was the mask blurred, or saved as JPEG?"
             )
         check_same_size((height, width), values.shape, self.path)
         numbers = [number for number in there.tolist() if number]
         numbers = [number for number in numbers if number != WHITE] or numbers
         if not numbers:
-            raise EvaluationError(f"{self.path}: no object, all {values.size:,} pixels are 0")
+            raise EvaluationError(f"{self.path}: no object: all {values.size:,} pixels are 0")
         return {number: box_around(values == number) for number in numbers}
 
 
@@ -129,7 +129,7 @@ class VocObjects:
     difficult: bool
 
     def objects(self, height: int, width: int) -> dict[int, Box]:
-        """Boxes by their position in the file, which counts pixels from 1 and includes the last one."""
+        """Boxes by their position in the file; the file counts pixels from 1 and includes the last pixel."""
         root = _parsed_xml(self.path)
         every = root.findall("object")
         chosen = [
@@ -148,7 +148,7 @@ class VocObjects:
 
 def _parsed_xml(path: Path) -> ElementTree.Element:
     if not path.is_file():
-        raise EvaluationError(f"{path}: no such file, expected the objects of the photo as XML")
+        raise EvaluationError(f"{path}: no such file, expected the photo's objects as XML")
     if path.stat().st_size > _MAX_XML_BYTES:
         raise EvaluationError(f"{path}: larger than {_MAX_XML_BYTES:,} bytes, expected the objects of one photo as XML")
     text = read_text(path)
@@ -158,7 +158,7 @@ def _parsed_xml(path: Path) -> ElementTree.Element:
     try:
         root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:
-        raise EvaluationError(f"{path}: damaged XML, expected the objects of the photo ({error})") from error
+        raise EvaluationError(f"{path}: damaged XML, expected the photo's objects ({error})") from error
     if root.tag != "annotation":
         raise EvaluationError(f"{path}: expected <annotation> as in VOC, found <{root.tag}>")
     return root
@@ -188,7 +188,7 @@ def _xml_number(one: ElementTree.Element, side: str) -> float:
 
 _EXPECTED = "expected COCO's objects: JSON with lists `images` (id, file_name) and `annotations` (image_id, bbox)"
 
-#: Number of missing photos that are skipped one by one, rather than in one entry.
+#: Number of missing photos that get one skipped entry each; more of them share one entry.
 _LISTED = 20
 
 
@@ -199,8 +199,8 @@ class CocoObjects:
     Attributes:
         name: path of the photo below the folder of photos.
         source: the JSON file.
-        entries: its entries for the photo's objects, without crowds.
-        size: (H, W) of the photo in the file, if it has it.
+        entries: the file's entries for the photo's objects, without crowds.
+        size: (H, W) of the photo according to the file, if given.
     """
 
     name: str
@@ -211,12 +211,12 @@ class CocoObjects:
     def objects(self, height: int, width: int) -> dict[int, Box]:
         """Boxes by their position among the photo's entries."""
         if not self.entries:
-            raise EvaluationError(f"{self.source}: no object of this photo, crowds (iscrowd) aside")
+            raise EvaluationError(f"{self.source}: no object for this photo, apart from crowds (iscrowd)")
         return fitting_boxes(self.source, self.size, height, width, map(_coco_box, self.entries))
 
 
 def _read(path: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
-    """Read a COCO JSON file: photos by id, and entries that cannot be used."""
+    """Read a COCO JSON file: photos by id, and unusable entries."""
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file; {_EXPECTED}")
     try:
@@ -237,7 +237,7 @@ def _read(path: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
             reason = f"expected a path below the folder of photos as file_name, and an id; found {name!r}"
             skipped.append(Skipped(f"images[{number}]", f"{path}: {reason}"))
         elif name in names or key in photos:
-            skipped.append(Skipped(name, f"{path}: a second entry of its name or its id {key}"))
+            skipped.append(Skipped(name, f"{path}: duplicate name or id {key}"))
         else:
             height, width = image.get("height"), image.get("width")
             size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
@@ -276,8 +276,8 @@ def coco_photos(
 ) -> tuple[list[CocoObjects], Path, list[Skipped]]:
     """Photos of a JSON file, sorted by name, and their folder.
 
-    The first of the folders that has one of the photos is taken. A list has names or ids of the photos to take, one a
-    line.
+    The first folder that has one of the photos is used. ``names`` is a list file with names or ids of the photos to
+    use, one per line.
     """
     photos, skipped = _read(source)
     if names is not None:
@@ -292,7 +292,7 @@ def coco_photos(
 
 
 def _named(photos: dict[str, CocoObjects], names: Path, source: Path) -> tuple[dict[str, CocoObjects], list[Skipped]]:
-    """Photos of a list of ids, or of names with or without folders and endings."""
+    """Photos listed by id or by name, with or without folders and extensions."""
     by_stem = {PurePosixPath(photo.name).stem: key for key, photo in photos.items()}
     chosen: dict[str, CocoObjects] = {}
     skipped: list[Skipped] = []
@@ -300,15 +300,15 @@ def _named(photos: dict[str, CocoObjects], names: Path, source: Path) -> tuple[d
     for line in lines:
         key = line if line in photos else by_stem.get(PurePosixPath(line).stem)
         if key is None:
-            skipped.append(Skipped(line, f"named in {names}, but not in {source}"))
+            skipped.append(Skipped(line, f"listed in {names}, but not in {source}"))
         elif key in chosen:
-            skipped.append(Skipped(line, f"named a second time in {names}"))
+            skipped.append(Skipped(line, f"listed twice in {names}"))
         else:
             chosen[key] = photos[key]
     if not chosen:
         example = next(iter(photos.values())).name
         raise EvaluationError(
-            f"{names}: expected names or ids of photos of {source}, one a line (such as {example}), found "
+            f"{names}: expected names or ids of photos of {source}, one per line (such as {example}), found "
             f"{repr(lines[0]) if lines else 'no line'}"
         )
     return chosen, skipped
@@ -319,20 +319,20 @@ def _folder_of(photos: Sequence[CocoObjects], folders: Sequence[Path], source: P
     for folder in folders:
         if any((folder / photo.name).is_file() for photo in photos):
             return folder
-    holds = "; ".join(f"{folder} holds {_example(folder)}" for folder in folders) or "there is no folder of photos"
+    holds = "; ".join(f"{folder} has {_example(folder)}" for folder in folders) or "there is no folder of photos"
     raise EvaluationError(
-        f"none of the {len(photos)} photos that {source} lists, such as {photos[0].name}, was found; "
-        f"{holds}. Expected a folder with its photos, such as train2014 or images"
+        f"none of the {len(photos)} photos listed in {source}, such as {photos[0].name}, was found; "
+        f"{holds}. Expected a folder with these photos, such as train2014 or images"
     )
 
 
 def _example(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    return f"{names[0]} ({len(names)} in all)" if names else "nothing"
+    return f"{names[0]} ({len(names)} in total)" if names else "nothing"
 
 
 def _missing(names: list[str], folder: Path, source: Path) -> list[Skipped]:
     if len(names) <= _LISTED:
-        return [Skipped(name, f"named in {source}, but not in {folder}") for name in names]
-    # One entry: the skipped photos are part of every line of results.
-    return [Skipped(source.name, f"{len(names)} photos that it names are not in {folder}, {names[0]} for one")]
+        return [Skipped(name, f"listed in {source}, but not in {folder}") for name in names]
+    # One entry, because skipped photos are part of every line of results.
+    return [Skipped(source.name, f"{len(names)} listed photos are not in {folder}, such as {names[0]}")]

@@ -1,4 +1,4 @@
-"""Data sets of photos with boxes around their objects: VOC, COCO, DAVIS, or folders of photos and masks."""
+"""Data sets of photos with object boxes: VOC, COCO, DAVIS, or folders of photos and masks."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from denoising_vit.evaluation.masks import WHITE
 #: The layout that has sequences of photos.
 DAVIS = "davis"
 
-#: Number of JSON files that a message names.
+#: Number of JSON files that a message lists.
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class BoxedImage(EvaluationImage):
-    """A photo with boxes around its objects.
+    """A photo with object boxes.
 
     Attributes:
         boxes: x0, y0, x1, y1 in pixels, half-open, within the image; sorted, at least one.
-        sequence: name of the photo's sequence; its id outside of sequences.
+        sequence: name of the photo's sequence; its id if it is in none.
     """
 
     boxes: tuple[Box, ...]
@@ -56,7 +56,7 @@ class BoxedImage(EvaluationImage):
 
 @dataclass(frozen=True)
 class BoxedData(EvaluationData[EvaluationSet[BoxedImage]]):
-    """Photos with boxes around their objects, in one split."""
+    """Photos with object boxes, in one split."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class _Options:
     names: Path | None = None
 
     def check(self, title: str, *allowed: str) -> None:
-        """Refuse options without meaning for a layout."""
+        """Raise EvaluationError for options that do not apply to a layout."""
         for name, default in vars(_Options()).items():
             if name not in allowed and getattr(self, name) != default:
-                raise EvaluationError(f"{name} has no meaning for {title}, got {getattr(self, name)}; leave it out")
+                raise EvaluationError(f"{name} does not apply to {title}, got {getattr(self, name)}; omit it")
 
 
 @dataclass(frozen=True)
@@ -103,26 +103,26 @@ def open_boxed(
     names: Path | None = None,
     progress: Callable[[], None] | None = None,
 ) -> BoxedData:
-    """Open a data set of photos with boxes around their objects, and read every photo and annotation once.
+    """Open a data set of photos with object boxes, reading every photo and annotation once.
 
     Layouts: VOC 2007 or 2012 (JPEGImages, Annotations, ImageSets/Main); COCO (a JSON file in annotations, photos in a
-    folder beside it); DAVIS (a folder per sequence in JPEGImages/480p and Annotations/480p); photos and masks of the
+    sibling folder); DAVIS (a folder per sequence in JPEGImages/480p and Annotations/480p); photos and masks with the
     same names in ``images`` and ``masks``. In masks, each number from 1 to 50 is an object and 255 is none; if all
     masks have only 0 and 255, 255 is the object.
 
     Args:
         path: the folder.
-        images: maximum number of images, spread evenly; 0 takes all.
-        split: VOC: list in ImageSets/Main, by default trainval. COCO: part after instances_ in the name of the JSON
-            file, if there are several. DAVIS: list of sequences in ImageSets, such as 2016/val.
+        images: maximum number of images, spread evenly; 0 uses all.
+        split: VOC: list in ImageSets/Main, by default trainval. COCO: part of the JSON file's name after instances_, if
+            there are several. DAVIS: list of sequences in ImageSets, such as 2016/val.
         difficult: VOC: include objects marked as difficult or truncated, as LOST's evaluation does except in its
             setting ``no_hard``.
-        annotations: COCO: the JSON file, if it is not the only one in annotations.
-        names: COCO: list of names or ids of photos, one a line, as for COCO20k.
+        annotations: COCO: the JSON file, if there are several in annotations.
+        names: COCO: list of names or ids of photos, one per line, as for COCO20k.
         progress: called after each image.
 
     Raises:
-        EvaluationError: if the layout is unknown or ambiguous, or no photo can be used.
+        EvaluationError: if the layout is unknown or ambiguous, or no photo is usable.
     """
     path = Path(path)
     options = _Options(split, difficult, annotations, names)
@@ -151,18 +151,18 @@ def _inspected(candidate: _Candidate) -> _Inspected:
     objects = candidate.truth.objects(*photo.shape[:2])
     image = BoxedImage(
         **described("val", candidate.id, candidate.photo, photo),
-        boxes=tuple(sorted(objects.values())),  # the digest does not depend on the order in the file
+        boxes=tuple(sorted(objects.values())),  # so that the digest is independent of the order in the file
         sequence=candidate.sequence,
     )
     return image, frozenset(objects)
 
 
 def _without_void(inspected: list[_Inspected], failed: list[Skipped]) -> tuple[list[_Inspected], list[Skipped]]:
-    """Skip masks with 255 alone if others number their objects: there 255 is no object."""
+    """Skip masks with 0 and 255 only if others have object numbers: 255 then means no object."""
     white = frozenset({WHITE})
     if all(numbers == white for _, numbers in inspected):
         return inspected, failed
-    reason = f"no object: the mask has only 0 and {WHITE}, which is no object where other masks number theirs"
+    reason = f"no object: the mask has only 0 and {WHITE}, which means no object because other masks have numbers"
     void = [Skipped(image.id, reason) for image, numbers in inspected if numbers == white]
     return [one for one in inspected if one[1] != white], [*failed, *void]
 
@@ -172,7 +172,7 @@ def _open_voc(root: Path, options: _Options) -> _Found:
     split, lists = options.split or "trainval", root / "ImageSets" / "Main"
     if not (lists / f"{split}.txt").is_file():
         raise EvaluationError(
-            f"{lists / split}.txt: expected a list of names, one a line, found no such file; {listed(lists)}"
+            f"{lists / split}.txt: expected a list of names, one per line, found no such file; {listed(lists)}"
         )
     names, repeated = read_names(lists / f"{split}.txt")
 
@@ -196,7 +196,7 @@ def _open_coco(root: Path, options: _Options) -> _Found:
     folders = list(dict.fromkeys(folder for folder in (*likely, *others, root) if folder.is_dir()))
     photos, folder, skipped = coco_photos(source, folders, options.names)
     candidates = [_Candidate(photo.name, folder / photo.name, photo, photo.name) for photo in photos]
-    note = f"only photos that {options.names.name} names" if options.names else None
+    note = f"only photos listed in {options.names.name}" if options.names else None
     return _Found(f"COCO {split}", candidates, skipped, note)
 
 
@@ -245,11 +245,11 @@ def _masked(photos: Path, masks: Path, *, in_sequences: bool) -> tuple[list[_Can
     return [_Candidate(pair.id, pair.photo, MaskObjects(pair.mask), sequence(pair.id)) for pair in pairs], skipped
 
 
-_AROUND = "boxes are those around the objects of masks"
+_AROUND = "boxes enclose the objects of masks"
 
 _COCO = Layout("COCO", ("annotations/*.json",), _open_coco, name="coco")
 
-#: The first one that matches is taken.
+#: The first match is used.
 _LAYOUTS = (
     Layout("DAVIS", ("JPEGImages/480p", "Annotations/480p"), _open_davis, roots=(".", "DAVIS"), name=DAVIS),
     Layout(

@@ -1,13 +1,13 @@
 """Object discovery by LOST: find one object of an image from its patch features alone, and score its box (CorLoc).
 
 Siméoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels" (BMVC 2021). Patches of an object
-are similar to each other and to few others, so the patch with the fewest similar patches, the seed, lies on an object.
-The paper uses keys of the last attention layer; here any features are used. The paper's code requires sums above 0 and
+are similar to each other and to few others, so the seed, the patch with the fewest similar patches, lies on an object.
+The paper uses keys of the last attention layer; here any features can be used. The paper's code requires sums above 0,
 the paper 0 or more; this implementation follows the paper.
 
-Ranking by norm follows "Denoising Vision Transformers" (Yang et al. 2024, section 5.2 and supplement B), which says of
-denoised features that "the feature norm is a good candidate" and gives neither details nor code. Our interpretation:
-norms replace degrees in the choice of the seed and the candidates, and nothing else changes.
+Ranking by norm follows "Denoising Vision Transformers" (Yang et al. 2024, section 5.2 and supplement B). It says of
+denoised features that "the feature norm is a good candidate" but gives neither details nor code. In our
+interpretation, norms replace degrees in the choice of the seed and the candidates, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _AT_ONCE = 2**24
 
 @dataclass(frozen=True, eq=False)
 class Discovered:
-    """One object.
+    """One discovered object.
 
     Attributes:
         seed: row and column of the seed patch.
         mask: (h, w) bool, the object's patches.
-        box: smallest box around them, in patches.
+        box: smallest box around these patches, in patches.
     """
 
     seed: tuple[int, int]
@@ -57,17 +57,17 @@ def find_object(features: Tensor, seed_by: SeedBy = "degree", k: int = 100, *, c
     Args:
         features: patch features (h, w, C) of an image.
         seed_by: ranking of the patches; the first is the seed.
-        k: number of first patches in the ranking that may support the seed, at most all.
-        centred: subtract the image's mean feature first. Patches are similar if their inner product is not negative,
-            so features with a large common part are all similar, and the whole image is the object.
+        k: number of top-ranked patches that may support the seed, at most all.
+        centred: subtract the image's mean feature first. Patches count as similar if their inner product is not
+            negative, so if features have a large common component, all are similar and the whole image is the object.
 
     Raises:
-        EvaluationError: if features are no grid, or not finite.
+        EvaluationError: if features are not a grid, or not finite.
     """
     if features.ndim != 3 or 0 in features.shape or not torch.isfinite(features).all():
         raise EvaluationError(f"expected finite features of patches (h, w, C), got {tuple(features.shape)}")
     grid = (features.shape[0], features.shape[1])
-    # Only signs matter: in float64, products and sums of float16 values are nearly exact.
+    # Only signs matter, and in float64, products and sums of float16 values are nearly exact.
     flat = features.flatten(0, 1).double()
     if centred:
         flat = flat - flat.mean(0)
@@ -78,7 +78,7 @@ def find_object(features: Tensor, seed_by: SeedBy = "degree", k: int = 100, *, c
 
 
 def degrees(features: Tensor) -> Tensor:
-    """Number of patches similar to each, (n,) int64, including itself, from features (n, C)."""
+    """Number of patches similar to each patch, (n,) int64, including itself, from features (n, C)."""
     parts = features.split(max(_AT_ONCE // len(features), 1))
     return torch.cat([(part @ features.T >= 0).sum(1) for part in parts])
 
@@ -91,20 +91,20 @@ def ranking(features: Tensor, by: SeedBy) -> Tensor:
 
 
 def expanded(features: Tensor, ranked: Tensor, k: int) -> Tensor:
-    """Patches (n,) bool that belong to the seed's object, connected to it or not; the ranking has the seed first.
+    """Patches (n,) bool of the seed's object, connected to it or not; the first in the ranking is the seed.
 
-    Candidates similar to the seed support it; a patch q belongs to the object if the sum of f_q · f_s over them is not
-    negative.
+    Candidates similar to the seed support it; a patch q belongs to the object if the sum of f_q · f_s over these
+    candidates s is not negative.
     """
     seed, candidates = ranked[0], ranked[:k]
     support = candidates[features[candidates] @ features[seed] >= 0]
     belongs = features @ features[support].sum(0) >= 0
-    belongs[seed] = True  # a sum of values of 0 or more, which rounding may make negative
+    belongs[seed] = True  # its sum is 0 or more, but rounding may make it negative
     return belongs
 
 
 def component(mask: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
-    """The connected component of a mask (h, w) with the seed; patches are connected by shared sides."""
+    """The connected component of a mask (h, w) that contains the seed; patches are connected by shared sides."""
     start = np.zeros(mask.shape, dtype=bool)
     start[seed] = True
     return np.asarray(binary_propagation(start, mask=mask), dtype=bool)
@@ -119,7 +119,7 @@ def on_image(
     """Convert a box from patches to pixels of the image.
 
     Each pixel belongs to the patch with the nearest centre; without overlap, to the patch that contains it. The box is
-    in patches of a ``grid`` (h, w) of an input that shows (H, W) pixels for the image of a size (H, W).
+    in patches of a ``grid`` (h, w); the model's input shows the image of size (H, W) at ``shown`` pixels (H, W).
     """
     (rows, columns), (height, width) = grid, size
     x0, x1 = (_edge(place, columns, patch_size, stride, shown[1], width) for place in (box[0], box[2]))
@@ -128,20 +128,20 @@ def on_image(
 
 
 def _edge(place: int, count: int, patch_size: int, stride: int, shown: int, size: int) -> float:
-    """Where patch number ``place`` begins in pixels of the image; the last one ends at the image's border."""
+    """Position in image pixels where patch ``place`` begins; the last patch ends at the image border."""
     if place in (0, count):
         return 0.0 if place == 0 else float(size)
     return (place * stride + (patch_size - stride) / 2) * size / shown
 
 
 def best_overlap(box: Box, boxes: Sequence[Box]) -> float:
-    """Largest intersection over union of a box with any of several, in [0, 1]."""
+    """Largest intersection over union of a box with any of ``boxes``, in [0, 1]."""
     found, known = (torch.tensor(some, dtype=torch.float64) for some in ([box], list(boxes)))
     return float(box_iou(found, known).max())
 
 
 class Localised(Measured):
-    """100 for each image with its object found, else 0; the mean is CorLoc in percent."""
+    """100 for each image whose object was found, else 0; the mean is CorLoc in percent."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("CorLoc",)
 
@@ -156,9 +156,9 @@ def localise(
 ) -> Localised:
     """Find one box in each image of ``val`` with LOST and compare it with the annotated boxes.
 
-    CorLoc as in Siméoni et al. 2021: an image counts if the intersection over union of its box with any annotated box
-    is at least 0.5, whatever the object is. They pad images to the patch grid and round COCO's boxes to whole pixels;
-    here images are resized to it, and boxes stay as they are.
+    CorLoc as in Siméoni et al. 2021: an image counts as correct if the intersection over union of its box with any
+    annotated box is at least 0.5, whatever the object's class. They pad images to the patch grid and round COCO's boxes
+    to whole pixels; here images are resized to the grid, and boxes are not rounded.
     """
     options.validate()
     shown = whole_images(data.val.images, options.size, source)
@@ -173,9 +173,9 @@ def localise(
 
 
 def discovery(bench: Workbench, names: Sequence[str], options: DiscoveryOptions) -> Iterator[Line]:
-    """Evaluate object discovery on each source, the first one as reference.
+    """Evaluate object discovery on each source, with the first as the reference.
 
-    Intervals of differences are over sequences, as frames of a sequence are nearly the same.
+    Intervals of differences are over sequences, because frames of a sequence are nearly the same.
     """
     options.validate()
     data = bench.data_of(BoxedData, "photos with boxes around their objects")

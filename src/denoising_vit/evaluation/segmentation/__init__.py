@@ -1,4 +1,4 @@
-"""Linear segmentation: a probe of batch norm and a 1 x 1 convolution, by the published protocol or a quick one."""
+"""Linear segmentation: a probe with batch norm and a 1 x 1 convolution, by the published protocol or a quick one."""
 
 import lazy_loader
 

@@ -66,7 +66,7 @@ def evaluate_probe(
 
 
 def windows(height: int, width: int, protocol: Protocol, patch: tuple[int, int]) -> list[Crop]:
-    """Windows of an image scaled to H x W pixels; the last ones end at its border."""
+    """Windows of an image scaled to H x W pixels; the last windows end at its border."""
     side, step = protocol.window, protocol.window_stride
     tops, lefts = (
         [max(min(start, full - side), 0) for start in range(0, max(full - side + step - 1, 0) // step * step + 1, step)]
@@ -122,7 +122,7 @@ def _part(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
 
 
 def segmentation(bench: Workbench, names: Sequence[str], options: SegmentationOptions) -> Iterator[Line]:
-    """Linear segmentation by each source; the first is the reference of the others."""
+    """Evaluate linear segmentation on each source, with the first as the reference."""
     yield from by_protocol(bench, names, options.protocol(), options.seeds)
 
 
@@ -133,7 +133,7 @@ def by_protocol(
     seeds: tuple[int, ...],
     published: dict[str, str] | None = None,
 ) -> Iterator[Line]:
-    """As :func:`segmentation`, with a complete protocol, and the model and variant of the published row, if any."""
+    """Like :func:`segmentation`, with a complete protocol, and the model and variant of the published row, if any."""
     data = bench.labelled
     settings = recorded(protocol)
 
@@ -156,7 +156,7 @@ def by_protocol(
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained probe: counts of each validation image, and its curve, whose scores on ``val`` decide nothing."""
+    """Result of a probe: counts of each validation image, and its training curve, which selects nothing."""
 
     seed: int
     counts: Counts
@@ -175,10 +175,10 @@ def linear_segmentation(
 ) -> Iterator[Trained]:
     """Train a linear probe on ``train`` and evaluate it on ``val``, for each seed in turn.
 
-    Long trainings resume from their files in ``checkpoints``.
+    Interrupted trainings resume from their files in ``checkpoints``.
 
     Raises:
-        EvaluationError: if features are not finite, or nothing has a label.
+        EvaluationError: if features are not finite, or no pixel has a label.
         FitError: if training fails.
     """
     for images in (data.train, data.val):

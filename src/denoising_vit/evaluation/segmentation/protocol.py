@@ -10,25 +10,25 @@ from denoising_vit.evaluation.options import Pads, ProbeOptions, ProbeProtocol, 
 
 @dataclass(frozen=True)
 class Protocol(ProbeProtocol):
-    """Training and evaluation of a linear probe: batch norm and a 1 x 1 convolution, with cross-entropy.
+    """Training and evaluation of a linear probe: batch norm and a 1 x 1 convolution, trained with cross-entropy.
 
-    The defaults are those of the published evaluation (that of DINOv2, in mmsegmentation).
+    Defaults follow the published evaluation (DINOv2's, in mmsegmentation).
 
     Attributes:
         augment: train on random crops with a forward pass in every step; otherwise on cached features of whole images.
-        short_side: pixels that an image's shorter side is scaled to, before the random scale.
-        long_side: maximum of its longer side then.
-        scale: minimum and maximum random scale.
+        short_side: length in pixels that an image's shorter side is scaled to, before the random scale.
+        long_side: maximum length of the longer side after this scaling.
+        scale: minimum and maximum of the random scale.
         crop: side of a training crop in pixels.
-        most: maximum share of one class in a crop's labels; ten crops are tried.
+        most: maximum fraction of one class among a crop's labels; up to ten crops are tried.
         flip: probability of a horizontal flip.
         distort: change brightness, contrast, saturation and hue at random.
-        window: side of the windows that test images are cut into, in pixels.
+        window: side of the windows that test images are divided into, in pixels.
         window_stride: distance between these windows in pixels.
         normalisation: normalisation of images: the model's own, or ImageNet's for every model, as published.
         pads: interpolate scores where the patches are and cut pads off; or stretch the patch grid over the crop as if
             there were no pads, as the released code does.
-        size: without crops: height and width at which images are shown; None for their own, rounded to the patch grid.
+        size: without crops, height and width of the model's input; None for the image's own, rounded to the patch grid.
     """
 
     augment: bool = True
@@ -46,27 +46,27 @@ class Protocol(ProbeProtocol):
     size: int | tuple[int, int] | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear decay to 0, times the warm-up from a millionth."""
+        """Linear decay to 0, times a warm-up that starts at a millionth."""
         falling = self.learning_rate * (1 - step / self.steps)
         return warmed(falling, step, self.warmup, _WARMUP_START)
 
 
-#: Share of the learning rate at the beginning of the warm-up.
+#: Fraction of the learning rate at the start of the warm-up.
 _WARMUP_START = 1e-6
 
 PAPER = Protocol("paper", steps=40_000, warmup=1_500)
 
-#: The released code.
+#: Protocol of the released code.
 RELEASED = replace(PAPER, pads="stretched")
 
-#: The same probe on features of whole images, with the same share of warm-up. With ten times the learning rate it is
-#: within a point of the result of four times as many steps; with the published one, not (docs/decisions.md).
+#: The same probe on features of whole images, with the same warm-up fraction. Ten times the published learning rate
+#: comes within a point of the result of four times as many steps; the published rate does not (docs/decisions.md).
 QUICK = Protocol("quick", steps=1_500, warmup=56, learning_rate=1e-2, augment=False, normalisation="own")
 
 
 @dataclass(frozen=True)
 class SegmentationOptions(ProbeOptions):
-    """Options of linear segmentation; by default those of the preset."""
+    """Options of linear segmentation; omitted options take the preset's value."""
 
     def protocol(self) -> Protocol:
         """The preset with the given options; PlanError if one is out of range."""

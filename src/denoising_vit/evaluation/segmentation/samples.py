@@ -23,13 +23,13 @@ from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact
 from denoising_vit.views.crops import Crop
 
-#: Random stream of the crops; the order of images has 1.
+#: Random stream for the crops; the order of images has 1.
 _CROPS = 2
 
 #: Inputs of the forward pass, the crop, and its labels (H, W).
 _Drawn = tuple[Tensor, Crop, Tensor]
 
-#: Crops to try before one is taken although a class fills it.
+#: Number of crops to try before accepting one that a single class dominates.
 _TRIES = 10
 
 
@@ -40,7 +40,7 @@ def scaled_size(height: int, width: int, short_side: float, long_side: float) ->
 
 
 def training_crop(labels: Tensor, protocol: Protocol, patch: tuple[int, int], chance: np.random.Generator) -> Crop:
-    """Draw a crop of a randomly scaled image, padded to the right and below, and to whole patches."""
+    """Draw a crop of a randomly scaled image, padded at the right and bottom to the crop size and to whole patches."""
     scale = chance.uniform(*protocol.scale)
     limits = int(protocol.short_side * scale), int(protocol.long_side * scale)
     height, width = scaled_size(labels.shape[0], labels.shape[1], *limits)
@@ -62,7 +62,8 @@ def labels_of(crop: Crop, labels: Tensor) -> Tensor:
 def distort(image: Tensor, chance: np.random.Generator) -> Tensor:
     """Change brightness, contrast, saturation and hue of an image (3, H, W) in [0, 1], each with probability 1/2.
 
-    Contrast comes before or after saturation and hue. Saturation blends with grey; the published code scales it in HSV.
+    Contrast changes before or after saturation and hue. Saturation blends with grey; the published code scales it in
+    HSV.
     """
     brightness, contrast, saturation, hue, early = chance.random(5) < 0.5
     delta, factor = chance.uniform(-32, 32) / 255, chance.uniform(0.5, 1.5)
@@ -89,7 +90,7 @@ def _crop_at(height: int, width: int, side: int, patch: tuple[int, int], chance:
 
 
 def _mixed(labels: Tensor, most: float) -> bool:
-    """True if there are at least two classes, none with more than the share ``most`` of the labels."""
+    """True if there are at least two classes, none with more than the fraction ``most`` of the labels."""
     counts = torch.bincount(labels[labels != NO_LABEL].flatten())
     return int((counts > 0).sum()) > 1 and float(counts.max()) < most * float(counts.sum())
 
@@ -98,12 +99,12 @@ def _mixed(labels: Tensor, most: float) -> bool:
 class KeptFeatures:
     """Features of whole images, computed once.
 
-    Each patch is one sample with the labels of all its pixels: the cross-entropy of one prediction for all of them is
-    that of their counts, so training needs no interpolation.
+    Each patch is one sample with the labels of all its pixels. The cross-entropy of one prediction for all these pixels
+    equals that of their counts, so training needs no interpolation.
 
     Attributes:
         features: (h, w, C) of each image.
-        counts: (h, w, K + 1) labels in each image's patches.
+        counts: (h, w, K + 1) label counts of each image's patches.
         batch: images per step.
         device: device of the probes.
         seed: seed for the order of images.
@@ -124,7 +125,7 @@ class KeptFeatures:
         cache: FeatureCache | None = None,
         progress: Callable[[], None] = lambda: None,
     ) -> Self:
-        """Compute the features of all images; ``progress`` is called after each."""
+        """Compute the features of all images; ``progress`` is called once per image."""
         shown = whole_images(images.images, protocol.size, source)
         classes, patch = len(images.class_names), (source.patch_size, source.stride)
         features = [compact(one) for one in see(source, shown, cache, progress)]
@@ -137,7 +138,7 @@ class KeptFeatures:
         return self.features[0].shape[-1]
 
     def loss(self, probe: nn.Module, step: int) -> Tensor:
-        """Cross-entropy of a step's images."""
+        """Cross-entropy on a step's images."""
         places = chosen(len(self.features), self.batch, step, self.seed)
         features = torch.cat([self.features[index].flatten(0, 1) for index in places])  # (h, w, C) each -> (N, C)
         counts = torch.cat([self.counts[index].flatten(0, 1) for index in places])  # (N, K + 1)
@@ -160,7 +161,7 @@ class RandomCrops(RandomSamples[LabelledImage, _Drawn]):
         return self._source.features(inputs[None]).shape[-1]
 
     def loss(self, probe: nn.Module, step: int) -> Tensor:
-        """Cross-entropy of a step's crops, the mean over all pixels; pixels without a label count as 0."""
+        """Cross-entropy on a step's crops, averaged over all pixels; pixels without a label contribute 0."""
         drawn = self.take(step)
         features = self._source.features(torch.stack([inputs for inputs, _, _ in drawn]))
         scores = probe(features)

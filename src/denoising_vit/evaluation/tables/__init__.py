@@ -1,4 +1,4 @@
-"""Tables of results, made from the lines that an evaluation appended and from nothing else: the whole report."""
+"""The report: tables of results, built only from the lines that evaluations appended."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ __all__ = [
     "report_markdown",
 ]
 
-#: Settings that an overview shows side by side.
+#: Settings that an overview compares side by side.
 _OVERVIEW = ("features", "size", "crops")
 
 
 def report_markdown(
     results: Entries, runs: Sequence[Path] = (), *, leading: bool = False, picture: str | None = None
 ) -> str:
-    """Markdown with every table. The same results give the same text, so it can be kept under version control.
+    """Markdown with all tables. The same results give the same text, so that it can be kept under version control.
 
     Args:
-        results: content of the results files.
+        results: contents of the results files.
         runs: folders of training runs to include.
-        leading: begin with a leaderboard of features by tasks.
-        picture: address of a picture of the same photos by each kind of features, shown below the leaderboard.
+        leading: start with a leaderboard of features by tasks.
+        picture: address of a picture of the same photos by kind of features, shown below the leaderboard.
 
     Raises:
-        EvaluationError: if a folder is not that of a run.
+        EvaluationError: if a folder is not a run folder.
     """
     sources = ", ".join(code(name) for name in results.sources)
     blocks = [
@@ -89,7 +89,7 @@ def _section(section: Section) -> list[list[str]]:
 
 
 def _overviews(members: Sequence[Section]) -> list[list[str]]:
-    """A table for each set of two or more sections that differ in size and crops only."""
+    """One table for each set of two or more sections that differ only in size and crops."""
     of_entry = {entry.key: section for section in members for _, entry in section.rows}
     groups = grouped([entry for section in members for _, entry in section.rows], _OVERVIEW)
     blocks: list[list[str]] = []
@@ -111,7 +111,7 @@ _MEANING = (
 
 
 def leaderboard(found: Sequence[Section]) -> list[list[str]]:
-    """Blocks of lines: a table for each backbone, a row for each task and data, a column for each kind of features."""
+    """Blocks of lines: a table per backbone, with a row per task and data set, and a column per kind of features."""
     tasks = [section for section in found if section.task in METRICS and section.measured]
     if not tasks:
         return [["No labelled task has been evaluated yet; run `dvit evaluate` first."]]

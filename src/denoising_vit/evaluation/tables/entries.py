@@ -1,4 +1,4 @@
-"""Results files: JSON lines, validated one by one; a broken line costs only itself."""
+"""Results files: JSON lines, validated one by one; a broken line does not affect the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 from denoising_vit.errors import EvaluationError, FormatError
 from denoising_vit.evaluation.results import METRICS, TASKS
 
-#: Longest wrong value that a message shows, in characters.
+#: Maximum length in characters of a wrong value in a message.
 _SHOWN = 60
 
 
@@ -43,7 +43,7 @@ class _Part(BaseModel):
 
 
 class Paired(_Part):
-    """Difference to the reference over the same items.
+    """Difference from the reference over the same items.
 
     Attributes:
         against: features of the reference.
@@ -51,9 +51,9 @@ class Paired(_Part):
         difference: mean difference, positive if the reference is lower.
         low: lower end of the 95 % interval, if there is one.
         high: upper end.
-        over: groups of items that the interval is over, such as images.
+        over: unit of the groups that the interval is over, such as images.
         groups: number of groups; None in lines of older versions, whose intervals are ignored.
-        method: method of the interval; None likewise.
+        method: method of the interval; None in lines of older versions.
     """
 
     against: Text
@@ -67,7 +67,7 @@ class Paired(_Part):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None without one, or if an older version made it."""
+        """Both ends of the interval; None if missing, or computed by an older version."""
         if self.method is None or self.low is None or self.high is None:
             return None
         return self.low, self.high
@@ -91,17 +91,17 @@ class Published(_Part):
 
 
 class Entry(_Part):
-    """One line of results, with the attributes of `results.Record`; those that differ are given here.
+    """One line of results, with the attributes of `results.Record` except for the following.
 
     Attributes:
         data: name of the data set.
         backbone: settings of the backbone.
-        backbone_name: its name.
+        backbone_name: name of the backbone.
         metrics: scores by name, in percent; empty if the evaluation failed.
         command: the command that was run.
         hardware: description of the hardware.
         software: version by name.
-        run_seed: seed of a task without repeated draws.
+        run_seed: seed of a task without repeated runs.
     """
 
     task: Annotated[Text, AfterValidator(_known_task)]
@@ -147,7 +147,7 @@ class Entry(_Part):
 
     @property
     def seed_scores(self) -> list[tuple[int, float | None]]:
-        """Each seed and its main metric; tasks without repeated draws record their seed with the run."""
+        """Each seed and its main metric; tasks without repeated runs record their seed with the run."""
         if not self.seeds:
             return [] if self.run_seed is None else [(self.run_seed, None)]
         main = METRICS[self.task][0].name if self.task in METRICS else ""
@@ -165,7 +165,7 @@ class Entry(_Part):
 
 
 def canonical(value: object) -> str:
-    """The same text for equal values."""
+    """Canonical JSON text: equal for equal values."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -184,11 +184,11 @@ def parse_entry(line: object) -> Entry:
 
 
 def _reason(error: ValidationError) -> str:
-    """The first error of a line."""
+    """Message for the first error of a line."""
     first = error.errors(include_url=False)[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
-        return f"{name} is missing; expected a line that `dvit evaluate` wrote"
+        return f"{name} is missing; expected a line written by `dvit evaluate`"
     if not name:
         return first["msg"]
     return f"{name}: {first['msg'].replace('Input should be', 'expected')}, got {_shown(first['input'])}"
@@ -201,7 +201,7 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class BrokenLine:
-    """A line that cannot be used: its file, its number from 1, and the reason."""
+    """An unusable line: its file, its number from 1, and the reason."""
 
     file: Path
     line: int
@@ -210,11 +210,11 @@ class BrokenLine:
 
 @dataclass(frozen=True)
 class Entries:
-    """Content of results files.
+    """Contents of results files.
 
     Attributes:
         sources: file names without folders.
-        entries: one for each set of settings, in order of first appearance.
+        entries: one per set of settings, in order of first appearance.
         broken: skipped lines.
     """
 
@@ -224,10 +224,10 @@ class Entries:
 
 
 def read_entries(paths: Sequence[Path]) -> Entries:
-    """Read results files in order; of two lines with the same settings, the later one counts.
+    """Read results files in order; if lines have the same settings, the last one counts.
 
     Raises:
-        EvaluationError: if a file cannot be read, or no line can be used.
+        EvaluationError: if a file cannot be read, or no line is usable.
     """
     entries: dict[str, Entry] = {}
     broken: list[BrokenLine] = []
@@ -240,19 +240,19 @@ def read_entries(paths: Sequence[Path]) -> Entries:
             except FormatError as error:
                 broken.append(BrokenLine(path, position, str(error)))
             else:
-                entries[entry.key] = entry  # keeps the position of the first, so that a repeat does not reorder tables
+                entries[entry.key] = entry  # keeps the first position, so that a repeated run does not reorder tables
     _drop_retried_failures(entries)
     if not entries:
         first = f"; {broken[0].file}:{broken[0].line}: {broken[0].reason}" if broken else ""
         raise EvaluationError(
-            f"expected lines that `dvit evaluate` wrote in {', '.join(map(str, paths))}, got none that can be used"
+            f"expected lines written by `dvit evaluate` in {', '.join(map(str, paths))}, got no usable line"
             f"{first}; run `dvit evaluate` first"
         )
     return Entries(tuple(path.name for path in paths), tuple(entries.values()), tuple(broken))
 
 
 def _drop_retried_failures(entries: dict[str, Entry]) -> None:
-    """Drop failures from before the features were known, if a later run succeeded."""
+    """Drop failures that occurred before the features were known, if a later run succeeded."""
     passed = {_without_features(entry) for entry in entries.values() if entry.failed is None}
     for key, entry in list(entries.items()):
         if entry.failed is not None and "features" not in entry.settings and _without_features(entry) in passed:
@@ -275,7 +275,7 @@ def _lines(path: Path) -> list[bytes]:
 def _parsed(line: bytes) -> object:
     try:
         return json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # includes text that is not UTF-8
         raise FormatError(f"not JSON ({error}); the line may have been cut off while it was written") from error
 
 

@@ -1,4 +1,4 @@
-"""Markdown helpers; text from files is escaped here."""
+"""Markdown helpers; they escape text from files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import html
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-#: Placeholder for a missing figure.
+#: Placeholder for a missing value.
 NONE = "-"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a table with the first ``left`` columns aligned to the left, the others to the right."""
+    """Lines of a table with the first ``left`` columns left-aligned and the others right-aligned."""
     rule = ["---" if column < left else "---:" for column in range(len(header))]
     escaped = [[plain(cell) for cell in row] for row in (header, *rows)]
     return [f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:])]
@@ -51,7 +51,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def flat(settings: Mapping[str, object], within: str = "") -> dict[str, str]:
-    """Nested settings as readable values by dotted name."""
+    """Flatten nested settings to readable values by dotted name."""
     found: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -62,7 +62,7 @@ def flat(settings: Mapping[str, object], within: str = "") -> dict[str, str]:
 
 
 def readable(value: object, *, pair: bool = False) -> str:
-    """A value for people: lists with commas (364 x 476 for a pair), yes, no, none."""
+    """Format a value for readers: lists with commas (364 x 476 for a pair), yes, no, none."""
     if isinstance(value, list):
         return (" x " if pair else ", ").join(map(readable, value))
     if isinstance(value, bool):
@@ -71,7 +71,7 @@ def readable(value: object, *, pair: bool = False) -> str:
 
 
 def differing(settings: Sequence[Mapping[str, str]], always: Collection[str] = ()) -> list[str]:
-    """A label for each of several settings, with the values that differ; empty if nothing differs."""
+    """A label for each group of settings, with the values that differ; empty labels if nothing differs."""
     keys = list(dict.fromkeys(key for each in settings for key in each))
     keys = [key for key in keys if key in always or len({each.get(key) for each in settings}) > 1]
     return [", ".join(f"{key} {each.get(key, 'none')}" for key in keys) for each in settings]

@@ -21,7 +21,7 @@ from denoising_vit.evaluation.tables.markdown import NONE, differing, fixed, fla
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """A data set with published figures: its heading, a pattern for its names, its task, and metrics by their keys."""
+    """A data set with published figures: its heading, a pattern for its names, its task, and its metrics by key."""
 
     heading: str
     names: re.Pattern[str]
@@ -50,14 +50,14 @@ _BENCHMARKS = (
     ),
 )
 
-#: Settings that are shown for every measurement.
+#: Settings to show for every measurement.
 _ALWAYS = ("size", "crops", "preset", "steps")
 
 
 def comparison(entries: Sequence[Entry]) -> list[list[str]]:
-    """Blocks of lines: a table for each benchmark with every published row, then entries that match none, with reasons.
+    """Blocks of lines: a table per benchmark with every published row, then unmatched entries with reasons.
 
-    Only trained heads are compared: nearest neighbours measure something else.
+    Only trained heads are compared, because nearest neighbours measure something else.
     """
     placed: dict[str, list[Entry]] = {benchmark.heading: [] for benchmark in _BENCHMARKS}
     unplaced: list[str] = []
@@ -84,13 +84,13 @@ def _place(entry: Entry, published: Published) -> tuple[_Benchmark | None, str]:
         if benchmark.names.match(entry.data):
             if entry.task == benchmark.task:
                 return benchmark, ""
-            return None, f"{what}: expected the task {benchmark.task}, which is what was published, got {entry.task}"
+            return None, f"{what}: expected the published task {benchmark.task}, got {entry.task}"
     names = ", ".join(benchmark.heading for benchmark in _BENCHMARKS)
-    return None, f"{what}: expected data of {names}, by its name; got {entry.data}"
+    return None, f"{what}: expected a data set named {names}, got {entry.data}"
 
 
 def _benchmark_table(benchmark: _Benchmark, entries: Sequence[Entry]) -> list[str]:
-    """One row for each published row, or for each measurement of it."""
+    """One row per published row, or per measurement of it."""
     header = [
         "model",
         "variant",
@@ -128,15 +128,15 @@ _DISCOVERED = (
     ("coco20k", "COCO20k", "COCO train2014", 19_817),
 )
 
-#: Settings of the published figures.
+#: Settings of the published results.
 _DISCOVERY_SETTINGS = {"size": "native", "seed_by": "norm", "k": 100, "iou": 0.5, "centred": False, "features": {}}
 _DISCOVERY_BACKBONE = {"weights": "hub", "layer": 11, "norm": True, "stride": 14}
 
 
 def discovery_comparison(entries: Sequence[Entry]) -> list[list[str]]:
-    """A table of published object discovery (LOST seeded by feature norms, CorLoc) next to measured figures.
+    """A table of published object discovery (LOST seeded by feature norms, CorLoc) next to measured results.
 
-    An entry counts only if every setting is the published one and all images were evaluated. Entries of denoised
+    An entry counts only if all its settings are the published ones and all images were evaluated. Entries of denoised
     features never count, because they do not record whether the denoiser is the published one.
     """
     header = ["model", "variant"]
@@ -154,7 +154,7 @@ def _discovered(row: DiscoveryRow, entries: Sequence[Entry]) -> list[str]:
 
 
 def _is_of(entry: Entry, row: DiscoveryRow, data: str, images: int) -> bool:
-    """True if an entry measures a published row on these data."""
+    """True if an entry measures a published row on this data set."""
     backbone = _DISCOVERY_BACKBONE | {"name": row.model}
     return (
         (entry.task, entry.features, entry.failed, row.variant) == ("discovery", "raw", None, "baseline")

@@ -1,4 +1,4 @@
-"""Training runs: what their folders recorded, as tables."""
+"""Tables of training runs, from the records in their folders."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read ``run.json``, ``log.jsonl`` and, if there is one, ``about.json`` of a run's folder."""
+    """Read ``run.json``, ``log.jsonl`` and, if it exists, ``about.json`` of a run's folder."""
     head = _object(folder / "run.json")
     if head.get("format") != "denoising-vit/run":
-        raise EvaluationError(f"{folder}: expected the folder of a run, found none")
+        raise EvaluationError(f"{folder}: expected a run folder, found none")
     lines = _lines(folder / "log.jsonl")
     backbone = head.get("backbone")
     return RunRecord(
@@ -69,7 +69,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log in order, without incomplete ones."""
+    """Lines of a log in order, without incomplete lines."""
     found = []
     try:
         lines = path.read_text().splitlines()
@@ -85,7 +85,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-#: Held-out metrics: heading, key, and key of the same for raw features.
+#: Held-out metrics: heading, key, and key of the same metric for raw features.
 _COLUMNS = (
     ("cosine", "cosine", "raw_cosine"),
     ("1 - cosine of raw's", "ratio", None),
@@ -110,7 +110,7 @@ def run_section(folder: Path) -> list[list[str]]:
     """Markdown section of a run: what was trained, and its evaluations on held-out images.
 
     Raises:
-        EvaluationError: if it is not the folder of a run, or the run has no evaluation on held-out images.
+        EvaluationError: if it is not a run folder, or the run has no held-out evaluation.
     """
     run = read_run(folder)
     if not run.looks:

@@ -1,4 +1,4 @@
-"""Sections of the report: entries that differ in their features only, with their tables, and how these were made."""
+"""Sections of the report: entries that differ only in their features, with their tables and provenance."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from denoising_vit.evaluation.tables.markdown import (
     table,
 )
 
-#: Features that are listed first.
+#: Features to list first.
 FIRST = "raw"
 
-#: Settings that every title names.
+#: Settings in every title.
 _IN_TITLE = ("data.name", "backbone.name", "backbone.weights")
 
-#: Number of skipped items that are named.
+#: Maximum number of skipped items to name.
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Section:
-    """Entries that differ in their features only.
+    """Entries that differ only in their features.
 
     Attributes:
         task: the task.
-        title: data, backbone, and the settings in which it differs from other sections of these.
-        settings: value by dotted name, without those of the features and those in every title.
-        rows: label of the features, unique within the section, and entry; raw features first.
+        title: data, backbone, and the settings that differ from other sections with the same data and backbone.
+        settings: values by dotted name, without settings of the features and those in every title.
+        rows: label of the features, unique within the section, and entry; raw features come first.
     """
 
     task: str
@@ -90,7 +90,7 @@ def section_titles(groups: Sequence[Sequence[Entry]], without: Sequence[str] = (
 
 
 def _comparable(entries: Sequence[Entry], without: Sequence[str]) -> list[dict[str, str]]:
-    """Settings for titles: data sets differ by their number of images, or by digests if that is not enough."""
+    """Settings for titles: data sets differ by their number of images, or by digests if the number is equal."""
     settings = [_settings(entry, without) for entry in entries]
     sizes = [", ".join(f"{count} {split}" for split, count in entry.images.items()) for entry in entries]
     digests = [each.get("data.digest") for each in settings]
@@ -103,7 +103,7 @@ def _comparable(entries: Sequence[Entry], without: Sequence[str]) -> list[dict[s
 
 
 def data_title(entry: Entry) -> str:
-    """Beginning of every title: data and backbone."""
+    """Start of every title: data and backbone."""
     return f"{entry.data}, {entry.backbone_name} ({readable(entry.backbone.get('weights'))})"
 
 
@@ -122,7 +122,7 @@ def feature_settings(entry: Entry) -> dict[str, str]:
 
 
 def _rows(group: Sequence[Entry]) -> tuple[tuple[str, Entry], ...]:
-    """Label rows by features; features with the same name get the settings in which they differ."""
+    """Label rows by features; features with the same name also get the settings that differ."""
     by_name: dict[str, list[Entry]] = {}
     for entry in group:
         by_name.setdefault(entry.features, []).append(entry)
@@ -138,7 +138,7 @@ def _rows(group: Sequence[Entry]) -> tuple[tuple[str, Entry], ...]:
 
 
 def settings_line(section: Section) -> str:
-    """Settings that all rows share, and those of each row's features."""
+    """Settings shared by all rows, and those of each row's features."""
     shared = ", ".join(f"{key} {value}" for key, value in section.settings.items())
     features = []
     for label, entry in section.rows:
@@ -149,7 +149,7 @@ def settings_line(section: Section) -> str:
 
 
 def provenance_line(section: Section) -> str:
-    """Command, hardware, software, precision, images, seeds, and what was left out; shared values once."""
+    """Command, hardware, software, precision, images, seeds, and skipped images; shared values appear once."""
     entries = [entry for _, entry in section.rows]
     parts = {
         "Hardware": _distinct(entry.hardware for entry in entries),
@@ -161,7 +161,7 @@ def provenance_line(section: Section) -> str:
         "Seeds": _distinct(", ".join(str(seed) for seed, _ in entry.seed_scores) for entry in entries),
         "Skipped": _first([f"{item} ({reason})" for entry in entries for item, reason in entry.skipped]),
     }
-    if section.task != "artifacts":  # which has no classes
+    if section.task != "artifacts":  # artifacts have no classes
         absent = dict.fromkeys(name for entry in entries for name in entry.absent)
         parts["Never occurs in val, left out of the means"] = ", ".join(absent)
     figures = " ".join(f"{name}: {plain(words) or 'none'}." for name, words in parts.items())
@@ -174,12 +174,12 @@ def commands_of(entries: Iterable[Entry]) -> str:
 
 
 def failed_lines(section: Section) -> list[str]:
-    """A list of failures with their reasons."""
+    """Failures with their reasons, as a list."""
     return [f"- failed: {plain(label)}: {plain(entry.failed or '')}" for label, entry in section.failed]
 
 
 def _first(items: Sequence[str]) -> str:
-    """The first items and the number of further ones."""
+    """The first items, and the number of the remaining ones."""
     items = list(dict.fromkeys(items))
     more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
     return "; ".join([*items[:_SHOWN], *more])
@@ -268,7 +268,7 @@ def _meaning(rows: Sequence[tuple[str, Entry]]) -> list[str]:
 
 
 def interval_words(paired: Paired) -> str:
-    """How the interval was made, or why there is none."""
+    """Method of the interval, or the reason why there is none."""
     if paired.method is None:
         return "interval of an older version not shown; evaluate again (quick if the counts are cached)"
     if paired.interval is None:
@@ -305,9 +305,9 @@ def _artifact_table(section: Section) -> list[str]:
 
 
 def overview_table(members: Sequence[Section]) -> list[str]:
-    """Features by size and crops, for sections that differ in these only: mIoU (difference).
+    """Features by size and crops, for sections that differ only in these: mIoU (difference).
 
-    Notes below the table name features that were made with other settings than in most columns.
+    Notes below the table list features whose settings differ from those in most columns.
     """
     header = ["features", *(_overview_label(section) for section in members)]
     by_section = [dict(section.rows) for section in members]
@@ -319,7 +319,7 @@ def overview_table(members: Sequence[Section]) -> list[str]:
 
 
 def _made_otherwise(label: str, columns: Sequence[str], by_section: Sequence[dict[str, Entry]]) -> list[str]:
-    """Columns in which the features have other settings than in most, and what differs."""
+    """Columns in which the features' settings differ from most columns, and the differences."""
     made = {
         column: feature_settings(rows[label]) for column, rows in zip(columns, by_section, strict=True) if label in rows
     }

@@ -1,1 +1,1 @@
-"""A browser page that denoises the features of your photos and compares them. Needs the extra `app`."""
+"""A browser page that denoises the features of photos and compares them. Needs the extra `app`."""

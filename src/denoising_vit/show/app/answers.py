@@ -1,4 +1,4 @@
-"""Answers: denoised features of a photo in the file format of `dvit denoise`, kept for a while in private folders."""
+"""Answers: denoised features of a photo in the file format of `dvit denoise`, kept temporarily in private folders."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from denoising_vit.progress import OnProgress
 from denoising_vit.show.app.models import Model, Models
 from denoising_vit.views.patch_grid import nearest_sizes
 
-#: Largest photo in pixels; its float copy takes 12 bytes a pixel, for each of many visitors.
+#: Maximum photo size in pixels; its float copy takes 12 bytes per pixel, for each of many visitors.
 MAX_PIXELS = 50_000_000
 
 #: Longer side of the photo that is kept with an answer.
 _SHOWN = 1200
 
-#: Largest number of views and output scale, because other visitors wait.
+#: Maximum number of views and output scale, because other visitors wait.
 MOST_VIEWS, MOST_SCALE = 128, 4
 
 _HELD_OUT = 8
 
-#: Characters of a photo's name in the names of its results.
+#: Number of characters of a photo's name to use in the names of its results.
 _NAME = 80
 
-#: Seconds after which an answer is removed.
+#: Seconds until an answer is removed.
 LIFETIME = 3600.0
 
-#: Largest number of answers; the oldest are removed first.
+#: Maximum number of answers; the oldest are removed first.
 MOST = 64
 
 
@@ -58,7 +58,7 @@ class Keep:
             folder.mkdir()
 
     def new(self) -> Path:
-        """An empty folder; removes answers that are too old or too many."""
+        """Create an empty folder; remove answers that are too old or too many."""
         ages = sorted((folder.stat().st_mtime, folder) for folder in self._answers.iterdir())
         stale = sum(age < time.time() - LIFETIME for age, _ in ages)
         for _, folder in ages[: max(stale, len(ages) - MOST + 1)]:
@@ -66,7 +66,7 @@ class Keep:
         return Path(tempfile.mkdtemp(dir=self._answers))
 
     def forget(self, folder: Path | None) -> None:
-        """Removes an answer, if it is still there."""
+        """Remove an answer, if it still exists."""
         if folder is not None and folder.parent == self._answers:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -79,7 +79,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one request; ``views``, ``wide`` (wide crops) and ``scale`` (upsampling) are for exact."""
+    """Settings of one request; ``views``, ``wide`` (wide crops) and ``scale`` (upsampling) apply to exact only."""
 
     backbone: str
     method: str = "denoiser"
@@ -107,7 +107,7 @@ class Answer:
 
     @classmethod
     def load(cls, folder: Path) -> Answer:
-        """Reads the files of :func:`answer`; raises AppError if they have been removed."""
+        """Read the files of :func:`answer`; AppError if they have been removed."""
         try:
             with Image.open(folder / "photo.png", formats=["PNG"]) as image:
                 photo = np.array(image.convert("RGB"))
@@ -118,10 +118,10 @@ class Answer:
 
 
 def read_upload(path: Path) -> np.ndarray:
-    """An uploaded photo or a sample, (H, W, 3) uint8.
+    """An uploaded photo or a sample as (H, W, 3) uint8.
 
     Raises:
-        PhotoError: if it cannot be read or used; the message names the file without its folder.
+        PhotoError: if it cannot be read; the message names the file without its folder.
     """
     try:
         content = path.read_bytes()
@@ -131,12 +131,12 @@ def read_upload(path: Path) -> np.ndarray:
 
 
 def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress: OnProgress | None = None) -> Answer:
-    """Denoises a photo's features and writes the files of the answer; an exception from ``progress`` cancels the work.
+    """Denoise a photo's features and write the answer's files; an exception from ``progress`` cancels the work.
 
     Raises:
-        PhotoError: if the photo cannot be read or used.
-        AppError: if the backbone is not available, or lacks the method.
-        BackboneError: if there is no such layer.
+        PhotoError: if the photo cannot be read.
+        AppError: if the backbone is unavailable, or does not support the method.
+        BackboneError: if the layer does not exist.
         SizeError, PlanError: if size or views are invalid.
     """
     started = time.perf_counter()
@@ -158,20 +158,20 @@ def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress
 
 
 def options_of(model: Model, settings: Settings) -> DenoiseOptions:
-    """Stage-1 options of the settings.
+    """Stage 1 options from the settings.
 
     Raises:
-        AppError: if the backbone lacks the method, or a setting is out of range.
+        AppError: if the backbone does not support the method, or a setting is out of range.
     """
     if settings.method not in model.methods:
         raise AppError(
-            f"{model.backbone.name} at layer {model.backbone.layer} has no method {settings.method!r} here; there are "
-            f"{', '.join(model.methods)}. dvit app --denoiser FILE or --artifact FILE gives it more"
+            f"{model.backbone.name} at layer {model.backbone.layer} does not support method {settings.method!r}; "
+            f"available: {', '.join(model.methods)}. Add others with dvit app --denoiser FILE or --artifact FILE"
         )
     largest = largest_size(model.backbone)
     for name, value, most in (("views", settings.views, MOST_VIEWS), ("scale", settings.scale, MOST_SCALE)):
         if not 1 <= value <= most:
-            raise AppError(f"{name} must be 1 to {most} on this page, got {value}")
+            raise AppError(f"{name} must be between 1 and {most} on this page, got {value}")
     if settings.size is not None and settings.size > largest:
         raise AppError(f"size must be at most {largest} pixels on this page, got {settings.size}")
     area = DenoiseOptions.context().area if settings.wide else DenoiseOptions.area
@@ -181,13 +181,13 @@ def options_of(model: Model, settings: Settings) -> DenoiseOptions:
 
 
 def largest_size(backbone: Backbone) -> int:
-    """Largest side in pixels on the page, 1.5 times the backbone's own, because other visitors wait."""
+    """Maximum side in pixels on the page: 1.5 times the backbone's own, because other visitors wait."""
     return nearest_sizes(backbone.default_size * 3 // 2, backbone.patch_size, backbone.stride)[0]
 
 
 def _cleaner(model: Model, settings: Settings) -> dict[str, Any]:
     if settings.method == "exact":
-        if settings.wide:  # wide crops cannot tell an artifact from content
+        if settings.wide:  # wide crops cannot separate an artifact from content
             return {"artifact": model.artifact or NONE}
         return {} if model.fits_artifact else {"artifact": model.artifact}
     uses = KINDS[settings.method].uses
@@ -195,7 +195,7 @@ def _cleaner(model: Model, settings: Settings) -> dict[str, Any]:
 
 
 def draw_sheet(found: Answer) -> Path:
-    """The picture of `dvit denoise` as a file beside the features, drawn once."""
+    """The picture of `dvit denoise` as a file next to the features, drawn on first use."""
     from denoising_vit.maps import draw_panel  # takes seconds to import
 
     path = found.features.with_suffix(".panel.png")

@@ -1,4 +1,4 @@
-"""Handlers of the page's controls: from their values to the next outputs."""
+"""Handlers of the page's controls: map control values to outputs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from denoising_vit.show.app.models import Model, Models
 from denoising_vit.show.app.scene import LEGENDS, LONGER, Figure, Scene, figures, scene_in
 from denoising_vit.views.patch_grid import nearest_sizes
 
-#: Seconds that an error is shown.
+#: Seconds for which an error is shown.
 _SHOWN = 20
 
 
 def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a handler so that errors reach the page as text; unexpected ones are also printed to the terminal."""
+    """Wrap a handler so that errors reach the page as text; unexpected errors are also printed to the terminal."""
 
     @functools.wraps(handler)
     def handle(*args: Any, **kwargs: Any) -> Any:
@@ -35,8 +35,8 @@ def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
         except DenoisingVitError as error:
             words = str(error)
         except MemoryError:
-            words = "not enough memory for this; take a smaller photo, a smaller size or fewer views"
-        except Exception as error:  # the page stays up
+            words = "not enough memory; use a smaller photo, a smaller size or fewer views"
+        except Exception as error:  # keep the page running
             traceback.print_exc()
             words = f"failed ({type(error).__name__}); see the terminal of dvit app"
         raise gr.Error(html.escape(words), duration=_SHOWN, title="Not done", print_exception=False)
@@ -49,20 +49,20 @@ class Gone(Exception):
 
 
 class Visitors:
-    """Sessions that wait for an answer, and those of them that have left."""
+    """Sessions waiting for an answer, and which of them have left."""
 
     def __init__(self) -> None:
         self._lock, self._waiting, self._left = threading.Lock(), set[str](), set[str]()
         self._closed = False
 
     def leaves(self, session: str | None) -> None:
-        """Cancels the work for a closed tab at the next batch of views."""
+        """Cancel the work for a closed tab at the next batch of views."""
         with self._lock:
             if session in self._waiting:
                 self._left.add(session)
 
     def all_leave(self, seconds: float) -> None:
-        """Cancels all work, and waits at most so long for its end."""
+        """Cancel all work, and wait for it to end for at most ``seconds``."""
         with self._lock:
             self._closed = True
         until = time.monotonic() + seconds
@@ -70,7 +70,7 @@ class Visitors:
             time.sleep(0.05)
 
     def watched(self, session: str, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """Progress that raises :class:`Gone` once the visitor has left."""
+        """Wrap ``progress`` to raise :class:`Gone` once the visitor has left."""
 
         def advance(done: int, total: int) -> None:
             if self._closed or session in self._left:
@@ -82,7 +82,7 @@ class Visitors:
         return advance
 
     def served(self, session: str) -> None:
-        """Removes a session that has its answer or has left."""
+        """Remove a session that has its answer or has left."""
         with self._lock:
             self._waiting.discard(session)
             self._left.discard(session)
@@ -102,7 +102,7 @@ class Handlers:
 
     @plainly
     def upload(self, file: str, before: Path | None) -> tuple[Any, ...]:
-        """Uploaded file -> the same."""
+        """Uploaded file -> the same outputs as :meth:`choose`."""
         return self._photo(Path(file), before)
 
     def _photo(self, path: Path, before: Path | None) -> tuple[Any, ...]:
@@ -145,7 +145,7 @@ class Handlers:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008, how Gradio is asked for it
     ) -> tuple[Any, ...]:
-        """Photo and settings -> answer, pictures and figures."""
+        """Photo and settings -> answer, pictures and metrics."""
         if photo is None:
             raise AppError("no photo: choose a sample or upload one")
         settings = Settings(backbone, method, _whole(layer, "layer"), int(size), int(views), wide, int(scale))
@@ -183,19 +183,19 @@ class Handlers:
         except (AppError, OSError):
             if folder is not None and folder.exists():
                 raise
-            sheet = None  # another photo was chosen meanwhile, or the tab was closed
+            sheet = None  # another photo was chosen, or the tab was closed
         return gr.skip() if sheet is None else gr.DownloadButton(value=sheet, interactive=True)
 
     @plainly
     def switch(self, folder: Path | None, kind: str, row: int | None, column: int | None) -> tuple[Any, ...]:
-        """Kind of map -> both sides of it, and its legend."""
+        """Kind of map -> both sides of the map, and its legend."""
         if folder is None or row is None or column is None:
             return gr.skip(), LEGENDS[kind]
         return scene_in(folder).maps(kind, (int(row), int(column))), LEGENDS[kind]
 
     @plainly
     def click(self, folder: Path | None, kind: str, event: gr.SelectData) -> tuple[Any, ...]:
-        """Pixel of a picture -> row and column of its patch, and the pictures."""
+        """Clicked pixel -> row and column of its patch, and the pictures."""
         if folder is None:
             raise AppError("denoise the photo first; then a click shows the similarity to a patch")
         scene = scene_in(folder)
@@ -205,16 +205,16 @@ class Handlers:
     @plainly
     def type_patch(self, folder: Path | None, kind: str, row: int | None, column: int | None) -> tuple[Any, ...]:
         """Row and column -> the pictures."""
-        if folder is None or row is None or column is None:  # nothing to show, or still being typed
+        if folder is None or row is None or column is None:  # nothing to show, or input not complete
             return tuple(gr.skip() for _ in range(4))
         return self._shown(scene_in(folder), kind, (int(row), int(column)))
 
     def leave(self, request: gr.Request) -> None:
-        """Cancels the work for a closed tab."""
+        """Cancel the work for a closed tab."""
         self.visitors.leaves(request.session_hash)
 
     def _shown(self, scene: Scene, kind: str, at: tuple[int, int]) -> tuple[Any, ...]:
-        """Both sides of the map, the photo with the patch, and both sides of the similarity to it."""
+        """Both sides of the map, the photo with the patch marked, and both sides of the similarity to the patch."""
         return (scene.maps(kind, at), scene.marked(at), *scene.maps(SIMILARITY, at))
 
 
@@ -222,14 +222,14 @@ def about(model: Model) -> str:
     """Description of a backbone."""
     own = model.backbone
     depth = "" if own.depth is None else f" Layers 0 to {own.depth - 1}, or -1 for the last."
-    lacks = "" if model.denoiser else " No denoiser is known for it at this layer; exact needs none."
+    lacks = "" if model.denoiser else " No denoiser is available for this layer; exact needs none."
     return (
         f"Patches of {own.patch_size} pixels, {own.embed_dim} channels; weights: {_plain(own.weights)}.{depth}{lacks}"
     )
 
 
 def table(lines: list[Figure]) -> str:
-    """Figures as an HTML table."""
+    """Metrics as an HTML table."""
     rows = "".join(f"<tr><th scope='row'>{line.name}</th>{_cells(line)}<td>{line.words}</td></tr>" for line in lines)
     head = "".join(f"<th scope='col'>{heading}</th>" for heading in ("figure", "raw", "denoised", "meaning"))
     return f"<table class='figures'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
@@ -247,7 +247,7 @@ def _methods(model: Model, wanted: str | None) -> Any:
 
 def _whole(value: int | None, name: str) -> int:
     if value is None:
-        raise AppError(f"{name} must be a whole number, got nothing")
+        raise AppError(f"{name} must be a whole number; enter one")
     return int(value)
 
 

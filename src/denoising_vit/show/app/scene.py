@@ -1,4 +1,4 @@
-"""What the page shows of an answer: maps of raw and denoised features, the chosen patch, and label-free figures."""
+"""Content of the page for an answer: maps of raw and denoised features, the selected patch, and label-free metrics."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from denoising_vit.maps.sheet import drawn_aspect
 from denoising_vit.metrics.tokens import effective_rank, neighbour_similarity, outlier_share
 from denoising_vit.show.app.answers import Answer
 
-#: Approximate longer side of a picture in pixels.
+#: Approximate length in pixels of a picture's longer side.
 LONGER = 720
 
 #: Kinds of maps by heading.
 MAPS = {title: kind for kind, title in TITLES.items()} | {SIMILARITY: SIMILARITY}
 
-#: What the colours of each kind mean.
+#: Meaning of the colours of each kind.
 LEGENDS = {kind: MAP_KINDS[kind].legend for kind in MAPS.values()}
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """An answer on display: a photo, raw and denoised features, and the colours of both, fitted on the patch grid."""
+    """Displayed content of an answer: photo, raw and denoised features, and their colours, fitted on the patch grid."""
 
     photo: np.ndarray  # (H, W, 3) uint8
     raw: np.ndarray  # (h, w, C)
@@ -58,7 +58,7 @@ class Scene:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width) in pixels of every picture: the photo's aspect, whole patches along the longer side."""
+        """(height, width) in pixels of every picture: the photo's aspect ratio, whole patches along the longer side."""
         aspect = drawn_aspect(self.photo.shape[1] / self.photo.shape[0])
         h, w = self.clean.shape[:2]
         if aspect >= 1:
@@ -75,10 +75,10 @@ class Scene:
             at: (row, column) of the patch for similarity.
 
         Raises:
-            AppError: if there is no such kind or patch.
+            AppError: if the kind or the patch does not exist.
         """
         if kind not in LEGENDS:
-            raise AppError(f"no map named {kind!r}; there are {', '.join(LEGENDS)}")
+            raise AppError(f"unknown map {kind!r}; choose from {', '.join(LEGENDS)}")
         self.require_patch(at)
         if kind == SIMILARITY:
             raw, clean = similarity_maps(self.raw, self.clean, at=at)
@@ -87,7 +87,7 @@ class Scene:
         return self._resized(raw, Image.Resampling.NEAREST), self._resized(clean, Image.Resampling.NEAREST)
 
     def marked(self, at: tuple[int, int]) -> np.ndarray:
-        """The photo, (height, width, 3) uint8, with a frame around a patch; raises AppError if there is none."""
+        """The photo, (height, width, 3) uint8, with a frame around a patch; AppError if the patch does not exist."""
         self.require_patch(at)
         height, width = self.shape
         image = Image.fromarray(self._resized(self.photo, Image.Resampling.LANCZOS))
@@ -105,7 +105,7 @@ class Scene:
         return min(max(int(y * h // height), 0), h - 1), min(max(int(x * w // width), 0), w - 1)
 
     def require_patch(self, at: tuple[int, int]) -> None:
-        """Raises AppError if there is no such patch."""
+        """Raise AppError if the patch does not exist."""
         if not (0 <= at[0] < self.grid[0] and 0 <= at[1] < self.grid[1]):
             raise AppError(
                 f"row must be 0 to {self.grid[0] - 1} and column 0 to {self.grid[1] - 1} on this grid, got row {at[0]} "
@@ -119,17 +119,17 @@ class Scene:
 
 @functools.lru_cache(maxsize=4)  # a scene takes a few MB
 def scene_in(folder: Path) -> Scene:
-    """The scene of the answer in a folder; raises AppError if it has been removed."""
+    """The scene of the answer in a folder; AppError if it has been removed."""
     return Scene.of(Answer.load(folder))
 
 
-#: Text for a figure that is undefined.
+#: Text for an undefined metric.
 NONE = "–"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A row of the table, as text; ``raw`` is None for a figure of raw and denoised features together."""
+    """A row of the table, as text; ``raw`` is None for a metric of raw and denoised features together."""
 
     name: str
     raw: str | None
@@ -137,45 +137,45 @@ class Figure:
     words: str
 
 
-#: Figures of raw and of denoised features: name, measure, number format, explanation.
+#: Metrics of raw and of denoised features: name, measure, number format, explanation.
 _OF_BOTH: tuple[tuple[str, Callable[[Tensor], float], str, str], ...] = (
     (
         "outlier tokens",
         lambda features: outlier_share(features).total,
         ".1%",
-        "Share of patches whose feature vector is much longer or shorter than the others'.",
+        "Fraction of patches whose feature norm is much larger or smaller than the others'.",
     ),
     (
         "similarity of neighbours",
         neighbour_similarity,
         ".3f",
-        "Mean cosine of adjacent patches. Noise lowers it and blur raises it: neither end is good by itself.",
+        "Mean cosine of adjacent patches. Noise lowers it and blur raises it, so neither extreme is good.",
     ),
     (
         "effective rank",
         effective_rank,
         ".0f",
-        "How many directions the features use. A large loss would mean that content was lost.",
+        "Number of directions the features use. A large drop would mean lost content.",
     ),
 )
 
 
 def figures(found: Answer) -> list[Figure]:
-    """Label-free figures of one photo (not positional ones: in a single photo, content and place are inseparable)."""
+    """Label-free metrics of one photo; no positional ones, because one photo cannot separate content and position."""
     result = found.result
     raw, clean = result.raw[None], result.semantic[None]  # (1, h, w, C)
     rows = []
     if result.heldout_r2 is not None and result.heldout_cosine is not None:
-        words = "Share of the variance of crops not fitted that is predicted."
+        words = "Fraction of variance explained on held-out crops."
         rows.append(Figure("held-out R²", None, f"{result.heldout_r2:.3f}", words))
-        words = "Mean cosine to the features of these crops."
+        words = "Mean cosine to the features of held-out crops."
         rows.append(Figure("held-out cosine", None, f"{result.heldout_cosine:.3f}", words))
     kept = float(torch.nn.functional.cosine_similarity(result.raw, result.semantic, dim=-1).mean())
-    words = "Mean over patches; 1 would mean that nothing was changed."
+    words = "Mean over patches; 1 means no change."
     rows.append(Figure("cosine of raw and denoised", None, f"{kept:.3f}", words))
     rows += [Figure(name, _text(of, raw, form), _text(of, clean, form), words) for name, of, form, words in _OF_BOTH]
     parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.seconds.items())
-    words = f"{parts}; drawing not included."
+    words = f"{parts}; without drawing."
     return [*rows, Figure("time", None, f"{sum(found.seconds.values()):.2f} s", words)]
 
 

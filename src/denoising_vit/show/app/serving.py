@@ -1,4 +1,4 @@
-"""Serves the page: checks the address, loads the model before the first visitor, cleans up at the end."""
+"""Serve the page: check the address, load the model before the first visitor, clean up at the end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from denoising_vit.show.app.answers import Keep
 from denoising_vit.show.app.models import Models
 from denoising_vit.show.options import AppOptions
 
-#: Seconds that a running answer may take to end when the page is closed.
+#: Seconds to wait for running work when the page is closed.
 _PATIENCE = 20.0
 
-#: Number of further ports that are tried, to suggest a free one.
+#: Number of further ports to try, to suggest a free one.
 _TRIED = 100
 
 _SHIPPED = Path(__file__).parent / "samples"
@@ -46,7 +46,7 @@ class Opened:
 
 @contextlib.contextmanager
 def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
-    """Serves the page until the end of the block.
+    """Serve the page until the end of the block.
 
     Raises:
         AppError: if Gradio is not installed, the port is in use, or the page cannot be opened.
@@ -80,7 +80,7 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
                 theme=theme(),
                 css=CSS,
             )
-        except (OSError, RuntimeError, ValueError) as error:  # port taken meanwhile, or no relay
+        except (OSError, RuntimeError, ValueError) as error:  # the port was taken since the check, or there is no relay
             raise AppError(f"the page could not be opened at {options.host}:{options.port} ({error})") from error
         try:
             yield Opened(url, shared)
@@ -90,16 +90,16 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
 
 
 def require_gradio() -> None:
-    """Raises AppError if Gradio is not installed."""
+    """Raise AppError if Gradio is not installed."""
     if importlib.util.find_spec("gradio") is None:
         raise AppError("the page needs gradio: install the extra `app` (pip install 'denoising-vit[app]')")
 
 
 def require_free(host: str, port: int) -> None:
-    """Checks that the page can listen at this address.
+    """Check that the page can listen at this address.
 
     Raises:
-        AppError: if the port is in use, naming the next free one, or the address is not one of this computer.
+        AppError: if the port is in use, naming the next free one, or if the address does not belong to this computer.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -128,23 +128,23 @@ def _is_free(family: int, host: str, port: int) -> bool:
 
 
 def find_samples(folder: Path | None = None) -> dict[str, Path]:
-    """Sample photos by name: those of the folder, the package's, and scikit-image's where installed.
+    """Sample photos by name: those of the folder, of the package, and of scikit-image if installed.
 
     Raises:
-        AppError: if a folder is given and holds no photos.
+        AppError: if a folder is given and has no photos.
     """
     own = {}
     if folder is not None:
         photos, _ = find_photos([str(folder)])
         if not photos:
-            raise AppError(f"examples must be a folder with photos, got {folder}, which has no image files")
+            raise AppError(f"examples must be a folder with photos, got {folder}, which has none")
         own = {str(path.relative_to(folder)): path for path in photos}
     shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.jpg"))}
     return own | {name: path for name, path in (shipped | _of_scikit_image()).items() if name not in own}
 
 
 def _of_scikit_image() -> dict[str, Path]:
-    spec = importlib.util.find_spec("skimage")  # found, not imported: that takes a second
+    spec = importlib.util.find_spec("skimage")  # not imported, which takes a second
     if spec is None or not spec.submodule_search_locations:
         return {}
     folder = Path(spec.submodule_search_locations[0]) / "data"
@@ -152,7 +152,7 @@ def _of_scikit_image() -> dict[str, Path]:
 
 
 def warm(models: Models) -> None:
-    """Loads the first backbone and runs it once, so that the first visitor waits no longer than others."""
+    """Load the first backbone and run it once, so that the first visitor does not wait longer than others."""
     import denoising_vit.maps  # noqa: F401, matplotlib takes seconds to import
 
     model = models.require_given()
@@ -163,7 +163,7 @@ def warm(models: Models) -> None:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Sets environment variables for a block; Gradio has no other way to configure these."""
+    """Set environment variables for a block; Gradio has no other way to configure these."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""The page of a batch of photos: maps and figures of each."""
+"""The page of a batch of photos: maps and metrics of each."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from denoising_vit.show.sheets import ShownPhoto, palette_of, pictures
 #: Maps of each photo.
 KINDS = "pca,norm,kmeans,similarity,artifact,residual"
 
-#: Photos with maps on the page; further ones have figures only.
+#: Number of photos with maps on the page; further photos have metrics only.
 MOST = 100
 
 
 @dataclass(frozen=True)
 class _Section:
-    """A photo, its maps by features (None where features lack one), and the colour bars: name, URI, ends."""
+    """A photo, its maps by features (None for a missing map), and the colour bars: name, URI, ends."""
 
     name: str
     photo: Picture
@@ -43,7 +43,7 @@ class PhotosPage:
     _left_out: int = 0
 
     def add(self, name: str, pixels: np.ndarray, result: Decomposition, exact: Decomposition | None = None) -> None:
-        """Adds a photo (H, W, 3) uint8 with its decomposition, and stage 1's to compare; keeps some dozen kilobytes.
+        """Add a photo (H, W, 3) uint8 with its decomposition, and stage 1's to compare; keeps a few dozen kilobytes.
 
         Raises:
             ValueError: if features are not finite.

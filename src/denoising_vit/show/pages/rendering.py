@@ -1,4 +1,4 @@
-"""Renders templates, pictures, figures and line charts to one HTML file without scripts or network access."""
+"""Render templates, pictures, metrics and line charts to one HTML file without scripts or network access."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from denoising_vit.maps.norms import NORM_COLOURS
 
 @dataclass(frozen=True)
 class Picture:
-    """An image on a page: data URI, width over height as drawn, heading, text for screen readers."""
+    """An image on a page: data URI, aspect ratio (width / height), heading, text for screen readers."""
 
     uri: str
     ratio: float
@@ -33,11 +33,11 @@ class Picture:
 
 
 def render(template: str, package: str = "denoising_vit.show.pages", **values: Any) -> str:
-    """A page from a template.
+    """Render a page from a template.
 
     Args:
         template: file name.
-        package: package of the template; ``base.html`` comes from this one.
+        package: package of the template; ``base.html`` is always from this package.
         **values: variables of the template; text is escaped.
     """
     packages = dict.fromkeys((package, "denoising_vit.show.pages"))
@@ -53,10 +53,10 @@ def render(template: str, package: str = "denoising_vit.show.pages", **values: A
 
 
 def write_page(page: str, path: Path, mark: Mark | None = None) -> None:
-    """Writes a page atomically; with a mark, only a file with the same mark is replaced.
+    """Write a page atomically; with a mark, replace only a file with the same mark.
 
     Raises:
-        OutputError: if there is a file with another mark or none.
+        OutputError: if a file with another mark or without a mark exists.
         OSError: if the file cannot be written.
     """
     # File names need not be valid text; invalid characters are escaped.
@@ -65,7 +65,7 @@ def write_page(page: str, path: Path, mark: Mark | None = None) -> None:
 
 
 def png_uri(picture: np.ndarray) -> str:
-    """A map (h, w, 3) uint8 as a data URI, one pixel for each patch; the page enlarges it without smoothing."""
+    """A map (h, w, 3) uint8 as a data URI, one pixel per patch; the page enlarges it without smoothing."""
     return _uri(Image.fromarray(np.ascontiguousarray(picture)), "png", optimize=True)
 
 
@@ -95,7 +95,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Three significant digits; a dash for None."""
+    """Format with three significant digits; a dash for None."""
     if value is None:
         return "-"
     if value == 0 or abs(value) >= 999.5:
@@ -109,13 +109,13 @@ def basename(name: str) -> str:
 
 
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 464.0, 14.0, 184.0
-"""The box of the lines of a chart, in an SVG of 480 x 220."""
+"""Plot area of a chart, in an SVG of 480 x 220."""
 
 MOST = 240
-"""Points of a line; of more, means of neighbours are drawn."""
+"""Maximum number of points of a line; longer lines are averaged over neighbours."""
 
 _APART = 26.0
-"""Pixels between labels of a doubling axis."""
+"""Minimum distance in pixels between labels of a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,14 @@ def line_chart(
     doubling: bool = False,
     span: tuple[float, float] | None = None,
 ) -> LineChart | None:
-    """A chart of lines of (step, value); None without finite values, others are left out.
+    """A chart of lines of (step, value); None without finite values. Values that are not finite are skipped.
 
     Args:
         title: title of the chart.
         unit: unit of the steps.
-        lines: points by name; steps ascend.
-        doubling: logarithmic steps, with a mark and a label at each.
-        span: least and greatest value of the vertical axis; those of the lines by default.
+        lines: points by name, with ascending steps.
+        doubling: use logarithmic steps, with a mark and a label at each.
+        span: minimum and maximum of the vertical axis; defaults to those of the lines.
     """
     finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
     finite = {name: _averaged(points) for name, points in finite.items() if points}
@@ -204,7 +204,7 @@ def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    """The two ends, widened where they are equal."""
+    """The two ends, moved apart if they are equal."""
     margin = abs(high) * 0.05 or 0.5
     return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low - margin, high + margin)
 

@@ -1,4 +1,4 @@
-"""The page of a training run: charts, held-out figures and panels, settings and command."""
+"""The page of a training run: charts, held-out metrics and panels, settings and command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from denoising_vit.environment import software_words
 from denoising_vit.evaluation.tables.runs import RunRecord, best_look, read_run
 from denoising_vit.show.pages.rendering import LineChart, Picture, data_uri, line_chart, render, write_page
 
-#: Charts of held-out evaluations: title, key of the trained features; ``raw_`` and ``target_`` keys accompany it.
+#: Charts of held-out evaluations: title, key of the trained features; ``raw_`` and ``target_`` keys belong to it.
 _LOOKS = (
     ("held-out cosine to the target", "cosine"),
     ("1 − cosine, relative to raw features'", "ratio"),
@@ -25,33 +25,33 @@ _LOOKS = (
 #: Charts of training steps.
 _STEPS = (("loss of the batch", "loss"), ("learning rate", "rate"), ("norm of the gradient", "gradient"))
 
-#: Figures of the table: name, key, meaning.
+#: Metrics of the table: name, key, meaning.
 _FIGURES = (
     ("cosine", "cosine", "Similarity of features and target; 1 means identical directions."),
     ("MSE", "mse", "Mean squared difference to the target."),
     (
         "effective rank",
         "rank",
-        "Number of directions the features use; far below the target's means that content is lost.",
+        "Number of directions the features use; far below the target's means lost content.",
     ),
     ("place, R²", "place", "How well a linear fit predicts a patch's position; lower is cleaner."),
-    ("place by neighbours, R²", "place_neighbours", "The same by the nearest patches of other images."),
+    ("place by neighbours, R²", "place_neighbours", "The same, predicted from the nearest patches of other images."),
     (
         "blank images, variance left",
         "blank_variance",
-        "On images without content, the share of raw's variance over places; less is cleaner, a constant map has 0.",
+        "On images without content, the fraction of raw's variance over positions; 0 for a constant map.",
     ),
-    ("blank images, high frequencies left", "blank_detail", "The same of the differences from patch to patch."),
+    ("blank images, high frequencies left", "blank_detail", "The same for the differences between adjacent patches."),
     ("blurred photos, high frequencies left", "blurred_detail", "The same on heavily blurred photos."),
     (
         "change by shifts, of raw's",
         "shift_change",
-        "Change of the features under shifts by part of a patch.",
+        "Change of the features under sub-patch shifts.",
     ),
     (
         "photos, variance left",
         "photo_variance",
-        "Share of raw's variance over places on photos: the content, which should stay while the four above fall.",
+        "On photos, the fraction of raw's variance over positions: content, which should stay while those above fall.",
     ),
 )
 
@@ -60,7 +60,7 @@ def render_run(folder: Path) -> str:
     """The page of a run, finished or not.
 
     Raises:
-        EvaluationError: if the folder is not that of a run.
+        EvaluationError: if the folder is not a run folder.
         OSError: if a panel cannot be read.
     """
     run = read_run(folder)
@@ -120,7 +120,7 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 ratio = image.width / image.height
-        except UnidentifiedImageError:  # damaged: show the others
+        except UnidentifiedImageError:  # damaged: show the other panels
             continue
         step = int(path.stem.removeprefix("step-"))
         uri = data_uri(path.read_bytes(), "image/png")
@@ -131,10 +131,10 @@ def _panels(folder: Path, best: Mapping[str, Any] | None) -> list[Picture]:
 
 
 def write_run_page(folder: Path) -> Path:
-    """Writes ``run.html`` into the folder of a run and returns its path.
+    """Write ``run.html`` into the folder of a run and return its path.
 
     Raises:
-        EvaluationError: if the folder is not that of a run.
+        EvaluationError: if the folder is not a run folder.
         OSError: if it cannot be written.
     """
     path = folder / "run.html"

@@ -1,1 +1,1 @@
-"""Videos of features side by side, in the same colours for all frames of a clip."""
+"""Videos of features side by side, with the same colours in all frames of a clip."""

@@ -17,7 +17,7 @@ from denoising_vit.data.listing import by_number, image_names
 from denoising_vit.data.photos import IMAGE_SUFFIXES, is_panel, read_photo
 from denoising_vit.errors import ClipError, PhotoError
 
-#: Aspect ratios that differ by less than this share count as the same.
+#: Relative difference below which aspect ratios count as the same.
 _SAME_ASPECT = 0.01
 
 
@@ -35,7 +35,7 @@ class Picture(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Timed:
-    """A frame of a clip's source: start (None if unknown) and duration in units of time, picture (None if damaged)."""
+    """A source frame: start (None if unknown) and duration in units of time, and picture (None if damaged)."""
 
     time: int | None
     duration: int
@@ -44,15 +44,15 @@ class Timed:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """A frame of the result, without pixels if they were not wanted."""
+    """A frame of the result; without pixels unless wanted."""
 
     number: int  # from 0
     time: int  # in the clip's units of time, from 0
-    duration: int  # where no other frame follows
+    duration: int  # if no other frame follows
     shown: np.ndarray | None = None  # input of the backbone, (H, W, 3) uint8
     panel: np.ndarray | None = None  # image panel, (H, W, 3) uint8
-    lost: str | None = None  # why another frame is shown in its place
-    boxed: bool = False  # of another aspect than the clip, between black bars
+    lost: str | None = None  # why another frame replaces it
+    boxed: bool = False  # its aspect ratio differs from the clip's: black bars are added
 
 
 class Clip(ABC):
@@ -61,11 +61,11 @@ class Clip(ABC):
     Attributes:
         path: the file or folder.
         size: (H, W) in pixels of the first frame as displayed.
-        count: number of frames, as far as known before decoding; at least 1.
+        count: number of frames, estimated before decoding; at least 1.
         time_base: seconds in a unit of time.
         rate: average frames per second.
         digest: identifies the content.
-        missing: frames that the file announces but does not hold.
+        missing: number of frames that the header lists but the file lacks.
     """
 
     path: Path
@@ -94,14 +94,14 @@ class Clip(ABC):
         every: int = 1,
         most: int | None = None,
     ) -> Iterator[Frame]:
-        """Frames of the result; an unreadable frame is replaced by the one before it, so that times stay right.
+        """Frames of the result; an unreadable frame is replaced by the previous one, so that times stay correct.
 
         Args:
             shown: (H, W) of the backbone's input.
             panel: (H, W) of a panel.
-            wanted: selects frame numbers; others come without pixels.
+            wanted: selects frame numbers; other frames have no pixels.
             every: use every n-th frame.
-            most: largest number of frames.
+            most: maximum number of frames.
 
         Raises:
             ClipError: if no frame can be read.
@@ -113,14 +113,14 @@ class Clip(ABC):
             if origin is None:
                 origin = source.time or 0
             time = last + self.step if source.time is None else source.time - origin
-            last = time = max(time, last + 1)  # times in damaged files may stand still or go back
+            last = time = max(time, last + 1)  # times in damaged files may repeat or decrease
             number = index // every
             if index % every:
                 continue
             if number == most:
                 break
             frame = Frame(number, time, source.duration * min(every, max(1, self.count - index)))
-            # The frame before the first wanted one replaces that one if it cannot be read.
+            # The frame before the first wanted frame replaces it if it cannot be read.
             if not wanted(number) and not wanted(number + 1):
                 yield frame
                 continue
@@ -142,7 +142,7 @@ class Clip(ABC):
 
 
 def fitted(picture: Picture, size: tuple[int, int], boxed: bool) -> np.ndarray:
-    """A picture as (H, W, 3) uint8, squeezed to the size or, if boxed, at its own aspect between black bars."""
+    """A picture as (H, W, 3) uint8, stretched to the size or, if boxed, padded with black bars."""
     if not boxed:
         return picture.at(size)
     height, width = picture.size()
@@ -185,7 +185,7 @@ class FolderClip(Clip):
     """A folder of images in natural order of their names; subfolders are not searched.
 
     Raises:
-        ClipError: if it holds no readable images.
+        ClipError: if it has no readable images.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
@@ -200,7 +200,7 @@ class FolderClip(Clip):
             folders = any(file.is_dir() for file in inside)
             raise ClipError(
                 f"{path}: no frames in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
-                + ("; there are folders in it: name one that holds frames" if folders else "")
+                + ("; it has subfolders: give one that has frames" if folders else "")
             )
         self.count = len(self._files)
         self.size = self._first_size()

@@ -1,4 +1,4 @@
-"""H.264 through PyAV: encodes parts of a video, and joins them without encoding again."""
+"""H.264 through PyAV: encode parts of a video, and join them without re-encoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from denoising_vit.files import atomic_path, needed
 #: H.264 encoders, in order of preference.
 ENCODERS = ("libx264", "libopenh264")
 
-#: Frames refer to earlier ones only, so that parts can be joined by their times. CRF 16 is visually almost lossless.
+#: No B-frames, so that parts can be joined by their times. CRF 16 is visually almost lossless.
 _SETTINGS = {"libx264": {"preset": "superfast", "crf": "16", "bf": "0"}, "libopenh264": {"b": "8000000"}}
 
 #: BT.709 (matrix, primaries and transfer) and limited range, as video players expect.
@@ -47,7 +47,7 @@ def find_encoder() -> str:
 def part_writer(
     path: Path, size: tuple[int, int], time_base: Fraction, rate: Fraction, encoder: str
 ) -> Iterator[Callable[[np.ndarray, int], None]]:
-    """Yields ``write(pixels, time)`` for frames (H, W, 3) uint8 of one part, which is finished at the end of the block.
+    """Yield ``write(pixels, time)`` for frames (H, W, 3) uint8 of one part, which is finalized at the end of the block.
 
     Args:
         path: the part, in the container format NUT, which keeps times exactly.
@@ -64,7 +64,7 @@ def part_writer(
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.time_base = stream.time_base = time_base
-        context.thread_count = 1  # the model uses the others
+        context.thread_count = 1  # the model uses the other cores
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
 
@@ -88,14 +88,14 @@ def frames_in(part: Path) -> int:
 
 
 def join(parts: Sequence[Path], path: Path, end: Fraction, comment: str, *, new: bool = False) -> None:
-    """Joins parts into one MP4 file that can be streamed.
+    """Join parts into one streamable MP4 file.
 
     Args:
         parts: the parts in order.
         path: the file.
         end: end of the last frame in seconds.
         comment: comment in the file's metadata.
-        new: never replace a file.
+        new: fail instead of replacing a file.
 
     Raises:
         OSError: if the file cannot be written.

@@ -21,10 +21,10 @@ from denoising_vit.errors import ClipError
 from denoising_vit.files import needed
 from denoising_vit.show.video.clips import Clip, FolderClip, Timed
 
-#: Bytes at either end of a file that identify it, with its length.
+#: Number of bytes at each end of a file that, with its length, identify it.
 _ENDS = 1 << 20
 
-#: From this height on, frames without a colour space count as BT.709, below as BT.601.
+#: Frames without a colour space are treated as BT.709 from this height on, below as BT.601.
 HIGH_DEFINITION = 720
 
 #: Value of a frame's colour space for "unspecified".
@@ -32,10 +32,10 @@ _UNSPECIFIED = 2
 
 
 def open_clip(path: str | Path, rate: Fraction) -> Clip:
-    """The clip in a video file, or in a folder of frames at this rate per second.
+    """Open a video file, or a folder of frames at ``rate`` frames per second.
 
     Raises:
-        ClipError: if there is none, or it cannot be read.
+        ClipError: if it does not exist or cannot be read.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -57,7 +57,7 @@ class FilmClip(Clip):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._av = needed("av", "video", ClipError)
-        self._av.logging.set_level(None)  # damaged frames are counted and reported by us
+        self._av.logging.set_level(None)  # damaged frames are counted and reported here
         with self._opened() as (container, stream):
             context = stream.codec_context
             _require_possible(path, context.height, context.width)
@@ -72,12 +72,12 @@ class FilmClip(Clip):
         self._matrix: tuple[int, ...] | None = None
         first = next((source.picture for source in self.timed() if isinstance(source.picture, FilmPicture)), None)
         if first is None:
-            raise ClipError(f"{path}: none of its {self.count} frames can be decoded; is the file damaged?")
+            raise ClipError(f"{path}: none of its {self.count} frames can be decoded; the file may be damaged")
         self._matrix = display_matrix(first.frame)
         self.size = _displayed((first.frame.height, first.frame.width), first.aspect, self._matrix)
 
     def timed(self) -> Iterator[Timed]:
-        """Frames in display order; packets that cannot be decoded give frames without a picture."""
+        """Frames in display order; an undecodable packet gives a frame without a picture."""
         lost: list[int] = []
         scaler = functools.cache(lambda _size: self._av.video.reformatter.VideoReformatter())
         with self._opened() as (container, stream):
@@ -113,8 +113,8 @@ class FilmClip(Clip):
             streams = [stream for stream in container.streams.video if not stream.disposition & covers]
             if not streams:
                 kinds = sorted({stream.type for stream in container.streams})
-                raise ClipError(f"{self.path}: there is no video in it, only {', '.join(kinds) or 'nothing'}")
-            # One thread: errors then belong to their packet, and few large frames are in memory.
+                raise ClipError(f"{self.path}: expected a video stream, found {', '.join(kinds) or 'no stream'}")
+            # One thread, so that errors belong to their packet, and few large frames are in memory.
             streams[0].thread_type, streams[0].codec_context.thread_count = "NONE", 1
             yield container, streams[0]
 
@@ -128,7 +128,7 @@ class FilmClip(Clip):
 
 
 def _until_broken(av: Any, packets: Iterator[Any]) -> Iterator[Any]:
-    """Packets, up to where the file ends early."""
+    """Packets, up to the point where the file ends early."""
     try:
         yield from packets
     except av.error.FFmpegError as error:
@@ -138,7 +138,7 @@ def _until_broken(av: Any, packets: Iterator[Any]) -> Iterator[Any]:
 def _require_possible(path: Path, height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise ClipError(
-            f"{path}: frames of {width:,} x {height:,} pixels are more than the limit of {MAX_PIXELS:,}; shrink them "
+            f"{path}: frames of {width:,} x {height:,} pixels exceed the limit of {MAX_PIXELS:,}; downscale the video "
             "first"
         )
 
@@ -154,7 +154,7 @@ def _rate(stream: Any, times: array[int], time_base: Fraction) -> Fraction:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file's length and both ends: enough to identify it, and fast for hours of video."""
+    """SHA-256 of a file's length and both ends: enough to identify it, and fast even for hours of video."""
     length = path.stat().st_size
     with path.open("rb") as file:
         content = hashlib.sha256(str(length).encode() + file.read(_ENDS))
@@ -165,7 +165,7 @@ def _digest(path: Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FilmPicture:
-    """A decoded frame: PyAV's, the aspect of a pixel, the video's display matrix, and PyAV's scaler for a size."""
+    """A decoded frame: PyAV's frame, pixel aspect ratio, the video's display matrix, and PyAV's scaler for a size."""
 
     frame: Any
     aspect: float
@@ -177,7 +177,7 @@ class FilmPicture:
         return _displayed((self.frame.height, self.frame.width), self.aspect, self.matrix)
 
     def at(self, size: tuple[int, int]) -> np.ndarray:
-        """The frame resized to (H, W), in its own colour format first: no full-size RGB copy is made."""
+        """The frame resized to (H, W), in its own colour format first, which avoids a full-size RGB copy."""
         height, width = size[::-1] if _is_quarter_turn(self.matrix) else size
         alpha = self.frame.format.name == "pal8" or any(part.is_alpha for part in self.frame.format.components)
         unknown = self.frame.colorspace == _UNSPECIFIED and self.frame.height >= HIGH_DEFINITION
@@ -201,9 +201,9 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def display_matrix(frame: Any) -> tuple[int, ...] | None:
-    """The nine numbers of a video's rotation and mirroring; None for neither.
+    """The nine numbers of a video's rotation and mirroring; None without either.
 
-    Call it for one frame only: PyAV keeps frames that were asked for side data until a garbage collection, too late for
+    Call it for one frame only: PyAV keeps frames whose side data was read until a garbage collection, too long for
     large frames.
     """
     for data in frame.side_data:
@@ -215,7 +215,7 @@ def display_matrix(frame: Any) -> tuple[int, ...] | None:
 def upright(pixels: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
     """Pixels (H, W, 3) rotated and mirrored by a display matrix, to the nearest quarter turn.
 
-    The matrix a, b, u, c, d, v, x, y, w maps a place (x, y) to (a x + c y, b x + d y).
+    The matrix a, b, u, c, d, v, x, y, w maps a position (x, y) to (a x + c y, b x + d y).
     """
     if matrix is None:
         return pixels
@@ -227,7 +227,7 @@ def upright(pixels: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:
 
 
 def _displayed(size: tuple[int, int], aspect: float, matrix: Sequence[int] | None) -> tuple[int, int]:
-    """(H, W) in square pixels, upright, of a frame stored as (H, W) pixels of this aspect."""
+    """(H, W) in square pixels, upright, of a frame stored as (H, W) pixels of this aspect ratio."""
     height, width = size[0], max(1, round(size[1] * aspect))
     return (width, height) if _is_quarter_turn(matrix) else (height, width)
 

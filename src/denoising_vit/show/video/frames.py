@@ -1,4 +1,4 @@
-"""The features of frames, and the picture of one frame: rows of features, columns of panels."""
+"""Features of frames, and the picture of one frame: rows of features, columns of panels."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from denoising_vit.views.rendering import per_channel
 
 
 class FrameFeatures:
-    """Features of frames by name.
+    """Extractor of the features of frames, by name.
 
     Args:
         backbone: the backbone.
-        cleaners: what cleans its features.
+        cleaners: the cleaners to use.
         options: selects the features.
 
     Attributes:
         identity: identifies backbone and cleaners, as JSON values.
 
     Raises:
-        DenoisingVitError: as :meth:`Cleaners.extractor` does.
+        DenoisingVitError: as in :meth:`Cleaners.extractor`.
     """
 
     def __init__(self, backbone: Backbone, cleaners: Cleaners, options: VideoOptions) -> None:
@@ -89,10 +89,10 @@ class FrameFeatures:
         return self._made(frame).semantic
 
 
-#: Pixels between panels and around them, and height of a heading.
+#: Margin between and around panels in pixels, and height of a heading.
 GAP, HEADING = 8, 26
 
-#: Font size of headings, and the smallest for narrow panels.
+#: Font size of headings, and the minimum for narrow panels.
 LETTERS, LEAST_LETTERS = 18, 9
 
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
@@ -104,7 +104,7 @@ def panel_fields(panels: Sequence[str]) -> set[str]:
 
 
 def panel_picture(panel: str, features: Tensor, clip: Palette, data_set: Palette | None) -> np.ndarray:
-    """Features (h, w, C) as (h, w, 3) uint8, in the colours of the clip or, for some panels, of a data set."""
+    """Features (h, w, C) as (h, w, 3) uint8, in the colours of the clip or, for some panels, of the data set."""
     if panel == "dataset-pca":
         assert data_set is not None  # checked by the options
         return data_set.colours("pca", features)
@@ -112,9 +112,9 @@ def panel_picture(panel: str, features: Tensor, clip: Palette, data_set: Palette
 
 
 class FrameSheet:
-    """A layout shared by all frames: a row for each of the features, a column for each of the panels of (H, W) pixels.
+    """A layout shared by all frames: one row per kind of features, one column per panel of (H, W) pixels.
 
-    The image appears once, centred between the rows. ``size`` is (H, W) in pixels of the whole, both even.
+    The image appears once, vertically centred. ``size`` is (H, W) in pixels of the whole sheet, both even.
     """
 
     def __init__(self, features: Sequence[str], panels: Sequence[str], panel: tuple[int, int], *, smooth: bool) -> None:
@@ -148,14 +148,14 @@ class FrameSheet:
         return self._pixels
 
     def _enlarged(self, picture: np.ndarray) -> np.ndarray:
-        """(h, w, 3) at the size of a panel."""
+        """A picture (h, w, 3) at the size of a panel."""
         height, width = self._panel
         method = Image.Resampling.BICUBIC if self._smooth else Image.Resampling.NEAREST
         return np.asarray(Image.fromarray(picture).resize((width, height), method))
 
 
 def _font(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font in which the text fits into a width in pixels."""
+    """The largest font in which the text fits a width in pixels."""
     for size in range(LETTERS, LEAST_LETTERS, -1):
         font = ImageFont.load_default(size)
         if font.getlength(text) <= width:

@@ -1,4 +1,4 @@
-"""Renders the video of a clip's features: decode, forward pass, colour, encode."""
+"""Render the video of a clip's features: decode, forward pass, colour, encode."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from denoising_vit.show.video.films import open_clip
 from denoising_vit.show.video.frames import FrameFeatures, FrameSheet, panel_fields, panel_picture
 from denoising_vit.show.video.parts import FrameFolder, Parts, differences, make_record, require_own_video
 
-#: Number of feature vectors that the colours of a clip are fitted on.
+#: Number of feature vectors to fit the colours of a clip on.
 _ENOUGH = 8192
 
-#: Frames with features that are read ahead.
+#: Number of frames with features to read ahead.
 _WAITING = 4
 
 T = TypeVar("T")
@@ -42,11 +42,11 @@ Maps = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RenderedVideo:
-    """The outcome for a clip.
+    """Result for a clip.
 
     Attributes:
         path: the video.
-        status: done, or kept if it existed.
+        status: ``done``, or ``kept`` if it existed.
         frames: number of frames; None if it was kept.
         resumed: number of frames from an earlier run.
         notes: remarks for the user.
@@ -70,26 +70,26 @@ def render_video(
     options: VideoOptions | None = None,
     **changes: Any,
 ) -> RenderedVideo:
-    """Renders a video of a clip's features, in the same colours for all frames and features.
+    """Render a video of a clip's features, with the same colours for all frames and features.
 
-    An interrupted run leaves its finished parts in a hidden folder beside ``out``; the same call resumes from there.
+    An interrupted run leaves its finished parts in a hidden folder next to ``out``; the same call resumes from them.
 
     Args:
         backbone: from :func:`~denoising_vit.load_backbone`; a stride below its patch size gives finer maps.
         clip: a video file, or a folder of frames.
-        out: the MP4 file; PNG frames go to a folder of the same name without suffix.
+        out: the MP4 file; PNG frames go to a folder with the same name without the suffix.
         cleaners: sources of denoiser, artifact and distilled weights.
-        overwrite: replace an existing video, or an unfinished one of other settings.
+        overwrite: replace an existing video, or an unfinished one with other settings.
         progress: called as ``progress(done, total)`` after each frame.
         options: what to show.
-        **changes: single fields of :class:`VideoOptions`, such as ``features="raw"``.
+        **changes: individual fields of :class:`VideoOptions`, such as ``features="raw"``.
 
     Raises:
         ClipError: if the clip cannot be read, PyAV or its encoder is missing, or an unfinished run has other settings.
         OutputError: if the video or its frames would replace files of another source.
         PlanError: if an option is out of range.
-        ArtifactError, DenoiserError, WeightsError, FormatError: if a cleaner or palette is missing or of another
-            backbone.
+        ArtifactError, DenoiserError, WeightsError, FormatError: if a cleaner or palette is missing or belongs to
+            another backbone.
         OSError: if results cannot be written.
     """
     options = dataclasses.replace(options or VideoOptions(), **changes)
@@ -98,7 +98,7 @@ def render_video(
 
 
 class VideoMaker:
-    """Makes videos of several clips with the same options; see :func:`render_video`."""
+    """Renders videos of several clips with the same options; see :func:`render_video`."""
 
     def __init__(self, backbone: Backbone, options: VideoOptions, cleaners: Cleaners) -> None:
         options.validate()
@@ -113,9 +113,9 @@ class VideoMaker:
     def render(
         self, clip: Clip, out: Path, *, overwrite: bool = False, progress: OnProgress | None = None
     ) -> RenderedVideo:
-        """The video of a clip; see :func:`render_video`."""
+        """Render the video of a clip; see :func:`render_video`."""
         if out.suffix.lower() != ".mp4":
-            raise ClipError(f"{out}: expected the name of an .mp4 file")
+            raise ClipError(f"{out}: expected a name ending in .mp4")
         record = make_record(clip.digest, self.options.recorded(), self._identity)
         existing = require_own_video(out, clip)
         frames = FrameFolder(out.with_suffix(""), clip.digest) if self.options.frames else None
@@ -123,7 +123,7 @@ class VideoMaker:
             frames.require_free(clip.path)
         if existing is not None and not overwrite:
             changed = differences(existing, record)
-            note = f"made with other settings ({'; '.join(changed)}): --overwrite to do it again" if changed else ""
+            note = f"made with other settings ({'; '.join(changed)}); use --overwrite to redo it" if changed else ""
             return RenderedVideo(out, "kept", notes=(note,) if note else ())
         parts = Parts(out)
         parts.open(record, self.options.part_frames, overwrite=overwrite)
@@ -169,14 +169,14 @@ class _Run:
                 else:
                     self._make_part(number, group, colours)
         if not self._count:
-            raise ClipError(f"{self._clip.path}: a video of no length: it holds no frame")
+            raise ClipError(f"{self._clip.path}: the clip has no frames")
         if self._frame_folder:
             self._frame_folder.drop_after(self._count)
         self._parts.finish(self._end * self._clip.time_base)
         return RenderedVideo(self._out, "done", self._count, resumed, tuple(self._notes()))
 
     def _colours(self) -> Palette:
-        """The colours of the clip; features of the frames they are fitted on are kept for their turn."""
+        """The colours of the clip; features computed to fit them are kept for later use."""
         palette = self._parts.palette
         if palette.is_file():
             return read_palette(palette)
@@ -186,7 +186,7 @@ class _Run:
         while batch := list(itertools.islice(wanted, self._batch)):
             self._ready |= {frame.number: maps for frame, maps in self._extracted(batch)}
             self._progress(len(self._ready), self._total)
-        if not self._ready:  # fewer frames than the file says
+        if not self._ready:  # fewer frames than the header says
             chosen = {0}
             self._ready = {
                 frame.number: maps for frame, maps in self._extracted([next(self._frames(lambda n: n == 0, 1))])
@@ -200,9 +200,9 @@ class _Run:
         return self._clip.frames(self._shown, self._panel, wanted=wanted, every=self._options.every, most=most)
 
     def _ahead(self, items: Iterator[T], most: int) -> Generator[T, None, None]:
-        """The same items, read ahead in a thread on an accelerator.
+        """The same items, read ahead in a thread if there is an accelerator.
 
-        Not on a CPU: each parallel part of a model waits for its slowest core, so a thread beside it costs more than
+        Not on a CPU: each parallel section of a model waits for its slowest core, so an extra thread costs more than
         its own time.
         """
         if self._maker.backbone.device.type == "cpu":
@@ -210,7 +210,7 @@ class _Run:
         return prefetched(items, most)
 
     def _featured(self, start: int) -> Iterator[tuple[Frame, Maps]]:
-        """All frames in order, with features from a frame number on."""
+        """All frames in order, with features starting at frame number ``start``."""
         frames = self._frames(lambda number: number >= start, self._options.max_frames)
         window: list[Frame] = []
         fresh = 0
@@ -232,7 +232,7 @@ class _Run:
             yield frame, found[frame] if frame in found else self._ready.pop(frame.number)
 
     def _extracted(self, frames: list[Frame]) -> Iterator[tuple[Frame, Maps]]:
-        """Frames with their features, in batches of one size, so that rounding is the same in all of them."""
+        """Frames with their features, in batches of one size, so that rounding is the same in every batch."""
         if not frames:
             return
         pixels = [frame.shown for frame in frames if frame.shown is not None]
@@ -253,7 +253,7 @@ class _Run:
                 if self._frame_folder:
                     self._frame_folder.write(sheet, frame.number)
                 self._note(frame)
-                ahead = sum(number > frame.number for number in self._fitted_on)  # extracted already
+                ahead = sum(number > frame.number for number in self._fitted_on)  # already extracted
                 self._progress(self._count + ahead, self._total)
         self._parts.add(self._parts.path(number), self._count - before)
 
@@ -280,4 +280,4 @@ class _Run:
         if self._clip.missing:
             yield f"the file is truncated: {self._clip.missing} of the frames listed in its header are missing"
         if self._boxed:
-            yield f"{self._boxed} frames of another aspect ratio than the first have black bars"
+            yield f"{self._boxed} frames have another aspect ratio than the first and get black bars"
