@@ -383,8 +383,8 @@ def test_photo_of_one_colour_has_no_variance_to_predict(backbone: Backbone) -> N
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"views": 4}, "4 views of 7 x 7 patches are too few .* at least 5 are needed"),
-        ({"views": 12, "resolution": 60}, "at least 75 are needed"),  # (3600 + 49) / 49 = 74.5
+        ({"views": 4}, "4 views of 7 x 7 patches are too few .* expected at least 5"),
+        ({"views": 12, "resolution": 60}, "expected at least 75"),  # (3600 + 49) / 49 = 74.5
         ({"views": 0}, "views must be at least 1, got 0"),
         ({"held_out": -1}, "held_out must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

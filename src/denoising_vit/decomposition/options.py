@@ -71,8 +71,8 @@ class ExactOptions(StageOneCrops):
             edge of a view), for the neural field's released recipe only.
         taper: exact only; fraction of a crop's side over which patch weights rise from the border inwards; with 0,
             seams appear where crops end.
-        offsets: exact only; also fit a constant in each crop. The content of a crop shifts all of its features, and without
-            these constants the field absorbs the shifts. Also give an artifact, or `none`.
+        offsets: exact only; also fit a constant in each crop. The content of a crop shifts all of its features, and
+            without these constants the field absorbs the shifts. Also give an artifact, or `none`.
         seed: seed for the crops; the same seed gives the same result.
     """
 
