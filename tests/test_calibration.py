@@ -254,7 +254,7 @@ def test_forward_passes_are_views_times_photos() -> None:
         ({"shrinkage": -1.0}, "shrinkage must be at least 0"),
         ({"clip": 0.0}, "clip must be a positive number"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"views": 3}, "3 views of 7 x 7 patches are too few .* and an artifact: at least 5 are needed"),
+        ({"views": 3}, "3 views of 7 x 7 patches are too few .* and an artifact; expected at least 5"),
         ({"resolution": 40}, "16 views of 7 x 7 patches are too few for a field of 40 x 40 nodes"),
     ],
     ids=str,

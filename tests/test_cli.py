@@ -524,7 +524,7 @@ def test_output_that_cannot_be_written_to(dvit: Dvit, tmp_path: Path, place: str
     ("options", "told"),
     [
         (["--size", "100"], "side of 100 pixels .* multiple of 16 .* Nearest: 96 or 112"),
-        (["--views", "4"], "4 views of 6 x 6 patches are too few .* at least 5 are needed"),
+        (["--views", "4"], "4 views of 6 x 6 patches are too few .* expected at least 5"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
         (["--backbone", "vit_nonsense"], "no model 'vit_nonsense'"),
         (["--backbone", "resnet18"], "resnet18 is not a plain ViT"),
