@@ -18,6 +18,7 @@ import tiny_fit
 from command import Dvit, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.evaluation import probing
+from denoising_vit.evaluation.depth import data as depth_data
 from denoising_vit.evaluation.depth import protocol
 from tiny_depth import blocky, flat, write_depth, write_nyu, write_pairs, write_photo, write_splits
 
@@ -325,6 +326,19 @@ def test_a_line_of_nyu_that_cannot_be_used_is_skipped_with_a_reason(
     assert_plain(done)
     assert message in done.err
     assert lines_of(out)[0]["images"] == {"train": 2, "val": 1}
+
+
+def test_outcomes_that_were_saved_for_other_groups_are_not_reused(
+    run: Run, planted: tiny_artifact.Planted, nyu: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--features", "raw,average", "--size", 48, "--steps", 1, "--seeds", 0)
+    for scenes, over in (({}, "images"), ({"test_0001/rgb_00000.png": 3}, "scenes")):
+        monkeypatch.setattr(depth_data, "scenes_of", lambda *_ids, found=scenes: found)
+        done = run(*command, of=nyu)
+        assert done.code == 0, done.err
+        raw, average = lines_of(out)[-2:]
+        assert raw["settings"].get("over", "images") == average["paired"]["over"] == over
+    assert len(lines_of(out)) == 4
 
 
 # --- What is refused

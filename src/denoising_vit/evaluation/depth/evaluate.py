@@ -240,6 +240,8 @@ def by_protocol(
             "use --preset quick, or remove exact from --features"
         )
     settings = recorded(protocol) | {"blocks": data.blocks}
+    if data.scenes:  # saved outcomes hold the groups of their photos
+        settings |= {"over": data.over}
 
     def evaluate(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
         checkpoints = bench.checkpoints(source, settings)
