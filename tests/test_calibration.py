@@ -286,7 +286,7 @@ def test_unknown_option_is_a_type_error(backbone: Backbone) -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_too_few_photos_are_refused_with_how_many_it_takes(backbone: Backbone, count: int) -> None:
     with pytest.raises(
-        ArtifactError, match=rf"^{count} usable photos: an artifact needs at least 4, preferably a few dozen"
+        ArtifactError, match=rf"^{count} usable photos; an artifact needs at least 4, preferably a few dozen"
     ):
         dv.calibrate(backbone, tiny.photos(count))
 
@@ -392,7 +392,7 @@ def test_same_file_named_twice_counts_once(backbone: Backbone, tmp_path: Path) -
 
 
 def test_one_image_many_times_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(ArtifactError, match=r"1 usable photos \(9 skipped, .*a duplicate of photo 0\)"):
+    with pytest.raises(ArtifactError, match=r"1 usable photos \(9 skipped; .*a duplicate of photo 0\)"):
         dv.calibrate(backbone, tiny.photos(1) * 10)
 
 
@@ -595,7 +595,7 @@ def test_absurd_numbers_of_photos_are_not_suggested(noise: float) -> None:
 @pytest.mark.parametrize("kind", ["array", "picture"])
 def test_one_photo_is_one_photo_and_not_its_rows(backbone: Backbone, kind: str) -> None:
     (photo,) = tiny.photos(1)
-    with pytest.raises(ArtifactError, match=r"^1 usable photos: "):
+    with pytest.raises(ArtifactError, match=r"^1 usable photos; "):
         dv.calibrate(backbone, photo if kind == "array" else Image.fromarray(photo))  # pyright: ignore[reportArgumentType]
 
 

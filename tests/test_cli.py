@@ -752,5 +752,5 @@ def test_an_error_of_the_system_is_told_and_names_the_file(
 
     monkeypatch.setattr("denoising_vit.cli.models.models", models)
     assert app.run(["models"]) == 2
-    told = "error: out/sheet.png could not be read or written (No space left on device); make room"
+    told = "error: out/sheet.png could not be read or written (No space left on device); free disk space"
     assert told in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_what_cannot_be_used_is_named_and_the_exit_code_says_so(
     [
         (("--photos", "-1"), "--photos must be at least 0 (all)"),
         (("--views", "1"), "views must be at least 2"),
-        (("--photos", "5"), "5 usable photos: a diagnosis needs at least 8"),
+        (("--photos", "5"), "5 usable photos; a diagnosis needs at least 8"),
         (("--size", "50"), "does not fit the patch grid"),
     ],
 )

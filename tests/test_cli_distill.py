@@ -106,7 +106,7 @@ def test_help_documents_every_option(dvit: Dvit, monkeypatch: pytest.MonkeyPatch
         "decay of an exponential moving average of the weights",
         "weight of the loss that keeps class token and registers unchanged",
         "factor on the learning rate from each block to the previous one",
-        "number of batches whose gradients are accumulated per step",
+        "number of batches to accumulate gradients over per step",
         "number of passes over the photos if steps is 0",
         "photos: a folder at any depth (class names are ignored), a text list, or tar shards",
         "accelerate launch -m denoising_vit distill",
@@ -332,7 +332,7 @@ def test_the_first_process_alone_speaks(
     [
         (("--denoiser", "{files}/other.safetensors"), "Use the backbone that it was trained for"),
         (("--denoiser", "{files}/inner.safetensors"), "layer 5"),
-        (("--denoiser", "{files}/wide.safetensors"), "has 384 channels; "),
+        (("--denoiser", "{files}/wide.safetensors"), "has 384 channels, but "),
         (("--denoiser", "{files}/none.safetensors"), "no such denoiser file"),
         (("--denoiser", "{files}/tiny.safetensors"), "tiny.safetensors"),
         (("--denoiser", "voc_distilled"), "voc_distilled is a whole model, not a denoiser"),

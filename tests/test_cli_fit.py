@@ -237,7 +237,7 @@ def test_a_folder_that_is_something_else_is_refused(fit: Fit, photos: Path, tmp_
 def test_a_store_of_a_newer_version_is_refused(fit: Fit, photos: Path, store: Path) -> None:
     manifest = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
-    refused(fit(photos, store), "a store of version 99", "upgrade")
+    refused(fit(photos, store), "expected a store of version 2 or lower, got 99", "upgrade")
 
 
 def test_no_photos_is_refused(fit: Fit, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_disk_that_fills_up_gives_2_and_the_same_command_goes_on(
     with monkeypatch.context() as during:
         after_puts(during, 4, full)
         done = fit(photos, tmp_path / "store")
-    refused(done, f"cannot write to {tmp_path / 'store'} (No space left on device)", "to continue")
+    refused(done, f"cannot write to {tmp_path / 'store'} (No space left on device)", "to resume")
     assert len(FeatureStore.open(tmp_path / "store").done()) == 4
     assert fit(photos, tmp_path / "store").code == 0
     assert tiny.contents(tmp_path / "store") == tiny.contents(finished)

@@ -138,5 +138,5 @@ def test_no_input_and_a_folder_that_cannot_be_written_to(video: Dvit, frames: Pa
 def test_help_tells_panels_and_sizes(video: Dvit) -> None:
     shown = video("--help")
     assert shown.code == 0
-    for word in ("dataset-pca", "about 518 for the long side", "exact (stage 1", "--stride", "foreground-pca"):
+    for word in ("dataset-pca", "about 518", "exact (stage 1", "--stride", "foreground-pca"):
         assert word in shown.words

@@ -514,7 +514,7 @@ def test_the_model_as_pretrained_is_no_denoiser() -> None:
 
 
 def test_what_was_not_published_for_a_model_names_what_was() -> None:
-    with pytest.raises(DenoiserError, match=rf"no imgnet_denoised .* {re.escape(DINOV2_S)}; there are voc_denoised"):
+    with pytest.raises(DenoiserError, match=rf"no imgnet_denoised .* {re.escape(DINOV2_S)}; published: voc_denoised"):
         load_denoiser("imgnet_denoised", backbone=renamed(tiny_backbone(), DINOV2_S))
     with pytest.raises(DenoiserError, match=r"no voc_denoised was published for Planted; `dvit models`"):
         load_denoiser("voc_denoised", backbone=tiny_backbone())

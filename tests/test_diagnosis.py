@@ -142,7 +142,7 @@ def test_maps_of_a_few_photos_are_kept_to_be_shown() -> None:
 
 
 def test_too_few_photos_are_refused_with_the_number_that_is_needed() -> None:
-    with pytest.raises(dv.ArtifactError, match=r"7 usable photos: a diagnosis needs at least 8"):
+    with pytest.raises(dv.ArtifactError, match=r"7 usable photos; a diagnosis needs at least 8"):
         dv.diagnose(planted.backbone(), planted.photos(7), views=VIEWS)
 
 

@@ -101,7 +101,7 @@ def test_its_fingerprint_is_another_than_that_of_the_raw_model(ran: tuple[Distil
 
 
 def test_another_model_refuses_it(ran: tuple[Distillation, dv.Backbone]) -> None:
-    with pytest.raises(WeightsError, match="they do not fit vit_small_patch16_224"):
+    with pytest.raises(WeightsError, match="its weights do not fit vit_small_patch16_224"):
         dv.load_backbone("vit_small_patch16_224", weights=ran[0].folder.distilled)
 
 

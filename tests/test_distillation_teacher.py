@@ -179,7 +179,7 @@ def recorded(**changes: Any) -> Denoiser:
         (lambda: tiny.denoiser(tiny.backbone(3)), r"given: duplicate denoiser for layer 2; expected one each"),
         (lambda: tiny.denoiser(tiny.backbone(3, 1, seed=1)), r"trained for .*seed 1.*; got .*seed 0"),
         (lambda: recorded(layer=0), r"trained for .*layer 0.*; got .*layer 0.*fingerprint"),  # words alone do not count
-        (lambda: wider(1), r"the denoiser has 384 channels; .*layer 1.* has 192"),
+        (lambda: wider(1), r"the denoiser has 384 channels, but .*layer 1.* has 192"),
     ],
     ids=["no record", "no layer", "own layer", "other weights", "wrong layer", "other width"],
 )

@@ -189,7 +189,7 @@ def test_of_a_model_with_a_head_the_vit_is_taken() -> None:
     with pytest.raises(BackboneError, match="weights, stride and layout do not apply"):
         load_backbone(whole, stride=4)
     other = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1]))
-    with pytest.raises(BackboneError, match="ResNetModel is a 'resnet'; expected one of dinov2"):
+    with pytest.raises(BackboneError, match="ResNetModel has model type 'resnet'; expected one of dinov2"):
         load_backbone(other)
 
 

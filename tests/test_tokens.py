@@ -246,7 +246,7 @@ METRICS = [
 def test_every_metric_refuses_what_cannot_be_measured(metric) -> None:
     with pytest.raises(EvaluationError, match="constant output: all 30 tokens of features are the same"):
         metric(torch.full((2, 3, 5, 7), 0.1))
-    with pytest.raises(EvaluationError, match=r"expected features of shape \(N, h, w, C\).*got \(3, 5, 7\)"):
+    with pytest.raises(EvaluationError, match=r"expected features of non-empty shape \(N, h, w, C\).*got \(3, 5, 7\)"):
         metric(noise(3, 5, 7))
     features = noise(2, 3, 5, 7)
     features[0, 0, 0, :2] = torch.tensor([math.inf, math.nan])

@@ -166,7 +166,7 @@ def test_wrong_arguments():
         PCABasis.fit()
     with pytest.raises(ValueError, match="same number of channels"):
         PCABasis.fit(features, features[..., :4])
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="expected non-empty features"):
         PCABasis.fit(features[:0])
     with pytest.raises(ValueError, match="percentiles"):
         PCABasis.fit(features, bounds=(99, 1))
