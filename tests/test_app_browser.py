@@ -295,13 +295,13 @@ def test_a_second_click_waits_for_the_first(visit: Callable[..., Visitor], tmp_p
     visitor.choose("method", "exact")
     page.wait_for_selector("#views input[type=number]:not([disabled])")
     visitor.type("size", 280)
-    visitor.type("views", 64)
+    visitor.type("views", 32)
     page.click("#run")
     page.wait_for_selector("#compare :text('views')")
     visitor.choose("method", "denoiser")
     page.click("#run")
     page.wait_for_selector("#compare :text('queue: 1/1')")
-    page.wait_for_selector("#figures:has-text('held-out R²')")  # the first one's
+    page.wait_for_selector("#figures:has-text('held-out R²')", timeout=90_000)  # the first one's
     page.wait_for_selector("#figures:not(:has-text('held-out R²'))")  # the second one's
     assert dv.Decomposition.load(visitor.download("features", tmp_path)).info["method"] == "denoiser"
 
