@@ -7,8 +7,8 @@ normal equations are ``A F + K^T G = b`` and ``K F + D G = g``. A, K and D depen
 contributes only b and g (:class:`~denoising_vit.decomposition.statistics.Statistics`). Eliminating F gives
 ``T G = g - K A^-1 b`` with ``T = D - K A^-1 K^T``. docs/method.md has the derivation.
 
-With offsets, each view also has an unknown constant o_v (C) that its features are shifted by, with the penalty
-``nu (N / views) |o|^2``. They are eliminated together with F.
+With offsets, the features of each view are also shifted by an unknown constant o_v (C), with the penalty
+``nu (N / views) |o|^2``. Offsets are eliminated together with F.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class ExactSolver:
         """The field (Ry, Rx, C) where the artifact (h, w, C) is known, or none: ``F = A^-1 (b - K^T G)``."""
         if artifact is not None:
             b = b - self.spread(artifact)
-            s = None if s is None else s - torch.einsum("vh,hwc,vw->vc", self._rows, artifact, self._columns)
+            s = None if s is None else s - self._patch_weights @ artifact.flatten(0, 1)
         return self._field_and_offsets(b, s)[0]
 
     def solve_apart(self, b: Tensor, g: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -103,13 +103,13 @@ class ExactSolver:
         field, offsets = self._field_and_offsets(b, s)
         right = g - self.project(field)
         if offsets is not None:
-            right = right - torch.einsum("vh,vc,vw->hwc", self._rows, offsets, self._columns)
+            right = right - (self._patch_weights.T @ offsets).view_as(g)
         artifact = torch.cholesky_solve(right.flatten(0, 1), self._artifact_factor).view_as(g)
         # The data cannot distinguish F + c, G - c from F, G for a constant c, so G is set to mean zero.
         return field, artifact - artifact.mean((0, 1))
 
     def _field_and_offsets(self, b: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The field (Ry, Rx, C) and the offsets (V, C), if there are any, without an artifact."""
+        """The field (Ry, Rx, C) and the offsets (V, C), without an artifact; None if no offsets are fitted."""
         field = self._field_factor.solve(b)
         if not self.offsets:
             return field, None
@@ -172,8 +172,7 @@ class ExactSolver:
         schur += mean_weight / positions  # fixes the constant
         schur.diagonal().add_(self._position_weights.flatten() + self.shrinkage * mean_weight)
         if self.offsets:
-            coupling = torch.einsum("vh,vw->hwv", self._rows, self._columns) - self.project(self._offset_response)
-            coupling = coupling.flatten(0, 1)  # (h w, V)
+            coupling = self._patch_weights.T - self.project(self._offset_response).flatten(0, 1)  # (h w, V)
             schur -= coupling @ torch.cholesky_solve(coupling.T, self._offset_factor)
         try:
             return torch.linalg.cholesky(schur)  # reads the lower triangle only
@@ -184,22 +183,27 @@ class ExactSolver:
             ) from error
 
     @cached_property
+    def _patch_weights(self) -> Tensor:
+        """The weight of each patch of each view, (V, h w)."""
+        return (self._rows[:, :, None] * self._columns[:, None, :]).flatten(1)
+
+    @cached_property
     def _offset_spread(self) -> Tensor:
-        """What an offset of one adds to b, by view, (Ry, Rx, V)."""
+        """Contribution of each view's unit offset to b, (Ry, Rx, V)."""
         return torch.einsum("vr,vs->rsv", self._uy.sum(1), self._tx.sum(1))
 
     @cached_property
     def _offset_response(self) -> Tensor:
-        """What an offset of one adds to the field where it is not modelled, by view, (Ry, Rx, V)."""
+        """Contribution of each view's unit offset to the field of a model without offsets, (Ry, Rx, V)."""
         return self._field_factor.solve(self._offset_spread)
 
     @cached_property
     def _offset_factor(self) -> Tensor:
-        """The Cholesky factor (V, V) of the offsets' equations once F is eliminated, with the constant pinned."""
-        weights = self._rows.sum(1) * self._columns.sum(1)  # (V,)
+        """The Cholesky factor (V, V) of the equations for the offsets after eliminating F, with the constant fixed."""
+        weights = self._patch_weights.sum(1)  # (V,)
         schur = torch.diag(weights) - torch.einsum("rsv,rsw->vw", self._offset_spread, self._offset_response)
         mean_weight = float(weights.mean())
-        schur += mean_weight / len(weights)  # the pinned constant
+        schur += mean_weight / len(weights)  # fixes the constant
         schur.diagonal().add_(_OFFSET_SHRINKAGE * mean_weight)
         return torch.linalg.cholesky(schur)
 
