@@ -19,6 +19,7 @@ from command import Dvit, in_process
 from denoising_vit.backbones import Backbone, BackboneSpec
 from denoising_vit.evaluation import probing
 from denoising_vit.evaluation.depth import data as depth_data
+from denoising_vit.evaluation.depth import evaluate as depth_evaluate
 from denoising_vit.evaluation.depth import protocol
 from tiny_depth import blocky, flat, write_depth, write_nyu, write_pairs, write_photo, write_splits
 
@@ -328,17 +329,23 @@ def test_a_line_of_nyu_that_cannot_be_used_is_skipped_with_a_reason(
     assert lines_of(out)[0]["images"] == {"train": 2, "val": 1}
 
 
-def test_outcomes_that_were_saved_for_other_groups_are_not_reused(
-    run: Run, planted: tiny_artifact.Planted, nyu: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_saved_outcomes_are_grouped_again_without_training(
+    run: Run, planted: tiny_artifact.Planted, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pictures = [flat(metres, (480, 640)) for metres in (2, 3)]
+    nyu = write_nyu(tmp_path / "nyu", pictures, pictures[::-1])
     command = ("--features", "raw,average", "--size", 48, "--steps", 1, "--seeds", 0)
-    for scenes, over in (({}, "images"), ({"test_0001/rgb_00000.png": 3}, "scenes")):
+    one_scene = {f"test_0001/rgb_{number:05}.png": 3 for number in range(2)}
+    for scenes, over, groups in (({}, "images", 2), (one_scene, "scenes", 1)):
         monkeypatch.setattr(depth_data, "scenes_of", lambda *_ids, found=scenes: found)
         done = run(*command, of=nyu)
         assert done.code == 0, done.err
         raw, average = lines_of(out)[-2:]
         assert raw["settings"].get("over", "images") == average["paired"]["over"] == over
+        assert average["paired"]["groups"] == groups
+        monkeypatch.setattr(depth_evaluate, "train", None)  # not called again
     assert len(lines_of(out)) == 4
+    assert lines_of(out)[0]["metrics"] == lines_of(out)[2]["metrics"]
 
 
 # --- What is refused

@@ -46,7 +46,7 @@ def test_folders_without_splits_are_judged_in_blocks(tmp_path: Path) -> None:
 def test_folders_with_splits_have_no_blocks(tmp_path: Path) -> None:
     data = open_depth(write_splits(tmp_path / "rooms", blocky(3, 0), blocky(2, 1)))
     assert (data.layout, data.blocks, data.note, data.over) == ("folders", 0, None, "images")
-    assert data.groups(data.val, 0) == [0, 1]
+    assert data.groups is None
     assert [(images.split, len(images.images)) for images in data.splits] == [("train", 3), ("val", 2)]
 
 
@@ -420,9 +420,9 @@ def test_scenes_are_found_among_all_photos_of_the_lists_even_if_few_are_taken(tm
             lines.append(f"{moved} {depth} {focal}")
         (root / name).write_text("\n".join(lines))
     data = open_depth(root)
-    assert data.over == "scenes" and data.groups(data.val, 0) == [0, 1, 1, 2]
+    assert data.over == "scenes" and data.groups is not None and data.groups.tolist() == [0, 1, 1, 2]
     few = open_depth(root, images=1)
-    assert few.scenes == data.scenes and few.groups(few.val, 0) == [1]
+    assert few.scenes == data.scenes and few.groups is not None and few.groups.tolist() == [1]
 
 
 # --- Blocks

@@ -67,6 +67,8 @@ class Task:
         size: height and width of the model's input in pixels; None for the image's own size.
         outcome: type of the outcomes.
         over: unit of the groups that intervals are taken over.
+        groups: group of each item, (items,) int64, if ``evaluate`` yields outcomes with other groups; recorded by
+            ``over``. Saved outcomes do not depend on it.
         normalisation: normalisation of images: the backbone's own, or ImageNet's.
         crops: crops by split, if stage 1 fits each crop as an image of its own.
         whole_fields: evaluate crops with fields of whole images; recorded in the identity of the fields.
@@ -80,6 +82,7 @@ class Task:
     size: int | tuple[int, int] | None = None
     outcome: type[Outcome] = Counts
     over: str = "images"
+    groups: np.ndarray | None = None
     normalisation: Literal["own", "imagenet"] = "own"
     crops: Mapping[str, Sequence[Shown]] | None = None
     whole_fields: bool = False
@@ -237,6 +240,8 @@ class Workbench:
     def _record(self, task: Task, name: str) -> Record:
         splits = self.data.splits
         settings = self._settings | dict(task.settings) | {"size": task.size or "native", "seeds": task.seeds}
+        if task.groups is not None:
+            settings |= {"over": task.over}
         return Record(
             task=task.name,
             features=name,
@@ -250,8 +255,9 @@ class Workbench:
 
     def _outcomes(self, task: Task, source: FeatureSource, record: Record) -> tuple[list[Outcome], Curve]:
         """Outcome of each seed, loaded if saved by an earlier run, and the curve of the first seed."""
-        # The outcome of a seed does not depend on the other seeds.
-        key = replace(record, settings={name: value for name, value in record.settings.items() if name != "seeds"}).key
+        # The outcome of a seed depends neither on the other seeds nor on the groups.
+        settings = {name: value for name, value in record.settings.items() if name not in ("seeds", "over")}
+        key = replace(record, settings=settings).key
         folder = self.folder / "counts"
         paths = {seed: folder / f"{_text_digest(f'{key} {seed}', 24)}.safetensors" for seed in task.seeds}
         done = {seed: found for seed, path in paths.items() if (found := _load(path, task.outcome)) is not None}
@@ -263,7 +269,10 @@ class Workbench:
                     outcome = outcome.only(self.data.scored_columns)
                 done[seed] = outcome, curve
                 _save(paths[seed], outcome, curve)
-        return [done[seed][0] for seed in task.seeds], done[task.seeds[0]][1]
+        found = [done[seed][0] for seed in task.seeds]
+        if task.groups is not None:
+            found = [replace(outcome, groups=task.groups) for outcome in found]
+        return found, done[task.seeds[0]][1]
 
     def _scored(
         self, task: Task, record: Record, found: Sequence[Outcome], curve: Curve, reference: _Reference | None

@@ -138,11 +138,10 @@ class DepthData(EvaluationData[EvaluationSet[DepthImage]]):
         """Groups of photos that intervals are taken over: scenes, if they are known."""
         return "blocks" if self.blocks else "scenes" if self.scenes else "images"
 
-    def groups(self, val_set: EvaluationSet[DepthImage], block: int) -> list[int]:
-        """The group of each photo of a block, or of all photos if there are no blocks."""
-        if self.blocks:
-            return [block] * len(val_set.images)
-        return [self.scenes.get(image.id, place) for place, image in enumerate(val_set.images)]
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The scene of each ``val`` photo, (photos,) int64; None if unknown."""
+        return np.array([self.scenes[image.id] for image in self.val.images]) if self.scenes else None
 
 
 def open_depth(

@@ -162,7 +162,7 @@ class LinearDepth:
                 first = kept is not None and seed == seeds[0] and block == 0
                 errors, looks = self._probe(kept, train_set, val_set, seed, block, curve_with_scores=first)
                 found.append(errors)
-                groups += self.data.groups(val_set, block)
+                groups += [block] * len(errors) if self.data.blocks else list(range(len(errors)))
                 curve = curve or looks
             yield seed, Depths(np.concatenate(found), np.array(groups, dtype=np.int64)), curve
 
@@ -240,8 +240,6 @@ def by_protocol(
             "use --preset quick, or remove exact from --features"
         )
     settings = recorded(protocol) | {"blocks": data.blocks}
-    if data.scenes:  # saved outcomes hold the groups of their photos
-        settings |= {"over": data.over}
 
     def evaluate(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:
         checkpoints = bench.checkpoints(source, settings)
@@ -255,6 +253,7 @@ def by_protocol(
         protocol.size,
         outcome=Depths,
         over=data.over,
+        groups=data.groups,
         normalisation=protocol.normalisation,
         published=published,
     )
