@@ -9,6 +9,7 @@ Whole images are squeezed to a square, as the backbone is shown them.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +31,25 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     asked = parser.parse_args()
     labels = {}
-    for name, pairs in {
-        "voc": voc(asked.voc, asked.split),
-        "camvid": camvid(asked.camvid, asked.split),
-        "nyu": nyu(asked.nyu, asked.split),
-    }.items():
+    for name in ("voc", "camvid", "nyu"):
+        pairs = pairs_of(name, getattr(asked, name), asked.split)
         (asked.out / name).mkdir(parents=True)
         for photo, _ in pairs:
             Image.open(photo).convert("RGB").save(asked.out / name / f"{photo.stem}.webp", quality=80, method=3)
-        read = depths if name == "nyu" else classes
-        ignored = {"voc": 255, "camvid": 11}.get(name)
-        labels[name] = np.stack([read(truth, ignored) for _, truth in pairs])
+        labels[name] = truths(name, pairs)
     np.savez_compressed(asked.out / "labels.npz", **labels)
+
+
+def pairs_of(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
+    """Photos and label files of a split of a set: voc, camvid or nyu."""
+    return {"voc": voc, "camvid": camvid, "nyu": nyu}[name](root, split)
+
+
+def truths(name: str, pairs: Sequence[tuple[Path, Path]]) -> np.ndarray:
+    """Labels (N, GRID, GRID) of the patches of photos with label files."""
+    read = depths if name == "nyu" else classes
+    ignored = {"voc": 255, "camvid": 11}.get(name)
+    return np.stack([read(truth, ignored) for _, truth in pairs])
 
 
 def voc(root: Path, split: str) -> list[tuple[Path, Path]]:

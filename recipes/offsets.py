@@ -1,8 +1,9 @@
-"""What a constant for each crop does to stage 1: probes fitted on train, scored on val, with intervals over images.
+"""Stage 1 with and without a constant for each crop: planted patterns, then probes fitted on train, scored on val.
 
     PYTHONPATH=src python recipes/offsets.py --voc VOCdevkit/VOC2012 --camvid DIR --nyu DIR -o FILE
 
-Whole photos are squeezed to a square. The probes are those of `confirm.py`, quick ones on patches.
+Whole photos are resized to a square. The probes are the quick ones of `confirm.py`, on patches, with intervals over
+images.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import probes
 import torch
 from confirm import compared, counts_of
 from PIL import Image
-from scenes import render
-from targets import Stage1, plans
+from targets import Stage1, plans, seen
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone, BackboneSpec
-from denoising_vit.decomposition.statistics import weighted_sum
+from denoising_vit.decomposition.statistics import view_sums, weighted_sum
+from denoising_vit.views.plan import ViewPlan
 
 #: Number of images of each set, for fitting probes and for scoring.
 IMAGES = {"voc": (120, 80), "nyu": (90, 60), "camvid": (60, 60)}
 
-#: Views of a forward pass.
+#: Numbers of views to plant patterns in.
+PATTERN_VIEWS = (24, 64)
+
+#: Views per forward pass.
 _BATCH = 12
 
-#: What is compared with what: raw features with the rest, and offsets with none, by what becomes of G.
+#: Pairs of features to compare.
 PAIRS = (
     ("raw", "G fitted"),
     ("raw", "G fitted, offsets"),
@@ -44,11 +48,19 @@ PAIRS = (
 
 
 def main(given: list[str] | None = None) -> None:
-    """Writes a line for each set, task and pair of features."""
+    """Write a line for each number of views and way to fit, then for each set, task and pair of features."""
     asked = arguments(given)
     backbone = BackboneSpec(asked.model, asked.weights).load()
     size = (asked.size, asked.size)
     with torch.no_grad(), asked.out.open("a") as lines:
+
+        def tell(line: dict[str, object]) -> None:
+            print(json.dumps(line), flush=True)
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+
+        for line in left_of_patterns(backbone, size):
+            tell(line)
         for name, numbers in IMAGES.items():
             numbers = [min(number, asked.most or number) for number in numbers]
             train, val = (
@@ -58,9 +70,7 @@ def main(given: list[str] | None = None) -> None:
             memory, queries = (fields(backbone, part.images, size, asked.views) for part in (train, val))
             counts = {kind: counts_of(name, train, val, memory[kind], queries[kind]) for kind in memory}
             for line in comparisons(name, counts):
-                print(json.dumps(line), flush=True)
-                lines.write(json.dumps(line) + "\n")
-                lines.flush()
+                tell(line)
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
@@ -79,12 +89,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 def open_part(name: str, root: Path, split: str, number: int, grid: tuple[int, int]) -> probes.Labelled:
     """Images of a split, spread evenly over it, with the labels of their patches."""
-    pairs = {"voc": labelled.voc, "camvid": labelled.camvid, "nyu": labelled.nyu}[name](root, split)
+    pairs = labelled.pairs_of(name, root, split)
     pairs = [pairs[place] for place in np.linspace(0, len(pairs) - 1, min(number, len(pairs))).astype(int)]
-    read, ignored = (labelled.depths, None) if name == "nyu" else (labelled.classes, {"voc": 255, "camvid": 11}[name])
-    labels = torch.from_numpy(np.stack([read(truth, ignored) for _, truth in pairs]))
-    rows, columns = (torch.arange(n) * m // n for n, m in zip(grid, labels.shape[1:], strict=True))
-    labels = (labels.float() if name == "nyu" else labels.long())[:, rows[:, None], columns]
+    labels = probes.on_grid(name, torch.from_numpy(labelled.truths(name, pairs)), grid)
     images = [torch.from_numpy(np.array(Image.open(photo).convert("RGB"))).permute(2, 0, 1) for photo, _ in pairs]
     every = torch.arange(len(images))
     return probes.Labelled(images, labels, every, every)
@@ -92,26 +99,58 @@ def open_part(name: str, root: Path, split: str, number: int, grid: tuple[int, i
 
 def fields(backbone: Backbone, images: list[Tensor], size: tuple[int, int], views: int) -> dict[str, Tensor]:
     """By kind, features (N, h, w, C) float16 of whole images: raw, and F with and without G and offsets."""
-    plan = plans(backbone, size, views, (0.1, 0.5), 1)[0]
-    stages = {"": Stage1(backbone, plan), ", offsets": Stage1(backbone, plan, offsets=True)}
+    plan, stages = stages_of(backbone, size, views)
     found: dict[str, list[Tensor]] = {}
     for image in images:
-        shown = render(image.contiguous(), plan.boxes, plan.flips, size, backbone)
-        features = torch.cat([backbone(part) for part in shown.split(_BATCH)]).float()
-        found.setdefault("raw", []).append(features[0].half())
-        for way, stage in stages.items():
-            for kind, field in solved(stage, features):
-                found.setdefault(f"{kind}{way}", []).append(field.half())
+        features = seen(backbone, image.contiguous(), plan, _BATCH).float()
+        for kind, maps in [("raw", features[0]), *solved(stages, features)]:
+            found.setdefault(kind, []).append(maps.half())
     return {kind: torch.stack(maps) for kind, maps in found.items()}
 
 
-def solved(stage: Stage1, features: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """F at the patches (h, w, C) without G, and with a G fitted to the photo, from features (V, h, w, C)."""
-    rows, columns = (window.to(features) for window in stage.plan.windows)
-    b, g = stage.sums(features), weighted_sum(features, rows, columns).double()
-    s = torch.einsum("vh,vhwc,vw->vc", rows, features, columns).double()
-    yield "no G", stage.sampled(stage.solver.solve_field(b, None, s))
-    yield "G fitted", stage.sampled(stage.solver.solve(b, g, s)[0])
+def stages_of(backbone: Backbone, size: tuple[int, int], views: int) -> tuple[ViewPlan, dict[str, Stage1]]:
+    """Small crops, and stage 1 on them without and with offsets."""
+    plan = plans(backbone, size, views, (0.1, 0.5), 1)[0]
+    return plan, {"": Stage1(backbone, plan), ", offsets": Stage1(backbone, plan, offsets=True)}
+
+
+def solved(stages: dict[str, Stage1], features: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """By kind, F at the patches (h, w, C) without G, and with a G fitted to the photo, from features (V, h, w, C)."""
+    for way, stage in stages.items():
+        rows, columns = (window.to(features) for window in stage.plan.windows)
+        b, g = stage.sums(features), weighted_sum(features, rows, columns).double()
+        s = view_sums(features, rows, columns).double()
+        yield f"no G{way}", stage.sampled(stage.solver.solve_field(b, None, s))
+        yield f"G fitted{way}", stage.sampled(stage.solver.solve(b, g, s)[0])
+
+
+def left_of_patterns(backbone: Backbone, size: tuple[int, int]) -> Iterator[dict[str, object]]:
+    """What is left in F of patterns that every view has at the same patches: fractions of their variance.
+
+    The solution is linear, so they are the same whatever the photo shows.
+    """
+    h, w = backbone.grid_size(*size)
+    planted = torch.stack([(one - one.mean()) / one.std() for one in patterns(h, w).values()], -1)
+    for views in PATTERN_VIEWS:
+        _, stages = stages_of(backbone, size, views)
+        for kind, maps in solved(stages, planted.expand(views, -1, -1, -1).contiguous()):
+            left = dict(zip(patterns(h, w), maps.var((0, 1)).tolist(), strict=True))
+            yield {"views": views, "features": kind, "left": left}
+
+
+def patterns(h: int, w: int) -> dict[str, Tensor]:
+    """Planted patterns (h, w) by name."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    noise = torch.randn(h, w, generator=torch.Generator().manual_seed(0))
+    checkerboard, stripes = (row + column) % 2, column % 4 < 2
+    return {
+        "checkerboard": checkerboard.float(),
+        "stripes": stripes.float(),
+        "ramp": x,
+        "vignette": x.square() + y.square(),
+        "noise": noise,
+    }
 
 
 def comparisons(name: str, counts: dict[str, dict[str, np.ndarray]]) -> Iterator[dict[str, object]]:

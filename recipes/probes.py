@@ -60,15 +60,19 @@ def load(folder: Path, grid: tuple[int, int], device: torch.device, most: int | 
     found = {}
     with np.load(folder / "labels.npz", allow_pickle=False) as labels:
         for name in sorted(labels):
-            rows, columns = (torch.arange(n) * m // n for n, m in zip(grid, labels[name].shape[1:], strict=True))
             images, values = read_photos(folder / name, device), torch.from_numpy(labels[name]).to(device)
             places = np.linspace(0, len(images) - 1, min(most or len(images), len(images))).astype(int)
-            images, values = [images[place] for place in places], values[torch.from_numpy(places).to(device)]
+            images, values = [images[place] for place in places], on_grid(name, values, grid)[places]
             number = torch.arange(len(images), device=device)
             query = number % 3 == 2
-            values = (values.float() if name == "nyu" else values.long())[:, rows[:, None], columns]
             found[name] = Labelled(images, values, number[~query], number[query])
     return found
+
+
+def on_grid(name: str, labels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Labels (N, rows, columns) of a set, sampled on a patch grid: (N, h, w), float32 for depth, int64 for classes."""
+    rows, columns = (torch.arange(n) * m // n for n, m in zip(grid, labels.shape[1:], strict=True))
+    return (labels.float() if name == "nyu" else labels.long())[:, rows[:, None], columns]
 
 
 def shown(data: Labelled, backbone: Backbone, size: tuple[int, int]) -> Tensor:

@@ -129,6 +129,12 @@ def fit_some(stage: Stage1, images: Sequence[Tensor], batch: int) -> tuple[Tenso
     return each[:, 0], mirrored, target
 
 
+def seen(backbone: Backbone, image: Tensor, plan: ViewPlan, batch: int) -> Tensor:
+    """Features (V, h, w, C) of all views of an image (3, H, W) uint8."""
+    views = render(image, plan.boxes, plan.flips, plan.size, backbone)
+    return torch.cat([backbone(part) for part in views.split(batch)])
+
+
 def clock(started: float) -> str:
     """Elapsed seconds."""
     return f"{time.perf_counter() - started:6.1f} s"

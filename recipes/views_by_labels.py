@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import probes
 import torch
-from scenes import render
-from targets import Stage1, clock, plans
+from targets import Stage1, clock, plans, seen
 from torch import Tensor
 
 from denoising_vit.artifact import Artifact
@@ -110,12 +109,6 @@ def fields(
                 found.setdefault((count, name), []).append(maps.permute(2, 0, 1, 3).half())
     for (count, name), maps in found.items():
         yield count, name, torch.cat(maps)
-
-
-def seen(backbone: Backbone, image: Tensor, made: ViewPlan, batch: int) -> Tensor:
-    """Features (V, h, w, C) of all views of an image."""
-    views = render(image, made.boxes, made.flips, made.size, backbone)
-    return torch.cat([backbone(part) for part in views.split(batch)])
 
 
 if __name__ == "__main__":

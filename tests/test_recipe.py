@@ -129,6 +129,10 @@ def test_offsets_are_compared_on_every_set(sets: list[str], tmp_path: Path) -> N
     small = "--model test_vit --weights random --size 128 --views 12 --most 3"
     load("offsets.py")([*sets, *small.split(), "-o", str(tmp_path / "lines.jsonl")])
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    planted, lines = lines[:8], lines[8:]
+    assert {line["features"] for line in planted} == {"no G", "G fitted", "no G, offsets", "G fitted, offsets"}
+    for line in planted:  # a fitted G takes up the patterns, with offsets too
+        assert (max(line["left"].values()) < 0.01) == line["features"].startswith("G fitted"), line
     tasks = {(line["set"], line["task"]) for line in lines}
     assert tasks == {
         ("nyu", "depth"),
