@@ -63,6 +63,16 @@ def test_planted_artifact_is_found_in_shape_and_scale(found: Calibration) -> Non
     assert float((values * TRUTH).sum() / TRUTH.square().sum()) == pytest.approx(1, abs=0.03)
 
 
+def test_planted_artifact_is_found_with_a_constant_in_each_crop(
+    backbone: Backbone, photos: list[np.ndarray], found: Calibration
+) -> None:
+    calibration = run_calibration(backbone, named_pixels(photos), offsets=True)
+    values = calibration.artifact.values
+    assert tiny.correlation(values, TRUTH) > 0.99
+    assert float((values * TRUTH).sum() / TRUTH.square().sum()) == pytest.approx(1, abs=0.03)
+    assert not torch.equal(values, found.artifact.values)
+
+
 def test_planted_artifact_is_told_to_be_stable(found: Calibration) -> None:
     assert found.stability.photos == 16
     assert found.stability.reliability > 0.98

@@ -69,7 +69,8 @@ def denoise(
         cleaners: sources of the artifact, denoiser and other cleaners.
         compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Costs one
             forward pass per view.
-        pictures: draw a picture of each photo. On an accelerator, drawing takes longer than one forward pass.
+        pictures: draw a picture of each photo. On an accelerator, drawing takes longer than one forward pass. With
+            --no-pictures, replacing a result also removes its earlier picture.
         upsample: also store and draw the clean features upsampled by this factor.
         report: also write a self-contained page (.html) with maps and metrics of all photos.
         overwrite: process photos again that already have a result, including results from before the photo changed.

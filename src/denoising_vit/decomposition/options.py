@@ -72,7 +72,8 @@ class ExactOptions(StageOneCrops):
         taper: exact only; fraction of a crop's side over which patch weights rise from the border inwards; with 0,
             seams appear where crops end.
         offsets: exact only; also fit a constant in each crop. The content of a crop shifts all of its features, and
-            without these constants the field absorbs the shifts. Also give an artifact, or `none`.
+            without these constants the field absorbs the shifts. Also give an artifact, or `none`. Held-out crops are
+            scored with their best constants, so these scores cannot be compared with those without offsets.
         seed: seed for the crops; the same seed gives the same result.
     """
 
@@ -174,6 +175,7 @@ class CalibrationOptions(ExactOptions):
 
     Attributes:
         views: number of crops of each photo, including the whole photo; a few are enough, because photos add up.
+        offsets: also fit a constant in each crop.
         seed: seed for the crops, and for the random halves to compare; the same seed gives the same artifact.
         batch_size: views per forward pass. Defaults to a number chosen for the device.
     """
