@@ -105,6 +105,19 @@ class ShardFitter:
         return {"shard": shard, "reasons": json.dumps(reasons), "error": ""}
 
 
+def _fitter_of(job: RayJob) -> type[ShardFitter]:
+    """A worker class that contains the job.
+
+    Arguments as large as G would be kept in the object store of one machine; without it, no worker could be restarted.
+    """
+
+    class Fitter(ShardFitter):
+        def __init__(self) -> None:
+            super().__init__(job)
+
+    return Fitter
+
+
 def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_photo: OnPhoto) -> None:
     """Fit shards with the number of workers in the options.
 
@@ -136,8 +149,7 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
         _quiet(ray)
         rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
         fitted = rows.map(
-            ShardFitter,  # pyright: ignore[reportArgumentType], a class means actors
-            fn_constructor_args=(job,),
+            _fitter_of(job),  # pyright: ignore[reportArgumentType], a class means actors
             compute=ray.data.ActorPoolStrategy(size=min(job.options.workers, len(shards))),
             **_request(ray, job),
         )
