@@ -290,7 +290,7 @@ def test_denoiser_of_another_backbone_is_refused_with_both_named(
     denoiser: Denoiser, photo: np.ndarray, tmp_path: Path, given: str
 ) -> None:
     path = tiny.write(tmp_path, denoiser, "d.safetensors")
-    with pytest.raises(DenoiserError, match=r"was trained for Planted \(.*; got Planted \("):
+    with pytest.raises(DenoiserError, match=r"was trained for Planted \(.*, got Planted \("):
         dv.denoise_image(
             tiny.backbone(seed=1), photo, method="denoiser", denoiser=denoiser if given == "module" else path
         )

@@ -234,7 +234,7 @@ def test_a_denoiser_leaves_prefix_tokens_as_they_are() -> None:
 
 
 def test_denoiser_of_other_weights_is_refused(wide: Backbone) -> None:
-    with pytest.raises(DenoiserError, match=r"trained for Planted .*; got Planted"):
+    with pytest.raises(DenoiserError, match=r"trained for Planted .*, got Planted"):
         DenoisedViT(tiny.backbone(channels=64, seed=1), denoiser_of(wide))
 
 

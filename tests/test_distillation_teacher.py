@@ -138,13 +138,13 @@ def test_the_denoiser_that_comes_with_the_package_is_found(
 
 
 def test_a_denoiser_of_other_weights_is_refused() -> None:
-    with pytest.raises(DenoiserError, match=r"trained for .*seed 1.*; got .*seed 0.* Use the backbone that it was"):
+    with pytest.raises(DenoiserError, match=r"trained for .*seed 1.*, got .*seed 0.* Use the backbone that it was"):
         DenoiserTeacher.of(tiny.backbone(), tiny.denoiser(tiny.backbone(seed=1)))
 
 
 def test_a_denoiser_of_another_layer_is_refused() -> None:
     backbone = tiny.backbone(3)
-    with pytest.raises(DenoiserError, match=r"trained for .*layer 1.*; got .*layer 2"):
+    with pytest.raises(DenoiserError, match=r"trained for .*layer 1.*, got .*layer 2"):
         DenoiserTeacher.of(backbone, tiny.denoiser(backbone.at_layer(1)))
 
 
@@ -177,8 +177,8 @@ def recorded(**changes: Any) -> Denoiser:
         ),
         (lambda: recorded(layer=None), r"does not record its layer .* was trained with --layer"),
         (lambda: tiny.denoiser(tiny.backbone(3)), r"given: duplicate denoiser for layer 2; expected one each"),
-        (lambda: tiny.denoiser(tiny.backbone(3, 1, seed=1)), r"trained for .*seed 1.*; got .*seed 0"),
-        (lambda: recorded(layer=0), r"trained for .*layer 0.*; got .*layer 0.*fingerprint"),  # words alone do not count
+        (lambda: tiny.denoiser(tiny.backbone(3, 1, seed=1)), r"trained for .*seed 1.*, got .*seed 0"),
+        (lambda: recorded(layer=0), r"trained for .*layer 0.*, got .*layer 0.*fingerprint"),  # words alone do not count
         (lambda: wider(1), r"the denoiser has 384 channels, but .*layer 1.* has 192"),
     ],
     ids=["no record", "no layer", "own layer", "other weights", "wrong layer", "other width"],

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
+from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
 from denoising_vit.errors import ArtifactError, FormatError, PlanError
 from denoising_vit.files import KEY, compact, open_own, write_tensors
 from denoising_vit.hub.pretrained import Pretrained
@@ -76,12 +76,9 @@ class Artifact(Pretrained):
         Raises:
             ArtifactError: naming both backbones, if it does not.
         """
-        if self.is_of(backbone):
-            return
-        raise ArtifactError(
-            f"this artifact was calibrated for {recorded_words(self.backbone)}, got {backbone_words(backbone)}. "
-            "Use the same backbone, or calibrate this one: dvit calibrate PHOTOS -o FILE"
-        )
+        if not self.is_of(backbone):
+            remedy = "Use the same backbone, or calibrate this one: dvit calibrate PHOTOS -o FILE"
+            raise ArtifactError(mismatch("this artifact was calibrated for", self.backbone, backbone, remedy))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (float16) for :meth:`load`.
@@ -123,16 +120,14 @@ def _public(info: dict[str, Any]) -> dict[str, Any]:
             text = text.replace(name, short[name])
         return text
 
-    told = {"photos": [short[name] for name in photos], "skipped": [[short[i], shortened(why)] for i, why in skipped]}
-    return info | {key: value for key, value in told.items() if key in info}
+    shared = {"photos": [short[name] for name in photos], "skipped": [[short[i], shortened(why)] for i, why in skipped]}
+    return info | {key: value for key, value in shared.items() if key in info}
 
 
 def _check_head(path: Path, head: dict[str, Any]) -> None:
-    size, backbone = head["size"], head["backbone"]
-    if not _is_size(size) or not isinstance(head["info"], dict):
+    if not _is_size(head["size"]) or not isinstance(head["info"], dict):
         raise FormatError(f"{path}: damaged artifact: size or record missing in its metadata")
-    if not names_backbone(backbone):
-        raise FormatError(f"{path}: damaged artifact: backbone or fingerprint missing in its metadata")
+    require_record(path, head["backbone"])
 
 
 def _is_size(size: Any) -> bool:

@@ -90,9 +90,9 @@ def load_huggingface(
         shown = _shown(transformers, where, name, config, mean, std, default_size)
         cls = getattr(transformers, family.model)
         built = _random(cls, config, family) if weights == "random" else _pretrained(cls, where, name, config, family)
-    told = "random" if weights == "random" else where if local else "hub"
+    source = "random" if weights == "random" else where if local else "hub"
     return HuggingFaceBackbone(
-        built.eval().requires_grad_(False), family, shown, name=name, layer=layer, norm=norm, weights=told
+        built.eval().requires_grad_(False), family, shown, name=name, layer=layer, norm=norm, weights=source
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from denoising_vit.backbones.base import Backbone
 from denoising_vit.backbones.fingerprint import Fingerprint
+from denoising_vit.errors import FormatError
 from denoising_vit.files import digest
 
 #: Keys of a record to name in messages.
-_TOLD = ("layer", "norm", "stride", "weights")
+_SHOWN = ("layer", "norm", "stride", "weights")
 
 
 def names_backbone(record: Any) -> bool:
@@ -22,6 +24,12 @@ def names_backbone(record: Any) -> bool:
     return all(isinstance(value, int | float) and abs(value) < 1e6 for value in values)
 
 
+def require_record(path: str | Path, record: Any) -> None:
+    """Raise FormatError unless a value from this file is the record of a backbone."""
+    if not names_backbone(record):
+        raise FormatError(f"{path}: damaged: backbone or fingerprint missing in its metadata")
+
+
 def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
     """True if the backbone has the recorded weights, layer, norm and stride, by its fingerprint."""
     return backbone.fingerprint.matches(Fingerprint(tuple(recorded["fingerprint"])))
@@ -29,7 +37,7 @@ def is_recorded(recorded: dict[str, Any], backbone: Backbone) -> bool:
 
 def recorded_words(recorded: dict[str, Any]) -> str:
     """Description of a recorded backbone for messages."""
-    known = [(key, recorded.get(key)) for key in _TOLD]
+    known = [(key, recorded.get(key)) for key in _SHOWN]
     known.append(("fingerprint", Fingerprint(tuple(recorded["fingerprint"])).short))
     known.append(("digest", (recorded.get("digest") or "")[:8] or None))
     return f"{recorded['name']} ({', '.join(f'{key} {value}' for key, value in known if value is not None)})"
@@ -37,8 +45,20 @@ def recorded_words(recorded: dict[str, Any]) -> str:
 
 def backbone_words(backbone: Backbone) -> str:
     """Description of a loaded backbone for messages, in the form of :func:`recorded_words`."""
-    known = {key: getattr(backbone, key) for key in ("name", *_TOLD)}
+    known = {key: getattr(backbone, key) for key in ("name", *_SHOWN)}
     return recorded_words(known | {"fingerprint": backbone.fingerprint.values, "digest": backbone.digest})
+
+
+def mismatch(made: str, recorded: dict[str, Any], backbone: Backbone, remedy: str) -> str:
+    """Message about a file that belongs to another backbone.
+
+    Args:
+        made: what belongs to the recorded backbone, as in "this artifact was calibrated for".
+        recorded: the recorded backbone.
+        backbone: the loaded backbone.
+        remedy: what to do.
+    """
+    return f"{made} {recorded_words(recorded)}, got {backbone_words(backbone)}. {remedy}"
 
 
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -246,11 +246,11 @@ class Writing:
     """Writes and draws each photo in a thread, while the features of the next photo are computed.
 
     Args:
-        told: receives the rows, in the order of the photos.
+        table: receives the rows, in the order of the photos.
     """
 
-    def __init__(self, told: Report) -> None:
-        self._told = told
+    def __init__(self, table: Report) -> None:
+        self._table = table
         self._pool = ThreadPoolExecutor(1, "write")
         self._last: Future[None] | None = None
 
@@ -264,7 +264,7 @@ class Writing:
     def add(self, finish: Callable[[], PhotoRow]) -> None:
         """Start to write a photo, once the previous one is written."""
         self._settle()
-        self._last = self._pool.submit(lambda: self._told.add(finish()))
+        self._last = self._pool.submit(lambda: self._table.add(finish()))
 
     def _settle(self) -> None:
         """Wait for the last photo, and raise its error, if any."""

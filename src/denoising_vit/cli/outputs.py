@@ -107,15 +107,15 @@ class OutputFolder:
                     continue
                 return self._taken(edited or Output(result, panel, mark, note=note))
             existing = self._recorded(result)
-            told = (existing or {}).get("photo", {})
-            if existing is None or not _is_ours(panel, told.get("sha256"), recorded=True):
+            source = (existing or {}).get("photo", {})
+            if existing is None or not _is_ours(panel, source.get("sha256"), recorded=True):
                 continue
-            if told.get("sha256") == digest:
+            if source.get("sha256") == digest:
                 return self._taken(Output(result, panel, mark, None if self.overwrite else existing, replaces=True))
-            if self.overwrite and told.get("place") == place:
+            if self.overwrite and source.get("place") == place:
                 edited = edited or Output(result, panel, mark, replaces=True)
-            elif told.get("name") == readable(photo.name):
-                note = _of_another(result, certain=told.get("place") == place)
+            elif source.get("name") == readable(photo.name):
+                note = _of_another(result, certain=source.get("place") == place)
         raise AssertionError("unreachable: numbers do not end")
 
     def release(self, output: Output) -> None:

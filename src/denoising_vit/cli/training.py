@@ -207,7 +207,7 @@ class _Run:
     ) -> None:
         self.main: bool = accelerator.is_main_process
         self._accelerator, self._folder = accelerator, folder
-        self._left_out, self._skipped, self._told = [*left_out], skipped, False
+        self._left_out, self._skipped, self._reported = [*left_out], skipped, False
 
     def __call__(self, backbone: Backbone, prepared: Callable[[], Any], options: Any, best: Path) -> int:
         """Run the prepared training, and return the exit code of this process.
@@ -251,8 +251,8 @@ class _Run:
 
     def print_skipped(self) -> None:
         """Print what was skipped and why, once."""
-        if self.main and not self._told:
-            self._told = True
+        if self.main and not self._reported:
+            self._reported = True
             for name, reason in [*((item.item, item.reason) for item in self._left_out), *self._skipped().items()]:
                 print_error(f"{name}: {reason}", "skipped")
 

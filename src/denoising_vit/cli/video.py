@@ -59,15 +59,15 @@ def video(
     maker = VideoMaker(backbone, showing, cleaners)
     print_backbone(backbone, f"; features {', '.join(showing.names)}")
     batch = _Batch(maker, out, overwrite)
-    told = Report("video", ("frames", "seconds"), as_json=json)
+    table = Report("video", ("frames", "seconds"), as_json=json)
     try:
         with ClipProgress() as progress:
             for given in inputs:
-                told.add(batch.run(given, progress))
+                table.add(batch.run(given, progress))
     except KeyboardInterrupt:
-        told.finish(out)
+        table.finish(out)
         raise Interrupted("interrupted; finished parts are kept, run the command again to resume") from None
-    return told.finish(out)
+    return table.finish(out)
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,10 @@ def image_names(names: Iterable[str], place: str) -> list[str]:
     images = [name for name in names if suffix_of(name) in IMAGE_SUFFIXES]
     if len(images) < len(names):
         others = Counter(suffix_of(name) or "no extension" for name in names if suffix_of(name) not in IMAGE_SUFFIXES)
-        told = ", ".join(f"{count} {ending}" for ending, count in others.most_common(_MOST_NAMED))
+        counts = ", ".join(f"{count} {ending}" for ending, count in others.most_common(_MOST_NAMED))
         more = ", ..." if len(others) > _MOST_NAMED else ""
         files = f"{others.total()} file{'s' if others.total() > 1 else ''}"
-        _LOG.info("%s: %s ignored, without an image extension (%s%s)", place, files, told, more)
+        _LOG.info("%s: %s ignored, without an image extension (%s%s)", place, files, counts, more)
     return images
 
 

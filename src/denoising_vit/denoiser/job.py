@@ -173,8 +173,8 @@ class TrainJob:
                 self.kept.fill(mine, advance)
             known = from_all(accelerator, self.kept.marks())
             self.kept.open(create=False)  # with the rows that other processes wrote
-            for marks, told in known:
-                self.kept.adopt(marks, told)
+            for marks, reasons in known:
+                self.kept.adopt(marks, reasons)
         except OSError as error:
             raise TrainError(
                 f"{self.kept.folder}: cannot be written to ({error.strerror or error}); existing files are kept, and "

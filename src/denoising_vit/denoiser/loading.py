@@ -9,9 +9,9 @@ from pathlib import Path
 from denoising_vit.artifact import SHIPPED
 from denoising_vit.backbones import SEEDS, Backbone
 from denoising_vit.backbones.recorded import is_recorded
-from denoising_vit.denoiser.module import Denoiser, read_denoiser
+from denoising_vit.denoiser.module import Denoiser, no_such_file, read_denoiser
 from denoising_vit.denoiser.published import VARIANTS, fetch_published, published_variants
-from denoising_vit.errors import DenoiserError, FormatError, HubError
+from denoising_vit.errors import DenoiserError, HubError
 
 #: Published checkpoints that are denoisers; the others are whole models.
 DENOISED = tuple(variant for variant in VARIANTS if variant.endswith("denoised"))
@@ -157,7 +157,7 @@ def _found(source: str, backbone: Backbone | None) -> Denoiser:
         return _shipped(source)
     folder = bool(source) and path.is_dir()
     if not folder and (path.suffix in (".safetensors", ".pth", ".pt") or source.count("/") != 1):
-        raise FormatError(f"{source}: no such denoiser file; expected a file, or the name of a model or variant")
+        raise no_such_file(source)
     try:
         return Denoiser.from_pretrained(source)
     except HubError as error:

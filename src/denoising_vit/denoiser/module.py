@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.attention import BlockedAttention
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
+from denoising_vit.backbones.recorded import backbone_words, is_recorded, mismatch, require_record
 from denoising_vit.backbones.weights import models_among, read_state_dict, the_model, without_containers
 from denoising_vit.errors import DenoiserError, FormatError, WeightsError
 from denoising_vit.files import KEY, compact, is_safetensors, read_record, require_version, write_tensors
@@ -119,10 +119,8 @@ class Denoiser(nn.Module, Pretrained):
                 "Use a denoiser that was trained for it"
             )
         if self.trained_for is not None and not is_recorded(self.trained_for, backbone):
-            raise DenoiserError(
-                f"the denoiser was trained for {recorded_words(self.trained_for)}; got {backbone_words(backbone)}. Use "
-                "the backbone that it was trained for"
-            )
+            remedy = "Use the backbone that it was trained for"
+            raise DenoiserError(mismatch("the denoiser was trained for", self.trained_for, backbone, remedy))
 
     def forward(self, features: Tensor) -> Tensor:
         """Clean features (B, h, w, C) float32 from raw features (B, h, w, C).
@@ -198,7 +196,7 @@ def read_denoiser(path: str | Path) -> Denoiser:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FormatError(f"{path}: no such denoiser file")
+        raise no_such_file(path)
     head = _head(path) if is_safetensors(path) else {}
     try:
         tensors = read_state_dict(path)
@@ -210,6 +208,11 @@ def read_denoiser(path: str | Path) -> Denoiser:
     if models:
         state = {name: value for name, value in state.items() if not name.startswith("vit.")}  # the backbone
     return _built(state, head, str(path)).eval()
+
+
+def no_such_file(source: str | Path) -> FormatError:
+    """The error for a denoiser that is neither a file nor a known name."""
+    return FormatError(f"{source}: no such denoiser file; expected a file, or the name of a model or variant")
 
 
 def _head(path: Path) -> dict[str, Any]:
@@ -232,8 +235,8 @@ def _check_head(head: Any, path: Path) -> None:
     sides = isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)
     if not sides or not isinstance(head.get("info"), dict):
         raise FormatError(f"{path}: damaged denoiser: grid or record missing in its metadata")
-    if record is not None and not names_backbone(record):
-        raise FormatError(f"{path}: damaged denoiser: backbone or fingerprint missing in its metadata")
+    if record is not None:
+        require_record(path, record)
 
 
 def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoiser:

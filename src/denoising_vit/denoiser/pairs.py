@@ -62,7 +62,7 @@ class KeptPairs:
         self._sizes, self._views, self._seed = tuple(sizes), views, seed
         self._grids = [backbone.grid_size(*size) for size in self._sizes]
         self._state: np.ndarray | None = None
-        self._told: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         self._arrays: list[tuple[np.memmap, np.memmap]] = []
 
     @property
@@ -112,7 +112,7 @@ class KeptPairs:
                     with atomic_path(head, new=True) as temporary:
                         temporary.write_text(json.dumps(self.identity, indent=1))
         state, *arrays = (self._mapped(*file) for file in self._files())
-        self._state, self._told = np.array(state), {}
+        self._state, self._reasons = np.array(state), {}
         self._arrays = list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def _files(self) -> Iterator[tuple[Path, type, tuple[int, ...]]]:
@@ -170,7 +170,7 @@ class KeptPairs:
 
     def unusable(self) -> dict[str, str]:
         """Reasons why images are unusable, by id; also from earlier runs."""
-        reasons, ids = read_reasons(self.folder) | self._told, self._targets.ids
+        reasons, ids = read_reasons(self.folder) | self._reasons, self._targets.ids
         names = [ids[image] for image, row in self._rows.items() if self._opened[row] == _UNUSABLE]
         return {name: reasons.get(name, _NO_REASON) for name in names}
 
@@ -191,7 +191,7 @@ class KeptPairs:
                 if isinstance(result, Unusable):
                     name = self._targets.ids[result.index]
                     write_reason(self.folder, name, result.reason)
-                    self._told[name], mark = result.reason, _UNUSABLE
+                    self._reasons[name], mark = result.reason, _UNUSABLE
                 else:
                     halves = [half for size in self._sizes for half in self._halves(result, size)]
                     writer.write(row, halves)
@@ -205,13 +205,13 @@ class KeptPairs:
 
         Processes exchange these values (:meth:`adopt`) instead of reading files that other machines write.
         """
-        return {row: int(mark) for row, mark in enumerate(self._opened) if mark != _TO_DO}, dict(self._told)
+        return {row: int(mark) for row, mark in enumerate(self._opened) if mark != _TO_DO}, dict(self._reasons)
 
-    def adopt(self, marks: dict[int, int], told: dict[str, str]) -> None:
+    def adopt(self, marks: dict[int, int], reasons: dict[str, str]) -> None:
         """Add the status and reasons from another process."""
         for row, mark in marks.items():
             self._opened[row] = mark
-        self._told |= told
+        self._reasons |= reasons
 
     def batches(self, plan: Iterable[list[Sample]]) -> Iterator[tuple[list[Sample], Tensor, Tensor]]:
         """Samples with their raw features and targets, batch by batch."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import backbone_words, describe, recorded_words, same_weights
+from denoising_vit.backbones.recorded import describe, mismatch, same_weights
 from denoising_vit.data import Dataset, Skipped
 from denoising_vit.data.photos import photo_digest
 from denoising_vit.decomposition.stage_one import Failed, StageOne
@@ -95,10 +95,8 @@ class StoredTargets:
     def __init__(self, store: FeatureStore, photos: Dataset, backbone: Backbone) -> None:
         recorded = store.manifest.backbone
         if not same_weights(recorded, describe(backbone)):
-            raise TrainError(
-                f"{store.url}: the store was fitted with {recorded_words(recorded)}, got {backbone_words(backbone)}. "
-                "Use the store's backbone, or fit a new store with this one"
-            )
+            remedy = "Use the store's backbone, or fit a new store with this one"
+            raise TrainError(mismatch(f"{store.url}: the store was fitted with", recorded, backbone, remedy))
         done, failed = store.done(), store.failed()
         unfinished = [index for index in range(len(store)) if index not in done and index not in failed]
         if unfinished:

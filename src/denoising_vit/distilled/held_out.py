@@ -83,7 +83,7 @@ class HeldOut:
         shown = tuple(_pixels(one.image) for one in reader.stream(usable[:SHOWN]) if isinstance(one, Seen))
         blank = BlankProbe.of(teacher.backbone, reader.sizes[0], shown)
         raw = blank.through(teacher.backbone)
-        return cls(tuple(usable), tuple(kept), reader.photos.ids, shown, reader.told / "panels", (blank, raw))
+        return cls(tuple(usable), tuple(kept), reader.photos.ids, shown, reader.folder / "panels", (blank, raw))
 
     def __call__(self, student: Student) -> Figures:
         """Metrics of a student, of the frozen backbone (``raw_``), and of the targets (``target_``).

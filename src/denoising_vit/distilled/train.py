@@ -244,8 +244,8 @@ class Distillation:
                 progress = self._keep(progress, state, figures)
                 self.held_out.draw(self.evaluated, progress.step)
         self.accelerator.wait_for_everyone()
-        told = torch.tensor(float(diverged), device=self.accelerator.device)
-        if self.accelerator.reduce(told, "sum").item():
+        flag = torch.tensor(float(diverged), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, "sum").item():
             best = self.folder.distilled  # checked on disk, because only the first process knows it
             kept = f"the best model is kept ({best})" if best.is_file() else "no model was kept"
             raise TrainError(

@@ -133,12 +133,22 @@ def warmed(rate: float, step: int, warmup: int, start: float) -> float:
 
 
 @dataclass(frozen=True)
-class KnnOptions:
-    """Options of nearest-neighbour segmentation.
+class InputOptions:
+    """The input size, an option of every task without training.
 
     Attributes:
         size: height and width of the model's input in pixels, or one number for a square. Defaults to the image's own
             size, rounded to the patch grid.
+    """
+
+    size: int | tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class KnnOptions(InputOptions):
+    """Options of nearest-neighbour segmentation.
+
+    Attributes:
         crops: whole images, or one neutral crop of each: a random square, upside down for half of the images, so that
             the position in the view carries no class information.
         k: number of neighbours that vote.
@@ -147,7 +157,6 @@ class KnnOptions:
         seed: seed for the gallery and the crops.
     """
 
-    size: int | tuple[int, int] | None = None
     crops: Literal["whole", "neutral"] = "whole"
     k: int = 20
     temperature: float = 0.07
@@ -161,7 +170,7 @@ class KnnOptions:
 
 
 @dataclass(frozen=True)
-class HummingbirdOptions:
+class HummingbirdOptions(InputOptions):
     """Options of dense retrieval; defaults are the published values unless noted.
 
     Attributes:
@@ -174,7 +183,6 @@ class HummingbirdOptions:
         seed: seed for the choice of these patches.
     """
 
-    size: int | tuple[int, int] | None = None
     k: int = 30
     temperature: float = 0.02
     memory: int = 102_400
@@ -187,19 +195,16 @@ class HummingbirdOptions:
 
 
 @dataclass(frozen=True)
-class ClusteringOptions:
+class ClusteringOptions(InputOptions):
     """Options of clustering.
 
     Attributes:
-        size: height and width of the model's input in pixels, or one number for a square. Defaults to the image's own
-            size, rounded to the patch grid.
         clusters: numbers of clusters; one line of results each. Each cluster is mapped to its most frequent class; with
             as many clusters as classes there is a second line, with one cluster per class (Hungarian matching).
         patches: maximum number of patches to fit k-means on, spread evenly over the images; 0 uses all.
         seeds: seeds for k-means and the choice of these patches; scores are averaged over seeds.
     """
 
-    size: int | tuple[int, int] | None = None
     clusters: tuple[int, ...] = (21, 100, 300)
     patches: int = 100_000
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -215,12 +220,10 @@ SeedBy = Literal["degree", "norm"]
 
 
 @dataclass(frozen=True)
-class DiscoveryOptions:
+class DiscoveryOptions(InputOptions):
     """Options of LOST, and the overlap that counts as found.
 
     Attributes:
-        size: height and width of the model's input in pixels, or one number for a square. Defaults to the image's own
-            size, rounded to the patch grid.
         seed_by: degree starts from the patch with the fewest similar patches, as published for keys; norm from the
             patch with the largest feature norm.
         k: number of top-ranked patches that may support the seed.
@@ -229,7 +232,6 @@ class DiscoveryOptions:
             which is meaningful only for features centred at zero.
     """
 
-    size: int | tuple[int, int] | None = None
     seed_by: SeedBy = "degree"
     k: int = 100
     iou: float = 0.5
@@ -245,7 +247,7 @@ class DiscoveryOptions:
 
 
 @dataclass(frozen=True)
-class PropagationOptions:
+class PropagationOptions(InputOptions):
     """Options of label propagation; defaults are the published values, except for the size (Caron et al. 2021).
 
     Attributes:
@@ -258,7 +260,6 @@ class PropagationOptions:
         temperature: temperature of the vote weights, exp(cosine / temperature).
     """
 
-    size: int | tuple[int, int] | None = None
     context: int = 7
     k: int = 5
     radius: int = 12
@@ -271,18 +272,15 @@ class PropagationOptions:
 
 
 @dataclass(frozen=True)
-class MatchingOptions:
+class MatchingOptions(InputOptions):
     """Options of keypoint matching.
 
     Attributes:
-        size: height and width of the model's input in pixels, or one number for a square. Defaults to the photo's own
-            size, rounded to the patch grid.
         alpha: a match is correct within this fraction of the larger side of the target object's box; one line of
             results per value.
         upsample: upsampling factor of the target's features before the search; 1 for no upsampling.
     """
 
-    size: int | tuple[int, int] | None = None
     alpha: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2)
     upsample: int = 1
 

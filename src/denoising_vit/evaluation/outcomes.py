@@ -207,5 +207,5 @@ def _main(outcome: Outcome) -> float:
 
 def record_of(interval: Interval, metric: str, against: str, reference: str, over: str) -> dict[str, Any]:
     """The difference as JSON values for a line of results."""
-    told = {"against": against, "reference": reference, "metric": metric}
-    return told | asdict(interval) | {"over": over, "method": METHOD}
+    names = {"against": against, "reference": reference, "metric": metric}
+    return names | asdict(interval) | {"over": over, "method": METHOD}

@@ -211,10 +211,15 @@ class FieldSource(FeatureSource):
 
     def features_and_class(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Raise EvaluationError: fields have no forward pass."""
-        raise EvaluationError(
-            f"{self.name}: stage 1 fields match unchanged images, while the published training rotates and recolours "
-            "them; use --preset quick"
-        )
+        raise no_augmented_fields(self.name)
+
+
+def no_augmented_fields(name: str) -> EvaluationError:
+    """The error for stage 1 fields in a protocol with colour augmentation or rotation."""
+    return EvaluationError(
+        f"{name}: stage 1 fields match unchanged images, while the published training rotates and recolours them; use "
+        f"--preset quick, or remove {name} from --features"
+    )
 
 
 def _class_token(features: Tensor, prefix: Tensor) -> Tensor:

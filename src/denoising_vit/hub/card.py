@@ -169,13 +169,13 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
     """Numbers and texts of a record, pairs of numbers, and the number of photos."""
     rows: dict[str, Any] = {}
     for name, value in record.items():
-        told = name.replace("_", " ")
+        title = name.replace("_", " ")
         if name in ("format", "format_version", "made", "plan"):
             continue
         if name in ("photos", "skipped") and isinstance(value, list):
-            rows[told] = len(value)
+            rows[title] = len(value)
         elif isinstance(value, str | int | float):
-            rows[told] = value
+            rows[title] = value
         elif isinstance(value, list) and len(value) == 2 and all(isinstance(side, int | float) for side in value):
-            rows[told] = (" × " if isinstance(value[0], int) else ", ").join(map(str, value))
+            rows[title] = (" × " if isinstance(value[0], int) else ", ").join(map(str, value))
     return rows

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
+from denoising_vit.backbones.recorded import is_recorded, mismatch, names_backbone
 from denoising_vit.errors import FormatError
 from denoising_vit.files import KEY, Mark, below, read_record, require_ours, require_version, write_tensors
 from denoising_vit.maps.clusters import Clusters
@@ -191,10 +191,8 @@ def read_palette(path: str | Path, backbone: Backbone | None = None) -> Palette:
     require_version(path, head, FORMAT_VERSION)
     recorded: Any = head.get("backbone")
     if backbone is not None and names_backbone(recorded) and not is_recorded(recorded, backbone):
-        raise FormatError(
-            f"{path}: a palette of {recorded_words(recorded)}, got {backbone_words(backbone)}; a palette is valid for "
-            "one backbone only. Create one for this backbone: dvit show --save-palette FILE"
-        )
+        remedy = "A palette is valid for one backbone only; create one: dvit show --save-palette FILE"
+        raise FormatError(mismatch(f"{path}: a palette of", recorded, backbone, remedy))
     fields = head.get("fields", list(_STORED))
     if not isinstance(fields, list):
         raise FormatError(f"{path}: damaged palette: expected a list of its fields, got {fields!r}")

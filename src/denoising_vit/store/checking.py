@@ -44,7 +44,8 @@ def find_problems(store: StoreReader) -> Iterator[Problem]:
     for shard in sorted(store.sealed()):
         yield from _sealed(store, ids, shard)
     for index in sorted(store.staged()):
-        yield from _staged(store, ids, index)
+        if index < len(ids):  # the others are reported above
+            yield from _staged(store, ids, index)
     for index in sorted(layout.numbers(store.objects.names(layout.FAILED))):
         try:
             store.reason(index)
@@ -83,9 +84,6 @@ def _sealed(store: StoreReader, ids: list[str], shard: int) -> Iterator[Problem]
 
 def _staged(store: StoreReader, ids: list[str], index: int) -> Iterator[Problem]:
     key = layout.staged_key(index)
-    if index >= len(ids):
-        yield Problem(key, f"the store has only {len(ids)} images")
-        return
     try:
         _, record = decode(store.objects.read(key), store.manifest, key)
     except FileNotFoundError:  # sealed since the listing

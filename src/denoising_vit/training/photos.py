@@ -136,14 +136,14 @@ class ViewReader:
         backbone: backbone whose normalization and patch grid to use.
         device: device to render on.
         sizes: (H, W) of the views.
-        told: folder to record unusable photos in, with reasons.
+        folder: folder to record unusable photos in, with reasons.
     """
 
     photos: SeenPhotos
     backbone: Backbone
     device: torch.device
     sizes: Sequence[tuple[int, int]]
-    told: Path
+    folder: Path
     _skipped: set[str] = field(default_factory=set, init=False)
 
     def stream(self, images: Iterable[int]) -> Iterator[Seen | Skipped]:
@@ -164,7 +164,7 @@ class ViewReader:
     @property
     def skipped(self) -> dict[str, str]:
         """Reasons why photos are unusable, by id; from all processes and earlier runs."""
-        return read_reasons(self.told)
+        return read_reasons(self.folder)
 
     def _batch(self, samples: list[Sample], seen: Sequence[Seen | Skipped]) -> Batch:
         views, fields = [], []
@@ -185,11 +185,11 @@ class ViewReader:
         if skipped.item in self._skipped:
             return
         self._skipped.add(skipped.item)
-        if skipped.item not in read_reasons(self.told):
+        if skipped.item not in read_reasons(self.folder):
             try:
-                write_reason(self.told, skipped.item, skipped.reason)
+                write_reason(self.folder, skipped.item, skipped.reason)
             except OSError as error:
-                raise TrainError(f"{self.told}: cannot be written to ({error}); --resume continues") from error
+                raise TrainError(f"{self.folder}: cannot be written to ({error}); --resume continues") from error
 
 
 class _Ids(Sequence[str]):

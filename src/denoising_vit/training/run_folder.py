@@ -191,9 +191,9 @@ def _logged_step(line: str) -> float:
 
 def backbone_identity(backbone: Backbone) -> dict[str, Any]:
     """JSON values that determine the features of a backbone."""
-    told = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride", "mean", "std")}
+    known = {name: getattr(backbone, name) for name in ("name", "layer", "norm", "stride", "mean", "std")}
     weights = {"fingerprint": backbone.fingerprint.short, "digest": weights_key(backbone)}
-    return told | weights | {"dtype": str(backbone.dtype).removeprefix("torch.")}
+    return known | weights | {"dtype": str(backbone.dtype).removeprefix("torch.")}
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

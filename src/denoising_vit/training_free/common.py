@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.recorded import backbone_words, is_recorded, names_backbone, recorded_words
+from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
 from denoising_vit.data import find_photos
 from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import ArtifactError, FormatError, PhotoError
@@ -71,9 +71,11 @@ def read(path: Path, kind: str, what: str) -> tuple[Tensor, dict[str, Any], dict
     """
     with open_own(path, kind, FORMAT_VERSION, what) as (head, file):
         values = file.get_tensor("values")
-    backbone, info = head.get("backbone"), head.get("info")
-    if not isinstance(backbone, dict) or not names_backbone(backbone) or not isinstance(info, dict):
-        raise FormatError(f"{path}: damaged: backbone or fingerprint missing in its metadata")
+    backbone: Any = head.get("backbone")
+    require_record(path, backbone)
+    info = head.get("info")
+    if not isinstance(info, dict):
+        raise FormatError(f"{path}: damaged: info missing in its metadata")
     if values.ndim != 2 or not torch.isfinite(values).all():
         raise FormatError(f"{path}: damaged, expected a finite matrix, got shape {tuple(values.shape)}")
     return values, backbone, info
@@ -86,7 +88,5 @@ def require_same(recorded: dict[str, Any], backbone: Backbone, what: str) -> Non
         ArtifactError: naming both.
     """
     if not is_recorded(recorded, backbone):
-        raise ArtifactError(
-            f"{what} found for {recorded_words(recorded)}, got {backbone_words(backbone)}. Use that backbone, or find "
-            "them again for this one"
-        )
+        remedy = "Use that backbone, or find them again for this one"
+        raise ArtifactError(mismatch(f"{what} found for", recorded, backbone, remedy))

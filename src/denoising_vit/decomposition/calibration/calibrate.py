@@ -223,7 +223,7 @@ def joined(
 
 def doubt_about(stability: Stability) -> str | None:
     """The reason why an artifact is unreliable, and a remedy; None if it is reliable."""
-    told = f"a fraction of {stability.reliability:.2f} of its variance is common to all photos"
+    reliability = f"a fraction of {stability.reliability:.2f} of its variance is common to all photos"
     if stability.suggested is None or stability.suggested > _ABSURD * stability.photos:
         share = "" if stability.share is None else f", {stability.share:.2%} of the features' energy"
         return (
@@ -233,6 +233,6 @@ def doubt_about(stability: Stability) -> str | None:
     if stability.reliability >= STABLE:
         return None
     return (
-        f"{stability.photos} photos are too few for a stable artifact ({told}); use about {stability.suggested} for "
-        "0.95"
+        f"{stability.photos} photos are too few for a stable artifact ({reliability}); use about "
+        f"{stability.suggested} for 0.95"
     )

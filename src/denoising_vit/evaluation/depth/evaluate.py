@@ -23,7 +23,7 @@ from denoising_vit.evaluation.options import recorded
 from denoising_vit.evaluation.outcomes import Curve, Measured
 from denoising_vit.evaluation.patches import centre_pads
 from denoising_vit.evaluation.probing import train
-from denoising_vit.evaluation.sources import FeatureSource
+from denoising_vit.evaluation.sources import FeatureSource, no_augmented_fields
 from denoising_vit.evaluation.workbench import Line, Task, Workbench
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.views.crops import Crop
@@ -235,10 +235,7 @@ def by_protocol(
     """Like :func:`depth`, with every setting of the protocol given."""
     data = bench.data_of(DepthData, "photos with depth maps")
     if protocol.augment and "exact" in names:  # fail before other sources are evaluated and fields fitted
-        raise EvaluationError(
-            "exact: stage 1 fields match unchanged images, while the published training rotates and recolours them; "
-            "use --preset quick, or remove exact from --features"
-        )
+        raise no_augmented_fields("exact")
     settings = recorded(protocol) | {"blocks": data.blocks}
 
     def evaluate(source: FeatureSource, missing: tuple[int, ...]) -> Iterator[tuple[int, Depths, Curve]]:

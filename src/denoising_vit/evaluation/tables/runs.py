@@ -149,7 +149,7 @@ def _figure(value: float | None, key: str) -> str:
 
 def _provenance(about: Mapping[str, Any]) -> str:
     command = code(about["command"]) if about.get("command") else "not recorded"
-    told = {"Hardware": about.get("hardware"), "Software": software_words(about)}
+    shown = {"Hardware": about.get("hardware"), "Software": software_words(about)}
     return f"Command: {command}. " + " ".join(
-        f"{key}: {plain(words or 'not recorded')}." for key, words in told.items()
+        f"{key}: {plain(words or 'not recorded')}." for key, words in shown.items()
     )
