@@ -114,7 +114,7 @@ def test_where_nothing_could_be_shown_nothing_is_written(show: Show, tmp_path: P
     [
         (("--maps", "pac"), "unknown maps: 'pac'; choose from pca"),
         (("--features", "raw,rwa"), "unknown features: 'rwa'; choose from raw"),
-        (("--features", "distilled"), "distilled features need the weights"),
+        (("--features", "distilled"), "the package has no distilled weights for vit_tiny"),
         (("--features", "denoiser"), "no denoiser for vit_tiny_patch16_224"),
         (("--palette", "none.safetensors"), "no such palette"),
         (("--palette", "p", "--colours", "together"), "cannot be combined with"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def denoise_image(
     denoiser: GivenDenoiser | None = None,
     subspace: GivenSubspace | None = None,
     registers: GivenRegisters | None = None,
+    distilled: str | Path | None = None,
     progress: OnProgress | None = None,
     watch: Callable[[Evaluation], None] | None = None,
     options: DenoiseOptions | None = None,
@@ -59,6 +61,7 @@ def denoise_image(
             package.
         subspace: positional directions for the method ``project``; by default, they are found on a black image.
         registers: register neurons for the method ``registers``, which needs them.
+        distilled: file of weights for the method ``distilled``; defaults to those in the package.
         progress: called as ``progress(done, total)`` after each batch of views, and after each step of the neural
             field; ``total`` is :func:`work`.
         watch: called with each evaluation of the neural field on the held-out views.
@@ -81,7 +84,8 @@ def denoise_image(
     options = replace(options or DenoiseOptions(), **changes)
     if isinstance(photo, Tensor) and photo.ndim == 4 and options.size is None:
         options = replace(options, size=tuple(photo.shape[2:]))  # a prepared tensor is used unchanged
-    cleaners = Cleaners(artifact, denoiser, subspace=subspace, registers=registers)
+    given = None if distilled is None else str(distilled)
+    cleaners = Cleaners(artifact, denoiser, given, subspace, registers)
     return Denoising(backbone, options, cleaners)(photo, progress=progress, watch=watch)
 
 
@@ -116,6 +120,7 @@ class Denoising:
             "artifact": "an artifact is",
             "subspace": "a subspace is",
             "registers": "registers are",
+            "distilled": "distilled weights are",
         }.items():
             if getattr(cleaners, name) is not None and name != uses:
                 raise PlanError(f"{words} given, but method {method!r} does not use it; omit it")

@@ -43,7 +43,7 @@ class Cleaners:
         denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones. Defaults to
             the one in the package.
         distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
-            published file.
+            published file. Defaults to those in the package.
         subspace: positional directions for project: a file of `dvit prepare` or `Subspace.save`. Defaults to the 16
             strongest directions of a black image.
         registers: register neurons for registers: a file of `dvit prepare` or `Registers.save`.
@@ -86,7 +86,7 @@ class FeatureKind:
             each image: these are read from fields, and no extractor computes them.
         uses: the field of :class:`Cleaners` that it uses, if any. If that is not given, it may use one from the
             package, or find one.
-        cleans: False if the features are the unchanged output of a backbone.
+        cleans: False for raw features.
         one_pass: True if an image takes one forward pass.
     """
 
@@ -129,14 +129,16 @@ def _denoiser(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[s
 
 
 def _distilled(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
-    from denoising_vit.backbones.loading import with_weights
+    from denoising_vit.backbones.loading import find_distilled, with_weights
     from denoising_vit.files import file_digest
 
-    if cleaners.distilled is None:
+    path = find_distilled(backbone) if cleaners.distilled is None else Path(cleaners.distilled).expanduser()
+    if path is None:
         raise WeightsError(
-            "distilled features need the weights written by dvit distill: --distilled RUN/distilled.safetensors"
+            f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}) and "
+            f"layer {backbone.layer}; train them with dvit distill, and give them by --distilled "
+            "RUN/distilled.safetensors"
         )
-    path = Path(cleaners.distilled).expanduser()
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")
     return with_weights(backbone, path), {"distilled": file_digest(path)}
@@ -180,7 +182,7 @@ KINDS: dict[str, FeatureKind] = {
         FeatureKind("subtract", "minus the artifact G, one pass", _subtract, uses="artifact"),
         FeatureKind("exact", "stage 1, fitted to each image", None, uses="artifact", one_pass=False),
         FeatureKind("denoiser", "stage 2, one pass", _denoiser, uses="denoiser"),
-        FeatureKind("distilled", "stage 3, weights of --distilled", _distilled, uses="distilled", cleans=False),
+        FeatureKind("distilled", "stage 3, a ViT trained to give clean features", _distilled, uses="distilled"),
         FeatureKind("project", "without positional directions, no training, one pass", _project, uses="subspace"),
         FeatureKind("average", "mean of 5 moved passes, no training", _average, one_pass=False),
         FeatureKind("registers", "test-time registers of --registers, no training", _registers, uses="registers"),

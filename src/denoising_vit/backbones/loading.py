@@ -19,6 +19,7 @@ from denoising_vit.backbones.bundled import (
     is_bundled_name,
 )
 from denoising_vit.backbones.catalog import Dtype
+from denoising_vit.backbones.difference import base_of, with_difference
 from denoising_vit.backbones.huggingface_loading import (
     folder_config,
     is_huggingface,
@@ -27,11 +28,15 @@ from denoising_vit.backbones.huggingface_loading import (
     wrap_huggingface,
 )
 from denoising_vit.backbones.module import Layout, ModuleBackbone
+from denoising_vit.backbones.recorded import is_recorded, mismatch
 from denoising_vit.backbones.runtime import device_at, dtype_on, offline_if_unreachable
-from denoising_vit.errors import BackboneError, WeightsError
+from denoising_vit.errors import BackboneError, FormatError, WeightsError
 
 if TYPE_CHECKING:
-    from denoising_vit.backbones.timm_vit import TimmViT
+    from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT
+
+#: Distilled weights in the package.
+_SHIPPED = Path(__file__).parent / "shipped"
 
 
 def load_backbone(
@@ -57,7 +62,7 @@ def load_backbone(
             `dvit export`; a model of timm or transformers; or, with ``patch_size``, any module or function that maps
             normalised images (B, 3, H, W) to a patch grid or to tokens. A given module is frozen in place.
         weights: for a timm name: ``auto`` (the bundled weights if installed, else the hub), ``hub``, ``bundled``,
-            ``random``, or a safetensors or PyTorch file.
+            ``random``, ``distilled`` (the package's own, which give clean features), or a safetensors or PyTorch file.
         stride: distance between patches in pixels; below the patch size for a finer grid (as in the paper).
         layer: output block, negative from the end; for models of timm and transformers.
         norm: apply the final norm; for models of timm and transformers.
@@ -97,7 +102,7 @@ def load_backbone(
     return found.to(device=place, dtype=dtype_on(dtype, place))
 
 
-def _timm_named(model: str, weights: str | Path, stride: int | None, layer: int, norm: bool) -> Backbone:
+def _timm_named(model: str, weights: str | Path, stride: int | None, layer: int, norm: bool) -> TimmBackbone:
     """A timm name, or a directory written by timm or `dvit export`."""
     from denoising_vit.backbones.timm_vit import TimmBackbone
 
@@ -154,14 +159,15 @@ def with_weights(backbone: Backbone, path: Path) -> Backbone:
     Raises:
         BackboneError: if the backbone is not from timm.
         WeightsError: if the file is missing or damaged, for another model, or not finite.
+        FormatError: if the file is a difference that is damaged, or from other weights.
     """
     from denoising_vit.backbones.timm_vit import TimmBackbone
-    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
+    from denoising_vit.backbones.weights import load_weights, require_finite
 
     if not isinstance(backbone, TimmBackbone):
         raise BackboneError(f"{backbone.name} is a custom module; load its weights yourself, and wrap it again")
     other = copy.deepcopy(backbone)
-    load_weights(other.model, read_state_dict(path), name=backbone.name, source=str(path))
+    load_weights(other.model, _read_weights(backbone.name, path, backbone), name=backbone.name, source=str(path))
     require_finite(other.model, str(path))
     other.weights, other._fingerprint = str(path), None
     return other
@@ -182,7 +188,7 @@ def _of_folder(model: str, weights: str | Path) -> tuple[str, str | Path]:
 
 def _with_weights(name: str, weights: str | Path) -> tuple[TimmViT, str]:
     from denoising_vit.backbones.timm_vit import build_timm_model
-    from denoising_vit.backbones.weights import load_weights, read_state_dict, require_finite
+    from denoising_vit.backbones.weights import load_weights, require_finite
 
     choice = str(weights)
     if choice == "auto":
@@ -203,12 +209,65 @@ def _with_weights(name: str, weights: str | Path) -> tuple[TimmViT, str]:
             load_weights(model, state, name=name, source=source)
     else:
         path = Path(choice).expanduser()
-        if not path.exists() and not path.suffix:
-            raise WeightsError(f"{choice}: expected a weights file, or one of auto, hub, bundled, random")
-        source, state, model = choice, read_state_dict(path), build_timm_model(name, pretrained=False)
+        if choice == "distilled":
+            path = distilled_file(name)
+        elif not path.exists() and not path.suffix:
+            raise WeightsError(f"{choice}: expected a weights file, or one of auto, hub, bundled, random, distilled")
+        source, state, model = choice, _read_weights(name, path), build_timm_model(name, pretrained=False)
         load_weights(model, state, name=name, source=source)
     require_finite(model, source)
     return model, source
+
+
+def _read_weights(name: str, path: Path, own: TimmBackbone | None = None) -> dict[str, Tensor]:
+    """Tensors of a weights file; for a difference, of the sum with the weights of ``own`` or those loaded by name."""
+    from denoising_vit.backbones.weights import read_state_dict
+
+    recorded = base_of(path)
+    if recorded is None:
+        return read_state_dict(path)
+    base = (
+        _exact(own, path) if own is not None else _timm_named(name, "auto", None, recorded["layer"], recorded["norm"])
+    )
+    if not is_recorded(recorded, base):
+        remedy = "Use the weights that it was made from, or distil again from these"
+        raise FormatError(mismatch(f"{path}: a difference from", recorded, base, remedy))
+    return with_difference(path, base.model.state_dict())
+
+
+def _exact(backbone: TimmBackbone, path: Path) -> TimmBackbone:
+    """The backbone with its weights in float32, read again if needed: a difference is too small for bfloat16."""
+    if backbone.dtype == torch.float32:
+        return backbone
+    origin = "bundled" if backbone.weights.startswith("bundled") else backbone.weights
+    if origin not in ("bundled", "hub") and not Path(origin).expanduser().is_file():
+        raise WeightsError(
+            f"{path}: a difference from other weights, which are needed in float32, got {backbone.dtype}; load the "
+            "backbone with dtype=float32"
+        )
+    return _timm_named(backbone.name, origin, None, backbone.layer, backbone.norm)
+
+
+def find_distilled(backbone: Backbone) -> Path | None:
+    """The package's file of distilled weights for this backbone's weights and layer; None if there is none."""
+    bases = {path: base_of(path) for path in _shipped(backbone.name)}
+    return next((path for path, base in bases.items() if base is not None and is_recorded(base, backbone)), None)
+
+
+def distilled_file(name: str) -> Path:
+    """The package's file of distilled weights for a timm model.
+
+    Raises:
+        WeightsError: if there is none.
+    """
+    for path in _shipped(name):
+        return path
+    raise WeightsError(f"the package has no distilled weights for {name}; train them with dvit distill")
+
+
+def _shipped(name: str) -> list[Path]:
+    """Distilled weights in the package for a timm model."""
+    return sorted(_SHIPPED.glob(f"{name.split('.')[0]}.*safetensors"))
 
 
 def _from_hub(name: str) -> TimmViT:

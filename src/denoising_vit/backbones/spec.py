@@ -18,8 +18,8 @@ class BackboneSpec:
     Attributes:
         backbone: any timm VisionTransformer, Eva or NaFlexVit (`dvit models` lists the published ones); hf:ID or
             hf:PATH for a ViT of Hugging Face transformers; or a directory written by `dvit export`.
-        weights: auto (the bundled weights if installed, else the hub), hub, bundled, random, or a .safetensors or .pth
-            file.
+        weights: auto (the bundled weights if installed, else the hub), hub, bundled, random, distilled (the package's
+            own, which give clean features), or a .safetensors or .pth file.
         stride: distance between patches in pixels; below the patch size for a finer grid.
         layer: output block, negative from the end.
         norm: apply the model's final norm.

@@ -15,7 +15,7 @@ from denoising_vit.cli.streams import WRONG_USAGE, Interrupted
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.environment import run_info, software_words
 from denoising_vit.errors import OutputError, PlanError
-from denoising_vit.extractors import Cleaners, Unused
+from denoising_vit.extractors import Cleaners
 from denoising_vit.files import Mark, digest_of, require_ours
 from denoising_vit.tiling.options import TileOptions
 
@@ -37,10 +37,10 @@ class _PhotoCleaners(Cleaners):
             for the one in the package (the default if there is one).
         subspace: positional directions for --method project. Defaults to the 16 strongest of a black image.
         registers: register neurons for --method registers.
+        distilled: weights for --method distilled: a file of `dvit distill`. Defaults to those in the package.
     """
 
     artifact: str | None = None
-    distilled: Unused = None
 
 
 def denoise(
@@ -92,11 +92,11 @@ def denoise(
     if compare and not pictures and report is None:
         raise PlanError("--compare needs a picture or a page: omit --no-pictures, or give --report")
     photos, missing = find_photos(inputs)
-    told = Report("photo", PHOTO_NUMBERS, as_json=json)
+    table = Report("photo", PHOTO_NUMBERS, as_json=json)
     for item in missing:
-        told.add(PhotoRow(item.item, status="failed", note=item.reason))
+        table.add(PhotoRow(item.item, status="failed", note=item.reason))
     if not photos:
-        told.finish(out)
+        table.finish(out)
         return WRONG_USAGE
     mark = Mark("page", digest_of(*map(Path, inputs)))
     if report is not None:
@@ -118,7 +118,7 @@ def denoise(
     elif found is not None:
         given_artifact(artifact, backbone, options)  # not used, but an invalid file is an error
     folder = OutputFolder(out, overwrite=overwrite)
-    print_backbone(backbone, f"; method {_told(options, found)}")
+    print_backbone(backbone, f"; method {_method_words(options, found)}")
     if exact is not None:
         print_note(
             f"pictures compare it with exact: {exact.work} more passes per {'photo' if tiling.tile is None else 'tile'}"
@@ -132,16 +132,16 @@ def denoise(
     unit = {"exact": "views", "neural-field": "views and steps"}.get(options.method, "passes")
     interrupted = False
     try:
-        with PhotoProgress(len(photos), job.work, unit) as progress, Writing(told) as writing:
+        with PhotoProgress(len(photos), job.work, unit) as progress, Writing(table) as writing:
             for photo in photos:
                 progress.start(photo.name)
                 writing.add(job.compute(photo, progress))
                 progress.finish()
     except KeyboardInterrupt:
         interrupted = True
-    code = told.finish(out)
+    code = table.finish(out)
     if page is not None and report is not None:
-        _write_page(page, told, backbone, _told(options, found), report, mark)
+        _write_page(page, table, backbone, _method_words(options, found), report, mark)
     if interrupted:
         raise Interrupted("interrupted; finished results are kept, run the command again to resume")
     return code
@@ -153,7 +153,7 @@ def _page() -> PhotosPage:
     return PhotosPage(run_info()["command"])
 
 
-def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str, path: Path, mark: Mark) -> None:
+def _write_page(page: PhotosPage, table: Report, backbone: Backbone, method: str, path: Path, mark: Mark) -> None:
     from denoising_vit.show.pages import write_page
 
     run = run_info()
@@ -165,13 +165,13 @@ def _write_page(page: PhotosPage, told: Report, backbone: Backbone, method: str,
         "software": software_words(run),
     }
     try:
-        write_page(page.render([asdict(row) for row in told.rows], about, backbone.name), path, mark)
+        write_page(page.render([asdict(row) for row in table.rows], about, backbone.name), path, mark)
     except OSError as error:
         raise OutputError(f"--report {path}: cannot be written ({error.strerror or error})") from error
     print_note(f"page {path}")
 
 
-def _told(options: DenoiseOptions, found: FoundDenoiser | None) -> str:
+def _method_words(options: DenoiseOptions, found: FoundDenoiser | None) -> str:
     """Description of the method and of the denoiser's source."""
     from denoising_vit.artifact import SHIPPED
 

@@ -82,7 +82,9 @@ def export(
     exporting.validate()
     weights = _weights_file(model)
     if features == "distilled" and weights is None:
-        raise PlanError("--features distilled needs the weights of stage 3; give --weights FILE")
+        raise PlanError(
+            "--features distilled needs the weights of stage 3; give --weights FILE, or --weights distilled"
+        )
     backbone = dataclasses.replace(model, device="cpu", dtype="float32").load()
     # Here distilled weights are the weights of the backbone.
     name = "raw" if features == "distilled" else features
@@ -97,8 +99,11 @@ def export(
 def _weights_file(model: BackboneSpec) -> Path | None:
     """File of the backbone's weights, if any."""
     from denoising_vit.backbones.huggingface_loading import PREFIX as HUGGINGFACE
+    from denoising_vit.backbones.loading import distilled_file
     from denoising_vit.export.checkpoints import WEIGHTS
 
+    if model.weights == "distilled":
+        return distilled_file(model.backbone)
     folder = Path(model.backbone.removeprefix(HUGGINGFACE)).expanduser()
     candidates = (Path(model.weights).expanduser(), folder / WEIGHTS)
     return next((path for path in candidates if path.is_file()), None)

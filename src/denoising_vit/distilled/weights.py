@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from denoising_vit.backbones import Backbone, load_backbone
-from denoising_vit.backbones.recorded import names_backbone
-from denoising_vit.errors import FormatError
+from denoising_vit.backbones.difference import write_difference
+from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
+from denoising_vit.errors import FormatError, PlanError
 from denoising_vit.files import DISTILLED, atomic_path, read_record
 from denoising_vit.hub.pretrained import Pretrained
 
@@ -50,9 +52,33 @@ class DistilledWeights(Pretrained):
             raise FormatError(f"{path}: missing, damaged, or not a safetensors file ({error})") from error
         if not isinstance(record, dict) or record.get("format") != cls.FORMAT:
             raise FormatError(f"{path}: expected a file written by dvit distill, with {cls.FORMAT!r} metadata")
-        if not names_backbone(record.get("backbone")):
-            raise FormatError(f"{path}: damaged: backbone or fingerprint missing in its metadata")
+        require_record(path, record.get("backbone"))
         return cls(path, record)
+
+    def reduce(self, path: str | Path, *, rank: int = 32, base: Backbone | None = None) -> Self:
+        """Write a small file: the difference from the weights that it was trained from, with matrices of low rank.
+
+        It can be used like the whole file where those weights are available.
+
+        Args:
+            path: the new file.
+            rank: rank of the difference of each matrix; higher is larger and more accurate.
+            base: the backbone that it was trained from, float32; loaded by name if None.
+
+        Raises:
+            PlanError: if the rank is not positive.
+            FormatError: if the file is damaged, or its weights were trained from other ones than those available.
+        """
+        if rank < 1:
+            raise PlanError(f"rank must be at least 1, got {rank}")
+        recorded, how = self._loaded
+        base = base or load_backbone(recorded["name"], **how, dtype="float32", device="cpu")
+        if not is_recorded(recorded, base):
+            remedy = "Load the whole file instead"
+            raise FormatError(mismatch(f"{self.path}: weights trained from", recorded, base, remedy))
+        trained = self.backbone(dtype="float32", device="cpu")
+        write_difference(Path(path), _state(base), _state(trained), rank, self.record)
+        return self.load(path)
 
     def backbone(self, **options: Any) -> Backbone:
         """The distilled ViT: images (B, 3, H, W) to clean features (B, h, w, C).
@@ -63,6 +89,19 @@ class DistilledWeights(Pretrained):
         Raises:
             WeightsError: if the weights are damaged.
         """
-        told = self.record["backbone"]
-        recorded: dict[str, Any] = {name: told[name] for name in ("layer", "norm") if told.get(name) is not None}
-        return load_backbone(told["name"], weights=self.path, **recorded | options)
+        recorded, how = self._loaded
+        return load_backbone(recorded["name"], weights=self.path, **how | options)
+
+    @property
+    def _loaded(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The recorded backbone, and the options that it was loaded with."""
+        recorded = self.record["backbone"]
+        return recorded, {key: recorded[key] for key in ("layer", "norm") if recorded.get(key) is not None}
+
+
+def _state(backbone: Backbone) -> dict[str, Tensor]:
+    """Weights by their names in timm."""
+    from denoising_vit.backbones.timm_vit import TimmBackbone
+
+    assert isinstance(backbone, TimmBackbone)  # like every model that stage 3 trains
+    return backbone.model.state_dict()

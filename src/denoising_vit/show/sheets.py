@@ -124,10 +124,8 @@ def _denoising(
     name: str, backbone: Backbone, cleaners: Cleaners, options: DenoiseOptions, tiling: TileOptions
 ) -> Denoising | TiledDenoising:
     kind = KINDS[name]
-    if not kind.cleans:  # the output of a backbone
-        extractor, _ = cleaners.extractor(name, backbone)
-        assert isinstance(extractor, Backbone)
-        return denoising_of(extractor, replace(options, method="subtract"), Cleaners(artifact=NONE), tiling)
+    if not kind.cleans:
+        return denoising_of(backbone, replace(options, method="subtract"), Cleaners(artifact=NONE), tiling)
     own = Cleaners() if kind.uses is None else Cleaners(**{kind.uses: getattr(cleaners, kind.uses)})
     return denoising_of(backbone, replace(options, method=name), own, tiling)
 

@@ -6,11 +6,13 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from denoising_vit.artifact import SHIPPED, Artifact, load_artifact, shipped_for
 from denoising_vit.backbones import SEEDS, Backbone, BackboneSpec
 from denoising_vit.backbones.bundled import INSTALL_HINT, bundled_available
+from denoising_vit.backbones.loading import find_distilled
 from denoising_vit.denoiser import FoundDenoiser, find_denoiser, find_shipped
 from denoising_vit.errors import AppError, ArtifactError, DenoiserError
 from denoising_vit.extractors import KINDS
@@ -36,13 +38,14 @@ class Model:
     backbone: Backbone
     denoiser: FoundDenoiser | None
     artifact: Artifact | None
+    distilled: Path | None = None  #: weights in the package
     fits_artifact: bool = True  #: exact fits G in each photo, because the user gave no artifact
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Available kinds of clean features, starting with the cheapest good one."""
-        lacking = {"distilled", "registers"}
-        lacking |= {name for name in ("denoiser", "artifact") if getattr(self, name) is None}
+        lacking = {name for name in ("denoiser", "artifact", "distilled") if getattr(self, name) is None}
+        lacking |= {"registers"}
         names = [kind.name for kind in KINDS.values() if kind.cleans and (kind.per_image or kind.uses not in lacking)]
         return tuple(sorted(names, key=lambda name: {"denoiser": 0, "exact": 1}.get(name, 2)))
 
@@ -102,6 +105,7 @@ class Models:
             backbone,
             _known(denoiser, find_shipped, find_denoiser, backbone),
             _known(artifact, shipped_for, load_artifact, backbone),
+            find_distilled(backbone),
             fits_artifact=artifact is None,
         )
 

