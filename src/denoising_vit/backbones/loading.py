@@ -245,6 +245,7 @@ def _exact(backbone: TimmBackbone, path: Path) -> TimmBackbone:
             f"{path}: a difference from other weights, which are needed in float32, got {backbone.dtype}; load the "
             "backbone with dtype=float32"
         )
+    assert backbone.layer is not None  # like every backbone of timm
     return _timm_named(backbone.name, origin, None, backbone.layer, backbone.norm)
 
 
