@@ -17,7 +17,7 @@ from denoising_vit.environment import run_info
 from denoising_vit.errors import TrainError
 from denoising_vit.training import run_folder
 from denoising_vit.training.checkpoints import Checkpoints, Progress
-from denoising_vit.training.run_folder import HOLDING, RunFolder
+from denoising_vit.training.run_folder import HOLDING, RunFolder, is_new
 
 IDENTITY: dict[str, Any] = {"stage": "denoiser", "options": {"steps": 20, "seed": 0}, "processes": 1}
 
@@ -207,6 +207,20 @@ def test_folders_and_files_of_others_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(TrainError, match="exists and is not a run of this program; expected a new or empty folder"):
             RunFolder(tmp_path / place).begin(IDENTITY, resume=False)
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mum.txt"]
+
+
+def test_a_start_that_was_killed_while_writing_its_record_can_be_repeated(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".run.json.70ou7zmp.part").write_text('{"format')
+    RunFolder(run).begin(IDENTITY, resume=False)
+    assert not list(run.glob("*.part")) and (run / "run.json").is_file()
+    assert is_new(tmp_path / "none", "run.json") and not is_new(run, "run.json")
+    for other in (".run.json.part", ".other.json.70ou7zmp.part", "run.json.70ou7zmp.part"):
+        folder = tmp_path / other
+        folder.mkdir()
+        (folder / other).touch()
+        assert not is_new(folder, "run.json")
 
 
 def test_changed_options_are_each_named_with_both_sides(tmp_path: Path) -> None:

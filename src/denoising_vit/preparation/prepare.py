@@ -35,7 +35,7 @@ from denoising_vit.hub.pretrained import push_folder
 from denoising_vit.preparation.options import PrepareOptions
 from denoising_vit.progress import Progress, no_progress
 from denoising_vit.training.pair_files import remove_pairs
-from denoising_vit.training.run_folder import HOLDING, differences, held, read_object
+from denoising_vit.training.run_folder import differences, held, is_new, read_object
 from denoising_vit.training_free import find_registers, find_subspace
 
 FORMAT = "denoising-vit/prepared"
@@ -241,7 +241,7 @@ def _opened(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """
     found = read_object(folder / RECORD) if (folder / RECORD).is_file() else None
     if found is None or found.get("format") != FORMAT:
-        if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {HOLDING}):
+        if not is_new(folder, RECORD):
             raise OutputError(f"{folder} exists and was not written by dvit prepare; choose another folder with -o")
         folder.mkdir(parents=True, exist_ok=True)
         return {"format": FORMAT, "version": 1, **identity, "stages": {}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class RunFolder:
         if not (self.path / _HEAD).is_file():
             if resume:
                 raise TrainError(f"{self.path}: no run to resume; start it without --resume")
-            if self.path.exists() and (not self.path.is_dir() or {e.name for e in self.path.iterdir()} - {HOLDING}):
+            if not is_new(self.path, _HEAD):
                 raise TrainError(f"{self.path} exists and is not a run of this program; expected a new or empty folder")
         elif not resume and self._is_begun():
             raise TrainError(f"{self.path} already has a run; use --resume to continue it, or choose another folder")
@@ -153,6 +154,8 @@ class RunFolder:
         """Write the records of a new run, and remove files of pairs that an earlier run reserved but never filled."""
         try:
             make_folder(self.path)
+            for path in self.path.glob(f".{_HEAD}.*.part"):  # of a start that was killed
+                path.unlink()
             remove_pairs(self.pairs)
             (self.path / REASONS).unlink(missing_ok=True)
         except OSError as error:
@@ -178,6 +181,14 @@ class RunFolder:
         lines = self.log.read_text().splitlines(keepends=True)
         with atomic_path(self.log) as temporary:
             temporary.write_text("".join(line for line in lines if _logged_step(line) <= step))
+
+
+def is_new(folder: Path, record: str) -> bool:
+    """True if a folder does not exist, or has no more than a start left that was killed while writing its record."""
+    if not folder.exists():
+        return True
+    left = re.compile(rf"\.{re.escape(record)}\.\w+\.part")
+    return folder.is_dir() and all(e.name == HOLDING or left.fullmatch(e.name) for e in folder.iterdir())
 
 
 def _logged_step(line: str) -> float:
