@@ -88,6 +88,7 @@ def test_the_record_names_the_base_and_tells_whole_weights_apart(tmp_path: Path)
         ({"left.weight": torch.ones(5, 1)}, "factors missing"),
         ({"left.weight": torch.ones(4, 1), "right.weight": torch.ones(1, 5)}, r"of another model: weight \(4, 5\)"),
         ({"whole.other": torch.ones(5)}, r"of another model: other \(5,\)"),
+        ({"weight": torch.ones(5, 5)}, r"1 tensors are no part of one \(weight\)"),
     ],
 )
 def test_a_damaged_file_is_refused(tensors: dict[str, Tensor], says: str, tmp_path: Path) -> None:
@@ -154,6 +155,18 @@ def test_a_difference_is_added_in_float32_also_for_bfloat16(base: Path, tmp_path
         with_weights(full(dtype="bfloat16"), small)
 
 
+def test_layer_and_stride_of_the_backbone_do_not_matter(base: Path, tmp_path: Path) -> None:
+    start = full(base)
+    small = dv.DistilledWeights.load(moved(start, tmp_path)).reduce(tmp_path / "small.safetensors", base=start).path
+    expected = with_weights(start, small).state_dict()
+    for dtype in ("float32", "bfloat16"):
+        dense = dv.load_backbone(tiny.MODEL, weights=base, stride=8, layer=3, dtype=dtype, device="cpu")
+        found = with_weights(dense, small)
+        assert (found.stride, found.layer) == (8, 3)
+        for name, value in found.state_dict().items():
+            assert torch.equal(value, expected[name].to(value.dtype)), name
+
+
 def test_other_weights_are_refused_with_both_named(base: Path, tmp_path: Path) -> None:
     start = full(base)
     whole = dv.DistilledWeights.load(moved(start, tmp_path))
@@ -165,6 +178,8 @@ def test_other_weights_are_refused_with_both_named(base: Path, tmp_path: Path) -
         with_weights(other, small)
     with pytest.raises(FormatError, match=r"weights trained from .*Load the whole file instead"):
         whole.reduce(tmp_path / "again.safetensors", base=other)
+    with pytest.raises(PlanError, match="is the file to reduce; give the small file another name"):
+        whole.reduce(whole.path, base=start)
     with pytest.raises(PlanError, match="rank must be at least 1, got 0"):
         whole.reduce(tmp_path / "again.safetensors", rank=0, base=start)
 
@@ -212,3 +227,14 @@ def test_the_verb_denoises_with_them(
     expected = dv.denoise_image(raw, photo, method="distilled", size=112)
     torch.testing.assert_close(found.semantic, expected.semantic, rtol=5e-3, atol=5e-3)
     assert found.info["method"] == "distilled"
+
+
+def test_an_export_of_a_difference_has_whole_weights_and_says_so(base: Path, tmp_path: Path) -> None:
+    start = full(base)
+    small = dv.DistilledWeights.load(moved(start, tmp_path)).reduce(tmp_path / "small.safetensors", base=start).path
+    found = with_weights(start, small)
+    dv.export_extractor(found, tmp_path / "out", dv.ExportOptions(format="timm"), weights=small)
+    path = tmp_path / "out" / "model.safetensors"
+    assert base_of(path) is None and read_record(path)["format_version"] == 1
+    again, image = dv.load_backbone(str(tmp_path / "out"), dtype="float32", device="cpu"), some(1, 3, 48, 48)
+    assert torch.equal(again(image), found(image)) and not torch.equal(again(image), start(image))

@@ -135,9 +135,9 @@ def _distilled(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[
     path = find_distilled(backbone) if cleaners.distilled is None else Path(cleaners.distilled).expanduser()
     if path is None:
         raise WeightsError(
-            f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}) and "
-            f"layer {backbone.layer}; train them with dvit distill, and give them by --distilled "
-            "RUN/distilled.safetensors"
+            f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "
+            f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and give them by "
+            "--distilled RUN/distilled.safetensors"
         )
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")

@@ -1,7 +1,7 @@
 """Weights as low-rank differences from other weights, in a few megabytes.
 
 Training a ViT further at a low rate, as stage 3 does, changes each matrix by nearly a low-rank matrix: rank 32 keeps
-99 % of the effect (docs/decisions.md) in an eighth of the bytes.
+99 % of the effect (docs/decisions.md) in a ninth of the bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from denoising_vit.backbones.recorded import require_record
+from denoising_vit.backbones.weights import read_state_dict
 from denoising_vit.errors import FormatError
 from denoising_vit.files import (
     DISTILLED,
@@ -28,8 +28,8 @@ from denoising_vit.files import (
     write_tensors,
 )
 
-#: Format version of a file with differences; files with whole weights have version 1.
-FORMAT_VERSION = 2
+#: Format versions of a file with whole weights, and of one with a difference.
+WHOLE_VERSION, FORMAT_VERSION = 1, 2
 
 #: Prefixes of the two factors of a matrix, and of a whole difference.
 _LEFT, _RIGHT, _WHOLE = "left.", "right.", "whole."
@@ -83,19 +83,26 @@ def base_of(path: Path) -> dict[str, Any] | None:
     return record["backbone"]
 
 
+def whole_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record for whole weights that were loaded from a file with this record, which may be a difference."""
+    if "difference" not in record:
+        return record
+    return {key: value for key, value in record.items() if key != "difference"} | {"format_version": WHOLE_VERSION}
+
+
 def with_difference(path: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that :func:`write_difference` wrote, from those of the base, float32.
 
     Raises:
-        FormatError: if the file is damaged, or does not fit the base.
+        WeightsError: if the file cannot be read.
+        FormatError: if it is damaged, or does not fit the base.
     """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: damaged difference ({error})") from error
+    tensors = read_state_dict(path)
     lefts, rights = below(_LEFT, tensors), below(_RIGHT, tensors)
     if lefts.keys() != rights.keys():
         raise FormatError(f"{path}: damaged difference: factors missing")
+    if other := [name for name in tensors if not name.startswith((_LEFT, _RIGHT, _WHOLE))]:
+        raise FormatError(f"{path}: damaged difference: {len(other)} tensors are no part of one ({other[0]})")
     changes = below(_WHOLE, tensors) | {name: left.float() @ rights[name].float() for name, left in lefts.items()}
     state = dict(base)
     for name, change in changes.items():

@@ -226,27 +226,28 @@ def _read_weights(name: str, path: Path, own: TimmBackbone | None = None) -> dic
     recorded = base_of(path)
     if recorded is None:
         return read_state_dict(path)
-    base = (
-        _exact(own, path) if own is not None else _timm_named(name, "auto", None, recorded["layer"], recorded["norm"])
-    )
+    base = _base(name, recorded, own)
+    if base.dtype != torch.float32:
+        raise WeightsError(
+            f"{path}: a difference from other weights, which are needed in float32, got {base.dtype}; load the "
+            "backbone with dtype=float32"
+        )
     if not is_recorded(recorded, base):
         remedy = "Use the weights that it was made from, or distil again from these"
         raise FormatError(mismatch(f"{path}: a difference from", recorded, base, remedy))
     return with_difference(path, base.model.state_dict())
 
 
-def _exact(backbone: TimmBackbone, path: Path) -> TimmBackbone:
-    """The backbone with its weights in float32, read again if needed: a difference is too small for bfloat16."""
-    if backbone.dtype == torch.float32:
-        return backbone
-    origin = "bundled" if backbone.weights.startswith("bundled") else backbone.weights
-    if origin not in ("bundled", "hub") and not Path(origin).expanduser().is_file():
-        raise WeightsError(
-            f"{path}: a difference from other weights, which are needed in float32, got {backbone.dtype}; load the "
-            "backbone with dtype=float32"
-        )
-    assert backbone.layer is not None  # like every backbone of timm
-    return _timm_named(backbone.name, origin, None, backbone.layer, backbone.norm)
+def _base(name: str, recorded: dict[str, Any], own: TimmBackbone | None) -> TimmBackbone:
+    """The weights to add a difference to: those of ``own`` or of the name, read again, since bfloat16 is too coarse.
+
+    They are loaded as recorded, so that the layer and stride of ``own`` do not matter; weights that exist only in
+    ``own`` are used as they are.
+    """
+    origin = "auto" if own is None else "bundled" if own.weights.startswith("bundled") else own.weights
+    if own is not None and origin not in ("bundled", "hub") and not Path(origin).expanduser().is_file():
+        return own
+    return _timm_named(name, origin, None, recorded["layer"], recorded["norm"])
 
 
 def find_distilled(backbone: Backbone) -> Path | None:

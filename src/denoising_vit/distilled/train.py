@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.backbones.difference import WHOLE_VERSION
 from denoising_vit.distilled.held_out import HeldOut
 from denoising_vit.distilled.models import (
     Average,
@@ -52,8 +53,6 @@ from denoising_vit.training.loop import (
 from denoising_vit.training.photos import Batch, ViewReader
 from denoising_vit.training.run_folder import RunFolder
 from denoising_vit.training.samples import Sampler, blank_numbers
-
-FORMAT_VERSION = 1
 
 #: Number of batches to read and render ahead.
 _AHEAD = 3
@@ -296,7 +295,7 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     """
     if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
         raise TrainError(f"{path}: {bad[0]} has values that are not finite; the run diverged")
-    head = {"format": DISTILLED, "format_version": FORMAT_VERSION, **record}
+    head = {"format": DISTILLED, "format_version": WHOLE_VERSION, **record}
     tensors = {name: compact(value) if value.is_floating_point() else value for name, value in state.items()}
     try:
         write_tensors(tensors, path, {KEY: json.dumps(head)})

@@ -66,11 +66,13 @@ class DistilledWeights(Pretrained):
             base: the backbone that it was trained from, float32; loaded by name if None.
 
         Raises:
-            PlanError: if the rank is not positive.
+            PlanError: if the rank is not positive, or the new file is this one.
             FormatError: if the file is damaged, or its weights were trained from other ones than those available.
         """
         if rank < 1:
             raise PlanError(f"rank must be at least 1, got {rank}")
+        if Path(path).resolve() == self.path.resolve():
+            raise PlanError(f"{path} is the file to reduce; give the small file another name")
         recorded, how = self._loaded
         base = base or load_backbone(recorded["name"], **how, dtype="float32", device="cpu")
         if not is_recorded(recorded, base):

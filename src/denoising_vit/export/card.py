@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from denoising_vit.artifact import artifact_digest
 from denoising_vit.backbones import Backbone
+from denoising_vit.backbones.difference import whole_record
 from denoising_vit.backbones.fingerprint import state_digest
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser import denoiser_digest
@@ -79,7 +80,7 @@ def _distilled_record(weights: Path | None) -> dict[str, Any] | None:
         head = read_record(weights)
     except (SafetensorError, OSError, ValueError) as error:
         raise ExportError(f"{weights}: not a readable safetensors file ({error})") from error
-    return head if isinstance(head, dict) and head.get("format") == DISTILLED else None
+    return whole_record(head) if isinstance(head, dict) and head.get("format") == DISTILLED else None
 
 
 def _cleaner(clean: DenoisedViT) -> dict[str, Any]:

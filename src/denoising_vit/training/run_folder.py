@@ -184,7 +184,7 @@ class RunFolder:
 
 
 def is_new(folder: Path, record: str) -> bool:
-    """True if a folder does not exist, or has no more than a start left that was killed while writing its record."""
+    """True if a folder does not exist, or holds only the rest of a start that was killed while writing its record."""
     if not folder.exists():
         return True
     left = re.compile(rf"\.{re.escape(record)}\.\w+\.part")
