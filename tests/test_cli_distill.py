@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from denoising_vit.data import open_dataset
 from denoising_vit.distilled.job import DistillJob
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
+from denoising_vit.files import read_record
 from denoising_vit.training import photos as photos_module
 from denoising_vit.training.options import ViewOptions
 from denoising_vit.training.samples import split
@@ -214,6 +216,15 @@ def test_fields_of_a_store_teach(distill: Distill, store: Path, photos: Path, tm
     assert (tmp_path / "run" / "distilled.safetensors").is_file()
 
 
+def test_train_weights_of_an_earlier_run_further(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
+    assert distill(photos, *last, "-o", tmp_path / "first").code == 0
+    start = tmp_path / "first" / "last.safetensors"
+    done = distill(photos, *last, "-o", tmp_path / "run", "--start", start)
+    assert done.code == 0, done.err
+    info = read_record(tmp_path / "run" / "last.safetensors")["info"]
+    assert info["start"] == json.loads((tmp_path / "run" / "run.json").read_text())["start"]
+
+
 # --- photos that cannot be used ---
 
 
@@ -354,6 +365,9 @@ def test_the_first_process_alone_speaks(
         (("--device", "cuda:99"), "device cuda:99 is not available"),
         (("--layer", 12), "has 12 blocks: layer must be -12 to 11, got 12"),
         (("--weights", "{files}/none.pth"), "no such weights file"),
+        (("--start", "{files}/none.safetensors"), "none.safetensors: missing, damaged, or not a safetensors file"),
+        (("--start", "{files}/last.safetensors"), "last.safetensors: expected a file written by dvit distill"),
+        (("--start", "distilled"), "the package has no distilled weights for vit_tiny_patch16_224"),
     ],
 )
 def test_what_does_not_fit_is_2_says_why_and_leaves_nothing(

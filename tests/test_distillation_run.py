@@ -19,11 +19,12 @@ from torch import Tensor
 import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
+from denoising_vit.backbones.loading import with_weights
 from denoising_vit.distilled.job import DistillJob
 from denoising_vit.distilled.models import DenoiserTeacher, trained_groups
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
-from denoising_vit.errors import SizeError, TrainError
+from denoising_vit.errors import FormatError, SizeError, TrainError
 from denoising_vit.training.loop import learning_rate, peak_rate
 from denoising_vit.training.samples import Sample
 from tiny_training import weights_of
@@ -57,8 +58,8 @@ def straight(one_thread: None, photos: Path, tmp_path_factory: pytest.TempPathFa
     return run
 
 
-def resumed(photos: Path, run: Path, **changes: Any) -> dict[str, Any]:
-    tiny.distilled(photos, run, None, all_on(**changes), resume=True)
+def resumed(photos: Path, run: Path, *, start: Path | None = None, **changes: Any) -> dict[str, Any]:
+    tiny.distilled(photos, run, None, all_on(**changes), start=start, resume=True)
     return tiny.results(run)
 
 
@@ -277,6 +278,39 @@ def test_a_run_is_not_begun_over_another(photos: Path, straight: Path, tmp_path:
         tiny.prepared(photos, straight, None, all_on())
     with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
         tiny.prepared(photos, tmp_path / "none", None, all_on(), resume=True)
+
+
+# --- weights of an earlier run ---
+
+
+def test_start_from_distilled_weights(photos: Path, straight: Path, tmp_path: Path) -> None:
+    start, raw = straight / "last.safetensors", tiny.backbone()
+    job = tiny.prepared(photos, tmp_path / "run", start=start)
+    expected = with_weights(raw, start)
+    tiny.assert_same(job.student.backbone.state_dict(), expected.state_dict())
+    tiny.assert_same(job.teacher.backbone.state_dict(), raw.state_dict())
+    assert job.started == expected.digest
+    trained = [name for name, value in job.student.named_parameters() if value.requires_grad]
+    assert trained == [
+        name
+        for name, value in tiny.prepared(photos, tmp_path / "other").student.named_parameters()
+        if value.requires_grad
+    ]
+
+
+def test_resume_a_run_that_started_from_distilled_weights(photos: Path, straight: Path, tmp_path: Path) -> None:
+    start = straight / "last.safetensors"
+    tiny.distilled(photos, tmp_path / "whole", None, all_on(), start=start)
+    tiny.distilled(photos, tmp_path / "run", None, all_on(stop_at=2), start=start)
+    assert resumed(photos, tmp_path / "run", start=start) == tiny.results(tmp_path / "whole")
+    with pytest.raises(TrainError, match=r"cannot resume with other options: start was .*, now null"):
+        tiny.prepared(photos, tmp_path / "run", None, all_on(), resume=True)
+
+
+def test_distilled_weights_of_another_backbone_are_refused(photos: Path, straight: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"weights trained from .*Start from weights that were distilled from this"):
+        tiny.prepared(photos, tmp_path / "run", tiny.backbone(seed=1), start=straight / "last.safetensors")
+    assert not (tmp_path / "run").exists()
 
 
 # --- the arithmetic of a step ---

@@ -116,6 +116,7 @@ def distill(
     denoiser: str | None = None,
     also: tuple[str, ...] = (),
     fields: str | None = None,
+    start: str | None = None,
     resume: tyro.conf.FlagCreatePairsOff[bool] = False,
     training: tyro.conf.OmitArgPrefixes[DistillOptions] = DistillOptions(),  # noqa: B008, frozen
     views: ViewOptions = ViewOptions(),  # noqa: B008, frozen
@@ -138,6 +139,8 @@ def distill(
         also: denoisers of further layers, trained with --layer, to distil at the same time, for decoders that read
             several layers.
         fields: a store of `dvit fit` for these photos; its semantic fields replace the denoiser as the teacher.
+        start: distilled weights of this backbone to train further: a file, or `distilled` for the package's. Defaults
+            to the backbone's own weights.
         resume: resume the run in the folder; the result is bit-identical to that of an uninterrupted run.
         training: length, learning rate and logging.
         views: views of the photos to train on.
@@ -150,7 +153,8 @@ def distill(
     views.validate()
     source = _photos_source(data, fields)
     left_out = source.skipped if isinstance(source, Dataset) else ()
-    job = DistillJob.prepare(source, out, model, training, views, denoiser=denoiser, also=also, resume=resume)
+    teachers = {"denoiser": denoiser, "also": also}
+    job = DistillJob.prepare(source, out, model, training, views, **teachers, start=start, resume=resume)
     run = _Run(job.accelerator, out, left_out, lambda: job.skipped)
 
     def prepared() -> Any:

@@ -19,6 +19,7 @@ from denoising_vit.distilled.held_out import HeldOut
 from denoising_vit.distilled.models import DenoiserTeacher, FieldTeacher, Student, Teacher, blocks_of, trained_groups
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
+from denoising_vit.distilled.weights import trained_further
 from denoising_vit.errors import TrainError
 from denoising_vit.training.engine import arithmetic, device_of, make_accelerator
 from denoising_vit.training.options import ViewOptions
@@ -41,6 +42,7 @@ class DistillJob:
         views: views of the photos to train on.
         sizes: (H, W) of the views.
         accelerator: processes and devices.
+        started: digest of the distilled weights to start from; None for the backbone's own.
     """
 
     folder: RunFolder
@@ -51,6 +53,7 @@ class DistillJob:
     views: ViewOptions
     sizes: tuple[tuple[int, int], ...]
     accelerator: Any
+    started: str | None = None
 
     @classmethod
     def prepare(
@@ -63,6 +66,7 @@ class DistillJob:
         *,
         denoiser: GivenDenoiser | None = None,
         also: Sequence[GivenDenoiser] = (),
+        start: str | Path | None = None,
         resume: bool = False,
     ) -> DistillJob:
         """Load teacher and student, and create or open the folder of the run.
@@ -75,11 +79,14 @@ class DistillJob:
             views: views of the photos to train on.
             denoiser: denoiser of the backbone. Defaults to the shipped one.
             also: denoisers of further layers to train.
+            start: distilled weights of this backbone to train further, or ``distilled`` for the package's. Defaults to
+                the backbone's own weights.
             resume: resume the run in the folder.
 
         Raises:
             TrainError: if source, backbone, options or folder do not match.
             DenoiserError: if a denoiser belongs to another backbone or has another width, or cannot be found.
+            FormatError: if the weights to start from are damaged, or belong to another backbone.
             SizeError: if a size does not fit the patch grid.
             BackboneError: if the backbone cannot be loaded.
         """
@@ -87,6 +94,10 @@ class DistillJob:
         views.validate()
         accelerator = make_accelerator(str(model.device))
         student, backbone = _pair(model, accelerator)
+        started = None
+        if start is not None:
+            student = trained_further(student, start)
+            started = student.digest
         photos, teacher = _photos_and_teacher(source, backbone, denoiser, also)
         held_out = options.held_out_of(len(photos.images))
         options = options.with_steps(len(photos.images) - held_out, accelerator.num_processes)
@@ -115,8 +126,10 @@ class DistillJob:
             "photos": photos.identity,
             "processes": accelerator.num_processes,
         }
+        if started is not None:
+            identity["start"] = started
         folder.begin_together(identity, accelerator, resume=resume)
-        return cls(folder, teacher, taught, photos, options, views, sizes, accelerator)
+        return cls(folder, teacher, taught, photos, options, views, sizes, accelerator, started)
 
     def training(self) -> Distillation:
         """The run, ready to start, with the targets of the held-out photos.
@@ -134,6 +147,8 @@ class DistillJob:
             "views": asdict(self.views),
             "teacher": self.teacher.identity,
         }
+        if self.started is not None:
+            info["start"] = self.started
         photos_a_step = options.photos_a_step(accelerator.num_processes)
         return Distillation(
             folder=self.folder,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone, load_backbone
 from denoising_vit.backbones.difference import write_difference
+from denoising_vit.backbones.loading import distilled_file, with_weights
 from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
 from denoising_vit.errors import FormatError, PlanError
 from denoising_vit.files import DISTILLED, atomic_path, read_record
@@ -99,6 +100,26 @@ class DistilledWeights(Pretrained):
         """The recorded backbone, and the options that it was loaded with."""
         recorded = self.record["backbone"]
         return recorded, {key: recorded[key] for key in ("layer", "norm") if recorded.get(key) is not None}
+
+
+def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
+    """A copy of a backbone with distilled weights of its own, to be trained further.
+
+    Args:
+        backbone: the backbone with its original weights, float32.
+        start: the file, or ``distilled`` for the package's.
+
+    Raises:
+        FormatError: if the file is missing or damaged, or its weights were trained from other ones.
+        WeightsError: if the package has no distilled weights for this backbone.
+        BackboneError: if the backbone is not from timm.
+    """
+    path = distilled_file(backbone.name) if str(start) == "distilled" else Path(start).expanduser()
+    recorded = DistilledWeights.load(path).record["backbone"]
+    if not is_recorded(recorded, backbone):
+        remedy = "Start from weights that were distilled from this backbone"
+        raise FormatError(mismatch(f"{path}: weights trained from", recorded, backbone, remedy))
+    return with_weights(backbone, path)
 
 
 def _state(backbone: Backbone) -> dict[str, Tensor]:
