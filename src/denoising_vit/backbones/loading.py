@@ -256,6 +256,24 @@ def find_distilled(backbone: Backbone) -> Path | None:
     return next((path for path, base in bases.items() if base is not None and is_recorded(base, backbone)), None)
 
 
+def distilled_path(backbone: Backbone, given: str | Path | None = None) -> Path:
+    """File of distilled weights of a backbone: the given one, or the package's.
+
+    Raises:
+        WeightsError: if the file does not exist, or the package has none for these weights and this layer.
+    """
+    path = find_distilled(backbone) if given is None else Path(given).expanduser()
+    if path is None:
+        raise WeightsError(
+            f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "
+            f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and give them by "
+            "--distilled RUN/distilled.safetensors"
+        )
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")
+    return path
+
+
 def distilled_file(name: str) -> Path:
     """The package's file of distilled weights for a timm model.
 

@@ -21,6 +21,7 @@ from denoising_vit.backbones.huggingface_loading import is_model_of_transformers
 from denoising_vit.backbones.module import ModuleBackbone
 from denoising_vit.backbones.subclassing import generalise, specialise
 from denoising_vit.backbones.timm_vit import TimmBackbone, TimmViT, any_size, timm_name
+from denoising_vit.cleaning import weights
 from denoising_vit.cleaning.models import CleanBackbone, Cleaned, CleanModule, CleanTimm, CleanTransformers
 from denoising_vit.cleaning.tokens import Minus, cleaning_of
 from denoising_vit.denoiser import Denoiser, find_denoiser
@@ -40,6 +41,7 @@ _OPTIONS = {
     "project": ("subspace", "photos", "source", "rank", "artifact", "size"),
     "average": ("passes",),
     "registers": ("registers", "photos", "size"),
+    "distilled": ("distilled",),
 }
 
 #: Options that describe a module's images and outputs.
@@ -49,7 +51,8 @@ _MODULE = ("patch_size", "stride", "mean", "std", "default_size", "layout")
 def clean(model: M, method: str = "auto", **options: Any) -> M:
     """Make a model return clean patch tokens, in place, through its own interface.
 
-    Class token and registers are unchanged, except that ``registers`` acts inside the model and changes them slightly.
+    Class token and registers are unchanged, except that ``registers`` and ``distilled`` act inside the model and change
+    them slightly.
     Only the last block is cleaned; other layers of ``forward_intermediates``, ``hidden_states`` and the like are
     unchanged. Un-normalised tokens of the last block are cleaned through the final norm and mapped back to each token's
     own scale. Outputs that a head pools from patch tokens change with the tokens. Cleaning a model again replaces the
@@ -63,12 +66,12 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
         method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``; ``subtract``
             subtracts the artifact G; ``denoiser`` applies a trained block to tokens; ``project`` removes positional
             directions; ``average`` averages passes over shifted and mirrored images; ``registers`` moves outliers into
-            an added token.
+            an added token; ``distilled`` replaces the weights of a timm model by those of stage 3, at no cost.
         **options: options of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or
             ``photos``, ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average);
-            ``registers`` (object or file), or ``photos`` and ``size`` to find them. Options of the images: ``mean`` and
-            ``std`` (models of transformers, modules), ``patch_size``, ``stride``, ``default_size`` and ``layout``
-            (modules).
+            ``registers`` (object or file), or ``photos`` and ``size`` to find them; ``distilled`` (file, by default the
+            package's). Options of the images: ``mean`` and ``std`` (models of transformers, modules), ``patch_size``,
+            ``stride``, ``default_size`` and ``layout`` (modules).
 
     Returns:
         The model.
@@ -76,7 +79,7 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
     Raises:
         PlanError: if the method or an option is unknown, or a required option is missing.
         BackboneError: if the model's tokens do not form a grid, or the method does not support this kind of model.
-        ArtifactError, DenoiserError: if the cleaner belongs to another backbone, or the package has none.
+        ArtifactError, DenoiserError, WeightsError: if the cleaner belongs to another backbone, or the package has none.
     """
     if method not in _OPTIONS:
         raise PlanError(f"unknown method {method!r}; choose from {', '.join(_OPTIONS)}")
@@ -94,6 +97,9 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
         if method == "registers":
             _install_registers(target, backbone, _registers(backbone, options))
             return model
+        if method == "distilled":
+            _install_weights(target, backbone, options.get("distilled"))
+            return model
         cleaner, passes = None, None
         if method == "average":
             passes = options.get("passes", DEFAULT_PASSES)
@@ -110,7 +116,10 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
 
 
 def restore(model: M) -> M:
-    """Undo :func:`clean`, in place; a model that was not cleaned is unchanged."""
+    """Undo :func:`clean`, in place; a model that was not cleaned is unchanged.
+
+    After ``distilled``, the weights are those from before, even if they were trained since.
+    """
     for module in list(model.modules()):
         if isinstance(module, Cleaned):
             generalise(module)
@@ -118,6 +127,9 @@ def restore(model: M) -> M:
         if "_registers" in module.__dict__:
             del module.__dict__["_registers"]
             registering.remove(module)
+        if (before := weights.weights_before(module)) is not None:
+            weights.exchange(module, before)
+            weights.forget(module)
         if isinstance(module, Backbone):
             module._fingerprint = None
     return model
@@ -212,6 +224,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(held)
             module._forward_pre_hooks.update(hooks)
+            if (other := weights.weights_before(module)) is not None:  # restore() exchanged them
+                weights.exchange(module, other)
         raise
 
 
@@ -238,5 +252,13 @@ def _install_registers(target: nn.Module, backbone: Backbone, found: Registers) 
         return
     registering.install(inside, found.neurons)
     inside.__dict__["_registers"] = found
+    if isinstance(target, Backbone):
+        target._fingerprint = None
+
+
+def _install_weights(target: nn.Module, backbone: Backbone, given: Any) -> None:
+    """Install distilled weights."""
+    inside = target.model if isinstance(target, TimmBackbone) else target
+    weights.install(inside, backbone, given)
     if isinstance(target, Backbone):
         target._fingerprint = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from denoising_vit.backbones import Backbone, load_backbone
 from denoising_vit.backbones.difference import write_difference
-from denoising_vit.backbones.loading import distilled_file, with_weights
+from denoising_vit.backbones.loading import distilled_path, with_weights
 from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
 from denoising_vit.errors import FormatError, PlanError
 from denoising_vit.files import DISTILLED, atomic_path, read_record
@@ -110,11 +110,11 @@ def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
         start: the file, or ``distilled`` for the package's.
 
     Raises:
-        FormatError: if the file is missing or damaged, or its weights were trained from other ones.
-        WeightsError: if the package has no distilled weights for this backbone.
+        FormatError: if the file is damaged, or its weights were trained from other ones.
+        WeightsError: if the file is missing, or the package has none for this backbone.
         BackboneError: if the backbone is not from timm.
     """
-    path = distilled_file(backbone.name) if str(start) == "distilled" else Path(start).expanduser()
+    path = distilled_path(backbone, None if str(start) == "distilled" else start)
     recorded = DistilledWeights.load(path).record["backbone"]
     if not is_recorded(recorded, backbone):
         remedy = "Start from weights that were distilled from this backbone"

@@ -1,0 +1,126 @@
+"""Distilled weights compared on the training lists of labelled sets, and how far they can be reduced.
+
+    PYTHONPATH=src python recipes/students.py --labelled DIR -o FILE raw RUN/distilled.safetensors ...
+    PYTHONPATH=src python recipes/students.py --ranks 4 8 16 32 64 --photos DIR -o FILE RUN/distilled.safetensors
+
+The first scores each candidate with the probes of `probes.py`, on the images of `labelled.py`, and on content-free
+images. A candidate is `raw`, a file, or a sum of changes from the raw weights with factors: `A.safetensors*1.5`,
+`A.safetensors+B.safetensors*0.5`. The second writes the low-rank difference of each rank next to the output file, and
+measures its features' distance to those of the whole weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import probes
+import torch
+from scenes import render
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from denoising_vit.backbones import BackboneSpec
+from denoising_vit.backbones.loading import with_weights
+from denoising_vit.data import open_dataset
+from denoising_vit.distilled.weights import DistilledWeights
+
+
+def main(given: list[str] | None = None) -> None:
+    """Prints and appends one line per candidate, or per rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("candidates", nargs="+")
+    parser.add_argument("--labelled", type=Path)
+    parser.add_argument("--most", type=int, default=90, help="images per labelled set")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[])
+    parser.add_argument("--photos", type=Path, help="folder of photos to measure distances on")
+    parser.add_argument("--count", type=int, default=6, help="number of photos")
+    parser.add_argument("--size", type=int, nargs=2, default=(518, 518), help="height and width in pixels")
+    parser.add_argument("--model", default=BackboneSpec.backbone)
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    asked = parser.parse_args(given)
+    if bool(asked.ranks) == (asked.labelled is None):
+        lines = reduced(asked) if asked.ranks else compared(asked)
+    else:
+        parser.error("give either --labelled DIR, or --ranks and --photos DIR")
+    with torch.no_grad(), asked.out.open("a") as out:
+        for line in lines:
+            print(json.dumps(line), flush=True)
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+
+
+def compared(asked: Any) -> Iterator[dict[str, Any]]:
+    """Scores of each candidate."""
+    spec, size = BackboneSpec(asked.model, weights=asked.weights, device=asked.device), tuple(asked.size)
+    raw: Any = replace(spec, dtype="float32").load()  # changes are too small for bfloat16
+    shown: Any = spec.load()
+    data = probes.load(asked.labelled, shown.grid_size(*size), shown.device, asked.most)
+    blanks = probes.blank_images(shown, size)
+    blank_features = {kind: shown(images) for kind, images in blanks.items()}
+    for candidate in asked.candidates:
+        shown.model.load_state_dict(changed(raw, candidate))
+        line: dict[str, Any] = {"candidate": candidate, "size": size}
+        for kind, images in blanks.items():
+            left = probes.blank_figures(blank_features[kind], shown(images))
+            line[kind] = dict(zip(("variance_left", "high_frequencies_left"), left, strict=True))
+        for name, part in data.items():
+            line[name] = probes.scores(name, part, probes.shown(part, shown, size))
+        yield line
+
+
+def changed(raw: Any, candidate: str) -> dict[str, Tensor]:
+    """The raw weights, float32, plus a candidate's changes."""
+    base = raw.model.state_dict()
+    total = {name: value.clone() for name, value in base.items()}
+    for part in candidate.split("+") if candidate != "raw" else ():
+        path, _, factor = part.partition("*")
+        student: Any = with_weights(raw, Path(path))
+        for name, value in student.model.state_dict().items():
+            if value.is_floating_point():
+                total[name] += float(factor or 1) * (value - base[name])
+    return total
+
+
+def reduced(asked: Any) -> Iterator[dict[str, Any]]:
+    """Bytes of each rank, and its distance to the whole weights, relative to that of the raw weights."""
+    raw: Any = BackboneSpec(asked.model, weights=asked.weights, device=asked.device, dtype="float32").load()
+    whole_photo, upright = np.array([[0.0, 0.0, 1.0, 1.0]]), np.array([False])
+    photos = open_dataset(asked.photos)
+    chosen = range(0, len(photos), max(len(photos) // asked.count, 1))[: asked.count]
+    images = [torch.from_numpy(np.array(photos.read(index))).permute(2, 0, 1).to(raw.device) for index in chosen]
+    views = [render(image, whole_photo, upright, tuple(asked.size), raw) for image in images]
+    for candidate in asked.candidates:
+        whole = DistilledWeights.load(candidate)
+        wanted = _features(with_weights(raw, Path(candidate)), views)
+        away = _distance(_features(raw, views), wanted)
+        for rank in asked.ranks:
+            path = asked.out.with_name(f"{Path(candidate).stem}.rank{rank}.safetensors")
+            whole.reduce(path, rank=rank, base=raw)
+            found = _features(with_weights(raw, path), views)
+            yield {
+                "candidate": candidate,
+                "rank": rank,
+                "bytes": path.stat().st_size,
+                "distance": _distance(found, wanted) / away,
+            }
+
+
+def _features(backbone: Any, views: list[Tensor]) -> Tensor:
+    return torch.cat([backbone(view).flatten(0, 2) for view in views])
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """1 - cosine, averaged over patches."""
+    return float(1 - cosine_similarity(one, other, dim=-1).mean())
+
+
+if __name__ == "__main__":
+    main()
