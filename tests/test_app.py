@@ -1,4 +1,4 @@
-"""The page without a browser: from photo and settings to files, pictures and figures."""
+"""The app without a browser: files, pictures and metrics for a photo and settings."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def colours(picture: np.ndarray) -> set[int]:
 # Samples
 
 
-def test_one_photo_with_its_licence_comes_with_the_package() -> None:
+def test_package_includes_a_sample_photo_with_its_licence() -> None:
     cat = find_samples()["cat"]
     assert cat.is_relative_to(Path(answers.__file__).parent)
     assert cat.stat().st_size < 100_000
@@ -85,19 +85,17 @@ def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
 # Backbones
 
 
-def test_methods_are_those_that_the_backbone_has(models: Models) -> None:
+def test_methods_depend_on_backbone_and_layer(models: Models) -> None:
     assert models.get(models.spec.backbone).methods == ("denoiser", "exact", "subtract", "project", "average")
     assert models.get(models.spec.backbone, 5).methods == (
         "exact",
         "project",
         "average",
-    )  # what was given is of the last layer
+    )  # the given denoiser and artifact are for the last layer
     assert models.get(models.spec.backbone, 5).backbone.layer == 5
 
 
-def test_a_backbone_whose_weights_are_not_here_says_what_it_needs(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_weights_are_reported_with_the_command_to_run(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     name = "vit_base_patch14_dinov2.lvd142m"
     assert name in models.names
@@ -106,7 +104,7 @@ def test_a_backbone_whose_weights_are_not_here_says_what_it_needs(
         models.get(name)
 
 
-def test_weights_in_the_hubs_cache_are_at_hand(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_the_hub_cache_are_available(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def cached(repository: str, file: str) -> str | None:
@@ -118,12 +116,12 @@ def test_weights_in_the_hubs_cache_are_at_hand(models: Models, monkeypatch: pyte
     assert set(asked) == {"timm/vit_base_patch16_224.dino"}
 
 
-def test_names_that_the_page_does_not_offer_are_refused(models: Models) -> None:
+def test_unknown_backbone_names_are_rejected(models: Models) -> None:
     with pytest.raises(AppError, match=r"unknown backbone '../../secret'"):
         models.get("../../secret")
 
 
-def test_a_layer_that_is_not_there_is_refused(models: Models) -> None:
+def test_layer_out_of_range_is_rejected(models: Models) -> None:
     with pytest.raises(BackboneError, match="12"):
         models.get(models.spec.backbone, 99)
 
@@ -139,7 +137,7 @@ def test_only_the_last_backbones_stay_in_memory(tmp_path: Path, monkeypatch: pyt
     assert loads == [first, *last, first]
 
 
-def test_a_denoiser_of_another_backbone_is_refused_at_the_start(models: Models, tmp_path: Path) -> None:
+def test_denoiser_of_another_backbone_is_rejected_at_startup(models: Models, tmp_path: Path) -> None:
     other = Models(tiny.spec(tmp_path), models._denoiser)
     other.spec = BackboneSpec(other.spec.backbone, weights="random", layer=3, device="cpu", dtype="float32")
     with pytest.raises(DenoiserError):
@@ -149,7 +147,7 @@ def test_a_denoiser_of_another_backbone_is_refused_at_the_start(models: Models, 
 # Answers
 
 
-def test_the_file_is_that_of_dvit_denoise(models: Models, keep: Keep) -> None:
+def test_features_file_matches_denoise_image(models: Models, keep: Keep) -> None:
     found = answer(models, keep, tiny.SAMPLE, settings(models))
     model = models.get(models.spec.backbone)
     expected = dv.denoise_image(model.backbone, tiny.SAMPLE, method="denoiser", denoiser=model.denoiser)
@@ -161,7 +159,7 @@ def test_the_file_is_that_of_dvit_denoise(models: Models, keep: Keep) -> None:
     assert set(written.info) == {*expected.info, "upsample"}
 
 
-def test_exact_tells_its_progress_and_stores_finer_features(models: Models, keep: Keep) -> None:
+def test_exact_reports_progress_and_stores_upsampled_features(models: Models, keep: Keep) -> None:
     told = []
     few = settings(models, **FEW, scale=3)
     found = answer(models, keep, tiny.SAMPLE, few, lambda done, total: told.append((done, total)))
@@ -173,14 +171,14 @@ def test_exact_tells_its_progress_and_stores_finer_features(models: Models, keep
     assert found.result.heldout_r2 is not None
 
 
-def test_subtract_takes_the_given_artifact(models: Models, keep: Keep) -> None:
+def test_subtract_uses_the_given_artifact(models: Models, keep: Keep) -> None:
     found = answer(models, keep, tiny.SAMPLE, settings(models, method="subtract", size=224))
     artifact = models.get(models.spec.backbone).artifact
     assert artifact is not None
     torch.testing.assert_close(found.result.raw - found.result.semantic, artifact.at((14, 14)), atol=1e-4, rtol=1e-4)
 
 
-def test_an_answer_is_read_back_as_it_was(models: Models, keep: Keep) -> None:
+def test_answer_can_be_loaded_until_it_is_deleted(models: Models, keep: Keep) -> None:
     found = answer(models, keep, tiny.SAMPLE, settings(models))
     again = Answer.load(found.folder)
     torch.testing.assert_close(again.result.raw, found.result.raw, atol=5e-3, rtol=1e-3)
@@ -190,7 +188,7 @@ def test_an_answer_is_read_back_as_it_was(models: Models, keep: Keep) -> None:
         Answer.load(found.folder)
 
 
-def test_the_picture_is_a_panel_of_ours(models: Models, keep: Keep) -> None:
+def test_sheet_is_a_panel_and_drawn_once(models: Models, keep: Keep) -> None:
     sheet = draw_sheet(answer(models, keep, tiny.SAMPLE, settings(models)))
     assert is_panel(sheet)
     assert sheet.stat().st_mtime_ns == draw_sheet(Answer.load(sheet.parent)).stat().st_mtime_ns  # drawn once
@@ -204,7 +202,7 @@ def test_the_picture_is_a_panel_of_ours(models: Models, keep: Keep) -> None:
         (tiny.SAMPLE.read_bytes()[:9000], "^photo.jpg: damaged"),
     ],
 )
-def test_files_that_are_no_photos_are_refused_without_naming_a_folder(
+def test_errors_for_unreadable_photos_do_not_name_the_folder(
     models: Models, keep: Keep, tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(content)
@@ -229,7 +227,7 @@ def test_a_photo_of_one_pixel_is_refused(models: Models, keep: Keep, tmp_path: P
 
 
 @pytest.mark.parametrize(("height", "width", "colour"), [(40, 40, 128), (16, 2000, None), (2000, 16, None)])
-def test_photos_of_one_colour_and_steep_ones_are_answered(
+def test_uniform_and_very_elongated_photos_are_denoised(
     models: Models, keep: Keep, tmp_path: Path, height: int, width: int, colour: int | None
 ) -> None:
     found = answer(models, keep, tiny.photo(tmp_path, height, width, colour), settings(models, **FEW))
@@ -241,7 +239,7 @@ def test_photos_of_one_colour_and_steep_ones_are_answered(
     assert all("nan" not in f"{line.raw} {line.clean}" for line in figures(found))
 
 
-def test_wide_crops_take_the_known_artifact(models: Models, keep: Keep) -> None:
+def test_wide_crops_use_the_known_artifact(models: Models, keep: Keep) -> None:
     model = models.get(models.spec.backbone)
     found = answer(models, keep, tiny.SAMPLE, settings(models, **FEW, wide=True))
     options = {"views": 8, "held_out": found.result.info["held_out"], "size": 64, "area": (0.4, 1.0)}
@@ -269,7 +267,7 @@ def test_settings_out_of_range_are_refused(
         answer(models, keep, tiny.SAMPLE, settings(models, **changes))
 
 
-def test_work_that_nobody_waits_for_ends_at_once_and_leaves_nothing(models: Models, keep: Keep) -> None:
+def test_error_in_the_progress_callback_stops_and_leaves_no_files(models: Models, keep: Keep) -> None:
     calls = []
 
     def leave(done: int, total: int) -> None:
@@ -305,7 +303,7 @@ def test_maps_have_the_photos_aspect_and_sharp_patches() -> None:
     assert left.shape[1] % 14 == 0
 
 
-def test_a_pixel_belongs_to_the_patch_that_it_shows() -> None:
+def test_patch_at_returns_the_patch_of_a_pixel() -> None:
     shown = scene(noise(5, 7, 16), noise(5, 7, 16), photo=(150, 300))
     height, width = shown.shape
     assert shown.patch_at(0, 0) == (0, 0)
@@ -323,7 +321,7 @@ def test_similarity_is_one_at_the_patch_itself() -> None:
             assert tuple(side[y, x]) == (103, 0, 31)  # the last colour of the scale
 
 
-def test_the_photo_shows_where_the_patch_is() -> None:
+def test_selected_patch_is_marked_in_the_photo() -> None:
     shown = scene(noise(5, 7, 16), noise(5, 7, 16))
     rows, columns = np.nonzero(shown.marked((2, 3)).any(-1))
     height, width = shown.shape
@@ -332,7 +330,7 @@ def test_the_photo_shows_where_the_patch_is() -> None:
     assert columns.min() > 2 * width / 7
 
 
-def test_patches_and_maps_that_are_not_there_are_refused() -> None:
+def test_unknown_patches_and_maps_are_rejected() -> None:
     shown = scene(noise(5, 7, 16), noise(5, 7, 16))
     for at in ((5, 0), (0, 7), (-1, 0)):
         with pytest.raises(AppError, match="row must be 0 to 4 and column 0 to 6"):
@@ -348,7 +346,7 @@ def test_every_map_has_a_legend() -> None:
 # Figures
 
 
-def test_figures_say_what_changed(models: Models, keep: Keep) -> None:
+def test_figures_compare_raw_and_denoised_features(models: Models, keep: Keep) -> None:
     found = answer(models, keep, tiny.SAMPLE, settings(models, **FEW))
     lines = {line.name: line for line in figures(found)}
     assert lines["held-out R²"].clean == f"{found.result.heldout_r2:.3f}"
@@ -358,15 +356,15 @@ def test_figures_say_what_changed(models: Models, keep: Keep) -> None:
     assert all(line.words.endswith(".") for line in lines.values())
 
 
-def test_held_out_figures_are_of_exact_alone(models: Models, keep: Keep) -> None:
+def test_held_out_figures_need_the_exact_method(models: Models, keep: Keep) -> None:
     found = answer(models, keep, tiny.SAMPLE, settings(models))
     assert not [line.name for line in figures(found) if line.name.startswith("held-out")]
 
 
-# Keeping
+# Stored answers
 
 
-def test_answers_are_private_and_leave_nothing_behind() -> None:
+def test_answer_folders_are_private_and_deleted_on_exit() -> None:
     with Keep() as keep:
         folder = keep.new()
         for private in (folder, keep.served.parent):
@@ -375,7 +373,7 @@ def test_answers_are_private_and_leave_nothing_behind() -> None:
     assert not keep.served.parent.exists()
 
 
-def test_old_answers_go(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_and_surplus_answers_are_deleted(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     old, young = keep.new(), keep.new()
     os.utime(old, (0, time.time() - answers.LIFETIME - 9))
     newest = keep.new()
@@ -386,13 +384,13 @@ def test_old_answers_go(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (young.exists(), newest.exists()) == (False, True)
 
 
-def test_only_answers_can_be_forgotten(keep: Keep, tmp_path: Path) -> None:
+def test_forget_deletes_only_answers(keep: Keep, tmp_path: Path) -> None:
     keep.forget(tmp_path)
     keep.forget(None)
     assert tmp_path.exists()
 
 
-def test_the_kept_photo_is_small(models: Models, keep: Keep, tmp_path: Path) -> None:
+def test_stored_photo_has_sides_of_at_most_1200_pixels(models: Models, keep: Keep, tmp_path: Path) -> None:
     found = answer(models, keep, tiny.photo(tmp_path, 30, 2500), settings(models, **FEW))
     with Image.open(found.folder / "photo.png") as image:
         assert max(image.size) <= 1200

@@ -1,4 +1,4 @@
-"""The page in a real browser: every control does what it says."""
+"""The page in a real browser: tests of every control."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ MEGABYTES = 2.0
 
 @dataclass
 class Site:
-    """The page that is served, and where its server and its visitors went.
+    """The served page, and the connections of its server and its visitors.
 
     Attributes:
-        url: of the page.
-        asked: addresses of all requests of browsers.
+        url: address of the page.
+        asked: addresses of all browser requests.
         reached: hosts that this process connected to.
     """
 
@@ -65,7 +65,7 @@ def site(chromium: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 class Visitor:
-    """One tab, by what one does and sees in it."""
+    """One browser tab, with the actions of a user."""
 
     def __init__(self, browser: Any, site: Site, **context: Any) -> None:
         self.context = browser.new_context(accept_downloads=True, **context)
@@ -73,19 +73,19 @@ class Visitor:
         self.page.set_default_timeout(20_000)
         self.page.on("request", lambda request: site.asked.append(request.url))
         self.page.goto(site.url)
-        self.page.locator("#photo").scroll_into_view_if_needed()  # pictures load when they are near the screen
+        self.page.locator("#photo").scroll_into_view_if_needed()  # pictures load when they are near the viewport
         self.page.wait_for_selector("#photo img")
 
     def shown(self, name: str) -> str:
-        """Where the picture of a component is."""
+        """Address of the picture of a component."""
         return self.page.locator(f"#{name} img").last.get_attribute("src")
 
     def pixels(self, name: str) -> np.ndarray:
-        """The picture of a component."""
+        """Pixels of the picture of a component."""
         return np.array(Image.open(io.BytesIO(self.context.request.get(self.shown(name)).body())))
 
     def changes(self, name: str, act: Callable[[], Any]) -> None:
-        """Does something, and waits until a component shows another picture."""
+        """Runs ``act``, and waits until the component shows another picture."""
         before = self.shown(name)
         act()
         self.page.wait_for_function(
@@ -101,16 +101,16 @@ class Visitor:
         self.page.wait_for_selector("#similar-denoised img")
 
     def choose(self, name: str, value: str) -> None:
-        """A choice of a radio."""
+        """Selects a radio button."""
         self.page.locator(f'#{name} input[value="{value}"]').check()
 
     def pick(self, name: str, option: str) -> None:
-        """An option of a drop-down list."""
+        """Selects an option of a drop-down list."""
         self.page.click(f"#{name} input")
         self.page.get_by_role("option", name=option).first.click()
 
     def type(self, name: str, value: object) -> None:
-        """A number."""
+        """Enters a number."""
         number = self.page.locator(f"#{name} input[type=number]")
         number.fill(str(value))
         number.blur()
@@ -119,7 +119,7 @@ class Visitor:
         self.page.set_input_files("input[type=file]", path)
 
     def error(self) -> str:
-        """What the page complains about; it is closed then."""
+        """Text of the error message on the page; closes the message."""
         body = self.page.locator("[data-testid=toast-body]")
         body.wait_for()
         words = body.inner_text()
@@ -128,7 +128,7 @@ class Visitor:
         return words
 
     def download(self, name: str, folder: Path) -> Path:
-        """The file behind a button."""
+        """Downloads the file of a button; returns its path."""
         self.page.wait_for_selector(f"#{name}:not([disabled])")
         with self.page.expect_download() as found:
             self.page.click(f"#{name}")
@@ -150,9 +150,9 @@ def visit(chromium: object, site: Site) -> Iterator[Callable[..., Visitor]]:
         visitor.context.close()
 
 
-def test_from_a_sample_to_pictures_and_files(visit: Callable[..., Visitor], tmp_path: Path) -> None:
+def test_sample_photo_gives_pictures_and_downloads(visit: Callable[..., Visitor], tmp_path: Path) -> None:
     visitor = visit()
-    assert "noise.png, 90 × 60 pixels" in visitor.page.inner_text("#about-photo")  # --examples comes first
+    assert "noise.png, 90 × 60 pixels" in visitor.page.inner_text("#about-photo")  # photos of --examples come first
     visitor.changes("photo", lambda: visitor.pick("sample", "astronaut"))
     assert "astronaut.png, 512 × 512 pixels" in visitor.page.inner_text("#about-photo")
     visitor.run()
@@ -163,7 +163,7 @@ def test_from_a_sample_to_pictures_and_files(visit: Callable[..., Visitor], tmp_
     assert (tmp_path / "astronaut.safetensors").exists()
     assert result.semantic.shape == (37, 37, 384)
     assert result.info["photo"]["name"] == "astronaut.png"
-    assert "/" not in str(result.info["photo"])  # no path of the server
+    assert "/" not in str(result.info["photo"])  # contains no path on the server
     sheet = visitor.download("sheet", tmp_path)
     assert is_panel(sheet)
     with Image.open(sheet) as image:
@@ -174,7 +174,7 @@ def test_patches_maps_and_divider(visit: Callable[..., Visitor]) -> None:
     visitor = visit()
     page = visitor.page
     visitor.changes("photo", lambda: visitor.pick("sample", "cat"))
-    page.locator("#photo img").click()  # too early
+    page.locator("#photo img").click()  # before denoising
     assert "denoise the photo first" in visitor.error()
     visitor.run()
 
@@ -191,10 +191,10 @@ def test_patches_maps_and_divider(visit: Callable[..., Visitor]) -> None:
         place = [int(page.locator(f"#{axis} input").input_value()) for axis in ("row", "column")]
         assert place == [int(37 * down), int(37 * across)]
         assert (visitor.shown("similar-denoised"), visitor.shown("photo")) != before
-    visitor.changes("similar-raw", lambda: visitor.type("row", 0))  # by keyboard
+    visitor.changes("similar-raw", lambda: visitor.type("row", 0))  # with the number fields
     visitor.changes("similar-raw", lambda: visitor.type("column", 36))
     red = (visitor.pixels("similar-raw")[3, -3], visitor.pixels("similar-denoised")[3, -3])
-    assert all(tuple(pixel[:3]) == (103, 0, 31) for pixel in red)  # entirely like itself
+    assert all(tuple(pixel[:3]) == (103, 0, 31) for pixel in red)  # the patch itself: maximal similarity
     visitor.type("row", 99)
     assert "row must be 0 to 36" in visitor.error()
     visitor.type("row", 2)
@@ -210,13 +210,13 @@ def test_patches_maps_and_divider(visit: Callable[..., Visitor]) -> None:
     )
 
 
-def test_exact_with_few_views_says_how_well_it_predicts(visit: Callable[..., Visitor], tmp_path: Path) -> None:
+def test_exact_method_with_few_views_shows_held_out_r2(visit: Callable[..., Visitor], tmp_path: Path) -> None:
     visitor = visit()
-    assert visitor.page.locator("#views input[type=number]").is_disabled()  # of exact alone
+    assert visitor.page.locator("#views input[type=number]").is_disabled()  # only used by the exact method
     visitor.choose("method", "exact")
     visitor.page.wait_for_selector("#views input[type=number]:not([disabled])")
     visitor.type("views", 0)
-    assert int(visitor.page.locator("#views input[type=number]").input_value()) == 8  # the least
+    assert int(visitor.page.locator("#views input[type=number]").input_value()) == 8  # the minimum
     for name, value in (("views", 8), ("scale", 2), ("size", 168)):
         visitor.type(name, value)
     visitor.page.check("#wide input")
@@ -230,12 +230,13 @@ def test_exact_with_few_views_says_how_well_it_predicts(visit: Callable[..., Vis
     assert "held-out R²" not in visitor.page.inner_text("#figures")
 
 
-def test_layers_and_backbones_that_cannot_be_had_are_explained(visit: Callable[..., Visitor]) -> None:
+def test_unavailable_layers_and_backbones_are_explained(visit: Callable[..., Visitor]) -> None:
     visitor = visit()
     visitor.type("layer", 99)
     assert "99" in visitor.error()
     visitor.type("layer", 5)
-    visitor.page.wait_for_selector("#method label:has-text('denoiser')", state="detached")  # it is of the last layer
+    # The denoiser is only available for the last layer.
+    visitor.page.wait_for_selector("#method label:has-text('denoiser')", state="detached")
     assert "exact needs none" in visitor.page.inner_text("#about-backbone")
     visitor.pick("backbone", "vit_base_patch14_dinov2.lvd142m")
     assert "the weights of vit_base_patch14_dinov2.lvd142m are not on this computer" in visitor.error()
@@ -244,7 +245,7 @@ def test_layers_and_backbones_that_cannot_be_had_are_explained(visit: Callable[.
     visitor.run()
 
 
-def test_bad_uploads_are_explained_and_the_page_goes_on(visit: Callable[..., Visitor], tmp_path: Path) -> None:
+def test_bad_uploads_are_explained_and_the_page_keeps_working(visit: Callable[..., Visitor], tmp_path: Path) -> None:
     visitor = visit()
     (tmp_path / "text.jpg").write_text("I am text")
     visitor.upload(tmp_path / "text.jpg")
@@ -267,7 +268,7 @@ def test_bad_uploads_are_explained_and_the_page_goes_on(visit: Callable[..., Vis
     visitor.run()
 
 
-def test_the_server_refuses_what_the_page_would_not_send(visit: Callable[..., Visitor], site: Site) -> None:
+def test_server_rejects_requests_that_the_page_would_not_send(visit: Callable[..., Visitor], site: Site) -> None:
     request = visit().context.request
     large = {"name": "large.png", "mimeType": "image/png", "buffer": b"x" * 3_000_000}
     assert request.post(f"{site.url}gradio_api/upload", multipart={"files": large}).status == 413
@@ -275,17 +276,17 @@ def test_the_server_refuses_what_the_page_would_not_send(visit: Callable[..., Vi
         assert request.get(f"{site.url}gradio_api/file={path}").status == 403
 
 
-def test_who_comes_second_waits_for_the_first(visit: Callable[..., Visitor]) -> None:
+def test_second_visitor_waits_for_the_first(visit: Callable[..., Visitor]) -> None:
     first, second = visit(), visit()
     first.choose("method", "exact")
     first.page.wait_for_selector("#views input[type=number]:not([disabled])")
     first.type("size", 378)
-    first.type("views", 128)  # enough to be still running when a busy machine shows the queue
+    first.type("views", 128)  # enough that it still runs when the queue appears on a busy machine
     first.page.click("#run")
     first.page.wait_for_selector("#compare :text('views')")  # progress
     second.page.click("#run")
     second.page.wait_for_selector("#compare :text('queue: 1/1')")
-    first.context.close()  # leaves while it runs: its work ends, and the second's turn comes
+    first.context.close()  # leaving stops the running work, so the second run starts
     second.page.wait_for_selector("#compare img")
 
 
@@ -301,12 +302,12 @@ def test_a_second_click_waits_for_the_first(visit: Callable[..., Visitor], tmp_p
     visitor.choose("method", "denoiser")
     page.click("#run")
     page.wait_for_selector("#compare :text('queue: 1/1')")
-    page.wait_for_selector("#figures:has-text('held-out R²')", timeout=90_000)  # the first one's
-    page.wait_for_selector("#figures:not(:has-text('held-out R²'))")  # the second one's
+    page.wait_for_selector("#figures:has-text('held-out R²')", timeout=90_000)  # result of the first click
+    page.wait_for_selector("#figures:not(:has-text('held-out R²'))")  # result of the second click
     assert dv.Decomposition.load(visitor.download("features", tmp_path)).info["method"] == "denoiser"
 
 
-def test_the_keyboard_reaches_everything(visit: Callable[..., Visitor]) -> None:
+def test_every_control_is_reachable_by_keyboard(visit: Callable[..., Visitor]) -> None:
     visitor = visit()
     page = visitor.page
     page.focus("#run")
@@ -326,7 +327,7 @@ def test_the_keyboard_reaches_everything(visit: Callable[..., Visitor]) -> None:
     assert page.locator("#map input:checked").get_attribute("value") == "kmeans"
 
 
-def test_it_is_readable_on_a_phone(visit: Callable[..., Visitor]) -> None:
+def test_page_is_readable_on_a_phone(visit: Callable[..., Visitor]) -> None:
     visitor = visit(viewport={"width": 400, "height": 800}, color_scheme="light")
     page = visitor.page
     visitor.run()
@@ -340,11 +341,11 @@ def test_it_is_readable_on_a_phone(visit: Callable[..., Visitor]) -> None:
     assert page.evaluate(LOW_CONTRAST) == []
     page.emulate_media(color_scheme="dark")
     page.wait_for_selector("body.dark")
-    page.wait_for_timeout(400)  # colours fade
+    page.wait_for_timeout(400)  # colours change gradually
     assert page.evaluate(LOW_CONTRAST) == []
 
 
-def test_nothing_leaves_this_computer(visit: Callable[..., Visitor], site: Site) -> None:
+def test_page_and_server_make_no_external_requests(visit: Callable[..., Visitor], site: Site) -> None:
     visit()
     assert site.asked
     beyond = [url for url in site.asked if not url.startswith((site.url, "data:", f"blob:{site.url}"))]
@@ -352,7 +353,7 @@ def test_nothing_leaves_this_computer(visit: Callable[..., Visitor], site: Site)
     assert set(site.reached) <= {"127.0.0.1"}
 
 
-#: Visible texts whose contrast with the background behind them is below WCAG AA (4.5, large ones 3).
+#: Finds visible text whose contrast with its background is below WCAG AA (4.5, for large text 3).
 LOW_CONTRAST = """() => {
   const parse = (text) => (text.match(/[0-9.]+/g) || []).map(Number);
   const linear = (value) => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;

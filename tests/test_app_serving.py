@@ -1,4 +1,4 @@
-"""Opening the page: addresses, what is said before anybody is let in, and what is left behind."""
+"""Serving the page: addresses, errors and warnings before it opens, and cleanup."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port that somebody listens at."""
+    """A port that is in use."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         yield listening.getsockname()[1]
 
 
-def test_a_port_in_use_ends_with_the_next_free_one(dvit: Dvit, taken: int) -> None:
+def test_port_in_use_suggests_the_next_free_one(dvit: Dvit, taken: int) -> None:
     done = dvit("app", "--port", taken)
     assert done.code == 2
     assert f"port {taken} of 127.0.0.1 is in use; the next free one is" in done.words
@@ -59,7 +59,7 @@ def test_a_port_in_use_ends_with_the_next_free_one(dvit: Dvit, taken: int) -> No
         (("--host", "no.such.host.invalid"), "cannot listen on host"),
     ],
 )
-def test_options_that_cannot_be_are_refused(dvit: Dvit, options: tuple[object, ...], message: str) -> None:
+def test_invalid_options_are_rejected(dvit: Dvit, options: tuple[object, ...], message: str) -> None:
     done = dvit("app", *options)
     assert done.code == 2
     assert message in done.words
@@ -72,27 +72,27 @@ def test_options_that_cannot_be_are_refused(dvit: Dvit, options: tuple[object, .
         (("--share",), "warning: --share opens a public address"),
     ],
 )
-def test_a_page_that_others_reach_says_so(dvit: Dvit, taken: int, options: tuple[str, ...], message: str) -> None:
-    done = dvit("app", *options, "--port", taken)  # in use, so that it ends there
+def test_page_open_to_others_prints_a_warning(dvit: Dvit, taken: int, options: tuple[str, ...], message: str) -> None:
+    done = dvit("app", *options, "--port", taken)  # in use, so that the command stops there
     assert done.code == 2
     assert message in done.words
     assert "warning" not in dvit("app", "--port", taken).words
 
 
-def test_without_gradio_the_extra_is_named(dvit: Dvit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gradio_is_reported_with_its_extra(dvit: Dvit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
     done = dvit("app")
     assert done.code == 2
     assert "install the extra `app` (pip install 'denoising-vit[app]')" in done.words
 
 
-def test_a_backbone_that_cannot_be_loaded_ends_the_command(dvit: Dvit, tmp_path: Path) -> None:
+def test_missing_weights_file_exits_2(dvit: Dvit, tmp_path: Path) -> None:
     done = dvit("app", "--weights", tmp_path / "none.safetensors")
     assert done.code == 2
     assert "no such weights file" in done.words
 
 
-def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
+def test_page_is_open_when_ready_is_printed_and_leaves_no_files(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = tiny.spec(tmp_path)
@@ -104,7 +104,7 @@ def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
     ended = threading.Event()
 
     def end() -> None:
-        """Looks at the page once it waits, and ends it as a service manager would."""
+        """Request the page once the command waits, and terminate it as a service manager would."""
         until = time.monotonic() + 60
         while time.monotonic() < until and not ended.is_set():
             if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
@@ -131,7 +131,7 @@ def test_it_is_open_when_it_says_so_and_leaves_nothing_behind(
 
 @pytest.fixture
 def handlers() -> Any:
-    """The module, imported where it is used: Gradio takes seconds."""
+    """The module, imported only where it is used: importing Gradio takes seconds."""
     return importlib.import_module("denoising_vit.show.app.handlers")
 
 
@@ -143,7 +143,7 @@ def handlers() -> Any:
         (ZeroDivisionError("secret"), "failed \\(ZeroDivisionError\\); see the terminal"),
     ],
 )
-def test_errors_reach_the_page_as_plain_words(handlers: Any, error: Exception, words: str) -> None:
+def test_errors_are_shown_on_the_page_as_plain_text(handlers: Any, error: Exception, words: str) -> None:
     @handlers.plainly
     def fails() -> None:
         raise error
@@ -153,7 +153,7 @@ def test_errors_reach_the_page_as_plain_words(handlers: Any, error: Exception, w
     assert "secret" not in str(found.value)
 
 
-def test_who_closes_the_tab_ends_the_work(handlers: Any) -> None:
+def test_closing_a_tab_stops_its_work(handlers: Any) -> None:
     visitors, told = handlers.Visitors(), []
     watched = visitors.watched("a", lambda done, total: told.append(done))
     other = visitors.watched("b", lambda done, total: told.append(-done))
@@ -167,7 +167,7 @@ def test_who_closes_the_tab_ends_the_work(handlers: Any) -> None:
     assert told == [1, -2, 3]
 
 
-def test_closing_the_page_ends_all_work(handlers: Any) -> None:
+def test_closing_the_page_stops_all_work(handlers: Any) -> None:
     visitors = handlers.Visitors()
     watched = visitors.watched("a", lambda done, total: None)
     threading.Timer(0.2, visitors.served, ["a"]).start()
@@ -176,7 +176,7 @@ def test_closing_the_page_ends_all_work(handlers: Any) -> None:
         watched(1, 9)
 
 
-def test_figures_are_a_table_with_headings(handlers: Any) -> None:
+def test_figures_are_shown_as_a_table_with_headings(handlers: Any) -> None:
     html = handlers.table([Figure("norm", "1", "2", "says it."), Figure("time", None, "3 s", "of both.")])
     assert "<th scope='row'>norm</th><td class='raw'>1</td><td class='denoised'>2</td><td>says it.</td>" in html
     assert "<th scope='row'>time</th><td colspan='2'>3 s</td><td>of both.</td>" in html
@@ -193,5 +193,5 @@ def test_figures_are_a_table_with_headings(handlers: Any) -> None:
         ("127.0.0.1", True, False),
     ],
 )
-def test_it_is_known_who_reaches_the_page(host: str, share: bool, local: bool) -> None:
+def test_page_is_local_only_on_loopback_without_sharing(host: str, share: bool, local: bool) -> None:
     assert AppOptions(host=host, share=share).local == local

@@ -1,4 +1,4 @@
-"""The artifact as a thing of its own: in a file, on other grids, of one backbone only, and as what users may give."""
+"""The artifact: files, resampling to other grids, matching its backbone, and the forms that users may pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from denoising_vit.artifact import artifact as known
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Under which the metadata stands in a file.
+#: Key of the metadata in a file.
 KEY = "denoising_vit"
 
 
@@ -54,16 +54,16 @@ def ramp(h: int, w: int) -> Tensor:
 
 
 def without_border(new: int, old: int) -> slice:
-    """Places of a grid resampled from ``old`` to ``new`` that the border cannot reach: it is felt over two cells."""
+    """Positions of a grid resampled from ``old`` to ``new`` without effects of the border, which reach two cells."""
     reach = math.ceil((2 * max(1, old / new) + 1) * new / old)
     return slice(reach, new - reach)
 
 
-# --- in a file ---
+# --- files ---
 
 
 @pytest.mark.parametrize("shape", [(7, 7, 6), (5, 11, 3), (1, 1, 6), (2, 3, 1)], ids=str)
-def test_values_survive_a_file_to_half_precision(backbone: Backbone, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_saved_values_match_to_half_precision(backbone: Backbone, shape: tuple[int, ...], tmp_path: Path) -> None:
     values = grid_of_noise(*shape)
     tiny.artifact_of(backbone, values).save(tmp_path / "a.safetensors")
     loaded = Artifact.load(tmp_path / "a.safetensors")
@@ -72,14 +72,14 @@ def test_values_survive_a_file_to_half_precision(backbone: Backbone, shape: tupl
     torch.testing.assert_close(loaded.values, values, rtol=2**-11, atol=2**-25)
 
 
-def test_what_is_known_of_an_artifact_survives_a_file(artifact: Artifact, saved: Path) -> None:
+def test_metadata_is_saved_and_loaded(artifact: Artifact, saved: Path) -> None:
     loaded = Artifact.load(saved)
     assert loaded.size == artifact.size == (56, 56)
     assert loaded.info == artifact.info
     assert loaded.backbone == json.loads(json.dumps(artifact.backbone))
 
 
-def test_loaded_artifact_is_still_that_of_its_backbone(backbone: Backbone, saved: Path) -> None:
+def test_loaded_artifact_matches_its_backbone(backbone: Backbone, saved: Path) -> None:
     assert Artifact.load(saved).is_of(backbone)
 
 
@@ -94,7 +94,7 @@ def test_values_beyond_half_precision_are_kept_exactly(artifact: Artifact, large
     assert torch.equal(Artifact.load(tmp_path / "large.safetensors").values, values)
 
 
-def test_values_that_are_no_contiguous_leaf_can_be_saved(artifact: Artifact, tmp_path: Path) -> None:
+def test_non_contiguous_values_with_gradients_can_be_saved(artifact: Artifact, tmp_path: Path) -> None:
     values = artifact.values.transpose(0, 1).clone().requires_grad_().transpose(0, 1)
     Artifact(values, artifact.size, artifact.backbone, {}).save(tmp_path / "a.safetensors")
     torch.testing.assert_close(Artifact.load(tmp_path / "a.safetensors").values, artifact.values, rtol=1e-3, atol=1e-6)
@@ -113,16 +113,16 @@ def test_save_into_a_missing_folder_is_an_os_error(artifact: Artifact, tmp_path:
         artifact.save(tmp_path / "none" / "a.safetensors")
 
 
-def test_home_folder_is_understood_when_loading(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_in_a_path_is_expanded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(saved.parent))
     assert Artifact.load("~/saved.safetensors").grid == tiny.GRID
 
 
-# --- files that are none, or damaged ---
+# --- wrong and damaged files ---
 
 
 class Bomb:
-    """A pickle of this writes a file when it is read."""
+    """Its pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -163,14 +163,14 @@ def test_truncated_file_is_a_format_error(saved: Path, share: float) -> None:
         Artifact.load(saved)
 
 
-def test_safetensors_of_weights_are_told_to_be_no_artifact(tmp_path: Path) -> None:
+def test_weights_file_is_not_an_artifact(tmp_path: Path) -> None:
     save_file({"artifact": torch.zeros(7, 7, 6)}, tmp_path / "weights.safetensors")
     with pytest.raises(FormatError, match=f"expected a safetensors file with an artifact.*'{FORMAT}'"):
         Artifact.load(tmp_path / "weights.safetensors")
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """The same file with other metadata (None takes an entry away) or another tensor."""
+    """Rewrites a file with other metadata (None removes an entry) or another tensor."""
     tensors = {"artifact": changes.pop("tensor", load_file(path)["artifact"])}
     artifact = Artifact.load(path)
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "size": artifact.size, "backbone": artifact.backbone}
@@ -179,7 +179,7 @@ def rewrite(path: Path, **changes: Any) -> None:
     save_file(tensors, path, metadata={KEY: json.dumps(whole)})
 
 
-def test_unchanged_rewriting_loads(saved: Path) -> None:
+def test_rewritten_file_without_changes_loads(saved: Path) -> None:
     before = Artifact.load(saved)
     rewrite(saved)
     assert torch.equal(Artifact.load(saved).values, before.values)
@@ -192,14 +192,14 @@ def test_newer_version_says_upgrade(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["format_version", "size", "backbone", "info"])
-def test_lacking_metadata_is_named(saved: Path, key: str) -> None:
+def test_missing_metadata_is_named_in_the_error(saved: Path, key: str) -> None:
     rewrite(saved, **{key: None})
     with pytest.raises(FormatError, match=f"damaged: {key} missing in its metadata$"):
         Artifact.load(saved)
 
 
 @pytest.mark.parametrize("text", ["words", "[]", "3", '{"format": "other"}', "null"])
-def test_metadata_that_is_something_else_is_a_format_error(saved: Path, text: str) -> None:
+def test_other_metadata_is_a_format_error(saved: Path, text: str) -> None:
     save_file(load_file(saved), saved, metadata={KEY: text})
     with pytest.raises(FormatError, match=r"saved\.safetensors: "):
         Artifact.load(saved)
@@ -224,7 +224,7 @@ def test_file_without_the_tensor_is_a_format_error(saved: Path, artifact: Artifa
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(saved: Path, bad: float) -> None:
+def test_non_finite_values_in_a_file_are_refused(saved: Path, bad: float) -> None:
     values = load_file(saved)["artifact"]
     values[2, 3, 1] = bad
     rewrite(saved, tensor=values)
@@ -233,22 +233,22 @@ def test_values_that_are_not_finite_are_refused(saved: Path, bad: float) -> None
 
 
 @pytest.mark.parametrize("shape", [(49, 6), (1, 7, 7, 6), (6,)], ids=str)
-def test_values_of_another_number_of_dimensions_are_refused(saved: Path, shape: tuple[int, ...]) -> None:
+def test_values_with_a_wrong_number_of_dimensions_are_refused(saved: Path, shape: tuple[int, ...]) -> None:
     rewrite(saved, tensor=torch.zeros(shape))
     with pytest.raises(FormatError, match=r"expected finite values \(h, w, C\), got \(") as refused:
         Artifact.load(saved)
     assert str(shape) in str(refused.value)
 
 
-# --- on other grids ---
+# --- resampling ---
 
 
-def test_own_grid_gives_the_values_as_they_are(artifact: Artifact) -> None:
+def test_own_grid_returns_the_values_unchanged(artifact: Artifact) -> None:
     assert torch.equal(artifact.at(tiny.GRID), artifact.values)
 
 
 @pytest.mark.parametrize("grid", [(11, 13), (14, 14), (3, 2), (7, 5), (23, 7), (1, 1)], ids=str)
-def test_other_grids_have_their_shape_and_mean_zero(backbone: Backbone, grid: tuple[int, int]) -> None:
+def test_resampled_values_have_the_new_shape_and_mean_zero(backbone: Backbone, grid: tuple[int, int]) -> None:
     resampled = tiny.artifact_of(backbone, grid_of_noise(7, 5, 6) * 40).at(grid)
     assert resampled.shape == (*grid, 6)
     torch.testing.assert_close(resampled.mean((0, 1)), torch.zeros(6), rtol=0, atol=1e-5)
@@ -256,13 +256,15 @@ def test_other_grids_have_their_shape_and_mean_zero(backbone: Backbone, grid: tu
 
 @pytest.mark.parametrize("own", [(13, 13), (11, 17)], ids=str)
 @pytest.mark.parametrize("grid", [(19, 23), (29, 31), (26, 13), (7, 11)], ids=str)
-def test_ramp_stays_a_ramp_inside(backbone: Backbone, own: tuple[int, int], grid: tuple[int, int]) -> None:
-    """In each channel rows and columns are not mixed up, and places are those of patch centres."""
+def test_resampled_ramp_is_a_ramp_away_from_the_border(
+    backbone: Backbone, own: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """Rows and columns are not swapped, and positions are those of patch centres."""
     found = tiny.artifact_of(backbone, ramp(*own)).at(grid)
     inside = tuple(without_border(new, old) for new, old in zip(grid, own, strict=True))
     assert found[inside].numel() > 0
     exact = all(new >= old for new, old in zip(grid, own, strict=True))
-    # Averaging over cells of a coarser grid is a ramp to a thousandth of its height, an interpolation to rounding.
+    # Interpolation keeps the ramp to rounding, averaging over cells of a coarser grid to a thousandth of its height.
     torch.testing.assert_close(found[inside], ramp(*grid)[inside], rtol=0, atol=1e-5 if exact else 1e-3)
 
 
@@ -279,7 +281,7 @@ def test_resampling_does_not_change_the_artifact_itself(artifact: Artifact) -> N
     assert artifact.grid == tiny.GRID
 
 
-# --- whose it is ---
+# --- matching the backbone ---
 
 
 @pytest.mark.parametrize(
@@ -297,25 +299,25 @@ def test_artifact_of_another_backbone_is_refused(artifact: Artifact, other: Call
         artifact.require_of(theirs)
 
 
-def test_other_stride_is_named_on_both_sides(artifact: Artifact) -> None:
+def test_error_for_another_stride_names_both_strides(artifact: Artifact) -> None:
     with pytest.raises(ArtifactError, match=r"calibrated for .*stride 8.*, got .*stride 4"):
         artifact.require_of(tiny.backbone(stride=4))
 
 
-def test_other_weights_can_be_told_apart_in_the_message(artifact: Artifact) -> None:
-    """Two modules, two files of one name or two seeds of `random` have the same words; something must differ."""
+def test_error_for_other_weights_distinguishes_both_backbones(artifact: Artifact) -> None:
+    """Two modules, two files of one name or two seeds of `random` are described alike; something must differ."""
     with pytest.raises(ArtifactError) as refused:
         artifact.require_of(tiny.backbone(seed=1))
     ours, theirs = str(refused.value).split("calibrated for ")[1].split(". Use the")[0].split(", got ")
     assert ours != theirs
 
 
-def test_own_backbone_is_accepted_from_a_new_instance(artifact: Artifact) -> None:
+def test_new_instance_of_its_backbone_is_accepted(artifact: Artifact) -> None:
     artifact.require_of(tiny.backbone())
 
 
-def test_other_values_of_the_same_width_are_still_of_the_backbone(backbone: Backbone) -> None:
-    tiny.artifact_of(backbone, grid_of_noise(5, 3, 6)).require_of(backbone)  # its grid is its own affair
+def test_artifact_on_any_grid_matches_its_backbone(backbone: Backbone) -> None:
+    tiny.artifact_of(backbone, grid_of_noise(5, 3, 6)).require_of(backbone)  # the grid does not matter
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +325,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_fit.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
-def test_other_layer_of_the_same_model_is_refused_with_both_named(weights: Path) -> None:
+def test_error_for_another_layer_names_both_layers(weights: Path) -> None:
     last, inner = tiny_fit.spec_of(weights).load(), tiny_fit.spec_of(weights, layer=5).load()
     artifact = tiny.artifact_of(last, grid_of_noise(3, 3, last.embed_dim))
     artifact.require_of(last)
@@ -331,28 +333,28 @@ def test_other_layer_of_the_same_model_is_refused_with_both_named(weights: Path)
         artifact.require_of(inner)
 
 
-def test_features_without_the_final_norm_are_another_backbone(weights: Path) -> None:
+def test_features_without_the_final_norm_do_not_match(weights: Path) -> None:
     last, bare = tiny_fit.spec_of(weights).load(), tiny_fit.spec_of(weights, norm=False).load()
     artifact = tiny.artifact_of(last, grid_of_noise(3, 3, last.embed_dim))
     with pytest.raises(ArtifactError, match=r"norm True.*, got .*norm False"):
         artifact.require_of(bare)
 
 
-# --- what users may give ---
+# --- artifacts given by users ---
 
 
-def test_nothing_given_is_nothing_known(backbone: Backbone) -> None:
+def test_none_gives_no_artifact(backbone: Backbone) -> None:
     assert known_artifact(None, backbone, tiny.GRID) is None
 
 
-def test_none_by_name_puts_nothing_down_to_the_place(backbone: Backbone) -> None:
+def test_artifact_named_none_is_zero(backbone: Backbone) -> None:
     found = known_artifact("none", backbone, (5, 3))
     assert found is not None and found.shape == (5, 3, backbone.embed_dim) and not found.any()
     assert resampling_note("none", backbone, (5, 3)) is None
 
 
 @pytest.mark.parametrize("kind", [str, Path, Artifact.load], ids=["str", "Path", "Artifact"])
-def test_file_in_any_form_gives_its_values(backbone: Backbone, saved: Path, kind: Callable[[str], Any]) -> None:
+def test_path_or_loaded_artifact_gives_its_values(backbone: Backbone, saved: Path, kind: Callable[[str], Any]) -> None:
     found = known_artifact(kind(str(saved)), backbone, tiny.GRID)
     assert found is not None
     assert torch.equal(found, Artifact.load(saved).values)
@@ -364,28 +366,28 @@ def test_artifact_is_resampled_to_the_grid_of_the_views(backbone: Backbone, arti
     assert torch.equal(found, artifact.at((5, 11)))
 
 
-def test_values_are_taken_as_they_are(backbone: Backbone) -> None:
+def test_given_tensor_is_used_unchanged(backbone: Backbone) -> None:
     values = grid_of_noise(5, 3, 6)
     found = known_artifact(values, backbone, (5, 3))
     assert found is not None
     assert torch.equal(found, values)
 
 
-def test_values_lose_their_gradient(backbone: Backbone) -> None:
+def test_given_tensor_is_detached(backbone: Backbone) -> None:
     found = known_artifact(grid_of_noise(5, 3, 6).requires_grad_(), backbone, (5, 3))
     assert found is not None
     assert not found.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(7, 7, 5), (7, 5, 6), (49, 6), (1, 7, 7, 6)], ids=str)
-def test_values_of_another_shape_are_refused_with_both_shapes(backbone: Backbone, shape: tuple[int, ...]) -> None:
+def test_error_for_a_tensor_of_another_shape_names_both_shapes(backbone: Backbone, shape: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match=r"of shape \(7, 7, 6\) for Planted on a grid of 7 x 7 patches") as refused:
         known_artifact(torch.zeros(shape), backbone, tiny.GRID)
     assert str(shape) in str(refused.value)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_values_that_are_not_finite_are_refused_when_given(backbone: Backbone, bad: float) -> None:
+def test_non_finite_tensor_is_refused(backbone: Backbone, bad: float) -> None:
     values = grid_of_noise(7, 7, 6)
     values[0, 6, 2] = bad
     with pytest.raises(PlanError, match="not finite"):
@@ -403,7 +405,7 @@ def test_missing_file_given_is_a_format_error(backbone: Backbone, tmp_path: Path
         load_artifact(tmp_path / "none.safetensors", backbone)
 
 
-def test_resampling_is_said_with_both_grids(backbone: Backbone, saved: Path) -> None:
+def test_resampling_note_names_both_grids(backbone: Backbone, saved: Path) -> None:
     assert resampling_note(saved, backbone, tiny.GRID) is None
     told = resampling_note(saved, backbone, (5, 11))
     assert told == "the artifact was calibrated on 7 x 7 patches and is resampled to 5 x 11"
@@ -414,7 +416,7 @@ def test_resampling_is_said_with_both_grids(backbone: Backbone, saved: Path) -> 
 
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch, artifact: Artifact, tmp_path: Path) -> Path:
-    """A package with two artifacts of backbones of this name, the second that of the tests' backbone."""
+    """A package with two artifacts for backbones of this name; the second matches the backbone of the tests."""
     folder = tmp_path / "shipped"
     folder.mkdir()
     tiny.artifact_of(tiny.backbone(seed=1)).save(folder / "Planted-a.safetensors")
@@ -423,18 +425,18 @@ def shipped(monkeypatch: pytest.MonkeyPatch, artifact: Artifact, tmp_path: Path)
     return folder
 
 
-def test_shipped_artifact_of_this_very_backbone_is_found(shipped: Path, backbone: Backbone) -> None:
+def test_shipped_artifact_of_the_same_weights_is_found(shipped: Path, backbone: Backbone) -> None:
     found = load_artifact("shipped", backbone)
     assert torch.equal(found.values, Artifact.load(shipped / "Planted-b.safetensors").values)
 
 
-def test_backbone_without_a_shipped_artifact_is_told_what_to_do(shipped: Path) -> None:
+def test_error_without_a_shipped_artifact_suggests_calibration(shipped: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no artifact for Planted .*stride 8; create one with dvit calibrate"):
         load_artifact("shipped", tiny.backbone(seed=2))
 
 
 @pytest.mark.parametrize("name", ["<lambda>", "hf-hub:timm/vit.lvd", "local-dir:/models/vit", "a[b"])
-def test_any_name_of_a_backbone_can_be_asked_for(shipped: Path, name: str) -> None:
+def test_any_backbone_name_can_be_looked_up(shipped: Path, name: str) -> None:
     extractor = tiny.backbone(seed=2)
     extractor.name = name
     assert shipped_for(extractor) is None

@@ -1,4 +1,4 @@
-"""The fast attention: accurate to bfloat16, and used for nothing but what it was made for."""
+"""The fast attention: accurate to bfloat16, and used only for the calls that it supports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from denoising_vit.backbones.attention import BlockedAttention, blocked_attentio
 from denoising_vit.backbones.bundled import BUNDLED_MODEL, bundled_available
 
 attend = F.scaled_dot_product_attention
-TOKENS = 257  # one class token and 16 x 16 patches: just above the least number of tokens
+TOKENS = 257  # one class token and 16 x 16 patches: just above the minimum number of tokens
 
 
 def random_heads(
@@ -44,7 +44,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def without_mean_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What a plain version does: scores rounded to bfloat16 as they are."""
+    """A plain version, which rounds scores to bfloat16 without subtracting the mean key."""
     return (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1) @ value
 
 
@@ -53,10 +53,10 @@ def without_mean_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("tokens", [257, 509])
-def test_attention_is_exact_up_to_the_rounding_of_bfloat16(tokens: int, seed: int) -> None:
-    """One rounding to bfloat16 errs by up to 2^-9 = 0.002 of a number; here three follow each other.
+def test_attention_is_exact_up_to_bfloat16_rounding(tokens: int, seed: int) -> None:
+    """One rounding to bfloat16 has a relative error of up to 2^-9 = 0.002; here three follow each other.
 
-    Measured: 0.0047 of the norm, at most 0.008 in a number; torch's kernel: 0.0022 and 0.0019.
+    Measured: 0.0047 of the norm, at most 0.008 in a value; torch's kernel: 0.0022 and 0.0019.
     """
     heads = random_heads(tokens=tokens, seed=seed)
     found, expected = blocked_attention(*heads), exact(*heads)
@@ -66,8 +66,8 @@ def test_attention_is_exact_up_to_the_rounding_of_bfloat16(tokens: int, seed: in
 
 
 @pytest.mark.parametrize("offset", [4, 8, 16, 32])
-def test_what_all_keys_have_in_common_costs_no_accuracy(offset: float) -> None:
-    """Measured at 32: 0.0043, and 0.05 if the mean key stays in."""
+def test_common_offset_of_all_keys_costs_no_accuracy(offset: float) -> None:
+    """Measured at 32: 0.0043, and 0.05 if the mean key is not subtracted."""
     query, key, value = random_heads()
     common = offset * torch.randn(1, 3, 1, 64, generator=torch.Generator().manual_seed(9))
     key = (key.float() + common).bfloat16()
@@ -78,7 +78,7 @@ def test_what_all_keys_have_in_common_costs_no_accuracy(offset: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.05, 0.125, 0.25])
-def test_a_scale_of_its_own_is_honoured(scale: float) -> None:
+def test_custom_scale_is_applied(scale: float) -> None:
     heads = random_heads()
     expected = exact(*heads, scale=scale)
     assert relative_error(blocked_attention(*heads, scale=scale), expected) < 0.008
@@ -86,12 +86,12 @@ def test_a_scale_of_its_own_is_honoured(scale: float) -> None:
         assert relative_error(attend(*heads, scale=scale), expected) < 0.008
 
 
-def test_the_scale_by_default_is_that_of_the_width_of_a_head() -> None:
+def test_default_scale_depends_on_the_head_width() -> None:
     heads = random_heads(width=16)
     assert torch.equal(blocked_attention(*heads), blocked_attention(*heads, scale=0.25))
 
 
-def test_values_may_be_wider_or_narrower_than_keys() -> None:
+def test_values_may_be_narrower_than_keys() -> None:
     query, key, value = random_heads()
     narrow = value[..., :17]
     assert relative_error(blocked_attention(query, key, narrow), exact(query, key, narrow)) < 0.006
@@ -106,14 +106,14 @@ def test_images_and_heads_do_not_mix() -> None:
             assert torch.equal(whole[alone], blocked_attention(query[alone], key[alone], value[alone]))
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_are_not_modified() -> None:
     heads = random_heads()
     before = [tensor.clone() for tensor in heads]
     blocked_attention(*heads)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(heads, before, strict=True))
 
 
-# What it is used for
+# Which calls it replaces
 
 PLAIN_CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "positions": lambda query, key, value: attend(query, key, value),
@@ -132,7 +132,7 @@ def test_plain_calls_are_replaced_however_they_are_written(how: str) -> None:
         assert torch.equal(PLAIN_CALLS[how](*heads), fast)
 
 
-def test_weights_that_could_learn_do_not_matter_where_nothing_is_differentiated() -> None:
+def test_requires_grad_is_ignored_under_no_grad() -> None:
     query, key, value = random_heads()
     fast = blocked_attention(query, key, value)
     with BlockedAttention(), torch.no_grad():
@@ -168,7 +168,7 @@ OTHER_CALLS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("what", OTHER_CALLS)
-def test_every_other_call_gives_exactly_the_result_of_torch(what: str) -> None:
+def test_unsupported_calls_give_exactly_the_result_of_torch(what: str) -> None:
     torch.manual_seed(0)
     expected = OTHER_CALLS[what]()
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def test_gradients_are_exactly_those_of_torch(which: int) -> None:
     assert torch.equal(found[1], expected[1])
 
 
-def test_errors_of_torch_stay_errors() -> None:
+def test_torch_errors_are_still_raised() -> None:
     query, key, value = random_heads()
     for wrong in (key.float(), key[..., :32]):
         with BlockedAttention(), pytest.raises(RuntimeError):
@@ -212,7 +212,7 @@ def test_outside_of_the_context_nothing_changes() -> None:
     assert torch.equal(attend(*heads), expected)
 
 
-def test_a_backbone_leaves_attention_as_it_was() -> None:
+def test_backbone_does_not_replace_attention_elsewhere() -> None:
     backbone = load_backbone("test_vit", weights="random", dtype="bfloat16", device="cpu")
     heads = random_heads()
     expected = attend(*heads)
@@ -229,7 +229,7 @@ def astronaut() -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not bundled_available(BUNDLED_MODEL), reason="needs the extra 'offline'")
-def test_features_of_a_photo_in_bfloat16_are_those_of_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_features_of_a_photo_match_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured: mean cosine 0.99995, least 0.9996."""
     monkeypatch.setenv("DVIT_CACHE", str(tmp_path))
     features = []

@@ -1,4 +1,4 @@
-"""Backbones from anything: modules and functions, and what they may return."""
+"""Backbones from modules and functions, and the outputs that these may return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 56  # default_size: a grid of 4 x 4
 
 
 class Patches(nn.Module):
-    """Embeds patches, and returns them in one of many ways."""
+    """Embeds patches, and returns them in the given form."""
 
     def __init__(self, form: str, *, prefix: int = 0, width: int = WIDTH, patch: int = PATCH) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def picture(height: int = 28, width: int = 42, batch: int = 2) -> Tensor:
         ("list", 0),
     ],
 )
-def test_whatever_form_a_module_returns_features_are_one_grid(form: str, prefix: int) -> None:
+def test_every_output_form_of_a_module_gives_the_same_grid(form: str, prefix: int) -> None:
     module = Patches(form, prefix=prefix)
     backbone = load(module)
     features, tokens = backbone.forward_with_prefix(picture())
@@ -92,7 +92,7 @@ def test_whatever_form_a_module_returns_features_are_one_grid(form: str, prefix:
     assert backbone.name == "Patches"
 
 
-def test_a_function_is_as_good_as_a_module() -> None:
+def test_function_works_like_a_module() -> None:
     module = Patches("channels_first")
 
     def my_features(image: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def test_a_function_is_as_good_as_a_module() -> None:
     assert (backbone.device, backbone.dtype) == (torch.device("cpu"), torch.float32)
 
 
-def test_a_grid_as_wide_as_its_features_are_many_needs_its_layout() -> None:
+def test_ambiguous_grid_needs_a_layout() -> None:
     for form in ("channels_last", "channels_first"):
         module = Patches(form, width=4)  # (1, 4, 4, 4) at 56 x 56
         with pytest.raises(BackboneError, match=r"\(1, 4, 4, 4\).*layout='channels_last' or layout='channels_first'"):
@@ -113,25 +113,25 @@ def test_a_grid_as_wide_as_its_features_are_many_needs_its_layout() -> None:
         assert torch.equal(backbone(picture(56, 56)), module.grid(picture(56, 56)))
 
 
-def test_an_unknown_layout_is_refused_by_name() -> None:
+def test_unknown_layout_is_rejected() -> None:
     with pytest.raises(BackboneError, match="layout"):
         load(Patches("tokens"), layout="nchw")
 
 
 @pytest.mark.parametrize("form", ["channels_last", "channels_first", "tokens", "facebook dict"])
 @pytest.mark.parametrize("patch", [7, 28])
-def test_a_wrong_patch_size_is_refused(form: str, patch: int) -> None:
+def test_wrong_patch_size_is_rejected(form: str, patch: int) -> None:
     with pytest.raises(BackboneError, match=r"Patches returned .*Check patch size and stride"):
         load(Patches(form), patch_size=patch)
 
 
-def test_a_patch_size_a_little_too_large_is_not_taken_for_prefix_tokens() -> None:
+def test_patch_size_slightly_too_large_is_not_read_as_prefix_tokens() -> None:
     with pytest.raises(BackboneError, match="patch size"):
         load(Patches("tokens", prefix=1), patch_size=16, default_size=512)
 
 
 @pytest.mark.parametrize("output", [None, [], {}, {"features": torch.ones(1)}, 3.0, "text"])
-def test_anything_without_a_tensor_of_features_is_refused(output: Any) -> None:
+def test_output_without_a_feature_tensor_is_rejected(output: Any) -> None:
     def odd(image: Tensor) -> Any:
         return output
 
@@ -139,30 +139,30 @@ def test_anything_without_a_tensor_of_features_is_refused(output: Any) -> None:
         load(odd)
 
 
-def test_pooled_features_are_refused() -> None:
+def test_pooled_features_are_rejected() -> None:
     with pytest.raises(BackboneError, match=r"returned \(1, 3\); expected \(B, 4, 4, C\)"):
         load(lambda image: image.mean(dim=(2, 3)))
 
 
-def test_a_batch_that_comes_back_shorter_is_refused() -> None:
+def test_output_with_fewer_images_than_the_input_is_rejected() -> None:
     module = Patches("tokens")
     with pytest.raises(BackboneError, match="for 2 images"):
         load(lambda image: module(image[:1]))(picture())
 
 
-def test_a_module_without_its_patch_size_is_refused() -> None:
+def test_module_without_a_patch_size_is_rejected() -> None:
     with pytest.raises(BackboneError, match="needs a patch size"):
         load_backbone(Patches("tokens"))
 
 
 @pytest.mark.parametrize("patch", [0, -14])
-def test_a_patch_size_below_one_is_refused(patch: int) -> None:
+def test_patch_size_below_one_is_rejected(patch: int) -> None:
     with pytest.raises(BackboneError, match="patch"):
         load_backbone(Patches("tokens"), patch_size=patch)
 
 
 @pytest.mark.parametrize("option", [{"weights": "random"}, {"layer": 3}, {"norm": False}])
-def test_options_for_timm_names_are_refused_for_a_module(option: dict[str, Any]) -> None:
+def test_options_for_timm_names_are_rejected_for_a_module(option: dict[str, Any]) -> None:
     with pytest.raises(BackboneError, match=next(iter(option))):
         load(Patches("tokens"), **option)
 
@@ -171,7 +171,7 @@ def test_options_for_timm_names_are_refused_for_a_module(option: dict[str, Any])
     ("given", "nearest"),
     [(56, 56), (57, 56), (62, 56), (64, 70), (69, 70), (517, 518), (519, 518), (1, 14), (None, 518)],
 )
-def test_a_default_size_that_does_not_fit_moves_to_the_nearest_that_does(given: int | None, nearest: int) -> None:
+def test_default_size_is_rounded_to_the_nearest_valid_size(given: int | None, nearest: int) -> None:
     backbone = load(Patches("channels_last"), default_size=given, layout="channels_last")
     assert backbone.default_size == nearest
     assert backbone.grid_size(nearest, nearest) == (nearest // 14, nearest // 14)
@@ -185,13 +185,13 @@ def test_overlapping_patches_of_a_module() -> None:
         backbone(picture(60, 56))
 
 
-def test_normalisation_given_is_kept() -> None:
+def test_given_normalisation_is_kept() -> None:
     backbone = load(Patches("tokens"), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     assert (backbone.mean, backbone.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_module_keeps_its_own_type_and_device(dtype: torch.dtype) -> None:
+def test_module_keeps_its_dtype_and_device(dtype: torch.dtype) -> None:
     module = Patches("tokens").to(dtype)
     backbone = load(module)
     assert (backbone.dtype, backbone.device) == (dtype, torch.device("cpu"))
@@ -199,7 +199,7 @@ def test_a_module_keeps_its_own_type_and_device(dtype: torch.dtype) -> None:
     assert backbone(picture()).dtype == torch.float32
 
 
-def test_a_type_asked_for_is_the_one_that_a_module_computes_in() -> None:
+def test_module_computes_in_the_given_dtype() -> None:
     backbone = load(Patches("tokens"), dtype="bfloat16")
     assert backbone.dtype == torch.bfloat16
     assert backbone(picture()).dtype == torch.float32
@@ -227,7 +227,7 @@ def test_gradients_reach_the_image_through_a_module() -> None:
 
 
 class CachesPositions(Patches):
-    """Like many implementations of rotary embeddings: what depends on the grid only is made once and kept."""
+    """Caches a tensor that depends only on the grid, like many implementations of rotary embeddings."""
 
     scale: Tensor | None = None
 
@@ -238,14 +238,14 @@ class CachesPositions(Patches):
         return grid * self.scale
 
 
-def test_gradients_reach_the_image_through_a_module_that_keeps_what_it_made_on_its_first_image() -> None:
+def test_gradients_reach_the_image_through_a_module_with_a_cache() -> None:
     backbone = load(CachesPositions("channels_last"))
     image = picture(SHOWN, SHOWN).requires_grad_()
     backbone(image).sum().backward()
     assert image.grad is not None
 
 
-def test_a_function_gets_images_where_and_as_it_was_asked_for() -> None:
+def test_function_gets_images_in_the_given_dtype() -> None:
     seen: list[torch.dtype] = []
 
     def grid(image: Tensor) -> Tensor:
@@ -257,11 +257,11 @@ def test_a_function_gets_images_where_and_as_it_was_asked_for() -> None:
     assert backbone.dtype == seen[-1] == torch.bfloat16
 
 
-# --- values that no image is normalised to ---
+# --- images that are not normalised ---
 
 
 @pytest.mark.parametrize("mean", [(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)])
-def test_pixels_of_0_to_255_are_refused_as_normalised_images(mean: tuple[float, ...]) -> None:
+def test_pixels_from_0_to_255_are_rejected_as_normalised_images(mean: tuple[float, ...]) -> None:
     backbone = load(Patches("channels_last"), mean=mean, std=(0.225, 0.225, 0.225))
     pixels = torch.rand(1, 3, SHOWN, SHOWN) * 255
     with pytest.raises(
@@ -275,6 +275,6 @@ def test_pixels_of_0_to_255_are_refused_as_normalised_images(mean: tuple[float, 
     assert backbone(normalised + torch.randn_like(normalised)).isfinite().all()
 
 
-def test_a_module_that_takes_pixels_of_0_to_255_is_given_them() -> None:
+def test_module_that_expects_pixels_from_0_to_255_gets_them() -> None:
     backbone = load(Patches("channels_last"), mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
     assert backbone(torch.full((1, 3, SHOWN, SHOWN), 255.0)).shape == (1, 4, 4, WIDTH)

@@ -1,4 +1,4 @@
-"""Backbones from timm: grids, layers, strides, sizes, types, and what is refused."""
+"""Backbones from timm: grids, layers, strides, sizes, dtypes, and errors."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def reference(tiny: Backbone) -> VisionTransformer:
 
 @pytest.fixture
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Constants for random weights, which take most of the time of a large model."""
+    """Constants instead of random weights, whose drawing takes most of the time of loading a large model."""
 
     def constant(tensor: Tensor, *_: object, **__: object) -> Tensor:
         return tensor.fill_(0.01)
 
-    for draw in ("uniform_", "normal_", "erfinv_"):  # the last makes a truncated normal of a uniform draw
+    for draw in ("uniform_", "normal_", "erfinv_"):  # the last turns a uniform draw into a truncated normal one
         monkeypatch.setattr(torch.Tensor, draw, constant)
 
 
 @pytest.mark.usefixtures("quick_start")
 @pytest.mark.parametrize("name", SEEDS_THAT_FIT_HERE)
-def test_every_seed_model_gives_a_patch_grid_with_the_settings_of_its_timm_config(name: str) -> None:
+def test_seed_models_use_the_settings_of_their_timm_config(name: str) -> None:
     backbone = load(name)
     config = timm.get_pretrained_cfg(name)
     assert config is not None
@@ -121,7 +121,7 @@ def test_every_seed_model_gives_a_patch_grid_with_the_settings_of_its_timm_confi
         ("deit_tiny_distilled_patch16_224", 2),
     ],
 )
-def test_models_beyond_the_seeds_load_by_their_timm_name(name: str, prefix: int) -> None:
+def test_other_timm_models_load_by_name(name: str, prefix: int) -> None:
     backbone = load(name)
     with torch.inference_mode():
         features, tokens = backbone.forward_with_prefix(picture(3 * backbone.patch_size, 5 * backbone.patch_size, 2))
@@ -130,7 +130,7 @@ def test_models_beyond_the_seeds_load_by_their_timm_name(name: str, prefix: int)
 
 
 def test_an_eva_model_without_class_token_has_no_prefix() -> None:
-    """As the gigantic Perception Encoders of timm are (vit_pe_spatial_gigantic_patch14_448), here in small."""
+    """A small version of timm's gigantic Perception Encoders (vit_pe_spatial_gigantic_patch14_448)."""
     model = timm.create_model(
         "eva02_tiny_patch14_224", class_token=False, global_pool="avg", depth=2, num_classes=0, dynamic_img_size=True
     ).eval()
@@ -184,13 +184,13 @@ def test_negative_layers_count_from_the_end(negative: int, same: int) -> None:
 
 
 @pytest.mark.parametrize("layer", [12, -13, 100])
-def test_a_layer_that_does_not_exist_is_refused_with_the_range(layer: int) -> None:
+def test_error_for_a_missing_layer_names_the_range(layer: int) -> None:
     with pytest.raises(BackboneError, match=rf"12 blocks: layer must be -12 to 11, got {layer}"):
         load(TINY, layer=layer)
 
 
 @pytest.mark.parametrize(("name", "count"), [(DINOV2, 1), (REGISTERS, 5)])
-def test_prefix_tokens_are_those_in_front_of_the_patches(name: str, count: int) -> None:
+def test_prefix_tokens_precede_the_patch_tokens(name: str, count: int) -> None:
     backbone = load(name)
     image = picture(56, 70)
     tokens = timm_model(backbone).forward_features(image)
@@ -213,7 +213,7 @@ def test_grids_of_plain_and_of_overlapping_patches(dinov2: Backbone, dense: Back
 
 
 @pytest.mark.parametrize(("height", "width", "grid"), [(56, 70, (7, 9)), (35, 49, (4, 6)), (14, 21, (1, 2))])
-def test_overlapping_patches_take_every_side_of_patch_plus_steps(
+def test_overlapping_patches_accept_sides_of_patch_plus_strides(
     dense: Backbone, height: int, width: int, grid: tuple[int, int]
 ) -> None:
     assert dense.grid_size(height, width) == grid
@@ -227,7 +227,7 @@ def test_a_stride_of_the_patch_size_changes_nothing(dinov2: Backbone) -> None:
     assert torch.equal(load(DINOV2, stride=14)(image), dinov2(image))
 
 
-def test_overlapping_patches_are_embedded_where_they_are_cut(dinov2: Backbone, dense: Backbone) -> None:
+def test_overlapping_patches_are_embedded_like_their_crops(dinov2: Backbone, dense: Backbone) -> None:
     image = picture(35, 49)
     embedded = timm_model(dense).patch_embed(image)
     for row, column in ((0, 0), (1, 4), (3, 5)):
@@ -255,7 +255,7 @@ def test_a_stride_out_of_range_is_refused(stride: int) -> None:
     ("height", "width", "wrong", "nearest"),
     [(57, 56, 57, "56 or 70"), (56, 69, 69, "56 or 70"), (13, 14, 13, "14"), (517, 518, 517, "504 or 518")],
 )
-def test_a_side_off_the_grid_is_refused_with_the_nearest_that_fit(
+def test_error_for_a_side_off_the_grid_names_the_nearest_sides(
     dinov2: Backbone, height: int, width: int, wrong: int, nearest: str
 ) -> None:
     message = rf"side of {wrong} pixels .* multiple of 14 .*Nearest: {nearest}$"
@@ -265,7 +265,7 @@ def test_a_side_off_the_grid_is_refused_with_the_nearest_that_fit(
         dinov2(picture(height, width))
 
 
-def test_a_side_between_two_steps_of_overlapping_patches_is_refused(dense: Backbone) -> None:
+def test_side_between_two_strides_is_refused(dense: Backbone) -> None:
     with pytest.raises(SizeError, match=r"14 \+ k \* 7 pixels .*Nearest: 56 or 63$") as caught:
         dense(picture(60, 56))
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, DenoisingVitError)
@@ -277,41 +277,41 @@ def test_anything_but_rgb_images_is_refused(tiny: Backbone, shape: tuple[int, ..
         tiny(torch.zeros(shape))
 
 
-# What is refused by name
+# Refused names and options
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "vit_relpos_small_patch16_224"])
-def test_a_timm_model_that_is_no_plain_vit_is_refused(name: str) -> None:
+def test_timm_model_other_than_a_plain_vit_is_refused(name: str) -> None:
     with pytest.raises(BackboneError, match=name):
         load(name)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_small_r26_s32_224"])
-def test_a_hybrid_of_resnet_and_vit_is_refused_when_it_is_loaded(name: str) -> None:
+def test_hybrid_of_resnet_and_vit_is_refused(name: str) -> None:
     """Its patch size counts pixels of a feature map, not of the image."""
     with pytest.raises(BackboneError, match=name):
         load(name)
 
 
 @pytest.mark.parametrize("name", ["nonsense", "vit_small_patch15_dinov2", "facebook/dinov2-small", TINY + ".nonsense"])
-def test_an_unknown_model_is_refused_by_name(name: str) -> None:
+def test_unknown_model_is_named_in_the_error(name: str) -> None:
     with pytest.raises(BackboneError, match=re.escape(name)):
         load(name)
 
 
-def test_an_unknown_model_is_answered_with_similar_names() -> None:
+def test_error_for_an_unknown_model_suggests_similar_names() -> None:
     with pytest.raises(BackboneError, match=r"similar: .*vit_small_patch14_dinov2"):
         load("vit_small_patch14_dino2")
 
 
 @pytest.mark.parametrize("dtype", ["nonsense", "double", "", torch.int8])
-def test_a_dtype_that_models_do_not_compute_in_is_refused(dtype: Any) -> None:
+def test_unsupported_dtype_is_refused(dtype: Any) -> None:
     with pytest.raises(BackboneError, match="dtype must be auto, float32, bfloat16, float16"):
         load("test_vit", dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda:99"])
-def test_a_device_that_is_not_here_is_refused(device: str) -> None:
+def test_unavailable_device_is_refused(device: str) -> None:
     with pytest.raises(BackboneError, match=f"device '{device}' is not available"):
         load("test_vit", device=device)
 
@@ -325,19 +325,19 @@ def test_options_for_modules_are_refused_for_a_timm_name(option: str, value: obj
         load("test_vit", **{option: value})
 
 
-def test_weights_by_a_word_that_is_no_choice_are_refused_with_the_choices() -> None:
+def test_error_for_unknown_weights_lists_the_choices() -> None:
     with pytest.raises(WeightsError, match=r"bundeld.*(auto|hub|bundled|random)"):
         load("test_vit", weights="bundeld")
 
 
-# Types, randomness, gradients
+# Dtypes, randomness, gradients
 
 
 @pytest.mark.parametrize(
     ("dtype", "computed"),
     [("auto", None), ("bfloat16", torch.bfloat16), ("float32", torch.float32), (torch.bfloat16, torch.bfloat16)],
 )
-def test_features_are_float32_whatever_the_model_computes_in(dtype: Any, computed: torch.dtype | None) -> None:
+def test_features_are_float32_for_every_compute_dtype(dtype: Any, computed: torch.dtype | None) -> None:
     backbone = load("test_vit", dtype=dtype)
     expected = fast_dtype(torch.device("cpu")) if computed is None else computed
     assert backbone.dtype == expected
@@ -346,7 +346,7 @@ def test_features_are_float32_whatever_the_model_computes_in(dtype: Any, compute
     assert (features.dtype, prefix.dtype) == (torch.float32, torch.float32)
 
 
-def test_loading_leaves_the_random_generators_of_the_caller_alone() -> None:
+def test_loading_does_not_change_the_global_random_state() -> None:
     torch.manual_seed(7)
     random.seed(7)
     np.random.seed(7)
@@ -360,7 +360,7 @@ def test_loading_leaves_the_random_generators_of_the_caller_alone() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_loading_leaves_the_generator_of_the_gpu_alone() -> None:
+def test_loading_does_not_change_the_random_state_of_the_gpu() -> None:
     torch.cuda.manual_seed_all(7)
     before = torch.cuda.get_rng_state()
     load("test_vit")
@@ -387,12 +387,12 @@ def test_gradients_reach_the_image_and_no_parameter(tiny: Backbone) -> None:
 
 
 def test_a_loaded_backbone_is_in_evaluation_mode(tiny: Backbone) -> None:
-    """All of it: code that notes ``training``, evaluates, and restores it would switch dropout on otherwise."""
+    """All modules: code that saves ``training``, evaluates, and restores it would otherwise switch dropout on."""
     assert not any(module.training for module in tiny.modules())
 
 
 def test_gradients_in_bfloat16_with_many_tokens_are_those_of_float32() -> None:
-    """256 patches: where the fast attention takes over if nothing is differentiated."""
+    """256 patches: enough for fast attention to be used if no gradients are needed."""
     target = picture(256, 256).requires_grad_()
     gradients = []
     for dtype in ("float32", "bfloat16"):
@@ -407,8 +407,8 @@ def test_repr_names_model_grid_and_weights(tiny: Backbone) -> None:
     assert math.prod(tiny.grid_size(32, 48)) == 6
 
 
-def test_a_model_that_pools_by_the_mean_gets_its_final_norm() -> None:
-    """Its ``norm`` is empty; the norm behind the pooling is applied to every token."""
+def test_mean_pooling_model_gets_its_final_norm() -> None:
+    """Its ``norm`` is empty; the norm after the pooling is applied to every token."""
     name = "eva02_tiny_patch14_224.mim_in22k"
     image = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     normed, plain = (

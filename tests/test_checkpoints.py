@@ -1,4 +1,4 @@
-"""Checkpoints as training scripts write them: the model in them is found, and nothing in them is run."""
+"""Checkpoints of training scripts: the model in them is found, and no code in them is executed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """Of a ViT with weights of its own, unlike those of ``weights="random"``."""
+    """State of a ViT whose weights differ from those of ``weights="random"``."""
     torch.manual_seed(11)
     return timm.create_model(NAME, num_classes=0).state_dict()
 
@@ -42,7 +42,7 @@ def before(prefix: str, state: State) -> State:
 
 
 def within(wrapper: str, state: State) -> State:
-    """As blocks that are compiled or sharded one by one are named."""
+    """Rename blocks as if they were compiled or sharded one by one."""
     return {name.replace(".attn.", f".{wrapper}.attn."): value for name, value in state.items()}
 
 
@@ -52,7 +52,7 @@ def denoiser(**options: Any) -> Denoiser:
 
 
 def trained(model: nn.Module) -> tuple[State, dict[str, Any]]:
-    """Parameters, and the optimizer after two steps of a schedule that is an array of NumPy."""
+    """Parameters, and the optimizer state after two steps of a schedule in a NumPy array."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-5)
     for rate in np.concatenate([np.linspace(0, 1e-3, 2), 1e-6 + 1e-3 * np.cos(np.arange(2))])[1:3]:
@@ -82,17 +82,17 @@ def same_denoiser(found: Denoiser, expected: Denoiser) -> bool:
     return torch.equal(found(features), expected(features))
 
 
-# As the released training scripts write them
+# Checkpoints of the released training scripts
 
 
-def test_a_denoiser_beside_its_optimizer_is_read(tmp_path: Path) -> None:
+def test_denoiser_saved_with_its_optimizer_is_read(tmp_path: Path) -> None:
     model = denoiser()
     state, optimizer = trained(model)
     torch.save({"denoiser": state, "optimizer": optimizer, "step": 1}, tmp_path / "ckpt_000001.pth")
     assert same_denoiser(load_denoiser(tmp_path / "ckpt_000001.pth"), model)
 
 
-def test_a_distilled_model_beside_its_optimizer_is_read(tmp_path: Path) -> None:
+def test_distilled_model_saved_with_its_optimizer_is_read(tmp_path: Path) -> None:
     model = nn.ModuleDict({"model": timm.create_model(NAME, num_classes=0)})
     state, optimizer = trained(model)
     torch.save({"model": state, "optimizer": optimizer, "step": np.int64(1)}, tmp_path / "ckpt.pth")
@@ -100,7 +100,7 @@ def test_a_distilled_model_beside_its_optimizer_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
-def test_numbers_of_numpy_by_their_older_name_are_read(tmp_path: Path) -> None:
+def test_numpy_scalars_under_their_older_module_name_are_read(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"model": denoiser().state_dict(), "lr": np.float64(0.1)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -109,7 +109,7 @@ def test_numbers_of_numpy_by_their_older_name_are_read(tmp_path: Path) -> None:
     assert same_denoiser(load_denoiser(path), denoiser())
 
 
-def test_objects_of_numpy_are_no_way_to_run_code(tmp_path: Path) -> None:
+def test_numpy_objects_cannot_execute_code(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
     class Evil:
@@ -173,24 +173,24 @@ WRAPPINGS: dict[str, Callable[[State], object]] = {
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_the_vit_is_found_in(wrapping: str, state: State, tmp_path: Path) -> None:
+def test_vit_is_found_in_wrapped_checkpoints(wrapping: str, state: State, tmp_path: Path) -> None:
     assert_loads(WRAPPINGS[wrapping](state), state, tmp_path)
 
 
-def test_a_student_of_the_size_that_is_asked_for_is_taken_beside_a_larger_teacher(state: State, tmp_path: Path) -> None:
+def test_student_of_the_requested_size_is_preferred_to_a_larger_teacher(state: State, tmp_path: Path) -> None:
     larger = VisionTransformer(img_size=160, patch_size=16, embed_dim=96, depth=2, num_heads=2, num_classes=0)
     assert_loads({"teacher": larger.state_dict(), "student": state}, state, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["weights.SAFETENSORS", "weights.pth", "weights", "weights.bin"])
-def test_a_safetensors_file_is_read_by_its_content(name: str, state: State, tmp_path: Path) -> None:
+def test_safetensors_file_is_recognised_by_its_content(name: str, state: State, tmp_path: Path) -> None:
     save_file(state, tmp_path / name)
     assert torch.equal(load(tmp_path / name).get_parameter("model.norm.bias"), state["norm.bias"])
     save_file(denoiser().state_dict(), tmp_path / name)
     assert same_denoiser(load_denoiser(tmp_path / name), denoiser())
 
 
-def test_a_pytorch_file_is_read_by_its_content(state: State, tmp_path: Path) -> None:
+def test_pytorch_file_is_recognised_by_its_content(state: State, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "weights.safetensors")
     assert torch.equal(load(tmp_path / "weights.safetensors").get_parameter("model.norm.bias"), state["norm.bias"])
 
@@ -213,7 +213,7 @@ DENOISERS: dict[str, Callable[[State], object]] = {
 
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("wrapping", DENOISERS)
-def test_the_denoiser_is_found(wrapping: str, blocks: int, tmp_path: Path) -> None:
+def test_denoiser_is_found_in_wrapped_checkpoints(wrapping: str, blocks: int, tmp_path: Path) -> None:
     model = denoiser(blocks=blocks)
     torch.save(DENOISERS[wrapping](model.state_dict()), tmp_path / "denoiser.pth")
     assert same_denoiser(load_denoiser(tmp_path / "denoiser.pth"), model)
@@ -230,7 +230,7 @@ def test_a_denoiser_without_a_position_embedding_adds_none(grid: tuple[int, int]
     torch.testing.assert_close(load_denoiser(tmp_path / "denoiser.pth")(features), expected)
 
 
-# What is refused, with what stood in the way
+# Rejected checkpoints and the reasons given
 
 
 def refused(content: object, folder: Path, words: str) -> None:
@@ -239,7 +239,7 @@ def refused(content: object, folder: Path, words: str) -> None:
         load(folder / "weights.pth")
 
 
-def test_a_vit_that_does_not_fit_is_named_by_its_prefix_and_keys(state: State, tmp_path: Path) -> None:
+def test_mismatched_vit_is_reported_with_its_prefix_and_keys(state: State, tmp_path: Path) -> None:
     short = {name: value for name, value in state.items() if not name.startswith("blocks.5.")}
     content = {"state_dict": before("net.vit.", short) | {"net.head.weight": torch.ones(3)}}
     words = (
@@ -249,7 +249,7 @@ def test_a_vit_that_does_not_fit_is_named_by_its_prefix_and_keys(state: State, t
     refused(content, tmp_path, words)
 
 
-def test_several_vits_of_which_nothing_tells_which_is_meant_are_refused(state: State, tmp_path: Path) -> None:
+def test_ambiguous_vits_are_rejected(state: State, tmp_path: Path) -> None:
     content = {"state_dict": before("base_encoder.", state) | before("momentum_encoder.", other(state))}
     refused(
         content,
@@ -258,7 +258,7 @@ def test_several_vits_of_which_nothing_tells_which_is_meant_are_refused(state: S
     )
 
 
-def test_one_name_with_and_without_a_wrapper_is_refused(state: State, tmp_path: Path) -> None:
+def test_same_name_with_and_without_a_wrapper_is_rejected(state: State, tmp_path: Path) -> None:
     refused({"model": state, "module": {"model": other(state)}}, tmp_path, r"two tensors named model\.cls_token")
 
 
@@ -271,40 +271,40 @@ def test_one_name_with_and_without_a_wrapper_is_refused(state: State, tmp_path: 
         "vision_model.embeddings.patch_embedding.weight",  # CLIP, SigLIP
     ],
 )
-def test_names_of_hugging_face_point_to_its_models(key: str, tmp_path: Path) -> None:
+def test_hugging_face_names_suggest_the_hf_loader(key: str, tmp_path: Path) -> None:
     refused(
         {key: torch.ones(64, 3, 16, 16)}, tmp_path, r"name of Hugging Face transformers.*load_backbone\('hf:FOLDER'\)"
     )
 
 
-def test_a_denoiser_in_place_of_weights_is_told_as_what_it_is(tmp_path: Path) -> None:
+def test_denoiser_given_as_weights_is_recognised(tmp_path: Path) -> None:
     refused({"denoiser": denoiser().state_dict()}, tmp_path, "a denoiser, not the weights of test_vit; give it by")
 
 
-def test_a_vit_in_place_of_a_denoiser_is_told_as_what_it_is(state: State, tmp_path: Path) -> None:
+def test_vit_given_as_a_denoiser_is_recognised(state: State, tmp_path: Path) -> None:
     for content in ({"denoiser": before("model.", state)}, {"denoiser": state}, state):
         torch.save(content, tmp_path / "vit.pth")
         with pytest.raises(FormatError, match="a whole model, to be given as weights"):
             load_denoiser(tmp_path / "vit.pth")
 
 
-def test_a_denoiser_of_convolutions_is_told_as_what_it_is(tmp_path: Path) -> None:
+def test_convolutional_denoiser_is_rejected_as_unsupported(tmp_path: Path) -> None:
     convolutions = {"denoiser.0.weight": torch.ones(32, 64, 1, 1), "denoiser.0.bias": torch.ones(32)}
     torch.save({"denoiser": convolutions}, tmp_path / "a.pth")
     with pytest.raises(FormatError, match="a convolutional denoiser, which is not supported"):
         load_denoiser(tmp_path / "a.pth")
 
 
-def test_a_dictionary_within_itself_is_refused(tmp_path: Path) -> None:
+def test_recursive_dictionary_is_rejected(tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": {}}
     content["model"]["model"] = content
     refused(content, tmp_path, "not a readable safetensors or PyTorch weights file")
 
 
-# The parts
+# Single functions
 
 
-def test_states_of_optimizers_and_names_of_wrappers_are_left_out(tmp_path: Path) -> None:
+def test_optimizer_states_and_wrapper_names_are_removed(tmp_path: Path) -> None:
     one, two = torch.ones(1), torch.ones(2)
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}}
     torch.save({"a": {"module.b": one, 7: {"_orig_mod": {"c": two}}}, "optimizer": optimizer}, tmp_path / "a.pth")
@@ -312,7 +312,7 @@ def test_states_of_optimizers_and_names_of_wrappers_are_left_out(tmp_path: Path)
     assert found == {"a.b": 1, "a.7.c": 2}
 
 
-def test_models_come_from_the_one_that_is_meant_to_be_used_to_the_one_that_is_not() -> None:
+def test_models_are_ordered_from_teacher_to_student() -> None:
     names = ("student", "b", "a", "model_ema", "teacher", "teachers")
     tensors = {f"{name}.x.{leaf}": torch.ones(()) for name in names for leaf in ("mark", "more")}
     found = models_among(tensors, "mark")
@@ -320,7 +320,7 @@ def test_models_come_from_the_one_that_is_meant_to_be_used_to_the_one_that_is_no
     assert all(list(model) == ["mark", "more"] for model in found.values())
 
 
-def test_files_are_read_by_several_threads_at_once(tmp_path: Path) -> None:
+def test_files_can_be_read_by_several_threads_at_once(tmp_path: Path) -> None:
     model = denoiser()
     state, optimizer = trained(model)
     torch.save({"denoiser": state, "optimizer": optimizer}, tmp_path / "a.pth")

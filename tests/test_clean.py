@@ -1,4 +1,4 @@
-"""clean() and restore(): models that give clean tokens through their own interface."""
+"""clean() and restore(): models that return clean tokens through their own interface."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny(name: str = "vit_tiny_patch16_224", **changes: Any) -> Any:
     if name.startswith("naflexvit"):
         del shape["img_size"]
     model = timm.create_model(name, **shape).eval()
-    for value in model.parameters():  # norms of 1 and 0 would hide mistakes
+    for value in model.parameters():  # norms with weights of 1 and biases of 0 would hide mistakes
         value.data.add_(0.05 * torch.randn(value.shape))
     return model
 
@@ -55,7 +55,7 @@ def options_for(method: str, backbone: Backbone) -> dict[str, Any]:
 
 
 def reference(method: str, backbone: Backbone, options: dict[str, Any]) -> Any:
-    """The extractor of the registry."""
+    """The extractor that cleans with the same method."""
     if method == "average":
         return AveragedViT(backbone, options["passes"])
     if method == "project":
@@ -69,7 +69,7 @@ def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_a_timm_model_gives_what_the_extractor_gives(method: str) -> None:
+def test_timm_model_matches_the_extractor_and_can_be_restored(method: str) -> None:
     model, image = tiny(), images()
     backbone = dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32")
     options = options_for(method, backbone)
@@ -95,7 +95,7 @@ def test_a_timm_model_gives_what_the_extractor_gives(method: str) -> None:
     assert "clean" not in repr(model)
 
 
-def test_tokens_without_the_norm_are_clean_behind_it() -> None:
+def test_tokens_before_the_norm_are_clean_after_it() -> None:
     model, image = tiny(), images()
     backbone = dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32")
     options = options_for("subtract", backbone)
@@ -107,7 +107,7 @@ def test_tokens_without_the_norm_are_clean_behind_it() -> None:
     torch.testing.assert_close(behind, (backbone(image) - options["artifact"].values).flatten(1, 2), rtol=0, atol=1e-4)
 
 
-def test_other_sizes_where_the_model_takes_them(method: str) -> None:
+def test_other_sizes_if_the_model_supports_them(method: str) -> None:
     model, image = tiny(dynamic_img_size=True), images(1, 48, 96)
     backbone = dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32")
     options = options_for(method, backbone)
@@ -135,7 +135,7 @@ def test_other_classes_of_timm(name: str, changes: dict[str, Any]) -> None:
     dv.clean(model, "project", rank=3, size=(64, 64))
     clean, count = model.forward_features(image), model.num_prefix_tokens
     assert torch.equal(clean[:, :count], raw[:, :count])
-    if isinstance(model.norm, nn.Identity):  # its norm is behind the pooling
+    if isinstance(model.norm, nn.Identity):  # its norm comes after the pooling
         assert not torch.equal(clean[:, count:], raw[:, count:])
     else:
         torch.testing.assert_close(clean[:, count:], expected, rtol=0, atol=1e-4)
@@ -188,7 +188,7 @@ def test_features_only(method: str) -> None:
     for built, norm in ((FeatureGetterNet(copy.deepcopy(plain), out_indices=(0, 2), norm=True), True), (None, False)):
         net = built or FeatureGetterNet(copy.deepcopy(plain), out_indices=(0, 2))
         if not norm and method in ("subtract", "denoiser"):
-            continue  # pruned of its norm, it is another backbone
+            continue  # without its norm, it is another backbone
         inner = dv.load_backbone(copy.deepcopy(net.model), device="cpu", dtype="float32")
         options = options_for(method, inner)
         early = net(image)[0]
@@ -201,7 +201,7 @@ def test_features_only(method: str) -> None:
         assert torch.equal(net(image)[0], early)
 
 
-def test_blocks_pruned_afterwards_leave_nothing_to_clean() -> None:
+def test_blocks_pruned_afterwards_remove_the_cleaning() -> None:
     model, image = tiny(), images()
     dv.clean(model, "project", rank=3, size=(64, 64))
     raw = FeatureGetterNet(tiny(), out_indices=(0, 1))(image)
@@ -209,12 +209,12 @@ def test_blocks_pruned_afterwards_leave_nothing_to_clean() -> None:
         assert torch.equal(clean, other)
 
 
-def test_a_decoder_that_reads_several_layers_gets_the_last_one_clean(method: str) -> None:
+def test_only_the_last_of_several_layers_is_clean(method: str) -> None:
     model, image = tiny(), images()
     options = options_for(method, dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32"))
 
     def pyramid() -> list[Tensor]:
-        """What a DPT-like head reads."""
+        """The feature maps that a DPT-like head reads."""
         maps = model.forward_intermediates(image, [0, 1, 2], norm=True, intermediates_only=True)
         return [
             nn.functional.interpolate(part, scale_factor=scale) for part, scale in zip(maps, (4, 2, 1), strict=True)
@@ -241,7 +241,7 @@ def dinov2() -> Any:
     return model
 
 
-def test_a_model_of_transformers(dinov2: Any, method: str) -> None:
+def test_transformers_model(dinov2: Any, method: str) -> None:
     model, image = copy.deepcopy(dinov2), images(2, 56, 70)
     backbone = dv.load_backbone(copy.deepcopy(dinov2), device="cpu", dtype="float32")
     options = options_for(method, backbone)
@@ -264,7 +264,7 @@ def test_a_model_of_transformers(dinov2: Any, method: str) -> None:
     assert torch.equal(model(image).last_hidden_state, raw.last_hidden_state)
 
 
-def test_a_pipeline_of_transformers(dinov2: Any, tmp_path: Path) -> None:
+def test_transformers_pipeline(dinov2: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     dinov2.save_pretrained(tmp_path)
     transformers.BitImageProcessor(size={"height": 56, "width": 56}, do_center_crop=False).save_pretrained(tmp_path)
@@ -346,7 +346,7 @@ def test_a_subspace_from_a_file(tmp_path: Path) -> None:
         dv.clean(tiny(depth=2), "project", subspace=subspace)
 
 
-def test_cleaning_again_replaces_what_was_there() -> None:
+def test_cleaning_again_replaces_the_previous_method() -> None:
     model, image = tiny(), images()
     dv.clean(model, "average", passes=2)
     dv.clean(model, "project", rank=3, size=(64, 64))
@@ -368,7 +368,9 @@ def test_cleaning_again_replaces_what_was_there() -> None:
         (lambda: nn.Linear(3, 3), {"method": "project"}, dv.BackboneError, "give the side of a patch"),
     ],
 )
-def test_what_cannot_be_done_is_refused(make: Any, given: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_invalid_calls_are_rejected_and_leave_the_model_unchanged(
+    make: Any, given: dict[str, Any], error: type[Exception], words: str
+) -> None:
     model = make()
     with pytest.raises(error, match=words):
         dv.clean(model, **given)
@@ -383,21 +385,21 @@ def test_torch_hub_on_a_clone() -> None:
     assert model.forward_features(images()).shape == (2, 17, 192)
 
 
-def test_options_that_are_none_are_not_given() -> None:
+def test_options_of_none_count_as_not_given() -> None:
     model, image = dv.clean(tiny(), "average", passes=None, mean=None), images()
     torch.testing.assert_close(model.forward_features(image), dv.clean(tiny(), "average").forward_features(image))
     with pytest.raises(dv.PlanError, match="unlabelled photos"):
         dv.clean(tiny(), "registers", registers=None, size=(64, 64))
 
 
-def test_options_beside_a_ready_subspace_are_refused() -> None:
+def test_options_together_with_a_subspace_are_rejected() -> None:
     subspace = dv.find_subspace(dv.load_backbone(tiny(), device="cpu", dtype="float32"), rank=2)
     with pytest.raises(dv.PlanError, match="subspace is given, so rank, size would have no effect"):
         dv.clean(tiny(), "project", subspace=subspace, rank=1, size=(64, 64))
 
 
 @pytest.mark.parametrize("before", ["average", "registers"])
-def test_a_model_keeps_its_cleaner_if_another_is_refused(before: str) -> None:
+def test_model_keeps_its_method_if_another_is_rejected(before: str) -> None:
     model, image = tiny(), images()
     backbone = dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32")
     registers = Registers(((0, 3),), describe(backbone), {})
@@ -420,7 +422,7 @@ def test_arguments_by_position_reach_every_moved_pass(dinov2: Any) -> None:
     assert not torch.allclose(model(image).last_hidden_state, by_name)
 
 
-def test_a_warning_names_the_line_that_asked() -> None:
+def test_warning_names_the_file_of_the_caller() -> None:
     backbone = dv.load_backbone(tiny(), device="cpu", dtype="float32")
     with pytest.warns(DenoisingVitWarning) as found:
         dv.clean(tiny(), "registers", registers=Registers((), describe(backbone), {"reason": "no outliers"}))
@@ -441,7 +443,7 @@ def distilled_file(model: Any, path: Path) -> Path:
     return path
 
 
-def test_distilled_weights_in_a_timm_model_and_back(tmp_path: Path) -> None:
+def test_distilled_weights_in_a_timm_model_can_be_restored(tmp_path: Path) -> None:
     model, image = tiny(), images()
     raw, weights = model.forward_features(image), copy.deepcopy(model.state_dict())
     path = distilled_file(model, tmp_path / "distilled.safetensors")
@@ -465,7 +467,7 @@ def test_distilled_weights_in_a_backbone_change_its_fingerprint(tmp_path: Path) 
     assert backbone.fingerprint.matches(before) and backbone(image).equal(raw)
 
 
-def test_distilled_weights_are_kept_if_another_cleaner_is_refused_and_replaced_by_one(tmp_path: Path) -> None:
+def test_distilled_weights_are_replaced_only_by_a_valid_method(tmp_path: Path) -> None:
     model, image = tiny(), images()
     path = distilled_file(model, tmp_path / "distilled.safetensors")
     clean = dv.clean(model, "distilled", distilled=path).forward_features(image)

@@ -1,4 +1,4 @@
-"""`dvit denoise` as people and scripts meet it: files, table, JSON lines, exit codes, messages, interrupted runs."""
+"""`dvit denoise` from the command line: files, table, JSON lines, exit codes, messages, interrupted runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The JSON lines of standard output; fails where anything else is there."""
+        """The JSON lines of standard output; fails if it has any other line."""
         return [json.loads(line) for line in self.out.splitlines()]
 
 
@@ -58,7 +58,7 @@ REAL_PANEL = denoising_vit.maps.draw_panel
 
 @pytest.fixture
 def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
-    """Runs `dvit denoise ...` in this process, with the fast options and dots for pictures; later options win."""
+    """Runs `dvit denoise ...` in this process with FAST; draws 1 x 1 pictures. Given options override FAST."""
     monkeypatch.setenv("COLUMNS", "200")  # no wrapped lines
     monkeypatch.setattr(denoising_vit.maps, "draw_panel", draw_dot)
 
@@ -73,7 +73,7 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def real_panels(dvit: Dvit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws whole pictures."""
+    """Draws full pictures instead of dots."""
     monkeypatch.setattr(denoising_vit.maps, "draw_panel", REAL_PANEL)
 
 
@@ -82,7 +82,7 @@ def draw_dot(_photo: np.ndarray, _result: Decomposition, path: Path, **_options:
 
 
 def cat(path: Path, *, bright: int = 0) -> Path:
-    """Writes a small photo; other brightness, other pixels."""
+    """Writes a small photo; another brightness gives other pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.asarray(Image.fromarray(data.chelsea()).resize((90, 60))).astype(int) + bright
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
@@ -94,7 +94,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """When each file was last written, and what is in it."""
+    """Modification time and content of each file."""
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
@@ -104,14 +104,14 @@ def never(*_arguments: Any, **_options: Any) -> None:
 
 @pytest.fixture
 def no_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it to forbid stage 1 from here on."""
+    """Returns a function that makes later runs of stage 1 fail."""
     return lambda: monkeypatch.setattr(Denoising, "__call__", never)
 
 
 # --- success ---
 
 
-def test_success_leaves_a_result_and_a_picture_and_prints_a_table(
+def test_success_writes_a_result_and_a_picture_and_prints_a_table(
     dvit: Dvit, real_panels: None, tmp_path: Path
 ) -> None:
     one, two = cat(tmp_path / "one.jpg"), cat(tmp_path / "two.png", bright=20)
@@ -123,13 +123,13 @@ def test_success_leaves_a_result_and_a_picture_and_prints_a_table(
     assert re.match(r"one\.jpg +one\.safetensors +8 +-?\d\.\d{3} +-?\d\.\d{3} +\d+\.\d", lines[1])
     assert re.match(r"two\.png +two\.safetensors +8 ", lines[2])
     assert "2 of 2 photos done" in done.err
-    assert "fingerprint" in done.err  # which weights it was
+    assert "fingerprint" in done.err  # of the weights
     with Image.open(tmp_path / "new" / "out" / "one.png") as panel:
         assert panel.format == "PNG"
         assert panel.width > 1000
 
 
-def test_result_loads_and_its_semantic_is_the_stored_one(dvit: Dvit, tmp_path: Path) -> None:
+def test_loaded_result_has_the_stored_semantic_features(dvit: Dvit, tmp_path: Path) -> None:
     dvit(cat(tmp_path / "one.jpg"), "-o", tmp_path / "out")
     path = tmp_path / "out" / "one.safetensors"
     loaded, stored = Decomposition.load(path), load_file(path)
@@ -170,7 +170,7 @@ def test_json_of_a_kept_photo_has_the_same_keys_and_a_note(dvit: Dvit, tmp_path:
 
 
 def test_json_keys_do_not_depend_on_the_options(dvit: Dvit, tmp_path: Path) -> None:
-    """What is not known is null: scripts need not ask for every key."""
+    """Unknown values are null, so that scripts need not check for each key."""
     (row,) = dvit(cat(tmp_path / "one.jpg"), "-o", tmp_path / "out", "--held-out", "0", "--json").rows
     assert row["heldout_r2"] is None and row["heldout_cosine"] is None
 
@@ -210,7 +210,7 @@ def test_non_square_size(dvit: Dvit, tmp_path: Path) -> None:
 
 
 def refused(dvit: Dvit, bad: Path, tmp_path: Path) -> str:
-    """Runs a good and a bad photo; returns what is said of the bad one."""
+    """Runs a good and a bad photo; returns the message about the bad one."""
     good = cat(tmp_path / "good" / "good.jpg")
     done = dvit(bad, good, "-o", tmp_path / "out")
     assert done.code == 1
@@ -225,7 +225,7 @@ def test_missing_photo_among_good_ones(dvit: Dvit, tmp_path: Path) -> None:
     assert "no such file or folder" in refused(dvit, tmp_path / "missing.jpg", tmp_path)
 
 
-def test_missing_photo_is_named_even_where_its_name_is_part_of_the_reason(
+def test_missing_photo_is_named_when_the_reason_contains_its_name(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -233,7 +233,7 @@ def test_missing_photo_is_named_even_where_its_name_is_part_of_the_reason(
     assert "skipped: file: no such file or folder" in done.err
 
 
-def test_only_missing_photos_is_wrong_usage(dvit: Dvit, tmp_path: Path) -> None:
+def test_only_missing_photos_exit_2(dvit: Dvit, tmp_path: Path) -> None:
     done = dvit(tmp_path / "a.jpg", tmp_path / "b.jpg", "-o", tmp_path / "out")
     assert done.code == 2
     assert done.out == ""
@@ -249,7 +249,7 @@ def test_directory_without_images(dvit: Dvit, tmp_path: Path) -> None:
     assert "no image files in this folder" in refused(dvit, folder, tmp_path)
 
 
-def test_file_that_is_no_image(dvit: Dvit, tmp_path: Path) -> None:
+def test_file_that_is_not_an_image(dvit: Dvit, tmp_path: Path) -> None:
     path = tmp_path / "words.jpg"
     path.write_text("words")
     assert "not an image file" in refused(dvit, path, tmp_path)
@@ -268,16 +268,16 @@ def test_empty_file(dvit: Dvit, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (20_000, 10)])
-def test_photo_with_a_side_below_a_patch(dvit: Dvit, tmp_path: Path, width: int, height: int) -> None:
+def test_photo_smaller_than_a_patch(dvit: Dvit, tmp_path: Path, width: int, height: int) -> None:
     path = tmp_path / "small.png"
     Image.new("RGB", (width, height)).save(path)
     line = refused(dvit, path, tmp_path)
     assert f"{width} x {height} pixels" in line
     assert "at least 16" in line
-    assert "the image:" not in line  # it has a name
+    assert "the image:" not in line  # the file name is used instead
 
 
-def test_long_photo_of_more_than_a_patch_works(dvit: Dvit, real_panels: None, tmp_path: Path) -> None:
+def test_very_long_photo_works(dvit: Dvit, real_panels: None, tmp_path: Path) -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (20, 20_000, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "long.png")
     assert dvit(tmp_path / "long.png", "-o", tmp_path / "out").code == 0
@@ -295,7 +295,7 @@ def test_decompression_bomb(dvit: Dvit, tmp_path: Path) -> None:
     assert "100,000,000" in refused(dvit, path, tmp_path)
 
 
-def test_json_reports_failures_as_lines_too(dvit: Dvit, tmp_path: Path) -> None:
+def test_json_reports_failures_as_lines(dvit: Dvit, tmp_path: Path) -> None:
     bad = tmp_path / "empty.jpg"
     bad.touch()
     missing = tmp_path / "missing.jpg"
@@ -316,7 +316,9 @@ def test_name_too_long_for_the_file_system_does_not_stop_the_batch(dvit: Dvit, t
 # --- names of results ---
 
 
-def test_two_photos_of_one_name_keep_both_results(dvit: Dvit, tmp_path: Path, no_computing: Callable[[], None]) -> None:
+def test_two_photos_with_the_same_name_keep_both_results(
+    dvit: Dvit, tmp_path: Path, no_computing: Callable[[], None]
+) -> None:
     one, two = cat(tmp_path / "a" / "same.jpg"), cat(tmp_path / "b" / "same.jpg", bright=30)
     done = dvit(one, two, "-o", tmp_path / "out", "--json")
     assert done.code == 0
@@ -332,12 +334,12 @@ def test_two_photos_of_one_name_keep_both_results(dvit: Dvit, tmp_path: Path, no
     assert [Path(row["output"]).name for row in again.rows] == ["same.safetensors", "same-2.safetensors"]
     assert stamps(tmp_path / "out") == before
 
-    alone = dvit(two, "-o", tmp_path / "out", "--json")  # finds its own without the other
+    alone = dvit(two, "-o", tmp_path / "out", "--json")  # finds its own result without the other photo
     assert [Path(row["output"]).name for row in alone.rows] == ["same-2.safetensors"]
     assert stamps(tmp_path / "out") == before
 
 
-def test_two_identical_files_of_one_name_keep_both_results(
+def test_identical_files_with_the_same_name_keep_both_results(
     dvit: Dvit, tmp_path: Path, no_computing: Callable[[], None]
 ) -> None:
     one, two = cat(tmp_path / "a" / "same.png"), cat(tmp_path / "b" / "same.png")
@@ -364,14 +366,14 @@ def test_overwrite_does_not_touch_results_of_another_photo(dvit: Dvit, tmp_path:
     one, two = cat(tmp_path / "a" / "same.jpg"), cat(tmp_path / "b" / "same.jpg", bright=30)
     dvit(one, two, "-o", tmp_path / "out")
     before = stamps(tmp_path / "out")
-    dvit(two, "-o", tmp_path / "out", "--overwrite")  # its own result is same-2
+    dvit(two, "-o", tmp_path / "out", "--overwrite")  # its result is same-2
     after = stamps(tmp_path / "out")
     assert set(after) == set(before)
     assert after["same.safetensors"] == before["same.safetensors"]
     assert after["same.png"] == before["same.png"]
 
 
-def test_foreign_safetensors_of_the_same_name_is_left_alone(dvit: Dvit, tmp_path: Path) -> None:
+def test_unrelated_safetensors_with_the_same_name_is_kept(dvit: Dvit, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "one.safetensors").write_bytes(b"somebody's weights")
@@ -380,24 +382,22 @@ def test_foreign_safetensors_of_the_same_name_is_left_alone(dvit: Dvit, tmp_path
     assert (out / "one-2.safetensors").is_file()
 
 
-def test_output_into_the_folder_of_the_photos_leaves_the_photos_alone(dvit: Dvit, tmp_path: Path) -> None:
-    photo = cat(tmp_path / "one.png")  # the picture of the result would have this name
+def test_output_into_the_photo_folder_does_not_overwrite_photos(dvit: Dvit, tmp_path: Path) -> None:
+    photo = cat(tmp_path / "one.png")  # the result picture would have the same name
     before = photo.read_bytes()
     done = dvit(photo, "-o", tmp_path)
     assert photo.read_bytes() == before
     assert done.code in (0, 1, 2)
 
 
-def test_foreign_picture_of_the_same_name_is_left_alone(dvit: Dvit, tmp_path: Path) -> None:
+def test_unrelated_picture_with_the_same_name_is_kept(dvit: Dvit, tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = cat(out / "one.png", bright=50).read_bytes()
     dvit(cat(tmp_path / "one.jpg"), "-o", out)
     assert (out / "one.png").read_bytes() == before
 
 
-def test_pictures_of_results_are_not_taken_for_photos_in_the_next_run(
-    dvit: Dvit, real_panels: None, tmp_path: Path
-) -> None:
+def test_result_pictures_are_not_read_as_photos_in_the_next_run(dvit: Dvit, real_panels: None, tmp_path: Path) -> None:
     cat(tmp_path / "in" / "one.jpg")
     out = tmp_path / "in" / "results"
     dvit(tmp_path / "in", "-o", out)
@@ -406,7 +406,7 @@ def test_pictures_of_results_are_not_taken_for_photos_in_the_next_run(
     assert listing(out) == ["one.png", "one.safetensors"]
 
 
-# --- results that are there already ---
+# --- existing results ---
 
 
 def test_existing_results_are_kept(dvit: Dvit, tmp_path: Path, no_computing: Callable[[], None]) -> None:
@@ -428,7 +428,7 @@ def test_only_new_photos_are_computed(dvit: Dvit, tmp_path: Path) -> None:
     assert [(Path(row["image"]).name, row["status"]) for row in rows] == [("one.jpg", "kept"), ("two.jpg", "done")]
 
 
-def test_result_is_found_again_under_another_path(dvit: Dvit, tmp_path: Path, no_computing: Callable[[], None]) -> None:
+def test_result_is_kept_after_the_photo_has_moved(dvit: Dvit, tmp_path: Path, no_computing: Callable[[], None]) -> None:
     one = cat(tmp_path / "one.jpg")
     dvit(one, "-o", tmp_path / "out")
     (tmp_path / "moved").mkdir()
@@ -438,7 +438,7 @@ def test_result_is_found_again_under_another_path(dvit: Dvit, tmp_path: Path, no
     assert row["status"] == "kept"
 
 
-def test_overwrite_does_photos_again(dvit: Dvit, tmp_path: Path) -> None:
+def test_overwrite_recomputes_photos(dvit: Dvit, tmp_path: Path) -> None:
     photo = cat(tmp_path / "one.jpg")
     dvit(photo, "-o", tmp_path / "out")
     result = tmp_path / "out" / "one.safetensors"
@@ -481,7 +481,7 @@ def test_existing_result_of_other_settings_is_kept_with_a_note(dvit: Dvit, tmp_p
     assert stamps(tmp_path / "out") == before
 
 
-def test_existing_result_without_the_finer_features_is_not_passed_off_as_done(dvit: Dvit, tmp_path: Path) -> None:
+def test_existing_result_without_upsampled_features_is_noted_or_redone(dvit: Dvit, tmp_path: Path) -> None:
     photo = cat(tmp_path / "one.jpg")
     dvit(photo, "-o", tmp_path / "out")
     (row,) = dvit(photo, "-o", tmp_path / "out", "--upsample", "2", "--json").rows
@@ -537,7 +537,7 @@ def test_output_that_cannot_be_written_to(dvit: Dvit, tmp_path: Path, place: str
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_value_is_refused_before_any_photo_is_touched(
+def test_invalid_value_is_rejected_before_any_photo_is_processed(
     dvit: Dvit, tmp_path: Path, options: list[str], told: str
 ) -> None:
     done = dvit(cat(tmp_path / "one.jpg"), "-o", tmp_path / "out", *options)
@@ -570,7 +570,7 @@ def test_option_out_of_range_is_named_as_it_is_typed(
         code, err = exit.code, capsys.readouterr().err
     assert code == 2
     assert option.strip("-").replace("-", "_") in err.replace("-", "_")
-    assert "dummy" not in err  # the parser's inner names are no help
+    assert "dummy" not in err  # an internal name of the parser
 
 
 def test_missing_output_option_exits_with_2(dvit: Dvit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -589,10 +589,10 @@ def test_help_exits_with_0(dvit: Dvit, capsys: pytest.CaptureFixture[str]) -> No
         assert option in text
 
 
-# --- stopped half way ---
+# --- interrupted runs ---
 
 
-def test_ctrl_c_keeps_what_is_finished(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_finished_results(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = [cat(tmp_path / f"{name}.jpg", bright=10 * i) for i, name in enumerate(("one", "two", "three"))]
     real, calls = Denoising.__call__, []
 
@@ -610,12 +610,12 @@ def test_ctrl_c_keeps_what_is_finished(dvit: Dvit, tmp_path: Path, monkeypatch: 
     assert "interrupted; finished results are kept" in done.err
 
     monkeypatch.setattr(Denoising, "__call__", real)
-    rows = dvit(*photos, "-o", tmp_path / "out", "--json").rows  # the same command goes on from there
+    rows = dvit(*photos, "-o", tmp_path / "out", "--json").rows  # the same command resumes
     assert [row["status"] for row in rows] == ["kept", "done", "done"]
 
 
 @pytest.mark.parametrize("step", ["write_decomposition", "draw_panel"])
-def test_ctrl_c_while_writing_leaves_no_half_file(
+def test_ctrl_c_while_writing_leaves_no_partial_file(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def stop_half_way(*arguments: Any, **_options: Any) -> None:
@@ -626,7 +626,7 @@ def test_ctrl_c_while_writing_leaves_no_half_file(
     monkeypatch.setattr(*_place_of(step), stop_half_way)
     assert dvit(cat(tmp_path / "one.jpg"), "-o", tmp_path / "out").code == 130
     left = listing(tmp_path / "out")
-    assert set(left) <= {"one.png"}  # at most the whole picture
+    assert set(left) <= {"one.png"}  # at most the complete picture
     for name in left:
         with Image.open(tmp_path / "out" / name) as picture:
             picture.load()
@@ -647,7 +647,7 @@ def test_interrupt_anywhere_exits_with_130(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "interrupted\n"
 
 
-# --- errors on the way ---
+# --- errors while running ---
 
 
 @pytest.mark.parametrize("step", ["write_decomposition", "draw_panel"])
@@ -676,15 +676,13 @@ def test_full_disk_is_reported_per_photo(
     assert not [name for name in left if name.endswith(".part")]
 
 
-def test_error_of_the_drawing_is_reported_per_photo(
-    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drawing_error_is_reported_per_photo(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = denoising_vit.maps.draw_panel, []
 
     def fail_at_the_first(*arguments: Any, **options: Any) -> None:
         calls.append(1)
         if len(calls) == 1:
-            raise ValueError("features are not finite")  # which its documentation announces
+            raise ValueError("features are not finite")  # documented for draw_panel
         real(*arguments, **options)
 
     monkeypatch.setattr(denoising_vit.maps, "draw_panel", fail_at_the_first)
@@ -694,14 +692,12 @@ def test_error_of_the_drawing_is_reported_per_photo(
     assert "two.safetensors" in listing(tmp_path / "out")
 
 
-def test_backbone_that_yields_nan_is_reported_per_photo(
-    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_features_are_reported_per_photo(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = BackboneSpec.load
 
     def broken(*arguments: Any, **options: Any) -> Any:
         model = real(*arguments, **options)
-        _ = model.fingerprint  # while it still works
+        _ = model.fingerprint  # computed before the weights are NaN
         with torch.no_grad():
             next(model.parameters()).fill_(float("nan"))
         return model
@@ -717,7 +713,7 @@ def test_backbone_that_yields_nan_is_reported_per_photo(
     assert "0 of 2 photos" in done.err
 
 
-# --- the installed command, which does a photo in test_end_to_end.py ---
+# --- the installed command; test_end_to_end.py runs it on a photo ---
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -728,7 +724,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_installed_command_refuses_missing_photos_with_2(tmp_path: Path) -> None:
+def test_installed_command_exits_2_for_missing_photos(tmp_path: Path) -> None:
     done = command("denoise", tmp_path / "missing.jpg", "-o", tmp_path / "out")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -736,18 +732,18 @@ def test_installed_command_refuses_missing_photos_with_2(tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_table_names_folders_where_names_alone_would_be_ambiguous(dvit: Dvit, tmp_path: Path) -> None:
+def test_table_shows_folders_when_file_names_are_ambiguous(dvit: Dvit, tmp_path: Path) -> None:
     one, two = cat(tmp_path / "a" / "same.jpg"), cat(tmp_path / "b" / "same.jpg", bright=30)
     out = dvit(one, two, "-o", tmp_path / "out").out.replace("\n", "").replace(" ", "")
     assert "same-2.safetensors" in out
     assert f"{tmp_path.name}/a/same.jpg" in out or "a/same.jpg" in out
 
 
-def test_an_error_of_the_system_is_told_and_names_the_file(
+def test_os_error_is_reported_with_the_file_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def models() -> int:
-        """Fails as on a full disk."""
+        """Raises the error of a full disk."""
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/sheet.png")
 
     monkeypatch.setattr("denoising_vit.cli.models.models", models)

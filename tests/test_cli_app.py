@@ -1,4 +1,4 @@
-"""The command itself: its verbs and version, and what its help does not wait for."""
+"""The command itself: verbs, version, and help without slow imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from command import Dvit, in_process
 from denoising_vit.cli import app
 
-#: What takes seconds to import.
+#: Modules that take seconds to import.
 HEAVY = ("torch", "torchvision", "timm", "matplotlib", "sklearn", "scipy")
 
 
@@ -25,7 +25,7 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def verbs(places: Mapping[str, Any] = app.VERBS, *above: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Each verb, with those above it, and where it is."""
+    """Path of each verb, and the place of its function."""
     for name, place in places.items():
         if isinstance(place, str):
             yield (*above, name), place
@@ -34,18 +34,18 @@ def verbs(places: Mapping[str, Any] = app.VERBS, *above: str) -> Iterator[tuple[
 
 
 @pytest.mark.parametrize(("path", "place"), list(verbs()), ids=[" ".join(path) for path, _ in verbs()])
-def test_help_describes_each_verb_as_its_function_does(dvit: Dvit, path: tuple[str, ...], place: str) -> None:
+def test_help_shows_the_docstring_summary_of_each_verb(dvit: Dvit, path: tuple[str, ...], place: str) -> None:
     module, _, function = place.partition(":")
     found = getattr(importlib.import_module(f"denoising_vit.cli.{module}"), function or module)
     summary = " ".join(found.__doc__.split("\n\n")[0].split())
     above = dvit(*path[:-1], "--help")
     assert above.code == 0
     assert f"• {path[-1]} {summary}" in above.words
-    assert summary in dvit(*path, "--help").words  # and that of the verb's own help
+    assert summary in dvit(*path, "--help").words  # also in the verb's own help
 
 
 @pytest.mark.parametrize("name", [name for name, place in app.VERBS.items() if isinstance(place, Mapping)])
-def test_verbs_of_several_are_described_too(dvit: Dvit, name: str) -> None:
+def test_groups_of_verbs_are_described(dvit: Dvit, name: str) -> None:
     told = dvit("--help").words
     (described,) = [entry for entry in told.split("• ") if entry.startswith(f"{name} ")]
     assert len(described.split()) > 5
@@ -58,7 +58,7 @@ def test_version_is_that_of_the_package(dvit: Dvit) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("store",), ("store", "nonsense")])
-def test_what_is_no_verb_is_wrong_use_and_says_which_there_are(dvit: Dvit, arguments: tuple[str, ...]) -> None:
+def test_unknown_verb_exits_2_and_lists_the_verbs(dvit: Dvit, arguments: tuple[str, ...]) -> None:
     done = dvit(*arguments)
     assert done.code == 2
     assert done.out == ""
@@ -76,14 +76,14 @@ def test_what_is_no_verb_is_wrong_use_and_says_which_there_are(dvit: Dvit, argum
         "import denoising_vit.cli as cli; cli.main(['denoize', 'cat.jpg'])",
     ],
 )
-def test_nothing_heavy_is_imported_before_it_is_used(program: str) -> None:
+def test_help_and_early_errors_import_nothing_heavy(program: str) -> None:
     ending = f"import atexit, sys; atexit.register(lambda: print('heavy:', [n for n in {HEAVY} if n in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", f"{ending}\n{program}"], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
-#: Runs every verb given as JSON twice, for its help and with a wrong option, and refuses to import anything heavy.
+#: Runs each verb of a JSON list twice, for its help and with a wrong option, and rejects imports of heavy modules.
 PARSE_ALL = """
 import importlib.abc, json, sys
 
@@ -107,7 +107,7 @@ for verb in verbs:
 """
 
 
-def test_no_verb_imports_anything_heavy_for_its_help_or_a_wrong_option() -> None:
+def test_no_verb_imports_anything_heavy_for_help_or_a_wrong_option() -> None:
     arguments = json.dumps([HEAVY, [path for path, _ in verbs()]])
     done = subprocess.run([sys.executable, "-c", PARSE_ALL, arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`dvit calibrate`, and `dvit denoise` and `dvit fit` with what it wrote: files, figures, exit codes, messages."""
+"""`dvit calibrate`, and `dvit denoise` and `dvit fit` with its artifact: files, metrics, exit codes, messages."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
-    """Runs `dvit ...` in this process; the parser's own exit is an exit code as well."""
+    """Runs `dvit ...` in this process; an exit by the parser is returned as an exit code."""
     monkeypatch.setattr(denoising_vit.maps, "draw_panel", draw_dot)
     return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture
 def dvit(real: Dvit, monkeypatch: pytest.MonkeyPatch) -> Dvit:
-    """The same with the planted backbone, whatever model is named."""
+    """The same, with the planted backbone for any model name."""
     monkeypatch.setattr(BackboneSpec, "load", lambda _spec: tiny.backbone())
     return real
 
@@ -67,7 +67,7 @@ def calibrated(tmp_path: Path) -> Path:
 # --- calibrate: success ---
 
 
-def test_success_leaves_the_artifact_and_says_how_stable_it_is(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
+def test_success_writes_the_artifact_and_prints_its_stability(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
     done = dvit("calibrate", photos, "-o", tmp_path / "g.safetensors")
     assert (done.code, done.out) == (0, ""), done.err
     lines = done.err.splitlines()
@@ -97,7 +97,7 @@ def test_same_command_again_writes_the_same_bytes(dvit: Dvit, photos: Path, tmp_
     assert written[0] == written[1]
 
 
-def test_json_is_one_line_of_figures(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
+def test_json_prints_one_line_of_metrics(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
     done = dvit("calibrate", photos, "-o", tmp_path / "g.safetensors", "--json")
     (row,) = done.rows
     assert done.code == 0
@@ -118,7 +118,7 @@ def test_unstable_artifact_is_written_with_a_warning(
     assert (tmp_path / "g.safetensors").is_file()
 
 
-def test_list_of_photos_is_taken_as_data(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
+def test_list_of_photos_is_accepted_as_data(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(photos.iterdir())[:5]))
     done = dvit("calibrate", tmp_path / "list.txt", "-o", tmp_path / "g.safetensors", "--json")
     assert done.rows[0]["photos"] == 5
@@ -134,7 +134,7 @@ def test_artifact_of_the_same_data_is_replaced(dvit: Dvit, photos: Path, tmp_pat
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
-def test_artifact_without_a_mark_is_left_alone(dvit: Dvit, photos: Path, calibrated: Path) -> None:
+def test_file_not_written_by_calibrate_is_not_overwritten(dvit: Dvit, photos: Path, calibrated: Path) -> None:
     before = calibrated.read_bytes()
     done = dvit("calibrate", photos, "-o", calibrated)
     assert done.code == 2
@@ -142,7 +142,7 @@ def test_artifact_without_a_mark_is_left_alone(dvit: Dvit, photos: Path, calibra
     assert calibrated.read_bytes() == before
 
 
-# --- calibrate: which photos ---
+# --- calibrate: choice of photos ---
 
 
 def test_photos_are_spread_evenly_over_the_data(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
@@ -151,13 +151,13 @@ def test_photos_are_spread_evenly_over_the_data(dvit: Dvit, photos: Path, tmp_pa
 
 
 @pytest.mark.parametrize("wanted", [0, 8, 9, 1000])
-def test_all_photos_are_used_where_there_are_no_more(dvit: Dvit, photos: Path, tmp_path: Path, wanted: int) -> None:
+def test_all_photos_are_used_if_no_more_are_available(dvit: Dvit, photos: Path, tmp_path: Path, wanted: int) -> None:
     done = dvit("calibrate", photos, "-o", tmp_path / "g.safetensors", "--photos", wanted, "--json")
     assert done.rows[0]["photos"] == 8
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(100, 7), (64, 64), (65, 64), (1000, 64), (3, 2), (101, 100)])
-def test_spread_takes_distinct_places_at_even_distances(count: int, wanted: int) -> None:
+def test_spread_gives_distinct_evenly_spaced_indices(count: int, wanted: int) -> None:
     places = spread(count, wanted)
     steps = np.diff(places)
     assert len(set(places)) == wanted
@@ -166,10 +166,10 @@ def test_spread_takes_distinct_places_at_even_distances(count: int, wanted: int)
     assert abs(places[0] - (count - 1 - places[-1])) <= 1  # as far from one end as from the other
 
 
-# --- calibrate: photos that cannot be used ---
+# --- calibrate: unusable photos ---
 
 
-def test_bad_photos_are_skipped_named_and_the_exit_code_is_1(dvit: Dvit, data: Path, tmp_path: Path) -> None:
+def test_bad_photos_are_skipped_with_reasons_and_exit_code_1(dvit: Dvit, data: Path, tmp_path: Path) -> None:
     (data / "02.png").write_text("words")
     Image.fromarray(tiny.flat()).save(data / "03.png")
     shutil.copy(data / "04.png", data / "05.png")
@@ -183,8 +183,8 @@ def test_bad_photos_are_skipped_named_and_the_exit_code_is_1(dvit: Dvit, data: P
     assert (tmp_path / "g.safetensors").is_file()
 
 
-def test_items_of_the_data_that_are_no_photos_count_as_skipped(dvit: Dvit, data: Path, tmp_path: Path) -> None:
-    """As for `dvit fit`: what was asked for and could not be used makes the exit code 1."""
+def test_broken_links_count_as_skipped(dvit: Dvit, data: Path, tmp_path: Path) -> None:
+    """As for `dvit fit`, the exit code is 1 if a requested item cannot be used."""
     (data / "08.png").symlink_to(data / "gone.png")
     done = dvit("calibrate", data, "-o", tmp_path / "g.safetensors")
     assert "skipped: 08.png: a broken link" in done.err
@@ -201,7 +201,7 @@ def test_too_few_photos_are_refused_and_nothing_is_written(dvit: Dvit, data: Pat
     assert not (tmp_path / "g.safetensors").exists()
 
 
-def test_one_image_data_is_refused(dvit: Dvit, data: Path, tmp_path: Path) -> None:
+def test_single_image_is_refused(dvit: Dvit, data: Path, tmp_path: Path) -> None:
     done = dvit("calibrate", data / "00.png", "-o", tmp_path / "g.safetensors")
     assert done.code == 2
     assert not (tmp_path / "g.safetensors").exists()
@@ -212,7 +212,7 @@ def test_one_image_data_is_refused(dvit: Dvit, data: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forbids loading a model: wrong usage is to be told at once."""
+    """Makes loading a model an error: wrong usage must be reported first."""
 
     def refuse(_spec: BackboneSpec) -> None:
         raise AssertionError("no model was to be loaded")
@@ -221,7 +221,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["g.pt", "g", "none/g.safetensors", "folder.safetensors"])
-def test_output_that_cannot_be_is_refused_at_once(
+def test_invalid_output_path_is_refused_at_once(
     dvit: Dvit, no_model: None, photos: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "folder.safetensors").mkdir()
@@ -285,7 +285,7 @@ def test_interrupt_writes_nothing(dvit: Dvit, photos: Path, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_is_told_and_leaves_nothing(
+def test_full_disk_is_reported_and_leaves_no_file(
     dvit: Dvit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_arguments: Any, **_options: Any) -> None:
@@ -304,7 +304,7 @@ FEW = ("--views", "8", "--held-out", "2")
 
 
 @pytest.mark.parametrize("method", ["exact", "subtract"])
-def test_denoise_takes_the_artifact_of_a_file(
+def test_denoise_uses_the_artifact_of_a_file(
     dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path, method: str
 ) -> None:
     out = tmp_path / "out"
@@ -327,15 +327,13 @@ def test_denoise_says_that_the_artifact_is_resampled(
     assert "the artifact was calibrated on 7 x 7 patches and is resampled to 5 x 5" in done.err
 
 
-def test_table_of_subtraction_has_no_figures_of_views_that_were_not_held_out(
-    dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path
-) -> None:
+def test_table_of_subtract_has_no_held_out_metrics(dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path) -> None:
     more = ("--artifact", calibrated, "--method", "subtract")
     done = dvit("denoise", photos / "00.png", "-o", tmp_path / "out", *more)
     assert done.out.splitlines()[1].split()[:5] == ["00.png", "00.safetensors", "1", "-", "-"]
 
 
-def test_json_of_subtraction_has_null_for_them(dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path) -> None:
+def test_json_of_subtract_has_null_held_out_metrics(dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path) -> None:
     more = ("--artifact", calibrated, "--method", "subtract", "--json")
     (row,) = dvit("denoise", photos / "00.png", "-o", tmp_path / "out", *more).rows
     assert (row["status"], row["views"], row["heldout_r2"], row["heldout_cosine"]) == ("done", 1, None, None)
@@ -343,7 +341,7 @@ def test_json_of_subtraction_has_null_for_them(dvit: Dvit, photos: Path, calibra
 
 @pytest.fixture
 def no_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it to forbid stage 1 from here on."""
+    """A function that makes stage 1 an error from then on."""
 
     def never(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("this must not be called")
@@ -364,7 +362,7 @@ def test_result_is_kept_on_the_second_run(
 
 
 @pytest.mark.parametrize("method", ["exact", "subtract"])
-def test_result_with_another_artifact_is_not_taken_for_the_same(
+def test_result_with_another_artifact_counts_as_other_settings(
     dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path, method: str
 ) -> None:
     other = tmp_path / "other.safetensors"
@@ -376,7 +374,7 @@ def test_result_with_another_artifact_is_not_taken_for_the_same(
 
 
 @pytest.mark.parametrize("first_known", [True, False])
-def test_fitted_and_known_artifact_are_not_taken_for_the_same(
+def test_fitted_and_known_artifact_count_as_other_settings(
     dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path, first_known: bool
 ) -> None:
     command = ("denoise", photos / "00.png", "-o", tmp_path / "out", *FEW, "--json")
@@ -385,7 +383,7 @@ def test_fitted_and_known_artifact_are_not_taken_for_the_same(
     assert "made with other settings" in dvit(*command, *other).rows[0]["note"]
 
 
-def test_overwriting_takes_the_other_artifact(dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path) -> None:
+def test_overwrite_uses_the_new_artifact(dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path) -> None:
     command = ("denoise", photos / "00.png", "-o", tmp_path / "out", *FEW)
     assert dvit(*command).code == 0
     assert dvit(*command, "--artifact", calibrated, "--overwrite").code == 0
@@ -418,7 +416,7 @@ def test_subtraction_without_any_artifact_is_refused(dvit: Dvit, photos: Path, t
     assert "create one with dvit calibrate PHOTOS -o FILE, and give it by --artifact FILE" in done.err
 
 
-def test_resampling_of_the_shipped_artifact_is_said_as_well(
+def test_resampling_of_the_shipped_artifact_is_reported(
     dvit: Dvit, photos: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "shipped").mkdir()
@@ -429,7 +427,7 @@ def test_resampling_of_the_shipped_artifact_is_said_as_well(
     assert "resampled to 5 x 5" in done.err
 
 
-# --- a real model's layers ---
+# --- layers of a real model ---
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +497,7 @@ def test_fit_refuses_a_store_made_with_another_artifact_or_none(
     assert f"option artifact: the store has {sides[0]}, this run has {sides[1]}" in refused.err
 
 
-def test_fit_goes_on_with_the_same_artifact(fit: Dvit, photos: Path, calibrated: Path, tmp_path: Path) -> None:
+def test_fit_resumes_with_the_same_artifact(fit: Dvit, photos: Path, calibrated: Path, tmp_path: Path) -> None:
     assert fit(photos, tmp_path / "store", "--artifact", calibrated).code == 0
     again = fit(photos, tmp_path / "store", "--artifact", calibrated, "--json")
     assert (again.code, again.out) == (0, "")

@@ -1,4 +1,4 @@
-"""`dvit denoise` with a denoiser: when it is taken, what is told, the picture that compares it, results kept."""
+"""`dvit denoise` with a denoiser: choice of the method, output, comparison pictures and existing results."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Drawn = list[tuple[Decomposition, Decomposition | None]]
 
 @pytest.fixture(autouse=True)
 def nothing_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the package comes with."""
+    """Ship no denoiser, whatever the package contains."""
     tiny.ship(tmp_path / "shipped", monkeypatch)
 
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that comes with a denoiser of the planted backbone, and one of the same with other weights."""
+    """Ship a denoiser of the planted backbone, and one of the same backbone with other weights."""
     other = tiny.backbone(seed=1)
     tiny.ship(tmp_path / "package", monkeypatch, a=tiny.denoiser(other, seed=1), b=tiny.denoiser(tiny.backbone()))
 
@@ -56,7 +56,7 @@ def whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """What pictures were drawn of: results, and exact's beside them. Dots are drawn instead."""
+    """The results passed to drawing, each with that of exact or None; single dots are drawn instead."""
     seen: Drawn = []
 
     def draw_dot(
@@ -71,7 +71,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 
 @pytest.fixture
 def dvit(whole: Dvit, drawn: Drawn) -> Dvit:
-    """The same with dots for pictures."""
+    """The same, with single dots as pictures."""
     return whole
 
 
@@ -82,7 +82,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A denoiser of the planted backbone, another than the shipped one."""
+    """A denoiser of the planted backbone, different from the shipped one."""
     return tiny.write(tmp_path / "secret", tiny.denoiser(tiny.backbone(), seed=2), "mine.safetensors")
 
 
@@ -117,9 +117,7 @@ def result_of(folder: Path) -> Decomposition:
 
 
 @pytest.mark.usefixtures("shipped")
-def test_shipped_denoiser_is_the_default_and_the_line_of_the_backbone_says_so(
-    dvit: Dvit, photo: Path, tmp_path: Path
-) -> None:
+def test_shipped_denoiser_is_the_default_and_is_reported(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     digest = denoiser_digest(tiny.denoiser())
@@ -129,7 +127,7 @@ def test_shipped_denoiser_is_the_default_and_the_line_of_the_backbone_says_so(
     assert (info["method"], info["denoiser"]) == ("denoiser", {"source": "shipped", "digest": digest})
 
 
-def test_exact_is_the_default_where_none_is_shipped(dvit: Dvit, photo: Path, tmp_path: Path, drawn: Drawn) -> None:
+def test_exact_is_the_default_without_a_shipped_denoiser(dvit: Dvit, photo: Path, tmp_path: Path, drawn: Drawn) -> None:
     done = dvit(photo, "-o", tmp_path / "out")
     assert done.code == 0
     assert "; method exact\n" in done.err and "denoiser" not in done.err
@@ -147,13 +145,13 @@ def test_exact_is_the_default_for_other_weights(
 
 
 @pytest.mark.usefixtures("shipped")
-def test_a_method_that_is_named_is_run(dvit: Dvit, photo: Path, tmp_path: Path, ran: list[str]) -> None:
+def test_method_option_overrides_the_default(dvit: Dvit, photo: Path, tmp_path: Path, ran: list[str]) -> None:
     assert "; method exact\n" in dvit(photo, "-o", tmp_path / "out", "--method", "exact").err
     assert ran == ["exact"]
 
 
 @pytest.mark.usefixtures("shipped")
-def test_given_denoiser_is_taken_before_the_shipped_one(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+def test_given_denoiser_replaces_the_shipped_one(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
     digest = denoiser_digest(dv.load_denoiser(file))
     assert f"; method denoiser (mine.safetensors, {digest[:8]})" in done.err
@@ -162,8 +160,8 @@ def test_given_denoiser_is_taken_before_the_shipped_one(dvit: Dvit, photo: Path,
 
 
 @pytest.mark.usefixtures("shipped")
-def test_artifact_that_is_given_still_has_exact_run_with_it(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
-    """As it did before denoisers came with the package: only stage 1 uses an artifact."""
+def test_given_artifact_selects_exact(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+    """As before denoisers were shipped with the package: only stage 1 uses an artifact."""
     artifact = tiny_artifact.artifact_of(tiny.backbone())
     artifact.save(tmp_path / "g.safetensors")
     assert "; method exact\n" in dvit(photo, "-o", tmp_path / "out", "--artifact", tmp_path / "g.safetensors").err
@@ -175,13 +173,13 @@ def test_artifact_that_is_given_still_has_exact_run_with_it(dvit: Dvit, photo: P
 # --- the result ---
 
 
-def test_result_is_that_of_the_library_and_again_the_same(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+def test_result_matches_the_library_and_is_reproducible(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
     for folder in ("one", "two"):
         assert dvit(photo, "-o", tmp_path / folder, "--denoiser", file).code == 0
     expected = dv.denoise_image(tiny.backbone(), photo, method="denoiser", denoiser=file)
     torch.testing.assert_close(result_of(tmp_path / "one").semantic, expected.semantic, rtol=2e-3, atol=2e-3)
     one, two = (load_file(tmp_path / folder / "00.safetensors") for folder in ("one", "two"))
-    assert set(one) == {"field", "semantic", "artifact", "raw"}  # of the denoiser alone
+    assert set(one) == {"field", "semantic", "artifact", "raw"}  # only those of a denoiser
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not one["artifact"].any()
 
@@ -194,9 +192,7 @@ def test_result_does_not_depend_on_the_comparison(dvit: Dvit, photo: Path, tmp_p
     assert one.info | {"seconds": 0} == two.info | {"seconds": 0}
 
 
-def test_table_and_json_have_no_figures_of_views_that_were_not_held_out(
-    dvit: Dvit, photo: Path, tmp_path: Path, file: Path
-) -> None:
+def test_table_and_json_have_no_held_out_metrics(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
     assert re.match(r"00\.png +00\.safetensors +1 +- +- +\d+\.\d", done.out.splitlines()[1])
     (row,) = dvit(photo, "-o", tmp_path / "other", "--denoiser", file, "--json").rows
@@ -204,7 +200,7 @@ def test_table_and_json_have_no_figures_of_views_that_were_not_held_out(
     assert row["seconds"] >= result_of(tmp_path / "other").info["seconds"] >= 0
 
 
-def test_finer_features_are_stored(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+def test_upsampled_features_are_stored(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
     assert dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--upsample", "2").code == 0
     assert load_file(tmp_path / "out" / "00.safetensors")["upsampled"].shape == (14, 14, 64)
 
@@ -212,7 +208,7 @@ def test_finer_features_are_stored(dvit: Dvit, photo: Path, tmp_path: Path, file
 # --- the picture ---
 
 
-def test_picture_compares_with_exact_of_the_options_given(
+def test_picture_compares_with_exact_of_the_given_options(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--seed", "3", "--views", "9")
@@ -225,16 +221,16 @@ def test_picture_compares_with_exact_of_the_options_given(
     assert (exact.info["method"], exact.info["seed"], exact.heldout_r2) == ("exact", 3, expected.heldout_r2)
 
 
-def test_without_exact_it_is_not_computed(
+def test_exact_is_not_computed_without_compare(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
-    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--views", "4")  # too few for it
+    done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--views", "4")  # too few for exact
     assert done.code == 0 and "compare" not in done.err
     assert ran == ["denoiser"]
     assert [exact for _, exact in drawn] == [None]
 
 
-def test_artifact_beside_a_denoiser_is_that_of_the_comparison(
+def test_artifact_given_with_a_denoiser_is_used_by_the_comparison(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn
 ) -> None:
     artifact = tiny_artifact.artifact_of(tiny.backbone())
@@ -248,7 +244,7 @@ def test_artifact_beside_a_denoiser_is_that_of_the_comparison(
 
 
 @pytest.mark.parametrize(("more", "columns"), [(("--compare",), 4), ((), 3)], ids=["exact", "no exact"])
-def test_picture_has_a_column_for_each(
+def test_comparison_adds_a_column_to_the_picture(
     whole: Dvit, photo: Path, tmp_path: Path, file: Path, more: tuple[str, ...], columns: int
 ) -> None:
     assert whole(photo, "-o", tmp_path / "out", "--denoiser", file, *more).code == 0
@@ -256,7 +252,7 @@ def test_picture_has_a_column_for_each(
         assert panel.width == LEFT + columns * CELL + (columns - 1) * GAP + RIGHT
 
 
-# --- results that are there already ---
+# --- existing results ---
 
 
 def test_result_is_kept_on_the_second_run(
@@ -266,13 +262,13 @@ def test_result_is_kept_on_the_second_run(
     dvit(*command)
     before = (tmp_path / "out" / "00.safetensors").read_bytes()
     no_computing()
-    for more in ((), ("--compare",), ("--views", "9"), ("--seed", "4")):  # of the picture alone
+    for more in ((), ("--compare",), ("--views", "9"), ("--seed", "4")):  # options of the picture only
         (row,) = dvit(*command, *more).rows
         assert (row["status"], row["note"], row["heldout_r2"]) == ("kept", "kept", None)
     assert (tmp_path / "out" / "00.safetensors").read_bytes() == before
 
 
-def test_the_same_denoiser_under_another_name_is_the_same(
+def test_renaming_the_denoiser_keeps_the_result(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, no_computing: Callable[[], None]
 ) -> None:
     dvit(photo, "-o", tmp_path / "out", "--denoiser", file)
@@ -282,7 +278,7 @@ def test_the_same_denoiser_under_another_name_is_the_same(
 
 
 @pytest.mark.usefixtures("shipped")
-def test_results_of_other_denoisers_and_methods_are_not_taken_for_the_same(
+def test_other_denoisers_and_methods_count_as_other_settings(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path
 ) -> None:
     ways = {"shipped": (), "given": ("--denoiser", file), "exact": ("--method", "exact")}
@@ -296,7 +292,7 @@ def test_results_of_other_denoisers_and_methods_are_not_taken_for_the_same(
     assert result_of(tmp_path / "exact").info["method"] == "denoiser"
 
 
-def test_deleted_picture_is_drawn_again_with_exact_alone_computed(
+def test_deleted_picture_is_redrawn_computing_only_exact(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
     dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare")
@@ -308,7 +304,7 @@ def test_deleted_picture_is_drawn_again_with_exact_alone_computed(
     assert (tmp_path / "out" / "00.safetensors").read_bytes() == before
 
 
-def test_picture_of_a_kept_result_of_another_way_is_not_compared(
+def test_kept_result_of_another_method_is_drawn_without_comparison(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
     dvit(photo, "-o", tmp_path / "out")
@@ -319,7 +315,7 @@ def test_picture_of_a_kept_result_of_another_way_is_not_compared(
     assert [(result.info["method"], exact) for result, exact in drawn] == [("exact", None), ("exact", None)]
 
 
-def test_without_pictures_none_is_drawn_and_the_result_is_the_same(
+def test_no_pictures_draws_none_and_gives_the_same_result(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn
 ) -> None:
     command = (photo, "--denoiser", file, "--json", "-o")
@@ -330,13 +326,11 @@ def test_without_pictures_none_is_drawn_and_the_result_is_the_same(
     assert torch.equal(result_of(tmp_path / "plain").semantic, result_of(tmp_path / "drawn").semantic)
     (row,) = dvit(*command, tmp_path / "plain", "--no-pictures", "--upsample", "2").rows
     assert row["note"] == "kept, upsampled features added" and len(drawn) == 1
-    (row,) = dvit(*command, tmp_path / "plain").rows  # and drawn later where it is wanted
+    (row,) = dvit(*command, tmp_path / "plain").rows  # and drawn later when requested
     assert row["status"] == "kept" and row["panel"] == str(tmp_path / "plain" / "00.png") and len(drawn) == 2
 
 
-def test_a_picture_of_the_result_before_does_not_stay_beside_another_result(
-    dvit: Dvit, photo: Path, tmp_path: Path, file: Path
-) -> None:
+def test_overwriting_a_result_removes_its_old_picture(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
     dvit(photo, "-o", tmp_path / "out")
     dvit(photo, "-o", tmp_path / "out", "--no-pictures")
     assert (tmp_path / "out" / "00.png").exists()  # it shows the result that is kept
@@ -344,7 +338,7 @@ def test_a_picture_of_the_result_before_does_not_stay_beside_another_result(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["00.safetensors"]
 
 
-# --- what is refused ---
+# --- rejected options ---
 
 
 @pytest.mark.parametrize("method", ["exact", "neural-field", "subtract"])
@@ -357,14 +351,14 @@ def test_denoiser_with_another_method_is_refused_naming_both(
     assert not (tmp_path / "out").exists()
 
 
-def test_method_without_a_denoiser_is_told_what_to_do(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+def test_method_denoiser_without_one_says_how_to_train_it(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--method", "denoiser")
     assert done.code == 2
     assert "; train one with dvit train and give it by --denoiser FILE" in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_denoiser_that_cannot_be_used_is_refused_before_any_photo(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+def test_unusable_denoiser_is_rejected_before_any_photo(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "words.safetensors").write_text("words")
     other = tiny.write(tmp_path, tiny.denoiser(tiny.backbone(seed=1)), "other.safetensors")
     for given, told in (
@@ -393,7 +387,7 @@ def test_a_comparison_without_a_denoiser_is_refused(dvit: Dvit, photo: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_that_nothing_shows_is_refused(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
+def test_compare_without_pictures_or_report_is_rejected(dvit: Dvit, photo: Path, tmp_path: Path, file: Path) -> None:
     command = (photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--no-pictures")
     done = dvit(*command)
     assert done.code == 2 and "omit --no-pictures, or give --report" in done.err
@@ -408,7 +402,7 @@ def test_help_names_the_options(dvit: Dvit) -> None:
         assert option in words
 
 
-# --- pictures are drawn beside the next photo ---
+# --- drawing while the next photo is computed ---
 
 
 def test_a_picture_is_drawn_while_the_next_photo_is_computed(
@@ -436,7 +430,7 @@ def test_a_picture_is_drawn_while_the_next_photo_is_computed(
     assert all((tmp_path / "out" / f"0{place}.safetensors").is_file() for place in range(3))
 
 
-def test_exact_is_not_drawn_beside_a_result_of_other_settings_that_another_run_left(
+def test_result_of_a_concurrent_run_is_drawn_without_exact(
     dvit: Dvit, photo: Path, file: Path, tmp_path: Path, drawn: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Denoising.__call__
@@ -449,5 +443,5 @@ def test_exact_is_not_drawn_beside_a_result_of_other_settings_that_another_run_l
     monkeypatch.setattr(Denoising, "__call__", other_run_first)
     done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--upsample", "2", "--json")
     assert [row["status"] for row in done.rows] == ["kept"]
-    result, exact = drawn[-1]  # the other run's, drawn again because it is wanted finer
+    result, exact = drawn[-1]  # the other run's result, drawn again because of --upsample
     assert (result.info["method"], exact) == ("exact", None)

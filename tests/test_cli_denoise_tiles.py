@@ -35,7 +35,7 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "a.png"
 
 
-def test_a_result_and_a_picture_that_are_kept_for_the_same_tiles(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+def test_result_and_panel_are_kept_for_the_same_tiles(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     tiles = photo, "-o", tmp_path / "out", "--tile", 88
     (row,) = dvit(*tiles).rows
     assert row["status"] == "done" and Path(row["panel"]).exists()
@@ -52,7 +52,7 @@ def test_a_result_and_a_picture_that_are_kept_for_the_same_tiles(dvit: Dvit, pho
     assert dv.Decomposition.load(again["output"]).size == (96, 128)
 
 
-def test_a_picture_read_by_regions_is_the_one_decoded_whole(
+def test_reading_by_regions_matches_decoding_the_whole_picture(
     dvit: Dvit, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tifffile")
@@ -86,7 +86,7 @@ def test_larger_pictures_are_read_when_allowed(dvit: Dvit, photo: Path, tmp_path
     ],
     ids=str,
 )
-def test_wrong_tiles_are_wrong_usage(
+def test_wrong_tile_options_exit_2(
     dvit: Dvit, photo: Path, tmp_path: Path, options: tuple[object, ...], told: str
 ) -> None:
     refused = dvit(photo, "-o", tmp_path / "out", *options)

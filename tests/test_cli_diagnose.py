@@ -1,4 +1,4 @@
-"""`dvit diagnose` as its users meet it: what it prints, writes and refuses."""
+"""`dvit diagnose` on the command line: what it prints, writes and refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import denoising_vit as dv
 import tiny_fit as tiny
 from denoising_vit.cli.app import run
 
-#: A field of 3 x 3 nodes, 8 views: enough, and a second for all photos.
+#: A field of 3 x 3 nodes and the default of 8 views: enough, and all photos take a second.
 SMALL = ("--size", "48", "--device", "cpu", "--dtype", "float32", "--backbone", tiny.MODEL)
 
 
@@ -31,7 +31,7 @@ def diagnose(data: Path, out: Path, weights: Path, *more: str) -> int:
     return run(["diagnose", str(data), "-o", str(out), *SMALL, "--weights", str(weights), *more])
 
 
-def test_it_writes_page_figures_and_artifact(
+def test_diagnose_writes_page_record_and_artifact(
     photos: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert diagnose(photos, tmp_path / "out", weights) == 0
@@ -55,7 +55,7 @@ def test_json_is_one_line(photos: Path, weights: Path, tmp_path: Path, capsys: p
     assert len(json.loads(line)["photos"]) == 8
 
 
-def test_what_cannot_be_used_is_named_and_the_exit_code_says_so(
+def test_unusable_photos_are_reported_and_exit_1(
     photos: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -79,7 +79,7 @@ def test_what_cannot_be_used_is_named_and_the_exit_code_says_so(
         (("--size", "50"), "does not fit the patch grid"),
     ],
 )
-def test_wrong_use_ends_with_a_message(
+def test_wrong_options_exit_2_with_a_message(
     photos: Path,
     weights: Path,
     tmp_path: Path,
@@ -92,7 +92,7 @@ def test_wrong_use_ends_with_a_message(
     assert not (tmp_path / "out" / "diagnosis.html").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_the_work(
+def test_unwritable_output_folder_exits_2(
     photos: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""`dvit distill` as people meet it: exit codes, messages, what is left behind."""
+"""`dvit distill` from the command line: exit codes, messages and output files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PHOTOS = 6
 
-#: The photos that are held out of so many, and one that is not.
+#: Indices of the held-out photos, and of one that is trained on.
 HELD_OUT = split(range(PHOTOS), 2, 0)[1]
 TRAINED = next(number for number in range(PHOTOS) if number not in HELD_OUT)
 
@@ -52,7 +52,7 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of the model, denoisers of its last layer, of another layer, of other weights, and of none by name."""
+    """Weights of the model; denoisers of its last layer, another layer, other weights and no recorded backbone."""
     folder = tmp_path_factory.mktemp("files")
     backbone = tiny_fit.spec_of(tiny_fit.write_weights(folder / "tiny.safetensors")).load()
     tiny.write(tiny.denoiser(backbone), folder / "last.safetensors")
@@ -116,14 +116,14 @@ def test_help_documents_every_option(dvit: Dvit, monkeypatch: pytest.MonkeyPatch
         assert words in told.words, words
 
 
-def test_the_verb_is_among_the_others(dvit: Dvit) -> None:
+def test_help_lists_the_command(dvit: Dvit) -> None:
     assert "distill" in dvit("--help").words
 
 
 # --- runs ---
 
 
-def test_photos_become_a_model_that_the_text_names(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
+def test_run_writes_a_model_and_prints_its_path(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "new" / "run"
     done = distill(photos, *last, "-o", run)
     assert done.code == 0, done.err
@@ -148,7 +148,7 @@ def test_photos_become_a_model_that_the_text_names(distill: Distill, last: Any, 
     }
 
 
-def test_epochs_are_as_good_as_steps(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
+def test_epochs_instead_of_steps(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     done = distill(photos, *last, "-o", tmp_path / "run", "--steps", 0, "--epochs", 0.75, "--evaluate-every", 9)
     assert done.code == 0, done.err
     assert "3 steps of 1 views" in done.err
@@ -168,7 +168,9 @@ def test_many_options_at_once(distill: Distill, last: Any, files: Path, photos: 
     assert "layer_5_cosine" in figures
 
 
-def test_a_published_denoiser_names_no_backbone(distill: Distill, files: Path, photos: Path, tmp_path: Path) -> None:
+def test_denoiser_without_a_recorded_backbone_is_accepted(
+    distill: Distill, files: Path, photos: Path, tmp_path: Path
+) -> None:
     done = distill(photos, "--denoiser", files / "nameless.safetensors", "-o", tmp_path / "run", "--stop-at", 1)
     assert done.code == 0, done.err
 
@@ -189,7 +191,7 @@ def test_stop_and_resume(distill: Distill, last: Any, photos: Path, tmp_path: Pa
     assert "2 of 2 steps done," in done.err
 
 
-def test_ctrl_c_is_130_and_says_how_to_go_on(
+def test_ctrl_c_exits_130_and_suggests_resume(
     distill: Distill, last: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: Distillation, *_: object) -> None:
@@ -203,20 +205,20 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
     assert distill(photos, *last, "-o", tmp_path / "run", "--resume").code == 0
 
 
-def test_one_process_has_nothing_to_share_out(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
+def test_shard_with_one_process_prints_a_note(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     done = distill(photos, *last, "-o", tmp_path / "run", "--shard", "--stop-at", 1)
     assert done.code == 0
     assert "--shard has no effect with one process" in done.err
 
 
-def test_fields_of_a_store_teach(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:
+def test_store_fields_as_teacher(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:
     done = distill(photos, "--fields", store, "-o", tmp_path / "run")
     assert done.code == 0, done.err
     assert "4 photos to train on, 2 held out" in done.err
     assert (tmp_path / "run" / "distilled.safetensors").is_file()
 
 
-def test_train_weights_of_an_earlier_run_further(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
+def test_start_from_weights_of_an_earlier_run(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     assert distill(photos, *last, "-o", tmp_path / "first").code == 0
     start = tmp_path / "first" / "last.safetensors"
     done = distill(photos, *last, "-o", tmp_path / "run", "--start", start)
@@ -225,12 +227,10 @@ def test_train_weights_of_an_earlier_run_further(distill: Distill, last: Any, ph
     assert info["start"] == json.loads((tmp_path / "run" / "run.json").read_text())["start"]
 
 
-# --- photos that cannot be used ---
+# --- unusable photos ---
 
 
-def test_a_photo_that_cannot_be_read_is_told_and_gives_1(
-    distill: Distill, last: Any, photos: Path, tmp_path: Path
-) -> None:
+def test_unreadable_photo_is_reported_and_exits_1(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     spoilt = shutil.copytree(photos, tmp_path / "photos")
     for number in (TRAINED, HELD_OUT[0]):
         (spoilt / f"{number:02}.png").write_text("words")
@@ -245,7 +245,7 @@ def test_a_photo_that_cannot_be_read_is_told_and_gives_1(
     assert f"skipped: {TRAINED:02}.png" in again.err
 
 
-def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes_and_told(
+def test_truncated_shard_is_used_up_to_its_end_and_reported(
     distill: Distill, last: Any, photos: Path, tmp_path: Path
 ) -> None:
     shard = tiny.write_shard(tmp_path / "s.tar", photos)
@@ -259,9 +259,7 @@ def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes_and_told(
     assert (tmp_path / "run" / "distilled.safetensors").is_file()
 
 
-def test_shards_at_a_web_server_one_of_which_is_missing(
-    distill: Distill, last: Any, photos: Path, tmp_path: Path
-) -> None:
+def test_missing_shard_on_a_web_server_is_skipped(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     for number in range(2):
         tiny.write_shard(tmp_path / "shards" / f"s-{number}.tar", photos, 3 * number, 3)
@@ -282,7 +280,7 @@ def test_folders_of_classes(distill: Distill, last: Any, photos: Path, tmp_path:
     assert "4 photos to train on, 2 held out" in done.err
 
 
-def test_a_server_that_stays_away_ends_the_run_with_2(
+def test_unreachable_server_exits_2(
     distill: Distill, last: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp")
@@ -316,7 +314,7 @@ class Second:
         return getattr(self._first, name)
 
 
-def test_the_first_process_alone_speaks(
+def test_only_the_first_process_prints(
     distill: Distill, last: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt = shutil.copytree(photos, tmp_path / "photos")
@@ -330,12 +328,12 @@ def test_the_first_process_alone_speaks(
 
     monkeypatch.setattr(DistillJob, "prepare", second)
     done = distill(spoilt, *last, "-o", tmp_path / "run")
-    assert (done.code, done.out, done.err) == (0, "", "")  # a launcher ends the first as soon as another fails
+    assert (done.code, done.out, done.err) == (0, "", "")  # a launcher stops the first process when another fails
     assert not (tmp_path / "run" / "log.jsonl").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-# --- wrong use ---
+# --- wrong usage ---
 
 
 @pytest.mark.parametrize(
@@ -370,7 +368,7 @@ def test_the_first_process_alone_speaks(
         (("--start", "distilled"), "the package has no distilled weights for vit_tiny_patch16_224"),
     ],
 )
-def test_what_does_not_fit_is_2_says_why_and_leaves_nothing(
+def test_wrong_options_exit_2_with_a_reason_and_create_no_folder(
     distill: Distill, files: Path, photos: Path, tmp_path: Path, more: tuple[object, ...], says: str
 ) -> None:
     given = [str(one).replace("{files}", str(files)) for one in more]
@@ -382,20 +380,20 @@ def test_what_does_not_fit_is_2_says_why_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_store_is_no_photos(distill: Distill, last: Any, store: Path, tmp_path: Path) -> None:
+def test_store_instead_of_photos_is_refused(distill: Distill, last: Any, store: Path, tmp_path: Path) -> None:
     done = distill(store, *last, "-o", tmp_path / "run")
     assert done.code == 2
     assert f"{store} is a store; expected photos. Use PHOTOS --fields {store} to use its fields as targets" in done.err
 
 
-def test_fields_that_are_no_store(distill: Distill, photos: Path, tmp_path: Path) -> None:
+def test_fields_without_a_store_are_refused(distill: Distill, photos: Path, tmp_path: Path) -> None:
     done = distill(photos, "--fields", tmp_path / "none", "-o", tmp_path / "run")
     assert done.code == 2
     assert f"not a store; first run dvit fit {photos} -o {tmp_path}/none, or give a denoiser (--denoiser)" in done.err
 
 
 @pytest.mark.parametrize("option", ["--denoiser", "--also"])
-def test_fields_and_a_denoiser(
+def test_fields_with_a_denoiser_are_refused(
     distill: Distill, files: Path, store: Path, photos: Path, tmp_path: Path, option: str
 ) -> None:
     done = distill(photos, "--fields", store, option, files / "inner.safetensors", "-o", tmp_path / "run")
@@ -403,7 +401,7 @@ def test_fields_and_a_denoiser(
     assert "with --fields, the targets are the store's fields; omit the denoiser or --fields" in done.err
 
 
-def test_photos_of_fields_that_are_gone(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:
+def test_missing_photos_of_fields_are_refused(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:
     fewer = shutil.copytree(photos, tmp_path / "photos")
     (fewer / "02.png").unlink()
     done = distill(fewer, "--fields", store, "-o", tmp_path / "run")
@@ -412,7 +410,7 @@ def test_photos_of_fields_that_are_gone(distill: Distill, store: Path, photos: P
 
 
 @pytest.mark.parametrize("content", [None, ()])
-def test_missing_photos(distill: Distill, last: Any, tmp_path: Path, content: object) -> None:
+def test_missing_or_empty_photo_folder_is_refused(distill: Distill, last: Any, tmp_path: Path, content: object) -> None:
     if content is not None:
         (tmp_path / "photos").mkdir()
     done = distill(tmp_path / "photos", *last, "-o", tmp_path / "run")
@@ -421,7 +419,7 @@ def test_missing_photos(distill: Distill, last: Any, tmp_path: Path, content: ob
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_is_something_else(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
+def test_folder_with_other_contents_is_refused(distill: Distill, last: Any, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("words")
     done = distill(photos, *last, "-o", tmp_path / "run")
@@ -429,7 +427,7 @@ def test_a_folder_that_is_something_else(distill: Distill, last: Any, photos: Pa
     assert "is not a run of this program; expected a new or empty folder" in done.err
 
 
-def test_a_run_that_diverges_is_2_and_names_what_it_kept(
+def test_diverged_run_exits_2_and_names_the_kept_model(
     distill: Distill, files: Path, photos: Path, tmp_path: Path
 ) -> None:
     model = tiny_fit.spec_of(files / "tiny.safetensors").load()
@@ -444,10 +442,8 @@ def test_a_run_that_diverges_is_2_and_names_what_it_kept(
         assert torch.isfinite(kept(torch.zeros(1, 3, 48, 48))).all()
 
 
-def test_options_in_messages_are_those_that_there_are(
-    distill: Distill, store: Path, photos: Path, tmp_path: Path
-) -> None:
-    """`--views.whole`, as it is called here."""
+def test_messages_name_options_of_this_command(distill: Distill, store: Path, photos: Path, tmp_path: Path) -> None:
+    """The option is called `--views.whole` here."""
     coarse = tmp_path / "coarse"
     spec = tiny_fit.spec_of(Path(_weights_of(store)))
     tiny_fit.prepare(photos, coarse, spec, grid="patch").run()

@@ -1,4 +1,4 @@
-"""`dvit evaluate` and `dvit report` on what it wrote: lines, tables, exit codes, messages."""
+"""`dvit evaluate`, and `dvit report` on its results: lines, tables, exit codes, messages."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Line = dict[str, Any]
 
-#: A real model, in a size that it does at once. Random weights are the same in every process.
+#: A real model, small enough to be fast. Random weights are the same in every process.
 REAL = ("--backbone", tiny_fit.MODEL, "--weights", "random", "--device", "cpu", "--dtype", "float32")
 
-#: Few views, and votes of few.
+#: Few views and few neighbours.
 EXACT = ("--exact.views", 12)
 FEW = ("--k", 3, *EXACT)
 
-#: Of the planted artifact: as loud as what photos show.
+#: Strength of the planted artifact: about that of the content of photos.
 STRENGTH = 8.0
 
-#: A few steps of two probes.
+#: A few training steps for each of two probes.
 SHORT = ("--steps", 3, "--seeds", 0, 1, *EXACT)
 
 
 @pytest.fixture
 def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
-    """Runs `dvit ...` with whatever model is named."""
+    """Runs `dvit ...` in this process."""
     return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> tiny_artifact.Planted:
-    """Stands for whatever model is named: a patch's pixels plus an artifact; counts its forward passes."""
+    """Replaces any model: features are a patch's pixels plus an artifact. Counts its forward passes."""
     model = tiny_artifact.Planted(STRENGTH)
     backbone = tiny_artifact.plain(model, layout="channels_last")  # as many channels as patches along a side
     monkeypatch.setattr(BackboneSpec, "load", lambda _spec: backbone)
@@ -57,7 +57,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> tiny_artifact.Planted:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong with a command has to be said before any model is loaded."""
+    """Fails if a model is loaded: wrong commands must be rejected before that."""
 
     def load(_spec: BackboneSpec) -> Backbone:
         raise AssertionError("a model was loaded")
@@ -110,14 +110,14 @@ def by_features(lines: Sequence[Line]) -> dict[str, Line]:
 
 
 def assert_no_results(out: Path) -> None:
-    """Nothing was judged, so no line tells of it."""
+    """Checks that nothing was evaluated: the results file is missing or empty."""
     assert not out.exists() or not out.read_text()
 
 
 # --- knn ---
 
 
-def test_knn_judges_raw_and_exact_features_of_a_real_model(dvit: Dvit, data: Path, out: Path) -> None:
+def test_knn_evaluates_raw_and_exact_features_of_a_real_model(dvit: Dvit, data: Path, out: Path) -> None:
     done = dvit(
         *("evaluate", "knn", "--data", data, "--features", "raw,exact", "-o", out, *REAL, "--k", 3),
         *("--exact.views", 8, "--exact.size", 48),
@@ -139,20 +139,20 @@ def test_knn_judges_raw_and_exact_features_of_a_real_model(dvit: Dvit, data: Pat
     assert f"`dvit report {out} -o results.md`" in done.err
 
 
-def test_knn_with_a_calibrated_artifact_judges_features_without_it(
+def test_subtracting_the_artifact_raises_knn_scores(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, artifact: Path
 ) -> None:
     done = dvit("evaluate", "knn", "--data", data, "-o", out, "--artifact", artifact, *FEW)
     assert done.code == 0, done.err
     found = by_features(lines_of(out))
     assert list(found) == ["raw", "subtract", "exact"]
-    # The colour of a patch tells its class, but for the artifact.
+    # Without the artifact, the colour of a patch determines its class.
     assert found["subtract"]["metrics"]["mIoU"] > 95 > found["raw"]["metrics"]["mIoU"] + 10
     assert found["subtract"]["settings"]["features"]["artifact"] == found["exact"]["settings"]["features"]["artifact"]
     assert planted.passes > 0
 
 
-def test_results_and_features_are_beside_each_other_by_default(
+def test_default_results_and_cache_are_in_the_working_directory(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "work").mkdir()
@@ -161,7 +161,7 @@ def test_results_and_features_are_beside_each_other_by_default(
     assert sorted(path.name for path in Path().iterdir()) == ["results.cache", "results.jsonl"]
 
 
-def test_cache_and_classes_are_where_they_are_said_to_be(
+def test_cache_and_classes_options_set_the_paths(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, tmp_path: Path
 ) -> None:
     (data / "classes.txt").rename(tmp_path / "names.txt")
@@ -174,7 +174,9 @@ def test_cache_and_classes_are_where_they_are_said_to_be(
     assert (tmp_path / "kept" / "features").is_dir() and not out.with_suffix(".cache").exists()
 
 
-def test_neutral_crops_are_another_setting(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
+def test_crops_option_is_part_of_the_settings(
+    dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
+) -> None:
     for crops in ("whole", "neutral"):
         assert dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", out, "--crops", crops, *FEW).code == 0
     assert [line["settings"]["crops"] for line in lines_of(out)] == ["whole", "neutral"]
@@ -204,7 +206,7 @@ def test_longer_training_is_better(dvit: Dvit, planted: tiny_artifact.Planted, d
     assert long > short + 30
 
 
-def test_another_seed_adds_to_those_that_were_done(
+def test_adding_a_seed_keeps_the_finished_one(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
 ) -> None:
     common = ("evaluate", "segmentation", "--data", data, "--features", "raw", "-o", out, "--steps", 3)
@@ -213,7 +215,7 @@ def test_another_seed_adds_to_those_that_were_done(
     assert two["seeds"][0] == one["seeds"][0] and len(two["seeds"]) == 2
 
 
-def test_paper_preset_trains_on_crops_and_judges_by_windows(
+def test_paper_preset_runs_and_is_recorded_in_the_settings(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = replace(protocol.PAPER, crop=32, short_side=48, long_side=96, window=32, window_stride=24)
@@ -231,7 +233,7 @@ def test_paper_preset_trains_on_crops_and_judges_by_windows(
 # --- artifacts ---
 
 
-def test_artifacts_of_a_real_model_are_figures_of_each_source(dvit: Dvit, photos: Path, out: Path) -> None:
+def test_artifacts_of_a_real_model_has_metrics_of_each_source(dvit: Dvit, photos: Path, out: Path) -> None:
     done = dvit("evaluate", "artifacts", "--data", photos, "-o", out, *REAL, "--size", 48)
     assert done.code == 0, done.err
     found = by_features(lines_of(out))
@@ -245,14 +247,14 @@ def test_artifacts_of_a_real_model_are_figures_of_each_source(dvit: Dvit, photos
     assert "effective rank" in done.out and "subtract" in done.out
 
 
-def test_artifacts_judges_only_what_is_named(
+def test_artifacts_evaluates_only_the_given_features(
     dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path
 ) -> None:
     done = dvit("evaluate", "artifacts", "--data", photos, "--features", "raw", "-o", out, "--json")
     assert (done.code, [row["features"] for row in done.rows]) == (0, ["raw"]), done.err
 
 
-def test_artifacts_that_were_found_with_other_features_are_kept(
+def test_artifacts_keeps_results_when_features_are_added(
     dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path
 ) -> None:
     command = ("evaluate", "artifacts", "--data", photos, "-o", out, "--features")
@@ -265,7 +267,7 @@ def test_artifacts_that_were_found_with_other_features_are_kept(
     assert list(project) == ["subspace"]
 
 
-def test_artifacts_skips_what_is_no_photo_and_says_so(
+def test_artifacts_skips_and_reports_unusable_photos(
     dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path
 ) -> None:
     (photos / "broken.png").write_bytes(b"no image")
@@ -277,7 +279,7 @@ def test_artifacts_skips_what_is_no_photo_and_says_so(
     assert done.err.count("broken.png") == done.err.count("dark.png: no content") == 1
 
 
-def test_artifacts_of_other_photos_of_the_same_names_are_looked_at_anew(
+def test_artifacts_are_evaluated_again_if_photos_change(
     dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path
 ) -> None:
     command = ("evaluate", "artifacts", "--data", photos, "--features", "raw", "-o", out)
@@ -288,7 +290,7 @@ def test_artifacts_of_other_photos_of_the_same_names_are_looked_at_anew(
     assert first != second
 
 
-def test_interrupted_artifacts_leave_nothing(
+def test_interrupted_artifacts_writes_no_results(
     dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -301,7 +303,7 @@ def test_interrupted_artifacts_leave_nothing(
     assert_no_results(out)
 
 
-# --- the same again ---
+# --- repeated runs ---
 
 
 VERBS = {
@@ -316,7 +318,7 @@ def command_of(verb: str, data: Path, photos: Path, out: Path) -> tuple[object, 
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_same_command_again_keeps_all_lines_and_says_so(
+def test_repeated_command_keeps_all_lines_and_reports_it(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, photos: Path, out: Path, verb: str
 ) -> None:
     command = command_of(verb, data, photos, out)
@@ -332,7 +334,7 @@ def test_the_same_command_again_keeps_all_lines_and_says_so(
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_json_prints_exactly_the_lines(
+def test_json_prints_the_lines_of_the_results_file(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, photos: Path, out: Path, verb: str
 ) -> None:
     command = command_of(verb, data, photos, out)
@@ -341,15 +343,13 @@ def test_json_prints_exactly_the_lines(
         assert done.rows == lines_of(out)
 
 
-def test_another_number_of_neighbours_is_another_line(
-    dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
-) -> None:
+def test_other_k_adds_a_line(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
     for k in (3, 4):
         assert dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", out, "--k", k).code == 0
     assert [line["settings"]["k"] for line in lines_of(out)] == [3, 4]
 
 
-def test_interrupt_leaves_finished_lines_and_the_same_command_goes_on(
+def test_interrupt_keeps_finished_lines_and_the_same_command_resumes(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = knn.nearest_neighbours
@@ -373,7 +373,7 @@ def test_interrupt_leaves_finished_lines_and_the_same_command_goes_on(
     assert asked == ["raw", "exact", "exact"]
 
 
-def test_line_that_was_cut_off_is_done_again(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
+def test_truncated_line_is_computed_again(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
     command = command_of("knn", data, data, out)
     assert dvit(*command).code == 0
     whole = lines_of(out)
@@ -383,11 +383,11 @@ def test_line_that_was_cut_off_is_done_again(dvit: Dvit, planted: tiny_artifact.
     assert json.loads(last)["metrics"] == whole[1]["metrics"]
 
 
-# --- what fails, and what is left out ---
+# --- failures and skipped images ---
 
 
 @pytest.mark.parametrize("verb", ["knn", "segmentation"])
-def test_without_an_artifact_subtract_fails_and_the_others_are_judged(
+def test_subtract_fails_without_an_artifact_and_others_are_evaluated(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, verb: str
 ) -> None:
     options = FEW if verb == "knn" else SHORT
@@ -399,7 +399,7 @@ def test_without_an_artifact_subtract_fails_and_the_others_are_judged(
     assert "no artifact for Planted with these weights" in found["subtract"]["failed"]
     (told,) = [line for line in done.err.splitlines() if line.startswith("subtract failed: ")]
     assert "dvit calibrate PHOTOS -o FILE" in told
-    assert "--artifact" in told  # what to do with that file
+    assert "--artifact" in told  # the option that takes that file
 
 
 def test_artifact_of_another_backbone_fails_with_a_reason(
@@ -422,7 +422,7 @@ def test_missing_artifact_file_is_named(
     assert str(path) in done.err
 
 
-def test_failure_is_gone_from_the_report_once_the_same_was_measured(
+def test_report_omits_a_failure_that_was_later_measured(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, artifact: Path, tmp_path: Path
 ) -> None:
     command = ("evaluate", "knn", "--data", data, "-o", out, "--features", "raw,subtract", *FEW)
@@ -432,7 +432,7 @@ def test_failure_is_gone_from_the_report_once_the_same_was_measured(
     assert "no artifact for Planted" not in (tmp_path / "results.md").read_text()
 
 
-def test_mask_of_another_size_is_left_out_and_named(
+def test_mask_of_another_size_is_skipped_and_reported(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
 ) -> None:
     Image.fromarray(np.zeros((40, 48), np.uint8)).save(data / "val" / "masks" / "02.png")
@@ -446,7 +446,7 @@ def test_mask_of_another_size_is_left_out_and_named(
     assert f"skipped: val/02.png: {reason}" in done.err
 
 
-def test_label_out_of_range_is_left_out_and_named(
+def test_label_out_of_range_is_skipped_and_reported(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
 ) -> None:
     Image.fromarray(np.full((48, 48), 9, np.uint8)).save(data / "train" / "masks" / "01.png")
@@ -456,7 +456,7 @@ def test_label_out_of_range_is_left_out_and_named(
     assert "label 9 in 2,304 pixels; expected 0 to 2 for the 3 classes" in done.err
 
 
-def test_photo_without_mask_and_mask_without_photo_are_named(
+def test_unpaired_photos_and_masks_are_skipped_and_reported(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
 ) -> None:
     (data / "train" / "masks" / "00.png").unlink()
@@ -468,7 +468,7 @@ def test_photo_without_mask_and_mask_without_photo_are_named(
     assert lines_of(out)[0]["images"] == {"train": 3, "val": 3}
 
 
-def test_kept_lines_still_tell_what_was_skipped(
+def test_kept_lines_still_report_skipped_images(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
 ) -> None:
     (data / "train" / "masks" / "00.png").unlink()
@@ -478,7 +478,7 @@ def test_kept_lines_still_tell_what_was_skipped(
         assert (done.code, done.err.count("skipped: train/00.png")) == (1, 1)
 
 
-def test_class_that_never_occurs_is_said(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
+def test_class_that_never_occurs_is_reported(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
     with (data / "classes.txt").open("a") as names:
         names.write("unicorn\n")
     done = dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", out, *FEW)
@@ -510,7 +510,7 @@ def test_masks_without_any_label_in_training_fail_with_a_reason(
         assert "labelled" in done.err or "no label" in done.err or "has a label" in done.err
 
 
-def test_more_neighbours_than_patches_are_refused_with_a_remedy(
+def test_more_neighbours_than_patches_are_rejected_with_advice(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
 ) -> None:
     done = dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", out, "--k", 145)
@@ -519,7 +519,7 @@ def test_more_neighbours_than_patches_are_refused_with_a_remedy(
     assert "a smaller --k" in done.err
 
 
-# --- wrong use ---
+# --- wrong usage ---
 
 
 @pytest.mark.parametrize("verb", ["knn", "segmentation", "artifacts"])
@@ -533,7 +533,7 @@ def test_more_neighbours_than_patches_are_refused_with_a_remedy(
     ],
 )
 @pytest.mark.usefixtures("no_model")
-def test_wrong_names_of_features_are_refused(
+def test_wrong_feature_names_are_rejected(
     dvit: Dvit, data: Path, photos: Path, out: Path, verb: str, features: str, words: str
 ) -> None:
     where = photos if verb == "artifacts" else data
@@ -566,7 +566,7 @@ def test_wrong_names_of_features_are_refused(
     ],
 )
 @pytest.mark.usefixtures("no_model")
-def test_options_out_of_range_are_refused_before_the_work(
+def test_options_out_of_range_are_rejected_before_loading_a_model(
     dvit: Dvit, data: Path, out: Path, options: tuple[object, ...], message: str
 ) -> None:
     verb, *more = options
@@ -585,7 +585,7 @@ def test_options_out_of_range_are_refused_before_the_work(
         (("--size", 50), "does not fit the patch grid"),
     ],
 )
-def test_wrong_use_of_artifacts_ends_with_a_message(
+def test_wrong_artifacts_options_exit_2_with_a_message(
     dvit: Dvit, planted: tiny_artifact.Planted, photos: Path, out: Path, options: tuple[object, ...], message: str
 ) -> None:
     done = dvit("evaluate", "artifacts", "--data", photos, "-o", out, *options)
@@ -595,17 +595,17 @@ def test_wrong_use_of_artifacts_ends_with_a_message(
 
 
 @pytest.mark.parametrize("verb", ["knn", "segmentation"])
-def test_size_off_the_patch_grid_is_refused_once_for_all_sources(
+def test_size_off_the_patch_grid_exits_2_and_suggests_sizes(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path, verb: str
 ) -> None:
     done = dvit("evaluate", verb, "--data", data, "--features", "raw,exact", "-o", out, "--size", 50)
     assert "a side of 50 pixels does not fit the patch grid" in done.err
     assert "Nearest: 48 or 56" in done.err
-    assert done.code == 2  # the command cannot be carried out as given, whatever the features
+    assert done.code == 2  # the command cannot run as given, whatever the features
     assert_no_results(out)
 
 
-def test_two_numbers_are_height_and_width(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
+def test_size_takes_height_and_width(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
     done = dvit("evaluate", "knn", "--data", data, "--features", "raw,exact", "-o", out, "--size", 40, 64, *FEW)
     assert done.code == 0, done.err
     assert [line["settings"]["size"] for line in lines_of(out)] == [[40, 64]] * 2
@@ -660,7 +660,7 @@ def break_all_masks(data: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_model")
-def test_data_that_is_none_is_refused_with_what_was_expected_and_found(
+def test_invalid_data_is_rejected_with_what_was_expected_and_found(
     dvit: Dvit, data: Path, out: Path, damage: Callable[[Path], None], words: Sequence[str]
 ) -> None:
     damage(data)
@@ -673,7 +673,7 @@ def test_data_that_is_none_is_refused_with_what_was_expected_and_found(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_data_that_is_none_leaves_no_empty_file_of_results(dvit: Dvit, data: Path, tmp_path: Path) -> None:
+def test_missing_data_leaves_no_empty_results_file(dvit: Dvit, data: Path, tmp_path: Path) -> None:
     for verb in ("knn", "artifacts"):
         out = tmp_path / "new" / "results.jsonl"
         assert dvit("evaluate", verb, "--data", data / "gone", "-o", out).code == 2
@@ -692,7 +692,7 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize("content", OTHER_FILES.values(), ids=OTHER_FILES)
 @pytest.mark.parametrize("verb", ["knn", "artifacts"])
-def test_file_that_holds_something_else_is_left_alone(
+def test_file_with_other_content_is_not_overwritten(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, photos: Path, out: Path, verb: str, content: bytes
 ) -> None:
     out.write_bytes(content)
@@ -723,9 +723,7 @@ def test_results_in_a_folder_without_permission_are_refused(dvit: Dvit, data: Pa
     assert "cannot write results to" in done.err
 
 
-def test_cache_that_cannot_be_written_is_a_message(
-    dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path
-) -> None:
+def test_unwritable_cache_is_reported(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, out: Path) -> None:
     for features in ("raw", "exact"):
         done = dvit(
             *("evaluate", "knn", "--data", data, "--features", features, "-o", out, *FEW),
@@ -735,7 +733,7 @@ def test_cache_that_cannot_be_written_is_a_message(
         assert str(data / "classes.txt") in done.err
 
 
-def test_results_without_an_ending_leave_the_cache_beside_them(
+def test_results_path_without_suffix_has_the_cache_next_to_it(
     dvit: Dvit, planted: tiny_artifact.Planted, data: Path, tmp_path: Path
 ) -> None:
     done = dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", tmp_path / "results", *FEW)
@@ -753,7 +751,7 @@ def test_help_names_the_tasks(dvit: Dvit) -> None:
         assert word in done.words
 
 
-def test_help_of_knn_tells_what_one_needs(dvit: Dvit) -> None:
+def test_knn_help_lists_data_layouts_features_and_options(dvit: Dvit) -> None:
     done = dvit("evaluate", "knn", "--help")
     assert done.code == 0
     for word in (
@@ -772,13 +770,13 @@ def test_help_of_knn_tells_what_one_needs(dvit: Dvit) -> None:
 
 
 @pytest.mark.parametrize("verb", ["knn", "segmentation"])
-def test_help_offers_nothing_that_is_refused(dvit: Dvit, verb: str) -> None:
+def test_help_omits_unsupported_exact_options(dvit: Dvit, verb: str) -> None:
     done = dvit("evaluate", verb, "--help")
     assert "--exact.neural" not in done.out
     assert "--exact.method" not in done.out
 
 
-def test_nothing_given_is_wrong_use(dvit: Dvit) -> None:
+def test_missing_arguments_exit_2(dvit: Dvit) -> None:
     assert dvit("evaluate").code == 2
     done = dvit("evaluate", "knn")
     assert done.code == 2
@@ -796,7 +794,7 @@ def results(dvit: Dvit, planted: tiny_artifact.Planted, data: Path, photos: Path
     return out
 
 
-def test_report_has_the_figures_of_all_lines(dvit: Dvit, results: Path, tmp_path: Path) -> None:
+def test_report_has_the_metrics_of_all_lines(dvit: Dvit, results: Path, tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     done = dvit("report", results, "-o", page)
     assert (done.code, done.out) == (0, ""), done.err
@@ -817,14 +815,14 @@ def in_row(line: Line, row: str) -> bool:
     return all(f"{line['metrics'][name]:.2f}" in row for name in ("mIoU", "mAcc", "aAcc"))
 
 
-def test_report_again_is_the_same_file(dvit: Dvit, results: Path, tmp_path: Path) -> None:
+def test_report_is_reproducible(dvit: Dvit, results: Path, tmp_path: Path) -> None:
     pages = [tmp_path / name for name in ("a.md", "b.md")]
     for page in pages:
         assert dvit("report", results, "-o", page).code == 0
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
-def test_report_of_results_with_a_line_that_was_cut_off_says_so(dvit: Dvit, results: Path, tmp_path: Path) -> None:
+def test_report_skips_and_reports_a_truncated_line(dvit: Dvit, results: Path, tmp_path: Path) -> None:
     results.write_bytes(results.read_bytes()[:-40])
     done = dvit("report", results, "-o", tmp_path / "results.md")
     assert done.code == 1
@@ -832,7 +830,7 @@ def test_report_of_results_with_a_line_that_was_cut_off_says_so(dvit: Dvit, resu
     assert "5 entries" in done.err
 
 
-def test_report_of_nothing_is_refused(dvit: Dvit, tmp_path: Path) -> None:
+def test_report_without_usable_results_is_rejected(dvit: Dvit, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     for content, words in ((None, "cannot be read"), (b"", "got no usable line")):
         if content is not None:
@@ -845,7 +843,7 @@ def test_report_of_nothing_is_refused(dvit: Dvit, tmp_path: Path) -> None:
     assert dvit("report", empty).code == 2
 
 
-def test_report_is_not_written_over_results_or_elsewhere(dvit: Dvit, tmp_path: Path) -> None:
+def test_report_rejects_unsuitable_output_paths(dvit: Dvit, tmp_path: Path) -> None:
     results = tmp_path / "results.md"
     results.write_bytes(b"{}\n")
     for out, words in (

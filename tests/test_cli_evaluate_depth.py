@@ -1,4 +1,4 @@
-"""`dvit evaluate depth`: lines, tables, exit codes, and what is wrong with data and options, in words."""
+"""`dvit evaluate depth`: result lines, tables, exit codes, and error messages for data and options."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ SIZE = (48, 64)
 SHORT = ("--steps", 3, "--seeds", 0)
 EXACT = ("--exact.views", 12)
 
-#: Of the planted artifact: as loud as what photos show.
+#: Strength of the planted artifact: as strong as the content of photos.
 STRENGTH = 8.0
 
 
 @pytest.fixture
 def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
-    """Runs `dvit ...` with whatever model is named."""
+    """Runs `dvit ...` in this process."""
     return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> tiny_artifact.Planted:
-    """Stands for whatever model is named: a patch's pixels plus an artifact."""
+    """Replaces every model by a planted one: the pixels of a patch plus an artifact."""
     model = tiny_artifact.Planted(STRENGTH)
     backbone = tiny_artifact.plain(model, layout="channels_last")
     monkeypatch.setattr(BackboneSpec, "load", lambda _spec: backbone)
@@ -54,7 +54,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> tiny_artifact.Planted:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong with a command has to be said before any model is loaded."""
+    """Fails if a model is loaded: errors must be reported before that."""
 
     def load(_spec: BackboneSpec) -> Backbone:
         raise AssertionError("a model was loaded")
@@ -85,7 +85,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(dvit: Dvit, data: Path, out: Path) -> Callable[..., Any]:
-    """`dvit evaluate depth` of the rooms in three blocks; options that come later win."""
+    """`dvit evaluate depth` on the rooms in three blocks; later options override earlier ones."""
 
     def call(*options: object, of: Path = data) -> Any:
         blocks = () if "--blocks" in options else ("--blocks", 3)
@@ -106,14 +106,14 @@ def assert_no_results(out: Path) -> None:
 
 
 def assert_plain(done: Any) -> None:
-    """Words for people: on standard error, and no traceback."""
+    """Checks that no traceback was printed."""
     assert "Traceback" not in done.err and "Traceback" not in done.out
 
 
-# --- What comes out
+# --- Results
 
 
-def test_depth_of_a_real_model_is_told_with_four_decimals(run: Run, out: Path) -> None:
+def test_metrics_of_a_real_model_are_printed(run: Run, out: Path) -> None:
     done = run(
         *("--features", "raw,exact", "--backbone", tiny_fit.MODEL, "--weights", "random", "--device", "cpu"),
         *("--dtype", "float32", "--exact.views", 8, "--exact.size", 48, *SHORT),
@@ -138,7 +138,7 @@ def test_depth_of_a_real_model_is_told_with_four_decimals(run: Run, out: Path) -
     assert f"`dvit report {out} -o results.md`" in done.err
 
 
-def test_all_sources_are_judged_on_the_planted_model(
+def test_all_sources_are_evaluated_on_the_planted_model(
     run: Run, planted: tiny_artifact.Planted, tmp_path: Path, out: Path
 ) -> None:
     backbone = tiny_artifact.plain(planted, layout="channels_last")
@@ -148,21 +148,21 @@ def test_all_sources_are_judged_on_the_planted_model(
     assert done.code == 0, done.err
     raw, subtract, exact = lines_of(out)
     assert [line["features"] for line in (raw, subtract, exact)] == ["raw", "subtract", "exact"]
-    # The colour of a patch tells its depth, but for the artifact.
+    # The colour of a patch gives its depth, except for the artifact.
     assert subtract["metrics"]["RMSE"] < raw["metrics"]["RMSE"] - 0.1
     assert subtract["paired"]["difference"] < 0 and subtract["paired"]["over"] == "blocks"
     assert exact["failed"] is None and exact["settings"]["features"]["views"] == 12
     assert subtract["settings"]["features"]["artifact"]
 
 
-def test_json_lines_go_to_the_screen_where_they_are_wanted(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
+def test_json_option_prints_the_result_lines(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
     done = run("--features", "raw", "--json", *SHORT)
     assert done.code == 0
     assert done.rows == lines_of(out) and done.rows[0]["metrics"]["RMSE"] > 0
     assert "RMSE against" not in done.out
 
 
-def test_the_same_again_keeps_the_lines(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
+def test_running_again_keeps_the_lines(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
     first = run("--features", "raw", *SHORT)
     before, passes = out.read_bytes(), planted.passes
     again = run("--features", "raw", *SHORT)
@@ -183,7 +183,7 @@ def test_splits_and_nyu_have_no_blocks(
     assert [line["settings"]["data"]["layout"] for line in lines_of(out)] == ["folders", "nyu"]
 
 
-def test_the_published_protocol_goes_on_where_it_was_interrupted(
+def test_published_protocol_resumes_after_an_interruption(
     run: Run, planted: tiny_artifact.Planted, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 2)
@@ -232,7 +232,7 @@ def test_report_makes_a_table_of_depth(run: Run, planted: tiny_artifact.Planted,
     assert "RMSE at step (first seed)" in text
 
 
-def test_help_tells_what_one_needs(dvit: Dvit) -> None:
+def test_help_describes_data_and_options(dvit: Dvit) -> None:
     done = dvit("evaluate", "depth", "--help")
     assert done.code == 0
     for word in (
@@ -243,7 +243,7 @@ def test_help_tells_what_one_needs(dvit: Dvit) -> None:
     assert "depth" in dvit("evaluate", "--help").words
 
 
-# --- What is left out
+# --- Skipped data
 
 
 def eight_bits(root: Path) -> None:
@@ -290,7 +290,7 @@ def no_photo(root: Path) -> None:
         (no_photo, "val/05.png: a depth map without a photo; expected"),
     ],
 )
-def test_a_pair_that_cannot_be_used_is_skipped_with_a_reason(
+def test_unusable_pair_is_skipped_with_a_reason(
     run: Run, planted: tiny_artifact.Planted, data: Path, out: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(data)
@@ -314,7 +314,7 @@ def test_a_pair_that_cannot_be_used_is_skipped_with_a_reason(
         ),
     ],
 )
-def test_a_line_of_nyu_that_cannot_be_used_is_skipped_with_a_reason(
+def test_unusable_line_of_nyu_is_skipped_with_a_reason(
     run: Run, planted: tiny_artifact.Planted, nyu: Path, out: Path, line: str, message: str
 ) -> None:
     photo, metres = flat(2, SIZE)
@@ -348,7 +348,7 @@ def test_saved_outcomes_are_grouped_again_without_training(
     assert lines_of(out)[0]["metrics"] == lines_of(out)[2]["metrics"]
 
 
-# --- What is refused
+# --- Refused data and options
 
 
 def gone(root: Path) -> None:
@@ -391,7 +391,7 @@ def all_eight_bits(root: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_model")
-def test_data_that_are_none_are_refused_with_what_was_expected_and_found(
+def test_wrong_data_error_says_what_was_expected_and_found(
     run: Run, data: Path, out: Path, damage: Callable[[Path], None], words: Sequence[str]
 ) -> None:
     damage(data)
@@ -430,7 +430,7 @@ def test_data_that_are_none_are_refused_with_what_was_expected_and_found(
     ],
 )
 @pytest.mark.usefixtures("no_model")
-def test_options_out_of_range_are_refused_before_the_work(
+def test_options_out_of_range_are_refused_before_a_model_loads(
     run: Run, out: Path, options: tuple[object, ...], message: str
 ) -> None:
     done = run(*options)
@@ -447,9 +447,7 @@ def test_size_off_the_patch_grid_is_refused(run: Run, planted: tiny_artifact.Pla
     assert_no_results(out)
 
 
-def test_photos_smaller_than_the_published_crops_name_the_other_preset(
-    run: Run, planted: tiny_artifact.Planted, out: Path
-) -> None:
+def test_error_for_too_small_photos_names_the_other_preset(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
     done = run("--features", "raw", "--preset", "paper", *SHORT)
     assert done.code == 1
     assert_plain(done)
@@ -457,10 +455,8 @@ def test_photos_smaller_than_the_published_crops_name_the_other_preset(
     assert lines_of(out)[0]["failed"]
 
 
-def test_exact_features_are_refused_by_the_published_protocol_before_the_work(
-    run: Run, planted: tiny_artifact.Planted, out: Path
-) -> None:
-    done = run("--preset", "paper", *SHORT)  # exact is among the features unless others are named
+def test_published_protocol_refuses_exact_features(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
+    done = run("--preset", "paper", *SHORT)  # exact is one of the default features
     assert done.code == 2
     assert_plain(done)
     assert "exact: stage 1 fields match unchanged images" in done.err
@@ -468,17 +464,17 @@ def test_exact_features_are_refused_by_the_published_protocol_before_the_work(
     assert_no_results(out)
 
 
-def test_depth_that_is_all_too_far_names_the_limit(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
+def test_error_for_depth_beyond_the_limit_names_the_option(run: Run, planted: tiny_artifact.Planted, out: Path) -> None:
     done = run("--features", "raw", "--farthest", 0.5, *SHORT)
     assert done.code == 1
     assert_plain(done)
     assert "none of the 6 photos of val has a depth below 0.5 m" in done.err and "--farthest" in done.err
 
 
-def test_features_that_cannot_be_had_fail_and_the_others_are_judged(
+def test_unavailable_features_fail_and_the_others_are_evaluated(
     run: Run, planted: tiny_artifact.Planted, out: Path
 ) -> None:
-    done = run("--features", "raw,subtract", *SHORT)  # no artifact of this model comes with the package
+    done = run("--features", "raw,subtract", *SHORT)  # the package has no artifact for this model
     assert done.code == 1
     assert_plain(done)
     raw, subtract = lines_of(out)

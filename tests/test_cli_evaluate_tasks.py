@@ -19,14 +19,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
-    """Runs `dvit ...`; mean colours stand for whatever model is named."""
+    """Runs `dvit ...`; a backbone of mean colours replaces any model."""
     monkeypatch.setattr(BackboneSpec, "load", lambda _spec: tiny_backbone())
     return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong with a command has to be said before any model is loaded."""
+    """Errors in a command must be reported before a model is loaded."""
 
     def load(_spec: BackboneSpec) -> Backbone:
         raise AssertionError("a model was loaded")
@@ -46,7 +46,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 # --- discovery ---
 
 
-def test_objects_are_looked_for_and_the_report_has_them(dvit: Dvit, tmp_path: Path, out: Path) -> None:
+def test_discovery_writes_a_line_that_the_report_shows(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     boxes.write_voc(tmp_path / "VOC2007", boxes.scenes(4))
     command = ("evaluate", "discovery", "--data", tmp_path / "VOC2007", "--features", "raw", "-o", out)
     done = dvit(*command, "--seed-by", "norm", "--centred")
@@ -62,7 +62,7 @@ def test_objects_are_looked_for_and_the_report_has_them(dvit: Dvit, tmp_path: Pa
     assert "| vit_base_patch14_dinov2.lvd142m | denoised | 58.0 | - | 60.3 | - | 46.7 | - |" in text
 
 
-def test_a_second_command_keeps_what_the_first_found(dvit: Dvit, tmp_path: Path, out: Path) -> None:
+def test_repeated_command_keeps_existing_results(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     boxes.write_folders(tmp_path / "data", boxes.scenes(3))
     command = ("evaluate", "discovery", "--data", tmp_path / "data", "--features", "raw", "-o", out)
     dvit(*command)
@@ -72,7 +72,7 @@ def test_a_second_command_keeps_what_the_first_found(dvit: Dvit, tmp_path: Path,
     assert "kept from an earlier run" in again.err
 
 
-def test_a_photo_without_object_is_skipped_and_said(dvit: Dvit, tmp_path: Path, out: Path) -> None:
+def test_photo_without_objects_is_skipped_and_reported(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     every = boxes.scenes(3)
     root = boxes.write_voc(tmp_path / "VOC2007", every)
     xml = sorted((root / "Annotations").iterdir())[0]
@@ -93,7 +93,7 @@ def test_a_photo_without_object_is_skipped_and_said(dvit: Dvit, tmp_path: Path, 
         (("--annotations", "boxes.json"), "annotations"),
     ],
 )
-def test_wrong_options_of_discovery_are_named(
+def test_invalid_discovery_options_are_reported(
     dvit: Dvit, tmp_path: Path, out: Path, more: tuple[object, ...], words: str
 ) -> None:
     boxes.write_folders(tmp_path / "data", boxes.scenes(2))
@@ -105,7 +105,7 @@ def test_wrong_options_of_discovery_are_named(
 # --- correspondence ---
 
 
-def test_labels_are_carried_through_videos(dvit: Dvit, tmp_path: Path, out: Path) -> None:
+def test_videos_are_evaluated_by_label_propagation(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     videos.write_davis(tmp_path / "davis", {"one": videos.moving(4), "two": videos.moving(4, seed=1)})
     done = dvit("evaluate", "correspondence", "--data", tmp_path / "davis", "--features", "raw", "-o", out)
     assert done.code == 0, done.err
@@ -119,7 +119,7 @@ def test_labels_are_carried_through_videos(dvit: Dvit, tmp_path: Path, out: Path
     assert "| features | J&amp;F | J | F |" in text
 
 
-def test_keypoints_are_matched_where_the_data_have_them(dvit: Dvit, tmp_path: Path, out: Path) -> None:
+def test_pairs_with_keypoints_are_evaluated_by_matching(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     videos.write_spair(tmp_path / "spair", [(0, 1), (1, 2)])
     command = ("evaluate", "correspondence", "--data", tmp_path / "spair", "--features", "raw", "-o", out)
     done = dvit(*command, "--pairs.alpha", 0.2)
@@ -140,7 +140,7 @@ def test_keypoints_are_matched_where_the_data_have_them(dvit: Dvit, tmp_path: Pa
         (("--pairs.alpha", -1), "alpha must be one or more different positive numbers"),
     ],
 )
-def test_wrong_options_of_correspondence_are_named(
+def test_invalid_correspondence_options_are_reported(
     dvit: Dvit, tmp_path: Path, out: Path, more: tuple[object, ...], words: str
 ) -> None:
     done = dvit("evaluate", "correspondence", "--data", tmp_path, "-o", out, *more)
@@ -150,9 +150,7 @@ def test_wrong_options_of_correspondence_are_named(
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("task", ["discovery", "correspondence"])
-def test_a_folder_of_something_else_is_refused_with_what_was_expected(
-    dvit: Dvit, tmp_path: Path, out: Path, task: str
-) -> None:
+def test_unknown_folder_is_rejected_with_what_was_expected(dvit: Dvit, tmp_path: Path, out: Path, task: str) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "holiday.txt").write_text("sun")
     done = dvit("evaluate", task, "--data", tmp_path / "data", "-o", out)

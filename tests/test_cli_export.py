@@ -1,4 +1,4 @@
-"""`dvit export` as people meet it: exit codes, messages, what is left behind."""
+"""`dvit export`: exit codes, messages, written files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def artifact(weights: Path) -> Path:
 
 @pytest.fixture
 def export(dvit: Dvit, weights: Path, tmp_path: Path) -> Export:
-    """Runs `dvit export -o OUT ...` with the tiny model; later options win."""
+    """Runs `dvit export -o OUT ...` with the tiny model; later options override earlier ones."""
     model = ("--backbone", tiny.MODEL, "--weights", weights)
     return lambda *more: dvit("export", "-o", tmp_path / "out", *model, *more)
 
@@ -58,7 +58,7 @@ def meta(folder: Path) -> dict[str, object]:
     return json.loads((folder / "export.json").read_text())
 
 
-def test_a_folder_and_its_check(export: Export, dvit: Dvit, tmp_path: Path) -> None:
+def test_exported_folder_can_be_verified(export: Export, dvit: Dvit, tmp_path: Path) -> None:
     done = export("--format", "timm")
     assert done.code == 0, done.err
     assert done.out == ""
@@ -72,8 +72,8 @@ def test_a_folder_and_its_check(export: Export, dvit: Dvit, tmp_path: Path) -> N
     assert row["difference"] == 0
 
 
-def test_onnx_is_the_default_and_options_reach_it(export: Export, tmp_path: Path, weights: Path) -> None:
-    """Of the first block alone, whose graph is made in a fraction of the time."""
+def test_onnx_is_the_default_and_options_are_recorded(export: Export, tmp_path: Path, weights: Path) -> None:
+    """Uses the first block only, whose graph is built in a fraction of the time."""
     denoiser = tmp_path / "denoiser.safetensors"
     write_denoiser(tiny.denoiser(tiny.backbone(weights=str(weights), layer=0)), denoiser)
     done = export("--layer", 0, "--denoiser", denoiser, "--pixels", "--prefix", "--licence", "our own", "--json")
@@ -87,7 +87,9 @@ def test_onnx_is_the_default_and_options_reach_it(export: Export, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["subtract", "denoiser"])
-def test_cleaners(export: Export, tmp_path: Path, artifact: Path, denoiser: Path, weights: Path, kind: str) -> None:
+def test_artifact_and_denoiser_are_exported(
+    export: Export, tmp_path: Path, artifact: Path, denoiser: Path, weights: Path, kind: str
+) -> None:
     given = ("--artifact", artifact) if kind == "subtract" else ("--denoiser", denoiser)
     assert export("--features", kind, *given, "--format", "safetensors").code == 0
     extractor = dv.load_extractor(tmp_path / "out", device="cpu", dtype="float32")
@@ -96,7 +98,7 @@ def test_cleaners(export: Export, tmp_path: Path, artifact: Path, denoiser: Path
     assert not torch.allclose(extractor(tiny.picture(48, 80)), raw, atol=0.1)
 
 
-def test_a_model_without_a_shipped_cleaner(export: Export, tmp_path: Path) -> None:
+def test_model_without_a_shipped_cleaner_is_rejected(export: Export, tmp_path: Path) -> None:
     for kind, told in (("subtract", "no artifact for vit_tiny"), ("denoiser", "no denoiser for vit_tiny")):
         failed = export("--features", kind)
         assert failed.code == 2
@@ -104,9 +106,9 @@ def test_a_model_without_a_shipped_cleaner(export: Export, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_distilled(export: Export, dvit: Dvit, tmp_path: Path) -> None:
+def test_distilled_weights_are_recognised(export: Export, dvit: Dvit, tmp_path: Path) -> None:
     weights = tiny.distilled(tmp_path / "distilled.safetensors", '{"format": "denoising-vit/distilled"}')
-    assert export("--weights", weights, "--format", "timm").code == 0  # the file tells
+    assert export("--weights", weights, "--format", "timm").code == 0  # the file says that it is distilled
     assert meta(tmp_path / "out")["features"] == "distilled"
     again = ("--backbone", tmp_path / "out", "--format", "timm", "--features", "distilled")
     assert dvit("export", "-o", tmp_path / "twice", *again).code == 0
@@ -116,7 +118,7 @@ def test_distilled(export: Export, dvit: Dvit, tmp_path: Path) -> None:
     assert "needs the weights of stage 3; give --weights FILE" in failed.err
 
 
-def test_what_exists_is_kept(export: Export, tmp_path: Path) -> None:
+def test_existing_folder_is_rejected_and_unchanged(export: Export, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     failed = export("--format", "timm")
@@ -126,7 +128,7 @@ def test_what_exists_is_kept(export: Export, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 
-def test_a_changed_export_gives_1(export: Export, dvit: Dvit, tmp_path: Path) -> None:
+def test_verify_of_a_changed_export_exits_1(export: Export, dvit: Dvit, tmp_path: Path) -> None:
     export("--format", "timm")
     config = tmp_path / "out" / "config.json"
     config.write_text(config.read_text().replace("0.9", "0.8"))
@@ -134,7 +136,7 @@ def test_a_changed_export_gives_1(export: Export, dvit: Dvit, tmp_path: Path) ->
     assert failed.code == 1
     assert "differs: " in failed.err
     assert "config.json: not the file that was exported" in failed.err
-    assert "sound" not in failed.err
+    assert "intact" not in failed.err
     assert dvit("export", "--verify", tmp_path).code == 2
 
 
@@ -152,7 +154,9 @@ def test_a_changed_export_gives_1(export: Export, dvit: Dvit, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_wrong_usage(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, told: str) -> None:
+def test_wrong_usage_exits_2_and_writes_nothing(
+    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, told: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     failed = dvit("export", *options)
     assert failed.code == 2
@@ -160,7 +164,7 @@ def test_wrong_usage(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_tells_formats_and_what_they_hold(dvit: Dvit) -> None:
+def test_help_lists_options_and_formats(dvit: Dvit) -> None:
     shown = dvit("export", "--help")
     assert shown.code == 0
     for word in ("--verify", "--int8", "huggingface", "dv.load_extractor", "hf:ID or hf:PATH"):
@@ -168,7 +172,7 @@ def test_help_tells_formats_and_what_they_hold(dvit: Dvit) -> None:
 
 
 def denoise(dvit: Dvit, tmp_path: Path, backbone: object, *more: object) -> Outcome:
-    """`dvit denoise` of one photo with a backbone, at 64 pixels or what is given after it."""
+    """Runs `dvit denoise` on one photo with a backbone and more options."""
     tiny_fit.write_photos(tmp_path / "photos", 1)
     return dvit("denoise", tmp_path / "photos", "-o", tmp_path / "results", "--backbone", backbone, *more)
 
@@ -177,7 +181,7 @@ FITTING = ("--views", 6, "--held-out", 1, "--method", "exact")
 
 
 @pytest.mark.parametrize("prefix", ["hf:", ""])
-def test_denoise_takes_an_exported_directory_back(dvit: Dvit, tmp_path: Path, prefix: str) -> None:
+def test_denoise_loads_an_exported_huggingface_directory(dvit: Dvit, tmp_path: Path, prefix: str) -> None:
     dv.export_extractor(tiny.dinov2(), tmp_path / "out", dv.ExportOptions(format="huggingface"))
     done = denoise(dvit, tmp_path, f"{prefix}{tmp_path}/out", *FITTING, "--size", 56, "--json")
     assert done.code == 0, done.err
@@ -187,18 +191,18 @@ def test_denoise_takes_an_exported_directory_back(dvit: Dvit, tmp_path: Path, pr
     assert result.info["backbone"]["name"] == "hf:out"
 
 
-def test_denoise_takes_a_directory_of_timm_back(export: Export, dvit: Dvit, tmp_path: Path, denoiser: Path) -> None:
+def test_denoise_loads_an_exported_timm_directory(export: Export, dvit: Dvit, tmp_path: Path, denoiser: Path) -> None:
     assert export("--format", "timm").code == 0
     more = ("--denoiser", denoiser, "--size", 64, "--dtype", "float32", "--json")
     done = denoise(dvit, tmp_path, tmp_path / "out", *more)
-    assert done.code == 0, done.err  # the denoiser takes it for the backbone that it was trained for
+    assert done.code == 0, done.err  # the denoiser accepts it as the backbone that it was trained for
     assert done.rows[0]["status"] == "done"
 
 
-def test_a_processor_that_crops_is_told_in_words(dvit: Dvit, tmp_path: Path) -> None:
+def test_processor_that_crops_prints_a_warning(dvit: Dvit, tmp_path: Path) -> None:
     tiny_huggingface.write(tmp_path / "model", "dinov2", processor={"do_center_crop": True})
     with warnings.catch_warnings():
-        warnings.simplefilter("default", DenoisingVitWarning)  # as outside of tests, where it is no error
+        warnings.simplefilter("default", DenoisingVitWarning)  # as outside of tests, where warnings are not errors
         done = denoise(dvit, tmp_path, tmp_path / "model", *FITTING, "--size", 32)
     assert done.code == 0, done.err
     assert "warning: the image processor of hf:model crops the centre of photos" in done.words

@@ -1,4 +1,4 @@
-"""`dvit fit` and `dvit store` as people and scripts meet them: exit codes, messages, JSON lines, the same again."""
+"""`dvit fit` and `dvit store`: exit codes, messages, JSON lines, repeated runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PHOTOS = 7
 
 @pytest.fixture
 def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Dvit:
-    """Runs `dvit ...` in this process; the parser's own exit is an exit code as well."""
+    """Runs `dvit ...` in this process; an exit of the parser also becomes an exit code."""
     return in_process(capsys, monkeypatch)
 
 
@@ -53,13 +53,13 @@ Fit = Callable[..., Outcome]
 
 @pytest.fixture
 def fit(dvit: Dvit, weights: Path) -> Fit:
-    """Runs `dvit fit DATA -o STORE` with the tiny model; later options win."""
+    """Runs `dvit fit DATA -o STORE` with the tiny model; later options override earlier ones."""
     return lambda data, store, *more: dvit(*tiny.command(Path(data), Path(store), weights), *more)
 
 
 @pytest.fixture(scope="module")
 def finished(one_thread: None, photos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of all photos; copy it before you change it."""
+    """A store of all photos; copy it before changing it."""
     folder = tmp_path_factory.mktemp("finished") / "store"
     tiny.prepare(photos, folder, tiny.spec_of(weights)).run()
     return folder
@@ -73,7 +73,7 @@ def store(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_fitting(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it to forbid forward passes of the fitted size from here on."""
+    """A function that forbids forward passes at the fitted size once it is called."""
     forward = TimmBackbone.forward
 
     def refuse(self: TimmBackbone, image: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def no_fitting(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 # --- fit: success ---
 
 
-def test_success_leaves_a_whole_store_and_says_so_on_standard_error(
+def test_success_writes_a_complete_store_and_reports_on_stderr(
     fit: Fit, photos: Path, finished: Path, tmp_path: Path
 ) -> None:
     done = fit(photos, tmp_path / "new" / "store")
@@ -101,9 +101,7 @@ def test_success_leaves_a_whole_store_and_says_so_on_standard_error(
     assert tiny.contents(tmp_path / "new" / "store") == tiny.contents(finished)
 
 
-def test_json_prints_one_line_a_photo_and_nothing_else_on_standard_output(
-    fit: Fit, photos: Path, tmp_path: Path
-) -> None:
+def test_json_prints_only_one_line_per_photo_to_stdout(fit: Fit, photos: Path, tmp_path: Path) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
     (data / "02.png").write_text("words")
     done = fit(data, tmp_path / "store", "--json")
@@ -114,7 +112,7 @@ def test_json_prints_one_line_a_photo_and_nothing_else_on_standard_output(
     assert "not an image file" in failed["note"]
 
 
-def test_same_command_again_is_a_no_op(fit: Fit, photos: Path, tmp_path: Path, no_fitting: Callable[[], None]) -> None:
+def test_repeated_command_does_nothing(fit: Fit, photos: Path, tmp_path: Path, no_fitting: Callable[[], None]) -> None:
     assert fit(photos, tmp_path / "store").code == 0
     before = tiny.contents(tmp_path / "store")
     no_fitting()
@@ -125,7 +123,7 @@ def test_same_command_again_is_a_no_op(fit: Fit, photos: Path, tmp_path: Path, n
     assert tiny.contents(tmp_path / "store") == before
 
 
-def test_a_list_with_blank_lines_and_folders_of_folders_work(fit: Fit, photos: Path, tmp_path: Path) -> None:
+def test_list_with_blank_lines_and_nested_folders_work(fit: Fit, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"# some of them\n\n{photos / '03.png'}\n\n{photos / '01.png'}\n")
     done = fit(tmp_path / "list.txt", tmp_path / "listed", "--json")
     assert done.code == 0
@@ -140,7 +138,7 @@ def test_a_list_with_blank_lines_and_folders_of_folders_work(fit: Fit, photos: P
 # --- fit: photos that cannot be used ---
 
 
-def test_skipped_photos_are_told_with_their_reasons_and_give_1_each_time(
+def test_skipped_photos_are_reported_and_exit_1_each_time(
     fit: Fit, photos: Path, tmp_path: Path, no_fitting: Callable[[], None]
 ) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
@@ -161,7 +159,7 @@ def test_skipped_photos_are_told_with_their_reasons_and_give_1_each_time(
     tiny.assert_whole(tmp_path / "store", failed=2)
 
 
-def test_what_is_found_and_is_no_photo_gives_1_as_well(fit: Fit, photos: Path, tmp_path: Path) -> None:
+def test_duplicate_and_missing_photos_of_a_list_exit_1(fit: Fit, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{photos / '01.png'}\n{photos / '01.png'}\n{photos / 'missing.png'}\n")
     for _ in range(2):
         done = fit(tmp_path / "list.txt", tmp_path / "store")
@@ -171,7 +169,7 @@ def test_what_is_found_and_is_no_photo_gives_1_as_well(fit: Fit, photos: Path, t
         assert "1 of 1 photos in" in done.err
 
 
-def test_names_with_markup_are_shown_as_they_are(fit: Fit, tmp_path: Path) -> None:
+def test_photo_name_with_markup_is_printed_unchanged(fit: Fit, tmp_path: Path) -> None:
     data = tiny.write_photos(tmp_path / "data", 2)
     (data / "[bold]x.png").write_text("words")
     done = fit(data, tmp_path / "store")
@@ -179,13 +177,13 @@ def test_names_with_markup_are_shown_as_they_are(fit: Fit, tmp_path: Path) -> No
     assert "skipped: [bold]x.png: not an image file" in done.err
 
 
-def test_a_store_with_markup_in_its_name_is_shown_as_it_is(fit: Fit, photos: Path, tmp_path: Path) -> None:
+def test_store_name_with_markup_is_printed_unchanged(fit: Fit, photos: Path, tmp_path: Path) -> None:
     done = fit(photos, tmp_path / "[red]store")
     assert done.code == 0
     assert f"{PHOTOS} of {PHOTOS} photos in {tmp_path / '[red]store'} at " in done.err
 
 
-def test_a_photo_is_named_even_where_its_name_is_part_of_the_reason(fit: Fit, photos: Path, tmp_path: Path) -> None:
+def test_photo_is_named_even_if_the_reason_contains_its_name(fit: Fit, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "the").touch()
     (tmp_path / "list.txt").write_text(f"the\n{photos / '01.png'}\n")
     done = fit(tmp_path / "list.txt", tmp_path / "store")
@@ -193,7 +191,7 @@ def test_a_photo_is_named_even_where_its_name_is_part_of_the_reason(fit: Fit, ph
     assert "skipped: the: the file is empty (0 bytes)" in done.err
 
 
-def test_strict_stops_at_the_first(fit: Fit, tmp_path: Path) -> None:
+def test_strict_stops_at_the_first_failure(fit: Fit, tmp_path: Path) -> None:
     data = tiny.write_photos(tmp_path / "data", 20)
     (data / "02.png").write_text("words")
     done = fit(data, tmp_path / "store", "--strict", "--batch-size", tiny.PASSES)
@@ -205,11 +203,11 @@ def test_strict_stops_at_the_first(fit: Fit, tmp_path: Path) -> None:
     assert len(FeatureStore.open(tmp_path / "store").done()) < 15
 
 
-# --- fit: refused ---
+# --- fit: rejected ---
 
 
 def refused(done: Outcome, *parts: object) -> None:
-    """Exit code 2, nothing on standard output, and one error that says all these."""
+    """Checks for exit code 2, empty standard output, and one error line that contains all parts."""
     assert done.code == 2, done.err
     assert done.out == ""
     assert "Traceback" not in done.err
@@ -218,17 +216,17 @@ def refused(done: Outcome, *parts: object) -> None:
         assert str(part) in line
 
 
-def test_a_store_of_other_views_is_refused(fit: Fit, photos: Path, finished: Path) -> None:
+def test_store_with_other_views_is_rejected(fit: Fit, photos: Path, finished: Path) -> None:
     before = tiny.contents(finished)
     refused(fit(photos, finished, "--views", "9"), "option views: the store has 8, this run has 9", finished)
     assert tiny.contents(finished) == before
 
 
-def test_a_store_of_other_weights_is_refused(fit: Fit, photos: Path, finished: Path) -> None:
+def test_store_with_other_weights_is_rejected(fit: Fit, photos: Path, finished: Path) -> None:
     refused(fit(photos, finished, "--weights", "random"), "weights: the store has", "this run has random")
 
 
-def test_a_folder_that_is_something_else_is_refused(fit: Fit, photos: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_rejected(fit: Fit, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("mine")
     refused(fit(photos, tmp_path), "expected an empty or new folder", "diary.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
@@ -240,7 +238,7 @@ def test_a_store_of_a_newer_version_is_refused(fit: Fit, photos: Path, store: Pa
     refused(fit(photos, store), "expected a store of version 2 or lower, got 99", "upgrade")
 
 
-def test_no_photos_is_refused(fit: Fit, tmp_path: Path) -> None:
+def test_input_without_photos_is_rejected(fit: Fit, tmp_path: Path) -> None:
     refused(fit(tmp_path / "missing", tmp_path / "store"), tmp_path / "missing", "no such file or folder")
     (tmp_path / "empty").mkdir()
     refused(fit(tmp_path / "empty", tmp_path / "store"), tmp_path / "empty", "found none")
@@ -264,7 +262,7 @@ def test_no_photos_is_refused(fit: Fit, tmp_path: Path) -> None:
         (["--weights", "missing.safetensors"], "missing.safetensors"),
     ],
 )
-def test_wrong_options_are_refused_before_a_store_is_made(
+def test_wrong_options_are_rejected_before_a_store_is_created(
     fit: Fit, photos: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     refused(fit(photos, tmp_path / "store", *options), message)
@@ -272,13 +270,13 @@ def test_wrong_options_are_refused_before_a_store_is_made(
 
 
 @pytest.mark.parametrize("arguments", [["fit"], ["fit", "photos"], ["fit", "photos", "-o", "s", "--grid", "fine"]])
-def test_the_parser_refuses_with_2(dvit: Dvit, arguments: list[str]) -> None:
+def test_parser_errors_exit_2(dvit: Dvit, arguments: list[str]) -> None:
     done = dvit(*arguments)
     assert done.code == 2
     assert done.out == ""
 
 
-def test_a_disk_that_is_too_small_is_refused(
+def test_too_little_disk_space_is_rejected(
     fit: Fit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # pyright: ignore
@@ -286,7 +284,7 @@ def test_a_disk_that_is_too_small_is_refused(
     refused(done, "7 photos, 7 to do: 63 forward passes", "138.2 kB (1.0 kB free)", "--grid patch")
 
 
-def test_ray_that_is_not_installed_is_named_with_its_extra(
+def test_missing_ray_names_the_extra_to_install(
     fit: Fit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -297,7 +295,7 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
 
 
 def after_puts(monkeypatch: pytest.MonkeyPatch, count: int, act: Callable[[], None]) -> None:
-    """Acts in place of the photo after so many."""
+    """Calls `act` before each write of a photo after the first `count`."""
     put, seen = ShardWriter.put, 0
 
     def counting(self: ShardWriter, index: int, field: Tensor, record: dict[str, Any] | None = None) -> None:
@@ -310,7 +308,7 @@ def after_puts(monkeypatch: pytest.MonkeyPatch, count: int, act: Callable[[], No
     monkeypatch.setattr(ShardWriter, "put", counting)
 
 
-def test_ctrl_c_gives_130_and_the_same_command_goes_on(
+def test_ctrl_c_exits_130_and_the_same_command_resumes(
     fit: Fit, photos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as during:
@@ -327,7 +325,7 @@ def test_ctrl_c_gives_130_and_the_same_command_goes_on(
 
 
 def interrupted_after(count: int, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Stage 1 during which someone presses Ctrl-C."""
+    """Stage 1 that is interrupted by Ctrl-C after `count` photos."""
 
     def stopping(self: StageOne, items: Any) -> Any:
         for number, result in enumerate(run(self, items)):
@@ -338,7 +336,7 @@ def interrupted_after(count: int, run: Callable[..., Any]) -> Callable[..., Any]
     return stopping
 
 
-def test_a_disk_that_fills_up_gives_2_and_the_same_command_goes_on(
+def test_full_disk_exits_2_and_the_same_command_resumes(
     fit: Fit, photos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full() -> None:
@@ -353,7 +351,7 @@ def test_a_disk_that_fills_up_gives_2_and_the_same_command_goes_on(
     assert tiny.contents(tmp_path / "store") == tiny.contents(finished)
 
 
-def test_a_shard_that_another_writes_gives_2_naming_its_process(
+def test_shard_of_another_writer_exits_2_and_names_its_process(
     fit: Fit, photos: Path, weights: Path, tmp_path: Path
 ) -> None:
     job: FitJob = tiny.prepare(photos, tmp_path / "store", tiny.spec_of(weights))
@@ -362,7 +360,7 @@ def test_a_shard_that_another_writes_gives_2_naming_its_process(
     assert fit(photos, tmp_path / "store").code == 0
 
 
-def test_a_reader_of_the_json_lines_that_goes_is_not_taken_for_a_store_that_cannot_be_written(
+def test_broken_pipe_is_not_reported_as_a_write_error(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in `dvit fit ... --json | head`: main() ends quietly on a BrokenPipeError."""
@@ -379,7 +377,7 @@ def test_a_reader_of_the_json_lines_that_goes_is_not_taken_for_a_store_that_cann
 # --- help ---
 
 
-def test_help_names_the_verbs_and_what_they_take(dvit: Dvit) -> None:
+def test_help_lists_verbs_and_options(dvit: Dvit) -> None:
     top = dvit("--help")
     assert top.code == 0
     assert "fit" in top.out and "store" in top.out
@@ -399,7 +397,7 @@ def test_help_names_the_verbs_and_what_they_take(dvit: Dvit) -> None:
 # --- store info ---
 
 
-def test_info_says_what_is_there(dvit: Dvit, finished: Path, weights: Path) -> None:
+def test_info_prints_a_summary_of_the_store(dvit: Dvit, finished: Path, weights: Path) -> None:
     done = dvit("store", "info", finished)
     assert done.code == 0
     assert f"{PHOTOS} of {PHOTOS} done, 0 failed" in done.out
@@ -422,21 +420,21 @@ def test_info_as_json_has_the_manifest(dvit: Dvit, finished: Path) -> None:
 # --- store verify ---
 
 
-def test_verify_finds_nothing_in_a_sound_store(dvit: Dvit, finished: Path) -> None:
+def test_verify_finds_no_problems_in_an_intact_store(dvit: Dvit, finished: Path) -> None:
     done = dvit("store", "verify", finished)
     assert (done.code, done.out) == (0, "")
     assert f"{PHOTOS} photos read, 0 problems found in {finished}" in done.err
 
 
 def damage(store: Path, shard: int = 1) -> None:
-    """Turns one bit in the middle of a shard."""
+    """Flips one bit in the middle of a shard."""
     path = store / layout.FIELD / layout.shard_key(shard).removeprefix(f"{layout.FIELD}/")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def test_verify_names_what_is_damaged_and_gives_1(dvit: Dvit, store: Path) -> None:
+def test_verify_reports_a_damaged_photo_and_exits_1(dvit: Dvit, store: Path) -> None:
     damage(store)
     done = dvit("store", "verify", store)
     assert (done.code, done.out) == (1, "")
@@ -445,7 +443,7 @@ def test_verify_names_what_is_damaged_and_gives_1(dvit: Dvit, store: Path) -> No
     assert "1 problem found" in done.err
 
 
-def test_verify_tells_a_shard_that_is_gone(dvit: Dvit, store: Path) -> None:
+def test_verify_reports_a_missing_shard(dvit: Dvit, store: Path) -> None:
     (store / layout.shard_key(0)).unlink()
     done = dvit("store", "verify", store)
     assert done.code == 1
@@ -453,7 +451,7 @@ def test_verify_tells_a_shard_that_is_gone(dvit: Dvit, store: Path) -> None:
         assert f"damaged: {name}: " in done.err
 
 
-def test_verify_of_an_unfinished_store_finds_nothing(
+def test_verify_finds_no_problems_in_an_unfinished_store(
     fit: Fit, dvit: Dvit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as during:
@@ -467,7 +465,7 @@ def test_verify_of_an_unfinished_store_finds_nothing(
 # --- store export ---
 
 
-def test_export_writes_a_file_a_photo(dvit: Dvit, finished: Path, tmp_path: Path) -> None:
+def test_export_writes_one_file_per_photo(dvit: Dvit, finished: Path, tmp_path: Path) -> None:
     store = FeatureStore.open(finished)
     done = dvit("store", "export", finished, "-o", tmp_path / "npy")
     assert (done.code, done.out) == (0, "")
@@ -488,17 +486,17 @@ def test_export_of_a_damaged_store_names_the_photo(dvit: Dvit, store: Path, tmp_
     assert not (tmp_path / "out" / "04.png.npy").exists()
 
 
-def test_export_to_a_place_that_is_a_file_is_refused(dvit: Dvit, finished: Path, tmp_path: Path) -> None:
+def test_export_to_an_existing_file_is_rejected(dvit: Dvit, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     refused(dvit("store", "export", finished, "-o", tmp_path / "taken"), tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-# --- store: what is none ---
+# --- store: not a store ---
 
 
 @pytest.mark.parametrize("verb", ["info", "verify", "export"])
-def test_a_folder_that_is_no_store_is_refused(dvit: Dvit, photos: Path, tmp_path: Path, verb: str) -> None:
+def test_path_without_a_store_is_rejected(dvit: Dvit, photos: Path, tmp_path: Path, verb: str) -> None:
     more = ["-o", tmp_path / "out"] if verb == "export" else []
     refused(dvit("store", verb, photos, *more), f"{photos}: not a feature store", "dvit fit DATA -o STORE")
     refused(dvit("store", verb, tmp_path / "missing", *more), "no feature store found")

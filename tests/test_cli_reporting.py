@@ -16,7 +16,7 @@ class Clock:
         return self.now
 
 
-def test_a_log_file_gets_a_line_a_minute_at_most(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_file_gets_at_most_one_line_per_minute(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with progress_bar("photos", get_time=clock) as progress:
         task = progress.add_task("cat\\[1].jpg", total=1000)
@@ -33,7 +33,7 @@ def test_a_log_file_gets_a_line_a_minute_at_most(capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_lines_of_an_unknown_total_and_of_fields(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_without_a_total_and_with_fields(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     progress = progress_bar("steps, loss {task.fields[loss]}", get_time=clock)
     assert isinstance(progress, LogProgress)
@@ -43,7 +43,7 @@ def test_lines_of_an_unknown_total_and_of_fields(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "7 steps, loss 0.250\n"
 
 
-def test_what_the_items_are_of_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_line_starts_with_the_prefix_of_the_items(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     progress = progress_bar("raw: images", get_time=clock)
     task = progress.add_task("", total=300)

@@ -1,4 +1,4 @@
-"""`dvit show` as people meet it: sheets, what is skipped, what is refused."""
+"""`dvit show` from the command line: sheets, skipped photos and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, weights: Path, tmp_path: Path) -> Show:
-    """Runs `dvit show ...` with the tiny model, small, in an empty folder."""
+    """Runs `dvit show ...` with the tiny model and small images in an empty folder."""
     monkeypatch.chdir(tmp_path)
     dvit: Dvit = in_process(capsys, monkeypatch)
     model = ("--backbone", tiny.MODEL, "--weights", weights, "--size", 64, "--views", 6, "--device", "cpu")
@@ -63,7 +63,7 @@ def test_tiles_of_a_large_photo_and_wrong_tiles(show: Show, tmp_path: Path) -> N
     assert alone.code == 2 and "also give the side of a tile" in alone.words
 
 
-def test_a_sheet_of_each_in_a_folder_under_names_of_their_own(show: Show, photos: Path, tmp_path: Path) -> None:
+def test_one_sheet_per_photo_with_unique_names(show: Show, photos: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()
     (again / "a.png").write_bytes((photos / "b.png").read_bytes())
@@ -72,7 +72,7 @@ def test_a_sheet_of_each_in_a_folder_under_names_of_their_own(show: Show, photos
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"a.svg", "b.svg", "a-2.svg"}
 
 
-def test_colours_of_one_run_serve_another(show: Show, photos: Path, tmp_path: Path) -> None:
+def test_saved_palette_gives_the_same_colours(show: Show, photos: Path, tmp_path: Path) -> None:
     shown = ("--features", "raw", "--maps", "pca,kmeans,norm,foreground-pca")
     assert show(photos, "-o", "both", *shown, "--colours", "together", "--save-palette", "p.safetensors").code == 0
     assert read_palette(tmp_path / "p.safetensors").backbone is not None
@@ -83,17 +83,17 @@ def test_colours_of_one_run_serve_another(show: Show, photos: Path, tmp_path: Pa
         Image.open(tmp_path / "one" / "b.png") as one,
         Image.open(tmp_path / "own" / "b.png") as own,
     ):
-        maps = (0, 0, one.width, one.height - 60)  # without the caption, which says where colours are from
+        maps = (0, 0, one.width, one.height - 60)  # without the caption, which names the source of the colours
         assert one.crop(maps).tobytes() == both.crop(maps).tobytes() != own.crop(maps).tobytes()
 
 
-def test_a_denoiser_that_is_given_is_shown(show: Show, photos: Path, weights: Path, tmp_path: Path) -> None:
+def test_given_denoiser_is_shown(show: Show, photos: Path, weights: Path, tmp_path: Path) -> None:
     write_denoiser(tiny.denoiser(tiny.backbone(weights=str(weights))), tmp_path / "d.safetensors")
     done = show(photos / "a.png", "-o", "a.png", "--denoiser", "d.safetensors", "--dtype", "float32")
     assert done.code == 0 and "features raw, denoiser" in done.words
 
 
-def test_a_bad_photo_is_skipped_and_said(show: Show, photos: Path, tmp_path: Path) -> None:
+def test_bad_photos_are_skipped_and_reported(show: Show, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_text("no photo")
     done = show("bad.jpg", photos, "missing.png", "-o", "s.pdf", "--features", "raw", "--maps", "norm")
     assert done.code == 1
@@ -102,7 +102,7 @@ def test_a_bad_photo_is_skipped_and_said(show: Show, photos: Path, tmp_path: Pat
     assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_where_nothing_could_be_shown_nothing_is_written(show: Show, tmp_path: Path) -> None:
+def test_no_sheet_is_written_without_usable_photos(show: Show, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_text("no photo")
     done = show("bad.jpg", "-o", "s.png", "--features", "raw")
     assert done.code == 1 and "0 of 1 photos shown, 1 skipped" in done.words
@@ -124,7 +124,7 @@ def test_where_nothing_could_be_shown_nothing_is_written(show: Show, tmp_path: P
         (("--features", "exact", "--views", "2"), "views"),
     ],
 )
-def test_what_is_wrong_is_said_before_any_work(
+def test_wrong_arguments_exit_2_and_write_nothing(
     arguments: tuple[str, ...], message: str, show: Show, photos: Path, tmp_path: Path
 ) -> None:
     done = show(photos, "-o", "s.png", *arguments)
@@ -137,14 +137,14 @@ def test_no_input_is_refused(show: Show) -> None:
     assert done.code == 2 and "no input" in done.words
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(show: Show, photos: Path, tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(show: Show, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = show(photos, "-o", "file/s.png")
     assert done.code == 2 and "cannot write to file (Not a directory)" in done.words
 
 
 def test_an_error_while_drawing_ends_the_command(show: Show, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It must not be taken for a name that belongs to somebody else, after which the next name would be tried."""
+    """The error must not be mistaken for a name in use, after which the next name would be tried."""
 
     def fail(*_: object, **_more: object) -> None:
         raise OutputError("the disk is full")

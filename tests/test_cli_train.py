@@ -1,4 +1,4 @@
-"""`dvit train` as people meet it: exit codes, messages, what is left behind."""
+"""`dvit train` on the command line: exit codes, messages and files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def train(dvit: Dvit, weights: Path) -> Train:
 FITTING = ("--on-the-fly", "--exact.size", tiny_fit.SIZE, "--exact.views", tiny_fit.VIEWS)
 
 
-def test_a_store_becomes_a_denoiser(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+def test_train_from_a_store(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "new" / "run"
     done = train(store, "--photos", photos, "-o", run)
     assert done.code == 0, done.err
@@ -97,7 +97,7 @@ def test_stop_and_resume(train: Train, store: Path, photos: Path, tmp_path: Path
     assert "4 of 4 steps done," in done.err
 
 
-def test_ctrl_c_is_130_and_says_how_to_go_on(
+def test_ctrl_c_exits_130_and_explains_how_to_resume(
     train: Train, store: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: Training, *_: object) -> None:
@@ -117,7 +117,7 @@ def test_photos_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> None:
     assert "4 images to train on, 2 held out" in done.err
 
 
-def test_a_photo_that_cannot_be_used_is_told_and_gives_1(train: Train, photos: Path, tmp_path: Path) -> None:
+def test_unusable_photo_is_reported_and_exits_1(train: Train, photos: Path, tmp_path: Path) -> None:
     spoilt = shutil.copytree(photos, tmp_path / "photos")
     (spoilt / "03.png").write_text("words")
     done = train(spoilt, "-o", tmp_path / "run", *FITTING)
@@ -139,7 +139,7 @@ class Second:
         return getattr(self._first, name)
 
 
-def test_the_first_process_alone_tells_of_photos_that_cannot_be_used(
+def test_only_the_first_process_reports_unusable_photos(
     train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoilt = shutil.copytree(photos, tmp_path / "photos")
@@ -158,7 +158,7 @@ def test_the_first_process_alone_tells_of_photos_that_cannot_be_used(
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
-def test_what_lies_beside_the_photos_of_a_store_is_no_failure(
+def test_other_files_next_to_the_photos_of_a_store_are_ignored(
     train: Train, store: Path, photos: Path, tmp_path: Path
 ) -> None:
     more = shutil.copytree(photos, tmp_path / "photos")
@@ -171,7 +171,7 @@ def test_what_lies_beside_the_photos_of_a_store_is_no_failure(
     assert "skipped" not in done.err
 
 
-def test_lines_of_a_list_that_are_no_photos_are_told(train: Train, photos: Path, tmp_path: Path) -> None:
+def test_missing_photo_of_a_list_is_reported_and_exits_1(train: Train, photos: Path, tmp_path: Path) -> None:
     listed = [str(photos / f"{number:02}.png") for number in range(PHOTOS)]
     (tmp_path / "list.txt").write_text("\n".join([*listed, str(photos / "gone.png")]) + "\n")
     done = train(tmp_path / "list.txt", "-o", tmp_path / "run", *FITTING)
@@ -190,25 +190,25 @@ def test_a_store_needs_its_photos(train: Train, store: Path, tmp_path: Path) -> 
     assert "is a store of fields; also give its photos with --photos" in done.err
 
 
-def test_a_store_is_not_fitted_again(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+def test_on_the_fly_is_rejected_for_a_store(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
     done = train(store, "--photos", photos, "-o", tmp_path / "run", "--on-the-fly")
     assert done.code == 2
     assert "is a store and already contains the fields; omit --on-the-fly" in done.err
 
 
-def test_photos_alone_have_no_targets(train: Train, photos: Path, tmp_path: Path) -> None:
+def test_photos_without_on_the_fly_are_rejected(train: Train, photos: Path, tmp_path: Path) -> None:
     done = train(photos, "-o", tmp_path / "run")
     assert done.code == 2
     assert f"first run dvit fit {photos} -o STORE, or give --on-the-fly" in done.err
 
 
-def test_photos_twice(train: Train, photos: Path, tmp_path: Path) -> None:
+def test_photos_given_twice_are_rejected(train: Train, photos: Path, tmp_path: Path) -> None:
     done = train(photos, "--photos", photos, "-o", tmp_path / "run", *FITTING)
     assert done.code == 2
     assert "with --on-the-fly, give the photos as the data" in done.err
 
 
-def test_fresh_views_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> None:
+def test_fresh_views_on_the_fly_are_rejected(train: Train, photos: Path, tmp_path: Path) -> None:
     done = train(photos, "-o", tmp_path / "run", *FITTING, "--pairs.keep", 0)
     assert done.code == 2
     assert "need the fields of a store: run dvit fit first" in done.err
@@ -229,7 +229,7 @@ def test_fresh_views_on_the_fly(train: Train, photos: Path, tmp_path: Path) -> N
         ),
     ],
 )
-def test_what_does_not_fit_is_2_and_leaves_nothing(
+def test_wrong_options_exit_2_with_a_reason_and_create_no_folder(
     train: Train, store: Path, photos: Path, tmp_path: Path, more: tuple[object, ...], says: str
 ) -> None:
     done = train(store, "--photos", photos, "-o", tmp_path / "run", *more)
@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_2_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_photos_that_are_gone_are_2(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
+def test_missing_photo_of_a_store_exits_2(train: Train, store: Path, photos: Path, tmp_path: Path) -> None:
     fewer = shutil.copytree(photos, tmp_path / "photos")
     (fewer / "02.png").unlink()
     done = train(store, "--photos", fewer, "-o", tmp_path / "run")
@@ -247,7 +247,7 @@ def test_photos_that_are_gone_are_2(train: Train, store: Path, photos: Path, tmp
 
 
 @pytest.mark.parametrize("more", [("--pairs.keep", 2), ("--pairs.keep", 0, *FITTING)])
-def test_options_in_messages_are_those_that_there_are(
+def test_messages_use_the_actual_option_names(
     train: Train, photos: Path, store: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:
     data = (photos,) if FITTING[0] in more else (store, "--photos", photos)

@@ -1,4 +1,4 @@
-"""`dvit video` as people meet it: exit codes, messages, what is left behind."""
+"""`dvit video`: exit codes, messages, written files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def frames(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def video(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: Path) -> Dvit:
-    """Runs `dvit video INPUT ... -o OUT ...` with a tiny model; later options win."""
+    """Runs `dvit video INPUT ... -o OUT ...` with a tiny model; later options override earlier ones."""
     dvit = in_process(capsys, monkeypatch)
     model = ("--backbone", tiny_export.MODEL, "--weights", weights, "--device", "cpu", "--dtype", "float32")
     small = ("--features", "raw", "--size", 80, "--panel-size", 80, "--part-frames", 2)
@@ -41,7 +41,9 @@ def video(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     return call
 
 
-def test_clips_side_by_side_and_a_bad_one(video: Dvit, frames: Path, tmp_path: Path, weights: Path) -> None:
+def test_bad_clip_is_skipped_and_the_others_are_rendered(
+    video: Dvit, frames: Path, tmp_path: Path, weights: Path
+) -> None:
     backbone = tiny_export.backbone(weights=str(weights))
     write_denoiser(tiny_export.denoiser(backbone), tmp_path / "denoiser.safetensors")
     film = tiny.film(tmp_path / "film.mp4", [tiny.picture(number) for number in range(3)])
@@ -60,18 +62,20 @@ def test_clips_side_by_side_and_a_bad_one(video: Dvit, frames: Path, tmp_path: P
     assert [row["status"] for row in again.rows] == ["kept", "kept"]
 
 
-def test_two_clips_of_one_name(video: Dvit, frames: Path, tmp_path: Path) -> None:
+def test_clips_with_the_same_name_get_different_outputs(video: Dvit, frames: Path, tmp_path: Path) -> None:
     other = tiny.folder(tmp_path / "else" / "clip", [tiny.picture(9)] * 2)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "clip.mp4").write_bytes(b"mine")
-    for _ in range(2):  # the same names are found again
+    for _ in range(2):  # a repeated run uses the same names
         done = video(frames, other, "--json")
         assert done.code == 0, done.err
         assert [Path(row["output"]).name for row in done.rows] == ["clip-2.mp4", "clip-3.mp4"]
     assert (tmp_path / "out" / "clip.mp4").read_bytes() == b"mine"
 
 
-def test_ctrl_c_and_going_on(video: Dvit, frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_130_and_the_same_command_resumes(
+    video: Dvit, frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = rendering._Run._drawn
 
     def interrupted(self: rendering._Run, item: rendering.Frame, *rest: object) -> np.ndarray:
@@ -94,7 +98,7 @@ def test_ctrl_c_and_going_on(video: Dvit, frames: Path, tmp_path: Path, monkeypa
     assert len(tiny.decoded(tmp_path / "out" / "clip.mp4")) == 5
 
 
-def test_what_was_made_with_other_settings_is_told(video: Dvit, frames: Path) -> None:
+def test_result_of_other_settings_is_kept_with_a_note(video: Dvit, frames: Path) -> None:
     assert video(frames).code == 0
     kept = video(frames, "--every", 2)
     assert kept.code == 0
@@ -102,7 +106,7 @@ def test_what_was_made_with_other_settings_is_told(video: Dvit, frames: Path) ->
     assert "kept" not in video(frames, "--every", 2, "--overwrite").out
 
 
-def test_stride_and_size(video: Dvit, frames: Path) -> None:
+def test_stride_size_and_max_frames_are_applied(video: Dvit, frames: Path) -> None:
     done = video(frames, "--stride", 8, "--size", 48, "--side", "short", "--max-frames", 1, "--json")
     assert done.code == 0, done.err
     assert done.rows[0]["frames"] == 1
@@ -120,13 +124,13 @@ def test_stride_and_size(video: Dvit, frames: Path) -> None:
     ],
     ids=str,
 )
-def test_wrong_usage(video: Dvit, frames: Path, options: tuple[str, ...], told: str) -> None:
+def test_wrong_usage_exits_2_with_a_message(video: Dvit, frames: Path, options: tuple[str, ...], told: str) -> None:
     failed = video(frames, *options)
     assert failed.code == 2
     assert told in failed.words
 
 
-def test_no_input_and_a_folder_that_cannot_be_written_to(video: Dvit, frames: Path, tmp_path: Path) -> None:
+def test_missing_input_and_unwritable_output_exit_2(video: Dvit, frames: Path, tmp_path: Path) -> None:
     assert video().code == 2
     (tmp_path / "out").write_text("a file")
     failed = video(frames)
@@ -135,7 +139,7 @@ def test_no_input_and_a_folder_that_cannot_be_written_to(video: Dvit, frames: Pa
     assert "choose another with -o" in failed.err
 
 
-def test_help_tells_panels_and_sizes(video: Dvit) -> None:
+def test_help_lists_panels_and_sizes(video: Dvit) -> None:
     shown = video("--help")
     assert shown.code == 0
     for word in ("dataset-pca", "about 518", "exact (stage 1", "--stride", "foreground-pca"):

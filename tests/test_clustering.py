@@ -1,4 +1,4 @@
-"""Clusters of patches given classes: by hand, by trying every assignment, by another k-means, and as results."""
+"""Clusters of patches matched to classes: by hand, against all assignments, against k-means, and as results."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_classes_of_clusters_by_hand() -> None:
     assert found.truth.tolist() == [[7, 6, 3], [4, 1, 1]]
     assert found.predicted.tolist() == [[10, 6, 0], [4, 2, 0]]
     assert scores(found).miou == pytest.approx(100 * (10 / 15 + 6 / 9 + 0) / 3)
-    # One a class: cluster 0 stays class 0 (6 of 12), cluster 2 class 1 (6 of 9), and cluster 1 takes class 2 (3 of 8).
+    # One per class: cluster 0 keeps class 0 (6 of 12), cluster 2 class 1 (6 of 9), and cluster 1 gets class 2 (3 of 8).
     hungarian = matched(tables, "hungarian")
     assert hungarian.hits.tolist() == [[4, 5, 2], [2, 1, 1]]
     assert scores(hungarian).miou == pytest.approx(100 * (6 / 12 + 6 / 9 + 3 / 8) / 3)
 
 
-def test_one_cluster_a_class_is_the_best_of_all_assignments() -> None:
+def test_hungarian_matching_is_the_best_of_all_assignments() -> None:
     tables = np.random.default_rng(0).integers(0, 50, (3, 5, 5)).astype(np.int32)
     total = tables.sum(0)
     best = max(
@@ -56,14 +56,14 @@ def test_one_cluster_a_class_is_the_best_of_all_assignments() -> None:
         matched(tables[:, :4], "hungarian")
 
 
-def test_colours_that_tell_the_class_are_its_clusters(data: LabelledData) -> None:
+def test_classes_with_distinct_colours_are_clustered_perfectly(data: LabelledData) -> None:
     tables = clustered(source_of(colours), data, OPTIONS, 3, 0)
     assert scores(matched(tables, "majority")).miou == scores(matched(tables, "hungarian")).miou == 100
     assert tables.sum((1, 2)).tolist() == [48 * 48] * 6
 
 
-def test_counts_are_those_of_a_straightforward_k_means(data: LabelledData) -> None:
-    """Lloyd's iterations from the fitted clusters' means change nothing, and their pixels are the counted ones."""
+def test_counts_match_plain_k_means(data: LabelledData) -> None:
+    """Lloyd's iterations from the fitted clusters' means change nothing, and the counts are those of their pixels."""
     tables = clustered(source_of(speckled), data, OPTIONS, 4, 1)
     masks = [image.labels().numpy() for image in data.val.images]
     images = torch.stack([torch.from_numpy(image.pixels()).permute(2, 0, 1) for image in data.val.images]) / 255
@@ -86,7 +86,7 @@ def test_counts_are_those_of_a_straightforward_k_means(data: LabelledData) -> No
     assert tables.tolist() == expected
 
 
-def test_more_clusters_than_classes_tell_more(data: LabelledData) -> None:
+def test_more_clusters_have_a_higher_majority_miou(data: LabelledData) -> None:
     few, many = (scores(matched(clustered(source_of(speckled), data, OPTIONS, k, 0), "majority")).miou for k in (3, 60))
     assert many > few + 5
 
@@ -132,5 +132,5 @@ def test_lines_of_each_number_of_clusters_have_paired_intervals(
         paired = clean["paired"]
         assert paired["difference"] == pytest.approx(clean["metrics"]["mIoU"] - raw["metrics"]["mIoU"])
         assert paired["low"] < paired["difference"] < paired["high"]
-    assert len(runs) == len(set(runs)) == 8  # both matchings read the same clusters
+    assert len(runs) == len(set(runs)) == 8  # both matchings use the same clusters
     assert all(kept for _, kept in clustering(bench, ["raw", "clean"], options))

@@ -1,4 +1,4 @@
-"""Comparisons from end to end: lines of results that grow and are never lost, and work that is never done twice."""
+"""Comparisons end to end: result lines are appended and never lost, and no work is repeated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledData:
 
 
 class Judge:
-    """Counts that are made up of the source's name, its identity and the seed; tells what it was asked for."""
+    """Counts that depend on the source's name, its identity and the seed only; records its calls."""
 
     def __init__(self, images: int = 4) -> None:
         self.images = images
@@ -94,12 +94,10 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-# --- what a line tells ---
+# --- content of a line ---
 
 
-def test_each_source_is_a_line_and_the_later_ones_are_held_against_the_first(
-    tmp_path: Path, data: LabelledData
-) -> None:
+def test_each_source_is_a_line_and_is_compared_with_the_first(tmp_path: Path, data: LabelledData) -> None:
     judge = Judge()
     told = list(comparison(tmp_path, data, judge).compare(named("a", "b", "c")))
     lines = lines_of(tmp_path)
@@ -135,10 +133,10 @@ def test_a_line_holds_means_over_seeds_and_each_seed(tmp_path: Path, data: Label
     assert line["failed"] is None and line["run"] == {"command": "dvit evaluate"}
 
 
-# --- nothing is done twice ---
+# --- no repeated work ---
 
 
-def test_the_same_again_keeps_everything(tmp_path: Path, data: LabelledData) -> None:
+def test_repeated_comparison_keeps_all_results(tmp_path: Path, data: LabelledData) -> None:
     first = list(comparison(tmp_path, data, Judge()).compare(named("a", "b")))
     before = (tmp_path / "results.jsonl").read_bytes()
     judge = Judge()
@@ -148,7 +146,7 @@ def test_the_same_again_keeps_everything(tmp_path: Path, data: LabelledData) -> 
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-def test_more_seeds_do_only_those(tmp_path: Path, data: LabelledData) -> None:
+def test_added_seeds_compute_only_those(tmp_path: Path, data: LabelledData) -> None:
     list(comparison(tmp_path, data, Judge(), (0, 1)).compare(named("a", "b")))
     before = (tmp_path / "results.jsonl").read_bytes()
     judge = Judge()
@@ -160,7 +158,7 @@ def test_more_seeds_do_only_those(tmp_path: Path, data: LabelledData) -> None:
     assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
 
 
-def test_fewer_seeds_do_nothing_and_are_a_line_of_their_own(tmp_path: Path, data: LabelledData) -> None:
+def test_fewer_seeds_add_a_line_without_computation(tmp_path: Path, data: LabelledData) -> None:
     list(comparison(tmp_path, data, Judge(), (0, 1)).compare(named("a")))
     judge = Judge()
     ((line, kept),) = comparison(tmp_path, data, judge, (1,)).compare(named("a"))
@@ -168,7 +166,7 @@ def test_fewer_seeds_do_nothing_and_are_a_line_of_their_own(tmp_path: Path, data
     assert line["metrics"]["mIoU"] == pytest.approx(scores(judge.counts("a", 1)).miou)
 
 
-def test_another_identity_is_another_result(tmp_path: Path, data: LabelledData) -> None:
+def test_other_identity_gives_another_result(tmp_path: Path, data: LabelledData) -> None:
     list(comparison(tmp_path, data, Judge()).compare(named("a", salt=1)))
     judge = Judge()
     ((line, kept),) = comparison(tmp_path, data, judge).compare(named("a", salt=2))
@@ -177,7 +175,7 @@ def test_another_identity_is_another_result(tmp_path: Path, data: LabelledData) 
     assert line["metrics"]["mIoU"] != lines_of(tmp_path)[0]["metrics"]["mIoU"]
 
 
-def test_a_source_against_another_one_is_told_anew_without_work(tmp_path: Path, data: LabelledData) -> None:
+def test_other_reference_adds_lines_without_computation(tmp_path: Path, data: LabelledData) -> None:
     list(comparison(tmp_path, data, Judge()).compare(named("a", "b")))
     judge = Judge()
     told = list(comparison(tmp_path, data, judge).compare(named("b", "a")))
@@ -186,10 +184,8 @@ def test_a_source_against_another_one_is_told_anew_without_work(tmp_path: Path, 
     assert len(lines_of(tmp_path)) == 4
 
 
-def test_a_reference_of_the_same_name_and_other_features_is_another_reference(
-    tmp_path: Path, data: LabelledData
-) -> None:
-    """As `subtract,raw` with another artifact: raw's own result stays, what it is held against does not."""
+def test_reference_is_identified_by_its_features_not_its_name(tmp_path: Path, data: LabelledData) -> None:
+    """As in `subtract,raw` with another artifact: raw's own result stays the same, its reference does not."""
 
     def against(salt: int) -> dict[str, Any]:
         sources = {**named("reference", salt=salt), **named("b")}
@@ -202,9 +198,7 @@ def test_a_reference_of_the_same_name_and_other_features_is_another_reference(
     assert second["paired"]["difference"] == pytest.approx(second["metrics"]["mIoU"] - theirs)
 
 
-def test_counts_that_are_lost_are_made_again_where_another_is_held_against_them(
-    tmp_path: Path, data: LabelledData
-) -> None:
+def test_lost_counts_of_the_reference_are_computed_again(tmp_path: Path, data: LabelledData) -> None:
     first = list(comparison(tmp_path, data, Judge()).compare(named("a")))
     damaged, whole = sorted((tmp_path / "counts").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:50])
@@ -216,7 +210,7 @@ def test_counts_that_are_lost_are_made_again_where_another_is_held_against_them(
     assert lines[1][0]["paired"]["against"] == "a"
 
 
-# --- what fails, and what is interrupted ---
+# --- failures and interruptions ---
 
 
 class Failing(Judge):
@@ -226,7 +220,7 @@ class Failing(Judge):
         yield from super().__call__(source, seeds)
 
 
-def test_what_fails_is_recorded_and_the_others_are_judged(tmp_path: Path, data: LabelledData) -> None:
+def test_failure_is_recorded_and_the_others_are_evaluated(tmp_path: Path, data: LabelledData) -> None:
     told = list(comparison(tmp_path, data, Failing()).compare(named("a", "bad", "c")))
     assert [line["failed"] for line, _ in told] == [None, "the bad one is bad", None]
     assert [line["features"] for line in lines_of(tmp_path)] == ["a", "bad", "c"]
@@ -234,7 +228,7 @@ def test_what_fails_is_recorded_and_the_others_are_judged(tmp_path: Path, data: 
     assert told[2][0]["paired"]["against"] == "a"
 
 
-def test_a_source_that_cannot_be_made_is_recorded(tmp_path: Path, data: LabelledData) -> None:
+def test_source_that_cannot_be_created_is_recorded_as_failed(tmp_path: Path, data: LabelledData) -> None:
     def broken() -> FeatureSource:
         raise EvaluationError("cannot be made")
 
@@ -242,7 +236,7 @@ def test_a_source_that_cannot_be_made_is_recorded(tmp_path: Path, data: Labelled
     assert [line["failed"] for line, _ in told] == [None, "cannot be made", None]
 
 
-def test_what_failed_is_tried_again_and_nothing_else(tmp_path: Path, data: LabelledData) -> None:
+def test_only_failed_sources_are_retried(tmp_path: Path, data: LabelledData) -> None:
     list(comparison(tmp_path, data, Failing()).compare(named("a", "bad", "c")))
     before = (tmp_path / "results.jsonl").read_bytes()
     judge = Judge()
@@ -254,7 +248,7 @@ def test_what_failed_is_tried_again_and_nothing_else(tmp_path: Path, data: Label
     assert after.startswith(before) and after.count(b"\n") == 4
 
 
-def test_without_the_first_there_is_nothing_to_be_held_against(tmp_path: Path, data: LabelledData) -> None:
+def test_no_paired_differences_if_the_first_source_fails(tmp_path: Path, data: LabelledData) -> None:
     told = list(comparison(tmp_path, data, Failing()).compare(named("bad", "b", "c")))
     assert [line["paired"] for line, _ in told] == [None, None, None]
     judge = Judge()
@@ -263,7 +257,7 @@ def test_without_the_first_there_is_nothing_to_be_held_against(tmp_path: Path, d
     assert [(line["paired"] or {}).get("against") for line, _ in told] == [None, "bad", "bad"]
 
 
-def test_an_interruption_between_seeds_loses_only_the_seed(tmp_path: Path, data: LabelledData) -> None:
+def test_interruption_between_seeds_loses_only_one_seed(tmp_path: Path, data: LabelledData) -> None:
     class Stopped(Judge):
         def __call__(self, source: FeatureSource, seeds: tuple[int, ...]) -> Iterator[tuple[int, Counts, Curve]]:
             for found in super().__call__(source, seeds):
@@ -285,14 +279,14 @@ def test_an_interruption_between_seeds_loses_only_the_seed(tmp_path: Path, data:
     assert [line["paired"] for line, _ in told] == [line["paired"] for line in straight]
 
 
-# --- the file of results ---
+# --- the results file ---
 
 
 def a_record(features: str = "raw", **changes: Any) -> Record:
     return replace(Record("knn", features, {"k": 5}, {"mIoU": 12.5}), **changes)
 
 
-def test_a_truncated_last_line_is_survived_by_every_later_run(tmp_path: Path) -> None:
+def test_truncated_last_line_does_not_break_later_runs(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     for name in ("a", "b"):
         Results(path).add(a_record(name))
@@ -308,7 +302,7 @@ def test_a_truncated_last_line_is_survived_by_every_later_run(tmp_path: Path) ->
     assert third.find(a_record("a")) is not None and third.find(a_record("b")) is not None
 
 
-def test_a_line_that_only_lacks_its_end_counts(tmp_path: Path) -> None:
+def test_last_line_without_newline_counts(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     Results(path).add(a_record("a"))
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
@@ -329,7 +323,7 @@ def test_a_line_that_only_lacks_its_end_counts(tmp_path: Path) -> None:
         '{\n  "task": "knn"\n}\n',
     ],
 )
-def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
+def test_file_with_other_content_is_rejected_and_unchanged(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes"
     path.write_text(text)
     with pytest.raises(EvaluationError, match=r"notes, line 1: not a result of `dvit evaluate`.*another file with -o"):
@@ -337,7 +331,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path, text
     assert path.read_text() == text
 
 
-def test_a_file_that_is_no_text_is_refused_as_such(tmp_path: Path) -> None:
+def test_binary_file_is_rejected_and_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(b"\xff\xd8\xff\xe0" * 20)
     with pytest.raises(EvaluationError, match=r"photo\.jpg.*another file with -o"):
@@ -345,12 +339,12 @@ def test_a_file_that_is_no_text_is_refused_as_such(tmp_path: Path) -> None:
     assert path.read_bytes() == b"\xff\xd8\xff\xe0" * 20
 
 
-def test_a_folder_is_no_file_of_results(tmp_path: Path) -> None:
+def test_folder_as_results_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"cannot write results to .*another file with -o"):
         Results(tmp_path)
 
 
-def test_results_are_found_again_by_all_that_decides_them(tmp_path: Path) -> None:
+def test_results_are_found_by_everything_that_affects_them(tmp_path: Path) -> None:
     Results(tmp_path / "deep" / "results.jsonl").add(a_record(seconds=3.0))
     results = Results(tmp_path / "deep" / "results.jsonl")
     found = results.find(a_record(run={"command": "another"}))
@@ -364,7 +358,7 @@ def test_results_are_found_again_by_all_that_decides_them(tmp_path: Path) -> Non
     assert [results.find(other) for other in others] == [None] * 4
 
 
-def test_of_two_lines_of_the_same_the_later_counts_and_failures_do_not(tmp_path: Path) -> None:
+def test_last_duplicate_line_counts_and_failures_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     results = Results(path)
     results.add(a_record(failed="once"))
@@ -377,7 +371,7 @@ def test_of_two_lines_of_the_same_the_later_counts_and_failures_do_not(tmp_path:
         assert found is not None and found["metrics"] == {"mIoU": 2.0}
 
 
-def test_the_record_of_a_run_names_command_hardware_and_software() -> None:
+def test_run_info_has_command_hardware_and_software() -> None:
     info = run_info(["evaluate", "knn", "my data"])
     assert info["command"] == "dvit evaluate knn 'my data'"
     assert "CPU cores" in info["hardware"] and set(info["software"]) == {"denoising-vit", "torch", "python"}
@@ -387,7 +381,7 @@ def test_the_record_of_a_run_names_command_hardware_and_software() -> None:
 
 
 class Counted:
-    """An extractor that counts the images it sees."""
+    """An extractor that counts the images it processes."""
 
     def __init__(self, model: Callable[[Tensor], Tensor] = colours) -> None:
         self.model, self.images = model, 0
@@ -420,7 +414,7 @@ def summary(told: list[Line]) -> list[tuple[str, float, Any]]:
     return [(line["features"], line["metrics"]["mIoU"], line["paired"]) for line, _ in told]
 
 
-def test_better_features_are_told_from_worse_ones(tmp_path: Path) -> None:
+def test_better_features_score_higher(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", coloured(4, 1), coloured(6, 2))
     raw, clean = list(knn(workbench(tmp_path, data, {"clean": colours}), ["raw", "clean"], FEW))
     assert clean[0]["metrics"]["mIoU"] > raw[0]["metrics"]["mIoU"] + 20
@@ -432,8 +426,8 @@ def test_better_features_are_told_from_worse_ones(tmp_path: Path) -> None:
     assert settings["data"]["layout"] == "folders"
 
 
-def test_lines_are_kept_where_the_counts_are_gone(tmp_path: Path, data: LabelledData) -> None:
-    """They are only there to compare further sources with."""
+def test_lines_are_kept_if_the_counts_are_deleted(tmp_path: Path, data: LabelledData) -> None:
+    """Counts are only needed to compare further sources."""
     passes: list[int] = []
 
     def counting(image: Tensor) -> Tensor:
@@ -450,7 +444,7 @@ def test_lines_are_kept_where_the_counts_are_gone(tmp_path: Path, data: Labelled
     assert not kept and other["paired"]["against"] == "raw" and passes
 
 
-def test_the_same_command_again_sees_no_image(tmp_path: Path, data: LabelledData) -> None:
+def test_repeated_command_processes_no_image(tmp_path: Path, data: LabelledData) -> None:
     extractor = Counted()
     first = list(knn(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], FEW))
     assert extractor.images == 7
@@ -461,7 +455,7 @@ def test_the_same_command_again_sees_no_image(tmp_path: Path, data: LabelledData
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-def test_other_options_judge_the_same_features(tmp_path: Path, data: LabelledData) -> None:
+def test_other_options_reuse_the_cached_features(tmp_path: Path, data: LabelledData) -> None:
     extractor = Counted()
     for number, options in enumerate((FEW, KnnOptions(k=1), KnnOptions(k=5, gallery=30), KnnOptions(k=5, seed=1))):
         ((_, kept),) = knn(workbench(tmp_path, data, {"clean": extractor}), ["clean"], options)
@@ -471,7 +465,7 @@ def test_other_options_judge_the_same_features(tmp_path: Path, data: LabelledDat
     assert extractor.images == 14
 
 
-def test_a_source_that_is_not_finite_fails_and_the_others_are_judged(tmp_path: Path, data: LabelledData) -> None:
+def test_non_finite_source_fails_and_the_others_are_evaluated(tmp_path: Path, data: LabelledData) -> None:
     extractors = {"broken": lambda image: colours(image) * float("nan"), "clean": colours}
     told = list(knn(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], FEW))
     assert [bool(line["failed"]) for line, _ in told] == [False, True, False]
@@ -483,8 +477,8 @@ def test_a_source_that_is_not_finite_fails_and_the_others_are_judged(tmp_path: P
 
 
 @pytest.mark.parametrize("after", [2, 5, 11])
-def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, data: LabelledData, after: int) -> None:
-    """After so many images of the two times seven; batches that were not told in full may be seen again."""
+def test_interrupted_comparison_resumes(tmp_path: Path, data: LabelledData, after: int) -> None:
+    """Interrupted after that many of 2 x 7 images; batches not reported in full may be processed again."""
     steps = []
 
     @contextlib.contextmanager
@@ -511,14 +505,14 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, data: La
 
 
 def test_two_backbones_in_one_folder_are_not_mixed_up(tmp_path: Path, data: LabelledData) -> None:
-    """As with the default results file and two models of one patch size."""
+    """As with the default results file and two models of the same patch size."""
     ((bad, _),) = knn(workbench(tmp_path, data, backbone=tiny_backbone(speckled)), ["raw"], FEW)
     ((good, kept),) = knn(workbench(tmp_path, data, backbone=tiny_backbone(colours)), ["raw"], FEW)
     assert not kept
     assert good["metrics"]["mIoU"] > bad["metrics"]["mIoU"] + 20
 
 
-def test_other_labels_of_the_same_photos_are_another_result(tmp_path: Path, data: LabelledData) -> None:
+def test_other_labels_of_the_same_photos_give_another_result(tmp_path: Path, data: LabelledData) -> None:
     list(knn(workbench(tmp_path, data), ["raw"], FEW))
     swapped = [(pixels, (mask + 1) % 3) for pixels, mask in coloured(3, 0)]
     other = write_labelled(tmp_path / "swapped", swapped, coloured(4, 1))
@@ -526,7 +520,7 @@ def test_other_labels_of_the_same_photos_are_another_result(tmp_path: Path, data
     assert not kept and line["metrics"]["mIoU"] < 40
 
 
-def test_linear_probes_of_more_seeds_reuse_those_that_are_there(tmp_path: Path, data: LabelledData) -> None:
+def test_added_probe_seeds_reuse_existing_probes(tmp_path: Path, data: LabelledData) -> None:
     trained: list[int] = []
 
     @contextlib.contextmanager
@@ -546,17 +540,17 @@ def test_linear_probes_of_more_seeds_reuse_those_that_are_there(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("names", ["raw,rwa", "raw,,exact", "", "raw,raw", "Raw"])
-def test_names_of_sources_that_are_unknown_or_repeated_are_refused(names: str) -> None:
+def test_unknown_or_repeated_source_names_are_rejected(names: str) -> None:
     with pytest.raises(PlanError, match=r"features.*; choose from raw, subtract, exact"):
         parse_names(names, KINDS)
 
 
-def test_names_of_sources_keep_their_order() -> None:
+def test_source_names_keep_their_order() -> None:
     assert parse_names("exact, raw", KINDS) == parse_names(["exact", "raw"], KINDS) == ("exact", "raw")
 
 
-def test_a_source_that_is_not_there_is_refused_in_words(tmp_path: Path, data: LabelledData) -> None:
-    """Not a KeyError: either refused at once or recorded as failed."""
+def test_unknown_source_is_rejected_or_recorded_by_name(tmp_path: Path, data: LabelledData) -> None:
+    """Not a KeyError: either rejected at once or recorded as failed."""
     try:
         told = list(knn(workbench(tmp_path, data, {"clean": colours}), ["raw", "cleen"], FEW))
     except EvaluationError as error:
@@ -565,7 +559,7 @@ def test_a_source_that_is_not_there_is_refused_in_words(tmp_path: Path, data: La
         assert "cleen" in told[1][0]["failed"]
 
 
-def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path: Path, data: LabelledData) -> None:
+def test_options_out_of_range_are_rejected_before_writing_results(tmp_path: Path, data: LabelledData) -> None:
     with pytest.raises(PlanError, match="k must be at least 1"):
         list(knn(workbench(tmp_path, data), ["raw"], KnnOptions(k=0)))
     assert lines_of(tmp_path) == []
@@ -576,7 +570,7 @@ def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path: P
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, BackboneSpec]:
-    """A vision transformer of random weights, the same each time it is loaded."""
+    """A vision transformer with random weights, the same each time it is loaded."""
     spec = spec_of(write_weights(tmp_path_factory.mktemp("weights") / f"{MODEL}.safetensors"))
     return spec.load(), spec
 
@@ -594,7 +588,7 @@ def exact_bench(
     return replace(workbench(folder, data, backbone=backbone, watch=watch), spec=spec, exact=stage_one)
 
 
-def test_fields_are_fitted_once_and_judged(
+def test_fields_are_fitted_once_and_reused(
     tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
 ) -> None:
     watched: list[str] = []
@@ -616,7 +610,7 @@ def test_fields_are_fitted_once_and_judged(
     assert again == [(line, True) for line, _ in first]
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
-    # The same fields for other options of the task; other options of stage 1 are another result.
+    # Other options of the task use the same fields; other options of stage 1 give another result.
     ((line, kept),) = knn(exact_bench(tmp_path, larger, vit), ["exact"], KnnOptions(k=3))
     assert not kept and line["failed"] is None
     assert len(list((tmp_path / "cache" / "fields").iterdir())) == 2
@@ -625,9 +619,7 @@ def test_fields_are_fitted_once_and_judged(
     assert len(list((tmp_path / "cache" / "fields").iterdir())) == 4
 
 
-def test_fields_are_those_of_stage_one_at_any_crop(
-    tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
-) -> None:
+def test_fields_match_denoise_image(tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]) -> None:
     backbone, spec = vit
     options = DenoiseOptions(views=16, size=64, held_out=0)
     source = fitted_fields("exact", larger, tmp_path, backbone, spec, options)
@@ -642,10 +634,10 @@ def test_fields_are_those_of_stage_one_at_any_crop(
     assert not source.cached
 
 
-def test_neutral_crops_are_fitted_as_images_of_their_own(
+def test_neutral_crops_are_fitted_as_separate_images(
     tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
 ) -> None:
-    """Whole images' fields have seen what the crop does not show: like is compared with like."""
+    """Fields of whole images use content outside the crop, so the comparison would not be like for like."""
     backbone, spec = vit
     neutral = KnnOptions(k=3, crops="neutral", size=64)
     bench = exact_bench(tmp_path, larger, vit)
@@ -663,7 +655,7 @@ def test_neutral_crops_are_fitted_as_images_of_their_own(
     assert float((found - direct.semantic).square().mean() / direct.semantic.var()) < 1e-3
 
 
-def test_an_image_that_could_not_be_fitted_fails_and_is_tried_again(
+def test_image_that_could_not_be_fitted_fails_and_is_retried(
     tmp_path: Path, vit: tuple[Backbone, BackboneSpec]
 ) -> None:
     data = write_labelled(tmp_path / "data", coloured(2, 0, (64, 64)), coloured(2, 1, (64, 64)))
@@ -677,7 +669,7 @@ def test_an_image_that_could_not_be_fitted_fails_and_is_tried_again(
     assert line["failed"] is None and not again
 
 
-def test_stage_one_of_another_method_fails_in_words(
+def test_other_stage_one_method_fails_with_a_message(
     tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
 ) -> None:
     told = list(knn(exact_bench(tmp_path, larger, vit, method="subtract"), ["raw", "exact"], FEW))
@@ -685,7 +677,7 @@ def test_stage_one_of_another_method_fails_in_words(
     assert "exact method for stage 1 of a data set, got 'subtract'" in told[1][0]["failed"]
 
 
-def test_an_interval_of_another_method_is_made_again_from_the_counts(tmp_path: Path, data: LabelledData) -> None:
+def test_interval_of_an_older_method_is_recomputed_from_counts(tmp_path: Path, data: LabelledData) -> None:
     judge = Judge()
     told = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
     path = tmp_path / "results.jsonl"

@@ -1,4 +1,4 @@
-"""Videos in the layout of DAVIS: what is read, what is left out and why, and what is refused."""
+"""Videos in the layout of DAVIS: what is read, what is skipped and why, and what is rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHOTOS = "JPEGImages/480p"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """One sequence of black and white masks and one of numbers, of four frames each."""
+    """One sequence with binary masks and one with numbered masks, of four frames each."""
     return write_davis(tmp_path / "data", {"white": moving(4), "numbers": crossing(4)})
 
 
@@ -35,7 +35,7 @@ def reasons(data: ClipData) -> dict[str, str]:
 # --- what is read ---
 
 
-def test_black_and_white_and_numbers_are_read(root: Path) -> None:
+def test_binary_and_numbered_masks_are_read(root: Path) -> None:
     data = open_clips(root)
     assert (data.name, data.layout, data.absent) == ("data", "davis", ())
     assert [image.id for image in data.val.images[:5]] == [
@@ -55,7 +55,7 @@ def test_black_and_white_and_numbers_are_read(root: Path) -> None:
             assert np.array_equal(one.labels().numpy(), np.where(mask == 255, 1, mask))
 
 
-def test_no_label_is_255_among_numbers(root: Path) -> None:
+def test_255_means_no_label_in_numbered_masks(root: Path) -> None:
     for number in (0, 2):
         path = root / MASKS / "numbers" / f"{number:05}.png"
         mask = np.array(Image.open(path))
@@ -66,8 +66,8 @@ def test_no_label_is_255_among_numbers(root: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])
-def test_masks_of_one_bit_are_black_and_white(root: Path, mode: str) -> None:
-    """Tools that shrink PNG files write them, of some masks of a sequence and not of others."""
+def test_one_bit_and_grayscale_masks_are_binary(root: Path, mode: str) -> None:
+    """Tools that shrink PNG files may convert only some masks of a sequence to one bit."""
     path = root / MASKS / "white" / "00000.png"
     Image.open(path).convert(mode).save(path)
     data = open_clips(root)
@@ -75,8 +75,8 @@ def test_masks_of_one_bit_are_black_and_white(root: Path, mode: str) -> None:
     assert data.clips[1][0].labels().sum() == data.clips[1][1].labels().sum() == 40 * 40
 
 
-def test_stretched_numbers_are_numbers(root: Path) -> None:
-    """Grayscale of four bits is multiplied by 17 when it is decoded."""
+def test_four_bit_grayscale_masks_keep_their_numbers(root: Path) -> None:
+    """Decoding multiplies 4-bit grayscale by 17."""
     before = open_clips(root)
     for number in range(4):
         path = root / MASKS / "numbers" / f"{number:05}.png"
@@ -87,7 +87,7 @@ def test_stretched_numbers_are_numbers(root: Path) -> None:
 
 
 def _save_four_bits(path: Path, mask: np.ndarray) -> None:
-    """Pillow writes no such file."""
+    """Writes a 4-bit grayscale PNG, which Pillow cannot write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -101,7 +101,7 @@ def _save_four_bits(path: Path, mask: np.ndarray) -> None:
     )
 
 
-def test_other_resolutions_are_found_and_480p_comes_first(root: Path, tmp_path: Path) -> None:
+def test_other_resolutions_are_found_and_480p_is_preferred(root: Path, tmp_path: Path) -> None:
     other = write_davis(tmp_path / "other", {"full": moving(2)}, "Full-Resolution")
     assert [frames[0].sequence for frames in open_clips(other).clips] == ["full"]
     write_davis(root, {"full": moving(2)}, "Full-Resolution")
@@ -109,15 +109,15 @@ def test_other_resolutions_are_found_and_480p_comes_first(root: Path, tmp_path: 
     assert len(open_clips(write_davis(tmp_path / "own", {"a": moving(2)}, "240p")).clips) == 1
 
 
-def test_a_folder_with_the_data_in_it_will_do(root: Path, tmp_path: Path) -> None:
+def test_parent_folder_of_the_data_is_accepted(root: Path, tmp_path: Path) -> None:
     (tmp_path / "above").mkdir()
     root.rename(tmp_path / "above" / "DAVIS")
     assert len(open_clips(tmp_path / "above").clips) == 2
     assert len(open_correspondence(tmp_path / "above").val.images) == 8
 
 
-def test_lists_name_the_sequences(root: Path) -> None:
-    """As in DAVIS 2017, each sequence; as in DAVIS 2016, each frame. Without, all, and that is said."""
+def test_image_set_lists_select_the_sequences(root: Path) -> None:
+    """DAVIS 2017 lists sequences, DAVIS 2016 frames. Without a list, all are evaluated, with a note."""
     assert "all are evaluated" in (open_clips(root).note or "")
     frames = "".join(f"/{PHOTOS}/white/{n:05}.jpg /{MASKS}/white/{n:05}.png\n" for n in range(4))
     (root / "ImageSets" / "480p").mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_lists_name_the_sequences(root: Path) -> None:
     assert open_clips(root).name == "DAVIS 2017"
 
 
-def test_frames_are_in_the_order_of_their_numbers(root: Path) -> None:
+def test_frames_are_sorted_by_number(root: Path) -> None:
     for folder in (root / PHOTOS / "white", root / MASKS / "white"):
         for number, name in ((0, "9"), (1, "10"), (2, "100"), (3, "101")):
             (folder / f"{number:05}.png").rename(folder / f"{name}.png")
@@ -141,7 +141,7 @@ def test_frames_are_in_the_order_of_their_numbers(root: Path) -> None:
     assert [Path(one.id).stem for one in frames] == ["9", "10", "100", "101"]
 
 
-def test_fewer_sequences_are_spread_over_all(tmp_path: Path) -> None:
+def test_limited_sequences_are_spread_over_all(tmp_path: Path) -> None:
     root = write_davis(tmp_path, {f"clip{number}": moving(2, number) for number in range(5)})
     steps: list[int] = []
     data = open_clips(root, sequences=2, progress=lambda: steps.append(1))
@@ -150,7 +150,7 @@ def test_fewer_sequences_are_spread_over_all(tmp_path: Path) -> None:
         open_clips(root, sequences=-1)
 
 
-def test_the_digest_is_that_of_frames_and_masks(root: Path, tmp_path: Path) -> None:
+def test_digest_changes_with_the_masks(root: Path, tmp_path: Path) -> None:
     digest = open_clips(root).val.digest
     other = shutil.copytree(root, tmp_path / "copy")
     assert open_clips(other).val.digest == digest
@@ -165,10 +165,10 @@ def test_the_digest_is_that_of_frames_and_masks(root: Path, tmp_path: Path) -> N
         digest = found
 
 
-# --- what is left out ---
+# --- what is skipped ---
 
 
-def test_frames_without_masks_stay_and_are_told_once_a_sequence(root: Path) -> None:
+def test_frames_without_masks_are_kept_and_reported_once_per_sequence(root: Path) -> None:
     for number in (1, 2):
         (root / MASKS / "white" / f"{number:05}.png").unlink()
     data = open_clips(root)
@@ -197,7 +197,7 @@ def _as_jpeg(path: Path) -> None:
     Image.open(path).convert("L").save(path, "JPEG")
 
 
-#: What may be wrong with a mask, and what is said.
+#: Damage to a mask, and the reason that is reported.
 SPOILT = {
     "size": (_spoil_by(lambda mask: mask[:50, :70]), "a photo of 128 x 96 pixels and a mask of 70 x 50"),
     "shades": (
@@ -214,7 +214,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_mask_that_cannot_be_used_is_not_judged_and_its_frame_carried_through(root: Path, kind: str) -> None:
+def test_unusable_mask_is_reported_and_its_frame_is_kept(root: Path, kind: str) -> None:
     spoil, words = SPOILT[kind]
     spoil(root / MASKS / "white" / "00002.png")
     data = open_clips(root)
@@ -225,7 +225,7 @@ def test_a_mask_that_cannot_be_used_is_not_judged_and_its_frame_carried_through(
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_without_a_first_mask_a_sequence_is_left_out(root: Path, kind: str) -> None:
+def test_sequence_with_an_unusable_first_mask_is_skipped(root: Path, kind: str) -> None:
     spoil, words = SPOILT[kind]
     spoil(root / MASKS / "white" / "00000.png")
     data = open_clips(root)
@@ -280,7 +280,7 @@ def _one_frame_that_can_be_read(root: Path) -> None:
         (_one_frame_that_can_be_read, r"a sequence of one frame; .* \(white/00001\.png: the file is empty"),
     ],
 )
-def test_a_sequence_that_cannot_be_used_is_left_out(root: Path, spoil: Callable[[Path], None], words: str) -> None:
+def test_unusable_sequence_is_skipped(root: Path, spoil: Callable[[Path], None], words: str) -> None:
     spoil(root)
     data = open_clips(root)
     assert [frames[0].sequence for frames in data.clips] == ["numbers"]
@@ -291,7 +291,7 @@ def test_a_sequence_that_cannot_be_used_is_left_out(root: Path, spoil: Callable[
     assert re.search(words.removeprefix("^").removesuffix("$"), str(error.value))
 
 
-def test_a_frame_that_cannot_be_used_is_left_out(root: Path) -> None:
+def test_unusable_frame_is_skipped(root: Path) -> None:
     (root / PHOTOS / "white" / "00001.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(root / PHOTOS / "white" / "00002.png")
     data = open_clips(root)
@@ -301,7 +301,7 @@ def test_a_frame_that_cannot_be_used_is_left_out(root: Path) -> None:
     assert told["white/00002.png"] == "expected 128 x 96 pixels as in the sequence's first frame, got 30 x 20"
 
 
-def test_files_that_belong_to_nothing_are_told(root: Path) -> None:
+def test_unmatched_and_duplicate_files_are_reported(root: Path) -> None:
     (root / PHOTOS / "white" / "00003.png").unlink()
     Image.fromarray(moving(1)[0][0]).save(root / PHOTOS / "white" / "00000.jpg")
     (root / PHOTOS / "white" / "notes.txt").write_text("no frame")
@@ -314,7 +314,7 @@ def test_files_that_belong_to_nothing_are_told(root: Path) -> None:
     assert told["white/00000.png"] == "duplicate file name 00000; 00000.jpg is used"
 
 
-def test_an_object_that_is_not_in_the_first_mask_is_left_out(root: Path) -> None:
+def test_object_missing_from_the_first_mask_is_ignored(root: Path) -> None:
     path = root / MASKS / "numbers" / "00000.png"
     mask = np.array(Image.open(path))
     save_mask(path, np.where(mask == 1, 1, 0).astype(np.uint8))
@@ -325,15 +325,15 @@ def test_an_object_that_is_not_in_the_first_mask_is_left_out(root: Path) -> None
         assert set(one.labels().unique().tolist()) == {0, 1}
 
 
-def test_numbers_need_not_be_without_gaps() -> None:
-    """As where an object of the data set is not in the first frame."""
+def test_object_numbers_may_have_gaps() -> None:
+    """For example if an object of the data set is not in the first frame."""
     objects = Objects.first(np.array([[0, 2], [5, 0]]), "mask")
     assert objects == Objects((2, 5), False)
     labels, others = objects.labels(np.array([[5, 3], [255, 2]]), "mask")
     assert labels.tolist() == [[5, 0], [NO_LABEL, 2]] and others == (3,)
 
 
-def test_what_no_mask_may_have() -> None:
+def test_invalid_mask_values_are_rejected() -> None:
     for values in ([0, 51], [-1, 0], [0, 2, 255], [0, 65535]):
         with pytest.raises(EvaluationError, match=f"^mask: {len(values)} values"):
             Objects.first(np.array([values]), "mask")
@@ -344,11 +344,11 @@ def test_what_no_mask_may_have() -> None:
         Objects((1,), False).labels(np.array([[1, 51]]), "mask")
 
 
-# --- what is refused ---
+# --- what is rejected ---
 
 
 @pytest.mark.parametrize("opened", [open_clips, open_correspondence])
-def test_what_is_no_such_folder_is_refused(tmp_path: Path, opened: Callable[[Path], object]) -> None:
+def test_invalid_data_folder_is_rejected(tmp_path: Path, opened: Callable[[Path], object]) -> None:
     with pytest.raises(EvaluationError, match="expected a data set folder, found nothing"):
         opened(tmp_path / "missing")
     (tmp_path / "file").write_text("")
@@ -366,13 +366,13 @@ def test_what_is_no_such_folder_is_refused(tmp_path: Path, opened: Callable[[Pat
         opened(tmp_path / ("x" * 300))
 
 
-def test_pairs_are_no_videos(tmp_path: Path) -> None:
+def test_pairs_are_rejected_as_videos(tmp_path: Path) -> None:
     write_spair(tmp_path, [(0, 1)])
     with pytest.raises(EvaluationError, match="looks like DAVIS, but lacks Annotations; expected DAVIS"):
         open_clips(tmp_path)
 
 
-def test_a_layout_without_one_resolution_is_refused(tmp_path: Path) -> None:
+def test_layout_without_a_unique_resolution_folder_is_rejected(tmp_path: Path) -> None:
     for kind in ("JPEGImages", "Annotations"):
         (tmp_path / kind / "a").mkdir(parents=True)
         (tmp_path / kind / "b").mkdir()
@@ -384,7 +384,7 @@ def test_a_layout_without_one_resolution_is_refused(tmp_path: Path) -> None:
         open_clips(tmp_path)
 
 
-def test_no_sequence_at_all_is_refused(tmp_path: Path) -> None:
+def test_data_without_sequences_is_rejected(tmp_path: Path) -> None:
     for kind in ("JPEGImages", "Annotations"):
         (tmp_path / kind / "480p").mkdir(parents=True)
     with pytest.raises(EvaluationError, match=r"expected sequences of frames with masks, but none of 0 is usable$"):
@@ -402,7 +402,7 @@ def test_no_sequence_at_all_is_refused(tmp_path: Path) -> None:
         open_clips(tmp_path)
 
 
-def test_a_mask_that_is_gone_when_it_is_needed_is_an_error_in_words(root: Path) -> None:
+def test_mask_deleted_after_opening_is_a_clear_error(root: Path) -> None:
     frames = open_clips(root).clips[0]
     (root / MASKS / "numbers" / "00001.png").unlink()
     with pytest.raises(EvaluationError, match=r"00001\.png: no such file"):

@@ -1,4 +1,4 @@
-"""Comparisons by correspondence from end to end: lines of results, and work that is never done twice."""
+"""Comparisons by correspondence from end to end: lines of results, and no repeated work."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Counted:
         return colours(image)
 
 
-def test_videos_tell_better_features_from_worse_ones(tmp_path: Path) -> None:
+def test_propagation_scores_better_features_higher(tmp_path: Path) -> None:
     five = {"a": moving(2), "b": crossing(2, 1), "c": moving(2, 2), "d": crossing(2, 3), "e": moving(2, 4)}
     bench = workbench(
         tmp_path, open_clips(write_davis(tmp_path / "davis", five)), {"clean": colours, "other": shuffled}
@@ -90,7 +90,7 @@ def test_videos_tell_better_features_from_worse_ones(tmp_path: Path) -> None:
     assert settings["data"]["layout"] == "davis"
 
 
-def test_pairs_tell_better_features_from_worse_ones(tmp_path: Path, pairs: PairData) -> None:
+def test_matching_scores_better_features_higher(tmp_path: Path, pairs: PairData) -> None:
     bench = workbench(tmp_path, pairs, {"clean": colours})
     raw, clean = (line for line, _ in matching(bench, ["raw", "clean"], MatchingOptions(size=(64, 96), alpha=(0.1,))))
     assert clean["metrics"] == {"PCK": 100.0, "PCK per point": 100.0} and raw["metrics"]["PCK"] < 95
@@ -104,7 +104,7 @@ def test_pairs_tell_better_features_from_worse_ones(tmp_path: Path, pairs: PairD
 
 
 @pytest.mark.parametrize("kind", ["clips", "pairs"])
-def test_the_same_again_keeps_everything_and_other_options_see_no_image_again(
+def test_repeated_run_keeps_lines_and_other_options_reuse_features(
     tmp_path: Path, clips: ClipData, pairs: PairData, kind: str
 ) -> None:
     data, task, other = (clips, carried, {"k": 1}) if kind == "clips" else (pairs, matched, {"upsample": 2})
@@ -120,7 +120,7 @@ def test_the_same_again_keeps_everything_and_other_options_see_no_image_again(
 
 
 @pytest.mark.parametrize("kind", ["clips", "pairs"])
-def test_an_interrupted_comparison_goes_on_where_it_was(
+def test_interrupted_comparison_resumes_where_it_stopped(
     tmp_path: Path, clips: ClipData, pairs: PairData, kind: str
 ) -> None:
     data, task, looks = (clips, carried, 9) if kind == "clips" else (pairs, matched, 8)
@@ -154,14 +154,14 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
         assert (ours["metrics"], ours["paired"]) == (theirs["metrics"], theirs["paired"])
 
 
-def test_a_source_that_fails_is_told_and_the_others_are_judged(tmp_path: Path, clips: ClipData) -> None:
+def test_failed_source_is_reported_and_the_others_are_evaluated(tmp_path: Path, clips: ClipData) -> None:
     bench = workbench(tmp_path, clips, {"clean": lambda image: colours(image) * float("nan"), "fine": colours})
     lines = [line for line, _ in propagation(bench, ["raw", "clean", "fine"], PropagationOptions())]
     assert [bool(line["failed"]) for line in lines] == [False, True, False]
     assert "not finite" in lines[1]["failed"]
 
 
-def test_of_one_sequence_there_is_no_interval(tmp_path: Path) -> None:
+def test_one_sequence_has_no_interval(tmp_path: Path) -> None:
     data = open_clips(write_davis(tmp_path / "davis", {"one": moving(3)}))
     first = list(carried(workbench(tmp_path, data, {"clean": colours})))
     paired = first[1][0]["paired"]
@@ -169,13 +169,13 @@ def test_of_one_sequence_there_is_no_interval(tmp_path: Path) -> None:
     assert list(carried(workbench(tmp_path, data, {"clean": colours}))) == [(line, True) for line, _ in first]
 
 
-def test_what_was_left_out_is_in_the_lines(tmp_path: Path) -> None:
+def test_skipped_sequences_are_in_the_lines(tmp_path: Path) -> None:
     data = open_clips(write_davis(tmp_path / "davis", {"one": moving(3), "short": moving(1)}))
     (line, _), *_ = carried(workbench(tmp_path, data, {"clean": colours}))
     assert line["skipped"] == [["val/short", "a sequence of one frame; expected at least two"]]
 
 
-def test_data_of_another_kind_are_refused(tmp_path: Path, clips: ClipData, pairs: PairData) -> None:
+def test_data_of_another_kind_is_rejected(tmp_path: Path, clips: ClipData, pairs: PairData) -> None:
     labelled = write_labelled(tmp_path / "labelled", coloured(1, 0), coloured(1, 1))
     for data, layout in ((pairs, "spair"), (labelled, "folders")):
         with pytest.raises(EvaluationError, match=f"expected videos with masks of objects .*, got {layout}"):
@@ -188,7 +188,7 @@ def test_data_of_another_kind_are_refused(tmp_path: Path, clips: ClipData, pairs
     assert not (tmp_path / "results.jsonl").read_text()
 
 
-def test_options_out_of_range_are_refused_before_anything_is_written(
+def test_invalid_options_are_rejected_before_anything_is_written(
     tmp_path: Path, clips: ClipData, pairs: PairData
 ) -> None:
     with pytest.raises(PlanError, match="k must be at least 1"):
@@ -204,14 +204,12 @@ def test_options_out_of_range_are_refused_before_anything_is_written(
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, BackboneSpec]:
-    """A vision transformer of random weights, the same each time it is loaded."""
+    """A vision transformer with random weights, which are the same each time it is loaded."""
     spec = spec_of(write_weights(tmp_path_factory.mktemp("weights") / f"{MODEL}.safetensors"))
     return spec.load(), spec
 
 
-def test_fields_of_stage_one_are_judged_as_well(
-    tmp_path: Path, pairs: PairData, vit: tuple[Backbone, BackboneSpec]
-) -> None:
+def test_fields_of_stage_one_are_evaluated(tmp_path: Path, pairs: PairData, vit: tuple[Backbone, BackboneSpec]) -> None:
     backbone, spec = vit
     bench = workbench(tmp_path, pairs, backbone=backbone)
     bench = replace(bench, spec=spec, exact=DenoiseOptions(views=16, size=64))
@@ -221,8 +219,8 @@ def test_fields_of_stage_one_are_judged_as_well(
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1]) == lines[1]
 
 
-def test_frames_of_one_video_are_one_group_of_an_interval(tmp_path: Path, clips: ClipData) -> None:
-    """The difference is over three sequences, not over four objects."""
+def test_objects_of_one_video_are_one_group_of_an_interval(tmp_path: Path, clips: ClipData) -> None:
+    """The interval is over three sequences, not over four objects."""
     ((line, _), (clean, _)) = carried(workbench(tmp_path, clips, {"clean": colours}))
     assert clean["paired"]["groups"] == 3
     kept = [load_file(path) for path in (tmp_path / "cache" / "counts").iterdir()]

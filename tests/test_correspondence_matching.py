@@ -1,4 +1,4 @@
-"""Keypoints found in other photos: against loops, on photos whose colours tell the answer, and what cannot be used."""
+"""Keypoint matching: compared with plain loops, on photos with known answers, and with unusable input."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def data(folder: Path) -> PairData:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """Pairs that a test may spoil."""
+    """Pairs that a test may modify."""
     return write_spair(tmp_path / "own", PAIRS)
 
 
 def match(source: FeatureSource, data: PairData, options: MatchingOptions, **more: Any) -> Matched:
-    """At the one alpha that is given, or at 0.1."""
+    """Match at the alpha of the options if there is only one, else at 0.1."""
     alpha = options.alpha[0] if len(options.alpha) == 1 else 0.1
     return Matched.within(errors_of(source, data, options, **more), alpha)
 
@@ -81,8 +81,8 @@ def test_features_between_patches_are_bilinear(stride: int) -> None:
 
 @pytest.mark.parametrize("upsample", [1, 2, 3])
 @pytest.mark.parametrize("at_once", [1, 40, 2**24])
-def test_the_best_place_is_that_of_loops(monkeypatch: pytest.MonkeyPatch, upsample: int, at_once: int) -> None:
-    """However many places are looked at at a time."""
+def test_best_places_match_plain_loops(monkeypatch: pytest.MonkeyPatch, upsample: int, at_once: int) -> None:
+    """For any number of places compared at once."""
     monkeypatch.setattr(kp, "_AT_ONCE", at_once)
     chance = torch.Generator().manual_seed(1)
     target, queries = torch.randn(4, 5, 3, generator=chance), torch.randn(7, 3, generator=chance)
@@ -99,36 +99,36 @@ def test_the_best_place_is_that_of_loops(monkeypatch: pytest.MonkeyPatch, upsamp
         assert place.tolist() == pytest.approx(where)
 
 
-def test_places_of_overlapping_patches_are_their_middles() -> None:
+def test_places_of_overlapping_patches_are_their_centres() -> None:
     target = torch.zeros(2, 3, 1)
     target[1, 2] = 1
     assert kp.best_places(torch.ones(1, 1), target, 8, 4).tolist() == [[8, 12]]
 
 
-def test_of_equal_places_the_first_is_taken() -> None:
+def test_first_of_equal_places_is_taken() -> None:
     assert kp.best_places(torch.ones(2, 1), torch.ones(3, 4, 1), 8, 8).tolist() == [[4, 4]] * 2
 
 
-def test_points_there_and_back() -> None:
+def test_to_shown_and_from_shown_are_inverse() -> None:
     points = [(0.0, 0.0), (99.5, 49.5), (20.0, 31.0)]
     places = kp.to_shown(points, 50, 100, (24, 32))
-    assert places[0].tolist() == pytest.approx([0.24, 0.16])  # the middle of the first pixel
+    assert places[0].tolist() == pytest.approx([0.24, 0.16])  # the centre of the first pixel
     assert places[1].tolist() == pytest.approx([24, 32])
     assert kp.from_shown(places, 50, 100, (24, 32)).tolist() == [pytest.approx(point) for point in points]
 
 
 def test_pck_by_hand_at_four_alphas() -> None:
-    """A match is right up to the border; pairs count alike per image, keypoints per point."""
+    """An error equal to alpha counts as correct. PCK averages over pairs, PCK per point over keypoints."""
     errors = [np.array([5, 7.4, 10, 0]) / 50, np.array([0.04])]
     told = [Matched.within(errors, alpha).scored() for alpha in (0.05, 0.1, 0.15, 0.2)]
     assert [found["PCK"] for found in told] == [62.5, 75, 87.5, 100]
     assert [found["PCK per point"] for found in told] == pytest.approx([40, 60, 80, 100])
 
 
-# --- what it finds ---
+# --- matches ---
 
 
-def test_keypoints_whose_colour_tells_them_are_found(data: PairData) -> None:
+def test_keypoints_with_distinct_colours_are_found(data: PairData) -> None:
     found = match(source_of(colours), data, MatchingOptions(alpha=(1e-6,)))
     assert found.values.tolist() == [[100.0, 4.0]] * len(PAIRS)
     assert found.groups.tolist() == list(range(len(PAIRS)))
@@ -136,7 +136,7 @@ def test_keypoints_whose_colour_tells_them_are_found(data: PairData) -> None:
 
 
 def pck_by_loops(model: Callable[[Tensor], Tensor], folder: Path, alpha: float) -> list[float]:
-    """From the files, keypoint by keypoint; keypoints are in the middles of patches."""
+    """PCK of each pair, from the files and keypoint by keypoint; keypoints are at patch centres."""
     shares = []
     for path in sorted((folder / "PairAnnotation" / "test").iterdir()):
         pair = json.loads(path.read_text())
@@ -158,14 +158,14 @@ def pck_by_loops(model: Callable[[Tensor], Tensor], folder: Path, alpha: float) 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.35])
 @pytest.mark.parametrize("model", [speckled, shuffled])
-def test_pck_is_what_loops_count(data: PairData, folder: Path, model: Callable[[Tensor], Tensor], alpha: float) -> None:
+def test_pck_matches_plain_loops(data: PairData, folder: Path, model: Callable[[Tensor], Tensor], alpha: float) -> None:
     found = match(source_of(model), data, MatchingOptions(alpha=(alpha,)))
     assert found.values[:, 0].tolist() == pytest.approx(pck_by_loops(model, folder, alpha))
     assert found.values.mean() < 75
 
 
-def test_the_box_decides_how_near_is_near(own: Path) -> None:
-    """By the larger side of the target's: what is found is 8 pixels away from what is said to be right."""
+def test_threshold_is_relative_to_the_larger_side_of_the_box(own: Path) -> None:
+    """The box is that of the target; each match is 8 pixels away from the annotated keypoint."""
     for path in (own / "PairAnnotation" / "test").iterdir():
         path.unlink()
     moved = [[x + 8 if x < 88 else x - 8, y] for x, y in marked(1)[1]]
@@ -175,8 +175,8 @@ def test_the_box_decides_how_near_is_near(own: Path) -> None:
     assert found.values[:, 0].tolist() == [0, 100, 100]
 
 
-def test_pairs_count_alike_however_many_keypoints_they_have(own: Path) -> None:
-    """Per image; per point it is 1 of 5."""
+def test_pck_weights_pairs_equally(own: Path) -> None:
+    """PCK averages over pairs; per point, 1 of 5 keypoints is correct."""
     shutil.rmtree(own / "PairAnnotation")
     good, bad = pair_of(0, 1), pair_of(0, 2, trg_kps=[[0.0, 0.0]] * 4)
     write_pair(own, "0", good | {"src_kps": good["src_kps"][:1], "trg_kps": good["trg_kps"][:1]})
@@ -187,14 +187,14 @@ def test_pairs_count_alike_however_many_keypoints_they_have(own: Path) -> None:
     }
 
 
-def test_features_at_other_places_find_nothing_and_better_ones_more(data: PairData) -> None:
+def test_better_features_have_higher_pck(data: PairData) -> None:
     scores = [match(source_of(model), data, MatchingOptions()).scored()["PCK"] for model in (colours, speckled)]
     chance = match(source_of(shuffled), data, MatchingOptions()).scored()["PCK"]
     assert chance < 20 and chance < scores[1] < scores[0] == 100
 
 
-def test_finer_places_are_nearer(tmp_path: Path) -> None:
-    """A keypoint between patches, of which features tell how far: only the interpolated map has its place."""
+def test_upsampling_locates_keypoints_between_patches(tmp_path: Path) -> None:
+    """The keypoints lie on borders between patches; only the interpolated map contains their positions."""
     height, width = 8, 96
     x = np.linspace(0, 1, width)
     ramp = np.stack([255 * x, 255 * (1 - x), np.full(width, 40)], -1)[None].repeat(height, 0).astype(np.uint8)
@@ -212,7 +212,7 @@ def test_finer_places_are_nearer(tmp_path: Path) -> None:
 
 
 def test_photos_of_any_size_are_matched_in_their_own_pixels(own: Path) -> None:
-    """Shown at the nearest size of whole patches, or at the one that is asked for."""
+    """They are resized to the nearest size of whole patches, or to the given size."""
     pixels, points = marked(1)
     larger = np.array(Image.fromarray(pixels).resize((193, 129), Image.Resampling.NEAREST))
     Image.fromarray(larger).save(own / "JPEGImages" / "mark" / "01.png")
@@ -225,7 +225,7 @@ def test_photos_of_any_size_are_matched_in_their_own_pixels(own: Path) -> None:
         assert found.values[:, 0].tolist() == [100, 100]
 
 
-def test_each_photo_is_seen_once_as_source_and_once_as_target(tmp_path: Path, data: PairData) -> None:
+def test_each_photo_has_one_pass_as_source_and_one_as_target(tmp_path: Path, data: PairData) -> None:
     seen: list[int] = []
     steps: list[int] = []
 
@@ -242,7 +242,7 @@ def test_each_photo_is_seen_once_as_source_and_once_as_target(tmp_path: Path, da
     assert sum(seen) == 4
 
 
-def test_the_same_again_is_the_same(data: PairData) -> None:
+def test_matching_is_deterministic(data: PairData) -> None:
     first, again = (match(source_of(speckled), data, MatchingOptions(alpha=(0.3,))) for _ in range(2))
     assert np.array_equal(first.values, again.values)
 
@@ -260,17 +260,17 @@ def test_options_out_of_range_are_refused(data: PairData, options: MatchingOptio
         match(source_of(colours), data, options)
 
 
-def test_features_and_sizes_that_do_not_fit_are_refused(data: PairData) -> None:
+def test_non_finite_features_and_invalid_sizes_are_rejected(data: PairData) -> None:
     with pytest.raises(EvaluationError, match="not finite"):
         match(source_of(lambda image: colours(image) * float("nan")), data, MatchingOptions())
     with pytest.raises(SizeError):
         match(source_of(colours), data, MatchingOptions(size=50))
 
 
-# --- what is read ---
+# --- reading ---
 
 
-def test_photos_are_there_once_and_pairs_in_order(data: PairData) -> None:
+def test_photos_are_listed_once_and_pairs_in_order(data: PairData) -> None:
     assert (data.name, data.layout, data.note) == ("SPair-71k", "spair", "5 pairs of 4 photos, split test")
     assert [photo.id for photo in data.val.images] == [f"mark/{seed:02}.png" for seed in range(4)]
     assert [images.split for images in data.splits] == ["val"] and data.val.skipped == ()
@@ -281,7 +281,7 @@ def test_photos_are_there_once_and_pairs_in_order(data: PairData) -> None:
     assert np.array_equal(data.val.images[2].pixels(), marked(2)[0])
 
 
-def test_the_list_decides_which_pairs_and_in_which_order(own: Path) -> None:
+def test_layout_list_selects_and_orders_pairs(own: Path) -> None:
     (own / "Layout" / "large").mkdir(parents=True)
     (own / "Layout" / "large" / "test.txt").write_text(
         "000003-03-01:mark\n000000-00-01:mark\n\nmissing\n000003-03-01:mark\n"
@@ -295,7 +295,7 @@ def test_the_list_decides_which_pairs_and_in_which_order(own: Path) -> None:
         open_pairs(own)
 
 
-def test_fewer_pairs_are_spread_and_only_their_photos_read(own: Path) -> None:
+def test_subset_of_pairs_reads_only_their_photos(own: Path) -> None:
     steps: list[int] = []
     data = open_pairs(own, pairs=1, progress=lambda: steps.append(1))
     assert [pair.name for pair in data.pairs] == ["000002-00-02:mark"] and len(steps) == 2
@@ -313,7 +313,7 @@ def test_other_splits_are_opened_by_name(own: Path) -> None:
             open_pairs(own, split=split)
 
 
-def test_the_digest_is_that_of_photos_and_pairs(own: Path, tmp_path: Path) -> None:
+def test_digest_covers_photos_pairs_and_their_order(own: Path, tmp_path: Path) -> None:
     other = shutil.copytree(own, tmp_path / "copy")
     digests = [open_pairs(own).val.digest]
     assert open_pairs(other).val.digest == digests[0]
@@ -327,18 +327,18 @@ def test_the_digest_is_that_of_photos_and_pairs(own: Path, tmp_path: Path) -> No
     digests.append(open_pairs(other).val.digest)
     (other / "Layout" / "large").mkdir(parents=True)
     names = ["000003-03-01:mark", "000000-00-01:mark", "000002-00-02:mark", "000004-02-03:mark"]
-    (other / "Layout" / "large" / "test.txt").write_text("\n".join(names))  # another order: outcomes have it as well
+    (other / "Layout" / "large" / "test.txt").write_text("\n".join(names))  # another order, which the outcomes follow
     digests.append(open_pairs(other).val.digest)
     assert len(set(digests)) == len(digests)
 
 
-def test_a_folder_with_the_data_in_it_will_do(own: Path, tmp_path: Path) -> None:
+def test_parent_folder_of_the_data_is_accepted(own: Path, tmp_path: Path) -> None:
     (tmp_path / "above").mkdir()
     own.rename(tmp_path / "above" / "SPair-71k")
     assert len(open_pairs(tmp_path / "above").pairs) == len(PAIRS)
 
 
-# --- what is left out ---
+# --- skipped pairs ---
 
 
 def without(*keys: str) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def without(*keys: str) -> dict[str, Any]:
         (pair_of(0, 1, category=7), "expected names in category and src_imname"),
     ],
 )
-def test_a_pair_that_cannot_be_used_is_left_out(own: Path, content: Any, words: str) -> None:
+def test_unusable_pair_is_skipped(own: Path, content: Any, words: str) -> None:
     write_pair(own, "000001-01-00:mark", content)
     data = open_pairs(own)
     assert [pair.name[:6] for pair in data.pairs] == ["000000", "000002", "000003", "000004"]
@@ -387,20 +387,20 @@ def test_a_pair_that_cannot_be_used_is_left_out(own: Path, content: Any, words: 
         open_pairs(own)
 
 
-def test_a_file_that_is_no_text_is_left_out(own: Path) -> None:
+def test_annotation_that_is_not_text_is_skipped(own: Path) -> None:
     (own / "PairAnnotation" / "test" / "000001-01-00:mark.json").write_bytes(b"\xff\xfe\x00\x80")
     assert "expected a pair as JSON" in open_pairs(own).val.skipped[0].reason
 
 
-def test_keypoints_on_the_border_are_in_the_photo(own: Path) -> None:
-    """Numbers of pixels may begin with 1."""
+def test_keypoints_on_the_border_are_accepted(own: Path) -> None:
+    """Pixel coordinates may start at 1."""
     write_pair(own, "000001-01-00:mark", pair_of(1, 0, src_kps=[[96, 64], [0, 0], [96, 0], [0, 64]]))
     data = open_pairs(own)
     assert not data.val.skipped
     assert np.isfinite(match(source_of(colours), data, MatchingOptions()).values).all()
 
 
-def test_a_damaged_photo_leaves_out_its_pairs(own: Path) -> None:
+def test_pairs_of_a_damaged_photo_are_skipped(own: Path) -> None:
     path = own / "JPEGImages" / "mark" / "03.png"
     path.write_bytes(path.read_bytes()[:100])
     data = open_pairs(own)
@@ -409,17 +409,17 @@ def test_a_damaged_photo_leaves_out_its_pairs(own: Path) -> None:
     assert all("damaged" in entry.reason for entry in data.val.skipped) and len(data.val.skipped) == 2
 
 
-def test_a_photo_that_is_gone_when_it_is_needed_is_an_error_in_words(own: Path) -> None:
+def test_photo_deleted_after_opening_raises_photo_error(own: Path) -> None:
     data = open_pairs(own)
     (own / "JPEGImages" / "mark" / "03.png").unlink()
     with pytest.raises(PhotoError, match=r"03\.png: no such file"):
         match(source_of(colours), data, MatchingOptions())
 
 
-# --- what is refused ---
+# --- invalid folders ---
 
 
-def test_what_holds_no_pairs_is_refused(tmp_path: Path) -> None:
+def test_folders_without_pairs_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="expected a data set folder, found nothing"):
         open_pairs(tmp_path / "missing")
     (tmp_path / "file").write_text("")
@@ -450,7 +450,7 @@ def test_either_layout_is_recognised(tmp_path: Path, folder: Path) -> None:
 
 
 def write_keypoints(root: Path, seeds: dict[str, int], **boxes: list[float]) -> Path:
-    """Marked photos by their names below images/, with named keypoints."""
+    """Write marked photos under these names below images/, and their named keypoints."""
     for name, seed in seeds.items():
         pixels, points = marked(seed)
         for kind in ("images", "keypoints"):
@@ -462,7 +462,7 @@ def write_keypoints(root: Path, seeds: dict[str, int], **boxes: list[float]) -> 
     return root
 
 
-def test_photos_with_named_keypoints_make_pairs_within_their_folder(tmp_path: Path) -> None:
+def test_photos_of_one_folder_with_named_keypoints_are_paired(tmp_path: Path) -> None:
     root = write_keypoints(tmp_path / "own", {"cats/one": 0, "cats/two": 1, "dogs/one": 2, "dogs/two": 3})
     path = root / "keypoints" / "dogs" / "two.json"
     few = dict(list(json.loads(path.read_text())["keypoints"].items())[::-1][:2])
@@ -480,8 +480,8 @@ def test_photos_with_named_keypoints_make_pairs_within_their_folder(tmp_path: Pa
     assert match(source_of(colours), data, MatchingOptions()).scored() == {"PCK": 100.0, "PCK per point": 100.0}
 
 
-def test_a_folder_of_keypoints_is_matched_as_spair_is(tmp_path: Path, data: PairData) -> None:
-    """The same pairs, whichever way they are written."""
+def test_keypoint_folder_and_spair_give_the_same_errors(tmp_path: Path, data: PairData) -> None:
+    """The same pairs, stored in both formats."""
     boxes = {f"{seed:02}": [0.0, 0.0, 96.0, 64.0] for seed in range(4)}
     folder = open_pairs(write_keypoints(tmp_path, {name: int(name) for name in boxes}, **boxes))
     assert len(folder.pairs) == 12 and len(open_pairs(tmp_path, pairs=5).pairs) == 5
@@ -509,7 +509,7 @@ def test_a_folder_of_keypoints_is_matched_as_spair_is(tmp_path: Path, data: Pair
         ('{"keypoints": {"a": [97, 2]}}', "keypoint 97, 2 is outside the photo of 96 x 64"),
     ],
 )
-def test_keypoints_that_cannot_be_used_are_left_out(tmp_path: Path, content: str | None, words: str) -> None:
+def test_unusable_keypoints_are_skipped(tmp_path: Path, content: str | None, words: str) -> None:
     root = write_keypoints(tmp_path, {"one": 0, "two": 1, "three": 2})
     path = root / "keypoints" / "three.json"
     path.unlink() if content is None else path.write_text(content)

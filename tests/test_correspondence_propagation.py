@@ -1,4 +1,4 @@
-"""Labels carried through videos: against loops, on squares that move, and with no more memory than the context's."""
+"""Label propagation in videos: against loops, on moving squares, and with memory for the context only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def random_clip(frames: int, h: int = 5, w: int = 6, channels: int = 4, labels: 
 def by_loops(
     target: Tensor, features: list[Tensor], labels: list[Tensor], k: int, radius: int, temperature: float
 ) -> Tensor:
-    """Patch by patch, every candidate looked at."""
+    """Propagated labels, patch by patch over all candidates."""
     h, w, _ = target.shape
     ours, *others = (
         one.double().numpy() / one.double().norm(dim=-1, keepdim=True).numpy() for one in (target, *features)
@@ -66,8 +66,8 @@ def by_loops(
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 12])
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.1), (5, 1.0), (10_000, 0.1)])
-def test_labels_are_those_of_loops(k: int, radius: int, temperature: float) -> None:
-    """More neighbours than there are in the window take all of it."""
+def test_labels_match_a_loop_implementation(k: int, radius: int, temperature: float) -> None:
+    """If k exceeds the size of the window, all of its patches are used."""
     (target, *features), _ = random_clip(4)
     labels = [random_clip(number)[1] for number in (5, 6, 7)]
     context = [Held(F.normalize(one, dim=-1), label) for one, label in zip(features, labels, strict=True)]
@@ -90,8 +90,8 @@ def test_the_context_is_the_first_frame_and_the_last_few(context: int) -> None:
         assert torch.allclose(ours, expected, atol=1e-4)
 
 
-def test_patches_that_are_as_similar_as_the_last_vote_as_well() -> None:
-    """Which of equals come first must not decide anything."""
+def test_ties_with_the_last_neighbour_also_vote() -> None:
+    """The order of equally similar patches must not matter."""
     features = torch.zeros(1, 4, 2)
     features[..., 0] = 1
     labels = torch.tensor([[[1.0], [0.0], [0.0], [0.0]]])
@@ -106,49 +106,49 @@ def test_weights_are_finite_at_any_temperature(temperature: float) -> None:
         assert torch.isfinite(labels).all() and labels.max() <= 1
 
 
-def test_labels_of_the_first_frame_are_those_in_the_middle_of_patches() -> None:
+def test_first_frame_labels_are_taken_at_patch_centres() -> None:
     labels = torch.zeros(48, 60, dtype=torch.int64)
     labels[:, 30:] = 3
     labels[20:, :] = -1
     labels[:4, :5] = 7
-    patches = at_patches(labels, (3, 7), (24, 30), 6, 6)  # shown at half the size: patches of 12 pixels
+    patches = at_patches(labels, (3, 7), (24, 30), 6, 6)  # resized to half the size: a patch covers 12 pixels
     assert patches.shape == (4, 5, 3)
     for i in range(4):
         for j in range(5):
             value = int(labels[6 + 12 * i, 6 + 12 * j])
             assert patches[i, j].tolist() == [value == 0, value == 3, value == 7]
-    overlapping = at_patches(labels, (3,), (24, 30), 6, 3)  # middles every 6 pixels from the sixth on
+    overlapping = at_patches(labels, (3,), (24, 30), 6, 3)  # centres every 6 pixels, starting at 6
     assert overlapping[:, :, 1].tolist() == [
         [float(labels[6 + 6 * i, 6 + 6 * j] == 3) for j in range(9)] for i in range(7)
     ]
 
 
-def test_each_label_fills_0_to_1_before_the_largest_is_taken() -> None:
+def test_each_label_is_scaled_to_0_to_1_before_the_argmax() -> None:
     labels = torch.tensor([[[1.0, 0.0, 0.5], [0.9, 0.1, 0.5]], [[0.8, 0.2, 0.5], [0.6, 0.05, 0.5]]])
     found = filled(labels)
     assert torch.allclose(found[..., 0], torch.tensor([[1.0, 0.75], [0.5, 0.0]]), atol=1e-6)
     assert torch.allclose(found[..., 1], torch.tensor([[0.0, 0.5], [1.0, 0.25]]), atol=1e-6)
-    assert torch.equal(found[..., 2], labels[..., 2])  # the same everywhere: nothing to fill
+    assert torch.equal(found[..., 2], labels[..., 2])  # constant: nothing to scale
     assert torch.equal(filled(torch.zeros(2, 2, 3)), torch.zeros(2, 2, 3))
     assert to_mask(labels[..., :2], 2, 2, (2, 2), 1, 1).tolist() == [[0, 0], [1, 1]]
 
 
-def test_masks_are_interpolated_between_the_middles_of_patches() -> None:
-    """A ramp over two patches of 8 pixels, at twice the pixels: even between their middles, flat beyond."""
+def test_masks_are_interpolated_between_patch_centres() -> None:
+    """Two patches of 8 pixels at twice the size: a linear ramp between their centres, constant beyond them."""
     labels = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     mask = to_mask(labels, 16, 32, (8, 16), 8, 8)
     assert mask.shape == (16, 32)
     assert (mask[:, :16] == 0).all() and (mask[:, 16:] == 1).all()
     uneven = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
-    mask = to_mask(uneven, 8, 8, (8, 16), 8, 4)  # overlapping: middles at 4, 8 and 12 of 16 pixels
+    mask = to_mask(uneven, 8, 8, (8, 16), 8, 4)  # overlapping: centres at 4, 8 and 12 of 16 pixels
     assert mask[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
 # --- memory ---
 
 
-def test_only_the_context_is_held() -> None:
-    """Neither the frames that were there nor labels of frames that left the context, and nothing is read ahead."""
+def test_only_the_context_is_kept_in_memory() -> None:
+    """Earlier frames and labels that left the context are released, and no frame is read in advance."""
     taken: list[weakref.ref[Tensor]] = []
     given: list[weakref.ref[Tensor]] = []
 
@@ -174,7 +174,7 @@ def test_only_the_context_is_held() -> None:
     assert most_labels == 3
 
 
-# --- what it finds ---
+# --- scores ---
 
 
 def clips_of(folder: Path, *clips: list[Shot]) -> ClipData:
@@ -186,8 +186,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ClipData:
     return clips_of(tmp_path_factory.mktemp("davis"), moving(), crossing(5, 1), moving(4, 2))
 
 
-def test_squares_that_move_are_followed(data: ClipData) -> None:
-    """Two objects of one sequence belong together; corners of squares are rounded between patches."""
+def test_moving_squares_are_tracked(data: ClipData) -> None:
+    """Two objects of one sequence share a group; interpolation between patches rounds the corners of squares."""
     found = propagate(source_of(colours), data, PropagationOptions())
     assert found.values.shape == (4, 3) and found.groups.tolist() == [0, 1, 1, 2]
     assert (found.values > 95).all()
@@ -196,8 +196,8 @@ def test_squares_that_move_are_followed(data: ClipData) -> None:
     assert scored["J&F"] == pytest.approx((scored["J"] + scored["F"]) / 2)
 
 
-def test_features_at_other_places_find_nothing(data: ClipData) -> None:
-    """Chance: the objects' colours are anywhere."""
+def test_shuffled_features_score_low(data: ClipData) -> None:
+    """Scores are at chance level, because the colours of objects are at random patches."""
     found = propagate(source_of(shuffled), data, PropagationOptions()).scored()
     assert found["J"] < 30 and found["F"] < 40
 
@@ -214,21 +214,21 @@ def test_better_features_score_better(data: ClipData) -> None:
     assert scores[0]["J&F"] > scores[1]["J&F"] + 3 > scores[2]["J&F"] + 6
 
 
-def test_what_leaves_the_window_is_lost(tmp_path: Path) -> None:
-    """A square that jumps further than the window reaches, and back into it in no frame."""
+def test_object_that_jumps_out_of_the_window_is_lost(tmp_path: Path) -> None:
+    """A square jumps further than the window reaches, and never returns into it."""
     jump = clips_of(tmp_path / "jump", [frame([(24, 80 if number else 8)], number) for number in range(5)])
     near = propagate(source_of(colours), jump, PropagationOptions(radius=2, context=0)).scored()
     far = propagate(source_of(colours), jump, PropagationOptions(radius=0, context=0)).scored()
     assert far["J"] > 95 and near["J"] < 20
 
 
-def test_figures_are_means_of_frames_and_loops(data: ClipData) -> None:
-    """The pieces put together as the protocol says, in another way."""
+def test_scores_match_a_loop_implementation(data: ClipData) -> None:
+    """A second implementation of the protocol."""
     source, options = source_of(speckled), PropagationOptions(context=2, k=3, radius=3)
     found = propagate(source, data, options)
     frames = data.clips[1]
     features = [speckled(torch.from_numpy(one.pixels().copy()).permute(2, 0, 1)[None] / 255)[0] for one in frames]
-    features = [one.half().float() for one in features]  # as they are kept
+    features = [one.half().float() for one in features]  # features are kept in half precision
     start = frames[0].labels()[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
     labels = [torch.stack([start == number for number in (0, 1, 2)], dim=-1).float()]
     figures = []
@@ -253,7 +253,7 @@ def test_figures_are_means_of_frames_and_loops(data: ClipData) -> None:
     assert (expected < 98).any()
 
 
-def test_the_first_and_the_last_frame_do_not_count(tmp_path: Path) -> None:
+def test_first_and_last_frame_are_not_evaluated(tmp_path: Path) -> None:
     shots = moving(5)
     wrong = [*shots[:4], (shots[4][0], shots[0][1])]
     plain, same = (
@@ -266,14 +266,14 @@ def test_the_first_and_the_last_frame_do_not_count(tmp_path: Path) -> None:
     assert other.values[0, 1] < plain.values[0, 1] - 10
 
 
-def test_of_two_frames_the_second_counts(tmp_path: Path) -> None:
+def test_second_of_two_frames_is_evaluated(tmp_path: Path) -> None:
     right, wrong = moving(2), [moving(1)[0], (moving(2)[1][0], moving(6)[5][1])]
     found = propagate(source_of(colours), clips_of(tmp_path, right, wrong), PropagationOptions())
     assert found.values[0, 0] > 95 and found.values[1, 0] < 40
 
 
-def test_frames_without_masks_are_carried_through(tmp_path: Path) -> None:
-    """Steps that are too wide for the window alone, and small enough from frame to frame."""
+def test_labels_propagate_through_frames_without_masks(tmp_path: Path) -> None:
+    """Steps are small enough for the window from frame to frame, but too wide if frames are left out."""
     shots = moving(8)
     bare = [shot if number in (0, 6) else (shot[0], None) for number, shot in enumerate(shots)]
     options = PropagationOptions(radius=1, context=1)
@@ -283,7 +283,7 @@ def test_frames_without_masks_are_carried_through(tmp_path: Path) -> None:
     assert found.values[0, 1] > 90 > jumping.values[0, 1]
 
 
-def test_which_frames_count(data: ClipData) -> None:
+def test_evaluated_frames(data: ClipData) -> None:
     frames = data.clips[0]
     assert evaluated_frames(frames) == {1, 2, 3, 4}
     assert evaluated_frames(frames[:3]) == {1}
@@ -293,7 +293,7 @@ def test_which_frames_count(data: ClipData) -> None:
     assert evaluated_frames(bare[:4]) == {3}
 
 
-def test_pixels_without_a_label_do_not_count() -> None:
+def test_unlabelled_pixels_are_not_evaluated() -> None:
     truth = np.array([[1, 1, 2, -1], [1, 1, 2, -1]])
     found = np.array([[1, 1, 2, 2], [1, 1, 2, 1]])
     figures = compared(truth, found, (1, 2))
@@ -301,7 +301,7 @@ def test_pixels_without_a_label_do_not_count() -> None:
     assert compared(truth, np.where(found == 2, 1, found), (1, 2))[1, 1] == 0
 
 
-def test_the_same_again_is_the_same_and_from_the_cache_as_well(tmp_path: Path, data: ClipData) -> None:
+def test_repeated_and_cached_runs_give_the_same_scores(tmp_path: Path, data: ClipData) -> None:
     source, options = source_of(speckled), PropagationOptions()
     cache = FeatureCache(tmp_path)
     steps: list[int] = []
@@ -311,7 +311,7 @@ def test_the_same_again_is_the_same_and_from_the_cache_as_well(tmp_path: Path, d
     assert np.array_equal(first.values, again.values) and np.array_equal(first.values, bare.values)
 
 
-def test_frames_may_be_shown_at_another_size(data: ClipData) -> None:
+def test_frames_can_be_resized(data: ClipData) -> None:
     shapes: list[tuple[int, ...]] = []
 
     def model(image: Tensor) -> Tensor:
@@ -335,11 +335,11 @@ def test_frames_may_be_shown_at_another_size(data: ClipData) -> None:
         (PropagationOptions(temperature=float("inf")), "temperature must be a positive number, got inf"),
     ],
 )
-def test_options_out_of_range_are_refused(data: ClipData, options: PropagationOptions, message: str) -> None:
+def test_options_out_of_range_are_rejected(data: ClipData, options: PropagationOptions, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         propagate(source_of(colours), data, options)
 
 
-def test_features_that_are_not_finite_are_refused(data: ClipData) -> None:
+def test_non_finite_features_are_rejected(data: ClipData) -> None:
     with pytest.raises(EvaluationError, match="not finite"):
         propagate(source_of(lambda image: colours(image) * float("nan")), data, PropagationOptions())

@@ -1,4 +1,4 @@
-"""J and F: against loops over pixels, a dilation by another library, and cases counted by hand."""
+"""J and F, compared with loops over pixels, dilation by scikit-image, and cases counted by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from denoising_vit.evaluation.correspondence.label_propagation import boundary, 
 
 
 def blobs(seed: int, height: int = 23, width: int = 31) -> np.ndarray:
-    """A few rectangles, some over the border, with holes."""
+    """A few rectangles, some across the border, with holes."""
     chance = np.random.default_rng(seed)
     mask = np.zeros((height, width), dtype=bool)
     for _ in range(4):
@@ -22,7 +22,7 @@ def blobs(seed: int, height: int = 23, width: int = 31) -> np.ndarray:
 
 
 def by_loops(mask: np.ndarray) -> set[tuple[int, int]]:
-    """Pixels with another value to the right, below or across, where there is a pixel."""
+    """Pixels whose right, lower or lower right neighbour exists and has another value."""
     height, width = mask.shape
     found = set()
     for y in range(height):
@@ -47,7 +47,7 @@ def f_by_loops(truth: np.ndarray, found: np.ndarray, radius: int) -> float:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_j_is_what_loops_count(seed: int) -> None:
+def test_j_matches_loops(seed: int) -> None:
     truth, found = blobs(seed), blobs(seed + 100)
     both = sum(bool(a and b) for a, b in zip(truth.flat, found.flat, strict=True))
     either = sum(bool(a or b) for a, b in zip(truth.flat, found.flat, strict=True))
@@ -69,22 +69,22 @@ def test_j_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_boundaries_are_those_of_loops(seed: int) -> None:
-    """At the last row and column as well."""
+def test_boundaries_match_loops(seed: int) -> None:
+    """Including the last row and column."""
     for mask in (blobs(seed), blobs(seed, 5, 7), ~blobs(seed)):
         assert {(int(y), int(x)) for y, x in zip(*np.nonzero(boundary(mask)), strict=True)} == by_loops(mask)
 
 
 @pytest.mark.parametrize("bound", [0.008, 0.05, 0.1])
 @pytest.mark.parametrize("seed", range(4))
-def test_f_is_what_loops_count(seed: int, bound: float) -> None:
+def test_f_matches_loops(seed: int, bound: float) -> None:
     truth, found = blobs(seed), blobs(seed + 100)
     radius = math.ceil(bound * math.hypot(23, 31))
     assert contour_accuracy(truth, found, bound=bound) == pytest.approx(f_by_loops(truth, found, radius), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_f_is_that_of_a_dilation_by_a_disk_at_the_size_of_davis(seed: int) -> None:
+def test_f_matches_dilation_by_a_disk_at_davis_size(seed: int) -> None:
     truth, found = np.kron(blobs(seed), np.ones((20, 27), bool)), np.kron(blobs(seed + 9), np.ones((20, 27), bool))
     found = np.roll(truth, (6, 9), (0, 1)) | (found & truth)
     ours, theirs = boundary(found), boundary(truth)
@@ -118,7 +118,7 @@ def test_f_of_empty_masks() -> None:
     assert contour_accuracy(some, none) == contour_accuracy(none, some) == 0
 
 
-def test_pixels_without_a_label_belong_to_neither_mask() -> None:
+def test_unlabelled_pixels_are_ignored() -> None:
     truth, found = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
     truth[:, :5], found[:, :5] = True, True
     found[5:15, 12:18] = True

@@ -1,4 +1,4 @@
-"""Crops: what is shown, and where in the image it is, told by three routes that must agree."""
+"""Crops: rendered pixels and their positions in the image, computed in three ways that must agree."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ turned = pytest.mark.parametrize(("flip", "inverted"), TURNS)
 
 
 def coordinates(height: int, width: int) -> Tensor:
-    """A picture (3, H, W) of x and y of its pixel centres, in [0, 1]."""
+    """A picture (3, H, W) with x and y of its pixel centres in [0, 1] as the first two channels."""
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     return torch.stack([x, y, x * 0])
 
 
 def coordinate_nodes(rows: int, columns: int) -> Tensor:
-    """The same as a field (Ry, Rx, 2) on nodes."""
+    """The same coordinates as a field (Ry, Rx, 2) on nodes."""
     return coordinates(rows, columns)[:2].permute(1, 2, 0).double()
 
 
@@ -38,7 +38,7 @@ def noise(*shape: int) -> Tensor:
 # --- neutral crops ---
 
 
-def test_a_field_sampled_at_an_inverted_crop_is_turned_as_its_picture_is() -> None:
+def test_field_sampled_at_an_inverted_crop_is_rotated_like_its_picture() -> None:
     crop = next(c for c in (Crop.neutral(n, (56, 56), 0) for n in range(8)) if c.inverted)
     field = noise(14, 14, 3).double()
     view = ViewPlan(np.array([crop.box]), np.array([False]), crop.size, 8, 8, (14, 14))
@@ -46,7 +46,7 @@ def test_a_field_sampled_at_an_inverted_crop_is_turned_as_its_picture_is() -> No
     assert not torch.allclose(crop.sample(field, 8, 8), at_patches(field, view))
 
 
-def test_crops_are_squares_inside_the_photo_and_differ() -> None:
+def test_neutral_crops_are_distinct_squares_inside_the_photo() -> None:
     crops = [Crop.neutral(n, (56, 56), 0) for n in range(50)]
     boxes = np.array([crop.box for crop in crops])
     assert boxes.min() >= 0 and boxes.max() <= 1
@@ -57,8 +57,8 @@ def test_crops_are_squares_inside_the_photo_and_differ() -> None:
     assert not any(crop.flip or any(crop.pads) for crop in crops)
 
 
-def test_a_rendered_crop_shows_what_the_field_is_sampled_at() -> None:
-    """With a picture of coordinates as photo, mean colour of a patch is where its centre is."""
+def test_rendered_crop_matches_the_sampled_field() -> None:
+    """In a picture of coordinates, the mean colour of a patch is the position of its centre."""
     image, nodes = coordinates(224, 224), coordinate_nodes(28, 28)
     for number in range(4):
         crop = Crop.neutral(number, (56, 56), 0)
@@ -67,19 +67,19 @@ def test_a_rendered_crop_shows_what_the_field_is_sampled_at() -> None:
         assert torch.allclose(pooled[inner, inner].double(), crop.sample(nodes, 8, 8)[inner, inner], atol=0.01)
 
 
-def test_the_same_number_gives_the_same_crop_and_another_seed_another() -> None:
+def test_neutral_crop_depends_on_number_and_seed_not_on_size() -> None:
     assert Crop.neutral(3, (56, 40), 5) == Crop.neutral(3, (56, 40), 5)
     assert Crop.neutral(3, (56, 40), 5).box != Crop.neutral(3, (56, 40), 6).box
-    assert Crop.neutral(3, (56, 40), 5).box == Crop.neutral(3, (112, 112), 5).box  # whatever it is rendered to
+    assert Crop.neutral(3, (56, 40), 5).box == Crop.neutral(3, (112, 112), 5).box  # for any rendered size
 
 
-# --- what is shown is what is sampled ---
+# --- rendering and sampling agree ---
 
 
 @turned
 @pytest.mark.parametrize("pads", [(0, 0, 0, 0), (3, 0, 1, 4), (0, 8, 8, 0)])
 @pytest.mark.parametrize(("patch", "stride"), [(5, 4), (5, 2), (1, 1)])
-def test_patches_inside_are_sampled_where_they_are_shown(
+def test_patches_off_the_pads_are_sampled_where_they_are_shown(
     flip: bool, inverted: bool, pads: tuple[int, int, int, int], patch: int, stride: int
 ) -> None:
     """Sides are primes, and the crop is off centre in every direction."""
@@ -90,7 +90,7 @@ def test_patches_inside_are_sampled_where_they_are_shown(
     sampled = crop.sample(coordinate_nodes(41, 43), patch, stride)
     assert sampled.shape == pooled.shape
     inside = torch.nn.functional.pad(torch.ones(1, *crop.size), (pads[0], pads[2], pads[1], pads[3]))
-    whole = torch.nn.functional.avg_pool2d(inside, patch, stride)[0] == 1  # no part of it on the pads
+    whole = torch.nn.functional.avg_pool2d(inside, patch, stride)[0] == 1  # no overlap with the pads
     assert whole.sum() > 50
     assert torch.allclose(pooled[whole], sampled[whole], atol=1e-3)
 
@@ -105,7 +105,7 @@ def test_pads_are_exactly_zero_and_nothing_else_is(flip: bool, inverted: bool) -
     assert int((shown != 0).sum()) == inner.numel()
 
 
-def test_pads_do_not_change_what_is_shown_between_them() -> None:
+def test_pads_do_not_change_the_picture_between_them() -> None:
     crop = Crop((0.1, 0.2, 0.9, 0.8), (11, 13), flip=True, inverted=True)
     image = noise(3, 31, 29)
     padded = replace(crop, pads=(2, 3, 5, 7)).render(image, MEAN, STD)
@@ -113,7 +113,7 @@ def test_pads_do_not_change_what_is_shown_between_them() -> None:
 
 
 @turned
-def test_turns_turn_the_picture(flip: bool, inverted: bool) -> None:
+def test_flip_and_inversion_turn_the_picture(flip: bool, inverted: bool) -> None:
     image = noise(3, 31, 29)
     upright = Crop((0.1, 0.2, 0.9, 0.8), (11, 13))
     expected = upright.render(image, MEAN, STD)
@@ -122,7 +122,7 @@ def test_turns_turn_the_picture(flip: bool, inverted: bool) -> None:
     assert torch.allclose(replace(upright, flip=flip, inverted=inverted).render(image, MEAN, STD), expected, atol=1e-5)
 
 
-def test_colours_are_changed_before_they_are_normalised_and_pads_not_at_all() -> None:
+def test_colours_change_before_normalisation_and_pads_stay_zero() -> None:
     crop = Crop((0.0, 0.0, 1.0, 1.0), (5, 7), (1, 0, 0, 0))
     shown = crop.render(torch.full((3, 5, 7), 0.25), MEAN, STD, lambda pixels: 1 - pixels)
     assert torch.equal(shown[:, :, 0], torch.zeros(3, 5))
@@ -130,7 +130,7 @@ def test_colours_are_changed_before_they_are_normalised_and_pads_not_at_all() ->
     assert shown[:, 2, 3].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_whole_image_at_its_own_size_is_shown_as_it_is() -> None:
+def test_whole_image_at_its_own_size_is_shown_unchanged() -> None:
     image = noise(3, 13, 17)
     shown = Crop.whole((13, 17)).render(image, MEAN, STD)
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
@@ -150,7 +150,7 @@ def test_the_whole_image_at_its_own_size_is_shown_as_it_is() -> None:
     ],
 )
 def test_pixels_by_hand(flip: bool, inverted: bool, rows: list[int], columns: list[int]) -> None:
-    """4 x 8 pixels shown as 2 x 4, with a pad at the left and one below."""
+    """4 x 8 pixels rendered as 2 x 4, with a pad on the left and one below."""
     found = Crop((0.0, 0.0, 1.0, 1.0), (2, 4), (1, 0, 0, 1), flip, inverted).pixels(4, 8)
     assert [values.tolist() for values in found] == [rows, columns]
 
@@ -163,8 +163,8 @@ def test_places_by_hand(flip: bool, inverted: bool) -> None:
     assert columns.tolist() == pytest.approx(across[::-1] if flip != inverted else across)
 
 
-def test_what_is_outside_the_box_has_no_place() -> None:
-    """The right half of the lower half's middle: each pixel is shown twice as large."""
+def test_pixels_outside_the_box_have_no_place() -> None:
+    """The crop is the middle half of the lower half; each pixel is shown twice as large."""
     crop = Crop((0.25, 0.5, 0.75, 1.0), (4, 4))
     rows, columns = crop.places(4, 4)
     assert np.isnan(rows).tolist() == [True, True, False, False]
@@ -199,13 +199,13 @@ def test_pixels_are_the_nearest_at_any_scale(flip: bool, inverted: bool, size: t
         inside = np.flatnonzero(pixels >= 0)
         assert len(inside) == side
         away = np.abs(places[pixels[inside]] - (inside + 0.5))
-        away = away[~np.isnan(away)]  # a pixel whose centre is just outside the box
+        away = away[~np.isnan(away)]  # without pixels whose centre is just outside the box
         assert len(away) >= side - 2
         assert away.max() <= side / (span * count) / 2 + 1e-9
 
 
 @turned
-def test_the_pixels_are_those_that_are_rendered(flip: bool, inverted: bool) -> None:
+def test_pixels_match_the_rendered_picture(flip: bool, inverted: bool) -> None:
     image = noise(3, 23, 19)
     crop = Crop((0.0, 0.0, 1.0, 1.0), (23, 19), (2, 0, 1, 3), flip, inverted)
     rows, columns = crop.pixels(23, 19)
@@ -214,11 +214,11 @@ def test_the_pixels_are_those_that_are_rendered(flip: bool, inverted: bool) -> N
     assert np.allclose(shown, image.numpy()[:, rows[down]][:, :, columns[across]], atol=1e-5)
 
 
-# --- crops as images of their own ---
+# --- crops as separate images ---
 
 
 @turned
-def test_what_is_cut_out_is_what_is_rendered_where_no_pixel_is_resampled(flip: bool, inverted: bool) -> None:
+def test_cut_matches_the_rendered_picture_without_resampling(flip: bool, inverted: bool) -> None:
     pixels = (255 * noise(23, 31, 3)).to(torch.uint8).numpy()
     crop = Crop((5 / 31, 2 / 23, 16 / 31, 19 / 23), (17, 11), flip=flip, inverted=inverted)
     cut = crop.cut(pixels)
@@ -228,7 +228,7 @@ def test_what_is_cut_out_is_what_is_rendered_where_no_pixel_is_resampled(flip: b
     assert torch.allclose(rendered, torch.from_numpy(cut.copy()).permute(2, 0, 1).float() / 255, atol=1e-5)
 
 
-def test_a_snapped_box_has_whole_pixels_and_hardly_moves() -> None:
+def test_snapped_box_has_whole_pixels_and_moves_at_most_half_a_pixel() -> None:
     for number in range(40):
         crop = Crop.neutral(number, (56, 56), 0)
         snapped = crop.snapped(31, 47)
@@ -239,7 +239,7 @@ def test_a_snapped_box_has_whole_pixels_and_hardly_moves() -> None:
         assert snapped.snapped(31, 47) == snapped
 
 
-def test_a_box_of_less_than_a_pixel_keeps_one() -> None:
+def test_box_smaller_than_a_pixel_keeps_one_pixel() -> None:
     pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
     crop = Crop((0.999, 0.999, 1.0, 1.0), (8, 8)).snapped(4, 4)
     assert crop.box == (0.75, 0.75, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Which files a list of files, folders and globs means, in which order, and what of it is not there."""
+"""Finding photos by files, folders and globs: which files are found, their order, and missing inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from denoising_vit.data import Skipped, find_photos
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of empty files, and the present directory; only names matter here."""
+    """A folder of empty files, also the current directory; only names matter here."""
     for name in ("b.jpg", "a.PNG", "notes.txt", ".hidden.jpg", "deep/er/c.webp", "deep/d.tiff", "other/e.jpeg"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def test_files_keep_the_order_they_were_given_in(tree: Path) -> None:
     assert skipped == []
 
 
-def test_file_named_outright_is_taken_whatever_its_ending(tree: Path) -> None:
+def test_file_given_by_name_is_included_with_any_extension(tree: Path) -> None:
     found, _ = find_photos([tree / "notes.txt", tree / ".hidden.jpg"])
     assert names(found, tree) == ["notes.txt", ".hidden.jpg"]
 
@@ -41,7 +41,7 @@ def test_folder_is_searched_recursively_in_sorted_order(tree: Path) -> None:
     assert skipped == []
 
 
-def test_order_does_not_depend_on_when_files_were_made(tmp_path: Path) -> None:
+def test_order_does_not_depend_on_creation_order(tmp_path: Path) -> None:
     for name in ("m.jpg", "z.jpg", "a.jpg", "k.jpg"):
         (tmp_path / name).touch()
     found, _ = find_photos([tmp_path])
@@ -61,14 +61,14 @@ def test_hidden_folders_in_a_folder_are_ignored(tree: Path) -> None:
     assert ".thumbnails/b.jpg" not in names(found, tree)
 
 
-def test_hidden_folder_named_outright_is_searched(tree: Path) -> None:
+def test_hidden_folder_given_by_name_is_searched(tree: Path) -> None:
     (tree / ".thumbnails").mkdir()
     (tree / ".thumbnails" / "b.jpg").touch()
     found, _ = find_photos([tree / ".thumbnails"])
     assert names(found, tree) == [".thumbnails/b.jpg"]
 
 
-def test_folder_with_the_name_of_an_image_is_a_folder(tree: Path) -> None:
+def test_folder_named_like_an_image_is_searched(tree: Path) -> None:
     (tree / "album.jpg").mkdir()
     (tree / "album.jpg" / "inside.png").touch()
     found, _ = find_photos([tree])
@@ -100,19 +100,19 @@ def test_folder_matched_by_a_glob_is_searched(tree: Path) -> None:
     assert names(found, tree) == ["deep/d.tiff", "deep/er/c.webp"]
 
 
-def test_duplicates_come_once_at_their_first_place(tree: Path) -> None:
+def test_duplicates_are_kept_once_at_their_first_position(tree: Path) -> None:
     found, skipped = find_photos([tree / "b.jpg", tree, tree / "a.PNG", str(tree / "*.jpg"), tree / "b.jpg"])
     assert names(found, tree) == ["b.jpg", "a.PNG", "deep/d.tiff", "deep/er/c.webp", "other/e.jpeg"]
     assert skipped == []
 
 
 @pytest.mark.parametrize("again", ["./b.jpg", "deep/../b.jpg", "{tree}/b.jpg"])
-def test_one_file_spelt_in_two_ways_comes_once(tree: Path, again: str) -> None:
+def test_same_file_under_two_spellings_is_kept_once(tree: Path, again: str) -> None:
     found, _ = find_photos(["b.jpg", again.format(tree=tree)])
     assert found == [Path("b.jpg")]
 
 
-def test_empty_folder_is_skipped_with_what_was_looked_for(tree: Path) -> None:
+def test_empty_folder_is_skipped_naming_the_expected_extensions(tree: Path) -> None:
     (tree / "empty").mkdir()
     found, skipped = find_photos([tree / "empty"])
     assert found == []
@@ -130,7 +130,7 @@ def test_folder_without_images_is_skipped(tree: Path) -> None:
     assert [entry.item for entry in skipped] == [str(tree / "texts")]
 
 
-def test_missing_path_is_skipped_and_the_others_stay(tree: Path) -> None:
+def test_missing_path_is_skipped_and_the_others_are_kept(tree: Path) -> None:
     found, skipped = find_photos(["nowhere.jpg", tree / "b.jpg"])
     assert names(found, tree) == ["b.jpg"]
     assert skipped == [Skipped("nowhere.jpg", "no such file or folder")]
@@ -152,8 +152,8 @@ def test_existing_file_with_glob_characters_is_taken_literally(tree: Path, name:
     assert skipped == []
 
 
-def test_empty_name_is_not_the_present_directory(tree: Path) -> None:
-    """`dvit denoise "$UNSET" -o out` must not run over everything below."""
+def test_empty_name_is_not_the_current_directory(tree: Path) -> None:
+    """`dvit denoise "$UNSET" -o out` must not process everything below the current directory."""
     found, skipped = find_photos([""])
     assert found == []
     assert len(skipped) == 1

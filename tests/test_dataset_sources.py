@@ -1,4 +1,4 @@
-"""Whole data sets: which images a source has, in which order, and that one bad file never costs the others."""
+"""Data sets: which images a source has, in which order, and that one bad file does not affect the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from denoising_vit.errors import PhotoError
 
 
 def picture(value: int, ending: str = "png", **options: Any) -> bytes:
-    """The file of an image of 5 x 3 pixels, all of one value, by which it is known again."""
+    """File content of a 5 x 3 image with the same value in all pixels; the value identifies the image."""
     buffer = io.BytesIO()
     Image.new("RGB", (5, 3), (value, value, value)).save(buffer, Image.registered_extensions()[f".{ending}"], **options)
     return buffer.getvalue()
@@ -74,7 +74,7 @@ def seen(entry: np.ndarray | Skipped) -> int | str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder of classes, with everything that is to be left out."""
+    """A folder of classes, with files of every kind that is ignored."""
     root = tmp_path / "tree"
     for number, name in enumerate(["n02/b.png", "n02/a.png", "n01/deep/c.PNG", "top.png"]):
         put(root / name, picture(number))
@@ -90,7 +90,7 @@ TREE_IDS = ["n01/deep/c.PNG", "n02/a.png", "n02/b.png", "top.png"]
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """An empty folder in the memory of fsspec."""
+    """An empty folder in the in-memory file system of fsspec."""
     address = "memory://dataset-test"
     yield address
     fsspec.filesystem("memory").rm("/dataset-test", recursive=True)
@@ -104,7 +104,7 @@ def upload(address: str, content: bytes) -> None:
 # --- folders ---
 
 
-def test_folder_gives_its_images_at_every_depth_sorted_by_id(tree: Path) -> None:
+def test_folder_lists_images_at_every_depth_sorted_by_id(tree: Path) -> None:
     dataset = open_dataset(tree)
     assert ids(dataset) == TREE_IDS
     assert values(dataset) == [2, 1, 0, 3]
@@ -112,7 +112,7 @@ def test_folder_gives_its_images_at_every_depth_sorted_by_id(tree: Path) -> None
     assert dataset.source == str(tree)
 
 
-def test_copy_elsewhere_made_in_another_order_has_the_same_ids_and_digest(tree: Path, tmp_path: Path) -> None:
+def test_copied_folder_has_the_same_ids_and_digest(tree: Path, tmp_path: Path) -> None:
     dataset = open_dataset(tree)
     for name in reversed(TREE_IDS):
         put(tmp_path / "copy" / name, (tree / name).read_bytes())
@@ -121,17 +121,17 @@ def test_copy_elsewhere_made_in_another_order_has_the_same_ids_and_digest(tree: 
     assert copy.digest == dataset.digest
 
 
-def test_digest_changes_with_a_name(tree: Path) -> None:
+def test_renaming_a_file_changes_the_digest(tree: Path) -> None:
     before = open_dataset(tree).digest
     (tree / "top.png").rename(tree / "tip.png")
     assert open_dataset(tree).digest != before
 
 
-def test_digest_tells_where_one_id_ends() -> None:
+def test_digest_separates_ids() -> None:
     assert Dataset("", [Item("ab", ""), Item("c", "")]).digest != Dataset("", [Item("a", ""), Item("bc", "")]).digest
 
 
-def test_addresses_of_a_relative_folder_hold_in_another_working_directory(
+def test_relative_folder_is_still_read_after_a_change_of_directory(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tree.parent)
@@ -150,17 +150,17 @@ def test_folder_in_memory_is_read_like_a_folder_on_disk(tree: Path, memory: str)
     assert open_dataset(f"{memory}/copy/").digest == dataset.digest
 
 
-def test_file_address_is_a_path(tree: Path) -> None:
+def test_file_address_is_read_like_a_path(tree: Path) -> None:
     assert ids(open_dataset(f"file://{tree}")) == TREE_IDS
 
 
-def test_class_folder_that_is_a_link_is_read(tree: Path, tmp_path: Path) -> None:
+def test_symlinked_class_folder_is_read(tree: Path, tmp_path: Path) -> None:
     put(tmp_path / "elsewhere/z.png", picture(8))
     (tree / "n03").symlink_to(tmp_path / "elsewhere")
     assert ids(open_dataset(tree)) == [*TREE_IDS[:3], "n03/z.png", "top.png"]
 
 
-def test_links_that_lead_nowhere_or_in_a_circle_are_skipped_with_reasons(tree: Path) -> None:
+def test_broken_and_circular_links_are_skipped_with_reasons(tree: Path) -> None:
     (tree / "n01/up").symlink_to(tree)
     (tree / "gone.png").symlink_to(tree / "nothing.png")
     (tree / "self.png").symlink_to(tree / "self.png")
@@ -172,10 +172,10 @@ def test_links_that_lead_nowhere_or_in_a_circle_are_skipped_with_reasons(tree: P
     assert "broken link" in reasons["gone.png"]
 
 
-def test_folder_that_cannot_be_read_is_skipped_and_the_others_come(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_skipped_and_the_others_are_listed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
-    def refuse(path: Path) -> Any:  # tests may run as root, whom permissions do not stop
+    def refuse(path: Path) -> Any:  # permissions have no effect if tests run as root
         if Path(path).name == "n01":
             raise PermissionError(13, "Permission denied")
         return scandir(path)
@@ -206,17 +206,17 @@ def test_folder_without_images_is_an_error_that_says_what_was_expected(tmp_path:
 
 
 @pytest.mark.parametrize("source", ["nowhere", "memory://dataset-nowhere"])
-def test_source_that_is_not_there_is_an_error(source: str) -> None:
+def test_missing_source_is_an_error(source: str) -> None:
     with pytest.raises(PhotoError, match=r"no such file or folder, expected a folder of images"):
         open_dataset(source)
 
 
-def test_empty_name_is_not_the_present_directory() -> None:
+def test_empty_name_is_rejected() -> None:
     with pytest.raises(PhotoError, match="got an empty name"):
         open_dataset("")
 
 
-def test_address_as_a_path_is_refused_with_the_remedy() -> None:
+def test_address_given_as_path_is_rejected_with_a_hint() -> None:
     with pytest.raises(PhotoError, match="give s3:// addresses as str"):
         open_dataset(Path("s3://bucket/photos"))
 
@@ -224,18 +224,18 @@ def test_address_as_a_path_is_refused_with_the_remedy() -> None:
 # --- one file ---
 
 
-def test_one_image_is_a_data_set_whatever_its_ending(tmp_path: Path) -> None:
+def test_single_image_is_a_data_set_with_any_extension(tmp_path: Path) -> None:
     dataset = open_dataset(put(tmp_path / "photo.upload", picture(7)))
     assert (ids(dataset), values(dataset)) == (["photo.upload"], [7])
 
 
-def test_one_file_that_is_no_image_is_an_error(tmp_path: Path) -> None:
+def test_single_file_that_is_not_an_image_is_an_error(tmp_path: Path) -> None:
     table = put(tmp_path / "photos.csv", b"a,b\n")
     with pytest.raises(PhotoError, match=r"photos\.csv: expected .*, got a file of another type"):
         open_dataset(table)
 
 
-def test_existing_file_with_characters_of_a_pattern_is_taken_literally(tmp_path: Path) -> None:
+def test_existing_file_with_pattern_characters_is_taken_literally(tmp_path: Path) -> None:
     put(tmp_path / "p1.png", picture(1))
     assert ids(open_dataset(put(tmp_path / "p[1].png", picture(2)))) == ["p[1].png"]
     assert ids(open_dataset(put(tmp_path / "p{1..2}.png", picture(2)))) == ["p{1..2}.png"]
@@ -244,7 +244,7 @@ def test_existing_file_with_characters_of_a_pattern_is_taken_literally(tmp_path:
 # --- reading ---
 
 
-def test_reading_turns_the_photo_upright(tmp_path: Path) -> None:
+def test_reading_applies_the_exif_orientation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     put(tmp_path / "turned.jpg", picture(1, "jpg", exif=exif))
@@ -263,9 +263,7 @@ def test_reading_turns_the_photo_upright(tmp_path: Path) -> None:
     ids=["empty", "words", "cut-jpeg", "cut-png", "bomb"],
 )
 @pytest.mark.parametrize("shard", [False, True])
-def test_unreadable_item_is_an_error_that_names_its_id(
-    tmp_path: Path, content: bytes, reason: str, shard: bool
-) -> None:
+def test_unreadable_item_is_an_error_with_its_id(tmp_path: Path, content: bytes, reason: str, shard: bool) -> None:
     put(tmp_path / "data.tar", tar({"x/bad.jpg": content})) if shard else put(tmp_path / "x/bad.jpg", content)
     dataset = open_dataset(tmp_path)
     name = "data.tar/x/bad.jpg" if shard else "x/bad.jpg"
@@ -273,7 +271,7 @@ def test_unreadable_item_is_an_error_that_names_its_id(
         dataset.read(0)
 
 
-def test_stream_gives_unreadable_items_as_skipped_among_the_others(tmp_path: Path) -> None:
+def test_stream_yields_skipped_for_unreadable_items(tmp_path: Path) -> None:
     for number in range(6):
         put(tmp_path / f"{number}.png", picture(number))
     put(tmp_path / "1.png", picture(1)[:-25])
@@ -286,10 +284,10 @@ def test_stream_gives_unreadable_items_as_skipped_among_the_others(tmp_path: Pat
     assert entries[4] == Skipped("4.png", "the file is empty (0 bytes)")
     broken = entries[1]
     assert isinstance(broken, Skipped) and broken.item == "1.png" and broken.reason.startswith("damaged")
-    assert not broken.unreachable  # another try would find the same
+    assert not broken.unreachable  # a retry would give the same error
 
 
-def test_failure_of_any_kind_comes_as_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_read_error_is_yielded_as_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "a.png", picture(1))
     dataset = open_dataset(tmp_path)
 
@@ -301,7 +299,7 @@ def test_failure_of_any_kind_comes_as_skipped(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("status", "may_pass"), [(403, False), (410, False), (408, True), (429, True), (503, True)])
-def test_what_a_server_refuses_for_good_is_not_asked_for_again(
+def test_permanent_server_errors_are_not_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, may_pass: bool
 ) -> None:
     put(tmp_path / "a.png", picture(1))
@@ -327,7 +325,7 @@ def test_what_a_server_refuses_for_good_is_not_asked_for_again(
 
 
 class Slow(Dataset):
-    """Counts what is read; item 0 waits until it is told to go on."""
+    """Records which items are read; reading item 0 blocks until ``go`` is set."""
 
     def __init__(self, count: int) -> None:
         super().__init__("slow", [Item(str(number), "") for number in range(count)])
@@ -347,12 +345,12 @@ def readers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("dvit-read")]
 
 
-def test_stream_keeps_the_order_asked_for_although_the_first_is_the_last_to_be_ready() -> None:
+def test_stream_keeps_the_requested_order_when_the_first_item_is_slow() -> None:
     dataset = Slow(40)
     order = [0, *range(39, 0, -1), 5, 5]
 
     def release() -> None:
-        for _ in range(8):  # the first is not handed over before all that may be are ready
+        for _ in range(8):  # item 0 is only released after all 8 items that may be read ahead are ready
             dataset.done.acquire(timeout=20)
         dataset.go.set()
 
@@ -363,7 +361,7 @@ def test_stream_keeps_the_order_asked_for_although_the_first_is_the_last_to_be_r
     assert not readers()
 
 
-def test_no_more_than_ahead_images_are_read_beyond_the_one_handed_over() -> None:
+def test_at_most_ahead_images_are_read_in_advance() -> None:
     dataset = Slow(100)
     dataset.go.set()
     stream = dataset.stream(range(100), workers=4, ahead=5)
@@ -389,7 +387,7 @@ def test_stopping_early_stops_the_threads(leave: str) -> None:
     assert len(dataset.begun) < 20
 
 
-def test_endless_indices_are_taken_as_they_are_needed() -> None:
+def test_endless_indices_are_consumed_lazily() -> None:
     dataset = Slow(3)
     dataset.go.set()
     taken: list[int] = []
@@ -404,23 +402,23 @@ def test_endless_indices_are_taken_as_they_are_needed() -> None:
     assert len(taken) == 7 + 4
 
 
-def test_index_out_of_range_is_a_mistake_of_the_caller(tree: Path) -> None:
+def test_index_out_of_range_raises_index_error(tree: Path) -> None:
     with pytest.raises(IndexError):
         list(open_dataset(tree).stream([0, 4]))
     assert not readers()
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"ahead": 0}])
-def test_stream_without_workers_or_room_is_refused_at_once(tree: Path, options: dict[str, Any]) -> None:
+def test_stream_rejects_zero_workers_and_zero_ahead_immediately(tree: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         open_dataset(tree).stream([0], **options)
 
 
-def test_nothing_asked_for_gives_nothing(tree: Path) -> None:
+def test_stream_of_no_indices_is_empty(tree: Path) -> None:
     assert list(open_dataset(tree).stream([])) == []
 
 
-def test_data_set_is_a_sequence_that_can_be_sent_to_another_process(tree: Path, memory: str) -> None:
+def test_data_set_is_a_picklable_sequence(tree: Path, memory: str) -> None:
     fsspec.filesystem("memory").put(str(tree), "/dataset-test/copy", recursive=True)
     dataset = open_dataset(f"{memory}/copy")
     dataset.read(0)
@@ -430,14 +428,14 @@ def test_data_set_is_a_sequence_that_can_be_sent_to_another_process(tree: Path, 
     assert [item.id for item in dataset[2:]] == TREE_IDS[2:]
 
 
-# --- what is left out ---
+# --- ignored files ---
 
 
 def left_out(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("denoising_vit")]
 
 
-def test_files_that_are_no_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_files_are_counted_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a.jpg", "b.jfif", "c.JPE", "deep/d.heic", "e.heic", "f.json", "README", ".hidden"):
         put(tmp_path / "photos" / name, b"")
     caplog.set_level("INFO", "denoising_vit")
@@ -451,7 +449,7 @@ def test_files_that_are_no_images_are_counted(tmp_path: Path, caplog: pytest.Log
     assert left_out(caplog) == [told]
 
 
-def test_members_of_shards_that_are_no_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_shard_members_are_counted_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path / "a.tar", tar({"1.jfif": picture(1), "1.json": b"{}", "1.cls": b"3"}))
     put(tmp_path / "b.tar", tar({"2.png": picture(2), "2.json": b"{}"}))
     caplog.set_level("INFO", "denoising_vit")
@@ -459,7 +457,7 @@ def test_members_of_shards_that_are_no_images_are_counted(tmp_path: Path, caplog
     assert left_out(caplog) == ["tar shards: 3 files ignored, without an image extension (2 .json, 1 .cls)"]
 
 
-def test_both_finders_follow_links_to_folders_and_name_what_is_in_the_way(tmp_path: Path) -> None:
+def test_both_finders_follow_folder_links_and_report_bad_links(tmp_path: Path) -> None:
     put(tmp_path / "elsewhere" / "a.jpg", picture(1))
     folder = tmp_path / "photos"
     put(folder / "b.jpg", picture(2))
@@ -476,7 +474,7 @@ def test_both_finders_follow_links_to_folders_and_name_what_is_in_the_way(tmp_pa
 # --- text lists ---
 
 
-def test_list_keeps_its_order_and_reports_what_it_leaves_out(tree: Path) -> None:
+def test_list_keeps_its_order_and_reports_skipped_lines(tree: Path) -> None:
     absolute = str(tree / "n01/deep/c.PNG")
     lines = ["\ufeff# photos", "top.png", "", "n02/b.png\r", "  top.png  ", "n02/../top.png", "gone.png", absolute]
     listing = put(tree / "list.txt", "\n".join([*lines, "n02", "shards.tar"]).encode())
@@ -492,12 +490,12 @@ def test_list_keeps_its_order_and_reports_what_it_leaves_out(tree: Path) -> None
     assert dataset.skipped[4].reason.startswith("line 10: a tar shard;")
 
 
-def test_list_and_folder_with_the_ending_of_a_list_are_told_apart(tree: Path) -> None:
+def test_folder_with_the_extension_of_a_list_is_read_as_a_folder(tree: Path) -> None:
     tree.rename(tree.parent / "tree.txt")
     assert ids(open_dataset(tree.parent / "tree.txt")) == TREE_IDS
 
 
-def test_list_at_an_address_is_relative_to_its_own_folder(memory: str) -> None:
+def test_paths_in_a_list_at_an_address_are_relative_to_its_folder(memory: str) -> None:
     upload(f"{memory}/photos/a.png", picture(1))
     upload(f"{memory}/b.png", picture(2))
     upload(f"{memory}/lists/list.txt", f"../photos/a.png\n{memory}/b.png\nmissing.png\n/etc/hosts\n".encode())
@@ -509,7 +507,7 @@ def test_list_at_an_address_is_relative_to_its_own_folder(memory: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["file:///etc/hosts.png", "../../../other-bucket/a.png"])
-def test_list_from_elsewhere_leads_neither_to_this_machine_nor_out_of_its_bucket(memory: str, line: str) -> None:
+def test_remote_list_cannot_name_local_files_or_leave_its_bucket(memory: str, line: str) -> None:
     upload(f"{memory}/lists/list.txt", line.encode())
     with pytest.raises(PhotoError, match=r"on this machine|outside the list's bucket"):
         open_dataset(f"{memory}/lists/list.txt")
@@ -527,7 +525,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("line", OUTSIDE)
-def test_a_list_from_a_web_server_names_no_other_server(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+def test_list_from_a_web_server_cannot_name_other_servers(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     content = f"a.png\n{line}\nhttp://PHOTOS.example/b.png\n".encode()
     monkeypatch.setattr(Storage, "read", lambda *_: content)
     monkeypatch.setattr(Storage, "filesystem", lambda *_: None)
@@ -539,7 +537,7 @@ def test_a_list_from_a_web_server_names_no_other_server(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("line", OUTSIDE)
-def test_a_list_here_names_what_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+def test_local_list_may_name_any_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     monkeypatch.setattr(Storage, "filesystem", lambda *_: None)
     assert ids(open_dataset(put(tmp_path / "list.txt", line.encode()))) == [line]
 
@@ -556,7 +554,7 @@ def test_list_without_images_is_an_error(tmp_path: Path, content: bytes, told: s
 
 
 def sample_members(first: int) -> dict[str, bytes]:
-    """Two images with what belongs to them, one in a folder."""
+    """Two images with their sidecar files; one image is in a folder."""
     return {
         "b.png": picture(first),
         "b.cls": b"3",
@@ -579,7 +577,7 @@ SHARD_IDS = [f"s-{number:02d}.tar/{name}" for number in range(3) for name in ("b
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/s-{00..02}.tar", "/{s-00,s-01,s-02}.tar", "/s-{00,0[12]}.tar"])
-def test_shards_are_the_same_data_set_however_they_are_named(shards: Path, pattern: str) -> None:
+def test_shards_give_the_same_data_set_with_any_pattern(shards: Path, pattern: str) -> None:
     dataset = open_dataset(f"{shards}{pattern}")
     assert ids(dataset) == SHARD_IDS
     assert values(dataset) == [10, 11, 20, 21, 30, 31]
@@ -587,7 +585,7 @@ def test_shards_are_the_same_data_set_however_they_are_named(shards: Path, patte
     assert dataset.digest == open_dataset(shards).digest
 
 
-def test_one_shard_has_the_ids_that_it_has_among_others(shards: Path) -> None:
+def test_single_shard_has_the_same_ids_as_among_others(shards: Path) -> None:
     assert ids(open_dataset(shards / "s-01.tar")) == SHARD_IDS[2:4]
 
 
@@ -599,9 +597,9 @@ def test_shards_in_memory_are_read_like_those_on_disk(shards: Path, memory: str)
         assert values(dataset) == [10, 11, 20, 21, 30, 31]
 
 
-def test_members_are_read_alone_not_with_their_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_are_read_without_the_rest_of_their_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset(shards)
-    monkeypatch.setattr(tarfile, "open", None)  # the index is made once
+    monkeypatch.setattr(tarfile, "open", None)  # the index is not built again
     content = (shards / "s-01.tar").read_bytes()
     item = dataset[2]
     assert item.url == str(shards / "s-01.tar") and item.start is not None and item.size is not None
@@ -609,7 +607,7 @@ def test_members_are_read_alone_not_with_their_shard(shards: Path, monkeypatch: 
     assert [seen(entry) for _, entry in dataset.stream([3, 0, 2])] == [21, 10, 20]
 
 
-def test_shard_that_is_missing_from_a_range_is_reported(shards: Path) -> None:
+def test_shard_missing_from_a_range_is_reported(shards: Path) -> None:
     dataset = open_dataset(str(shards / "s-{00..03}.tar"))
     assert ids(dataset) == SHARD_IDS
     assert dataset.skipped == (Skipped("s-03.tar", "no such file"),)
@@ -624,7 +622,7 @@ def test_shards_in_subfolders_have_their_folder_in_the_id(shards: Path, tmp_path
     assert ids(open_dataset(f"{tmp_path}/all/**/*.tar")) == expected
 
 
-def test_archive_beside_images_is_not_read_twice(tree: Path) -> None:
+def test_archive_next_to_images_is_skipped(tree: Path) -> None:
     put(tree / "all.tar", tar({"top.png": picture(3)}))
     dataset = open_dataset(tree)
     assert ids(dataset) == TREE_IDS
@@ -644,7 +642,7 @@ def test_archive_beside_images_is_not_read_twice(tree: Path) -> None:
     ],
     ids=["0-bytes", "no-members", "no-images", "words", "gzip", "xz"],
 )
-def test_shard_without_images_is_skipped_with_its_reason_or_an_error_if_alone(
+def test_shard_without_images_is_skipped_or_an_error_if_alone(
     shards: Path, tmp_path: Path, content: bytes, reason: str
 ) -> None:
     with pytest.raises(PhotoError, match=reason):
@@ -658,12 +656,12 @@ def test_shard_without_images_is_skipped_with_its_reason_or_an_error_if_alone(
         raise PhotoError(entry.reason)
 
 
-def test_shard_with_a_compressed_name_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_compressed_shard_is_rejected_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(PhotoError, match=r"a compressed archive .* unpack it to a plain \.tar first"):
         open_dataset(put(tmp_path / "a.tar.gz", tar({"a.png": picture(1)}, mode="w:gz")))
 
 
-def test_shard_cut_off_anywhere_gives_its_whole_members_and_says_so(tmp_path: Path) -> None:
+def test_truncated_shard_gives_its_complete_members_and_a_reason(tmp_path: Path) -> None:
     members = {f"{number}.png": picture(number) for number in range(3)}
     whole = tar(members)
     place = tmp_path / "cut.tar"
@@ -682,9 +680,9 @@ def test_shard_cut_off_anywhere_gives_its_whole_members_and_says_so(tmp_path: Pa
         assert f"{complete} images before it are used" in entry.reason
 
 
-def test_damage_between_members_is_not_taken_for_the_end(tmp_path: Path) -> None:
+def test_damaged_member_header_is_reported_with_its_position(tmp_path: Path) -> None:
     content = bytearray(tar({f"{number}.png": picture(number) for number in range(3)}))
-    content[1024:1034] = b"0123456789"  # of the header of 1.png
+    content[1024:1034] = b"0123456789"  # in the header of 1.png
     dataset = open_dataset(put(tmp_path / "bad.tar", bytes(content)))
     assert ids(dataset) == ["bad.tar/0.png"]
     assert dataset.skipped == (Skipped("bad.tar", "damaged at byte 1,024; 1 images before it are used"),)
@@ -713,20 +711,20 @@ def test_links_and_paths_out_of_the_archive_are_not_followed(tmp_path: Path) -> 
     assert told == [["a", "link"], ["a", "link"], ["not", "a"], ["a", "path"], ["a", "path"]]
 
 
-def test_second_member_of_a_name_is_reported(tmp_path: Path) -> None:
+def test_duplicate_member_name_is_reported(tmp_path: Path) -> None:
     dataset = open_dataset(put(tmp_path / "a.tar", tar({"x.png": picture(1), "./x.png": picture(2)})))
     assert (ids(dataset), values(dataset)) == (["a.tar/x.png"], [1])
     assert dataset.skipped == (Skipped("a.tar/x.png", "duplicate name; the first item is used"),)
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_are_read_in_every_form_of_tar(tmp_path: Path, form: int) -> None:
+def test_long_names_are_read_in_every_tar_format(tmp_path: Path, form: int) -> None:
     name = "/".join(["täglich" * 8] * 4) + ".png"
     dataset = open_dataset(put(tmp_path / "a.tar", tar({name: picture(4)}, format=form)))
     assert (ids(dataset), values(dataset)) == ([f"a.tar/{name}"], [4])
 
 
-def test_shard_that_changed_since_it_was_opened_is_told(shards: Path) -> None:
+def test_shard_changed_after_opening_is_reported(shards: Path) -> None:
     dataset = open_dataset(shards)
     (shards / "s-00.tar").write_bytes(b"short")
     (_, entry), (_, other) = dataset.stream([0, 2])
@@ -748,7 +746,7 @@ def test_shard_that_changed_since_it_was_opened_is_told(shards: Path) -> None:
         ("plain", ["plain"]),
     ],
 )
-def test_braces_stand_for_names_as_in_a_shell(pattern: str, names: list[str]) -> None:
+def test_braces_expand_as_in_a_shell(pattern: str, names: list[str]) -> None:
     assert sorted(expand_braces(pattern)) == sorted(names)
 
 
@@ -756,7 +754,7 @@ def test_braces_stand_for_names_as_in_a_shell(pattern: str, names: list[str]) ->
     ("pattern", "told"),
     [("s-{0-9}.tar", "found {0-9}"), ("s-{0..9.tar", "matching braces"), ("s-{0..99999999999}", "more than 1,000,000")],
 )
-def test_braces_that_mean_nothing_are_refused(pattern: str, told: str) -> None:
+def test_invalid_braces_are_rejected(pattern: str, told: str) -> None:
     with pytest.raises(PhotoError, match=told):
         expand_braces(pattern)
 
@@ -768,7 +766,7 @@ def test_pattern_that_matches_nothing_is_an_error(tmp_path: Path, memory: str) -
             open_dataset(f"{place}/*.tar")
 
 
-def test_order_is_that_of_the_ids_not_of_members_or_alternatives(tree: Path, tmp_path: Path) -> None:
+def test_items_are_sorted_by_id_not_by_member_or_brace_order(tree: Path, tmp_path: Path) -> None:
     assert ids(open_dataset(f"{tree}/{{n02,n01}}")) == TREE_IDS[:3]
     put(tmp_path / "a.tar", tar({"z.png": picture(1), "m.png": picture(2)}))
     put(tmp_path / "b.tar", tar({"a.png": picture(3)}))
@@ -792,15 +790,15 @@ def test_missing_library_is_an_error_that_names_the_extra(source: str, monkeypat
         open_dataset(source)
 
 
-def test_missing_library_of_an_address_in_a_list_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_for_an_address_in_a_list_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "s3", "s3fs")
     with pytest.raises(PhotoError, match=r"pip install 'denoising-vit\[s3\]'"):
         open_dataset(put(tree / "list.txt", b"top.png\ns3://bucket/a.png\n"))
 
 
 def without(monkeypatch: pytest.MonkeyPatch, scheme: str, library: str) -> None:
-    """As if the library of a scheme were not installed."""
-    registry = importlib.import_module("fsspec.registry")  # fsspec.registry itself is the table in it
+    """Simulates that the library of a scheme is not installed."""
+    registry = importlib.import_module("fsspec.registry")  # the attribute fsspec.registry is the table in this module
     monkeypatch.delitem(registry._registry, scheme, raising=False)
     monkeypatch.setitem(sys.modules, library, None)
 
@@ -811,13 +809,13 @@ def test_unknown_scheme_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("source", ["https://example.org/photos", "http://example.org/photos/", "https://a.org/*.tar"])
-def test_web_server_is_not_asked_for_a_listing(source: str) -> None:
+def test_folder_or_pattern_on_a_web_server_is_rejected(source: str) -> None:
     with pytest.raises(PhotoError, match=r"https?:// servers cannot list files; expected a text list"):
         open_dataset(source)
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Gives files, or parts of them if the server is told to; counts nothing and prints nothing."""
+    """Serves files, and byte ranges of them if ``ranges`` is set; prints nothing."""
 
     ranges = True
 
@@ -840,7 +838,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class Whole(Handler):
-    """Gives whole files, whatever is asked for, and does not mind if they are not wanted."""
+    """Always serves whole files, and ignores closed connections."""
 
     ranges = False
 
@@ -865,7 +863,7 @@ def serve() -> Iterator[Callable[[Path, type[Handler]], str]]:
         server.server_close()
 
 
-def test_list_and_shards_at_a_web_server(shards: Path, serve: Callable[[Path, type[Handler]], str]) -> None:
+def test_list_and_shards_on_a_web_server(shards: Path, serve: Callable[[Path, type[Handler]], str]) -> None:
     pytest.importorskip("aiohttp")
     put(shards / "photos/a.png", picture(1))
     put(shards / "list.txt", b"photos/a.png\nphotos/gone.png\n")
@@ -878,8 +876,8 @@ def test_list_and_shards_at_a_web_server(shards: Path, serve: Callable[[Path, ty
     assert [seen(entry) for _, entry in dataset.stream(range(6))] == [10, 11, 20, 21, 30, 31]
 
 
-@pytest.mark.parametrize("count", [1, 200])  # smaller and larger than what is read at once
-def test_shard_at_a_server_that_ignores_byte_ranges_is_refused(
+@pytest.mark.parametrize("count", [1, 200])  # smaller and larger than one read
+def test_shard_on_a_server_without_byte_ranges_is_rejected(
     tmp_path: Path, serve: Callable[[Path, type[Handler]], str], count: int
 ) -> None:
     pytest.importorskip("aiohttp")
@@ -888,7 +886,7 @@ def test_shard_at_a_server_that_ignores_byte_ranges_is_refused(
         open_dataset(f"{serve(tmp_path, Whole)}/a.tar")
 
 
-def test_whole_file_in_answer_to_a_part_is_never_decoded(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_file_returned_for_a_byte_range_is_rejected(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset(shards)
     whole = (shards / "s-00.tar").read_bytes()
     monkeypatch.setattr("denoising_vit.data.storage._read_local", lambda *_: whole)
@@ -896,7 +894,7 @@ def test_whole_file_in_answer_to_a_part_is_never_decoded(shards: Path, monkeypat
         dataset.read(0)
 
 
-def test_bucket_of_an_s3_server(tree: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_bucket(tree: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s3fs = pytest.importorskip("s3fs")
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

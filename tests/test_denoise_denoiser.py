@@ -1,4 +1,4 @@
-"""`denoise_image` with a denoiser: which one is taken, what comes out, what is recorded, and what is refused."""
+"""`denoise_image` with a denoiser: results, records, choice of the denoiser, and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FEW: dict[str, Any] = {"views": 8, "held_out": 2}
 
 @pytest.fixture(autouse=True)
 def nothing_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the package comes with."""
+    """Hides the denoisers that the package ships."""
     tiny.ship(tmp_path / "shipped", monkeypatch)
 
 
@@ -65,25 +65,25 @@ def result(one_thread: None, backbone: Backbone, denoiser: Denoiser, photo: np.n
 
 
 def image_of(height: int, width: int) -> Tensor:
-    """A photo of noise as the backbone is shown it, (1, 3, H, W)."""
+    """A normalised image of noise, (1, 3, H, W)."""
     pixels = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-# --- what comes out ---
+# --- results ---
 
 
 @pytest.mark.parametrize("size", [(56, 56), (40, 72)], ids=str)
-def test_features_are_those_of_the_denoised_vit(backbone: Backbone, denoiser: Denoiser, size: tuple[int, int]) -> None:
+def test_features_match_denoised_vit(backbone: Backbone, denoiser: Denoiser, size: tuple[int, int]) -> None:
     image = image_of(*size)
     found = dv.denoise_image(backbone, image, method="denoiser", denoiser=denoiser)
     expected = DenoisedViT(backbone, denoiser)(image)[0]
-    assert not torch.allclose(expected, backbone(image)[0], atol=0.1)  # it does something
+    assert not torch.allclose(expected, backbone(image)[0], atol=0.1)  # the denoiser changes the features
     torch.testing.assert_close(found.semantic, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.raw, backbone(image)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_clean_features_of_overlapping_patches_are_kept() -> None:
+def test_features_of_overlapping_patches_match_denoised_vit() -> None:
     fine = tiny.backbone(stride=4)
     image = image_of(56, 56)
     found = dv.denoise_image(fine, image, method="denoiser", denoiser=tiny.denoiser(fine))
@@ -92,7 +92,7 @@ def test_clean_features_of_overlapping_patches_are_kept() -> None:
     torch.testing.assert_close(found.semantic, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_artifact_is_zero_and_all_that_was_removed_is_in_the_residual(result: Decomposition) -> None:
+def test_artifact_is_zero_and_the_residual_is_all_that_was_removed(result: Decomposition) -> None:
     assert result.artifact.shape == result.raw.shape == (7, 7, 64)
     assert not result.artifact.any()
     assert torch.equal(result.residual, result.raw - result.semantic)
@@ -103,7 +103,7 @@ def test_size_is_that_of_the_options(backbone: Backbone, denoiser: Denoiser, pho
     assert (found.size, found.semantic.shape) == ((40, 72), (5, 9, 64))
 
 
-def test_result_takes_one_pass(denoiser: Denoiser, photo: np.ndarray) -> None:
+def test_result_takes_one_forward_pass(denoiser: Denoiser, photo: np.ndarray) -> None:
     extractor = tiny_artifact.Planted(channels=64)
     wrapped = tiny_artifact.plain(extractor)
     _ = wrapped.fingerprint
@@ -116,7 +116,7 @@ def test_result_takes_one_pass(denoiser: Denoiser, photo: np.ndarray) -> None:
     assert work(DenoiseOptions(method="denoiser")) == 1
 
 
-def test_again_gives_the_same_bits(
+def test_second_call_is_bit_identical(
     result: Decomposition, backbone: Backbone, denoiser: Denoiser, photo: np.ndarray
 ) -> None:
     again = dv.denoise_image(backbone, photo, method="denoiser", denoiser=denoiser)
@@ -133,7 +133,7 @@ def test_options_of_stage_one_change_nothing(
     assert other.info["plan"] == result.info["plan"]
 
 
-def test_results_carry_no_gradients_and_a_given_module_stays_as_it_is(backbone: Backbone, photo: np.ndarray) -> None:
+def test_results_have_no_gradients_and_a_given_module_is_unchanged(backbone: Backbone, photo: np.ndarray) -> None:
     mine = Denoiser(64, (4, 4)).train()
     found = dv.denoise_image(backbone, photo, method="denoiser", denoiser=mine)
     assert not found.semantic.requires_grad
@@ -149,12 +149,10 @@ def test_result_can_be_sampled_upsampled_and_read_back(result: Decomposition, tm
     assert loaded.info == json.loads(json.dumps(result.info))
 
 
-# --- what is recorded ---
+# --- records ---
 
 
-def test_record_says_what_made_it_and_names_no_option_that_was_not_used(
-    result: Decomposition, denoiser: Denoiser
-) -> None:
+def test_info_records_the_denoiser_and_no_unused_options(result: Decomposition, denoiser: Denoiser) -> None:
     info = json.loads(json.dumps(result.info, allow_nan=False))
     assert info["method"] == "denoiser"
     assert info["denoiser"] == {"source": "given", "digest": denoiser_digest(denoiser)}
@@ -177,7 +175,7 @@ def test_file_is_recorded_by_its_name_without_its_folder(
         assert "secret" not in json.dumps(found.info)
 
 
-def test_digest_tells_denoisers_apart_whatever_precision_they_run_in(denoiser: Denoiser, tmp_path: Path) -> None:
+def test_digest_identifies_a_denoiser_in_any_precision(denoiser: Denoiser, tmp_path: Path) -> None:
     path = tiny.write(tmp_path, tiny.denoiser(), "d.safetensors")
     wide, low = (find_denoiser(path, tiny.backbone().to(dtype=kind)) for kind in (torch.float32, torch.bfloat16))
     assert low.denoiser.pos_embed.dtype == torch.bfloat16
@@ -185,7 +183,7 @@ def test_digest_tells_denoisers_apart_whatever_precision_they_run_in(denoiser: D
     assert wide.digest != denoiser_digest(tiny.denoiser(seed=1))
 
 
-def test_a_backbone_in_lower_precision_is_served(photo: np.ndarray, denoiser: Denoiser, tmp_path: Path) -> None:
+def test_backbone_in_lower_precision_is_supported(photo: np.ndarray, denoiser: Denoiser, tmp_path: Path) -> None:
     low = tiny.backbone().to(dtype=torch.bfloat16)
     path = tiny.write(tmp_path, denoiser, "d.safetensors")
     found = dv.denoise_image(low, photo, method="denoiser", denoiser=path)
@@ -194,10 +192,10 @@ def test_a_backbone_in_lower_precision_is_served(photo: np.ndarray, denoiser: De
     assert float(torch.cosine_similarity(found.semantic, wide.semantic, dim=-1).mean()) > 0.99
 
 
-# --- which denoiser ---
+# --- choice of the denoiser ---
 
 
-def test_shipped_denoiser_is_taken_where_none_is_given(
+def test_shipped_denoiser_is_used_if_none_is_given(
     backbone: Backbone, denoiser: Denoiser, result: Decomposition, tmp_path: Path, photo: np.ndarray, monkeypatch: Any
 ) -> None:
     other = tiny.denoiser(tiny.backbone(seed=1), seed=1)
@@ -208,7 +206,7 @@ def test_shipped_denoiser_is_taken_where_none_is_given(
         assert torch.equal(found.field, result.field)
 
 
-def test_shipped_denoiser_must_be_of_these_weights_and_this_stride(
+def test_shipped_denoiser_must_match_name_weights_and_stride(
     denoiser: Denoiser, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.ship(tmp_path / "package", monkeypatch, weights=denoiser)
@@ -222,32 +220,32 @@ def test_shipped_denoiser_must_be_of_these_weights_and_this_stride(
     assert find_shipped(renamed) is None
 
 
-def test_shipped_denoiser_that_does_not_say_what_it_is_for_is_not_taken(
+def test_shipped_denoiser_without_a_recorded_backbone_is_not_used(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.ship(tmp_path / "package", monkeypatch, unknown=tiny.denoiser())
     assert find_shipped(backbone) is None
 
 
-def test_without_a_package_of_denoisers_there_is_none(
+def test_missing_folder_of_shipped_denoisers_is_no_error(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "_SHIPPED", tmp_path / "nowhere")
     assert find_shipped(backbone) is None
 
 
-def test_automatic_method_is_denoiser_where_there_is_one(
+def test_automatic_method_is_denoiser_if_there_is_one(
     backbone: Backbone, denoiser: Denoiser, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert dv.denoise_image(backbone, photo, method="auto", **FEW).info["method"] == "exact"
     assert dv.denoise_image(backbone, photo, method="auto", denoiser=denoiser).info["method"] == "denoiser"
     tiny.ship(tmp_path / "package", monkeypatch, weights=denoiser)
     assert dv.denoise_image(backbone, photo, method="auto").info["method"] == "denoiser"
-    assert dv.denoise_image(backbone, photo, **FEW).info["method"] == "exact"  # only where it is asked for
+    assert dv.denoise_image(backbone, photo, **FEW).info["method"] == "exact"  # only if requested
     assert dv.denoise_image(tiny.backbone(seed=1), photo, method="auto", **FEW).info["method"] == "exact"
 
 
-def test_automatic_method_is_exact_where_an_artifact_is_given(
+def test_automatic_method_is_exact_if_an_artifact_is_given(
     backbone: Backbone, denoiser: Denoiser, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.ship(tmp_path / "package", monkeypatch, weights=denoiser)
@@ -257,36 +255,36 @@ def test_automatic_method_is_exact_where_an_artifact_is_given(
     assert torch.equal(found.artifact, artifact.values)
 
 
-def test_automatic_method_gives_what_the_method_by_name_gives(backbone: Backbone, photo: np.ndarray) -> None:
+def test_automatic_method_matches_the_method_given_by_name(backbone: Backbone, photo: np.ndarray) -> None:
     automatic, named = (dv.denoise_image(backbone, photo, method=name, **FEW) for name in ("auto", "exact"))
     assert torch.equal(automatic.field, named.field)
     assert automatic.info | {"seconds": 0} == named.info | {"seconds": 0}
 
 
-# --- what is refused ---
+# --- errors ---
 
 
-def test_without_a_denoiser_it_is_told_what_to_do(backbone: Backbone, photo: np.ndarray) -> None:
+def test_error_without_a_denoiser_says_what_to_do(backbone: Backbone, photo: np.ndarray) -> None:
     told = r"no denoiser for Planted with these weights .* stride 8; train one with dvit train and "
     for given in (None, "shipped"):
         with pytest.raises(DenoiserError, match=told + "give it by --denoiser FILE$"):
             dv.denoise_image(backbone, photo, method="denoiser", denoiser=given)
 
 
-def test_the_published_one_is_named_where_there_is_one(photo: np.ndarray) -> None:
+def test_error_names_the_published_denoiser_if_there_is_one(photo: np.ndarray) -> None:
     named = tiny.backbone()
     named.name = DINOV2_S
     with pytest.raises(DenoiserError, match=r"--denoiser FILE, or --denoiser voc_denoised for the published one$"):
         dv.denoise_image(named, photo, method="denoiser")
 
 
-def test_shipped_without_a_backbone_is_told_what_it_needs() -> None:
+def test_loading_the_shipped_denoiser_needs_a_backbone() -> None:
     with pytest.raises(DenoiserError, match="depends on the backbone: also give the backbone"):
         dv.load_denoiser("shipped")
 
 
 @pytest.mark.parametrize("given", ["module", "file"])
-def test_denoiser_of_another_backbone_is_refused_with_both_named(
+def test_error_for_another_backbone_names_both_backbones(
     denoiser: Denoiser, photo: np.ndarray, tmp_path: Path, given: str
 ) -> None:
     path = tiny.write(tmp_path, denoiser, "d.safetensors")
@@ -302,9 +300,7 @@ def test_denoiser_of_another_width_is_refused(photo: np.ndarray, denoiser: Denoi
 
 
 @pytest.mark.parametrize("method", ["exact", "neural-field", "subtract"])
-def test_denoiser_with_another_method_is_refused_with_both_named(
-    backbone: Backbone, photo: np.ndarray, method: str
-) -> None:
+def test_denoiser_with_another_method_is_refused(backbone: Backbone, photo: np.ndarray, method: str) -> None:
     told = f"a denoiser \\(voc_denoised\\) is given, but method '{method}' does not use one"
     with pytest.raises(PlanError, match=told):
         dv.denoise_image(backbone, photo, method=method, denoiser="voc_denoised")
@@ -317,9 +313,7 @@ def test_artifact_with_a_denoiser_is_refused(backbone: Backbone, denoiser: Denoi
             dv.denoise_image(backbone, photo, method=method, denoiser=denoiser, artifact=artifact)
 
 
-def test_file_that_is_missing_or_something_else_is_refused(
-    backbone: Backbone, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_missing_or_wrong_file_is_refused(backbone: Backbone, photo: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no such denoiser file"):
         dv.denoise_image(backbone, photo, method="denoiser", denoiser=tmp_path / "none.safetensors")
     (tmp_path / "words.safetensors").write_text("words")
@@ -327,7 +321,7 @@ def test_file_that_is_missing_or_something_else_is_refused(
         dv.denoise_image(backbone, photo, method="denoiser", denoiser=tmp_path / "words.safetensors")
 
 
-def test_denoiser_of_another_type_is_refused_by_name(backbone: Backbone, photo: np.ndarray) -> None:
+def test_error_for_a_wrong_type_names_the_type(backbone: Backbone, photo: np.ndarray) -> None:
     with pytest.raises(DenoiserError, match="expected a denoiser as a Denoiser, file or name, got list"):
         dv.denoise_image(backbone, photo, method="denoiser", denoiser=[1.0])  # pyright: ignore[reportArgumentType]
 
@@ -337,7 +331,7 @@ def test_size_off_the_patch_grid_is_refused(backbone: Backbone, denoiser: Denois
         dv.denoise_image(backbone, photo, method="denoiser", denoiser=denoiser, size=60)
 
 
-def test_features_that_are_not_finite_are_refused(photo: np.ndarray) -> None:
+def test_non_finite_features_are_refused(photo: np.ndarray) -> None:
     broken = tiny_artifact.plain(lambda image: torch.full((len(image), 7, 7, 64), math.nan))
     with pytest.raises(BackboneError, match="not finite"):
         dv.denoise_image(broken, photo, method="denoiser", denoiser=tiny.denoiser())

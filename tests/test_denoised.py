@@ -1,4 +1,4 @@
-"""DenoisedViT: the backbone minus its artifact, or with its denoiser, with the same face."""
+"""DenoisedViT: the backbone minus its artifact, or with its denoiser, with the same interface."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_features_are_those_of_the_backbone_minus_the_artifact(
+def test_features_are_backbone_features_minus_the_artifact(
     extractor: DenoisedViT, backbone: Backbone, artifact: Artifact, batch: int
 ) -> None:
     image = images(batch, 56, 56)
@@ -51,7 +51,7 @@ def test_features_are_those_of_the_backbone_minus_the_artifact(
 
 
 @pytest.mark.parametrize("size", [(88, 88), (40, 72), (8, 104)], ids=str)
-def test_other_sizes_get_the_artifact_resampled(
+def test_artifact_is_resampled_for_other_sizes(
     extractor: DenoisedViT, backbone: Backbone, artifact: Artifact, size: tuple[int, int]
 ) -> None:
     image = images(2, *size)
@@ -66,7 +66,7 @@ def test_sizes_may_alternate(extractor: DenoisedViT, backbone: Backbone, artifac
 
 
 class Interrupted(DenoisedViT):
-    """Lets other threads run at the moment at which something new is kept."""
+    """Lets other threads run whenever a new value is cached."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -74,7 +74,7 @@ class Interrupted(DenoisedViT):
             time.sleep(0.0001)
 
 
-def test_threads_with_sizes_of_their_own_do_not_meet(backbone: Backbone, artifact: Artifact) -> None:
+def test_threads_with_different_sizes_do_not_interfere(backbone: Backbone, artifact: Artifact) -> None:
     extractor = Interrupted(backbone, artifact, positions=0.5)
     grids = [(2 + side, 7) for side in range(4)]
     places = {grid: 0.5 * sinusoidal_positions(grid, 6) - artifact.at(grid) for grid in grids}
@@ -102,7 +102,7 @@ def test_calibrated_artifact_leaves_nearly_clean_features(backbone: Backbone) ->
     assert float(left) < 0.15 * float((backbone(image) - tiny.backbone(0.0)(image)).norm())
 
 
-def test_prefix_tokens_stay_as_they_are() -> None:
+def test_prefix_tokens_are_unchanged() -> None:
     module = tiny.Planted()
 
     def with_prefix(image: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_size_off_the_patch_grid_is_refused(extractor: DenoisedViT) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_features_are_float32_whatever_the_backbone_computes_in(artifact: Artifact, dtype: torch.dtype) -> None:
+def test_features_are_float32_for_any_backbone_dtype(artifact: Artifact, dtype: torch.dtype) -> None:
     backbone = tiny.backbone().to(dtype=dtype)
     found = DenoisedViT(backbone, artifact)(images(1, 56, 56))
     assert found.dtype == torch.float32
@@ -149,7 +149,7 @@ def test_whole_extractor_can_be_converted_after_it_was_used(artifact: Artifact) 
 def test_artifact_follows_the_features_to_another_device(artifact: Artifact) -> None:
     extractor = DenoisedViT(tiny.backbone(), artifact)
     image = images(1, 56, 56)
-    here = extractor(image)  # what is kept for this size is on the CPU now
+    here = extractor(image)  # the term cached for this size is on the CPU now
     assert copy.deepcopy(extractor).to("meta")(image).device.type == "meta"
     assert torch.equal(extractor(image), here)
 
@@ -165,7 +165,7 @@ def test_artifact_follows_the_features_to_a_gpu_and_back(artifact: Artifact) -> 
     torch.testing.assert_close(extractor.to("cpu")(image), here)
 
 
-def test_gradient_reaches_the_image_as_through_the_backbone(extractor: DenoisedViT, backbone: Backbone) -> None:
+def test_image_gradient_matches_that_of_the_backbone(extractor: DenoisedViT, backbone: Backbone) -> None:
     image, same = images(1, 40, 72).requires_grad_(), images(1, 40, 72).requires_grad_()
     weights = torch.randn(1, 5, 9, 6, generator=torch.Generator().manual_seed(1))
     (extractor(image) * weights).sum().backward()
@@ -176,9 +176,7 @@ def test_gradient_reaches_the_image_as_through_the_backbone(extractor: DenoisedV
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_use_without_gradients_does_not_spoil_later_use_with_them(
-    extractor: DenoisedViT, context: type[torch.no_grad]
-) -> None:
+def test_gradients_work_after_use_without_gradients(extractor: DenoisedViT, context: type[torch.no_grad]) -> None:
     with context():
         assert not extractor(images(1, 40, 72)).requires_grad
     image = images(1, 40, 72).requires_grad_()
@@ -186,7 +184,7 @@ def test_use_without_gradients_does_not_spoil_later_use_with_them(
     assert image.grad is not None
 
 
-def test_nothing_of_it_is_trainable_or_in_training(extractor: DenoisedViT) -> None:
+def test_extractor_is_frozen_and_its_backbone_in_eval_mode(extractor: DenoisedViT) -> None:
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
     assert not extractor.backbone.training
 
@@ -197,7 +195,7 @@ def test_nothing_of_it_is_trainable_or_in_training(extractor: DenoisedViT) -> No
 def denoiser_of(backbone: Backbone, grid: tuple[int, int] = (7, 7), seed: int = 0) -> Denoiser:
     torch.manual_seed(seed)
     denoiser = Denoiser(backbone.embed_dim, grid, trained_for=describe(backbone)).requires_grad_(False).eval()
-    denoiser.pos_embed.mul_(50)  # places matter
+    denoiser.pos_embed.mul_(50)  # so that positions matter
     return denoiser
 
 
@@ -207,7 +205,7 @@ def wide() -> Backbone:
 
 
 @pytest.mark.parametrize("size", [(56, 56), (88, 88), (40, 72)], ids=str)
-def test_features_are_those_of_the_denoiser_after_the_backbone(wide: Backbone, size: tuple[int, int]) -> None:
+def test_features_are_denoised_backbone_features(wide: Backbone, size: tuple[int, int]) -> None:
     denoiser = denoiser_of(wide)
     image = images(2, *size)
     found = DenoisedViT(wide, denoiser)(image)
@@ -216,7 +214,7 @@ def test_features_are_those_of_the_denoiser_after_the_backbone(wide: Backbone, s
     assert not torch.allclose(found, wide(image), atol=0.1)
 
 
-def test_a_denoiser_leaves_prefix_tokens_as_they_are() -> None:
+def test_denoiser_does_not_change_prefix_tokens() -> None:
     module = tiny.Planted(channels=64)
 
     def with_prefix(image: Tensor) -> Tensor:
@@ -243,7 +241,7 @@ def test_denoiser_of_another_width_is_refused(backbone: Backbone, wide: Backbone
         DenoisedViT(backbone, denoiser_of(wide))
 
 
-def test_denoiser_of_an_unknown_backbone_is_taken_by_its_width(wide: Backbone) -> None:
+def test_denoiser_without_a_record_is_accepted_by_its_width(wide: Backbone) -> None:
     denoiser = denoiser_of(wide)
     denoiser.trained_for = None
     image = images(1, 56, 56)
@@ -252,7 +250,7 @@ def test_denoiser_of_an_unknown_backbone_is_taken_by_its_width(wide: Backbone) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_denoised_features_are_float32_whatever_is_computed_in(wide: Backbone, dtype: torch.dtype) -> None:
+def test_denoised_features_are_float32_for_any_dtype(wide: Backbone, dtype: torch.dtype) -> None:
     image = images(1, 56, 56)
     expected = DenoisedViT(wide, denoiser_of(wide))(image)
     backbone = tiny.backbone(channels=64)
@@ -277,7 +275,7 @@ def test_a_denoiser_moves_and_is_saved_with_the_extractor(wide: Backbone) -> Non
 
 
 @pytest.mark.parametrize("size", [(56, 56), (40, 72)], ids=str)
-def test_positions_are_added_to_clean_features_by_their_weight(
+def test_weighted_positions_are_added_to_clean_features(
     backbone: Backbone, wide: Backbone, artifact: Artifact, size: tuple[int, int]
 ) -> None:
     image, grid = images(2, *size), (size[0] // 8, size[1] // 8)
@@ -287,21 +285,21 @@ def test_positions_are_added_to_clean_features_by_their_weight(
         torch.testing.assert_close(added, expected.expand(2, -1, -1, -1), rtol=0, atol=1e-5)
 
 
-def test_positions_are_those_of_the_patches_where_these_overlap() -> None:
+def test_positions_follow_overlapping_patches() -> None:
     dense = tiny.backbone(channels=64, stride=4)
     image = images(1, 24, 40)
     added = DenoisedViT(dense, denoiser_of(dense), positions=1.0)(image) - denoiser_of(dense)(dense(image))
-    # Five rows and nine columns, half a patch from each other; the first wave is a sine of y itself.
+    # Five rows and nine columns, half a patch apart; the first channel is the sine of y.
     expected = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5]).sin()[:, None].expand(5, 9)
     torch.testing.assert_close(added[0, ..., 0], expected, rtol=0, atol=1e-5)
 
 
-def test_no_weight_leaves_features_as_they_are(wide: Backbone) -> None:
+def test_zero_position_weight_changes_nothing(wide: Backbone) -> None:
     image = images(1, 40, 72)
     assert torch.equal(DenoisedViT(wide, denoiser_of(wide), positions=0.0)(image), denoiser_of(wide)(wide(image)))
 
 
-def test_positions_do_not_depend_on_what_was_seen_before_or_beside(wide: Backbone) -> None:
+def test_positions_are_independent_of_other_images(wide: Backbone) -> None:
     extractor = DenoisedViT(wide, denoiser_of(wide), positions=1.0)
     one, two = images(1, 40, 72), images(1, 40, 72, seed=1)
     expected = extractor(one)
@@ -310,12 +308,12 @@ def test_positions_do_not_depend_on_what_was_seen_before_or_beside(wide: Backbon
 
 
 @pytest.mark.parametrize("positions", [-0.1, float("nan"), float("inf")])
-def test_weights_of_positions_that_are_none_are_refused(wide: Backbone, positions: float) -> None:
+def test_invalid_position_weights_are_refused(wide: Backbone, positions: float) -> None:
     with pytest.raises(ValueError, match=rf"finite weight of at least 0, got {positions}"):
         DenoisedViT(wide, denoiser_of(wide), positions=positions)
 
 
-def test_positions_of_too_few_channels_are_refused_at_once() -> None:
+def test_positions_with_too_few_channels_are_refused() -> None:
     narrow = tiny.backbone(channels=3)
     artifact = tiny.artifact_of(narrow)
     assert DenoisedViT(narrow, artifact)(images(1, 56, 56)).shape == (1, 7, 7, 3)
@@ -326,25 +324,25 @@ def test_positions_of_too_few_channels_are_refused_at_once() -> None:
 # --- moved, converted, compiled ---
 
 
-def test_a_denoiser_is_put_where_the_backbone_is() -> None:
+def test_denoiser_is_moved_to_the_device_of_the_backbone() -> None:
     backbone = tiny.plain(nn.Conv2d(3, 64, 8, 8)).to("meta")
     extractor = DenoisedViT(backbone, Denoiser(64, (7, 7)), positions=1.0)
     assert extractor(images(1, 56, 56)).device.type == "meta"
 
 
-def test_the_artifact_and_positions_move_with_the_extractor_and_are_never_rounded(artifact: Artifact) -> None:
+def test_artifact_and_positions_move_with_the_extractor_in_float32(artifact: Artifact) -> None:
     extractor = DenoisedViT(tiny.backbone(), artifact, positions=1.0).to(torch.bfloat16)
     assert extractor.artifact is not None and torch.equal(extractor.artifact.values, artifact.values)
     expected = extractor.backbone(images(1, 56, 56)) - artifact.values + sinusoidal_positions((7, 7), 6)
     torch.testing.assert_close(extractor(images(1, 56, 56)), expected, rtol=0, atol=1e-6)
     moved = extractor.to("meta")
     assert moved.artifact is not None and moved.artifact.values.device.type == "meta"
-    assert artifact.values.device.type == "cpu"  # the caller's own stays
+    assert artifact.values.device.type == "cpu"  # the caller's artifact stays
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_a_gpu_everything_is_where_the_backbone_is(dtype: Literal["float32", "bfloat16"]) -> None:
+def test_gpu_features_are_float32_and_match_the_cpu(dtype: Literal["float32", "bfloat16"]) -> None:
     here = dv.load_backbone("test_vit", weights="random", dtype="float32", device="cpu")
     there = dv.load_backbone("test_vit", weights="random", dtype=dtype, device="cuda")
     image = images(2, 48, 80)
@@ -357,7 +355,7 @@ def test_on_a_gpu_everything_is_where_the_backbone_is(dtype: Literal["float32", 
 
 
 class Counting:
-    """A compiler's back end that runs graphs as they are, and counts them."""
+    """A compiler backend that runs graphs unchanged and counts them."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -387,7 +385,7 @@ def extractors() -> dict[str, Callable[[], DenoisedViT]]:
 
 
 @pytest.mark.parametrize("which", extractors())
-def test_compiled_whole_it_gives_the_same_features_without_compiling_again(which: str) -> None:
+def test_compiled_extractor_matches_without_recompiling(which: str) -> None:
     extractor = extractors()[which]()
     expected = {size: extractor(images(2, *size)) for size in ((48, 64), (80, 112))}
     torch.compiler.reset()
@@ -397,20 +395,20 @@ def test_compiled_whole_it_gives_the_same_features_without_compiling_again(which
         torch.testing.assert_close(extractor(images(2, *size)), expected[size])
     graphs = compiler.graphs
     assert 1 <= graphs <= 2
-    for size in ((48, 64), (80, 112)) * 2:  # in turn, so that what is kept for a size would change at each call
-        extractor.forward(images(1, 64, 48))  # not compiled: keeps what belongs to another size
+    for size in ((48, 64), (80, 112)) * 2:  # alternating, so that the cached term would change at each call
+        extractor.forward(images(1, 64, 48))  # not compiled: caches the term of another size
         torch.testing.assert_close(extractor(images(2, *size)), expected[size])
     assert compiler.graphs == graphs
 
 
-def test_a_compiler_that_lowers_operations_gives_the_same_features() -> None:
+def test_aot_eager_compiler_gives_the_same_features() -> None:
     extractor = extractors()["artifact, positions"]()
     torch.compiler.reset()
     compiled = torch.compile(extractor, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images(2, 40, 72)), extractor(images(2, 40, 72)))
 
 
-def test_several_layers_can_be_compiled_whole() -> None:
+def test_forward_intermediates_can_be_compiled() -> None:
     extractor = extractors()["denoiser"]()
     torch.compiler.reset()
     compiled = torch.compile(extractor.forward_intermediates, backend="eager", fullgraph=True)
@@ -419,8 +417,8 @@ def test_several_layers_can_be_compiled_whole() -> None:
     torch.testing.assert_close(found.layers, expected.layers)
 
 
-def test_in_bfloat16_backbone_and_denoiser_stay_close_to_float32() -> None:
-    """448 x 448: as many tokens as the blocked attention takes over from."""
+def test_bfloat16_stays_close_to_float32() -> None:
+    """448 x 448 pixels have enough tokens for the blocked attention."""
     exact = extractors()["denoiser"]()
     image = images(1, 448, 448)
     low = copy.deepcopy(exact).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The one-pass denoiser: what it computes from published weights, by hand, and what else holds of it."""
+"""The one-pass denoiser: its output for published weights against a plain computation, and other properties."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def features_of(*shape: int, seed: int = 0) -> Tensor:
 
 
 def names(blocks: int) -> list[str]:
-    """What stands before the layers' names, by block."""
+    """Prefix of the layers' names for each block."""
     return ["denoiser."] if blocks == 1 else [f"denoiser.{number}." for number in range(blocks)]
 
 
 def published_state(channels: int, places: int, blocks: int = 1, seed: int = 0) -> State:
-    """The tensors of a published checkpoint, each with values of its own."""
+    """The tensors of a published checkpoint, with random values."""
     source = chance(seed)
     state = {"pos_embed": torch.randn(1, places, channels, generator=source) * 0.5}
     for before in names(blocks):
@@ -84,21 +84,19 @@ def assert_by_hand(found: Tensor, state: State, features: Tensor, position: Tens
 
 
 def filled(channels: int = 64, grid: tuple[int, int] = (5, 3), blocks: int = 1, seed: int = 0) -> Denoiser:
-    """A denoiser with values that matter everywhere, frozen."""
+    """A frozen denoiser in which the values of all tensors matter."""
     denoiser = Denoiser(channels, grid, blocks)
     denoiser.load_state_dict(published_state(channels, grid[0] * grid[1], blocks, seed))
     return denoiser.requires_grad_(False).eval()
 
 
-# What it computes, from each layout in which checkpoints were published
+# Output, for each layout of published checkpoints
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("layout", ["alone", "with optimizer", "with the backbone", "bare"])
 @pytest.mark.parametrize("channels", [64, 128, 384])
-def test_published_checkpoints_compute_what_the_paper_says(
-    channels: int, layout: str, blocks: int, tmp_path: Path
-) -> None:
+def test_published_checkpoints_match_the_paper(channels: int, layout: str, blocks: int, tmp_path: Path) -> None:
     state = published_state(channels, 25, blocks)
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]}
     vit = {"vit.cls_token": torch.ones(1, 1, 8), "vit.model.patch_embed.proj.weight": torch.ones(8, 3, 2, 2)}
@@ -122,8 +120,8 @@ def test_parameters_are_named_and_shaped_as_published(blocks: int) -> None:
     assert {name: value.shape for name, value in Denoiser(128, (5, 3), blocks).state_dict().items()} == expected
 
 
-def test_small_features_show_the_smallest_deviation_of_the_norms() -> None:
-    """1e-6, not the 1e-5 of torch."""
+def test_norms_use_an_epsilon_of_1e_6() -> None:
+    """Not the 1e-5 of torch; the difference shows for small features."""
     state = published_state(64, 15)
     state["pos_embed"] *= 1e-3
     denoiser = filled()
@@ -132,13 +130,13 @@ def test_small_features_show_the_smallest_deviation_of_the_norms() -> None:
     assert_by_hand(denoiser(features), state, features)
 
 
-def test_nothing_of_the_input_is_left_where_the_block_takes_it_away() -> None:
-    """Residuals are inside the block only: features that it cancels do not come back around it."""
+def test_block_has_no_residual_or_norm_around_it() -> None:
+    """Residual connections are inside the block only, so features that it cancels do not return."""
     state = {name: torch.zeros_like(value) for name, value in published_state(64, 15).items()}
     denoiser = filled()
     denoiser.load_state_dict(state)
     features = features_of(1, 5, 3, 64)
-    assert torch.equal(denoiser(features), features)  # not twice as much, as with a residual around it; and no norm
+    assert torch.equal(denoiser(features), features)  # neither doubled by an outer residual nor normalised
 
 
 # Grids
@@ -154,7 +152,7 @@ def test_position_is_resampled_to_other_grids_as_timm_does(grid: tuple[int, int]
 
 
 @pytest.mark.parametrize("grid", [(8, 6), (3, 5), (7, 2), (15, 1)], ids=str)
-def test_position_of_a_grid_that_is_not_square_is_resampled_from_its_own_shape(grid: tuple[int, int]) -> None:
+def test_position_of_a_non_square_grid_is_resampled_from_its_shape(grid: tuple[int, int]) -> None:
     denoiser = filled(grid=(5, 3))
     planes = denoiser.pos_embed.detach().unflatten(1, (5, 3)).movedim(-1, 1)  # (1, h w, C) -> (1, C, h, w)
     resampled = F.interpolate(planes, grid, mode="bicubic", antialias=True)
@@ -164,7 +162,7 @@ def test_position_of_a_grid_that_is_not_square_is_resampled_from_its_own_shape(g
     assert_by_hand(denoiser(features), published_state(64, 15), features, expected)
 
 
-def test_position_of_its_own_grid_is_taken_as_it_is() -> None:
+def test_position_of_its_own_grid_is_not_resampled() -> None:
     denoiser = filled(grid=(5, 3))
     assert torch.equal(denoiser.position(5, 3), denoiser.pos_embed)
     assert denoiser.position(3, 5).shape == (1, 15, 64)
@@ -184,7 +182,7 @@ def test_rows_of_the_grid_run_down() -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_bfloat16_is_near_float32_and_takes_the_fast_attention(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_close_to_float32_and_uses_fast_attention(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
 
     class Counted(BlockedAttention):
@@ -194,7 +192,7 @@ def test_bfloat16_is_near_float32_and_takes_the_fast_attention(blocks: int, monk
 
     monkeypatch.setattr(denoiser_module, "BlockedAttention", Counted)
     denoiser = filled(128, (17, 19), blocks)
-    features = features_of(2, 17, 19, 128)  # more tokens than the fast attention asks for
+    features = features_of(2, 17, 19, 128)  # more tokens than the fast attention requires
     with torch.no_grad():
         expected = denoiser(features)
         assert not used
@@ -205,7 +203,7 @@ def test_bfloat16_is_near_float32_and_takes_the_fast_attention(blocks: int, monk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_features_may_come_in_any_precision_and_leave_in_float32(dtype: torch.dtype) -> None:
+def test_output_is_float32_for_any_input_precision(dtype: torch.dtype) -> None:
     denoiser = filled()
     features = features_of(1, 5, 3, 64).to(dtype)
     found = denoiser(features)
@@ -219,7 +217,7 @@ def test_features_may_come_in_any_precision_and_leave_in_float32(dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [(5, 3), (17, 19)], ids=str)
 def test_gradients_reach_every_parameter(grid: tuple[int, int], dtype: torch.dtype) -> None:
-    """With many tokens in bfloat16 the fast attention would cut them off."""
+    """With many tokens in bfloat16, the fast attention would block them."""
     features, aim = features_of(2, *grid, 128), features_of(2, *grid, 128, seed=1)
 
     def gradients(precision: torch.dtype) -> State:
@@ -242,7 +240,7 @@ def test_gradients_of_a_frozen_denoiser_reach_the_features() -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_use_without_gradients_does_not_spoil_later_training(context: type[torch.no_grad]) -> None:
+def test_inference_does_not_prevent_later_training(context: type[torch.no_grad]) -> None:
     denoiser = filled(64, (17, 19)).bfloat16()
     with context():
         assert not denoiser(features_of(1, 20, 17, 64)).requires_grad
@@ -251,18 +249,18 @@ def test_use_without_gradients_does_not_spoil_later_training(context: type[torch
     assert denoiser.pos_embed.grad is not None
 
 
-def test_a_position_that_is_resampled_learns() -> None:
+def test_gradients_reach_a_resampled_position() -> None:
     denoiser = filled().requires_grad_(True)
     denoiser(features_of(1, 8, 4, 64)).square().sum().backward()
     assert denoiser.pos_embed.grad is not None
     assert bool((denoiser.pos_embed.grad.abs().sum(-1) > 0).all())
 
 
-# What else holds
+# Other properties
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_of_a_batch_do_not_see_each_other(dtype: torch.dtype) -> None:
+def test_images_of_a_batch_are_independent(dtype: torch.dtype) -> None:
     denoiser = filled(128, (17, 16)).to(dtype)
     features = features_of(3, 17, 16, 128)
     with torch.no_grad():
@@ -274,7 +272,7 @@ def test_images_of_a_batch_do_not_see_each_other(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_features_give_the_same_again_and_are_left_as_they_were(dtype: torch.dtype) -> None:
+def test_output_is_deterministic_and_input_unchanged(dtype: torch.dtype) -> None:
     denoiser = filled(64, (17, 16)).to(dtype)
     features = features_of(2, 17, 16, 64).to(dtype)
     before = features.clone()
@@ -285,13 +283,13 @@ def test_the_same_features_give_the_same_again_and_are_left_as_they_were(dtype: 
     assert torch.equal(features, before)
 
 
-def test_features_need_not_lie_in_one_piece() -> None:
+def test_features_need_not_be_contiguous() -> None:
     denoiser = filled()
     features = features_of(2, 64, 5, 3).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
     assert torch.equal(denoiser(features), denoiser(features.contiguous()))
 
 
-def test_a_new_one_starts_near_no_position_and_can_be_told_from_its_words() -> None:
+def test_new_denoiser_has_small_positions_and_a_descriptive_repr() -> None:
     torch.manual_seed(0)
     denoiser = Denoiser(64, (37, 37))
     assert float(denoiser.pos_embed.detach().std()) == pytest.approx(0.02, rel=0.05)
@@ -300,31 +298,31 @@ def test_a_new_one_starts_near_no_position_and_can_be_told_from_its_words() -> N
     assert (denoiser.trained_for, denoiser.info) == (None, {})
 
 
-# What is refused
+# Invalid input
 
 
 @pytest.mark.parametrize(
     "shape", [(5, 3, 64), (1, 15, 64, 1, 1), (15, 64), (1, 5, 3, 65), (1, 5, 3, 128), (1, 64, 5, 3)], ids=str
 )
-def test_features_of_another_width_or_no_grid_are_refused(shape: tuple[int, ...]) -> None:
+def test_features_of_another_shape_are_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected features \(B, h, w, 64\), got \(") as caught:
         filled()(torch.zeros(shape))
     assert str(shape) in str(caught.value)
 
 
 @pytest.mark.parametrize("channels", [0, 1, 63, 65, 100, -64])
-def test_a_width_that_has_no_whole_heads_is_refused(channels: int) -> None:
+def test_channels_must_be_a_multiple_of_64(channels: int) -> None:
     with pytest.raises(ValueError, match=f"multiple of 64 channels, got {channels}"):
         Denoiser(channels)
 
 
 @pytest.mark.parametrize("blocks", [0, -1])
-def test_no_block_is_refused(blocks: int) -> None:
+def test_fewer_than_one_block_is_rejected(blocks: int) -> None:
     with pytest.raises(ValueError, match=f"at least 1 block, got {blocks}"):
         Denoiser(64, blocks=blocks)
 
 
 @pytest.mark.parametrize("grid", [(0, 3), (3, 0), (-2, -3)], ids=str)
-def test_a_grid_without_places_is_refused(grid: tuple[int, int]) -> None:
+def test_empty_grid_is_rejected(grid: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="grid"):
         Denoiser(64, grid)

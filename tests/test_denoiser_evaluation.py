@@ -1,4 +1,4 @@
-"""Denoisers among the features that are compared: each is a line of its own, over features of its own."""
+"""Evaluation of denoisers: each one gives its own result line, computed from the same raw features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IMAGES = 7
 
 
 def wide(image: Tensor) -> Tensor:
-    """Colours in the first three of 64 channels, under noise in all others: (B, 3, H, W) -> (B, h, w, 64)."""
+    """Colours in the first three of 64 channels, noise in all others: (B, 3, H, W) -> (B, h, w, 64)."""
     clean = colours(image)
     noise = 8 * (torch.frac(clean.abs().sum(-1, keepdim=True) * torch.arange(997, 1058)) - 0.5)
     return torch.cat([clean, noise], -1)
@@ -47,7 +47,7 @@ def backbone() -> Backbone:
 
 
 def denoiser_of(backbone: Backbone, *, kept: bool, grid: tuple[int, int] = (6, 6)) -> Denoiser:
-    """A block that adds nothing (features as they are), or one that takes half of them away."""
+    """A denoiser that returns features unchanged, or, unless ``kept``, adds position embeddings to the colours."""
     denoiser = Denoiser(64, grid, trained_for=describe(backbone)).requires_grad_(False)
     for value in denoiser.parameters():
         value.zero_()
@@ -78,29 +78,27 @@ def bench(tmp_path: Path, data: LabelledData, backbone: Backbone) -> Workbench:
 
 
 def cached(folder: Path) -> int:
-    """Images whose features are on disk, once for each source."""
+    """Number of images whose features are on disk, counted once for each source."""
     return len(list((folder / "cache" / "features").rglob("*.safetensors")))
 
 
-def test_a_denoiser_is_a_source_by_its_name() -> None:
+def test_denoiser_is_a_known_kind_of_features() -> None:
     assert "denoiser" in KINDS
     assert parse_names("raw,denoiser", KINDS) == ("raw", "denoiser")
 
 
-def test_a_denoiser_gives_a_line_that_is_held_against_the_first(
-    tmp_path: Path, bench: Workbench, files: dict[str, Path]
-) -> None:
+def test_denoiser_line_is_compared_with_raw_features(tmp_path: Path, bench: Workbench, files: dict[str, Path]) -> None:
     with_it = replace(bench, cleaners=Cleaners(denoiser=str(files["same"])))
     (raw, _), (line, kept) = knn(with_it, ["raw", "denoiser"], FEW)
     assert not kept and line["failed"] is None and line["features"] == "denoiser"
-    assert line["metrics"] == raw["metrics"]  # this one leaves features as they are
+    assert line["metrics"] == raw["metrics"]  # this denoiser returns features unchanged
     assert line["paired"]["against"] == "raw" and line["paired"]["difference"] == 0
     assert line["settings"]["features"] == {"denoiser": denoiser_digest(load_denoiser(files["same"]))}
     assert raw["settings"]["features"] == {}
-    assert cached(tmp_path) == IMAGES  # the denoiser cleans the raw ones
+    assert cached(tmp_path) == IMAGES  # the denoiser uses the cached raw features
 
 
-def test_another_denoiser_is_another_line_over_the_same_raw_features(
+def test_another_denoiser_gives_another_line_from_the_same_raw_features(
     tmp_path: Path, bench: Workbench, files: dict[str, Path]
 ) -> None:
     lines = []
@@ -114,9 +112,7 @@ def test_another_denoiser_is_another_line_over_the_same_raw_features(
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
-def test_figures_are_those_of_the_extractor_made_by_hand(
-    bench: Workbench, backbone: Backbone, files: dict[str, Path]
-) -> None:
+def test_metrics_match_an_extractor_built_by_hand(bench: Workbench, backbone: Backbone, files: dict[str, Path]) -> None:
     extractor = DenoisedViT(backbone, load_denoiser(files["other"]))
     both = replace(bench, cleaners=Cleaners(denoiser=str(files["other"])), extractors={"by hand": extractor})
     (line, _), (by_hand, _) = knn(both, ["denoiser", "by hand"], FEW)
@@ -124,25 +120,21 @@ def test_figures_are_those_of_the_extractor_made_by_hand(
     assert line["metrics"] == by_hand["metrics"]
 
 
-def test_the_same_denoiser_under_another_file_name_is_not_judged_again(
-    tmp_path: Path, bench: Workbench, files: dict[str, Path]
-) -> None:
+def test_renamed_denoiser_file_is_not_evaluated_again(tmp_path: Path, bench: Workbench, files: dict[str, Path]) -> None:
     ((first, _),) = knn(replace(bench, cleaners=Cleaners(denoiser=str(files["other"]))), ["denoiser"], FEW)
     moved = files["other"].rename(tmp_path / "moved.safetensors")
     assert list(knn(replace(bench, cleaners=Cleaners(denoiser=str(moved))), ["denoiser"], FEW)) == [(first, True)]
     assert cached(tmp_path) == IMAGES
 
 
-def test_linear_probes_take_a_denoiser_as_well(bench: Workbench, files: dict[str, Path]) -> None:
+def test_linear_probes_accept_a_denoiser(bench: Workbench, files: dict[str, Path]) -> None:
     quick = SegmentationOptions(seeds=(0,), steps=4, batch=2)
     with_it = replace(bench, cleaners=Cleaners(denoiser=str(files["other"])))
     told = list(segmentation(with_it, ["raw", "denoiser"], quick))
     assert [(line["features"], line["failed"]) for line, _ in told] == [("raw", None), ("denoiser", None)]
 
 
-def test_without_a_denoiser_the_source_fails_in_words_and_raw_is_judged(
-    bench: Workbench, files: dict[str, Path]
-) -> None:
+def test_missing_denoiser_fails_and_raw_is_still_evaluated(bench: Workbench, files: dict[str, Path]) -> None:
     (raw, _), (line, _) = knn(bench, ["raw", "denoiser"], FEW)
     assert raw["failed"] is None and raw["metrics"]["mIoU"] > 0
     assert "; train one with dvit train and give it by --denoiser FILE" in line["failed"]
@@ -158,15 +150,13 @@ def test_without_a_denoiser_the_source_fails_in_words_and_raw_is_judged(
         ("voc_distilled", "voc_distilled is a whole model"),
     ],
 )
-def test_a_denoiser_that_cannot_be_had_fails_in_words_and_raw_is_judged(
-    given: str, reason: str, bench: Workbench
-) -> None:
+def test_unavailable_denoiser_fails_and_raw_is_still_evaluated(given: str, reason: str, bench: Workbench) -> None:
     (raw, _), (line, _) = knn(replace(bench, cleaners=Cleaners(denoiser=given)), ["raw", "denoiser"], FEW)
     assert raw["failed"] is None
     assert reason in line["failed"] and not line["failed"].startswith(("DenoiserError", "FormatError"))
 
 
-def test_a_denoiser_of_another_backbone_fails_in_words(tmp_path: Path, bench: Workbench) -> None:
+def test_denoiser_of_another_backbone_fails_with_a_reason(tmp_path: Path, bench: Workbench) -> None:
     other = tiny_backbone(lambda image: wide(image).flip(-1))
     write_denoiser(denoiser_of(other, kept=True), tmp_path / "of another.safetensors")
     given = str(tmp_path / "of another.safetensors")
@@ -175,18 +165,18 @@ def test_a_denoiser_of_another_backbone_fails_in_words(tmp_path: Path, bench: Wo
     assert "the denoiser was trained for " in line["failed"] and "wide" in line["failed"]
 
 
-# What tells denoisers apart
+# Digests
 
 
-def test_the_digest_is_that_of_the_values_as_files_hold_them(files: dict[str, Path], backbone: Backbone) -> None:
+def test_digest_is_of_the_values_as_stored_in_files(files: dict[str, Path], backbone: Backbone) -> None:
     made = denoiser_of(backbone, kept=False)
     assert denoiser_digest(made) == denoiser_digest(load_denoiser(files["other"]))
     made.denoiser.get_parameter("mlp.fc2.bias")[5] = 0.25
     assert denoiser_digest(made) != denoiser_digest(load_denoiser(files["other"]))
 
 
-def test_the_digest_tells_grids_apart_that_hold_the_same_values(backbone: Backbone) -> None:
-    """The same places, row by row, lie elsewhere."""
+def test_digest_distinguishes_grids_with_the_same_values(backbone: Backbone) -> None:
+    """The same values, row by row, belong to other positions."""
     wide_grid, tall_grid = (denoiser_of(backbone, kept=False, grid=grid) for grid in ((2, 18), (18, 2)))
     features = torch.zeros(1, 6, 6, 64)
     assert not torch.allclose(wide_grid(features), tall_grid(features))

@@ -1,4 +1,4 @@
-"""Denoisers in files and on the hub: what comes back, what fits which backbone, and what is refused in which words."""
+"""Denoisers in files and on the hub: saving and loading, matching backbones, and error messages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No network, and nothing in the hub's cache."""
+    """No network and an empty hub cache."""
     monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -54,7 +54,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def filled(
     channels: int = 64, grid: tuple[int, int] = (4, 4), blocks: int = 1, seed: int = 0, **more: dict[str, Any]
 ) -> Denoiser:
-    """A denoiser with values that matter everywhere, frozen."""
+    """A frozen denoiser with random values in all parameters."""
     denoiser = Denoiser(channels, grid, blocks, **more).requires_grad_(False).eval()
     chance = torch.Generator().manual_seed(seed)
     for value in denoiser.parameters():
@@ -89,12 +89,12 @@ def published(path: Path, denoiser: Denoiser, **more: object) -> Path:
     return path
 
 
-# Our own files
+# Files written by the package
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("grid", [(4, 4), (5, 3), (2, 8)], ids=str)
-def test_what_was_written_is_read_back_rounded_to_half_precision(
+def test_written_file_is_read_back_rounded_to_half_precision(
     grid: tuple[int, int], blocks: int, tmp_path: Path
 ) -> None:
     about, info = describe(tiny_backbone()), {"steps": 7, "loss": [0.5, None], "photos": {"count": 3}}
@@ -110,7 +110,7 @@ def test_what_was_written_is_read_back_rounded_to_half_precision(
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
 
 
-def test_a_denoiser_in_training_and_in_bfloat16_is_written_as_it_is(tmp_path: Path) -> None:
+def test_writing_does_not_change_a_bfloat16_denoiser_in_training(tmp_path: Path) -> None:
     denoiser = filled().bfloat16().train().requires_grad_(True)
     write_denoiser(denoiser, tmp_path / "own.safetensors")
     assert denoiser.training and denoiser.pos_embed.dtype == torch.bfloat16
@@ -125,7 +125,7 @@ def test_values_are_float16_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["own", "own.bin", "own.SAFETENSORS", "own.pth"])
-def test_a_file_of_any_name_is_read_back_or_not_written(name: str, tmp_path: Path) -> None:
+def test_file_of_any_name_is_read_back_or_refused(name: str, tmp_path: Path) -> None:
     try:
         write_denoiser(filled(), tmp_path / name)
     except (ValueError, FormatError, OSError) as refused:
@@ -135,14 +135,14 @@ def test_a_file_of_any_name_is_read_back_or_not_written(name: str, tmp_path: Pat
         assert_same(read_denoiser(tmp_path / name), filled(), half=True)
 
 
-def test_a_folder_that_is_not_there_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_missing_folder_raises_an_os_error_and_creates_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_denoiser(filled(), tmp_path / "none" / "own.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_a_folder_is_read_back_as_it_was_in_half_precision(blocks: int, tmp_path: Path) -> None:
+def test_saved_folder_is_read_back_in_half_precision(blocks: int, tmp_path: Path) -> None:
     about, info = describe(tiny_backbone()), {"steps": 7}
     denoiser = filled(128, (5, 3), blocks, trained_for=about, info=info)
     denoiser.save_pretrained(tmp_path / "folder")
@@ -152,7 +152,7 @@ def test_a_folder_is_read_back_as_it_was_in_half_precision(blocks: int, tmp_path
     assert_same(load_denoiser(tmp_path / "folder"), found)
 
 
-def test_what_was_recorded_after_it_was_made_is_in_the_folder_too(tmp_path: Path) -> None:
+def test_info_set_after_construction_is_saved_in_the_folder(tmp_path: Path) -> None:
     denoiser = filled()
     denoiser.trained_for, denoiser.info = describe(tiny_backbone()), {"steps": 7}
     denoiser.save_pretrained(tmp_path / "folder")
@@ -161,7 +161,7 @@ def test_what_was_recorded_after_it_was_made_is_in_the_folder_too(tmp_path: Path
 
 
 def test_a_folder_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """As huggingface_hub's model mixin wrote it."""
+    """Such a folder was written by huggingface_hub's model mixin."""
     denoiser = filled(128, (5, 3), trained_for=describe(tiny_backbone()), info={"steps": 7})
     (tmp_path / "config.json").write_text(json.dumps(denoiser.config))
     save_file(denoiser.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -189,13 +189,13 @@ def test_a_state_dict_is_read_from_each_kind_of_file(name: str, dtype: torch.dty
     assert found.trained_for is None
 
 
-def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_in_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_denoiser(filled(), tmp_path / "own.safetensors")
     assert_same(load_denoiser("~/own.safetensors"), filled(), half=True)
 
 
-# What is refused
+# Refused files
 
 
 def refused(path: Path, *words: str) -> str:
@@ -208,7 +208,7 @@ def refused(path: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pth", "none"])
-def test_a_missing_file_is_refused_by_its_path(name: str, tmp_path: Path) -> None:
+def test_missing_file_error_names_the_path(name: str, tmp_path: Path) -> None:
     refused(tmp_path / name, "no such denoiser file")
     with pytest.raises(FormatError, match=rf"{re.escape(str(tmp_path / name))}: no such denoiser file"):
         read_denoiser(tmp_path / name)
@@ -216,7 +216,7 @@ def test_a_missing_file_is_refused_by_its_path(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.9, 0.9999])
 @pytest.mark.parametrize("name", ["own.safetensors", "published.pth", "old.pth"])
-def test_a_truncated_file_is_refused_by_its_path(name: str, share: float, tmp_path: Path) -> None:
+def test_truncated_file_error_names_the_path(name: str, share: float, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "own.safetensors":
         write_denoiser(filled(), path)
@@ -233,21 +233,19 @@ def test_a_truncated_file_is_refused_by_its_path(name: str, share: float, tmp_pa
     [b"hello", b"<!DOCTYPE html>", bytes(1000), b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04" * 9],
     ids=["text", "web page", "zeros", "git-lfs pointer", "start of a zip"],
 )
-def test_anything_else_is_refused_by_its_path_and_says_what_was_expected(
-    name: str, content: bytes, tmp_path: Path
-) -> None:
+def test_other_file_error_names_the_path_and_what_was_expected(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     refused(tmp_path / name, "expected|readable safetensors or PyTorch|convert it to safetensors")
 
 
-def test_an_artifact_is_refused_as_what_it_is(tmp_path: Path) -> None:
+def test_artifact_file_is_refused(tmp_path: Path) -> None:
     artifact = tiny_artifact.artifact_of(tiny_backbone())
     artifact.save(tmp_path / "artifact.safetensors")
     refused(tmp_path / "artifact.safetensors", "denois", "artifact", "expected")
 
 
 @pytest.mark.parametrize("content", [{}, {"denoiser": {}}, {"step": 3}, None, [torch.ones(2)], torch.ones(2)])
-def test_a_file_without_tensors_says_where_they_are_looked_for(content: object, tmp_path: Path) -> None:
+def test_error_for_a_file_without_tensors_names_the_expected_key(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pth")
     refused(tmp_path / "a.pth", "no tensors found; expected .* denoiser")
 
@@ -261,7 +259,7 @@ def test_a_whole_model_is_refused(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, head: object, state: State | None = None) -> Path:
-    """A file of ours with another head, which is left as it is where it is text."""
+    """A denoiser file with another head; a head given as text is written unchanged."""
     text = head if isinstance(head, str) else json.dumps(head)
     save_file(filled().state_dict() if state is None else state, path, metadata={"denoising_vit": text})
     return path
@@ -272,7 +270,7 @@ def own_head(**other: object) -> dict[str, object]:
     return own | {"trained_for": None, "info": {}} | other
 
 
-def test_the_head_of_the_tests_below_is_one_that_is_read(tmp_path: Path) -> None:
+def test_valid_head_of_the_tests_below_is_read(tmp_path: Path) -> None:
     assert_same(read_denoiser(rewritten(tmp_path / "own.safetensors", own_head())), filled())
 
 
@@ -301,7 +299,7 @@ DAMAGED_HEADS: dict[str, object] = {
 
 
 @pytest.mark.parametrize("head", DAMAGED_HEADS)
-def test_a_damaged_head_is_refused_by_its_path(head: str, tmp_path: Path) -> None:
+def test_damaged_head_error_names_the_path(head: str, tmp_path: Path) -> None:
     refused(rewritten(tmp_path / "own.safetensors", DAMAGED_HEADS[head]))
 
 
@@ -309,7 +307,7 @@ FC2 = "denoiser.mlp.fc2.weight"
 
 DAMAGED_STATES: dict[str, tuple[Callable[[State], object], str]] = {
     "missing": (lambda state: state.pop(FC2), rf"1 tensors missing \({re.escape(FC2)}\)"),
-    "extra": (lambda state: state.update(more=torch.ones(2)), r"1 left over \(more\)"),
+    "extra": (lambda state: state.update(more=torch.ones(2)), r"1 unexpected \(more\)"),
     "a third block's": (lambda state: state.update({"denoiser.2.norm1.bias": torch.ones(64)}), "tensors missing"),
     "another shape": (lambda state: state.update({FC2: torch.ones(64, 64)}), rf"another shape \({re.escape(FC2)}\)"),
     "position of two dimensions": (lambda state: state.update(pos_embed=torch.ones(16, 64)), r"\(1, h w, C\)"),
@@ -326,9 +324,7 @@ DAMAGED_STATES: dict[str, tuple[Callable[[State], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGED_STATES)
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
-def test_tensors_that_are_no_denoiser_are_refused_with_what_does_not_fit(
-    name: str, damage: str, tmp_path: Path
-) -> None:
+def test_error_for_other_tensors_names_the_mismatch(name: str, damage: str, tmp_path: Path) -> None:
     state = filled().state_dict()
     change, words = DAMAGED_STATES[damage]
     change(state)
@@ -339,8 +335,8 @@ def test_tensors_that_are_no_denoiser_are_refused_with_what_does_not_fit(
     refused(tmp_path / name, words)
 
 
-def test_values_that_half_precision_cannot_hold_are_not_written_as_infinity(tmp_path: Path) -> None:
-    """A file that can never be read back is worse than none."""
+def test_values_beyond_half_precision_are_not_written_as_infinity(tmp_path: Path) -> None:
+    """A file with infinity could never be read back."""
     denoiser = filled()
     denoiser.pos_embed[0, 0, 0] = 1e5
     path = tmp_path / "own.safetensors"
@@ -374,12 +370,12 @@ def test_code_in_a_pickle_is_refused_and_never_run(how: str, name: str, tmp_path
     assert not trace.exists()
 
 
-def test_the_trap_of_the_test_above_does_work(tmp_path: Path) -> None:
+def test_pickle_of_the_test_above_would_run_code(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Evil(tmp_path / "trace"))).close()
     assert (tmp_path / "trace").exists()
 
 
-# For a backbone
+# Loading for a backbone
 
 
 @pytest.fixture
@@ -390,7 +386,7 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def test_it_comes_frozen_and_ready(own: Path) -> None:
+def test_loaded_denoiser_is_frozen_and_in_evaluation_mode(own: Path) -> None:
     for denoiser in (load_denoiser(own), load_denoiser(str(own), backbone=tiny_backbone())):
         assert not denoiser.training
         assert not any(value.requires_grad for value in denoiser.parameters())
@@ -398,7 +394,7 @@ def test_it_comes_frozen_and_ready(own: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_put_in_the_precision_of_the_backbone(own: Path, dtype: torch.dtype) -> None:
+def test_loaded_denoiser_has_the_dtype_of_the_backbone(own: Path, dtype: torch.dtype) -> None:
     backbone = tiny_backbone().to(dtype=dtype)
     denoiser = load_denoiser(own, backbone=backbone)
     assert {value.dtype for value in denoiser.parameters()} == {dtype}
@@ -407,15 +403,15 @@ def test_it_is_put_in_the_precision_of_the_backbone(own: Path, dtype: torch.dtyp
     assert float((denoiser(features) - expected).norm() / expected.norm()) < (0.03 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_it_is_put_on_the_device_of_the_backbone(own: Path) -> None:
+def test_loaded_denoiser_is_on_the_device_of_the_backbone(own: Path) -> None:
     backbone = tiny_backbone()
-    assert backbone.fingerprint  # taken where the features are real
+    assert backbone.fingerprint  # computed before the backbone is moved to the meta device
     denoiser = load_denoiser(own, backbone=backbone.to("meta"))
     assert {value.device.type for value in denoiser.parameters()} == {"meta"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_it_is_put_on_the_gpu_of_the_backbone(own: Path) -> None:
+def test_loaded_denoiser_is_on_the_gpu_of_the_backbone(own: Path) -> None:
     here, there = tiny_backbone(), tiny_backbone().to("cuda")
     found = load_denoiser(own, backbone=there)(there(torch.ones(1, 3, 56, 56)))
     assert found.device.type == "cuda"
@@ -423,7 +419,7 @@ def test_it_is_put_on_the_gpu_of_the_backbone(own: Path) -> None:
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_a_backbone_of_other_weights_is_refused_with_both(own: Path) -> None:
+def test_error_for_other_weights_names_both_backbones(own: Path) -> None:
     ours, other = tiny_backbone(), renamed(tiny_backbone(seed=1), "another")
     with pytest.raises(DenoiserError) as caught:
         load_denoiser(own, backbone=other)
@@ -433,30 +429,28 @@ def test_a_backbone_of_other_weights_is_refused_with_both(own: Path) -> None:
     assert message.index(ours.fingerprint.short) < message.index(other.fingerprint.short)
 
 
-def test_a_backbone_of_another_width_is_refused_with_both(own: Path, tmp_path: Path) -> None:
+def test_error_for_a_backbone_of_another_width_names_both_widths(own: Path, tmp_path: Path) -> None:
     other = renamed(tiny_backbone(channels=6), "another")
     for path in (own, published(tmp_path / "a.pth", filled())):
         with pytest.raises(DenoiserError, match=r"denoiser has 64 channels, but another .* has 6\b"):
             load_denoiser(path, backbone=other)
 
 
-def test_a_published_one_fits_any_backbone_of_its_width(tmp_path: Path) -> None:
+def test_published_denoiser_fits_any_backbone_of_its_width(tmp_path: Path) -> None:
     path = published(tmp_path / "a.pth", filled())
     for seed in range(2):
         assert_same(load_denoiser(path, backbone=tiny_backbone(seed)), filled())
 
 
-def test_the_same_weights_under_another_name_and_in_bfloat16_fit(own: Path) -> None:
+def test_denoiser_fits_a_renamed_bfloat16_copy_of_its_backbone(own: Path) -> None:
     assert load_denoiser(own, backbone=renamed(tiny_backbone(), "alias").to(dtype=torch.bfloat16)).embed_dim == 64
 
 
-# Names
+# Denoisers by name
 
 
 @pytest.mark.parametrize("variant", ["voc_denoised", "imgnet_denoised"])
-def test_without_a_network_it_says_what_to_download_and_how_to_give_it(
-    variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_the_error_says_what_to_download(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> str:
         raise ConnectionError("no route to host\nsecond line")
 
@@ -469,13 +463,13 @@ def test_without_a_network_it_says_what_to_download_and_how_to_give_it(
     assert "ConnectionError: no route to host" in message and "second line" not in message
 
 
-def test_the_hubs_own_client_without_a_network_gives_up_at_once_and_is_left_as_it_was() -> None:
+def test_real_hub_client_without_a_network_fails_and_is_unchanged() -> None:
     with pytest.raises(DenoiserError, match=rf"Download {re.escape(published_file(DINOV2_S, 'voc_denoised'))} of"):
         fetch_published(DINOV2_S, "voc_denoised")
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
-def test_a_published_one_is_fetched_for_the_backbone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_published_denoiser_is_fetched_for_the_backbone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[str, str]] = []
 
     def fetch(repository: str, name: str) -> str:
@@ -489,31 +483,31 @@ def test_a_published_one_is_fetched_for_the_backbone(monkeypatch: pytest.MonkeyP
     assert_same(found.float(), filled().bfloat16().float())
 
 
-def test_a_fetched_one_of_another_width_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fetched_denoiser_of_another_width_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = published(tmp_path / "a.pth", filled(128))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(path))
     with pytest.raises(DenoiserError, match="has 128 channels"):
         load_denoiser("voc_denoised", backbone=renamed(tiny_backbone(), DINOV2_S))
 
 
-def test_a_variant_without_a_backbone_asks_for_it() -> None:
+def test_variant_name_needs_a_backbone() -> None:
     with pytest.raises(DenoiserError, match="voc_denoised was published for several models: also give the backbone"):
         load_denoiser("voc_denoised")
 
 
 @pytest.mark.parametrize("variant", ["voc_distilled", "imgnet_distilled"])
-def test_a_distilled_model_is_explained(variant: str) -> None:
+def test_error_for_a_distilled_model_points_to_load_backbone(variant: str) -> None:
     for backbone in (None, renamed(tiny_backbone(), DINOV2_B)):
         with pytest.raises(DenoiserError, match=rf"{variant} is a whole model.*load_backbone\(name, weights=FILE\)"):
             load_denoiser(variant, backbone=backbone)
 
 
-def test_the_model_as_pretrained_is_no_denoiser() -> None:
+def test_baseline_is_not_a_denoiser() -> None:
     with pytest.raises((DenoiserError, FormatError), match="baseline"):
         load_denoiser("baseline")
 
 
-def test_what_was_not_published_for_a_model_names_what_was() -> None:
+def test_error_for_an_unpublished_variant_lists_the_published_ones() -> None:
     with pytest.raises(DenoiserError, match=rf"no imgnet_denoised .* {re.escape(DINOV2_S)}; published: voc_denoised"):
         load_denoiser("imgnet_denoised", backbone=renamed(tiny_backbone(), DINOV2_S))
     with pytest.raises(DenoiserError, match=r"no voc_denoised was published for Planted; `dvit models`"):
@@ -521,20 +515,20 @@ def test_what_was_not_published_for_a_model_names_what_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "voc_denoise", "resnet50", "vit_tiny_patch16_224", "a/b/c", "nowhere/at.pth"])
-def test_a_name_of_nothing_is_refused_by_that_name(name: str) -> None:
+def test_unknown_name_is_named_in_the_error(name: str) -> None:
     with pytest.raises(FormatError, match=f"^{re.escape(name)}: no such denoiser file; expected a file, or the name"):
         load_denoiser(name)
 
 
 @pytest.mark.parametrize("name", ["vit_giant_patch14_dinov2.lvd142m", "vit_base_patch16_224.mae"])
-def test_a_model_without_a_denoiser_in_the_package_is_told_so(name: str) -> None:
+def test_error_for_a_model_without_a_shipped_denoiser(name: str) -> None:
     with pytest.raises(DenoiserError, match=f"the package has no denoiser for {re.escape(name)}.*voc_denoised"):
         load_denoiser(name)
 
 
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A package that comes with denoisers of two models."""
+    """A package that ships denoisers for two models."""
     folder = tmp_path / "shipped"
     folder.mkdir()
     write_denoiser(filled(seed=1), folder / f"{DINOV2_S}.safetensors")
@@ -545,12 +539,12 @@ def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize("name", [DINOV2_S, DINOV2_S.split(".")[0]])
-def test_a_models_name_is_its_denoiser_in_the_package(name: str) -> None:
+def test_model_name_loads_its_shipped_denoiser(name: str) -> None:
     assert_same(load_denoiser(name), filled(seed=1), half=True)
 
 
 @pytest.mark.usefixtures("shipped")
-def test_a_denoiser_in_the_package_is_not_given_out_for_a_model_of_the_same_architecture() -> None:
+def test_shipped_denoiser_is_not_used_for_other_pretrained_weights() -> None:
     assert_same(load_denoiser("vit_base_patch16_224.dino"), filled(seed=2), half=True)
     with pytest.raises(DenoiserError, match=r"no denoiser for vit_base_patch16_224\.mae"):
         load_denoiser("vit_base_patch16_224.mae")
@@ -559,7 +553,7 @@ def test_a_denoiser_in_the_package_is_not_given_out_for_a_model_of_the_same_arch
 # The hub
 
 
-def test_a_hub_that_does_not_answer_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_timeout_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> str:
         raise TimeoutError("timed out")
 
@@ -568,7 +562,7 @@ def test_a_hub_that_does_not_answer_is_told_in_words(monkeypatch: pytest.MonkeyP
         load_denoiser("owner/name")
 
 
-def test_the_hubs_own_client_without_a_network_is_told_in_words() -> None:
+def test_hub_id_without_a_network_raises_a_denoiser_error() -> None:
     with pytest.raises(
         DenoiserError, match=r"owner/name is not a file, and denoiser\.safetensors of owner/name could not"
     ):
@@ -578,7 +572,7 @@ def test_the_hubs_own_client_without_a_network_is_told_in_words() -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder that stands for every repository."""
+    """A local folder that stands in for owner/name on the hub."""
     folder = tmp_path / "repository"
 
     def fetch(repo_id: str, filename: str, **_: object) -> str:
@@ -600,7 +594,7 @@ def test_a_hub_id_is_loaded_frozen_for_the_backbone(hub: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "another shape", "NaN"])
 def test_a_repository_with_other_tensors_is_refused(damage: str, hub: Path) -> None:
-    """Not filled up with random values."""
+    """Missing tensors are not filled with random values."""
     filled().save_pretrained(hub)
     state = load_file(hub / "denoiser.safetensors")
     DAMAGED_STATES[damage][0](state)
@@ -609,10 +603,10 @@ def test_a_repository_with_other_tensors_is_refused(damage: str, hub: Path) -> N
         load_denoiser("owner/name")
 
 
-# What was published
+# Published variants
 
 
-def test_variants_are_those_that_were_published() -> None:
+def test_published_variants_of_the_seed_models() -> None:
     variants = {name: published_variants(name) for name in SEEDS}
     assert {name for name, found in variants.items() if "voc_denoised" in found} == set(list(SEEDS)[:12])
     distilled = {name for name, found in variants.items() if "voc_distilled" in found}
@@ -633,7 +627,7 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return in_process(capsys, monkeypatch)
 
 
-def test_models_are_listed_with_what_was_published(dvit: Dvit) -> None:
+def test_models_command_lists_the_published_variants(dvit: Dvit) -> None:
     told = dvit("models")
     assert told.code == 0
     lines = {line.split()[0]: line for line in told.out.splitlines() if line.split() and line.split()[0] in SEEDS}
@@ -645,11 +639,11 @@ def test_models_are_listed_with_what_was_published(dvit: Dvit) -> None:
     assert "jjaiweiyang/DVT" in told.words and "voc_denoised/MODEL.pth" in told.words
 
 
-# Distilled models are weights of the backbone
+# Distilled models as weights of the backbone
 
 
 class Distilled(nn.Module):
-    """As the authors save one: the timm model under ``model``."""
+    """A distilled model as the authors save it: the timm model under ``model``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

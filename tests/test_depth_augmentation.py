@@ -1,4 +1,4 @@
-"""Training crops of the published protocol: what is drawn how often, and that photo and depth stay together."""
+"""Training crops of the published protocol: their distributions, and the alignment of photo and depth."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATCH = (14, 14)
 
-#: As published, but for size and length.
+#: The published protocol, smaller and shorter.
 TINY = replace(PAPER, steps=6, warmup=2, batch=3, crop=(21, 33))
 
 
 def image_of(height: int = 480, width: int = 640) -> DepthImage:
-    """That nobody reads."""
+    """An image whose files are not read."""
     path = Path("nowhere.png")
     return DepthImage(
         "train", "a", path, height, width, "digest", depth=path, scale=1000, depth_digest="digest", least=1
@@ -43,7 +43,7 @@ def many() -> list[Drawn]:
     return [draw(image_of(), PAPER, NYU_PART, PATCH, np.random.default_rng(seed)) for seed in range(2000)]
 
 
-def test_half_of_the_photos_are_turned_by_up_to_two_and_a_half_degrees(many: list[Drawn]) -> None:
+def test_half_of_the_photos_are_rotated_by_up_to_2_5_degrees(many: list[Drawn]) -> None:
     angles = np.array([drawn.image.angle for drawn in many])
     assert (angles != 0).mean() == pytest.approx(0.5, abs=0.04)
     assert np.abs(angles).max() == pytest.approx(2.5, abs=0.02)
@@ -56,10 +56,10 @@ def test_half_of_the_crops_are_mirrored(many: list[Drawn]) -> None:
     flips = np.array([drawn.crop.flip for drawn in many])
     assert flips.mean() == pytest.approx(0.5, abs=0.04)
     turned = np.array([drawn.image.angle != 0 for drawn in many])
-    assert flips[turned].mean() == pytest.approx(0.5, abs=0.06)  # one has nothing to do with the other
+    assert flips[turned].mean() == pytest.approx(0.5, abs=0.06)  # flips and rotations are independent
 
 
-def test_crops_come_from_all_places_of_the_published_part(many: list[Drawn]) -> None:
+def test_crops_cover_all_positions_in_the_published_part(many: list[Drawn]) -> None:
     boxes = np.array([drawn.crop.box for drawn in many]) * (640, 480, 640, 480)
     np.testing.assert_allclose(boxes, np.round(boxes), atol=1e-9)
     x0, y0, x1, y1 = np.round(boxes).astype(int).T
@@ -79,15 +79,13 @@ def test_without_a_part_crops_come_from_the_whole_image() -> None:
     ("patch", "pads"),
     [((14, 14), (1, 2, 1, 2)), ((16, 16), (0, 0, 0, 0)), ((14, 7), (1, 2, 1, 2)), ((9, 5), (0, 1, 0, 2))],
 )
-def test_crops_are_padded_to_whole_patches_as_even_as_can_be(
-    patch: tuple[int, int], pads: tuple[int, int, int, int]
-) -> None:
+def test_crops_are_padded_evenly_to_whole_patches(patch: tuple[int, int], pads: tuple[int, int, int, int]) -> None:
     crop = draw(image_of(), PAPER, None, patch, np.random.default_rng(0)).crop
     assert crop.pads == pads
     assert all((side - patch[0]) % patch[1] == 0 for side in crop.padded)
 
 
-def test_half_of_the_crops_have_other_colours_within_the_published_ranges(many: list[Drawn]) -> None:
+def test_half_of_the_crops_have_colours_changed_in_published_ranges(many: list[Drawn]) -> None:
     colours = [drawn.colours for drawn in many if drawn.colours is not None]
     assert len(colours) / len(many) == pytest.approx(0.5, abs=0.04)
     gammas = np.array([each.gamma for each in colours])
@@ -95,15 +93,15 @@ def test_half_of_the_crops_have_other_colours_within_the_published_ranges(many: 
     assert gammas.min() >= 0.9 and gammas.max() <= 1.1
     factors = np.array([each.factors for each in colours])
     assert 0.75 * 0.9 <= factors.min() < 0.70 and 1.25 * 1.1 >= factors.max() > 1.33
-    ratios = factors.max(1) / factors.min(1)  # brightness is common to the channels
+    ratios = factors.max(1) / factors.min(1)  # brightness is shared by the channels
     assert 1.18 < ratios.max() <= 1.1 / 0.9
-    # Of the logarithm: that of brightness plus a third of that of a channel.
+    # Variance of the mean logarithm: that of brightness plus a third of that of a channel.
     spread = np.std(np.log(np.random.default_rng(0).uniform(0.75, 1.25, 9999)))
     channel = np.std(np.log(np.random.default_rng(1).uniform(0.9, 1.1, 9999)))
     assert np.log(factors).mean(1).std() == pytest.approx(math.hypot(spread, channel / math.sqrt(3)), rel=0.06)
 
 
-def test_colours_are_changed_as_numbers_up_to_255() -> None:
+def test_colours_are_changed_on_a_scale_of_0_to_255() -> None:
     image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
     found = Colours(1.07, (0.8, 1.3, 1.0))(image)
     numbers = 255 * image.double().numpy()
@@ -131,7 +129,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> EvaluationSet[DepthImage
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_photo_and_depth_of_a_crop_belong_together(images: EvaluationSet[DepthImage], seed: int) -> None:
+def test_photo_and_depth_of_a_crop_are_aligned(images: EvaluationSet[DepthImage], seed: int) -> None:
     chance = np.random.default_rng(seed)
     drawn = draw(images.images[seed % 3], replace(TINY, rotate=20.0), None, (6, 6), chance)
     shown = ExtractorSource("red", backbone(pooled(6), 6)).inputs(drawn.image, drawn.crop)
@@ -140,14 +138,14 @@ def test_photo_and_depth_of_a_crop_belong_together(images: EvaluationSet[DepthIm
     red = 255 * shown[0, top : top + 21, left : left + 33]
     truth = drawn.truth()
     assert truth.shape == (21, 33)
-    known = F.max_pool2d(-(truth > 0).float()[None], 3, 1, 1)[0] == -1  # and all around are: red is interpolated
+    known = F.max_pool2d(-(truth > 0).float()[None], 3, 1, 1)[0] == -1  # and so are all neighbours: red is interpolated
     assert known.sum() > 300
-    # One grey, and the step of one pixel that the nearest neighbour may be off.
+    # One grey level, plus the change over one pixel, by which the nearest neighbour may be off.
     assert (red - RED * truth)[known].abs().max() < 1 + 0.75 * RED * 4 / 30
     assert (red - RED * truth)[known].mean().abs() < 1
 
 
-def test_what_comes_into_view_from_outside_is_black_and_unknown(images: EvaluationSet[DepthImage]) -> None:
+def test_rotation_fills_in_black_and_unknown_depth(images: EvaluationSet[DepthImage]) -> None:
     turned = images.images[0].rotated(30.0)
     metres, pixels = turned.metres(), turned.pixels()
     assert metres.shape == (30, 41) and pixels.shape == (30, 41, 3)
@@ -157,8 +155,8 @@ def test_what_comes_into_view_from_outside_is_black_and_unknown(images: Evaluati
     assert metres[15, 20] == pytest.approx(float(images.images[0].metres()[15, 20]), abs=0.2)
 
 
-def test_turned_depth_is_none_but_what_was_measured(tmp_path: Path) -> None:
-    """Between a depth and another, or none, there is nothing."""
+def test_rotated_depth_has_only_measured_values(tmp_path: Path) -> None:
+    """Nothing is interpolated between different depths, or between known and unknown depth."""
     metres = np.full((24, 32), 2.0)
     metres[:, 13:] = 5
     metres[5:9, 4:20] = 0
@@ -169,13 +167,13 @@ def test_turned_depth_is_none_but_what_was_measured(tmp_path: Path) -> None:
         assert not torch.equal(found, image.metres())
 
 
-def test_a_photo_that_is_not_turned_is_as_it_is(images: EvaluationSet[DepthImage]) -> None:
+def test_rotation_by_0_changes_nothing(images: EvaluationSet[DepthImage]) -> None:
     image = images.images[0]
     assert image.angle == 0 and np.array_equal(image.rotated(0.0).pixels(), image.pixels())
     assert torch.equal(image.rotated(0.0).metres(), image.metres())
 
 
-def test_what_the_model_is_shown_is_normalised_and_then_padded(images: EvaluationSet[DepthImage]) -> None:
+def test_model_input_is_normalised_before_padding(images: EvaluationSet[DepthImage]) -> None:
     imagenet = (IMAGENET_MEAN, IMAGENET_STD)
     source = ExtractorSource("raw", backbone(pooled(6), 6), None, {}, imagenet)
     drawn = draw(images.images[0], replace(TINY, rotate=0.0, flip=0.0), None, (6, 6), np.random.default_rng(2))
@@ -193,7 +191,7 @@ def test_what_the_model_is_shown_is_normalised_and_then_padded(images: Evaluatio
 
 
 class Witness(ExtractorSource):
-    """Keeps the samples that it is asked for, in order."""
+    """Records its inputs, in order."""
 
     def __init__(self, patch: int, stride: int) -> None:
         super().__init__("witness", backbone(pooled(patch, stride), patch, stride))
@@ -217,7 +215,7 @@ def losses_of(images: EvaluationSet[DepthImage], seed: int, steps: range) -> lis
     return crops_of(images, seed, lambda samples: [float(samples.loss(probe, step).detach()) for step in steps])
 
 
-def test_crops_are_decided_by_seed_and_step(images: EvaluationSet[DepthImage]) -> None:
+def test_crops_depend_only_on_seed_and_step(images: EvaluationSet[DepthImage]) -> None:
     straight = losses_of(images, 1, range(4))
     assert losses_of(images, 1, range(4)) == straight
     assert losses_of(images, 1, range(2, 4)) == straight[2:]
@@ -229,10 +227,10 @@ def test_crops_are_decided_by_seed_and_step(images: EvaluationSet[DepthImage]) -
     ("patch", "stride", "released"), [(6, 6, False), (8, 4, False), (7, 5, False), (6, 6, True), (8, 8, True)]
 )
 @pytest.mark.parametrize("step", [1, 150])
-def test_the_loss_of_a_step_is_that_of_its_crops_by_hand(
+def test_loss_of_a_step_matches_its_crops_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: int, stride: int, released: bool, step: int
 ) -> None:
-    """Features upsampled beside the class token, weighed, and depth brought to every pixel of the crop."""
+    """Features are upsampled with the class token and weighed, and depth is interpolated to every pixel of the crop."""
     images = set_of(tmp_path, blocky(4, 5))
     drawn: dict[int, Drawn] = {}
     usual = DepthCrops._draw
@@ -254,7 +252,7 @@ def test_the_loss_of_a_step_is_that_of_its_crops_by_hand(
     assert len(inputs) == len(drawn) == 3
 
     features = pooled(patch, stride)(inputs).permute(0, 3, 1, 2)
-    token = features.mean((2, 3), keepdim=True).expand_as(features)  # the model has none of its own
+    token = features.mean((2, 3), keepdim=True).expand_as(features)  # the model has no class token of its own
     fine = F.interpolate(torch.cat([features, token], 1), scale_factor=4, mode="bilinear")
     weights = (F.conv2d(fine, probe.weigh.weight[:, :, None, None], probe.weigh.bias).relu() + 0.1).detach()
     depth = torch.einsum("bkyx,k->byx", weights / weights.sum(1, keepdim=True), torch.linspace(0.001, 10, 16)).numpy()
@@ -262,13 +260,13 @@ def test_the_loss_of_a_step_is_that_of_its_crops_by_hand(
     rows, columns = np.arange(21) + 0.5 + top, np.arange(33) + 0.5 + left
     down, across = (
         patch / 2 + stride * ((np.arange(cells) + 0.5) / 4 - 0.5) for cells in depth.shape[1:]
-    )  # the middles of the finer cells
+    )  # centres of the finer cells
     wide = np.stack([np.stack([np.interp(columns, across, row) for row in one]) for one in depth])
     wide = np.stack([np.stack([np.interp(rows, down, column) for column in one.T], -1) for one in wide])
     truth = torch.stack([drawn[place].truth() for place in range(3)])
     truth[truth >= 4] = 0
     wanted = depth_loss(torch.from_numpy(wide).float(), truth, 0.5, mean_only=step < 100)
-    if released:  # the whole grid is brought to the crop; groups of two images, the third by itself; no gradient loss
+    if released:  # the whole grid is resized to the crop; groups of two images, the third alone; no gradient loss
         wide = F.interpolate(torch.from_numpy(depth)[:, None], (21, 33), mode="bilinear")[:, 0]
         parts = [slice(0, 2), slice(2, 3)]
         losses = [scale_invariant_loss(wide[part], truth[part], mean_only=step < 100) for part in parts]

@@ -1,4 +1,4 @@
-"""Class tokens beside features: whose they are, what stands for them, and that probes read them."""
+"""Class tokens with features: where they come from, what replaces them, and how probes use them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 
-#: As many channels as a denoiser takes.
+#: Number of channels, which a denoiser accepts.
 CHANNELS = 64
 
 
 def wide(image: Tensor) -> Tensor:
-    """Class token, a register and patches (B, 2 + h w, 64), each another mix of colours."""
+    """Class token, a register and patches (B, 2 + h w, 64), each a different mix of colours."""
     patches = torch.nn.functional.avg_pool2d(image, PATCH).flatten(2).transpose(1, 2)
     mean = image.mean((2, 3))[:, None]
     mixes = torch.randn(3, 3, CHANNELS, generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def wide(image: Tensor) -> Tensor:
 
 
 def wide_without(image: Tensor) -> Tensor:
-    """The same without the first two."""
+    """The same without class token and register."""
     return wide(image)[:, 2:]
 
 
@@ -60,7 +60,7 @@ def denoiser_of(of: Backbone) -> Denoiser:
 
 
 def sources_of(of: Backbone) -> dict[str, FeatureSource]:
-    """Those that a comparison has, made of one frozen backbone."""
+    """Sources of a comparison, all made from one frozen backbone."""
     return {
         "raw": ExtractorSource("raw", of),
         "subtract": ExtractorSource("subtract", of, DenoisedViT(of, artifact_of(of))),
@@ -86,8 +86,8 @@ NAMES = ["raw", "subtract", "denoiser", "average", "function", "exact"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prefix", [True, False], ids=["token", "mean"])
-def test_class_tokens_are_the_frozen_backbones_own(shown: list, name: str, prefix: bool) -> None:
-    """The first of its prefix tokens; the mean of its features where it has none."""
+def test_class_tokens_come_from_the_frozen_backbone(shown: list, name: str, prefix: bool) -> None:
+    """The first prefix token, or the mean of the features if there is none."""
     of = backbone_of(prefix)
     found = list(see(sources_of(of)[name].class_tokens(), shown))
     raw = ExtractorSource("raw", of)
@@ -101,7 +101,7 @@ def test_class_tokens_are_the_frozen_backbones_own(shown: list, name: str, prefi
 
 @pytest.mark.parametrize("name", NAMES[:5])
 @pytest.mark.parametrize("prefix", [True, False], ids=["token", "mean"])
-def test_features_and_class_tokens_of_one_pass_are_those_of_two(shown: list, name: str, prefix: bool) -> None:
+def test_one_pass_gives_the_same_features_and_class_tokens_as_two(shown: list, name: str, prefix: bool) -> None:
     source = sources_of(backbone_of(prefix))[name]
     inputs = torch.stack([source.inputs(image, crop) for image, crop in shown])
     features, token = source.features_and_class(inputs)
@@ -110,8 +110,8 @@ def test_features_and_class_tokens_of_one_pass_are_those_of_two(shown: list, nam
     assert token.shape == (3, 1, 1, CHANNELS)
 
 
-def test_an_extractor_that_is_a_backbone_has_class_tokens_of_its_own(shown: list) -> None:
-    """As a distilled model has, which is judged in place of the one that it learned from."""
+def test_extractor_that_is_a_backbone_has_its_own_class_tokens(shown: list) -> None:
+    """For example a distilled model, which is evaluated in place of its teacher."""
     own = token_backbone()
     source = ExtractorSource("distilled", backbone_of(True), own)
     inputs = torch.stack([source.inputs(image, crop) for image, crop in shown])
@@ -120,7 +120,7 @@ def test_an_extractor_that_is_a_backbone_has_class_tokens_of_its_own(shown: list
     torch.testing.assert_close(source.class_tokens().features(inputs), wanted)
 
 
-def test_class_tokens_see_images_normalised_as_the_features_do(shown: list) -> None:
+def test_class_tokens_use_the_same_normalisation_as_features(shown: list) -> None:
     of = backbone_of(True)
     source = ExtractorSource("raw", of, None, {}, IMAGENET)
     image, crop = shown[0]
@@ -129,20 +129,21 @@ def test_class_tokens_see_images_normalised_as_the_features_do(shown: list) -> N
     assert not torch.allclose(ExtractorSource("raw", of).class_tokens().inputs(image, crop), inputs)
 
 
-def test_class_tokens_are_kept_apart_from_features_and_by_normalisation(shown: list, tmp_path: Path) -> None:
+def test_cache_separates_class_tokens_features_and_normalisations(shown: list, tmp_path: Path) -> None:
     of, cache = backbone_of(True), FeatureCache(tmp_path / "cache")
     plain, other = ExtractorSource("raw", of), ExtractorSource("raw", of, None, {"normalisation": "x"}, IMAGENET)
     sources = [plain, plain.class_tokens(), other, other.class_tokens()]
     paths = {cache.path(source, shown[0]) for source in sources}
     assert len(paths) == 4
-    assert cache.path(sources_of(of)["subtract"].class_tokens(), shown[0]) in paths  # cleaning changes none
+    # Cleaning does not change class tokens.
+    assert cache.path(sources_of(of)["subtract"].class_tokens(), shown[0]) in paths
     first = [list(see(source, shown, cache)) for source in sources]
     again = [list(see(source, shown, cache)) for source in sources]
     assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
     assert sum(1 for _ in (tmp_path / "cache").rglob("*.safetensors")) == 12
 
 
-def test_class_tokens_that_are_not_finite_are_refused(shown: list) -> None:
+def test_non_finite_class_tokens_are_rejected(shown: list) -> None:
     def broken(image: Tensor) -> Tensor:
         tokens = wide(image).clone()
         tokens[:, 0] = float("nan")
@@ -155,7 +156,7 @@ def test_class_tokens_that_are_not_finite_are_refused(shown: list) -> None:
         source.features_and_class(source.inputs(*shown[0])[None])
 
 
-def test_fields_have_no_forward_pass_to_take_class_tokens_from() -> None:
+def test_fields_cannot_give_features_and_class_tokens_in_one_pass() -> None:
     source = sources_of(backbone_of(True))["exact"]
     with pytest.raises(EvaluationError, match=r"exact: stage 1 fields .*--preset quick"):
         source.features_and_class(torch.zeros(1, 8, 12, CHANNELS))
@@ -175,7 +176,7 @@ def test_kept_samples_have_the_class_token_of_each_image(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper"])
-def test_depth_that_only_the_class_token_tells_is_learned_from_it(tmp_path: Path, preset: str) -> None:
+def test_probe_learns_depth_that_only_the_class_token_encodes(tmp_path: Path, preset: str) -> None:
     pictures = [flat(metres) for metres in np.linspace(1.5, 5.5, 8)]
     data = data_of(tmp_path / "flat", [pictures[(3 * number) % 8] for number in range(8)])
     tiny = replace(PAPER, crop=(24, 32), rotate=0.0, gamma=(1, 1), brightness=(1, 1), colour=(1, 1))
@@ -190,7 +191,7 @@ def test_depth_that_only_the_class_token_tells_is_learned_from_it(tmp_path: Path
     assert found[0] < 0.4 < 1.0 < found[1]
 
 
-def test_a_backbone_without_class_token_has_the_mean_beside_its_features(tmp_path: Path) -> None:
+def test_backbone_without_class_token_uses_the_mean_of_its_features(tmp_path: Path) -> None:
     source = ExtractorSource("raw", backbone())
     kept = KeptDepth.take(source, set_of(tmp_path, blocky(2, 0)), QUICK, None)
     assert kept.channels == 6
@@ -198,8 +199,8 @@ def test_a_backbone_without_class_token_has_the_mean_beside_its_features(tmp_pat
         torch.testing.assert_close(token[0, 0].float(), features.float().mean((0, 1)), rtol=2e-3, atol=1e-3)
 
 
-def test_a_registers_backbone_keeps_class_tokens_of_its_own() -> None:
-    """Registers change its tokens by so little that fingerprints may not tell it from the frozen backbone."""
+def test_backbone_with_registers_has_its_own_class_tokens() -> None:
+    """Registers change tokens so little that the fingerprint may match that of the frozen backbone."""
     of = token_backbone()
     raw = ExtractorSource("raw", of).class_tokens()
     other = ExtractorSource("registers", of, of, {"registers": "1234"}).class_tokens()

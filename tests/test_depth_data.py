@@ -1,4 +1,4 @@
-"""Photos with depth on the disk: both layouts, what is left out and why, and blocks of consecutive photos."""
+"""Reading photos with depth: both layouts, skipped files and their reasons, and blocks of consecutive photos."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reasons(data: DepthData, split: int = -1) -> dict[str, str]:
 # --- Layouts
 
 
-def test_folders_without_splits_are_judged_in_blocks(tmp_path: Path) -> None:
+def test_folders_without_splits_are_evaluated_in_blocks(tmp_path: Path) -> None:
     data = open_depth(write_pairs(tmp_path / "rooms", blocky(10, 0)))
     assert (data.name, data.layout, data.blocks) == ("rooms", "folders", 5)
     assert [images.split for images in data.splits] == ["val"]
@@ -58,7 +58,7 @@ def test_folders_may_have_other_names(tmp_path: Path, photos: str, depths: str) 
     assert len(open_depth(root, blocks=2).val.images) == 4
 
 
-def test_photos_that_are_in_both_splits_are_told(tmp_path: Path) -> None:
+def test_photos_in_both_splits_are_noted(tmp_path: Path) -> None:
     pictures = blocky(3, 0)
     data = open_depth(write_splits(tmp_path / "rooms", pictures, pictures[1:]))
     assert data.note == "2 of 2 photos of val are also in train"
@@ -79,7 +79,7 @@ def test_depth_is_read_in_metres_at_every_pixel(tmp_path: Path) -> None:
         assert (found[:3] == 0).all()
 
 
-def test_depth_below_zero_is_a_mark_of_none(tmp_path: Path) -> None:
+def test_negative_depth_is_read_as_unknown(tmp_path: Path) -> None:
     numbers = np.full(SIZE, 2000, np.int32)
     numbers[:4] = -1
     Image.fromarray(numbers).save(tmp_path / "depth.tif")
@@ -87,7 +87,7 @@ def test_depth_below_zero_is_a_mark_of_none(tmp_path: Path) -> None:
     assert (found[:4] == 0).all() and (found[4:] == 2000).all()
 
 
-def test_other_numbers_and_another_scale_are_another_truth(tmp_path: Path) -> None:
+def test_digest_depends_on_photos_depths_order_and_scale(tmp_path: Path) -> None:
     pictures = blocky(2, 0)
 
     def digest(name: str, changed: list[Any], scale: float = 1000) -> str:
@@ -102,7 +102,7 @@ def test_other_numbers_and_another_scale_are_another_truth(tmp_path: Path) -> No
     assert digest("f", [other, (photo, metres)]) != first
 
 
-def test_a_number_of_images_is_spread_over_each_split(tmp_path: Path) -> None:
+def test_subset_is_spread_evenly_over_each_split(tmp_path: Path) -> None:
     root = write_splits(tmp_path / "rooms", blocky(9, 0), blocky(3, 1))
     seen: list[int] = []
     data = open_depth(root, images=3, progress=lambda: seen.append(1))
@@ -147,8 +147,8 @@ def test_nyu_is_read_from_its_lists_sorted_by_photo(nyu: Path) -> None:
         ("/test_0001/rgb_00000.png /gone.png 5", "test_0001/rgb_00000.png", "no such file, expected a depth map"),
     ],
 )
-def test_lines_of_the_lists_that_cannot_be_used_are_left_out(nyu: Path, line: str, item: str, reason: str) -> None:
-    if line.startswith("/test_0001"):  # beside a line that can be used
+def test_unusable_lines_of_the_lists_are_skipped(nyu: Path, line: str, item: str, reason: str) -> None:
+    if line.startswith("/test_0001"):  # in addition to a usable line
         (nyu / "nyu_test.txt").write_text("/train_0001/rgb_00000.png /train_0001/sync_depth_00000.png 5\n")
     add_line(nyu, line)
     data = open_depth(nyu)
@@ -157,7 +157,7 @@ def test_lines_of_the_lists_that_cannot_be_used_are_left_out(nyu: Path, line: st
     assert reason in reasons(data)[item]
 
 
-def test_a_photo_that_is_named_twice_counts_once(nyu: Path) -> None:
+def test_photo_listed_twice_is_used_once(nyu: Path) -> None:
     lines = (nyu / "nyu_train.txt").read_text().splitlines()
     add_line(nyu, lines[0], "nyu_train.txt")
     data = open_depth(nyu)
@@ -165,7 +165,7 @@ def test_a_photo_that_is_named_twice_counts_once(nyu: Path) -> None:
     assert "second time" in reasons(data, 0)["train_0001/rgb_00000.png"]
 
 
-def test_photos_of_nyu_have_one_size(nyu: Path) -> None:
+def test_nyu_photos_of_another_size_are_skipped(nyu: Path) -> None:
     photo, metres = flat(2, (480, 600))
     write_photo(nyu / "small.png", photo)
     write_depth(nyu / "small_depth.png", metres)
@@ -174,7 +174,7 @@ def test_photos_of_nyu_have_one_size(nyu: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["nyu_train.txt", "nyu_test.txt"])
-def test_one_list_of_the_two_is_not_enough(nyu: Path, missing: str) -> None:
+def test_missing_nyu_list_is_named(nyu: Path, missing: str) -> None:
     (nyu / missing).unlink()
     with pytest.raises(EvaluationError, match=f"nyu looks like NYUv2, but lacks {missing}"):
         open_depth(nyu)
@@ -189,7 +189,7 @@ def test_a_list_without_any_pair_is_refused(nyu: Path, content: str) -> None:
         open_depth(nyu)
 
 
-# --- What is left out
+# --- Skipped files
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def gone(path: Path) -> None:
         (gone, "a photo without a depth map; expected"),
     ],
 )
-def test_depth_that_cannot_be_used_is_left_out_with_a_reason(
+def test_unusable_depth_maps_are_skipped_with_a_reason(
     rooms: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     damage(rooms / "depth" / "02.png")
@@ -264,13 +264,13 @@ def test_depth_that_cannot_be_used_is_left_out_with_a_reason(
     assert reason in reasons(data)["02.png"]
 
 
-def test_photos_that_cannot_be_used_are_left_out_with_a_reason(rooms: Path) -> None:
+def test_unusable_photos_are_skipped_with_a_reason(rooms: Path) -> None:
     (rooms / "rgb" / "01.png").write_bytes(b"no image")
     data = open_depth(rooms, blocks=2)
     assert reasons(data) == {"01.png": "not an image file that can be read (JPEG, PNG, WebP, TIFF, ...)"}
 
 
-def test_depth_without_a_photo_is_told_as_well(rooms: Path) -> None:
+def test_depth_maps_without_a_photo_are_reported(rooms: Path) -> None:
     (rooms / "rgb" / "03.png").unlink()
     write_depth(rooms / "depth" / "more" / "07.png", np.full(SIZE, 2.0))
     found = reasons(open_depth(rooms, blocks=2))
@@ -278,7 +278,7 @@ def test_depth_without_a_photo_is_told_as_well(rooms: Path) -> None:
     assert all("a depth map without a photo; expected" in reason for reason in found.values())
 
 
-def test_reasons_name_files_as_they_are_called(tmp_path: Path) -> None:
+def test_reasons_give_the_actual_paths(tmp_path: Path) -> None:
     root = write_pairs(tmp_path / "masks of rooms", blocky(6, 0))
     (root / "depth" / "03.png").unlink()
     (root / "rgb" / "02.png").unlink()
@@ -292,8 +292,8 @@ def test_reasons_name_files_as_they_are_called(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("ending", ["png", "tif", *(["avif"] if features.check("avif") else [])])
-def test_damaged_files_are_never_more_than_a_reason(tmp_path: Path, ending: str) -> None:
-    """Decoders meet damaged files with errors of all kinds."""
+def test_damaged_files_raise_only_evaluation_errors(tmp_path: Path, ending: str) -> None:
+    """Decoders raise errors of many types for damaged files."""
     chance = np.random.default_rng(0)
     path = tmp_path / f"depth.{ending}"
     numbers = chance.uniform(0, 255, SIZE)
@@ -313,13 +313,13 @@ def test_damaged_files_are_never_more_than_a_reason(tmp_path: Path, ending: str)
     assert refused > 30
 
 
-def test_a_depth_map_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+def test_too_large_depth_map_is_rejected_before_decoding(tmp_path: Path) -> None:
     write_depth(tmp_path / "large.png", np.full((20, 30), 2.0))
     with pytest.raises(EvaluationError, match=r"large\.png: 30 x 20 pixels exceed the limit of 599"):
         read_depth(tmp_path / "large.png", max_pixels=599)
 
 
-# --- What is refused
+# --- Invalid data
 
 
 def empty(root: Path) -> None:
@@ -352,7 +352,7 @@ def test_options_that_do_not_fit_the_data_are_refused(rooms: Path, options: dict
         open_depth(rooms, **{"blocks": 2, **options})
 
 
-def test_a_split_without_anything_usable_is_refused_with_the_first_reason(rooms: Path) -> None:
+def test_error_for_an_unusable_split_gives_the_first_reason(rooms: Path) -> None:
     for path in (rooms / "depth").iterdir():
         bits8(path)
     with pytest.raises(
@@ -365,7 +365,7 @@ def test_a_split_without_anything_usable_is_refused_with_the_first_reason(rooms:
         open_depth(rooms)
 
 
-def test_folders_that_are_no_layout_are_refused_with_what_was_found(tmp_path: Path) -> None:
+def test_unknown_layout_is_rejected_with_the_files_found(tmp_path: Path) -> None:
     (tmp_path / "other" / "holiday").mkdir(parents=True)
     file = tmp_path / "file"
     file.write_text("")
@@ -396,19 +396,19 @@ def test_photos_between_two_training_photos_are_a_scene() -> None:
     assert list(scenes) == val and list(scenes.values()) == [0, 1, 1, 1, 2]
 
 
-def test_a_scene_is_a_folder_if_each_folder_has_numbers_of_its_own() -> None:
+def test_folders_are_scenes_if_photos_are_numbered_per_folder() -> None:
     train = ["kitchen_0028b/rgb_00045.jpg", "office_0006/rgb_00045.jpg"]
     val = ["kitchen/rgb_00046.jpg", "bathroom/rgb_00050.jpg", "kitchen/rgb_00044.jpg"]
     groups = scenes_of(train, val)
     assert groups == {"bathroom/rgb_00050.jpg": 0, "kitchen/rgb_00046.jpg": 1, "kitchen/rgb_00044.jpg": 1}
 
 
-@pytest.mark.parametrize("val", [["a.jpg", "b.jpg"], ["5.jpg", "6.jpg"]])  # without numbers; in one run
+@pytest.mark.parametrize("val", [["a.jpg", "b.jpg"], ["5.jpg", "6.jpg"]])  # without numbers; all in one scene
 def test_scenes_are_unknown_without_numbers_or_folders(val: list[str]) -> None:
     assert scenes_of(["1.jpg", "2.jpg"], val) == {}
 
 
-def test_scenes_are_found_among_all_photos_of_the_lists_even_if_few_are_taken(tmp_path: Path) -> None:
+def test_scenes_of_a_subset_come_from_the_full_lists(tmp_path: Path) -> None:
     picture = flat(2, NYU_SIZE)
     root = write_nyu(tmp_path / "nyu", [picture] * 2, [picture] * 4)
     for name, numbers in (("nyu_train.txt", (2, 8)), ("nyu_test.txt", (1, 3, 5, 9))):
@@ -429,7 +429,7 @@ def test_scenes_are_found_among_all_photos_of_the_lists_even_if_few_are_taken(tm
 
 
 @pytest.mark.parametrize(("photos", "blocks"), [(10, 5), (11, 5), (4, 2), (23, 3), (9, 4)])
-def test_every_photo_is_judged_once_by_probes_that_saw_none_beside_it(tmp_path: Path, photos: int, blocks: int) -> None:
+def test_blocks_evaluate_each_photo_once_and_exclude_its_neighbours(tmp_path: Path, photos: int, blocks: int) -> None:
     data = open_depth(write_pairs(tmp_path / "rooms", blocky(photos, 0, (8, 8))), blocks=blocks)
     names = [image.id for image in data.val.images]
     judged: list[str] = []

@@ -1,4 +1,4 @@
-"""The linear probe: bins and weights by hand, the published order of its steps, and the places of what it says."""
+"""The linear probe: bins and weights by hand, the published order of steps, and positions of predictions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_bins_are_the_published_ones() -> None:
     assert [name for name, _ in probe.named_parameters()] == ["weigh.weight", "weigh.bias"]
 
 
-def test_depth_is_the_mean_of_the_bins_by_their_positive_scores() -> None:
+def test_depth_is_the_mean_of_bins_weighted_by_positive_scores() -> None:
     probe, scores = probe_of(bins=5), random(3, 2, 5)
     for found, score in zip(probe.depth(scores).flatten().tolist(), scores.view(-1, 5).tolist(), strict=True):
         weights = [max(value, 0) + 0.1 for value in score]
@@ -54,7 +54,7 @@ def test_scores_below_zero_weigh_all_bins_alike() -> None:
     assert probe_of(bins=256).depth(torch.full((1, 256), -7.0)).item() == pytest.approx((0.001 + 10) / 2, rel=1e-5)
 
 
-def test_weights_begin_as_those_of_a_convolution() -> None:
+def test_weights_are_initialised_like_a_convolution() -> None:
     probe = probe_of(channels=64)
     theirs = torch.nn.Conv2d(64, 256, 1)
     for ours, usual in ((probe.weigh.weight, theirs.weight), (probe.weigh.bias, theirs.bias)):
@@ -74,7 +74,7 @@ def test_the_seed_decides_the_weights() -> None:
 
 
 def published(probe: DepthProbe, features: Tensor, token: Tensor | None) -> Tensor:
-    """Set beside each other, upsampled, weighed by a convolution, relu, 0.1, normalised: (B, 4h, 4w)."""
+    """Concatenate, upsample, 1 x 1 convolution, relu, add 0.1, normalise, mean of bins: (B, 4h, 4w)."""
     maps = features.permute(0, 3, 1, 2)
     if token is not None:
         beside = token[:, 0, 0, :, None, None].expand(-1, -1, *maps.shape[2:])
@@ -88,14 +88,14 @@ def published(probe: DepthProbe, features: Tensor, token: Tensor | None) -> Tens
 
 @pytest.mark.parametrize(("patch", "stride"), [(14, 14), (16, 8), (8, 3)])
 @pytest.mark.parametrize("token", [True, False], ids=["token", "no token"])
-def test_depth_is_that_of_the_published_order(patch: int, stride: int, token: bool) -> None:
-    """At the middles of the finer cells nothing is interpolated."""
+def test_depth_matches_the_published_order_of_steps(patch: int, stride: int, token: bool) -> None:
+    """At the centres of the upsampled cells nothing is interpolated."""
     features, own = random(2, 5, 7, 6), random(2, 1, 1, 6, seed=1) if token else None
     probe = probe_of(12 if token else 6, bins=32)
     with torch.no_grad():
         probe.weigh.weight.mul_(5)
     wanted = published(probe, features, own)
-    # Four cells for each patch, evenly around its middle, a quarter of a stride apart.
+    # Four cells for each patch, evenly around its centre, a quarter of a stride apart.
     rows, columns = (
         np.concatenate([patch / 2 + stride * k + stride / 4 * np.array([-1.5, -0.5, 0.5, 1.5]) for k in range(side)])
         for side in (5, 7)
@@ -106,7 +106,7 @@ def test_depth_is_that_of_the_published_order(patch: int, stride: int, token: bo
     assert float(wanted.detach().std()) > 0.1
 
 
-def test_between_the_middles_of_cells_depth_is_bilinear() -> None:
+def test_depth_is_bilinear_between_cell_centres() -> None:
     features, probe = random(1, 3, 4, 2), probe_of(2, bins=16)
     fine = published(probe, features, None)[0].detach().numpy()
     rows, columns = np.linspace(-3, 30, 41), np.linspace(-3, 40, 47)
@@ -117,7 +117,7 @@ def test_between_the_middles_of_cells_depth_is_bilinear() -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
-def test_at_patches_is_one_depth_a_patch_without_upsampling() -> None:
+def test_at_patches_gives_one_depth_per_patch_without_upsampling() -> None:
     features, token, probe = random(2, 3, 4, 6), random(2, 1, 1, 6, seed=1), probe_of(12)
     beside = torch.cat([features, token.expand(-1, 3, 4, -1)], -1)
     weights = (beside @ probe.weigh.weight.T + probe.weigh.bias).relu() + 0.1
@@ -125,13 +125,13 @@ def test_at_patches_is_one_depth_a_patch_without_upsampling() -> None:
     torch.testing.assert_close(probe.at_patches(features, token), wanted)
 
 
-def test_the_class_token_of_one_image_is_not_that_of_another() -> None:
+def test_each_image_uses_its_own_class_token() -> None:
     features, probe = random(1, 3, 4, 6).expand(2, -1, -1, -1), probe_of(12)
     depth = probe.at_patches(features, random(2, 1, 1, 6, seed=1))
     assert not torch.allclose(depth[0], depth[1])
 
 
-# --- Places
+# --- Positions
 
 
 GRIDS = [(8, 8), (14, 14), (16, 16), (8, 4), (12, 5), (14, 7), (6, 1)]
@@ -139,7 +139,7 @@ GRIDS = [(8, 8), (14, 14), (16, 16), (8, 4), (12, 5), (14, 7), (6, 1)]
 
 @pytest.mark.parametrize(("patch", "stride"), GRIDS)
 @pytest.mark.parametrize("upsample", [4, 1])
-def test_what_is_linear_in_place_is_found_at_every_pixel(patch: int, stride: int, upsample: int) -> None:
+def test_linear_depth_is_recovered_at_inner_pixels(patch: int, stride: int, upsample: int) -> None:
     h, w = 6, 9
     down, across = (patch / 2 + stride * torch.arange(side) for side in (h, w))
     features = torch.stack(torch.meshgrid(down, across, indexing="ij"), -1)[None] / 200
@@ -151,12 +151,12 @@ def test_what_is_linear_in_place_is_found_at_every_pixel(patch: int, stride: int
             linear_depth(places / 200, 1.0, 1.0, 5.0)[:, None] if channel == 0 else linear_depth(places / 200, 1, 1, 5),
             found.shape,
         )
-        edge = math.ceil((patch + stride) / 2)  # beyond the middles of the outermost patches nothing is known
+        edge = math.ceil((patch + stride) / 2)  # beyond the centres of the outermost patches depth is unknown
         np.testing.assert_allclose(found[edge:-edge, edge:-edge], wanted[edge:-edge, edge:-edge], atol=1e-5)
 
 
 def ramp_metres(size: tuple[int, int], channel: int, patch: int) -> np.ndarray:
-    """What a linear probe says of the ramp's own pixels, where patches at the border have no say."""
+    """Depth that a linear probe predicts for the pixels of the ramp; 0 (unknown) near the border."""
     place = ramp(size)[..., channel] / 255
     metres = linear_depth(place, 1.0, 1.0, 8.0)
     edge = 2 * patch
@@ -169,18 +169,18 @@ def ramp_metres(size: tuple[int, int], channel: int, patch: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(72, 96), (70, 101)])
 @pytest.mark.parametrize("protocol", [QUICK, PAPER], ids=["quick", "paper"])
 @pytest.mark.parametrize("channel", [0, 1], ids=["columns", "rows"])
-def test_a_ramp_is_judged_without_a_shift(
+def test_ramp_is_evaluated_without_a_shift(
     tmp_path: Path, patch: int, stride: int, size: tuple[int, int], protocol: DepthProtocol, channel: int
 ) -> None:
-    """Sizes that fit the patch grid and others: shown at another size, or padded."""
+    """Sizes on and off the patch grid; the latter are resized or padded."""
     photo, metres = ramp(size), ramp_metres(size, channel, patch)
     images = set_of(tmp_path, [(photo, metres)], scale=5000)
     source = ExtractorSource("ramp", backbone(pooled(patch, stride), patch, stride))
     probe = linear_probe(channel, 1.0, 1.0, 8.0, channels=6)
     ((rmse, *_),) = evaluate_probe(probe, source, images, replace(protocol, flip_test=False), None)
-    slope = 7 / 1.2 / 255  # of depth, in metres a pixel
+    slope = 7 / 1.2 / 255  # of depth, in metres per pixel
     assert rmse < slope / 20
-    if channel == 0:  # a mirror image has other depths, so the mean with it is right only where it is turned back
+    if channel == 0:  # the mean with the mirror image is right only if its depths are mirrored back
         mirrored = replace(protocol, flip_test=protocol.flip_test)
         assert evaluate_probe(probe, source, images, mirrored, None)[0, 0] < slope / 20
 
@@ -197,7 +197,7 @@ def test_the_truth_of_a_patch_is_the_mean_over_its_area(
     kept = KeptDepth.take(source, images, QUICK, None)
     (h, w), (height, width) = kept.truths[0].shape, size
     assert kept.features[0].shape[:2] == (h, w)
-    # The middles of patches, in pixels of the photo, whose sides are stretched to patch + (h - 1) strides.
+    # Patch centres, in pixels of the photo, whose sides are resized to patch + (h - 1) strides.
     down, across = (
         (patch / 2 + stride * np.arange(count)) * side / (patch + stride * (count - 1))
         for count, side in ((h, height), (w, width))
@@ -209,12 +209,12 @@ def test_the_truth_of_a_patch_is_the_mean_over_its_area(
 @pytest.mark.parametrize(("patch", "stride"), [(8, 8), (12, 4), (10, 5)])
 @pytest.mark.parametrize("size", [(72, 96), (70, 101)])
 @pytest.mark.parametrize("preset", ["quick", "paper"])
-def test_the_right_probe_for_a_ramp_loses_nothing(
+def test_correct_probe_of_a_ramp_has_almost_no_loss(
     tmp_path: Path, patch: int, stride: int, size: tuple[int, int], preset: str
 ) -> None:
-    """One that is a pixel off does."""
+    """A probe that is off by one pixel has a loss."""
     photo = ramp(size)
-    # The mean over a patch that is known in part is not the depth of its middle.
+    # The mean over a partly known patch is not the depth at its centre.
     metres = ramp_metres(size, 0, patch if preset == "paper" else 0)
     images = set_of(tmp_path, [(photo, metres)], scale=5000)
     source = ExtractorSource("ramp", backbone(pooled(patch, stride), patch, stride))
@@ -233,7 +233,7 @@ def test_the_right_probe_for_a_ramp_loses_nothing(
     assert losses[0] < 1e-3 < min(losses[1:]) / 2
 
 
-def test_the_truth_of_a_patch_leaves_out_what_is_not_known(tmp_path: Path) -> None:
+def test_truth_of_a_patch_ignores_unknown_pixels(tmp_path: Path) -> None:
     metres = np.full((8, 12), 2.0)
     metres[:4, :4] = [[0, 0, 0, 0], [0, 1, 3, 0], [0, 12, 10, 0], [0, 0, 0, 0]]
     metres[4:, 4:8] = 0
@@ -243,11 +243,11 @@ def test_the_truth_of_a_patch_leaves_out_what_is_not_known(tmp_path: Path) -> No
     torch.testing.assert_close(kept.truths[0], torch.tensor([[2.0, 2.0, 2.0], [2.0, 0.0, 0.0]]))
 
 
-def test_places_of_a_crop_leave_out_its_pads() -> None:
+def test_places_of_a_crop_exclude_its_pads() -> None:
     rows, columns = Crop((0, 0, 1, 1), (3, 4), (2, 5, 1, 6)).places_shown()
     assert rows.tolist() == [5.5, 6.5, 7.5]
     assert columns.tolist() == [2.5, 3.5, 4.5, 5.5]
 
 
-def test_red_tells_depth_up_to_six_metres() -> None:
+def test_red_channel_encodes_depth_up_to_six_metres() -> None:
     assert 6 * RED < 255

@@ -1,4 +1,4 @@
-"""The losses of depth: by hand, with pixels whose depth is not known, and where there is nothing to lose."""
+"""Depth losses: against hand computations, with pixels of unknown depth, and with no known depth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPSILON = 0.001
 
 
 def maps(seed: int = 0, shape: tuple[int, int, int] = (2, 21, 18)) -> tuple[Tensor, Tensor]:
-    """Depth that was predicted, and depth that is known of four pixels in five."""
+    """Predicted depth, and true depth that is known for four pixels in five."""
     chance = np.random.default_rng(seed)
     truth = chance.uniform(0.2, 9, shape)
     predicted = truth * chance.uniform(0.7, 1.6, shape)
@@ -41,14 +41,14 @@ def test_scale_invariant_loss_is_the_root_of_variance_and_mean() -> None:
     assert first < found / 2
 
 
-def test_a_common_factor_costs_only_a_part() -> None:
+def test_common_factor_is_only_partly_penalised() -> None:
     _, truth = maps()
     doubled = float(scale_invariant_loss(2 * truth, truth))
     assert doubled == pytest.approx(math.sqrt(0.15) * math.log(2), rel=1e-2)
 
 
 def by_loop(predicted: Tensor, truth: Tensor) -> float:
-    """Every pair of pixels two apart, in maps of every pixel, every second, fourth and sixth."""
+    """Every pair of pixels two apart, in maps with every pixel, every second, fourth and sixth."""
     total = 0.0
     for step in (1, 2, 4, 6):
         ours, theirs = (values[:, ::step, ::step].double().numpy() for values in (predicted, truth))
@@ -73,12 +73,12 @@ def by_loop(predicted: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_gradient_loss_is_that_of_a_loop(seed: int) -> None:
+def test_gradient_loss_matches_a_loop(seed: int) -> None:
     predicted, truth = maps(seed)
     assert float(gradient_loss(predicted, truth)) == pytest.approx(by_loop(predicted, truth), rel=1e-4)
 
 
-def test_gradient_loss_is_of_rows_and_columns_not_of_images() -> None:
+def test_gradient_loss_compares_rows_and_columns_not_images() -> None:
     truth = torch.full((2, 8, 8), 2.0)
     predicted = truth * torch.tensor([1.0, 3.0])[:, None, None]
     assert float(gradient_loss(predicted, truth)) == 0
@@ -87,7 +87,7 @@ def test_gradient_loss_is_of_rows_and_columns_not_of_images() -> None:
         assert float(gradient_loss(tilted, truth)) > 0.1
 
 
-def test_the_whole_loss_has_half_of_the_gradient_loss() -> None:
+def test_total_loss_adds_half_of_the_gradient_loss() -> None:
     predicted, truth = maps()
     plain, gradient = float(scale_invariant_loss(predicted, truth)), float(gradient_loss(predicted, truth))
     assert (PAPER.gradient, QUICK.gradient) == (0.5, 0.5)
@@ -98,7 +98,7 @@ def test_the_whole_loss_has_half_of_the_gradient_loss() -> None:
 
 
 @pytest.mark.parametrize("known", [0, 1])
-def test_where_no_depth_is_known_nothing_is_lost_and_nothing_learned(known: int) -> None:
+def test_loss_and_gradients_are_zero_with_at_most_one_known_pixel(known: int) -> None:
     predicted = maps()[0].requires_grad_()
     truth = torch.zeros_like(predicted)
     truth.view(-1)[:known] = 3.0
@@ -107,7 +107,7 @@ def test_where_no_depth_is_known_nothing_is_lost_and_nothing_learned(known: int)
     assert float(loss.detach()) == 0 and predicted.grad is not None and not predicted.grad.any()
 
 
-def test_perfect_depth_has_a_finite_slope() -> None:
+def test_perfect_depth_has_finite_gradients() -> None:
     truth = maps()[1]
     predicted = truth.clamp(min=0.5).requires_grad_()
     for mean_only in (True, False):
@@ -115,7 +115,7 @@ def test_perfect_depth_has_a_finite_slope() -> None:
     assert predicted.grad is not None and torch.isfinite(predicted.grad).all()
 
 
-def test_what_is_not_known_has_no_slope() -> None:
+def test_unknown_pixels_have_no_gradient() -> None:
     predicted, truth = maps()
     predicted.requires_grad_()
     depth_loss(predicted, truth, 0.5).backward()
@@ -124,5 +124,5 @@ def test_what_is_not_known_has_no_slope() -> None:
     assert (predicted.grad[truth > 0] != 0).float().mean() > 0.95
 
 
-def test_depth_beyond_the_last_bin_is_not_known() -> None:
+def test_depth_beyond_the_last_bin_is_unknown() -> None:
     assert within(torch.tensor([0.0, 3.0, 9.99, 10.0, 12.0]), 10.0).tolist() == pytest.approx([0, 3, 9.99, 0, 0])

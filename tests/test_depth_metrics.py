@@ -1,4 +1,4 @@
-"""Errors of depth: against NumPy and by hand, and which pixels of which images they are of."""
+"""Depth errors, compared with loops and by hand, and the pixels and images that they cover."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEAR, FAR = 0.001, 10.0
 
-#: Judged area of a photo of NYUv2.
+#: Evaluated area of a photo of NYUv2.
 TOP, BOTTOM, LEFT, RIGHT = 45, 471, 41, 601
 
 
@@ -55,7 +55,7 @@ def tensors(predicted: list[float], truth: list[float]) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_errors_of_random_maps_are_those_of_a_loop(seed: int) -> None:
+def test_errors_of_random_maps_match_a_loop(seed: int) -> None:
     chance = np.random.default_rng(seed)
     truth = chance.uniform(0, 11, (31, 17)).astype(np.float32)
     truth[chance.random(truth.shape) < 0.2] = 0
@@ -70,36 +70,36 @@ def test_errors_of_two_pixels_by_hand() -> None:
     assert Depths.METRICS == ("RMSE", "AbsRel", "log10", "a1", "a2", "a3")
 
 
-def test_errors_are_relative_to_the_truth_and_the_mean_is_below_the_root() -> None:
+def test_abs_rel_divides_by_the_truth_and_rmse_is_a_root_of_the_mean() -> None:
     assert depth_errors(*tensors([1, 5], [2, 2]), NEAR, FAR)[:2] == pytest.approx([math.sqrt(5), 1.0])
 
 
-def test_a_factor_of_exactly_the_threshold_is_not_within_it() -> None:
+def test_ratio_equal_to_a_threshold_does_not_count() -> None:
     assert depth_errors(*tensors([5, 4], [4, 5]), NEAR, FAR)[3:] == [0, 100, 100]
     assert depth_errors(*tensors([6.25], [4]), NEAR, FAR)[3:] == [0, 0, 100]
 
 
-def test_pixels_at_the_limits_are_not_judged() -> None:
+def test_pixels_at_the_limits_are_not_evaluated() -> None:
     predicted, truth = tensors([9, 9, 9, 2], [0.001, 10, 0, 2])
     assert depth_errors(predicted, truth, NEAR, FAR) == [0, 0, 0, 100, 100, 100]
     just = np.nextafter(np.array([0.001, 10], np.float32), np.float32(1))
-    assert depth_errors(torch.full((2,), 2.0), torch.from_numpy(just), NEAR, FAR)[0] > 5  # those within are
+    assert depth_errors(torch.full((2,), 2.0), torch.from_numpy(just), NEAR, FAR)[0] > 5  # pixels just inside count
 
 
 @pytest.mark.parametrize("truth", [[0.0, 0.0], [10.0, 12.0], [0.001, 0.0005]])
-def test_an_image_that_has_nothing_to_judge_has_no_figure(truth: list[float]) -> None:
+def test_image_without_valid_pixels_has_nan_errors(truth: list[float]) -> None:
     assert all(math.isnan(error) for error in depth_errors(*tensors([1, 2], truth), NEAR, FAR))
 
 
-# --- judging
+# --- evaluation
 
 
 def constant(metres: float, far: float = FAR) -> DepthProbe:
-    """Says the same everywhere: it has one bin."""
+    """A probe with one bin, which predicts the same depth everywhere."""
     return DepthProbe(6, 1, metres, far, 4, seed=0).eval()
 
 
-def test_an_image_without_a_figure_is_left_out_of_the_means(tmp_path: Path) -> None:
+def test_images_with_nan_errors_are_excluded_from_the_means(tmp_path: Path) -> None:
     images = set_of(tmp_path, [flat(3), flat(20), flat(5)])
     values = evaluate_probe(constant(2), source_of(), images, QUICK, None)
     assert np.isnan(values[1]).all() and not np.isnan(values[[0, 2]]).any()
@@ -113,7 +113,7 @@ def test_an_image_without_a_figure_is_left_out_of_the_means(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("protocol", [QUICK, PAPER], ids=["quick", "paper"])
 @pytest.mark.parametrize(("says", "clamped"), [(9.0, 4.0), (0.2, 1.0), (2.0, 2.0)])
-def test_predictions_are_brought_between_the_limits(
+def test_predictions_are_clamped_to_the_limits(
     tmp_path: Path, protocol: DepthProtocol, says: float, clamped: float
 ) -> None:
     narrow = replace(protocol, nearest=1.0, farthest=4.0)
@@ -122,14 +122,14 @@ def test_predictions_are_brought_between_the_limits(
 
 
 def halves(image: Tensor) -> Tensor:
-    """One in the left half of what is shown, nothing in the right one, whatever it shows."""
+    """(1, 0, 0) in the left half of an image and (0, 1, 0) in the right half, whatever the content."""
     h, w = image.shape[2] // 4, image.shape[3] // 4
     left = (torch.arange(w) < w / 2).float()[None, None, :, None]
     return torch.cat([left, 1 - left, left * 0], -1).expand(len(image), h, w, 3)
 
 
 def two_depths(left: float, right: float) -> DepthProbe:
-    """One depth for the left half, another for the right one; the weights of their bins are all but everything."""
+    """A probe that predicts one depth in the left half and another in the right; one bin has nearly all the weight."""
     probe = DepthProbe(6, 2, left, right, 4, seed=0)
     with torch.no_grad():
         probe.weigh.weight.zero_()
@@ -138,13 +138,13 @@ def two_depths(left: float, right: float) -> DepthProbe:
     return probe.eval()
 
 
-def test_the_published_test_is_the_mean_of_both_sides_within_the_limits(tmp_path: Path) -> None:
+def test_flip_test_averages_clamped_predictions(tmp_path: Path) -> None:
     metres = np.full((32, 48), 3.0)
-    metres[:, 16:32] = 0  # where one half goes over into the other
+    metres[:, 16:32] = 0  # where one half blends into the other
     images = set_of(tmp_path, [(red_of(metres), metres)])
     narrow, probe = replace(PAPER, nearest=1.0, farthest=4.0), two_depths(2, 8)
     values = evaluate_probe(probe, source_of(halves), images, narrow, None)
-    # 2 and 4, their mean is 3; the mean of 2 and 8 is 5, which would be 4.
+    # Clamped first, the mean of 2 and 4 is 3; averaged first, the mean of 2 and 8 is 5, which is clamped to 4.
     np.testing.assert_allclose(values[0, :3], 0, atol=1e-4)
     once = evaluate_probe(probe, source_of(halves), images, replace(narrow, flip_test=False), None)
     assert once[0, 0] == pytest.approx(1, abs=1e-4)  # 2 on one side, 4 on the other
@@ -152,7 +152,7 @@ def test_the_published_test_is_the_mean_of_both_sides_within_the_limits(tmp_path
     assert quick[0, 0] == pytest.approx(1, abs=1e-4)
 
 
-def test_only_the_asked_part_is_judged(tmp_path: Path) -> None:
+def test_only_the_given_area_is_evaluated(tmp_path: Path) -> None:
     metres = np.full((32, 48), 7.0)
     metres[5:20, 9:31] = 3
     images = set_of(tmp_path, [(red_of(metres), metres)])
@@ -165,12 +165,12 @@ def test_only_the_asked_part_is_judged(tmp_path: Path) -> None:
 
 # --- NYUv2
 
-#: Says 2 m everywhere, and learns nothing from its one step.
+#: With this protocol, a probe predicts 2 m everywhere and learns nothing from its one step.
 ONE_BIN = replace(QUICK, steps=1, warmup=0, bins=1, nearest=2.0)
 
 
 def framed(ring: bool) -> Picture:
-    """3 m in the judged area and 7 m around it; with a ring, the outermost pixels of the judged area have 5 m."""
+    """3 m in the evaluated area and 7 m around it; with a ring, the outermost pixels of the area have 5 m."""
     metres = np.full((480, 640), 7.0)
     metres[TOP:BOTTOM, LEFT:RIGHT] = 5.0
     inner = int(ring)
@@ -189,9 +189,7 @@ def coarse() -> ExtractorSource:
     return ExtractorSource("raw", backbone(pooled(32), 32))
 
 
-def test_photos_of_nyu_are_judged_in_the_published_area_and_others_everywhere(
-    tmp_path: Path, coarse: ExtractorSource
-) -> None:
+def test_nyu_is_evaluated_in_the_published_area_and_others_everywhere(tmp_path: Path, coarse: ExtractorSource) -> None:
     pictures = [framed(False), framed(True)]
     plain, ringed = rmse_of(coarse, open_depth(write_nyu(tmp_path / "nyu", pictures[:1], pictures)))
     assert plain == pytest.approx(1, abs=1e-6)
@@ -204,7 +202,7 @@ def test_photos_of_nyu_are_judged_in_the_published_area_and_others_everywhere(
 
 
 class Witness(ExtractorSource):
-    """Keeps the crops that it is asked for."""
+    """Records the requested crops."""
 
     def __init__(self, source: ExtractorSource) -> None:
         super().__init__("witness", source._of)
@@ -215,9 +213,7 @@ class Witness(ExtractorSource):
         return super().inputs(image, crop, colour)
 
 
-def test_crops_of_nyu_come_from_the_published_part_and_others_from_anywhere(
-    tmp_path: Path, coarse: ExtractorSource
-) -> None:
+def test_nyu_crops_come_from_the_published_part_and_others_anywhere(tmp_path: Path, coarse: ExtractorSource) -> None:
     pictures = [framed(False)]
     paper = replace(PAPER, steps=2, warmup=0, batch=4, bins=1, nearest=2.0)
     data = open_depth(write_nyu(tmp_path / "nyu", pictures, pictures))
@@ -235,7 +231,7 @@ def test_crops_of_nyu_come_from_the_published_part_and_others_from_anywhere(
     assert not within[1].all()
 
 
-def test_every_image_of_a_set_is_judged_in_its_order(tmp_path: Path) -> None:
+def test_images_are_evaluated_in_order(tmp_path: Path) -> None:
     steps: list[int] = []
     images = set_of(tmp_path, [flat(metres) for metres in (3, 4, 6)])
     for protocol in (QUICK, PAPER):
@@ -244,7 +240,7 @@ def test_every_image_of_a_set_is_judged_in_its_order(tmp_path: Path) -> None:
     assert len(steps) == 6
 
 
-def test_judging_changes_nothing_about_a_probe(tmp_path: Path) -> None:
+def test_evaluation_does_not_change_the_probe(tmp_path: Path) -> None:
     images, probe = set_of(tmp_path, blocky(2, 0)), DepthProbe(6, 16, NEAR, FAR, 4, seed=1).eval()
     before = {name: value.clone() for name, value in probe.state_dict().items()}
     first = evaluate_probe(probe, source_of(), images, QUICK, None)

@@ -1,4 +1,4 @@
-"""How probes for depth are trained: rates and momentum step by step, the optimiser, and what may be changed."""
+"""Training of depth probes: learning rate and momentum per step, the optimiser, and the options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_published_numbers() -> None:
     assert {name: told[name] for name in wanted} == wanted
 
 
-def test_quick_shows_whole_images_once_to_the_same_probe() -> None:
+def test_quick_uses_whole_images_and_the_same_probe() -> None:
     assert not QUICK.augment and not QUICK.flip_test and not QUICK.cycle and QUICK.mean_first == 0
     same = ("bins", "nearest", "farthest", "class_token", "upsample", "gradient")
     assert all(getattr(QUICK, name) == getattr(PAPER, name) for name in same)
@@ -62,7 +62,7 @@ def test_the_rate_is_half_a_cosine_times_the_warm_up(step: int) -> None:
     assert PAPER.learning_rate_at(step) == pytest.approx(cosine * warm, rel=1e-9)
 
 
-def test_the_rate_begins_with_a_thousandth_and_ends_with_all_but_nothing() -> None:
+def test_learning_rate_at_start_peak_and_end() -> None:
     assert PAPER.learning_rate_at(0) == pytest.approx(5e-6)
     assert PAPER.learning_rate_at(38_400) == pytest.approx(5e-11)
     rates = [PAPER.learning_rate_at(step) for step in range(38_400)]
@@ -90,13 +90,13 @@ def test_momentum_goes_through_one_cycle(steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_trainings_of_a_step_or_two_have_momentum_as_well(steps: int) -> None:
+def test_very_short_trainings_have_valid_momentum_and_learning_rate(steps: int) -> None:
     for protocol in (replace(PAPER, steps=steps, warmup=0), replace(QUICK, steps=steps, warmup=0)):
         assert all(0.85 <= protocol.momentum_at(step) <= 0.95 for step in range(steps))
         assert all(0 < protocol.learning_rate_at(step) <= protocol.learning_rate for step in range(steps))
 
 
-def test_quick_has_the_usual_momentum() -> None:
+def test_quick_has_a_constant_momentum() -> None:
     assert {QUICK.momentum_at(step) for step in range(QUICK.steps)} == {0.9}
 
 
@@ -104,7 +104,7 @@ def test_quick_has_the_usual_momentum() -> None:
 
 
 class Noise:
-    """Features and depth at random; the step decides them."""
+    """Random features and depth, determined by the step."""
 
     channels = 5
 
@@ -187,7 +187,7 @@ def test_training_equals_a_loop_by_hand() -> None:
 # --- Options
 
 
-def test_options_change_what_they_name() -> None:
+def test_options_override_the_preset() -> None:
     assert DepthOptions().protocol() == QUICK
     assert DepthOptions(preset="paper").protocol() == PAPER
     changed = DepthOptions(

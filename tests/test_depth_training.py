@@ -1,4 +1,4 @@
-"""Depth from end to end: what scores mean, blocks and groups, and trainings that go on where they were stopped."""
+"""Depth evaluation end to end: scores, blocks and groups, and resumed training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from tiny_labelled import coloured, write_labelled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Trainings of a moment: as they are but for size, length and rate.
+#: Short training: the presets with only size, length and learning rate changed.
 FAST = replace(QUICK, steps=32, warmup=4, batch=4, learning_rate=0.4, bins=32)
 TINY = replace(PAPER, steps=40, warmup=4, batch=2, learning_rate=0.4, bins=32, mean_first=3, crop=(16, 24))
 
@@ -93,14 +93,14 @@ def rmse(model: Callable[[Tensor], Tensor], data: DepthData, how: DepthProtocol 
 
 
 def numbered(images: int, batch: int, seed: int = 0) -> KeptDepth:
-    """Two by two patches whose features are the image's number, in metres."""
+    """Images of 2 x 2 patches; the feature is the image's number, the depth that number plus 1, in metres."""
     features = [torch.full((2, 2, 1), float(number)) for number in range(images)]
     truths = [torch.full((2, 2), float(number + 1)) for number in range(images)]
     return KeptDepth(features, [], truths, replace(QUICK, batch=batch), CPU, seed)
 
 
 class Recording(DepthProbe):
-    """Keeps what it was shown."""
+    """Records the images it is given."""
 
     def __init__(self) -> None:
         super().__init__(1, 4, 0.001, 10.0, 4, 0)
@@ -118,7 +118,7 @@ def order_of(samples: KeptDepth, steps: int) -> list[int]:
     return probe.seen
 
 
-def test_every_image_comes_once_in_each_epoch_in_an_order_of_the_seed() -> None:
+def test_each_epoch_has_every_image_once_in_an_order_set_by_the_seed() -> None:
     order = order_of(numbered(7, 3, seed=1), 7)
     epochs = [tuple(order[start : start + 7]) for start in range(0, 21, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(epochs)) == 3
@@ -126,11 +126,11 @@ def test_every_image_comes_once_in_each_epoch_in_an_order_of_the_seed() -> None:
     assert order_of(numbered(7, 3, seed=2), 7) != order
 
 
-def test_fewer_images_than_a_batch_are_seen_once_a_step() -> None:
+def test_batch_larger_than_the_data_has_each_image_once() -> None:
     assert [sorted(order_of(numbered(3, 16), 4)[start : start + 3]) for start in (0, 3, 6, 9)] == [[0, 1, 2]] * 4
 
 
-def test_the_loss_of_a_step_is_the_mean_over_images_of_one_grid(tmp_path: Path) -> None:
+def test_step_loss_weights_each_grid_by_its_images(tmp_path: Path) -> None:
     pictures = [*blocky(2, 0), *blocky(1, 1, (24, 40))]
     kept = KeptDepth.take(source_of(), set_of(tmp_path, pictures), replace(QUICK, batch=3, mean_first=1), None)
     probe = DepthProbe(6, 8, 0.001, 10.0, 4, seed=0)
@@ -146,16 +146,16 @@ def test_the_loss_of_a_step_is_the_mean_over_images_of_one_grid(tmp_path: Path) 
         assert float(kept.loss(probe, step).detach()) == pytest.approx(float(total.detach()), rel=1e-5)
 
 
-# --- What scores mean
+# --- Scores
 
 
 @pytest.mark.parametrize("how", [FAST, TINY], ids=["quick", "paper"])
-def test_features_that_tell_depth_score_better_than_noise(rooms: DepthData, how: DepthProtocol) -> None:
+def test_features_with_depth_score_better_than_noise(rooms: DepthData, how: DepthProtocol) -> None:
     good, bad = rmse(telling, rooms, how), rmse(noisy, rooms, how)
     assert good < 0.8 < bad - 0.2
 
 
-def test_photos_with_the_depth_of_others_score_like_their_mean(tmp_path: Path) -> None:
+def test_shuffled_depth_scores_like_predicting_the_mean(tmp_path: Path) -> None:
     pictures = blocky(12, 3)
     shuffled = [(photo, pictures[(number + 5) % 12][1]) for number, (photo, _) in enumerate(pictures)]
     data = data_of(tmp_path / "shuffled", shuffled, blocks=3)
@@ -168,7 +168,7 @@ def test_photos_with_the_depth_of_others_score_like_their_mean(tmp_path: Path) -
     assert rmse(telling, data_of(tmp_path / "whole", pictures, blocks=3)) < 0.7 * found
 
 
-def test_both_presets_learn_on_photos_of_several_sizes_that_fit_no_patch_grid(tmp_path: Path) -> None:
+def test_both_presets_learn_on_photos_of_sizes_off_the_patch_grid(tmp_path: Path) -> None:
     sizes = [(33, 50), (47, 31), (29, 90), (32, 48)]
     pictures = [blocky(1, number, sizes[number % 4])[0] for number in range(8)]
     data = data_of(tmp_path / "mixed", pictures)
@@ -179,7 +179,7 @@ def test_both_presets_learn_on_photos_of_several_sizes_that_fit_no_patch_grid(tm
         assert [look is not None for _, _, look in curve] == [how is FAST] * 8
 
 
-def test_each_seed_has_an_order_of_its_own(rooms: DepthData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_seed_has_its_own_order(rooms: DepthData, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     usual = KeptDepth.loss
 
@@ -192,7 +192,7 @@ def test_each_seed_has_an_order_of_its_own(rooms: DepthData, monkeypatch: pytest
     assert seen == [3] * 8 + [5] * 8
 
 
-def test_looks_are_at_the_first_block_and_change_nothing(rooms: DepthData) -> None:
+def test_curve_evaluates_the_first_block_and_changes_no_result(rooms: DepthData) -> None:
     (found, again) = probes(source_of(), rooms, replace(FAST, steps=16), (0, 1))
     assert len(found[2]) == 8 and all(look is not None for _, _, look in found[2])
     assert all(look is None for _, _, look in again[2])
@@ -217,10 +217,10 @@ def test_with_two_splits_each_photo_is_its_own_group(splits: DepthData, how: Dep
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper"])
-def test_probes_learn_nothing_from_the_photos_of_their_block_or_beside_it(
+def test_probe_is_not_trained_on_its_block_or_the_photos_next_to_it(
     tmp_path: Path, rooms: DepthData, preset: str
 ) -> None:
-    """Other depth there changes no probe; other depth elsewhere does."""
+    """Changing the depth there changes no probe; changing it elsewhere does."""
     how = replace(FAST if preset == "quick" else TINY, steps=4, warmup=0, batch=8)
     kept: list[list[float]] = []
     usual = evaluate.evaluate_probe
@@ -244,18 +244,18 @@ def test_probes_learn_nothing_from_the_photos_of_their_block_or_beside_it(
     assert plain[0] != inside[0]
 
 
-def test_judged_photos_are_those_of_the_block(rooms: DepthData) -> None:
-    """With one bin a probe says the same of all, so that each photo has its own error, in the order of the photos."""
+def test_evaluated_photos_are_those_of_the_block(rooms: DepthData) -> None:
+    """With one bin the prediction is constant, so each photo has its own error, in the order of the photos."""
     ((_, found, _),) = probes(source_of(), rooms, replace(FAST, steps=1, warmup=0, bins=1, nearest=0.5))
     wanted = [np.sqrt(np.mean((metres.round(3) - 0.5) ** 2)) for _, metres in blocky(8, 0)]
     np.testing.assert_allclose(found.values[:, 0], wanted, atol=1e-4)
 
 
-# --- Determinism, and trainings that go on
+# --- Determinism and resumed training
 
 
 @pytest.mark.parametrize("how", [FAST, TINY], ids=["quick", "paper"])
-def test_a_seed_is_the_same_to_the_bit_and_others_are_others(splits: DepthData, how: DepthProtocol) -> None:
+def test_same_seed_gives_the_same_bits_and_others_differ(splits: DepthData, how: DepthProtocol) -> None:
     short = replace(how, steps=8, warmup=2)
     first, again, other = (probes(source_of(), splits, short, (seed,))[0] for seed in (0, 0, 1))
     assert np.array_equal(first[1].values, again[1].values) and first[2] == again[2]
@@ -265,7 +265,7 @@ def test_a_seed_is_the_same_to_the_bit_and_others_are_others(splits: DepthData, 
     assert np.array_equal(both[1][1].values, first[1].values)
 
 
-def test_features_from_the_disk_give_the_same_bits(tmp_path: Path, splits: DepthData) -> None:
+def test_cached_features_give_the_same_bits(tmp_path: Path, splits: DepthData) -> None:
     short = replace(FAST, steps=8)
     plain = probes(source_of(), splits, short)[0][1].values
     for _ in range(2):
@@ -279,7 +279,7 @@ class Stop(Exception):
 
 
 class Counting(ExtractorSource):
-    """Counts the crops that it is asked for, and knows of which steps they can be."""
+    """Counts the requested crops of the training size."""
 
     def __init__(self) -> None:
         super().__init__("raw", backbone())
@@ -291,7 +291,7 @@ class Counting(ExtractorSource):
 
 
 def stopping(after: int) -> Progress:
-    """Stops after so many steps, all trainings together."""
+    """Raise `Stop` after that many steps in total over all training runs."""
     left = [after]
 
     @contextlib.contextmanager
@@ -307,10 +307,10 @@ def stopping(after: int) -> Progress:
 
 
 @pytest.mark.parametrize("stopped", [5, 8, 18])
-def test_long_trainings_go_on_where_they_were_stopped(
+def test_interrupted_training_resumes_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
 ) -> None:
-    """In the first block of two, or in the second one."""
+    """Interrupted in the first block of two, or in the second."""
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 3)
     data = data_of(tmp_path / "rooms", blocky(6, 0))
     how = replace(TINY, steps=11, warmup=2, mean_first=4)
@@ -323,13 +323,11 @@ def test_long_trainings_go_on_where_they_were_stopped(
     ((_, found, looks),) = probes(source, data, how, checkpoints=folder)
     assert np.array_equal(found.values, straight.values)
     assert looks == curve
-    steps = {5: 8 + 11, 8: 5 + 11, 18: 2 + 5}[stopped]  # after 3, 6, and 9 and 6 of 11
-    assert source.asked == 2 * steps + 2  # and one for the number of channels in each block
+    steps = {5: 8 + 11, 8: 5 + 11, 18: 2 + 5}[stopped]  # checkpoints after 3, after 6, and after 9 and 6 of 11
+    assert source.asked == 2 * steps + 2  # plus one in each block for the number of channels
 
 
-def test_checkpoints_of_one_seed_and_block_are_not_those_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_seed_and_block_has_its_own_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 2)
     data = data_of(tmp_path / "rooms", blocky(4, 0))
     how = replace(TINY, steps=3, warmup=0)
@@ -339,15 +337,15 @@ def test_checkpoints_of_one_seed_and_block_are_not_those_of_another(
     assert not (tmp_path / "quick").exists()
 
 
-def test_a_rate_that_is_too_high_is_told(splits: DepthData) -> None:
+def test_diverging_loss_suggests_a_smaller_learning_rate(splits: DepthData) -> None:
     with pytest.raises(FitError, match=r"loss is nan at step \d+; try a smaller learning_rate"):
         probes(source_of(lambda image: telling(image) * 3e4), splits, replace(FAST, learning_rate=1e38))
 
 
-# --- What has no depth
+# --- Photos without depth
 
 
-def test_looks_at_photos_without_judged_depth_are_none(tmp_path: Path) -> None:
+def test_curve_has_no_score_for_photos_without_evaluated_depth(tmp_path: Path) -> None:
     pictures = [flat(20), flat(30), *blocky(4, 0)]
     data = data_of(tmp_path / "far", pictures)
     with warnings.catch_warnings():
@@ -358,7 +356,7 @@ def test_looks_at_photos_without_judged_depth_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [FAST, TINY], ids=["quick", "paper"])
-def test_nothing_to_learn_from_is_refused(tmp_path: Path, how: DepthProtocol) -> None:
+def test_training_photos_without_depth_in_range_are_rejected(tmp_path: Path, how: DepthProtocol) -> None:
     root = write_splits(tmp_path / "far", [flat(20), flat(30)], blocky(2, 0))
     with pytest.raises(EvaluationError, match=r"none of .* below 10 m.*--farthest"):
         probes(source_of(), open_depth(root), replace(how, steps=3))
@@ -385,15 +383,15 @@ def bench_of(
 QUICKLY = DepthOptions(seeds=(0, 1), steps=25, batch=4, learning_rate=0.4)
 
 
-def test_a_comparison_tells_the_better_features_from_the_worse(tmp_path: Path, rooms: DepthData) -> None:
+def test_comparison_shows_which_features_are_better(tmp_path: Path, rooms: DepthData) -> None:
     (raw, _), (clean, _) = depth(bench_of(tmp_path, rooms), ["raw", "clean"], QUICKLY)
     assert (raw["task"], raw["failed"], clean["failed"]) == ("depth", None, None)
     assert list(clean["metrics"]) == ["RMSE", "AbsRel", "log10", "a1", "a2", "a3"]
     paired = clean["paired"]
     assert (paired["against"], paired["metric"], paired["over"]) == ("raw", "RMSE", "blocks")
     assert paired["difference"] == pytest.approx(clean["metrics"]["RMSE"] - raw["metrics"]["RMSE"])
-    assert paired["difference"] < 0  # less is better
-    assert (paired["low"], paired["high"], paired["groups"]) == (None, None, 4)  # too few for an interval
+    assert paired["difference"] < 0  # lower is better
+    assert (paired["low"], paired["high"], paired["groups"]) == (None, None, 4)  # too few groups for an interval
     assert clean["metrics"]["a1"] > raw["metrics"]["a1"] + 5
     for line in (raw, clean):
         each = [seed["RMSE"] for seed in line["seeds"]]
@@ -404,7 +402,7 @@ def test_a_comparison_tells_the_better_features_from_the_worse(tmp_path: Path, r
         assert line["images"] == {"val": 8} and line["classes"] == {} and len(line["curve"]) == 8
 
 
-def test_the_interval_of_a_comparison_is_over_its_groups(tmp_path: Path, splits: DepthData) -> None:
+def test_comparison_of_splits_has_an_interval_over_images(tmp_path: Path, splits: DepthData) -> None:
     short = replace(QUICKLY, steps=5)
     _, (clean, _) = depth(bench_of(tmp_path, splits), ["raw", "clean"], short)
     assert clean["paired"]["over"] == "images"
@@ -422,7 +420,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_the_same_again_keeps_everything(tmp_path: Path, rooms: DepthData) -> None:
+def test_repeating_a_comparison_keeps_the_results(tmp_path: Path, rooms: DepthData) -> None:
     seen: list[int] = []
 
     def counted(image: Tensor) -> Tensor:
@@ -432,7 +430,7 @@ def test_the_same_again_keeps_everything(tmp_path: Path, rooms: DepthData) -> No
     options = replace(QUICKLY, steps=4)
     first = list(depth(bench_of(tmp_path, rooms, {"clean": counted}), ["raw", "clean"], options))
     before = (tmp_path / "results.jsonl").read_bytes()
-    assert sum(seen) == 8  # each photo once, whatever the seeds, blocks and looks
+    assert sum(seen) == 8  # each photo once, for all seeds, blocks and evaluations
     again = list(depth(bench_of(tmp_path, rooms, {"clean": counted}), ["raw", "clean"], options))
     assert again == [(line, True) for line, _ in first]
     assert (tmp_path / "results.jsonl").read_bytes() == before and sum(seen) == 8
@@ -441,7 +439,7 @@ def test_the_same_again_keeps_everything(tmp_path: Path, rooms: DepthData) -> No
 @pytest.mark.parametrize(
     "changes", [{"steps": 5}, {"gradient": 0.0}, {"farthest": 8.0}, {"size": (24, 48)}, {"weight_decay": 0.5}]
 )
-def test_other_options_are_another_result(tmp_path: Path, rooms: DepthData, changes: dict[str, Any]) -> None:
+def test_other_options_give_a_new_result(tmp_path: Path, rooms: DepthData, changes: dict[str, Any]) -> None:
     options = replace(QUICKLY, steps=4, seeds=(0,))
     list(depth(bench_of(tmp_path, rooms), ["clean"], options))
     ((line, kept),) = depth(bench_of(tmp_path, rooms), ["clean"], replace(options, **changes))
@@ -450,7 +448,7 @@ def test_other_options_are_another_result(tmp_path: Path, rooms: DepthData, chan
     assert first["metrics"] != second["metrics"]
 
 
-def test_other_blocks_or_another_scale_are_another_result(tmp_path: Path) -> None:
+def test_other_blocks_or_scale_give_a_new_result(tmp_path: Path) -> None:
     root = write_pairs(tmp_path / "rooms", blocky(8, 0))
     options = replace(QUICKLY, steps=2, seeds=(0,))
     for blocks, scale in ((2, 1000), (4, 1000), (2, 2000)):
@@ -460,7 +458,7 @@ def test_other_blocks_or_another_scale_are_another_result(tmp_path: Path) -> Non
     assert len({line["metrics"]["RMSE"] for line in lines_of(tmp_path)}) == 3
 
 
-def test_more_seeds_do_only_those(tmp_path: Path, rooms: DepthData) -> None:
+def test_only_added_seeds_are_trained(tmp_path: Path, rooms: DepthData) -> None:
     options = replace(QUICKLY, steps=4, seeds=(0,))
     ((one, _),) = depth(bench_of(tmp_path, rooms), ["clean"], options)
     trained: list[str] = []
@@ -478,10 +476,10 @@ def test_more_seeds_do_only_those(tmp_path: Path, rooms: DepthData) -> None:
     assert two["seeds"][0] == one["seeds"][0] and two["curve"] == one["curve"]
 
 
-def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, rooms: DepthData) -> None:
+def test_interrupted_comparison_resumes(tmp_path: Path, rooms: DepthData) -> None:
     options = replace(QUICKLY, steps=4)
     with pytest.raises(Stop):
-        # The first seed of the second source is done.
+        # The first seed of the second source is finished.
         stop_in_the_last_seed(tmp_path, rooms, options)
     before = (tmp_path / "results.jsonl").read_bytes()
     assert before.count(b"\n") == 1
@@ -509,7 +507,7 @@ def stop_in_the_last_seed(folder: Path, data: DepthData, options: DepthOptions) 
         raise Stop from error
 
 
-def test_paper_trainings_of_a_comparison_go_on_from_checkpoints(
+def test_paper_comparison_resumes_from_checkpoints(
     tmp_path: Path, rooms: DepthData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 3)
@@ -538,15 +536,13 @@ def test_paper_trainings_of_a_comparison_go_on_from_checkpoints(
     assert told[0][0]["settings"]["features"] == {"normalisation": "imagenet"}
 
 
-def test_fields_of_stage_one_are_refused_by_the_published_protocol_before_the_work(
-    tmp_path: Path, rooms: DepthData
-) -> None:
+def test_paper_preset_rejects_stage_one_fields_before_computing(tmp_path: Path, rooms: DepthData) -> None:
     with pytest.raises(EvaluationError, match=r"exact: stage 1 fields .*--preset quick"):
         list(depth(bench_of(tmp_path, rooms), ["raw", "exact"], DepthOptions("paper", steps=2)))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_one_small_photo_is_refused_before_the_published_training(tmp_path: Path) -> None:
+def test_paper_preset_rejects_a_photo_smaller_than_its_crops(tmp_path: Path) -> None:
     data = data_of(tmp_path / "rooms", [*blocky(5, 0), *blocky(1, 1, (15, 48))])
     source = Counting()
     with pytest.raises(EvaluationError, match=r"05\.png: 48 x 15 pixels are smaller than .* crops of 24 x 16; .*quick"):

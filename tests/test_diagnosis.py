@@ -1,4 +1,4 @@
-"""Diagnoses of backbones whose artifacts are known, because they were planted."""
+"""Diagnosis of backbones with planted, and therefore known, artifacts."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def diagnosis(share: float = 0.0, outliers: float = 0.0, seed: int = 0) -> Diagn
     )
 
 
-# --- what is found, and what is told ---
+# --- findings and verdicts ---
 
 
-def test_clean_features_are_told_not_to_be_cleaned() -> None:
+def test_clean_features_need_no_cleaning() -> None:
     found = diagnosis()
     assert found.findings == ()
     assert not found.verdict.clean_up
@@ -57,12 +57,12 @@ def test_planted_artifacts_are_named(share: float, outliers: float, kinds: list[
     assert all(kind in found.verdict.words for kind in kinds)
 
 
-def test_the_shared_energy_is_what_was_planted() -> None:
+def test_shared_energy_matches_the_planted_share() -> None:
     assert diagnosis(0.2).shared == pytest.approx(0.2, rel=0.25)
     assert diagnosis().shared < 0.002
 
 
-def test_the_share_of_outliers_is_what_was_planted() -> None:
+def test_outlier_share_matches_the_planted_share() -> None:
     found = diagnosis(0.0, 0.02).metrics["raw"]
     assert found.outliers_high == pytest.approx(0.02, rel=0.3)
     assert found.outliers_low == 0
@@ -80,19 +80,19 @@ def test_subtraction_removes_a_pattern_and_not_outliers() -> None:
     assert both.words.startswith("positional gone, outlier tokens still there")
 
 
-def test_outliers_take_the_exact_method() -> None:
+def test_exact_method_is_recommended_for_outliers() -> None:
     assert diagnosis(0.2, 0.02).verdict.method == "exact"
     assert diagnosis(0.2, 0.02).judgements["exact"].outcome == "denoised"
 
 
 @pytest.mark.parametrize(("share", "outliers"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.02), (0.2, 0.02)])
-def test_blur_does_not_pass_for_denoising(share: float, outliers: float) -> None:
+def test_blur_does_not_count_as_denoising(share: float, outliers: float) -> None:
     found = diagnosis(share, outliers)
     assert found.judgements["blurred"].outcome == "blurred"
     assert found.verdict.method != "blurred"
 
 
-def test_what_is_left_on_blank_images_is_told_of_all_but_exact() -> None:
+def test_blank_image_metrics_exist_for_all_methods_but_exact() -> None:
     metrics = diagnosis(0.2).metrics
     names = ("blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance")
     assert [getattr(metrics["raw"], name) for name in names] == [1] * 5
@@ -123,7 +123,7 @@ def test_the_same_seed_gives_the_same_diagnosis() -> None:
     assert other != first
 
 
-def test_the_record_is_json_and_says_what_was_done() -> None:
+def test_record_is_json_with_verdict_metrics_and_settings() -> None:
     record = json.loads(json.dumps(diagnosis(0.2).record()))
     assert record["verdict"]["method"] in ("subtract", "exact")
     assert record["metrics"]["raw"]["effective_rank"] == diagnosis(0.2).metrics["raw"].effective_rank
@@ -131,7 +131,7 @@ def test_the_record_is_json_and_says_what_was_done() -> None:
     assert record["stability"]["photos"] == PHOTOS
 
 
-def test_maps_of_a_few_photos_are_kept_to_be_shown() -> None:
+def test_maps_of_a_few_photos_are_kept_for_display() -> None:
     found = dv.diagnose(planted.backbone(), planted.photos(8), views=VIEWS, shown=3)
     assert len(found.evidence.shown) == 3
     assert set(found.evidence.shown[0].maps) == {"raw", "subtract", "exact"}
@@ -141,17 +141,17 @@ def test_maps_of_a_few_photos_are_kept_to_be_shown() -> None:
 # --- bad input ---
 
 
-def test_too_few_photos_are_refused_with_the_number_that_is_needed() -> None:
+def test_too_few_photos_are_rejected_with_the_number_needed() -> None:
     with pytest.raises(dv.ArtifactError, match=r"7 usable photos; a diagnosis needs at least 8"):
         dv.diagnose(planted.backbone(), planted.photos(7), views=VIEWS)
 
 
-def test_one_photo_many_times_is_one_photo() -> None:
+def test_duplicate_photos_count_once() -> None:
     with pytest.raises(dv.ArtifactError, match=r"1 usable photos \(9 skipped; first: photo 1: a duplicate"):
         dv.diagnose(planted.backbone(), planted.photos(1) * 10, views=VIEWS)
 
 
-def test_black_photos_are_refused_as_having_no_content() -> None:
+def test_photos_without_content_are_rejected() -> None:
     with pytest.raises(dv.ArtifactError, match="no content: all pixels are the same"):
         dv.diagnose(planted.backbone(), [np.full((100, 100, 3), n, np.uint8) for n in range(10)], views=VIEWS)
 
@@ -175,7 +175,7 @@ def test_constant_output_is_refused() -> None:
         dv.diagnose(load(Constant()), planted.photos(10), views=VIEWS)
 
 
-def test_features_that_are_not_finite_are_refused() -> None:
+def test_non_finite_features_are_rejected() -> None:
     with pytest.raises(dv.DenoisingVitError, match="not finite"):
         dv.diagnose(load(Broken()), planted.photos(10), views=VIEWS)
 
@@ -187,33 +187,33 @@ def test_features_that_are_not_finite_are_refused() -> None:
         (lambda image: torch.full((1, 11, 11, planted.CHANNELS), torch.nan), "mine: features are not finite"),
     ],
 )
-def test_extractors_that_cannot_be_compared_are_refused_by_name(extractor: Any, message: str) -> None:
+def test_error_for_an_incompatible_extractor_names_it(extractor: Any, message: str) -> None:
     with pytest.raises(dv.DenoisingVitError, match=message):
         dv.diagnose(planted.backbone(), planted.photos(8), views=VIEWS, extractors={"mine": extractor})
 
 
-def test_names_of_sources_are_taken() -> None:
+def test_extractors_cannot_use_reserved_names() -> None:
     with pytest.raises(dv.DenoisingVitError, match="must not be named raw, subtract, exact; got raw"):
         dv.diagnose(planted.backbone(), planted.photos(8), views=VIEWS, extractors={"raw": planted.backbone()})
 
 
-def test_content_that_runs_from_top_to_bottom_is_no_shared_pattern() -> None:
-    """Skies are above: crops that are turned cancel it, in both halves that are compared."""
+def test_common_vertical_gradient_is_not_a_shared_pattern() -> None:
+    """The sky is at the top of photos: rotated crops cancel this, in both halves that are compared."""
     chance = np.random.default_rng(0)
     down = np.linspace(255, 0, 120)[:, None, None]
     photos = [(0.7 * down + chance.uniform(0, 75, (1, 1, 3)) + chance.normal(0, 20, (120, 150, 3))) for _ in range(16)]
     found = dv.diagnose(planted.backbone(), [p.clip(0, 255).astype(np.uint8) for p in photos], views=VIEWS)
-    assert abs(found.metrics["raw"].shared) < 0.15  # the same strong gradient in all photos: chance
+    assert abs(found.metrics["raw"].shared) < 0.15  # chance, given the same strong gradient in all photos
 
 
-def test_photos_that_cannot_be_used_are_skipped_and_recorded() -> None:
+def test_unusable_photos_are_skipped_and_recorded() -> None:
     given = [*planted.photos(9), np.zeros((100, 100, 3), np.uint8), "nowhere.jpg"]
     found = dv.diagnose(planted.backbone(), given, views=VIEWS)
     assert len(found.info["photos"]) == 9
     assert [name for name, _ in found.info["skipped"]] == ["photo 9", "nowhere.jpg"]
 
 
-# --- consistency, figures ---
+# --- consistency, metrics ---
 
 
 def test_consistency_by_hand() -> None:
@@ -227,7 +227,7 @@ def test_consistency_by_hand() -> None:
         consistency(features[:, :1], features)
 
 
-def test_figures_without_responses_or_pairs_are_left_out() -> None:
+def test_metrics_without_responses_or_pairs_are_none() -> None:
     features = torch.randn(8, 7, 5, 6, generator=torch.Generator().manual_seed(0))
     metrics = artifact_metrics(features)
     assert metrics.leakage is None and metrics.consistency is None
@@ -252,7 +252,7 @@ def test_strength_of_a_shared_pattern(shared: float, strength: str | None) -> No
     assert [finding.strength for finding in found] == ([strength] if strength else [])
 
 
-def test_a_shared_pattern_that_may_be_chance_is_no_finding_and_no_all_clear() -> None:
+def test_uncertain_shared_pattern_is_neither_reported_nor_ruled_out() -> None:
     assert findings(CLEAN, 0.5, UNSURE) == ()
     doubt = too_few(0.5, UNSURE)
     assert doubt is not None and "about 1900 would do" in doubt
@@ -263,12 +263,12 @@ def test_a_shared_pattern_that_may_be_chance_is_no_finding_and_no_all_clear() ->
     assert too_few(0.001, UNSURE) is None
 
 
-def test_place_raises_a_weak_pattern() -> None:
+def test_neighbour_position_raises_a_weak_pattern_to_moderate() -> None:
     (found,) = findings(dataclasses.replace(CLEAN, neighbour_position=0.6), 0.01, SURE)
     assert found.strength == "moderate"
 
 
-def test_what_removes_a_part_is_said_to() -> None:
+def test_verdict_describes_partial_removal() -> None:
     both = (*POSITIONAL, Finding("outlier tokens", "strong", 0.1, "10 %"))
     spoiled = dataclasses.replace(RAW, outliers_high=0.1)
     judged = judge(dataclasses.replace(CLEAN, outliers_high=0.1), spoiled, CONTENT, both)
@@ -278,13 +278,13 @@ def test_what_removes_a_part_is_said_to() -> None:
     assert "removes a part: positional gone, outlier tokens still there" in told.words
 
 
-def test_doing_nothing_is_no_damage() -> None:
+def test_unchanged_features_do_not_count_as_damaged() -> None:
     """Artifacts may have less rank and detail than the content under them."""
     low = dataclasses.replace(RAW, effective_rank=60.0, detail=0.12)
     assert judge(low, low, CONTENT, POSITIONAL).outcome == "unchanged"
 
 
-def test_place_in_the_features_counts_even_if_nothing_is_shared() -> None:
+def test_neighbour_position_alone_is_a_positional_finding() -> None:
     (found,) = findings(dataclasses.replace(CLEAN, neighbour_position=0.6), 0.0, UNSURE)
     assert (found.kind, found.strength) == ("positional", "weak")
 
@@ -319,7 +319,7 @@ def test_judgements(changes: dict[str, float], outcome: str) -> None:
     assert judge(dataclasses.replace(CLEAN, **changes), RAW, CONTENT, POSITIONAL).outcome == outcome
 
 
-def test_what_the_crops_do_not_show_cannot_be_judged() -> None:
+def test_outcome_is_unknown_if_the_crops_show_no_artifact() -> None:
     blind = dataclasses.replace(CLEAN, linear_position=-0.5, neighbour_position=-0.1)
     judged = judge(CLEAN, blind, CONTENT, POSITIONAL)
     assert judged.outcome == "unknown"
@@ -328,7 +328,7 @@ def test_what_the_crops_do_not_show_cannot_be_judged() -> None:
     assert "Too few photos to tell" in told.words
 
 
-def test_content_counts_without_its_outliers() -> None:
+def test_content_is_measured_without_outliers() -> None:
     chance = torch.Generator().manual_seed(0)
     features = torch.randn(4, 9, 9, 16, generator=chance).cumsum(1).cumsum(2)
     spoiled = features.clone()
@@ -338,7 +338,7 @@ def test_content_counts_without_its_outliers() -> None:
     assert Content.of(features, verdict.CLIP) == Content.of(features, 1e9)
 
 
-def test_the_cheapest_method_that_does_it_is_recommended() -> None:
+def test_cheapest_sufficient_method_is_recommended() -> None:
     good = judge(CLEAN, RAW, CONTENT, POSITIONAL)
     metrics = {"raw": RAW, "subtract": CLEAN, "exact": dataclasses.replace(CLEAN, consistency=0.51)}
     assert conclude(POSITIONAL, {"subtract": good, "exact": good}, metrics).method == "subtract"
@@ -346,7 +346,7 @@ def test_the_cheapest_method_that_does_it_is_recommended() -> None:
     assert conclude(POSITIONAL, {"subtract": good, "exact": good}, metrics).method == "exact"
 
 
-def test_a_weak_artifact_is_not_worth_the_trouble() -> None:
+def test_cleaning_is_not_recommended_for_a_weak_artifact() -> None:
     weak = (dataclasses.replace(POSITIONAL[0], strength="weak"),)
     good = judge(CLEAN, RAW, CONTENT, weak)
     told = conclude(weak, {"subtract": good}, {"raw": RAW, "subtract": CLEAN})
@@ -354,7 +354,7 @@ def test_a_weak_artifact_is_not_worth_the_trouble() -> None:
     assert told.method == "subtract"
 
 
-def test_where_nothing_helps_it_says_so() -> None:
+def test_cleaning_is_not_recommended_if_no_method_helps() -> None:
     bad = judge(RAW, RAW, CONTENT, POSITIONAL)
     told = conclude(POSITIONAL, {"subtract": bad, "exact": bad}, {"raw": RAW, "subtract": RAW, "exact": RAW})
     assert not told.clean_up and told.method is None

@@ -1,4 +1,4 @@
-"""The page of a diagnosis: complete, self-contained, and safe whatever photos are called."""
+"""The page of a diagnosis: complete, self-contained, and safe for any file name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NASTY = "photos/<script>alert(1)<.&.jpg"
 
 
 def metrics(start: float, **changes: Any) -> ArtifactMetrics:
-    """Figures that are all different: 0.101 + start, 0.102 + start, ..."""
+    """Metrics that all differ: 0.101 + start, 0.102 + start, ..."""
     fields = dataclasses.fields(ArtifactMetrics)
     values = {field.name: start + 0.101 + 0.001 * number for number, field in enumerate(fields)}
     return ArtifactMetrics(**{**values, **changes})
@@ -45,7 +45,7 @@ def features(seed: int, *shape: int) -> torch.Tensor:
 
 
 def made(shown: int = 1, **changes: Any) -> Diagnosis:
-    """A diagnosis with two sources beyond raw; the second one's maps are the raw ones."""
+    """A diagnosis with two sources besides raw; the maps of the second one equal those of raw."""
     stability = Stability(8, 2.0, 3.0, 0.625)
     about = {"name": "vit <tiny> & co", "weights": "a file"}
     artifact = Artifact(features(1), (42, 70), about, {})
@@ -97,7 +97,7 @@ def test_nothing_is_loaded_from_elsewhere():
     assert "http:" not in page and "https:" not in page and "@import" not in page and "url(" not in page
 
 
-def test_every_figure_and_judgement_of_every_source_is_there():
+def test_page_shows_all_metrics_and_judgements():
     diagnosis = made()
     words = Page(render_page(diagnosis)).words
     for figures in diagnosis.metrics.values():
@@ -108,7 +108,7 @@ def test_every_figure_and_judgement_of_every_source_is_there():
         assert judgement.outcome in words and judgement.words in words
 
 
-def test_figures_stand_in_their_rows_with_three_digits_and_a_dash_for_none():
+def test_metrics_have_three_digits_and_a_dash_if_missing():
     values = {"effective_rank": 101.98, "leakage": 0.059532, "linear_position": -2.378, "mic": 0.5, "detail": 1234.56}
     page = render_page(made(metrics={"raw": metrics(0, **values, outliers_low=0.0, consistency=None)}, judgements={}))
     assert "None" not in page
@@ -130,7 +130,7 @@ def test_the_verdict_has_the_colour_of_the_strongest_finding(strengths, severity
         assert f"{strength}: positional, 1.2%" in page.words
 
 
-def test_maps_have_a_pixel_a_patch_and_the_shape_of_their_photo():
+def test_maps_have_one_pixel_per_patch_and_the_aspect_of_their_photo():
     page = Page(render_page(made()))
     maps = [about for about in page.images() if about.get("class") == "patches"]
     assert len(maps) == 2 + 2 * len(SOURCES)
@@ -143,7 +143,7 @@ def test_maps_have_a_pixel_a_patch_and_the_shape_of_their_photo():
     assert all(about["alt"] for about in page.images())
 
 
-def test_maps_of_the_same_features_are_the_same_picture():
+def test_maps_of_the_same_features_are_identical():
     page = Page(render_page(made()))
     raw, other = page.images("raw features"), page.images(f"{SOURCES[2]} features")
     cleaned = page.images("subtract features")
@@ -163,13 +163,13 @@ def test_all_photos_share_one_basis():
     assert together[0]["src"] != alone
 
 
-def test_without_photos_to_show_the_rest_is_there():
+def test_page_without_photos_shows_the_rest():
     page = Page(render_page(made(shown=0)))
     assert "No photos were kept to be shown" in page.words
     assert len(page.images("the artifact G")) == 1
 
 
-def test_stability_is_drawn_and_told():
+def test_stability_is_plotted_and_described():
     page = Page(render_page(made()))
     assert len([tag for tag, _ in page.elements if tag == "circle"]) == 2
     assert "4 photos: −0.100" in page.words and "8 photos: 0.625" in page.words
@@ -179,7 +179,7 @@ def test_stability_is_drawn_and_told():
     assert 184 > heights[0] > heights[1] > 14
 
 
-def test_photos_with_nothing_in_common_get_no_number():
+def test_photos_with_nothing_in_common_have_no_stability_plot():
     diagnosis = made()
     stability = Stability(8, -0.1, 3.0, 0.0)
     calibration = replace(diagnosis.evidence.calibration, stability=stability, split_half={})
@@ -190,15 +190,15 @@ def test_photos_with_nothing_in_common_get_no_number():
     assert "svg" not in {tag for tag, _ in page.elements}
 
 
-def test_how_it_was_made_is_told():
+def test_page_shows_the_settings():
     words = Page(render_page(made())).words
     for told in ("70 × 42 pixels, 5 × 3 patches", "views of a photo 13", "seed 17", "seconds 12.5", "weights a file"):
         assert told in words
     assert "b.jpg" in words
-    assert "vit <tiny> & co" in Page(render_page(made(info={}))).words  # where nothing of that is known
+    assert "vit <tiny> & co" in Page(render_page(made(info={}))).words  # without these settings
 
 
-def test_every_threshold_is_told():
+def test_page_describes_every_threshold():
     page = render_page(made())
     words = Page(page).words
     thresholds = {name: value for name, value in vars(verdict).items() if re.fullmatch(r"[A-Z][A-Z_]+", name)}
@@ -209,15 +209,15 @@ def test_every_threshold_is_told():
         assert re.search(rf'>{name}</th><td class="number">[^<]*</td><td class="text">[^<]', page), f"{name}: say what"
 
 
-def test_six_photos_stay_small():
+def test_page_with_six_photos_is_smaller_than_3_mb():
     diagnosis = made(shown=6)
-    pixels = np.random.default_rng(1).integers(0, 255, (480, 480, 3)).astype(np.uint8)  # noise: the worst for JPEG
+    pixels = np.random.default_rng(1).integers(0, 255, (480, 480, 3)).astype(np.uint8)  # noise: the worst case for JPEG
     shown = tuple(replace(photo, pixels=pixels) for photo in diagnosis.evidence.shown)
     page = render_page(replace(diagnosis, evidence=replace(diagnosis.evidence, shown=shown)))
     assert len(page.encode()) < 3e6
 
 
-def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_page_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "page.html"
     write_page(render_page(made()), path)
     assert path.read_text("utf-8") == render_page(made())
@@ -233,7 +233,7 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_names_that_are_not_text_are_written_escaped(tmp_path: Path):
+def test_undecodable_file_names_are_escaped(tmp_path: Path):
     info = {**made().info, "photos": ["caf\udce9.jpg", "äö.jpg"]}
     write_page(render_page(made(info=info)), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf-8")

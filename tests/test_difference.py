@@ -36,7 +36,7 @@ def written(path: Path, base: dict[str, Tensor], state: dict[str, Tensor], rank:
     return with_difference(path, base)
 
 
-def test_a_change_of_rank_one_is_kept_in_two_vectors_per_matrix(tmp_path: Path) -> None:
+def test_rank_one_change_is_stored_as_two_vectors_per_matrix(tmp_path: Path) -> None:
     base = {"weight": torch.zeros(19, 23), "embed": torch.ones(1, 17, 13), "patches": some(11, 3, 2, 2)}
     change = {
         "weight": torch.outer(some(19), some(23)),
@@ -56,7 +56,7 @@ def test_a_change_of_rank_one_is_kept_in_two_vectors_per_matrix(tmp_path: Path) 
     }
 
 
-def test_vectors_and_small_matrices_are_kept_whole_and_unchanged_tensors_not_at_all(tmp_path: Path) -> None:
+def test_small_tensors_are_stored_whole_and_unchanged_ones_omitted(tmp_path: Path) -> None:
     base = {"bias": some(7), "scale": torch.tensor(2.0), "small": some(3, 3), "same": some(5, 5)}
     base["index"] = torch.arange(4)
     state = {name: value if name in ("same", "index") else value + 0.5 for name, value in base.items()}
@@ -65,14 +65,14 @@ def test_vectors_and_small_matrices_are_kept_whole_and_unchanged_tensors_not_at_
     assert sorted(load_file(tmp_path / "file")) == ["whole.bias", "whole.scale", "whole.small"]
 
 
-def test_what_is_lost_is_the_rest_of_the_singular_values(tmp_path: Path) -> None:
+def test_error_is_that_of_the_dropped_singular_values(tmp_path: Path) -> None:
     change = some(31, 37)
     found = written(tmp_path / "file", {"weight": torch.zeros(31, 37)}, {"weight": change}, 5)["weight"]
     rest = torch.linalg.svdvals(change)[5:]
     assert float((found - change).norm()) == pytest.approx(float(rest.norm()), rel=1e-3)
 
 
-def test_the_record_names_the_base_and_tells_whole_weights_apart(tmp_path: Path) -> None:
+def test_record_names_the_base_and_whole_weights_have_none(tmp_path: Path) -> None:
     written(tmp_path / "file", {"weight": torch.zeros(5, 5)}, {"weight": torch.ones(5, 5)}, 1)
     head = read_record(tmp_path / "file")
     assert head["format"] == DISTILLED and head["format_version"] == 2
@@ -120,7 +120,7 @@ def moved(base: TimmBackbone, folder: Path) -> Path:
 
 
 def full(weights: str | Path = "random", dtype: Any = "float32") -> TimmBackbone:
-    """A tiny ViT that its name builds."""
+    """A tiny ViT, loaded by its timm name."""
     torch.manual_seed(0)
     found = dv.load_backbone(tiny.MODEL, weights=weights, dtype=dtype, device="cpu")
     assert isinstance(found, TimmBackbone)
@@ -203,7 +203,7 @@ def test_the_package_has_distilled_weights_for_its_own_layer_only(raw: dv.Backbo
         dv.load_backbone(tiny.MODEL, weights="distilled")
 
 
-def test_they_are_the_weights_named_distilled_and_a_method(raw: dv.Backbone) -> None:
+def test_shipped_weights_load_by_name_and_as_a_method(raw: dv.Backbone) -> None:
     image = some(1, 3, 112, 112).clamp(-1.5, 1.5)  # within the range of pixels
     extractor, identity = Cleaners().extractor("distilled", raw)
     named = dv.load_backbone(BUNDLED, weights="distilled", device="cpu", dtype="float32")
@@ -216,7 +216,7 @@ def test_they_are_the_weights_named_distilled_and_a_method(raw: dv.Backbone) -> 
         dv.denoise_image(raw, image, method="project", distilled="file")
 
 
-def test_the_verb_denoises_with_them(
+def test_denoise_command_with_shipped_weights(
     raw: dv.Backbone, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     photo = tiny_fit.write_photos(tmp_path / "photos", 1) / "00.png"
@@ -229,7 +229,7 @@ def test_the_verb_denoises_with_them(
     assert found.info["method"] == "distilled"
 
 
-def test_an_export_of_a_difference_has_whole_weights_and_says_so(base: Path, tmp_path: Path) -> None:
+def test_export_of_a_difference_has_and_records_whole_weights(base: Path, tmp_path: Path) -> None:
     start = full(base)
     small = dv.DistilledWeights.load(moved(start, tmp_path)).reduce(tmp_path / "small.safetensors", base=start).path
     found = with_weights(start, small)

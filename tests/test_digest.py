@@ -1,4 +1,4 @@
-"""Weights that hardly differ, as successive checkpoints: nothing that is kept of one is taken for the other's."""
+"""Weights that hardly differ, such as successive checkpoints: stored data of one is not used for the other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def later(backbone: Backbone) -> Backbone:
-    """The next checkpoint: one weight has moved."""
+    """The next checkpoint: one weight differs."""
     other = copy.deepcopy(backbone)
     other.get_parameter("model.project.weight").data[3, 1, 2, 5] += 1e-4
     other._fingerprint = None
@@ -52,12 +52,12 @@ def later(backbone: Backbone) -> Backbone:
 # The digest
 
 
-def test_the_same_weights_have_the_same_digest_and_others_another(backbone: Backbone, later: Backbone) -> None:
+def test_equal_weights_have_the_same_digest_and_others_do_not(backbone: Backbone, later: Backbone) -> None:
     assert backbone.digest == tiny_training.backbone().digest == copy.deepcopy(backbone).digest
     assert backbone.digest != later.digest
 
 
-def test_weights_that_were_written_to_have_another_digest(backbone: Backbone) -> None:
+def test_modified_weights_have_another_digest(backbone: Backbone) -> None:
     before = backbone.digest
     weight = backbone.get_parameter("model.project.weight")
     with torch.no_grad():
@@ -73,41 +73,43 @@ def test_weights_that_were_written_to_have_another_digest(backbone: Backbone) ->
     assert backbone.digest == before
 
 
-def test_loaded_weights_have_the_digest_of_their_values_whatever_file_they_came_in(tmp_path: Path) -> None:
+def test_digest_of_loaded_weights_does_not_depend_on_the_file(tmp_path: Path) -> None:
     random = load_backbone("test_vit", weights="random", dtype="float32", device="cpu")
     torch.save({"teacher": random.get_submodule("model").state_dict()}, tmp_path / "a.pth")
     again = load_backbone("test_vit", weights=tmp_path / "a.pth", dtype="float32", device="cpu")
     assert again.digest == random.digest == again.at_layer(2).digest
 
 
-def test_a_function_has_no_weights_to_be_seen_and_is_known_by_its_fingerprint() -> None:
+def test_function_has_no_digest_and_is_identified_by_its_fingerprint() -> None:
     functions = [tiny_artifact.plain(tiny_artifact.Planted(strength).forward) for strength in (1.0, 1.0, 1.5)]
     assert {function.digest for function in functions} == {None}
     first, same, other = map(weights_key, functions)
     assert first == same != other
 
 
-def test_records_are_compared_by_digest_where_that_can_tell(backbone: Backbone, later: Backbone) -> None:
+def test_records_are_compared_by_digest_where_both_have_a_usable_one(backbone: Backbone, later: Backbone) -> None:
     ours, theirs = describe(backbone), describe(later)
     assert same_weights(ours, json.loads(json.dumps(ours)))
     assert not same_weights(ours, theirs)
     assert same_weights(ours, theirs | {"digest": None})
-    assert same_weights(ours, {key: value for key, value in theirs.items() if key != "digest"})  # as versions before
+    assert same_weights(ours, {key: value for key, value in theirs.items() if key != "digest"})  # as in older versions
     assert same_weights(ours, theirs | {"dtype": "bfloat16"})
     assert not same_weights(ours, describe(tiny_training.backbone(seed=1)) | {"digest": None})
 
 
-# What is kept of features
+# Stored data
 
 
-def test_kept_features_and_fields_have_other_names(backbone: Backbone, later: Backbone, tmp_path: Path) -> None:
+def test_cached_features_and_fields_of_similar_weights_are_separate(
+    backbone: Backbone, later: Backbone, tmp_path: Path
+) -> None:
     data = write_labelled(tmp_path / "data", coloured(1, 0), coloured(1, 1))
     shown = data.train.images[0], Crop.whole((SIZE, SIZE))
     cache = FeatureCache(tmp_path / "cache")
     ours, theirs = (ExtractorSource("raw", each) for each in (backbone, later))
     assert cache.path(ours, shown) == cache.path(ExtractorSource("raw", copy.deepcopy(backbone)), shown)
     assert cache.path(ours, shown) != cache.path(theirs, shown)
-    assert ours.backbone != theirs.backbone  # what results are recorded and found again by
+    assert ours.backbone != theirs.backbone  # identifies recorded results
     images: EvaluationSet = data.train
     names = [store_name(images, each, BackboneSpec(), {}) for each in (backbone, later, copy.deepcopy(backbone))]
     assert names[0] == names[2] != names[1]
@@ -118,7 +120,9 @@ def fitted(backbone: Backbone, tmp_path: Path) -> tiny_training.Fitted:
     return tiny_training.fitted(tmp_path / "data", 3)
 
 
-def test_a_store_is_not_filled_or_trained_on(fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone) -> None:
+def test_store_of_similar_weights_is_not_filled_or_trained_on(
+    fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone
+) -> None:
     manifest = fitted.store.manifest
     ours, theirs = ({**manifest.__dict__, "backbone": describe(each)} for each in (backbone, later))
     assert FeatureStore.open(fitted.folder, type(manifest)(**ours)).ids == fitted.store.ids
@@ -128,16 +132,18 @@ def test_a_store_is_not_filled_or_trained_on(fitted: tiny_training.Fitted, backb
         StoredTargets(fitted.store, fitted.stored.photos, later)
 
 
-def test_a_store_without_a_digest_goes_on(fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone) -> None:
+def test_older_store_without_a_digest_is_accepted(
+    fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone
+) -> None:
     path = fitted.folder / "manifest.json"
     content = json.loads(path.read_text())
-    del content["backbone"]["digest"], content["crc32"]  # as versions before wrote it
+    del content["backbone"]["digest"], content["crc32"]  # as in older versions
     path.write_text(json.dumps(content))
     for each in (backbone, later):
         assert StoredTargets(FeatureStore.open(fitted.folder), fitted.stored.photos, each).images == (0, 1, 2)
 
 
-def test_kept_pairs_are_refused_and_older_ones_open(
+def test_pairs_of_similar_weights_are_rejected_and_older_ones_open(
     fitted: tiny_training.Fitted, backbone: Backbone, later: Backbone, tmp_path: Path
 ) -> None:
     targets = StoredTargets(fitted.store, fitted.stored.photos, backbone)
@@ -157,12 +163,12 @@ def test_kept_pairs_are_refused_and_older_ones_open(
     head = tmp_path / "pairs" / "pairs.json"
     content = json.loads(head.read_text())
     for name in ("digest", "mean", "std"):
-        del content["backbone"][name]  # as versions before wrote it
+        del content["backbone"][name]  # as in older versions
     head.write_text(json.dumps(content))
     assert opened(backbone).usable() == (0, 1, 2)
 
 
-def test_videos_are_not_gone_on_with(backbone: Backbone, later: Backbone) -> None:
+def test_video_records_of_similar_weights_differ(backbone: Backbone, later: Backbone) -> None:
     ours, theirs = (make_record("clip", {"every": 1}, {"backbone": describe(each)}) for each in (backbone, later))
     assert differences(ours, copy.deepcopy(ours)) == []
     assert differences(ours, theirs) == ["a different backbone or weights"]
@@ -170,7 +176,7 @@ def test_videos_are_not_gone_on_with(backbone: Backbone, later: Backbone) -> Non
     assert differences(theirs, ours) == []
 
 
-def test_results_are_told_to_be_made_with_other_weights(
+def test_existing_results_of_similar_weights_get_a_note(
     backbone: Backbone,
     later: Backbone,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Data sets with boxes: what each layout says of objects, what is left out and why, and what is refused."""
+"""Data sets with boxes: objects in each layout, skipped photos with reasons, and errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rewrite(voc: Path, name: str, *objects: str, size: tuple[int, int] = (SIDE, 
     (voc / "Annotations" / f"{name}.xml").write_text(voc_xml(size, *objects))
 
 
-def test_voc_counts_pixels_from_one_and_names_the_last_one_inside(voc: Path) -> None:
+def test_voc_boxes_count_from_one_and_include_the_last_pixel(voc: Path) -> None:
     """xmin 1, xmax 96 is the whole width of 96 pixels; xmin = xmax is one pixel."""
     inside = "<xmin>1</xmin><ymin>11</ymin><xmax>96</xmax><ymax>11</ymax>"
     rewrite(voc, "000000", f"<object><name>cat</name><bndbox>{inside}</bndbox></object>")
@@ -70,12 +70,12 @@ def test_voc_counts_pixels_from_one_and_names_the_last_one_inside(voc: Path) -> 
     assert (data.name, data.layout, data.note) == ("VOC 2007 trainval", "voc", None)
 
 
-def test_parts_of_objects_are_no_objects(voc: Path) -> None:
+def test_parts_of_objects_are_ignored(voc: Path) -> None:
     assert "<part>" in (voc / "Annotations" / "000000.xml").read_text()
     assert all(len(boxes) == 1 for boxes in boxes_of(open_boxed(voc)).values())
 
 
-def test_difficult_and_truncated_objects_count_unless_they_are_not_wanted(voc: Path) -> None:
+def test_difficult_and_truncated_objects_can_be_excluded(voc: Path) -> None:
     plain, hard, cut = (10, 10, 30, 30), (40, 40, 60, 60), (70, 70, 90, 90)
     rewrite(voc, "000000", voc_object(hard, difficult=1), voc_object(plain), voc_object(cut, truncated=1))
     rewrite(voc, "000001", voc_object(hard, difficult=1), voc_object(cut, truncated=1))
@@ -89,7 +89,7 @@ def test_difficult_and_truncated_objects_count_unless_they_are_not_wanted(voc: P
     assert easy.val.digest != every.val.digest
 
 
-def test_a_voc_list_decides_which_photos_in_which_order(voc: Path) -> None:
+def test_voc_list_selects_and_orders_photos(voc: Path) -> None:
     lists = voc / "ImageSets" / "Main"
     (lists / "test.txt").write_text("000002\r\n\n000000\n000002\n")
     data = open_boxed(voc, split="test")
@@ -107,7 +107,7 @@ def test_voc_is_found_below_the_folder(tmp_path: Path, below: str) -> None:
     assert data.name == f"VOC {below[-4:]} trainval" and len(data.val.images) == 1
 
 
-def test_of_two_years_one_must_be_said(tmp_path: Path) -> None:
+def test_two_voc_years_are_refused_as_ambiguous(tmp_path: Path) -> None:
     for year in ("VOC2007", "VOC2012"):
         write_voc(tmp_path / "VOCdevkit" / year, scenes(1))
     both = [str(tmp_path / "VOCdevkit" / year) for year in ("VOC2007", "VOC2012")]
@@ -148,9 +148,7 @@ DAMAGED: list[tuple[Callable[[str], str], str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), DAMAGED)
-def test_what_an_xml_file_says_wrongly_leaves_its_photo_out(
-    voc: Path, change: Callable[[str], str], reason: str
-) -> None:
+def test_photo_with_invalid_xml_is_skipped(voc: Path, change: Callable[[str], str], reason: str) -> None:
     path = voc / "Annotations" / "000001.xml"
     path.write_text(change(path.read_text()))
     data = open_boxed(voc)
@@ -159,8 +157,8 @@ def test_what_an_xml_file_says_wrongly_leaves_its_photo_out(
     assert reason in reasons(data)["000001.jpg"] and str(path) in reasons(data)["000001.jpg"]
 
 
-def test_xml_in_another_encoding_is_left_out(voc: Path) -> None:
-    """A document type would not show in its bytes."""
+def test_xml_in_another_encoding_is_skipped(voc: Path) -> None:
+    """A document type would not be found in its bytes."""
     path = voc / "Annotations" / "000001.xml"
     path.write_bytes(('<?xml version="1.0" encoding="UTF-16"?>' + path.read_text()).encode("utf-16"))
     assert "expected UTF-8" in reasons(open_boxed(voc))["000001.jpg"]
@@ -168,12 +166,12 @@ def test_xml_in_another_encoding_is_left_out(voc: Path) -> None:
     assert "000001.jpg" in reasons(open_boxed(voc))
 
 
-def test_xml_of_any_length_is_not_parsed(voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_xml_is_not_parsed(voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("denoising_vit.evaluation.discovery.annotations._MAX_XML_BYTES", 100)
     refused(voc, "none of 3 is usable", "larger than 100 bytes")
 
 
-def test_files_that_are_missing_or_damaged_leave_their_photo_out(voc: Path) -> None:
+def test_photos_with_missing_or_damaged_files_are_skipped(voc: Path) -> None:
     (voc / "Annotations" / "000000.xml").unlink()
     (voc / "JPEGImages" / "000001.jpg").write_bytes(b"\xff\xd8no photo")
     data = open_boxed(voc)
@@ -184,7 +182,7 @@ def test_files_that_are_missing_or_damaged_leave_their_photo_out(voc: Path) -> N
     refused(voc, "none of 3 is usable", "first reason: 000000.jpg: ", "no such file")
 
 
-# --- boxes and the border ---
+# --- boxes at the image border ---
 
 
 @pytest.mark.parametrize(
@@ -195,7 +193,7 @@ def test_files_that_are_missing_or_damaged_leave_their_photo_out(voc: Path) -> N
         ((3.25, 2.5, 20.4, 7.0), (3.25, 2.5, 20.0, 7.0)),
     ],
 )
-def test_boxes_reach_beyond_the_border_by_a_pixel_at_most(box: Any, expected: Any) -> None:
+def test_boxes_up_to_a_pixel_outside_are_clipped(box: Any, expected: Any) -> None:
     assert within(box, 10, 20) == expected
 
 
@@ -213,7 +211,7 @@ def test_boxes_reach_beyond_the_border_by_a_pixel_at_most(box: Any, expected: An
         (0.0, 0.0, float("nan"), 5.0),
     ],
 )
-def test_boxes_that_are_elsewhere_or_empty_are_refused(box: Any) -> None:
+def test_outside_empty_or_nan_boxes_are_refused(box: Any) -> None:
     with pytest.raises(EvaluationError, match="the box x "):
         within(box, 10, 20)
 
@@ -237,8 +235,8 @@ def coco(tmp_path: Path) -> Path:
 NAMES = [f"COCO_train2014_{number:012}.jpg" for number in range(4)]
 
 
-def test_coco_s_boxes_are_corner_and_size(coco: Path) -> None:
-    """Sorted by name, and a photo has all of its objects, crowds aside."""
+def test_coco_boxes_are_corner_and_size(coco: Path) -> None:
+    """Photos are sorted by name and have all of their objects except crowds."""
 
     def change(content: dict[str, Any]) -> None:
         content["images"].reverse()
@@ -258,7 +256,7 @@ def test_coco_s_boxes_are_corner_and_size(coco: Path) -> None:
     assert (data.name, data.layout) == ("COCO train2014", "coco")
 
 
-def test_photos_with_crowds_alone_or_nothing_are_left_out(coco: Path) -> None:
+def test_photos_with_only_crowds_or_no_objects_are_skipped(coco: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["annotations"][0]["iscrowd"] = 1
         content["annotations"].pop(1)
@@ -270,15 +268,15 @@ def test_photos_with_crowds_alone_or_nothing_are_left_out(coco: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["train2014", "images", "images/train2014", "photos"])
-def test_coco_s_photos_may_lie_in_several_places(coco: Path, folder: str) -> None:
+def test_coco_photos_are_found_in_various_folders(coco: Path, folder: str) -> None:
     shutil.move(coco / "train2014", coco / "moved")
     (coco / folder).parent.mkdir(exist_ok=True)
     shutil.move(coco / "moved", coco / folder)
-    (coco / "val2014").mkdir()  # the first that has one of the photos is taken
+    (coco / "val2014").mkdir()  # the first folder with one of the photos is used
     assert len(open_boxed(coco).val.images) == 4
 
 
-def test_a_json_file_may_lie_anywhere(coco: Path, tmp_path: Path) -> None:
+def test_json_file_may_be_anywhere(coco: Path, tmp_path: Path) -> None:
     moved = tmp_path / "my_boxes.json"
     shutil.move(coco / "annotations" / "instances_train2014.json", moved)
     refused(coco, "VOC (JPEGImages", "found annotations/, my_boxes.json, train2014/")
@@ -288,7 +286,7 @@ def test_a_json_file_may_lie_anywhere(coco: Path, tmp_path: Path) -> None:
     refused(coco, "none.json: no such file", annotations=coco / "none.json")
 
 
-def test_of_several_json_files_one_must_be_said(coco: Path) -> None:
+def test_several_json_files_need_a_choice(coco: Path) -> None:
     write_coco(coco / "other", scenes(2, seed=1), "val2014")
     shutil.move(coco / "other" / "annotations" / "instances_val2014.json", coco / "annotations")
     shutil.move(coco / "other" / "val2014", coco / "val2014")
@@ -300,7 +298,7 @@ def test_of_several_json_files_one_must_be_said(coco: Path) -> None:
     refused(coco, "test2014.json: no such file", split="test2014")
 
 
-def test_a_list_takes_photos_by_name_or_id(coco: Path, tmp_path: Path) -> None:
+def test_list_selects_photos_by_name_or_id(coco: Path, tmp_path: Path) -> None:
     chosen = tmp_path / "twenty.txt"
     chosen.write_text(f"train2014/{NAMES[3]}\n101\n\n{NAMES[3]}\nCOCO_train2014_9.jpg\n")
     data = open_boxed(coco, names=chosen)
@@ -315,7 +313,7 @@ def test_a_list_takes_photos_by_name_or_id(coco: Path, tmp_path: Path) -> None:
     refused(coco, "gone.txt: cannot be read", names=tmp_path / "gone.txt")
 
 
-def test_a_json_file_of_other_photos_is_refused_with_examples_of_both(coco: Path) -> None:
+def test_json_file_of_other_photos_is_refused_with_examples(coco: Path) -> None:
     for number, path in enumerate(sorted((coco / "train2014").iterdir())):
         path.rename(path.with_name(f"photo{number}.jpg"))
     refused(
@@ -328,7 +326,7 @@ def test_a_json_file_of_other_photos_is_refused_with_examples_of_both(coco: Path
     refused(coco, "instances_train2014.json, such as")
 
 
-def test_photos_that_are_missing_are_told_one_by_one_or_together(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_photos_are_reported_one_by_one_or_together(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES[:2]:
         (coco / "train2014" / name).unlink()
     data = open_boxed(coco)
@@ -354,7 +352,7 @@ def test_photos_that_are_missing_are_told_one_by_one_or_together(coco: Path, mon
         (lambda c: c["annotations"][1].update(bbox=[5, 5, 4, float("nan")]), "is not finite"),
     ],
 )
-def test_what_a_json_file_says_wrongly_leaves_its_photo_out(
+def test_photo_with_invalid_json_values_is_skipped(
     coco: Path, change: Callable[[dict[str, Any]], Any], reason: str
 ) -> None:
     data = open_boxed(rewritten(coco, change))
@@ -364,13 +362,13 @@ def test_what_a_json_file_says_wrongly_leaves_its_photo_out(
 
 
 @pytest.mark.parametrize("name", ["../train2014/" + NAMES[1], "/etc/hostname", "..\\x.jpg", "C:/x.jpg", "", None, 7])
-def test_names_that_lead_out_of_the_folder_are_left_out(coco: Path, name: Any) -> None:
+def test_paths_outside_the_folder_are_skipped(coco: Path, name: Any) -> None:
     data = open_boxed(rewritten(coco, lambda content: content["images"][1].update(file_name=name)))
     assert [image.id for image in data.val.images] == [NAMES[0], *NAMES[2:]]
     assert "expected a path below the folder of photos" in reasons(data)["images[1]"]
 
 
-def test_photos_that_are_entered_twice_are_taken_once(coco: Path) -> None:
+def test_duplicate_photos_are_used_once(coco: Path) -> None:
     data = open_boxed(rewritten(coco, lambda content: content["images"].append(content["images"][0])))
     assert len(data.val.images) == 4 and "duplicate name or id" in reasons(data)[NAMES[0]]
 
@@ -388,7 +386,7 @@ def test_photos_that_are_entered_twice_are_taken_once(coco: Path) -> None:
         ('{"images": [{"file_name": "a.jpg"}], "annotations": []}', "1 images, none of which has a name and an id"),
     ],
 )
-def test_json_of_something_else_is_refused(coco: Path, text: str, reason: str) -> None:
+def test_invalid_json_is_refused(coco: Path, text: str, reason: str) -> None:
     (coco / "annotations" / "instances_train2014.json").write_text(text)
     refused(coco, "instances_train2014.json", reason, "expected COCO's objects")
 
@@ -407,7 +405,7 @@ def test_davis_has_a_box_around_the_object_of_each_frame(tmp_path: Path) -> None
     assert len(open_boxed(tmp_path / "below").val.images) == 1
 
 
-def test_photos_and_masks_in_folders_each_stand_for_themselves(tmp_path: Path) -> None:
+def test_each_photo_in_folders_is_its_own_sequence(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "mine", scenes(3))
     shutil.copytree(root / "images", root / "more" / "images")
     for kind in ("images", "masks"):
@@ -421,7 +419,7 @@ def test_photos_and_masks_in_folders_each_stand_for_themselves(tmp_path: Path) -
 
 @pytest.fixture
 def numbered(tmp_path: Path) -> Path:
-    """Two objects in the first photo, with 255 around one; one in the second, numbered 7; 255 alone in the third."""
+    """Two objects in the first photo, with 255 around one; one in the second, numbered 7; only 255 in the third."""
     pixels = scenes(1)[0].pixels
     two = Scene(pixels, ((0, 0, 40, 96), (8, 16, 24, 32), (48, 40, 96, 96)))
     for number, mask in enumerate(
@@ -436,13 +434,13 @@ def numbered(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_numbered_objects_have_a_box_each_and_white_is_none(numbered: Path) -> None:
+def test_numbered_objects_have_a_box_each_and_255_is_ignored(numbered: Path) -> None:
     data = open_boxed(numbered)
     assert boxes_of(data) == {"0.png": ((8, 16, 24, 32), (48, 40, 96, 96)), "1.png": ((5, 6, 7, 8),)}
     assert "which means no object because other masks have numbers" in reasons(data)["2.png"]
 
 
-def test_where_no_mask_numbers_objects_white_is_the_object(numbered: Path) -> None:
+def test_255_is_the_object_if_no_mask_numbers_objects(numbered: Path) -> None:
     for number in (0, 1):
         (numbered / "masks" / f"{number}.png").unlink()
     data = open_boxed(numbered)
@@ -450,7 +448,7 @@ def test_where_no_mask_numbers_objects_white_is_the_object(numbered: Path) -> No
     assert "a photo without a mask" in reasons(data)["0.png"]
 
 
-def test_a_palette_and_one_bit_are_numbers_too(numbered: Path) -> None:
+def test_palette_and_one_bit_masks_are_read(numbered: Path) -> None:
     path = numbered / "masks" / "1.png"
     palette = Image.open(path).convert("L")
     palette.putpalette([(index * 37) % 256 for index in range(768)])
@@ -462,7 +460,7 @@ def test_a_palette_and_one_bit_are_numbers_too(numbered: Path) -> None:
     assert boxes_of(data)["1.png"] == ((5, 6, 7, 8),) and boxes_of(data)["2.png"] == ((1, 2, 50, 60),)
 
 
-def test_masks_that_cannot_be_used_leave_their_photo_out(tmp_path: Path) -> None:
+def test_photos_with_unusable_masks_are_skipped(tmp_path: Path) -> None:
     every = scenes(6)
     root = write_folders(tmp_path, every)
     masks = [root / "masks" / f"{number:03}.png" for number in range(6)]
@@ -485,7 +483,7 @@ def test_masks_that_cannot_be_used_leave_their_photo_out(tmp_path: Path) -> None
     assert "damaged" in found["004.png"]
 
 
-def test_a_list_takes_sequences(tmp_path: Path) -> None:
+def test_list_selects_sequences(tmp_path: Path) -> None:
     every = scenes(3)
     root = write_davis(tmp_path, {"cat": every[:1], "dog": every[1:2], "emu": every[2:]})
     (root / "Annotations" / "480p" / "emu" / "00000.png").unlink()
@@ -506,10 +504,10 @@ def test_a_list_takes_sequences(tmp_path: Path) -> None:
     refused(root, "expected one list test.txt", "found none", split="test")
 
 
-# --- whatever the layout ---
+# --- all layouts ---
 
 
-def test_places_that_hold_no_data_set_are_told(tmp_path: Path) -> None:
+def test_path_without_a_data_set_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "nowhere: expected a data set folder, found nothing")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "file: expected a data set folder, found a file")
@@ -529,19 +527,21 @@ def test_places_that_hold_no_data_set_are_told(tmp_path: Path) -> None:
         (("masks/a",), "looks like folders of photos and masks, but lacks images"),
     ],
 )
-def test_what_is_there_in_part_is_told(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
+def test_incomplete_data_set_is_refused_with_the_missing_part(
+    tmp_path: Path, names: tuple[str, ...], words: str
+) -> None:
     for name in names:
         (tmp_path / name).mkdir(parents=True)
     refused(tmp_path, str(tmp_path), words)
 
 
-def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "masks").write_text("")
     (tmp_path / "images").mkdir()
     refused(tmp_path, "lacks masks (a file, expected a folder)")
 
 
-def test_folders_without_anything_usable_are_told(tmp_path: Path) -> None:
+def test_folders_without_usable_photos_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     refused(tmp_path, "expected photos with boxes", "none of 0 is usable")
@@ -560,16 +560,16 @@ def test_folders_without_anything_usable_are_told(tmp_path: Path) -> None:
         ({"images": -1}, "expected a number of images of at least 1, or 0 for all, got -1"),
     ],
 )
-def test_what_means_nothing_is_refused(tmp_path: Path, asked: dict[str, Any], word: str) -> None:
+def test_options_that_do_not_apply_are_refused(tmp_path: Path, asked: dict[str, Any], word: str) -> None:
     refused(write_folders(tmp_path, scenes(1)), word, **asked)
 
 
-def test_voc_and_coco_refuse_each_other_s_options(tmp_path: Path) -> None:
+def test_voc_and_coco_refuse_options_of_the_other(tmp_path: Path) -> None:
     refused(write_voc(tmp_path / "voc", scenes(1)), "names does not apply to VOC", names=Path("a.txt"))
     refused(write_coco(tmp_path / "coco", scenes(1)), "difficult does not apply to COCO", difficult=False)
 
 
-def test_images_are_taken_evenly_and_each_is_told(tmp_path: Path) -> None:
+def test_images_are_sampled_evenly_with_progress(tmp_path: Path) -> None:
     steps: list[int] = []
     root = write_folders(tmp_path, scenes(6))
     data = open_boxed(root, images=2, progress=lambda: steps.append(1))
@@ -577,8 +577,8 @@ def test_images_are_taken_evenly_and_each_is_told(tmp_path: Path) -> None:
     assert len(open_boxed(root, images=99).val.images) == 6
 
 
-def test_the_same_truth_has_the_same_digest_in_every_layout(tmp_path: Path) -> None:
-    """Of boxes alone: photos are told apart by their own digests."""
+def test_truth_digest_is_the_same_in_every_layout(tmp_path: Path) -> None:
+    """The digest depends on the boxes only; photos have their own digests."""
     one = Scene(scenes(1)[0].pixels, ((8, 16, 24, 32), (0, 40, 96, 96)))
     (voc,) = open_boxed(write_voc(tmp_path / "voc", [one])).val.images
     turned = Scene(one.pixels, one.boxes[::-1])
@@ -589,15 +589,15 @@ def test_the_same_truth_has_the_same_digest_in_every_layout(tmp_path: Path) -> N
     assert voc.boxes == coco.boxes == ((0, 40, 96, 96), (8, 16, 24, 32))
 
 
-def test_a_data_set_that_is_read_again_is_the_same(tmp_path: Path) -> None:
+def test_reading_a_data_set_twice_gives_the_same(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "voc", scenes(5))
     first, again = open_boxed(root), open_boxed(root)
     assert first == again and first.val.digest == again.val.digest
     assert [split.split for split in first.splits] == ["val"] and first.absent == ()
 
 
-def test_a_photo_that_is_turned_is_measured_upright(tmp_path: Path) -> None:
-    """Its boxes are in pixels of whatever the annotator saw; where the sizes differ, that was something else."""
+def test_exif_rotated_photo_is_measured_upright(tmp_path: Path) -> None:
+    """Boxes are in pixels of the image that was annotated; other sizes mean that it was not the upright photo."""
     one = scene((8, 8, 40, 40), size=(64, 96))
     root = write_coco(tmp_path, [one, one])
     exif = Image.Exif()
@@ -609,8 +609,8 @@ def test_a_photo_that_is_turned_is_measured_upright(tmp_path: Path) -> None:
     assert "96 x 64, expected the photo's 64 x 96" in reasons(data)[NAMES[0]]
 
 
-def test_the_helpers_write_what_they_say() -> None:
-    """Half-open boxes become corner and size, and pixels from 1."""
+def test_helpers_write_boxes_in_each_format() -> None:
+    """Half-open boxes become corner and size in COCO, and pixels counted from 1 in VOC."""
     one = Scene(np.zeros((10, 10, 3), np.uint8), ((2, 3, 5, 9),))
     assert coco_json([one])["annotations"][0]["bbox"] == [2, 3, 3, 6]
     assert "<xmin>3</xmin><ymin>4</ymin><xmax>5</xmax><ymax>9</ymax>" in voc_object((2, 3, 5, 9))

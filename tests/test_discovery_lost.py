@@ -1,4 +1,4 @@
-"""LOST on grids of features that are known: each step against loops, planted objects, and what ranks patches."""
+"""LOST on known grids of features: comparison with plain loops, single steps, and planted objects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dot(a: list[float], b: list[float]) -> float:
 
 
 def by_loops(features: Tensor, seed_by: SeedBy, k: int, centred: bool) -> tuple[tuple[int, int], set[tuple[int, int]]]:
-    """LOST as the paper writes it, in plain Python: the seed, and the patches of the object."""
+    """LOST as described in the paper, in plain Python: the seed, and the patches of the object."""
     h, w, channels = features.shape
     f = {(y, x): features[y, x].double().tolist() for y in range(h) for x in range(w)}
     if centred:
@@ -57,7 +57,9 @@ def by_loops(features: Tensor, seed_by: SeedBy, k: int, centred: bool) -> tuple[
 @pytest.mark.parametrize("seed_by", ["degree", "norm"])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(("k", "smooth", "seed"), [(1, 0, 0), (5, 1, 1), (20, 2, 2), (100, 0, 3), (1000, 1, 4)])
-def test_it_is_what_the_paper_says(seed_by: SeedBy, centred: bool, k: int, smooth: int, seed: int) -> None:
+def test_result_matches_the_paper_in_plain_loops(
+    seed_by: SeedBy, centred: bool, k: int, smooth: int, seed: int
+) -> None:
     features = noise(9, 7, seed=seed, smooth=smooth) + 0.2
     expected, patches = by_loops(features, seed_by, k, centred)
     found = find_object(features, seed_by, k, centred=centred)
@@ -67,7 +69,7 @@ def test_it_is_what_the_paper_says(seed_by: SeedBy, centred: bool, k: int, smoot
     assert found.box == (min(columns), min(rows), max(columns) + 1, max(rows) + 1)
 
 
-def test_the_options_say_different_things() -> None:
+def test_options_give_different_objects() -> None:
     """Otherwise the comparison with loops would prove little."""
     features = noise(9, 7, seed=1, smooth=1) + 0.2
     found = {
@@ -82,13 +84,13 @@ def test_the_options_say_different_things() -> None:
 # --- the steps ---
 
 
-def test_degrees_count_patches_that_are_not_opposed_and_the_patch_itself() -> None:
+def test_degree_counts_non_negative_products_including_the_patch_itself() -> None:
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [2.0, 2.0]])
     # Right angles count: the inner product is 0.
     assert degrees(features).tolist() == [3, 4, 2, 3]
 
 
-def test_degrees_are_the_same_whatever_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_degrees_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     features = noise(10, 10).flatten(0, 1)
     whole = degrees(features)
     for most in (1, 250, 1000):
@@ -96,35 +98,35 @@ def test_degrees_are_the_same_whatever_is_held_at_a_time(monkeypatch: pytest.Mon
         assert torch.equal(degrees(features), whole)
 
 
-def test_of_equals_the_first_comes_first() -> None:
+def test_ties_are_ranked_in_their_order() -> None:
     features = torch.tensor([[1.0], [-2.0], [3.0], [-2.0], [3.0]])
     assert ranking(features, "degree").tolist() == [1, 3, 0, 2, 4]
     assert ranking(features, "norm").tolist() == [2, 4, 1, 3, 0]
 
 
-def test_only_the_first_k_speak() -> None:
-    """Patch 3 is like the seed and comes fourth; what it says of patch 4 is heard from k = 4 on."""
+def test_only_the_first_k_patches_expand_the_seed() -> None:
+    """Patch 3 is similar to the seed and ranks fourth; its support of patch 4 counts from k = 4 on."""
     features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [0.1, 5.0], [-0.2, 1.0]])
     ranked = torch.arange(5)
     assert expanded(features, ranked, 3).tolist() == [True, False, False, True, False]
     assert expanded(features, ranked, 4).tolist() == [True, False, False, True, True]
 
 
-def test_the_sum_counts_and_not_the_number_of_those_who_agree() -> None:
-    """Two that are a little against patch 3 are outweighed by one that is much for it."""
+def test_expansion_uses_the_sum_of_products_not_a_majority() -> None:
+    """Two small negative products with patch 3 are outweighed by one large positive product."""
     features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 9.0], [-1.0, 1.0]])
     assert expanded(features, torch.arange(4), 3).tolist() == [True, True, True, True]
     assert expanded(features, torch.arange(4), 2).tolist() == [True, True, True, False]
 
 
-def test_a_speaker_at_a_right_angle_to_the_seed_counts() -> None:
+def test_patch_orthogonal_to_the_seed_takes_part_in_the_expansion() -> None:
     features = torch.tensor([[1.0, 0.0], [0.0, 5.0], [-0.1, 1.0]])
     assert expanded(features, torch.arange(3), 2).tolist() == [True, True, True]
     assert expanded(features, torch.arange(3), 1).tolist() == [True, True, False]
 
 
-def test_the_seed_belongs_whatever_is_lost_to_rounding() -> None:
-    """Speakers at a right angle to a seed that is short beside them, whose sum has more digits than fit."""
+def test_seed_is_kept_despite_rounding() -> None:
+    """Patches orthogonal to a seed of much smaller norm, whose sum has more digits than the dtype holds."""
     for number in range(20):
         halves = torch.randint(-(2**22), 2**22, (40, 2), generator=torch.Generator().manual_seed(number)).float()
         features = torch.cat([halves, -halves.sum(1, keepdim=True)], 1)
@@ -132,7 +134,7 @@ def test_the_seed_belongs_whatever_is_lost_to_rounding() -> None:
         assert expanded(features, torch.arange(40), 40)[0]
 
 
-def test_only_what_shares_a_side_is_connected() -> None:
+def test_only_patches_that_share_a_side_are_connected() -> None:
     mask = np.array([[1, 1, 0, 1], [0, 0, 1, 1], [1, 0, 0, 0]], dtype=bool)
     assert component(mask, (0, 0)).tolist() == [[True, True, False, False], [False] * 4, [False] * 4]
     right = component(mask, (1, 2))
@@ -140,7 +142,7 @@ def test_only_what_shares_a_side_is_connected() -> None:
     assert box_around(right) == (2, 0, 4, 2)
 
 
-def test_a_snake_is_followed_to_its_end() -> None:
+def test_component_follows_a_winding_path_to_its_end() -> None:
     mask = np.zeros((9, 9), dtype=bool)
     mask[::2] = True
     mask[1::4, -1] = mask[3::4, 0] = True
@@ -153,7 +155,7 @@ def test_a_snake_is_followed_to_its_end() -> None:
 def planted(
     box: tuple[int, int, int, int], h: int = 14, w: int = 18, common: float = 0.0, spread: float = 0.03
 ) -> Tensor:
-    """An object whose features are longer than the ground's and point the other way, plus what all have in common."""
+    """An object with features longer than those of the background and opposite to them, plus a common component."""
     features = torch.zeros(h, w, 8)
     features[..., 0] = -0.5
     x0, y0, x1, y1 = box
@@ -176,14 +178,14 @@ def test_planted_objects_are_found(seed_by: SeedBy, centred: bool, box: tuple[in
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_what_all_features_have_in_common_hides_objects_unless_it_is_taken_away(box: tuple[int, int, int, int]) -> None:
+def test_common_component_hides_objects_unless_features_are_centred(box: tuple[int, int, int, int]) -> None:
     features = planted(box, common=5.0)
     assert find_object(features).box == (0, 0, 18, 14)
     assert find_object(features, centred=True).box == box
     assert find_object(features, "norm", centred=True).box == box
 
 
-def test_of_two_objects_that_are_alike_and_apart_only_the_seed_s_is_boxed() -> None:
+def test_of_two_similar_objects_only_the_one_with_the_seed_is_boxed() -> None:
     features = planted((1, 1, 5, 5), spread=0.0)
     features[9:12, 10:16] = features[1, 1]
     features[9, 10] *= 1.5
@@ -191,15 +193,15 @@ def test_of_two_objects_that_are_alike_and_apart_only_the_seed_s_is_boxed() -> N
     assert find_object(features, "norm").box == (10, 9, 16, 12)
 
 
-def test_a_long_token_in_the_ground_misleads_the_norm_alone() -> None:
-    """Why norms are for features without artifacts."""
+def test_large_norm_in_the_background_misleads_only_seeds_by_norm() -> None:
+    """Why seeding by norm needs features without artifacts."""
     features = planted((2, 3, 7, 8))
     features[12, 16] *= 20
     assert find_object(features, "degree").box == (2, 3, 7, 8)
     assert find_object(features, "norm").seed == (12, 16)
 
 
-def test_features_that_say_nothing_give_a_box_all_the_same() -> None:
+def test_constant_features_give_the_whole_grid_as_box() -> None:
     found = find_object(torch.zeros(3, 4, 2))
     assert found.seed == (0, 0) and found.box == (0, 0, 4, 3)
     assert find_object(torch.ones(1, 1, 1)).box == (0, 0, 1, 1)
@@ -207,8 +209,8 @@ def test_features_that_say_nothing_give_a_box_all_the_same() -> None:
 
 @pytest.mark.parametrize("seed_by", ["degree", "norm"])
 @pytest.mark.parametrize("centred", [False, True])
-def test_the_same_features_give_the_same(seed_by: SeedBy, centred: bool) -> None:
-    features = noise(12, 15, 16).half().float()  # as they are kept on disk
+def test_same_features_give_the_same_object(seed_by: SeedBy, centred: bool) -> None:
+    features = noise(12, 15, 16).half().float()  # as stored on disk
     first = find_object(features, seed_by, centred=centred)
     assert first.mask.shape == (12, 15) and first.mask[first.seed]
     for _ in range(3):
@@ -216,7 +218,7 @@ def test_the_same_features_give_the_same(seed_by: SeedBy, centred: bool) -> None
         assert again.seed == first.seed and np.array_equal(again.mask, first.mask)
 
 
-def test_features_are_left_as_they_are() -> None:
+def test_features_are_not_modified() -> None:
     features = noise(5, 5)
     before = features.clone()
     find_object(features, centred=True)
@@ -233,6 +235,6 @@ def test_features_are_left_as_they_are() -> None:
         torch.full((2, 2, 2), math.inf),
     ],
 )
-def test_what_is_no_grid_of_finite_features_is_refused(features: Tensor) -> None:
+def test_invalid_features_are_rejected(features: Tensor) -> None:
     with pytest.raises(EvaluationError, match=r"expected finite features of patches \(h, w, C\), got \("):
         find_object(features)

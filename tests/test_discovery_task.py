@@ -1,4 +1,4 @@
-"""CorLoc of planted objects: what it says of good features, bad ones and none; and comparisons from end to end."""
+"""CorLoc of planted objects with good, bad and random features; and comparisons end to end."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def corloc(model: Callable[[Tensor], Tensor], data: BoxedData, options: Discover
 
 
 def unknowing(image: Tensor) -> Tensor:
-    """Features that say nothing of what is shown; another image has others."""
+    """Random features that are unrelated to the content and different for each image."""
     height, width = image.shape[2:]
     found = []
     for one in image:
@@ -68,7 +68,7 @@ def unknowing(image: Tensor) -> Tensor:
 
 
 def boxes_found(model: Callable[[Tensor], Tensor], data: BoxedData) -> list[tuple[float, ...]]:
-    """Apart from the code under test but for LOST itself: patches are whole, photos are shown as they are."""
+    """Independent of the code under test except for LOST itself: whole patches, photos at native size."""
     source, found = source_of(model), []
     for image in data.val.images:
         inputs = source.inputs(image, Crop.whole((image.height, image.width)))
@@ -86,7 +86,7 @@ def by_hand(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def by_chance(found: list[tuple[float, ...]], data: BoxedData) -> float:
-    """CorLoc of these boxes where each image gets any other's."""
+    """CorLoc if the box of each image is compared with the true boxes of every other image."""
     truth = [image.boxes for image in data.val.images]
     hits = [
         any(by_hand(box, one) >= 0.5 for one in boxes)
@@ -124,16 +124,16 @@ def relabelled(data: BoxedData, boxes: list[list[tuple[float, ...]]]) -> BoxedDa
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> BoxedData:
-    """The object that is found is 32, 16 to 64, 64 in each: 32 wide, 48 high."""
+    """Four images; the box found in each is (32, 16, 64, 64): 32 wide, 48 high."""
     every = [scene((32, 16, 64, 64), seed=number) for number in range(4)]
     return open_boxed(write_folders(tmp_path_factory.mktemp("four"), every))
 
 
 def test_an_overlap_of_a_half_counts_and_less_does_not(four: BoxedData) -> None:
     truth: list[list[tuple[float, ...]]] = [
-        [(32, 16, 64, 40)],  # half of what is found
+        [(32, 16, 64, 40)],  # half of the box found
         [(32, 16, 64, 39.9)],
-        [(0, 0, 8, 8), (32, 16, 96, 64)],  # twice what is found, and something else
+        [(0, 0, 8, 8), (32, 16, 96, 64)],  # twice the box found, and another box
         [(0, 0, 8, 8), (32, 0, 96, 64)],
     ]
     found = localise(source_of(), relabelled(four, truth), PLAIN)
@@ -146,14 +146,14 @@ def test_an_overlap_of_a_half_counts_and_less_does_not(four: BoxedData) -> None:
     assert lax.values.all()
 
 
-def test_the_metric_has_the_name_that_results_have() -> None:
+def test_metric_names_match_those_of_results() -> None:
     assert [metric.name for metric in METRICS["discovery"]] == list(Localised.METRICS)
 
 
 # --- from patches to pixels ---
 
 
-def test_patches_are_in_their_place_in_the_image() -> None:
+def test_patch_boxes_map_to_image_pixels() -> None:
     whole = ((4, 6), 8, 8, (32, 48), (32, 48))
     assert on_image((1, 2, 4, 3), *whole) == (8, 16, 32, 24)
     assert on_image((0, 0, 6, 4), *whole) == (0, 0, 48, 32)
@@ -170,7 +170,7 @@ def test_overlapping_patches_end_halfway_between_their_centres() -> None:
     assert on_image((0, 0, 7, 7), *every) == (0, 0, 32, 32)
 
 
-# --- what CorLoc tells ---
+# --- what CorLoc measures ---
 
 
 @pytest.mark.parametrize("seed_by", ["degree", "norm"])
@@ -182,7 +182,7 @@ def test_planted_objects_are_all_found(data: BoxedData, seed_by: str, centred: b
 
 @pytest.mark.parametrize("size", [None, 96, (64, 112), 48])
 def test_objects_are_found_in_photos_of_any_size(tmp_path: Path, size: int | tuple[int, int] | None) -> None:
-    """Boxes are in the photo's pixels, whatever size it is shown at."""
+    """Boxes are in the photo's pixels, whatever size it is resized to."""
     every = [
         scene((30, 20, 90, 70), (101, 133)),
         scene((4, 60, 70, 110), (150, 90)),
@@ -202,13 +202,13 @@ def test_better_features_score_better(data: BoxedData) -> None:
     assert bad < 30
 
 
-def test_features_that_say_nothing_are_right_by_chance(data: BoxedData) -> None:
+def test_random_features_score_at_chance_level(data: BoxedData) -> None:
     chance = by_chance(boxes_found(unknowing, data), data)
     assert chance < 10
     assert corloc(unknowing, data) == pytest.approx(chance, abs=5)
 
 
-def test_boxes_of_other_images_are_hit_by_chance(data: BoxedData) -> None:
+def test_shuffled_boxes_score_at_chance_level(data: BoxedData) -> None:
     found = boxes_found(colours, data)
     chance = by_chance(found, data)
     assert chance < 10
@@ -217,8 +217,8 @@ def test_boxes_of_other_images_are_hit_by_chance(data: BoxedData) -> None:
     assert corloc(colours, shuffled) == pytest.approx(chance, abs=8)
 
 
-def test_the_boxes_are_those_of_lost(data: BoxedData) -> None:
-    """Image by image, with an overlap that is worked out here."""
+def test_localise_scores_the_boxes_of_lost(data: BoxedData) -> None:
+    """Checked image by image, with an overlap that is computed here."""
     found = boxes_found(speckled, data)
     expected = [
         [100.0 if max(by_hand(box, one) for one in image.boxes) >= 0.5 else 0.0]
@@ -227,16 +227,16 @@ def test_the_boxes_are_those_of_lost(data: BoxedData) -> None:
     assert localise(source_of(speckled), data, PLAIN).values.tolist() == expected
 
 
-def test_what_features_have_in_common_hides_objects_unless_it_is_taken_away(data: BoxedData) -> None:
+def test_centring_finds_objects_hidden_by_a_common_offset(data: BoxedData) -> None:
     def lifted(image: Tensor) -> Tensor:
         return colours(image) + 1.0
 
-    assert corloc(lifted, data) == 0  # the whole photo, of which the largest object is a quarter
+    assert corloc(lifted, data) == 0  # finds the whole photo, of which the largest object is a quarter
     assert corloc(lifted, data, DiscoveryOptions(centred=True)) == 100
 
 
-def test_few_speakers_find_other_objects_than_many(data: BoxedData) -> None:
-    """So that k reaches LOST."""
+def test_k_changes_which_objects_are_found(data: BoxedData) -> None:
+    """Checks that k is passed on to LOST."""
     scores = {
         k: localise(source_of(unknowing), data, DiscoveryOptions(k=k, iou=0.1)).values.tobytes() for k in (1, 144)
     }
@@ -249,7 +249,7 @@ def test_frames_of_a_sequence_are_one_group(tmp_path: Path) -> None:
     assert localise(source_of(), films, PLAIN).groups.tolist() == [0, 0, 1, 1, 1, 2]
 
 
-def test_an_outcome_comes_back_from_its_arrays(data: BoxedData) -> None:
+def test_outcome_is_restored_from_its_arrays(data: BoxedData) -> None:
     found = localise(source_of(unknowing), data, PLAIN)
     again = Localised.of(found.arrays())
     assert np.array_equal(again.values, found.values) and np.array_equal(again.groups, found.groups)
@@ -270,7 +270,7 @@ def test_features_from_disk_and_other_batches_score_the_same(
     assert np.array_equal(localise(source_of(speckled), data, PLAIN).values, first.values)
 
 
-# --- refusals ---
+# --- rejected input ---
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_size_that_does_not_fit_the_patch_grid_is_refused(data: BoxedData, tmp
             list(discovery(workbench(tmp_path, data), ["raw"], DiscoveryOptions(size=size)))
 
 
-def test_features_that_are_not_finite_are_refused_by_name(data: BoxedData) -> None:
+def test_non_finite_features_raise_with_the_source_name(data: BoxedData) -> None:
     source = ExtractorSource("the broken one", tiny_backbone(), lambda image: colours(image) * math.inf)
     with pytest.raises(EvaluationError, match=r"the broken one: \d+ of \d+ feature values are not finite"):
         localise(source, data, PLAIN)
@@ -321,11 +321,11 @@ def test_data_without_boxes_are_refused(tmp_path: Path) -> None:
         list(discovery(bench, ["raw"], PLAIN))
 
 
-# --- from end to end ---
+# --- end to end ---
 
 
 class Counted:
-    """An extractor that counts the images it sees."""
+    """An extractor that counts the images it processes."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -370,7 +370,7 @@ def test_sources_are_compared_with_the_first(data: BoxedData, tmp_path: Path) ->
     assert settings["data"]["layout"] == "masks" and clean["images"] == {"val": 30} and clean["skipped"] == []
 
 
-def test_sequences_are_drawn_where_there_are_some(tmp_path: Path) -> None:
+def test_paired_interval_is_over_sequences_if_there_are_any(tmp_path: Path) -> None:
     every = scenes(6)
     films = open_boxed(write_davis(tmp_path / "data", {"a": every[:3], "b": every[3:]}))
     _, (line, _) = discovery(workbench(tmp_path, films, {"clean": colours}), ["raw", "clean"], PLAIN)
@@ -378,9 +378,7 @@ def test_sequences_are_drawn_where_there_are_some(tmp_path: Path) -> None:
     assert line["settings"]["data"]["layout"] == "davis"
 
 
-def test_the_same_again_sees_no_image_and_other_options_judge_the_same_features(
-    data: BoxedData, tmp_path: Path
-) -> None:
+def test_repeats_and_other_options_reuse_cached_features(data: BoxedData, tmp_path: Path) -> None:
     extractor = Counted()
     first = list(discovery(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], PLAIN))
     assert extractor.images == 30
@@ -402,7 +400,7 @@ def test_the_same_again_sees_no_image_and_other_options_judge_the_same_features(
 
 
 @pytest.mark.parametrize("after", [4, 37])
-def test_an_interrupted_comparison_goes_on_where_it_was(data: BoxedData, tmp_path: Path, after: int) -> None:
+def test_interrupted_comparison_resumes(data: BoxedData, tmp_path: Path, after: int) -> None:
     told: list[tuple[str, int | None]] = []
     steps: list[int] = []
 
@@ -433,14 +431,14 @@ def test_an_interrupted_comparison_goes_on_where_it_was(data: BoxedData, tmp_pat
         assert (ours["metrics"], ours["paired"]) == (theirs["metrics"], theirs["paired"])
 
 
-def test_other_boxes_of_the_same_photos_are_another_result(data: BoxedData, tmp_path: Path) -> None:
+def test_other_boxes_of_the_same_photos_give_another_result(data: BoxedData, tmp_path: Path) -> None:
     list(discovery(workbench(tmp_path, data, {"clean": colours}), ["clean"], PLAIN))
     elsewhere = relabelled(data, [[(0.0, 0.0, 4.0, 4.0)] for _ in range(30)])
     ((line, kept),) = discovery(workbench(tmp_path, elsewhere, {"clean": colours}), ["clean"], PLAIN)
     assert not kept and line["metrics"] == {"CorLoc": 0.0}
 
 
-def test_a_source_that_fails_is_told_and_the_others_are_judged(data: BoxedData, tmp_path: Path) -> None:
+def test_failed_source_is_recorded_and_the_others_are_evaluated(data: BoxedData, tmp_path: Path) -> None:
     extractors = {"broken": lambda image: colours(image) * math.nan, "clean": colours}
     lines = [line for line, _ in discovery(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], PLAIN)]
     assert [bool(line["failed"]) for line in lines] == [False, True, False]
@@ -449,8 +447,8 @@ def test_a_source_that_fails_is_told_and_the_others_are_judged(data: BoxedData, 
     assert told == lines
 
 
-def test_stage_one_is_judged_as_well(tmp_path: Path) -> None:
-    """Frames of films have their split alone, and folders in their ids."""
+def test_stage_one_fields_are_evaluated(tmp_path: Path) -> None:
+    """Frames of videos have one split only, and ids that contain folders."""
     films = open_boxed(write_davis(tmp_path / "data", {"a": scenes(1), "b": scenes(2)}))
     spec = spec_of(write_weights(tmp_path / f"{MODEL}.safetensors"))
     bench = replace(
@@ -461,7 +459,7 @@ def test_stage_one_is_judged_as_well(tmp_path: Path) -> None:
     assert lines[1]["paired"]["over"] == "sequences" and lines[1]["settings"]["size"] == 64
 
 
-def test_two_runs_apart_give_the_same(data: BoxedData, tmp_path: Path) -> None:
+def test_separate_runs_give_the_same_results(data: BoxedData, tmp_path: Path) -> None:
     def run(folder: Path) -> list[tuple[object, object, object]]:
         bench = workbench(folder, data, {"speckled": speckled})
         return [

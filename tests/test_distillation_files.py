@@ -1,4 +1,4 @@
-"""Distilled models in files: what loads a timm model loads them, and gets the features that were judged."""
+"""Files of distilled models: they load like any timm model and give the features that were evaluated."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(one_thread: None, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Distillation, dv.Backbone]:
-    """A run of the whole tiny model from a file, two steps of it, and the model as it was."""
+    """A run of two steps on the whole tiny model from a file, and the original model."""
     folder = tmp_path_factory.mktemp("ran")
     spec = tiny_fit.spec_of(tiny_fit.write_weights(folder / "tiny.safetensors"))
     training = tiny.options(steps=2, held_out=1, evaluate_every=2, learning_rate=0.01)
@@ -63,19 +63,19 @@ def ran(one_thread: None, photos: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def tokens_of(model: Any, image: Tensor) -> Tensor:
-    """Patch tokens after the final norm (B, h w, C) of a plain timm model, which some have behind the pooling."""
+    """Patch tokens (B, h w, C) of a plain timm model after its final norm, which some models apply after pooling."""
     found = model.forward_features(image)[:, model.num_prefix_tokens :]
     return model.fc_norm(found) if isinstance(model.norm, torch.nn.Identity) else found
 
 
 def assert_near(found: Tensor, expected: Tensor, other: Tensor) -> None:
-    """The same but for what float16 rounds off; and far from other features, which are raw."""
+    """Check that features are equal up to float16 rounding, and less similar to others, which are raw."""
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
     away = torch.nn.functional.cosine_similarity(found, other, dim=-1).mean()
     assert away < torch.nn.functional.cosine_similarity(found, expected, dim=-1).mean() - 0.001
 
 
-# --- what loads them ---
+# --- loading ---
 
 
 @pytest.mark.parametrize("name", ["distilled.safetensors", "last.safetensors"])
@@ -93,14 +93,14 @@ def test_the_files_load_as_weights_and_as_a_plain_timm_model(ran: tuple[Distilla
         assert torch.equal(value, run.evaluated.state_dict()[f"backbone.model.{key}"].half().float()), key
 
 
-def test_its_fingerprint_is_another_than_that_of_the_raw_model(ran: tuple[Distillation, dv.Backbone]) -> None:
+def test_fingerprint_differs_from_that_of_the_raw_model(ran: tuple[Distillation, dv.Backbone]) -> None:
     run, raw = ran
     backbone = dv.load_backbone(tiny.MODEL, weights=run.folder.distilled, dtype="float32", device="cpu")
     assert not backbone.fingerprint.matches(raw.fingerprint)
     assert describe(backbone)["weights"] == str(run.folder.distilled)
 
 
-def test_another_model_refuses_it(ran: tuple[Distillation, dv.Backbone]) -> None:
+def test_other_model_rejects_the_file(ran: tuple[Distillation, dv.Backbone]) -> None:
     with pytest.raises(WeightsError, match="its weights do not fit vit_small_patch16_224"):
         dv.load_backbone("vit_small_patch16_224", weights=ran[0].folder.distilled)
 
@@ -134,19 +134,19 @@ def test_models_of_every_architecture_load(photos: Path, tmp_path: Path, name: s
         torch.testing.assert_close(tokens_of(plain, image), found.flatten(1, 2), rtol=1e-4, atol=1e-4)
 
 
-def test_overlapping_patches_and_an_inner_layer_leave_names_as_they_are(photos: Path, tmp_path: Path) -> None:
+def test_overlapping_patches_and_an_inner_layer_keep_the_names(photos: Path, tmp_path: Path) -> None:
     model = build_timm_model(tiny.MODEL, pretrained=False, depth=3)
     raw = TimmBackbone(model, name=tiny.MODEL, stride=8, layer=1, norm=False, weights="")
     job, _ = tiny.distilled(photos, tmp_path / "run", raw, tiny.options(steps=1, held_out=1))
     plain = timm.create_model(tiny.MODEL, depth=3, num_classes=0, checkpoint_path=str(job.folder.last))
-    for name in ("blocks.2.mlp.fc1.weight", "norm.weight"):  # behind the layer
+    for name in ("blocks.2.mlp.fc1.weight", "norm.weight"):  # after the layer
         assert torch.equal(plain.get_parameter(name), model.get_parameter(name).half().float())
     assert not torch.equal(
         plain.get_parameter("blocks.1.mlp.fc1.weight"), model.get_parameter("blocks.1.mlp.fc1.weight")
     )
 
 
-# --- what is in them ---
+# --- content ---
 
 
 def head(path: Path) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def test_nothing_is_pickled(ran: tuple[Distillation, dv.Backbone]) -> None:
 # --- writing ---
 
 
-def test_values_that_float16_cannot_hold_stay_float32_and_numbers_stay_numbers(tmp_path: Path) -> None:
+def test_values_beyond_float16_stay_float32_and_integers_stay_integers(tmp_path: Path) -> None:
     state = {
         "large": torch.tensor([1e6, 1.0]),
         "small": torch.tensor([0.5, 1.0]),
@@ -210,14 +210,14 @@ def test_values_that_float16_cannot_hold_stay_float32_and_numbers_stay_numbers(t
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_not_written(tmp_path: Path, value: float) -> None:
+def test_non_finite_values_are_not_written(tmp_path: Path, value: float) -> None:
     state = {"good": torch.ones(2), "bad": torch.tensor([1.0, value])}
     with pytest.raises(TrainError, match=r"m\.safetensors: bad has values that are not finite; the run diverged"):
         write_distilled(state, tmp_path / "m.safetensors", {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_the_file_before_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_existing_file_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.safetensors"
     write_distilled({"a": torch.ones(2)}, path, {})
     before = path.read_bytes()
@@ -232,7 +232,9 @@ def test_a_full_disk_leaves_the_file_before_as_it_was(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_with_a_full_disk_goes_on_later(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_stopped_by_a_full_disk_can_be_resumed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = tiny.options(held_out=1)
     tiny.distilled(photos, tmp_path / "straight", training=training)
     save, calls = distil.write_tensors, iter(range(9))

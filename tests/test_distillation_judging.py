@@ -1,4 +1,4 @@
-"""Figures of held-out photos by straightforward computation, and pictures of them."""
+"""Held-out metrics against a straightforward computation, panels, and which model is kept."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def changed(run: Distillation) -> Student:
 
 @torch.no_grad()
 def by_hand(run: Distillation, student: Student, size: tuple[int, int]) -> list[tuple[Any, Lesson]]:
-    """The student's answer and the lesson, photo by photo."""
+    """The student's output and the teacher's lesson, photo by photo."""
     found = []
     for image in run.held_out.images:
         photo = to_image(read_photo(Path(open_dataset(run.reader.photos.dataset.source)[image].url)))  # pyright: ignore
@@ -69,7 +69,7 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum(-1) / one.norm(dim=-1) / other.norm(dim=-1)
 
 
-def test_figures_by_a_straightforward_computation(photos: Path, tmp_path: Path) -> None:
+def test_metrics_match_a_straightforward_computation(photos: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone(3)
     also = [tiny.denoiser(backbone.at_layer(0), seed=1)]
     job = tiny.prepared(photos, tmp_path / "run", backbone, None, tiny.views(sizes="48,64x48"), also=also)
@@ -97,21 +97,21 @@ def test_figures_by_a_straightforward_computation(photos: Path, tmp_path: Path) 
     prefix, frozen = gathered(lambda answer, lesson: (answer[1][0], lesson.prefixes[0]))
     assert figures["class_drift"] == pytest.approx(float(1 - cosine(prefix, frozen).mean()), abs=1e-4)
     assert figures["class_drift"] > 0.001
-    assert figures["prefix_drift"] == figures["class_drift"]  # of a class token alone
+    assert figures["prefix_drift"] == figures["class_drift"]  # the class token is the only prefix token
     first = both[(48, 48)]
     assert figures["rank"] == pytest.approx(effective_rank(torch.cat([a[0][0] for a, _ in first])), rel=1e-3)
     assert figures["raw_rank"] == pytest.approx(effective_rank(torch.cat([x.raw[0] for _, x in first])), rel=1e-3)
     assert figures["target_rank"] == pytest.approx(
         effective_rank(torch.cat([x.features[0] for _, x in first])), rel=1e-3
     )
-    assert "place" not in figures  # of three photos
+    assert "place" not in figures  # three photos are too few
 
 
-def test_registers_count_for_the_drift_of_prefix_tokens_alone(photos: Path, tmp_path: Path) -> None:
+def test_registers_affect_prefix_drift_only(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run", tiny.tokens(3)).training()
     before = run.held_out(run.evaluated)
     for name in ("blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance"):
-        assert before[name] == pytest.approx(1, rel=1e-3)  # the student is the frozen backbone still
+        assert before[name] == pytest.approx(1, rel=1e-3)  # the student still equals the frozen backbone
     with torch.no_grad():
         run.evaluated.get_parameter("backbone.model.prefix")[:, 1:] *= -1
     figures = run.held_out(run.evaluated)
@@ -128,7 +128,7 @@ def test_without_prefix_tokens_there_is_no_drift(photos: Path, tmp_path: Path) -
     assert job.folder.last.is_file()
 
 
-def test_a_student_that_learnt_nothing_is_raw(photos: Path, tmp_path: Path) -> None:
+def test_untrained_student_scores_like_raw_features(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run").training()
     figures = run.held_out(run.evaluated)
     assert figures["ratio"] == pytest.approx(1, abs=1e-3)
@@ -137,7 +137,7 @@ def test_a_student_that_learnt_nothing_is_raw(photos: Path, tmp_path: Path) -> N
     assert abs(figures["class_drift"]) < 1e-5
 
 
-def test_place_is_told_where_there_are_photos_enough(photos: Path, tmp_path: Path) -> None:
+def test_position_metrics_need_enough_photos(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(held_out=8)).training()
     figures = run.held_out(run.evaluated)
     student = run.evaluated
@@ -147,7 +147,7 @@ def test_place_is_told_where_there_are_photos_enough(photos: Path, tmp_path: Pat
     assert {"raw_place", "target_place"} <= figures.keys()
 
 
-def test_the_teacher_is_asked_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_runs_once_per_held_out_photo(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     teach = DenoiserTeacher.__call__
 
@@ -163,7 +163,7 @@ def test_the_teacher_is_asked_once(photos: Path, tmp_path: Path, monkeypatch: py
     assert seen == [8, 1]
 
 
-def test_what_float16_cannot_hold_is_kept_as_it_is(photos: Path, tmp_path: Path) -> None:
+def test_features_beyond_float16_range_give_finite_metrics(photos: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone()
     with torch.no_grad():
         backbone.get_parameter("model.norm.weight").mul_(1e5)
@@ -179,7 +179,7 @@ def panel(run: Path, step: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(("held_out", "rows"), [(1, 1), (6, 4)])
-def test_pictures_show_photo_raw_student_and_teacher(
+def test_panels_show_photo_raw_student_and_teacher(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: int, rows: int
 ) -> None:
     drawn: list[Any] = []
@@ -204,14 +204,14 @@ def test_pictures_show_photo_raw_student_and_teacher(
     assert panel(tmp_path / "run", 1).format == "PNG"
 
 
-def test_a_picture_that_cannot_be_written_ends_the_run_in_words(photos: Path, tmp_path: Path) -> None:
+def test_unwritable_panel_ends_the_run_with_an_error(photos: Path, tmp_path: Path) -> None:
     run = tiny.prepared(photos, tmp_path / "run").training()
     (tmp_path / "run" / "panels").write_text("in the way")
     with pytest.raises(TrainError, match="panels"):
         run.run()
 
 
-# --- which of them is kept ---
+# --- which model is kept ---
 
 
 def head(path: Path) -> str:
@@ -220,13 +220,13 @@ def head(path: Path) -> str:
 
 
 def judged_as(run: Distillation, monkeypatch: pytest.MonkeyPatch, figures: Iterator[dict[str, float]]) -> None:
-    """Has the looks at held-out photos come out so."""
+    """Overrides the metrics of successive held-out evaluations with these."""
     judge = HeldOut.__call__
     monkeypatch.setattr(HeldOut, "__call__", lambda self, student: judge(self, student) | next(figures))
     monkeypatch.setattr(HeldOut, "draw", lambda *_: None)
 
 
-def test_the_best_by_held_out_cosine_and_the_last_are_kept(
+def test_best_by_held_out_cosine_and_last_model_are_kept(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
@@ -239,7 +239,7 @@ def test_the_best_by_held_out_cosine_and_the_last_are_kept(
             assert torch.equal(value, states[step][f"backbone.model.{name}"].half()), (path, name)
 
 
-def test_the_best_is_that_of_the_whole_run_however_often_it_stopped(
+def test_best_model_is_tracked_across_resumed_runs(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = tiny.options(evaluate_every=1)
@@ -251,7 +251,7 @@ def test_the_best_is_that_of_the_whole_run_however_often_it_stopped(
     assert run.folder.distilled.read_bytes() == before
 
 
-def test_a_run_that_diverges_stops_and_keeps_the_best(
+def test_diverged_run_stops_and_keeps_the_best_model(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
@@ -267,9 +267,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_best(
     assert tiny.rows(tmp_path / "run", "held_out")[-1]["ratio"] == 2.1
 
 
-def test_figures_that_are_none_are_a_run_that_diverged(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_metrics_count_as_divergence(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
     good = {"cosine": 0.5, "ratio": 1.0}
     judged_as(run, monkeypatch, iter([good, {"cosine": math.nan, "ratio": math.nan}]))
@@ -278,7 +276,7 @@ def test_figures_that_are_none_are_a_run_that_diverged(
     assert '"step": 1' in head(run.folder.distilled)
 
 
-def test_figures_that_are_none_say_so_before_the_rate_has_risen(
+def test_non_finite_metrics_count_as_divergence_during_warmup(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1, warmup=0.9)).training()
@@ -288,7 +286,7 @@ def test_figures_that_are_none_say_so_before_the_rate_has_risen(
     assert not run.folder.distilled.exists()
 
 
-def test_a_teacher_that_changes_nothing_is_not_diverged_from_by_a_trifle(
+def test_high_ratio_with_a_tiny_difference_is_no_divergence(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
@@ -296,7 +294,7 @@ def test_a_teacher_that_changes_nothing_is_not_diverged_from_by_a_trifle(
     assert run.run().step == 6
 
 
-def test_while_the_rate_rises_a_student_may_be_far_off(
+def test_high_ratio_during_warmup_is_no_divergence(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = tiny.options(evaluate_every=1, warmup=0.5)
@@ -306,7 +304,7 @@ def test_while_the_rate_rises_a_student_may_be_far_off(
     assert run.run().step == 6
 
 
-def test_a_model_that_diverged_before_any_look_is_not_called_the_best(photos: Path, tmp_path: Path) -> None:
+def test_divergence_by_the_first_evaluation_keeps_no_model(photos: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone()
     denoiser = tiny.denoiser(backbone, strength=0.02)
     training = tiny.options(learning_rate=100, evaluate_every=4)
@@ -316,7 +314,7 @@ def test_a_model_that_diverged_before_any_look_is_not_called_the_best(photos: Pa
     assert not run.folder.distilled.exists()
 
 
-def test_a_huge_rate_diverges_after_the_best_was_kept(
+def test_too_high_learning_rate_diverges_after_keeping_the_best(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HeldOut, "draw", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Options of distillation: the published ones by default, steps from epochs, and refusals that name what came."""
+"""Options of distillation: published defaults, steps from epochs, and errors that name the given value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_published_recipe_is_the_default() -> None:
     assert (views.whole, views.flip, views.sizes) == (1, 0.5, None)
 
 
-def test_prefix_tokens_are_held_by_default_and_nothing_else_is_on() -> None:
+def test_prefix_and_blank_are_on_and_memory_savings_off_by_default() -> None:
     options = DistillOptions()
     assert (options.hold_prefix, options.blank) == (1, 0.125)  # neither is published
     assert not (options.checkpointing or options.shard)
@@ -55,13 +55,13 @@ def test_prefix_tokens_are_held_by_default_and_nothing_else_is_on() -> None:
         ("precision", "float16", "precision must be one of auto, float32, bfloat16, got 'float16'"),
     ],
 )
-def test_options_out_of_range_are_named(name: str, value: Any, says: str) -> None:
+def test_options_out_of_range_raise_with_name_and_value(name: str, value: Any, says: str) -> None:
     with pytest.raises(TrainError, match=says):
         DistillOptions(**{name: value}).validate()
 
 
 @pytest.mark.parametrize("changes", [{"steps": 1}, {"steps": 7, "epochs": 0}, {"layer_decay": 1}, {"ema": 0}])
-def test_the_ends_of_ranges_are_allowed(changes: dict[str, Any]) -> None:
+def test_limits_of_ranges_are_allowed(changes: dict[str, Any]) -> None:
     DistillOptions(**changes).validate()
 
 
@@ -74,12 +74,12 @@ def test_the_ends_of_ranges_are_allowed(changes: dict[str, Any]) -> None:
         ({"epochs": 5, "batch_size": 4, "accumulate": 4}, 1600, 1, 500),
         ({"epochs": 5, "batch_size": 4, "accumulate": 2}, 1600, 4, 250),
         ({"epochs": 0.5, "batch_size": 1}, 7, 1, 4),
-        ({"epochs": 1, "batch_size": 16}, 3, 1, 1),  # one at least
+        ({"epochs": 1, "batch_size": 16}, 3, 1, 1),  # at least one
         ({"steps": 9, "epochs": 5}, 1600, 2, 9),
         ({"steps": 9, "epochs": 0}, 1600, 1, 9),
     ],
 )
-def test_steps_are_what_the_epochs_take_unless_they_are_named(
+def test_steps_follow_from_epochs_unless_given(
     changes: dict[str, Any], images: int, processes: int, steps: int
 ) -> None:
     options = DistillOptions(**changes).with_steps(images, processes)
@@ -88,12 +88,12 @@ def test_steps_are_what_the_epochs_take_unless_they_are_named(
     assert options == replace(DistillOptions(**changes), steps=steps)
 
 
-def test_views_of_a_step_are_those_of_all_batches_and_processes() -> None:
+def test_views_of_a_step_count_all_batches_and_processes() -> None:
     options = DistillOptions(batch_size=3, accumulate=5, blank=0.3)
     assert (options.views_a_step(7), options.photos_a_step(7)) == (105, 70)
 
 
-def test_where_a_run_stops_is_not_recorded() -> None:
+def test_stop_at_is_not_recorded() -> None:
     assert DistillOptions(stop_at=3).recorded() == DistillOptions().recorded()
     recorded = DistillOptions(ema=0.5, hold_prefix=0.25, checkpointing=True).recorded()
     assert (recorded["ema"], recorded["hold_prefix"], recorded["checkpointing"]) == (0.5, 0.25, True)
@@ -102,15 +102,15 @@ def test_where_a_run_stops_is_not_recorded() -> None:
 @pytest.mark.parametrize(
     ("batch", "processes", "rate", "safer"),
     [
-        (4, 1, 2e-4, 2.5e-5),  # its peak diverged
-        (4, 1, 4e-5, None),  # its peak trained
+        (4, 1, 2e-4, 2.5e-5),  # this peak rate diverged
+        (4, 1, 4e-5, None),  # this peak rate trained
         (32, 1, 2e-4, 7.07e-5),
         (8, 4, 2e-4, 7.07e-5),
         (64, 1, 2e-4, None),
         (16, 8, 2e-4, None),  # as published
     ],
 )
-def test_a_lower_rate_is_named_for_steps_of_few_views(
+def test_lower_rate_is_suggested_for_steps_with_few_views(
     batch: int, processes: int, rate: float, safer: float | None
 ) -> None:
     found = DistillOptions(batch_size=batch, learning_rate=rate).safer_rate(processes)

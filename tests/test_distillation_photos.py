@@ -1,4 +1,4 @@
-"""Photos to distil on: from folders, shards and web servers, and those that cannot be read count for nothing."""
+"""Photos for distillation: from folders, shards and web servers; unreadable ones have no effect."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spoilt(photos: Path, folder: Path, *numbers: int) -> Path:
-    """The same photos, of which some are words."""
+    """A copy of the photos, some of which are replaced by text."""
     shutil.copytree(photos, folder)
     for number in numbers:
         (folder / f"{number:02}.png").write_text("words")
@@ -58,7 +58,7 @@ def whole(*images: int) -> list[Sample]:
 # --- views ---
 
 
-def test_photos_come_in_the_order_asked_for(photos: Path) -> None:
+def test_photos_come_in_the_requested_order(photos: Path) -> None:
     source = PlainPhotos(open_dataset(photos))
     found = list(source.stream([4, 0, 4]))
     assert [one.index for one in found if isinstance(one, Seen)] == [4, 0, 4]
@@ -90,7 +90,7 @@ def test_views_are_the_crops_of_the_samples(photos: Path, tmp_path: Path) -> Non
     assert views.skipped == {}
 
 
-def test_batches_come_in_the_order_of_the_plan_and_are_read_as_they_are_needed(photos: Path, tmp_path: Path) -> None:
+def test_batches_follow_the_plan_and_are_read_on_demand(photos: Path, tmp_path: Path) -> None:
     drawn: list[list[Sample]] = []
 
     def plan() -> object:
@@ -104,10 +104,10 @@ def test_batches_come_in_the_order_of_the_plan_and_are_read_as_they_are_needed(p
     assert len(drawn) < 30
 
 
-# --- photos that cannot be read ---
+# --- unreadable photos ---
 
 
-def test_a_photo_that_cannot_be_read_shows_nothing_and_is_told_once(photos: Path, tmp_path: Path) -> None:
+def test_unreadable_photo_is_all_zeros_and_reported_once(photos: Path, tmp_path: Path) -> None:
     views = reader(spoilt(photos, tmp_path / "photos", 3), tmp_path / "told")
     for batch in views.batches([whole(2, 3), whole(3, 3, 1)]):
         assert batch.usable.tolist() == [sample.image != 3 for sample in batch.samples]
@@ -118,7 +118,7 @@ def test_a_photo_that_cannot_be_read_shows_nothing_and_is_told_once(photos: Path
     assert "not an image file" in views.skipped["03.png"]
 
 
-def test_a_photo_that_was_told_before_is_not_told_again(photos: Path, tmp_path: Path) -> None:
+def test_photo_that_was_reported_before_is_not_reported_again(photos: Path, tmp_path: Path) -> None:
     folder = spoilt(photos, tmp_path / "photos", 3)
     for _ in range(2):
         list(reader(folder, tmp_path / "told").batches([whole(3)]))
@@ -154,7 +154,7 @@ def test_unreadable_photos_have_no_influence_on_loss_and_gradients(photos: Path,
         torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_what_is_in_the_place_of_an_unreadable_photo_does_not_matter(photos: Path, tmp_path: Path) -> None:
+def test_placeholder_of_an_unreadable_photo_has_no_effect(photos: Path, tmp_path: Path) -> None:
     run = run_of(photos, tmp_path / "run")
     (batch,) = run.reader.batches([whole(0, 1, 2)])
     usable = torch.tensor([True, False, True])
@@ -168,7 +168,7 @@ def test_what_is_in_the_place_of_an_unreadable_photo_does_not_matter(photos: Pat
         torch.testing.assert_close(second[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_without_any_readable_photo_moves_nothing(photos: Path, tmp_path: Path) -> None:
+def test_batches_without_readable_photos_do_not_change_the_weights(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 1, 0)[1]
     folder = spoilt(photos, tmp_path / "photos", *(number for number in range(6) if number not in held_out))
     run = run_of(folder, tmp_path / "run", weight_decay=0, accumulate=2, ema=0.5)
@@ -181,8 +181,8 @@ def test_a_batch_without_any_readable_photo_moves_nothing(photos: Path, tmp_path
     assert len(run.reader.skipped) == 5
 
 
-def test_a_batch_without_any_readable_photo_gives_every_parameter_a_gradient(photos: Path, tmp_path: Path) -> None:
-    """Other processes would wait for one that is missing."""
+def test_batch_without_readable_photos_gives_zero_gradients(photos: Path, tmp_path: Path) -> None:
+    """Every trained parameter needs one: other processes would wait for a missing gradient."""
     run = run_of(photos, tmp_path / "run")
     (batch,) = run.reader.batches([whole(0, 1)])
     _, gradients = gradients_of(run, replace(batch, usable=torch.zeros(2, dtype=torch.bool)))
@@ -191,7 +191,7 @@ def test_a_batch_without_any_readable_photo_gives_every_parameter_a_gradient(pho
     assert not any(value.any() for value in gradients.values())
 
 
-def test_a_run_tells_of_unreadable_photos_once_though_it_comes_by_them_often(photos: Path, tmp_path: Path) -> None:
+def test_run_reports_an_unreadable_photo_once_in_several_epochs(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 1, 0)[1][0]
     bad = (held_out + 1) % 6
     training = tiny.options(steps=8, held_out=1)  # three epochs
@@ -203,7 +203,7 @@ def test_a_run_tells_of_unreadable_photos_once_though_it_comes_by_them_often(pho
     assert again.skipped == job.skipped
 
 
-def test_unreadable_held_out_photos_are_judged_without(photos: Path, tmp_path: Path) -> None:
+def test_unreadable_held_out_photos_are_left_out_of_evaluations(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 3, 0)[1]
     folder = spoilt(photos, tmp_path / "photos", held_out[1])
     job = tiny.prepared(folder, tmp_path / "run", shown=tiny.views(sizes="48,64x48"))
@@ -214,14 +214,14 @@ def test_unreadable_held_out_photos_are_judged_without(photos: Path, tmp_path: P
     assert list(job.skipped) == [f"{held_out[1]:02}.png"]
 
 
-def test_without_any_held_out_photo_there_is_nothing_to_judge_by(photos: Path, tmp_path: Path) -> None:
+def test_run_needs_a_readable_held_out_photo(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 3, 0)[1]
     folder = spoilt(photos, tmp_path / "photos", *held_out)
     with pytest.raises(TrainError, match=r"none of the 3 held-out photos can be read: .*\.png.*not an image file"):
         tiny.prepared(folder, tmp_path / "run").training()
 
 
-def test_a_run_that_could_not_be_judged_is_begun_anew_with_others(photos: Path, tmp_path: Path) -> None:
+def test_run_without_readable_held_out_photos_can_be_restarted(photos: Path, tmp_path: Path) -> None:
     folder = spoilt(photos, tmp_path / "photos", *split(range(6), 1, 0)[1])
     with pytest.raises(TrainError, match="none of the 1 held-out photos can be read"):
         tiny.prepared(folder, tmp_path / "run", training=tiny.options(held_out=1)).training()
@@ -229,7 +229,7 @@ def test_a_run_that_could_not_be_judged_is_begun_anew_with_others(photos: Path, 
     assert progress.step == 6
 
 
-def test_a_photo_whose_field_is_gone_ends_the_run(photos: Path, tmp_path: Path) -> None:
+def test_unreadable_photo_of_a_stored_field_ends_the_run(photos: Path, tmp_path: Path) -> None:
     backbone, folder = tiny.backbone(), Path(shutil.copytree(photos, tmp_path / "photos"))
     store = tiny_training.fit(folder, tmp_path / "store", backbone, size=tiny.SIZE)
     source = tiny_training.Stored(store, open_dataset(folder))
@@ -239,10 +239,10 @@ def test_a_photo_whose_field_is_gone_ends_the_run(photos: Path, tmp_path: Path) 
         run.run()
 
 
-# --- where photos come from ---
+# --- sources of photos ---
 
 
-def test_folders_of_classes_are_trained_on_whatever_they_are_called(photos: Path, tmp_path: Path) -> None:
+def test_class_folders_of_any_name_are_used(photos: Path, tmp_path: Path) -> None:
     for number, photo in enumerate(sorted(photos.iterdir())):
         folder = tmp_path / "train" / ("n01440764", "n01443537", "one more")[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def test_folders_of_classes_are_trained_on_whatever_they_are_called(photos: Path
     assert len(job.training().sampler.images) == 3
 
 
-def test_shards_give_what_a_folder_gives(photos: Path, tmp_path: Path) -> None:
+def test_shards_give_the_same_run_as_a_folder(photos: Path, tmp_path: Path) -> None:
     for number in range(2):
         tiny.write_shard(tmp_path / "shards" / f"s-{number}.tar", photos, 3 * number, 3)
     tiny.distilled(photos, tmp_path / "folder")
@@ -261,7 +261,7 @@ def test_shards_give_what_a_folder_gives(photos: Path, tmp_path: Path) -> None:
     assert tiny.rows(tmp_path / "run") == tiny.rows(tmp_path / "folder")
 
 
-def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes(photos: Path, tmp_path: Path) -> None:
+def test_truncated_shard_is_used_up_to_the_damage(photos: Path, tmp_path: Path) -> None:
     shard = tiny.write_shard(tmp_path / "s.tar", photos)
     place = open_dataset(shard)[4]
     assert place.start is not None and place.size is not None
@@ -273,7 +273,7 @@ def test_a_shard_that_breaks_off_is_used_as_far_as_it_goes(photos: Path, tmp_pat
     assert "4 images before it are used" in dataset.skipped[0].reason
 
 
-def test_a_shard_that_breaks_off_while_it_is_read_costs_its_own_photos(photos: Path, tmp_path: Path) -> None:
+def test_shard_truncated_after_opening_loses_only_missing_photos(photos: Path, tmp_path: Path) -> None:
     shard = tiny.write_shard(tmp_path / "s.tar", photos)
     dataset = open_dataset(shard)
     last = dataset[5]
@@ -299,21 +299,19 @@ def test_shards_are_streamed_from_a_web_server(photos: Path, tmp_path: Path) -> 
     assert set(server.asked) == {"/s-0.tar", "/s-1.tar"}
 
 
-# --- servers that do not answer ---
+# --- unreachable servers ---
 
 
 @pytest.fixture
 def listed(photos: Path, tmp_path: Path) -> Path:
-    """Photos with a list of them, for a web server."""
+    """A folder of photos with a list of them, for a web server."""
     pytest.importorskip("aiohttp")
     folder = Path(shutil.copytree(photos, tmp_path / "web"))
     (folder / "list.txt").write_text("".join(f"{number:02}.png\n" for number in range(6)))
     return folder
 
 
-def test_a_photo_that_cannot_be_reached_is_asked_for_again(
-    listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_photo_is_requested_again(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos_module, "_AGAIN", (0, 0, 0))
     tiny.distilled(listed, tmp_path / "straight")
     with tiny.served(listed) as server:
@@ -326,7 +324,7 @@ def test_a_photo_that_cannot_be_reached_is_asked_for_again(
     assert run.reader.skipped == {}
 
 
-def test_held_out_photos_are_asked_for_again_as_well(
+def test_unreachable_held_out_photos_are_requested_again(
     listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(photos_module, "_AGAIN", (0, 0, 0))
@@ -337,11 +335,11 @@ def test_held_out_photos_are_asked_for_again_as_well(
     assert server.failed == 3
 
 
-def test_a_photo_that_stays_away_ends_the_run_which_goes_on_later(
+def test_run_ended_by_an_unreachable_photo_can_be_resumed(
     listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(photos_module, "_AGAIN", (0, 0))
-    monkeypatch.setattr(photos_module, "_DECODED", 1)  # so that the first steps are done before
+    monkeypatch.setattr(photos_module, "_DECODED", 1)  # so that the first steps finish before the failure
     monkeypatch.setattr("denoising_vit.distilled.train._AHEAD", 1)
     training = tiny.options(checkpoint_every=1)
     tiny.distilled(listed, tmp_path / "straight", training=training)
@@ -362,7 +360,7 @@ def test_a_photo_that_stays_away_ends_the_run_which_goes_on_later(
     assert tiny.results(tmp_path / "run") == tiny.results(tmp_path / "straight")
 
 
-def test_looks_at_held_out_photos_ask_no_server(listed: Path, tmp_path: Path) -> None:
+def test_evaluations_do_not_request_held_out_photos_again(listed: Path, tmp_path: Path) -> None:
     with tiny.served(listed) as server:
         run = tiny.prepared(open_dataset(f"{server.address}/list.txt"), tmp_path / "run").training()
         server.asked.clear()
@@ -372,7 +370,9 @@ def test_looks_at_held_out_photos_ask_no_server(listed: Path, tmp_path: Path) ->
     assert len(list((tmp_path / "run" / "panels").iterdir())) == 2
 
 
-def test_photos_of_fields_are_asked_for_again(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_photos_of_stored_fields_are_requested_again(
+    listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(photos_module, "_AGAIN", (0, 0))
     backbone = tiny.backbone()
     store = tiny_training.fit(listed, tmp_path / "store", backbone, size=tiny.SIZE)

@@ -1,4 +1,4 @@
-"""Two processes equal one on the doubled batch, and what becomes of a run that loses one of them."""
+"""Distillation with two processes: equal to one process with the doubled batch, and runs in which a process dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PHOTOS, HELD_OUT, STEPS = 7, 2, 4
 
-#: High enough for weights to move by more than a thousandth.
+#: High enough for weights to change by more than a thousandth.
 RATE = 0.01
 
 
@@ -36,7 +36,7 @@ def blank_panels() -> Iterator[None]:
 
 
 class Given(NamedTuple):
-    """What all runs share."""
+    """Inputs that all runs share."""
 
     photos: Path
     weights: Path
@@ -94,13 +94,13 @@ def two(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_together(dvit, arguments(given, run), folder=run.parent)
     assert done.codes == (0, 0), done.err
     assert "2 process(es)" in done.err
-    assert done.err.count("photos to train on") == 1  # the first process alone speaks
+    assert done.err.count("photos to train on") == 1  # only the first process prints
     return run
 
 
 @pytest.fixture(scope="module")
 def shared(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights shared out between the processes, and activations computed again."""
+    """Weights sharded between the processes, and activation checkpointing."""
     run = tmp_path_factory.mktemp("shared") / "run"
     more = ("--shard", "--checkpointing", "--ema", "0.5")
     done = run_together(dvit, arguments(given, run, *more), folder=run.parent)
@@ -114,7 +114,7 @@ def together(request: pytest.FixtureRequest) -> Path:
 
 
 def tensors(run: Path, kind: str, step: int = STEPS) -> dict[str, Tensor]:
-    """Of a checkpoint: of the model, or a part of the optimiser's state."""
+    """Tensors of a checkpoint: the model and one part of the optimiser's state."""
     found = load_file(run / "checkpoints" / f"step-{step:07}.safetensors")
     return {name: value for name, value in found.items() if name.startswith("model.") or kind == name.rsplit(".", 1)[1]}
 
@@ -126,15 +126,15 @@ def weights(run: Path, step: int = STEPS) -> dict[str, Tensor]:
 # --- two processes ---
 
 
-def test_losses_gradients_and_rates_are_those_of_the_doubled_batch(one: Path, together: Path) -> None:
+def test_losses_gradient_norms_and_rates_match_the_doubled_batch(one: Path, together: Path) -> None:
     for alone, both in zip(tiny.rows(one, "train"), tiny.rows(together, "train"), strict=True):
         assert both["rate"] == alone["rate"]
         for figure in ("loss", "mse", "cosine", "held", "gradient"):
             assert both[figure] == pytest.approx(alone[figure], rel=1e-5, abs=1e-6), figure
 
 
-def test_every_gradient_is_that_of_the_doubled_batch(one: Path, together: Path) -> None:
-    """AdamW keeps a moving average of them."""
+def test_every_gradient_matches_the_doubled_batch(one: Path, together: Path) -> None:
+    """Compared by the moving averages of gradients that AdamW keeps."""
     alone, both = (tensors(run, "exp_avg") for run in (one, together))
     assert alone.keys() == both.keys()
     averages = [name for name in alone if name.endswith("exp_avg")]
@@ -143,8 +143,8 @@ def test_every_gradient_is_that_of_the_doubled_batch(one: Path, together: Path) 
         torch.testing.assert_close(both[name], alone[name], rtol=0, atol=1e-5, msg=name)
 
 
-def test_weights_are_those_of_the_doubled_batch(given: Given, one: Path, together: Path) -> None:
-    """All but a handful, whose gradients are so near to zero that AdamW enlarges what is rounded off."""
+def test_weights_match_the_doubled_batch(given: Given, one: Path, together: Path) -> None:
+    """Except a few weights whose gradients are so close to zero that AdamW amplifies rounding errors."""
     before = tiny_fit.spec_of(given.weights).load().state_dict()
     moved = max(
         float((v - before[name.removeprefix("model.backbone.")]).abs().max()) for name, v in weights(one).items()
@@ -158,7 +158,7 @@ def test_weights_are_those_of_the_doubled_batch(given: Given, one: Path, togethe
     assert float(apart.norm()) < 1e-3 * moved * len(apart) ** 0.5
 
 
-def test_held_out_figures_and_models_agree(one: Path, two: Path) -> None:
+def test_held_out_metrics_and_written_models_match(one: Path, two: Path) -> None:
     alone, both = (tiny.rows(run, "held_out") for run in (one, two))
     assert [row["step"] for row in both] == [STEPS]
     for there, here in zip(alone, both, strict=True):
@@ -170,7 +170,7 @@ def test_held_out_figures_and_models_agree(one: Path, two: Path) -> None:
             torch.testing.assert_close(here[key], value, rtol=1e-3, atol=1e-3, msg=key)
 
 
-def test_the_average_of_shared_weights_is_whole(one: Path, shared: Path) -> None:
+def test_moving_average_of_sharded_weights_is_complete(one: Path, shared: Path) -> None:
     kept = load_file(shared / "checkpoints" / f"step-{STEPS:07}.safetensors")
     last = load_file(shared / "last.safetensors")
     for name, value in last.items():
@@ -180,29 +180,29 @@ def test_the_average_of_shared_weights_is_whole(one: Path, shared: Path) -> None
     assert last.keys() == load_file(one / "last.safetensors").keys()
 
 
-def test_a_run_of_two_processes_is_not_gone_on_with_by_one(given: Given, two: Path) -> None:
+def test_run_of_two_processes_cannot_be_resumed_by_one(given: Given, two: Path) -> None:
     training, shown = tiny.options(**OPTIONS, batch_size=2), tiny.views(**SHOWN)
     spec = tiny_fit.spec_of(given.weights)
     with pytest.raises(TrainError, match="processes was 2, now 1"):
         tiny.prepared(given.photos, two, spec, training, shown, denoiser=given.denoiser, resume=True)
 
 
-# --- accelerate's launcher, and a photo that one process alone cannot read ---
+# --- accelerate's launcher, and a photo that one process cannot read ---
 
-#: With --cpu it would start one process, however many are asked for; where they compute, the program is told.
+#: With --cpu it would start one process, whatever --num_processes is; the device is an option of the program.
 ACCELERATE = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 ACCELERATE += ["--dynamo_backend", "no", "--main_process_port"]
 
 
 def launch(arguments: list[str]) -> None:
-    """`accelerate launch`, as a program."""
+    """`accelerate launch` with these arguments."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     launch_command(launch_command_parser().parse_args(arguments))
 
 
 def launched(command: list[str], folder: Path) -> Ended:
-    """`dvit` in two processes of accelerate's launcher, which wants the number of a free port."""
+    """`dvit` in two processes of accelerate's launcher, which needs the number of a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -212,8 +212,8 @@ def launched(command: list[str], folder: Path) -> Ended:
     return Ended((code,), started.err.read_text())
 
 
-def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(given: Given, tmp_path: Path) -> None:
-    """Gradients are means over processes: half of those of the one that has a photo."""
+def test_accelerate_run_continues_if_one_process_cannot_read_its_photo(given: Given, tmp_path: Path) -> None:
+    """Gradients are means over processes: half of those of the process that has a photo."""
     trained = split(range(PHOTOS), HELD_OUT, 0)[0]
     first, second = Sampler(trained, ((48, 48), (32, 64)), tiny.views(**SHOWN), 0, 2).step(0)
     photos = tmp_path / "photos"
@@ -238,13 +238,13 @@ def test_accelerate_launches_it_and_one_process_without_a_photo_holds_nobody_up(
 # --- a process that dies ---
 
 
-def test_a_process_that_is_killed_ends_the_command_and_leaves_a_checkpoint(given: Given, tmp_path: Path) -> None:
-    """From which the run goes on, as from that of any crash."""
+def test_killed_process_ends_the_command_and_leaves_a_checkpoint(given: Given, tmp_path: Path) -> None:
+    """The run can be resumed from it, as after any crash."""
     run = tmp_path / "run"
     first, second = run_together(dying_dvit, arguments(given, run), folder=tmp_path).codes
     assert (first, second) == (1, -signal.SIGKILL)
     assert not (run / "last.safetensors").exists()
     left = max((run / "checkpoints").iterdir())
-    # The first may have been a step further.
+    # The first process may have been one step ahead.
     assert left.name in ("step-0000002.safetensors", "step-0000003.safetensors")
     assert all(torch.isfinite(value).all() for value in load_file(left).values())

@@ -1,4 +1,4 @@
-"""Runs of distillation: resumed bit for bit, in one batch or several, and nearer to the teacher in the end."""
+"""Distillation runs: exact resuming, gradient accumulation, and features that move closer to the teacher."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def all_on(**changes: Any) -> DistillOptions:
-    """Everything that has a state, or comes in parts."""
+    """Options with accumulation, a weight average, layer decay and weight decay."""
     values: dict[str, Any] = {"accumulate": 2, "ema": 0.7, "layer_decay": 0.8, "weight_decay": 0.01}
     return tiny.options(**(values | changes))
 
 
 @pytest.fixture(scope="module")
 def straight(one_thread: None, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with all on that nothing interrupts."""
+    """An uninterrupted run of six steps with the options of `all_on`."""
     run = tmp_path_factory.mktemp("straight") / "run"
     with tiny.blank_panels():
         tiny.distilled(photos, run, None, all_on())
@@ -70,35 +70,33 @@ def last_weights(run: Path) -> dict[str, Tensor]:
 # --- resume ---
 
 
-def test_the_same_run_gives_the_same_bits(photos: Path, straight: Path, tmp_path: Path) -> None:
+def test_same_run_is_bitwise_reproducible(photos: Path, straight: Path, tmp_path: Path) -> None:
     tiny.distilled(photos, tmp_path / "run", None, all_on())
     assert tiny.results(tmp_path / "run") == tiny.results(straight)
 
 
-def test_another_seed_gives_others(photos: Path, straight: Path, tmp_path: Path) -> None:
+def test_other_seed_gives_another_loss(photos: Path, straight: Path, tmp_path: Path) -> None:
     tiny.distilled(photos, tmp_path / "run", None, all_on(seed=1, steps=1))
     there, here = (tiny.rows(run, "train")[0] for run in (straight, tmp_path / "run"))
     assert here["loss"] != there["loss"]
 
 
 @pytest.mark.parametrize("stop", [3, 4])
-def test_stopped_after_any_step_it_goes_on_as_if_it_had_not(
-    photos: Path, straight: Path, tmp_path: Path, stop: int
-) -> None:
+def test_stopped_run_resumes_to_identical_results(photos: Path, straight: Path, tmp_path: Path, stop: int) -> None:
     _, progress = tiny.distilled(photos, tmp_path / "run", None, all_on(stop_at=stop))
     assert progress.step == stop
     assert not (tmp_path / "run" / "last.safetensors").exists()
     assert resumed(photos, tmp_path / "run") == tiny.results(straight)
 
 
-def test_stopped_again_and_again(photos: Path, straight: Path, tmp_path: Path) -> None:
+def test_run_stopped_several_times_resumes_to_identical_results(photos: Path, straight: Path, tmp_path: Path) -> None:
     for stop in (1, 2, 5):
         tiny.distilled(photos, tmp_path / "run", None, all_on(stop_at=stop), resume=stop > 1)
     assert resumed(photos, tmp_path / "run") == tiny.results(straight)
 
 
 class Interrupt:
-    """Ctrl-C, or a crash, when something has been called so often."""
+    """A callback that raises KeyboardInterrupt (Ctrl-C) or another error at the given call."""
 
     def __init__(self, calls: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         self.left, self.error = calls, error
@@ -110,7 +108,7 @@ class Interrupt:
 
 
 class Crash(Exception):
-    """Whatever ends a process at once."""
+    """Stands for anything that ends a process at once."""
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -123,10 +121,10 @@ def test_ctrl_c_after_a_step_loses_nothing(photos: Path, straight: Path, tmp_pat
 
 
 @pytest.mark.parametrize("call", [3, 4])
-def test_ctrl_c_in_the_middle_of_a_step_loses_that_step(
+def test_ctrl_c_during_a_step_loses_only_that_step(
     photos: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """The second of a step's two batches, or the first: gradients of the other are there already, or not."""
+    """In the first of the step's two batches, before any gradients, or in the second, with those of the first."""
     run = tiny.prepared(photos, tmp_path / "run", None, all_on()).training()
     teach, interrupt = run.teacher, Interrupt(call)
 
@@ -142,7 +140,7 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_that_step(
 
 
 @pytest.mark.parametrize("where", ["torch.optim.AdamW.step", "denoising_vit.distilled.train.Average.update"])
-def test_ctrl_c_while_weights_change_goes_on_from_the_checkpoint_before(
+def test_ctrl_c_during_an_update_resumes_from_the_last_checkpoint(
     photos: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     import denoising_vit.distilled.train as module
@@ -166,7 +164,9 @@ def test_ctrl_c_while_weights_change_goes_on_from_the_checkpoint_before(
 
 
 @pytest.mark.parametrize("look", [1, 2])
-def test_ctrl_c_while_held_out_photos_are_looked_at(photos: Path, straight: Path, tmp_path: Path, look: int) -> None:
+def test_ctrl_c_during_evaluation_resumes_from_the_last_checkpoint(
+    photos: Path, straight: Path, tmp_path: Path, look: int
+) -> None:
     run = tiny.prepared(photos, tmp_path / "run", None, all_on()).training()
     with pytest.raises(KeyboardInterrupt):
         run.run(on_look=Interrupt(look))
@@ -175,7 +175,7 @@ def test_ctrl_c_while_held_out_photos_are_looked_at(photos: Path, straight: Path
 
 
 class Two:
-    """The accelerator of one process that says there are two."""
+    """The accelerator of one process that reports two processes."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator, self.num_processes = accelerator, 2
@@ -185,7 +185,7 @@ class Two:
 
 
 @pytest.mark.parametrize("shard", [False, True])
-def test_ctrl_c_saves_where_one_process_has_all_weights(
+def test_ctrl_c_saves_only_if_one_process_has_all_weights(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: bool
 ) -> None:
     job = tiny.prepared(photos, tmp_path / "run", None, tiny.options(shard=shard, checkpoint_every=6))
@@ -199,7 +199,7 @@ def test_ctrl_c_saves_where_one_process_has_all_weights(
 
 
 @pytest.mark.parametrize("step", [1, 5])
-def test_after_a_crash_what_lies_beyond_the_checkpoint_is_done_again(
+def test_steps_after_the_last_checkpoint_are_repeated_after_a_crash(
     photos: Path, straight: Path, tmp_path: Path, step: int
 ) -> None:
     job = tiny.prepared(photos, tmp_path / "run", None, all_on())
@@ -210,12 +210,12 @@ def test_after_a_crash_what_lies_beyond_the_checkpoint_is_done_again(
     assert resumed(photos, tmp_path / "run") == tiny.results(straight)
 
 
-def test_a_run_that_is_over_stays_as_it_is(photos: Path, straight: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(photos: Path, straight: Path) -> None:
     before = tiny.results(straight)
     assert resumed(photos, straight) == before
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(
+def test_damaged_checkpoint_is_reported_and_previous_one_is_usable(
     photos: Path, straight: Path, tmp_path: Path
 ) -> None:
     job, _ = tiny.distilled(photos, tmp_path / "run", None, all_on(stop_at=4))
@@ -242,14 +242,14 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(
         ({}, {"flip": 0.1, "sizes": "64"}, 'views.flip was 0.5, now 0.1; views.sizes was "48", now "64"'),
     ],
 )
-def test_changed_options_are_refused_by_name(
+def test_error_for_changed_options_names_them(
     photos: Path, straight: Path, training: dict[str, Any], views: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(TrainError, match=f"resume with other options: {says}. Use the options of the run, or start"):
         tiny.prepared(photos, straight, None, all_on(**training), tiny.views(**views), resume=True)
 
 
-def test_another_teacher_backbone_or_other_photos_cannot_go_on(photos: Path, straight: Path, tmp_path: Path) -> None:
+def test_resume_rejects_another_teacher_backbone_or_photos(photos: Path, straight: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone()
     with pytest.raises(TrainError, match=r"teacher.denoisers was .*, now "):
         tiny.prepared(photos, straight, backbone, all_on(), denoiser=tiny.denoiser(backbone, seed=1), resume=True)
@@ -260,7 +260,7 @@ def test_another_teacher_backbone_or_other_photos_cannot_go_on(photos: Path, str
         tiny.prepared(others, straight, None, all_on(), resume=True)
 
 
-def test_a_run_of_another_stage_is_another_run(photos: Path, tmp_path: Path) -> None:
+def test_run_of_another_stage_cannot_be_resumed(photos: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone()
     store = tiny_training.fit(photos, tmp_path / "store", backbone, size=tiny.SIZE)
     source = tiny_training.Stored(store, tiny_training.open_dataset(photos))
@@ -273,7 +273,7 @@ def test_a_run_of_another_stage_is_another_run(photos: Path, tmp_path: Path) -> 
         tiny.prepared(photos, tmp_path / "denoiser")
 
 
-def test_a_run_is_not_begun_over_another(photos: Path, straight: Path, tmp_path: Path) -> None:
+def test_existing_run_and_missing_run_to_resume_are_rejected(photos: Path, straight: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="already has a run; use --resume to continue it, or choose another folder"):
         tiny.prepared(photos, straight, None, all_on())
     with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
@@ -316,8 +316,8 @@ def test_distilled_weights_of_another_backbone_are_refused(photos: Path, straigh
 # --- the arithmetic of a step ---
 
 
-def test_two_batches_of_two_are_one_of_four(photos: Path, tmp_path: Path) -> None:
-    """With crops of their own, so that no view is like another."""
+def test_accumulated_batches_equal_one_large_batch(photos: Path, tmp_path: Path) -> None:
+    """With random crops, so that all views differ."""
     shown = tiny.views(whole=0.5)
     for name, batch, accumulate in (("one", 4, 1), ("two", 2, 2), ("four", 1, 4)):
         training = tiny.options(batch_size=batch, accumulate=accumulate, learning_rate=0.01, steps=4)
@@ -333,7 +333,8 @@ def test_two_batches_of_two_are_one_of_four(photos: Path, tmp_path: Path) -> Non
             for figure in ("loss", "mse", "cosine", "held", "gradient", "rate"):
                 assert here[figure] == pytest.approx(there[figure], rel=2e-5, abs=1e-6), figure
         for key, value in tiny.without_key_biases(last_weights(tmp_path / name)).items():
-            # Adam enlarges the rounding of gradients near zero: by processor, a few values in 100,000 differ by more.
+            # Adam amplifies rounding errors of gradients near zero: depending on the processor, a few values in 100,000
+            # differ by more.
             difference = (value - tiny.without_key_biases(one)[key]).abs()
             assert float((difference > 1e-5).double().mean()) < 1e-4, key
             assert float(difference.max()) < 1e-4, key
@@ -388,7 +389,7 @@ def test_the_optimiser_is_adamw_at_the_published_rates(photos: Path, tmp_path: P
     assert rates == [learning_rate(step, 3, peak_rate(5e-3, 2), 1e-6, 0.15) for step in range(3)]
 
 
-def test_the_rate_is_for_all_views_of_a_step(photos: Path, tmp_path: Path) -> None:
+def test_learning_rate_scales_with_all_views_of_a_step(photos: Path, tmp_path: Path) -> None:
     training = tiny.options(steps=1, batch_size=2, accumulate=3, learning_rate=0.01)
     tiny.distilled(photos, tmp_path / "run", None, training)
     (row,) = tiny.rows(tmp_path / "run", "train")
@@ -396,7 +397,7 @@ def test_the_rate_is_for_all_views_of_a_step(photos: Path, tmp_path: Path) -> No
 
 
 def first_gradients(photos: Path, run: Path, depth: int = 3, **training: Any) -> tuple[dict[str, Tensor], Distillation]:
-    """Of the student's first batch, by the loss of a run."""
+    """Gradients of the student for the loss of the first batch, and the run."""
     made = tiny.prepared(photos, run, tiny.backbone(depth), tiny.options(**training)).training()
     (batch,) = made.reader.batches([made.sampler.step(0)])
     loss, _ = made._loss(made.student(batch.images), made.teacher(batch), batch.usable)
@@ -404,7 +405,7 @@ def first_gradients(photos: Path, run: Path, depth: int = 3, **training: Any) ->
     return tiny.gradients(made.student), made
 
 
-def test_activations_computed_again_give_the_same_gradients(photos: Path, tmp_path: Path) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(photos: Path, tmp_path: Path) -> None:
     passes: list[int] = []
     kept, plain = first_gradients(photos, tmp_path / "kept")
     job = tiny.prepared(photos, tmp_path / "again", tiny.backbone(3), tiny.options(checkpointing=True))
@@ -415,7 +416,7 @@ def test_activations_computed_again_give_the_same_gradients(photos: Path, tmp_pa
     loss, _ = run._loss(run.student(batch.images), run.teacher(batch), batch.usable)
     assert len(passes) == 1
     loss.backward()
-    assert len(passes) == 2  # computed again, not kept
+    assert len(passes) == 2  # recomputed, not kept
     again = tiny.gradients(run.student)
     assert again.keys() == kept.keys()
     for name, value in kept.items():
@@ -424,7 +425,7 @@ def test_activations_computed_again_give_the_same_gradients(photos: Path, tmp_pa
     assert not getattr(run.teacher.backbone.get_submodule("model"), "grad_checkpointing")  # noqa: B009
 
 
-def test_with_activations_computed_again_runs_are_the_same(photos: Path, tmp_path: Path) -> None:
+def test_activation_checkpointing_gives_the_same_weights(photos: Path, tmp_path: Path) -> None:
     for name, again in (("kept", False), ("again", True)):
         tiny.distilled(photos, tmp_path / name, None, tiny.options(checkpointing=again, learning_rate=2e-3))
     kept, again = (last_weights(tmp_path / name) for name in ("kept", "again"))
@@ -432,8 +433,8 @@ def test_with_activations_computed_again_runs_are_the_same(photos: Path, tmp_pat
         torch.testing.assert_close(again[name], value, rtol=0, atol=1e-6, msg=name)
 
 
-def test_blocks_further_from_the_output_take_smaller_steps(photos: Path, tmp_path: Path) -> None:
-    """The first step of AdamW is the rate, whatever the gradient."""
+def test_layer_decay_gives_earlier_blocks_smaller_steps(photos: Path, tmp_path: Path) -> None:
+    """The size of AdamW's first step is the learning rate, whatever the gradient."""
     backbone = tiny.backbone(4)
     before = tiny.copied(backbone)
     training = tiny.options(steps=1, layer_decay=0.5, weight_decay=0, learning_rate=0.01)
@@ -450,7 +451,7 @@ def test_blocks_further_from_the_output_take_smaller_steps(photos: Path, tmp_pat
     assert step("patch_embed.proj.weight") == pytest.approx(row["rate"] * 0.5**4, rel=0.05)
 
 
-def test_weight_decay_is_for_all_parameters_with_layer_decay_as_without(photos: Path, tmp_path: Path) -> None:
+def test_weight_decay_applies_to_all_parameters_with_layer_decay(photos: Path, tmp_path: Path) -> None:
     job = tiny.prepared(photos, tmp_path / "run")
     trained = {id(value) for value in job.student.parameters() if value.requires_grad}
     groups = trained_groups(job.student, weight_decay=0.3, layer_decay=0.5)
@@ -466,14 +467,14 @@ def test_weight_decay_is_for_all_parameters_with_layer_decay_as_without(photos: 
         "shard",
     ],
 )
-def test_what_needs_known_blocks_refuses_a_module_and_leaves_nothing(photos: Path, tmp_path: Path, option: str) -> None:
+def test_options_that_need_timm_blocks_reject_other_modules(photos: Path, tmp_path: Path, option: str) -> None:
     training = tiny.options(**{option: 0.5 if option == "layer_decay" else True})
     with pytest.raises(TrainError, match=f"--{option.replace('_', '-')} needs a timm model.*; got Tokens"):
         tiny.prepared(photos, tmp_path / "run", tiny.tokens(), training)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_module_is_trained_as_well(photos: Path, tmp_path: Path) -> None:
+def test_custom_module_can_be_trained(photos: Path, tmp_path: Path) -> None:
     training = tiny.options(steps=20, evaluate_every=20, learning_rate=0.1)
     tiny.distilled(photos, tmp_path / "run", tiny.tokens(), training)
     (figures,) = tiny.rows(tmp_path / "run", "held_out")
@@ -482,7 +483,7 @@ def test_a_module_is_trained_as_well(photos: Path, tmp_path: Path) -> None:
     assert torch.equal(head[0], tiny.Tokens().head.weight)
 
 
-def test_bfloat16_is_near_to_float32_and_keeps_weights_exact(photos: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_close_to_float32_and_keeps_float32_weights(photos: Path, tmp_path: Path) -> None:
     for precision in ("float32", "bfloat16"):
         tiny.distilled(photos, tmp_path / precision, None, tiny.options(precision=precision, learning_rate=2e-3))
     exact, fast = (tiny.rows(tmp_path / name, "train") for name in ("float32", "bfloat16"))
@@ -492,7 +493,7 @@ def test_bfloat16_is_near_to_float32_and_keeps_weights_exact(photos: Path, tmp_p
     assert {value.dtype for value in last_weights(tmp_path / "bfloat16").values()} == {torch.float32}
 
 
-# --- which views ---
+# --- sampled views ---
 
 
 def test_held_out_photos_are_never_trained_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,35 +526,37 @@ def test_the_backbones_own_size_is_the_default(photos: Path, tmp_path: Path) -> 
     assert tiny.prepared(photos, tmp_path / "run", shown=tiny.views(sizes=None)).sizes == ((512, 512),)
 
 
-def test_sizes_off_the_patch_grid_leave_nothing(photos: Path, tmp_path: Path) -> None:
+def test_sizes_off_the_patch_grid_are_rejected_and_create_no_folder(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(SizeError, match=r"a side of 50 pixels does not fit .* Nearest: 48 or 64"):
         tiny.prepared(photos, tmp_path / "run", shown=tiny.views(sizes="48,50x64"))
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_are_what_the_epochs_take(photos: Path, tmp_path: Path) -> None:
+def test_number_of_steps_follows_from_the_epochs(photos: Path, tmp_path: Path) -> None:
     job = tiny.prepared(photos, tmp_path / "run", None, tiny.options(steps=0, epochs=3, accumulate=2))
     assert job.options.steps == 3 * 8 / 4
     assert json.loads((tmp_path / "run" / "run.json").read_text())["options"]["steps"] == 6
 
 
-def test_too_few_photos_leave_nothing(photos: Path, tmp_path: Path) -> None:
+def test_too_few_photos_are_rejected_and_create_no_folder(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="expected more than 11 images, because 11 are held out"):
         tiny.prepared(photos, tmp_path / "run", None, tiny.options(held_out=11))
     assert not (tmp_path / "run").exists()
 
 
-def test_without_accelerate_the_extra_is_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_accelerate_names_the_extra_to_install(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
     with pytest.raises(TrainError, match=r"training needs accelerate: pip install 'denoising-vit\[train\]'"):
         tiny.prepared(photos, tmp_path / "run")
 
 
-# --- what is not finite ---
+# --- non-finite values ---
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_and_names_the_photos(
+def test_non_finite_loss_or_gradient_stops_and_names_the_photos(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     job = tiny.prepared(photos, tmp_path / "run", None, tiny.options(accumulate=2))
@@ -563,7 +566,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_photos(
 
     def spoilt(batch: Any) -> Any:
         lesson = teach(batch)
-        if next(calls) == 7:  # of the fourth step, the second batch
+        if next(calls) == 7:  # the second batch of the fourth step
             lesson.features[0][0, 0, 0, 0] = math.nan
         return lesson
 
@@ -582,12 +585,12 @@ def test_what_is_not_finite_stops_the_run_and_names_the_photos(
     assert all(torch.isfinite(value).all() for value in last_weights(tmp_path / "run").values())
 
 
-# --- whether it learns ---
+# --- learning ---
 
 
 @pytest.fixture(scope="module")
 def learnt(one_thread: None, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
-    """Runs that are alike but for the weight of the loss that holds prefix tokens."""
+    """Runs that differ only in the weight of the loss that holds prefix tokens."""
     folder = tmp_path_factory.mktemp("learnt")
     training = tiny.options(steps=40, batch_size=4, learning_rate=0.024, evaluate_every=20, checkpoint_every=40)
     with tiny.blank_panels():
@@ -597,7 +600,7 @@ def learnt(one_thread: None, photos: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("hold", [1.0, 0.0])
-def test_held_out_features_come_nearer_to_the_teacher(learnt: dict[float, Path], hold: float) -> None:
+def test_held_out_features_move_closer_to_the_teacher(learnt: dict[float, Path], hold: float) -> None:
     told = tiny.rows(learnt[hold], "held_out")
     assert [row["step"] for row in told] == [20, 40]
     assert told[-1]["ratio"] < 0.5
@@ -613,7 +616,7 @@ def test_held_prefix_tokens_drift_less(learnt: dict[float, Path]) -> None:
     assert min(row["held"] for row in tiny.rows(learnt[1.0], "train")[1:]) > 0
 
 
-def test_several_layers_come_nearer_at_once(photos: Path, tmp_path: Path) -> None:
+def test_several_layers_are_distilled_at_once(photos: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone(3)
     also = [tiny.denoiser(backbone.at_layer(1), seed=1)]
     training = tiny.options(steps=20, learning_rate=0.03, evaluate_every=1, checkpoint_every=20, stop_at=1)
@@ -626,7 +629,7 @@ def test_several_layers_come_nearer_at_once(photos: Path, tmp_path: Path) -> Non
     assert last["layer_1_cosine"] > first["layer_1_cosine"] + 0.2
 
 
-# --- what a run leaves ---
+# --- files of a run ---
 
 
 def test_log_and_panels(straight: Path) -> None:
@@ -652,7 +655,7 @@ def test_log_and_panels(straight: Path) -> None:
     ]
 
 
-def test_tensorboard_holds_the_same(straight: Path) -> None:
+def test_tensorboard_matches_the_log(straight: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -663,7 +666,7 @@ def test_tensorboard_holds_the_same(straight: Path) -> None:
     assert [event.step for event in board.Scalars("held_out/class_drift")] == [3, 6]
 
 
-def test_what_is_told_while_it_goes(photos: Path, tmp_path: Path) -> None:
+def test_callbacks_get_every_step_and_evaluation(photos: Path, tmp_path: Path) -> None:
     steps: list[int] = []
     looks: list[int] = []
     job: DistillJob = tiny.prepared(photos, tmp_path / "run")
@@ -674,7 +677,7 @@ def test_what_is_told_while_it_goes(photos: Path, tmp_path: Path) -> None:
     assert (progress.best, progress.best_step) == (best["cosine"], best["step"])
 
 
-def test_the_average_is_in_the_file_and_the_weights_are_in_the_checkpoint(straight: Path) -> None:
+def test_result_holds_the_average_and_checkpoints_hold_both_weights(straight: Path) -> None:
     checkpoint = load_file(max((straight / "checkpoints").iterdir()))
     for name, value in load_file(straight / "last.safetensors").items():
         assert torch.equal(value, checkpoint[f"more.backbone.model.{name}"].half())

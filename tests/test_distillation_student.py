@@ -1,4 +1,4 @@
-"""What is trained, what is left alone, and the moving average of it."""
+"""Which parameters are trained, which stay unchanged, and their moving average."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def student(backbone: Backbone, layers: tuple[int, ...] = (), *, prefix: bool = 
 
 
 def names(model: Student) -> set[str]:
-    """Of the parameters that are trained, as the model calls them by itself."""
+    """Names of the trained parameters, as in the original model."""
     return {name.removeprefix("backbone.model.") for name, _ in trained(model)}
 
 
@@ -50,19 +50,19 @@ def blocks(model: Student) -> set[int]:
 # --- which parameters ---
 
 
-def test_all_of_a_model_is_trained_whose_last_layer_is_taught() -> None:
+def test_all_parameters_are_trained_if_the_last_layer_is_taught() -> None:
     model = student(tiny.backbone())
     assert names(model) == {name.removeprefix("backbone.model.") for name, _ in model.named_parameters()}
     assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.bias"} <= names(model)
 
 
-def test_blocks_behind_the_layer_are_not_trained() -> None:
+def test_blocks_after_the_layer_are_not_trained() -> None:
     model = student(tiny.backbone(12, 5))
     assert blocks(model) == set(range(6))
     assert {"cls_token", "norm.weight"} <= names(model)
 
 
-def test_a_norm_that_is_not_applied_is_not_trained() -> None:
+def test_unused_norm_is_not_trained() -> None:
     assert not {name for name in names(student(tiny.backbone(3, 1, norm=False))) if name.startswith("norm.")}
 
 
@@ -72,13 +72,13 @@ def test_blocks_up_to_the_last_of_several_layers_are_trained(layers: tuple[int, 
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_heads_that_decide_nothing_are_not_trained(prefix: bool) -> None:
+def test_unused_heads_are_not_trained(prefix: bool) -> None:
     trained_names = names(student(tiny.tokens(), prefix=prefix))
     assert {"project.weight", "project.bias"} <= trained_names
     assert not trained_names & {"head.weight", "head.bias"}
 
 
-def test_asking_which_leaves_no_trace() -> None:
+def test_finding_trained_parameters_changes_nothing() -> None:
     backbone = tiny.backbone()
     before = tiny.copied(backbone)
     model = student(backbone)
@@ -86,13 +86,13 @@ def test_asking_which_leaves_no_trace() -> None:
     tiny.assert_same(tiny.copied(backbone), before)
 
 
-def test_asked_again_for_another_layer_it_trains_what_that_takes() -> None:
+def test_trained_blocks_follow_a_change_of_layer() -> None:
     backbone = tiny.backbone(3)
     assert blocks(student(backbone)) == {0, 1, 2}
     assert blocks(student(backbone.at_layer(0))) == {0}
 
 
-def test_a_function_has_nothing_to_train() -> None:
+def test_function_without_weights_is_rejected() -> None:
     def patches(image: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(image, 16)
 
@@ -101,7 +101,7 @@ def test_a_function_has_nothing_to_train() -> None:
 
 
 class OneSize(nn.Module):
-    """Takes the size that its position embedding is for, and no other, as many models do."""
+    """Accepts only the size of its position embedding, as many models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,10 +125,10 @@ def test_overlapping_patches_are_trained(stride: int | None) -> None:
     assert "patch_embed.proj.weight" in names(student(backbone))
 
 
-# --- what it gives ---
+# --- outputs ---
 
 
-def test_its_features_are_those_of_the_backbone() -> None:
+def test_features_and_prefix_match_the_backbone() -> None:
     backbone, image = tiny.backbone(3), torch.randn(2, 3, 48, 64)
     with torch.no_grad():
         (features,), (prefix,) = Student(backbone)(image)
@@ -137,7 +137,7 @@ def test_its_features_are_those_of_the_backbone() -> None:
     assert torch.equal(prefix, expected[1])
 
 
-def test_several_layers_come_its_own_first_then_as_asked_for() -> None:
+def test_own_layer_comes_first_then_the_given_order() -> None:
     backbone, image = tiny.backbone(3), torch.randn(2, 3, 48, 64)
     with torch.no_grad():
         features, prefixes = Student(backbone, (1, 0))(image)
@@ -147,7 +147,7 @@ def test_several_layers_come_its_own_first_then_as_asked_for() -> None:
             torch.testing.assert_close(prefixes[place], alone[1])
 
 
-# --- what a run leaves alone ---
+# --- what a run does not change ---
 
 
 @pytest.mark.parametrize("make", [tiny.backbone, tiny.tokens])
@@ -169,15 +169,15 @@ def test_a_run_changes_neither_the_callers_backbone_nor_the_teacher(
     assert {name.removeprefix("model.") for name in moved} == names(job.student)
 
 
-def test_the_student_does_not_pass_for_the_backbone_that_it_was(photos: Path, tmp_path: Path) -> None:
+def test_trained_student_does_not_match_the_original_fingerprint(photos: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone()
-    assert backbone.fingerprint  # asked for before it is copied
+    assert backbone.fingerprint  # computed before the copy
     job, _ = tiny.distilled(photos, tmp_path / "run", backbone)
     assert not job.student.backbone.fingerprint.matches(backbone.fingerprint)
     assert not job.training().evaluated.backbone.fingerprint.matches(backbone.fingerprint)
 
 
-def test_a_backbone_in_words_is_loaded_once_for_each_of_the_two(photos: Path, tmp_path: Path) -> None:
+def test_backbone_spec_is_loaded_for_teacher_and_student_separately(photos: Path, tmp_path: Path) -> None:
     spec = tiny_fit.spec_of(tiny_fit.write_weights(tmp_path / "tiny.safetensors"))
     before = tiny.copied(spec.load())
     denoiser = tiny.denoiser(spec.load())
@@ -186,16 +186,16 @@ def test_a_backbone_in_words_is_loaded_once_for_each_of_the_two(photos: Path, tm
     assert not torch.equal(tiny.copied(job.student.backbone)["model.cls_token"], before["model.cls_token"])
 
 
-def test_a_backbone_in_another_precision_is_taught_in_float32(photos: Path, tmp_path: Path) -> None:
+def test_student_of_a_bfloat16_backbone_is_trained_in_float32(photos: Path, tmp_path: Path) -> None:
     spec = tiny_fit.spec_of(tiny_fit.write_weights(tmp_path / "tiny.safetensors"), dtype="bfloat16")
     job = tiny.prepared(photos, tmp_path / "run", spec, denoiser=tiny.denoiser(None))
     exact = tiny.copied(tiny_fit.spec_of(tmp_path / "tiny.safetensors").load())
     assert job.teacher.backbone.dtype == torch.bfloat16
-    tiny.assert_same(tiny.copied(job.student.backbone), exact)  # not what bfloat16 left of it
+    tiny.assert_same(tiny.copied(job.student.backbone), exact)  # not rounded to bfloat16
     assert job.training().evaluated.backbone.dtype == torch.bfloat16
 
 
-def test_blocks_behind_the_layer_stay_as_they_are_in_a_run(photos: Path, tmp_path: Path) -> None:
+def test_blocks_after_the_layer_stay_unchanged_in_a_run(photos: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone(4, 1)
     before = tiny.copied(backbone)
     job, _ = tiny.distilled(photos, tmp_path / "run", backbone, tiny.options(weight_decay=0.5, ema=0.5))
@@ -224,7 +224,7 @@ def test_average_by_hand() -> None:
     assert not average.values["weight"].requires_grad
 
 
-def test_average_of_a_run_is_what_is_judged_and_kept(photos: Path, tmp_path: Path) -> None:
+def test_average_of_a_run_is_evaluated(photos: Path, tmp_path: Path) -> None:
     job = tiny.prepared(photos, tmp_path / "run", training=tiny.options(ema=0.8, evaluate_every=6))
     run = job.training()
     judged: list[dict[str, Tensor]] = []
@@ -249,7 +249,7 @@ def test_average_of_a_run_is_what_is_judged_and_kept(photos: Path, tmp_path: Pat
     assert not torch.allclose(shown["backbone.model.cls_token"], raw["backbone.model.cls_token"], atol=1e-4)
 
 
-def test_without_an_average_the_weights_themselves_are_judged(photos: Path, tmp_path: Path) -> None:
+def test_without_ema_checkpoints_hold_no_average(photos: Path, tmp_path: Path) -> None:
     job, _ = tiny.distilled(photos, tmp_path / "run")
     more = [name for name in _tensors(job.folder.checkpoints.last) if name.startswith("more.")]
     assert more == []

@@ -1,4 +1,4 @@
-"""What is taught: what a denoiser makes of a frozen backbone's layers, or the fields of stage 1."""
+"""Teachers: a denoiser on layers of a frozen backbone, or the fields of stage 1."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def images() -> Tensor:
 # --- a denoiser ---
 
 
-def test_a_lesson_is_what_the_denoised_vit_gives(images: Tensor) -> None:
+def test_targets_match_the_denoised_vit(images: Tensor) -> None:
     backbone = tiny.backbone(3)
     denoiser = tiny.denoiser(backbone)
     lesson = DenoiserTeacher.of(backbone, denoiser)(batch(images))
@@ -61,7 +61,7 @@ def test_a_lesson_is_what_the_denoised_vit_gives(images: Tensor) -> None:
     assert not torch.allclose(lesson.features[0], raw, atol=0.1)
 
 
-def test_several_layers_are_each_those_of_their_own_backbone_and_denoiser(images: Tensor) -> None:
+def test_each_layer_matches_its_own_backbone_and_denoiser(images: Tensor) -> None:
     backbone = tiny.backbone(4)
     layers = (3, 2, 0)
     denoisers = [tiny.denoiser(backbone.at_layer(layer), seed=layer) for layer in layers]
@@ -77,7 +77,7 @@ def test_several_layers_are_each_those_of_their_own_backbone_and_denoiser(images
         torch.testing.assert_close(lesson.prefixes[place], prefix)
 
 
-def test_layers_behind_its_own_are_taught_as_well(images: Tensor) -> None:
+def test_further_layer_may_come_after_the_backbone_layer(images: Tensor) -> None:
     backbone = tiny.backbone(4, 1)
     denoisers = [tiny.denoiser(backbone), tiny.denoiser(backbone.at_layer(3), seed=3)]
     lesson = DenoiserTeacher.of(backbone, denoisers[0], denoisers[1:])(batch(images))
@@ -85,7 +85,7 @@ def test_layers_behind_its_own_are_taught_as_well(images: Tensor) -> None:
         torch.testing.assert_close(lesson.features[1], DenoisedViT(tiny.backbone(4, 3), denoisers[1])(images))
 
 
-def test_lessons_are_float32_and_without_gradients(images: Tensor) -> None:
+def test_targets_are_float32_without_gradients(images: Tensor) -> None:
     backbone = tiny.backbone().to(torch.bfloat16)
     lesson = DenoiserTeacher.of(backbone, tiny.denoiser(None).to(torch.bfloat16))(batch(images))
     for value in (part for parts in lesson for part in parts):
@@ -93,7 +93,7 @@ def test_lessons_are_float32_and_without_gradients(images: Tensor) -> None:
         assert not value.requires_grad
 
 
-def test_denoisers_are_given_in_any_form(tmp_path: Path, images: Tensor) -> None:
+def test_denoisers_may_be_objects_or_paths(tmp_path: Path, images: Tensor) -> None:
     backbone = tiny.backbone(3)
     own, other = tiny.denoiser(backbone), tiny.denoiser(backbone.at_layer(1), seed=1)
     files = [tiny.write(made, tmp_path / f"{number}.safetensors") for number, made in enumerate((own, other))]
@@ -110,7 +110,7 @@ def test_denoisers_are_given_in_any_form(tmp_path: Path, images: Tensor) -> None
     assert teachers[0].identity == teachers[1].identity == teachers[2].identity
 
 
-def test_identity_tells_of_denoisers_and_layers() -> None:
+def test_identity_depends_on_denoisers_and_layers() -> None:
     backbone = tiny.backbone(3)
     denoisers = [tiny.denoiser(backbone.at_layer(layer)) for layer in (2, 1)]
     teacher = DenoiserTeacher.of(backbone, denoisers[0], denoisers[1:])
@@ -120,9 +120,7 @@ def test_identity_tells_of_denoisers_and_layers() -> None:
     assert other.identity["denoisers"] != digests
 
 
-def test_the_denoiser_that_comes_with_the_package_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
-) -> None:
+def test_shipped_denoiser_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
     backbone = tiny.backbone()
     made = tiny.denoiser(backbone)
     monkeypatch.setattr(loading, "_SHIPPED", tmp_path)
@@ -134,7 +132,7 @@ def test_the_denoiser_that_comes_with_the_package_is_found(
         torch.testing.assert_close(lesson.features[0], DenoisedViT(backbone, made)(images))
 
 
-# --- a denoiser that is not for it ---
+# --- denoisers that do not match ---
 
 
 def test_a_denoiser_of_other_weights_is_refused() -> None:
@@ -154,14 +152,14 @@ def test_a_denoiser_of_another_width_is_refused() -> None:
 
 
 def wider(layer: int) -> Denoiser:
-    """Says that it is for a layer of the tiny ViT, and is as wide as another model."""
+    """A denoiser recorded for a layer of the tiny ViT, but with the width of another model."""
     made = tiny.denoiser(None, channels=384)
     made.trained_for = describe(tiny.backbone(3, layer))
     return made
 
 
 def recorded(**changes: Any) -> Denoiser:
-    """For layer 1 of the ViT of three blocks, with other words in its record."""
+    """A denoiser for layer 1 of the ViT with three blocks, with changes in its record."""
     made = tiny.denoiser(tiny.backbone(3, 1))
     assert made.trained_for is not None
     made.trained_for |= changes
@@ -178,7 +176,7 @@ def recorded(**changes: Any) -> Denoiser:
         (lambda: recorded(layer=None), r"does not record its layer .* was trained with --layer"),
         (lambda: tiny.denoiser(tiny.backbone(3)), r"given: duplicate denoiser for layer 2; expected one each"),
         (lambda: tiny.denoiser(tiny.backbone(3, 1, seed=1)), r"trained for .*seed 1.*, got .*seed 0"),
-        (lambda: recorded(layer=0), r"trained for .*layer 0.*, got .*layer 0.*fingerprint"),  # words alone do not count
+        (lambda: recorded(layer=0), r"trained for .*layer 0.*, got .*layer 0.*fingerprint"),  # the fingerprint counts
         (lambda: wider(1), r"the denoiser has 384 channels, but .*layer 1.* has 192"),
     ],
     ids=["no record", "no layer", "own layer", "other weights", "wrong layer", "other width"],
@@ -203,7 +201,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
         DenoiserTeacher.of(backbone, tiny.denoiser(backbone), [tiny.denoiser(tiny.backbone(4))])
 
 
-def test_a_module_has_no_further_layers() -> None:
+def test_further_layers_of_a_module_are_refused() -> None:
     backbone = tiny.tokens()
     further = tiny.denoiser(tiny.backbone(), channels=64)
     with pytest.raises(BackboneError, match=r"Tokens is a module, whose blocks are not known"):
@@ -222,7 +220,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, also: bool) -> None:
 # --- another layer of the same weights ---
 
 
-def test_another_layer_has_the_same_weights_and_leaves_the_first_as_it_is(images: Tensor) -> None:
+def test_at_layer_shares_weights_and_keeps_the_original(images: Tensor) -> None:
     backbone = tiny.backbone(4)
     before = backbone.fingerprint
     other = backbone.at_layer(-3)
@@ -237,12 +235,12 @@ def test_another_layer_has_the_same_weights_and_leaves_the_first_as_it_is(images
 
 
 @pytest.mark.parametrize("layer", [4, -5])
-def test_another_layer_is_one_that_there_is(layer: int) -> None:
+def test_at_layer_out_of_range_is_refused(layer: int) -> None:
     with pytest.raises(BackboneError, match=rf"has 4 blocks: layers must be -4 to 3, got {layer}"):
         tiny.backbone(4).at_layer(layer)
 
 
-def test_of_a_module_no_other_layer_is_known() -> None:
+def test_at_layer_of_a_module_is_refused() -> None:
     with pytest.raises(BackboneError, match="whose blocks are not known"):
         tiny.tokens().at_layer(0)
 
@@ -283,7 +281,7 @@ def test_fields_are_sampled_at_the_patches_of_each_view(fitted: tuple[Backbone, 
     assert torch.equal(lesson.prefixes[0], prefix)
 
 
-def test_a_run_on_fields_comes_nearer_to_them(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:
+def test_training_on_fields_approaches_them(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:
     training = tiny.options(steps=20, batch_size=4, held_out=1, learning_rate=1e-3, evaluate_every=20)
     job, progress = tiny.distilled(stored(fitted), tmp_path / "run", fitted[0], training)
     assert isinstance(job.teacher, FieldTeacher)
@@ -297,7 +295,7 @@ def test_a_run_on_fields_comes_nearer_to_them(fitted: tuple[Backbone, Path, Path
 
 
 @pytest.mark.parametrize("more", ["denoiser", "also"])
-def test_fields_and_a_denoiser_are_two_teachers(fitted: tuple[Backbone, Path, Path], tmp_path: Path, more: str) -> None:
+def test_fields_with_a_denoiser_are_refused(fitted: tuple[Backbone, Path, Path], tmp_path: Path, more: str) -> None:
     denoiser = tiny.denoiser(fitted[0])
     given: dict[str, Any] = {"denoiser": denoiser} if more == "denoiser" else {"also": [denoiser]}
     with pytest.raises(TrainError, match="with --fields, the targets are the store's fields; omit the denoiser"):
@@ -321,7 +319,7 @@ def test_fields_on_the_patch_grid_are_too_coarse_for_crops(fitted: tuple[Backbon
     tiny.prepared(source, tmp_path / "run", backbone, shown=tiny.views(whole=1))
 
 
-def test_views_of_fields_are_drawn_as_they_are_needed(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:
+def test_views_of_fields_are_drawn_lazily(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:
     run = tiny.prepared(stored(fitted), tmp_path / "run", fitted[0], tiny.options(steps=500)).training()
     drawn: list[list[Sample]] = []
     plan = own_batches(run.sampler, range(run.options.last_step), run.options.batch_size, run.accelerator)

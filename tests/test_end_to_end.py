@@ -1,4 +1,4 @@
-"""The whole way on a real pretrained ViT and real photographs, as a user goes it."""
+"""End-to-end tests as a user would run them, with a real pretrained ViT and real photos."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def roughness(features: Tensor) -> float:
-    """Energy of the differences that a smooth map does not have, as a share of the variance."""
+    """Energy of mixed differences, which a smooth map lacks, as a share of the variance."""
     mixed = features[1:, 1:] - features[:-1, 1:] - features[1:, :-1] + features[:-1, :-1]
     return float(mixed.square().sum() / (features - features.mean((0, 1))).square().sum())
 
@@ -58,7 +58,7 @@ def test_two_photos_show_the_same_artifact(results: list[dv.Decomposition]) -> N
     assert abs(correlation(first.semantic, second.semantic)) < 0.3
 
 
-def test_the_artifact_is_what_the_backbone_says_about_a_black_image(
+def test_artifact_correlates_with_features_of_a_black_image(
     backbone: dv.Backbone, results: list[dv.Decomposition]
 ) -> None:
     black = (torch.zeros(3) - torch.tensor(backbone.mean)) / torch.tensor(backbone.std)
@@ -73,7 +73,7 @@ def test_denoised_features_are_less_rough_than_raw_ones(results: list[dv.Decompo
         assert roughness(result.semantic) < 0.8 * roughness(result.raw)
 
 
-def test_the_same_seed_gives_the_same_bits(backbone: dv.Backbone) -> None:
+def test_same_seed_is_bit_identical(backbone: dv.Backbone) -> None:
     first, second = (dv.denoise_image(backbone, data.coffee(), size=140, views=12, seed=3) for _ in range(2))
     assert torch.equal(first.semantic, second.semantic)
     assert torch.equal(first.artifact, second.artifact)
@@ -82,12 +82,12 @@ def test_the_same_seed_gives_the_same_bits(backbone: dv.Backbone) -> None:
 def test_bfloat16_and_float32_agree(backbone: dv.Backbone) -> None:
     exact = dv.load_backbone(MODEL, weights="bundled", dtype="float32")
     low = dv.load_backbone(MODEL, weights="bundled", dtype="bfloat16")
-    # Small: where the processor lacks bfloat16, it is six times as slow as float32.
+    # Small, because bfloat16 is six times as slow as float32 on processors without it.
     fields = [dv.denoise_image(model, data.coffee(), size=140, views=8).semantic for model in (exact, low)]
     assert float(torch.cosine_similarity(*fields, dim=-1).mean()) > 0.999
 
 
-def test_the_command_line_makes_features_and_a_picture(tmp_path: Path) -> None:
+def test_command_line_writes_features_and_a_panel(tmp_path: Path) -> None:
     Image.fromarray(data.coffee()).save(tmp_path / "coffee.jpg")
     command = [Path(sys.executable).with_name("dvit"), "denoise", "coffee.jpg", "-o", "out", "--json"]
     command += ["--size", "112", "--views", "12", "--weights", "bundled", "--method", "exact"]
@@ -104,12 +104,12 @@ def test_the_command_line_makes_features_and_a_picture(tmp_path: Path) -> None:
         assert np.asarray(panel.convert("RGB")).std() > 20
 
 
-def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
     lines = code.group(1).replace('"examples/cat.jpg"', f'"{ROOT}/examples/cat.jpg"')
     monkeypatch.chdir(tmp_path)
-    few = functools.partial(dv.DenoiseOptions, views=5, held_out=0)  # the fewest that can be solved
+    few = functools.partial(dv.DenoiseOptions, views=5, held_out=0)  # the fewest views that can be solved
     monkeypatch.setattr("denoising_vit.denoise.DenoiseOptions", few)
     namespace: dict[str, object] = {}
     exec(compile(lines, "README.md", "exec"), namespace)

@@ -1,4 +1,4 @@
-"""The exact solver against planted truths, a dense solve, and its own promises."""
+"""The exact solver against planted truths and a dense solve, and its guarantees."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_equals_a_dense_solve(penalties: Penalties, taper: float, offsets: bool)
 
 
 @pytest.mark.parametrize(("stride", "taper"), [(14, 0.0), (14, 0.3), (7, 0.3)])
-def test_planted_field_and_artifact_come_back(stride: int, taper: float) -> None:
+def test_planted_field_and_artifact_are_recovered(stride: int, taper: float) -> None:
     plan = ViewPlan.make(64, size=(11 * PATCH, 13 * PATCH), patch_size=PATCH, stride=stride, taper=taper)
     field, artifact = noise(*plan.resolution, 3), mean_free(noise(*plan.grid, 3, seed=1))
     found_field, found_artifact = fit(plan, views_of(plan, field, artifact), **EXACT)
@@ -147,7 +147,7 @@ def test_planted_field_and_artifact_come_back(stride: int, taper: float) -> None
     assert error(found_artifact, artifact) < 1e-5
 
 
-def test_default_penalties_bend_a_smooth_field_little() -> None:
+def test_default_penalties_barely_change_a_smooth_field() -> None:
     plan = make_plan(64, grid=(16, 16))
     field, artifact = smooth_field(*plan.resolution), 0.5 * mean_free(noise(*plan.grid, 4))
     found_field, found_artifact = fit(plan, views_of(plan, field, artifact), **DEFAULT)
@@ -200,7 +200,7 @@ def test_patterns_fixed_to_the_view_move_into_the_artifact(pattern: Any) -> None
 
     left = on_the_grid(field - clean)
     share = float((mean_free(left) * planted).sum() / planted.square().sum())
-    assert abs(share) < 0.01  # of the pattern, what is still seen in the semantic map
+    assert abs(share) < 0.01  # fraction of the pattern that is left in the semantic map
     assert error(artifact, planted) < 0.05
 
 
@@ -214,7 +214,7 @@ def test_artifact_has_mean_zero_and_a_constant_goes_to_the_field() -> None:
     assert torch.allclose(shifted_field, field + 7.5, atol=1e-9)
 
 
-def test_what_a_crop_adds_to_all_of_its_features_stays_out_of_field_and_artifact(
+def test_offset_of_each_view_stays_out_of_field_and_artifact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(exact, "_OFFSET_SHRINKAGE", 1e-8)
@@ -259,7 +259,7 @@ def test_project_and_spread_are_adjoint() -> None:
     assert torch.allclose(solver.project(field), weighed.sum(0))
 
 
-def test_images_can_be_solved_side_by_side() -> None:
+def test_channels_are_solved_independently() -> None:
     plan = make_plan(32)
     features = noise(32, *plan.grid, 6)
     together = fit(plan, features, **DEFAULT)
@@ -275,7 +275,7 @@ def test_too_few_views_are_refused_with_the_number_needed() -> None:
     ExactSolver(plan, **DEFAULT).factorise(artifact_known=True)
 
 
-def test_undetermined_nodes_without_smoothness_are_an_error_not_a_number() -> None:
+def test_undetermined_nodes_without_smoothness_raise() -> None:
     plan = ViewPlan.make(8, size=(70, 70), patch_size=PATCH, resolution=12, seed=1)
     with pytest.raises(PlanError, match="more smoothness"):
         ExactSolver(plan, smoothness=0.0, shrinkage=0.0).factorise(artifact_known=True)
@@ -287,7 +287,7 @@ def test_negative_penalties_are_refused() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most numbers any operation returned."""
+    """Records the largest number of elements that any operation returned."""
 
     numbers = 0
 
@@ -299,7 +299,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_nothing_as_large_as_nodes_times_positions_is_ever_made() -> None:
+def test_no_tensor_of_size_nodes_times_positions_is_created() -> None:
     plan = make_plan(16, grid=(24, 24), resolution=64)
     nodes, positions = 64 * 64, 24 * 24
     solver = ExactSolver(plan, **DEFAULT)

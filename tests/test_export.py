@@ -1,4 +1,4 @@
-"""Exports of tiny models: every format, every kind of features, and what is refused."""
+"""Exports of tiny models: every format, every kind of features, and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from denoising_vit.export.options import Format as Form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Two images of 48 x 80, and one smaller than the position embedding, one larger than it.
+#: Batch, height and width: two images of 48 x 80, one smaller and one larger than the position embedding.
 SIZES = [(2, 48, 80), (1, 16, 16), (1, 256, 240)]
 
 Exported = Callable[[str, Form], Path]
@@ -57,7 +57,7 @@ def shallow() -> Backbone:
 
 @pytest.fixture(scope="module")
 def extractors(shallow: Backbone) -> dict[str, Backbone | DenoisedViT]:
-    """By what they give, of a model with two blocks; with position features as well."""
+    """Extractors of a model with two blocks, by kind of features; one adds position features."""
     return {
         "raw": shallow,
         "subtract": DenoisedViT(shallow, tiny.artifact(shallow), positions=0.5),
@@ -67,7 +67,7 @@ def extractors(shallow: Backbone) -> dict[str, Backbone | DenoisedViT]:
 
 @pytest.fixture(scope="module")
 def whole(backbone: Backbone) -> dict[str, Backbone | DenoisedViT]:
-    """The same of a model that timm can build by its name."""
+    """Extractors of a model that timm can build by name."""
     return {
         "subtract": DenoisedViT(backbone, tiny.artifact(backbone), positions=0.5),
         "denoiser": DenoisedViT(backbone, tiny.denoiser(backbone)),
@@ -76,7 +76,7 @@ def whole(backbone: Backbone) -> dict[str, Backbone | DenoisedViT]:
 
 @pytest.fixture(scope="module")
 def exported(extractors: dict[str, Backbone | DenoisedViT], tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Gives the folder of a graph by what it gives and its format; each is made once."""
+    """Returns the folder of a graph by kind of features and format; each graph is exported once."""
     made: dict[tuple[str, str], Path] = {}
 
     def folder(kind: str, form: Form) -> Path:
@@ -105,7 +105,7 @@ def meta(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["raw", "subtract", "denoiser"])
-def test_graphs_compute_what_pytorch_does_at_any_size(
+def test_graphs_match_pytorch_at_any_size(
     extractors: dict[str, Backbone | DenoisedViT], exported: Exported, kind: str
 ) -> None:
     onnx, program = exported(kind, "onnx"), exported(kind, "program")
@@ -138,7 +138,7 @@ def test_pixels_and_prefix(extractors: dict[str, Backbone | DenoisedViT], shallo
 
 
 def told(opened: onnxruntime.InferenceSession) -> dict[str, list[int | str]]:
-    """Names and axes of what goes in and comes out."""
+    """Names and axes of inputs and outputs."""
     return {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
 
 
@@ -163,7 +163,7 @@ def test_other_architectures(tmp_path: Path, name: str) -> None:
     """Rotary embeddings are computed in the graph as well."""
     backbone: Any = tiny.shallow(name)
     for name, value in backbone.named_parameters():
-        value.mul_(10 if "qkv.weight" in name or "q_proj.weight" in name else 1)  # so that places matter
+        value.mul_(10 if "qkv.weight" in name or "q_proj.weight" in name else 1)  # so that positions matter
     export_extractor(backbone, tmp_path / "out", ExportOptions(format="program"))
     program = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
     for rows, columns in ((3, 5), (1, 1), (17, 2)):
@@ -177,7 +177,7 @@ def test_hugging_face_models(tmp_path: Path, kind: str) -> None:
     backbone = dv.load_backbone(str(tmp_path / "model"), dtype="float32", device="cpu")
     export_extractor(backbone, tmp_path / "out", ExportOptions(format="program"))
     program = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
-    for height, width in ((32, 32), (24, 40), (8, 64)):  # its own size is no exception
+    for height, width in ((32, 32), (24, 40), (8, 64)):  # including its own size
         image = tiny.picture(height, width)
         assert torch.allclose(program(image), backbone(image), atol=1e-4)
 
@@ -193,17 +193,19 @@ def test_sizes_off_the_grid_are_refused_by_graphs(exported: Exported) -> None:
             program(image)
 
 
-def test_precision_and_place_of_the_extractor_do_not_matter(backbone: Backbone, tmp_path: Path) -> None:
+def test_bfloat16_extractor_is_exported_in_float32(backbone: Backbone, tmp_path: Path) -> None:
     rounded = tiny.backbone(dtype="bfloat16")
     export_extractor(rounded, tmp_path / "out", ExportOptions(format="timm"))
-    assert rounded.dtype == torch.bfloat16  # as it was
+    assert rounded.dtype == torch.bfloat16  # unchanged
     state = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
     weight = state["blocks.0.attn.qkv.weight"]
     assert torch.equal(weight, backbone.get_parameter("model.blocks.0.attn.qkv.weight").bfloat16().float())
 
 
-def test_int8_is_measured(extractors: dict[str, Backbone | DenoisedViT], tmp_path: Path) -> None:
+def test_int8_export_records_its_cosine_similarity(
+    extractors: dict[str, Backbone | DenoisedViT], tmp_path: Path
+) -> None:
     found = export_extractor(extractors["denoiser"], tmp_path / "out", ExportOptions(int8=True))
     assert [path.name for path in sorted((tmp_path / "out").glob("*.onnx*"))] == ["model.int8.onnx"]
     assert 0.98 < found.least_cosine <= found.cosine < 0.99999
@@ -218,7 +220,7 @@ def test_int8_is_measured(extractors: dict[str, Backbone | DenoisedViT], tmp_pat
 # Checkpoints
 
 
-def test_plain_timm_loads_it(backbone: Backbone, tmp_path: Path) -> None:
+def test_plain_timm_loads_the_export(backbone: Backbone, tmp_path: Path) -> None:
     found = export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
     assert found.difference == 0
     model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -232,20 +234,20 @@ def test_plain_timm_loads_it(backbone: Backbone, tmp_path: Path) -> None:
     plain.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))  # strict
 
 
-def test_a_position_embedding_of_another_size_stays(tmp_path: Path) -> None:
-    """timm would build the one of 224 pixels, and resample to it."""
+def test_position_embedding_of_another_size_is_kept(tmp_path: Path) -> None:
+    """By default timm would build the embedding of 224 pixels and resample to it."""
     backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m", weights="random", dtype="float32", device="cpu")
     export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
     model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert torch.equal(model.pos_embed, backbone.get_parameter("model.pos_embed"))
 
 
-def test_models_that_norm_behind_the_pooling(tmp_path: Path) -> None:
+def test_models_with_the_norm_after_pooling(tmp_path: Path) -> None:
     backbone = tiny.backbone("eva02_tiny_patch14_224")
     assert export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm")).difference < 1e-5
 
 
-def test_a_directory_of_timm_is_a_backbone_again(backbone: Backbone, tmp_path: Path) -> None:
+def test_timm_export_loads_as_a_backbone(backbone: Backbone, tmp_path: Path) -> None:
     export_extractor(backbone, tmp_path / "out", ExportOptions(format="timm"))
     again = dv.load_backbone(str(tmp_path / "out"), dtype="float32", device="cpu")
     assert again.name == backbone.name
@@ -256,7 +258,7 @@ def test_a_directory_of_timm_is_a_backbone_again(backbone: Backbone, tmp_path: P
 
 @pytest.mark.parametrize("form", ["timm", "huggingface"])
 @pytest.mark.parametrize("change", [{"layer": 1}, {"norm": False}, {"stride": 8}], ids=str)
-def test_checkpoints_hold_no_settings(tmp_path: Path, form: Any, change: dict[str, Any]) -> None:
+def test_checkpoints_refuse_layer_norm_and_stride_options(tmp_path: Path, form: Any, change: dict[str, Any]) -> None:
     with pytest.raises(ExportError, match=f"{form} stores only weights.*use onnx or program"):
         export_extractor(tiny.backbone(**change), tmp_path / "out", ExportOptions(format=form))
     assert list(tmp_path.iterdir()) == []
@@ -264,18 +266,20 @@ def test_checkpoints_hold_no_settings(tmp_path: Path, form: Any, change: dict[st
 
 @pytest.mark.parametrize("form", ["timm", "huggingface"])
 @pytest.mark.parametrize("kind", ["subtract", "denoiser"])
-def test_checkpoints_hold_no_cleaner(
+def test_checkpoints_refuse_extractors_with_a_cleaner(
     extractors: dict[str, Backbone | DenoisedViT], tmp_path: Path, form: Any, kind: str
 ) -> None:
     with pytest.raises(ExportError, match=f"{form} stores only the weights of a ViT.*use onnx, program or safetensors"):
         export_extractor(extractors[kind], tmp_path / "out", ExportOptions(format=form))
 
 
-# Our own file
+# The package's own file format
 
 
 @pytest.mark.parametrize("kind", ["subtract", "denoiser"])
-def test_our_own_file_is_the_extractor(whole: dict[str, Backbone | DenoisedViT], tmp_path: Path, kind: str) -> None:
+def test_safetensors_export_loads_as_the_same_extractor(
+    whole: dict[str, Backbone | DenoisedViT], tmp_path: Path, kind: str
+) -> None:
     found = export_extractor(whole[kind], tmp_path / "out", ExportOptions(format="safetensors"))
     assert found.difference == 0
     for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
@@ -286,7 +290,7 @@ def test_our_own_file_is_the_extractor(whole: dict[str, Backbone | DenoisedViT],
     assert load_extractor(tmp_path / "out", device="cpu", dtype="bfloat16").backbone.dtype == torch.bfloat16
 
 
-def test_names_of_photos_stay_at_home(
+def test_photo_names_are_not_exported(
     whole: dict[str, Backbone | DenoisedViT], exported: Exported, tmp_path: Path
 ) -> None:
     export_extractor(whole["subtract"], tmp_path / "safetensors", ExportOptions(format="safetensors"))
@@ -295,7 +299,7 @@ def test_names_of_photos_stay_at_home(
     load_extractor(tmp_path / "safetensors").artifact.save(tmp_path / "g.safetensors")  # pyright: ignore
 
 
-def test_damaged_files_of_ours(whole: dict[str, Backbone | DenoisedViT], tmp_path: Path) -> None:
+def test_damaged_safetensors_exports_are_refused(whole: dict[str, Backbone | DenoisedViT], tmp_path: Path) -> None:
     export_extractor(whole["denoiser"], tmp_path / "out", ExportOptions(format="safetensors"))
     path = tmp_path / "out" / "model.safetensors"
     with safe_open(path, framework="pt") as file:
@@ -322,12 +326,12 @@ def test_damaged_files_of_ours(whole: dict[str, Backbone | DenoisedViT], tmp_pat
         load_extractor(path)
 
 
-def test_raw_features_need_no_file_of_ours(backbone: Backbone, tmp_path: Path) -> None:
+def test_safetensors_format_refuses_raw_features(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="raw and distilled models as timm"):
         export_extractor(backbone, tmp_path / "out", ExportOptions(format="safetensors"))
 
 
-# What comes along
+# Model card and record
 
 
 def test_card_and_record(exported: Exported) -> None:
@@ -350,7 +354,7 @@ def test_card_and_record(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize("head", ['{"format": "denoising-vit/distilled", "steps": 7}', None])
-def test_distilled_weights_are_said_to_be(tmp_path: Path, head: str | None) -> None:
+def test_distilled_weights_are_recorded_as_distilled(tmp_path: Path, head: str | None) -> None:
     weights = tiny.distilled(tmp_path / "distilled.safetensors", head)
     backbone = tiny.backbone(weights=str(weights))
     form = ExportOptions(format="timm")
@@ -358,25 +362,25 @@ def test_distilled_weights_are_said_to_be(tmp_path: Path, head: str | None) -> N
     about = meta(tmp_path / "out")
     assert about["features"] == "distilled"
     assert about["distilled"].get("steps") == (7 if head else None)
-    assert about["backbone"]["weights"] == "distilled.safetensors"  # not the folder it was in
+    assert about["backbone"]["weights"] == "distilled.safetensors"  # without its folder
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
-    # It goes with the weights: exported again from there, it is still distilled.
+    # The record is stored with the weights: exported again, they are still distilled.
     again = dv.load_backbone(str(tmp_path / "out"), dtype="float32", device="cpu")
     export_extractor(again, tmp_path / "twice", form, weights=tmp_path / "out" / "model.safetensors")
     assert meta(tmp_path / "twice")["features"] == "distilled"
 
 
-def test_weights_that_are_not_distilled_are_raw(tmp_path: Path) -> None:
+def test_other_weights_are_recorded_as_raw(tmp_path: Path) -> None:
     weights = tiny.distilled(tmp_path / "plain.safetensors", '{"format": "denoising-vit/denoiser"}')
     plain = tiny.backbone(weights=str(weights))
     export_extractor(plain, tmp_path / "out", ExportOptions(format="timm"), weights=weights)
     assert meta(tmp_path / "out")["features"] == "raw"
 
 
-# What is refused
+# Refused exports
 
 
-def test_what_exists_is_never_touched(backbone: Backbone, tmp_path: Path) -> None:
+def test_existing_files_and_folders_are_not_overwritten(backbone: Backbone, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -387,7 +391,7 @@ def test_what_exists_is_never_touched(backbone: Backbone, tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_empty_folder_is_filled_and_new_ones_are_made(backbone: Backbone, tmp_path: Path) -> None:
+def test_empty_folder_is_used_and_missing_folders_are_created(backbone: Backbone, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "a" / "b"):
         export_extractor(backbone, out, ExportOptions(format="timm"))
@@ -396,7 +400,7 @@ def test_an_empty_folder_is_filled_and_new_ones_are_made(backbone: Backbone, tmp
         assert mode == stat.S_IMODE((out / "README.md").stat().st_mode)
 
 
-def test_a_place_that_cannot_be_written(backbone: Backbone, tmp_path: Path) -> None:
+def test_unwritable_output_folder_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match=r"cannot write to .*file/out \(Not a directory\); choose another"):
         export_extractor(backbone, tmp_path / "file" / "out", ExportOptions(format="timm"))
@@ -406,7 +410,7 @@ def test_a_place_that_cannot_be_written(backbone: Backbone, tmp_path: Path) -> N
             export_extractor(backbone, tmp_path / "locked" / "out", ExportOptions(format="timm"))
 
 
-def test_an_export_that_computes_something_else_is_not_written(
+def test_export_that_differs_from_pytorch_is_not_written(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from denoising_vit.export import checkpoints
@@ -432,7 +436,7 @@ def test_an_export_that_computes_something_else_is_not_written(
     ],
     ids=str,
 )
-def test_options_that_do_not_go_together(
+def test_incompatible_options_are_refused(
     backbone: Backbone, tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ExportError, match=told):
@@ -449,8 +453,8 @@ def test_a_missing_package_is_named_with_its_extra(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_is_made_for_one_size(tmp_path: Path) -> None:
-    """A plain number made of a size would be fixed in the graph."""
+def test_model_for_a_single_size_is_refused(tmp_path: Path) -> None:
+    """A Python number computed from a size would be fixed in the graph."""
 
     class Fixed(torch.nn.Module):
         def __init__(self) -> None:
@@ -467,19 +471,19 @@ def test_a_model_that_is_made_for_one_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("indexing", ["ij", "xy"])
-def test_a_size_that_is_fixed_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexing: str) -> None:
-    """timm's own rotary embedding makes numbers of the grid, which the tracer takes for those of every grid."""
+def test_silently_fixed_size_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexing: str) -> None:
+    """timm's rotary embedding turns the grid into Python numbers, which the tracer fixes for every grid."""
     monkeypatch.setattr(traceable, "PLAIN_ROPE", None)
     backbone: Any = tiny.shallow("vit_small_patch16_dinov3")
     backbone.model.rope.grid_indexing = indexing
     for block in backbone.model.blocks:
-        block.attn.qkv.weight.mul_(20)  # so that places matter, as they do to trained weights
+        block.attn.qkv.weight.mul_(20)  # so that positions matter, as with trained weights
     with pytest.raises(ExportError, match=r"cannot be traced for any size|the export differs from PyTorch"):
         export_extractor(backbone, tmp_path / "out", ExportOptions(format="program"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_module_of_ones_own_goes_into_graphs_only(tmp_path: Path) -> None:
+def test_custom_module_can_only_be_exported_as_a_graph(tmp_path: Path) -> None:
     backbone = dv.load_backbone(torch.nn.Conv2d(3, 8, 16, 16), patch_size=16, default_size=64, layout="channels_first")
     export_extractor(backbone, tmp_path / "out")
     (features,) = by_onnx(tmp_path / "out" / "model.onnx", tiny.picture(48, 32))
@@ -488,7 +492,7 @@ def test_a_module_of_ones_own_goes_into_graphs_only(tmp_path: Path) -> None:
         export_extractor(backbone, tmp_path / "no", ExportOptions(format="timm"))
 
 
-# Checking again
+# Verification
 
 
 @pytest.fixture
@@ -503,7 +507,7 @@ def copied(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_a_sound_export_is_sound_anywhere(sound: Path, tmp_path: Path) -> None:
+def test_moved_export_passes_verification(sound: Path, tmp_path: Path) -> None:
     moved = copied(sound, tmp_path / "moved")
     for path in (moved, moved / "model.pt2"):
         verdict = verify_export(path)
@@ -511,19 +515,19 @@ def test_a_sound_export_is_sound_anywhere(sound: Path, tmp_path: Path) -> None:
         assert verdict.comparison is not None and verdict.comparison.difference < 1e-5
 
 
-def test_a_file_that_was_changed_or_lost(sound: Path, tmp_path: Path) -> None:
+def test_verification_reports_changed_and_missing_files(sound: Path, tmp_path: Path) -> None:
     folder = copied(sound, tmp_path / "out")
     (folder / "model.pt2").write_bytes((sound / "model.pt2").read_bytes() + b"0")
     (folder / "check.safetensors").unlink()
     verdict = verify_export(folder)
-    assert verdict.comparison is None  # it was not loaded
+    assert verdict.comparison is None  # the changed model was not loaded
     assert len(verdict.problems) == 2
     assert "model.pt2: not the file that was exported" in verdict.problems[0]
     assert "check.safetensors: missing" in verdict.problems[1]
 
 
-def test_features_that_differ_are_told(sound: Path, tmp_path: Path) -> None:
-    """Digests that were brought into line do not hide it."""
+def test_verification_reports_differing_features(sound: Path, tmp_path: Path) -> None:
+    """They are reported even if the recorded digest matches."""
     import hashlib
 
     folder = copied(sound, tmp_path / "out")
@@ -543,13 +547,13 @@ def test_pickled_parts_of_a_program_are_refused(sound: Path, tmp_path: Path) -> 
     path = tmp_path / "model.pt2"
     torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), path)
     with pytest.raises(ExportError, match=r"rejected: .* is pickled"):
-        refuse_pickles(path)  # its example inputs are
+        refuse_pickles(path)  # its example inputs are pickled
     path.write_bytes(b"words")
     with pytest.raises(ExportError, match=r"not a torch\.export program, or damaged"):
         refuse_pickles(path)
 
 
-def test_what_is_no_export(sound: Path, tmp_path: Path) -> None:
+def test_verification_refuses_other_folders_and_damaged_records(sound: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not an export, or damaged: expected a folder of `dvit export`"):
         verify_export(tmp_path)
     for changes, told in (

@@ -1,4 +1,4 @@
-"""Every format on the bundled DINOv2, with the G and the denoiser that come with the package."""
+"""Every format on the bundled DINOv2, with the artifact and the denoiser that the package ships."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from denoising_vit.export import exporting
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-#: Images per batch and their sides, three of them, none of which the check of the export itself has.
+#: Batch, height and width: three sizes that the check of the export itself does not use.
 SIZES = [(1, 56, 112), (2, 126, 70), (3, 84, 84)]
 
 CLEAN = ["subtract", "denoiser"]
@@ -40,7 +40,7 @@ def extractors(backbone: Backbone) -> dict[str, DenoisedViT]:
 
 
 def differences(extractor: Any, run: Any) -> list[float]:
-    """The largest of each size; fails where shapes differ."""
+    """The largest difference at each size; fails if shapes differ."""
     found = []
     for batch, height, width in SIZES:
         image = tiny.picture(height, width, batch)
@@ -51,18 +51,18 @@ def differences(extractor: Any, run: Any) -> list[float]:
     return found
 
 
-# Graphs of the other kinds are tested in small, see test_export.py.
+# Graphs of the other kinds are tested on tiny models in test_export.py.
 
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, Any]:
-    """What `one_conversion` keeps."""
+    """Cache of `one_conversion`."""
     return {}
 
 
 @pytest.fixture
 def one_conversion(made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ONNX files are made of one graph of the denoiser: tracing and converting it take most of their time."""
+    """Both ONNX files are made from one graph of the denoiser: tracing and converting it take most of their time."""
 
     def once(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -94,7 +94,7 @@ def test_program(extractors: dict[str, DenoisedViT], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", CLEAN)
-def test_our_own_file(extractors: dict[str, DenoisedViT], tmp_path: Path, kind: str) -> None:
+def test_safetensors(extractors: dict[str, DenoisedViT], tmp_path: Path, kind: str) -> None:
     export_extractor(extractors[kind], tmp_path / "out", ExportOptions(format="safetensors"))
     again = load_extractor(tmp_path / "out", device="cpu", dtype="float32")
     assert max(differences(extractors[kind], again)) == 0

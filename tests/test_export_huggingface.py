@@ -47,8 +47,8 @@ def test_automodel_gives_the_same_tokens(tmp_path: Path, build: str) -> None:
     assert torch.allclose(tokens, torch.cat([prefix, features.flatten(1, 2)], dim=1), atol=1e-5)
 
 
-def test_with_registers_the_same_at_any_size(tmp_path: Path) -> None:
-    """transformers antialiases the position embedding of these, as timm does, and of plain DINOv2 not."""
+def test_only_models_with_registers_match_at_other_sizes(tmp_path: Path) -> None:
+    """transformers antialiases the position embedding of these, as timm does, but not that of plain DINOv2."""
     for registers, same in ((3, True), (0, False)):
         backbone = tiny.dinov2(registers=registers)
         out = tmp_path / str(registers)
@@ -62,7 +62,7 @@ def test_with_registers_the_same_at_any_size(tmp_path: Path) -> None:
         assert ("without antialiasing" in (out / "README.md").read_text()) is not same
 
 
-def test_image_processor_shows_photos_whole(tmp_path: Path) -> None:
+def test_image_processor_does_not_crop_photos(tmp_path: Path) -> None:
     backbone = tiny.dinov2()
     export_extractor(backbone, tmp_path / "out", FORM)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
@@ -75,7 +75,7 @@ def test_image_processor_shows_photos_whole(tmp_path: Path) -> None:
     assert torch.allclose(pixels[0, :, :, -3], (-mean / std).expand(3, 56), atol=1e-4)
 
 
-def test_files_are_named_as_on_the_hub(tmp_path: Path) -> None:
+def test_tensors_are_named_as_on_the_hub(tmp_path: Path) -> None:
     export_extractor(tiny.dinov2(registers=3), tmp_path / "out", FORM)
     names = set(load_file(tmp_path / "out" / "model.safetensors"))
     first = {name.removeprefix("encoder.layer.0.") for name in names if name.startswith("encoder.layer.0.")}
@@ -101,20 +101,18 @@ def test_files_are_named_as_on_the_hub(tmp_path: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_models_that_are_no_dinov2(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_models_unlike_dinov2_are_rejected(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(ExportError, match=f"huggingface supports DINOv2.*vit_small_patch14_dinov2 {told}"):
         export_extractor(tiny.dinov2(**change), tmp_path / "out", FORM)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eva_is_no_dinov2(tmp_path: Path) -> None:
+def test_eva_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="eva02_tiny_patch14_224 is a Eva"):
         export_extractor(tiny.backbone("eva02_tiny_patch14_224"), tmp_path / "out", FORM)
 
 
-def test_a_directory_that_transformers_cannot_load_is_no_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_that_transformers_cannot_load_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(folder: Path) -> None:
         raise ValueError("no such thing\nmore")
 

@@ -1,4 +1,4 @@
-"""Resampling in a graph: torch's own, as products of matrices."""
+"""Resampling in a graph: equal to torch's interpolate and timm's resampling, as products of matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = [(7, 5), (3, 4), (1, 1), (23, 11), (2, 31), (7, 6)]
 
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_it_is_torchs(size: tuple[int, int], antialias: bool) -> None:
+def test_resample_matches_interpolate(size: tuple[int, int], antialias: bool) -> None:
     grid = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
     planes = grid.permute(2, 0, 1)[None]  # (h, w, C) -> (1, C, h, w)
     expected = interpolate(planes, size=size, mode="bicubic", align_corners=False, antialias=antialias)
@@ -25,13 +25,13 @@ def test_it_is_torchs(size: tuple[int, int], antialias: bool) -> None:
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-def test_a_grid_of_one(antialias: bool) -> None:
+def test_single_patch_is_repeated(antialias: bool) -> None:
     grid = torch.tensor([[[3.0, -1.0]]])
     assert torch.allclose(resample(grid, (2, 3), antialias=antialias), grid.expand(2, 3, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-def test_the_own_size_is_the_grid_itself(antialias: bool) -> None:
+def test_own_size_returns_the_grid_unchanged(antialias: bool) -> None:
     grid = torch.randn(37, 13, 2)
     assert torch.equal(resample(grid, (37, 13), antialias=antialias), grid)
 
@@ -45,8 +45,8 @@ def test_weights_sum_to_one(new: int, antialias: bool) -> None:
 
 
 def test_halving_by_hand() -> None:
-    """From 4 to 2, not antialiased: centres at 1 and 3, the four nearest with Keys' weights at 1/2 and 3/2."""
-    near, far = 0.59375, -0.09375  # of a = -3/4
+    """From 4 to 2 without antialiasing: centres at 1 and 3, the four nearest with Keys' weights at 1/2 and 3/2."""
+    near, far = 0.59375, -0.09375  # for a = -3/4
     expected = torch.tensor([[far + near, near, far, 0.0], [0.0, far, near, near + far]])
     expected[0] = torch.tensor([near + far, near, far, 0.0])
     assert torch.allclose(bicubic_matrix(4, 2, antialias=False, like=torch.zeros(1)), expected, atol=1e-6)
@@ -54,13 +54,13 @@ def test_halving_by_hand() -> None:
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("size", [(6, 6), (3, 9)], ids=str)
-def test_positions_are_timms(prefix: int, size: tuple[int, int]) -> None:
+def test_resampled_positions_match_timm(prefix: int, size: tuple[int, int]) -> None:
     positions = torch.randn(1, prefix + 36, 4)
     expected = resample_abs_pos_embed(positions, list(size), num_prefix_tokens=prefix)
     assert torch.allclose(resample_positions(positions, size, prefix=prefix), expected, atol=1e-5)
 
 
-def test_timm_is_as_it_was_afterwards() -> None:
+def test_timm_functions_are_restored_afterwards() -> None:
     modules: list[Any] = [vision_transformer, eva]
     before = [module.resample_abs_pos_embed for module in modules]
     with pytest.raises(RuntimeError, match="halfway"), timm_resamples_in_graph():

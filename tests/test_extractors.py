@@ -1,4 +1,4 @@
-"""One table of kinds of features: a new entry is known to every verb, the page and the export."""
+"""The table of kinds of features: every command and the page support a new entry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "made-up"
 
-#: A call of each verb with features, complete but for them.
+#: A call of each command that takes features, complete except for them.
 VERBS = {
     "show": ("show", "photo.jpg", "-o", "out"),
     "video": ("video", "clip.mp4", "-o", "out"),
@@ -57,7 +57,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_tells_all_kinds(
+def test_help_of_every_command_lists_all_kinds(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dvit = in_process(capsys, monkeypatch)
@@ -69,10 +69,10 @@ def test_every_verb_tells_all_kinds(
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_takes_a_new_kind(
+def test_every_command_accepts_a_new_kind(
     verb: str, made_up: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is not refused as unknown; what is refused then is the missing input."""
+    """It is not refused as unknown; the command then refuses the missing input."""
     monkeypatch.chdir(tmp_path)
     dvit = in_process(capsys, monkeypatch)
     refused = dvit(*VERBS[verb], "--features", "made-down")
@@ -90,7 +90,7 @@ def test_photos_are_denoised_and_shown_by_a_new_kind(made_up: str) -> None:
     torch.testing.assert_close(shown.maps()[made_up], shown.maps()["raw"] / 2)
 
 
-def test_frames_and_the_page_have_a_new_kind(made_up: str) -> None:
+def test_video_frames_and_the_page_support_a_new_kind(made_up: str) -> None:
     backbone = planted.backbone()
     features = FrameFeatures(backbone, Cleaners(), VideoOptions(features=f"raw,{made_up}"))
     photo = np.resize(planted.photos(1)[0], (planted.SIZE, planted.SIZE, 3))[None].repeat(2, 0)
@@ -100,7 +100,7 @@ def test_frames_and_the_page_have_a_new_kind(made_up: str) -> None:
     assert Model(backbone, None, None).methods == ("exact", "project", "average", made_up)
 
 
-def test_an_unknown_method_is_refused_naming_a_new_kind(made_up: str) -> None:
+def test_unknown_method_error_lists_a_new_kind(made_up: str) -> None:
     with pytest.raises(PlanError, match=f"unknown method 'magic'; choose from exact, .*{made_up}"):
         denoise_image(planted.backbone(), planted.photos(1)[0], method="magic")
 
@@ -125,6 +125,6 @@ def test_help_is_made_from_the_table() -> None:
     ],
     ids=str,
 )
-def test_wrong_names_are_refused_with_the_choices(names: str | list[str], told: str) -> None:
+def test_error_for_wrong_names_lists_the_choices(names: str | list[str], told: str) -> None:
     with pytest.raises(PlanError, match=told):
         parse_names(names, KINDS)

@@ -1,4 +1,4 @@
-"""A fault at some of the writes of `dvit export`; `python tests/faults.py` tries all writes of all verbs."""
+"""Faults at some writes of `dvit export`; `python tests/faults.py` tries all writes of all commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import faults
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the shim that makes calls fail needs a C compiler")
-def test_a_fault_at_a_write_costs_nothing_that_the_same_command_does_not_make_good(tmp_path: Path) -> None:
+def test_repeating_the_command_recovers_from_a_fault_at_a_write(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, faults.__file__, "--verbs", "export", "--every", "8", "--result", str(result)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

@@ -1,4 +1,4 @@
-"""atomic_path: a file is there whole or not at all."""
+"""atomic_path: a file exists completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from denoising_vit.files import atomic_path
 
 @pytest.fixture
 def umask() -> Iterator[None]:
-    """Puts the process's umask back, whatever a test sets."""
+    """Restore the process's umask after the test."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -33,7 +33,7 @@ def test_target_appears_when_the_block_succeeds(tmp_path: Path) -> None:
 
 
 def test_temporary_file_is_hidden_beside_the_target(tmp_path: Path) -> None:
-    """Another file system could not replace atomically, and no glob for results may find it."""
+    """A file on another file system cannot replace the target atomically, and globs for results must not find it."""
     with atomic_path(tmp_path / "result.safetensors") as temporary:
         assert temporary.parent == tmp_path
         assert temporary.name.startswith(".")
@@ -85,7 +85,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, umask: None, mask: int, mo
     with atomic_path(target) as temporary:
         temporary.write_bytes(b"x")
     assert stat.S_IMODE(target.stat().st_mode) == mode
-    assert os.umask(mask) == mask  # asking for it did not change it
+    assert os.umask(mask) == mask  # reading the umask did not change it
 
 
 def test_path_below_a_regular_file_raises_oserror(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_target_that_is_a_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
-def test_a_file_is_flushed_before_it_gets_its_name_and_its_folder_after(
+def test_file_is_flushed_before_the_rename_and_its_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a power cut may leave an empty file that later runs take for a result."""
+    """Otherwise a power cut may leave an empty file that later runs mistake for a result."""
     target, synced = tmp_path / "result.bin", []
     monkeypatch.setattr(
         os, "fsync", lambda file: synced.append((Path(f"/proc/self/fd/{file}").readlink(), target.exists()))
@@ -124,7 +124,7 @@ def test_a_file_is_flushed_before_it_gets_its_name_and_its_folder_after(
     assert synced == [(temporary, False), (tmp_path, True)]
 
 
-def test_a_new_folder_is_flushed_into_the_one_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parents_of_a_new_folder_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(files, "flush_folder", synced.append)
     files.make_folder(tmp_path / "a" / "b")
@@ -133,13 +133,13 @@ def test_a_new_folder_is_flushed_into_the_one_it_is_in(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, b"\xff", "{"])
-def test_json_that_cannot_be_read_is_one_kind_of_error(text: str | bytes) -> None:
+def test_unreadable_json_raises_json_decode_error(text: str | bytes) -> None:
     with pytest.raises(json.JSONDecodeError):
         files.parse_json(text)
 
 
-def test_an_error_of_a_write_names_the_file(tmp_path: Path) -> None:
-    """Also where a writer, which has its own temporary file, gets another's as its target."""
+def test_write_errors_name_the_file(tmp_path: Path) -> None:
+    """Also if the target of a writer is itself the temporary file of another writer."""
     target = tmp_path / "result.bin"
     full = pytest.raises(OSError, match=r"No space left on device: '.*/result\.bin'")
     with full, atomic_path(target) as temporary, atomic_path(temporary):

@@ -1,4 +1,4 @@
-"""Fingerprints: the same for the same weights in any precision, another for any other weights."""
+"""Fingerprints match for the same weights in any precision, and for no other weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(name: str = "test_vit", **options: Any) -> Backbone:
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Backbone]]:
-    """Loads trained weights: random ones barely depend on single blocks."""
+    """Loads trained weights; features of random ones barely depend on single blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield lambda **options: load(BUNDLED_MODEL, weights="bundled", **options)
@@ -59,9 +59,7 @@ def test_two_loads_have_the_same_fingerprint() -> None:
 
 
 @needs_bundled
-def test_noise_as_of_another_library_or_device_still_matches(
-    dinov2: Callable[..., Backbone], trained: Fingerprint
-) -> None:
+def test_numerical_noise_still_matches(dinov2: Callable[..., Backbone], trained: Fingerprint) -> None:
     backbone = dinov2()
     perturb(backbone, 1e-5)
     assert trained.matches(backbone.fingerprint)
@@ -112,10 +110,8 @@ def test_random_weights_do_not_match_trained_ones(trained: Fingerprint) -> None:
 
 @needs_bundled
 @pytest.mark.parametrize("block", [0, 6, 11])
-def test_one_block_that_is_not_loaded_does_not_match(
-    block: int, dinov2: Callable[..., Backbone], trained: Fingerprint
-) -> None:
-    """Whichever block it is; measured: cosine 0.79 at most."""
+def test_one_random_block_does_not_match(block: int, dinov2: Callable[..., Backbone], trained: Fingerprint) -> None:
+    """For any block; the highest cosine measured is 0.79."""
     backbone = dinov2()
     torch.manual_seed(0)
     for module in backbone.get_submodule(f"model.blocks.{block}").modules():
@@ -141,7 +137,7 @@ def test_positions_in_another_order_do_not_match(dinov2: Callable[..., Backbone]
     assert not trained.matches(backbone.fingerprint)
 
 
-# The number itself
+# The values
 
 
 def of(features: Tensor) -> Fingerprint:
@@ -154,7 +150,7 @@ def test_a_fingerprint_is_128_numbers_of_unit_length() -> None:
     assert np.linalg.norm(values) == pytest.approx(1, abs=1e-4)
 
 
-def test_the_order_of_tokens_and_of_channels_counts() -> None:
+def test_order_of_tokens_and_channels_matters() -> None:
     features = torch.randn(1, 7, 11, 13, generator=torch.Generator().manual_seed(0))
     plain = of(features)
     assert plain.matches(of(2 * features))
@@ -162,15 +158,15 @@ def test_the_order_of_tokens_and_of_channels_counts() -> None:
         assert not plain.matches(of(other.contiguous()))
 
 
-def test_features_longer_than_the_projection_count_to_the_end() -> None:
-    features = torch.randn(1, 10, 10, 384, generator=torch.Generator().manual_seed(0))  # 2.3 widths of 16,384
+def test_features_beyond_the_projection_width_matter() -> None:
+    features = torch.randn(1, 10, 10, 384, generator=torch.Generator().manual_seed(0))  # 2.3 times the width of 16,384
     other = features.clone()
     other[:, 9] = 0
     assert not of(features).matches(of(other))
 
 
-def test_parts_of_a_long_feature_map_do_not_swap() -> None:
-    features = torch.randn(1, 2, 1, 1 << 14, generator=torch.Generator().manual_seed(0))  # two widths
+def test_swapped_parts_of_a_long_feature_map_do_not_match() -> None:
+    features = torch.randn(1, 2, 1, 1 << 14, generator=torch.Generator().manual_seed(0))  # twice the width
     assert not of(features).matches(of(features.flip(1)))
 
 
@@ -195,13 +191,13 @@ def test_fingerprints_of_different_lengths_do_not_match() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_features_that_are_zero_or_not_numbers_match_nothing(value: float) -> None:
+def test_zero_or_nan_features_match_nothing(value: float) -> None:
     empty = of(torch.full((1, 2, 3, 5), value))
     assert not empty.matches(empty)
     assert not empty.matches(of(torch.ones(1, 2, 3, 5)))
 
 
-def test_the_synthetic_image_is_fixed_and_in_the_range_of_a_normalised_photo() -> None:
+def test_synthetic_image_is_fixed_and_in_the_range_of_normalised_photos() -> None:
     image = synthetic_image(112)
     assert image.shape == (1, 3, 112, 112)
     assert image.dtype == torch.float32
@@ -212,7 +208,7 @@ def test_the_synthetic_image_is_fixed_and_in_the_range_of_a_normalised_photo() -
     np.testing.assert_allclose(image[0, :, 0, 0].numpy(), corner, atol=1e-6)
 
 
-def test_taking_a_fingerprint_leaves_the_random_generators_alone() -> None:
+def test_fingerprint_does_not_change_random_generators() -> None:
     backbone = load()
     torch.manual_seed(3)
     np.random.seed(3)

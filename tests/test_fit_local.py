@@ -1,4 +1,4 @@
-"""A data set through the local engine: the right fields, whatever fails, stops, or was there before."""
+"""Fitting a data set with the local engine: stored fields, failures, interruptions and existing stores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from denoising_vit.store.objects import LocalObjects
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Not a multiple of the shards' three.
+#: Not a multiple of 3, the number of images per shard.
 PHOTOS = 8
 
 
@@ -57,14 +57,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(one_thread: None, photos: Path, spec: BackboneSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of all photos, made in one go."""
+    """A store of all photos, fitted in one uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
     tiny.prepare(photos, folder, spec).run()
     return folder
 
 
 class Passes:
-    """How many images of the fitted size a backbone has seen."""
+    """Number of images of the fitted size that a backbone has processed."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -75,7 +75,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     counted, forward = Passes(), TimmBackbone.forward
 
     def count(self: TimmBackbone, image: Tensor) -> Tensor:
-        if tuple(image.shape[2:]) == (tiny.SIZE, tiny.SIZE):  # the fingerprint's image has another
+        if tuple(image.shape[2:]) == (tiny.SIZE, tiny.SIZE):  # the fingerprint's image has a different size
             counted.count += len(image)
         return forward(self, image)
 
@@ -89,7 +89,7 @@ def no_room() -> OSError:
 
 @pytest.fixture
 def disk_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Call it for a disk that is full once so many photos are staged; the photos after that find it full too."""
+    """A function that simulates a disk that is full once that many photos are staged, and stays full."""
     write = LocalObjects.write
     staged = 0
 
@@ -111,7 +111,7 @@ def disk_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 def stop_after(
     count: int, photos: Path, store: Path, spec: BackboneSpec, disk_of: Callable[[int], None], mend: pytest.MonkeyPatch
 ) -> None:
-    """A run that ends with a full disk; the disk has room again afterwards."""
+    """Fit until the disk is full after `count` photos. Afterwards the disk has free space again."""
     before = LocalObjects.write
     disk_of(count)
     with pytest.raises(OSError, match="No space left"):
@@ -122,7 +122,7 @@ def stop_after(
 # --- what is stored ---
 
 
-def test_fields_are_those_of_single_photos(undisturbed: Path, photos: Path, spec: BackboneSpec) -> None:
+def test_stored_fields_match_denoise_image(undisturbed: Path, photos: Path, spec: BackboneSpec) -> None:
     store, backbone = FeatureStore.open(undisturbed), spec.load()
     assert store.manifest.field == (6, 6)
     for index, item in enumerate(open_dataset(photos)):
@@ -148,7 +148,7 @@ def test_patch_grid_holds_the_field_at_the_patch_centres(photos: Path, spec: Bac
         torch.testing.assert_close(store[item.id].semantic, alone.semantic, rtol=2.0**-11, atol=half + 1e-5)
 
 
-def test_the_manifest_says_what_was_done(undisturbed: Path, weights: Path) -> None:
+def test_manifest_records_backbone_sizes_and_options(undisturbed: Path, weights: Path) -> None:
     manifest = FeatureStore.open(undisturbed).manifest
     assert (manifest.count, manifest.shards, manifest.images_per_shard) == (PHOTOS, 3, 3)
     assert manifest.backbone["name"] == tiny.MODEL
@@ -169,7 +169,7 @@ def test_several_devices_give_the_same_store_as_one(
     assert tiny.contents(tmp_path / "store") == tiny.contents(undisturbed)
 
 
-def test_every_photo_is_reported_once_with_what_became_of_it(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_progress_reports_every_photo_once_with_its_failure(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
     (data / "03.png").write_text("words")
     seen: list[tuple[int, str | None]] = []
@@ -193,14 +193,14 @@ def test_without_held_out_views_fields_are_the_same(
 
 
 def bad_photos(data: Path) -> dict[str, str]:
-    """Spoils three of the photos; what is to be said of each."""
+    """Damage three of the photos and return a part of the expected reason for each."""
     (data / "00.png").write_text("words")
     (data / "04.png").write_bytes(b"")
     Image.new("RGB", (9, 40)).save(data / "05.png")
     return {"00.png": "not an image file", "04.png": "0 bytes", "05.png": "less than one patch"}
 
 
-def test_photos_that_cannot_be_used_are_recorded_and_the_others_done(
+def test_unusable_photos_are_recorded_and_the_others_fitted(
     photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path
 ) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
@@ -218,7 +218,9 @@ def test_photos_that_cannot_be_used_are_recorded_and_the_others_done(
     assert tiny.fields(job.store) == {name: whole[name] for name in whole if name not in expected}
 
 
-def test_failed_photos_are_not_tried_again(photos: Path, spec: BackboneSpec, tmp_path: Path, passes: Passes) -> None:
+def test_failed_photos_are_not_retried_by_default(
+    photos: Path, spec: BackboneSpec, tmp_path: Path, passes: Passes
+) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
     bad_photos(data)
     tiny.prepare(data, tmp_path / "store", spec).run()
@@ -230,7 +232,7 @@ def test_failed_photos_are_not_tried_again(photos: Path, spec: BackboneSpec, tmp
     assert passes.count == (PHOTOS - 3) * tiny.PASSES
 
 
-def test_failed_photos_are_tried_again_when_asked(
+def test_retry_failed_fits_failed_photos_again(
     photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path, passes: Passes
 ) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
@@ -248,7 +250,7 @@ def test_failed_photos_are_tried_again_when_asked(
     assert tiny.fields(tmp_path / "store") == tiny.fields(undisturbed)
 
 
-def test_a_data_set_of_bad_photos_alone_ends_as_well(spec: BackboneSpec, tmp_path: Path) -> None:
+def test_run_finishes_if_all_photos_are_unusable(spec: BackboneSpec, tmp_path: Path) -> None:
     data = tiny.write_photos(tmp_path / "data", 4)
     for path in data.iterdir():
         path.write_text("words")
@@ -257,7 +259,7 @@ def test_a_data_set_of_bad_photos_alone_ends_as_well(spec: BackboneSpec, tmp_pat
     tiny.assert_whole(job.store, failed=4)
 
 
-def test_strict_stops_at_a_photo_and_what_was_finished_stays(
+def test_strict_stops_at_an_unusable_photo_and_keeps_finished_ones(
     photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path
 ) -> None:
     data = tiny.write_photos(tmp_path / "data", 20)
@@ -289,10 +291,10 @@ def test_strict_stops_again_at_the_same_photo(spec: BackboneSpec, tmp_path: Path
             tiny.prepare(data, tmp_path / "store", spec, strict=True, stage_one=one_by_one).run()
 
 
-# --- going on ---
+# --- resuming ---
 
 
-def test_nothing_left_to_do_costs_no_forward_pass_and_changes_nothing(
+def test_finished_store_needs_no_forward_pass_and_is_unchanged(
     photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path, passes: Passes
 ) -> None:
     store = shutil.copytree(undisturbed, tmp_path / "store")
@@ -306,7 +308,7 @@ def test_nothing_left_to_do_costs_no_forward_pass_and_changes_nothing(
 
 
 @pytest.mark.parametrize("room", [0, 4, 7])
-def test_a_full_disk_stops_the_run_and_the_next_goes_on_from_there(
+def test_run_stopped_by_a_full_disk_can_be_resumed(
     photos: Path,
     spec: BackboneSpec,
     undisturbed: Path,
@@ -334,7 +336,7 @@ def test_a_full_disk_stops_the_run_and_the_next_goes_on_from_there(
     assert tiny.contents(tmp_path / "store") == tiny.contents(undisturbed)
 
 
-def test_a_shard_that_could_not_be_sealed_is_sealed_without_a_forward_pass(
+def test_resuming_seals_an_unsealed_shard_without_a_forward_pass(
     photos: Path,
     spec: BackboneSpec,
     undisturbed: Path,
@@ -361,7 +363,7 @@ def test_a_shard_that_could_not_be_sealed_is_sealed_without_a_forward_pass(
     assert tiny.fields(job.store) == {name: whole[name] for name in ("00.png", "01.png", "02.png")}
 
 
-def test_an_error_in_the_backbone_stops_the_run_and_the_next_goes_on(
+def test_run_stopped_by_a_backbone_error_can_be_resumed(
     photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_by_one = tiny.denoising(batch_size=tiny.PASSES)
@@ -378,13 +380,13 @@ def test_an_error_in_the_backbone_stops_the_run_and_the_next_goes_on(
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="the device is gone"):
         broken.setattr(TimmBackbone, "forward", break_down)
         job.run()
-    assert len(job.store.done()) == 4  # those in flight are written before the error goes on
+    assert len(job.store.done()) == 4  # photos in flight are written before the error is raised
     again = tiny.prepare(photos, tmp_path / "store", spec, stage_one=one_by_one)
     again.run()
     assert tiny.fields(again.store) == tiny.fields(undisturbed)
 
 
-def test_a_staged_photo_that_is_damaged_is_done_again(
+def test_damaged_staged_photo_is_fitted_again(
     photos: Path,
     spec: BackboneSpec,
     undisturbed: Path,
@@ -400,15 +402,15 @@ def test_a_staged_photo_that_is_damaged_is_done_again(
     assert tiny.fields(tmp_path / "store") == tiny.fields(undisturbed)
 
 
-def test_an_error_while_the_next_photo_is_read_reaches_the_caller(
+def test_write_error_during_a_read_reaches_the_caller(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The full disk is to be heard of, not that a reader was busy when it filled."""
+    """The error is about the full disk, not about the reader that was busy at that moment."""
     reading = threading.Event()
     read, write = Dataset.read, LocalObjects.write
 
     def slow(self: Dataset, index: int) -> np.ndarray:
-        if index == 4:  # the last that is asked for while the first is being written
+        if index == 4:  # the last one requested while the first is being written
             time.sleep(0.5)
             reading.set()
             time.sleep(0.5)
@@ -428,10 +430,10 @@ def test_an_error_while_the_next_photo_is_read_reaches_the_caller(
         job.run()
 
 
-# --- who may write ---
+# --- concurrent writers ---
 
 
-def test_a_second_writer_is_refused_naming_host_and_process(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_error_for_a_second_writer_names_host_and_process(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
     import socket
 
     job = tiny.prepare(photos, tmp_path / "store", spec)
@@ -440,12 +442,12 @@ def test_a_second_writer_is_refused_naming_host_and_process(photos: Path, spec: 
         job.run()
     assert f"process {os.getpid()} on {socket.gethostname()}" in str(refusal.value)
     assert list(job.store.verify()) == []
-    again = tiny.prepare(photos, tmp_path / "store", spec)  # the other has ended, and no lease is left behind
+    again = tiny.prepare(photos, tmp_path / "store", spec)  # the other writer has ended and left no lease
     again.run()
     tiny.assert_whole(again.store)
 
 
-# --- what does not belong together ---
+# --- stores and options that do not match ---
 
 
 @pytest.mark.parametrize(
@@ -460,7 +462,7 @@ def test_a_second_writer_is_refused_naming_host_and_process(photos: Path, spec: 
         ({"images_per_shard": 4}, "images_per_shard: the store has 3, this run has 4"),
     ],
 )
-def test_a_store_of_another_kind_is_refused_with_both_sides(
+def test_store_with_other_options_is_rejected_with_both_values(
     photos: Path, spec: BackboneSpec, undisturbed: Path, changes: dict[str, Any], message: str
 ) -> None:
     before = tiny.contents(undisturbed)
@@ -488,7 +490,7 @@ def test_a_store_of_other_photos_is_refused(
         tiny.prepare(data, undisturbed, spec)
 
 
-def test_a_known_artifact_makes_another_store(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_store_with_another_artifact_is_rejected(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
     def job(artifact: Tensor | None) -> FitJob:
         options = FitOptions(images_per_shard=3)
         return FitJob.prepare(open_dataset(photos), tmp_path / "store", spec, tiny.denoising(), options, artifact)
@@ -502,10 +504,10 @@ def test_a_known_artifact_makes_another_store(photos: Path, spec: BackboneSpec, 
     tiny.assert_whole(tmp_path / "store")
 
 
-def test_what_changes_no_field_may_differ(
+def test_options_that_do_not_affect_fields_may_differ(
     photos: Path, spec: BackboneSpec, undisturbed: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """Held-out views, the size of batches, readers, and where the same weights come from."""
+    """Held-out views, batch size, number of decoders, strict mode, and the path of the same weights."""
     copied = Path(shutil.copy(weights, tmp_path / "copy.safetensors"))
     store = shutil.copytree(undisturbed, tmp_path / "store")
     stage_one = tiny.denoising(held_out=3, batch_size=5)
@@ -533,7 +535,7 @@ def test_an_empty_data_set_is_refused(spec: BackboneSpec, tmp_path: Path) -> Non
         ({"engine": "ray", "worker_cpus": float("nan")}, "worker_cpus must be at least 0, got nan"),
     ],
 )
-def test_options_out_of_range_are_refused_before_anything_is_made(
+def test_invalid_options_are_rejected_before_the_store_is_created(
     photos: Path, spec: BackboneSpec, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
@@ -541,7 +543,9 @@ def test_options_out_of_range_are_refused_before_anything_is_made(
     assert not (tmp_path / "store").exists()
 
 
-def test_other_methods_are_refused_before_anything_is_made(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_other_methods_are_rejected_before_the_store_is_created(
+    photos: Path, spec: BackboneSpec, tmp_path: Path
+) -> None:
     with pytest.raises(PlanError, match="exact method for data sets, got 'neural-field'"):
         tiny.prepare(photos, tmp_path / "store", spec, stage_one=tiny.denoising(method="neural-field"))
     assert not (tmp_path / "store").exists()
@@ -561,7 +565,7 @@ def test_the_estimate_counts_photos_passes_and_bytes(
     assert (estimate.photos, estimate.done, estimate.failed, estimate.left) == (PHOTOS, 0, 0, PHOTOS)
     assert estimate.passes == PHOTOS * 9
     assert estimate.image_bytes == 6 * 6 * 192 * 2
-    assert estimate.bytes_needed == (PHOTOS + 3) * 6 * 6 * 192 * 2  # three twice, while their shard is sealed
+    assert estimate.bytes_needed == (PHOTOS + 3) * 6 * 6 * 192 * 2  # three exist twice while their shard is sealed
     assert estimate.seconds > 0
     assert f"{PHOTOS} photos, {PHOTOS} to do: 72 forward passes" in str(estimate)
     assert "152.1 kB" in str(estimate)
@@ -573,7 +577,7 @@ def test_the_estimate_counts_photos_passes_and_bytes(
     assert "5 already done, 3 to do" in str(later)
 
 
-def test_the_estimate_of_bytes_is_what_the_store_takes(
+def test_estimated_bytes_match_the_size_of_the_store(
     undisturbed: Path, photos: Path, spec: BackboneSpec, tmp_path: Path
 ) -> None:
     estimate = tiny.prepare(photos, tmp_path / "store", spec).estimate()
@@ -588,7 +592,7 @@ def test_the_patch_grid_takes_a_quarter_of_the_bytes(
     assert tiny.prepare(photos, tmp_path / "store", spec, grid=grid).estimate().image_bytes == nodes * 192 * 2
 
 
-def test_several_devices_take_less_time_and_have_more_shards_open(photos: Path, weights: Path, tmp_path: Path) -> None:
+def test_estimate_for_two_devices_counts_an_open_shard_for_each(photos: Path, weights: Path, tmp_path: Path) -> None:
     spec = tiny.spec_of(weights, device="cpu,cpu")
     estimate = tiny.prepare(photos, tmp_path / "store", spec).estimate()
     assert estimate.bytes_needed == (PHOTOS + 6) * estimate.image_bytes
@@ -598,7 +602,7 @@ def disk_with(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**12, 10**12 - free, free))  # pyright: ignore
 
 
-def test_a_disk_that_is_too_small_is_refused_naming_both_sides(
+def test_error_for_a_small_disk_names_needed_and_free_bytes(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny.prepare(photos, tmp_path / "store", spec)
@@ -612,14 +616,14 @@ def test_a_disk_that_is_too_small_is_refused_naming_both_sides(
         job.estimate().require_room()
 
 
-def test_a_finished_store_needs_no_room(
+def test_finished_store_needs_no_disk_space(
     photos: Path, spec: BackboneSpec, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk_with(monkeypatch, 0)
     tiny.prepare(photos, undisturbed, spec).estimate().require_room()
 
 
-def test_after_a_refusal_the_patch_grid_can_be_taken_as_the_message_says(
+def test_suggested_patch_grid_works_after_too_little_disk_space(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk_with(monkeypatch, 50_000)  # enough for the patch grid's 38 kB
@@ -628,7 +632,7 @@ def test_after_a_refusal_the_patch_grid_can_be_taken_as_the_message_says(
     tiny.prepare(photos, tmp_path / "store", spec, grid="patch")
 
 
-def test_of_an_object_store_the_room_is_not_known(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_free_space_of_an_object_store_is_unknown(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
     url = f"memory://{tmp_path}/store"
     job = FitJob.prepare(open_dataset(photos), url, spec, tiny.denoising(), FitOptions(images_per_shard=3))
     estimate = job.estimate()
@@ -639,12 +643,12 @@ def test_of_an_object_store_the_room_is_not_known(photos: Path, spec: BackboneSp
     tiny.assert_whole(job.store)
 
 
-def test_before_the_store_is_there_its_disk_is_asked(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_free_space_is_known_before_the_folder_exists(photos: Path, spec: BackboneSpec, tmp_path: Path) -> None:
     estimate = tiny.prepare(photos, tmp_path / "not" / "there" / "yet", spec).estimate()
     assert estimate.bytes_free is not None and estimate.bytes_free > 0
 
 
-# --- backbones that misbehave ---
+# --- faulty backbones ---
 
 
 class Patches(nn.Module):
@@ -666,14 +670,14 @@ def stage_of(module: nn.Module, **options: Any) -> StageOne:
 
 
 def job_of(stages: list[StageOne], data: Dataset, folder: Path, **options: Any) -> FitJob:
-    """A job of stages whose backbones no words describe."""
+    """A job for stages with backbones that no `BackboneSpec` describes."""
     values: dict[str, Any] = {"images_per_shard": 3, **options}
     running = FitOptions(**values)
     store = FeatureStore.create(folder, manifest_of(stages[0], running), [item.id for item in data])
     return FitJob(data, store, stages, BackboneSpec(), running)
 
 
-def test_a_field_that_float16_cannot_hold_fails_its_photo_alone(photos: Path, tmp_path: Path) -> None:
+def test_field_beyond_float16_fails_only_its_photo(photos: Path, tmp_path: Path) -> None:
     class Loud(Patches):
         def forward(self, images: Tensor) -> Tensor:
             out = super().forward(images)
@@ -692,12 +696,12 @@ def test_a_field_that_float16_cannot_hold_fails_its_photo_alone(photos: Path, tm
     tiny.assert_whole(store, failed=1)
 
 
-def test_held_out_features_that_are_not_finite_do_not_stop_the_others(photos: Path, tmp_path: Path) -> None:
+def test_non_finite_held_out_features_do_not_stop_other_photos(photos: Path, tmp_path: Path) -> None:
     class Poisoned(Patches):
         def forward(self, images: Tensor) -> Tensor:
             out = super().forward(images)
             if len(images) == 9 and images.amax() < -1.5:
-                out[-1] = torch.nan  # the one view of this photo that is held out
+                out[-1] = torch.nan  # the only held-out view of this photo
             return out
 
     data = shutil.copytree(photos, tmp_path / "data")
@@ -710,7 +714,7 @@ def test_held_out_features_that_are_not_finite_do_not_stop_the_others(photos: Pa
     assert store.done() >= set(range(PHOTOS)) - {4}
 
 
-def test_one_device_that_breaks_stops_the_others_soon(tmp_path: Path) -> None:
+def test_failure_of_one_device_soon_stops_the_others(tmp_path: Path) -> None:
     broken = threading.Event()
 
     class Breaking(Patches):
@@ -746,7 +750,7 @@ def test_one_device_that_breaks_stops_the_others_soon(tmp_path: Path) -> None:
 # --- precision ---
 
 
-def test_a_store_of_int8_holds_the_fields_of_float16_in_half_the_bytes(
+def test_int8_store_is_smaller_and_close_to_float16(
     photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path
 ) -> None:
     job = tiny.prepare(photos, tmp_path / "store", spec, precision="int8")
@@ -760,7 +764,7 @@ def test_a_store_of_int8_holds_the_fields_of_float16_in_half_the_bytes(
         tiny.prepare(photos, tmp_path / "store", spec)
 
 
-def test_photos_that_int8_changes_too_much_are_failures_with_their_reason(
+def test_photos_with_too_large_int8_error_fail_with_a_reason(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("denoising_vit.store.fields.LEAST_COSINE", 1.1)
@@ -770,10 +774,10 @@ def test_photos_that_int8_changes_too_much_are_failures_with_their_reason(
     assert all(reason.startswith("the int8 values of a patch have") for reason in job.store.failed().values())
 
 
-# --- as an accelerator does it: rendering ahead, photos solved together ---
+# --- as on an accelerator: views rendered ahead, photos solved in groups ---
 
 
-def test_photos_solved_in_groups_are_those_solved_one_by_one(
+def test_solving_in_groups_matches_solving_one_by_one(
     photos: Path, spec: BackboneSpec, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups: list[int] = []
@@ -791,14 +795,15 @@ def test_photos_solved_in_groups_are_those_solved_one_by_one(
     broken.write_bytes(b"no photo")
     told: dict[int, str | None] = {}
     tiny.prepare(data, tmp_path / "store", spec).run(lambda index, reason: told.update({index: reason}))
-    assert groups == [3, 3]  # the broken one ends the second group of one photo: 0 1 2, 3 and the broken one, 5 6 7
+    # The failed photo ends its group: 0 1 2, then 3 (solved alone, so not recorded) and the failed 4, then 5 6 7.
+    assert groups == [3, 3]
     assert list(told) == list(range(PHOTOS)) and [index for index, reason in told.items() if reason] == [4]
     found, expected = FeatureStore.open(tmp_path / "store"), FeatureStore.open(undisturbed)
     for index in sorted(found.done()):
         torch.testing.assert_close(found[index].field, expected[index].field, rtol=1e-3, atol=1e-3)
 
 
-def test_a_compiled_backbone_is_asked_for_once_a_device(
+def test_compile_is_called_once_and_only_on_request(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
@@ -809,7 +814,7 @@ def test_a_compiled_backbone_is_asked_for_once_a_device(
     assert asked == [False]
 
 
-def test_every_lease_ends_where_one_cannot_be_ended() -> None:
+def test_all_leases_end_even_if_ending_one_fails() -> None:
     ended: list[int] = []
 
     def leases(shard: int) -> contextlib.ExitStack:

@@ -1,4 +1,4 @@
-"""A data set through Ray: the store that the local engine makes, bit for bit, also where a worker is killed."""
+"""Fitting with Ray gives the store of the local engine, bit for bit, even if a worker is killed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pytestmark = [
 
 PHOTOS = 12
 
-#: Of the photos, one that is none.
+#: Index of a file that is not a photo.
 BAD = 4
 
 
@@ -68,16 +68,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local(
     one_thread: None, photos: Path, spec: BackboneSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
-    """What the local engine stores."""
+    """Contents of the store that the local engine writes."""
     folder = tmp_path_factory.mktemp("local") / "store"
     tiny.prepare(photos, folder, spec).run()
     return tiny.contents(folder)
 
 
-# --- without a cluster: what a worker is told, and what is said where there is none ---
+# --- without a cluster: jobs of workers, and errors ---
 
 
-def test_ray_that_is_not_installed_is_named_with_its_extra(
+def test_missing_ray_is_reported_with_its_extra(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -86,7 +86,7 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
 
 
 @pytest.mark.parametrize("kind", [ConnectionError, ValueError, RuntimeError])
-def test_a_cluster_that_does_not_answer_is_named(
+def test_unreachable_cluster_is_named_in_the_error(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def refuse(**_options: Any) -> None:
@@ -116,15 +116,15 @@ def test_a_finished_store_needs_no_cluster(
 
 
 def told(job: FitJob, monkeypatch: pytest.MonkeyPatch) -> RayJob:
-    """What the workers of a job would be told."""
+    """The description of a job that its workers would get."""
     given: list[RayJob] = []
     monkeypatch.setattr(jobs, "fit_with_ray", lambda order, *_others: given.append(order))
-    with contextlib.suppress(FitError):  # it finds that nothing was done
+    with contextlib.suppress(FitError):  # raised because nothing was fitted
         job.run()
     return given[0]
 
 
-def test_a_worker_does_a_shard_and_tells_what_became_of_it(
+def test_worker_fits_a_shard_and_reports_the_outcome(
     photos: Path, spec: BackboneSpec, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray")
@@ -142,7 +142,7 @@ def test_a_worker_does_a_shard_and_tells_what_became_of_it(
     assert tiny.contents(tmp_path / "store") == local
 
 
-def test_an_address_where_nothing_listens_is_told_at_once(
+def test_address_without_a_listener_fails_at_once(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -152,10 +152,10 @@ def test_an_address_where_nothing_listens_is_told_at_once(
         job.run()
 
 
-def test_a_worker_in_another_folder_finds_photos_that_were_named_from_here(
+def test_worker_in_another_folder_finds_photos_of_a_relative_path(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers of a running cluster are in the folder in which it was started."""
+    """Workers of a running cluster have the working directory in which it was started."""
     monkeypatch.chdir(photos.parent)
     job = tiny.prepare(Path(photos.name), tmp_path / "store", spec, engine="ray")
     order = told(job, monkeypatch)
@@ -164,7 +164,7 @@ def test_a_worker_in_another_folder_finds_photos_that_were_named_from_here(
     assert job.store.done() == {0, 1, 2}
 
 
-def test_a_worker_in_another_folder_finds_weights_that_were_named_from_here(
+def test_worker_in_another_folder_finds_weights_of_a_relative_path(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(weights.parent)
@@ -175,18 +175,18 @@ def test_a_worker_in_another_folder_finds_weights_that_were_named_from_here(
     assert job.store.done() == {0, 1, 2}
 
 
-def test_a_worker_that_finds_other_photos_than_the_store_has_stores_nothing_under_a_wrong_name(
+def test_worker_with_changed_photos_stores_nothing_under_a_wrong_name(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that starts, or starts again, hours later: one photo more, and every index means another one."""
+    """A worker may start or restart hours later: after one more photo, every index refers to another one."""
     data = Path(shutil.copytree(photos, tmp_path / "data"))
     job = tiny.prepare(data, tmp_path / "store", spec, engine="ray")
     order = told(job, monkeypatch)
-    shutil.copy(data / "11.png", data / "00 new.png")  # the second of all, now
+    shutil.copy(data / "11.png", data / "00 new.png")  # sorts before all others
     try:
         ShardFitter(order)({"shard": 0})
     except DenoisingVitError:
-        return  # refused: as good
+        return  # an error is fine as well
     for index in job.store.done():
         assert job.store[index].record["photo"]["name"] == job.store.ids[index]
 
@@ -202,17 +202,17 @@ def test_a_job_that_failed_can_be_run_again(
     assert told(job, monkeypatch).store == str(tmp_path / "store")
 
 
-def test_workers_share_the_processors_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_workers_share_the_cpu_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert [ray_engine.local_threads(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
 
 
-# --- with a cluster: Ray ends the process that uses a cluster when the cluster is gone, so that is never this one ---
+# --- with a cluster, in a child process, because Ray ends the process that uses a cluster when the cluster is gone ---
 
 
 @contextlib.contextmanager
 def local_cluster() -> Iterator[None]:
-    """What the process that uses Ray is in: a cluster, and what pytest and fixtures see to here."""
+    """Context of the child process: a cluster, and the settings that pytest and fixtures make in this process."""
     warnings.simplefilter("error", DenoisingVitWarning)
     torch.set_num_threads(1)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -229,7 +229,7 @@ def cluster() -> Iterator[Child]:
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a command, and whether Ray was still connected after it."""
+    """Outcome of a command, and whether Ray was still connected after it."""
 
     code: int
     out: str
@@ -239,7 +239,7 @@ class Ran:
 
 @contextlib.contextmanager
 def diverted(stream: TextIO, path: Path) -> Iterator[None]:
-    """Has a file take what is written to a stream's descriptor: Ray's libraries write past Python."""
+    """Redirect the descriptor of a stream to a file, because Ray's libraries bypass Python's streams."""
     stream.flush()
     kept = os.dup(stream.fileno())
     with path.open("wb") as file:
@@ -260,38 +260,38 @@ def run_command(arguments: list[str], folder: Path) -> Ran:
 
 
 def run_job(photos: Path, store: Path, spec: BackboneSpec, **options: Any) -> list[tuple[int, str | None]]:
-    """What a run with Ray tells of each photo."""
+    """Index and reason that a run with Ray reports for each photo."""
     seen: list[tuple[int, str | None]] = []
     tiny.prepare(photos, store, spec, engine="ray", **options).run(lambda index, reason: seen.append((index, reason)))
     return seen
 
 
-def test_two_workers_give_the_store_of_the_local_engine_and_json_lines_alone(
+def test_two_workers_match_the_local_engine_and_print_only_json(
     cluster: Child, photos: Path, weights: Path, local: dict[str, bytes], tmp_path: Path
 ) -> None:
     arguments = [*tiny.command(photos, tmp_path / "store", weights), "--engine", "ray", "--workers", "2", "--json"]
     ran = cluster(run_command, arguments, tmp_path)
-    assert ran.code == 1  # one photo is none
+    assert ran.code == 1  # one file is not a photo
     rows = [json.loads(line) for line in ran.out.splitlines()]
     assert sorted(row["image"] for row in rows) == [f"{number:02}.png" for number in range(PHOTOS)]
     assert [row["image"] for row in rows if row["status"] != "done"] == [f"{BAD:02}.png"]
     assert f"skipped: {BAD:02}.png: not an image file" in ran.err
     assert tiny.contents(tmp_path / "store") == local
     tiny.assert_whole(tmp_path / "store", failed=1)
-    assert ran.connected  # a cluster that was there stays
+    assert ran.connected  # an existing cluster stays
 
 
 @dataclass
 class Watcher:
-    """Kills the first worker that has stored some of a shard's photos but not all; sees who writes what, and how often.
+    """Kills the first worker that has stored some but not all photos of a shard; records all writers and writes.
 
     Attributes:
-        store: opened for reading.
-        ended: set it to end the watching.
+        store: the store, opened for reading.
+        ended: event that stops the watcher.
         killed: the shard whose worker was killed.
-        kept: what that worker had stored of it.
-        holders: processes that were seen to hold a shard.
-        written: when a staged photo was written, each time it was.
+        kept: photos of it that this worker had stored.
+        holders: ids of the processes that held each shard.
+        written: times at which each staged photo was written, in ns.
     """
 
     store: FeatureStore
@@ -304,7 +304,7 @@ class Watcher:
     def __call__(self) -> None:
         while not self.ended.wait(0.03):
             for index in self.store.staged():
-                with contextlib.suppress(FileNotFoundError):  # sealed since
+                with contextlib.suppress(FileNotFoundError):  # sealed in the meantime
                     self.written[index].add((Path(self.store.url) / layout.staged_key(index)).stat().st_mtime_ns)
             for shard in range(self.store.manifest.shards):
                 holder = self.holder(shard)
@@ -321,17 +321,17 @@ class Watcher:
             self.killed, self.kept = shard, frozenset(kept)
 
     def holder(self, shard: int) -> int | None:
-        """The process that writes a shard, if it is one below this one."""
+        """Id of the process that writes a shard, if it is a descendant of this one."""
         below = {child.pid for child in psutil.Process().children(recursive=True)}
         for path in (Path(self.store.url) / layout.LEASES).glob(f"{layout.shard_lease(shard)}.*.json"):
-            with contextlib.suppress(OSError, ValueError):  # released since
+            with contextlib.suppress(OSError, ValueError):  # released in the meantime
                 entry = json.loads(path.read_bytes())
                 if not entry["released"] and entry["holder"]["pid"] in below:
                     return entry["holder"]["pid"]
         return None
 
 
-def test_a_killed_worker_costs_its_shard_alone(cluster: Child, spec: BackboneSpec, tmp_path: Path) -> None:
+def test_killed_worker_affects_only_its_shard(cluster: Child, spec: BackboneSpec, tmp_path: Path) -> None:
     data = tiny.write_photos(tmp_path / "photos", PHOTOS)
     slow = tiny.denoising(views=100)  # so that a shard takes long enough for its worker to be killed
     store = tiny.prepare(data, tmp_path / "store", spec, stage_one=slow).store
@@ -348,13 +348,13 @@ def test_a_killed_worker_costs_its_shard_alone(cluster: Child, spec: BackboneSpe
     tiny.assert_whole(store)
     assert [shard for shard, holders in watcher.holders.items() if len(holders) > 1] == [watcher.killed]
     assert watcher.kept <= watcher.written.keys()
-    assert [index for index, times in watcher.written.items() if len(times) > 1] == []  # nothing was done twice
+    assert [index for index, times in watcher.written.items() if len(times) > 1] == []  # no photo was written twice
     undisturbed = tiny.prepare(data, tmp_path / "undisturbed", spec, stage_one=slow)
     undisturbed.run()
     assert tiny.contents(tmp_path / "store") == tiny.contents(tmp_path / "undisturbed")
 
 
-def test_a_cluster_without_a_machine_is_refused() -> None:
+def test_cluster_without_live_machines_is_refused() -> None:
     ray = SimpleNamespace(nodes=lambda: [{"Alive": False, "Resources": {"CPU": 8.0}}])
     job: Any = SimpleNamespace(options=FitOptions(workers=2, worker_cpus=1.0), on_gpu=False)
     with pytest.raises(FitError, match="needs 1 CPUs, but the largest machine of the cluster has 0"):

@@ -1,4 +1,4 @@
-"""A data set through Ray on two nodes, one of which is lost in the middle."""
+"""Fitting a data set with Ray on two nodes, one of which is lost during the run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytestmark = [
 
 PHOTOS = 18
 
-#: The cluster of the process that uses Ray, and the node of it that will be lost.
+#: The cluster of the process that uses Ray, and its node that will be lost.
 _nodes: dict[str, Any] = {}
 
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[None]:
-    """Two nodes with a processor each, as two machines would be."""
+    """Two nodes with one CPU each, like two machines."""
     from ray.cluster_utils import Cluster
 
     warnings.simplefilter("error", DenoisingVitWarning)
@@ -50,12 +50,12 @@ def two_nodes() -> Iterator[None]:
 
 
 def lose_node(store: FeatureStore, ended: threading.Event, lost: list[int]) -> None:
-    """Ends the other node as soon as its worker has stored a part of a shard; notes the shard."""
+    """Remove the other node as soon as its worker has stored a part of a shard; record the shard."""
     raylet = next(iter(_nodes["other"].all_processes["raylet"])).process.pid
     while not ended.wait(0.03):
         below = {child.pid for child in psutil.Process(raylet).children(recursive=True)}
         for path in (Path(store.url) / layout.LEASES).glob("shard-*.json"):
-            with contextlib.suppress(OSError, ValueError):  # released since
+            with contextlib.suppress(OSError, ValueError):  # released in the meantime
                 entry = json.loads(path.read_bytes())
                 images = set(store.manifest.images_of(shard := int(path.name.split(".")[0].removeprefix("shard-"))))
                 kept = store.staged() & images
@@ -68,7 +68,7 @@ def lose_node(store: FeatureStore, ended: threading.Event, lost: list[int]) -> N
 def run_and_lose_a_node(
     photos: Path, folder: Path, spec: BackboneSpec, **options: Any
 ) -> tuple[list[tuple[int, str | None]], list[int]]:
-    """What a run tells of each photo, and the shard that the lost node was at."""
+    """What a run reports for each photo, and the shard that the lost node was working on."""
     seen: list[tuple[int, str | None]] = []
     lost: list[int] = []
     job = tiny.prepare(photos, folder, spec, engine="ray", **options)
@@ -83,7 +83,7 @@ def run_and_lose_a_node(
     return seen, lost
 
 
-def test_a_lost_node_leaves_the_store_of_an_undisturbed_run(tmp_path: Path) -> None:
+def test_store_after_losing_a_node_matches_an_undisturbed_run(tmp_path: Path) -> None:
     spec = tiny.spec_of(tiny.write_weights(tmp_path / "tiny.safetensors"))
     data = tiny.write_photos(tmp_path / "photos", PHOTOS)
     slow = tiny.denoising(views=100)  # so that a shard takes long enough for its node to be lost

@@ -1,4 +1,4 @@
-"""A fit that is killed goes on as if nothing had been: nothing is lost, nothing finished is done again."""
+"""Resuming a killed fit: no finished photo is lost or fitted again."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from forks import Fork, dvit, fork
 
 PHOTOS = 12
 
-#: Photos that may have been seen and not been stored when a process dies: three that wait to be written, one whose
-#: views are being seen, and one that the same batch begins.
+#: Photos that may be processed but not yet stored when a process dies: three waiting to be written, one whose views are
+#: being processed, and one that starts in the same batch.
 IN_FLIGHT = 5
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
 
 def fit_and_count(arguments: list[str], counter: str) -> None:
-    """`dvit fit` in a process of its own that writes one byte an image it sees; not counted are those of other sizes
-    (the fingerprint's) and those that time the estimate.
+    """Run `dvit fit` in a process of its own and write one byte per processed image.
+
+    Images of other sizes (the fingerprint's) and those that time the estimate are not counted.
     """
     import torch
 
@@ -38,7 +39,7 @@ def fit_and_count(arguments: list[str], counter: str) -> None:
     from denoising_vit.cli import app
     from denoising_vit.fit import job
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit that it is ignored
     forward = TimmBackbone.forward
     file = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -54,7 +55,7 @@ def fit_and_count(arguments: list[str], counter: str) -> None:
 
 @dataclass
 class Run:
-    """A process that fits, and what it has done."""
+    """A process that runs a fit, and its progress."""
 
     fork: Fork
     counter: Path
@@ -66,11 +67,11 @@ class Run:
 
     @property
     def passes(self) -> int:
-        """Images that this process has seen."""
+        """Number of images that this process has processed."""
         return counted(self.counter) - self.before
 
     def wait_for(self, passes: int) -> None:
-        """Until so many images were seen, or the process is at its end."""
+        """Wait until that many images were processed or the process has ended."""
         while self.passes < passes and self.process.is_alive():
             time.sleep(0.002)
 
@@ -95,7 +96,7 @@ Start = Callable[[Place], Run]
 
 @pytest.fixture(scope="module")
 def start() -> Start:
-    """Starts `dvit fit` for a place."""
+    """A function that starts `dvit fit` for a place."""
 
     def run(place: Place) -> Run:
         arguments = [*tiny.command(place.photos, place.store, place.weights), "--batch-size", str(tiny.PASSES)]
@@ -121,7 +122,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(start: Start, inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """What a run gives, takes and costs that nobody kills."""
+    """Store contents, duration and forward passes of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     warm_up = Place(*inputs, folder / "first", folder / "first passes")
     assert start(warm_up).end() == 0
@@ -138,7 +139,7 @@ def place(inputs: tuple[Path, Path], tmp_path: Path) -> Place:
 
 
 def done_in(store: Path) -> int:
-    """Photos finished; none where the process did not come as far as to make the store."""
+    """Number of finished photos; 0 if the process ended before it created the store."""
     return len(FeatureStore.open(store).done()) if (store / "manifest.json").exists() else 0
 
 
@@ -146,16 +147,14 @@ def kill(run: Run) -> None:
     assert run.process.pid is not None
     with contextlib.suppress(ProcessLookupError):
         os.kill(run.process.pid, signal.SIGKILL)
-    assert run.end() in (-signal.SIGKILL, 0)  # it may just have come to its end
+    assert run.end() in (-signal.SIGKILL, 0)  # it may have just finished
 
 
-def test_an_undisturbed_run_sees_every_view_once(undisturbed: Undisturbed) -> None:
+def test_uninterrupted_run_processes_every_view_once(undisturbed: Undisturbed) -> None:
     assert undisturbed.passes == PHOTOS * tiny.PASSES
 
 
-def test_kills_at_moments_of_work_lose_nothing_and_cost_what_was_in_flight(
-    start: Start, place: Place, undisturbed: Undisturbed
-) -> None:
+def test_kills_during_work_lose_only_photos_in_flight(start: Start, place: Place, undisturbed: Undisturbed) -> None:
     chance = random.Random(4)
     killed = 0
     for _ in range(4):
@@ -166,7 +165,7 @@ def test_kills_at_moments_of_work_lose_nothing_and_cost_what_was_in_flight(
         kill(run)
         killed += run.process.exitcode != 0
         after = done_in(place.store)
-        assert after >= before  # nothing is lost, and what was finished is not done again:
+        assert after >= before  # nothing is lost, and finished photos are not fitted again:
         assert run.passes <= (after - before + IN_FLIGHT) * tiny.PASSES
         assert not (place.store / "manifest.json").exists() or list(FeatureStore.open(place.store).verify()) == []
     assert killed >= 2
@@ -180,7 +179,7 @@ def test_kills_at_moments_of_work_lose_nothing_and_cost_what_was_in_flight(
 
 
 def test_kills_at_any_time_lose_nothing(start: Start, place: Place, undisturbed: Undisturbed) -> None:
-    """While the model is loaded, the store is made, photos are read, shards are sealed, ..."""
+    """While the model is loaded, the store is created, photos are read, shards are sealed, ..."""
     chance = random.Random(5)
     for _ in range(6):
         run = start(place)
@@ -191,7 +190,9 @@ def test_kills_at_any_time_lose_nothing(start: Start, place: Place, undisturbed:
     tiny.assert_whole(place.store)
 
 
-def test_after_the_last_kill_the_same_command_is_a_no_op(start: Start, place: Place, undisturbed: Undisturbed) -> None:
+def test_repeating_the_command_of_a_finished_fit_is_a_no_op(
+    start: Start, place: Place, undisturbed: Undisturbed
+) -> None:
     run = start(place)
     run.wait_for(3 * tiny.PASSES)
     kill(run)
@@ -203,13 +204,11 @@ def test_after_the_last_kill_the_same_command_is_a_no_op(start: Start, place: Pl
     assert tiny.contents(place.store) == before == undisturbed.contents
 
 
-def test_a_second_fit_is_refused_while_the_first_one_works(
-    start: Start, place: Place, undisturbed: Undisturbed
-) -> None:
+def test_second_fit_is_rejected_while_the_first_one_runs(start: Start, place: Place, undisturbed: Undisturbed) -> None:
     first = start(place)
     first.wait_for(1)
     assert first.process.pid is not None
-    os.kill(first.process.pid, signal.SIGSTOP)  # it holds its shard, and does not end while the second comes
+    os.kill(first.process.pid, signal.SIGSTOP)  # it holds its shard and cannot end before the second starts
     try:
         assert start(place).end() == 2
     finally:
@@ -218,9 +217,7 @@ def test_a_second_fit_is_refused_while_the_first_one_works(
     assert tiny.contents(place.store) == undisturbed.contents
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
-    start: Start, place: Place, undisturbed: Undisturbed
-) -> None:
+def test_ctrl_c_exits_130_and_the_same_command_resumes(start: Start, place: Place, undisturbed: Undisturbed) -> None:
     run = start(place)
     run.wait_for(2 * tiny.PASSES)
     assert run.process.pid is not None
@@ -236,7 +233,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
 
 def test_ctrl_c_of_the_installed_command(inputs: tuple[Path, Path], tmp_path: Path, undisturbed: Undisturbed) -> None:
     store = tmp_path / "store"
-    # More views than the other tests have, so that it is still at work when the signal comes.
+    # More views than in the other tests, so that the fit is still running when the signal arrives.
     arguments = [*tiny.command(inputs[0], store, inputs[1]), "--views", "300"]
     run = fork(dvit, arguments, folder=tmp_path)
     while run.process.is_alive() and not any((store / "staged").glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""The check of recorded calls: what a power cut could take is found, and nothing else is."""
+"""The check of recorded calls: it finds what a power cut could lose, and nothing else."""
 
 from __future__ import annotations
 

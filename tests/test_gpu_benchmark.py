@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.slow
-def test_all_parts_run_and_are_told_in_their_order(
+def test_all_parts_run_and_are_reported_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tiny_fit.write_photos(tmp_path / "photos", 4)

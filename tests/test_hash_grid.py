@@ -123,14 +123,14 @@ def test_entries_of_a_hashed_level_follow_the_published_hash() -> None:
     assert heaviest.tolist() == [(x ^ (y * 2654435761)) % size for x, y in vertices]
 
 
-def test_corners_are_in_the_order_that_is_documented() -> None:
+def test_corners_are_in_the_documented_order() -> None:
     grid = HashGrid(levels=1, coarsest=5, finest=5, channels=1, table_size=25)
     entries, weights = grid.corners(torch.tensor([[0.3, 0.65]]))  # 1.2 and 2.6 in cells
     assert entries.tolist() == [[[11, 12, 16, 17]]]
     torch.testing.assert_close(weights, torch.tensor([[[0.8 * 0.4, 0.2 * 0.4, 0.8 * 0.6, 0.2 * 0.6]]]))
 
 
-def test_weights_are_shares_that_sum_to_one() -> None:
+def test_weights_are_non_negative_and_sum_to_one() -> None:
     _, weights = small_grid().corners(places(101) * 1.4 - 0.2)
     assert weights.shape == (108, 6, 4)
     assert weights.min() >= 0
@@ -156,13 +156,13 @@ def test_published_levels_grow_from_16_to_1024() -> None:
 
 
 @pytest.mark.parametrize(("levels", "coarsest", "finest"), [(1, 5, 5), (2, 3, 97), (7, 2, 129), (16, 16, 16)])
-def test_first_and_last_level_are_as_asked(levels: int, coarsest: int, finest: int) -> None:
+def test_first_and_last_level_have_the_given_sides(levels: int, coarsest: int, finest: int) -> None:
     sides = level_sides(levels, coarsest, finest)
     assert (len(sides), sides[0], sides[-1]) == (levels, coarsest, finest)
     assert sides == sorted(sides)
 
 
-def test_levels_are_dense_where_they_fit_and_hashed_above() -> None:
+def test_levels_are_dense_if_they_fit_and_hashed_otherwise() -> None:
     grid = small_grid()
     assert grid.sides.tolist() == level_sides(6, 2, 17)
     assert grid.dense.tolist() == [side * side <= PRIME_SIZE for side in grid.sides.tolist()]
@@ -178,7 +178,7 @@ def test_level_that_just_fits_is_dense() -> None:
         assert len(grid.table) == table_size
 
 
-def test_no_two_levels_share_rows_and_dense_ones_have_one_row_a_vertex() -> None:
+def test_levels_share_no_rows_and_dense_levels_have_one_per_vertex() -> None:
     grid = small_grid()
     seen: set[int] = set()
     for level, side in enumerate(grid.sides.tolist()):
@@ -195,7 +195,7 @@ def test_no_two_levels_share_rows_and_dense_ones_have_one_row_a_vertex() -> None
     assert max(seen) < len(grid.table)
 
 
-# --- as released ---
+# --- released variant ---
 
 
 def released_by_hand(grid: HashGrid, place: tuple[float, float], scales: list[float], table_size: int) -> list[float]:
@@ -238,7 +238,7 @@ def test_released_place_beyond_the_last_vertex_mixes_in_the_next_row() -> None:
     assert found == pytest.approx([11, (7 + 11) / 2, (13 + 17) / 2])  # x = 2.5 lies between rows 1 and 2
 
 
-def test_released_levels_have_the_sides_of_tiny_cuda_nn_and_hash_the_finest() -> None:
+def test_released_levels_match_tiny_cuda_nn_and_hash_the_finest() -> None:
     grid = HashGrid(levels=16, coarsest=16, finest=1024, channels=1, table_size=2**20, released=True)
     assert grid.sides.tolist() == [16, 22, 28, 37, 49, 65, 85, 112, 148, 195, 257, 338, 446, 589, 777, 1025]
     assert grid.dense.tolist() == [True] * 15 + [False]
@@ -249,7 +249,7 @@ def test_released_levels_have_the_sides_of_tiny_cuda_nn_and_hash_the_finest() ->
 # --- gradients ---
 
 
-def test_gradient_of_the_table_is_right() -> None:
+def test_gradient_of_the_table_passes_gradcheck() -> None:
     grid = small_grid(table_size=7, channels=2)
     coords = places(5)
 
@@ -260,10 +260,10 @@ def test_gradient_of_the_table_is_right() -> None:
     assert torch.autograd.gradcheck(features, (table,))
 
 
-def test_sparse_gradient_made_dense_is_the_dense_one_step_after_step() -> None:
+def test_densified_sparse_gradient_equals_the_dense_one() -> None:
     dense, sparse = small_grid(), small_grid(sparse=True)
     kept: list[int] = []
-    for seed, count in ((2, 3), (3, 29), (4, 2)):  # few places last: rows of the step before must be cleared
+    for seed, count in ((2, 3), (3, 29), (4, 2)):  # few places last: rows of the previous step must be cleared
         coords = places(count, seed)[7 if seed == 4 else 0 :]
         direction = torch.randn(len(coords), dense.width, dtype=torch.float64, generator=generator(seed))
         for grid in (dense, sparse):
@@ -278,7 +278,7 @@ def test_sparse_gradient_made_dense_is_the_dense_one_step_after_step() -> None:
     assert len(set(kept)) == 1  # the same memory every time
 
 
-def test_making_dense_leaves_a_dense_or_absent_gradient_alone() -> None:
+def test_densify_leaves_dense_and_missing_gradients_unchanged() -> None:
     grid = small_grid()
     grid.densify_gradient()
     assert grid.table.grad is None

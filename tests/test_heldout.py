@@ -1,4 +1,4 @@
-"""Held-out figures against hand-computed ones."""
+"""Held-out metrics against hand-computed ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_perfect_prediction_scores_one() -> None:
     assert judge.cosine == pytest.approx(1)
 
 
-def test_offsets_predict_what_is_the_same_in_a_whole_view() -> None:
+def test_offsets_explain_a_constant_in_each_view() -> None:
     field, artifact = torch.randn(5, 6, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
     moved = predicted(field, artifact) + torch.randn(3, 1, 1, 4, dtype=torch.float64)
     plain, judge = HeldOut(field, artifact, PLAN), HeldOut(field, artifact, PLAN, offsets=True)
@@ -47,7 +47,7 @@ def test_r2_is_measured_about_the_mean_of_each_channel() -> None:
     assert judge.cosine == pytest.approx(float(expected))
 
 
-def test_half_the_variance_unexplained_is_a_half() -> None:
+def test_half_of_the_variance_unexplained_gives_r2_of_one_half() -> None:
     field, artifact = torch.zeros(5, 6, 1, dtype=torch.float64), torch.zeros(2, 3, 1, dtype=torch.float64)
     artifact[0] = 1.0
     truth = artifact.expand(3, 2, 3, 1) * 2.0  # variance 1, prediction off by 1 on half of the tokens

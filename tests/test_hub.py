@@ -1,4 +1,4 @@
-"""What the package makes, in folders and hub repositories: equal outputs, a model card, nothing overwritten."""
+"""Artifacts, denoisers and weights in folders and hub repositories: equal outputs, model cards, no overwriting."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> dv.DistilledWeights:
     return dv.DistilledWeights.load(path)
 
 
-#: The maker of each piece, and the features that it gives.
+#: For each kind: a function that creates it, and one that returns its extractor.
 PIECES: dict[str, tuple[Callable[[], Any], Callable[[Any], Callable[[Tensor], Tensor]]]] = {
     "artifact": (artifact, lambda piece: DenoisedViT(planted(), piece)),
     "subspace": (subspace, lambda piece: DenoisedViT(planted(), piece)),
@@ -78,7 +78,7 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_a_folder_gives_the_same_outputs_and_has_a_card(name: str, tmp_path: Path) -> None:
+def test_saved_folder_gives_the_same_outputs_and_has_a_card(name: str, tmp_path: Path) -> None:
     make, extractor = PIECES[name]
     piece = make()
     piece.save_pretrained(tmp_path / "new" / "folder", figures={"what was measured": 0.25})
@@ -105,11 +105,11 @@ def test_distilled_weights_give_the_same_outputs(distilled: dv.DistilledWeights,
     assert torch.equal(named(images()), expected)
     card = (tmp_path / CARD).read_text()
     assert "| photos | 11 |" in card and "| step | 4 |" in card
-    found.save_pretrained(tmp_path)  # onto itself
+    found.save_pretrained(tmp_path)  # into its own folder
     assert dv.DistilledWeights.from_pretrained(tmp_path).record == distilled.record
 
 
-def test_pieces_share_a_folder_and_its_card(tmp_path: Path) -> None:
+def test_artifact_and_subspace_share_a_folder_and_its_card(tmp_path: Path) -> None:
     artifact().save_pretrained(tmp_path)
     subspace().save_pretrained(tmp_path)
     card = (tmp_path / CARD).read_text()
@@ -118,7 +118,7 @@ def test_pieces_share_a_folder_and_its_card(tmp_path: Path) -> None:
     assert dv.Subspace.from_pretrained(tmp_path).rank == 5
 
 
-def test_no_folder_of_this_machine_is_in_the_card(tmp_path: Path) -> None:
+def test_card_has_no_local_paths(tmp_path: Path) -> None:
     piece = artifact()
     piece.backbone["weights"] = "/home/someone/weights.safetensors"
     piece.save_pretrained(tmp_path)
@@ -126,13 +126,13 @@ def test_no_folder_of_this_machine_is_in_the_card(tmp_path: Path) -> None:
     assert "someone" not in (tmp_path / CARD).read_text()
 
 
-def test_every_kind_has_a_class_and_every_class_a_kind() -> None:
+def test_kinds_and_pretrained_classes_match() -> None:
     classes = {dv.Artifact, dv.Subspace, dv.Registers, dv.Denoiser, dv.DistilledWeights}
     assert {found.FORMAT for found in classes} == set(KINDS)
     assert set(Pretrained.__subclasses__()) == classes
 
 
-def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+def test_files_from_elsewhere_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / CARD).write_text("# My notes\n")
     with pytest.raises(dv.DenoisingVitError, match=r"README.md exists and was not written by this command"):
         artifact().save_pretrained(tmp_path)
@@ -147,7 +147,7 @@ def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "artifact.safetensors").read_bytes() == before
 
 
-def test_a_folder_without_the_file_is_told(tmp_path: Path) -> None:
+def test_folder_without_the_file_is_refused(tmp_path: Path) -> None:
     subspace().save_pretrained(tmp_path)
     with pytest.raises(
         dv.FormatError, match=r"expected a file artifact.safetensors .*, found README.md, subspace.safe"
@@ -155,7 +155,7 @@ def test_a_folder_without_the_file_is_told(tmp_path: Path) -> None:
         dv.Artifact.from_pretrained(tmp_path)
     with pytest.raises(dv.FormatError, match=r"nowhere: expected a folder, or a hub id like owner/name"):
         dv.Artifact.from_pretrained("nowhere")
-    assert dv.Subspace.from_pretrained(tmp_path / "subspace.safetensors").rank == 5  # a file will do
+    assert dv.Subspace.from_pretrained(tmp_path / "subspace.safetensors").rank == 5  # a file is accepted too
     with pytest.raises(dv.FormatError, match="expected a file written by dvit distill"):
         dv.DistilledWeights.load(tmp_path / "subspace.safetensors")
 
@@ -169,17 +169,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tiny_hub.Hub:
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_what_is_pushed_comes_back(name: str, hub: tiny_hub.Hub) -> None:
+def test_pushed_files_can_be_loaded(name: str, hub: tiny_hub.Hub) -> None:
     make, extractor = PIECES[name]
     piece = make()
     assert piece.push_to_hub("owner/name", private=True) == "https://hub/owner/name"
     assert hub.private
-    assert piece.push_to_hub("owner/name")  # again, over a card of ours
+    assert piece.push_to_hub("owner/name")  # again, over the package's own card
     found = type(piece).from_pretrained("owner/name", revision="v1")
     assert torch.equal(extractor(found)(images()), extractor(piece)(images()))
 
 
-def test_a_folder_is_pushed_without_what_else_is_in_it(hub: tiny_hub.Hub, tmp_path: Path) -> None:
+def test_push_leaves_out_other_files_of_the_folder(hub: tiny_hub.Hub, tmp_path: Path) -> None:
     artifact().save_pretrained(tmp_path / "own")
     subspace().save_pretrained(tmp_path / "own")
     (tmp_path / "own" / "diagnosis.html").write_text("photos")
@@ -189,7 +189,7 @@ def test_a_folder_is_pushed_without_what_else_is_in_it(hub: tiny_hub.Hub, tmp_pa
 
 
 @pytest.mark.parametrize("theirs", [CARD, "model.safetensors"])
-def test_a_repository_that_is_not_ours_is_left_alone(theirs: str, hub: tiny_hub.Hub) -> None:
+def test_repository_with_other_files_is_not_overwritten(theirs: str, hub: tiny_hub.Hub) -> None:
     hub.create_repo("owner/name", private=None, exist_ok=True)
     (hub.root / "owner/name" / theirs).write_text("theirs")
     with pytest.raises(dv.DenoisingVitError, match="owner/name has files from another source on the hub"):
@@ -197,7 +197,7 @@ def test_a_repository_that_is_not_ours_is_left_alone(theirs: str, hub: tiny_hub.
     assert set(hub.list_repo_files("owner/name")) == {".gitattributes", theirs}
 
 
-def test_a_hub_that_fails_is_told_in_words(hub: tiny_hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_failures_raise_a_hub_error(hub: tiny_hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         dv.HubError, match=r"artifact.safetensors of owner/name could not be downloaded from the hub \(File"
     ):

@@ -1,4 +1,4 @@
-"""Backbones from Hugging Face transformers: tokens, places, normalisation, and what is refused."""
+"""Backbones from Hugging Face transformers: tokens, positions, normalisation, and rejected models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = list(tiny.FAMILIES)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A directory of each family."""
+    """A model directory of each family."""
     made = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, folder in made.items():
         tiny.write(folder, kind)
@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A DINOv2 that a test may spoil."""
+    """A DINOv2 directory that a test may modify."""
     return shutil.copytree(folders["dinov2"], tmp_path / "model")
 
 
@@ -48,7 +48,7 @@ def picture(height: int, width: int, batch: int = 1) -> Tensor:
 
 
 def by_transformers(kind: str, folder: Path, image: Tensor, block: int = tiny.DEPTH - 1) -> tuple[Tensor, Tensor]:
-    """Tokens after a block as transformers gives them, before and after the model's final norm."""
+    """Tokens of transformers after a block, before and after the final norm of the model."""
     model = getattr(transformers, tiny.FAMILIES[kind][2]).from_pretrained(folder).eval()
     sizes = {} if "dino" in kind else {"interpolate_pos_encoding": True}
     states = model(pixel_values=image, output_hidden_states=True, **sizes).hidden_states
@@ -72,12 +72,12 @@ def test_features_are_the_normed_patch_tokens_on_the_grid(
     assert prefix.shape == (2, count, tiny.WIDTH)
     assert torch.allclose(prefix, tokens[:, :count], atol=1e-5)
     assert torch.allclose(features, tokens[:, count:].unflatten(1, (h, w)), atol=1e-5)
-    assert float((features - features.mean((1, 2), keepdim=True)).abs().max()) > 0.1  # not one vector everywhere
+    assert float((features - features.mean((1, 2), keepdim=True)).abs().max()) > 0.1  # not the same vector everywhere
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("clip_vision_model",)])
 def test_features_are_what_the_model_returns(folders: dict[str, Path], kind: str) -> None:
-    """CLIP alone keeps its final norm for the class token."""
+    """Except for CLIP, which applies its final norm to the class token only."""
     model = getattr(transformers, tiny.FAMILIES[kind][2]).from_pretrained(folders[kind]).eval()
     found = model(pixel_values=picture(32, 32)).last_hidden_state
     features, prefix = load(folders[kind]).forward_with_prefix(picture(32, 32))
@@ -113,7 +113,7 @@ def test_settings_come_from_configuration_and_processor(folders: dict[str, Path]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_weights_need_a_configuration_alone(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_random_weights_need_only_the_configuration(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(folders[kind] / name, tmp_path)
     before = torch.random.get_rng_state()
@@ -124,7 +124,7 @@ def test_random_weights_need_a_configuration_alone(folders: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize(("kind", "whole"), [("clip_vision_model", "CLIP"), ("siglip_vision_model", "Siglip")])
-def test_a_model_with_a_text_tower_gives_its_image_tower(tmp_path: Path, kind: str, whole: str) -> None:
+def test_image_tower_is_taken_from_a_model_with_a_text_tower(tmp_path: Path, kind: str, whole: str) -> None:
     vision = tiny.config(kind)
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     settings = getattr(transformers, f"{whole}Config")(
@@ -142,7 +142,7 @@ def test_a_model_with_a_text_tower_gives_its_image_tower(tmp_path: Path, kind: s
     assert torch.allclose(found, expected[:, count:].unflatten(1, (4, 4)), atol=1e-5)
 
 
-def test_prefix_and_path_are_the_same_model(folder: Path) -> None:
+def test_hf_prefix_and_plain_path_load_the_same_model(folder: Path) -> None:
     assert torch.equal(load(f"hf:{folder}")(picture(24, 40)), load(folder)(picture(24, 40)))
     assert load(f"hf:{folder}").fingerprint.matches(load(folder).fingerprint)
 
@@ -153,12 +153,12 @@ def test_features_are_float32_in_bfloat16(folder: Path) -> None:
     assert 1e-4 < float((plain - rounded).abs().max()) < 0.3
 
 
-def test_sizes_off_the_grid_are_refused(folder: Path) -> None:
+def test_sizes_off_the_grid_are_rejected(folder: Path) -> None:
     with pytest.raises(SizeError, match="Nearest: 24 or 32"):
         load(folder)(picture(28, 32))
 
 
-def test_given_normalisation_and_size_win(folder: Path) -> None:
+def test_given_normalisation_and_size_take_precedence(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     backbone = load(folder, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), default_size=64)
     assert (backbone.mean, backbone.std, backbone.default_size) == ((0.5,) * 3, (0.2,) * 3, 64)
@@ -169,11 +169,11 @@ def test_a_processor_that_does_not_normalise(folder: Path) -> None:
     assert (load(folder).mean, load(folder).std) == ((0.0,) * 3, (1.0,) * 3)
 
 
-# Models that are loaded already
+# Loaded models
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_of_transformers_is_a_backbone(folders: dict[str, Path], kind: str) -> None:
+def test_transformers_model_becomes_a_backbone(folders: dict[str, Path], kind: str) -> None:
     model = getattr(transformers, tiny.FAMILIES[kind][2]).from_pretrained(folders[kind]).train()
     backbone = load_backbone(model, mean=tiny.MEAN, std=tiny.STD)
     assert torch.equal(backbone(picture(24, 40)), load(folders[kind])(picture(24, 40)))
@@ -182,7 +182,7 @@ def test_a_model_of_transformers_is_a_backbone(folders: dict[str, Path], kind: s
     assert load_backbone(model).mean == (0.485, 0.456, 0.406)
 
 
-def test_of_a_model_with_a_head_the_vit_is_taken() -> None:
+def test_vit_is_taken_from_a_model_with_a_head() -> None:
     whole = transformers.Dinov2ForImageClassification(tiny.config("dinov2")).eval()
     found = load_backbone(whole, layer=0)(picture(24, 40))
     assert torch.equal(found, load_backbone(whole.dinov2, layer=0)(picture(24, 40)))
@@ -193,10 +193,10 @@ def test_of_a_model_with_a_head_the_vit_is_taken() -> None:
         load_backbone(other)
 
 
-# What is refused, and what is told
+# Errors and warnings
 
 
-def test_a_processor_that_crops_is_told(folder: Path) -> None:
+def test_processor_that_crops_gives_a_warning(folder: Path) -> None:
     tiny.write_processor(folder, {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}})
     with pytest.warns(DenoisingVitWarning, match=r"crops the centre of photos \(16 x 16\); here photos are"):
         backbone = load(folder)
@@ -204,7 +204,7 @@ def test_a_processor_that_crops_is_told(folder: Path) -> None:
 
 
 def test_a_configuration_without_patch_size(folder: Path) -> None:
-    """transformers would take 14 for it."""
+    """The default of transformers would be 14."""
     tiny.edit_config(folder, without=("patch_size",))
     with pytest.raises(BackboneError, match=r"hf:model: config.json has no patch_size, so its grid is unknown"):
         load(folder)
@@ -247,7 +247,7 @@ def test_weights_that_are_damaged_or_missing(folder: Path) -> None:
         load(folder)
 
 
-def test_another_kind_of_model(folder: Path) -> None:
+def test_unsupported_model_type(folder: Path) -> None:
     tiny.edit_config(folder, model_type="resnet")
     with pytest.raises(
         BackboneError, match=r"hf:model has model type 'resnet'; expected one of dinov2, .*To use another model"
@@ -255,13 +255,13 @@ def test_another_kind_of_model(folder: Path) -> None:
         load(folder)
 
 
-def test_no_processor(folder: Path) -> None:
+def test_missing_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(BackboneError, match=r"expected an image processor with the normalisation .* give mean and std"):
         load(folder)
 
 
-def test_a_normalisation_that_is_none(folder: Path) -> None:
+def test_invalid_normalisation(folder: Path) -> None:
     tiny.write_processor(folder, {"image_mean": [0.5]})
     with pytest.raises(BackboneError, match=r"image_mean of preprocessor_config\.json must be three numbers"):
         load(folder)
@@ -273,7 +273,7 @@ def test_no_such_directory(name: str) -> None:
         load(name)
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
     with pytest.raises(BackboneError, match=r"config.json of hf:nobody/no-such-model could not be read or downloaded"):
         load("hf:nobody/no-such-model")
@@ -289,7 +289,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_options_that_a_directory_settles(folder: Path, options: dict[str, Any], told: str) -> None:
+def test_options_that_do_not_apply_to_a_directory(folder: Path, options: dict[str, Any], told: str) -> None:
     with pytest.raises(BackboneError, match=re.escape(told)):
         load(folder, **options)
 
@@ -300,7 +300,7 @@ def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pyte
         load(folder)
 
 
-def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
+def test_code_shipped_with_a_model_is_never_run(folder: Path) -> None:
     marker = folder / "ran"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
     remote = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}

@@ -1,4 +1,4 @@
-"""Retrieval of labels: a vote by hand, agreement with loops, what the memory holds, and scores of named classes."""
+"""Label retrieval: a vote by hand, comparison with loops, content of the memory, and scores of named classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL = HummingbirdOptions(k=5, memory=0, temperature=0.1)
 
 
 def shifted(count: int, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> list[Picture]:
-    """Pictures whose classes change inside patches, some pixels without a label."""
+    """Pictures whose classes change inside patches, with some unlabelled pixels."""
     pictures = []
     for pixels, mask in coloured(count, seed, (size[0] + 3, size[1] + 3)):
         mask[:2] = 255
@@ -51,9 +51,7 @@ def test_soft_labels_by_hand() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 50, 2**25])
-def test_the_nearest_are_those_of_one_sort_however_many_are_compared_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
+def test_nearest_matches_a_full_sort_for_any_chunk_size(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     monkeypatch.setattr(patches, "_AT_ONCE", at_once)
     monkeypatch.setattr(patches, "_QUERIES", 4)
     chance = torch.Generator().manual_seed(0)
@@ -67,7 +65,7 @@ def test_the_nearest_are_those_of_one_sort_however_many_are_compared_at_a_time(
 
 
 def by_loops(data: LabelledData, k: int, temperature: float) -> Counts:
-    """From the files, patch by patch; PyTorch brings label maps to pixels."""
+    """Counts from the files, patch by patch; PyTorch resizes label maps to pixels."""
     kinds = len(data.train.class_names)
 
     def patches(photo: Path, size: tuple[int, int]) -> np.ndarray:
@@ -105,23 +103,23 @@ def by_loops(data: LabelledData, k: int, temperature: float) -> Counts:
     return Counts.joined(found)
 
 
-def test_pixels_are_what_loops_count(tmp_path: Path) -> None:
+def test_counts_match_plain_loops(tmp_path: Path) -> None:
     data = write_labelled(tmp_path, shifted(4, 0), shifted(3, 1))
     found, expected = retrieved(source_of(speckled), data, ALL), by_loops(data, 5, 0.1)
     assert np.array_equal(found.truth, expected.truth)
     assert found.truth.sum() == sum((image.labels() >= 0).sum() for image in data.val.images)
-    for name in ("hits", "predicted"):  # ties between classes at single pixels may fall either way
+    for name in ("hits", "predicted"):  # ties between classes at single pixels may be resolved differently
         assert np.abs(getattr(found, name) - getattr(expected, name)).max() <= 2
     assert (found.predicted.sum(0) > 500).all()
 
 
-def test_images_of_any_size_are_scored_at_their_own_pixels(data: LabelledData) -> None:
+def test_images_of_any_size_are_scored_at_their_own_resolution(data: LabelledData) -> None:
     counts = retrieved(source_of(), data, ALL)
     assert counts.truth.sum(1).tolist() == [int((image.labels() >= 0).sum()) for image in data.val.images]
 
 
-def test_an_image_never_finds_itself(tmp_path: Path) -> None:
-    """Its own patches would give it full marks: noise alone tells patches from each other."""
+def test_image_does_not_retrieve_its_own_patches(tmp_path: Path) -> None:
+    """Patches differ only by noise, so an image's own patches would give a perfect score."""
     chance = np.random.default_rng(0)
     pictures = [
         (chance.integers(0, 255, (SIZE, SIZE, 3), np.uint8), np.kron(chance.integers(0, 3, (6, 6)), np.ones((8, 8))))
@@ -138,20 +136,20 @@ def test_an_image_never_finds_itself(tmp_path: Path) -> None:
         retrieved(source_of(), write_labelled(tmp_path / "one", pictures[:1], pictures[:1]), options)
 
 
-def test_rare_classes_are_kept_first() -> None:
+def test_rare_classes_are_preferred_in_the_memory() -> None:
     """Ten patches of class 0, two of class 1 and one without a label; two are kept."""
     counts = torch.zeros(13, 2, dtype=torch.int64)
     counts[:10, 0], counts[10:12, 1] = 64, 64
     picks = torch.stack([drawn(counts, 2, torch.Generator().manual_seed(seed)) for seed in range(400)])
     assert picks.max() < 12
-    # By simulation of 10 u against 2 u: class 1 gives most of the least two.
+    # Simulated with 10 u for class 0 and 2 u for class 1: most of the two smallest values are of class 1.
     chance = np.random.default_rng(0).random((20_000, 12)) * np.array([10] * 10 + [2] * 2)
     expected = (chance.argsort(1)[:, :2] >= 10).mean()
     assert float((picks >= 10).float().mean()) == pytest.approx(expected, abs=0.06)
     assert drawn(counts, None, torch.Generator()).tolist() == list(range(12))
 
 
-def test_the_memory_has_the_stated_size(data: LabelledData) -> None:
+def test_memory_has_the_given_size(data: LabelledData) -> None:
     whole = retrieved(source_of(speckled), data, ALL)
     few = retrieved(source_of(speckled), data, HummingbirdOptions(k=5, memory=30, temperature=0.1))
     assert not np.array_equal(few.hits, whole.hits)
@@ -172,10 +170,10 @@ def test_options_out_of_range_are_refused(data: LabelledData, options: Hummingbi
         retrieved(source_of(), data, options)
 
 
-# --- lines of results, and scores of named classes
+# --- result lines and scores of named classes
 
 
-def test_lines_have_paired_intervals_over_images(tmp_path: Path) -> None:
+def test_result_lines_have_paired_intervals_over_images(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", coloured(4, 0), coloured(6, 1))
     bench = workbench(tmp_path, data, {"clean": tiny_backbone()})
     raw, clean = (line for line, _ in hummingbird(bench, ["raw", "clean"], ALL))
@@ -186,7 +184,7 @@ def test_lines_have_paired_intervals_over_images(tmp_path: Path) -> None:
     assert [kept for _, kept in hummingbird(bench, ["raw", "clean"], ALL)] == [True, True]
 
 
-def test_named_classes_alone_are_scored_and_the_others_still_predicted(tmp_path: Path) -> None:
+def test_only_named_classes_are_scored_but_all_are_predicted(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", coloured(4, 0), coloured(6, 1))
     ((whole, _),) = hummingbird(workbench(tmp_path, data), ["raw"], ALL)
     named = data.scoring(["class 2", "class 0"])
@@ -201,12 +199,12 @@ def test_named_classes_alone_are_scored_and_the_others_still_predicted(tmp_path:
 
 
 @pytest.mark.parametrize("score", [["class 0"], ["class 0", "cat"], ["class 0", "class 0"]])
-def test_names_that_are_no_classes_are_refused(data: LabelledData, score: list[str]) -> None:
+def test_invalid_class_names_are_rejected(data: LabelledData, score: list[str]) -> None:
     with pytest.raises(EvaluationError, match=r"must be two or more different classes of .*, got class 0.*class 2"):
         data.scoring(score)
 
 
-def test_a_class_to_score_has_to_be_there(tmp_path: Path) -> None:
+def test_classes_to_score_must_occur_in_the_data(tmp_path: Path) -> None:
     data = write_labelled(tmp_path, coloured(4, 0), coloured(3, 1), classes=5).scoring(["class 1", "class 4"])
     assert data.absent == ("class 4",)
     with pytest.raises(EvaluationError, match=r"expected at least two classes .* found class 1 of 2"):

@@ -16,7 +16,7 @@ from denoising_vit.backbones.timm_vit import TimmBackbone
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = "test_vit"  # 6 blocks, 64 channels, patch 16, class token
-MEAN_POOLED = "test_vit2"  # 8 blocks, the final norm behind the pooling
+MEAN_POOLED = "test_vit2"  # 8 blocks, the final norm after the pooling
 NO_PREFIX = "vit_medium_patch16_gap_240"
 
 
@@ -40,8 +40,8 @@ def tiny() -> Backbone:
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("name", [TINY, MEAN_POOLED])
-def test_each_layer_is_what_a_backbone_of_that_layer_gives(name: str, norm: bool) -> None:
-    """Random weights are drawn from one seed, so that all of these are one model."""
+def test_each_layer_matches_a_backbone_of_that_layer(name: str, norm: bool) -> None:
+    """Random weights have a fixed seed, so all of these are the same model."""
     backbone = load(name, norm=norm)
     found = backbone.forward_intermediates(picture(), [1, 4, 5])
     assert len(found.layers) == len(found.layer_prefixes) == 3
@@ -53,17 +53,17 @@ def test_each_layer_is_what_a_backbone_of_that_layer_gives(name: str, norm: bool
 
 
 @pytest.mark.parametrize("layer", [-1, 2])
-def test_features_and_prefix_are_those_of_the_backbones_own_layer(layer: int) -> None:
+def test_features_and_prefix_are_those_of_the_backbone_layer(layer: int) -> None:
     backbone = load(layer=layer)
     features, prefix = backbone.forward_with_prefix(picture())
-    found = backbone.forward_intermediates(picture(), [4, 0])  # behind and before it
+    found = backbone.forward_intermediates(picture(), [4, 0])  # after and before it
     assert torch.equal(found.features, features)
     assert torch.equal(found.prefix, prefix)
     assert torch.equal(backbone.forward_intermediates(picture(), [layer]).layers[0], features)
 
 
 @pytest.mark.parametrize("layers", [[4, 1], [1, 4, 1], [-2, -5], range(4, 0, -3)], ids=str)
-def test_layers_come_in_the_order_asked_for(tiny: Backbone, layers: list[int]) -> None:
+def test_layers_have_the_requested_order(tiny: Backbone, layers: list[int]) -> None:
     first, fourth = tiny.forward_intermediates(picture(), [1, 4]).layers
     expected = [first if layer % 6 == 1 else fourth for layer in layers]
     found = tiny.forward_intermediates(picture(), layers).layers
@@ -71,13 +71,13 @@ def test_layers_come_in_the_order_asked_for(tiny: Backbone, layers: list[int]) -
     assert not torch.equal(first, fourth)
 
 
-def test_no_layers_are_no_layers(tiny: Backbone) -> None:
+def test_empty_list_gives_no_layers(tiny: Backbone) -> None:
     found = tiny.forward_intermediates(picture(), [])
     assert found.layers == found.layer_prefixes == ()
     assert torch.equal(found.features, tiny(picture()))
 
 
-def test_all_comes_of_one_pass_that_ends_where_nothing_more_is_asked_for() -> None:
+def test_one_forward_pass_stops_after_the_last_needed_block() -> None:
     backbone = load(layer=1)
     passed: list[int] = []
     for number, block in enumerate(timm_model(backbone).blocks):
@@ -86,8 +86,8 @@ def test_all_comes_of_one_pass_that_ends_where_nothing_more_is_asked_for() -> No
     assert passed == [0, 1, 2, 3]
 
 
-def test_patches_that_overlap_are_put_on_their_own_grid() -> None:
-    """A change in the last patch, which no other shares pixels with, is largest there in an early layer."""
+def test_overlapping_patches_have_their_own_grid() -> None:
+    """A change of pixels that only the last patch has is largest at that patch in an early layer."""
     backbone = load(stride=8)
     image, changed = picture(40, 64), picture(40, 64)
     changed[..., -8:, -8:] += 5
@@ -105,7 +105,7 @@ def test_a_model_without_prefix_tokens_has_none_in_any_layer() -> None:
     assert [features.shape for features in found.layers] == [(2, 3, 5, 512)] * 2
 
 
-def test_they_are_float32_whatever_the_backbone_computes_in() -> None:
+def test_outputs_are_float32_for_a_bfloat16_backbone() -> None:
     found = load(dtype="bfloat16").forward_intermediates(picture(), [2])
     assert {part.dtype for part in (found.features, found.prefix, *found.layers, *found.layer_prefixes)} == {
         torch.float32
@@ -125,26 +125,26 @@ def test_a_block_that_does_not_exist_is_refused_with_the_range(tiny: Backbone, w
 
 
 @pytest.mark.parametrize("wrong", [4, None, "45"])
-def test_layers_that_are_no_list_are_refused_with_an_example(tiny: Backbone, wrong: Any) -> None:
+def test_layers_must_be_a_list(tiny: Backbone, wrong: Any) -> None:
     with pytest.raises(BackboneError, match=rf"list of block indices, got {wrong!r}.*layers=\[2, 3, 4, 5\]"):
         tiny.forward_intermediates(picture(), wrong)
 
 
-def test_a_module_is_refused_with_what_to_do_instead() -> None:
+def test_module_is_refused_with_advice() -> None:
     backbone = dv.load_backbone(nn.Conv2d(3, 64, 16, 16), patch_size=16, default_size=48)
     assert backbone.depth is None
     with pytest.raises(BackboneError, match=r"Conv2d is a module.*by its timm name"):
         backbone.forward_intermediates(picture(), [0])
 
 
-def test_images_that_do_not_fit_are_refused(tiny: Backbone) -> None:
+def test_images_of_wrong_size_or_shape_are_refused(tiny: Backbone) -> None:
     with pytest.raises(SizeError, match="Nearest: 48 or 64"):
         tiny.forward_intermediates(picture(50, 80), [0])
     with pytest.raises(BackboneError, match=r"expected images of shape \(B, 3, H, W\)"):
         tiny.forward_intermediates(picture()[0], [0])
 
 
-def test_of_a_clean_extractor_the_features_are_clean_and_the_rest_is_raw(tiny: Backbone) -> None:
+def test_denoised_vit_gives_clean_features_and_raw_layers(tiny: Backbone) -> None:
     torch.manual_seed(0)
     extractor = DenoisedViT(tiny, Denoiser(64, (3, 4)).eval(), positions=0.5)
     found, raw = (model.forward_intermediates(picture(), [4, 5]) for model in (extractor, tiny))
@@ -155,7 +155,7 @@ def test_of_a_clean_extractor_the_features_are_clean_and_the_rest_is_raw(tiny: B
     assert all(torch.equal(*pair) for pair in zip(found.layer_prefixes, raw.layer_prefixes, strict=True))
 
 
-def test_of_a_clean_extractor_everything_comes_of_one_pass() -> None:
+def test_denoised_vit_needs_one_forward_pass() -> None:
     backbone = load()
     passes: list[int] = []
     timm_model(backbone).patch_embed.register_forward_hook(lambda *_: passes.append(1))

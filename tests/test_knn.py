@@ -1,4 +1,4 @@
-"""Nearest-neighbour segmentation of folders whose labels are told by colour, by place, or by nothing."""
+"""Nearest-neighbour segmentation of folders whose labels depend on colour, on position, or on nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def judged(model: Callable[[Tensor], Tensor], data: LabelledData, options: KnnOp
 
 
 def guessed(counts: Counts) -> float:
-    """MIoU of guesses that are as often each class as these, and know nothing of the truth."""
+    """MIoU of guesses with the same class frequencies that are independent of the truth."""
     truth, predicted = (values.sum(0) / values.sum() for values in (counts.truth, counts.predicted))
     both = truth * predicted
     return 100 * float(np.mean(both / (truth + predicted - both)))
@@ -63,7 +63,7 @@ POINTS = torch.stack([COSINES, (1 - COSINES.square()).sqrt()], dim=1)
 @pytest.mark.parametrize(
     ("k", "temperature", "expected"),
     [
-        (1, 1.0, 0),  # the nearest alone
+        (1, 1.0, 0),  # only the nearest
         (3, 1.0, 1),  # e^0.9 = 2.46 against e^0.8 + e^0.7 = 4.24
         (3, 0.1, 0),  # e^9 = 8103 against e^8 + e^7 = 4078
         (5, 100.0, 1),  # nearly one vote each: two of class 1 are a little nearer than two of class 2
@@ -71,12 +71,12 @@ POINTS = torch.stack([COSINES, (1 - COSINES.square()).sqrt()], dim=1)
     ],
 )
 def test_a_vote_by_hand(k: int, temperature: float, expected: int) -> None:
-    queries = torch.tensor([[1.0, 0.0], [250.0, 0.0]])  # how long a query is does not matter
+    queries = torch.tensor([[1.0, 0.0], [250.0, 0.0]])  # the length of a query does not matter
     assert vote(queries, POINTS, LABELS, 3, k, temperature).tolist() == [expected, expected]
 
 
-def test_a_temperature_at_which_sides_change() -> None:
-    """Class 0 wins over two of class 1 while 1 > e^(-0.1/T) + e^(-0.2/T), that is below T = 0.2078."""
+def test_temperature_decides_between_nearer_and_more_neighbours() -> None:
+    """Class 0 wins over two of class 1 if 1 > e^(-0.1/T) + e^(-0.2/T), that is below T = 0.2078."""
     query = torch.tensor([[1.0, 0.0]])
     assert vote(query, POINTS, LABELS, 3, 3, 0.206).tolist() == [0]
     assert vote(query, POINTS, LABELS, 3, 3, 0.210).tolist() == [1]
@@ -88,7 +88,7 @@ def test_each_query_has_its_own_neighbours() -> None:
     assert vote(queries, gallery, torch.tensor([4, 5, 6, 7]), 8, 1, 0.07).tolist() == [6, 4, 7, 5]
 
 
-# --- what scores tell ---
+# --- scores ---
 
 
 def test_better_features_score_better(data: LabelledData) -> None:
@@ -98,18 +98,18 @@ def test_better_features_score_better(data: LabelledData) -> None:
 
 
 def one_hot(image: Tensor) -> Tensor:
-    """The class that the colour tells."""
+    """The class given by the colour, one-hot."""
     return torch.nn.functional.one_hot(colours(image).argmax(-1), 3).float()
 
 
-def test_features_that_are_the_class_score_a_hundred(data: LabelledData) -> None:
+def test_one_hot_classes_as_features_score_100(data: LabelledData) -> None:
     counts = judged(one_hot, data)
     found = scores(counts)
     assert (found.miou, found.macc, found.aacc) == (100.0, 100.0, 100.0)
     assert counts.truth.sum(1).tolist() == [36, 36, 36]  # every patch of every image
 
 
-def test_labels_that_mean_nothing_score_as_guesses_do(tmp_path: Path) -> None:
+def test_random_labels_score_like_guesses(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
 
     def shuffled(pictures: list[Picture]) -> list[Picture]:
@@ -118,19 +118,19 @@ def test_labels_that_mean_nothing_score_as_guesses_do(tmp_path: Path) -> None:
     nothing = write_labelled(tmp_path, shuffled(coloured(8, 0)), shuffled(coloured(12, 1)))
     counts = judged(colours, nothing)
     expected = guessed(counts)
-    assert 15 < expected < 25  # a fifth, where three classes are as common
+    assert 15 < expected < 25  # a fifth if three classes are equally common
     assert scores(counts).miou == pytest.approx(expected, abs=5)
 
 
 def place(image: Tensor) -> Tensor:
-    """Where a patch is in the view, and nothing else."""
+    """The position of each patch in the view, and nothing else."""
     count, _, height, width = image.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height // PATCH), torch.linspace(-1, 1, width // PATCH), indexing="ij")
     return torch.stack([x, y, torch.full_like(x, 0.5)], dim=-1).expand(count, -1, -1, -1)
 
 
-def test_place_tells_nothing_in_neutral_crops(tmp_path: Path) -> None:
-    """Above is one class and below another, as sky and road are."""
+def test_position_is_uninformative_in_neutral_crops(tmp_path: Path) -> None:
+    """One class is above and another below, like sky and road."""
     mask = np.repeat([0, 1], SIZE // 2)[:, None].repeat(SIZE, 1).astype(np.uint8)
     pictures = [(np.full((SIZE, SIZE, 3), 100, np.uint8), mask)] * 24
     skies = write_labelled(tmp_path, pictures, pictures, classes=2)
@@ -140,16 +140,16 @@ def test_place_tells_nothing_in_neutral_crops(tmp_path: Path) -> None:
     assert scores(counts).miou < 50
 
 
-def test_content_is_still_told_in_neutral_crops(data: LabelledData) -> None:
+def test_content_is_still_recognised_in_neutral_crops(data: LabelledData) -> None:
     whole, neutral = judged(colours, data), judged(colours, data, KnnOptions(k=5, crops="neutral"))
     assert scores(neutral).miou > 85
     assert not np.array_equal(whole.truth, neutral.truth)
 
 
-# --- what is shown ---
+# --- crops and sizes ---
 
 
-def test_neutral_crops_of_both_splits_are_others(data: LabelledData) -> None:
+def test_neutral_crops_differ_between_splits(data: LabelledData) -> None:
     source, seen = source_of(), []
 
     class Watched(ExtractorSource):
@@ -194,7 +194,7 @@ def test_an_image_without_any_label_adds_nothing(tmp_path: Path, data: LabelledD
 
 
 def test_patches_without_a_label_neither_vote_nor_count(tmp_path: Path) -> None:
-    """Whatever the lower halves show; in training they would mislead if they had a label."""
+    """The lower halves show the colour of class 0, which would mislead in training if they had labels."""
     train, val = coloured(4, 0), coloured(3, 1)
     for pixels, mask in (*train, *val):
         mask[SIZE // 2 :] = 255
@@ -208,7 +208,7 @@ def test_patches_without_a_label_neither_vote_nor_count(tmp_path: Path) -> None:
 
 
 def gallery_of(data: LabelledData, options: KnnOptions, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-    """What is compared with: each patch's features, of which ``numbered`` makes a name."""
+    """Features and labels of the gallery."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def spy(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
@@ -220,7 +220,7 @@ def gallery_of(data: LabelledData, options: KnnOptions, monkeypatch: pytest.Monk
     return seen[0]
 
 
-def test_the_gallery_is_drawn_by_the_seed(data: LabelledData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gallery_depends_on_the_seed(data: LabelledData, monkeypatch: pytest.MonkeyPatch) -> None:
     first, again, other = (gallery_of(data, KnnOptions(k=5, gallery=40, seed=s), monkeypatch) for s in (0, 0, 1))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert len(first[0]) == len(other[0]) == 40
@@ -228,8 +228,8 @@ def test_the_gallery_is_drawn_by_the_seed(data: LabelledData, monkeypatch: pytes
     assert torch.allclose(first[0].norm(dim=-1), torch.ones(40), atol=1e-5)
 
 
-def test_the_gallery_has_as_many_patches_of_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Image k is of class k alone, so that labels tell the image."""
+def test_gallery_has_equally_many_patches_of_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image k has only class k, so that labels identify the image."""
     plain = [(np.full((SIZE, SIZE, 3), PALETTE[k], np.uint8), np.full((SIZE, SIZE), k, np.uint8)) for k in range(3)]
     split = write_labelled(tmp_path, plain, plain)
     _, labels = gallery_of(split, KnnOptions(k=5, gallery=30), monkeypatch)
@@ -239,16 +239,14 @@ def test_the_gallery_has_as_many_patches_of_each_image(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 29, 31, 40])
-def test_the_gallery_never_has_more_patches_than_it_may(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
-) -> None:
+def test_gallery_size_equals_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     split = write_labelled(tmp_path, coloured(3, 0), coloured(1, 1))
     gallery, _ = gallery_of(split, KnnOptions(k=1, gallery=most), monkeypatch)
     assert len(gallery) == most
 
 
 def test_the_gallery_is_spread_over_the_images(data: LabelledData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the first patches of each image."""
+    """It does not take just the first patches of each image."""
     thinned, _ = gallery_of(data, KnnOptions(k=5, gallery=40), monkeypatch)
     shown = crops_of(data.train, source_of(), FEW)
     full = torch.cat([features.flatten(0, 1) for features in see(source_of(), shown)])
@@ -265,16 +263,16 @@ def test_more_neighbours_than_patches_are_refused(data: LabelledData) -> None:
         judged(colours, data, KnnOptions(k=4 * 36 + 1))
 
 
-def test_a_gallery_that_is_thinned_too_far_is_said_to_be(data: LabelledData) -> None:
-    """There are 144 labelled patches; it is the option that leaves 8 of them."""
+def test_error_for_a_too_small_gallery_names_the_option(data: LabelledData) -> None:
+    """There are 144 labelled patches; the gallery option leaves 8 of them."""
     with pytest.raises(EvaluationError, match="gallery"):
         judged(colours, data, KnnOptions(k=20, gallery=8))
 
 
-# --- refusals ---
+# --- errors ---
 
 
-def test_features_that_are_not_finite_are_refused_by_name(data: LabelledData) -> None:
+def test_error_for_non_finite_features_names_the_source(data: LabelledData) -> None:
     def broken(image: Tensor) -> Tensor:
         features = colours(image).clone()
         features[0, 2, 1, 0] = torch.nan
@@ -285,7 +283,7 @@ def test_features_that_are_not_finite_are_refused_by_name(data: LabelledData) ->
         nearest_neighbours(source, data, FEW)
 
 
-def test_features_on_another_grid_are_refused_by_name(data: LabelledData) -> None:
+def test_error_for_features_on_another_grid_names_the_source(data: LabelledData) -> None:
     source = ExtractorSource("coarse", tiny_backbone(), lambda image: colours(image)[:, ::2])
     with pytest.raises(EvaluationError, match=r"coarse: expected features \(B, 6, 6, C\), got"):
         nearest_neighbours(source, data, FEW)
@@ -306,7 +304,7 @@ def test_options_out_of_range_are_refused(data: LabelledData, options: KnnOption
         judged(colours, data, options)
 
 
-# --- the cache, progress ---
+# --- cache and progress ---
 
 
 def test_scores_are_the_same_with_features_from_disk(data: LabelledData, tmp_path: Path) -> None:
@@ -322,6 +320,6 @@ def test_scores_are_the_same_with_features_from_disk(data: LabelledData, tmp_pat
     assert len(list(tmp_path.rglob("*.safetensors"))) == 7
 
 
-def test_a_data_set_that_is_read_again_scores_the_same(data: LabelledData) -> None:
+def test_reopened_data_set_scores_the_same(data: LabelledData) -> None:
     again = open_labelled(data.train.images[0].photo.parents[2])
     assert np.array_equal(judged(speckled, data).hits, judged(speckled, again).hits)

@@ -1,4 +1,4 @@
-"""Labelled data sets: what the numbers in masks mean, which layouts are known, and what is said of the rest."""
+"""Labelled data sets: the values in masks, the supported layouts, and errors for everything else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_mask(path: Path, rows: Sequence[Sequence[int]], dtype: type = np.uint8
 
 
 def write_palette_mask(path: Path, rows: Sequence[Sequence[int]]) -> None:
-    """As VOC's: the colours of the palette are no use as labels."""
+    """Write a palette mask as in VOC; the colours of the palette are not the labels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.array(rows, dtype=np.uint8)).convert("L")
     image.putpalette([(index * 37 + channel * 11) % 256 for index in range(256) for channel in range(3)])
@@ -54,7 +54,7 @@ def write_classes(root: Path, text: str = "sky\nroad\ncar\n") -> None:
 
 @pytest.fixture
 def street(tmp_path: Path) -> Path:
-    """Three classes; four photos in train, one in val; 3 and 255 are no label."""
+    """Three classes; four photos in train, one in val; 3 and 255 mean no label."""
     root = tmp_path / "street"
     write_classes(root)
     add_pair(root / "train", "a", [[0, 0, 1], [1, 1, 255]], 10)
@@ -65,7 +65,7 @@ def street(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_class_that_never_occurs_is_told_where_much_has_no_label(street: Path) -> None:
+def test_absent_class_is_noted_if_many_pixels_have_no_label(street: Path) -> None:
     assert "no label" not in (open_labelled(street).note or "")
     add_pair(street / "val", "v", [[0, 0, 0], [1, 255, 255]], 50)
     note = open_labelled(street).note
@@ -74,7 +74,7 @@ def test_a_class_that_never_occurs_is_told_where_much_has_no_label(street: Path)
     assert "no label" not in (open_labelled(street).note or "")
 
 
-def test_masks_of_0_and_255_are_refused_as_nothing_to_tell_apart(tmp_path: Path) -> None:
+def test_masks_with_a_single_class_are_rejected(tmp_path: Path) -> None:
     root = tmp_path / "objects"
     write_classes(root, "background\nobject\n")
     for split in ("train", "val"):
@@ -100,10 +100,10 @@ def refuses_mask(path: Path, *reasons: str, coding: Coding = ABC) -> None:
         assert reason in str(caught.value)
 
 
-# --- what the numbers in a mask mean ---
+# --- values in a mask ---
 
 
-def test_labels_void_and_255_are_told_apart(tmp_path: Path) -> None:
+def test_void_and_255_are_read_as_no_label(tmp_path: Path) -> None:
     write_mask(tmp_path / "m.png", [[0, 1, 2], [3, 255, 2]])
     labels = read_mask(tmp_path / "m.png", ABC)
     assert labels.tolist() == [[0, 1, 2], [-1, -1, 2]]
@@ -132,7 +132,7 @@ def test_one_bit_mask_has_labels_0_and_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("bits", "row"), [(2, 0b00_01_10_11), (4, 0x12)])
 def test_grayscale_of_few_bits_is_not_stretched(tmp_path: Path, bits: int, row: int) -> None:
-    """Pillow makes 0, 85, 170, 255 of two bits, where 255 would pass for no label."""
+    """Pillow reads two bits as 0, 85, 170, 255, and 255 would then mean no label."""
     path = tmp_path / "m.png"
     width = 8 // bits
     path.write_bytes(png_of(width, 1, bits, bytes([0, row])))
@@ -143,7 +143,7 @@ def test_shift_of_ade20k(tmp_path: Path) -> None:
     write_mask(tmp_path / "m.png", [[0, 1, 150], [255, 2, 0]])
     coding = Coding(150, "ADE20K", shift=1, ignored=(0, 255))
     assert read_mask(tmp_path / "m.png", coding).tolist() == [[-1, 0, 149], [-1, 1, -1]]
-    write_mask(tmp_path / "m.png", [[151, 1, 1]])  # with a shift, nothing right after the last class means no label
+    write_mask(tmp_path / "m.png", [[151, 1, 1]])  # with a shift, the value after the last class is an error
     refuses_mask(tmp_path / "m.png", "label 151 in 1 pixel", "expected 1 to 150", "ADE20K", "0 or 255", coding=coding)
 
 
@@ -158,18 +158,18 @@ def test_negative_label_is_out_of_range(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
-def test_colours_and_floats_are_no_index_image(tmp_path: Path, mode: str) -> None:
+def test_colour_and_float_images_are_rejected_as_masks(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("m.tif" if mode == "F" else "m.png")
     Image.new(mode, (WIDTH, HEIGHT)).save(path)
     refuses_mask(path, "expected an index image", f"got mode {mode};")
 
 
-def test_jpeg_is_no_mask(tmp_path: Path) -> None:
+def test_jpeg_masks_are_rejected(tmp_path: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "m.jpg")
     refuses_mask(tmp_path / "m.jpg", "got JPEG", "write the mask as PNG")
 
 
-def test_files_that_are_no_mask(tmp_path: Path) -> None:
+def test_missing_and_damaged_masks_are_rejected(tmp_path: Path) -> None:
     refuses_mask(tmp_path / "none.png", "no such file")
     refuses_mask(tmp_path, "is a directory")
     (tmp_path / "empty.png").touch()
@@ -191,7 +191,7 @@ def test_size_is_checked_before_decoding(tmp_path: Path, side: int) -> None:
 
 
 def png_of(width: int, height: int, bits: int, content: bytes) -> bytes:
-    """A grayscale PNG with these (filtered) bytes, however many the header promises."""
+    """A grayscale PNG with these (filtered) bytes, even if its header needs more."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -243,7 +243,7 @@ def test_photos_of_several_sizes_have_no_common_size(street: Path) -> None:
     assert open_labelled(street, images=1).train.common_size == (2, 3)
 
 
-def test_digest_is_of_ids_photos_and_labels(street: Path) -> None:
+def test_digest_covers_ids_photos_and_labels(street: Path) -> None:
     (image,) = open_labelled(street).val.images
     labels = np.array([[2, 2, 0], [0, 1, 1]], "<i4")
     assert image.mask_digest == photo_digest(labels)
@@ -256,7 +256,7 @@ def test_digest_is_of_ids_photos_and_labels(street: Path) -> None:
     assert open_labelled(street).val.digest != before
 
 
-def test_some_images_are_spread_evenly_and_counted_anew(street: Path) -> None:
+def test_subset_is_spread_evenly_and_recounted(street: Path) -> None:
     train = open_labelled(street).train
     half = open_labelled(street, images=2).train
     assert [image.id for image in half.images] == ["b.png", "d.png"]
@@ -293,10 +293,10 @@ def test_order_is_by_name_and_the_same_every_time(tmp_path: Path) -> None:
     assert open_labelled(tmp_path) == first
 
 
-# --- what cannot be used ---
+# --- unusable files ---
 
 
-def test_photos_and_masks_without_the_other_are_named(street: Path) -> None:
+def test_photos_without_masks_and_masks_without_photos_are_skipped(street: Path) -> None:
     write_photo(street / "train" / "images" / "alone.jpg", 60)
     write_mask(street / "train" / "masks" / "lost.tif", [[0]])
     (street / "train" / "images" / "notes.txt").touch()
@@ -307,14 +307,14 @@ def test_photos_and_masks_without_the_other_are_named(street: Path) -> None:
     assert f"a mask without a photo; expected {street / 'train' / 'images' / 'lost'}.jpg" in train.skipped[1].reason
 
 
-def test_pairs_may_differ_in_their_ending(street: Path) -> None:
+def test_photo_and_mask_may_have_different_extensions(street: Path) -> None:
     write_photo(street / "val" / "images" / "w.x.jpg", 60)
     write_mask(street / "val" / "masks" / "w.x.tif", [[0, 0, 0], [0, 0, 2]])
     image = open_labelled(street).val.images[1]
     assert (image.id, image.class_pixels) == ("w.x.jpg", (5, 0, 1))
 
 
-def test_second_file_of_a_name_is_skipped(street: Path) -> None:
+def test_duplicate_names_are_skipped(street: Path) -> None:
     write_photo(street / "train" / "images" / "a.webp", 60)
     write_mask(street / "train" / "masks" / "b.tif", [[2, 2, 2], [2, 2, 2]])
     train = open_labelled(street).train
@@ -343,7 +343,7 @@ def test_unusable_pairs_are_skipped_with_a_reason(street: Path) -> None:
     assert reasons["d.png"].startswith("damaged or unreadable image")
 
 
-def test_nothing_usable_gives_the_first_reason(street: Path) -> None:
+def test_error_without_usable_pairs_gives_the_first_reason(street: Path) -> None:
     write_mask(street / "val" / "masks" / "v.png", [[77, 0, 0], [0, 0, 0]])
     with pytest.raises(EvaluationError, match=r"split val, but none of 1 .* v\.png: .*label 77 in 1 pixel"):
         open_labelled(street)
@@ -372,7 +372,7 @@ def test_missing_and_empty_class_lists_say_what_to_write(street: Path) -> None:
         open_labelled(street)
 
 
-def test_class_list_given_outright(street: Path) -> None:
+def test_class_list_from_another_path(street: Path) -> None:
     names = street.parent / "names.txt"
     names.write_bytes(b"\xef\xbb\xbfone\r\ntwo \r\nthree\r\n\r\n")
     assert open_labelled(street, classes=names).val.class_names == ("one", "two", "three")
@@ -390,7 +390,7 @@ def test_class_names_are_unique_and_without_gaps(street: Path) -> None:
         open_labelled(street)
 
 
-def test_255_is_a_class_where_there_are_so_many(street: Path) -> None:
+def test_255_is_a_class_in_a_list_of_256(street: Path) -> None:
     write_classes(street, "".join(f"c{number}\n" for number in range(256)))
     write_mask(street / "val" / "masks" / "v.png", [[0, 255, 256], [256, 256, 256]], np.uint16)
     val = open_labelled(street).val
@@ -524,7 +524,7 @@ def test_names_of_ade20k_from_its_table(tmp_path: Path) -> None:
         open_labelled(tmp_path)
 
 
-def test_ade20k_without_a_folder_says_which(tmp_path: Path) -> None:
+def test_missing_folder_of_ade20k_is_named(tmp_path: Path) -> None:
     make_ade(tmp_path)
     (tmp_path / "annotations" / "validation" / "ADE_val_00000001.png").unlink()
     (tmp_path / "annotations" / "validation").rmdir()
@@ -533,14 +533,14 @@ def test_ade20k_without_a_folder_says_which(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_voc, make_ade])
-def test_data_sets_with_their_own_classes_take_no_list(tmp_path: Path, make: object) -> None:
+def test_class_list_is_rejected_for_data_sets_with_fixed_classes(tmp_path: Path, make: object) -> None:
     assert callable(make)
     make(tmp_path)
     with pytest.raises(EvaluationError, match=r"has fixed classes, .*names\.txt\); omit it"):
         open_labelled(tmp_path, classes=tmp_path / "names.txt")
 
 
-def test_folders_that_lack_one_say_which(street: Path) -> None:
+def test_missing_masks_folder_of_a_split_is_named(street: Path) -> None:
     (street / "val" / "masks" / "v.png").unlink()
     (street / "val" / "masks").rmdir()
     with pytest.raises(EvaluationError, match="looks like folders with splits, but lacks val/masks;"):
@@ -560,7 +560,7 @@ def test_unknown_layout_shows_what_is_expected_and_found(tmp_path: Path) -> None
     assert message.endswith("found a.txt, a/, b/, c/, d/, e/, f/, g/ and 3 more")
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_paths_that_are_not_data_set_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="found nothing"):
         open_labelled(tmp_path / "none")
     (tmp_path / "file").touch()

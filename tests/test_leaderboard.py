@@ -1,4 +1,4 @@
-"""The leaderboard: what is bold, what is beside it, and where the rest of the report begins."""
+"""The leaderboard: bold differences, further columns, and the report below it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def depth(features: str, rmse: float, paired: Line | None = None) -> Line:
     return line(settings, task="depth", features=features, metrics=metrics, seeds=[], classes=None, paired=paired)
 
 
-def test_certain_differences_are_bold_whichever_way_they_go(tmp_path: Path) -> None:
+def test_certain_differences_of_either_sign_are_bold(tmp_path: Path) -> None:
     worse = PAIRED | {"metric": "RMSE", "difference": -0.0321, "low": -0.05, "high": -0.01, "over": "scenes"}
     found = rows(
         text_of(
@@ -63,7 +63,7 @@ def test_certain_differences_are_bold_whichever_way_they_go(tmp_path: Path) -> N
     ]
 
 
-def test_what_has_no_interval_is_never_certain(tmp_path: Path) -> None:
+def test_differences_without_an_interval_are_not_bold(tmp_path: Path) -> None:
     few = other("few", None, None, 9.0)
     few["paired"]["groups"] = 3
     found = rows(text_of(tmp_path, line(), few), HEADING)
@@ -77,7 +77,7 @@ def test_each_row_has_its_settings_reference_and_command(tmp_path: Path) -> None
     assert f"\n1. camvid, {SMALL} (bundled): size 364 x 476; {words}\n2. camvid, {SMALL} (bundled): size 518 x" in text
 
 
-def test_backbones_and_layers_have_tables_of_their_own(tmp_path: Path) -> None:
+def test_backbones_and_layers_have_separate_tables(tmp_path: Path) -> None:
     ninth = line({"backbone": {**KNN["settings"]["backbone"], "layer": 9}}, metrics=KNN["metrics"] | {"mIoU": 39.5})
     text = text_of(tmp_path, line(), ninth)
     assert rows(text, HEADING)[1:] == [["1. knn, camvid: mIoU (backbone.layer none)", "36.70", ""]]
@@ -86,7 +86,7 @@ def test_backbones_and_layers_have_tables_of_their_own(tmp_path: Path) -> None:
     ]
 
 
-def test_label_free_figures_and_failures_do_not_lead(tmp_path: Path) -> None:
+def test_label_free_metrics_and_failures_are_not_on_the_leaderboard(tmp_path: Path) -> None:
     free = line(task="artifacts", metrics={"shared": 0.1}, seeds=[], classes=None)
     text = text_of(tmp_path, free, line(features="gone", failed="no file"))
     assert "No labelled task has been evaluated yet; run `dvit evaluate` first." in text
@@ -94,7 +94,7 @@ def test_label_free_figures_and_failures_do_not_lead(tmp_path: Path) -> None:
     assert found == [["task", "raw", "groups"], ["1. knn, camvid: mIoU", "36.70", ""]]
 
 
-def test_the_verb_puts_details_below_and_may_replace_its_own_page(tmp_path: Path) -> None:
+def test_report_puts_details_below_and_overwrites_its_own_page(tmp_path: Path) -> None:
     results, out = write(tmp_path / "results.jsonl", line(), denoised()), tmp_path / "page.md"
     plainly = report_markdown(read_entries([results]))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The maximal information coefficient: hand values, exhaustive search, ties, planted position."""
+"""The maximal information coefficient: values by hand, exhaustive search, ties, planted position."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_four_points_by_hand() -> None:
 
 
 @pytest.mark.parametrize("relation", [np.exp, np.negative, np.cbrt, np.square, lambda v: np.abs(v) > 0.5])
-def test_noiseless_relations_are_one(relation) -> None:
+def test_noiseless_relations_score_one(relation) -> None:
     a = (np.arange(1000) + 0.5) / 500 - 1
     assert mic(a, relation(a)) == pytest.approx(1, abs=1e-12)
 
@@ -95,14 +95,14 @@ def test_independent_data_show_the_known_bias_only() -> None:
     assert 0.05 < np.mean(scores) < 0.08
 
 
-def test_noise_lowers_it_step_by_step() -> None:
+def test_noise_lowers_the_score() -> None:
     stream = np.random.default_rng(1)
     a, noise = stream.normal(size=500), stream.normal(size=500)
     scores = [mic(a, a + level * noise) for level in (0, 0.3, 1, 3)]
     assert scores == sorted(scores, reverse=True) and scores[0] - scores[3] > 0.8
 
 
-def test_knows_ranks_only() -> None:
+def test_score_depends_on_ranks_only() -> None:
     stream = np.random.default_rng(2)
     a, b = stream.normal(size=101), stream.normal(size=101)
     score = mic(a, b)
@@ -113,7 +113,7 @@ def test_knows_ranks_only() -> None:
 
 def test_ties_are_never_split() -> None:
     index = np.arange(90)
-    # Splitting ties in the order they come would make this 1.
+    # Splitting ties by their order would make this 1.
     assert mic(np.zeros(90), index) == pytest.approx(0, abs=1e-12)
     few = np.random.default_rng(4).integers(0, 3, 90)
     shuffle = np.random.default_rng(5).permutation(90)
@@ -140,7 +140,7 @@ def test_position_averages_images() -> None:
     assert position_mic(features) == pytest.approx(sum(parts) / 2)
 
 
-def test_channels_beyond_one_batch_count() -> None:
+def test_channels_beyond_one_batch_are_included() -> None:
     features = torch.zeros(1, 5, 7, 131)
     features[..., 130] = torch.arange(7.0)
     assert position_mic(features) == pytest.approx(mic(torch.arange(35) % 7, torch.arange(35) % 7) / 2)

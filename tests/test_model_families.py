@@ -1,4 +1,4 @@
-"""Families of models that load from the code: small ones with random weights, each with the right grid."""
+"""Model families: small models with random weights, each with the right patch grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL: dict[str, Any] = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 
-#: Prefix tokens and side of a patch of each example.
+#: Number of prefix tokens and patch size of each example.
 EXPECTED = {
     "vit_tiny_patch16_224": (1, 16),
     "vit_small_patch14_reg4_dinov2": (5, 14),
@@ -34,12 +34,12 @@ EXPECTED = {
 }
 
 
-def test_every_example_of_timm_is_tried() -> None:
+def test_every_timm_example_is_tested() -> None:
     assert {family.example for family in MODEL_FAMILIES if family.loads and ":" not in family.example} == set(EXPECTED)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_family_has_one_grid_at_any_size(name: str) -> None:
+def test_features_of_each_family_are_on_the_patch_grid(name: str) -> None:
     prefix, patch = EXPECTED[name]
     model = build_timm_model(name, pretrained=False, **SMALL)
     backbone = TimmBackbone(model, name=name, stride=None, layer=-1, norm=True, weights="random")
@@ -48,7 +48,7 @@ def test_a_family_has_one_grid_at_any_size(name: str) -> None:
     features, beside = backbone.forward_with_prefix(image)
     assert features.shape == (2, 4, 7, 64)
     assert beside.shape == (2, prefix, 64)
-    # A change of one patch is seen most at its own place.
+    # Changing one patch changes its own features the most.
     changed = image.clone()
     changed[:, :, patch : 2 * patch, 5 * patch : 6 * patch] += 1
     moved = (backbone(changed) - features).norm(dim=-1)
@@ -58,14 +58,14 @@ def test_a_family_has_one_grid_at_any_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [family.example for family in MODEL_FAMILIES if not family.loads])
-def test_other_families_are_refused_with_a_reason(name: str) -> None:
+def test_other_families_are_rejected_with_a_reason(name: str) -> None:
     with pytest.raises(dv.BackboneError, match=r"not a plain ViT|does not divide|expected a VisionTransformer"):
         TimmBackbone(
             build_timm_model(name, pretrained=False), name=name, stride=None, layer=-1, norm=True, weights="random"
         )
 
 
-def test_hiera_is_wrapped_by_its_last_stage() -> None:
+def test_hiera_is_wrapped_at_its_last_stage() -> None:
     torch.manual_seed(0)
     model: Any = timm.create_model("hiera_tiny_224", num_classes=0).eval()
     backbone = dv.load_backbone(model.forward_features, patch_size=32, default_size=224)

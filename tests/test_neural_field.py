@@ -1,4 +1,4 @@
-"""The neural field: its loop against steps by hand, planted truths, its promises, and its way through stage 1."""
+"""The neural field: its training loop against steps by hand, planted fields and artifacts, options, and stage 1."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def make_plan(views: int, seed: int = 0) -> ViewPlan:
 
 
 def noisy_views(views: int = 12, seed: int = 0) -> SeenViews:
-    """Features that nothing predicts."""
+    """Random features, which no model can predict."""
     return SeenViews(make_plan(views, seed), noise(views, *GRID, CHANNELS, seed=seed))
 
 
 def waves(plan: ViewPlan) -> Tensor:
-    """A smooth function of the place in the image, (V, h, w, C)."""
+    """A smooth function of the position in the image, (V, h, w, C)."""
     rows, columns = (torch.from_numpy(side).float() for side in plan.centres())
     y, x = rows[:, :, None], columns[:, None, :]
     return torch.stack([torch.sin(3 * x + y), torch.cos(4 * y - x), torch.sin(2 * x) * torch.cos(3 * y)], -1)
@@ -88,7 +88,7 @@ def planted_views(views: int, seed: int = 0) -> SeenViews:
 
 
 def start(options: NeuralFieldOptions, seed: int = 0, artifact: Tensor | None = None) -> NeuralModel:
-    """The model that a fit begins with."""
+    """The model at the start of a fit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NeuralModel(math.prod(GRID), CHANNELS, options, None if artifact is None else artifact.flatten(0, 1))
@@ -102,7 +102,7 @@ def same_parameters(one: NeuralFit, other: NeuralFit) -> bool:
 # --- the model ---
 
 
-def test_coordinates_are_x_then_y_of_every_patch_view_after_view() -> None:
+def test_coords_are_x_y_of_every_patch_in_view_order() -> None:
     views = noisy_views(5)
     coords = views.coords()
     rows, columns = views.plan.centres()
@@ -113,7 +113,7 @@ def test_coordinates_are_x_then_y_of_every_patch_view_after_view() -> None:
         assert there == pytest.approx([columns[view, x], rows[view, y]], abs=1e-7)
 
 
-def test_network_widths_follow_the_channels_unless_given() -> None:
+def test_default_network_widths_follow_the_channels() -> None:
     published = NeuralModel(35, 22, tiny(field_hidden=None, residual_hidden=None))
     shapes = [tuple(layer.weight.shape) for layer in published.network if isinstance(layer, nn.Linear)]
     assert shapes == [(11, 6), (22, 11)]
@@ -123,7 +123,7 @@ def test_network_widths_follow_the_channels_unless_given() -> None:
     assert not published.artifact.detach().any()
 
 
-def test_field_on_a_product_grid_is_the_field_at_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_field_on_a_grid_equals_the_field_at_each_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("denoising_vit.decomposition.neural_field.model._CHUNK", 4)
     model = start(TINY)
     rows, columns = np.array([0.1, 0.9]), np.array([0.0, 0.3, 0.5, 0.7, 1.0])
@@ -135,11 +135,11 @@ def test_field_on_a_product_grid_is_the_field_at_each_place(monkeypatch: pytest.
             torch.testing.assert_close(found[i, j], expected.detach())
 
 
-# --- whole steps by hand ---
+# --- steps by hand ---
 
 
 class AdamByHand:
-    """Adam with weight decay added to the gradient; parameters without a gradient rest."""
+    """Adam with weight decay added to the gradient; parameters without a gradient are not updated."""
 
     def __init__(self, options: NeuralFieldOptions) -> None:
         self.options = options
@@ -195,7 +195,7 @@ RATES = {
     ("paper", 1): [1e-2],
     ("paper", 3): [1e-2, 1e-2, 1e-3],
     ("paper", 5): [1e-2, 1e-2, 7.75e-3, 3.25e-3, 1e-3],
-    # From 0, and a cosine that would end at step 5, the sixth.
+    # Warm-up starts at 0, and the cosine would end at step 5, the sixth step.
     ("released", 5): [0, *(1e-3 + 9e-3 * (1 + math.cos(math.pi * share)) / 2 for share in (0, 0.25, 0.5, 0.75))],
 }
 
@@ -207,15 +207,15 @@ RATES = {
         ("paper", 1, 0.0, 0),
         ("paper", 3, 1.0, 3),
         ("paper", 5, 0.5, 3),
-        ("released", 5, 0.4, 3),  # the paper's would be 2
+        ("released", 5, 0.4, 3),  # it would be 2 with the paper recipe
         ("released", 5, 1.0, 6),
     ],
 )
 def test_whole_steps_equal_steps_by_hand(
     recipe: Any, steps: int, residual_from: float, first_with_residual: int
 ) -> None:
-    # A large eps, without which a first step of Adam is the sign of the gradient alone.
-    eps, decay = (10.0, 100.0) if recipe == "released" else (1e-2, 0.1)  # against gradients 1,024 times as large
+    # Without a large eps, Adam's first step depends only on the sign of the gradient.
+    eps, decay = (10.0, 100.0) if recipe == "released" else (1e-2, 0.1)  # gradients are 1,024 times as large
     options = tiny(
         recipe=recipe, steps=steps, residual_from=residual_from, eps=eps, weight_decay=decay, warm_up=0.2, tokens=31
     )
@@ -237,13 +237,13 @@ def test_whole_steps_equal_steps_by_hand(
         torch.testing.assert_close(parameter.detach(), parameters[name], rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_released_artifact_begins_small_and_random() -> None:
+def test_released_recipe_starts_from_a_small_random_artifact() -> None:
     model = NeuralModel(400, 24, tiny(recipe="released"))
     assert float(model.artifact.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert abs(float(model.artifact.detach().mean())) < 1e-3
 
 
-def test_released_recipe_has_the_numbers_of_the_released_code() -> None:
+def test_released_recipe_matches_the_released_code() -> None:
     options = DenoiseOptions.released()
     options.validate()
     neural = options.neural
@@ -281,7 +281,7 @@ def test_learning_rate_of_very_short_fits_stays_in_its_range(steps: int, warm_up
     assert all(0 < learning_rate(step, options) < 1.000001e-2 for step in range(steps))
 
 
-# --- what is found ---
+# --- results of a fit ---
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_planted_field_and_artifact_predict_held_out_views(planted: NeuralFit) -
     assert last.loss < planted.history[0].loss
 
 
-def test_planted_field_and_artifact_come_apart(planted: NeuralFit) -> None:
+def test_planted_field_and_artifact_are_separated(planted: NeuralFit) -> None:
     field, artifact = planted.separate((3 * GRID[0], 3 * GRID[1]), (*GRID, CHANNELS))
     error = (artifact - planted_artifact()).norm() / planted_artifact().norm()
     assert error < 0.1
@@ -309,7 +309,7 @@ def test_planted_field_and_artifact_come_apart(planted: NeuralFit) -> None:
     assert (field[1::3, 1::3] - clean).norm() / clean.norm() < 0.1
 
 
-def test_separate_gives_a_mean_free_artifact_and_leaves_the_sum(planted: NeuralFit) -> None:
+def test_separate_centres_the_artifact_and_keeps_the_sum(planted: NeuralFit) -> None:
     (h, w), model = GRID, planted.model
     field, artifact = planted.separate((3 * h, 3 * w), (h, w, CHANNELS))
     assert field.shape == (3 * h, 3 * w, CHANNELS) and artifact.shape == (h, w, CHANNELS)
@@ -319,11 +319,11 @@ def test_separate_gives_a_mean_free_artifact_and_leaves_the_sum(planted: NeuralF
     direct = model.semantic_on(patch_centres(h * PATCH, PATCH, PATCH), patch_centres(w * PATCH, PATCH, PATCH))
     expected = direct + model.artifact.view(h, w, CHANNELS)
     torch.testing.assert_close(result.semantic + result.artifact, expected, rtol=1e-4, atol=1e-5)
-    assert model.artifact.mean(0).abs().max() > 1e-3  # there was a constant to move
+    assert model.artifact.mean(0).abs().max() > 1e-3  # there was a mean to move
 
 
-def test_known_artifact_stays_as_it_is() -> None:
-    known = planted_artifact() + 0.5  # its mean is not to be moved either
+def test_known_artifact_is_not_changed() -> None:
+    known = planted_artifact() + 0.5  # its mean must not be moved either
     before = known.clone()
     fit = fit_neural_field(planted_views(12), TINY, artifact=known)
     field, artifact = fit.separate((15, 21), (*GRID, CHANNELS))
@@ -334,13 +334,13 @@ def test_known_artifact_stays_as_it_is() -> None:
     assert torch.equal(field, fit.model.semantic_on(rows, columns))
 
 
-def test_without_a_shared_artifact_all_is_left_to_the_field() -> None:
+def test_without_a_shared_artifact_the_artifact_is_zero() -> None:
     fit = fit_neural_field(planted_views(12), tiny(shared_artifact=False))
     assert not fit.separate((15, 21), (*GRID, CHANNELS))[1].any()
     assert "artifact" not in dict(fit.model.named_parameters())
 
 
-def test_residual_is_left_out_where_it_is_not_asked_for() -> None:
+def test_residual_from_1_fits_no_residual() -> None:
     options, views = tiny(residual_from=1.0), noisy_views()
     fit = fit_neural_field(views, options, held_out=noisy_views(3, seed=1))
     assert not fit.has_residual
@@ -358,11 +358,11 @@ def test_residual_is_predicted_from_the_features() -> None:
     assert residual.shape == views.features.shape and not residual.requires_grad
     assert torch.equal(residual[2, 3, 4], fit.model.residual(views.features)[2, 3, 4])
     known = [look.r2_with_residual is not None for look in fit.history]
-    assert known == [False, False, True, True]  # steps 5, 10, 15, 20; h is fitted after 10
+    assert known == [False, False, True, True]  # steps 5, 10, 15, 20; the residual is fitted after step 10
     assert [look.cosine_with_residual is not None for look in fit.history] == known
 
 
-def test_artifact_rests_once_the_residual_is_fitted_and_the_residual_until_then(
+def test_artifact_is_frozen_once_the_residual_is_fitted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[dict[str, Tensor]] = []
@@ -379,11 +379,11 @@ def test_artifact_rests_once_the_residual_is_fitted_and_the_residual_until_then(
     for name in (name for name in begin if name.startswith("residual")):
         assert torch.equal(begin[name], at5[name]) and torch.equal(at5[name], at10[name])
         assert not torch.equal(at10[name], at15[name])
-    for name in ("grid.table", "network.0.weight", "network.2.bias"):  # the field learns all the time
+    for name in ("grid.table", "network.0.weight", "network.2.bias"):  # the field is trained all the time
         assert all(not torch.equal(a[name], b[name]) for a, b in ((begin, at5), (at5, at10), (at10, at15)))
 
 
-def test_evaluation_is_the_agreement_with_the_held_out_views() -> None:
+def test_evaluation_equals_r2_and_cosine_by_hand() -> None:
     held_out = noisy_views(3, seed=1)
     fit = fit_neural_field(noisy_views(), TINY, held_out=held_out)
     (h, w), truth = GRID, held_out.features
@@ -398,14 +398,14 @@ def test_evaluation_is_the_agreement_with_the_held_out_views() -> None:
         assert cosine == pytest.approx(float(torch.cosine_similarity(truth, predicted, dim=-1).mean()), abs=1e-5)
 
 
-# --- the same again ---
+# --- reproducibility ---
 
 
 def test_same_seed_is_bit_identical_and_another_is_not() -> None:
     views, held_out = noisy_views(), noisy_views(3, seed=1)
     torch.manual_seed(5)
     one = fit_neural_field(views, TINY, held_out=held_out, seed=3)
-    torch.rand(7)  # what others draw changes nothing
+    torch.rand(7)  # draws from the global generator have no effect
     same = fit_neural_field(views, TINY, held_out=held_out, seed=3)
     other = fit_neural_field(views, TINY, held_out=held_out, seed=4)
     assert one.history == same.history
@@ -414,13 +414,13 @@ def test_same_seed_is_bit_identical_and_another_is_not() -> None:
     assert not same_parameters(one, other)
 
 
-def test_random_numbers_of_the_caller_are_left_alone() -> None:
+def test_global_random_state_is_unchanged() -> None:
     before = torch.get_rng_state()
     fit_neural_field(noisy_views(), tiny(steps=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_held_out_views_and_looks_do_not_change_the_fit() -> None:
+def test_held_out_views_and_evaluations_do_not_change_the_fit() -> None:
     views = noisy_views()
     one = fit_neural_field(views, TINY, held_out=noisy_views(3, seed=1))
     assert same_parameters(one, fit_neural_field(views, TINY))
@@ -430,21 +430,21 @@ def test_held_out_views_and_looks_do_not_change_the_fit() -> None:
 # --- which step is kept ---
 
 
-def test_best_step_is_kept_where_it_is_asked_for() -> None:
+def test_keep_best_returns_the_step_with_the_best_r2() -> None:
     views, held_out = noisy_views(4), noisy_views(6, seed=1)
     options = tiny(steps=100, evaluate_every=10, final_learning_rate=1e-2)
     last = fit_neural_field(views, options, held_out=held_out)
     best = fit_neural_field(views, dataclasses.replace(options, keep="best"), held_out=held_out)
     assert best.history == last.history
     assert best.step == best.best.step == max(last.history, key=lambda look: look.r2 or -math.inf).step
-    assert best.step < last.step == 100  # noise is learnt by heart: the last step is not the best
+    assert best.step < last.step == 100  # the fit memorises noise, so the last step is not the best
     for fit, look in ((best, best.best), (last, last.history[-1])):
         again = evaluate(fit.model, held_out, look.step, look.loss, with_residual=fit.has_residual)
         assert again == look
         assert fit.has_residual == (fit.step > 50)
 
 
-def test_model_is_done_learning_after_the_fit() -> None:
+def test_fitted_model_requires_no_gradients() -> None:
     fit = fit_neural_field(noisy_views(), TINY)
     assert not any(parameter.requires_grad for parameter in fit.model.parameters())
 
@@ -459,14 +459,14 @@ def test_bad_option_is_refused_by_the_fit() -> None:
         fit_neural_field(noisy_views(), tiny(tokens=0))
 
 
-# --- what is reported meanwhile ---
+# --- history, progress and divergence ---
 
 
 @pytest.mark.parametrize(
     ("steps", "every", "looks"),
     [(25, 10, [10, 20, 25]), (20, 10, [10, 20]), (3, 10, [3]), (3, 1, [1, 2, 3])],
 )
-def test_history_has_every_so_many_steps_and_the_last(steps: int, every: int, looks: list[int]) -> None:
+def test_history_has_every_nth_step_and_the_last(steps: int, every: int, looks: list[int]) -> None:
     watched: list[Evaluation] = []
     fit = fit_neural_field(noisy_views(), tiny(steps=steps, evaluate_every=every), watch=watched.append)
     assert [look.step for look in fit.history] == looks
@@ -475,21 +475,21 @@ def test_history_has_every_so_many_steps_and_the_last(steps: int, every: int, lo
     assert {look.r2 for look in fit.history} == {look.cosine for look in fit.history} == {None}
 
 
-def test_progress_is_told_after_every_step() -> None:
+def test_progress_is_reported_after_every_step() -> None:
     told: list[int] = []
     fit_neural_field(noisy_views(), tiny(steps=7), progress=told.append)
     assert told == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("steps", "every", "noticed"), [(9, 3, 3), (7, 50, 7), (130, 1000, 100)])
-def test_loss_that_is_not_finite_is_an_error_that_names_the_step(steps: int, every: int, noticed: int) -> None:
+def test_non_finite_loss_raises_an_error_that_names_the_step(steps: int, every: int, noticed: int) -> None:
     views = noisy_views()
     broken = SeenViews(views.plan, torch.full_like(views.features, math.nan))
     with pytest.raises(FitError, match=rf"is nan by step {noticed};.*learning_rate"):
         fit_neural_field(broken, tiny(steps=steps, evaluate_every=every))
 
 
-def test_learning_rate_that_is_far_too_high_is_an_error() -> None:
+def test_far_too_high_learning_rate_raises_an_error() -> None:
     with pytest.raises(FitError, match=r"by step \d+"):
         fit_neural_field(noisy_views(), tiny(learning_rate=1e25, steps=40))
 
@@ -531,12 +531,12 @@ NAN, INF = math.nan, math.inf
         ("keep", "first", r"must be 'last' or 'best', got 'first'"),
     ],
 )
-def test_bad_option_is_refused_by_name(name: str, value: Any, told: str) -> None:
+def test_invalid_option_is_named_in_the_error(name: str, value: Any, told: str) -> None:
     with pytest.raises(PlanError, match=rf"{name} {told}"):
         tiny(**{name: value}).validate()
 
 
-def test_finest_below_coarsest_is_refused_by_name() -> None:
+def test_finest_below_coarsest_is_refused() -> None:
     with pytest.raises(PlanError, match=r"at most finest, got 2 and 1"):
         tiny(finest=1).validate()
 
@@ -547,14 +547,14 @@ SIDE, WIDTH = 56, 5  # a grid of 7 x 7
 
 
 def neurally(**changes: Any) -> dict[str, Any]:
-    """Options of a fit that takes no time."""
+    """Options of a very short fit."""
     few = {"method": "neural-field", "views": 6, "held_out": 3, "neural": TINY}
     return few | changes
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    """One convolution, one kernel a patch."""
+    """One convolution with a kernel of the size of a patch."""
     torch.manual_seed(0)
     return dv.load_backbone(nn.Conv2d(3, WIDTH, PATCH, PATCH), patch_size=PATCH, default_size=SIDE)
 
@@ -573,7 +573,7 @@ def result(backbone: Backbone, photo: np.ndarray) -> Decomposition:
 def test_shapes_and_types_of_a_result(result: Decomposition) -> None:
     parts = (result.semantic, result.artifact, result.raw, result.residual)
     assert {tuple(part.shape) for part in parts} == {(7, 7, WIDTH)}
-    assert result.field.shape == (21, 21, WIDTH)  # three nodes a patch: patch centres are nodes
+    assert result.field.shape == (21, 21, WIDTH)  # three nodes per patch, so that patch centres are nodes
     for part in (*parts, result.field):
         assert part.dtype == torch.float32 and part.device.type == "cpu"
         assert torch.isfinite(part).all() and not part.requires_grad
@@ -595,7 +595,7 @@ def test_residual_is_the_predicted_one_and_survives_saving(result: Decomposition
     assert loaded.info == json.loads(json.dumps(result.info))
 
 
-def test_without_a_fitted_residual_it_is_what_is_left_over(
+def test_without_a_fitted_residual_the_residual_is_the_remainder(
     backbone: Backbone, photo: np.ndarray, tmp_path: Path
 ) -> None:
     result = dv.denoise_image(backbone, photo, **neurally(neural=tiny(residual_from=1.0)))
@@ -605,7 +605,7 @@ def test_without_a_fitted_residual_it_is_what_is_left_over(
     assert Decomposition.load(tmp_path / "result.safetensors").predicted_residual is None
 
 
-def test_info_tells_the_recipe_and_how_the_fit_went(result: Decomposition) -> None:
+def test_info_records_the_recipe_and_the_history(result: Decomposition) -> None:
     info = json.loads(json.dumps(result.info, allow_nan=False))
     assert info["method"] == "neural-field"
     assert info["neural"] == dataclasses.asdict(TINY)
@@ -628,7 +628,7 @@ def test_info_tells_the_recipe_and_how_the_fit_went(result: Decomposition) -> No
     }
 
 
-def test_exact_results_say_nothing_of_the_neural_field(backbone: Backbone, photo: np.ndarray) -> None:
+def test_info_of_exact_results_has_no_neural_field_entries(backbone: Backbone, photo: np.ndarray) -> None:
     result = dv.denoise_image(backbone, photo, views=12, held_out=3)
     assert not set(result.info) & {"neural", "step", "history"}
     assert set(result.info) >= {"smoothness", "shrinkage", "clip", "taper"}
@@ -645,7 +645,7 @@ def test_same_seed_gives_the_same_result_and_another_does_not(
     assert not torch.equal(dv.denoise_image(backbone, photo, **neurally(seed=1)).field, result.field)
 
 
-def test_info_is_that_of_the_step_that_is_kept(backbone: Backbone, photo: np.ndarray) -> None:
+def test_info_is_of_the_best_step_with_keep_best(backbone: Backbone, photo: np.ndarray) -> None:
     info = dv.denoise_image(backbone, photo, **neurally(neural=tiny(keep="best"))).info
     best = max(info["history"], key=lambda look: look["r2"])
     assert (info["step"], info["heldout_r2"], info["heldout_cosine"]) == (best["step"], best["r2"], best["cosine"])
@@ -658,8 +658,8 @@ def test_non_square_size(backbone: Backbone, photo: np.ndarray) -> None:
     json.dumps(result.info, allow_nan=False)
 
 
-def test_released_semantic_is_the_field_at_the_places_it_was_fitted_at(backbone: Backbone, photo: np.ndarray) -> None:
-    """The released code takes the whole photo's patches from edge to edge."""
+def test_released_semantic_is_the_field_at_the_fitted_points(backbone: Backbone, photo: np.ndarray) -> None:
+    """The released code places the patches of the whole photo from edge to edge."""
     options = neurally(coverage="released", neural=tiny(recipe="released"))
     result = dv.denoise_image(backbone, photo, **options)
     fitted, _ = prepare(backbone, DenoiseOptions(**options))
@@ -673,7 +673,7 @@ def test_released_semantic_is_the_field_at_the_places_it_was_fitted_at(backbone:
     torch.testing.assert_close(result.raw, seen.features[0])
 
 
-def test_known_artifact_is_taken_as_it_is(backbone: Backbone, photo: np.ndarray) -> None:
+def test_known_artifact_is_used_unchanged(backbone: Backbone, photo: np.ndarray) -> None:
     known = noise(7, 7, WIDTH).requires_grad_()
     result = dv.denoise_image(backbone, photo, artifact=known, **neurally())
     assert torch.equal(result.artifact, known.detach())
@@ -681,7 +681,7 @@ def test_known_artifact_is_taken_as_it_is(backbone: Backbone, photo: np.ndarray)
     assert len(result.info["artifact"]) == 64
 
 
-def test_without_held_out_views_there_is_no_judgement(
+def test_without_held_out_views_there_are_no_held_out_metrics(
     backbone: Backbone, photo: np.ndarray, result: Decomposition
 ) -> None:
     alone = dv.denoise_image(backbone, photo, **neurally(held_out=0))
@@ -689,7 +689,7 @@ def test_without_held_out_views_there_is_no_judgement(
     assert torch.equal(alone.field, result.field)
 
 
-def test_progress_counts_views_and_steps_and_looks_are_watched(backbone: Backbone, photo: np.ndarray) -> None:
+def test_progress_counts_views_and_steps_and_watch_gets_evaluations(backbone: Backbone, photo: np.ndarray) -> None:
     calls: list[tuple[int, int]] = []
     looks: list[Evaluation] = []
     record = lambda done, total: calls.append((done, total))  # noqa: E731
@@ -701,27 +701,25 @@ def test_progress_counts_views_and_steps_and_looks_are_watched(backbone: Backbon
     assert [dataclasses.asdict(look) for look in looks] == result.info["history"]
 
 
-def test_best_step_without_held_out_views_is_refused_before_anything_runs(
-    backbone: Backbone, photo: np.ndarray
-) -> None:
+def test_denoise_image_refuses_keep_best_without_held_out_views(backbone: Backbone, photo: np.ndarray) -> None:
     with pytest.raises(PlanError, match=r"keep 'best' needs .*held_out must be at least 1"):
         dv.denoise_image(backbone, photo, **neurally(held_out=0, neural=tiny(keep="best")))
 
 
-def test_unknown_method_is_refused_naming_all(backbone: Backbone, photo: np.ndarray) -> None:
+def test_unknown_method_error_lists_all_methods(backbone: Backbone, photo: np.ndarray) -> None:
     named = "exact, neural-field, subtract, denoiser, .*auto"
     with pytest.raises(PlanError, match=f"unknown method 'magic'; choose from {named}"):
         dv.denoise_image(backbone, photo, method="magic")
 
 
-def test_bad_recipe_matters_only_where_it_is_used(backbone: Backbone, photo: np.ndarray) -> None:
+def test_neural_options_are_validated_only_if_used(backbone: Backbone, photo: np.ndarray) -> None:
     bad = tiny(steps=0)
     DenoiseOptions(neural=bad).validate()
     with pytest.raises(PlanError, match=r"steps must be at least 1, got 0"):
         dv.denoise_image(backbone, photo, **neurally(neural=bad))
 
 
-def test_features_are_kept_in_half_precision_where_they_fit() -> None:
+def test_features_are_stored_in_half_precision_if_they_fit() -> None:
     small, large = noise(2, *GRID, CHANNELS), 1e5 * torch.ones(1, *GRID, CHANNELS)
     half = gather(iter([small]), make_plan(2)).features
     assert half.dtype == torch.float16
@@ -731,7 +729,7 @@ def test_features_are_kept_in_half_precision_where_they_fit() -> None:
     assert torch.equal(both[2], large[0])
 
 
-def test_features_that_are_not_finite_are_refused() -> None:
+def test_non_finite_features_are_refused() -> None:
     with pytest.raises(BackboneError, match="not finite"):
         gather(iter([torch.full((2, *GRID, CHANNELS), math.inf)]), make_plan(2))
 
@@ -740,11 +738,11 @@ def test_features_that_are_not_finite_are_refused() -> None:
 
 
 def of_recipe(name: str, value: object) -> list[str]:
-    """An option of the recipe as it is typed."""
+    """A recipe option as typed on the command line."""
     return [f"--{name}", str(value)]
 
 
-def test_command_line_fits_keeps_and_notices_another_recipe(
+def test_command_line_keeps_results_and_notes_other_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def draw_dot(_photo: np.ndarray, _result: Decomposition, path: Path, **_options: Any) -> None:

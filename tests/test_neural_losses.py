@@ -1,4 +1,4 @@
-"""The losses of the neural field: values by hand, and gradients against formulas written out."""
+"""The losses of the neural field: values by hand, and gradients against explicit formulas."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def noise(seed: int, *, learns: bool = False) -> Tensor:
 
 
 def parts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """F, G and h, all of which could learn, and the features."""
+    """F, G and h, which all require gradients, and the features."""
     return noise(1, learns=True), noise(2, learns=True), noise(3, learns=True), noise(4)
 
 
 def reconstruction_gradient(predicted: Tensor, target: Tensor) -> Tensor:
-    """Of MSE + 1 - mean cosine with respect to the prediction."""
+    """Gradient of MSE + 1 - mean cosine with respect to the prediction."""
     squares = 2 * (predicted - target) / predicted.numel()
     p, t = predicted.norm(dim=1, keepdim=True), target.norm(dim=1, keepdim=True)
     cosine = target / (p * t) - (predicted * target).sum(1, keepdim=True) * predicted / (p**3 * t)
@@ -50,7 +50,7 @@ def grad(tensor: Tensor) -> Tensor:
         ([[3.0, 4.0]], [[3.0, 4.0]], 0.0),
         ([[3.0, 4.0]], [[4.0, 3.0]], 1 + 1 - 24 / 25),
         ([[1.0, 0.0]], [[0.0, 2.0]], 2.5 + 1),  # at right angles
-        ([[1.0, 0.0]], [[-1.0, 0.0]], 2 + 2),  # opposed
+        ([[1.0, 0.0]], [[-1.0, 0.0]], 2 + 2),  # opposite
         ([[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]], 3 / 4 + 1 - 1 / 2),  # means over tokens
     ],
 )
@@ -76,7 +76,7 @@ def test_second_phase_is_the_sum_of_its_terms() -> None:
     assert loss.item() == pytest.approx(terms.item())
 
 
-def test_released_second_phase_takes_the_cosine_of_all_three_parts_with_the_features() -> None:
+def test_released_second_phase_uses_the_cosine_of_all_three_parts() -> None:
     semantic, artifact, residual, features = parts()
     left = features - semantic - artifact
     whole = semantic + artifact + residual
@@ -105,7 +105,7 @@ def test_released_second_phase_stops_the_same_gradients() -> None:
     assert artifact.grad is None
 
 
-def test_first_phase_moves_field_and_artifact_alike() -> None:
+def test_first_phase_gives_field_and_artifact_the_same_gradient() -> None:
     semantic, artifact, _, features = parts()
     first_phase_loss(semantic, artifact, features).backward()
     expected = reconstruction_gradient(semantic + artifact, features)
@@ -113,20 +113,20 @@ def test_first_phase_moves_field_and_artifact_alike() -> None:
     torch.testing.assert_close(grad(artifact), expected)
 
 
-def test_second_phase_moves_the_field_to_what_the_residual_leaves() -> None:
+def test_second_phase_fits_the_field_to_features_minus_residual() -> None:
     semantic, artifact, residual, features = parts()
     second_phase_loss(semantic, artifact, residual, features, *PUBLISHED).backward()
     torch.testing.assert_close(grad(semantic), reconstruction_gradient(semantic + artifact, features - residual))
 
 
-def test_second_phase_leaves_the_artifact_alone() -> None:
+def test_second_phase_gives_the_artifact_no_gradient() -> None:
     semantic, artifact, residual, features = parts()
     second_phase_loss(semantic, artifact, residual, features, *PUBLISHED).backward()
     assert artifact.grad is None
 
 
 @pytest.mark.parametrize("weights", [PUBLISHED, (0.7, 0.0), (0.0, 0.3)])
-def test_residual_moves_to_what_is_left_over_and_to_zero_and_nowhere_else(weights: tuple[float, float]) -> None:
+def test_gradient_of_the_residual_comes_from_its_own_terms_only(weights: tuple[float, float]) -> None:
     semantic, artifact, residual, features = parts()
     second_phase_loss(semantic, artifact, residual, features, *weights).backward()
     left = features - semantic.detach() - artifact.detach()
@@ -136,7 +136,7 @@ def test_residual_moves_to_what_is_left_over_and_to_zero_and_nowhere_else(weight
 
 
 @pytest.mark.parametrize("weights", [PUBLISHED, (50.0, 20.0)])
-def test_gradient_of_the_field_does_not_depend_on_the_terms_of_the_residual(weights: tuple[float, float]) -> None:
+def test_gradient_of_the_field_does_not_depend_on_residual_terms(weights: tuple[float, float]) -> None:
     semantic, artifact, residual, features = parts()
     second_phase_loss(semantic, artifact, residual, features, *weights).backward()
     alone = noise(1, learns=True)
@@ -159,7 +159,7 @@ def test_networks_of_field_and_residual_learn_from_their_own_errors_only() -> No
     torch.testing.assert_close(network_gradient, to_residual.T @ features)
 
 
-def test_field_that_explains_everything_has_no_loss_in_either_phase() -> None:
+def test_field_that_fits_exactly_has_zero_loss_in_both_phases() -> None:
     semantic, artifact, _, _ = parts()
     features, nothing = (semantic + artifact).detach(), torch.zeros(TOKENS, CHANNELS, dtype=torch.float64)
     assert first_phase_loss(semantic, artifact, features).item() == pytest.approx(0, abs=1e-12)

@@ -1,4 +1,4 @@
-"""Nothing that exists is destroyed: every verb that writes, into the folder of its own input and onto foreign files."""
+"""Existing files are never destroyed: every writing verb, into the folder of its input and onto foreign files."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ FOREIGN = b"what somebody worked on for years"
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with everything that the verbs read, in which they write as well.
+    """A folder with everything that the verbs read, to which they also write.
 
     Attributes:
-        folder: with photos `cat.png` and others, a clip of frames, a store and a run of training.
+        folder: with photos `00.png` and others, a clip of frames, a store, weights, a denoiser and results.
         dvit: runs a verb with the tiny model.
     """
 
@@ -53,18 +53,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def filled(one_thread: None, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every test begins with a copy of."""
+    """The folder that each test gets a copy of."""
     folder = tmp_path_factory.mktemp("filled")
     tiny_fit.write_photos(folder, 6)
     tiny_fit.write_photos(folder / "clip", 4, seed=1)
-    for number in range(4):  # names that frames of the result would have
+    for number in range(4):  # names that frames of the output would have
         (folder / "clip" / f"{number:02}.png").rename(folder / "clip" / f"{number:06}.png")
     tiny_fit.prepare(folder / "clip", folder / "store", tiny_fit.spec_of(weights)).run()
     shutil.copy(weights, folder / "weights.safetensors")
     write_denoiser(tiny_export.denoiser(tiny_fit.spec_of(weights).load()), folder / "denoiser.safetensors")
     labelled = tmp_path_factory.mktemp("labelled")
     tiny_labelled.write_labelled(labelled, tiny_labelled.coloured(2, 0), tiny_labelled.coloured(2, 1))
-    shutil.copytree(labelled, folder / ".labelled")  # hidden: its photos are none of the data set
+    shutil.copytree(labelled, folder / ".labelled")  # hidden: its photos are not part of the data set
     knn = ("evaluate", "knn", "--data", folder / ".labelled", "-o", folder / "results.jsonl", "--features", "raw")
     assert run([*map(str, (*knn, "--k", 3, "--cache", folder / ".cache", *MODEL, "--weights", weights))]) == 0
     return folder
@@ -91,7 +91,7 @@ TRAINING = ("--on-the-fly", "--steps", 2, "--batch-size", 1, "--held-out", 1, "-
 DISTILLING = ("--denoiser", "denoiser.safetensors", "--steps", 2, "--held-out", 1)
 FITTING = ("--exact.size", tiny_fit.SIZE, "--exact.views", tiny_fit.VIEWS)
 
-#: Verbs whose output is the folder, or in the folder, that they read.
+#: Commands whose output is the folder that they read, or is in it.
 INTO_OWN_FOLDER: dict[str, tuple[object, ...]] = {
     "denoise": ("denoise", ".", "-o", ".", *own(*SEEN, "--held-out", 0, "--method", "exact")),
     "denoise again": ("denoise", ".", "-o", ".", "--overwrite", *own(*SEEN, "--held-out", 0, "--method", "exact")),
@@ -111,18 +111,18 @@ INTO_OWN_FOLDER: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("name", INTO_OWN_FOLDER)
-def test_no_file_of_the_input_changes(place: Place, name: str) -> None:
+def test_no_input_file_changes(place: Place, name: str) -> None:
     before = contents(place.folder)
     first = place.dvit(*INTO_OWN_FOLDER[name])
     after = contents(place.folder)
     assert {file: after.get(file) for file in before} == before, first.err
-    place.dvit(*INTO_OWN_FOLDER[name])  # and not in a second run, which finds what the first has left
+    place.dvit(*INTO_OWN_FOLDER[name])  # nor in a second run, which finds the output of the first
     again = contents(place.folder)
     assert {file: again.get(file) for file in before} == before
     assert first.code in (0, 1, 2)
 
 
-#: Verbs that are given the name of a file which somebody else wrote, and what that is.
+#: Commands that would write to a foreign file, and that file.
 ONTO_FOREIGN_FILES: dict[str, tuple[tuple[object, ...], str]] = {
     "report of denoise": (
         ("denoise", "00.png", "-o", "out", "--report", "theirs.html", *own(*SEEN, "--method", "exact")),
@@ -160,7 +160,7 @@ ONTO_FOREIGN_FILES: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", ONTO_FOREIGN_FILES)
-def test_foreign_files_are_refused_by_name_and_left_as_they_are(place: Place, name: str) -> None:
+def test_foreign_files_are_rejected_by_name_and_unchanged(place: Place, name: str) -> None:
     command, file = ONTO_FOREIGN_FILES[name]
     path = place.folder / file
     if not path.exists():
@@ -174,7 +174,7 @@ def test_foreign_files_are_refused_by_name_and_left_as_they_are(place: Place, na
     assert {name: after.get(name) for name in before} == before
 
 
-#: Verbs that write to a place of their own, and what the same command finds and writes again.
+#: Commands that find and overwrite their own output when they are repeated.
 AGAIN: dict[str, tuple[object, ...]] = {
     "denoise": ("denoise", "00.png", "-o", "out", "--report", "page.html", *own(*SEEN, "--method", "exact")),
     "sheet": ("show", "00.png", "-o", "sheet.png", *own("--features", "raw")),
@@ -190,7 +190,7 @@ AGAIN: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("name", AGAIN)
-def test_what_is_ours_is_written_again_and_nothing_beside_it(place: Place, name: str) -> None:
+def test_own_output_is_overwritten_and_no_file_is_added(place: Place, name: str) -> None:
     first = place.dvit(*AGAIN[name])
     assert first.code == 0, first.words
     names = set(contents(place.folder))
@@ -206,7 +206,7 @@ def test_what_is_ours_is_written_again_and_nothing_beside_it(place: Place, name:
         (("calibrate", ".", "-o", "g.safetensors", *SEEN), ("calibrate", "clip", "-o", "g.safetensors")),
     ],
 )
-def test_what_is_ours_of_another_input_is_refused(
+def test_own_output_of_another_input_is_rejected(
     place: Place, command: tuple[object, ...], other: tuple[object, ...]
 ) -> None:
     assert place.dvit(*command, *own()).code == 0
@@ -217,14 +217,15 @@ def test_what_is_ours_of_another_input_is_refused(
     assert contents(place.folder) == before
 
 
-def test_every_verb_that_writes_is_among_those_above() -> None:
-    """A verb that is added has to be tried as well."""
+def test_every_writing_verb_is_tested_above() -> None:
+    """A new verb has to be added to the tests."""
     tried = {str(command[0]) for command in (*INTO_OWN_FOLDER.values(), *(c for c, _ in ONTO_FOREIGN_FILES.values()))}
-    # One only prints, one writes to a private folder; test_prepare.py tries the last, which tells by backbone.
+    # `models` only prints and `app` writes to a private folder; `prepare`, which reports failures of each backbone,
+    # is tested in test_prepare.py.
     assert set(VERBS) - tried == {"models", "app", "prepare"}
 
 
-# --- the rule itself ---
+# --- marks and atomic writing ---
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".html", ".md"])
@@ -242,7 +243,7 @@ def test_a_mark_is_read_back(tmp_path: Path, suffix: str) -> None:
         require_ours(path, mark, [path])
 
 
-def test_a_marked_png_is_still_one(tmp_path: Path) -> None:
+def test_marked_png_is_still_a_valid_png(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (9, 7), "red").save(path)
     mark = Mark("panel", digest_of("photo"))
@@ -253,7 +254,7 @@ def test_a_marked_png_is_still_one(tmp_path: Path) -> None:
         assert image.getpixel((3, 3)) == (255, 0, 0)
 
 
-def test_of_two_writers_of_a_new_file_one_is_told(tmp_path: Path) -> None:
+def test_second_writer_of_a_new_file_gets_an_error(tmp_path: Path) -> None:
     target = tmp_path / "result.bin"
     with pytest.raises(FileExistsError), atomic_path(target, new=True) as late:
         late.write_bytes(b"second")
@@ -277,7 +278,7 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     assert target.read_bytes() == b"whole"
 
 
-def test_marks_tell_paths_apart_from_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_distinguishes_paths_from_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert digest_of(Path("a")) == digest_of(tmp_path / "a")
     assert digest_of("a") != digest_of(Path("a"))
@@ -303,7 +304,7 @@ def two_of_one_name(place: Place) -> tuple[Path, Path]:
 
 
 def once(action: Callable[[], object], real: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, before whose first call something else happens."""
+    """The same function, which runs `action` before its first call."""
     waiting = [action]
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -314,13 +315,11 @@ def once(action: Callable[[], object], real: Callable[..., Any]) -> Callable[...
     return call
 
 
-def test_of_two_runs_of_denoise_in_one_folder_none_loses_its_result(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_denoise_runs_keep_both_results(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = two_of_one_name(place)
     monkeypatch.setattr(
         Denoising, "__call__", once(lambda: denoised(place, two), Denoising.__call__)
-    )  # the other run claims the name after this one, and is done before it
+    )  # the other run claims the name after this one, and finishes before it
     denoised(place, one)
     for name, photo in (("same", two), ("same-2", one)):
         digest = photo_digest(read_photo(photo))
@@ -330,13 +329,13 @@ def test_of_two_runs_of_denoise_in_one_folder_none_loses_its_result(
     assert names == {"same.safetensors", "same.png", "same-2.safetensors", "same-2.png"}
 
 
-def test_two_runs_of_the_same_photo_leave_one_result(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_runs_of_the_same_photo_leave_one_result(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Denoising, "__call__", once(lambda: denoised(place, "00.png"), Denoising.__call__))
     assert [row["status"] for row in denoised(place, "00.png")] == ["kept"]
     assert {path.name for path in (place.folder / "out").iterdir()} == {"00.safetensors", "00.png"}
 
 
-def test_of_two_runs_of_show_none_loses_its_sheet(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_show_runs_keep_both_sheets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = two_of_one_name(place)
 
     def show(photo: Path) -> Outcome:
@@ -349,7 +348,7 @@ def test_of_two_runs_of_show_none_loses_its_sheet(place: Place, monkeypatch: pyt
     assert marks == {"same.png": Mark("sheet", digest_of(two)), "same-2.png": Mark("sheet", digest_of(one))}
 
 
-def test_of_two_runs_of_video_none_loses_its_film(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_video_runs_keep_both_videos(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     other = place.folder / "other" / "clip"
     tiny_fit.write_photos(other, 3, seed=2)
 
@@ -363,7 +362,7 @@ def test_of_two_runs_of_video_none_loses_its_film(place: Place, monkeypatch: pyt
     assert len(set(sources.values())) == 2
 
 
-def test_an_edited_photo_replaces_its_own_result_with_overwrite_and_else_it_is_said(place: Place) -> None:
+def test_edited_photo_replaces_its_result_only_with_overwrite(place: Place) -> None:
     denoised(place, "00.png")
     Image.fromarray(255 - read_photo("00.png")).save("00.png")
     (row,) = denoised(place, "00.png", "--overwrite")
@@ -382,8 +381,8 @@ def test_an_edited_photo_replaces_its_own_result_with_overwrite_and_else_it_is_s
 @pytest.mark.parametrize(
     "stem", [pytest.param("caf\udce9", id="no UTF-8"), pytest.param("ü" * 122, id="long"), pytest.param("x" * 250)]
 )
-def test_photos_of_any_name_are_done_once(place: Place, verb: str, stem: str) -> None:
-    """Bytes that are no UTF-8, as older systems wrote them, and names that leave no room for an ending."""
+def test_photos_with_unusual_names_are_processed_once(place: Place, verb: str, stem: str) -> None:
+    """Names that are not UTF-8, as written by older systems, and names that leave no room for a suffix."""
     given = place.folder / (stem if verb == "video" else f"{stem}.png")
     try:
         if verb == "video":

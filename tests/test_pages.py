@@ -1,4 +1,4 @@
-"""Pages of runs and of batches of photos: complete, alone, and safe whatever photos are called."""
+"""Pages of runs and of batches of photos: complete, self-contained, and safe for any names of photos."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def test_lines_of_a_chart_share_their_scale() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-9, 1e9])
-def test_one_value_is_a_line_in_the_middle(value: float) -> None:
+def test_single_value_is_drawn_in_the_middle(value: float) -> None:
     chart = line_chart("", "steps", {"a": [(5, value)]})
     assert chart is not None and chart.down and chart.across
     assert chart.lines[0].points == (((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2),)
 
 
-def test_what_is_not_finite_is_left_out() -> None:
+def test_non_finite_values_are_left_out() -> None:
     assert line_chart("", "steps", {"a": [(0, float("nan"))], "b": []}) is None
     chart = line_chart("", "steps", {"a": [(0, float("inf")), (1, 2.0), (2, 3.0)]})
     assert chart is not None and len(chart.lines[0].points) == 2
 
 
-def test_long_lines_are_means_of_neighbours() -> None:
+def test_long_lines_are_reduced_to_means_of_neighbours() -> None:
     chart = line_chart("", "steps", {"a": [(step, float(step % 2)) for step in range(10 * MOST)]})
     assert chart is not None and len(chart.lines[0].points) == MOST
     assert chart.lines[0].first == chart.lines[0].last == 0.5
@@ -107,7 +107,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_page_of_a_run_tells_all_of_it(run: Path) -> None:
+def test_run_page_shows_progress_metrics_and_options(run: Path) -> None:
     html = render_run(run)
     page = Page(html)
     assert is_alone(html) and "my <run>" in page.words
@@ -116,22 +116,22 @@ def test_the_page_of_a_run_tells_all_of_it(run: Path) -> None:
     assert "blank images, variance left - 0.250 - " in page.words
     assert "dvit train <photos>" in page.words and "2 CPU cores" in page.words and "options.steps 40" in page.words
     assert len(page.images("features after step")) == 2
-    assert len([tag for tag, _ in page.elements if tag == "polyline"]) == 8  # cosine and rank 2
+    assert len([tag for tag, _ in page.elements if tag == "polyline"]) == 8  # two each for cosine and rank
 
 
-def test_the_panels_are_the_best_and_the_first(run: Path) -> None:
+def test_run_page_shows_the_best_and_the_first_panel(run: Path) -> None:
     words = Page(render_run(run)).words
     assert words.index("held-out images after step 20") < words.index("held-out images after step 10")
     assert "after step 30" not in words.split("Training curves")[0].split("best after step 20", 1)[1]
 
 
-def test_a_run_that_has_hardly_begun_has_a_page(run: Path) -> None:
+def test_run_page_before_the_first_evaluation(run: Path) -> None:
     (run / "log.jsonl").write_text('{"step": 1, "kind": "train", "loss": null}\n')
     (run / "about.json").unlink()
     assert "1 of 40 steps; not evaluated yet" in Page(render_run(run)).words
 
 
-def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
+def test_folder_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="expected a record of a run"):
         write_run_page(tmp_path)
     (run / "run.json").write_text('{"format": "another"}')
@@ -153,7 +153,7 @@ def row(image: str, **more: Any) -> dict[str, Any]:
     return {"image": image, "status": "done", **blank, **more}
 
 
-def test_the_page_of_photos_tells_all_of_it(result: Decomposition) -> None:
+def test_photos_page_shows_results_maps_and_settings(result: Decomposition) -> None:
     page = PhotosPage("dvit denoise <a>.jpg")
     page.add("<a>.jpg", planted.photos(1)[0], result)
     rows = [
@@ -166,7 +166,7 @@ def test_the_page_of_photos_tells_all_of_it(result: Decomposition) -> None:
     assert "1 photo done, 1 skipped" in read.words and "b.jpg: no photo" in read.words
     assert "<a>.jpg a.safetensors 9 0.500 - 1.25" in read.words and "dvit denoise <a>.jpg" in read.words
     assert "method exact" in read.words and "hardware" not in read.words
-    # The kinds that raw features have, and those that tell what was taken away.
+    # The kinds that raw features have too, and those that show what was removed.
     for kind in ("PCA", "norm", "k-means", "similarity to ○"):
         assert len(read.images(f"{kind} of")) == 2
     for kind in ("G", "residual norm"):
@@ -185,7 +185,7 @@ def test_stage_1_is_shown_beside_another_method(result: Decomposition) -> None:
 
 
 @pytest.mark.parametrize("method", ["neural-field", "project"])
-def test_clean_features_of_any_method_have_a_page(result: Decomposition, method: str) -> None:
+def test_photos_page_supports_every_method(result: Decomposition, method: str) -> None:
     page = PhotosPage(None)
     page.add("a.jpg", planted.photos(1)[0], Decomposition(**vars_of(result), info=result.info | {"method": method}))
     found = Page(page.render([row("a.jpg")], {}, "vit"))
@@ -199,7 +199,7 @@ def vars_of(result: Decomposition) -> dict[str, Any]:
     return {name: getattr(result, name) for name in ("field", "artifact", "raw", "size", "patch_size", "stride")}
 
 
-def test_a_large_batch_keeps_its_page_small(result: Decomposition, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photos_page_of_a_large_batch_leaves_out_maps(result: Decomposition, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos_module, "MOST", 1)
     page = PhotosPage(None)
     for name in ("a.jpg", "b.jpg", "c.jpg"):
@@ -209,11 +209,11 @@ def test_a_large_batch_keeps_its_page_small(result: Decomposition, monkeypatch: 
     assert "3 photos done" in Page(html).words
 
 
-def test_a_large_photo_is_made_small() -> None:
+def test_large_photo_is_embedded_as_a_small_jpeg() -> None:
     assert len(jpeg_uri(np.random.default_rng(0).integers(0, 255, (3000, 4000, 3), np.uint8))) < 500_000
 
 
-def test_denoise_writes_the_page_it_is_asked_for(dvit: Dvit, tmp_path: Path) -> None:
+def test_denoise_writes_the_report_page(dvit: Dvit, tmp_path: Path) -> None:
     Image.fromarray(planted.photos(1)[0]).save(tmp_path / "a.png")
     (tmp_path / "bad.jpg").write_text("no photo")
     photos = (tmp_path / "a.png", tmp_path / "bad.jpg")
@@ -222,12 +222,12 @@ def test_denoise_writes_the_page_it_is_asked_for(dvit: Dvit, tmp_path: Path) -> 
     page = Page((tmp_path / "pages" / "r.html").read_text("utf-8"))
     assert "1 photo done, 1 skipped" in page.words and "not an image file" in page.words
     assert page.images("PCA of raw features of a.png") and "vit_tiny_patch16_224" in page.words
-    # What an earlier run has done is on the page as well.
+    # Results of an earlier run are on the page as well.
     again = dvit("denoise", photos[0], "-o", tmp_path / "out", *FAST, "--report", tmp_path / "again.html")
     assert again.code == 0 and "kept" in again.words
     assert Page((tmp_path / "again.html").read_text("utf-8")).images("PCA of exact features of a.png")
 
 
-def test_a_page_needs_the_name_of_a_page(dvit: Dvit, tmp_path: Path) -> None:
+def test_report_name_must_end_in_html(dvit: Dvit, tmp_path: Path) -> None:
     done = dvit("denoise", tmp_path / "a.png", "-o", tmp_path / "out", "--report", tmp_path / "page.pdf")
     assert done.code == 2 and "expected a name ending in .html" in done.words

@@ -1,4 +1,4 @@
-"""The patch grid: counts, centres and sides by hand, and what does not fit."""
+"""The patch grid: counts, centres and sides by hand, and sides that do not fit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_no_patch_fits_a_shorter_side() -> None:
 
 
 def test_centres_with_stride_equal_to_patch() -> None:
-    # 6 patches of 16 pixels: their middles are at 8, 24, ..., 88 of 96.
+    # 6 patches of 16 pixels: their centres are at 8, 24, ..., 88 of 96.
     np.testing.assert_allclose(patch_centres(96, 16, 16), np.array([8, 24, 40, 56, 72, 88]) / 96, rtol=1e-15)
     np.testing.assert_allclose(patch_centres(518, 14, 14), (np.arange(37) + 0.5) / 37, rtol=1e-12)
 
@@ -47,7 +47,7 @@ def test_centres_with_overlapping_patches() -> None:
     assert centres[0] == pytest.approx(7 / 518)
     assert centres[1] == pytest.approx(14 / 518)
     assert centres[-1] == pytest.approx(511 / 518)
-    # Which is not the middle of 73 equal cells:
+    # This differs from the centres of 73 equal cells:
     assert abs(centres[0] - 0.5 / 73) > 0.2 * 14 / 518
 
 
@@ -79,12 +79,12 @@ def test_nearest_sides_by_hand(side: int, patch: int, stride: int, nearest: tupl
     assert nearest_sizes(side, patch, stride) == nearest
 
 
-def test_sides_that_fit_are_taken() -> None:
+def test_sides_that_fit_are_accepted() -> None:
     for side in (10, 14, 18, 34):
         check_side(side, 10, 4)
 
 
-def test_sides_that_do_not_fit_are_refused_with_the_nearest() -> None:
+def test_sides_that_do_not_fit_are_rejected_with_the_nearest() -> None:
     with pytest.raises(SizeError, match=r"50 pixels .*expected a multiple of 16 pixels .*Nearest: 48 or 64"):
         check_side(50, 16, 16)
     with pytest.raises(SizeError, match=r"expected 10 \+ k \* 4 pixels .*Nearest: 34 or 38"):

@@ -14,7 +14,7 @@ from denoising_vit.views.crops import Crop
 #: 4 x 4 pixels of three classes.
 LABELS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, -1], [2, 2, -1, -1], [2, 0, -1, 1]])
 
-#: Of each quarter: class 0, 1, 2, none.
+#: Counts of each quarter: classes 0, 1, 2, and no label.
 QUARTERS = [[[3, 1, 0, 0], [0, 3, 0, 1]], [[1, 0, 3, 0], [0, 1, 0, 3]]]
 
 TURNS = [(False, False), (True, False), (False, True), (True, True)]
@@ -26,7 +26,7 @@ def random_labels(height: int, width: int, classes: int) -> Tensor:
 
 
 def inside(crop: Crop, labels: Tensor) -> Tensor:
-    """Labels of the pixels whose centre lies in the crop's box, by another route than the code's."""
+    """Labels of the pixels whose centre lies in the crop's box, computed in another way than in the code."""
     x0, y0, x1, y1 = crop.box
     height, width = labels.shape
     rows = [row for row in range(height) if y0 < (row + 0.5) / height < y1]
@@ -35,7 +35,7 @@ def inside(crop: Crop, labels: Tensor) -> Tensor:
 
 
 def one_by_one(labels: Tensor, crop: Crop, classes: int, patch: int, stride: int) -> np.ndarray:
-    """The slow way: every pixel looks for the patch whose centre is nearest, the later one of two."""
+    """Slow reference: every pixel counts for the patch with the nearest centre, the later one of two."""
     h, w = ((side - patch) // stride + 1 for side in crop.padded)
     counts = np.zeros((h, w, classes + 1), int)
     x0, y0, x1, y1 = crop.box
@@ -59,14 +59,14 @@ def one_by_one(labels: Tensor, crop: Crop, classes: int, patch: int, stride: int
 
 @pytest.mark.parametrize("scale", [1, 2, 5])
 def test_counts_by_hand(scale: int) -> None:
-    """However large the image is shown, the pixels of the mask are what counts."""
+    """Pixels of the mask are counted, at whatever size the image is shown."""
     counts = patch_counts(LABELS, Crop.whole((4 * scale, 4 * scale)), 3, 2 * scale, 2 * scale)
     assert counts.tolist() == QUARTERS
     assert counts.dtype == torch.int64
 
 
 @turned
-def test_counts_are_turned_with_the_picture(flip: bool, inverted: bool) -> None:
+def test_counts_are_flipped_and_inverted_with_the_image(flip: bool, inverted: bool) -> None:
     expected = torch.tensor(QUARTERS)
     expected = expected.flip(1) if flip else expected
     expected = expected.flip((0, 1)) if inverted else expected
@@ -74,15 +74,15 @@ def test_counts_are_turned_with_the_picture(flip: bool, inverted: bool) -> None:
     assert patch_counts(LABELS, crop, 3, 2, 2).tolist() == expected.tolist()
 
 
-def test_a_crop_counts_what_it_shows() -> None:
-    """The lower right quarter, one pixel a patch; a pad of a patch at the left counts nothing."""
+def test_crop_counts_only_the_pixels_that_it_shows() -> None:
+    """The lower right quarter, one pixel per patch; a pad of one patch on the left has no counts."""
     counts = patch_counts(LABELS, Crop((0.5, 0.5, 1.0, 1.0), (4, 4), pads=(2, 0, 0, 0)), 3, 2, 2)
     assert counts.tolist() == [[[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]], [[0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]]]
     assert commonest(counts).tolist() == [[NO_LABEL, NO_LABEL, NO_LABEL], [NO_LABEL, NO_LABEL, 1]]
 
 
-def test_of_patches_that_overlap_the_nearest_centre_counts() -> None:
-    """Sides of 7, patches of 3 every 2: centres at 1.5, 3.5 and 5.5; 2.5 and 4.5 go to the second."""
+def test_overlapping_patches_count_pixels_by_the_nearest_centre() -> None:
+    """Sides of 7, patches of 3 with stride 2: centres at 1.5, 3.5 and 5.5; 2.5 and 4.5 go to the second."""
     counts = patch_counts(torch.zeros(7, 7, dtype=torch.int64), Crop.whole((7, 7)), 1, 3, 2)
     assert counts[..., 0].tolist() == [[4, 4, 6], [4, 4, 6], [6, 6, 9]]
 
@@ -131,16 +131,16 @@ def test_a_patch_mostly_without_labels_has_none() -> None:
     assert commonest(torch.tensor([[[1, 0, 0, 3], [0, 0, 0, 4]]])).tolist() == [[NO_LABEL, NO_LABEL]]
 
 
-def test_of_classes_as_common_the_first_is_taken() -> None:
+def test_first_of_equally_common_classes_is_taken() -> None:
     assert commonest(torch.tensor([[[0, 2, 2, 0], [2, 0, 2, 0], [2, 2, 2, 2]]])).tolist() == [[1, 0, 0]]
 
 
-def test_half_without_a_label_is_not_most() -> None:
+def test_half_unlabelled_patch_keeps_its_label() -> None:
     assert commonest(torch.tensor([[[0, 2, 0, 2]]])).tolist() == [[1]]
 
 
-def test_a_patch_that_shows_nothing_has_no_label() -> None:
-    """One pixel shown over four patches is in one of them."""
+def test_patch_without_pixels_has_no_label() -> None:
+    """One pixel shown over nine patches counts for one of them."""
     counts = patch_counts(torch.zeros(1, 1, dtype=torch.int64), Crop.whole((6, 6)), 1, 2, 2)
     assert int(counts.sum()) == 1
     assert sorted(commonest(counts).flatten().tolist()) == [NO_LABEL] * 8 + [0]

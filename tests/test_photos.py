@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import random
 import re
@@ -47,14 +48,14 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png_declaring(path: Path, width: int, height: int) -> Path:
-    """A PNG of a hundred bytes whose header promises width x height pixels of 8-bit grayscale."""
+    """A PNG of a hundred bytes whose header declares width x height pixels of 8-bit grayscale."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     content = png_chunk(b"IDAT", zlib.compress(b"\0" * 64))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + content + png_chunk(b"IEND", b""))
     return path
 
 
-# --- files that are no photo ---
+# --- files that are not photos ---
 
 
 def test_missing_path(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_truncated_file(tmp_path: Path, ending: str, kept: float) -> None:
     refuses(path, "damaged or unreadable image")
 
 
-def test_truncated_image_that_is_open_already_is_a_photo_error(tmp_path: Path) -> None:
+def test_truncated_open_image_is_a_photo_error(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     Image.fromarray(small_cat()).save(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -104,7 +105,7 @@ def test_name_too_long_for_the_file_system_is_a_photo_error(tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_file_of_any_format_is_a_picture_or_a_photo_error(tmp_path: Path, kind: str) -> None:
+def test_damaged_file_of_any_format_gives_pixels_or_a_photo_error(tmp_path: Path, kind: str) -> None:
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF decoder")
     buffer = io.BytesIO()
@@ -120,7 +121,7 @@ def test_damaged_file_of_any_format_is_a_picture_or_a_photo_error(tmp_path: Path
         try:
             pixels = read_photo(path)
         except PhotoError as error:
-            assert "damaged" in str(error)  # the file's own name
+            assert "damaged" in str(error)  # the file's name
         else:
             assert pixels.dtype == np.uint8
             assert pixels.ndim == 3 and pixels.shape[2] == 3
@@ -130,7 +131,7 @@ def test_damaged_file_of_any_format_is_a_picture_or_a_photo_error(tmp_path: Path
 
 
 def encapsulated_postscript(path: Path) -> Path:
-    """What Pillow gives to Ghostscript, a program that runs what is in it."""
+    """An EPS file, which Pillow passes to Ghostscript, a program that executes the file."""
     Image.fromarray(small_cat()).save(path, "EPS")
     return path
 
@@ -155,13 +156,19 @@ def test_postscript_is_refused_and_no_program_is_started(
     assert not is_panel(path) and not is_panel(path.read_bytes())
 
 
-def test_every_file_is_opened_in_named_formats_only() -> None:
-    package = Path(denoising_vit.__file__).parent
-    opened = [line for file in package.rglob("*.py") for line in file.read_text().splitlines() if "Image.open(" in line]
-    assert opened and all("formats=" in line for line in opened)
+def test_every_image_is_opened_with_explicit_formats() -> None:
+    trees = [ast.parse(file.read_text()) for file in Path(denoising_vit.__file__).parent.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imports = [
+        name for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "PIL" for name in node.names
+    ]
+    assert all(name.asname is None for name in imports)  # else the calls below would have another name
+    assert not any(isinstance(node, ast.ImportFrom) and node.module == "PIL.Image" for node in nodes)
+    opened = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"]
+    assert opened and all("formats" in {given.arg for given in call.keywords} for call in opened)
 
 
-def test_endings_are_all_that_pillow_gives_to_these_formats() -> None:
+def test_suffixes_are_all_that_pillow_registers_for_the_formats() -> None:
     Image.init()
     found = {ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
     assert found == IMAGE_SUFFIXES
@@ -176,14 +183,14 @@ def large_text() -> PngImagePlugin.PngInfo:
     return told
 
 
-def test_large_text_in_a_png_does_not_cost_the_picture(tmp_path: Path) -> None:
+def test_png_with_large_text_is_read(tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     Image.fromarray(small_cat()).save(path, pnginfo=large_text())
     np.testing.assert_array_equal(read_photo(path), small_cat())
     np.testing.assert_array_equal(read_photo_bytes(path.read_bytes(), "text.png"), small_cat())
 
 
-def test_large_text_does_not_cost_a_mask_or_a_depth_map(tmp_path: Path) -> None:
+def test_mask_and_depth_map_with_large_text_are_read(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(values).save(tmp_path / "mask.png", pnginfo=large_text())
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", Coding(12, "a list")), values)
@@ -191,7 +198,7 @@ def test_large_text_does_not_cost_a_mask_or_a_depth_map(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_depth(tmp_path / "depth.png"), values)
 
 
-def test_a_broken_text_or_exif_in_a_png_does_not_cost_the_picture(tmp_path: Path) -> None:
+def test_png_with_damaged_metadata_is_read(tmp_path: Path) -> None:
     Image.fromarray(small_cat()).save(tmp_path / "plain.png")
     content = (tmp_path / "plain.png").read_bytes()
     head, rest = content[:33], content[33:]  # signature and IHDR
@@ -201,7 +208,7 @@ def test_a_broken_text_or_exif_in_a_png_does_not_cost_the_picture(tmp_path: Path
         np.testing.assert_array_equal(read_photo_bytes(head + bytes(broken) + rest, "broken.png"), small_cat())
 
 
-def test_damaged_pixels_beside_large_text_stay_damaged(tmp_path: Path) -> None:
+def test_png_with_large_text_and_damaged_pixels_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     Image.fromarray(small_cat()).save(path, pnginfo=large_text())
     path.write_bytes(path.read_bytes()[:-600])
@@ -210,13 +217,13 @@ def test_damaged_pixels_beside_large_text_stay_damaged(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-def test_broken_exif_does_not_cost_the_picture(tmp_path: Path, ending: str) -> None:
+def test_photo_with_damaged_exif_is_read(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"cat.{ending}"
     Image.fromarray(small_cat()).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\x08broken", quality=100)
     assert read_photo(path).shape == (40, 60, 3)
 
 
-def test_a_broken_tag_beside_the_orientation_does_not_cost_the_turn(tmp_path: Path) -> None:
+def test_orientation_is_applied_despite_a_damaged_exif_tag(tmp_path: Path) -> None:
     entries = struct.pack(">HHHIHH", 2, 0x0112, 3, 1, 6, 0) + struct.pack(">HHII", 0x8769, 4, 1, 0xFFFFFF)
     path = tmp_path / "cat.jpg"
     Image.fromarray(small_cat()).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08" + entries + b"\0\0\0\0")
@@ -225,7 +232,7 @@ def test_a_broken_tag_beside_the_orientation_does_not_cost_the_turn(tmp_path: Pa
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int, ending: str) -> None:
+def test_every_orientation_is_applied_as_in_pillow(tmp_path: Path, orientation: int, ending: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"cat.{ending}"
@@ -257,27 +264,27 @@ def test_bomb_message_gives_size_limit_and_remedy(tmp_path: Path) -> None:
     refuses(bomb, r"12,000 x 9,000 pixels exceed the limit of 100,000,000; shrink it first, or raise the limit")
 
 
-def test_max_pixels_is_the_largest_number_that_is_accepted(tmp_path: Path) -> None:
+def test_max_pixels_is_inclusive(tmp_path: Path) -> None:
     path = tmp_path / "small.png"
     Image.fromarray(small_cat()).save(path)
     assert read_photo(path, max_pixels=2400).shape == (40, 60, 3)
     refuses(path, "60 x 40 pixels exceed the limit of 2,399", max_pixels=2399)
 
 
-def test_max_pixels_holds_for_pil_images() -> None:
+def test_max_pixels_applies_to_pil_images() -> None:
     with pytest.raises(PhotoError, match="the image: 60 x 40 pixels exceed the limit of 100;"):
         read_photo(Image.fromarray(small_cat()), max_pixels=100)
 
 
-def test_raising_max_pixels_goes_beyond_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As with a photo of 200 million pixels and max_pixels=10**9, without the memory.
+def test_max_pixels_overrides_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Like a photo of 200 million pixels with max_pixels=10**9, without using that much memory.
     path = tmp_path / "large.png"
     Image.fromarray(small_cat()).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert read_photo(path, max_pixels=10_000).shape == (40, 60, 3)
 
 
-# --- kinds of pixels ---
+# --- pixel formats ---
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "ppm", "tif"])
@@ -310,7 +317,7 @@ def test_one_bit_image_is_black_and_white(tmp_path: Path) -> None:
     assert read_photo(tmp_path / "bits.png").tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
-def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
+def test_alpha_is_composited_over_white(tmp_path: Path) -> None:
     rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51], [0, 100, 200, 255]]], dtype=np.uint8)
     Image.fromarray(rgba).save(tmp_path / "alpha.png")
     pixels = read_photo(tmp_path / "alpha.png")
@@ -318,7 +325,7 @@ def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
     assert pixels.tolist() == [[list(RED), list(WHITE), [204, 204, 204], [0, 100, 200]]]
 
 
-def test_grayscale_with_alpha_is_laid_over_white(tmp_path: Path) -> None:
+def test_grayscale_with_alpha_is_composited_over_white(tmp_path: Path) -> None:
     Image.fromarray(np.array([[[0, 51], [10, 255]]], dtype=np.uint8), "LA").save(tmp_path / "la.png")
     assert read_photo(tmp_path / "la.png").tolist() == [[[204] * 3, [10] * 3]]
 
@@ -363,7 +370,7 @@ def test_sixteen_bit_grayscale_is_scaled_to_eight_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("largest", "white"), [(200, 255), (1000, 1023), (4095, 4095), (9000, 16383)])
-def test_fewer_bits_in_sixteen_are_judged_by_the_largest_value_and_told(
+def test_fewer_bits_in_16_are_inferred_from_the_maximum_with_a_warning(
     tmp_path: Path, largest: int, white: int
 ) -> None:
     path = tmp_path / "deep.tif"
@@ -375,22 +382,20 @@ def test_fewer_bits_in_sixteen_are_judged_by_the_largest_value_and_told(
     assert pixels[0, :, 0].tolist() == [round(value * 255 / white) for value in (0, largest // 2, largest)]
 
 
-def test_a_declared_largest_value_is_white(tmp_path: Path) -> None:
+def test_declared_maximum_is_white(tmp_path: Path) -> None:
     path = tmp_path / "deep.tif"
     image = Image.fromarray(np.array([[0, 500, 1000]], dtype=np.uint16))
     image.save(path, tiffinfo={281: 4095})
     assert read_photo(path)[0, :, 0].tolist() == [0, 31, 62]
 
 
-def test_black_of_sixteen_bits_is_black_without_a_word(tmp_path: Path) -> None:
+def test_black_16_bit_photo_gives_no_warning(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 3), dtype=np.uint16)).save(tmp_path / "black.png")
     assert not read_photo(tmp_path / "black.png").any()
 
 
 @pytest.mark.parametrize(("largest", "refused"), [(4095, True), (16383, True), (40_000, False), (0, False)])
-def test_colours_of_sixteen_bits_that_would_be_nearly_black_are_refused(
-    tmp_path: Path, largest: int, *, refused: bool
-) -> None:
+def test_16_bit_colours_that_would_be_nearly_black_are_rejected(tmp_path: Path, largest: int, *, refused: bool) -> None:
     rows = np.linspace(0, largest, 12).astype(">u2").reshape(1, 4, 3)
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0))
     data = png_chunk(b"IDAT", zlib.compress(b"\0" + rows.tobytes()))
@@ -420,7 +425,7 @@ def test_float_tiff_with_nan_is_refused(tmp_path: Path) -> None:
     refuses(path, "values nan to nan")
 
 
-def test_whole_numbers_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
+def test_integers_beyond_16_bits_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "int.tif"
     Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)).save(path)
     refuses(path, "int32 grayscale with values 0 to 70000")
@@ -444,13 +449,13 @@ def test_exif_orientation_turns_the_photo_upright(tmp_path: Path) -> None:
     assert pixels.shape == (4, 2, 3)
     assert pixels[0, 1].tolist() == list(RED)
     assert pixels[3, 0].tolist() == list(BLUE)
-    assert int(pixels.sum()) == 510  # and nothing else is coloured
+    assert int(pixels.sum()) == 510  # no other pixel is coloured
 
 
 # --- arrays ---
 
 
-def test_right_array_is_returned_as_it_is() -> None:
+def test_valid_array_is_returned_without_a_copy() -> None:
     pixels = small_cat()
     assert read_photo(pixels) is pixels
 
@@ -466,7 +471,7 @@ def test_right_array_is_returned_as_it_is() -> None:
         (np.zeros((4, 5, 3), dtype=np.int64), r"shape \(4, 5, 3\) of int64"),
     ],
 )
-def test_wrong_array_is_refused_with_what_came(pixels: np.ndarray, told: str) -> None:
+def test_wrong_array_is_rejected_with_its_shape_and_dtype(pixels: np.ndarray, told: str) -> None:
     with pytest.raises(PhotoError, match=rf"expected an \(H, W, 3\) uint8 array, got {told}"):
         read_photo(pixels)
 
@@ -480,7 +485,7 @@ def test_digest_is_of_the_pixels_not_of_the_file(tmp_path: Path) -> None:
     assert photo_digest(read_photo(tmp_path / "a.png")) == photo_digest(read_photo(tmp_path / "b.bmp"))
 
 
-def test_digest_tells_pixels_and_shapes_apart() -> None:
+def test_digest_depends_on_pixels_and_shape() -> None:
     pixels = small_cat()
     changed = pixels.copy()
     changed[3, 4, 1] ^= 1

@@ -1,4 +1,4 @@
-"""Position probes: hand values, planted codes that one probe sees and the other does not, invariances."""
+"""Position probes: values by hand, planted codes that only one of the probes detects, and invariances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rotation(channels: int) -> Tensor:
 
 
 def signed_code(images: int, h: int, w: int, channels: int) -> Tensor:
-    """A smooth code of the place, with a random sign per image, as many of either in each half."""
+    """A smooth code of the position whose sign alternates between images; each half has as many of either sign."""
     x, y = coordinates(h, w)
     frequency, phase = 3 * noise(2, channels, seed=1), 6 * noise(channels, seed=2)
     code = torch.cos(x[..., None] * frequency[0] + y[..., None] * frequency[1] + phase)
@@ -70,7 +70,7 @@ def test_linear_allows_dead_and_dependent_channels() -> None:
     assert linear_position_r2(features, train=2, ridge=0.0) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_neighbours_see_what_a_mean_over_images_leaves() -> None:
+def test_neighbours_detect_position_that_remains_without_the_mean() -> None:
     features = signed_code(16, 7, 11, 19) + 0.05 * noise(16, 7, 11, 19)
     features = features - features.mean(0)
     assert abs(linear_position_r2(features, train=8)) < 0.05
@@ -90,7 +90,7 @@ def test_neighbours_by_hand() -> None:
     assert neighbour_position_r2(features, train=2, neighbours=30) == pytest.approx(0, abs=1e-12)
 
 
-def test_neighbours_know_directions_only() -> None:
+def test_neighbours_ignore_scale_rotation_and_shift() -> None:
     features = signed_code(8, 5, 7, 11) + 0.5 * noise(8, 5, 7, 11)
     score = neighbour_position_r2(features, train=4, neighbours=3)
     assert 0.1 < score < 0.95
@@ -98,7 +98,7 @@ def test_neighbours_know_directions_only() -> None:
     assert neighbour_position_r2(changed, train=4, neighbours=3) == pytest.approx(score, abs=1e-6)
 
 
-def test_neighbours_draw_by_seed() -> None:
+def test_neighbours_sample_tokens_by_seed() -> None:
     features = signed_code(8, 5, 7, 11) + 0.5 * noise(8, 5, 7, 11)
     scores = [
         neighbour_position_r2(features, train=4, neighbours=3, tokens_per_image=17, seed=seed) for seed in (0, 0, 1)
@@ -107,7 +107,7 @@ def test_neighbours_draw_by_seed() -> None:
 
 
 @pytest.mark.parametrize("probe", [linear_position_r2, neighbour_position_r2])
-def test_errors(probe) -> None:
+def test_invalid_features_raise(probe) -> None:
     with pytest.raises(EvaluationError, match="at least 2 images to fit and 2 to test, got 1 and 4; give at least 4"):
         probe(noise(5, 3, 5, 2), train=1)
     with pytest.raises(EvaluationError, match="got 4 and 1"):
@@ -125,7 +125,7 @@ def test_errors(probe) -> None:
         probe(broken, train=2)
 
 
-def test_errors_of_options() -> None:
+def test_invalid_options_raise() -> None:
     features = noise(4, 3, 5, 2)
     with pytest.raises(EvaluationError, match="at least 31 training patches for 31 neighbours, got 30"):
         neighbour_position_r2(features, train=2, neighbours=31)

@@ -1,4 +1,4 @@
-"""Fixed sinusoidal position features: hand-computed values, and what must not matter."""
+"""Fixed sinusoidal position features: hand-computed values and invariances."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_values_of_eight_channels_by_hand(row: int, column: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [5, 6, 7])
-def test_what_is_left_over_of_a_multiple_of_four_is_zero(channels: int) -> None:
+def test_channels_beyond_a_multiple_of_four_are_zero(channels: int) -> None:
     found = sinusoidal_positions((3, 5), channels)
     assert found.shape == (3, 5, channels)
     assert torch.equal(found[..., :4], sinusoidal_positions((3, 5), 4))
@@ -35,7 +35,7 @@ def test_too_few_channels_are_refused(channels: int) -> None:
         sinusoidal_positions((3, 5), channels)
 
 
-def test_a_larger_grid_goes_on_where_a_smaller_one_ends() -> None:
+def test_larger_grid_extends_a_smaller_one() -> None:
     assert torch.equal(sinusoidal_positions((11, 13), 12)[:3, :5], sinusoidal_positions((3, 5), 12))
 
 
@@ -44,18 +44,18 @@ def test_a_place_has_the_same_features_on_a_denser_grid() -> None:
     assert torch.equal(sinusoidal_positions((5, 9), 12, step=0.5)[::2, ::2], sinusoidal_positions((3, 5), 12))
 
 
-def test_rows_and_columns_are_alike() -> None:
+def test_rows_and_columns_are_symmetric() -> None:
     first, second = sinusoidal_positions((3, 5), 12), sinusoidal_positions((5, 3), 12)
     assert torch.equal(first[..., :6], second[..., 6:].transpose(0, 1))
     assert torch.equal(first[..., 6:], second[..., :6].transpose(0, 1))
 
 
-def test_every_place_of_a_large_grid_is_its_own_and_of_the_same_norm() -> None:
+def test_places_of_a_large_grid_are_distinct_and_have_equal_norms() -> None:
     found = sinusoidal_positions((37, 53), 64).flatten(0, 1)
     torch.testing.assert_close(found.square().mean(-1), torch.full((37 * 53,), 0.5))
     distances = torch.cdist(found, found) + torch.eye(len(found)) * 9
     assert float(distances.min()) > 0.5
 
 
-def test_they_are_made_on_the_device_asked_for() -> None:
+def test_positions_are_created_on_the_given_device() -> None:
     assert sinusoidal_positions((3, 5), 7, device="meta").device.type == "meta"

@@ -1,4 +1,4 @@
-"""Items made ahead of their reader."""
+"""Items prefetched in a thread."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def test_items_come_in_order() -> None:
     assert list(prefetched(range(50), 3)) == list(range(50))
 
 
-def test_nothing_comes_of_nothing() -> None:
+def test_empty_input_gives_no_items() -> None:
     assert list(prefetched([], 3)) == []
 
 
-def test_no_more_than_asked_for_are_made_ahead() -> None:
+def test_number_of_prefetched_items_is_limited() -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -34,14 +34,14 @@ def test_no_more_than_asked_for_are_made_ahead() -> None:
     reader = prefetched(items(), 2)
     assert next(reader) == 0
     deadline = time.monotonic() + 5
-    while len(made) < 4 and time.monotonic() < deadline:  # one read, two waiting, one in hand
+    while len(made) < 4 and time.monotonic() < deadline:  # one read, two queued, one waiting to be queued
         time.sleep(0.01)
     time.sleep(0.05)
     assert len(made) == 4
     reader.close()
 
 
-def test_an_exception_comes_at_its_place() -> None:
+def test_exception_is_raised_after_the_items_before_it() -> None:
     def items() -> Iterator[int]:
         yield 1
         yield 2
@@ -53,7 +53,7 @@ def test_an_exception_comes_at_its_place() -> None:
         next(reader)
 
 
-def test_a_reader_that_stops_early_stops_the_thread_and_closes_the_iterator() -> None:
+def test_closing_early_stops_the_thread_and_closes_the_iterator() -> None:
     closed = threading.Event()
 
     def items() -> Iterator[int]:

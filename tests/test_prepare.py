@@ -1,4 +1,4 @@
-"""`dvit prepare`: files of each backbone, continued where it ended, and backbones that fail."""
+"""`dvit prepare`: files of each backbone, resumed runs, and backbones that fail."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = tiny_fit.MODEL
 
-#: Least number of photos for a diagnosis.
+#: Fewest photos for a diagnosis.
 PHOTOS = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registers_found() -> Iterator[None]:
-    """A random model has no outlier tokens: neurons are made up."""
+    """Fake register neurons, because a random model has no outlier tokens."""
 
     def found(backbone: Backbone, photos: list[Any], size: tuple[int, int]) -> dv.Registers:
         assert len(photos) == PHOTOS and size == (tiny_fit.SIZE, tiny_fit.SIZE)
@@ -64,7 +64,7 @@ def options(weights: Path, **changes: Any) -> PrepareOptions:
 
 @pytest.fixture(scope="module")
 def prepared(one_thread: None, photos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one backbone, prepared without an interruption after one that fails."""
+    """The folder of one backbone, prepared without interruption after another backbone failed."""
     out = tmp_path_factory.mktemp("prepared")
     failed = preparing.prepare(["no_such_model", MODEL], open_dataset(str(photos)), out, options(weights))
     assert failed.keys() == {"no_such_model"}
@@ -84,12 +84,12 @@ def no_loading(_spec: BackboneSpec) -> Backbone:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What others use of a folder, bit for bit; the diagnosis tells how long it took."""
+    """Files of a folder by name, bit for bit; without the diagnosis, which records how long it took."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".md")}
 
 
 def interrupted(at: str, after: int) -> Callable[..., Any]:
-    """Progress that is interrupted after so many items of one label."""
+    """Progress that is interrupted after that many items of one label."""
 
     @contextlib.contextmanager
     def watch(label: str, _total: int | None) -> Iterator[Callable[[], None]]:
@@ -105,7 +105,7 @@ def interrupted(at: str, after: int) -> Callable[..., Any]:
     return watch
 
 
-def test_each_piece_is_there_and_fits_its_backbone(prepared: Path, weights: Path) -> None:
+def test_all_files_exist_and_match_their_backbone(prepared: Path, weights: Path) -> None:
     backbone = tiny_fit.spec_of(weights).load()
     for piece in (dv.Artifact, dv.Subspace, dv.Registers, dv.Denoiser):
         piece.from_pretrained(prepared).require_of(backbone)
@@ -113,18 +113,16 @@ def test_each_piece_is_there_and_fits_its_backbone(prepared: Path, weights: Path
     assert "| registers, neurons | 2 |" in card and "| artifact, photos | 8 |" in card
     assert "<html" in (prepared / "diagnosis.html").read_text()
     assert "denoiser" in json.loads((prepared / "diagnosis.json").read_text())["metrics"]
-    assert list(prepared.rglob("*.bin")) == []  # pairs that were kept for the training
+    assert list(prepared.rglob("*.bin")) == []  # pairs of the training are removed
     assert "failed" not in json.loads((prepared / "prepared.json").read_text())
 
 
-def test_the_reason_of_a_failure_is_kept(prepared: Path) -> None:
+def test_reason_of_a_failure_is_recorded(prepared: Path) -> None:
     record = json.loads((prepared.parent / "no_such_model" / "prepared.json").read_text())
     assert "no_such_model" in record["failed"] and record["stages"] == {}
 
 
-def test_an_interrupted_run_ends_with_the_same_files(
-    prepared: Path, photos: Path, weights: Path, tmp_path: Path
-) -> None:
+def test_interrupted_run_resumes_to_the_same_files(prepared: Path, photos: Path, weights: Path, tmp_path: Path) -> None:
     dataset = open_dataset(str(photos))
     said: list[str] = []
 
@@ -143,7 +141,7 @@ def test_an_interrupted_run_ends_with_the_same_files(
     assert files(tmp_path / MODEL) == files(prepared)
 
 
-def test_the_command_says_what_failed_and_keeps_what_is_finished(
+def test_command_reports_failures_and_keeps_finished_files(
     dvit: Dvit, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(prepared, tmp_path / MODEL)
@@ -162,11 +160,11 @@ def test_other_options_are_refused(dvit: Dvit, prepared: Path, tmp_path: Path) -
     done = dvit("--models", MODEL, "-o", tmp_path, "--steps", 5)
     assert done.code == 1
     assert "was prepared with other options: options.steps was 4, now 5. Use the same" in done.err
-    assert dvit("--models", MODEL, "-o", tmp_path, "--steps", 5, "--no-denoiser").code == 0  # there is no training
+    assert dvit("--models", MODEL, "-o", tmp_path, "--steps", 5, "--no-denoiser").code == 0  # nothing is trained
     assert dvit("--models", MODEL, "-o", tmp_path, "--steps", 0).code == 2
 
 
-def test_a_folder_of_something_else_is_left_alone(dvit: Dvit, tmp_path: Path) -> None:
+def test_folder_with_other_contents_is_not_touched(dvit: Dvit, tmp_path: Path) -> None:
     (tmp_path / MODEL).mkdir()
     (tmp_path / MODEL / "notes.txt").write_text("mine")
     done = dvit("--models", MODEL, "-o", tmp_path)
@@ -185,7 +183,7 @@ def test_folders_are_uploaded(dvit: Dvit, prepared: Path, tmp_path: Path, monkey
     assert dv.Subspace.from_pretrained(f"owner/{MODEL}").rank == dv.Subspace.from_pretrained(prepared).rank
 
 
-def test_models_that_cannot_have_registers_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_registers_are_recorded_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "find_registers", dv.find_registers)
     photos = open_dataset(str(tiny_artifact.write_photos(tmp_path / "photos", 4)))
     work = preparing._Work(tiny_artifact.backbone(), photos, tmp_path, PrepareOptions(), no_progress, {})
@@ -193,7 +191,7 @@ def test_models_that_cannot_have_registers_say_why(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "registers.safetensors").exists()
 
 
-def test_a_name_becomes_a_folder(tmp_path: Path) -> None:
+def test_model_name_becomes_a_folder_name(tmp_path: Path) -> None:
     assert preparing.folder_name("hf:facebook/dinov2-small") == "hf-facebook-dinov2-small"
     assert preparing.folder_name("vit_small_patch14_dinov2.lvd142m") == "vit_small_patch14_dinov2.lvd142m"
     with pytest.raises(PlanError, match="expected different models, got a/b, a-b"):

@@ -1,4 +1,4 @@
-"""Published figures: the file as transcribed, and what asking for others says."""
+"""Published figures: the transcribed file, and errors for unknown models and variants."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_figures_are_as_published(model: str, variant: str, expected: list[float
     assert figures(model, variant) == expected
 
 
-def test_sums_of_columns_show_a_slip_anywhere() -> None:
+def test_column_sums_and_missing_values_are_unchanged() -> None:
     sums = [round(sum(row.figures[key] or 0 for row in published_rows()), 4) for key in FIGURES]
     assert sums == [2590.13, 2890.36, 1381.68, 1767.22, 15.9215, 4.8737, 2549.57]
     missing = Counter((row.model, row.variant) for row in published_rows() if None in row.figures.values())
@@ -56,7 +56,7 @@ def test_models_are_the_seed_models_of_the_paper() -> None:
     assert {row.model for row in published_rows()} == {name for name, seed in SEEDS.items() if seed.in_paper}
 
 
-def test_figures_are_in_their_units() -> None:
+def test_figures_are_in_the_range_of_their_units() -> None:
     for row in published_rows():
         assert tuple(row.figures) == FIGURES
         for key, value in row.figures.items():
@@ -70,12 +70,12 @@ def test_rows_are_shared_and_cannot_be_changed() -> None:
         published_rows()[0].figures["voc_miou"] = 100.0  # type: ignore[index]
 
 
-def test_an_unknown_variant_names_those_of_the_model() -> None:
+def test_error_for_an_unknown_variant_lists_those_of_the_model() -> None:
     with pytest.raises(EvaluationError, match=r"dino with published scores \(baseline, voc_denoised, voc_distilled\)"):
         published_row("vit_base_patch16_224.dino", "imgnet_denoised")
 
 
-def test_an_unknown_model_names_similar_ones() -> None:
+def test_error_for_an_unknown_model_suggests_similar_ones() -> None:
     with pytest.raises(EvaluationError, match=r"got 'vit_base_patch16_224\.dyno'; did you mean vit_base_patch16_224\."):
         published_row("vit_base_patch16_224.dyno", "baseline")
     with pytest.raises(EvaluationError, match=r"got '\?'; published models: vit_small_patch14_dinov2\.lvd142m, "):

@@ -52,13 +52,13 @@ def command(photos: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_it_trains_and_writes_a_denoiser(recipe: Callable[[list[str]], None], photos: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)  # of the backbone's random weights
+def test_recipe_trains_and_writes_a_denoiser(recipe: Callable[[list[str]], None], photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)  # for the random weights of the backbone
     recipe(command(photos, tmp_path, "--steps", "240", "--variants", "half-blank", "no-blank"))
     lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
     left = {line["features"]: line["variance_left"] for line in lines if line.get("blank") == "uniform"}
     assert left["raw"] == pytest.approx(1)
-    assert left["half-blank"] < min(left["raw"], left["no-blank"])  # known truth does what it is there for
+    assert left["half-blank"] < min(left["raw"], left["no-blank"])  # training on blank images reduces the variance
     denoiser = read_denoiser(tmp_path / "half-blank.safetensors")
     assert denoiser.info["area"] == [0.4, 1.0] and denoiser.info["blank"] == 0.5
     assert denoiser.trained_for is not None and denoiser.trained_for["name"] == "test_vit"
@@ -66,7 +66,7 @@ def test_it_trains_and_writes_a_denoiser(recipe: Callable[[list[str]], None], ph
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_second_teacher_is_followed_and_images_without_content_stay_clean(
+def test_student_follows_a_second_teacher_and_blank_images_stay_clean(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m", weights="bundled", device="cpu")
@@ -103,7 +103,7 @@ def test_a_second_teacher_is_followed_and_images_without_content_stay_clean(
 
 @pytest.fixture
 def sets(tmp_path: Path) -> list[str]:
-    """Three photos with labels in the layouts of VOC 2012, CamVid and NYUv2."""
+    """Three labelled photos per split in the layouts of VOC 2012, CamVid and NYUv2."""
     chance = np.random.default_rng(0)
     voc, camvid, nyu = (tmp_path / name for name in ("voc", "camvid", "nyu"))
     lists = {split: [f"{split}{number}" for number in range(3)] for split in ("train", "val")}
@@ -135,7 +135,7 @@ def test_offsets_are_compared_on_every_set(sets: list[str], tmp_path: Path) -> N
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     planted, lines = lines[:8], lines[8:]
     assert {line["features"] for line in planted} == {"no G", "G fitted", "no G, offsets", "G fitted, offsets"}
-    for line in planted:  # a fitted G takes up the patterns, with offsets too
+    for line in planted:  # a fitted G removes the patterns, also with offsets
         assert (max(line["left"].values()) < 0.01) == line["features"].startswith("G fitted"), line
     tasks = {(line["set"], line["task"]) for line in lines}
     assert tasks == {

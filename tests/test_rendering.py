@@ -1,4 +1,4 @@
-"""Rendered views: what Pillow and torch render, at the places that the plan says."""
+"""Rendered views: agreement with Pillow and torch, at the positions given by the plan."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_to_image_moves_channels_first_and_scales() -> None:
     assert to_image(np.full((1, 1, 3), 255, dtype=np.uint8)).max() == 1
 
 
-def test_to_image_takes_views_of_arrays() -> None:
-    """As from slicing and mirroring in NumPy: negative strides."""
+def test_to_image_accepts_views_of_arrays() -> None:
+    """Slicing and mirroring in NumPy give negative strides."""
     photo = data.chelsea()[::-1, ::-2]
     torch.testing.assert_close(to_image(photo), to_image(photo.copy()), rtol=0, atol=0)
 
 
 def test_read_only_array_gives_no_warning() -> None:
-    """As every np.asarray(PIL image) is."""
+    """Every np.asarray(PIL image) is read-only."""
     photo = data.chelsea()
     photo.flags.writeable = False
     before = torch.is_warn_always_enabled()
@@ -77,20 +77,20 @@ def test_read_only_array_gives_no_warning() -> None:
 
 @pytest.mark.parametrize("size", [(224, 224), (210, 350)])
 @pytest.mark.parametrize("photo", [data.chelsea(), data.astronaut()[:, :301]], ids=["cat", "astronaut"])
-def test_views_are_those_of_pillow(photo: np.ndarray, size: tuple[int, int]) -> None:
+def test_views_match_pillow(photo: np.ndarray, size: tuple[int, int]) -> None:
     plan = ViewPlan.make(10, size=size, patch_size=14, seed=1)
     assert plan.flips.any() and not plan.flips.all()
     renderer = ViewRenderer(to_image(photo), plan, NO_MEAN, UNIT_STD)
-    assert renderer.image.shape[1:] == photo.shape[:2]  # not reduced beforehand, which has its own test
+    assert renderer.image.shape[1:] == photo.shape[:2]  # not reduced first, which has its own test
     for view, rendered in enumerate(renderer(slice(None))):
-        # Pillow rounds to 8 bits after either pass, and cuts the overshoot after the first one too.
+        # Pillow rounds to 8 bits after each pass, and clips the overshoot after the first one too.
         difference = (rendered - by_pillow(photo, plan, view)).abs() * 255
         assert float(difference.mean()) < 0.5
         assert float(difference.quantile(0.99)) < 1.5
 
 
 @pytest.mark.parametrize(("start", "stop", "count"), [(0, 451, 32), (10.3, 440.9, 98), (200.5, 260.25, 98), (3, 4, 7)])
-def test_resampling_is_that_of_pillow_at_any_scale(start: float, stop: float, count: int) -> None:
+def test_resampling_matches_pillow_at_any_scale(start: float, stop: float, count: int) -> None:
     row = data.chelsea()[150:151, :, 0]  # (1, 451)
     first, weights = resampling_matrix(start, stop, 451, count)
     mine = weights @ torch.from_numpy(row[0, first : first + weights.shape[1]].astype(np.float32))
@@ -101,7 +101,7 @@ def test_resampling_is_that_of_pillow_at_any_scale(start: float, stop: float, co
 
 
 @pytest.mark.parametrize("size", [(224, 224), (600, 600), (140, 700)])
-def test_full_image_is_that_of_torch(size: tuple[int, int]) -> None:
+def test_full_image_matches_torch(size: tuple[int, int]) -> None:
     image = to_image(data.chelsea())
     plan = ViewPlan.make(20, size=size, patch_size=14)
     renderer = ViewRenderer(image, plan, NO_MEAN, UNIT_STD)
@@ -145,7 +145,7 @@ def test_views_are_normalised() -> None:
     torch.testing.assert_close(ViewRenderer(image, plan, mean, std)(slice(None)), expected, rtol=0, atol=1e-5)
 
 
-def test_values_stay_within_those_of_a_photo() -> None:
+def test_values_stay_in_the_range_of_a_photo() -> None:
     """The cubic kernel overshoots at edges."""
     photo = np.zeros((40, 40, 3), dtype=np.uint8)
     photo[:, 20:] = 255
@@ -187,7 +187,7 @@ def test_large_photo_is_reduced_once_and_looks_the_same() -> None:
         assert float(difference.square().mean()) < 0.002 * 255**2 * float(rendered.var())
 
 
-def test_long_and_thin_photo_renders_finite() -> None:
+def test_long_and_thin_photo_gives_finite_views() -> None:
     photo = np.random.RandomState(0).randint(0, 256, (10, 20_000, 3), dtype=np.uint8)
     for image in (to_image(photo), to_image(photo.transpose(1, 0, 2))):
         views = render(image, ViewPlan.make(8, size=(98, 98), patch_size=14))
@@ -195,7 +195,7 @@ def test_long_and_thin_photo_renders_finite() -> None:
         assert torch.isfinite(views).all()
 
 
-# --- the same geometry as the plan's ---
+# --- geometry of the plan ---
 
 
 def ramp(height: int, width: int) -> Tensor:
@@ -207,7 +207,7 @@ def ramp(height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(120, 90), (331, 467), (1200, 900)])
 @pytest.mark.parametrize("size", [(98, 98), (70, 126)])
-def test_patches_show_the_place_that_the_plan_says(shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_patches_are_at_the_positions_of_the_plan(shape: tuple[int, int], size: tuple[int, int]) -> None:
     """On a ramp the mean of a patch is the coordinate of its centre; half a patch off would be 0.02 or more."""
     plan = ViewPlan.make(24, size=size, patch_size=14)
     assert plan.flips.sum() >= 8
@@ -223,7 +223,7 @@ def test_patches_show_the_place_that_the_plan_says(shape: tuple[int, int], size:
     )
 
 
-def test_overlapping_patches_show_the_place_that_the_plan_says() -> None:
+def test_overlapping_patches_are_at_the_positions_of_the_plan() -> None:
     plan = ViewPlan.make(24, size=(98, 98), patch_size=14, stride=7)
     patches = F.avg_pool2d(render(ramp(331, 467), plan), 14, stride=7)
     assert patches.shape[2:] == plan.grid
@@ -242,7 +242,7 @@ def test_overlapping_patches_show_the_place_that_the_plan_says() -> None:
 
 @pytest.mark.parametrize("shape", [(120, 90), (331, 467), (3, 400), (1200, 900)])
 @pytest.mark.parametrize("size", [(98, 98), (70, 126)])
-def test_batched_views_are_those_of_single_ones(shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_batched_views_match_single_ones(shape: tuple[int, int], size: tuple[int, int]) -> None:
     photo = np.random.RandomState(0).randint(0, 256, (*shape, 3), dtype=np.uint8)
     plan = ViewPlan.make(19, size=size, patch_size=14, seed=2)
     assert plan.flips.any() and not plan.flips.all()
@@ -252,7 +252,7 @@ def test_batched_views_are_those_of_single_ones(shape: tuple[int, int], size: tu
     torch.testing.assert_close(batched.clamp(0, 1), renderer(slice(None)), rtol=0, atol=2e-4)
 
 
-def test_batched_views_in_half_precision_err_by_less_than_a_grey_level() -> None:
+def test_half_precision_views_differ_by_less_than_a_grey_level() -> None:
     plan = ViewPlan.make(9, size=(98, 98), patch_size=14)
     renderer = ViewRenderer(to_image(data.chelsea()), plan, NO_MEAN, UNIT_STD)
     batched = render_boxes(renderer.image, plan.boxes, plan.flips, plan.size, torch.float16)
@@ -261,12 +261,12 @@ def test_batched_views_in_half_precision_err_by_less_than_a_grey_level() -> None
     assert float(difference.mean()) < 0.1 / 255
 
 
-# --- as released ---
+# --- released crops ---
 
 
 @pytest.mark.parametrize("shape", [(61, 97), (300, 451)])
 def test_released_views_are_torchvision_crops_of_the_squeezed_photo(shape: tuple[int, int]) -> None:
-    """Smaller and larger than a view; cut out before they are enlarged, overshoot included."""
+    """Photos smaller and larger than a view; crops are cut out before they are enlarged, with the overshoot."""
     photo = np.array(Image.fromarray(data.chelsea()).resize((shape[1], shape[0])))
     plan = ViewPlan.make(12, size=(112, 112), patch_size=14, seed=1, crops=CropOptions(coverage="released"))
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
@@ -282,6 +282,6 @@ def test_released_views_are_torchvision_crops_of_the_squeezed_photo(shape: tuple
         bicubic = transforms.InterpolationMode.BICUBIC
         expected = functional.resized_crop(squeezed, top, left, bottom - top, right - left, size, bicubic)
         expected = functional.hflip(expected) if flip else expected
-        # Pillow and torch round the squeezed photo's levels differently now and then, by one.
+        # Pillow and torch sometimes round the levels of the squeezed photo differently, by one.
         difference = (found[view] - expected).abs() * torch.tensor(std)[:, None, None] * 255
         assert float(difference.max()) < 1.6 and float(difference.mean()) < 0.2

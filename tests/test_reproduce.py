@@ -48,21 +48,21 @@ Line = dict[str, Any]
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 
-#: Of which all variants were published.
+#: All variants of this model were published.
 DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
 
-#: No depth was published of it as pretrained.
+#: No depth results were published for the pretrained model.
 EVA = "eva02_base_patch16_clip_224.merged2b"
 
 #: Two steps on crops of a few patches.
 TINY = replace(PAPER, steps=2, warmup=1, batch=2, short_side=56, long_side=224, crop=56, window=56, window_stride=37)
 
-#: The same for depth; photos are judged once, not mirrored as well.
+#: The same for depth; photos are evaluated once, without mirroring.
 TINY_DEPTH = replace(depth.PAPER, steps=2, warmup=1, batch=1, bins=16, crop=(64, 64), flip_test=False)
 
 BASELINES = [row.model for row in published_rows() if row.variant == "baseline"]
 
-#: A model of each architecture.
+#: One model of each architecture.
 DISTILLED = [row.model for row in published_rows() if row.variant == "voc_distilled"]
 
 
@@ -89,7 +89,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
-    """Mean colours stand for every model, and the protocols are tiny; tells which models were loaded."""
+    """Replace every model by mean colours and the protocols by tiny ones; return the specs of the loaded models."""
     loaded: list[BackboneSpec] = []
 
     def load(spec: BackboneSpec) -> Backbone:
@@ -103,13 +103,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[BackboneSpec]:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dry runs on models of 128 channels."""
+    """Dry runs with models of 128 channels."""
     monkeypatch.setattr(dry, "build_timm_model", partial(dry.build_timm_model, embed_dim=128, num_heads=2))
 
 
 @pytest.fixture
 def tiny(narrow: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dry runs by tiny protocols."""
+    """Dry runs with tiny protocols."""
     real = dry.dry_protocols
     monkeypatch.setattr(dry, "dry_protocols", lambda model: replace(real(model), segmentation=TINY, depth=TINY_DEPTH))
     with blank_panels():
@@ -129,12 +129,12 @@ def lines_of(path: Path) -> list[Line]:
 
 
 def names_of(path: Path) -> list[str]:
-    """Data that was measured."""
+    """Names of the data sets that were measured."""
     return [line["settings"]["data"]["name"] for line in lines_of(path) if not line["failed"]]
 
 
 def listed(dvit: Dvit, data: Path, out: Path) -> dict[tuple[str, str], str]:
-    """Status by model and variant, as `--list` shows them."""
+    """Status by model and variant, as printed by `--list`."""
     done = dvit("reproduce", "--list", "--data", data, "-o", out)
     assert done.code == 0, done.err
     rows = [line.split(maxsplit=2) for line in done.out.splitlines()[1:] if line.strip()]
@@ -156,7 +156,7 @@ def test_list_shows_every_published_row_with_the_status_of_its_steps(dvit: Dvit,
     assert not out.exists()
 
 
-def test_list_tells_each_reason_once(dvit: Dvit, tmp_path: Path, out: Path) -> None:
+def test_list_prints_each_reason_once(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     told = dvit("reproduce", "--list", "--data", tmp_path / "data", "-o", out).err
     assert told.count(f"VOC 2012: {tmp_path / 'data' / 'VOCdevkit' / 'VOC2012'} lacks JPEGImages") == 1
     lacking = f"NYUv2 depth: {tmp_path / 'data' / 'nyu'} lacks nyu_train.txt, nyu_test.txt; it goes there from "
@@ -164,7 +164,7 @@ def test_list_tells_each_reason_once(dvit: Dvit, tmp_path: Path, out: Path) -> N
     assert len(told.splitlines()) == len(set(told.splitlines()))
 
 
-def test_list_shows_what_is_ready(dvit: Dvit, data: Path, out: Path) -> None:
+def test_list_shows_available_data_as_ready(dvit: Dvit, data: Path, out: Path) -> None:
     shutil.rmtree(data / ADE.place)
     found = listed(dvit, data, out)
     assert found[SMALL, "baseline"] == "VOC 2012 ready, ADE20K missing, NYUv2 depth ready"
@@ -180,27 +180,25 @@ def test_depth_data_without_one_of_its_lists_is_missing(dvit: Dvit, data: Path, 
     assert f"NYUv2 depth: {data / NYU.place} lacks {lacking}; it goes there from https://cs.nyu.edu/" in told
 
 
-def test_denoised_depth_needs_the_photos_that_the_denoiser_is_trained_on(dvit: Dvit, data: Path, out: Path) -> None:
+def test_denoised_depth_needs_the_training_photos_of_the_denoiser(dvit: Dvit, data: Path, out: Path) -> None:
     shutil.rmtree(data / VOC.place)
     assert listed(dvit, data, out)[EVA, "voc_denoised"] == "VOC 2012 missing, ADE20K missing, NYUv2 depth missing"
     told = dvit("reproduce", "--list", "--data", data, "-o", out).err
     assert f"NYUv2 depth: the denoiser is trained on {data / VOC.place / 'JPEGImages'}; it goes there from" in told
 
 
-def test_list_of_other_results_is_refused(dvit: Dvit, data: Path, out: Path) -> None:
+def test_list_rejects_a_file_without_results(dvit: Dvit, data: Path, out: Path) -> None:
     out.write_text("buy milk\nand bread\n")
     done = dvit("reproduce", "--list", "--data", data, "-o", out)
     assert done.code == 2
     assert str(out) in done.err
 
 
-# --- what cannot be done ---
+# --- missing data and invalid options ---
 
 
 @pytest.mark.usefixtures("no_model")
-def test_row_without_data_says_what_is_missing_where_it_goes_and_where_to_get_it(
-    dvit: Dvit, tmp_path: Path, out: Path
-) -> None:
+def test_row_without_data_names_missing_files_their_place_and_source(dvit: Dvit, tmp_path: Path, out: Path) -> None:
     done = dvit("reproduce", "--row", SMALL, "--data", tmp_path / "data", "-o", out)
     assert done.code == 2
     voc, ade, nyu = (tmp_path / "data" / place for place in ("VOCdevkit/VOC2012", "ADEChallengeData2016", "nyu"))
@@ -216,7 +214,7 @@ def test_row_without_data_says_what_is_missing_where_it_goes_and_where_to_get_it
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("more", [(), ("--dry",)])
-def test_unknown_row_names_similar_ones(dvit: Dvit, data: Path, out: Path, more: tuple[str, ...]) -> None:
+def test_unknown_row_suggests_similar_names(dvit: Dvit, data: Path, out: Path, more: tuple[str, ...]) -> None:
     done = dvit("reproduce", "--row", "vit_small_patch14_dinov2", "--data", data, "-o", out, *more)
     assert done.code == 2
     assert f"did you mean {SMALL}" in done.err
@@ -224,7 +222,7 @@ def test_unknown_row_names_similar_ones(dvit: Dvit, data: Path, out: Path, more:
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("more", [(), ("--dry",)])
-def test_unknown_variant_names_those_that_there_are(dvit: Dvit, data: Path, out: Path, more: tuple[str, ...]) -> None:
+def test_unknown_variant_lists_the_valid_ones(dvit: Dvit, data: Path, out: Path, more: tuple[str, ...]) -> None:
     done = dvit("reproduce", "--row", SMALL, "--variant", "denoised", "--data", data, "-o", out, *more)
     assert done.code == 2
     assert "got 'denoised'" in done.err
@@ -233,7 +231,7 @@ def test_unknown_variant_names_those_that_there_are(dvit: Dvit, data: Path, out:
 
 
 @pytest.mark.usefixtures("no_model")
-def test_variant_that_was_not_published_of_a_model_is_refused(dvit: Dvit, data: Path, out: Path) -> None:
+def test_unpublished_variant_of_a_model_is_rejected(dvit: Dvit, data: Path, out: Path) -> None:
     done = dvit("reproduce", "--row", SMALL, "--variant", "voc_distilled", "--data", data, "-o", out)
     assert done.code == 2
     assert "(baseline, voc_denoised), got 'voc_distilled'" in done.err
@@ -248,18 +246,18 @@ def test_variant_that_was_not_published_of_a_model_is_refused(dvit: Dvit, data: 
         ("imgnet_distilled", IMAGENET_PHOTOS, "the denoiser is trained on"),
     ],
 )
-def test_photos_to_train_on_are_named_where_they_are_missing(
+def test_missing_training_photos_are_reported(
     dvit: Dvit, data: Path, out: Path, variant: str, lacking: TrainingPhotos, reason: str
 ) -> None:
     shutil.rmtree(data / lacking.places[0])
     done = dvit("reproduce", "--row", DINOV2_B, "--variant", variant, "--data", data, "-o", out)
     assert done.code == 2
     assert f"{reason} {data / lacking.places[0]}; it goes there from {lacking.source}" in done.err
-    assert "published measured" not in done.words  # no table of nothing
+    assert "published measured" not in done.words  # no empty table
     assert not out.exists()
 
 
-def test_a_denoiser_is_trained_on_the_first_photos_of_the_released_list(data: Path) -> None:
+def test_training_photos_are_the_first_of_the_released_list(data: Path) -> None:
     names = ["VOC2007/JPEGImages/000001.jpg", "VOC2012/JPEGImages/train_1.jpg", "VOC2012/JPEGImages/train_0.jpg"]
     (data / "voc_train.txt").write_text("".join(f"data/VOCdevkit/{name}\n" for name in names))
     photos = training_photos(data, VOC_PHOTOS, 2)
@@ -268,7 +266,7 @@ def test_a_denoiser_is_trained_on_the_first_photos_of_the_released_list(data: Pa
     assert len(training_photos(data, VOC_PHOTOS)) == len(training_photos(data, VOC_PHOTOS, 10_000)) == 3
 
 
-def test_a_photo_of_the_list_that_is_missing_is_named(data: Path) -> None:
+def test_missing_photo_and_empty_list_raise(data: Path) -> None:
     (data / VOC_PHOTOS.places[1] / "000001.jpg").unlink()
     with pytest.raises(PhotoError, match=r"voc_train.txt: 1 of 4 photos are missing, such as .*2007/JPEGImages/000001"):
         training_photos(data, VOC_PHOTOS)
@@ -279,9 +277,7 @@ def test_a_photo_of_the_list_that_is_missing_is_named(data: Path) -> None:
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("variant", ["voc_denoised", "voc_distilled"])
-def test_a_list_that_is_missing_is_told_with_where_it_is_to_be_had(
-    dvit: Dvit, data: Path, out: Path, variant: str
-) -> None:
+def test_missing_photo_list_is_reported_with_its_source(dvit: Dvit, data: Path, out: Path, variant: str) -> None:
     (data / "voc_train.txt").unlink()
     done = dvit("reproduce", "--row", DINOV2_B, "--variant", variant, "--data", data, "-o", out)
     assert done.code == 2
@@ -290,7 +286,7 @@ def test_a_list_that_is_missing_is_told_with_where_it_is_to_be_had(
     )
 
 
-def test_photos_without_a_list_are_spread_evenly_and_none_is_judged_on(data: Path) -> None:
+def test_unlisted_photos_are_spread_evenly_without_validation_photos(data: Path) -> None:
     unlisted = replace(VOC_PHOTOS, listed=None)
     photos = training_photos(data, unlisted)
     assert [item.id for item in photos] == [
@@ -299,7 +295,7 @@ def test_photos_without_a_list_are_spread_evenly_and_none_is_judged_on(data: Pat
     assert [item.id for item in training_photos(data, unlisted, 2)] == ["VOC2012/train_1.jpg", "VOC2007/000001.jpg"]
 
 
-def test_row_has_to_be_named(dvit: Dvit, data: Path, out: Path) -> None:
+def test_row_is_required(dvit: Dvit, data: Path, out: Path) -> None:
     done = dvit("reproduce", "--data", data, "-o", out)
     assert done.code == 2
     assert "(see `dvit reproduce --list`)" in done.err
@@ -309,10 +305,10 @@ def test_negative_seed_is_refused(dvit: Dvit, small: list[BackboneSpec], data: P
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out, "--seed", -1)
     assert done.code == 2
     assert "seed" in done.err and "-1" in done.err
-    assert small == []  # said before the model is fetched
+    assert small == []  # reported before the model is loaded
 
 
-def test_results_that_cannot_be_written_are_said_before_the_model_is_loaded(
+def test_unwritable_results_are_reported_before_the_model_is_loaded(
     dvit: Dvit, small: list[BackboneSpec], data: Path
 ) -> None:
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", data)
@@ -337,7 +333,7 @@ def test_every_step_writes_a_line_of_results(dvit: Dvit, small: list[BackboneSpe
         assert line["images"] == {"train": images, "val": images}
 
 
-def test_measured_figures_are_printed_beside_the_published_ones(
+def test_measured_metrics_are_printed_beside_the_published_ones(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
@@ -377,7 +373,7 @@ def test_second_call_keeps_results_and_the_list_says_done(
         assert found[other] == "VOC 2012 ready, ADE20K ready, NYUv2 depth ready"
 
 
-def test_report_shows_what_was_measured_beside_what_was_published(
+def test_report_shows_measured_beside_published_metrics(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path, tmp_path: Path
 ) -> None:
     dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
@@ -398,9 +394,7 @@ def test_report_shows_what_was_measured_beside_what_was_published(
         assert cells[: 2 * len(digits)] == [*itertools.chain(*zip(published.split(), figures, strict=True))]
 
 
-def test_only_the_benchmarks_that_are_there_are_measured(
-    dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
-) -> None:
+def test_only_available_benchmarks_are_measured(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
     shutil.rmtree(data / VOC.place)
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
     assert done.code == 1
@@ -409,7 +403,7 @@ def test_only_the_benchmarks_that_are_there_are_measured(
     assert " VOC 2012 " not in done.out
 
 
-def test_row_without_depth_data_is_not_complete(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
+def test_row_without_depth_data_exits_1(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
     shutil.rmtree(data / NYU.place)
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
     assert done.code == 1
@@ -418,7 +412,7 @@ def test_row_without_depth_data_is_not_complete(dvit: Dvit, small: list[Backbone
     assert "NYUv2" not in done.out
 
 
-def test_row_of_which_no_depth_was_published_succeeds_without(
+def test_row_without_published_depth_needs_no_depth_data(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
     shutil.rmtree(data / NYU.place)
@@ -428,13 +422,13 @@ def test_row_of_which_no_depth_was_published_succeeds_without(
     assert "NYU" not in done.out + done.err
 
 
-def test_images_without_masks_are_named_and_the_exit_code_says_so(
+def test_images_without_masks_are_reported_and_exit_1(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
     (data / VOC.place / "SegmentationClass" / "val_1.png").unlink()
     done = dvit("reproduce", "--row", EVA, "--data", data, "-o", out)
     assert lines_of(out)[0]["images"] == {"train": 2, "val": 1}
-    assert "val_1" in done.err  # half of the images make another benchmark than the published one
+    assert "val_1" in done.err  # with half of the images this is not the published benchmark
     assert done.code == 1
 
 
@@ -506,7 +500,7 @@ def test_broken_depth_data_fails_and_the_others_are_measured(
     ]
 
 
-def test_photos_without_depth_are_named_and_the_exit_code_says_so(
+def test_photos_without_depth_are_reported_and_exit_1(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path
 ) -> None:
     with (data / NYU.place / "nyu_test.txt").open("a") as listed:
@@ -518,7 +512,7 @@ def test_photos_without_depth_are_named_and_the_exit_code_says_so(
 
 
 @pytest.mark.parametrize("stopped_in", [2, 3])
-def test_interrupt_leaves_finished_steps(
+def test_interrupt_keeps_finished_steps(
     dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int
 ) -> None:
     segment, probes = segmenting.linear_segmentation, depth.LinearDepth.probes
@@ -550,7 +544,7 @@ def test_interrupt_leaves_finished_steps(
     assert names_of(out) == names
 
 
-def test_another_seed_is_another_measurement(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
+def test_each_seed_is_measured_separately(dvit: Dvit, small: list[BackboneSpec], data: Path, out: Path) -> None:
     for seed in (0, 1):
         dvit("reproduce", "--row", SMALL, "--data", data, "-o", out, "--seed", seed)
     assert [line["seeds"][0]["seed"] for line in lines_of(out)] == [0, 0, 0, 1, 1, 1]
@@ -560,7 +554,7 @@ def test_another_seed_is_another_measurement(dvit: Dvit, small: list[BackboneSpe
 
 
 def assert_dry(dvit: Dvit, model: str, folder: Path, variant: str = "baseline", *, with_depth: bool = True) -> None:
-    """All benchmarks from end to end, nothing kept."""
+    """Run all benchmarks of a row end to end and check that no file is kept."""
     row = "--row", model, "--variant", variant
     done = dvit("reproduce", "--dry", *row, "--device", "cpu", "-o", folder / "reproduced.jsonl")
     assert done.code == 0, done.err
@@ -580,7 +574,7 @@ def test_dry_run_follows_the_published_protocols(dvit: Dvit, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("model", [SMALL, EVA])  # the only depth that was published of EVA-02 is of it denoised
+@pytest.mark.parametrize("model", [SMALL, EVA])  # for EVA-02, depth was published only with a denoiser
 def test_a_denoiser_is_fitted_trained_and_probed(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
@@ -620,7 +614,7 @@ def test_a_model_of_each_architecture_is_denoised_distilled_and_probed(
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("variant", ["imgnet_denoised", "imgnet_distilled"])
-def test_denoisers_of_imagenet_are_of_its_photos(
+def test_imagenet_variants_are_trained_on_imagenet_photos(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     trained: list[tuple[str, ...]] = []
@@ -661,8 +655,8 @@ def test_protocols_are_the_released_ones() -> None:
     assert (depth.RELEASED.together, depth.RELEASED.gradient) == (2, 0)
 
 
-def test_settings_that_came_later_are_recorded_only_where_they_change_what_is_done() -> None:
-    """So that earlier results are kept and earlier runs go on."""
+def test_later_settings_are_recorded_only_when_they_have_an_effect() -> None:
+    """So that earlier results are kept and earlier runs can be resumed."""
     for ours, released in ((PAPER, RELEASED), (depth.PAPER, depth.RELEASED)):
         assert not {"pads", "together"} & recorded(ours).keys()
         assert recorded(released)["pads"] == "stretched"
@@ -672,7 +666,7 @@ def test_settings_that_came_later_are_recorded_only_where_they_change_what_is_do
     assert (training["accumulate"], training["start"]) == (8, "random")
 
 
-def test_dry_protocols_are_the_released_ones_but_for_their_length() -> None:
+def test_dry_protocols_differ_from_released_ones_only_in_length() -> None:
     how = dry.dry_protocols(tiny_backbone())
     short = how.segmentation
     assert replace(short, steps=PAPER.steps, warmup=PAPER.warmup, batch=PAPER.batch) == RELEASED
@@ -689,11 +683,11 @@ def test_dry_protocols_are_the_released_ones_but_for_their_length() -> None:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("model", [SMALL, EVA])
-def test_baselines_are_segmented_by_the_features_that_the_released_code_takes(
+def test_baselines_are_segmented_with_the_features_of_the_released_code(
     dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    """timm's intermediate layers as they are; of EVA-02 the fourth of what its other path gives: the final output, and
-    its blocks, normed, of which the third is the last but one."""
+    """timm ViTs: the intermediate layers without the norm. EVA-02: `forward_intermediates` gives the final output and
+    the normed blocks; the released code takes the fourth of these, the last block but one."""
     made: dict[str, Backbone] = {}
     compare = Workbench.compare
 
@@ -720,7 +714,7 @@ def test_baselines_are_segmented_by_the_features_that_the_released_code_takes(
 
 
 @pytest.mark.parametrize("model", [SMALL, EVA])
-def test_denoisers_are_segmented_by_what_they_were_trained_on(model: str) -> None:
+def test_segmentation_features_of_denoisers_and_distilled_models(model: str) -> None:
     backbone = dry.dry_backbone(model)
     assert running._as_segmented(backbone, "denoiser") is backbone
     distilled = running._as_segmented(backbone, "distilled")
@@ -730,7 +724,7 @@ def test_denoisers_are_segmented_by_what_they_were_trained_on(model: str) -> Non
 
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocols, str]]:
-    """Every model is mean colours and every step is done at once; tells what was asked for."""
+    """Replace every model by mean colours and every step by a fixed result; return the requested steps."""
     asked: list[tuple[str, Protocols, str]] = []
 
     def at_once(row: Row, **given: Any) -> Iterator[tuple[Step, Line]]:
@@ -748,7 +742,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Protocols, str]]
 
 
 @pytest.mark.parametrize("variant", [None, "baseline", "voc_distilled"])
-def test_dry_run_without_a_row_reaches_all_that_were_published(
+def test_dry_run_without_a_row_runs_every_published_row(
     dvit: Dvit, instant: list[tuple[str, Protocols, str]], tmp_path: Path, variant: str | None
 ) -> None:
     named = () if variant is None else ("--variant", variant)
@@ -766,7 +760,7 @@ def test_dry_run_without_a_row_reaches_all_that_were_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_that_fails_says_so(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_dry_run_is_reported_and_exits_1(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def at_once(row: Row, **_: Any) -> Iterator[tuple[Step, Line]]:
         yield row.steps[0], {"metrics": {}, "failed": "no features", "skipped": []}
 
@@ -777,7 +771,9 @@ def test_dry_run_that_fails_says_so(dvit: Dvit, tmp_path: Path, monkeypatch: pyt
     assert "VOC 2012 failed: no features" in done.err
 
 
-def test_interrupted_dry_run_promises_nothing(dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_dry_run_does_not_claim_kept_steps(
+    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(_row: Row, **_: Any) -> Iterator[tuple[Step, Line]]:
         raise KeyboardInterrupt
 
@@ -790,5 +786,5 @@ def test_interrupted_dry_run_promises_nothing(dvit: Dvit, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("model", sorted({*BASELINES} - {SMALL, *DISTILLED}))
-def test_the_other_baselines_are_models_that_can_be_built(model: str) -> None:
+def test_the_other_baselines_can_be_built(model: str) -> None:
     assert dry.dry_backbone(model).name == model

@@ -38,7 +38,7 @@ def straightforward(pairs: list[tuple[Tensor, Tensor]], classes: int) -> tuple[f
 def random_pairs(
     images: int = 5, seed: int = 0, right: float = 0.6, true: tuple[int, ...] = tuple(range(CLASSES))
 ) -> list[tuple[Tensor, Tensor]]:
-    """Predictions and truths of images of different sizes; every class is predicted, a fifth has no label."""
+    """Predictions and truths of images of different sizes; every class is predicted, a fifth of pixels has no label."""
     chance = np.random.default_rng(seed)
     pairs = []
     for number in range(images):
@@ -62,14 +62,14 @@ def image_of(hits: list[int], truth: list[int], predicted: list[int]) -> Counts:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_are_those_of_the_straightforward_computation(seed: int) -> None:
+def test_scores_match_the_straightforward_computation(seed: int) -> None:
     pairs = random_pairs(seed=seed, right=0.2 * seed)
     found = scores(counted(pairs))
     assert (found.miou, found.macc, found.aacc) == pytest.approx(straightforward(pairs, CLASSES), abs=1e-9)
 
 
-def test_classes_that_are_never_true_or_never_there_count_as_published() -> None:
-    """Of ten classes 0, 2 and 5 are true, 0 to 6 predicted, 7 to 9 neither."""
+def test_scores_with_classes_missing_in_truth_or_predictions() -> None:
+    """Of ten classes, 0, 2 and 5 occur in the truth, 0 to 6 in the predictions, 7 to 9 in neither."""
     pairs = random_pairs(true=(0, 2, 5))
     found = scores(counted(pairs, 10))
     assert (found.miou, found.macc, found.aacc) == pytest.approx(straightforward(pairs, 10), abs=1e-9)
@@ -79,7 +79,7 @@ def test_classes_that_are_never_true_or_never_there_count_as_published() -> None
 
 
 def test_two_classes_by_hand() -> None:
-    """Class 0: 3 pixels, 2 found, 1 claimed wrongly; class 1: 2 pixels, 1 found, 1 claimed wrongly; one without."""
+    """Class 0: 3 pixels, 2 found, 1 claimed wrongly; class 1: 2 pixels, 1 found, 1 claimed wrongly; one unlabelled."""
     truth = torch.tensor([[0, 0, 0], [1, 1, NO_LABEL]])
     predicted = torch.tensor([[0, 0, 1], [1, 0, 1]])
     counts = count(predicted, truth, 2)
@@ -94,7 +94,7 @@ def test_two_classes_by_hand() -> None:
     assert (found.miou, found.macc, found.aacc) == pytest.approx((125 / 3, 175 / 3, 60.0))
 
 
-def test_a_class_that_is_predicted_and_never_true_lowers_miou_alone() -> None:
+def test_class_that_is_only_predicted_lowers_miou_but_not_macc() -> None:
     truth = torch.tensor([0, 0, 0, 0])
     found = scores(count(torch.tensor([0, 0, 0, 1]), truth, 3))
     assert found.iou == (75.0, 0.0, None)
@@ -102,7 +102,7 @@ def test_a_class_that_is_predicted_and_never_true_lowers_miou_alone() -> None:
     assert (found.miou, found.macc, found.aacc) == (37.5, 75.0, 75.0)
 
 
-def test_miou_is_that_of_torchmetrics_where_every_class_is_there() -> None:
+def test_miou_matches_torchmetrics_if_every_class_is_present() -> None:
     pairs = random_pairs(seed=9)
     metric = JaccardIndex(task="multiclass", num_classes=CLASSES, average="macro", ignore_index=NO_LABEL)
     for predicted, truth in pairs:
@@ -110,7 +110,7 @@ def test_miou_is_that_of_torchmetrics_where_every_class_is_there() -> None:
     assert scores(counted(pairs)).miou == pytest.approx(100 * float(metric.compute()), abs=1e-4)
 
 
-def test_what_is_predicted_where_there_is_no_label_changes_nothing() -> None:
+def test_predictions_at_unlabelled_pixels_have_no_effect() -> None:
     (predicted, truth), *_ = random_pairs(1)
     other = torch.where(truth == NO_LABEL, (predicted + 3) % CLASSES, predicted)
     assert not torch.equal(other, predicted)
@@ -120,7 +120,7 @@ def test_what_is_predicted_where_there_is_no_label_changes_nothing() -> None:
         assert np.array_equal(ours, theirs)
 
 
-def test_all_right_is_a_hundred_and_all_wrong_is_nothing() -> None:
+def test_perfect_predictions_score_100_and_wrong_ones_0() -> None:
     truth = torch.arange(12).remainder(3)
     right, wrong = scores(count(truth, truth, 3)), scores(count((truth + 1) % 3, truth, 3))
     assert (right.miou, right.macc, right.aacc) == (100.0, 100.0, 100.0)
@@ -128,8 +128,8 @@ def test_all_right_is_a_hundred_and_all_wrong_is_nothing() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2])
-def test_one_class_alone_is_no_score(classes: int) -> None:
-    """Two are listed, but the masks hold 0 and 255: any guess would score 100."""
+def test_single_class_is_refused(classes: int) -> None:
+    """The masks hold only 0 and 255, even if two classes are listed: any guess would score 100."""
     found = count(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 0, NO_LABEL]), classes)
     with pytest.raises(
         EvaluationError, match=rf"only one of {classes} classes occurs in masks or predictions; expected at least 2"
@@ -137,7 +137,7 @@ def test_one_class_alone_is_no_score(classes: int) -> None:
         scores(found)
 
 
-def test_one_class_that_is_mistaken_for_another_is_a_score() -> None:
+def test_single_true_class_with_wrong_predictions_is_scored() -> None:
     found = scores(count(torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 0, NO_LABEL]), 2))
     assert found.miou == pytest.approx(100 * (2 / 3 + 0) / 2)
 
@@ -172,13 +172,13 @@ def ends_of(found: Interval) -> tuple[float, float]:
     return found.low, found.high
 
 
-def test_the_same_predictions_differ_by_exactly_nothing() -> None:
+def test_identical_predictions_differ_by_exactly_zero() -> None:
     ours = counted(random_pairs(20))
     found = paired_interval([ours, ours], [ours, ours])
     assert (found.difference, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
-def test_a_source_that_is_better_everywhere_is_above_nothing() -> None:
+def test_interval_of_a_better_source_is_above_zero() -> None:
     better, worse = counted(random_pairs(20, right=0.8)), counted(random_pairs(20, right=0.5))
     found = paired_interval([better], [worse])
     low, high = ends_of(found)
@@ -186,7 +186,7 @@ def test_a_source_that_is_better_everywhere_is_above_nothing() -> None:
     assert found.difference == pytest.approx(scores(better).miou - scores(worse).miou)
 
 
-def test_sources_that_are_as_good_differ_by_chance() -> None:
+def test_interval_of_equally_good_sources_contains_zero() -> None:
     found = paired_interval([counted(random_pairs(20, seed=1))], [counted(random_pairs(20, seed=2))])
     low, high = ends_of(found)
     assert low < 0 < high
@@ -213,22 +213,22 @@ def test_differences_are_averaged_over_seeds() -> None:
     assert paired_interval(ours, theirs).difference == pytest.approx(sum(each) / 3)
 
 
-def test_an_interval_of_two_images_is_refused() -> None:
+def test_two_images_give_a_difference_without_an_interval() -> None:
     ours = Counts.joined([image_of([4, 1], [4, 1], [4, 1]), image_of([0, 1], [4, 1], [0, 1])])
     theirs = Counts.joined([image_of([0, 1], [4, 1], [0, 1]), image_of([0, 1], [4, 1], [0, 1])])
     assert paired_interval([ours], [theirs]) == Interval(25.0, None, None, 2)
 
 
 def test_an_interval_of_400_images() -> None:
-    """Half of 400 images are right in one of two classes: a mean of so many has a deviation of 2.5 points."""
+    """Half of 400 images are right in one of two classes: their mean has a standard deviation of 2.5 points."""
     ours = Counts.joined([image_of([number % 2, 1], [1, 1], [number % 2, 1]) for number in range(400)])
     theirs = Counts.joined([image_of([0, 1], [1, 1], [0, 1])] * 400)
     found = paired_interval([ours], [theirs])
     assert (found.difference, found.low, found.high) == pytest.approx((25, 25 - 2.46, 25 + 2.46), abs=0.02)
 
 
-def test_pairing_is_what_makes_an_interval_narrow() -> None:
-    """Images of very different difficulty, each a little better: paired by image the difference is sure."""
+def test_pairing_narrows_the_interval() -> None:
+    """Images of very different difficulty, each a little better: paired by image, the difference is certain."""
     hard = [image_of([10 * n + 5, 1], [200, 1], [10 * n + 5, 1]) for n in range(15)]
     easier = [image_of([10 * n + 8, 1], [200, 1], [10 * n + 8, 1]) for n in range(15)]
     found = paired_interval([Counts.joined(easier)], [Counts.joined(hard)])
@@ -237,8 +237,8 @@ def test_pairing_is_what_makes_an_interval_narrow() -> None:
     assert low < 0 < high
 
 
-def test_images_without_any_label_make_no_difference_unsure() -> None:
-    """Such images are no groups: without them five are left."""
+def test_images_without_labels_do_not_widen_the_interval() -> None:
+    """Such images are not groups: five groups are left."""
     ours = Counts.joined([*[image_of([4, 1], [4, 1], [4, 1])] * 5, *[Counts.nothing(2)] * 3])
     theirs = Counts.joined([*[image_of([2, 1], [4, 1], [2, 3])] * 5, *[Counts.nothing(2)] * 3])
     found = paired_interval([ours], [theirs])

@@ -1,4 +1,4 @@
-"""From crops to features: in order, in batches of one size, and the same whether they come from disk or not."""
+"""Features of crops: in order, in batches of one size, and identical with and without the cache."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cache(tmp_path: Path) -> FeatureCache:
 
 
 class Counted:
-    """An extractor that keeps the shapes it was shown; its features are no round numbers."""
+    """An extractor that records its input shapes; float16 rounds its features."""
 
     def __init__(self, model: Callable[[Tensor], Tensor] = colours) -> None:
         self.model = model
@@ -64,7 +64,7 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 # --- features ---
 
 
-def test_features_are_those_of_each_image_in_turn(shown: list[Shown]) -> None:
+def test_features_match_each_image_in_order(shown: list[Shown]) -> None:
     source = Counted().source()
     found = list(see(source, shown))
     for (image, crop), features in zip(shown, found, strict=True):
@@ -75,14 +75,14 @@ def test_features_are_those_of_each_image_in_turn(shown: list[Shown]) -> None:
     assert not torch.equal(found[0], found[1])
 
 
-def test_progress_is_told_once_a_crop(shown: list[Shown], cache: FeatureCache) -> None:
+def test_progress_is_reported_once_per_crop(shown: list[Shown], cache: FeatureCache) -> None:
     for _ in range(2):
         told: list[int] = []
         list(see(Counted().source(), shown, cache, lambda told=told: told.append(1)))
         assert len(told) == 5
 
 
-def test_nothing_is_seen_of_nothing(cache: FeatureCache) -> None:
+def test_no_crops_give_no_features(cache: FeatureCache) -> None:
     assert list(see(Counted().source(), [], cache)) == []
 
 
@@ -92,12 +92,12 @@ def test_order_is_kept_when_sizes_are_mixed(shown: list[Shown]) -> None:
     extractor = Counted()
     found = list(see(extractor.source(), mixed))
     assert [tuple(features.shape[:2]) for features in found] == [(6, 6), (6, 6), (4, 8), (6, 6), (8, 4)]
-    assert [shape[0] for shape in extractor.shapes] == [2, 1, 1, 1]  # of one size each
+    assert [shape[0] for shape in extractor.shapes] == [2, 1, 1, 1]  # each of one size
     alone = [next(see(Counted().source(), [one])) for one in mixed]
     assert same(found, alone)
 
 
-def test_batches_are_no_larger_than_the_device_takes(shown: list[Shown], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_fit_the_device(shown: list[Shown], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def two(_device: torch.device, tokens: int) -> int:
@@ -113,7 +113,7 @@ def test_batches_are_no_larger_than_the_device_takes(shown: list[Shown], monkeyp
     assert same(found, list(see(Counted().source(), shown)))
 
 
-def test_pads_count_as_part_of_what_is_shown(shown: list[Shown]) -> None:
+def test_pads_are_part_of_the_input(shown: list[Shown]) -> None:
     padded = [(image, replace(crop, pads=(PATCH, 0, 0, 2 * PATCH))) for image, crop in shown]
     extractor = Counted()
     assert all(features.shape == (8, 7, 3) for features in see(extractor.source(), padded))
@@ -123,7 +123,7 @@ def test_pads_count_as_part_of_what_is_shown(shown: list[Shown]) -> None:
 # --- the cache ---
 
 
-def test_features_from_disk_are_the_same_bit_for_bit(shown: list[Shown], cache: FeatureCache) -> None:
+def test_cached_features_are_identical(shown: list[Shown], cache: FeatureCache) -> None:
     without = list(see(Counted().source(), shown))
     first, second = (list(see(Counted().source(), shown, cache)) for _ in range(2))
     assert same(first, without) and same(second, without)
@@ -139,9 +139,7 @@ def test_a_second_pass_makes_no_forward_pass(shown: list[Shown], cache: FeatureC
     assert extractor.shapes == []
 
 
-def test_features_that_are_cleaned_share_the_forward_passes_of_raw_ones(
-    shown: list[Shown], cache: FeatureCache
-) -> None:
+def test_cleaned_and_raw_features_share_forward_passes(shown: list[Shown], cache: FeatureCache) -> None:
     model = Counted()
     backbone = tiny_backbone(model)
     identity = {"subspace": "one direction"}
@@ -153,13 +151,13 @@ def test_features_that_are_cleaned_share_the_forward_passes_of_raw_ones(
     assert passes == 5 and len(files(cache)) == 5
     kept = list(see(raw, shown, cache))
     again = list(see(clean, shown, cache))
-    assert sum(shape[0] for shape in model.shapes) == passes  # neither made one
+    assert sum(shape[0] for shape in model.shapes) == passes  # neither needed one
     assert same(first, again) and same(first, list(see(clean, shown)))
     for features, of_raw in zip(first, kept, strict=True):
         assert not features[..., 0].any() and torch.equal(features[..., 1:], of_raw[..., 1:])
 
 
-def test_other_means_of_images_are_other_raw_features(shown: list[Shown], cache: FeatureCache) -> None:
+def test_raw_features_of_another_normalisation_are_cached_separately(shown: list[Shown], cache: FeatureCache) -> None:
     backbone = tiny_backbone()
     extractor = DenoisedViT(backbone, Subspace(torch.eye(3)[:1], describe(backbone)))
     list(see(ExtractorSource("raw", backbone), shown, cache))
@@ -171,7 +169,7 @@ def test_other_means_of_images_are_other_raw_features(shown: list[Shown], cache:
     torch.testing.assert_close(found[0], expected, atol=1e-3, rtol=1e-3)
 
 
-def test_only_what_is_missing_is_made_and_order_is_kept(shown: list[Shown], cache: FeatureCache) -> None:
+def test_only_missing_features_are_computed_and_order_is_kept(shown: list[Shown], cache: FeatureCache) -> None:
     list(see(Counted().source(), [shown[1], shown[3]], cache))
     extractor = Counted()
     found = list(see(extractor.source(), shown, cache))
@@ -179,15 +177,15 @@ def test_only_what_is_missing_is_made_and_order_is_kept(shown: list[Shown], cach
     assert same(found, list(see(Counted().source(), shown)))
 
 
-def test_a_source_on_disk_already_is_not_kept_twice(shown: list[Shown], cache: FeatureCache) -> None:
+def test_source_with_features_on_disk_is_not_cached(shown: list[Shown], cache: FeatureCache) -> None:
     source = Counted().source()
     source.cached = False
     list(see(source, shown, cache))
     assert files(cache) == []
 
 
-def test_what_is_kept_stays_within_the_limit(shown: list[Shown], tmp_path: Path) -> None:
-    """The limit is of the files, and each has a header besides its 216 bytes of features."""
+def test_cache_stays_within_the_limit(shown: list[Shown], tmp_path: Path) -> None:
+    """The limit counts whole files: 216 bytes of features and a header each."""
     cache = FeatureCache(tmp_path / "cache", limit=700)
     found = list(see(Counted().source(), shown, cache))
     assert 1 <= len(files(cache)) < 5
@@ -195,7 +193,7 @@ def test_what_is_kept_stays_within_the_limit(shown: list[Shown], tmp_path: Path)
     assert same(found, list(see(Counted().source(), shown)))
 
 
-def test_what_earlier_runs_kept_counts_against_the_limit(shown: list[Shown], cache: FeatureCache) -> None:
+def test_files_of_earlier_runs_count_towards_the_limit(shown: list[Shown], cache: FeatureCache) -> None:
     list(see(Counted().source(), shown[:2], cache))
     used = sum(path.stat().st_size for path in files(cache))
     list(see(Counted().source(), shown, FeatureCache(cache.folder, limit=used + 100)))
@@ -205,7 +203,7 @@ def test_what_earlier_runs_kept_counts_against_the_limit(shown: list[Shown], cac
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100], ids=["empty", "within its header's length", "within its features"])
-def test_a_damaged_file_is_made_again(shown: list[Shown], cache: FeatureCache, keep: int) -> None:
+def test_damaged_cache_file_is_replaced(shown: list[Shown], cache: FeatureCache, keep: int) -> None:
     first = list(see(Counted().source(), shown, cache))
     victim = files(cache)[2]
     whole = victim.read_bytes()
@@ -216,7 +214,7 @@ def test_a_damaged_file_is_made_again(shown: list[Shown], cache: FeatureCache, k
     assert victim.read_bytes() == whole
 
 
-def test_features_that_float16_has_no_room_for_stay_as_they_are(shown: list[Shown], cache: FeatureCache) -> None:
+def test_features_beyond_float16_are_cached_exactly(shown: list[Shown], cache: FeatureCache) -> None:
     extractor = Counted(lambda image: colours(image) * 1e6)
     for _ in range(2):
         found = list(see(extractor.source(), shown, cache))
@@ -225,16 +223,16 @@ def test_features_that_float16_has_no_room_for_stay_as_they_are(shown: list[Show
         assert same(found, exact)
 
 
-def test_the_largest_values_that_float16_holds() -> None:
+def test_compact_uses_float16_only_if_values_fit() -> None:
     assert compact(torch.tensor([65000.0, -3.0])).dtype == torch.float16
     assert compact(torch.tensor([3.0, -65600.0])).dtype == torch.float32
     assert torch.isfinite(compact(torch.tensor([65504.0, 65519.0, 65520.0]))).all()
 
 
-# --- which file is whose ---
+# --- paths of cached files ---
 
 
-def test_the_same_is_found_again(shown: list[Shown], cache: FeatureCache) -> None:
+def test_same_input_has_the_same_path(shown: list[Shown], cache: FeatureCache) -> None:
     image, crop = shown[0]
     path = cache.path(Counted().source(a=1), shown[0])
     assert path == FeatureCache(cache.folder).path(Counted().source(a=1), (image, replace(crop)))
@@ -264,7 +262,7 @@ def test_another_crop_image_or_source_has_another_file(shown: list[Shown], cache
 
 
 def test_another_backbone_has_another_file(shown: list[Shown], cache: FeatureCache) -> None:
-    """The same name and patch grid, as two models of one family have, and both kept in one folder."""
+    """Also with the same name and patch grid, as in two models of one family, and in one cache folder."""
     ours, theirs = (ExtractorSource("raw", tiny_backbone(model)) for model in (colours, lambda x: colours(x).flip(-1)))
     assert cache.path(ours, shown[0]) != cache.path(theirs, shown[0])
     first, second = (list(see(source, shown, cache)) for source in (ours, theirs))

@@ -1,4 +1,4 @@
-"""Random crops and colours: what is drawn, that pixels and labels stay together, and what colours may become."""
+"""Random crops and colour distortion: distributions, alignment of pixels and labels, and ranges of colours."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def crops(labels: Tensor, count: int, patch: tuple[int, int] = (14, 14)) -> list
 
 
 @pytest.mark.parametrize(("patch", "padded"), [((14, 14), 70), ((16, 16), 64), ((14, 7), 70), ((6, 4), 66)])
-def test_crops_lie_within_the_image_and_are_shown_on_whole_patches(patch: tuple[int, int], padded: int) -> None:
+def test_crops_lie_within_the_image_and_are_padded_to_whole_patches(patch: tuple[int, int], padded: int) -> None:
     labels = mixed_labels(80, 111)
     before = (padded - 64) // 2
     for crop in crops(labels, 60, patch):
@@ -54,7 +54,7 @@ def test_crops_lie_within_the_image_and_are_shown_on_whole_patches(patch: tuple[
 
 
 @pytest.mark.parametrize(("patch", "padded"), [(14, 518), (16, 512)])
-def test_published_crops_are_shown_on_518_pixels_with_patches_of_14_and_on_512_with_16(patch: int, padded: int) -> None:
+def test_published_crops_are_padded_to_whole_patches(patch: int, padded: int) -> None:
     labels = mixed_labels(375, 500)
     whole = replace(PAPER, scale=(1.0, 1.0))
     crop = training_crop(labels, whole, (patch, patch), np.random.default_rng(0))
@@ -66,9 +66,11 @@ def test_published_crops_are_shown_on_518_pixels_with_patches_of_14_and_on_512_w
     assert crop.pads == (before, before, before + 171, before + 256)
 
 
-def test_scales_reach_from_half_to_twice_and_keep_the_proportions() -> None:
+def test_scales_range_from_half_to_twice_and_keep_the_aspect_ratio() -> None:
     found = crops(mixed_labels(80, 120), 300)
-    high = np.array([crop.size[0] / (crop.box[3] - crop.box[1]) for crop in found])  # the scaled image's, in pixels
+    high = np.array(
+        [crop.size[0] / (crop.box[3] - crop.box[1]) for crop in found]
+    )  # height of the scaled image in pixels
     wide = np.array([crop.size[1] / (crop.box[2] - crop.box[0]) for crop in found])
     np.testing.assert_allclose(high, high.round(), atol=1e-6)
     np.testing.assert_allclose(wide, wide.round(), atol=1e-6)
@@ -79,7 +81,7 @@ def test_scales_reach_from_half_to_twice_and_keep_the_proportions() -> None:
     assert np.histogram(scale, 3, (0.5, 2))[0] == pytest.approx([100, 100, 100], abs=30)
 
 
-def test_a_crop_is_all_that_fits_and_the_rest_of_its_square_is_right_and_below() -> None:
+def test_small_images_are_padded_at_the_right_and_bottom() -> None:
     found = crops(mixed_labels(80, 120), 100)
     small = [crop for crop in found if crop.size[0] < 64]
     assert small
@@ -90,7 +92,7 @@ def test_a_crop_is_all_that_fits_and_the_rest_of_its_square_is_right_and_below()
         assert crop.pads == (3, 3, 3 + 64 - crop.size[1], 3 + 64 - crop.size[0])
 
 
-def test_crops_are_all_over_the_image() -> None:
+def test_crops_are_spread_over_the_whole_image() -> None:
     found = [crop for crop in crops(mixed_labels(80, 120), 400) if crop.size == (64, 64)]
     starts = np.array([(crop.box[0], crop.box[1]) for crop in found])
     ends = np.array([(crop.box[2], crop.box[3]) for crop in found])
@@ -99,7 +101,7 @@ def test_crops_are_all_over_the_image() -> None:
     assert np.mean(starts + ends, 0) == pytest.approx([1, 1], abs=0.1)
 
 
-def test_half_of_the_crops_are_mirrored_and_none_where_that_is_not_wanted() -> None:
+def test_flip_is_the_share_of_mirrored_crops() -> None:
     labels = mixed_labels(80, 80)
     assert np.mean([crop.flip for crop in crops(labels, 400)]) == pytest.approx(0.5, abs=0.08)
     never, always = replace(SMALL, flip=0.0), replace(SMALL, flip=1.0)
@@ -108,7 +110,7 @@ def test_half_of_the_crops_are_mirrored_and_none_where_that_is_not_wanted() -> N
         assert training_crop(labels, always, (14, 14), np.random.default_rng(number)).flip
 
 
-def test_the_generator_decides_the_crop() -> None:
+def test_crop_is_determined_by_the_generator() -> None:
     labels = mixed_labels(80, 111)
     first, again, other = (training_crop(labels, SMALL, (14, 14), np.random.default_rng(n)) for n in (5, 5, 6))
     assert first == again
@@ -117,7 +119,7 @@ def test_the_generator_decides_the_crop() -> None:
 
 def test_labels_of_a_crop_are_those_of_the_nearest_pixels() -> None:
     labels = torch.arange(6 * 10).view(6, 10)
-    # Columns 2 to 7, rows 1 to 4 (three of them), shown at twice their size and as wide.
+    # Columns 2 to 7 and rows 1 to 3, shown at twice their size.
     crop = Crop((0.2, 1 / 6, 0.8, 4 / 6), (6, 12), (1, 2, 3, 4))
     wanted = labels[1:4, 2:8].repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert torch.equal(labels_of(crop, labels), wanted)
@@ -125,7 +127,7 @@ def test_labels_of_a_crop_are_those_of_the_nearest_pixels() -> None:
     assert torch.equal(labels_of(mirrored, labels), wanted.flip(1))
 
 
-def test_labels_of_a_smaller_crop_are_every_third() -> None:
+def test_labels_of_a_crop_at_a_third_of_the_size() -> None:
     labels = torch.arange(9 * 12).view(9, 12)
     assert torch.equal(labels_of(Crop.whole((3, 4)), labels), labels[1::3, 1::3])
 
@@ -139,7 +141,7 @@ def test_labels_of_a_fractional_crop_follow_its_pixel_centres() -> None:
 
 
 @pytest.mark.parametrize("patch", [(14, 14), (16, 16), (6, 4)])
-def test_pixels_and_labels_show_the_same_place(patch: tuple[int, int]) -> None:
+def test_pixels_and_labels_are_aligned(patch: tuple[int, int]) -> None:
     labels = mixed_labels(61, 93)
     image = picture_of(labels)
     found = crops(labels, 40, patch)
@@ -151,14 +153,14 @@ def test_pixels_and_labels_show_the_same_place(patch: tuple[int, int]) -> None:
         assert rendered.shape == (3, high, wide)
         assert known.shape == crop.size
         shown = rendered[:, top : high - bottom, left : wide - right]
-        assert float(rendered.sum()) == pytest.approx(float(shown.sum()), rel=1e-5)  # pads show nothing
+        assert float(rendered.sum()) == pytest.approx(float(shown.sum()), rel=1e-5)  # pads are zero
         inside = _away_from_borders(known)
         assert inside.float().mean() > 0.2
         assert torch.equal(shown.argmax(0)[inside], known[inside])
 
 
-def test_crops_are_taken_anew_until_no_class_fills_three_quarters() -> None:
-    # 16 columns of class 1: of the 33 places of a crop those from 0 to 7 show it on more than a quarter, the rest not.
+def test_crops_are_redrawn_until_no_class_fills_three_quarters() -> None:
+    # 16 columns of class 1: of the 33 positions of a crop, only 0 to 7 show it on more than a quarter.
     labels = torch.zeros(64, 64, dtype=torch.int64)
     labels[:, :16] = 1
     still = replace(SMALL, scale=(1.0, 1.0), crop=32, flip=0.0)
@@ -169,19 +171,19 @@ def test_crops_are_taken_anew_until_no_class_fills_three_quarters() -> None:
     assert np.mean(left == 8) < 0.02
 
 
-def test_without_the_rule_crops_are_taken_as_they_come() -> None:
+def test_without_the_class_limit_crops_only_need_two_classes() -> None:
     labels = torch.zeros(64, 64, dtype=torch.int64)
     labels[:, :16] = 1
     still = replace(SMALL, scale=(1.0, 1.0), crop=32, flip=0.0, most=2.0)
     found = [training_crop(labels, still, (16, 16), np.random.default_rng([3, number])) for number in range(300)]
     left = np.array([round(crop.box[0] * 64) for crop in found])
-    # Any crop with both classes, of which 16 of 33 are.
+    # Any crop with both classes is accepted; 16 of 33 have both.
     assert np.mean(left < 16) > 0.98
     assert np.mean(left < 8) == pytest.approx(0.5, abs=0.12)
 
 
-def test_the_rule_counts_labelled_pixels_only() -> None:
-    # 48 columns without a label, then two classes by turns: a crop with one labelled column is mixed enough.
+def test_class_limit_counts_labelled_pixels_only() -> None:
+    # 48 columns without a label, then two classes in alternating rows: one labelled column is enough for a crop.
     labels = torch.full((64, 64), NO_LABEL)
     labels[::2, 48:], labels[1::2, 48:] = 0, 1
     still = replace(SMALL, scale=(1.0, 1.0), crop=32, flip=0.0)
@@ -192,7 +194,7 @@ def test_the_rule_counts_labelled_pixels_only() -> None:
 
 
 @pytest.mark.parametrize("label", [0, 2, NO_LABEL])
-def test_images_that_can_never_be_mixed_are_cropped_all_the_same(label: int) -> None:
+def test_images_with_a_single_label_are_still_cropped(label: int) -> None:
     labels = torch.full((40, 50), label)
     for crop in crops(labels, 5):
         assert crop.padded == (70, 70)
@@ -210,7 +212,7 @@ def test_distorted_colours_stay_within_bounds() -> None:
         assert float(found.max()) <= 1
 
 
-def test_the_generator_decides_the_colours_and_the_image_is_left_alone() -> None:
+def test_distortion_is_reproducible_and_does_not_change_its_input() -> None:
     image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1))
     before = image.clone()
     for number in range(20):
@@ -219,8 +221,8 @@ def test_the_generator_decides_the_colours_and_the_image_is_left_alone() -> None
     assert torch.equal(image, before)
 
 
-def test_each_change_of_colour_happens_half_the_time_within_its_bounds_and_by_itself() -> None:
-    # Two grays tell brightness and contrast, a colour tells saturation and hue; nothing reaches 0 or 1.
+def test_each_distortion_is_applied_independently_half_the_time() -> None:
+    # Two grays determine brightness and contrast, a colour determines saturation and hue; no value reaches 0 or 1.
     image = torch.tensor([[0.2, 0.2, 0.2], [0.3, 0.3, 0.3], [0.2, 0.25, 0.3]]).T[:, None]  # (3, 1, 3)
     hue_before = colorsys.rgb_to_hsv(0.2, 0.25, 0.3)[0]
     found = []
@@ -240,10 +242,10 @@ def test_each_change_of_colour_happens_half_the_time_within_its_bounds_and_by_it
         assert 0.9 * most < changes.max() < most + 1e-4
         assert abs(changes.mean()) < 0.15 * most
     combinations = [(acted == pattern).all(1).mean() for pattern in itertools.product((False, True), repeat=4)]
-    np.testing.assert_allclose(combinations, 1 / 16, atol=0.04)  # one of them leaves all as it is
+    np.testing.assert_allclose(combinations, 1 / 16, atol=0.04)  # one of them changes nothing
 
 
-def test_colours_may_stay_as_they_are() -> None:
+def test_colours_can_stay_unchanged() -> None:
     image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(2))
     assert any(torch.equal(distort(image, np.random.default_rng(number)), image) for number in range(100))
 
@@ -277,6 +279,6 @@ def _spans(crop: Crop) -> tuple[float, float]:
 
 
 def _away_from_borders(labels: Tensor) -> Tensor:
-    """Where the 3 x 3 pixels around have one label."""
+    """True where the surrounding 3 x 3 pixels have the same label."""
     padded = F.pad(labels[None, None].float(), (1, 1, 1, 1), mode="replicate")
     return (F.max_pool2d(padded, 3, 1) == -F.max_pool2d(-padded, 3, 1))[0, 0]

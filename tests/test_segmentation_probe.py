@@ -1,4 +1,4 @@
-"""The probe against torch's batch norm and 1 x 1 convolution, and scores at pixels against torch's interpolation."""
+"""The probe compared with batch norm and a 1 x 1 convolution of torch, and pixel scores with its interpolation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reference(probe: LinearProbe) -> nn.Sequential:
 
 
 def moved_probe() -> LinearProbe:
-    """A probe no part of which is as it was made."""
+    """A probe with no parameter at its initial value."""
     probe = LinearProbe(CHANNELS, CLASSES, seed=1)
     with torch.no_grad():
         probe.classify.weight.copy_(noise(CLASSES, CHANNELS, seed=2))
@@ -43,12 +43,12 @@ def moved_probe() -> LinearProbe:
 
 
 def interpolated(scores: Tensor, height: int, width: int) -> Tensor:
-    """By torch: (h, w, K) -> (height, width, K)."""
+    """Interpolated by torch: (h, w, K) -> (height, width, K)."""
     wide = nn.functional.interpolate(scores.permute(2, 0, 1)[None], (height, width), mode="bilinear")
     return wide[0].permute(1, 2, 0)
 
 
-def test_probe_is_batch_norm_and_a_1_x_1_convolution_in_training_and_after() -> None:
+def test_probe_equals_batch_norm_and_a_1x1_convolution() -> None:
     probe = moved_probe()
     usual = reference(probe)
     for seed in (6, 7):
@@ -63,33 +63,33 @@ def test_probe_is_batch_norm_and_a_1_x_1_convolution_in_training_and_after() -> 
     torch.testing.assert_close(probe(features).permute(0, 3, 1, 2), usual(features.permute(0, 3, 1, 2)))
 
 
-def test_probe_takes_tokens_and_grids_alike() -> None:
+def test_probe_accepts_tokens_and_grids() -> None:
     probe = moved_probe().eval()
     features = noise(3, 5, CHANNELS, seed=9)
     assert probe(features).shape == (3, 5, CLASSES)
     torch.testing.assert_close(probe(features.flatten(0, 1)), probe(features).flatten(0, 1))
 
 
-def test_initial_weights_have_the_published_deviation_and_the_seed_decides_them() -> None:
+def test_initial_weights_have_the_published_std_and_depend_on_the_seed() -> None:
     probe = LinearProbe(384, 150, seed=3)
     weights = probe.classify.weight.detach()
     assert float(weights.std()) == pytest.approx(0.01, rel=0.02)
     assert abs(float(weights.mean())) < 2e-4
-    assert 3.5 < float(weights.abs().max()) / 0.01 < 6.5  # 57,600 normal numbers, none cut off
+    assert 3.5 < float(weights.abs().max()) / 0.01 < 6.5  # 57,600 normal values, not truncated
     assert not probe.classify.bias.any()
     torch.manual_seed(99)
     assert torch.equal(LinearProbe(384, 150, seed=3).classify.weight, weights)
     assert not torch.equal(LinearProbe(384, 150, seed=4).classify.weight, weights)
 
 
-def test_making_a_probe_leaves_the_weights_finite_and_learnable() -> None:
+def test_new_probe_has_four_trainable_parameters() -> None:
     probe = LinearProbe(CHANNELS, CLASSES, seed=0)
     assert all(parameter.requires_grad for parameter in probe.parameters())
     assert len(list(probe.parameters())) == 4  # scale, shift, weight, bias
 
 
 @pytest.mark.parametrize("patch", [14, 16, 3])
-def test_scores_at_pixels_are_torchs_bilinear_ones(patch: int) -> None:
+def test_pixel_scores_match_bilinear_interpolation_of_torch(patch: int) -> None:
     scores = noise(3, 5, CLASSES)
     crop = Crop.whole((3 * patch, 5 * patch))
     torch.testing.assert_close(
@@ -97,7 +97,7 @@ def test_scores_at_pixels_are_torchs_bilinear_ones(patch: int) -> None:
     )
 
 
-def test_scores_of_a_padded_crop_are_those_of_the_padded_size_with_the_pads_cut_off() -> None:
+def test_scores_of_a_padded_crop_exclude_the_pads() -> None:
     scores = noise(3, 4, CLASSES)
     crop = Crop((0.1, 0.2, 0.6, 0.9), (23, 40), (3, 2, 13, 17))  # left, top, right, bottom
     assert crop.padded == (42, 56)
@@ -106,7 +106,7 @@ def test_scores_of_a_padded_crop_are_those_of_the_padded_size_with_the_pads_cut_
 
 
 @pytest.mark.parametrize("shown", [(512, 512), (300, 512), (411, 77)])
-def test_released_scores_are_torchs_of_the_whole_grid_brought_to_the_crop(shown: tuple[int, int]) -> None:
+def test_released_scores_are_resized_to_the_size_of_the_crop(shown: tuple[int, int]) -> None:
     """37 patches of 14 cover 518 pixels; their scores are resized to the 512 of the crop."""
     scores = noise(37, 37, CLASSES)
     crop = Crop((0, 0, 1, 1), shown, (3, 3, 3 + 512 - shown[1], 3 + 512 - shown[0]))
@@ -115,7 +115,7 @@ def test_released_scores_are_torchs_of_the_whole_grid_brought_to_the_crop(shown:
     torch.testing.assert_close(to_pixels(scores, crop, 14, 14, (512, 512)), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_mirrored_crops_have_their_scores_where_they_are_shown() -> None:
+def test_scores_of_a_mirrored_crop_stay_mirrored() -> None:
     scores = noise(2, 3, CLASSES)
     plain = Crop((0, 0, 0.5, 1), (9, 12), (1, 2, 2, 0))
     mirrored = Crop((0, 0, 0.5, 1), (9, 12), (1, 2, 2, 0), flip=True)
@@ -134,10 +134,10 @@ def test_overlapping_patches_are_interpolated_between_their_centres() -> None:
     np.testing.assert_allclose(found[..., 0].numpy(), np.add.outer(down, across), atol=1e-5)
 
 
-def test_overlapping_patches_of_a_padded_crop_are_where_they_are_shown() -> None:
+def test_overlapping_patches_of_a_padded_crop_are_shifted_by_the_pads() -> None:
     scores = torch.arange(4.0)[None, :, None]  # one row of patches of 4 pixels every 2: centres at 2, 4, 6, 8
     crop = Crop((0, 0, 1, 1), (2, 6), (2, 1, 2, 1))
-    # Pixel centres of the crop are at 2.5, 3.5, ..., 7.5 of what is shown.
+    # Pixel centres of the crop are at 2.5, 3.5, ..., 7.5 of the padded input.
     wanted = [0.25, 0.75, 1.25, 1.75, 2.25, 2.75]
     np.testing.assert_allclose(to_pixels(scores, crop, 4, 2)[..., 0].numpy(), [wanted, wanted], atol=1e-6)
 

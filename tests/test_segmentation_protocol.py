@@ -1,4 +1,4 @@
-"""The published protocol of linear segmentation, number by number, and what options change about it."""
+"""The published protocol of linear segmentation, number by number, and how options change it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_learning_rate_of_the_published_schedule(step: int, rate: float) -> None
     assert PAPER.learning_rate_at(step) == pytest.approx(rate, rel=1e-9)
 
 
-def test_every_step_has_the_rate_of_the_formula() -> None:
+def test_learning_rate_matches_the_formula_at_every_step() -> None:
     steps = np.arange(40_000)
     wanted = 1e-3 * (1 - steps / 40_000)
     wanted[:1_500] *= 1 - (1 - steps[:1_500] / 1_500) * (1 - 1e-6)
@@ -49,7 +49,7 @@ def test_paper_has_the_published_numbers() -> None:
     assert (PAPER.window, PAPER.window_stride, PAPER.normalisation) == (512, 341, "imagenet")
 
 
-def test_quick_is_the_same_probe_on_whole_images_with_the_same_share_of_warm_up() -> None:
+def test_quick_uses_whole_images_and_the_same_share_of_warm_up() -> None:
     assert not QUICK.augment
     assert QUICK.normalisation == "own"
     assert QUICK.warmup == round(QUICK.steps * PAPER.warmup / PAPER.steps)
@@ -57,12 +57,12 @@ def test_quick_is_the_same_probe_on_whole_images_with_the_same_share_of_warm_up(
     assert QUICK.learning_rate == 10 * PAPER.learning_rate
 
 
-def test_options_that_are_not_given_are_the_presets() -> None:
+def test_omitted_options_are_those_of_the_preset() -> None:
     assert SegmentationOptions().protocol() == QUICK
     assert SegmentationOptions(preset="paper").protocol() == PAPER
 
 
-def test_options_change_what_they_name_and_keep_the_share_of_warm_up() -> None:
+def test_options_override_the_preset_and_keep_the_share_of_warm_up() -> None:
     changed = SegmentationOptions(
         preset="paper", steps=400, batch=3, learning_rate=0.5, weight_decay=0.0, seeds=(4,)
     ).protocol()
@@ -100,14 +100,14 @@ def test_options_out_of_range_are_refused_by_name(options: SegmentationOptions, 
     [
         ((480, 640), (512, 2048), (512, 683)),  # x 1.0667: 682.67
         ((375, 500), (256, 1024), (256, 341)),  # at half the scale: 341.33
-        ((333, 500), (1024, 4096), (1024, 1538)),  # at twice: 1537.54
+        ((333, 500), (1024, 4096), (1024, 1538)),  # at twice the scale: 1537.54
         ((500, 333), (512, 2048), (769, 512)),  # 768.77
-        ((100, 1000), (512, 2048), (205, 2048)),  # the longer side limits: x 2.048
+        ((100, 1000), (512, 2048), (205, 2048)),  # limited by the longer side: x 2.048
         ((512, 512), (512, 2048), (512, 512)),
-        ((1, 1000), (512, 200), (1, 200)),  # never nothing
+        ((1, 1000), (512, 200), (1, 200)),  # at least one pixel
     ],
 )
-def test_images_are_scaled_with_their_proportions(
+def test_images_keep_their_aspect_ratio_when_scaled(
     image: tuple[int, int], limits: tuple[int, int], scaled: tuple[int, int]
 ) -> None:
     assert scaled_size(*image, *limits) == scaled
@@ -120,13 +120,13 @@ def test_images_are_scaled_with_their_proportions(
         ((512, 512), (16, 16), (0, 0, 0, 0)),
         ((512, 512), (8, 8), (0, 0, 0, 0)),
         ((512, 512), (14, 7), (3, 3, 3, 3)),  # 14 + 72 x 7 = 518
-        ((513, 512), (14, 14), (3, 2, 3, 3)),  # the odd pixel is below
+        ((513, 512), (14, 14), (3, 2, 3, 3)),  # the odd pixel goes below
         ((300, 2048), (14, 14), (5, 4, 5, 4)),  # 308 and 2058
-        ((10, 14), (14, 14), (0, 2, 0, 2)),  # one patch at least
+        ((10, 14), (14, 14), (0, 2, 0, 2)),  # at least one patch
         ((511, 512), (16, 4), (0, 0, 0, 1)),
     ],
 )
-def test_pads_bring_a_side_to_whole_patches_evenly(
+def test_pads_extend_sides_evenly_to_whole_patches(
     sides: tuple[int, int], patch: tuple[int, int], pads: tuple[int, int, int, int]
 ) -> None:
     assert centre_pads(*sides, *patch) == pads  # left, top, right, bottom
@@ -145,7 +145,7 @@ def test_pads_bring_a_side_to_whole_patches_evenly(
         ((700, 700), [0, 188], [0, 188]),
     ],
 )
-def test_windows_begin_every_341_pixels_and_the_last_ends_where_the_image_ends(
+def test_windows_start_every_341_pixels_and_the_last_ends_at_the_border(
     sides: tuple[int, int], tops: list[int], lefts: list[int]
 ) -> None:
     height, width = sides

@@ -1,4 +1,4 @@
-"""Training and judging of linear probes: losses by hand, training that goes on, and scores that mean something."""
+"""Training and evaluation of linear probes: losses by hand, resumed training, and features of known quality."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CLASSES = 4
 COLOURS = np.array([(200, 60, 60), (60, 200, 60), (60, 60, 200), (190, 190, 70)])
 PATCH = 4
 
-#: As published, but for size and length.
+#: The published protocol, smaller and shorter.
 TINY = replace(
     PAPER, steps=40, warmup=2, batch=4, learning_rate=0.02, short_side=28, long_side=112, crop=28, window=28,
     window_stride=19,
@@ -55,7 +55,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def stripes(chance: np.random.Generator, height: int, width: int, side: int = 8) -> np.ndarray:
-    """A mask of upright stripes of random classes; neighbours may be alike."""
+    """A mask of vertical stripes of random classes; neighbours may have the same class."""
     return np.repeat(chance.integers(CLASSES, size=(1, -(-width // side))), side, 1)[:, :width].repeat(height, 0)
 
 
@@ -65,7 +65,7 @@ def blocks(chance: np.random.Generator, height: int, width: int, side: int = 8) 
 
 
 def photo_of(mask: np.ndarray, chance: np.random.Generator, noise: float = 12) -> np.ndarray:
-    """Colours that tell the classes."""
+    """A photo whose colours show the classes, with noise."""
     return (COLOURS[mask % CLASSES] + chance.normal(0, noise, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
 
 
@@ -95,7 +95,7 @@ def even(tmp_path: Path) -> LabelledData:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> LabelledData:
-    """Images of several sizes that fit no patch grid, part of them without labels."""
+    """Images of several sizes, most of them off the patch grid; a corner of each has no labels."""
     sizes = [(33, 50), (47, 31), (28, 28), (29, 90)]
     train_pairs, val_pairs = pairs(5, sizes, 2), pairs(4, sizes, 3)
     for _, mask in (*train_pairs, *val_pairs):
@@ -112,7 +112,7 @@ def pooled(image: Tensor, patch: int = PATCH, stride: int | None = None) -> Tens
 
 
 def one_hot(image: Tensor) -> Tensor:
-    """Which of the classes' colours a patch has."""
+    """The class whose colour is nearest to that of each patch, one-hot."""
     colours = torch.from_numpy(COLOURS).float() / 255
     return (
         F.one_hot(torch.cdist(pooled(image).flatten(1, 2), colours).argmin(-1), CLASSES)
@@ -122,13 +122,13 @@ def one_hot(image: Tensor) -> Tensor:
 
 
 def noisy(image: Tensor) -> Tensor:
-    """The same colours under noise that any change of the image changes."""
+    """The same colours with noise that any change of the image changes."""
     colours = pooled(image)
     return colours + 2 * (torch.frac(colours * 1e4) - 0.5)
 
 
 def places(image: Tensor) -> Tensor:
-    """Where a patch is, from -1 to 1, and nothing of what it shows."""
+    """Positions of patches, from -1 to 1, independent of the content."""
     h, w = image.shape[2] // PATCH, image.shape[3] // PATCH
     y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
     return torch.stack([y, x, y * x], -1).expand(len(image), h, w, 3)
@@ -159,7 +159,7 @@ def grid_of(patch: int, stride: int) -> Callable[[Tensor], Tensor]:
 
 
 class Recording(LinearProbe):
-    """A probe that keeps what it was shown."""
+    """A probe that records its inputs."""
 
     def __init__(self, channels: int, classes: int, seed: int) -> None:
         super().__init__(channels, classes, seed)
@@ -171,7 +171,7 @@ class Recording(LinearProbe):
 
 
 class Witness(ExtractorSource):
-    """A source that keeps what it was asked for."""
+    """A source that records the requested images and crops, and what it returns."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], patch: int = PATCH, stride: int | None = None) -> None:
         super().__init__("witness", backbone(function, patch, stride))
@@ -186,7 +186,7 @@ class Witness(ExtractorSource):
 
 
 class Noise:
-    """Samples of random tokens of random classes; the step decides them."""
+    """Samples of random tokens with random classes, determined by the step."""
 
     channels = 5
 
@@ -220,7 +220,7 @@ def stop_after(steps: int) -> Callable[[], None]:
 
 
 def moved_probe(channels: int, classes: int = CLASSES) -> LinearProbe:
-    """One that says something."""
+    """A probe with large weights, whose scores differ clearly."""
     probe = LinearProbe(channels, classes, seed=5)
     with torch.no_grad():
         probe.classify.weight.mul_(200)
@@ -235,7 +235,7 @@ def evaluate(
     progress: Callable[[], None] = lambda: None,
     **others: Any,
 ) -> list[Trained]:
-    """Trains and judges; progress is called after each step."""
+    """Train and evaluate; progress is called after each step."""
 
     @contextlib.contextmanager
     def watch(what: str, _total: int | None) -> Iterator[Callable[[], None]]:
@@ -254,14 +254,14 @@ def states_equal(ours: nn.Module, theirs: nn.Module) -> bool:
 
 
 def majority(data: LabelledData) -> float:
-    """Percent of the commonest class of the validation images."""
+    """Percentage of validation pixels with the most common class."""
     return 100 * max(data.val.pixels) / sum(data.val.pixels)
 
 
 # --- Samples
 
 
-def test_loss_of_kept_features_is_the_cross_entropy_of_all_pixels_of_patches_that_are_alike(tmp_path: Path) -> None:
+def test_kept_features_loss_is_pixel_cross_entropy_with_constant_patches(tmp_path: Path) -> None:
     made = pairs(3, [(16, 24), (20, 12)], 4, blocks)
     for number, (_, mask) in enumerate(made):
         mask[: 3 + number, 2:9] = 255
@@ -293,7 +293,7 @@ def test_loss_of_kept_features_is_the_cross_entropy_of_all_pixels_of_patches_tha
     assert found != pytest.approx(total / labelled, rel=2e-2)
 
 
-def test_loss_of_kept_features_leaves_out_what_has_no_label(tmp_path: Path) -> None:
+def test_kept_features_loss_ignores_unlabelled_pixels(tmp_path: Path) -> None:
     photo, mask = pairs(1, [(16, 16)], 4)[0]
     data = data_at(tmp_path / "data", [(photo, np.where(mask >= 0, 255, 0))], [(photo, mask)])
     loss = KeptFeatures.take(source_of(), data.train, QUICK).loss(moved_probe(3), 0)
@@ -301,7 +301,7 @@ def test_loss_of_kept_features_leaves_out_what_has_no_label(tmp_path: Path) -> N
 
 
 def numbered(images: int, seed: int, batch: int) -> KeptFeatures:
-    """Two by two patches whose features are the image's number."""
+    """Images of 2 x 2 patches whose only feature is the index of the image."""
     features = [torch.full((2, 2, 1), float(number)) for number in range(images)]
     counts = [torch.ones(2, 2, 4, dtype=torch.int64) for _ in range(images)]
     return KeptFeatures(features, counts, batch, CPU, seed)
@@ -314,20 +314,20 @@ def order_of(samples: KeptFeatures, steps: int) -> list[int]:
     return [int(number) for features in probe.seen for number in features[::4, 0]]
 
 
-def test_every_image_comes_once_in_each_epoch_and_epochs_differ() -> None:
-    order = order_of(numbered(7, 3, batch=4), 7)  # 28: four epochs
+def test_each_epoch_has_every_image_once_in_a_new_order() -> None:
+    order = order_of(numbered(7, 3, batch=4), 7)  # 28 images: four epochs
     epochs = [tuple(order[start : start + 7]) for start in range(0, 28, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(epochs)) == 4
 
 
-def test_the_seed_decides_the_order() -> None:
+def test_seed_determines_the_order() -> None:
     first, again, other = (order_of(numbered(7, seed, batch=3), 5) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_a_step_is_the_same_whatever_was_asked_before() -> None:
+def test_step_is_independent_of_earlier_steps() -> None:
     order = order_of(numbered(5, 0, batch=2), 6)
     probe = Recording(1, 3, 0)
     numbered(5, 0, batch=2).loss(probe, 5)
@@ -345,11 +345,11 @@ def crops_of(
 
 
 def drawn(source: Witness) -> list[tuple[str, Crop]]:
-    """In an order of their own: several threads draw."""
+    """The requested crops, sorted because several threads draw them."""
     return sorted(((image.id, crop) for image, crop, _ in source.asked), key=repr)
 
 
-def test_random_crops_are_decided_by_seed_and_step(mixed: LabelledData) -> None:
+def test_random_crops_are_reproducible_for_a_seed(mixed: LabelledData) -> None:
     source = Witness(pooled)
     first = crops_of(source, mixed, 1, [0, 1, 2])
     asked = drawn(source)
@@ -360,7 +360,7 @@ def test_random_crops_are_decided_by_seed_and_step(mixed: LabelledData) -> None:
     assert other != first
 
 
-def test_random_crops_of_a_step_do_not_depend_on_the_steps_before(mixed: LabelledData) -> None:
+def test_random_crops_of_a_step_are_independent_of_earlier_steps(mixed: LabelledData) -> None:
     source = Witness(pooled)
     crops_of(source, mixed, 1, [2])
     alone = drawn(source)
@@ -401,7 +401,7 @@ def test_loss_of_random_crops_is_the_cross_entropy_at_every_pixel(mixed: Labelle
         total += float(
             F.cross_entropy(shown, _labels_by_hand(image, crop)[None], ignore_index=NO_LABEL, reduction="sum").detach()
         )
-    # The mean is over all 28 x 28 pixels of a crop, those that show nothing as well.
+    # The mean is over all 28 x 28 pixels of a crop, including those that show no part of the image.
     assert found == pytest.approx(total / (4 * 28 * 28), rel=1e-4)
 
 
@@ -413,7 +413,7 @@ def _labels_by_hand(image: LabelledImage, crop: Crop) -> Tensor:
     return labels.flip(1) if crop.flip else labels
 
 
-def test_colours_are_distorted_only_where_that_is_wanted(mixed: LabelledData) -> None:
+def test_colours_are_distorted_only_if_requested(mixed: LabelledData) -> None:
     source = Witness(pooled)
     changed = []
     for wanted in (True, False):
@@ -421,7 +421,7 @@ def test_colours_are_distorted_only_where_that_is_wanted(mixed: LabelledData) ->
         plain = [ExtractorSource.inputs(source, image, crop) for image, crop, _ in source.asked]
         pairs_seen = zip(source.asked, plain, strict=True)
         changed.append(sum(not torch.equal(made, usual) for (_, _, made), usual in pairs_seen))
-    assert changed[0] >= 8  # 15 of 16 are
+    assert changed[0] >= 8  # expected share: 15 / 16
     assert changed[1] == 0
 
 
@@ -462,7 +462,7 @@ def test_the_optimiser_is_adamw_with_the_published_settings(monkeypatch: pytest.
     assert rates == pytest.approx(wanted)
 
 
-def test_training_equals_a_loop_by_hand() -> None:
+def test_training_matches_a_hand_written_loop() -> None:
     protocol = replace(PAPER, steps=6, warmup=2)
     probe, curve = train(Noise(), protocol, 3, seed=4, device=CPU, looks=3)
     norm, linear = nn.BatchNorm1d(5), nn.Linear(5, 3)
@@ -489,13 +489,13 @@ def test_training_equals_a_loop_by_hand() -> None:
     assert not probe.training
 
 
-def test_looks_are_even_see_a_probe_that_does_not_train_and_change_nothing() -> None:
+def test_evaluations_are_evenly_spaced_in_eval_mode_without_side_effects() -> None:
     protocol = replace(PAPER, steps=11, warmup=0)
     modes = []
 
     def look(probe: LinearProbe) -> float:
         modes.append(probe.training)
-        probe(torch.randn(9, 5) * 100)  # would move the statistics
+        probe(torch.randn(9, 5) * 100)  # would change the running statistics in training mode
         return float(len(modes))
 
     looked, curve = train(Noise(), protocol, 3, 0, CPU, look=look, looks=4)
@@ -506,7 +506,7 @@ def test_looks_are_even_see_a_probe_that_does_not_train_and_change_nothing() -> 
 
 
 @pytest.mark.parametrize("stopped", [4, 7, 9])
-def test_training_that_goes_on_equals_training_without_a_stop(
+def test_resumed_training_matches_uninterrupted_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
 ) -> None:
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 3)
@@ -528,14 +528,14 @@ def test_training_that_goes_on_equals_training_without_a_stop(
     assert samples.steps == list(range(stopped // 3 * 3, 11))
     assert states_equal(probe, straight)
     assert curve == wanted
-    assert [file.name for file in path.parent.iterdir()] == ["0.pt"]  # nothing half written is left
-    samples, probe, curve = trained(path)  # once more after the end
+    assert [file.name for file in path.parent.iterdir()] == ["0.pt"]  # no incomplete file is left
+    samples, probe, curve = trained(path)  # again after the run has finished
     assert samples.steps == [9, 10]
     assert states_equal(probe, straight)
     assert curve == wanted
 
 
-def test_a_seed_has_its_own_training() -> None:
+def test_seed_determines_the_training() -> None:
     protocol = replace(PAPER, steps=3, warmup=0)
     first, again, other = (train(Noise(), protocol, 3, seed, CPU)[0] for seed in (0, 0, 1))
     assert states_equal(first, again)
@@ -543,7 +543,7 @@ def test_a_seed_has_its_own_training() -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "shapes"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_damaged_checkpoint_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 2)
     protocol, path = replace(PAPER, steps=5, warmup=0), tmp_path / "0.pt"
     train(Noise(), protocol, 3, 0, CPU, checkpoint=path)
@@ -561,7 +561,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
             train(Noise(), protocol, 4, 0, CPU, checkpoint=(path := tmp_path / "1.pt"))
     with pytest.raises(FitError, match=rf"(?s){path.name}: damaged checkpoint .*delete it") as raised:
         train(Noise(), protocol, 3, 0, CPU, checkpoint=path)
-    assert "weights_only" not in str(raised.value)  # torch's advice to run whatever the file holds
+    assert "weights_only" not in str(raised.value)  # torch's advice, which would run any code in the file
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -574,13 +574,13 @@ def test_a_loss_that_is_not_finite_stops_the_training(value: float) -> None:
         train(Bad(), replace(PAPER, steps=5, warmup=0), 3, 0, CPU)
 
 
-# --- Judging
+# --- Evaluation
 
 
-def test_released_windows_are_judged_by_scores_stretched_over_them(even: LabelledData) -> None:
+def test_released_windows_are_evaluated_with_stretched_scores(even: LabelledData) -> None:
     patch, source = 6, ExtractorSource("colours", backbone(grid_of(6, 6), 6))  # windows of 28 pixels are padded to 30
     probe, image = moved_probe(3).eval(), even.val.images[0]
-    protocol = replace(TINY, pads="stretched", short_side=28, long_side=28)  # one window an image
+    protocol = replace(TINY, pads="stretched", short_side=28, long_side=28)  # one window per image
     found = evaluate_probe(probe, source, replace(even.val, images=(image,)), protocol)
     scale = 28 / max(image.height, image.width)
     size = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
@@ -594,7 +594,7 @@ def test_released_windows_are_judged_by_scores_stretched_over_them(even: Labelle
         assert found.hits[0, kind] == pytest.approx(hits, abs=2)
 
 
-def test_released_crops_have_scores_stretched_over_them_pads_and_all(mixed: LabelledData) -> None:
+def test_released_crops_stretch_scores_including_pads(mixed: LabelledData) -> None:
     source, probe = Witness(grid_of(6, 6), 6), moved_probe(3)
     with RandomCrops(source, mixed.train, replace(TINY, pads="stretched"), 7) as samples:
         found = float(samples.loss(probe, 3).detach())
@@ -609,7 +609,7 @@ def test_released_crops_have_scores_stretched_over_them_pads_and_all(mixed: Labe
     assert found == pytest.approx(total / (4 * 28 * 28), rel=1e-4)
 
 
-def test_windows_are_judged_by_the_mean_of_their_scores_where_they_overlap(mixed: LabelledData) -> None:
+def test_scores_of_overlapping_windows_are_averaged(mixed: LabelledData) -> None:
     patch = 6  # windows of 28 pixels are padded to 30
     source = ExtractorSource("colours", backbone(grid_of(patch, patch), patch))
     probe = moved_probe(3).eval()
@@ -633,12 +633,12 @@ def test_windows_are_judged_by_the_mean_of_their_scores_where_they_overlap(mixed
         for kind in range(CLASSES):
             hits = int(((predicted == kind) & (truth == kind)).sum())
             assert found.truth[number, kind] == int((truth == kind).sum())
-            assert found.hits[number, kind] == pytest.approx(hits, abs=2)  # pixels on the line between two classes
+            assert found.hits[number, kind] == pytest.approx(hits, abs=2)  # border pixels may differ
             assert found.predicted[number, kind] == pytest.approx(int(((predicted == kind) & known).sum()), abs=2)
 
 
 def _starts(side: int) -> list[int]:
-    """Of windows of 28 pixels every 19."""
+    """Starts of windows of 28 pixels, 19 pixels apart."""
     return sorted({min(start, side - 28) for start in range(0, side, 19)})
 
 
@@ -655,7 +655,7 @@ def test_a_window_shows_its_part_of_the_scaled_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stride", [6, 3])
-def test_whole_images_are_judged_at_every_pixel_of_their_masks(mixed: LabelledData, stride: int) -> None:
+def test_whole_images_are_evaluated_at_every_mask_pixel(mixed: LabelledData, stride: int) -> None:
     source = ExtractorSource("colours", backbone(grid_of(6, stride), 6, stride))
     probe = moved_probe(3).eval()
     found = evaluate_probe(probe, source, mixed.val, replace(QUICK, size=(36, 42)))
@@ -675,17 +675,17 @@ def _bilinear(grid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     return np.stack([np.interp(rows, np.arange(grid.shape[0]), column) for column in along.T], -1)
 
 
-def test_judging_changes_nothing_about_a_probe(even: LabelledData) -> None:
+def test_evaluation_does_not_change_the_probe(even: LabelledData) -> None:
     probe = moved_probe(3).eval()
     before = {name: value.clone() for name, value in probe.state_dict().items()}
     steps: list[int] = []
     for protocol in (QUICK, TINY):
         evaluate_probe(probe, source_of(), even.val, protocol, progress=lambda: steps.append(1))
-    assert len(steps) == 8  # one each image
+    assert len(steps) == 8  # one per image
     assert all(torch.equal(before[name], value) for name, value in probe.state_dict().items())
 
 
-# --- All of it
+# --- Training and evaluation
 
 
 @pytest.mark.parametrize(("patch", "stride"), [(14, 14), (7, 7), (4, 4), (6, 3)])
@@ -703,14 +703,14 @@ def test_both_presets_learn_from_colours_on_any_grid_and_any_size(
     assert trained.curve.losses[-1][0] == (60 if preset == "quick" else 40)
 
 
-def test_features_that_are_the_classes_score_a_hundred(even: LabelledData) -> None:
+def test_one_hot_features_score_100(even: LabelledData) -> None:
     (trained,) = evaluate(one_hot, even)
     found = scores(trained.counts)
     assert found.miou > 99.5
     assert trained.curve.looks[-1][1] == pytest.approx(found.miou)
 
 
-def test_features_that_are_the_classes_score_near_a_hundred_on_blocks(tmp_path: Path) -> None:
+def test_one_hot_features_score_nearly_100_on_blocks(tmp_path: Path) -> None:
     def large(chance: np.random.Generator, height: int, width: int) -> np.ndarray:
         return blocks(chance, height, width, 16)
 
@@ -719,8 +719,8 @@ def test_features_that_are_the_classes_score_near_a_hundred_on_blocks(tmp_path: 
     assert 95 < scores(trained.counts).miou < 100  # interpolation rounds the corners of blocks
 
 
-def test_features_that_are_the_classes_score_near_a_hundred_by_the_published_protocol(tmp_path: Path) -> None:
-    size = [(28, 28)]  # 7 x 7 patches: nothing is scaled in judging, and stripes end where patches do
+def test_one_hot_features_score_nearly_100_with_the_published_protocol(tmp_path: Path) -> None:
+    size = [(28, 28)]  # 7 x 7 patches: evaluation scales nothing, and stripes end at patch borders
     data = data_at(tmp_path / "data", pairs(6, size, 5), pairs(4, size, 6))
     (trained,) = evaluate(one_hot, data, replace(TINY, distort=False))
     assert scores(trained.counts).miou > 95
@@ -743,12 +743,12 @@ def test_shuffled_labels_score_no_better_than_the_commonest_class(tmp_path: Path
     data = data_at(tmp_path / "data", shuffled(20), shuffled(30))
     (trained,) = evaluate(one_hot, data, protocol)
     found = scores(trained.counts)
-    # Pixels of a block go together: 240 of them have a deviation of 2.8 points.
+    # Pixels of a block share a label: the accuracy over 240 blocks has a standard deviation of 2.8 points.
     assert found.aacc < majority(data) + 6
     assert found.miou < 20  # guessing at random gives 1 / 7
 
 
-def test_place_tells_only_classes_that_have_one(tmp_path: Path) -> None:
+def test_position_predicts_only_classes_that_depend_on_it(tmp_path: Path) -> None:
     def split(chance: np.random.Generator, height: int, width: int) -> np.ndarray:
         mask = np.zeros((height, width), dtype=np.int64)
         mask[height // 2 :] = 1
@@ -760,7 +760,7 @@ def test_place_tells_only_classes_that_have_one(tmp_path: Path) -> None:
     anywhere = data_at(tmp_path / "anywhere", pairs(10, size, 11, blocks), pairs(8, size, 12, blocks))
     (good,), (bad,) = evaluate(places, by_place), evaluate(places, anywhere)
     assert scores(good.counts).aacc > 90
-    assert scores(good.counts).iou[2] is None  # neither there nor predicted
+    assert scores(good.counts).iou[2] is None  # neither present nor predicted
     assert scores(bad.counts).aacc < majority(anywhere) + 6
 
 
@@ -775,14 +775,14 @@ def test_the_same_seed_gives_the_same_counts(mixed: LabelledData, protocol: Prot
     assert first[0].curve.losses != first[1].curve.losses
 
 
-def test_a_cache_changes_nothing(mixed: LabelledData, tmp_path: Path) -> None:
+def test_cache_does_not_change_the_results(mixed: LabelledData, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache")
     found = [evaluate(pooled, mixed, cache=given)[0] for given in (None, cache, cache)]
     assert len(list(cache.folder.rglob("*.safetensors"))) == 9
     assert all(same(found[0].counts, one.counts) and found[0].curve == one.curve for one in found[1:])
 
 
-def test_published_training_goes_on_from_its_checkpoint(
+def test_published_training_resumes_from_its_checkpoint(
     mixed: LabelledData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probing, "_CHECKPOINT_EVERY", 3)
@@ -795,7 +795,7 @@ def test_published_training_goes_on_from_its_checkpoint(
     (gone_on,) = evaluate(pooled, mixed, protocol, checkpoints=tmp_path / "states", progress=lambda: steps.append(1))
     assert same(gone_on.counts, straight.counts)
     assert gone_on.curve == straight.curve
-    assert len(steps) == 10  # the bar begins with the 6 that are done
+    assert len(steps) == 10  # including the 6 steps of the checkpoint
 
 
 def test_every_step_of_every_seed_is_reported(even: LabelledData) -> None:
@@ -805,7 +805,7 @@ def test_every_step_of_every_seed_is_reported(even: LabelledData) -> None:
 
 
 @pytest.mark.parametrize("protocol", [FAST, TINY], ids=["quick", "paper"])
-def test_features_that_are_not_finite_are_refused_by_their_name(even: LabelledData, protocol: Protocol) -> None:
+def test_non_finite_features_are_refused_with_the_source_name(even: LabelledData, protocol: Protocol) -> None:
     with pytest.raises(EvaluationError, match=r"broken: \d+ of \d+ feature values are not finite"):
         evaluate(broken, even, protocol)
 
@@ -821,7 +821,7 @@ def test_images_without_any_label_are_refused(tmp_path: Path, protocol: Protocol
 
 
 @pytest.mark.parametrize("protocol", [FAST, replace(TINY, steps=3)], ids=["quick", "paper"])
-def test_single_images_without_labels_do_no_harm(tmp_path: Path, protocol: Protocol) -> None:
+def test_single_unlabelled_images_are_allowed(tmp_path: Path, protocol: Protocol) -> None:
     labelled = pairs(3, [(32, 48)], 14)
     bare = [(photo, np.full_like(mask, 255)) for photo, mask in labelled[:1]]
     (trained,) = evaluate(pooled, data_at(tmp_path / "data", [*labelled, *bare], [*bare, *labelled]), protocol)

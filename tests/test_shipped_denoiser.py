@@ -1,4 +1,4 @@
-"""The denoiser that comes with the package: for which backbone it is, and that it cleans photos it has never seen."""
+"""The shipped denoiser: the backbone that it is for, and its effect on photos that it was not trained on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def clean(backbone: dv.Backbone) -> dv.DenoisedViT:
 
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:
-    """Photographs of none of the kinds that it was trained on."""
+    """Photos of kinds that it was not trained on."""
     return [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut(), skimage.data.rocket()]
 
 
@@ -51,12 +51,12 @@ def seen(extractor: dv.Backbone | dv.DenoisedViT, photo: np.ndarray, crop: Crop)
 
 
 def agreement(extractor: dv.Backbone | dv.DenoisedViT, photo: np.ndarray) -> float:
-    """Mean cosine of the same places, as the whole photo has them and as a mirrored crop has them."""
+    """Mean cosine of the features of the same places in the whole photo and in a mirrored crop."""
     expected = CROP.sample(seen(extractor, photo, Crop.whole(SIZE)), 14, 14)
     return float(F.cosine_similarity(expected, seen(extractor, photo, CROP), dim=-1).mean())
 
 
-def test_views_of_a_photo_agree_better_than_raw_ones_do(
+def test_denoised_views_agree_better_than_raw_ones(
     backbone: dv.Backbone, clean: dv.DenoisedViT, photos: list[np.ndarray]
 ) -> None:
     for photo in photos:
@@ -64,10 +64,10 @@ def test_views_of_a_photo_agree_better_than_raw_ones_do(
         assert 1 - denoised < 0.85 * (1 - raw), (raw, denoised)
 
 
-def test_features_stay_as_rich_as_raw_ones(
+def test_effective_rank_stays_close_to_that_of_raw_features(
     backbone: dv.Backbone, clean: dv.DenoisedViT, photos: list[np.ndarray]
 ) -> None:
-    """Agreement alone is won by features that say nothing."""
+    """Agreement alone is not enough: constant features agree perfectly."""
     raw, denoised = (
         effective_rank(torch.stack([seen(extractor, photo, Crop.whole(SIZE)) for photo in photos]))
         for extractor in (backbone, clean)
@@ -82,7 +82,7 @@ def test_other_weights_of_the_same_model_are_refused(backbone: dv.Backbone) -> N
         dv.load_denoiser(MODEL, backbone=other)
 
 
-def test_it_says_how_it_was_made() -> None:
+def test_record_names_the_backbone_and_recipe() -> None:
     made = dv.load_denoiser(MODEL)
     assert made.trained_for is not None and made.trained_for["name"] == MODEL
     assert made.info["recipe"] == "recipes/second_teacher.py"
@@ -92,7 +92,7 @@ def test_it_says_how_it_was_made() -> None:
     assert (start["photos"], start["views"], start["blank"]) == (2231, 12, 0.5)
 
 
-def test_hardly_any_artifact_is_left_on_images_without_content(backbone: dv.Backbone, clean: dv.DenoisedViT) -> None:
+def test_uniform_images_have_hardly_any_artifact_left(backbone: dv.Backbone, clean: dv.DenoisedViT) -> None:
     colours = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.8, 0.2, 0.2]])
     mean, std = (torch.tensor(value)[:, None, None] for value in (backbone.mean, backbone.std))
     images = (uniform_images(colours, (518, 518)) - mean) / std

@@ -36,14 +36,14 @@ def photo() -> ShownPhoto:
     return shown()
 
 
-def test_features_are_those_of_denoising(photo: ShownPhoto) -> None:
+def test_features_match_denoise_image(photo: ShownPhoto) -> None:
     result = denoise_image(planted.backbone(share=0.5), photo.pixels, options=OPTIONS.denoising())
     maps = photo.maps()
     assert list(maps) == ["raw", "exact"]
     assert (maps["raw"] == result.raw).all() and (maps["exact"] == result.semantic).all()
 
 
-def test_raw_features_alone_take_one_pass() -> None:
+def test_raw_features_alone_take_one_forward_pass() -> None:
     counted: list[int] = []
     backbone, pixels, options = planted.backbone(), planted.photos(1)[0], OPTIONS.denoising()
     extractor = PhotoExtractor(backbone, ["raw"], Cleaners(), options)
@@ -52,14 +52,14 @@ def test_raw_features_alone_take_one_pass() -> None:
     assert (found.maps()["raw"] == denoise_image(backbone, pixels, method="subtract", artifact="none").raw).all()
 
 
-def test_progress_counts_up_to_what_was_said() -> None:
+def test_progress_counts_up_to_the_number_of_passes() -> None:
     counted: list[int] = []
     extractor = PhotoExtractor(planted.backbone(), ["raw", "exact"], Cleaners(), OPTIONS.denoising())
     extractor(planted.photos(1)[0], progress=lambda done, _: counted.append(done))
     assert counted == sorted(counted) and counted[-1] == extractor.passes == 9
 
 
-def test_tiles_give_the_features_of_tiled_denoising(tmp_path: Path) -> None:
+def test_tiled_features_match_tiled_denoising(tmp_path: Path) -> None:
     backbone, options, tiling = planted.backbone(), OPTIONS.denoising(), TileOptions(tile=88, overlap=16)
     pixels = np.random.default_rng(0).integers(0, 256, (88, 200, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -76,34 +76,34 @@ def test_tiles_give_the_features_of_tiled_denoising(tmp_path: Path) -> None:
     assert list(done) == sorted(done) and counted[-1] == (30, 30) and set(totals) == {30}  # (1 + 9) passes of 3 tiles
 
 
-def test_a_finer_map_is_that_many_times_finer(photo: ShownPhoto) -> None:
+def test_finer_maps_apply_to_exact_but_not_raw_features(photo: ShownPhoto) -> None:
     h, w, _ = photo.maps()["raw"].shape
     finer = photo.maps(3)
     assert finer["raw"].shape[:2] == (h, w) and finer["exact"].shape[:2] == (3 * h, 3 * w)
 
 
 @pytest.mark.parametrize("kind", MAP_KINDS)
-def test_each_kind_of_map_is_drawn_of_each_feature_that_has_it(kind: str, photo: ShownPhoto) -> None:
+def test_each_kind_of_map_is_drawn_for_the_features_that_have_it(kind: str, photo: ShownPhoto) -> None:
     found = pictures(photo, palette_of([photo], OPTIONS), ShowOptions(maps=kind))[kind]
     assert list(found) == ["raw", "exact"] and found["exact"] is not None
     assert len(np.unique(found["exact"].pixels.reshape(-1, 3), axis=0)) > 1
     assert (found["raw"] is None) == (kind in ("artifact", "artifact-norm", "residual"))
 
 
-def test_raw_and_clean_have_one_scale(photo: ShownPhoto) -> None:
+def test_raw_and_clean_maps_share_one_scale(photo: ShownPhoto) -> None:
     found = pictures(photo, palette_of([photo], OPTIONS), ShowOptions(maps="norm"))["norm"]
     raw, exact = found["raw"], found["exact"]
     assert raw is not None and exact is not None and raw.bar == exact.bar is not None
 
 
-def test_a_photo_has_colours_of_its_own_unless_they_are_shared(photo: ShownPhoto) -> None:
+def test_photos_have_their_own_colours_unless_shared(photo: ShownPhoto) -> None:
     other = shown(1)
     alone, shared = palette_of([photo], OPTIONS), palette_of([photo, other], OPTIONS)
     first, second = (pictures(photo, one, ShowOptions(maps="pca"))["pca"]["raw"] for one in (alone, shared))
     assert first is not None and second is not None and not (first.pixels == second.pixels).all()
 
 
-def test_similarity_is_to_the_patch_that_was_asked_for(photo: ShownPhoto) -> None:
+def test_similarity_is_to_the_given_patch(photo: ShownPhoto) -> None:
     for at in ((0.0, 0.0), (1.0, 1.0)):
         found = pictures(photo, palette_of([photo], OPTIONS), ShowOptions(maps="similarity", at=at))["similarity"][
             "raw"
@@ -115,7 +115,7 @@ def test_similarity_is_to_the_patch_that_was_asked_for(photo: ShownPhoto) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
-def test_a_sheet_is_a_file_of_its_kind_and_the_same_each_time(suffix: str, photo: ShownPhoto, tmp_path: Path) -> None:
+def test_sheet_has_the_format_of_its_name_and_is_reproducible(suffix: str, photo: ShownPhoto, tmp_path: Path) -> None:
     files = [tmp_path / f"{name}{suffix}" for name in "ab"]
     palette = palette_of([photo], OPTIONS)
     for path in files:
@@ -123,13 +123,13 @@ def test_a_sheet_is_a_file_of_its_kind_and_the_same_each_time(suffix: str, photo
     first, second = (path.read_bytes() for path in files)
     assert first == second and first.startswith({".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[suffix])
     if suffix == ".png":
-        assert is_panel(files[0])  # never taken for a photo
+        assert is_panel(files[0])  # it is never read as a photo
     if suffix == ".svg":
-        assert "what it is" in first.decode() and "residual norm" in first.decode()  # text is text
+        assert "what it is" in first.decode() and "residual norm" in first.decode()  # text is stored as text
 
 
-def test_pictures_keep_the_shape_of_their_photo(photo: ShownPhoto, tmp_path: Path) -> None:
-    """The panorama and the portrait of one sheet, one kind of map: a row each."""
+def test_pictures_keep_the_aspect_ratio_of_their_photo(photo: ShownPhoto, tmp_path: Path) -> None:
+    """A panorama and a portrait on one sheet with one kind of map: one row each."""
     wide = ShownPhoto("wide", np.zeros((40, 120, 3), np.uint8), photo.found)
     tall = ShownPhoto("tall", np.zeros((120, 60, 3), np.uint8), photo.found)
     options = ShowOptions(maps="pca")
@@ -141,7 +141,7 @@ def test_pictures_keep_the_shape_of_their_photo(photo: ShownPhoto, tmp_path: Pat
         assert image.width == LEFT + 3 * CELL + 2 * GAP + RIGHT
 
 
-def test_another_ending_is_refused(photo: ShownPhoto, tmp_path: Path) -> None:
+def test_other_file_extension_is_refused(photo: ShownPhoto, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"expected a name that ends in \.png, \.pdf, \.svg"):
         draw_sheet([photo], [palette_of([photo], OPTIONS)], tmp_path / "s.jpg", OPTIONS)
 
@@ -162,7 +162,7 @@ def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> 
         ShowOptions(**changes).validate()  # pyright: ignore[reportArgumentType]
 
 
-def test_a_missing_denoiser_is_said() -> None:
+def test_missing_denoiser_is_reported() -> None:
     assert ShowOptions().names(planted.backbone(), None) == ("raw", "exact")
     with pytest.raises(DenoiserError, match="the package has no denoiser"):
         PhotoExtractor(planted.backbone(), ["denoiser"], Cleaners(), OPTIONS.denoising())

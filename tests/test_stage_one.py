@@ -1,4 +1,4 @@
-"""Stage 1 for a stream of photos: the same results as one by one, whatever the batches."""
+"""Stage 1 for a stream of photos: the same results as for single photos, with any batch size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Photos = list[tuple[int, str, np.ndarray | Skipped]]
 
 
 class Counting(nn.Module):
-    """One convolution that remembers the sizes of its batches."""
+    """One convolution that records the sizes of its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def run(stage: StageOne, photos: Photos) -> list[Ready | Failed]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 16, 50])
-def test_fields_and_figures_are_those_of_single_photos(backbone: Backbone, photos: Photos, batch_size: int) -> None:
+def test_fields_and_metrics_match_single_photos(backbone: Backbone, photos: Photos, batch_size: int) -> None:
     stage = StageOne(backbone, DenoiseOptions(views=9, held_out=2, seed=3, batch_size=batch_size))
     found = run(stage, photos)
     assert [ready.index for ready in found] == [4, 7, 8, 11]
@@ -74,14 +74,14 @@ def test_fields_and_figures_are_those_of_single_photos(backbone: Backbone, photo
         assert record["photo"]["sha256"] == alone.info["photo"]["sha256"]
 
 
-def test_batches_are_full_across_photos(backbone: Backbone, module: Counting, photos: Photos) -> None:
+def test_batches_are_filled_across_photos(backbone: Backbone, module: Counting, photos: Photos) -> None:
     stage = StageOne(backbone, DenoiseOptions(views=9, held_out=2, batch_size=16))
     run(stage, photos)
     assert stage.views == 11
     assert module.batches == [16, 16, 12]  # 4 x 11 views
 
 
-def test_unreadable_photos_come_at_their_place(backbone: Backbone, photos: Photos) -> None:
+def test_unusable_photos_fail_at_their_position(backbone: Backbone, photos: Photos) -> None:
     mixed: Photos = [
         (0, "a", Skipped("a", "truncated")),
         *photos[:1],
@@ -95,7 +95,7 @@ def test_unreadable_photos_come_at_their_place(backbone: Backbone, photos: Photo
     assert isinstance(found[1], Ready) and isinstance(found[3], Ready)
 
 
-def test_features_that_are_not_finite_fail_their_photo_alone(photos: Photos) -> None:
+def test_non_finite_features_fail_only_their_photo(photos: Photos) -> None:
     class Poisoned(Counting):
         def forward(self, images: Tensor) -> Tensor:
             out = super().forward(images)
@@ -122,7 +122,7 @@ def test_known_artifact_is_used(backbone: Backbone, photos: Photos) -> None:
     torch.testing.assert_close(found.finish().field, alone.field, rtol=1e-5, atol=1e-5)
 
 
-def test_without_held_out_views_there_are_no_figures(backbone: Backbone, module: Counting, photos: Photos) -> None:
+def test_without_held_out_views_there_are_no_metrics(backbone: Backbone, module: Counting, photos: Photos) -> None:
     stage = StageOne(backbone, DenoiseOptions(views=9, held_out=0))
     found = run(stage, photos[:1])[0]
     assert isinstance(found, Ready)
@@ -130,7 +130,7 @@ def test_without_held_out_views_there_are_no_figures(backbone: Backbone, module:
     assert sum(module.batches) == stage.views == 9
 
 
-def test_a_source_that_breaks_is_heard_of(backbone: Backbone, photos: Photos) -> None:
+def test_error_of_the_photo_source_is_raised(backbone: Backbone, photos: Photos) -> None:
     def broken() -> Iterator[tuple[int, str, np.ndarray | Skipped]]:
         yield photos[0]
         raise OSError("the drive is gone")
@@ -146,7 +146,7 @@ def test_other_methods_are_refused(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("known", [False, True])
-def test_photos_solved_together_are_those_solved_alone(
+def test_photos_solved_together_match_those_solved_alone(
     backbone: Backbone, photos: Photos, known: bool, offsets: bool
 ) -> None:
     stage = StageOne(backbone, replace(OPTIONS, offsets=offsets), torch.randn(7, 7, 5) if known else None)

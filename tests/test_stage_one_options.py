@@ -1,4 +1,4 @@
-"""The options of stage 1: one class, which says what each option decides; records stay as they were."""
+"""The options of stage 1: one class that states what each option affects; records stay unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from denoising_vit.show.options import VideoOptions
 WIDE = (0.4, 1.0)
 
 
-def test_a_record_leaves_out_what_decides_nothing_or_is_told_elsewhere() -> None:
+def test_record_omits_options_without_effect_or_recorded_elsewhere() -> None:
     exact = DenoiseOptions(area=WIDE)
     every = {"method", "views", "held_out", "size", "resolution", "smoothness", "shrinkage", "clip", "coverage"}
     every |= {"area", "taper", "seed", "batch_size"}
@@ -34,13 +34,13 @@ def test_one_pass_is_recorded_by_method_and_size() -> None:
     assert DenoiseOptions(method="subtract", size=56).recorded() == {"method": "subtract", "size": 56}
 
 
-def test_published_crops_are_left_out_of_records() -> None:
+def test_published_crops_are_omitted_from_records() -> None:
     assert "area" not in DenoiseOptions().recorded() and DenoiseOptions(area=WIDE).recorded()["area"] == [0.4, 1.0]
     assert "area" not in VideoOptions().recorded() and VideoOptions(area=WIDE).recorded()["area"] == [0.4, 1.0]
     assert "ratio" not in DiagnoseOptions().recorded() and DiagnoseOptions(ratio=(1, 2)).recorded()["ratio"] == (1, 2)
 
 
-def test_options_of_data_sets_are_those_of_a_photo() -> None:
+def test_options_of_data_sets_match_those_of_a_photo() -> None:
     assert FieldOptions(area=WIDE, taper=0.1).denoising() == DenoiseOptions(held_out=0, area=WIDE, taper=0.1)
     assert CalibrationOptions(clip=4).denoising() == DenoiseOptions(views=16, held_out=0, clip=4)
     assert DiagnoseOptions(area=WIDE).calibration() == CalibrationOptions(views=8, clip=6.0, area=WIDE)
@@ -50,6 +50,6 @@ def test_options_of_data_sets_are_those_of_a_photo() -> None:
 
 
 @pytest.mark.parametrize("options", [VideoOptions(area=(0.5, 0.1)), DiagnoseOptions(area=(0.5, 0.1))], ids=type)
-def test_impossible_crops_are_refused(options: VideoOptions | DiagnoseOptions) -> None:
+def test_invalid_crops_are_rejected(options: VideoOptions | DiagnoseOptions) -> None:
     with pytest.raises(PlanError, match="crop area must be two increasing fractions"):
         options.validate() if isinstance(options, VideoOptions) else options.calibration()

@@ -1,4 +1,4 @@
-"""Sufficient statistics: sums by hand, streaming, clipping, and what is refused."""
+"""Sufficient statistics: sums by hand, streaming, clipping, and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def plan(views: int = 7, taper: float = 0.0) -> ViewPlan:
 
 
 @pytest.mark.parametrize("taper", [0.0, 0.4])
-def test_sums_equal_those_written_out_view_by_view(taper: float) -> None:
+def test_sums_match_a_view_by_view_computation(taper: float) -> None:
     views = plan(taper=taper)
     rows, columns = views.windows
     wy, wx = views.weights
@@ -30,7 +30,7 @@ def test_sums_equal_those_written_out_view_by_view(taper: float) -> None:
     assert statistics.views_seen == 7
 
 
-def test_one_patch_lands_on_its_four_nodes() -> None:
+def test_one_patch_contributes_to_its_four_nodes() -> None:
     """A single sample at row weights (1/4, 3/4) and column weights (1/2, 1/2)."""
     wy = torch.tensor([[[0.25, 0.75, 0.0]]])  # (1 view, 1 row, 3 nodes)
     wx = torch.tensor([[[0.0, 0.5, 0.5]]])
@@ -58,14 +58,14 @@ def test_more_views_than_planned_and_other_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_and_counted(value: float) -> None:
+def test_non_finite_features_are_refused_and_counted(value: float) -> None:
     features = torch.zeros(2, 5, 7, 3)
     features[1, 2, 3] = value
     with pytest.raises(BackboneError, match="3 of 210 feature values are not finite"):
         Statistics(plan(), 3).add(features)
 
 
-def test_large_finite_features_are_not_taken_for_infinite() -> None:
+def test_large_finite_features_are_accepted() -> None:
     Statistics(plan(), 3).add(torch.full((2, 5, 7, 3), 1e37))  # their float32 sum overflows
 
 
@@ -100,7 +100,7 @@ def test_clip_must_be_positive() -> None:
         Statistics(plan(), 3, clip=0.0)
 
 
-def test_views_weighed_at_once_are_those_weighed_one_by_one() -> None:
+def test_weighted_sum_matches_einsum() -> None:
     chance = torch.Generator().manual_seed(0)
     features = torch.randn(4, 5, 7, 3, dtype=torch.float64, generator=chance)
     rows, columns = (torch.rand(4, count, dtype=torch.float64, generator=chance) for count in (5, 7))

@@ -1,4 +1,4 @@
-"""FeatureStore: what is written is read back, whatever is interrupted; and what does not belong is refused."""
+"""FeatureStore: reading back what was written, recovery from crashes and full disks, and rejected input."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write_shard(store: FeatureStore, shard: int, fail: tuple[int, ...] = (), fin
 
 
 def assert_whole(store: FeatureStore) -> None:
-    """Every image sealed and as it was put, and nothing left over."""
+    """Check that every image is sealed and has the values that were written, and that no staged image is left."""
     assert store.done() == set(range(len(IDS)))
     assert store.sealed() == set(range(store.manifest.shards))
     assert store.staged() == set()
@@ -73,7 +73,7 @@ def assert_whole(store: FeatureStore) -> None:
 
 @pytest.fixture(params=["local", "file", "memory"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A new place of each kind that needs no server."""
+    """A new location of each kind that needs no server."""
     kinds = {"local": str(tmp_path / "store"), "file": f"file://{tmp_path}/store", "memory": f"memory://{tmp_path}/s"}
     return kinds[request.param]
 
@@ -87,10 +87,10 @@ def root_of(store: FeatureStore) -> Path:
     return Path(store.url)
 
 
-# --- the whole way ---
+# --- writing and reading ---
 
 
-def test_images_come_back_as_they_were_put_staged_or_sealed(url: str) -> None:
+def test_staged_and_sealed_images_are_read_back(url: str) -> None:
     store = FeatureStore.create(url, make_manifest(), IDS)
     assert store.done() == set()
     assert store.unfinished() == [0, 1, 2]
@@ -111,7 +111,7 @@ def test_images_come_back_as_they_were_put_staged_or_sealed(url: str) -> None:
     assert_whole(again)
 
 
-def test_another_program_reads_the_array_with_zarr_alone(store: FeatureStore) -> None:
+def test_array_can_be_read_with_zarr_alone(store: FeatureStore) -> None:
     for shard in range(3):
         write_shard(store, shard, fail=(2,))
     array: Any = zarr.open_array(f"{store.url}/field", mode="r")
@@ -121,7 +121,7 @@ def test_another_program_reads_the_array_with_zarr_alone(store: FeatureStore) ->
     assert np.isnan(array[2]).all()
 
 
-def test_failed_image_takes_no_room_in_its_shard(store: FeatureStore) -> None:
+def test_failed_image_takes_no_space_in_its_shard(store: FeatureStore) -> None:
     write_shard(store, 0)
     write_shard(store, 1, fail=(2,))
     whole, half = ((root_of(store) / f"field/c/{shard}/0/0/0").stat().st_size for shard in range(2))
@@ -160,7 +160,7 @@ def test_float32_store_loses_nothing(tmp_path: Path) -> None:
     ("value", "message"),
     [(7e4, r"a\.jpg: .*7e\+04.*at most 65504.*float32"), (float("nan"), "not finite"), (-float("inf"), "a.jpg")],
 )
-def test_values_that_do_not_fit_are_refused_and_leave_nothing(store: FeatureStore, value: float, message: str) -> None:
+def test_values_out_of_range_are_rejected_and_not_stored(store: FeatureStore, value: float, message: str) -> None:
     field = field_of(0)
     field[1, 2, 3] = value
     with store.writer(0) as writer, pytest.raises(FieldError, match=message):
@@ -194,7 +194,7 @@ def test_unfinished_shard_is_not_sealed(store: FeatureStore) -> None:
     assert store.sealed() == set()
 
 
-def test_sealed_shard_takes_nothing_more(store: FeatureStore) -> None:
+def test_sealed_shard_rejects_further_images(store: FeatureStore) -> None:
     write_shard(store, 0)
     with store.writer(0) as writer:
         assert writer.missing() == []
@@ -203,7 +203,7 @@ def test_sealed_shard_takes_nothing_more(store: FeatureStore) -> None:
             writer.put(0, field_of(0))
 
 
-def test_second_attempt_at_a_failed_image_counts(store: FeatureStore) -> None:
+def test_failed_image_can_be_written_again(store: FeatureStore) -> None:
     with store.writer(0) as writer:
         writer.fail(0, "no network")
     assert store.failed() == {0: "no network"}
@@ -213,7 +213,7 @@ def test_second_attempt_at_a_failed_image_counts(store: FeatureStore) -> None:
     assert list(store.verify()) == []
 
 
-def test_writer_outside_its_block_is_refused(store: FeatureStore) -> None:
+def test_writer_outside_a_with_block_is_rejected(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match=r"with store\.writer"):
         store.writer(0).put(0, field_of(0))
     with pytest.raises(StoreError, match="unknown shard 3; expected 0 to 2"):
@@ -224,7 +224,7 @@ def test_writer_outside_its_block_is_refused(store: FeatureStore) -> None:
 
 
 class Crash(Exception):
-    """Stands for kill -9: nobody handles it, and what would tidy up afterwards must not be needed."""
+    """Simulates kill -9: no code handles it, and the store must not depend on cleanup afterwards."""
 
 
 def crash(*_: Any, **__: Any) -> None:
@@ -242,7 +242,7 @@ STEPS = {
 
 
 def crash_at(patch: pytest.MonkeyPatch, store: FeatureStore, step: str) -> None:
-    """Has the store's objects crash at a step of sealing, before or after it is carried out."""
+    """Make the store's objects crash at a step of sealing, before or after the step is carried out."""
     name, folder, when = STEPS[step]
     original = getattr(type(store.objects), name)
 
@@ -268,10 +268,10 @@ def test_crash_between_steps_of_sealing_is_repaired_by_the_next_run(
         crash_at(patch, store, step)
         writer.finish()
     again = FeatureStore.open(store.url, writable=True)
-    assert again.done() == set(range(5))  # nothing that was finished is lost
+    assert again.done() == set(range(5))  # no finished image is lost
     for index in again.manifest.images_of(shard):
         assert torch.equal(again[index].field, field_of(index).half().float())
-    if (step, shard) != ("while deleting", 2):  # its only image is deleted by then: nothing to repair
+    if (step, shard) != ("while deleting", 2):  # its only staged image is deleted by then: nothing to repair
         assert again.unfinished() == [shard]
     with again.writer(shard) as writer:
         assert writer.missing() == []  # nothing is computed again
@@ -292,7 +292,7 @@ def test_half_written_shard_without_marker_is_written_again(store: FeatureStore,
     assert list(store.verify()) == []
 
 
-def test_damaged_staged_image_is_done_again_and_not_sealed(store: FeatureStore) -> None:
+def test_damaged_staged_image_is_written_again_before_sealing(store: FeatureStore) -> None:
     write_shard(store, 0, finish=False)
     path = root_of(store) / "staged/00000001.safetensors"
     data = bytearray(path.read_bytes())
@@ -310,7 +310,7 @@ def test_damaged_staged_image_is_done_again_and_not_sealed(store: FeatureStore) 
     assert list(store.verify()) == []
 
 
-def test_full_disk_leaves_no_half_image_and_keeps_what_was_finished(
+def test_full_disk_keeps_finished_images_and_leaves_no_partial_file(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
@@ -344,11 +344,11 @@ def test_disk_that_fills_while_sealing_keeps_every_image(
         writer.finish()
     assert store.done() == {0, 1}
     assert store.sealed() == set()
-    write_shard(store, 0)  # the lease was given back
+    write_shard(store, 0)  # the lease was released
     assert store.sealed() == {0}
 
 
-def test_what_a_killed_writer_left_half_written_is_swept(store: FeatureStore) -> None:
+def test_partial_files_of_a_killed_writer_are_removed(store: FeatureStore) -> None:
     folder = root_of(store) / "staged"
     folder.mkdir()
     mine, other = folder / ".00000001.safetensors.abcd.part", folder / ".00000002.safetensors.abcd.part"
@@ -363,12 +363,12 @@ def test_what_a_killed_writer_left_half_written_is_swept(store: FeatureStore) ->
 # --- opening ---
 
 
-def test_store_is_not_made_twice(store: FeatureStore) -> None:
+def test_creating_an_existing_store_is_rejected(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match="a feature store already exists"):
         FeatureStore.create(store.url, make_manifest(), IDS)
 
 
-def test_store_is_not_made_in_a_folder_with_something_else(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(StoreError, match=r"expected an empty or new folder.*thesis\.tex"):
         FeatureStore.create(tmp_path, make_manifest(), IDS)
@@ -376,7 +376,7 @@ def test_store_is_not_made_in_a_folder_with_something_else(tmp_path: Path) -> No
         FeatureStore.open(tmp_path)
 
 
-def test_interrupted_creation_is_done_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_creation_can_be_repeated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Manifest, "to_json", crash)
         FeatureStore.create_or_open(url, make_manifest(), IDS)
@@ -385,14 +385,14 @@ def test_interrupted_creation_is_done_again(url: str, monkeypatch: pytest.Monkey
     assert len(FeatureStore.create_or_open(url, make_manifest(), IDS)) == 5
 
 
-def test_create_or_open_goes_on_with_what_is_there(url: str) -> None:
+def test_create_or_open_opens_an_existing_store(url: str) -> None:
     store = FeatureStore.create_or_open(url, make_manifest(), IDS)
     write_shard(store, 0)
     assert FeatureStore.create_or_open(url, make_manifest(), IDS).done() == {0, 1}
 
 
 @pytest.mark.parametrize("place", ["nowhere", "file.txt"])
-def test_place_without_a_store_is_refused(tmp_path: Path, place: str) -> None:
+def test_path_without_a_store_is_rejected(tmp_path: Path, place: str) -> None:
     (tmp_path / "file.txt").touch()
     with pytest.raises(StoreError, match=r"no feature store found.*dvit fit"):
         FeatureStore.open(tmp_path / place)
@@ -402,15 +402,17 @@ def test_place_without_a_store_is_refused(tmp_path: Path, place: str) -> None:
     ("ids", "message"),
     [([], "at least one image"), (["a", "b", "a"], "'a' occurs 2 times"), (["a", ""], "non-empty strings")],
 )
-def test_unusable_ids_are_refused(tmp_path: Path, ids: list[str], message: str) -> None:
+def test_invalid_ids_are_rejected(tmp_path: Path, ids: list[str], message: str) -> None:
     with pytest.raises(StoreError, match=message):
         FeatureStore.create(tmp_path / "store", make_manifest(), ids)
 
 
-def test_read_only_place_is_named_when_opened_for_writing(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_store_can_be_read_but_not_opened_for_writing(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_shard(store, 0)
 
-    def refuse(*_: Any, **__: Any) -> None:  # tests may run as root, whom permissions do not stop
+    def refuse(*_: Any, **__: Any) -> None:  # tests may run as root, which ignores permissions
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     for name in ("write", "create", "delete"):
@@ -425,7 +427,7 @@ def test_read_only_place_is_named_when_opened_for_writing(store: FeatureStore, m
         reader.writer(1)
 
 
-def test_missing_library_for_a_url_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_for_a_url_is_reported_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(*_: Any, **__: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
@@ -435,7 +437,7 @@ def test_missing_library_for_a_url_is_named_with_its_extra(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("place", "message"), [("nonsense://x", "s3://bucket/store"), (" ", "empty name")])
-def test_place_that_cannot_be_is_refused(place: str, message: str) -> None:
+def test_invalid_url_is_rejected(place: str, message: str) -> None:
     with pytest.raises(StoreError, match=message):
         FeatureStore.open(place)
 
@@ -443,7 +445,7 @@ def test_place_that_cannot_be_is_refused(place: str, message: str) -> None:
 # --- manifests ---
 
 
-def test_manifest_comes_back_from_json() -> None:
+def test_manifest_round_trip_through_json() -> None:
     manifest = make_manifest(options={"size": (3, 4), "clip": None}).with_ids(IDS)
     again = Manifest.from_json(manifest.to_json(), "here")
     assert again == manifest
@@ -466,14 +468,14 @@ def test_manifest_comes_back_from_json() -> None:
         ),
     ],
 )
-def test_mismatch_names_both_sides(store: FeatureStore, change: dict[str, Any], message: str) -> None:
+def test_mismatch_reports_both_values(store: FeatureStore, change: dict[str, Any], message: str) -> None:
     differences = store.manifest.mismatch(make_manifest(**change))
     assert [line for line in differences if not line.startswith(message)] == []
     with pytest.raises(StoreError, match=message):
         FeatureStore.open(store.url, make_manifest(**change))
 
 
-def test_other_weights_are_told_by_their_fingerprint() -> None:
+def test_other_weights_are_detected_by_their_fingerprint() -> None:
     manifest = make_manifest()
 
     def like(values: list[float]) -> Manifest:
@@ -515,13 +517,13 @@ def test_damaged_manifest_is_refused(store: FeatureStore, changes: dict[str, Any
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "damaged manifest"), ("[]", "not a feature store")])
-def test_manifest_that_is_something_else_is_refused(store: FeatureStore, text: str, message: str) -> None:
+def test_manifest_with_other_content_is_rejected(store: FeatureStore, text: str, message: str) -> None:
     (root_of(store) / "manifest.json").write_text(text)
     with pytest.raises(StoreError, match=message):
         FeatureStore.open(store.url)
 
 
-def test_manifest_that_lacks_something_is_refused(store: FeatureStore) -> None:
+def test_manifest_with_a_missing_key_is_rejected(store: FeatureStore) -> None:
     path = root_of(store) / "manifest.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "plan"}))
     with pytest.raises(StoreError, match="damaged manifest: plan missing"):
@@ -536,7 +538,7 @@ def test_manifest_that_lacks_something_is_refused(store: FeatureStore) -> None:
         ({"options": {"x": object()}}, "options of a store must consist of JSON values"),
     ],
 )
-def test_manifest_out_of_range_is_refused(change: dict[str, Any], message: str) -> None:
+def test_manifest_with_invalid_values_is_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(StoreError, match=message):
         make_manifest(**change)
 
@@ -546,7 +548,7 @@ def test_manifest_out_of_range_is_refused(change: dict[str, Any], message: str) 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """A bucket of an S3 server on loopback."""
+    """A bucket of an S3 server on the loopback interface."""
     server_module = pytest.importorskip("moto.server")
     fsspec = pytest.importorskip("fsspec")
     pytest.importorskip("s3fs")
@@ -567,7 +569,7 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
-def test_store_in_an_object_store_is_written_resumed_read_and_verified(s3: str) -> None:
+def test_s3_store_is_written_resumed_read_and_verified(s3: str) -> None:
     url = f"{s3}/deep/store"
     store = FeatureStore.create_or_open(url, make_manifest(), IDS)
     write_shard(store, 0)
@@ -585,7 +587,7 @@ def test_store_in_an_object_store_is_written_resumed_read_and_verified(s3: str) 
 
 
 def test_workers_read_an_object_store(s3: str) -> None:
-    """Connections do not survive the fork that makes them."""
+    """Forked workers cannot use connections that were opened before the fork."""
     store = FeatureStore.create(f"{s3}/forked", make_manifest(), IDS)
     write_shard(store, 0)
     write_shard(store, 1, finish=False)
@@ -595,7 +597,7 @@ def test_workers_read_an_object_store(s3: str) -> None:
         assert torch.equal(field, field_of(index).half().float())
 
 
-def test_of_many_contenders_for_a_shard_in_an_object_store_one_gets_it(s3: str) -> None:
+def test_only_one_of_several_writers_gets_the_lease_in_an_object_store(s3: str) -> None:
     start, got, refused = threading.Barrier(4), [], []
 
     def contend(_: int) -> None:
@@ -629,7 +631,7 @@ def test_missing_bucket_is_reported(s3: str) -> None:
         FeatureStore.create("s3://no-such-bucket/store", make_manifest(), IDS)
 
 
-def test_failed_images_of_a_sealed_shard_can_be_tried_again(url: str) -> None:
+def test_failed_images_of_a_sealed_shard_can_be_retried(url: str) -> None:
     store = FeatureStore.create(url, make_manifest(), IDS)
     write_shard(store, 0, fail=(1,))
     write_shard(store, 1)
@@ -646,7 +648,7 @@ def test_failed_images_of_a_sealed_shard_can_be_tried_again(url: str) -> None:
     assert_whole(store)
 
 
-def test_a_crash_while_a_shard_is_opened_again_loses_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_while_reopening_a_sealed_shard_loses_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FeatureStore.create(url, make_manifest(), IDS)
     write_shard(store, 0, fail=(1,))
 
@@ -668,7 +670,7 @@ def test_a_crash_while_a_shard_is_opened_again_loses_nothing(url: str, monkeypat
     assert torch.equal(store[0].field, field_of(0).half().float())
 
 
-def test_without_failures_nothing_is_tried_again(url: str) -> None:
+def test_retry_without_failures_changes_nothing(url: str) -> None:
     store = FeatureStore.create(url, make_manifest(), IDS)
     write_shard(store, 0)
     assert store.retry_failed() == []

@@ -1,4 +1,4 @@
-"""Stores over power cuts, other processes and hands that change them: nothing stale, nothing changed unseen."""
+"""Stores after power cuts, and changes by other processes or by hand: no stale data, every change detected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def field_of(index: int) -> Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A store whose first shard is sealed with one image that failed, and whose second has one image staged."""
+    """A store with a sealed first shard that contains one failed image, and a second shard with one staged image."""
     store = FeatureStore.create(tmp_path / "store", MANIFEST, IDS)
     with store.writer(0) as writer:
         writer.put(0, field_of(0), {"heldout_r2": 0.5})
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Files and folders in the order in which they are flushed to the disk, by the names that they have then."""
+    """Files and folders in the order in which they are flushed to disk, with their names at that time."""
     done, names = os.fsync, []
 
     def sync(file: int) -> None:
@@ -67,13 +67,13 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
-def test_all_that_makes_a_store_reaches_the_disk(tmp_path: Path, synced: list[Path]) -> None:
+def test_files_of_a_store_are_flushed_in_order(tmp_path: Path, synced: list[Path]) -> None:
     root = tmp_path / "new" / "store"
     store = FeatureStore.create(root, MANIFEST, IDS)
     manifest = next(place for place, path in enumerate(synced) if path.name.startswith(".manifest.json."))
     before, after = synced[:manifest], synced[manifest + 1 :]
     assert {tmp_path, tmp_path / "new", root, root / "field", root / "field" / "zarr.json"} <= set(before)
-    assert any(path.name.startswith(".ids.json.") for path in before)  # the manifest says that the others are there
+    assert any(path.name.startswith(".ids.json.") for path in before)  # the manifest implies that the other files exist
     assert after[0] == root
     synced.clear()
     with store.writer(0) as writer:
@@ -83,13 +83,13 @@ def test_all_that_makes_a_store_reaches_the_disk(tmp_path: Path, synced: list[Pa
         writer.finish()
     folder, marker = root / "field/c/0/0/0", synced.index(root / "sealed")
     shard = next(place for place, path in enumerate(synced) if path.parent == folder and path.name.startswith(".0."))
-    assert {folder.parent, *folder.parent.parents[:3]} <= set(synced[:marker])  # folders that were made for it
+    assert {folder.parent, *folder.parent.parents[:3]} <= set(synced[:marker])  # folders created for the shard
     assert shard < synced.index(folder) < marker
     assert root in synced[shard:]
 
 
-def test_an_empty_manifest_is_no_dead_end(tmp_path: Path) -> None:
-    """As a power cut left it where it was not flushed, beside nothing that was finished."""
+def test_store_with_an_empty_manifest_can_be_created_again(tmp_path: Path) -> None:
+    """As after a power cut before the manifest was flushed; no image is finished."""
     FeatureStore.create(tmp_path, MANIFEST, IDS)
     (tmp_path / "manifest.json").write_bytes(b"")
     with pytest.raises(
@@ -101,7 +101,7 @@ def test_an_empty_manifest_is_no_dead_end(tmp_path: Path) -> None:
     assert FeatureStore.open(tmp_path).ids == IDS
 
 
-def test_an_empty_manifest_beside_finished_images_costs_none_of_them(folder: Path) -> None:
+def test_empty_manifest_with_finished_images_changes_no_files(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"")
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(StoreError, match=r"manifest\.json is empty.*otherwise fit into a new folder"):
@@ -110,7 +110,7 @@ def test_an_empty_manifest_beside_finished_images_costs_none_of_them(folder: Pat
 
 
 @pytest.mark.parametrize("name", ["field/photo.png", "ids.json"])
-def test_files_that_have_a_stores_names_are_no_leftovers(tmp_path: Path, name: str) -> None:
+def test_unrelated_files_with_names_of_a_store_are_kept(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"theirs")
@@ -121,10 +121,10 @@ def test_files_that_have_a_stores_names_are_no_leftovers(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["files", "object store"])
-def test_an_open_reader_sees_that_a_shard_was_sealed_again(
+def test_open_reader_notices_that_a_shard_was_sealed_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
-    if not told:  # where nothing says that an object was written again
+    if not told:  # object stores do not report that an object was rewritten
         monkeypatch.setattr(LocalObjects, "stamp", lambda _self, _key: ())
     reader = FeatureStore.open(folder)
     with pytest.raises(StoreError, match=r"b\.jpg failed: no luck"):
@@ -169,7 +169,7 @@ def in_failed(folder: Path) -> None:
         (in_failed, "failed/00000001.json"),
     ],
 )
-def test_verify_sees_a_changed_record(folder: Path, change: Callable[[Path], None], where: str) -> None:
+def test_verify_detects_a_changed_record(folder: Path, change: Callable[[Path], None], where: str) -> None:
     change(folder)
     problems = list(FeatureStore.open(folder).verify())
     assert [problem.where for problem in problems] == [where]
@@ -183,7 +183,7 @@ def test_a_changed_manifest_is_refused(folder: Path) -> None:
         FeatureStore.open(folder)
 
 
-def test_stores_of_earlier_releases_have_no_checksums_and_stay_readable(folder: Path) -> None:
+def test_stores_of_earlier_releases_without_checksums_are_readable(folder: Path) -> None:
     for name in ("manifest.json", "sealed/000000.json", "failed/00000001.json"):
         content = json.loads((folder / name).read_text())
         del content["crc32"]

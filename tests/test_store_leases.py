@@ -1,4 +1,4 @@
-"""Leases: one writer of a shard, told by process and heartbeat and never by a clock."""
+"""Leases: one writer per shard, decided by process and heartbeat and never by a clock."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> FeatureStore:
 
 
 class FakeTime:
-    """Stands for the module ``time``: only what may decide about leases, and sleeping passes at once."""
+    """Replaces the module ``time``: has only what leases may depend on, and sleeps without waiting."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -80,7 +80,7 @@ def put(store: FeatureStore, index: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
-def test_second_writer_of_a_shard_is_refused_with_the_first_ones_host_and_process(tmp_path: Path, kind: str) -> None:
+def test_second_writer_is_rejected_with_host_and_process_of_the_first(tmp_path: Path, kind: str) -> None:
     objects = open_objects(tmp_path if kind == "local" else f"memory://{tmp_path}")
     here = Process.current()
     first = Leases(objects).acquire("x")
@@ -92,28 +92,28 @@ def test_second_writer_of_a_shard_is_refused_with_the_first_ones_host_and_proces
     Leases(objects).acquire("x").release()
 
 
-def test_shards_are_written_side_by_side(store: FeatureStore) -> None:
+def test_different_shards_can_be_written_at_once(store: FeatureStore) -> None:
     with store.writer(0) as one, store.writer(1) as other:
         one.put(1, torch.ones(3, 4, 5))
         other.put(2, torch.ones(3, 4, 5))
     assert store.done() == {1, 2}
 
 
-def test_names_that_begin_alike_are_different_leases(tmp_path: Path) -> None:
+def test_names_with_a_common_prefix_are_different_leases(tmp_path: Path) -> None:
     some = Leases(open_objects(tmp_path))
     with some.acquire("run"), some.acquire("run.1"), some.acquire("run2"):
         assert some.generations("run") == [1]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_lease_is_given_back_on_exceptions(store: FeatureStore, kind: type[BaseException]) -> None:
+def test_lease_is_released_on_exceptions(store: FeatureStore, kind: type[BaseException]) -> None:
     with pytest.raises(kind), store.writer(0):
         raise kind
     put(store, 0)
     assert store.done() == {0}
 
 
-def test_lease_is_given_back_if_entering_fails(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_is_released_if_entering_fails(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError("no network")
 
@@ -124,7 +124,7 @@ def test_lease_is_given_back_if_entering_fails(store: FeatureStore, monkeypatch:
     put(store, 0)
 
 
-def test_lease_of_a_sealed_shard_leaves_nothing_behind(store: FeatureStore) -> None:
+def test_sealed_shards_leave_no_lease_files(store: FeatureStore) -> None:
     for shard in range(2):
         for index in store.manifest.images_of(shard):
             put(store, index)
@@ -133,7 +133,7 @@ def test_lease_of_a_sealed_shard_leaves_nothing_behind(store: FeatureStore) -> N
     assert store.objects.names("leases") == []
 
 
-def test_lease_is_given_back_on_a_full_disk(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_is_released_on_a_full_disk(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -145,7 +145,7 @@ def test_lease_is_given_back_on_a_full_disk(store: FeatureStore, monkeypatch: py
     put(store, 0)
 
 
-def test_of_many_contenders_for_a_dead_ones_lease_one_gets_it(store: FeatureStore) -> None:
+def test_only_one_contender_takes_over_a_dead_lease(store: FeatureStore) -> None:
     leave_lease(store, replace(Process.current(), started=1))
     start, got, refused = threading.Barrier(8), [], []
 
@@ -164,7 +164,7 @@ def test_of_many_contenders_for_a_dead_ones_lease_one_gets_it(store: FeatureStor
     got[0].release()
 
 
-def test_contender_that_slept_does_not_take_a_generation_of_long_ago(tmp_path: Path) -> None:
+def test_delayed_contender_cannot_claim_an_old_generation(tmp_path: Path) -> None:
     some = Leases(open_objects(tmp_path))
     for _ in range(2):
         some.acquire("x").release()
@@ -176,9 +176,7 @@ def test_contender_that_slept_does_not_take_a_generation_of_long_ago(tmp_path: P
     holder.release()
 
 
-def test_where_conditional_puts_are_ignored_the_first_holder_notices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_holder_notices_if_conditional_puts_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objects = open_objects(tmp_path)
     monkeypatch.setattr(type(objects), "create", lambda self, key, data, **_: self.write(key, data) or True)
     first = Leases(objects)._claim("x", 1)
@@ -188,7 +186,7 @@ def test_where_conditional_puts_are_ignored_the_first_holder_notices(
         first.check()
     second.check()
     first.release()
-    second.check()  # the loser's end does not end the winner's lease
+    second.check()  # releasing the lost lease does not release the winner's
     second.release()
 
 
@@ -205,7 +203,7 @@ def test_file_system_without_hard_links_still_gives_one_lease(tmp_path: Path, mo
 
 
 def hold(url: str, ready: Connection) -> None:
-    """A process that is killed in the middle of a shard."""
+    """Runs in a process that is killed in the middle of a shard."""
     store = FeatureStore.open(url, writable=True)
     with store.writer(0) as writer:
         writer.put(0, torch.zeros(3, 4, 5))
@@ -214,9 +212,7 @@ def hold(url: str, ready: Connection) -> None:
 
 
 @linux
-def test_lease_of_another_process_holds_while_it_lives_and_is_taken_over_when_it_was_killed(
-    store: FeatureStore, clock: FakeTime
-) -> None:
+def test_lease_is_taken_over_only_after_its_process_was_killed(store: FeatureStore, clock: FakeTime) -> None:
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     process = context.Process(target=hold, args=(store.url, theirs), daemon=True)
@@ -227,17 +223,17 @@ def test_lease_of_another_process_holds_while_it_lives_and_is_taken_over_when_it
     process.kill()
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    with store.writer(0) as writer:  # its parent has not looked at it yet: it is a zombie, and dead all the same
+    with store.writer(0) as writer:  # its parent has not waited for it yet: it is a zombie, which counts as dead
         assert writer.missing() == [1]
         writer.put(1, torch.ones(3, 4, 5))
         assert writer.finish()
-    assert clock.now == 0  # nothing had to be watched
+    assert clock.now == 0  # no lease had to be watched
     process.join()
     assert store.done() == {0, 1}
 
 
 @linux
-def test_number_of_a_dead_process_given_to_another_does_not_keep_its_lease(store: FeatureStore) -> None:
+def test_reused_process_id_does_not_keep_a_lease(store: FeatureStore) -> None:
     here = Process.current()
     assert here.alive()
     assert here.started is not None
@@ -255,18 +251,18 @@ def test_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("change", [{"machine": "vm/other-boot/pid:[1]"}, {"machine": None}, {"started": None}])
-def test_process_that_cannot_be_looked_at_is_neither_dead_nor_alive(change: dict[str, Any]) -> None:
+def test_process_that_cannot_be_checked_is_neither_dead_nor_alive(change: dict[str, Any]) -> None:
     assert replace(Process.current(), **change).alive() is None
 
 
-def test_without_proc_nothing_is_said_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_the_state_of_processes_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "_PROC", tmp_path)
     here = Process.current()
     assert (here.machine, here.started, here.alive()) == (None, None, None)
 
 
 @linux
-def test_forked_child_does_not_end_its_parents_lease(store: FeatureStore) -> None:
+def test_forked_child_does_not_release_its_parents_lease(store: FeatureStore) -> None:
     context = multiprocessing.get_context("fork")
     with store.lease("run") as lease:
         child = context.Process(target=lease.release)
@@ -281,9 +277,7 @@ def test_forked_child_does_not_end_its_parents_lease(store: FeatureStore) -> Non
 # --- processes of other machines ---
 
 
-def test_foreign_lease_that_stands_still_is_taken_over_after_being_watched(
-    store: FeatureStore, clock: FakeTime
-) -> None:
+def test_foreign_lease_without_heartbeat_is_taken_over(store: FeatureStore, clock: FakeTime) -> None:
     leave_lease(store, FOREIGN, generation=3)
     with store.writer(0) as writer:
         assert clock.now >= leases.PATIENCE
@@ -292,7 +286,7 @@ def test_foreign_lease_that_stands_still_is_taken_over_after_being_watched(
     assert store.done() == {0}
 
 
-def test_foreign_lease_whose_heart_beats_is_refused(store: FeatureStore, clock: FakeTime) -> None:
+def test_foreign_lease_with_heartbeat_is_not_taken_over(store: FeatureStore, clock: FakeTime) -> None:
     leave_lease(store, FOREIGN)
 
     def beat() -> None:
@@ -304,11 +298,11 @@ def test_foreign_lease_whose_heart_beats_is_refused(store: FeatureStore, clock: 
         pytest.fail("two writers of one shard")
     clock.meanwhile = lambda: None
     before = clock.now
-    put(store, 0)  # from then on it stood still, for the whole period
+    put(store, 0)  # no heartbeat from then on, for the whole period
     assert clock.now - before >= leases.PATIENCE
 
 
-def test_time_for_which_a_lease_was_watched_earlier_counts(store: FeatureStore, clock: FakeTime) -> None:
+def test_earlier_time_watching_a_lease_counts(store: FeatureStore, clock: FakeTime) -> None:
     leave_lease(store, FOREIGN)
 
     def interrupt() -> None:
@@ -324,10 +318,10 @@ def test_time_for_which_a_lease_was_watched_earlier_counts(store: FeatureStore, 
 
 
 @pytest.mark.parametrize("shift", [-1e9, 1e9], ids=["back", "forth"])
-def test_clocks_decide_nothing(
+def test_clocks_and_file_times_have_no_effect(
     store: FeatureStore, clock: FakeTime, monkeypatch: pytest.MonkeyPatch, shift: float
 ) -> None:
-    """Neither the system's clock, which may be set back, nor times of files, which another machine's clock wrote."""
+    """Neither the system clock, which may be set back, nor file times, which come from another machine's clock."""
     moments = iter(range(10**6))
     real = time.time()
     monkeypatch.setattr(time, "time", lambda: real + (1 + next(moments)) * shift / 1e3)
@@ -337,7 +331,7 @@ def test_clocks_decide_nothing(
     with pytest.raises(StoreError, match="4711"), store.writer(0):
         pytest.fail("however old its file looks, it is alive")
     clock.meanwhile = lambda: None
-    with store.writer(0) as writer:  # and however new, it is not
+    with store.writer(0) as writer:  # however new its file looks, it is dead
         for index in writer.images:
             writer.put(index, torch.full((3, 4, 5), float(index)))
         with pytest.raises(StoreError, match="being written"), store.writer(0):
@@ -359,13 +353,13 @@ def test_damaged_lease_is_watched_like_a_foreign_one(store: FeatureStore, clock:
 
 @pytest.fixture
 def quick(store: FeatureStore) -> Iterator[FeatureStore]:
-    """A store whose leases beat at once and often."""
+    """A store whose leases send a heartbeat every 0.01 seconds."""
     store.leases = Leases(store.objects, heartbeat=0.01)
     yield store
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    """For another thread; the limit only keeps a broken test from hanging."""
+    """Waits for another thread; the limit only keeps a broken test from hanging."""
     for _ in range(3000):
         if true():
             return
@@ -377,9 +371,7 @@ def beat_of(store: FeatureStore) -> int:
     return json.loads(lease_file(store).read_text())["beat"]
 
 
-def test_heart_of_a_held_lease_beats_and_survives_a_failing_network(
-    quick: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heartbeat_continues_after_network_failures(quick: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
     def fail(*_: Any, **__: Any) -> None:
@@ -396,7 +388,7 @@ def test_heart_of_a_held_lease_beats_and_survives_a_failing_network(
     assert not [thread for thread in threading.enumerate() if thread.name == "lease shard-000000"]
 
 
-def test_writer_that_stood_still_and_was_taken_over_writes_nothing_more(quick: FeatureStore) -> None:
+def test_writer_whose_lease_was_taken_over_writes_nothing_more(quick: FeatureStore) -> None:
     with quick.writer(0) as writer:
         writer.put(0, torch.ones(3, 4, 5))
         leave_lease(quick, FOREIGN, generation=2)
@@ -413,12 +405,10 @@ def test_writer_that_stood_still_and_was_taken_over_writes_nothing_more(quick: F
 
         wait_until(put_is_refused)
     assert quick.sealed() == set()
-    assert json.loads(lease_file(quick, 2).read_text())["token"] == "theirs"  # the new holder's lease stands
+    assert json.loads(lease_file(quick, 2).read_text())["token"] == "theirs"  # the new holder's lease is intact
 
 
-def test_sealing_that_took_so_long_that_another_took_over_leaves_the_marker_to_it(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_takeover_during_sealing_writes_no_marker(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     original = type(store.array).write_shard
 
     def slow(self: Any, *args: Any) -> None:

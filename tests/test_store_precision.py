@@ -68,14 +68,14 @@ def test_int8_by_hand() -> None:
     assert stored.floats.tolist() == [[[127.0, -63.5, 0.0], [-127.0, 10.0, 0.0], [64.0, 10.5, 0.0]]]
 
 
-def test_a_patch_that_int8_turns_too_far_is_refused() -> None:
+def test_patch_with_too_low_an_int8_cosine_is_refused() -> None:
     """0.9 is less than half of the first channel's step, 2: (0.9, 1) becomes (0, 1)."""
     field = torch.tensor([[[254.0, 0.0], [0.9, 1.0]]])
     with pytest.raises(FieldError, match=r"a\.jpg: the int8 values of a patch have a cosine of 0\.743\d .*0\.999"):
         stored_field(field, manifest_of("int8", (1, 2, 2)), "a.jpg")
 
 
-def test_a_field_in_any_order_of_memory_is_stored_alike() -> None:
+def test_memory_layout_of_a_field_does_not_matter() -> None:
     field = field_of(0)
     moved = field.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert not moved.is_contiguous()
@@ -83,20 +83,20 @@ def test_a_field_in_any_order_of_memory_is_stored_alike() -> None:
     assert encode(one, 0, {}) == encode(other, 0, {})
 
 
-def test_patches_of_zeros_are_no_reason_to_refuse() -> None:
+def test_patches_of_zeros_are_accepted() -> None:
     stored = stored_field(torch.zeros(SHAPE), manifest_of("int8"), "a.jpg")
     assert not stored.floats.any() and stored.exists
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_int8_needs_values_that_float16_holds(value: float) -> None:
+def test_int8_refuses_values_outside_float16(value: float) -> None:
     field = field_of(0)
     field[1, 2, 3] = value
     with pytest.raises(FieldError, match=r"not finite|at most 65504"):
         stored_field(field, manifest_of("int8"), "a.jpg")
 
 
-def test_a_store_of_int8_is_read_as_floats_everywhere(tmp_path: Path) -> None:
+def test_int8_store_is_read_as_floats(tmp_path: Path) -> None:
     store = filled(tmp_path / "store", "int8")
     reader = FeatureStore.open(tmp_path / "store")
     assert reader.done() == {0, 2, 4} and list(reader.verify()) == []
@@ -150,7 +150,7 @@ def test_a_staged_image_of_int8_has_a_checksum_over_its_scale(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("dtype", "version"), [("float16", 1), ("float32", 1), ("int8", 2)])
-def test_earlier_releases_are_told_of_int8_by_the_version(tmp_path: Path, dtype: str, version: int) -> None:
+def test_int8_stores_have_a_newer_format_version(tmp_path: Path, dtype: str, version: int) -> None:
     store = FeatureStore.create(tmp_path / "store", manifest_of(dtype), IDS)
     content = json.loads((tmp_path / "store" / "manifest.json").read_text())
     assert (content["version"], content["dtype"]) == (version, dtype)
@@ -163,7 +163,7 @@ def test_earlier_releases_are_told_of_int8_by_the_version(tmp_path: Path, dtype:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
-def test_shards_are_those_of_zarr_byte_for_byte(tmp_path: Path, dtype: str) -> None:
+def test_shards_match_those_of_zarr_byte_for_byte(tmp_path: Path, dtype: str) -> None:
     values = np.random.default_rng(0).uniform(-90, 90, (5, *SHAPE)).astype(dtype)
     missing = -128 if dtype == "int8" else np.nan
     values[1] = missing
@@ -182,7 +182,7 @@ def test_shards_are_those_of_zarr_byte_for_byte(tmp_path: Path, dtype: str) -> N
     assert [b"".join(parts) for parts in ours] == [(tmp_path / f"c/{shard}/0/0/0").read_bytes() for shard in (0, 1)]
 
 
-# --- photos that are held ---
+# --- held images ---
 
 
 def test_held_images_are_written_once_and_sealed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_held_images_are_written_once_and_sealed_together(tmp_path: Path, monkey
     assert torch.equal(store[2].field, field_of(2).half().float())
 
 
-def test_held_images_that_lack_others_are_staged(tmp_path: Path) -> None:
+def test_held_images_of_an_incomplete_shard_are_staged(tmp_path: Path) -> None:
     store = FeatureStore.create(tmp_path / "store", manifest_of(), IDS)
     with store.writer(0) as writer:
         writer.put(0, field_of(0))
@@ -219,10 +219,10 @@ def test_held_images_that_lack_others_are_staged(tmp_path: Path) -> None:
         assert store.staged() == {0, 1, 2}
     with store.writer(1) as writer:
         writer.hold(3, field_of(3))
-    assert store.staged() == {0, 1, 2, 3}  # leaving the block finishes what is held
+    assert store.staged() == {0, 1, 2, 3}  # leaving the block stages held images
 
 
-def test_held_images_outlive_an_error_of_their_block(tmp_path: Path) -> None:
+def test_held_images_survive_an_error_in_their_block(tmp_path: Path) -> None:
     store = FeatureStore.create(tmp_path / "store", manifest_of(), IDS)
     with pytest.raises(RuntimeError, match="the device is gone"), store.writer(1) as writer:
         writer.hold(3, field_of(3))
@@ -230,7 +230,7 @@ def test_held_images_outlive_an_error_of_their_block(tmp_path: Path) -> None:
     assert store.done() == {3}
 
 
-def test_a_disk_that_is_full_at_the_shard_keeps_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_while_sealing_keeps_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FeatureStore.create(tmp_path / "store", manifest_of(), IDS)
 
     def full(_self: FieldArray, _shard: int, _fields: Any) -> None:
@@ -244,7 +244,7 @@ def test_a_disk_that_is_full_at_the_shard_keeps_what_is_held(tmp_path: Path, mon
     assert store.done() == {3, 4} and store.sealed() == set()
 
 
-def test_a_held_image_replaces_what_was_staged(tmp_path: Path) -> None:
+def test_held_image_replaces_a_staged_one(tmp_path: Path) -> None:
     store = filled(tmp_path / "store", "float16")
     with store.writer(1) as writer:
         writer.hold(4, field_of(1))

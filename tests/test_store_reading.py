@@ -1,4 +1,4 @@
-"""Reading a store: single images, what is wrong with it, exports, and training data in shuffled order."""
+"""Reading a store: single images, damage, exports, and training data in shuffled order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make(folder: Path, ids: list[str] = IDS, per_shard: int = 2) -> FeatureStore
 
 
 def fill(store: FeatureStore, fail: tuple[int, ...] = (), leave: tuple[int, ...] = ()) -> FeatureStore:
-    """Writes all images but those to fail and to leave out; shards with one left out stay unsealed."""
+    """Writes all images except those in `fail` and `leave`; shards with an image left out stay unsealed."""
     for shard in range(store.manifest.shards):
         with store.writer(shard) as writer:
             for index in writer.images:
@@ -76,7 +76,7 @@ def test_image_by_index_and_by_id_is_the_same(store: FeatureStore) -> None:
         assert by_id.field.dtype == torch.float32
 
 
-def test_semantic_and_sample_are_those_of_the_decomposition(store: FeatureStore) -> None:
+def test_semantic_and_sample_match_the_decomposition(store: FeatureStore) -> None:
     nothing = torch.zeros(2, 3, 5)
     expected = Decomposition(field_of(0), nothing, nothing, size=(28, 42), patch_size=14, stride=14)
     coords = torch.rand(11, 2, generator=torch.Generator().manual_seed(0))
@@ -96,13 +96,11 @@ def test_semantic_and_sample_are_those_of_the_decomposition(store: FeatureStore)
         ("photo2.jpg", r"photo2\.jpg is not finished yet"),
     ],
 )
-def test_image_that_is_not_there_is_a_key_error_with_the_reason(
-    store: FeatureStore, image: int | str, message: str
-) -> None:
+def test_missing_image_raises_a_key_error_with_the_reason(store: FeatureStore, image: int | str, message: str) -> None:
     with pytest.raises(MissingImageError, match=message) as caught:
         store[image]
     assert isinstance(caught.value, KeyError) and isinstance(caught.value, StoreError)
-    assert str(caught.value).startswith(store.url)  # as it is, not in the quotes of a KeyError
+    assert str(caught.value).startswith(store.url)  # without the quotes that a KeyError adds
 
 
 def test_failed_image_of_an_unsealed_shard_gives_its_reason(tmp_path: Path) -> None:
@@ -143,7 +141,7 @@ def test_open_reader_sees_what_a_writer_adds(store: FeatureStore) -> None:
     assert torch.equal(reader[2].field, field_of(2))
 
 
-def test_damaged_image_is_an_error_and_its_neighbours_are_read(store: FeatureStore) -> None:
+def test_damaged_image_raises_and_its_neighbours_are_read(store: FeatureStore) -> None:
     path = path_in(store, "field/c/2/0/0/0")
     data = bytearray(path.read_bytes())
     data[0] ^= 1
@@ -153,13 +151,13 @@ def test_damaged_image_is_an_error_and_its_neighbours_are_read(store: FeatureSto
     assert torch.equal(store[5].field, field_of(5))
 
 
-def test_image_whose_shard_is_gone_is_an_error_and_not_nan(store: FeatureStore) -> None:
+def test_image_of_a_missing_shard_raises(store: FeatureStore) -> None:
     path_in(store, "field/c/2/0/0/0").unlink()
     with pytest.raises(StoreError, match=r"photo4\.jpg is missing from shard 2"):
         store[4]
 
 
-def test_info_counts_what_is_there(store: FeatureStore) -> None:
+def test_info_counts_images_shards_and_bytes(store: FeatureStore) -> None:
     info = store.info()
     counts = {key: info[key] for key in ("images", "done", "failed", "staged", "shards", "sealed")}
     assert counts == {"images": 7, "done": 5, "failed": 1, "staged": 1, "shards": 4, "sealed": 3}
@@ -172,7 +170,7 @@ def test_info_counts_what_is_there(store: FeatureStore) -> None:
 # --- verify ---
 
 
-def test_sound_store_has_no_problems_however_unfinished(store: FeatureStore) -> None:
+def test_unfinished_store_has_no_problems(store: FeatureStore) -> None:
     assert list(store.verify()) == []
 
 
@@ -226,7 +224,7 @@ def test_damaged_object_is_found(store: FeatureStore, key: str, content: str, wh
     assert what in str(problems[0])
 
 
-def test_staged_image_under_another_ones_name_is_found(store: FeatureStore) -> None:
+def test_staged_image_under_the_wrong_name_is_found(store: FeatureStore) -> None:
     path_in(store, "staged/00000003.safetensors").rename(path_in(store, "staged/00000002.safetensors"))
     (problem,) = store.verify()
     assert str(problem) == "staged/00000002.safetensors: the record of photo2.jpg belongs to photo3.jpg"
@@ -293,7 +291,7 @@ def test_dataset_of_an_empty_store_is_refused(tmp_path: Path) -> None:
         StoreDataset(make(tmp_path / "store"))
 
 
-def test_sampler_covers_each_finished_image_once_an_epoch_and_is_reproducible(store: FeatureStore) -> None:
+def test_sampler_is_reproducible_and_covers_each_image_once_per_epoch(store: FeatureStore) -> None:
     dataset = StoreDataset(store)
     sampler, again = ShardSampler(dataset, seed=3), ShardSampler(dataset, seed=3)
     orders = set()
@@ -343,7 +341,7 @@ def test_loader_with_and_without_workers_gives_the_same(store: FeatureStore, wor
 
 
 @pytest.mark.parametrize("writable", [False, True])
-def test_store_is_sent_to_other_processes_by_its_url(store: FeatureStore, writable: bool) -> None:
+def test_store_is_pickled_by_its_url(store: FeatureStore, writable: bool) -> None:
     opened = FeatureStore.open(store.url, writable=writable)
     opened[0]
     data = pickle.dumps(opened)
@@ -353,7 +351,7 @@ def test_store_is_sent_to_other_processes_by_its_url(store: FeatureStore, writab
     assert torch.equal(again[3].field, field_of(3))
 
 
-def test_relative_path_means_the_same_in_a_process_that_runs_elsewhere(
+def test_store_pickled_by_relative_path_works_in_another_folder(
     whole: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

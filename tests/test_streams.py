@@ -1,9 +1,9 @@
-"""Standard output of `dvit ... --json` holds JSON lines alone; what the package logs reaches people."""
+"""Standard output of `dvit ... --json` has only JSON lines; log messages of the package are shown."""
 
 from __future__ import annotations
 
+import ast
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return in_process(capsys, monkeypatch)
 
 
-def test_prints_of_libraries_go_to_the_error_while_json_is_asked_for(
-    dvit: Dvit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_library_prints_go_to_stderr_with_json(dvit: Dvit, monkeypatch: pytest.MonkeyPatch) -> None:
     class Parser:
         def cli(self, **_options: Any) -> int:
             print("a library says hello")
@@ -35,7 +33,7 @@ def test_prints_of_libraries_go_to_the_error_while_json_is_asked_for(
     assert plain.out == 'a library says hello\n{"one": 1}\n'
 
 
-def test_standard_output_is_as_before_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_output_is_restored_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="broken"), only_json():
         raise ValueError("broken")
     print("back")
@@ -43,25 +41,30 @@ def test_standard_output_is_as_before_after_an_error(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "back\n[1]\n"
 
 
-def test_every_verb_prints_json_through_the_same_door() -> None:
-    verbs = Path(app.__file__).parent
+def calls_of(name: str, tree: ast.AST) -> list[ast.Call]:
+    """All calls of a function or method of this name."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call for call in calls if name in (getattr(call.func, "id", None), getattr(call.func, "attr", None))]
+
+
+def test_only_the_streams_module_prints_json() -> None:
     found = [
-        f"{file.name}: {line.strip()}"
-        for file in verbs.glob("*.py")
-        for line in file.read_text().splitlines()
-        if re.search(r"\bprint\(.*dumps", line) and file.name != "streams.py"
+        f"{file.name}:{call.lineno}"
+        for file in Path(app.__file__).parent.glob("*.py")
+        for call in calls_of("print", ast.parse(file.read_text()))
+        if file.name != "streams.py" and calls_of("dumps", call)
     ]
     assert found == []
 
 
-def test_what_is_left_out_of_a_folder_is_said(dvit: Dvit, tmp_path: Path) -> None:
+def test_ignored_files_of_a_folder_are_reported(dvit: Dvit, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.heic").touch()
     found = dvit("denoise", tmp_path / "photos", "-o", tmp_path / "out")
     assert f"{tmp_path / 'photos'}: 1 file ignored, without an image extension (1 .heic)" in found.err
 
 
-def test_logs_are_shown_for_as_long_as_a_command_runs() -> None:
+def test_logs_are_shown_only_while_a_command_runs() -> None:
     logger, shown = logging.getLogger("denoising_vit.anything"), list[str]()
     with logged(shown.append):
         logger.info("%d things", 2)

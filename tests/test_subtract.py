@@ -1,4 +1,4 @@
-"""Stage 1 with a known artifact: given in any form, and simply taken away (``method="subtract"``)."""
+"""Stage 1 with a known artifact: given in any form, and subtracted (``method="subtract"``)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def result(one_thread: None, backbone: Backbone, artifact: Artifact, photo: np.n
 
 
 def digest(values: Tensor) -> str:
-    return hashlib.sha256(values.half().numpy().tobytes()).hexdigest()  # as files hold them
+    return hashlib.sha256(values.half().numpy().tobytes()).hexdigest()  # float16, as in files
 
 
 # --- a known artifact, with the exact solver ---
@@ -61,7 +61,7 @@ def given(request: pytest.FixtureRequest, artifact: Artifact, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["exact", "subtract"])
-def test_artifact_in_any_form_is_the_same_as_its_values(
+def test_artifact_in_any_form_gives_the_result_of_its_values(
     backbone: Backbone, artifact: Artifact, photo: np.ndarray, given: Any, method: Any
 ) -> None:
     values = artifact.values.half().float()
@@ -72,7 +72,7 @@ def test_artifact_in_any_form_is_the_same_as_its_values(
     assert one.info["artifact"] == other.info["artifact"] == digest(values)
 
 
-def test_field_with_the_known_artifact_is_that_of_the_clean_backbone(
+def test_field_with_known_artifact_matches_the_clean_backbone(
     backbone: Backbone, artifact: Artifact, photo: np.ndarray
 ) -> None:
     found = dv.denoise_image(backbone, photo, artifact=artifact, **FEW)
@@ -81,7 +81,7 @@ def test_field_with_the_known_artifact_is_that_of_the_clean_backbone(
     torch.testing.assert_close(found.field, clean.field, rtol=1e-4, atol=1e-4)
 
 
-def test_fewer_views_suffice_where_the_artifact_is_known(
+def test_fewer_views_suffice_if_the_artifact_is_known(
     backbone: Backbone, artifact: Artifact, photo: np.ndarray
 ) -> None:
     with pytest.raises(PlanError, match="and an artifact; expected at least 5"):
@@ -111,7 +111,7 @@ def test_fitted_artifact_is_recorded_as_none(backbone: Backbone, photo: np.ndarr
 
 
 @pytest.mark.parametrize("method", ["exact", "subtract"])
-def test_artifact_of_another_backbone_is_refused_before_any_view(
+def test_artifact_of_another_backbone_is_rejected_before_any_pass(
     artifact: Artifact, photo: np.ndarray, method: Any
 ) -> None:
     module = tiny.Planted(seed=1)
@@ -123,7 +123,7 @@ def test_artifact_of_another_backbone_is_refused_before_any_view(
     assert module.passes == before
 
 
-def test_digest_tells_artifacts_apart_and_is_none_for_none(artifact: Artifact) -> None:
+def test_digest_distinguishes_artifacts_and_is_none_for_none(artifact: Artifact) -> None:
     assert artifact_digest(None) is None
     assert artifact_digest(artifact.values) == digest(artifact.values)
     assert artifact_digest(artifact.values.double()) == digest(artifact.values)
@@ -139,18 +139,18 @@ def test_semantic_is_raw_minus_artifact(result: Decomposition, artifact: Artifac
     torch.testing.assert_close(result.semantic, result.raw - artifact.values, rtol=0, atol=1e-6)
 
 
-def test_nothing_is_left_over(result: Decomposition) -> None:
+def test_residual_is_zero(result: Decomposition) -> None:
     torch.testing.assert_close(result.residual, torch.zeros(7, 7, 6), rtol=0, atol=1e-6)
 
 
-def test_raw_is_what_the_backbone_makes_of_the_whole_photo(
+def test_raw_matches_that_of_the_exact_method(
     result: Decomposition, backbone: Backbone, artifact: Artifact, photo: np.ndarray
 ) -> None:
     exact = dv.denoise_image(backbone, photo, artifact=artifact, **FEW)
     torch.testing.assert_close(result.raw, exact.raw, rtol=1e-5, atol=1e-5)
 
 
-def test_one_forward_pass_suffices(artifact: Artifact, photo: np.ndarray) -> None:
+def test_only_one_forward_pass_is_run(artifact: Artifact, photo: np.ndarray) -> None:
     module = tiny.Planted()
     extractor = tiny.plain(module)
     _ = extractor.fingerprint
@@ -161,7 +161,7 @@ def test_one_forward_pass_suffices(artifact: Artifact, photo: np.ndarray) -> Non
 
 
 @pytest.mark.parametrize("size", [(40, 72), (104, 56), 88, 16], ids=str)
-def test_any_size_gets_the_artifact_resampled(
+def test_artifact_is_resampled_to_any_size(
     backbone: Backbone, artifact: Artifact, photo: np.ndarray, size: int | tuple[int, int]
 ) -> None:
     found = dv.denoise_image(backbone, photo, method="subtract", artifact=artifact, size=size)
@@ -173,8 +173,8 @@ def test_any_size_gets_the_artifact_resampled(
 
 
 @pytest.mark.parametrize("stride", [4, 2, 3])
-def test_overlapping_patches_lose_little(photo: np.ndarray, stride: int) -> None:
-    """Patch centres lie between the nodes then: interpolated twice, features are blurred by less than a stride."""
+def test_overlapping_patches_are_blurred_only_slightly(photo: np.ndarray, stride: int) -> None:
+    """Patch centres lie between the nodes: features are interpolated twice and blurred by less than a stride."""
     extractor = tiny.backbone(stride=stride)
     values = tiny.pattern(16, 16)
     found = dv.denoise_image(extractor, photo, method="subtract", artifact=values, size=8 + 15 * stride)
@@ -187,8 +187,8 @@ def test_overlapping_patches_lose_little(photo: np.ndarray, stride: int) -> None
     assert float(cosine.mean()) > 0.95
 
 
-def test_smooth_features_are_in_place_where_patches_overlap() -> None:
-    """Features that tell where a patch is in the photo: nodes must be where patch centres are, to a small part."""
+def test_overlapping_patches_keep_smooth_features_in_place() -> None:
+    """Features encode the position of a patch: nodes must be at the patch centres, up to a small error."""
     extractor = tiny.plain(lambda image: torch.nn.functional.avg_pool2d(image, 8, 4).permute(0, 2, 3, 1), stride=4)
     ramp = torch.linspace(-1, 1, 104)
     image = torch.stack([ramp.expand(56, 104), ramp[:56, None].expand(56, 104), torch.zeros(56, 104)])[None]
@@ -196,12 +196,12 @@ def test_smooth_features_are_in_place_where_patches_overlap() -> None:
     torch.testing.assert_close(found.semantic[1:-1, 1:-1], found.raw[1:-1, 1:-1], rtol=0, atol=1e-5)
 
 
-def test_without_an_artifact_there_must_be_a_shipped_one(backbone: Backbone, photo: np.ndarray) -> None:
+def test_missing_artifact_raises_if_none_is_shipped(backbone: Backbone, photo: np.ndarray) -> None:
     with pytest.raises(ArtifactError, match=r"no artifact for Planted .*; create one with dvit cal"):
         dv.denoise_image(backbone, photo, method="subtract")
 
 
-def test_shipped_artifact_is_taken_where_none_is_given(
+def test_shipped_artifact_is_used_if_none_is_given(
     backbone: Backbone, artifact: Artifact, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact.save(tmp_path / "Planted.safetensors")
@@ -210,12 +210,12 @@ def test_shipped_artifact_is_taken_where_none_is_given(
     assert torch.equal(found.artifact, artifact.values.half().float())
 
 
-def test_held_out_figures_are_none(result: Decomposition) -> None:
+def test_held_out_metrics_are_none(result: Decomposition) -> None:
     assert result.heldout_r2 is None
     assert result.heldout_cosine is None
 
 
-def test_record_says_how_and_names_no_option_that_was_not_used(result: Decomposition, artifact: Artifact) -> None:
+def test_info_records_the_method_and_no_unused_options(result: Decomposition, artifact: Artifact) -> None:
     info = json.loads(json.dumps(result.info, allow_nan=False))
     assert info["method"] == "subtract"
     assert info["artifact"] == digest(artifact.values)
@@ -235,7 +235,7 @@ def test_options_of_the_other_methods_change_nothing(
     assert other.info["plan"] == result.info["plan"]
 
 
-def test_result_survives_a_file(result: Decomposition, tmp_path: Path) -> None:
+def test_result_survives_saving_and_loading(result: Decomposition, tmp_path: Path) -> None:
     result.save(tmp_path / "r.safetensors")
     loaded = Decomposition.load(tmp_path / "r.safetensors")
     torch.testing.assert_close(loaded.semantic, result.semantic, rtol=2e-3, atol=2e-3)
@@ -269,11 +269,11 @@ def test_size_off_the_patch_grid_is_refused(backbone: Backbone, artifact: Artifa
         dv.denoise_image(backbone, photo, method="subtract", artifact=artifact, size=60)
 
 
-def test_unknown_method_names_those_there_are(backbone: Backbone, photo: np.ndarray) -> None:
+def test_unknown_method_error_lists_the_methods(backbone: Backbone, photo: np.ndarray) -> None:
     with pytest.raises(PlanError, match=r"unknown method 'minus'; choose from exact, .*denoiser, .*auto"):
         dv.denoise_image(backbone, photo, method="minus")
 
 
-def test_an_artifact_of_another_type_is_refused_by_name() -> None:
+def test_artifact_of_a_wrong_type_is_rejected_by_type_name() -> None:
     with pytest.raises(PlanError, match=r"expected an Artifact, a file name or a tensor.*got list"):
         known.known_artifact([1.0], tiny.backbone(), (7, 7))  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Tables from results files: exact cells, what wins, what is said of failures, and the same bytes every time."""
+"""Tables from results files: exact cells, replaced lines, reported failures, and reproducible output."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ Render = Callable[..., str]
 
 @pytest.fixture
 def render(tmp_path: Path) -> Render:
-    """The report of lines, which go through a file."""
+    """Writes lines to a results file and returns its report."""
 
     def call(*lines: Line | str) -> str:
         return report_markdown(read_entries([write(tmp_path / "results.jsonl", *lines)]))
@@ -93,7 +93,7 @@ def write(path: Path, *lines: Line | str) -> Path:
 
 
 def rows(text: str, heading: str) -> list[list[str]]:
-    """Cells of the first table after a heading, without the rule."""
+    """Cells of the first table after a heading, without the separator row."""
     lines = text.split(f"\n{heading}\n", 1)[1].splitlines()
     start = next(index for index, each in enumerate(lines) if each.startswith("|"))
     end = next((index for index in range(start, len(lines)) if not lines[index].startswith("|")), len(lines))
@@ -103,7 +103,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
 TITLE = f"### camvid, {SMALL} (bundled)"
 
 
-def test_scores_have_their_spread_and_difference_and_raw_comes_first(render: Render) -> None:
+def test_scores_have_spread_and_difference_and_raw_comes_first(render: Render) -> None:
     assert rows(render(denoised(), line()), TITLE) == [
         ["features", "mIoU", "mAcc", "aAcc", "spread over seeds", "difference (95 % interval)", "seconds"],
         ["raw", "36.70", "50.10", "80.25", "0.41", "-", "12.3"],
@@ -111,7 +111,7 @@ def test_scores_have_their_spread_and_difference_and_raw_comes_first(render: Ren
     ]
 
 
-def test_the_meaning_of_differences_is_said_once_or_for_each(render: Render) -> None:
+def test_differences_are_explained_once_or_for_each_source(render: Render) -> None:
     words = "mIoU minus that of raw, 95 % interval over 101 images (jackknife t)."
     assert f"\nDifference: {words}\n" in render(line(), denoised())
     other = denoised(features="other", paired=PAIRED | {"groups": 50})
@@ -121,7 +121,7 @@ def test_the_meaning_of_differences_is_said_once_or_for_each(render: Render) -> 
     assert "Difference" not in render(line())
 
 
-def test_too_few_groups_and_intervals_of_older_versions_leave_the_difference_alone(render: Render) -> None:
+def test_too_few_groups_and_older_intervals_show_only_the_difference(render: Render) -> None:
     few = denoised(paired=PAIRED | {"low": None, "high": None, "groups": 3})
     text = render(line(), few)
     assert rows(text, TITLE)[2][5] == "+1.20"
@@ -136,7 +136,7 @@ def test_one_seed_has_no_spread(render: Render) -> None:
     assert rows(render(line(seeds=KNN["seeds"][:1])), TITLE)[1][4] == "-"
 
 
-def test_a_later_line_wins_and_takes_the_place_of_the_earlier(render: Render) -> None:
+def test_later_line_replaces_the_earlier_one(render: Render) -> None:
     again = denoised(metrics={"mIoU": 1.0, "mAcc": 2.0, "aAcc": None}, seconds=None)
     found = rows(render(denoised(), denoised(features="other"), line(), again), TITLE)
     assert [row[0] for row in found[1:]] == ["raw", "denoised", "other"]
@@ -144,7 +144,7 @@ def test_a_later_line_wins_and_takes_the_place_of_the_earlier(render: Render) ->
     assert found[2][-1] == "-"
 
 
-def test_the_order_of_settings_is_no_setting(render: Render) -> None:
+def test_order_of_settings_does_not_matter(render: Render) -> None:
     again = line() | {"settings": dict(reversed(SETTINGS.items())), "seconds": 1.0}
     assert [row[-1] for row in rows(render(line(), again), TITLE)] == ["seconds", "1.0"]
 
@@ -156,7 +156,7 @@ def test_different_settings_make_sections_that_say_what_differs(render: Render) 
     assert "k 20" not in next(each for each in render(line()).splitlines() if each.startswith("###"))
 
 
-def test_features_of_one_name_are_told_apart_by_their_settings(render: Render) -> None:
+def test_features_with_the_same_name_are_labelled_by_their_settings(render: Render) -> None:
     one, two = ({"features": {"artifact": name, "views": 64}} for name in ("g1", "g2"))
     text = render(line(), denoised(one), denoised(two))
     assert [row[0] for row in rows(text, TITLE)[1:]] == ["raw", "denoised (artifact g1)", "denoised (artifact g2)"]
@@ -176,7 +176,7 @@ def test_an_overview_has_features_by_size_and_crops(render: Render) -> None:
     ]
 
 
-def test_an_overview_says_where_features_were_made_otherwise(render: Render) -> None:
+def test_overview_notes_different_settings_of_features(render: Render) -> None:
     native: Line = {"size": "native", "crops": "neutral"}
     small: Line = {"size": [140, 140]}
     usual, other = {"features": {"views": 32}}, {"features": {"views": 32, "of": "image"}}
@@ -192,7 +192,7 @@ def test_a_single_setting_and_other_tasks_have_no_overview(render: Render) -> No
     assert "Overview" not in render(line(), line({"size": "native", "k": 5}))  # more than size and crops differ
 
 
-def test_classes_are_folded_away_with_each_iou(render: Render) -> None:
+def test_iou_of_each_class_is_in_a_collapsed_table(render: Render) -> None:
     text = render(line(), denoised(classes={"sky": {"IoU": 91.0}, "car": {"IoU": 5.126}}))
     assert "<summary>IoU of each class</summary>\n\n| class | raw | denoised |" in text
     assert rows(text, "<summary>IoU of each class</summary>")[1:] == [
@@ -216,7 +216,7 @@ def test_curves_are_shown_where_they_were_measured(render: Render) -> None:
     assert "mIoU at step" not in render(segmentation(curve=[[1, 2.0, None]]))
 
 
-def test_artifacts_have_a_row_for_each_metric_and_a_column_for_each_source(render: Render) -> None:
+def test_artifact_table_has_a_row_per_metric_and_a_column_per_source(render: Render) -> None:
     raw = {"shared": 0.12345, "effective_rank": 212.4, "leakage": None, "novel": 1.0}
     cleaned = {"shared": 0.01, "effective_rank": 220.0, "leakage": 0.5}
     both = [
@@ -237,7 +237,7 @@ def test_every_artifact_metric_has_a_label() -> None:
     assert list(ARTIFACT_LABELS) == [field.name for field in dataclasses.fields(ArtifactMetrics)]
 
 
-def test_provenance_names_everything_and_what_is_shared_once(render: Render) -> None:
+def test_provenance_is_complete_and_names_shared_values_once(render: Render) -> None:
     run = KNN["run"] | {"hardware": "one GPU"}
     text = render(line(skipped=[["a.png", "truncated"]], absent=["bicyclist"]), denoised(run=run, absent=["bicyclist"]))
     assert (
@@ -259,7 +259,7 @@ def test_only_the_first_of_many_skipped_items_are_named(render: Render) -> None:
     assert "and" not in render(line(skipped=skipped[:10])).split("9.png", 1)[1].splitlines()[0]
 
 
-def test_figures_without_classes_tell_nothing_of_absent_ones(render: Render) -> None:
+def test_results_without_classes_do_not_mention_absent_classes(render: Render) -> None:
     text = render(line(task="artifacts", metrics={"shared": 0.1}, seeds=[]))
     assert " Seeds: 0. Skipped: none." in text
     assert "Never occurs" not in text
@@ -274,7 +274,7 @@ def test_failures_are_listed_with_their_reason_and_have_no_row(render: Render) -
     assert "| features |" not in alone
 
 
-def test_measured_figures_stand_beside_the_published(render: Render) -> None:
+def test_measured_scores_are_next_to_published_ones(render: Render) -> None:
     voc = {"data": {"name": "voc2012", "layout": "voc"}}
     text = render(
         segmentation(voc, published={"model": SMALL, "variant": "baseline"}),
@@ -303,7 +303,7 @@ def test_measured_figures_stand_beside_the_published(render: Render) -> None:
         ({}, "expected a data set named VOC, ADE20K, NYU depth, got camvid"),
     ],
 )
-def test_measurements_of_no_published_figure_are_named(render: Render, changes: Line, reason: str) -> None:
+def test_measurements_without_a_published_score_are_listed(render: Render, changes: Line, reason: str) -> None:
     data = {"data": {"name": "voc2012"}} if "task" in changes else None
     text = render(segmentation(data, **{"published": {"model": SMALL, "variant": "baseline"}} | changes))
     assert reason in next(each for each in text.splitlines() if each.startswith("- not compared: "))
@@ -316,9 +316,9 @@ def test_names_cannot_break_a_table(render: Render) -> None:
     assert r"| road\|lane | 1.00 |" in text
 
 
-def test_the_same_lines_give_the_same_bytes(tmp_path: Path) -> None:
+def test_same_lines_give_an_identical_report(tmp_path: Path) -> None:
     lines = [line(), denoised(), segmentation(), line({"size": "native"})]
-    shuffled = [dict(reversed(each.items())) for each in lines]  # the order of keys is no setting
+    shuffled = [dict(reversed(each.items())) for each in lines]  # the order of keys does not matter
     texts = [
         report_markdown(read_entries([write(tmp_path / "a.jsonl", *each), write(tmp_path / "b.jsonl", *each)]))
         for each in (lines, lines, shuffled)
@@ -347,7 +347,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_line_is_skipped_and_named(tmp_path: Path, name: str) -> None:
+def test_invalid_line_is_skipped_and_reported(tmp_path: Path, name: str) -> None:
     broken, reason = BROKEN[name]
     found = read_entries([write(tmp_path / "results.jsonl", "", broken, denoised())])
     assert [entry.features for entry in found.entries] == ["denoised"]
@@ -357,20 +357,20 @@ def test_a_broken_line_is_skipped_and_named(tmp_path: Path, name: str) -> None:
     assert "\n## Lines that could not be used\n\n- results.jsonl:2: " in report_markdown(found)
 
 
-def test_bytes_that_are_no_text_break_one_line_only(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_invalidate_only_their_line(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(b"\xff\xfe\n" + json.dumps(line()).encode() + b"\r\n")
     found = read_entries([path])
     assert (len(found.entries), [each.line for each in found.broken]) == (1, [1])
 
 
-def test_infinity_does_not_come_in_by_a_large_exponent() -> None:
+def test_exponent_that_overflows_to_infinity_is_rejected() -> None:
     assert math.isinf(json.loads("1e999"))
     with pytest.raises(FormatError, match="seconds: expected a finite number, got Infinity"):
         parse_entry(line(seconds=json.loads("1e999")))
 
 
-def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_no_usable_line_is_an_error_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="got no usable line; run `dvit evaluate` first"):
         read_entries([write(tmp_path / "empty.jsonl")])
     with pytest.raises(EvaluationError, match=r"bad\.jsonl:1: task is missing"):
@@ -379,7 +379,7 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
         read_entries([tmp_path / "none.jsonl"])
 
 
-def test_the_verb_writes_the_report_and_its_exit_code_tells_of_broken_lines(
+def test_report_command_writes_the_report_and_exits_1_on_invalid_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = write(tmp_path / "good.jsonl", line()), write(tmp_path / "bad.jsonl", "{}")
@@ -391,7 +391,7 @@ def test_the_verb_writes_the_report_and_its_exit_code_tells_of_broken_lines(
     assert "`good.jsonl`, `bad.jsonl`" in out.read_text()
 
 
-def test_the_verb_refuses_what_cannot_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_rejects_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = write(tmp_path / "results.md", line())
     before = results.read_bytes()
     assert app.run(["report", str(results), "-o", str(results)]) == 2
@@ -403,7 +403,7 @@ def test_the_verb_refuses_what_cannot_be_meant(tmp_path: Path, capsys: pytest.Ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.md"]
 
 
-def test_pieces_of_markdown() -> None:
+def test_markdown_helpers() -> None:
     assert [signed(value) for value in (1.005, -0.004, -1.0)] == ["+1.00", "+0.00", "-1.00"]
     assert [readable(value) for value in ([1, 2], True, False, None, 0.07)] == ["1, 2", "yes", "no", "none", "0.07"]
     assert flat({"a": {"b": 1, "size": [3, 5]}, "seeds": [0, 1]}) == {"a.b": "1", "a.size": "3 x 5", "seeds": "0, 1"}
@@ -433,7 +433,7 @@ DISCOVERY: Line = {
 
 
 def measured(render: Render, **changes: Any) -> list[str]:
-    """The measured figures of VOC 2007, one a published row."""
+    """The measured scores of VOC 2007, one per published row."""
     found = copy.deepcopy(KNN) | copy.deepcopy(DISCOVERY)
     for key, value in changes.items():
         place = found
@@ -444,7 +444,7 @@ def measured(render: Render, **changes: Any) -> list[str]:
     return [row[3] for row in rows(render(found), "### Object discovery (CorLoc)")[1:]]
 
 
-def test_discovery_in_every_published_setting_is_a_measurement_of_it(render: Render) -> None:
+def test_discovery_with_all_published_settings_counts_as_measured(render: Render) -> None:
     assert measured(render) == ["31.2", "-", "-", "-"]
     assert measured(render, settings__backbone__dtype="bfloat16") == ["31.2", "-", "-", "-"]
 
@@ -469,13 +469,11 @@ def test_discovery_in_every_published_setting_is_a_measurement_of_it(render: Ren
         ("features", "denoiser"),
     ],
 )
-def test_discovery_in_another_setting_is_no_measurement_of_what_was_published(
-    render: Render, setting: str, value: object
-) -> None:
+def test_discovery_with_another_setting_does_not_count_as_measured(render: Render, setting: str, value: object) -> None:
     assert measured(render, **{setting: value}) == ["-"] * 4
 
 
-def test_a_measurement_of_a_published_row_is_a_line_of_its_own(tmp_path: Path) -> None:
+def test_line_with_published_model_is_a_separate_entry(tmp_path: Path) -> None:
     published = {"model": SMALL, "variant": "baseline"}
     found = read_entries([write(tmp_path / "results.jsonl", line(), line(published=published))])
     assert len(found.entries) == 2

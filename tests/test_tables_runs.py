@@ -1,4 +1,4 @@
-"""Tables of training runs: what their folders hold, and what is said of folders that are none."""
+"""Tables of training runs: contents of run folders, and errors for other folders."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def text_of(folder: Path) -> list[str]:
     return [line for block in run_section(folder) for line in block]
 
 
-def test_each_look_is_a_row_and_the_best_is_marked(run: Path) -> None:
+def test_each_evaluation_is_a_row_and_the_best_is_marked(run: Path) -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of(run) if line.startswith("|")]
     assert rows[0] == ["step", "cosine", "1 - cosine of raw's", "effective rank", "class token, 1 - cosine"]
     assert rows[2:] == [
@@ -60,27 +60,27 @@ def test_each_look_is_a_row_and_the_best_is_marked(run: Path) -> None:
     ]
 
 
-def test_command_hardware_and_settings_are_told(run: Path) -> None:
+def test_command_hardware_and_settings_are_shown(run: Path) -> None:
     text = "\n".join(text_of(run))
     assert "### Distilled ViT: run, vit" in text
     assert "Command: `dvit distill photos -o run`. Hardware: 2 CPU cores. Software: torch 2.15." in text
     assert "backbone.layer 11" in text and "format" not in text
 
 
-def test_a_run_that_recorded_no_command_says_so(run: Path) -> None:
+def test_missing_command_is_shown_as_not_recorded(run: Path) -> None:
     (run / "about.json").unlink()
     assert "Command: not recorded. Hardware: not recorded. Software: not recorded." in "\n".join(text_of(run))
 
 
 @pytest.mark.parametrize("name", ["run.json", "log.jsonl"])
-def test_a_folder_that_lacks_a_record_is_none_of_a_run(run: Path, name: str) -> None:
+def test_folder_without_a_record_is_rejected(run: Path, name: str) -> None:
     (run / name).unlink()
     with pytest.raises(EvaluationError, match=f"{name}: expected"):
         run_section(run)
 
 
 @pytest.mark.parametrize(("name", "content"), [("run.json", "{}"), ("log.jsonl", ""), ("run.json", "[1]")])
-def test_other_records_are_refused(run: Path, name: str, content: str) -> None:
+def test_invalid_records_are_rejected(run: Path, name: str, content: str) -> None:
     (run / name).write_text(content)
     with pytest.raises(EvaluationError, match="expected"):
         run_section(run)

@@ -1,4 +1,4 @@
-"""Features of large pictures, tile by tile: where tiles lie, how they blend, what is read, and seams."""
+"""Tiled features of large pictures: layout, blending, reading by regions, and seams."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_weights_of_three_tiles_by_hand() -> None:
     np.testing.assert_allclose(layout.weights[0], [1, 1, high, low, 0, 0, 0, 0], rtol=1e-6)
 
 
-def test_without_overlap_each_patch_is_of_the_nearest_tile() -> None:
+def test_without_overlap_each_patch_comes_from_the_nearest_tile() -> None:
     layout = TileLayout.make(7 * 4, 16, 0, 4, 4)  # tiles of 4 patches at 0 and 3: patch 3 lies in both, at their ends
     np.testing.assert_array_equal(layout.weights, [[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]])
     assert layout.seams == (3,)
@@ -80,14 +80,14 @@ def test_without_overlap_each_patch_is_of_the_nearest_tile() -> None:
 
 
 @pytest.mark.parametrize("overlap", [0, 24, 40])
-def test_local_features_in_tiles_are_those_of_the_whole(overlap: int) -> None:
+def test_tiled_local_features_match_those_of_the_whole_picture(overlap: int) -> None:
     backbone, pixels = planted.backbone(), picture(200, 328)
     tiled = dv.tiled_features(backbone, pixels, tile=80, overlap=overlap)
     assert tiled.dtype == torch.float32 and tuple(tiled.shape) == (25, 41, planted.CHANNELS)
     torch.testing.assert_close(tiled, backbone(normalised(pixels, backbone))[0], atol=1e-4, rtol=1e-4)
 
 
-def test_a_side_that_does_not_fit_is_resized_by_less_than_a_patch() -> None:
+def test_side_off_the_patch_grid_is_resized_by_less_than_a_patch() -> None:
     backbone, pixels = planted.backbone(), picture(203, 325)
     tiled = dv.tiled_features(backbone, pixels, tile=80)
     assert tuple(tiled.shape[:2]) == (25, 41)
@@ -95,15 +95,15 @@ def test_a_side_that_does_not_fit_is_resized_by_less_than_a_patch() -> None:
     torch.testing.assert_close(tiled, whole, atol=1e-3, rtol=1e-3)
 
 
-def test_a_picture_is_shown_at_the_size_asked_for() -> None:
+def test_picture_is_resized_to_the_given_size() -> None:
     backbone = planted.backbone()
     constant = np.full((400, 600, 3), 90, np.uint8)
     tiled = dv.tiled_features(backbone, constant, tile=80, size=(200, 304))
     assert tuple(tiled.shape[:2]) == (25, 38)
-    torch.testing.assert_close(tiled, tiled[:1, :1].expand_as(tiled), atol=1e-2, rtol=0)  # of a root of 0
+    torch.testing.assert_close(tiled, tiled[:1, :1].expand_as(tiled), atol=1e-2, rtol=0)  # root of a rounding error
 
 
-def test_every_pass_sees_one_tile_and_reads_no_more() -> None:
+def test_each_forward_pass_reads_only_one_tile() -> None:
     backbone, seen, read = planted.backbone(), [], []
 
     class Watched(np.ndarray):
@@ -127,7 +127,7 @@ def test_every_pass_sees_one_tile_and_reads_no_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["raw", "project", "average"])
-def test_kinds_of_the_registry_are_tiled_as_they_are_called(name: str) -> None:
+def test_tiled_registry_kinds_match_direct_calls(name: str) -> None:
     backbone, pixels = planted.backbone(), picture(88, 88)
     extractor, _ = Cleaners().extractor(name, backbone)
     one = dv.tiled_features(extractor, pixels)
@@ -152,7 +152,7 @@ def test_wrong_options_are_refused(options: dict[str, int], error: type[Exceptio
         dv.tiled_features(planted.backbone(), path, **options)  # pyright: ignore[reportArgumentType]
 
 
-def test_an_extractor_without_a_backbone_needs_one() -> None:
+def test_extractor_without_a_backbone_is_rejected() -> None:
     with pytest.raises(PlanError, match=r"no attribute `backbone`.*give backbone="):
         dv.tiled_features(lambda image: image, picture(90, 90))
 
@@ -165,7 +165,7 @@ def test_an_overlap_without_tiles_is_refused() -> None:
 # --- seams ---
 
 
-def test_a_position_pattern_makes_seams_that_blending_and_subtraction_remove() -> None:
+def test_blending_and_subtraction_reduce_seams_of_a_position_pattern() -> None:
     backbone = planted.backbone(share=1.0)
     smooth = Image.fromarray(picture(6, 9)).resize((400, 264), Image.Resampling.BICUBIC)
     layout = [TileLayout.make(side, 88, overlap, P, P) for overlap in (0, 40) for side in (264, 400)]
@@ -178,7 +178,7 @@ def test_a_position_pattern_makes_seams_that_blending_and_subtraction_remove() -
     assert nearest > 1.5 > blended and nearest > 2 * none - 0.5
 
 
-def test_seams_by_hand() -> None:
+def test_seam_ratio_by_hand() -> None:
     features = torch.tensor([0.0, 1, 4, 5])[None, :, None].expand(3, 4, 1)  # a step of 3 between columns 1 and 2
     assert seam_ratio(features, [], [1]) == pytest.approx(3 * 3 / 3 / (6 / 14))  # 6 steps of 1, 8 of 0
     with pytest.raises(EvaluationError, match="expected both"):
@@ -188,7 +188,7 @@ def test_seams_by_hand() -> None:
 # --- alignment ---
 
 
-def test_offsets_of_tiles_are_found_where_they_overlap() -> None:
+def test_alignment_reduces_random_offsets_of_tiles() -> None:
     backbone, pixels = planted.backbone(), picture(408, 408)
     stream = torch.Generator().manual_seed(0)
 
@@ -203,7 +203,7 @@ def test_offsets_of_tiles_are_found_where_they_overlap() -> None:
     assert left[False] > 0.3 and left[True] < 0.25 * left[False]
 
 
-def test_a_pattern_that_all_tiles_share_moves_none() -> None:
+def test_pattern_shared_by_all_tiles_gives_no_offsets() -> None:
     backbone, pixels = planted.backbone(), picture(192, 304)  # tiles evenly spaced
 
     def ramped(image: Tensor) -> Tensor:
@@ -217,19 +217,19 @@ def test_a_pattern_that_all_tiles_share_moves_none() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1)])
-def test_few_tiles_have_offsets_too(shape: tuple[int, int]) -> None:
+def test_alignment_of_a_few_tiles(shape: tuple[int, int]) -> None:
     rows, columns = (TileLayout.make(side, 80, 24, P, P) for side in (56 * count + 24 for count in shape))
     assert (len(rows.starts), len(columns.starts)) == shape
     alignment, wanted = Alignment(rows, columns), torch.tensor([0.0, 3, 1, 0])
     for row, column in np.ndindex(shape):
         alignment.add(row, column, torch.full((rows.shown, columns.shown, 2), float(-wanted[row + column])))
     found = alignment.offsets(2)[..., 0].flatten()
-    if found.numel() == 4:  # first and last are alike, so nothing is taken for a pattern of the tiles
+    if found.numel() == 4:  # first and last are equal, so no part is taken as a pattern of the tiles
         torch.testing.assert_close(found, wanted - wanted.mean(), atol=0.1, rtol=0)
     assert found.shape == (shape[0] * shape[1],) and bool(torch.isfinite(found).all())
 
 
-def test_results_say_whether_they_are_aligned(tmp_path: Path) -> None:
+def test_results_record_whether_they_are_aligned(tmp_path: Path) -> None:
     backbone, options = planted.backbone(), DenoiseOptions(method="project")
     aligned = TiledDenoising(backbone, options, TileOptions(tile=88))
     apart = TiledDenoising(backbone, options, TileOptions(tile=88, align=False))
@@ -262,7 +262,7 @@ def test_a_denoised_picture_is_blended_from_denoised_tiles(method: str, tmp_path
     assert not TiledDenoising(backbone, options, TileOptions(tile=88, overlap=16)).made(again.info)
 
 
-def test_overlapping_patches_of_tiles_are_those_of_the_whole() -> None:
+def test_tiled_overlapping_patches_match_those_of_the_whole_picture() -> None:
     class Dense(torch.nn.Module):
         def forward(self, image: Tensor) -> Tensor:
             return torch.nn.functional.avg_pool2d(image, 8, 4)
@@ -301,7 +301,7 @@ def test_a_large_tiff_is_read_region_by_region(tiff: tuple[Path, np.ndarray], mo
 
 
 @pytest.mark.parametrize("kind", ["gray", "rgba", "deep"])
-def test_gray_transparent_and_deep_tiff(kind: str, tmp_path: Path) -> None:
+def test_gray_transparent_and_16_bit_tiff(kind: str, tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     path, chance = tmp_path / "a.tif", np.random.default_rng(0)
     if kind == "gray":
@@ -331,7 +331,7 @@ def test_a_pyramid_is_read_at_the_smallest_level_that_suffices(tmp_path: Path) -
     assert shapes == [(256, 320), (256, 320), (128, 160), (64, 80)]
 
 
-def test_tiff_files_that_cannot_be_read_by_regions_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiff_that_cannot_be_read_by_regions_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile = pytest.importorskip("tifffile")
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, picture(40, 50), photometric="rgb", extratags=[(0x0112, "H", 1, 6, True)])
@@ -342,7 +342,7 @@ def test_tiff_files_that_cannot_be_read_by_regions_say_so(tmp_path: Path, monkey
         TiffPicture(path)
 
 
-def test_a_jpeg_beyond_the_limit_is_decoded_small_where_that_is_enough(tmp_path: Path) -> None:
+def test_jpeg_beyond_the_limit_is_decoded_at_a_smaller_scale(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.fromarray(picture(400, 600)).save(path)
     assert open_picture(path, size=(100, 140), max_pixels=60_000).shape == (200, 300, 3)

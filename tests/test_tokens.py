@@ -1,4 +1,4 @@
-"""Label-free token metrics: hand values, invariances, what each can and cannot see."""
+"""Label-free token metrics: values by hand, invariances, and what each metric detects and ignores."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_outliers_without_spread() -> None:
     assert outlier_share(unit) == OutlierShare(high=1 / 105, low=1 / 105)
 
 
-def test_norms_all_but_alike_are_no_outliers() -> None:
+def test_nearly_equal_norms_are_not_outliers() -> None:
     signs = torch.where(noise(3, 5, 7, 1) > 0, 1.0, -1.0)  # MAD = 0
     signs[0, 0, 0], signs[0, 1, 1] = 1.001, 1.01
     assert outlier_share(signs) == OutlierShare(high=1 / 105, low=0)
@@ -144,7 +144,7 @@ def test_smoothness_does_not_cross_images() -> None:
 
 
 def test_shared_pattern_by_hand() -> None:
-    """Images 0 and 1 against 2 and 3: (1, -1) times 2 and 4, 8 a patch. Median token -1, median squared distance 4."""
+    """Means of images 0 and 1, 2 and 3: (1, -1) times 2 and 4, so 8 per patch. Median token -1, squared distance 4."""
     features = torch.cat([grid([1, -1]), grid([3, -3]), grid([3, -3]), grid([5, -5])])
     assert shared_pattern(features + 100) == pytest.approx(8 / 4, rel=1e-5)
 
@@ -158,14 +158,14 @@ def test_shared_pattern_of_a_planted_artifact() -> None:
     assert abs(shared_pattern(noise(8, 17, 19, 11))) < 0.01
 
 
-def test_shared_pattern_is_not_that_of_a_kind_that_takes_turns() -> None:
-    """Every other image turned: what each kind has in common cancels in both halves."""
+def test_alternating_pattern_is_not_a_shared_pattern() -> None:
+    """Every other image has the opposite sign: the pattern cancels in both halves."""
     content = noise(17, 19, 11, seed=2)
     turned = torch.stack([content, -content] * 4)
     assert abs(shared_pattern(turned + 0.1 * noise(8, 17, 19, 11))) < 0.01
 
 
-def test_shared_pattern_in_spite_of_outliers() -> None:
+def test_shared_pattern_is_robust_to_outliers() -> None:
     features = noise(17, 19, 11, seed=1) + noise(8, 17, 19, 11)
     spoiled = torch.where(noise(8, 17, 19, 1, seed=5) > 2, features * 30, features)
     assert shared_pattern(spoiled) == pytest.approx(shared_pattern(features), rel=0.1)
@@ -178,11 +178,11 @@ def test_typical_energy() -> None:
     assert typical_energy(features) == pytest.approx(200, rel=0.02)
     assert typical_energy(spoiled) == pytest.approx(200, rel=0.03)
     empty = grid([7.0] * 9 + [9.0])
-    assert typical_energy(empty) == pytest.approx(0.36)  # most are the same: the variance
+    assert typical_energy(empty) == pytest.approx(0.36)  # most tokens are the same: the variance
 
 
 def test_leakage_by_hand() -> None:
-    # Variances 3, 1 and 0; the responses vary along the first channel only, and differ as a whole along the second.
+    # Variances 3, 1 and 0; the responses vary along the first channel only, and differ by a constant along the second.
     features = torch.tensor([[3**0.5, 1, 0], [-(3**0.5), 1, 0], [3**0.5, -1, 0], [-(3**0.5), -1, 0]]).view(1, 2, 2, 3)
     responses = torch.zeros(2, 1, 5, 3)
     responses[..., 0] = torch.arange(5.0)
@@ -243,7 +243,7 @@ METRICS = [
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_every_metric_refuses_what_cannot_be_measured(metric) -> None:
+def test_every_metric_refuses_invalid_features(metric) -> None:
     with pytest.raises(EvaluationError, match="constant output: all 30 tokens of features are the same"):
         metric(torch.full((2, 3, 5, 7), 0.1))
     with pytest.raises(EvaluationError, match=r"expected features of non-empty shape \(N, h, w, C\).*got \(3, 5, 7\)"):
@@ -254,7 +254,7 @@ def test_every_metric_refuses_what_cannot_be_measured(metric) -> None:
         metric(features)
 
 
-def test_checked_gives_plain_float32_and_refuses_rounding() -> None:
+def test_checked_returns_float32_and_refuses_nearly_constant_features() -> None:
     features = noise(2, 3, 5, 7).half().requires_grad_()
     result = checked(features)
     assert result.dtype == torch.float32 and not result.requires_grad

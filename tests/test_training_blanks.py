@@ -1,4 +1,4 @@
-"""Content-free images in stages 2 and 3: their targets, their share of a batch, resuming, and what they achieve."""
+"""Content-free images in stages 2 and 3: their targets, their share of a batch, resuming, and their effect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tiny.Fit
     return tiny.fitted(tmp_path_factory.mktemp("data"))
 
 
-def test_targets_are_the_same_everywhere_and_keep_the_mean() -> None:
+def test_targets_are_constant_and_keep_the_mean() -> None:
     blanks = Blanks.of(tiny.backbone(), [SIZE, (32, 64)], seed=3)
     assert [tuple(raw.shape[:3]) for raw in blanks.raw] == [(BLANKS, 8, 8), (BLANKS, 4, 8)]
     raw, clean = blanks.draw(1, step=0, first=0, count=5)
@@ -33,7 +33,7 @@ def test_targets_are_the_same_everywhere_and_keep_the_mean() -> None:
     torch.testing.assert_close(clean.mean((1, 2)), raw.mean((1, 2)))
 
 
-def test_images_of_a_step_are_shared_out_between_batches_and_processes() -> None:
+def test_images_of_a_step_are_split_between_batches_and_processes() -> None:
     blanks = Blanks.of(tiny.backbone(), [SIZE], seed=3)
     whole, _ = blanks.draw(0, step=4, first=0, count=6)
     parts = [blanks.draw(0, step=4, first=first, count=2)[0] for first in (0, 2, 4)]
@@ -45,7 +45,7 @@ def test_images_of_a_step_are_shared_out_between_batches_and_processes() -> None
 @pytest.mark.parametrize(
     ("share", "batch", "blanks"), [(0.5, 16, 8), (0.2, 4, 1), (0.9, 4, 3), (0.5, 1, 0), (0.0, 8, 0)]
 )
-def test_a_batch_has_its_share_of_them_and_one_photo_at_least(share: float, batch: int, blanks: int) -> None:
+def test_batch_has_its_share_of_blanks_and_at_least_one_photo(share: float, batch: int, blanks: int) -> None:
     options = tiny.options(blank=share, batch_size=batch)
     assert (options.blanks, options.photos) == (blanks, batch - blanks)
 
@@ -57,7 +57,7 @@ def test_a_share_out_of_range_is_refused(share: float) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4])
-def test_an_interrupted_run_is_the_uninterrupted_one(data: tiny.Fitted, tmp_path: Path, keep: int) -> None:
+def test_resumed_run_matches_an_uninterrupted_one(data: tiny.Fitted, tmp_path: Path, keep: int) -> None:
     training, views = tiny.options(steps=8, evaluate_every=4, blank=0.5, accumulate=2), tiny.views(keep=keep)
     tiny.trained(data.stored, tmp_path / "straight", None, training, views)
     tiny.trained(data.stored, tmp_path / "stopped", None, tiny.stopped(training, 3), views)
@@ -66,7 +66,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(data: tiny.Fitted, tmp_path
     assert there["log"] == here["log"] and there["last.safetensors"] == here["last.safetensors"]
 
 
-def test_a_run_without_them_is_another_run(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_resuming_with_another_share_of_blanks_is_rejected(data: tiny.Fitted, tmp_path: Path) -> None:
     tiny.trained(data.stored, tmp_path / "run", None, tiny.options(steps=2, evaluate_every=2, stop_at=1))
     with pytest.raises(TrainError, match=r"blank"):
         tiny.prepared(
@@ -74,7 +74,7 @@ def test_a_run_without_them_is_another_run(data: tiny.Fitted, tmp_path: Path) ->
         )
 
 
-def test_they_remove_what_fields_leave_on_content_free_images(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_blanks_reduce_the_variance_on_content_free_images(data: tiny.Fitted, tmp_path: Path) -> None:
     found = {}
     for share in (0.0, 0.5):
         training = tiny.options(steps=150, evaluate_every=150, batch_size=8, blank=share)
@@ -93,7 +93,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_student_learns_them_beside_photos(photos: Path, tmp_path: Path) -> None:
+def test_student_is_trained_on_blanks_and_photos(photos: Path, tmp_path: Path) -> None:
     training = tiny_distillation.options(batch_size=3, blank=0.7)
     with tiny_distillation.blank_panels():
         run = tiny_distillation.prepared(photos, tmp_path / "run", None, training).training()
@@ -111,7 +111,7 @@ def test_a_student_learns_them_beside_photos(photos: Path, tmp_path: Path) -> No
     assert not (other[1] == images[1]).all()
 
 
-def test_an_interrupted_distillation_is_the_uninterrupted_one(photos: Path, tmp_path: Path) -> None:
+def test_resumed_distillation_matches_an_uninterrupted_one(photos: Path, tmp_path: Path) -> None:
     training = tiny_distillation.options(batch_size=2, blank=0.5, accumulate=2)
     runs = tmp_path / "straight", tmp_path / "stopped"
     with tiny_distillation.blank_panels():

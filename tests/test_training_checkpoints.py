@@ -1,4 +1,4 @@
-"""Checkpoints and the folder of a run: never half there, never another's."""
+"""Checkpoints and the folder of a run: files are complete, and no other run is overwritten."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def names(made: Checkpoints) -> list[str]:
     return sorted(path.name for path in made.folder.iterdir())
 
 
-def test_weights_and_moments_come_back_bit_for_bit(there: Checkpoints) -> None:
+def test_weights_and_moments_are_restored_bit_for_bit(there: Checkpoints) -> None:
     trained, optimiser = model(seed=1), None
     optimiser = optimiser_of(trained)
     assert there.load(trained, optimiser) == Progress(2, 0.5, 1)
@@ -70,7 +70,7 @@ def test_weights_and_moments_come_back_bit_for_bit(there: Checkpoints) -> None:
             assert torch.equal(its.state[one][name], optimiser.state[other][name])
 
 
-def test_nothing_there_is_a_start(tmp_path: Path) -> None:
+def test_missing_checkpoints_mean_step_0(tmp_path: Path) -> None:
     empty = Checkpoints(tmp_path / "nothing")
     trained = model()
     assert empty.load(trained, optimiser_of(trained)) == Progress()
@@ -85,7 +85,7 @@ def test_the_last_two_are_kept(there: Checkpoints) -> None:
     assert there.step == 1000
 
 
-def test_a_checkpoint_tells_how_far_it_is(there: Checkpoints) -> None:
+def test_checkpoint_metadata_records_the_progress(there: Checkpoints) -> None:
     assert there.last is not None
     with safe_open(there.last, framework="pt") as file:
         assert json.loads(file.metadata()["denoising_vit"]) == {"step": 2, "best": 0.5, "best_step": 1}
@@ -95,7 +95,7 @@ def full(*_args: Any, **_more: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
+def test_full_disk_keeps_the_previous_checkpoint_and_is_reported(
     there: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = model()
@@ -117,7 +117,7 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "no metadata"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(there: Checkpoints, damage: str) -> None:
+def test_damaged_checkpoint_is_named_and_the_previous_one_loads(there: Checkpoints, damage: str) -> None:
     assert there.last is not None
     whole = there.last.read_bytes()
     spoilt = {"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff" * 100}
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_model_is_refused(there: Checkpoints) -> None:
 # --- the folder of a run ---
 
 
-def test_a_new_folder_is_made_and_the_same_run_goes_on(tmp_path: Path) -> None:
+def test_new_folder_is_created_and_the_same_run_resumes(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new" / "run")
     folder.begin(IDENTITY, resume=False)
     assert json.loads((folder.path / "run.json").read_text())["stage"] == "denoiser"
@@ -147,7 +147,7 @@ def test_a_new_folder_is_made_and_the_same_run_goes_on(tmp_path: Path) -> None:
     folder.begin(IDENTITY, resume=True)
 
 
-def test_a_run_that_ended_between_its_two_records_gets_the_other_when_it_resumes(tmp_path: Path) -> None:
+def test_resume_writes_a_missing_about_record(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(IDENTITY, resume=False)
     (tmp_path / "about.json").unlink()
@@ -155,12 +155,12 @@ def test_a_run_that_ended_between_its_two_records_gets_the_other_when_it_resumes
     assert json.loads((tmp_path / "about.json").read_text()).keys() == run_info().keys()
 
 
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+def test_empty_folder_is_accepted(tmp_path: Path) -> None:
     RunFolder(tmp_path).begin(IDENTITY, resume=False)
 
 
 @pytest.mark.parametrize("there", ["log.jsonl", "checkpoints/step-0000001.safetensors", "pairs/state.u8", "note.txt"])
-def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, there: str) -> None:
+def test_existing_run_is_not_overwritten(tmp_path: Path, there: str) -> None:
     RunFolder(tmp_path).begin(IDENTITY, resume=False)
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_bytes(b"\0\1\0")
@@ -172,11 +172,11 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path, there: str) -> N
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_a_run_that_never_began_keeps_no_other_out(tmp_path: Path, pairs: bool) -> None:
+def test_run_without_progress_can_be_replaced(tmp_path: Path, pairs: bool) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(IDENTITY, resume=False)
     folder.begin(IDENTITY, resume=True)
-    if pairs:  # files of the first, with nothing in them
+    if pairs:  # pair files of the first run, without pairs
         folder.pairs.mkdir()
         for name in ("pairs.json", "state.u8", "raw-0-7x7.f16", "target-0-7x7.f16", "unusable.jsonl", "note.txt"):
             (folder.pairs / name).write_bytes(b"\0\0\0")
@@ -194,7 +194,7 @@ def test_a_record_of_another_program_is_left_alone(tmp_path: Path, text: str) ->
     assert (tmp_path / "run.json").read_text() == text
 
 
-def test_nothing_is_resumed_where_nothing_is(tmp_path: Path) -> None:
+def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
         RunFolder(tmp_path / "run").begin(IDENTITY, resume=True)
     assert not (tmp_path / "run").exists()
@@ -223,7 +223,7 @@ def test_a_start_that_was_killed_while_writing_its_record_can_be_repeated(tmp_pa
         assert not is_new(folder, "run.json")
 
 
-def test_changed_options_are_each_named_with_both_sides(tmp_path: Path) -> None:
+def test_changed_options_are_named_with_both_values(tmp_path: Path) -> None:
     RunFolder(tmp_path).begin(IDENTITY, resume=False)
     other = {"stage": "denoiser", "options": {"steps": 30, "seed": 1}, "processes": 2}
     with pytest.raises(TrainError, match="cannot resume with other options") as told:
@@ -240,19 +240,19 @@ def test_changed_options_are_each_named_with_both_sides(tmp_path: Path) -> None:
         "null",
     ],
 )
-def test_a_damaged_record_of_a_run_is_told(tmp_path: Path, text: str) -> None:
+def test_damaged_run_record_is_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(TrainError, match=r"run.json: damaged .*start again in another folder"):
         RunFolder(tmp_path).begin(IDENTITY, resume=True)
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainError):
         RunFolder(tmp_path / "file" / "run").begin(IDENTITY, resume=False)
 
 
-def test_log_lines_after_the_checkpoint_and_half_lines_are_dropped(tmp_path: Path) -> None:
+def test_log_lines_after_the_checkpoint_and_incomplete_ones_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     whole = [json.dumps({"step": number, "kind": "train", "loss": 1.0}) + "\n" for number in range(1, 8)]
     folder.log.write_text("".join(whole) + '{"step": 3, "ki')
@@ -262,21 +262,19 @@ def test_log_lines_after_the_checkpoint_and_half_lines_are_dropped(tmp_path: Pat
     assert folder.log.read_text() == ""
 
 
-def test_lines_of_the_log_that_are_none_are_dropped(tmp_path: Path) -> None:
+def test_invalid_log_lines_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.log.write_text('\n{"step": "1"}\n[1]\nwords\n{"step": 1}\n{"step": 2}')
     folder.cut_log(9)
     assert folder.log.read_text() == '{"step": 1}\n'
 
 
-def test_no_log_is_nothing_to_cut(tmp_path: Path) -> None:
+def test_cutting_a_missing_log_does_nothing(tmp_path: Path) -> None:
     RunFolder(tmp_path).cut_log(3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_a_run_on_another_machine_writes_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_in_use_by_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     first.begin(IDENTITY, resume=False)
     monkeypatch.setattr(run_folder, "_HELD", {})  # as another process sees it
@@ -290,13 +288,13 @@ def test_a_folder_that_a_run_on_another_machine_writes_is_refused(
 
 @dataclasses.dataclass
 class Second:
-    """What the second process of a run knows of the first."""
+    """The accelerator of the second process of a run."""
 
     is_main_process: bool = False
     process_index: int = 1
 
 
-def test_a_process_is_told_what_the_first_began_and_does_not_read_it_from_the_disk(
+def test_other_processes_get_the_run_from_the_first_not_from_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_folder, "from_first", lambda _accelerator, _mine: IDENTITY)

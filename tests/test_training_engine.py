@@ -1,4 +1,4 @@
-"""Processes and devices of a run, as far as they can be told without any."""
+"""Processes and devices of a run, as far as they can be tested without several processes or GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from denoising_vit.training import engine
 
 
 class Made:
-    """What accelerators are made with, and the device that is the present one then."""
+    """Records the arguments of new accelerators, and the current device when one is created."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: dict[str, Any] = {}
@@ -45,23 +45,23 @@ def two_gpus(made: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
     return made
 
 
-def test_a_numbered_device_is_that_of_backbone_and_denoiser(two_gpus: Made) -> None:
+def test_numbered_device_is_used_for_backbone_and_denoiser(two_gpus: Made) -> None:
     accelerator = engine.make_accelerator("cuda:1")
     assert accelerator is two_gpus
-    assert two_gpus.device == "cuda:1"  # what accelerate means by cuda
+    assert two_gpus.device == "cuda:1"  # the current device, which accelerate uses for cuda
     assert not two_gpus.given["cpu"]
     assert engine.device_of(accelerator, "cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
-def test_without_a_number_accelerate_chooses(two_gpus: Made, device: str) -> None:
+def test_accelerate_chooses_the_device_without_a_number(two_gpus: Made, device: str) -> None:
     engine.make_accelerator(device)
     assert two_gpus.device is None
     assert two_gpus.given["cpu"] == (device == "cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda:2", "cuda:-1", "cuda:first"])
-def test_a_number_that_is_not_there_is_told(two_gpus: Made, device: str) -> None:
+def test_unavailable_device_number_is_reported(two_gpus: Made, device: str) -> None:
     with pytest.raises(
         TrainError, match=f"device {device} is not available; expected auto, cpu, or a device of this machine"
     ):
@@ -69,7 +69,7 @@ def test_a_number_that_is_not_there_is_told(two_gpus: Made, device: str) -> None
     assert two_gpus.present is None
 
 
-def test_a_device_that_cannot_be_taken_is_told(two_gpus: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_device_is_reported(two_gpus: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(_device: str) -> None:
         raise RuntimeError("CUDA-capable device(s) is/are busy")
 
@@ -79,7 +79,7 @@ def test_a_device_that_cannot_be_taken_is_told(two_gpus: Made, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("launched", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}])
-def test_a_launcher_hands_out_the_devices(
+def test_numbered_device_is_rejected_under_a_launcher(
     two_gpus: Made, launched: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in launched.items():
@@ -91,13 +91,13 @@ def test_a_launcher_hands_out_the_devices(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_a_device_that_is_not_there_is_told(device: str) -> None:
+def test_unavailable_device_is_reported(device: str) -> None:
     with pytest.raises(TrainError, match=device):
         engine.make_accelerator(device)
 
 
-def test_processes_wait_for_each_other_for_days(made: Made) -> None:
-    """One may make pairs for hours while the others wait."""
+def test_process_timeout_is_at_least_two_days(made: Made) -> None:
+    """One process may compute pairs for hours while the others wait."""
     engine.make_accelerator("cpu")
     (handler,) = made.given["kwargs_handlers"]
     assert handler.to_kwargs()["timeout"] >= timedelta(days=2)

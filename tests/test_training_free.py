@@ -40,7 +40,7 @@ def normalised(photo: np.ndarray, backbone: Backbone, size: tuple[int, int]) -> 
 # --- project
 
 
-def test_a_direction_is_taken_out_by_hand() -> None:
+def test_projection_matches_a_hand_computed_value() -> None:
     subspace = Subspace(torch.tensor([[0.6, 0.8]]), {})
     # (1, 2) along (0.6, 0.8) is 2.2: (1 - 1.32, 2 - 1.76).
     torch.testing.assert_close(subspace(torch.tensor([[1.0, 2.0]])), torch.tensor([[-0.32, 0.24]]))
@@ -51,12 +51,12 @@ def test_principal_directions_of_a_planted_pattern() -> None:
     along = torch.tensor([[2.0, -2.0], [2.0, -2.0]])[..., None]
     across = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])[..., None]
     found = principal_directions(5 + along * strong + across * weak)
-    assert found.shape == (2, 3)  # the third is rounding
+    assert found.shape == (2, 3)  # the third is rounding error
     torch.testing.assert_close(found[0].abs(), strong)
     torch.testing.assert_close(found[1].abs(), weak)
 
 
-def test_the_artifact_s_directions_take_any_amount_of_it_away() -> None:
+def test_directions_of_the_artifact_remove_any_multiple_of_it() -> None:
     image = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     backbone = planted.backbone()
     artifact = planted.artifact_of(backbone, planted.pattern(7, 7)[..., :1] * torch.tensor([1.0, 2, 0, 0, -1, 0]))
@@ -67,7 +67,7 @@ def test_the_artifact_s_directions_take_any_amount_of_it_away() -> None:
         find_subspace(backbone, source="artifact", artifact=artifact, rank=2)
 
 
-def test_a_black_image_shows_the_planted_pattern() -> None:
+def test_directions_of_a_black_image_remove_the_planted_pattern() -> None:
     backbone = planted.backbone(strength=0.5)
     subspace = find_subspace(backbone, rank=5)
     black = (-torch.tensor(backbone.mean) / torch.tensor(backbone.std)).view(1, 3, 1, 1).expand(1, 3, 56, 56)
@@ -86,17 +86,17 @@ def positional(photos: int = 8, seed: int = 0, place: float = 1.0) -> Tensor:
     return features
 
 
-def test_place_directions_span_the_channels_that_hold_place() -> None:
+def test_place_directions_span_the_positional_channels() -> None:
     found = place_directions(positional(), 2)
     assert found.shape == (2, 6)
     torch.testing.assert_close(found @ found.T, torch.eye(2), rtol=0, atol=1e-5)
     assert found[:, 2:].abs().max() < 0.1
 
 
-def test_the_rank_removes_place_and_keeps_content() -> None:
+def test_chosen_rank_removes_position_and_keeps_content() -> None:
     rank, tried = choose_rank(positional(), torch.eye(6))
     assert rank == 2
-    assert [row["rank"] for row in tried] == [0, 1, 2]  # half of the channels at most
+    assert [row["rank"] for row in tried] == [0, 1, 2]  # at most half of the channels
     assert tried[0]["place"] > 0.9
     assert tried[2]["place"] < 0.1
     assert tried[2]["lost"] < 0.01
@@ -106,14 +106,14 @@ def test_the_rank_removes_place_and_keeps_content() -> None:
         choose_rank(positional(3), torch.eye(6))
 
 
-def test_photos_choose_the_rank(tmp_path: Path) -> None:
+def test_rank_is_chosen_from_photos(tmp_path: Path) -> None:
     backbone = planted.backbone()
     chance = np.random.default_rng(0)
     photos = [chance.integers(0, 255, (56, 56, 3), dtype=np.uint8) for _ in range(8)]
     found = find_subspace(backbone, photos, source="place")
     assert found.info["photos"] == 8
     assert found.rank == found.info["rank"] > 0
-    with pytest.raises(dv.PlanError, match="at least 4 photos, got 3"):  # one half judges directions of the other
+    with pytest.raises(dv.PlanError, match="at least 4 photos, got 3"):  # one half evaluates directions of the other
         find_subspace(backbone, photos[:6], source="place")
     found.save(tmp_path / "a.safetensors")
     again = Subspace.load(tmp_path / "a.safetensors")
@@ -130,7 +130,7 @@ def test_photos_choose_the_rank(tmp_path: Path) -> None:
             find_subspace(backbone, source=wrong)  # pyright: ignore[reportArgumentType]
 
 
-# --- the table of kinds of features
+# --- the registry of feature kinds
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def tiny_vit() -> Backbone:
     return dv.load_backbone("vit_tiny_patch16_224", weights="random", device="cpu", dtype="float32")
 
 
-def test_the_registry_makes_each_kind(backbone: Backbone, photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_registry_creates_each_kind(backbone: Backbone, photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     image = photos[0][:2]
     found = find_registers(backbone, photos[0], size=(96, 96))
     found.save(tmp_path / "registers.safetensors")
@@ -153,7 +153,7 @@ def test_the_registry_makes_each_kind(backbone: Backbone, photos: tuple[Tensor, 
     torch.testing.assert_close(made["registers"][0](image), with_registers(backbone, found)(image))
     identities = [made[name][1] for name in made]
     assert identities == [{"subspace": subspace.digest}, {"passes": "5"}, {"registers": found.digest}]
-    # Without a file, the projection takes 16 directions of a black image.
+    # Without a file, the projection uses 16 directions of a black image.
     torch.testing.assert_close(
         Cleaners().extractor("project", backbone)[0](image), find_subspace(backbone, rank=16)(backbone(image))
     )
@@ -162,17 +162,17 @@ def test_the_registry_makes_each_kind(backbone: Backbone, photos: tuple[Tensor, 
 
 
 @pytest.mark.parametrize("name", ["project", "average"])
-def test_one_photo_in_one_call(tiny_vit: Backbone, name: str) -> None:
+def test_denoise_image_with_project_and_average(tiny_vit: Backbone, name: str) -> None:
     photo = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     result = dv.denoise_image(tiny_vit, photo, method=name, size=(96, 96))
     assert result.semantic.shape == (6, 6, 192)
     assert not torch.allclose(result.semantic, result.raw, atol=1e-3)
 
 
-def test_a_given_subspace_and_given_registers_clean_a_photo(
+def test_given_subspace_and_registers_are_used(
     backbone: Backbone, photos: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    """In `denoise_image` and on sheets: a file that is given is used, and one that the method does not use refused."""
+    """In `denoise_image` and on sheets; a subspace that the method does not use is rejected."""
     photo = planted.photos(1)[0]
     subspace, registers = find_subspace(backbone, rank=3), find_registers(backbone, photos[0], size=(96, 96))
     subspace.save(tmp_path / "subspace.safetensors")
@@ -192,7 +192,7 @@ def test_a_given_subspace_and_given_registers_clean_a_photo(
         dv.denoise_image(backbone, photo, method="average", size=(96, 96), subspace=subspace)
 
 
-def test_subtract_needs_values_that_are_not_none(tiny_vit: Backbone) -> None:
+def test_subtract_rejects_the_artifact_none(tiny_vit: Backbone) -> None:
     with pytest.raises(dv.PlanError, match="subtract needs an artifact as a file or an Artifact"):
         Cleaners(artifact="none").extractor("subtract", tiny_vit)
 
@@ -246,7 +246,7 @@ def test_moved_pixels_by_hand() -> None:
     assert moved(image, (-1, 0, True), 1)[0, 0].tolist() == [[5, 4, 3], [5, 4, 3]]
 
 
-def test_a_place_is_the_mean_of_the_passes_that_show_it() -> None:
+def test_each_place_is_the_mean_of_the_passes_that_show_it() -> None:
     first, second = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[9.0, 10.0, 20.0]])
     # Moved right by one: places 0 and 1 are seen at 1 and 2; place 2 is seen by the first pass only.
     mean = aligned_mean([first.view(1, 1, 3, 1), second.view(1, 1, 3, 1)], [(0, 0, False), (0, 1, False)])
@@ -254,7 +254,7 @@ def test_a_place_is_the_mean_of_the_passes_that_show_it() -> None:
 
 
 @pytest.mark.parametrize("passes", [2, 5, 10])
-def test_content_stays_and_the_artifact_is_averaged(passes: int) -> None:
+def test_averaging_keeps_content_and_reduces_the_artifact(passes: int) -> None:
     pool = nn.AvgPool2d(8)
     image = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     local = dv.load_backbone(lambda image: pool(image), patch_size=8, default_size=40)
@@ -272,7 +272,7 @@ def test_content_stays_and_the_artifact_is_averaged(passes: int) -> None:
 # --- registers
 
 
-def test_activations_go_to_the_last_token() -> None:
+def test_activations_are_moved_to_the_last_token() -> None:
     hidden = torch.tensor([[[1.0, 5.0], [-7.0, 2.0], [0.0, 0.0]]])
     (shifted,) = _Shift([0])(nn.Identity(), (hidden,))
     assert shifted.tolist() == [[[0.0, 5.0], [0.0, 2.0], [-7.0, 0.0]]]
@@ -282,7 +282,7 @@ BLOCK, NEURON = 1, 5
 
 
 def outlying(image: Tensor, white: Tensor) -> Any:
-    """A ViT in which one neuron writes a long direction at white patches."""
+    """A ViT in which one neuron adds a vector of large norm at white patches."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"img_size": 96, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 0}
     model = cast(Any, timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **shape).eval())
@@ -302,7 +302,7 @@ def outlying(image: Tensor, white: Tensor) -> Any:
 
 @pytest.fixture(scope="module")
 def photos() -> tuple[Tensor, Tensor]:
-    """Noise with white patches, (N, 3, 96, 96), and where these are, (N, 36)."""
+    """Noise with white patches, (N, 3, 96, 96), and the mask of these patches, (N, 36)."""
     chance = torch.Generator().manual_seed(0)
     image = torch.randn(6, 3, 96, 96, generator=chance) * 0.3 - 1
     white = torch.zeros(6, 36, dtype=torch.bool)
@@ -323,7 +323,9 @@ def norms(backbone: Backbone, image: Tensor) -> Tensor:
     return backbone(image).norm(dim=-1).flatten(1)
 
 
-def test_the_planted_neuron_is_found_and_its_outliers_go(backbone: Backbone, photos: tuple[Tensor, Tensor]) -> None:
+def test_planted_neuron_is_found_and_its_outliers_are_removed(
+    backbone: Backbone, photos: tuple[Tensor, Tensor]
+) -> None:
     image, white = photos
     before = norms(backbone, image)
     assert before[white].min() > 3 * before[~white].max()
@@ -337,12 +339,12 @@ def test_the_planted_neuron_is_found_and_its_outliers_go(backbone: Backbone, pho
     assert features.shape == (6, 6, 6, 64)
     assert prefix.shape == (6, 1, 64)
     assert features.norm(dim=-1).max() < 2 * before[~white].median()
-    torch.testing.assert_close(norms(backbone, image), before)  # the backbone is as it was
+    torch.testing.assert_close(norms(backbone, image), before)  # the backbone is unchanged
     wide = torch.cat([image[:1], image[1:2]], dim=3)
     assert clean(wide).shape == (1, 6, 12, 64)
 
 
-def test_a_model_with_registers(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_cleaning_a_model_with_registers(photos: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     image, _ = photos
     model = outlying(*photos)
     found = find_registers(dv.load_backbone(copy.deepcopy(model), device="cpu", dtype="float32"), image, size=(96, 96))
@@ -375,7 +377,7 @@ class _Features(nn.Module):
         return self.model.forward_features(image)
 
 
-def test_a_model_without_outliers_stays_as_it_is() -> None:
+def test_model_without_outliers_is_unchanged() -> None:
     torch.manual_seed(0)
     model = cast(Any, timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0, img_size=96).eval())
     image = torch.randn(4, 3, 96, 96)
@@ -406,14 +408,14 @@ def test_no_more_photos_are_read_than_used(tiny_vit: Backbone) -> None:
     assert read == [0, 1]
 
 
-def test_registers_behind_a_cleaner_are_seen(tiny_vit: Backbone) -> None:
+def test_registers_inside_a_denoised_vit_are_detected(tiny_vit: Backbone) -> None:
     changed = with_registers(tiny_vit, Registers(((0, 3),), describe(tiny_vit), {}))
     subspace = Subspace(torch.eye(tiny_vit.embed_dim)[:1], describe(changed))
     assert has_registers(changed) and has_registers(dv.DenoisedViT(changed, subspace))
     assert not has_registers(tiny_vit)
 
 
-def test_a_cleaner_on_another_device_is_copied() -> None:
+def test_subspace_is_copied_to_the_device_of_the_backbone() -> None:
     backbone = planted.backbone()
     subspace = Subspace(torch.eye(backbone.embed_dim)[:1], describe(backbone))
     extractor = dv.DenoisedViT(backbone.to("meta"), subspace)

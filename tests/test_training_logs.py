@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines that are whole, also where the disk is full."""
+"""The log of a run: complete JSON lines, also on a full disk."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from denoising_vit.training.loop import Log
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
-    """One without TensorBoard, whose import takes seconds."""
+    """A log without TensorBoard, whose import takes seconds."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     return Log(tmp_path / "log.jsonl", 0)
 
 
-def test_a_line_has_step_kind_and_figures_at_once(log: Log, tmp_path: Path) -> None:
+def test_line_is_written_at_once_with_step_kind_and_metrics(log: Log, tmp_path: Path) -> None:
     log.write(3, "train", {"loss": 0.5, "rate": math.nan, "gradient": math.inf})
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 3, "kind": "train", "loss": 0.5, "rate": None, "gradient": None}
     log.close()
 
 
-def test_lines_are_added_to_those_that_are_there(log: Log, tmp_path: Path) -> None:
+def test_lines_are_appended_to_existing_ones(log: Log, tmp_path: Path) -> None:
     log.write(1, "train", {})
     log.close()
     again = Log(tmp_path / "log.jsonl", 1)
@@ -41,7 +41,7 @@ def test_lines_are_added_to_those_that_are_there(log: Log, tmp_path: Path) -> No
 
 
 class Full:
-    """A file on a disk that is full."""
+    """A file on a full disk."""
 
     name = "log.jsonl"
 
@@ -52,7 +52,7 @@ class Full:
         return
 
 
-def test_a_full_disk_is_told(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt: Any = Full()
     monkeypatch.setattr(log, "_file", spoilt)
     with pytest.raises(TrainError, match=r"log.jsonl: cannot be written to \(.*No space left.*--resume continues"):
@@ -60,7 +60,7 @@ def test_a_full_disk_is_told(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_tensorboard_file_that_cannot_be_written_stops_no_run(
+def test_unwritable_tensorboard_file_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")

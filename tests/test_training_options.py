@@ -1,4 +1,4 @@
-"""Options of training: the published ones by default, and refusals that name what came."""
+"""Options of training: published defaults, and errors that name the invalid value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_published_recipe_is_the_default() -> None:
     assert (options.steps, options.batch_size, options.blocks) == (50_000, 16, 1)
     assert (options.learning_rate, options.final_rate, options.warmup) == (2e-4, 1e-6, 0.15)
     assert options.weight_decay == 1e-5
-    assert options.blank == 0.5  # not published: half of a batch are content-free images
+    assert options.blank == 0.5  # not published: half of a batch are blank images
     options.validate()
     PairOptions().validate()
 
@@ -78,7 +78,7 @@ WITHOUT_CONTRADICTION = [
 
 
 @pytest.mark.parametrize("changes", WITHOUT_CONTRADICTION)
-def test_views_without_contradiction_are_taken(changes: dict[str, Any]) -> None:
+def test_consistent_pair_options_are_accepted(changes: dict[str, Any]) -> None:
     PairOptions(**changes).validate()
 
 
@@ -89,14 +89,14 @@ def test_sizes_are_heights_and_widths() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "large", "518,", "518x", "x518", "1x2x3", "0", "518x-14", "5.5", "518;364"])
-def test_nonsense_for_sizes_is_shown(text: str) -> None:
+def test_invalid_sizes_are_shown_in_the_error(text: str) -> None:
     with pytest.raises(TrainError, match=r"sizes must be pixel sizes such as 518 or 364x476.*got ") as told:
         PairOptions(sizes=text).validate()
     assert repr(text) in str(told.value)
 
 
 @pytest.mark.parametrize(("images", "count"), [(2, 1), (11, 1), (88, 9), (1000, 100), (10_000, 100)])
-def test_a_tenth_is_held_out_and_a_hundred_at_most(images: int, count: int) -> None:
+def test_one_tenth_is_held_out_but_at_most_100_images(images: int, count: int) -> None:
     assert TrainOptions().held_out_of(images) == count
 
 
@@ -106,12 +106,12 @@ def test_no_image_to_train_on_is_an_error(images: int, held_out: int | None) -> 
         TrainOptions(held_out=held_out).held_out_of(images)
 
 
-def test_a_run_that_is_stopped_early_is_the_same_run() -> None:
+def test_stop_at_does_not_change_the_recorded_options() -> None:
     assert TrainOptions(steps=20, stop_at=10).recorded() == TrainOptions(steps=20).recorded()
     assert [TrainOptions(steps=20, stop_at=stop).last_step for stop in (None, 10, 30)] == [20, 10, 20]
 
 
-def test_all_else_is_another_run() -> None:
+def test_every_other_option_is_recorded() -> None:
     run = TrainOptions(accumulate=2, start="random")
     recorded = run.recorded()
     assert recorded.keys() == {field for field in TrainOptions.__dataclass_fields__ if field != "stop_at"}

@@ -1,4 +1,4 @@
-"""Pairs: raw features of views as the backbone gives them, and F at these views' own patch centres."""
+"""Pairs: raw features of views from the backbone, and F at the patch centres of these views."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = ((56, 56), (40, 72))
 
-#: Half precision, of values of a few units.
+#: Tolerance of half precision for values of a few units.
 ROUNDED: dict[str, Any] = {"atol": 4e-3, "rtol": 2e-3}
 
 
@@ -76,7 +76,7 @@ def all_samples() -> Iterator[Sample]:
 
 
 def centres(crop: Crop) -> Iterator[tuple[int, int, float, float]]:
-    """Row and column of each patch as shown, and (x, y) of its centre in the image."""
+    """Row and column of each patch in the view, and (x, y) of its centre in the image."""
     x0, y0, x1, y1 = crop.box
     for row in range(crop.size[0] // tiny.PATCH):
         for column in range(crop.size[1] // tiny.PATCH):
@@ -95,7 +95,7 @@ def by_hand(field: Tensor, crop: Crop) -> Tensor:
 
 
 def seen_by_hand(data: tiny.Fitted, extractor: Backbone, image: int, crop: Crop) -> Tensor:
-    """Raw features of a view that is rendered by the renderer of stage 1; (h, w, C)."""
+    """Raw features (h, w, C) of a view from the renderer of stage 1."""
     pixels = np.asarray(Image.open(data.photos / data.store.ids[image]).convert("RGB"))
     plan = ViewPlan(np.array([crop.box]), np.array([crop.flip]), crop.size, 1, 1, (2, 2))
     view = ViewRenderer(to_image(pixels), plan, extractor.mean, extractor.std)(slice(1))
@@ -103,7 +103,7 @@ def seen_by_hand(data: tiny.Fitted, extractor: Backbone, image: int, crop: Crop)
         return extractor(view.flip((2, 3)) if crop.inverted else view)[0]
 
 
-def test_kinds_of_views_that_are_compared_below_all_occur() -> None:
+def test_samples_include_every_combination_of_flip_and_inversion() -> None:
     crops = [sample.crop for sample in all_samples() if sample.number and sample.number > 1]
     assert {(crop.flip, crop.inverted) for crop in crops} == {(a, b) for a in (False, True) for b in (False, True)}
 
@@ -115,7 +115,7 @@ def test_targets_are_f_at_the_patch_centres_of_each_view(data: tiny.Fitted, kept
         torch.testing.assert_close(target, by_hand(store[one.image].field, one.crop), **ROUNDED)
 
 
-def test_targets_are_what_the_store_samples_at_hand_computed_coordinates(data: tiny.Fitted, kept: KeptPairs) -> None:
+def test_targets_match_store_samples_at_hand_computed_coordinates(data: tiny.Fitted, kept: KeptPairs) -> None:
     stored = data.store[1]
     marks = torch.tensor([(k + 0.5) / 7 for k in range(7)])
     y, x = torch.meshgrid(marks, marks, indexing="ij")
@@ -131,15 +131,13 @@ def test_targets_are_what_the_store_samples_at_hand_computed_coordinates(data: t
         torch.testing.assert_close(kept.read([one])[1][0], stored.sample(coords), **ROUNDED)
 
 
-def test_raw_features_are_those_of_views_rendered_by_hand(
-    data: tiny.Fitted, kept: KeptPairs, extractor: Backbone
-) -> None:
+def test_raw_features_match_views_rendered_by_hand(data: tiny.Fitted, kept: KeptPairs, extractor: Backbone) -> None:
     for one in all_samples():
         raw = kept.read([one])[0][0]
         torch.testing.assert_close(raw, seen_by_hand(data, extractor, one.image, one.crop), **ROUNDED)
 
 
-def test_a_batch_is_its_samples_in_their_order(kept: KeptPairs) -> None:
+def test_batch_keeps_the_order_of_its_samples(kept: KeptPairs) -> None:
     samples = [sample(2, 1, 3), sample(0, 1, 0), sample(2, 1, 3)]
     raw, target = kept.read(samples)
     assert raw.shape == target.shape == (3, 5, 9, tiny.CHANNELS)
@@ -166,14 +164,14 @@ def test_fresh_pairs_are_the_same_views_without_rounding(tmp_path: Path) -> None
     rows, columns = (side // 8 for side in crop.size)
     for row in range(rows):
         for column in range(columns):
-            # Mirrored and upside down: left to right it is as in the image.
+            # Mirrored and upside down: the order from left to right is that of the image.
             x = 0.1 + 0.6 * (column * 8 + 4) / 56
             y = 0.2 + 0.7 * (1 - (row * 8 + 4) / 40)
             torch.testing.assert_close(target[0, row, column], tiny.bilinear(data.store[1].field, x, y))
-    assert torch.equal(target[0], crop.sample(data.store[1].field, 8, 8))  # whatever type fields are held in
+    assert torch.equal(target[0], crop.sample(data.store[1].field, 8, 8))  # for any dtype of the fields
 
 
-def test_filling_is_taken_up_where_it_stopped(targets: StoredTargets, tmp_path: Path) -> None:
+def test_filling_resumes_where_it_stopped(targets: StoredTargets, tmp_path: Path) -> None:
     planted = tiny.module()
     extractor = tiny_artifact.plain(planted)
 
@@ -199,7 +197,9 @@ def test_filling_is_taken_up_where_it_stopped(targets: StoredTargets, tmp_path: 
     assert planted.passes == passes
 
 
-def test_pairs_of_other_views_are_refused_by_name(kept: KeptPairs, targets: StoredTargets, extractor: Backbone) -> None:
+def test_pairs_with_other_settings_are_rejected_with_each_difference(
+    kept: KeptPairs, targets: StoredTargets, extractor: Backbone
+) -> None:
     other = KeptPairs(kept.folder, targets, targets.images, extractor, ((56, 56),), tiny.views(keep=5), seed=6)
     with pytest.raises(TrainError, match=r"has other pairs: .*Choose another folder") as told:
         other.open(create=True)
@@ -207,7 +207,7 @@ def test_pairs_of_other_views_are_refused_by_name(kept: KeptPairs, targets: Stor
         assert part in str(told.value)
 
 
-def test_how_often_whole_images_are_drawn_is_no_other_cache(
+def test_fraction_of_whole_images_does_not_change_the_cache(
     kept: KeptPairs, targets: StoredTargets, extractor: Backbone
 ) -> None:
     again = KeptPairs(
@@ -217,7 +217,7 @@ def test_how_often_whole_images_are_drawn_is_no_other_cache(
     assert again.usable() == (0, 1, 2)
 
 
-def test_pairs_of_other_pictures_are_refused(
+def test_pairs_of_other_photos_are_rejected(
     kept: KeptPairs, data: tiny.Fitted, extractor: Backbone, tmp_path: Path
 ) -> None:
     photos = tiny.write_photos(tmp_path / "photos", 3, seed=1)
@@ -228,12 +228,12 @@ def test_pairs_of_other_pictures_are_refused(
         again.open(create=True)
 
 
-def test_pairs_that_do_not_tell_of_pictures_stay_valid(
+def test_older_pairs_without_a_record_of_photos_stay_valid(
     kept: KeptPairs, targets: StoredTargets, extractor: Backbone
 ) -> None:
     head = kept.folder / "pairs.json"
     told = json.loads(head.read_text())
-    del told["targets"]["photos"]  # as versions before wrote it
+    del told["targets"]["photos"]  # as in older versions
     assert "wholes" not in told["views"]
     head.write_text(json.dumps(told))
     again = KeptPairs(kept.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
@@ -241,9 +241,7 @@ def test_pairs_that_do_not_tell_of_pictures_stay_valid(
     assert again.usable() == (0, 1, 2)
 
 
-def test_no_kept_view_is_mirrored_where_none_is_to_be(
-    targets: StoredTargets, extractor: Backbone, tmp_path: Path
-) -> None:
+def test_no_kept_view_is_mirrored_with_flip_0(targets: StoredTargets, extractor: Backbone, tmp_path: Path) -> None:
     views = tiny.views(keep=3, flip=0)
     pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, views, seed=5)
     pairs.open(create=True)
@@ -254,7 +252,7 @@ def test_no_kept_view_is_mirrored_where_none_is_to_be(
         assert not crop.flip
         target = pairs.read([Sample(1, 0, number, crop)])[1][0]
         torch.testing.assert_close(target, by_hand(next(targets.stream([1])).field.float(), crop), **ROUNDED)
-    # Those of versions before had a mirrored one.
+    # Older versions kept a mirrored whole image.
     head = pairs.folder / "pairs.json"
     told = json.loads(head.read_text())
     del told["views"]["wholes"]
@@ -267,7 +265,7 @@ def test_no_kept_view_is_mirrored_where_none_is_to_be(
 
 
 class Spoilt:
-    """Targets of which all images but the last cannot be used."""
+    """Targets where only the last image can be used."""
 
     def __init__(self, targets: StoredTargets) -> None:
         self.targets = targets
@@ -282,15 +280,15 @@ class Spoilt:
 
 @pytest.fixture
 def spoilt(targets: StoredTargets, extractor: Backbone, tmp_path: Path) -> KeptPairs:
-    """Opened; nothing is filled yet."""
+    """Opened, but not filled."""
     lacking: Any = Spoilt(targets)
     pairs = KeptPairs(tmp_path / "pairs", lacking, targets.images, extractor, SIZES, VIEWS, seed=5)
     pairs.open(create=True)
     return pairs
 
 
-def test_half_a_reason_of_a_crash_is_passed_over_and_its_image_tried_again(spoilt: KeptPairs) -> None:
-    (spoilt.folder / "unusable.jsonl").write_text('["00.png", "no')  # before the image was marked
+def test_truncated_reason_is_ignored_and_its_image_is_retried(spoilt: KeptPairs) -> None:
+    (spoilt.folder / "unusable.jsonl").write_text('["00.png", "no')  # the crash came before the image was marked
     assert spoilt.unusable() == {}
     assert spoilt.todo() == [0, 1, 2]
     spoilt.fill(spoilt.todo())
@@ -298,7 +296,7 @@ def test_half_a_reason_of_a_crash_is_passed_over_and_its_image_tried_again(spoil
     assert spoilt.usable() == (2,)
 
 
-def test_images_whose_reason_is_lost_are_told_without(spoilt: KeptPairs) -> None:
+def test_unusable_images_with_a_lost_reason_are_still_reported(spoilt: KeptPairs) -> None:
     spoilt.fill(spoilt.todo())
     path = spoilt.folder / "unusable.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
@@ -308,7 +306,7 @@ def test_images_whose_reason_is_lost_are_told_without(spoilt: KeptPairs) -> None
     assert list(spoilt.unusable()) == ["00.png", "01.png"]
 
 
-def test_an_image_is_marked_after_its_reason_is_on_the_disk(spoilt: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_is_marked_only_after_its_reason_is_on_disk(spoilt: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     def synced(_file: int) -> None:
         assert read_reasons(spoilt.folder) == {"00.png": "no 0"}
         assert spoilt.todo() == [0, 1, 2]
@@ -321,7 +319,7 @@ def test_an_image_is_marked_after_its_reason_is_on_the_disk(spoilt: KeptPairs, m
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"\0\0\0", b"[1]\n", b"[[], 2]\n\n", b"\xff\xfe", b'{"a": 1}\nwords'])
-def test_lines_that_are_no_reasons_are_passed_over(tmp_path: Path, rubbish: bytes) -> None:
+def test_invalid_reason_lines_are_ignored(tmp_path: Path, rubbish: bytes) -> None:
     (tmp_path / "unusable.jsonl").write_bytes(b'["a", "b"]\n' + rubbish)
     write_reason(tmp_path, "café\udce9", "line\nbreak")
     assert {"a": "b", "café\udce9": "line\nbreak"}.items() <= read_reasons(tmp_path).items()
@@ -335,7 +333,7 @@ def test_lines_that_are_no_reasons_are_passed_over(tmp_path: Path, rubbish: byte
         "[]",
     ],
 )
-def test_damaged_record_of_pairs_says_what_to_do(
+def test_damaged_record_of_pairs_is_an_error_with_a_hint(
     kept: KeptPairs, targets: StoredTargets, extractor: Backbone, text: str
 ) -> None:
     (kept.folder / "pairs.json").write_text(text)
@@ -344,9 +342,7 @@ def test_damaged_record_of_pairs_says_what_to_do(
         again.open(create=True)
 
 
-def test_a_cache_that_was_cut_off_is_not_trained_on(
-    kept: KeptPairs, targets: StoredTargets, extractor: Backbone
-) -> None:
+def test_truncated_cache_is_rejected(kept: KeptPairs, targets: StoredTargets, extractor: Backbone) -> None:
     path = kept.folder / "raw-0-7x7.f16"
     path.write_bytes(path.read_bytes()[:1000])
     again = KeptPairs(kept.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
@@ -354,7 +350,7 @@ def test_a_cache_that_was_cut_off_is_not_trained_on(
         again.open(create=True)
 
 
-def test_no_room_is_told_before_anything_is_computed(
+def test_missing_disk_space_is_reported_before_anything_is_computed(
     targets: StoredTargets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = tiny.module()
@@ -371,7 +367,7 @@ def test_no_room_is_told_before_anything_is_computed(
     pairs.open(create=True)
 
 
-def test_room_is_reserved_when_the_files_are_made(
+def test_disk_space_is_reserved_when_files_are_created(
     targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[int] = []
@@ -385,7 +381,7 @@ def test_room_is_reserved_when_the_files_are_made(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_no_room_for_the_files_is_told_and_leaves_none(
+def test_failed_reservation_is_reported_and_leaves_no_files(
     targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     left = iter(range(2))
@@ -407,14 +403,14 @@ def test_no_room_for_the_files_is_told_and_leaves_none(
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, None])
-def test_pairs_are_kept_where_nothing_can_be_reserved(
+def test_pairs_are_kept_where_space_cannot_be_reserved(
     targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
 ) -> None:
     def refused(_file: int, _start: int, _size: int) -> None:
         assert number is not None
         raise OSError(number, os.strerror(number))
 
-    if number is None:  # a platform without
+    if number is None:  # a platform without this function
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
     else:
         monkeypatch.setattr(os, "posix_fallocate", refused, raising=False)
@@ -424,7 +420,7 @@ def test_pairs_are_kept_where_nothing_can_be_reserved(
     assert pairs.usable() == (1,)
 
 
-def test_files_that_another_process_left_half_made_do_not_take_the_room(
+def test_incomplete_files_of_another_process_do_not_use_up_space(
     targets: StoredTargets, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
@@ -441,7 +437,7 @@ def test_files_that_another_process_left_half_made_do_not_take_the_room(
 
 
 class Diverged(tiny_artifact.Planted):
-    """Gives so large a feature for dark views that half precision has no number for it."""
+    """Sets the first channel to ``value``, which may exceed half precision."""
 
     value = 1e6
 
@@ -452,7 +448,7 @@ class Diverged(tiny_artifact.Planted):
 
 
 @pytest.mark.parametrize("value", [1e6, torch.nan, torch.inf])
-def test_features_that_are_not_finite_name_their_image(
+def test_non_finite_features_are_an_error(
     data: tiny.Fitted, extractor: Backbone, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = StoredTargets(data.store, data.stored.photos, extractor)
@@ -466,7 +462,7 @@ def test_features_that_are_not_finite_name_their_image(
     assert pairs.usable() == ()
 
 
-def test_differences_are_named_with_both_sides() -> None:
+def test_differences_show_both_values() -> None:
     there: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "d": None, "long": "x" * 100}
     here = json.loads(json.dumps({"a": {"b": 2, "c": [1, 2]}, "e": True, "long": "y" * 100}))
     told = differences(there, here)
@@ -477,7 +473,7 @@ def test_differences_are_named_with_both_sides() -> None:
     assert differences(there, there) == []
 
 
-def test_reading_before_opening_is_a_mistake_of_the_caller(
+def test_using_pairs_before_opening_is_an_assertion_error(
     targets: StoredTargets, extractor: Backbone, tmp_path: Path
 ) -> None:
     pairs = KeptPairs(tmp_path, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
@@ -486,8 +482,8 @@ def test_reading_before_opening_is_a_mistake_of_the_caller(
     assert whole_view((56, 56), mirrored=True).flip
 
 
-def test_pairs_are_on_the_disk_before_they_are_marked(kept: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut between the two must not leave an image that counts as done and has zeros for features."""
+def test_pairs_are_on_disk_before_they_are_marked(kept: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut between the two must not leave an image that is marked as done but has zeros as features."""
     done, synced = os.fsync, []
 
     def sync(file: int) -> None:
@@ -507,7 +503,7 @@ def test_pairs_are_on_the_disk_before_they_are_marked(kept: KeptPairs, monkeypat
     assert (kept.folder / state).read_bytes() == bytes([1, 1, 1])
 
 
-def test_files_that_nobody_knows_are_neither_removed_nor_taken_for_pairs(
+def test_unknown_files_are_neither_removed_nor_used_as_pairs(
     targets: StoredTargets, extractor: Backbone, tmp_path: Path
 ) -> None:
     pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, extractor, SIZES, VIEWS, seed=5)
@@ -521,10 +517,10 @@ def test_files_that_nobody_knows_are_neither_removed_nor_taken_for_pairs(
     assert (pairs.folder / "raw-0-7x7.f16").read_bytes() == b"theirs"
 
 
-def test_what_became_of_images_is_told_between_processes_and_not_read_from_the_disk(
+def test_processes_exchange_marks_instead_of_reading_them_from_disk(
     spoilt: KeptPairs, targets: StoredTargets, extractor: Backbone
 ) -> None:
-    """A disk that machines share over a network may show each of them another state for a while."""
+    """On a network disk, machines may see different states of a file for a while."""
     other = KeptPairs(spoilt.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
     other.open(create=False)
     spoilt.fill([0, 2])
@@ -539,7 +535,7 @@ def test_what_became_of_images_is_told_between_processes_and_not_read_from_the_d
         assert pairs.todo() == []
 
 
-def test_two_machines_that_share_the_files_do_not_overwrite_each_others_rows(tmp_path: Path) -> None:
+def test_machines_that_share_files_keep_each_others_rows(tmp_path: Path) -> None:
     state, rows = tmp_path / "state.u8", tmp_path / "rows.f16"
     state.write_bytes(bytes(3))
     rows.write_bytes(bytes(30))

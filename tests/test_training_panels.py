@@ -1,4 +1,4 @@
-"""Pictures of held-out images: a row an image, in the same colours, written whole or not at all."""
+"""Panels of held-out images: one row per image, consistent colours, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = list[tuple[str, np.ndarray, list[torch.Tensor]]]
 
 
 def rows(count: int, *, same: bool = False) -> Rows:
-    """Images of noise with two maps each, the second the first one again if asked for."""
+    """Images of noise with two maps each, which are equal with `same`."""
     chance = torch.Generator().manual_seed(0)
     photo = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     maps = [torch.randn(6, 8, 12, generator=chance) for _ in range(2)]
@@ -41,7 +41,7 @@ def test_a_run_draws_its_held_out_images_at_each_evaluation(tmp_path: Path) -> N
     assert [path.name for path in panels] == ["step-0000002.png", "step-0000004.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in panels)
     first, second = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in panels)
-    assert first.std() > 20  # no blank picture
+    assert first.std() > 20  # not a blank picture
     assert (first != second).any()  # the denoiser has learnt
 
 
@@ -50,11 +50,11 @@ def test_more_images_make_a_taller_picture(tmp_path: Path) -> None:
 
 
 def test_equal_features_have_equal_colours(tmp_path: Path) -> None:
-    """The last two of three columns show the same where the features are the same, headings aside."""
+    """The last two of three columns match if the features match, apart from the headings."""
     alike, unlike = (columns(drawn(tmp_path / str(same), rows(1, same=same))) for same in (True, False))
     assert alike[1] == alike[2]
     assert unlike[1] != unlike[2]
-    assert len(alike[1]) > 8  # patches, each of a colour of its own
+    assert len(alike[1]) > 8  # patches with different colours
 
 
 def columns(picture: np.ndarray) -> list[set[tuple[int, ...]]]:
@@ -66,7 +66,7 @@ def columns(picture: np.ndarray) -> list[set[tuple[int, ...]]]:
     return [{tuple(colour) for colour in picture[rows, span].reshape(-1, 3).tolist()} for span in spans]
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_raises(tmp_path: Path) -> None:
     (tmp_path / "panels").write_text("in the way")
     with pytest.raises(TrainError, match=r"panels: a panel cannot be written .*--resume continues"):
         draw_panel(tmp_path / "panels", 1, ("raw", "clean"), rows(1))

@@ -1,4 +1,4 @@
-"""Two processes give what one gives with twice the batch."""
+"""Training with two processes matches one process with twice the batch size."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def two(data: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory)
     run = tmp_path_factory.mktemp("two") / "run"
     done = run_together(dvit, arguments(data, run, 2), folder=run.parent)
     assert done.codes == (0, 0), done.err
-    assert done.err.count("images to train on") == 1  # the first process alone speaks
+    assert done.err.count("images to train on") == 1  # only the first process prints
     assert "2 process(es)" in done.err
     return run
 
 
-def test_gradients_and_rates_are_those_of_the_doubled_batch(one: Path, two: Path) -> None:
+def test_gradients_and_rates_match_the_doubled_batch(one: Path, two: Path) -> None:
     for alone, together in zip(tiny.rows(one, "train"), tiny.rows(two, "train"), strict=True):
         assert together["rate"] == alone["rate"]
         assert together["gradient"] == pytest.approx(alone["gradient"], rel=1e-4)
 
 
-def test_weights_are_those_of_the_doubled_batch(one: Path, two: Path) -> None:
+def test_weights_match_the_doubled_batch(one: Path, two: Path) -> None:
     for step in (STEPS - 1, STEPS):
         name = f"checkpoints/step-{step:07}.safetensors"
         alone, together = (tiny.weights_of(run / name) for run in (one, two))
@@ -72,7 +72,7 @@ def test_weights_are_those_of_the_doubled_batch(one: Path, two: Path) -> None:
             torch.testing.assert_close(together[key], value, atol=2e-5, rtol=1e-4, msg=key)
 
 
-def test_held_out_figures_and_denoisers_agree(one: Path, two: Path) -> None:
+def test_held_out_metrics_match_and_the_last_step_is_saved(one: Path, two: Path) -> None:
     alone, together = (tiny.rows(run, "held_out") for run in (one, two))
     assert [row["step"] for row in together] == [2, 3]
     for there, here in zip(alone, together, strict=True):
@@ -85,6 +85,6 @@ def test_the_logged_loss_is_that_of_the_whole_batch(one: Path, two: Path) -> Non
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
-def test_two_processes_share_the_images_and_make_the_same_pairs(one: Path, two: Path) -> None:
+def test_two_processes_write_the_same_pairs(one: Path, two: Path) -> None:
     for path in sorted((one / "pairs").iterdir()):
         assert (two / "pairs" / path.name).read_bytes() == path.read_bytes(), path.name

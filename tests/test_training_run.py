@@ -1,4 +1,4 @@
-"""Runs from a store to a denoiser: resumed bit for bit, judged by images that were never trained on."""
+"""Training runs from a store to a denoiser: resumed bit for bit, evaluated on held-out images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def data(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tiny.Fit
 
 @pytest.fixture(scope="module")
 def straight(data: tiny.Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 20 steps that nothing interrupts."""
+    """An uninterrupted run of 20 steps."""
     run = tmp_path_factory.mktemp("straight") / "run"
     tiny.trained(data.stored, run)
     return run
@@ -64,17 +64,17 @@ def resumed(data: tiny.Fitted, run: Path, **more: Any) -> Path:
 # --- resume ---
 
 
-def test_the_same_run_gives_the_same_bits(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
+def test_repeated_run_gives_identical_results(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
     tiny.trained(data.stored, tmp_path / "run")
     assert tiny.results(tmp_path / "run") == tiny.results(straight)
 
 
-def test_another_seed_gives_others(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
+def test_other_seed_gives_another_log(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
     tiny.trained(data.stored, tmp_path / "run", None, tiny.options(seed=1))
     assert tiny.rows(tmp_path / "run") != tiny.rows(straight)
 
 
-def test_ten_steps_and_ten_are_twenty(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
+def test_resuming_at_step_10_gives_the_same_results(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     _, progress = tiny.trained(data.stored, run, None, tiny.options(stop_at=10))
     assert progress.step == 10
@@ -84,7 +84,7 @@ def test_ten_steps_and_ten_are_twenty(data: tiny.Fitted, straight: Path, tmp_pat
 
 
 @pytest.mark.parametrize("keep", [0, 4])
-def test_stops_at_odd_places_change_nothing(data: tiny.Fitted, tmp_path: Path, keep: int) -> None:
+def test_stopping_between_checkpoints_changes_nothing(data: tiny.Fitted, tmp_path: Path, keep: int) -> None:
     training = tiny.options(steps=10, evaluate_every=1, checkpoint_every=4)
     runs = tmp_path / "straight", tmp_path / "stopped"
     tiny.trained(data.stored, runs[0], None, training, tiny.views(keep=keep))
@@ -104,7 +104,7 @@ def test_stops_at_odd_places_change_nothing(data: tiny.Fitted, tmp_path: Path, k
     assert there["step-0000010.safetensors"] == here["step-0000010.safetensors"]
 
 
-def test_a_stop_adds_no_look_at_the_held_out_images(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_stopping_early_adds_no_evaluation(data: tiny.Fitted, tmp_path: Path) -> None:
     training = tiny.options(steps=10, evaluate_every=10)
     tiny.trained(data.stored, tmp_path / "straight", None, training)
     tiny.trained(data.stored, tmp_path / "run", None, tiny.stopped(training, 7))
@@ -113,7 +113,7 @@ def test_a_stop_adds_no_look_at_the_held_out_images(data: tiny.Fitted, tmp_path:
 
 
 class Interrupt:
-    """Ctrl-C, or a crash, when something has been called so often."""
+    """Raises an error, such as Ctrl-C or a crash, at the given call."""
 
     def __init__(self, calls: int, error: type[BaseException]) -> None:
         self.left, self.error = calls, error
@@ -125,7 +125,7 @@ class Interrupt:
 
 
 class Crash(Exception):
-    """Whatever ends a process at once."""
+    """Stands for any sudden end of the process."""
 
 
 @pytest.mark.parametrize("step", [1, 7, 19])
@@ -141,10 +141,10 @@ def test_ctrl_c_after_a_step_loses_nothing(data: tiny.Fitted, straight: Path, tm
 
 
 @pytest.mark.parametrize("look", [1, 2])
-def test_ctrl_c_while_held_out_images_are_looked_at(
+def test_ctrl_c_during_an_evaluation_loses_nothing(
     data: tiny.Fitted, straight: Path, tmp_path: Path, look: int
 ) -> None:
-    """Without the second, at the last step, there is no denoiser in the end."""
+    """The second evaluation is at the last step; without it there would be no denoiser."""
     training = tiny.prepared(data.stored, tmp_path / "run").training()
     judge, interrupt = training.held_out, Interrupt(look, KeyboardInterrupt)
 
@@ -153,7 +153,7 @@ def test_ctrl_c_while_held_out_images_are_looked_at(
         return judge(denoiser)
 
     setattr(judged, "draw", judge.draw)  # noqa: B010
-    setattr(training, "held_out", judged)  # noqa: B010, of another type
+    setattr(training, "held_out", judged)  # noqa: B010, the type differs
     with pytest.raises(KeyboardInterrupt):
         training.run()
     there, here = tiny.results(straight), tiny.results(resumed(data, tmp_path / "run"))
@@ -161,7 +161,7 @@ def test_ctrl_c_while_held_out_images_are_looked_at(
     assert here["last.safetensors"] == there["last.safetensors"]
 
 
-def test_ctrl_c_in_the_middle_of_the_optimisers_step(
+def test_ctrl_c_during_an_optimizer_step_loses_nothing(
     data: tiny.Fitted, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, interrupt = torch.optim.AdamW.step, Interrupt(7, KeyboardInterrupt)
@@ -181,7 +181,7 @@ def test_ctrl_c_in_the_middle_of_the_optimisers_step(
 
 
 @pytest.mark.parametrize("step", [3, 8, 13])
-def test_after_a_crash_what_was_logged_beyond_the_checkpoint_is_done_again(
+def test_steps_after_the_last_checkpoint_are_repeated_after_a_crash(
     data: tiny.Fitted, straight: Path, tmp_path: Path, step: int
 ) -> None:
     run = tmp_path / "run"
@@ -195,7 +195,7 @@ def test_after_a_crash_what_was_logged_beyond_the_checkpoint_is_done_again(
     assert tiny.results(resumed(data, run)) == tiny.results(straight)
 
 
-def test_a_crash_while_pairs_are_made_costs_those_of_one_image(
+def test_crash_while_filling_pairs_loses_those_of_one_image(
     data: tiny.Fitted, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     halves, crash = KeptPairs._halves, Interrupt(5, Crash)
@@ -214,14 +214,14 @@ def test_a_crash_while_pairs_are_made_costs_those_of_one_image(
     assert tiny.results(resumed(data, tmp_path / "run")) == tiny.results(straight)
 
 
-def test_a_run_that_is_over_stays_as_it_is(data: tiny.Fitted, straight: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(data: tiny.Fitted, straight: Path) -> None:
     before = tiny.results(straight)
     _, progress = tiny.trained(data.stored, straight, resume=True)
     assert (progress.step, progress.best_step) == (20, before["log"][-1]["step"] if progress.best_step == 20 else 10)
     assert tiny.results(straight) == before
 
 
-def test_changed_options_are_refused_by_name(data: tiny.Fitted, straight: Path) -> None:
+def test_resuming_with_other_options_names_each_difference(data: tiny.Fitted, straight: Path) -> None:
     with pytest.raises(TrainError, match="cannot resume with other options") as told:
         tiny.trained(
             data.stored, straight, None, tiny.options(learning_rate=0.02), tiny.views(keep=5, flip=0.1), resume=True
@@ -230,14 +230,14 @@ def test_changed_options_are_refused_by_name(data: tiny.Fitted, straight: Path) 
         assert part in str(told.value)
 
 
-def test_another_backbone_cannot_go_on(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_backbone_is_rejected(data: tiny.Fitted, straight: Path, tmp_path: Path) -> None:
     tiny.fit(data.photos, tmp_path / "store", tiny.backbone(seed=1))
     other = tiny.Fitted(data.photos, tmp_path / "store")
     with pytest.raises(TrainError, match=r"backbone.fingerprint was .*, now "):
         tiny.trained(other.stored, straight, tiny.backbone(seed=1), resume=True)
 
 
-def test_fresh_pairs_need_room_for_held_out_images_alone(
+def test_fresh_pairs_need_disk_space_for_held_out_images_only(
     data: tiny.Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 3 * 3 * 49 * tiny.CHANNELS * 2 * 2  # three images, three views
@@ -245,7 +245,7 @@ def test_fresh_pairs_need_room_for_held_out_images_alone(
     tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(keep=0))
 
 
-def test_a_run_that_had_no_room_is_begun_with_fewer_views(
+def test_run_without_disk_space_can_start_with_fewer_views(
     data: tiny.Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -259,7 +259,7 @@ def test_a_run_that_had_no_room_is_begun_with_fewer_views(
         tiny.prepared(data.stored, run)
 
 
-def test_a_run_that_had_no_room_goes_on_when_there_is(
+def test_run_without_disk_space_resumes_when_space_is_available(
     data: tiny.Fitted, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -269,7 +269,7 @@ def test_a_run_that_had_no_room_goes_on_when_there_is(
     assert tiny.results(resumed(data, tmp_path / "run")) == tiny.results(straight)
 
 
-# --- what is trained on ---
+# --- training data ---
 
 
 def test_held_out_images_are_never_trained_on(
@@ -293,7 +293,7 @@ def test_held_out_images_are_never_trained_on(
         assert {sample.image for sample in read} | set(training.held_out.images) == set(range(tiny.PHOTOS))
 
 
-def test_the_split_is_that_of_the_run_before(data: tiny.Fitted, straight: Path) -> None:
+def test_resumed_run_has_the_same_split(data: tiny.Fitted, straight: Path) -> None:
     first, again = (tiny.prepared(data.stored, straight, resume=True).training() for _ in range(2))
     assert first.held_out.images == again.held_out.images
     assert first.sampler == again.sampler
@@ -301,7 +301,7 @@ def test_the_split_is_that_of_the_run_before(data: tiny.Fitted, straight: Path) 
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_and_names_the_pairs(
+def test_non_finite_loss_or_gradient_stops_the_run_and_names_images(
     data: tiny.Fitted, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run")
@@ -338,14 +338,14 @@ def test_what_is_not_finite_stops_the_run_and_names_the_pairs(
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
-def test_a_store_with_too_few_images(tmp_path: Path) -> None:
+def test_store_with_too_few_images_is_rejected(tmp_path: Path) -> None:
     small = tiny.fitted(tmp_path, 1)
     with pytest.raises(TrainError, match="expected more than 1 images, because 1 are held out"):
         tiny.prepared(small.stored, tmp_path / "run", training=tiny.options(held_out=None))
     assert not (tmp_path / "run").exists()
 
 
-def test_sizes_off_the_patch_grid(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_sizes_off_the_patch_grid_are_rejected(data: tiny.Fitted, tmp_path: Path) -> None:
     with pytest.raises(SizeError, match="57"):
         tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(sizes="56,57x64"))
     assert not (tmp_path / "run").exists()
@@ -356,21 +356,21 @@ def test_fresh_pairs_need_a_store(data: tiny.Fitted, tmp_path: Path) -> None:
         tiny.prepared(data.unfitted, tmp_path / "run", pairs=tiny.views(keep=0))
 
 
-def test_several_sizes_are_trained_on_and_judged(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_run_trains_on_several_sizes(data: tiny.Fitted, tmp_path: Path) -> None:
     job, progress = tiny.trained(data.stored, tmp_path / "run", pairs=tiny.views(sizes="56,40x72"))
     assert progress.step == 20
     assert job.sizes == ((56, 56), (40, 72))
     assert {sample.size for step in range(20) for sample in job.training().sampler.step(step)} == {0, 1}
 
 
-def test_fresh_pairs_train_as_well_and_are_judged_by_kept_ones(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_fresh_pairs_train_and_are_evaluated_on_kept_ones(data: tiny.Fitted, tmp_path: Path) -> None:
     job, _ = tiny.trained(data.stored, tmp_path / "run", None, tiny.options(steps=60), tiny.views(keep=0))
     told = tiny.rows(job.folder.path, "held_out")
     assert told[-1]["ratio"] < 0.85
     assert job.kept.usable() == tuple(job.training().held_out.images)
 
 
-def test_photos_without_a_store_train_and_unusable_ones_are_told(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_photos_without_a_store_train_and_unusable_ones_are_reported(data: tiny.Fitted, tmp_path: Path) -> None:
     photos = Path(shutil.copytree(data.photos, tmp_path / "photos"))
     (photos / "04.png").write_text("words")
     source = tiny.Fitted(photos, tmp_path / "none").unfitted
@@ -382,7 +382,7 @@ def test_photos_without_a_store_train_and_unusable_ones_are_told(data: tiny.Fitt
     assert len(training.sampler.images) == tiny.PHOTOS - 1 - 3
 
 
-def test_unusable_photos_are_told_again_when_the_run_goes_on(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_unusable_photos_are_reported_again_on_resume(data: tiny.Fitted, tmp_path: Path) -> None:
     photos = Path(shutil.copytree(data.photos, tmp_path / "photos"))
     (photos / "04.png").write_text("words")
     source = tiny.Fitted(photos, tmp_path / "none").unfitted
@@ -391,14 +391,15 @@ def test_unusable_photos_are_told_again_when_the_run_goes_on(data: tiny.Fitted, 
     assert list(job.skipped) == ["04.png"]
 
 
-def test_a_cache_is_filled_once_for_runs_with_other_rates(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_cache_is_shared_by_runs_with_other_learning_rates(data: tiny.Fitted, tmp_path: Path) -> None:
     planted = tiny.module()
     extractor = tiny_artifact.plain(planted)
     tiny.prepared(data.stored, tmp_path / "one", extractor, cache=tmp_path / "cache")
     passes = planted.passes
     slower = tiny.options(learning_rate=1e-3, steps=7)
     job, progress = tiny.trained(data.stored, tmp_path / "two", extractor, slower, cache=tmp_path / "cache")
-    blank = 6  # the blank-image test: 8 blank images, 3 blurred photos, and these 3 with each of 3 shifts, 4 at once
+    # The blank-image test: 8 blank images, 3 blurred photos, and these 3 with each of 3 shifts, in batches of 4.
+    blank = 6
     assert (planted.passes, progress.step) == (passes + blank, 7)
     assert not (tmp_path / "two" / "pairs").exists()
     assert len(job.training().sampler.images) == tiny.PHOTOS - 3
@@ -418,10 +419,10 @@ def test_crops_that_are_never_drawn_are_not_computed(data: tiny.Fitted, tmp_path
     assert planted.passes - before <= tiny.PHOTOS
 
 
-# --- what a run leaves ---
+# --- output of a run ---
 
 
-def test_the_best_by_held_out_cosine_is_what_is_kept(
+def test_denoiser_with_the_best_held_out_cosine_is_kept(
     data: tiny.Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", training=tiny.options(evaluate_every=2))
@@ -481,7 +482,7 @@ def test_log(straight: Path) -> None:
     assert [path.name for path in sorted((straight / "panels").iterdir())] == ["step-0000010.png", "step-0000020.png"]
 
 
-def test_tensorboard_holds_the_same(straight: Path) -> None:
+def test_tensorboard_matches_the_log(straight: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -493,7 +494,7 @@ def test_tensorboard_holds_the_same(straight: Path) -> None:
     assert [event.step for event in board.Scalars("held_out/cosine")] == [10, 20]
 
 
-def test_without_tensorboard_there_are_json_lines(
+def test_log_is_written_without_tensorboard(
     data: tiny.Fitted, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -514,7 +515,7 @@ def full(*_args: Any, **_more: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_at_a_checkpoint_ends_the_run_and_it_goes_on_later(
+def test_full_disk_at_a_checkpoint_stops_the_run_and_it_can_resume(
     data: tiny.Fitted, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run")
@@ -526,7 +527,7 @@ def test_a_full_disk_at_a_checkpoint_ends_the_run_and_it_goes_on_later(
     assert tiny.results(resumed(data, tmp_path / "run")) == tiny.results(straight)
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(
+def test_damaged_checkpoint_is_reported_and_the_previous_one_resumes(
     data: tiny.Fitted, straight: Path, tmp_path: Path
 ) -> None:
     tiny.trained(data.stored, tmp_path / "run", None, tiny.options(stop_at=15))
@@ -542,10 +543,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(
     assert here["last.safetensors"] == first["last.safetensors"]
 
 
-# --- figures, and whether it learns ---
+# --- metrics and learning ---
 
 
-def test_figures_by_a_straightforward_computation(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_metrics_match_a_direct_computation(data: tiny.Fitted, tmp_path: Path) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(sizes="56,40x72"))
     judge = job.training().held_out
 
@@ -575,13 +576,13 @@ def test_figures_by_a_straightforward_computation(data: tiny.Fitted, tmp_path: P
     assert figures["raw_rank"] == pytest.approx(effective_rank(raw), rel=1e-6)
     assert figures["target_rank"] == pytest.approx(effective_rank(target), rel=1e-6)
     assert figures["rank"] == pytest.approx(effective_rank(denoiser(raw)), rel=1e-5)
-    assert "place" not in figures  # of three images
+    assert "place" not in figures  # needs more than three images
     for name in ("blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance"):
-        assert figures[name] == pytest.approx(0.25, rel=1e-4)  # half of the raw features
+        assert figures[name] == pytest.approx(0.25, rel=1e-4)  # the denoiser halves the raw features
 
 
 @pytest.mark.parametrize(("views", "crop"), [({"flip": 0, "keep": 2}, 1), ({"keep": 2, "whole": 1}, None)])
-def test_the_crop_that_is_judged_is_the_first(
+def test_crop_metrics_use_the_first_crop(
     data: tiny.Fitted, tmp_path: Path, views: dict[str, Any], crop: int | None
 ) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", pairs=tiny.views(**views))
@@ -594,33 +595,33 @@ def test_the_crop_that_is_judged_is_the_first(
         assert figures["crop_mse"] == pytest.approx(float((raw - target).square().mean()), rel=1e-5)
 
 
-def test_place_is_told_where_there_are_images_enough(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_position_metrics_with_enough_images(data: tiny.Fitted, tmp_path: Path) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", training=tiny.options(held_out=8))
     figures = job.training().held_out(lambda raw: raw)
     assert figures["place"] == figures["raw_place"]
-    assert figures["raw_place"] > figures["target_place"]  # the planted pattern is a matter of place
+    assert figures["raw_place"] > figures["target_place"]  # the planted pattern depends on position
     assert math.isfinite(figures["place_neighbours"])
 
 
-def test_training_begins_at_raw_features_in_all_but_the_position(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_denoiser_starts_as_raw_features_plus_position_embedding(data: tiny.Fitted, tmp_path: Path) -> None:
     denoiser = tiny.prepared(data.stored, tmp_path / "run").training().denoiser
     raw = torch.randn(2, 7, 7, tiny.CHANNELS)
     torch.testing.assert_close(denoiser(raw), raw + denoiser.pos_embed.view(1, 7, 7, -1))
 
 
-def test_training_may_begin_at_random_as_published(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_random_start_uses_default_initialisation(data: tiny.Fitted, tmp_path: Path) -> None:
     run = tiny.prepared(data.stored, tmp_path / "run", None, tiny.options(start="random")).training()
     last = dict(run.denoiser.named_parameters())["denoiser.mlp.fc2.weight"].detach()
-    bound = last.shape[1] ** -0.5  # of a layer as torch begins it
+    bound = last.shape[1] ** -0.5  # default initialisation of a torch layer
     assert 0.95 * bound < float(last.abs().max()) <= bound
 
 
-def test_two_batches_of_two_are_one_of_four(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_accumulated_batches_match_one_large_batch(data: tiny.Fitted, tmp_path: Path) -> None:
     for name, batch, accumulate in (("one", 4, 1), ("two", 2, 2), ("four", 1, 4)):
         training = tiny.options(batch_size=batch, accumulate=accumulate, steps=4)
         tiny.trained(data.stored, tmp_path / name, None, training)
     one = tiny.rows(tmp_path / "one", "train")
-    assert one[0]["rate"] == pytest.approx(0.01 * (4 / 256) ** 0.5)  # by the views of a step, not of a batch
+    assert one[0]["rate"] == pytest.approx(0.01 * (4 / 256) ** 0.5)  # depends on the views of a step, not of a batch
     weights = load_file(tmp_path / "one" / "last.safetensors")
     for name in ("two", "four"):
         for there, here in zip(one, tiny.rows(tmp_path / name, "train"), strict=True):
@@ -630,7 +631,7 @@ def test_two_batches_of_two_are_one_of_four(data: tiny.Fitted, tmp_path: Path) -
             torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-4, msg=key)
 
 
-def test_a_planted_artifact_is_learnt_away(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_training_removes_a_planted_artifact(data: tiny.Fitted, tmp_path: Path) -> None:
     training = tiny.options(steps=300, learning_rate=0.02, evaluate_every=150, checkpoint_every=300)
     job, progress = tiny.trained(data.stored, tmp_path / "run", None, training)
     last = tiny.rows(job.folder.path, "held_out")[-1]
@@ -642,7 +643,7 @@ def test_a_planted_artifact_is_learnt_away(data: tiny.Fitted, tmp_path: Path) ->
     assert second < 0.5 * first
 
 
-def test_more_blocks_train(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_denoiser_with_two_blocks_trains(data: tiny.Fitted, tmp_path: Path) -> None:
     job, _ = tiny.trained(data.stored, tmp_path / "run", None, tiny.options(steps=2, blocks=2))
     assert read_denoiser(job.folder.last).blocks == 2
 
@@ -657,7 +658,7 @@ def test_loss_of_the_first_step_by_hand(data: tiny.Fitted, straight: Path) -> No
     assert tiny.rows(straight, "train")[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_what_is_watched_is_each_image_once(data: tiny.Fitted, tmp_path: Path) -> None:
+def test_progress_counts_each_image_once(data: tiny.Fitted, tmp_path: Path) -> None:
     seen: list[tuple[str, int | None]] = []
 
     def watch(what: str, total: int | None) -> Any:

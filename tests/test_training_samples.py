@@ -1,4 +1,4 @@
-"""Which views a step trains on: a function of seed and step, every image once before any is seen again."""
+"""Views of a training step: a function of seed and step, with every image once per epoch."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def seen(drawn: Sampler, steps: int) -> list[int]:
 
 @pytest.mark.parametrize("keep", [0, 8])
 @pytest.mark.parametrize("pairs", [1, 3, 4, 7, 10])
-def test_every_image_once_before_any_is_seen_again(pairs: int, keep: int) -> None:
+def test_every_image_is_used_once_per_epoch(pairs: int, keep: int) -> None:
     images = seen(sampler(pairs, keep=keep), 28)
     epochs = [images[at : at + 7] for at in range(0, len(images) - 6, 7)]
     assert all(sorted(epoch) == list(IMAGES) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1  # another order each time
 
 
-def test_all_samples_of_a_step_have_one_size_whoever_takes_them() -> None:
+def test_all_samples_of_a_step_have_one_size() -> None:
     drawn = sampler(pairs=6)
     for step in range(7):
         assert len(drawn.step(step)) == 6
         assert len({sample.size for sample in drawn.step(step)}) == 1
 
 
-def test_a_step_depends_on_seed_and_number_alone() -> None:
+def test_step_depends_only_on_seed_and_number() -> None:
     first, again = sampler(), sampler()
     there = [first.step(step) for step in range(20)]
     assert [again.step(step) for step in reversed(range(20))] == there[::-1]
     assert [sampler(seed=4).step(step) for step in range(20)] != there
 
 
-def test_share_of_whole_images_is_what_was_asked_for() -> None:
+def test_fraction_of_whole_images_matches_the_option() -> None:
     for keep in (0, 8):
         drawn = sampler(pairs=50, whole=0.25, keep=keep)
         samples = [sample for step in range(40) for sample in drawn.step(step)]
         whole = sum(sample.crop.box == (0, 0, 1, 1) for sample in samples) / len(samples)
-        assert whole == pytest.approx(0.25, abs=0.03)  # three deviations of 2,000 draws
+        assert whole == pytest.approx(0.25, abs=0.03)  # three standard deviations of 2,000 draws
 
 
 @pytest.mark.parametrize("keep", [0, 2])
-def test_whole_images_alone_as_published_half_of_them_mirrored(keep: int) -> None:
+def test_whole_images_only_with_half_of_them_mirrored(keep: int) -> None:
     drawn = sampler(pairs=50, whole=1, keep=keep)
     samples = [sample for step in range(20) for sample in drawn.step(step)]
     assert {sample.crop.box for sample in samples} == {(0, 0, 1, 1)}
@@ -63,14 +63,14 @@ def test_whole_images_alone_as_published_half_of_them_mirrored(keep: int) -> Non
     assert not any(sample.crop.inverted for sample in samples)
 
 
-def test_all_sizes_come_as_often_and_one_in_a_step() -> None:
+def test_all_sizes_are_equally_frequent() -> None:
     drawn = sampler(pairs=2)
     counts = Counter(drawn.step(step)[0].size for step in range(600))
     assert counts[0] == pytest.approx(300, abs=40)
     assert all(sample.crop.size == SIZES[sample.size] for step in range(20) for sample in drawn.step(step))
 
 
-def test_all_kept_views_are_drawn_and_crops_as_often() -> None:
+def test_all_kept_views_are_drawn_and_crops_equally_often() -> None:
     drawn = sampler(pairs=70, whole=0.5, keep=5)
     counts = Counter(sample.number for step in range(40) for sample in drawn.step(step))
     assert counts.keys() == {0, 1, 2, 3, 4}
@@ -78,21 +78,21 @@ def test_all_kept_views_are_drawn_and_crops_as_often() -> None:
     assert [counts[number] for number in (2, 3, 4)] == pytest.approx([1400 / 3] * 3, abs=70)
 
 
-def test_a_kept_sample_is_the_view_of_its_number() -> None:
+def test_kept_sample_is_the_kept_view_of_its_number() -> None:
     drawn = sampler(keep=5)
     for sample in (sample for step in range(20) for sample in drawn.step(step)):
         assert sample.number is not None
         assert sample.crop == kept_view(3, sample.image, sample.number, SIZES[sample.size], drawn.views)
 
 
-def test_the_first_kept_views_are_the_whole_and_its_mirror_image() -> None:
+def test_first_kept_views_are_the_whole_image_and_its_mirror_image() -> None:
     views = PairOptions(flip=0.1, inverted=1)
     assert kept_view(0, 5, 0, (56, 40), views) == whole_view((56, 40), mirrored=False)
     assert kept_view(0, 5, 1, (56, 40), views) == whole_view((56, 40), mirrored=True)
     assert kept_view(0, 5, 2, (56, 40), views).inverted
 
 
-def test_nothing_is_mirrored_where_nothing_is_to_be() -> None:
+def test_nothing_is_mirrored_if_flip_is_zero() -> None:
     views = PairOptions(flip=0, inverted=1)
     assert kept_view(0, 5, 0, (56, 40), views) == whole_view((56, 40), mirrored=False)
     assert all(kept_view(0, 5, number, (56, 40), views).inverted for number in (1, 2, 3))  # crops
@@ -104,8 +104,8 @@ def test_nothing_is_mirrored_where_nothing_is_to_be() -> None:
     assert [counts[number] for number in (1, 2, 3)] == pytest.approx([1400 / 3] * 3, abs=70)
 
 
-def test_kept_crops_are_those_of_versions_before() -> None:
-    """Pairs on disk are read by number; a view of another place under the same number would spoil them."""
+def test_kept_crops_match_those_of_earlier_versions() -> None:
+    """Pairs on disk are read by number; another view under the same number would make them wrong."""
     views = PairOptions(inverted=0.25)
     first, second = kept_view(0, 5, 2, (56, 56), views), kept_view(3, 17, 7, (364, 476), views)
     box = (0.07462776198612829, 0.007839350102007819, 0.6363874422707021, 0.6625122351020764)
@@ -122,7 +122,7 @@ def test_kept_views_differ_by_image_number_seed_and_size() -> None:
     assert len(boxes) == len(keys)
 
 
-def test_fresh_views_never_come_again() -> None:
+def test_fresh_views_are_never_repeated() -> None:
     drawn = sampler(pairs=7, whole=0, keep=0)
     boxes = [sample.crop.box for step in range(30) for sample in drawn.step(step)]
     assert len(set(boxes)) == len(boxes)
@@ -130,7 +130,7 @@ def test_fresh_views_never_come_again() -> None:
 
 
 @pytest.mark.parametrize("size", [(56, 56), (40, 80), (80, 40)])
-def test_crops_lie_in_the_image_with_area_and_ratio_as_asked_in_the_shown_frame(size: tuple[int, int]) -> None:
+def test_crops_have_the_given_area_ratio_flips_and_inversions(size: tuple[int, int]) -> None:
     views = PairOptions(area=(0.2, 0.4), ratio=(3 / 4, 4 / 3), flip=0.3, inverted=0.6)
     crops = [fresh_view(0, count, size, views) for count in range(500)]
     boxes = np.array([crop.box for crop in crops])
@@ -149,7 +149,7 @@ def test_crops_lie_in_the_image_with_area_and_ratio_as_asked_in_the_shown_frame(
     assert np.mean([crop.inverted for crop in crops]) == pytest.approx(0.6, abs=0.07)
 
 
-def test_the_split_is_that_of_its_seed_and_leaves_nothing_out() -> None:
+def test_split_depends_on_the_seed_and_uses_all_images() -> None:
     images = tuple(range(100, 137))
     trained, held_out = split(images, 5, 1)
     assert len(held_out) == 5

@@ -1,4 +1,4 @@
-"""The loss, the learning rate and the optimiser, by hand-computed values."""
+"""The loss, the learning rate and the optimiser, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_peak_grows_with_the_root_of_the_batch() -> None:
     assert peak_rate(2e-4, 64) == pytest.approx(1e-4)
 
 
-def test_published_schedule_at_its_marks() -> None:
+def test_published_schedule_at_key_steps() -> None:
     assert published(0) == pytest.approx(5e-5 / 7500)
     assert published(3749) == pytest.approx(2.5e-5)  # half-way up
     assert published(7499) == pytest.approx(5e-5)  # the last of 7,500 steps up

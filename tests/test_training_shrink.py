@@ -1,4 +1,4 @@
-"""A denoiser whose blocks add a little less than they learned: in what is judged and written, not in the training."""
+"""A denoiser whose blocks add a little less than they learned: in evaluations and files, not in training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_factors_out_of_range_are_named(factor: float) -> None:
         TrainOptions(shrink=factor).validate()
 
 
-def test_nothing_is_shrunk_unless_it_is_asked_for() -> None:
+def test_default_factor_changes_nothing() -> None:
     assert TrainOptions().shrink == 1
     made = random_denoiser()
     features = torch.randn(2, 3, 5, 64)
@@ -38,7 +38,7 @@ def test_nothing_is_shrunk_unless_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_nothing_added_passes_features_and_position_on(blocks: int) -> None:
+def test_factor_0_adds_only_the_position_embedding(blocks: int) -> None:
     made = random_denoiser(blocks)
     features = torch.randn(2, 3, 5, 64)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_copy_is_shrunk_and_the_original_is_not() -> None:
         torch.testing.assert_close(copied.state_dict()[name], factor * value)
 
 
-def test_a_run_trains_as_ever_and_judges_and_writes_the_shrunk_one(tmp_path: Path) -> None:
+def test_shrinking_changes_evaluations_and_files_but_not_training(tmp_path: Path) -> None:
     data = tiny.fitted(tmp_path)
     runs = {factor: tmp_path / f"run-{factor}" for factor in (1.0, 0.5)}
     options = {factor: tiny.options(shrink=factor) for factor in runs}

@@ -1,4 +1,4 @@
-"""Where targets come from: a missing one is an error, and nothing takes its place."""
+"""Sources of targets: a missing target is an error and is never replaced."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shared(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tiny.F
 
 @pytest.fixture
 def data(shared: tiny.Fitted, tmp_path: Path) -> tiny.Fitted:
-    """A copy that may be spoilt."""
+    """A copy that may be damaged."""
     photos, store = (Path(shutil.copytree(at, tmp_path / at.name)) for at in (shared.photos, shared.folder))
     return tiny.Fitted(photos, store)
 
@@ -46,7 +46,7 @@ def stored(data: tiny.Fitted, extractor: Backbone) -> StoredTargets:
     return StoredTargets(data.store, data.stored.photos, extractor)
 
 
-def test_all_images_of_a_finished_store_with_their_fields(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_finished_store_gives_all_images_with_their_fields(data: tiny.Fitted, extractor: Backbone) -> None:
     targets = stored(data, extractor)
     assert targets.images == (0, 1, 2, 3, 4)
     assert (targets.size, targets.keeps_fields) == ((56, 56), True)
@@ -59,7 +59,7 @@ def test_all_images_of_a_finished_store_with_their_fields(data: tiny.Fitted, ext
     assert targets.photo(2).shape == (90, 120, 3)
 
 
-def test_photos_may_come_in_another_order_and_with_others(
+def test_photos_may_be_in_another_order_and_include_others(
     data: tiny.Fitted, extractor: Backbone, tmp_path: Path
 ) -> None:
     more = shutil.copytree(data.photos, tmp_path / "more")
@@ -68,7 +68,7 @@ def test_photos_may_come_in_another_order_and_with_others(
     torch.testing.assert_close(next(targets.stream([0])).image, next(stored(data, extractor).stream([0])).image)
 
 
-def test_a_store_of_another_backbone_is_refused_by_both_names(data: tiny.Fitted) -> None:
+def test_store_of_another_backbone_is_rejected_with_both_names(data: tiny.Fitted) -> None:
     with pytest.raises(
         TrainError, match=r"the store was fitted with .*Planted.*, got .*Planted.*Use the store's backbone"
     ):
@@ -82,38 +82,36 @@ def test_an_unfinished_store_is_refused(data: tiny.Fitted, extractor: Backbone) 
 
 
 @pytest.mark.parametrize("opened_anew", [False, True])
-def test_a_target_that_goes_while_it_is_needed_is_an_error(
-    data: tiny.Fitted, extractor: Backbone, opened_anew: bool
-) -> None:
+def test_target_removed_during_training_raises(data: tiny.Fitted, extractor: Backbone, opened_anew: bool) -> None:
     targets = stored(data, extractor)
     assert next(targets.stream([1])).index == 1
     _remove(data.folder)
-    if opened_anew:  # what other processes meet, which have not looked at the store before
+    if opened_anew:  # as in other processes, which have not read the store before
         targets.store = FeatureStore.open(data.folder)
     with pytest.raises(TrainError, match=r"01.png: the target is missing \("):
         next(targets.stream([1]))
 
 
 def _remove(store: Path) -> None:
-    """Takes the results away, as if nothing had been fitted yet."""
+    """Removes the results, as if nothing had been fitted yet."""
     shutil.rmtree(store / layout.SEALED)
     shutil.rmtree(store / layout.FIELD / "c", ignore_errors=True)
 
 
-def test_a_damaged_shard_is_an_error_that_names_the_image(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_damaged_shard_raises_with_the_name_of_the_image(data: tiny.Fitted, extractor: Backbone) -> None:
     (shard,) = [path for path in (data.folder / layout.FIELD).rglob("*") if path.is_file() and path.name == "0"]
     shard.write_bytes(b"nothing of use")
     with pytest.raises(TrainError, match=r"02.png: the target is missing \(.*cannot be read"):
         next(stored(data, extractor).stream([2]))
 
 
-def test_photos_that_are_gone_are_named(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_missing_photos_are_named(data: tiny.Fitted, extractor: Backbone) -> None:
     (data.photos / "03.png").unlink()
     with pytest.raises(TrainError, match=r"1 of the store's 5 photos are missing \(03.png\); expected the photos"):
         stored(data, extractor)
 
 
-def test_another_photo_of_the_same_name_is_an_error(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_other_photo_of_the_same_name_raises(data: tiny.Fitted, extractor: Backbone) -> None:
     Image.fromarray(tiny_artifact.photos(1, seed=9)[0]).save(data.photos / "03.png")
     targets = stored(data, extractor)
     assert next(targets.stream([2])).index == 2
@@ -121,13 +119,15 @@ def test_another_photo_of_the_same_name_is_an_error(data: tiny.Fitted, extractor
         next(targets.stream([3]))
 
 
-def test_a_photo_that_cannot_be_read_any_more_is_an_error(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_photo_that_became_unreadable_raises(data: tiny.Fitted, extractor: Backbone) -> None:
     (data.photos / "03.png").write_text("words")
     with pytest.raises(TrainError, match=r"03.png: the target's photo cannot be read \(.*not an image"):
         next(stored(data, extractor).stream([3]))
 
 
-def test_neither_kind_of_pairs_replaces_what_is_missing(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
+def test_kept_and_fresh_pairs_never_replace_a_missing_target(
+    data: tiny.Fitted, extractor: Backbone, tmp_path: Path
+) -> None:
     job = tiny.prepared(data.stored, tmp_path / "run", extractor, pairs=tiny.views(keep=0), training=tiny.options())
     (data.photos / "03.png").write_text("words")
     targets = stored(data, extractor)
@@ -141,7 +141,7 @@ def test_neither_kind_of_pairs_replaces_what_is_missing(data: tiny.Fitted, extra
     assert isinstance(job.training().pairs, ViewReader)
 
 
-def test_a_store_of_the_patch_grid_says_so(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
+def test_patch_grid_store_is_rejected_for_crops(data: tiny.Fitted, extractor: Backbone, tmp_path: Path) -> None:
     tiny.fit(data.photos, tmp_path / "coarse", extractor, grid="patch")
     coarse = tiny.Fitted(data.photos, tmp_path / "coarse")
     assert not stored(coarse, extractor).keeps_fields
@@ -159,7 +159,7 @@ def on_the_fly(data: tiny.Fitted, extractor: Backbone) -> FittedTargets:
     return made
 
 
-def test_on_the_fly_gives_the_fields_of_a_store(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_on_the_fly_fields_match_those_of_a_store(data: tiny.Fitted, extractor: Backbone) -> None:
     targets = on_the_fly(data, extractor)
     assert (list(targets.ids), targets.size) == (data.store.ids, (56, 56))
     for found, index in zip(targets.stream([4, 0, 2]), [4, 0, 2], strict=True):
@@ -180,7 +180,7 @@ def test_on_the_fly_and_store_make_the_same_pairs(data: tiny.Fitted, extractor: 
         torch.testing.assert_close(target, same_target, atol=6e-3, rtol=3e-3)
 
 
-def test_on_the_fly_tells_photos_that_cannot_be_used_in_their_place(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_on_the_fly_reports_unusable_photos_in_order(data: tiny.Fitted, extractor: Backbone) -> None:
     (data.photos / "01.png").write_text("words")
     Image.new("RGB", (5, 90)).save(data.photos / "02.png")
     found = list(on_the_fly(data, extractor).stream(range(5)))
@@ -190,7 +190,7 @@ def test_on_the_fly_tells_photos_that_cannot_be_used_in_their_place(data: tiny.F
     assert "not an image file" in found[1].reason
 
 
-def test_what_the_targets_are_is_part_of_the_run(data: tiny.Fitted, extractor: Backbone) -> None:
+def test_identity_records_plan_ids_and_nodes(data: tiny.Fitted, extractor: Backbone) -> None:
     identity = on_the_fly(data, extractor).identity
     other = tiny.Photos(open_dataset(data.photos), tiny.denoising(views=9)).targets(extractor).identity
     assert identity["plan"] != other["plan"]
@@ -200,7 +200,7 @@ def test_what_the_targets_are_is_part_of_the_run(data: tiny.Fitted, extractor: B
     assert (told["plan"], told["ids"], told["nodes"]) == (manifest.plan, manifest.ids_digest, [14, 14])
 
 
-def test_other_pictures_of_the_same_names_are_other_targets(
+def test_identity_differs_for_other_photos_of_the_same_names(
     data: tiny.Fitted, extractor: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = Path(shutil.copytree(data.photos, tmp_path / "others"))
@@ -217,7 +217,7 @@ def test_other_pictures_of_the_same_names_are_other_targets(
     assert {name for name in told if told[name] != others[name]} == {"photos"}
 
 
-def test_pictures_of_a_shard_that_is_not_sealed_are_told_alike(
+def test_identity_is_the_same_for_unsealed_shards(
     data: tiny.Fitted, extractor: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def crashed(_writer: ShardWriter) -> bool:

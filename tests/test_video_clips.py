@@ -1,4 +1,4 @@
-"""Clips: every frame at its time, upright, and what is broken put up with."""
+"""Clips: every frame at its time and upright, and damaged frames replaced."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def all_frames(clip: Clip, **options: Any) -> list[Frame]:
 
 
 def shows(frame: Frame, number: int) -> bool:
-    """Whether a frame is the picture of this number, as far as codecs keep it, and none of its neighbours."""
+    """Whether a frame is the picture of this number, up to losses of the codec, and no other picture."""
     assert frame.panel is not None
     distance = [np.abs(frame.panel - tiny.picture(other).astype(float)).mean() for other in range(12)]
     return int(np.argmin(distance)) == number and distance[number] < 12
@@ -46,7 +46,7 @@ def pictures() -> list[np.ndarray]:
     return [tiny.picture(number) for number in range(8)]
 
 
-def test_a_film_in_order_with_its_times(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_video_frames_are_in_order_with_their_times(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     clip = opened(tiny.film(tmp_path / "a.mp4", pictures, rate=Fraction(30000, 1001)))
     assert (clip.size, clip.count, clip.rate) == (tiny.SIZE, 8, Fraction(30000, 1001))
     frames = all_frames(clip)
@@ -55,13 +55,13 @@ def test_a_film_in_order_with_its_times(tmp_path: Path, pictures: list[np.ndarra
     assert np.allclose([float(frame.time * clip.time_base) for frame in frames], np.arange(8) * 1001 / 30000)
 
 
-def test_variable_rate_keeps_its_times(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_variable_frame_rate_keeps_its_times(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     times = [0, 40, 100, 400, 410, 900, 1000, 1500]
     clip = opened(tiny.film(tmp_path / "a.mkv", pictures, times=times))
     assert [round(1000 * float(frame.time * clip.time_base)) for frame in all_frames(clip)] == times
 
 
-def test_every_and_most(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_every_and_most_select_frames(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     clip = opened(tiny.film(tmp_path / "a.mp4", pictures))
     frames = all_frames(clip, every=3)
     assert [shows(frame, 3 * frame.number) for frame in frames] == [True] * 3
@@ -76,7 +76,7 @@ def test_every_and_most(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     ("name", "codec", "pix_fmt"),
     [("a.mp4", "libx264", "yuv420p"), ("a.avi", "mjpeg", "yuvj420p"), ("a.mov", "png", "rgb24")],
 )
-def test_a_damaged_frame_is_replaced_by_the_one_before(
+def test_damaged_frame_is_replaced_by_the_previous_one(
     tmp_path: Path, pictures: list[np.ndarray], name: str, codec: str, pix_fmt: str
 ) -> None:
     path = tiny.film(tmp_path / name, pictures, codec=codec, pix_fmt=pix_fmt, options={"g": "1", "bf": "0"})
@@ -88,9 +88,7 @@ def test_a_damaged_frame_is_replaced_by_the_one_before(
     assert [frame.time * clip.time_base * 25 for frame in frames] == list(range(8))
 
 
-def test_a_damaged_frame_at_the_beginning_is_replaced_by_the_one_behind(
-    tmp_path: Path, pictures: list[np.ndarray]
-) -> None:
+def test_damaged_first_frame_is_replaced_by_the_next_one(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     path = tiny.film(tmp_path / "a.avi", pictures, codec="mjpeg", pix_fmt="yuvj420p")
     tiny.damage(path, 0)
     frames = all_frames(opened(path))
@@ -99,7 +97,7 @@ def test_a_damaged_frame_at_the_beginning_is_replaced_by_the_one_behind(
     assert shows(frames[0], 1)
 
 
-def test_broken_images_in_a_folder(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_damaged_images_in_a_folder_are_replaced(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     path = tiny.folder(tmp_path / "frames", pictures)
     for number in (0, 5):
         (path / f"{number}.png").write_bytes(b"no image")
@@ -109,7 +107,7 @@ def test_broken_images_in_a_folder(tmp_path: Path, pictures: list[np.ndarray]) -
     assert "0.png" in str(frames[0].lost)
 
 
-def test_a_replaced_frame_is_at_hand_where_a_run_goes_on(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_replacement_frame_is_available_when_resuming(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     path = tiny.folder(tmp_path / "frames", pictures)
     (path / "4.png").write_bytes(b"no image")
     clip = opened(path)
@@ -119,7 +117,7 @@ def test_a_replaced_frame_is_at_hand_where_a_run_goes_on(tmp_path: Path, picture
     assert shows(frames[4], 3)
 
 
-def test_numbers_in_names_count_as_numbers(tmp_path: Path) -> None:
+def test_frames_are_sorted_by_the_number_in_their_name(tmp_path: Path) -> None:
     clip = opened(tiny.folder(tmp_path / "frames", [tiny.picture(number) for number in range(12)]))
     assert clip.rate == 24
     assert all(shows(frame, frame.number) for frame in all_frames(clip))
@@ -142,13 +140,13 @@ def test_frames_of_other_sizes_keep_their_aspect(tmp_path: Path, pictures: list[
 @pytest.mark.parametrize(
     ("matrix", "expected"),
     [
-        ((0, 1, -1, 0), lambda pixels: np.rot90(pixels, -1)),  # a telephone held upright
+        ((0, 1, -1, 0), lambda pixels: np.rot90(pixels, -1)),  # a phone held upright
         ((0, -1, 1, 0), lambda pixels: np.rot90(pixels, 1)),
         ((-1, 0, 0, -1), lambda pixels: pixels[::-1, ::-1]),
         ((-1, 0, 0, 1), lambda pixels: pixels[:, ::-1]),
     ],
 )
-def test_orientation_is_honoured(tmp_path: Path, matrix: tuple[int, int, int, int], expected: Turn) -> None:
+def test_orientation_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int], expected: Turn) -> None:
     path = tiny.film(tmp_path / "a.mp4", [tiny.picture(0)] * 2)
     tiny.turn(path, matrix)
     clip = opened(path)
@@ -159,7 +157,7 @@ def test_orientation_is_honoured(tmp_path: Path, matrix: tuple[int, int, int, in
         assert np.abs(frame.panel - right.astype(float)).mean() < 12
 
 
-def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
+def test_alpha_is_composited_over_white(tmp_path: Path) -> None:
     pixels = np.zeros((*tiny.SIZE, 4), np.uint8)
     pixels[:, :40] = 200, 0, 0, 255
     for name, codec, pix_fmt in (("a.mov", "qtrle", "argb"), ("b.mov", "png", "rgba"), ("c.mkv", "ffv1", "yuva420p")):
@@ -170,7 +168,7 @@ def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
         assert (frame.panel[:, 42:] > 250).all(), codec
 
 
-def test_frames_are_shrunk_as_they_are_decoded(tmp_path: Path) -> None:
+def test_frames_are_resized_while_decoding(tmp_path: Path) -> None:
     clip = opened(tiny.film(tmp_path / "a.mp4", [np.full((1080, 1920, 3), 99, np.uint8)] * 2))
     frame = next(clip.frames((48, 80), (32, 64)))
     assert frame.shown is not None and frame.panel is not None
@@ -184,7 +182,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_clip_is_told(tmp_path: Path) -> None:
+def test_invalid_clips_are_rejected_with_a_reason(tmp_path: Path) -> None:
     text, empty, nothing = tmp_path / "text.mp4", tmp_path / "empty.mp4", tmp_path / "nothing"
     text.write_text("not a video\n" * 100)
     empty.touch()
@@ -198,7 +196,7 @@ def test_what_is_no_clip_is_told(tmp_path: Path) -> None:
     assert "no such file or folder" in refused(tmp_path / "absent.mp4")
 
 
-def test_sound_alone_and_a_video_of_no_length(tmp_path: Path) -> None:
+def test_audio_only_and_empty_videos_are_rejected(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "sound.m4a"), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -213,7 +211,7 @@ def test_sound_alone_and_a_video_of_no_length(tmp_path: Path) -> None:
     assert "the video has no frames" in refused(tmp_path / "none.avi")
 
 
-def test_all_frames_damaged(tmp_path: Path) -> None:
+def test_clip_with_all_frames_damaged_is_rejected(tmp_path: Path) -> None:
     path = tiny.folder(tmp_path / "frames", [tiny.picture(0)] * 2)
     for file in path.iterdir():
         file.write_bytes(b"no image")
@@ -224,9 +222,9 @@ def test_all_frames_damaged(tmp_path: Path) -> None:
     assert "none of its 2 frames can be decoded" in refused(film)
 
 
-def test_a_file_that_ends_early_is_shown_up_to_there(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+def test_truncated_video_is_read_up_to_the_cut(tmp_path: Path, pictures: list[np.ndarray]) -> None:
     path = tiny.film(tmp_path / "a.mp4", pictures, options={"bf": "0"})
-    join([path], tmp_path / "fast.mp4", Fraction(8, 25), "")  # its index stands before the frames
+    join([path], tmp_path / "fast.mp4", Fraction(8, 25), "")  # its index comes before the frames
     content = (tmp_path / "fast.mp4").read_bytes()
     (tmp_path / "fast.mp4").write_bytes(content[: len(content) * 2 // 3])
     clip = opened(tmp_path / "fast.mp4")

@@ -1,4 +1,4 @@
-"""Videos: colours that stay, frames that are all there, and runs that go on where they were stopped."""
+"""Rendered videos: stable colours, complete frames and resumed runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def pngs(done: RenderedVideo) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted(done.path.with_suffix("").iterdir())]
 
 
-def test_every_frame_is_there_in_order(render: Render, frames: Path) -> None:
+def test_every_frame_is_rendered_in_order(render: Render, frames: Path) -> None:
     done = render(frames)
     assert (done.status, done.frames, done.resumed, done.notes) == ("done", 10, 0, ())
     sheets = pngs(done)
@@ -63,14 +63,14 @@ def test_every_frame_is_there_in_order(render: Render, frames: Path) -> None:
         image = sheet[GAP + HEADING :][: tiny.SIZE[0], GAP : GAP + tiny.SIZE[1]]
         assert (image == tiny.picture(number)).mean() > 0.99, number
     for sheet, frame in zip(sheets, tiny.decoded(done.path), strict=True):
-        assert np.abs(sheet - frame.astype(float)).mean() < 6  # colours of the file are those that were drawn
+        assert np.abs(sheet - frame.astype(float)).mean() < 6  # the file has the colours that were drawn
     times, length = tiny.seconds(done.path)
     assert np.allclose(times, np.arange(10) / 24, atol=1e-4)
     assert length == pytest.approx(10 / 24, abs=1e-4)
-    assert not list(done.path.parent.glob(".*"))  # parts are gone
+    assert not list(done.path.parent.glob(".*"))  # parts are removed
 
 
-def test_the_file_plays_while_it_loads_and_in_all_players(render: Render, frames: Path) -> None:
+def test_file_is_streamable_h264_with_yuv420p(render: Render, frames: Path) -> None:
     import av
 
     done = render(frames)
@@ -83,7 +83,7 @@ def test_the_file_plays_while_it_loads_and_in_all_players(render: Render, frames
         assert stream.average_rate == 24
 
 
-def test_variable_rate_keeps_times_and_length(render: Render, tmp_path: Path) -> None:
+def test_variable_frame_rate_keeps_times_and_length(render: Render, tmp_path: Path) -> None:
     times = [0, 40, 100, 400, 410, 900, 1000]
     pictures = [tiny.picture(number) for number in range(7)]
     done = render(tiny.film(tmp_path / "a.mkv", pictures, times=times))
@@ -93,9 +93,9 @@ def test_variable_rate_keeps_times_and_length(render: Render, tmp_path: Path) ->
     assert len(tiny.decoded(done.path)) == 7
 
 
-def test_a_still_clip_gives_the_same_frame_all_along(render: Render, tmp_path: Path) -> None:
+def test_still_clip_gives_identical_frames(render: Render, tmp_path: Path) -> None:
     clip = tiny.folder(tmp_path / "still", [tiny.picture(0)] * 11)
-    # 11 frames in batches of 3: on frames that settle colours and others, in full batches and not.
+    # 11 frames in batches of 3: frames that the colours are fitted to and others, in full and partial batches.
     sheets = pngs(render(clip, batch_size=3, features="raw,exact", views=6, panels="image,pca,norm"))
     assert len(sheets) == 11
     for sheet in sheets[1:]:
@@ -123,7 +123,7 @@ def test_one_basis_for_all_frames_and_features(render: Render, frames: Path, tmp
         assert np.abs(drawn - expected.astype(int)).max() <= 1, (number, row)
 
 
-def test_features_are_computed_once_and_the_pass_is_shared(render: Render, frames: Path, tmp_path: Path) -> None:
+def test_features_are_computed_once_in_a_shared_forward_pass(render: Render, frames: Path, tmp_path: Path) -> None:
     backbone = tiny.backbone()
     denoiser = tiny_denoiser.write(tmp_path / "d", tiny_denoiser.denoiser(backbone), "d.safetensors")
     _ = backbone.fingerprint
@@ -131,7 +131,7 @@ def test_features_are_computed_once_and_the_pass_is_shared(render: Render, frame
     before = planted.passes
     cleaners = Cleaners(denoiser=str(denoiser))
     render(frames, backbone=backbone, features="raw,denoiser", batch_size=2, cleaners=cleaners)
-    assert planted.passes - before == 5  # ten frames in pairs, four of which settled the colours
+    assert planted.passes - before == 5  # ten frames in pairs; the colours were fitted to four of them
 
 
 def test_all_panels_and_features(render: Render, frames: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_all_panels_and_features(render: Render, frames: Path, tmp_path: Path) -
     assert not np.array_equal(sheets[0], sheets[1])
 
 
-def test_exact_takes_the_given_artifact(tmp_path: Path) -> None:
+def test_exact_uses_the_given_artifact(tmp_path: Path) -> None:
     backbone, options = tiny.backbone(), VideoOptions(features="exact", views=6)
     file = str(tmp_path / "g.safetensors")
     tiny_artifact.artifact_of(backbone).save(file)
@@ -171,7 +171,7 @@ def test_exact_takes_the_given_artifact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("constant", ["channel", "all"])
-def test_features_without_structure_have_colours(render: Render, frames: Path, constant: str) -> None:
+def test_constant_features_are_drawn(render: Render, frames: Path, constant: str) -> None:
     def extractor(image: Tensor) -> Tensor:
         pooled = torch.nn.functional.avg_pool2d(image, 8).permute(0, 2, 3, 1)
         flat = torch.full_like(pooled, 3.0)
@@ -186,7 +186,7 @@ def test_features_without_structure_have_colours(render: Render, frames: Path, c
         assert (panel == panel[0, 0]).all()
 
 
-def test_stride_below_the_patch_gives_finer_maps(render: Render, frames: Path) -> None:
+def test_stride_below_the_patch_size_gives_finer_maps(render: Render, frames: Path) -> None:
     coarse, fine = (
         pngs(render(frames, f"stride{stride}", backbone=tiny_denoiser.backbone(stride=stride), panels="pca"))[0]
         for stride in (8, 4)
@@ -196,11 +196,11 @@ def test_stride_below_the_patch_gives_finer_maps(render: Render, frames: Path) -
 
 
 class Stopped(Exception):
-    """Stands for a process that is killed."""
+    """Simulates a killed process."""
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, frame: int) -> None:
-    """Has the next run end while it draws this frame."""
+    """Make the next run stop while it draws this frame."""
     drawn = rendering._Run._drawn
 
     def draw(self: Any, item: Any, *rest: Any) -> Any:
@@ -212,7 +212,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, frame: int) -> None:
 
 
 @pytest.mark.parametrize("frame", [0, 3, 4, 9])
-def test_a_stopped_run_goes_on_and_loses_nothing(
+def test_interrupted_run_resumes_without_losing_frames(
     render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch, frame: int
 ) -> None:
     whole = render(frames, "whole")
@@ -227,7 +227,7 @@ def test_a_stopped_run_goes_on_and_loses_nothing(
     before = planted.passes
     done = render(frames, backbone=backbone, batch_size=1)
     assert done.resumed == frame // 4 * 4
-    assert planted.passes - before == (10 if frame < 4 else 10 - done.resumed)  # colours are not settled again
+    assert planted.passes - before == (10 if frame < 4 else 10 - done.resumed)  # colours are not fitted again
     assert done.frames == 10
     for resumed, straight in zip(pngs(done), pngs(whole), strict=True):
         assert np.array_equal(resumed, straight)
@@ -237,7 +237,7 @@ def test_a_stopped_run_goes_on_and_loses_nothing(
     assert not unfinished.exists()
 
 
-def test_a_run_stopped_before_its_parts_were_joined(
+def test_run_interrupted_before_joining_its_parts_is_finished(
     render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **_named: Any) -> None:
@@ -252,7 +252,7 @@ def test_a_run_stopped_before_its_parts_were_joined(
     assert tiny.seconds(done.path)[1] == pytest.approx(10 / 24, abs=1e-4)
 
 
-def test_a_part_that_is_not_whole_is_made_again(
+def test_incomplete_part_is_rendered_again(
     render: Render, frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -260,13 +260,15 @@ def test_a_part_that_is_not_whole_is_made_again(
         render(frames)
     part = tmp_path / ".out.parts" / "000001.nut"
     part.write_bytes(part.read_bytes()[:200])
-    (tmp_path / ".out.parts" / ".000002.nut.x.part").touch()  # of a process that was killed while it wrote
+    (tmp_path / ".out.parts" / ".000002.nut.x.part").touch()  # left by a process that was killed while writing
     done = render(frames)
     assert done.resumed == 4
     assert len(tiny.decoded(done.path)) == 10
 
 
-def test_an_unfinished_run_with_other_settings(render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_run_with_other_settings_is_rejected(
+    render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 9)
         render(frames)
@@ -278,16 +280,16 @@ def test_an_unfinished_run_with_other_settings(render: Render, frames: Path, mon
     assert (done.resumed, done.frames) == (0, 10)
 
 
-def test_overwriting_goes_on_as_well(render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_overwriting_resumes(render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     render(frames)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 9)
         render(frames, overwrite=True)
-    assert render(frames).status == "kept"  # what was there is there until the new one is whole
+    assert render(frames).status == "kept"  # the existing file stays until the new one is complete
     assert render(frames, overwrite=True).resumed == 8
 
 
-def test_what_is_finished_is_kept(render: Render, frames: Path, tmp_path: Path) -> None:
+def test_finished_video_is_kept(render: Render, frames: Path, tmp_path: Path) -> None:
     first = render(frames)
     content = first.path.read_bytes()
     kept = render(frames)
@@ -303,7 +305,7 @@ def test_what_is_finished_is_kept(render: Render, frames: Path, tmp_path: Path) 
         render(frames, "mine")
 
 
-def test_damaged_and_other_frames_are_told(render: Render, tmp_path: Path) -> None:
+def test_damaged_and_mismatched_frames_are_reported(render: Render, tmp_path: Path) -> None:
     path = tiny.film(
         tmp_path / "a.avi", [tiny.picture(number) for number in range(8)], codec="mjpeg", pix_fmt="yuvj420p"
     )
@@ -326,8 +328,8 @@ def test_progress_counts_each_frame_once(render: Render, frames: Path) -> None:
     assert (counts[0], counts[-1]) == (0, 10)
 
 
-def test_few_frames_are_held(frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is decoded and seen stays a few batches ahead of what is encoded."""
+def test_only_a_few_frames_are_held_in_memory(frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding stays only a few batches ahead of drawing."""
     clip = tiny.folder(tmp_path / "long", [tiny.picture(number % 5) for number in range(60)])
     at = {"decoded": 0, "drawn": 0}
     apart = []
@@ -379,13 +381,13 @@ def test_wrong_files(render: Render, frames: Path, tmp_path: Path) -> None:
         render(frames, size=4)
 
 
-def test_without_an_encoder(render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_encoder_is_reported(render: Render, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("denoising_vit.show.video.encoding.ENCODERS", ("libnothing",))
     with pytest.raises(ClipError, match=r"has no H\.264 encoder: expected libnothing.*pip install"):
         render(frames)
 
 
-def test_rates_of_folders() -> None:
+def test_frame_rates_of_folders() -> None:
     rates = {fps: VideoOptions(fps=fps).rate for fps in (24, 23.976, 29.97, 12.5, 60, 0.5)}
     assert rates == {
         24: 24,

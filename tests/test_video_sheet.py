@@ -1,4 +1,4 @@
-"""The picture of one frame: what stands where, and that it can be read."""
+"""The picture of one frame: layout and legible headings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_headings_are_dark_on_white() -> None:
     heading = sheet[GAP : GAP + HEADING, GAP + PANEL[1] + GAP :]
     assert heading.min() < 60 and heading.max() == 255
     assert ((heading < 128).any(-1)).mean() > 0.02
-    assert (sheet[: GAP + HEADING, : GAP + PANEL[1]] == 255).all()  # the image has its own, lower down
+    assert (sheet[: GAP + HEADING, : GAP + PANEL[1]] == 255).all()  # the image has its own heading, lower down
 
 
 def test_smooth_maps_have_no_edges() -> None:
@@ -53,11 +53,11 @@ def test_smooth_maps_have_no_edges() -> None:
     assert np.abs(np.diff(raw, axis=0)).max() < 30
 
 
-def test_narrow_panels_have_smaller_letters() -> None:
+def test_narrow_panels_have_a_smaller_font() -> None:
     sheet = FrameSheet(("denoiser",), ("first", "second"), (120, 64), smooth=False)
     picture = np.zeros((2, 1, 3), np.uint8)
     pixels = sheet.draw(picture, {("denoiser", "first"): picture, ("denoiser", "second"): picture})
-    assert (pixels[: GAP + HEADING, 64 + GAP : 64 + 2 * GAP] == 255).mean() > 0.9  # headings do not run into each other
+    assert (pixels[: GAP + HEADING, 64 + GAP : 64 + 2 * GAP] == 255).mean() > 0.9  # headings do not overlap
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_upright_by_hand() -> None:
         return upright(pixels, (a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30))[..., 0].tolist()
 
     assert turned(1, 0, 0, 1) == [[0, 1, 2], [3, 4, 5]]
-    assert turned(0, 1, -1, 0) == [[3, 0], [4, 1], [5, 2]]  # a quarter to the right
+    assert turned(0, 1, -1, 0) == [[3, 0], [4, 1], [5, 2]]  # a quarter turn to the right
     assert turned(0, -1, 1, 0) == [[2, 5], [1, 4], [0, 3]]
     assert turned(-1, 0, 0, 1) == [[2, 1, 0], [5, 4, 3]]
     assert turned(0, 1, 1, 0) == [[0, 3], [1, 4], [2, 5]]
@@ -94,7 +94,7 @@ def test_over_white_by_hand() -> None:
     assert over_white(pixels).tolist() == [[[255, 255, 255], [0, 100, 255], [204, 224, 244]]]
 
 
-def test_a_palette_of_some_colours_alone(tmp_path: Path) -> None:
+def test_palette_with_only_some_kinds_of_colours(tmp_path: Path) -> None:
     features = torch.randn(5, 7, 11)
     path = tmp_path / "some.safetensors"
     palette = Palette([features])

@@ -1,4 +1,4 @@
-"""Plans of views: geometry by hand, determinism, coverage, and what is refused."""
+"""Plans of views: geometry by hand, determinism, coverage, and rejected arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_weights_of_a_small_example() -> None:
     np.testing.assert_allclose(weights, expected, atol=1e-12)
 
 
-def test_positions_beyond_the_outer_nodes_take_their_value() -> None:
+def test_positions_beyond_the_outer_nodes_are_clamped() -> None:
     weights = linear_weights(np.array([0.0, 0.1, 0.9, 1.0]), 4)
     np.testing.assert_allclose(weights, [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]], atol=1e-12)
 
@@ -96,7 +96,7 @@ def test_same_arguments_give_the_same_plan() -> None:
     ],
     ids=str,
 )
-def test_any_other_argument_gives_another_digest(change: dict[str, Any]) -> None:
+def test_changing_any_argument_changes_the_digest(change: dict[str, Any]) -> None:
     assert make(**change).digest != make().digest
     assert make(**change) != make()
 
@@ -106,19 +106,19 @@ def test_flips_alone_change_the_digest() -> None:
     assert dataclasses.replace(plan, flips=~plan.flips).digest != plan.digest
 
 
-def test_defaults_spelt_out_are_the_same_plan() -> None:
+def test_explicit_defaults_give_the_same_plan() -> None:
     assert make(stride=16, resolution=12, crops=CropOptions()) == make()
     assert make(resolution=(12, 12)) == make()
 
 
-def test_plan_is_not_equal_to_something_else() -> None:
+def test_plan_is_not_equal_to_another_type() -> None:
     assert make() != make().digest
 
 
-def test_plain_crops_are_drawn_from_a_stream_that_never_changes() -> None:
-    """Stored results are recognised by their plan: if this fails, raise PLAN_VERSION."""
+def test_plain_crops_come_from_a_fixed_random_stream() -> None:
+    """Stored results are identified by their plan: if this fails, increase PLAN_VERSION."""
     plan = ViewPlan.make(2, size=(28, 28), patch_size=14, crops=CropOptions(coverage="plain"))
-    # View 1 by hand from NumPy's Mersenne Twister.
+    # View 1, computed by hand from NumPy's Mersenne Twister.
     stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(0)))
     area, ratio, left, top, flip = stream.random_sample((2, 5))[1]
     area = 0.1 + 0.4 * area
@@ -130,7 +130,7 @@ def test_plain_crops_are_drawn_from_a_stream_that_never_changes() -> None:
 
 
 def test_digest_does_not_depend_on_the_last_bit_of_exp_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy's differ by that between CPUs: results made on one machine must be recognised on another."""
+    """NumPy's exp and log differ in that bit between CPUs; results must be recognised on any machine."""
     digest = make(64).digest
     exp, log = np.exp, np.log
     monkeypatch.setattr(np, "exp", lambda x: np.nextafter(exp(x), np.inf))
@@ -159,7 +159,7 @@ def test_view_zero_is_the_full_image_and_not_flipped() -> None:
         assert not plan.flips[0]
 
 
-def test_without_full_image_view_zero_is_a_crop_and_the_rest_stays() -> None:
+def test_without_full_image_view_zero_is_a_crop_and_the_rest_is_unchanged() -> None:
     plan = make(8, full_image=False)
     assert plan.boxes[0].tolist() != [0, 0, 1, 1]
     np.testing.assert_array_equal(plan.boxes[1:], make(8).boxes[1:])
@@ -173,7 +173,7 @@ def test_boxes_lie_in_the_image_with_area_and_ratio_in_range(size: tuple[int, in
     assert boxes.min() >= 0 and boxes.max() <= 1
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     area = width * height
-    ratio = (width * size[1]) / (height * size[0])  # in pixels of the frame that views are rendered to
+    ratio = (width * size[1]) / (height * size[0])  # in pixels of the rendered view
     assert area.min() >= 0.1 - 1e-9 and area.max() <= 0.5 + 1e-9
     assert ratio.min() >= 0.75 - 1e-9 and ratio.max() <= 4 / 3 + 1e-9
 
@@ -188,7 +188,7 @@ def test_released_boxes_are_whole_pixels_of_a_view_and_reach_its_edges() -> None
     assert 0.45 < plan.flips.mean() < 0.55
 
 
-def test_released_patches_lie_from_edge_to_edge_of_a_view() -> None:
+def test_released_patch_centres_span_a_view_from_edge_to_edge() -> None:
     plan = make(40, crops=CropOptions(coverage="released"))
     rows, columns = plan.centres()
     np.testing.assert_allclose(rows[:, [0, -1]], plan.boxes[:, [1, 3]], atol=1e-12)
@@ -197,13 +197,13 @@ def test_released_patches_lie_from_edge_to_edge_of_a_view() -> None:
     assert plan.flips.any() and np.ptp(np.diff(rows, axis=1), axis=1).max() < 1e-12
 
 
-def test_released_plan_is_another_than_one_of_the_same_boxes() -> None:
+def test_released_plan_differs_from_a_plan_with_the_same_boxes() -> None:
     plan = make(9, crops=CropOptions(coverage="released"))
     assert plan != dataclasses.replace(plan, released=False)
     assert plan.subset(slice(3)).released
 
 
-def test_nodes_are_read_where_they_are_and_of_a_released_plan_where_its_patches_are_taken_to_be() -> None:
+def test_coords_of_nodes_of_standard_and_released_plans() -> None:
     plan = ViewPlan.make(3, size=(40, 56), patch_size=8, resolution=(15, 7))
     rows, columns = plan.coords_of_nodes((15, 7))
     np.testing.assert_allclose(rows, (np.arange(15) + 0.5) / 15)
@@ -263,7 +263,7 @@ def test_coverage_is_the_sum_of_all_weights() -> None:
             for column in wx[v]:
                 by_hand += torch.outer(row, column)
     torch.testing.assert_close(plan.coverage(), by_hand)
-    assert float(plan.coverage().sum()) == pytest.approx(9 * 36)  # every token weighs one
+    assert float(plan.coverage().sum()) == pytest.approx(9 * 36)  # every token has weight one
 
 
 # --- plans: geometry of the patches ---
@@ -287,8 +287,8 @@ def test_centres_of_a_flipped_crop_run_right_to_left() -> None:
     np.testing.assert_allclose(columns, [[0.55, 0.45, 0.35, 0.25]])
 
 
-def test_centres_of_a_flipped_view_where_patches_leave_a_rest() -> None:
-    # One patch of 16 in 20 pixels has its middle at 8 / 20 = 0.4; mirrored it shows what lies at 0.6.
+def test_centres_of_a_flipped_view_with_leftover_pixels() -> None:
+    # One patch of 16 in 20 pixels has its centre at 8 / 20 = 0.4; mirrored, it shows the image at 0.6.
     _, columns = one_view((0, 0, 1, 1), True, size=(16, 20)).centres()
     np.testing.assert_allclose(columns, [[0.6]])
 
@@ -322,7 +322,7 @@ def test_flipped_view_has_mirrored_columns_when_stride_is_patch() -> None:
     torch.testing.assert_close(other.weights[0], plan.weights[0], rtol=0, atol=0)
 
 
-def test_flipped_view_has_mirrored_columns_when_overlapping_patches_fill_the_side() -> None:
+def test_flipped_view_has_mirrored_columns_when_patches_overlap() -> None:
     plan = make(10, size=(34, 34), patch_size=10, stride=4)  # (34 - 10) % 4 == 0
     other = dataclasses.replace(plan, flips=~plan.flips)
     assert plan.grid == (7, 7)
@@ -357,7 +357,7 @@ def test_least_views_by_hand() -> None:
     assert least_views(make(1, resolution=2), artifact_known=True) == 1
 
 
-# --- what is refused ---
+# --- rejected arguments ---
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_without_a_taper_all_patches_weigh_the_same() -> None:
     assert all(bool((window == 1).all()) for window in ViewPlan.make(9, size=(70, 98), patch_size=14).windows)
 
 
-def test_a_taper_rises_from_borders_within_the_image_and_not_from_the_image_s_own() -> None:
+def test_taper_applies_to_borders_within_the_image_only() -> None:
     boxes = np.array([[0, 0, 1, 1], [0.2, 0, 0.7, 0.5], [0.2, 0, 0.7, 0.5], [0.5, 0.5, 1, 1]])
     flips = np.array([False, False, True, True])
     plan = ViewPlan(boxes, flips, (140, 140), 14, 14, (20, 20), taper=0.3)
@@ -417,10 +417,10 @@ def test_a_taper_rises_from_borders_within_the_image_and_not_from_the_image_s_ow
     np.testing.assert_allclose(rise[:4], [0.253590, 0.6, 0.946410, 1], atol=1e-6)
     np.testing.assert_allclose(rows[0], 1)
     np.testing.assert_allclose(columns[0], 1)
-    np.testing.assert_allclose(rows[1], rise[::-1])  # the top of the image, and a bottom within it
+    np.testing.assert_allclose(rows[1], rise[::-1])  # the top is the border of the image, the bottom is within it
     np.testing.assert_allclose(columns[1], np.minimum(rise, rise[::-1]))
     np.testing.assert_allclose(columns[2], columns[1])
-    np.testing.assert_allclose(columns[3], rise[::-1])  # mirrored: its left is the image's right border
+    np.testing.assert_allclose(columns[3], rise[::-1])  # mirrored: its left border is the right border of the image
     np.testing.assert_allclose(rows[3], rise)
 
 
@@ -432,6 +432,6 @@ def test_a_taper_changes_the_digest_and_keeps_the_coverage() -> None:
 
 
 @pytest.mark.parametrize("taper", [-0.1, 0.6, float("nan")])
-def test_a_taper_out_of_range_is_refused(taper: float) -> None:
+def test_taper_out_of_range_is_rejected(taper: float) -> None:
     with pytest.raises(PlanError, match="taper must be a fraction"):
         ViewPlan.make(8, size=(70, 70), patch_size=14, taper=taper)

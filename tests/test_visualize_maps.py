@@ -21,7 +21,7 @@ def cluster_maps(*features: torch.Tensor, **options: int) -> list[np.ndarray]:
 
 
 def quarters(side: int = 6, channels: int = 8, noise: float = 0.0, seed: int = 0) -> torch.Tensor:
-    """Four regions of one feature each, (side, side, C)."""
+    """Four regions with one feature vector each, (side, side, C)."""
     draw = torch.Generator().manual_seed(7)
     features = torch.randn(2, 2, channels, generator=draw).repeat_interleave(side // 2, 0)
     features = features.repeat_interleave(side // 2, 1)
@@ -62,7 +62,7 @@ def test_constant_norms_get_the_middle_colour(value: float):
     np.testing.assert_array_equal(unique(picture), [colour("magma", 0.5)])
 
 
-def test_clusters_are_the_regions():
+def test_clusters_match_the_regions():
     (picture,) = cluster_maps(quarters(noise=0.01), clusters=4)
     assert len(unique(picture)) == 4
     for row in (slice(0, 3), slice(3, 6)):
@@ -78,7 +78,7 @@ def test_cluster_colours_match_between_maps_and_sizes():
     np.testing.assert_array_equal(finer[::4, ::4], right)
 
 
-def test_cluster_colours_do_not_depend_on_places_or_seed():
+def test_cluster_colours_do_not_depend_on_positions_or_seed():
     features = quarters(noise=0.01)
     (expected,) = cluster_maps(features, clusters=4)
     order = np.random.default_rng(0).permutation(36)
@@ -125,7 +125,7 @@ def test_similarity_ignores_a_large_shared_mean_and_scale():
     np.testing.assert_array_equal(expected[1, 2], colour("RdBu_r", 1.0))
 
 
-def test_similarity_of_maps_of_other_sizes_is_to_the_same_place():
+def test_similarity_uses_the_same_place_in_maps_of_other_sizes():
     coarse = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     fine = coarse.repeat_interleave(4, 0).repeat_interleave(4, 1)
     for place in [(0, 0), (2, 4), (1, 3), None]:

@@ -1,4 +1,4 @@
-"""Palettes: one set of colours for all that is compared, kept in a file."""
+"""Palettes: one set of colours for all compared maps, saved in a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHANNELS = 12
 
 
 def field(seed: int = 0, height: int = 14, width: int = 18) -> np.ndarray:
-    """A disc of one kind on a ground of another, (h, w, C), with structure in both."""
+    """Features (h, w, C) of a disc on a different background, with noise in both."""
     ground, disc = np.random.default_rng(99).standard_normal((2, CHANNELS)) * 3
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
@@ -40,8 +40,8 @@ def test_every_kind_gives_a_picture_of_the_grid(kind: str, palette: Palette) -> 
 
 
 @pytest.mark.parametrize("kind", TITLES)
-def test_colours_do_not_depend_on_what_else_is_drawn_later(kind: str) -> None:
-    """The film's promise: the same features look the same in every frame."""
+def test_colours_do_not_depend_on_other_maps_drawn(kind: str) -> None:
+    """Videos rely on it: the same features have the same colours in every frame."""
     whole = Palette([field(), field(1)])
     first = whole.colours(kind, field())
     whole.colours(kind, field(1))
@@ -50,7 +50,7 @@ def test_colours_do_not_depend_on_what_else_is_drawn_later(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TITLES)
 def test_permuted_patches_get_the_same_colours_patch_for_patch(kind: str) -> None:
-    if kind.startswith("foreground"):  # whose side is told by the border, that is by place: mirrored then
+    if kind.startswith("foreground"):  # the border decides the foreground, so mirror instead
         shown, order = field()[:, ::-1], np.arange(14 * 18).reshape(14, 18)[:, ::-1].ravel()
     else:
         order = np.random.default_rng(0).permutation(14 * 18)
@@ -60,7 +60,7 @@ def test_permuted_patches_get_the_same_colours_patch_for_patch(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["pca", "kmeans", "norm", "first", "second", "third"])
-def test_a_field_of_two_colours_stays_one(kind: str) -> None:
+def test_each_half_of_a_field_of_two_values_has_one_colour(kind: str) -> None:
     two = np.zeros((6, 8, CHANNELS))
     two[:, 4:] = np.arange(CHANNELS) + 1
     picture = Palette([two]).colours(kind, two)
@@ -76,14 +76,14 @@ def test_equal_features_get_one_colour(kind: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("kind", TITLES)
-def test_a_constant_channel_does_no_harm(kind: str) -> None:
+def test_constant_channel_does_not_hide_the_others(kind: str) -> None:
     constant = field()
     constant[..., 3] = 100.0
     assert len(np.unique(Palette([constant]).colours(kind, constant).reshape(-1, 3), axis=0)) > 1
 
 
-def test_the_foreground_is_what_the_border_is_not() -> None:
-    for flip in (1, -1):  # whichever way the first component points
+def test_foreground_is_the_object_away_from_the_border() -> None:
+    for flip in (1, -1):  # for both signs of the first component
         mask = Foreground.fit(flip * field()).mask(flip * field())
         y, x = np.mgrid[:14, :18]
         inside = (y - 7) ** 2 + (x - 9) ** 2 < (14 / 3) ** 2
@@ -95,25 +95,25 @@ def test_the_background_of_foreground_components_is_black(palette: Palette) -> N
     assert (picture[~mask] == 0).all() and (picture[mask].max(-1) > 0).any()
 
 
-def test_an_unknown_kind_is_refused_with_those_there_are(palette: Palette) -> None:
+def test_error_for_an_unknown_kind_lists_the_kinds(palette: Palette) -> None:
     with pytest.raises(ValueError, match="unknown kind of map 'pac'; choose from pca, kmeans"):
         palette.colours("pac", field())
 
 
-def test_nothing_to_colour_is_refused() -> None:
+def test_palette_without_maps_is_rejected() -> None:
     with pytest.raises(ValueError, match="at least one feature map"):
         Palette([])
 
 
 @pytest.mark.parametrize("kind", TITLES)
-def test_other_channels_are_refused(kind: str, palette: Palette) -> None:
-    if kind == "norm":  # lengths are lengths
+def test_other_number_of_channels_is_rejected(kind: str, palette: Palette) -> None:
+    if kind == "norm":  # the norm needs no fixed number of channels
         return
     with pytest.raises(ValueError, match="fitted on 12 channels"):
         palette.colours(kind, np.ones((4, 4, 5)))
 
 
-def test_many_maps_are_thinned_and_keep_their_borders() -> None:
+def test_large_maps_are_subsampled_and_keep_their_borders() -> None:
     rows = np.arange(400, dtype=np.float32)[:, None, None].repeat(400, 1).repeat(2, 2)
     palette = Palette([rows, rows])
     kept = palette._maps[0]
@@ -137,7 +137,7 @@ def test_a_palette_of_another_backbone_is_refused(tmp_path: Path) -> None:
         read_palette(tmp_path / "p.safetensors", other)
 
 
-def test_what_is_no_palette_is_refused(palette: Palette, tmp_path: Path) -> None:
+def test_files_that_are_not_palettes_are_rejected(palette: Palette, tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     with pytest.raises(FormatError, match="no such palette"):
         read_palette(path)

@@ -74,7 +74,7 @@ def test_extreme_aspects_are_clamped(tmp_path: Path, shape: tuple[int, int]):
     assert 1800 <= sheet.shape[1] <= 2400 and 300 < sheet.shape[0] < 1500
 
 
-def test_caption_says_what_is_known():
+def test_caption_lists_the_known_values():
     full = decomposition(backbone={"name": "vit_small"}, views=64, heldout_r2=0.6842, heldout_cosine=0.9)
     assert _caption(full, 1.5).split("  ·  ") == [
         "vit_small",
@@ -89,7 +89,7 @@ def test_caption_says_what_is_known():
     assert len(_caption(decomposition(backbone={"name": "x" * 500}), 1.0)) < 120
 
 
-def testnumbers_are_short():
+def test_numbers_are_short():
     assert [number(value) for value in (0.0, -1, 4.3567, 53.71, 1234.5, 2e7)] == [
         "0",
         "−1",
@@ -124,7 +124,7 @@ def test_large_photo_and_model_make_a_small_file(tmp_path: Path):
     assert (tmp_path / "panel.png").stat().st_size < 600_000
 
 
-def test_threads_draw_the_same_picture_and_pyplot_stays_away(tmp_path: Path):
+def test_threads_draw_the_same_picture_without_pyplot(tmp_path: Path):
     result = decomposition()
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     threads = [threading.Thread(target=draw_panel, args=(photo(30, 40), result, path)) for path in paths]
@@ -137,7 +137,7 @@ def test_threads_draw_the_same_picture_and_pyplot_stays_away(tmp_path: Path):
     assert ("matplotlib.pyplot" in sys.modules) == loaded
 
 
-# A denoiser's result: columns that compare it.
+# A denoiser's result: comparison columns.
 
 
 def of_denoiser(height: int = 5, width: int = 7, channels: int = 6) -> Decomposition:
@@ -146,7 +146,7 @@ def of_denoiser(height: int = 5, width: int = 7, channels: int = 6) -> Decomposi
 
 
 def cells(sheet: np.ndarray) -> int:
-    """How many columns of pictures a sheet is wide."""
+    """Number of picture columns of a sheet."""
     columns = (sheet.shape[1] - LEFT - RIGHT + GAP) / (CELL + GAP)
     assert columns == int(columns)
     return int(columns)
@@ -176,14 +176,14 @@ def test_columns_and_rows_are_named_and_share_one_basis(tmp_path: Path, monkeypa
     assert labels == ["PCA", "norm", "k-means", "similarity to ○"]
     for row in range(4):
         assert [pictures[row, column][0] for column in range(4)] == ["photo", "raw", "denoiser", "exact"]
-    ((maps, basis),) = bases  # one for all
+    ((maps, basis),) = bases  # one basis for all
     expected = result.raw, result.semantic, exact.semantic
     assert all(np.array_equal(found, wanted) for found, wanted in zip(maps, expected, strict=True))
     for column, features in enumerate(expected, 1):
         assert np.array_equal(pictures[0, column][1], basis.colours(features))
 
 
-def test_denoised_maps_are_drawn_finer_in_columns_too(tmp_path: Path):
+def test_upsample_draws_denoised_columns_finer(tmp_path: Path):
     exact = decomposition(method="exact", views=64)
     coarse, fine = (draw(tmp_path, photo(40, 40), of_denoiser(), exact=exact, upsample=n) for n in (1, 2))
     assert coarse.shape == fine.shape
@@ -193,7 +193,7 @@ def test_denoised_maps_are_drawn_finer_in_columns_too(tmp_path: Path):
     assert not np.array_equal(coarse[top, denoised], fine[top, denoised])
 
 
-def test_caption_says_where_the_denoiser_comes_from_and_how_exact_did():
+def test_caption_names_the_denoiser_and_the_metrics_of_exact():
     exact = decomposition(method="exact", views=64, heldout_r2=0.6842, heldout_cosine=0.9)
     (line,) = _compared(of_denoiser(), exact)
     assert line.split("  ·  ") == [
@@ -204,7 +204,7 @@ def test_caption_says_where_the_denoiser_comes_from_and_how_exact_did():
     assert _compared(decomposition(views=64), None) == []
 
 
-def test_long_lines_of_the_caption_arehalved_between_their_parts():
+def test_long_caption_lines_are_split_between_their_parts():
     assert halved("one  ·  two  ·  three", 40) == ["one  ·  two  ·  three"]
     assert halved("one  ·  two  ·  three", 20) == ["one  ·  two", "three"]
     assert halved("x" * 50, 20) == ["x" * 50]
@@ -216,7 +216,7 @@ def test_extreme_aspects_are_clamped_in_columns_too(tmp_path: Path, shape: tuple
     assert cells(sheet) == 4 and 600 < sheet.shape[0] < 2600
 
 
-def test_exact_is_drawn_beside_a_denoiser_only(tmp_path: Path):
+def test_exact_is_drawn_only_with_the_result_of_a_denoiser(tmp_path: Path):
     with pytest.raises(ValueError, match="exact can be drawn only with a denoiser's result"):
         draw(tmp_path, photo(4, 4), decomposition(method="exact"), exact=decomposition())
 
@@ -237,7 +237,7 @@ def test_wrong_arguments(tmp_path: Path):
 
 
 @pytest.mark.parametrize("method", ["exact", "subtract", "project", "average"])
-def test_only_what_separates_the_artifact_shows_one(
+def test_artifact_is_drawn_only_for_methods_that_separate_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     headings: list[str] = []

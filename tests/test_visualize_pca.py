@@ -10,7 +10,7 @@ from denoising_vit.maps.pca import settle_signs
 
 
 def smooth_features(height: int = 11, width: int = 7, channels: int = 13, seed: int = 0) -> torch.Tensor:
-    """Features with a few strong directions, as a ViT's are, on a mean that is larger than their spread."""
+    """Features with a few strong directions, like those of a ViT, and a mean larger than their spread."""
     draw = torch.Generator().manual_seed(seed)
     strengths = 3.0 * 0.6 ** torch.arange(channels)
     return torch.randn(height, width, channels, generator=draw) * strengths + 10
@@ -20,13 +20,13 @@ def difference(left: np.ndarray, right: np.ndarray) -> int:
     return int(np.abs(left.astype(int) - right.astype(int)).max())
 
 
-def test_two_colours_stay_two_colours():
+def test_two_distinct_features_get_two_colours():
     features = torch.zeros(5, 7, 4)
     features[:, :3] = torch.tensor([1.0, 2.0, -1.0, 0.5])
     colours = PCABasis.fit(features).colours(features)
     assert colours.shape == (5, 7, 3) and colours.dtype == np.uint8
     assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 2
-    # All that varies lies on the first component; the others are the same grey everywhere.
+    # All variation is in the first component; the others are the same grey everywhere.
     assert set(colours[..., 0].ravel()) == {0, 255}
     assert set(colours[..., 1:].ravel()) == {127}
 
@@ -65,7 +65,7 @@ def test_a_mirrored_image_has_mirrored_colours():
 
 
 def test_equally_strong_components_are_not_rotated_by_rounding(monkeypatch: pytest.MonkeyPatch):
-    # Four clusters at the corners of a tetrahedron: any rotation of the three components is as good.
+    # Four clusters at the corners of a tetrahedron: any rotation of the three components is equally good.
     corners = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
     features = corners.repeat(6, 1).reshape(4, 6, 3)
     expected, solve = PCABasis.fit(features).colours(features), np.linalg.eigh
@@ -83,11 +83,11 @@ def test_colours_do_not_depend_on_the_eigensolvers_signs(monkeypatch: pytest.Mon
     assert difference(PCABasis.fit(features).colours(features), expected) == 0
 
 
-def test_sign_of_a_direction_is_settled():
+def test_settle_signs_does_not_depend_on_the_given_sign():
     directions = np.array([[0.1, 0.6], [-0.9, -0.6], [0.4, 0.5]])
     settled = settle_signs(directions)
     np.testing.assert_array_equal(settled, settle_signs(-directions))
-    np.testing.assert_array_equal(settled, directions * [-1, 1])  # of two entries as large, the first one counts
+    np.testing.assert_array_equal(settled, directions * [-1, 1])  # of two equally large entries, the first one counts
 
 
 def test_one_basis_gives_equal_features_equal_colours():
@@ -144,13 +144,13 @@ def test_outliers_do_not_set_the_range():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_any_float_type_and_grad(dtype: torch.dtype):
+def test_any_float_dtype_and_requires_grad_are_accepted(dtype: torch.dtype):
     features = smooth_features().to(dtype).requires_grad_()
     plain = features.detach().float().numpy()
     assert difference(PCABasis.fit(features).colours(features), PCABasis.fit(plain).colours(plain)) == 0
 
 
-def test_values_that_are_not_finite_are_counted():
+def test_non_finite_values_raise_with_their_count():
     features = smooth_features()
     features[0, 0, :2] = float("nan")
     features[1, 1, 0] = float("inf")

