@@ -175,10 +175,10 @@ class Denoising:
         )
 
     def made(self, info: dict[str, Any]) -> bool:
-        """True if a result with this ``info`` is from this backbone, these views and these settings."""
+        """True if a result with this ``info`` was made with this backbone, these views and these settings."""
         decisive = self.options.recorded("views", "shape", "nothing")
         decisive |= {"plan": self.fitted.digest, "artifact": artifact_digest(self.artifact)} | self._identity
-        decisive |= {"tiles": None}  # nor from tiles of this size
+        decisive |= {"tiles": None}  # a result made from tiles of this size does not match
         return (
             all(info.get(key) == value for key, value in decisive.items())
             and info.get("denoiser", {}).get("digest") == (None if self.denoiser is None else self.denoiser.digest)

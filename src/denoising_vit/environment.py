@@ -28,7 +28,7 @@ def package_version() -> str:
 
 
 def run_info(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Command, hardware and software of this process, for the record; without host names or other folders."""
+    """Command, hardware and software of this process; no host name, and no folders besides those in the command."""
     import torch
 
     return {

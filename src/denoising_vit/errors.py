@@ -32,11 +32,11 @@ class FitError(DenoisingVitError):
 
 
 class OutputError(DenoisingVitError):
-    """A location is not writable, or has a file that must not be replaced."""
+    """A location is not writable, or contains a file that must not be replaced."""
 
 
 class FormatError(DenoisingVitError):
-    """A file was not written by this package, or for another purpose."""
+    """A file was not written by this package, or was written for another purpose."""
 
 
 class ArtifactError(DenoisingVitError):
@@ -48,7 +48,7 @@ class DenoiserError(DenoisingVitError):
 
 
 class ExportError(DenoisingVitError):
-    """An export cannot be written or checked, or has changed since."""
+    """An export cannot be written or checked, or was changed afterwards."""
 
 
 class HubError(DenoisingVitError):
@@ -80,4 +80,4 @@ class ClipError(DenoisingVitError):
 
 
 class DenoisingVitWarning(UserWarning):
-    """A remark that does not stop the work."""
+    """A problem that does not stop the work."""

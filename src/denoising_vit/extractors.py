@@ -196,7 +196,7 @@ def parse_names(names: str | Sequence[str], known: Iterable[str], of: str = "fea
     """Parse names, keeping their order.
 
     Args:
-        names: one text with commas as separators, or a sequence of names.
+        names: a comma-separated string, or a sequence of names.
         known: available names.
         of: what the names are, for the error message.
 

@@ -52,7 +52,7 @@ def atomic_path(target: Path, *, new: bool = False, durable: bool = True) -> Ite
         target: the file.
         new: never replace an existing file.
         durable: flush the content before the rename and the folder after it, so that a power cut leaves no empty file
-            under a final name, which later runs would treat as a result. Omit it only for files that can be recomputed.
+            under a final name, which later runs would treat as a result. False only for files that can be recomputed.
 
     Raises:
         FileExistsError: if ``new`` and the target exists.
@@ -246,7 +246,7 @@ def require_ours(
     if any(path.exists() and target.exists() and path.samefile(target) for path in inputs):
         raise OutputError(f"{target} is an input file; choose another file for the output")
     found = read(target)
-    if found is None or found.kind != mark.kind:  # files of releases without marks cannot be recognised
+    if found is None or found.kind != mark.kind:  # files written by releases without marks cannot be recognised
         reason = "was not written by this command" if found is None else f"is a {found.kind}, not a {mark.kind}"
         raise OutputError(f"{target} exists and {reason}; choose another file, or move this one away")
     if found != mark:
@@ -354,7 +354,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse the JSON of a file that may be damaged.
 
     Raises:
-        JSONDecodeError: also if the text is not UTF-8, is nested too deeply, or has a number of thousands of digits.
+        JSONDecodeError: also if the text is not UTF-8, is nested too deeply, or has a number with thousands of digits.
     """
     try:
         return json.loads(text)

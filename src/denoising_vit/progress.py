@@ -51,7 +51,7 @@ def prefetched(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
 
     waiting: queue.Queue[object] = queue.Queue(ahead)
     stopped = threading.Event()
-    # A new thread takes over torch's number of threads only with its first parallel loop; sums before that would be
+    # A new thread adopts torch's number of threads only at its first parallel loop. Sums computed before that would be
     # split differently, and differ in their last bits.
     threads = torch.get_num_threads()
 

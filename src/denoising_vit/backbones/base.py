@@ -243,7 +243,7 @@ class Backbone(nn.Module, ABC):
         return next((tensor.dtype for tensor in self._weights() if tensor.is_floating_point()), torch.float32)
 
     def _weights(self) -> Iterator[Tensor]:
-        """Parameters and buffers. Every forward pass needs the first one, so they are not collected."""
+        """Parameters and buffers; an iterator, because every forward pass needs only the first one."""
         return itertools.chain(self.parameters(), self.buffers())
 
     @property

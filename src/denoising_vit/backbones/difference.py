@@ -1,7 +1,7 @@
 """Weights as low-rank differences from other weights, in a few megabytes.
 
-Training a ViT further at a low rate, as stage 3 does, changes each matrix by nearly a low-rank matrix: rank 32 keeps
-99 % of the effect (docs/decisions.md) in a ninth of the bytes.
+Fine-tuning a ViT at a low learning rate, as stage 3 does, changes each matrix by approximately a low-rank matrix: rank
+32 keeps 99 % of the effect (docs/decisions.md) at a ninth of the size.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def base_of(path: Path) -> dict[str, Any] | None:
     try:
         record = read_record(path)
     except (SafetensorError, OSError, ValueError):
-        return None  # read_state_dict describes the damage
+        return None  # read_state_dict reports the damage
     if not isinstance(record, dict) or "difference" not in record:
         return None
     require_version(path, record, FORMAT_VERSION)
@@ -91,7 +91,7 @@ def whole_record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_difference(path: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that :func:`write_difference` wrote, from those of the base, float32.
+    """The weights given to :func:`write_difference`, restored from those of the base, float32.
 
     Raises:
         WeightsError: if the file cannot be read.

@@ -111,7 +111,7 @@ def wrap_huggingface(
     default_size: int | None = None,
     frozen: bool = True,
 ) -> HuggingFaceBackbone:
-    """Wrap a loaded model of transformers as a backbone; of a model with heads or a text tower, use its ViT.
+    """Wrap a loaded model of transformers as a backbone; for a model with heads or a text tower, use its ViT.
 
     Args:
         model: the model.
@@ -210,7 +210,7 @@ def _random(cls: Any, config: Any, family: Family) -> nn.Module:
 
 
 def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) -> nn.Module:
-    """The model with its weights; raises if any are missing, misshapen, or left over from further blocks."""
+    """The model with its weights; raises if any are missing, misshapen, or belong to blocks that it does not have."""
     from denoising_vit.backbones.weights import require_finite
 
     try:

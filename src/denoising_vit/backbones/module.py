@@ -103,7 +103,7 @@ def as_tokens(output: Tensor, layout: Layout, grid: tuple[int, int], name: str) 
 
 
 def as_output(tokens: Tensor, layout: Layout, grid: tuple[int, int]) -> Tensor:
-    """Tokens (B, prefix + h w, C) in a layout, as :func:`as_tokens` took them."""
+    """Tokens (B, prefix + h w, C) in a layout; the inverse of :func:`as_tokens`."""
     if layout == "tokens":
         return tokens
     features = tokens.unflatten(1, grid)  # (B, h w, C) -> (B, h, w, C)

@@ -31,7 +31,7 @@ _BEST, _AVERAGED, _LAST = {"teacher", "target"}, {"ema"}, {"student", "online"}
 #: Function that NumPy scalars are pickled with; its module was renamed in NumPy 2.
 _SCALAR = np.float64(0).__reduce__()[0]
 
-#: Types besides tensors in checkpoints: command lines, and NumPy scalars such as learning rates. None executes code.
+#: Types besides tensors in checkpoints: command lines, and NumPy scalars such as learning rates. None can run code.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -114,7 +114,7 @@ def the_model(models: dict[str, dict[str, Tensor]], source: str) -> tuple[str, d
 
 
 def without_containers(tensors: dict[str, Tensor], containers: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors without the names of containers that all of them are in."""
+    """Tensors, with the names of containers that hold all of them removed."""
     for container in containers:
         if tensors and all(name.startswith(f"{container}.") for name in tensors):
             inner = {name.removeprefix(f"{container}."): tensor for name, tensor in tensors.items()}
@@ -176,7 +176,7 @@ def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, sourc
         source: name of the file, for messages.
 
     Raises:
-        WeightsError: if there are none, or any is missing, left over, or misshapen.
+        WeightsError: if there are none, or any is missing, unexpected, or misshapen.
     """
     prefix, state = _vit_among(tensors, model, name, source)
     where = f"the ViT under {prefix!r}" if prefix else "its weights"
@@ -200,7 +200,7 @@ def load_weights(model: TimmViT, tensors: dict[str, Tensor], *, name: str, sourc
 def _vit_among(tensors: dict[str, Tensor], model: TimmViT, name: str, source: str) -> tuple[str, dict[str, Tensor]]:
     """Prefix and tensors of the ViT; all tensors if none is a patch embedding with timm's name."""
     models = models_among(tensors, re.escape(_PATCHES)) or models_among(tensors, _PATCHES_OF_CLIP)
-    # A student may have another size than its teacher, so prefer the one that fits.
+    # A student may differ in size from its teacher, so prefer the one that fits.
     fitting = {prefix: state for prefix, state in models.items() if not _other_patches(model, state)}
     if models:
         prefix, state = the_model(fitting or models, source)
@@ -219,7 +219,7 @@ def _vit_among(tensors: dict[str, Tensor], model: TimmViT, name: str, source: st
 
 
 def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """Missing, left over or misshapen tensors, for messages; empty if there are none."""
+    """Missing, unexpected or misshapen tensors, for messages; empty if there are none."""
     # A norm after the pooling may be missing in the file, unless the model uses it as the final norm.
     missing = [key for key in own if key not in state and not (key.startswith(_UNUSED) and "fc_norm" not in key)]
     unknown = [key for key in state if key not in own and not key.startswith(_UNUSED)]
@@ -230,7 +230,7 @@ def _difference(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     ]
     return "; ".join(
         _some(keys, what)
-        for what, keys in (("missing", missing), ("left over", unknown), ("of another shape", shapes))
+        for what, keys in (("missing", missing), ("unexpected", unknown), ("of another shape", shapes))
         if keys
     )
 

@@ -2,7 +2,7 @@
 
 The model keeps its class name, parameters and ``state_dict``: its class is replaced by a subclass that edits the
 outputs. The cleaner is not registered as a submodule, so that checkpoints load and optimizers do not see it, but it
-follows the model to other devices.
+moves with the model to other devices.
 """
 
 from __future__ import annotations
@@ -52,11 +52,10 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
     """Make a model return clean patch tokens, in place, through its own interface.
 
     Class token and registers are unchanged, except that ``registers`` and ``distilled`` act inside the model and change
-    them slightly.
-    Only the last block is cleaned; other layers of ``forward_intermediates``, ``hidden_states`` and the like are
-    unchanged. Un-normalised tokens of the last block are cleaned through the final norm and mapped back to each token's
-    own scale. Outputs that a head pools from patch tokens change with the tokens. Cleaning a model again replaces the
-    earlier cleaner; :func:`restore` undoes it.
+    them slightly. Only the last block is cleaned; other layers, such as those of ``forward_intermediates`` and
+    ``hidden_states``, are unchanged. Un-normalised tokens of the last block are cleaned through the final norm and
+    mapped back to each token's own scale. Outputs that a head pools from patch tokens change with the tokens. Cleaning
+    a model again replaces the earlier cleaner; :func:`restore` undoes it.
 
     Args:
         model: a timm VisionTransformer, Eva or NaFlexVit, also inside ``features_only`` (``forward_features``,
@@ -66,7 +65,7 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
         method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``; ``subtract``
             subtracts the artifact G; ``denoiser`` applies a trained block to tokens; ``project`` removes positional
             directions; ``average`` averages passes over shifted and mirrored images; ``registers`` moves outliers into
-            an added token; ``distilled`` replaces the weights of a timm model by those of stage 3, at no cost.
+            an added token; ``distilled`` replaces the weights of a timm model by those of stage 3, at no extra cost.
         **options: options of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or
             ``photos``, ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average);
             ``registers`` (object or file), or ``photos`` and ``size`` to find them; ``distilled`` (file, by default the

@@ -19,7 +19,7 @@ from denoising_vit.views.patch_grid import patch_count
 
 
 class Minus(nn.Module):
-    """Features minus G, resampled to their grid."""
+    """Subtracts G, resampled to the grid of the features."""
 
     values: Tensor
 
@@ -95,13 +95,13 @@ class Cleaning:
         return (first.float() + change * _scale(first.float(), self.norm)).to(first.dtype)
 
     def moved_by(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow the model to another device, without changing precision."""
+        """Move the cleaner with the model to another device, without changing its precision."""
         if self.cleaner is not None:
             self.cleaner._apply(lambda tensor: tensor.to(fn(tensor).device))
 
 
 def _scale(tokens: Tensor, norm: nn.Module) -> Tensor:
-    """Deviation of each token over the norm's weight, (B, N, C), to undo the norm's scale; 0 where the weight is 0."""
+    """Deviation of each token divided by the norm's weight, (B, N, C), to undo the norm; 0 where the weight is 0."""
     centred = tokens - tokens.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else tokens
     eps = getattr(norm, "eps", None) or 1e-6
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()

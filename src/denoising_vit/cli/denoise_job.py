@@ -205,7 +205,7 @@ class DenoiseJob:
     ) -> Iterator[None]:
         """Draw the picture to a temporary file and move it into place if the block succeeds.
 
-        Without pictures, remove that of an earlier result, which would not show this result.
+        With pictures disabled, remove the picture of an earlier result, because it would not show this result.
         """
         if not self.pictures:
             yield

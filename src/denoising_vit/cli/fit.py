@@ -97,7 +97,7 @@ class _Report(OnScreen):
         rate = self._done / (time.perf_counter() - self._started)
         self._progress.update(self._task, completed=self._done, rate=f"{rate:.2f} photos/s")
         if reason is not None:
-            self._unreached[index] = reason  # or failed, as recorded in the store
+            self._unreached[index] = reason  # includes failures that the store also records
         if self._as_json:
             status = {"status": "done"} if reason is None else {"status": "failed", "note": reason}
             print_json({"image": self._dataset[index].id, **status})

@@ -68,8 +68,8 @@ class OutputFolder:
     """Assigns a name to every photo: its stem, or ``stem-2``, ``stem-3``, ... if the name is taken.
 
     A result belongs to the photo whose pixels it records. The same command finds its results again, two photos with the
-    same name never overwrite each other, and files of other origin are left alone. With ``overwrite``, a result also
-    belongs to an edited photo at the same path.
+    same name never overwrite each other, and all other files are kept. With ``overwrite``, a result also belongs to an
+    edited photo at the same path.
 
     A name is free while no file has it. If two runs choose the same name, the first to write keeps it, and the other
     claims a new one.
@@ -86,7 +86,7 @@ class OutputFolder:
         self.folder = folder
         self.overwrite = overwrite
         self._claimed: set[str] = set()
-        self._lock = threading.Lock()  # one thread claims names while another releases them
+        self._lock = threading.Lock()  # one thread may claim a name while another releases one
         require_writable(folder)
 
     def claim(self, photo: Path, digest: str) -> Output:
@@ -139,7 +139,7 @@ class OutputFolder:
 def _is_ours(panel: Path, digest: str | None, *, recorded: bool) -> bool:
     """True if the picture does not exist, or shows the photo with this digest.
 
-    If its result is recorded, an old release may have written the picture without a mark.
+    With ``recorded``, a picture without a mark also counts, because earlier releases did not write marks.
     """
     from denoising_vit.data.photos import is_panel
 

@@ -104,7 +104,7 @@ class Report:
         table = plain_table(self._what, "result", numbers=self._numbers, fold=True)
         table.add_column("")
         names = [Path(row.item).name or row.item for row in rows]
-        alone = len(set(names)) == len(names)  # folders only if names alone would be ambiguous
+        alone = len(set(names)) == len(names)  # show full paths only if names alone would be ambiguous
         for row, name in zip(rows, names, strict=True):
             shown = readable(name if alone else row.item)
             table.add_row(*map(escape, (shown, Path(row.output or "").name, *row.cells())))
@@ -178,7 +178,7 @@ class PhotoProgress(OnScreen):
         )
 
     def finish(self) -> None:
-        """Finish the current photo. Unneeded work leaves the total, so that the remaining time stays correct."""
+        """Finish the current photo; subtracts unneeded work from the total, to keep the remaining time correct."""
         self._left -= 1
         self._finished += self._at
         self._progress.update(self._task, total=self._finished + self._left * self._each)

@@ -147,7 +147,7 @@ class _Job:
         save_palette: Path | None,
         one: bool,
     ) -> int:
-        """Draw one sheet of all photos, or one per photo once its colours are known. Returns their number."""
+        """Draw one sheet of all photos, or one per photo once its colours are known. Returns the number of photos."""
         from denoising_vit.maps import write_palette
 
         extracted = self._extracted(photos, skipped)

@@ -254,7 +254,7 @@ class _Run:
             print_note(message)
 
     def print_skipped(self) -> None:
-        """Print what was skipped and why, once."""
+        """Print skipped entries with reasons, once."""
         if self.main and not self._reported:
             self._reported = True
             for name, reason in [*((item.item, item.reason) for item in self._left_out), *self._skipped().items()]:

@@ -112,7 +112,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-#: Maximum number of names from one pattern with braces; more are assumed to be a typing error.
+#: Maximum number of names from one pattern with braces; more are assumed to be a typo.
 _MAX_NAMES = 1_000_000
 
 
@@ -188,8 +188,8 @@ def find_photos(inputs: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]
         inputs: paths and patterns.
 
     Returns:
-        Unique files in the order of the inputs, those of folders and globs sorted by name; and unmatched inputs. A
-        file that is given explicitly may have any suffix.
+        Unique files in the order of the inputs, those of folders and globs sorted by name; and skipped inputs and
+        folder entries. A file that is given explicitly may have any suffix.
     """
     found: dict[Path, Path] = {}
     skipped: list[Skipped] = []

@@ -272,7 +272,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Rotate an image by its EXIF orientation; broken EXIF is ignored."""
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # parsers raise anything for broken metadata
+    except Exception:  # parsers raise many kinds of errors for broken metadata
         turn = None
     return image if turn is None else image.transpose(turn)
 

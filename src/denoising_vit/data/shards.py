@@ -24,7 +24,7 @@ _MAGIC = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 
-#: Number of threads that index shards; remote shards mostly wait.
+#: Number of threads that index shards; with remote shards, they mostly wait for the network.
 _WORKERS = 8
 
 
@@ -119,7 +119,7 @@ def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:
             place = archive.offset
             file.seek(place)
             block = file.read(tarfile.BLOCKSIZE)
-    except Exception as error:  # tarfile raises anything for damaged headers
+    except Exception as error:  # tarfile raises many kinds of errors for damaged headers
         return members, f"not a tar archive, or damaged ({reason_of(error)})"
     if block.strip(b"\0"):
         return members, f"damaged at byte {place:,}"

@@ -117,7 +117,7 @@ class ExactSolver:
             raise ValueError("offsets need the sums of each view, s")
         right = s - torch.einsum("rsv,rsc->vc", self._offset_spread, field)
         offsets = torch.cholesky_solve(right, self._offset_factor)
-        # Nor can they distinguish F + c, o - c from F, o, so offsets are set to mean zero.
+        # Nor can the data distinguish F + c, o - c from F, o, so offsets are set to mean zero.
         offsets = offsets - offsets.mean(0)
         return field - self._offset_response @ offsets, offsets
 

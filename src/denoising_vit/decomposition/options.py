@@ -40,7 +40,7 @@ class StageOneCrops:
 
     @property
     def as_published(self) -> set[str]:
-        """Options at their published values. Records omit them, as before these options existed."""
+        """Names of options at their published values. Records omit them, as they did before these options existed."""
         published = {"area": CropOptions.area, "ratio": CropOptions.ratio, "offsets": False}
         return {name for name, value in published.items() if getattr(self, name) == value}
 
@@ -65,7 +65,7 @@ class ExactOptions(StageOneCrops):
         smoothness: exact only; weight of the penalty on differences within the semantic field.
         shrinkage: exact only; weight of the penalty on the artifact's magnitude.
         clip: exact only; scale down tokens whose norm exceeds the median by more than this number of median absolute
-            deviations, to limit the influence of outliers; off by default
+            deviations, to limit the influence of outliers; off by default.
         coverage: even covers borders nearly as often as the middle; plain draws crops as published; released renders
             views like the released code (whole pixels of the photo resized to the view, patches placed from edge to
             edge of a view), for the neural field's released recipe only.
@@ -94,8 +94,8 @@ class DenoiseOptions(ExactOptions):
     Attributes:
         method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
             views and plain coverage); subtract subtracts a known artifact from one pass over the whole photo; denoiser
-            applies a trained denoiser to that pass (stage 2). One-pass methods (see `dvit show --features`) use only
-            the size of the options below. auto is denoiser if one is given or in the package for these weights, else
+            applies a trained denoiser to that pass (stage 2). One-pass methods (see `dvit show --features`) ignore all
+            options below except the size. auto is denoiser if one is given or in the package for these weights, else
             exact.
         resolution: number of nodes of the semantic field per side. Defaults to twice the patch grid; three times with
             neural-field, so that patch centres are nodes.
@@ -174,7 +174,8 @@ class CalibrationOptions(ExactOptions):
     """Options for estimating a backbone's artifact.
 
     Attributes:
-        views: number of crops of each photo, including the whole photo; a few are enough, because photos add up.
+        views: number of crops of each photo, including the whole photo; a few are enough, because all
+            photos share the artifact.
         offsets: also fit a constant in each crop.
         seed: seed for the crops, and for the random halves to compare; the same seed gives the same artifact.
         batch_size: views per forward pass. Defaults to a number chosen for the device.

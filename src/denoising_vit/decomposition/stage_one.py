@@ -171,7 +171,7 @@ class _Photo:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Views (B, 3, H, W) of a photo for one batch; or a photo that failed before it had any."""
+    """Views (B, 3, H, W) of a photo for one batch; or a photo that failed before any were rendered."""
 
     photo: _Photo | Failed
     fitted: bool = True

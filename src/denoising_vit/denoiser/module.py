@@ -259,7 +259,7 @@ def _built(state: dict[str, Tensor], head: dict[str, Any], source: str) -> Denoi
     if missing or unknown or shapes:
         raise FormatError(
             f"{source}: not a denoiser of {channels} channels: {len(missing)} tensors missing "
-            f"({', '.join(missing[:2]) or '-'}), {len(unknown)} left over ({', '.join(unknown[:2]) or '-'}), "
+            f"({', '.join(missing[:2]) or '-'}), {len(unknown)} unexpected ({', '.join(unknown[:2]) or '-'}), "
             f"{len(shapes)} of another shape ({', '.join(shapes[:2]) or '-'})"
         )
     require_finite(state, source)

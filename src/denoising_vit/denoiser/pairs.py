@@ -93,7 +93,7 @@ class KeptPairs:
         return 2 * 2 * len(self.images) * self._views.keep * values
 
     def open(self, *, create: bool) -> None:
-        """Open the files for reading, with all rows of other machines; network file systems need a new open for these.
+        """Open the files for reading; on network file systems, only a new open shows rows written by other machines.
 
         Args:
             create: create missing files; only one process may do so.

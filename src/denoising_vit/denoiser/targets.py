@@ -234,7 +234,7 @@ class FittedTargets:
         }
 
     def stream(self, images: Iterable[int]) -> Generator[Fitted | Unusable, None, None]:
-        """Fit photos in the given order, or give the reason why one cannot be read.
+        """Fit photos in the given order; yields the reason for a photo that cannot be fitted.
 
         Raises:
             TrainError: if a photo is temporarily unreachable.

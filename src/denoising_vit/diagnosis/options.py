@@ -24,7 +24,6 @@ class DiagnoseOptions(CalibrationOptions):
             photos share the artifact.
         clip: before fitting, scale down tokens whose norm exceeds the median by more than this number of median
             absolute deviations, to limit the influence of outlier tokens; off if None.
-            fitting, so that outlier tokens matter less; off if None.
         shown: number of photos with maps on the page.
         seed: seed for crops and probes.
     """

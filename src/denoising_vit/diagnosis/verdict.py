@@ -39,13 +39,15 @@ _SEEN = 0.03
 #: An artifact counts as removed if at most this fraction of a raw metric remains.
 REMOVED = 0.5
 
-#: A map is blurred below this fraction of the content's detail, or below the next one with a lower effective rank.
+#: Features are blurred if their detail is below the first fraction of the content's, or below the second while their
+#: effective rank is below the third fraction of the content's.
 BLURRED, BLURRED_DETAIL, BLURRED_RANK = 0.4, 0.6, 0.95
 
-#: Features are damaged below this fraction of the content's effective rank, or beyond this loss of consistency.
+#: Features are damaged if their effective rank is below this fraction of the content's, or if consistency falls by more
+#: than this.
 DAMAGED_RANK, DAMAGED_CONSISTENCY = 0.8, 0.05
 
-#: Number of median absolute deviations above the median from which norms are not content.
+#: Number of median absolute deviations above the median beyond which norms do not count as content.
 CLIP = 6.0
 
 #: Gain of consistency over subtraction above which the exact method is worth its many passes.
@@ -145,7 +147,7 @@ def too_few(shared: float, stability: Stability) -> str | None:
 
 
 def judge(cleaned: ArtifactMetrics, raw: ArtifactMetrics, content: Content, found: tuple[Finding, ...]) -> Judgement:
-    """Judge a method by the metrics before and after."""
+    """Evaluate a method by the metrics before and after cleaning."""
     # Artifacts may have less detail or rank than the content.
     rank = cleaned.effective_rank / min(content.effective_rank, raw.effective_rank)
     sharpness = cleaned.detail / min(content.detail, raw.detail)
@@ -199,7 +201,7 @@ def conclude(
 
 
 def _cheapest(able: list[str], metrics: Mapping[str, ArtifactMetrics]) -> str:
-    """The first method, as they are ordered by cost, unless exact is worth its many passes."""
+    """The first of the methods, which are ordered by cost, unless exact is worth its many passes."""
     if able[0] == "subtract" and "exact" in able and (_gain(metrics["exact"], metrics["subtract"]) or 0) >= WORTH:
         return "exact"
     return able[0]
@@ -220,7 +222,8 @@ def _is_gone(finding: Finding, cleaned: ArtifactMetrics, raw: ArtifactMetrics) -
     if finding.kind == "outlier tokens":
         return cleaned.outliers <= REMOVED * raw.outliers
     # Each probe may miss an artifact (the linear one some kinds, the other if content dominates, all with few photos),
-    # so all that detected it before must have fallen. Leakage is a share that grows as outliers go: not a criterion.
+    # so all probes that detected it before must have fallen. Leakage is not a criterion: it is relative, and grows when
+    # outliers are removed.
     probes = [
         (cleaned.shared, raw.shared, SHARED[0]),
         (cleaned.linear_position, raw.linear_position, _SEEN),

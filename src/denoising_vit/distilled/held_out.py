@@ -90,7 +90,7 @@ class HeldOut:
 
         ``cosine`` and ``mse`` compare features of the student's own layer with the targets, as means over whole photos
         at all sizes; ``ratio`` is (1 - cosine) relative to raw features; ``layer_N_cosine`` is for further layers.
-        ``class_drift`` and ``prefix_drift`` are 1 - cosine of class tokens, and of all prefix tokens, to those of the
+        ``class_drift`` and ``prefix_drift`` are 1 - cosine between class tokens, or all prefix tokens, and those of the
         frozen backbone. ``rank``, ``place`` and the blank-image metrics are as in stage 2.
         """
         if self._raw_figures is None:

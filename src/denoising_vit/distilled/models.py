@@ -157,7 +157,7 @@ class Student(nn.Module):
         return features_of(self.backbone, images, self.layers)
 
     def require_grad(self, size: tuple[int, int], *, prefix: bool) -> None:
-        """Freeze parameters without gradients (blocks after the last layer, heads), which processes would wait for.
+        """Freeze parameters without gradients (blocks after the last layer, heads); processes would wait for these.
 
         Args:
             size: (H, W) of an image that the model accepts.

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from denoising_vit.errors import TrainError
 from denoising_vit.training.options import RunOptions
 
-#: Peak learning rate per view of a step up to which small steps are known to train (docs/decisions.md), and the
-#: factor above it at which a warning is given.
+#: Peak learning rate per view in a step up to which training in small steps is known to work (docs/decisions.md), and
+#: the factor above it at which a warning is given.
 _SAFE_PEAK, _TOO_HIGH = 2e-4 / 256, 2.0
 
 

@@ -128,7 +128,7 @@ class Distillation:
         more = {} if average is None else average.values
         checkpoints, is_main = self.folder.checkpoints, accelerator.is_main_process
         progress = checkpoints.load(self.student, optimizer, more, step=from_first(accelerator, checkpoints.step))
-        # This concerns the gradients of the class token, a few hundred numbers.
+        # The warning is about the gradients of the class token, only a few hundred numbers.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         model = self.student if sharding else accelerator.prepare(self.student)
         peak = peak_rate(options.learning_rate, options.views_a_step(accelerator.num_processes))

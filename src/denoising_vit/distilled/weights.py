@@ -24,7 +24,7 @@ class DistilledWeights(Pretrained):
     """Weights of a ViT that gives clean features by itself: a file written by `dvit distill`, and its record.
 
     Attributes:
-        path: the file; it must stay where it is.
+        path: the file; it must not be moved.
         record: backbone and training, from the file; JSON values.
     """
 
@@ -44,7 +44,7 @@ class DistilledWeights(Pretrained):
         """Read the record of a file; :meth:`backbone` reads the weights.
 
         Raises:
-            FormatError: if the file is missing, damaged, or something else.
+            FormatError: if the file is missing, damaged or of another type.
         """
         path = Path(path).expanduser()
         try:
@@ -68,7 +68,7 @@ class DistilledWeights(Pretrained):
 
         Raises:
             PlanError: if the rank is not positive, or the new file is this one.
-            FormatError: if the file is damaged, or its weights were trained from other ones than those available.
+            FormatError: if the file is damaged, or its weights were trained from weights other than those available.
         """
         if rank < 1:
             raise PlanError(f"rank must be at least 1, got {rank}")
@@ -110,7 +110,7 @@ def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
         start: the file, or ``distilled`` for the package's.
 
     Raises:
-        FormatError: if the file is damaged, or its weights were trained from other ones.
+        FormatError: if the file is damaged, or its weights were trained from other weights.
         WeightsError: if the file is missing, or the package has none for this backbone.
         BackboneError: if the backbone is not from timm.
     """

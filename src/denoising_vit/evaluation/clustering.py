@@ -117,8 +117,8 @@ def matched(tables: np.ndarray, matching: Matching) -> Counts:
 
 
 def _fitted(points: Tensor, clusters: int, seed: int) -> Any:
-    """K-means of points (N, C)."""
-    from sklearn.cluster import KMeans  # seconds to import
+    """Fit k-means to points (N, C)."""
+    from sklearn.cluster import KMeans  # takes seconds to import
     from sklearn.exceptions import ConvergenceWarning
 
     if len(points) < clusters:

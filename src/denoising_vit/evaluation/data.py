@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 class EvaluationImage:
     """A photo; subclasses add its ground truth.
 
-    #: x0, y0, x1, y1 in pixels, half-open: the box of an image of H x W pixels is 0, 0, W, H.
+    Attributes:
         split: ``train`` or ``val``.
         id: path of the photo below the folder of its split's photos, with ``/`` as separator.
         photo: file of the photo.
@@ -140,7 +140,7 @@ class EvaluationData(Generic[Split]):
 
 
 def shared_photos(train: EvaluationSet[EvaluationImage], val: EvaluationSet[EvaluationImage]) -> str | None:
-    """Remark on photos that are in both splits; None if there are none."""
+    """Note on photos that are in both splits; None if there are none."""
     known = {image.digest for image in train.images}
     count = sum(image.digest in known for image in val.images)
     return f"{count} of {len(val.images)} photos of val are also in train" if count else None

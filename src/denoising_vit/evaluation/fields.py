@@ -47,7 +47,7 @@ def fitted_fields(
 
     Raises:
         EvaluationError: if an image could not be fitted.
-        FitError: if there is not enough room.
+        FitError: if there is not enough disk space.
         PlanError: if there are too few views.
     """
     options = replace(options, size=options.size or _common_size(data, backbone))  # one plan for all images
@@ -101,7 +101,7 @@ def _cut(
 def store_name(
     images: EvaluationSet[EvaluationImage], backbone: Backbone, spec: BackboneSpec, identity: dict[str, Any]
 ) -> str:
-    """Name of a store; the same fields of the same photos have the same name, whatever the task."""
+    """Name of a store; the same fields of the same photos have the same name in all tasks."""
     whose = asdict(spec) | {"digest": weights_key(backbone), "images": images.photos_digest}
     return f"{images.split}-{digest(identity | whose, 16)}"
 

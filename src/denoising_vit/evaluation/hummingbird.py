@@ -63,8 +63,8 @@ def retrieved(
 ) -> Counts:
     """Label each pixel of ``val`` by the patches of ``train`` with the nearest features (cosine).
 
-    Soft labels of patches are interpolated bilinearly to the mask's pixels, and the class with the largest is
-    predicted. Patches of the same photo are excluded if it is in both splits.
+    Soft labels of patches are interpolated bilinearly to the mask's pixels, and each pixel gets the class with the
+    largest value. Patches of the same photo are excluded if it is in both splits.
 
     Raises:
         PlanError: if an option is out of range.

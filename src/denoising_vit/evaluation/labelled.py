@@ -42,7 +42,7 @@ VOC_CLASSES = (
 #: Number of classes in ADE20K's scene parsing benchmark.
 ADE_CLASSES = 150
 
-#: Fraction of unlabelled pixels above which a class that never occurs is reported; object borders are about 0.05.
+#: Fraction of unlabelled pixels above which a class that never occurs is reported; borders of objects are about 0.05.
 _COMMON = 0.1
 
 _REMEDY = "Write the class names into it, one per line, starting with label 0"
@@ -129,7 +129,7 @@ class LabelledData(EvaluationData[LabelledSet]):
         return tuple(name for name in self.val.absent if name in self.scored)
 
     def require_two_classes(self) -> None:
-        """Reject data on which any prediction scores 100.
+        """Reject data with fewer than two scored classes, where any prediction would score 100.
 
         Raises:
             EvaluationError: if the masks of ``val`` contain fewer than two scored classes.
@@ -142,7 +142,7 @@ class LabelledData(EvaluationData[LabelledSet]):
             )
 
     def scoring(self, score: Sequence[str]) -> LabelledData:
-        """The same data with only these classes scored; empty scores all.
+        """Return the same data with only these classes scored; if ``score`` is empty, all are scored.
 
         Raises:
             EvaluationError: if a name is not a class of the data, or fewer than two classes remain.
@@ -194,7 +194,7 @@ def open_labelled(
         progress: called after each image.
 
     Raises:
-        EvaluationError: if the folder has none of the layouts, no list of classes, or no usable photo in a split.
+        EvaluationError: if the folder matches no layout, has no list of classes, or has no usable photo in a split.
     """
     layout, root = find_layout(Path(path), _LAYOUTS)
     with readable(root):
@@ -231,7 +231,7 @@ def _inspect(split: str, pair: Pair, coding: Coding) -> LabelledImage:
 
 
 def _ignored_note(split: LabelledSet, coding: Coding) -> str | None:
-    """Remark if a class never occurs while many pixels have no label: its value may be one that means no label."""
+    """Note if a class never occurs while many pixels have no label: the class may use a value that means no label."""
     unlabelled = 1 - sum(split.pixels) / sum(image.height * image.width for image in split.images)
     if not split.absent or unlabelled < _COMMON:
         return None
@@ -288,7 +288,7 @@ def _open_voc(root: Path, classes: Path | None) -> _Files:
     _refuse(classes, "VOC 2012")
     lists, photos, masks = root / "ImageSets" / "Segmentation", root / "JPEGImages", root / "SegmentationClass"
     train, val = (_Split(*pairs_in_list(lists / f"{name}.txt", photos, masks)) for name in ("train", "val"))
-    # 255 marks the border around objects; no value right after the last class means no label here.
+    # Only 255, the border around objects, means no label; the value right after the last class does not.
     coding = Coding(len(VOC_CLASSES), "VOC 2012", ignored=(255,))
     year = root.name.removeprefix("VOC")  # other years have the same layout
     name = f"VOC {year}" if root.name.startswith("VOC") and year.isdigit() else "VOC 2012"
@@ -316,7 +316,7 @@ def _open_splits(root: Path, classes: Path | None, photos: str, masks: str) -> _
 
 
 def _open_one_folder(root: Path, classes: Path | None) -> _Files:
-    """Split into halves, not at random: neighbours by name are often nearly equal frames of one video."""
+    """Split into halves by name, not at random: neighbours by name are often nearly identical frames of a video."""
     names, coding = _listed_classes(root, classes)
     pairs, skipped = pairs_in_folders(root / "images", root / "masks")
     if len(pairs) < 2:
@@ -367,7 +367,7 @@ _LAYOUTS: tuple[Layout[Callable[[Path, Path | None], _Files]], ...] = (
         functools.partial(_open_splits, photos="{split}/images", masks="{split}/masks"),
         name="folders",
     ),
-    # Before folders without splits, which would mix both splits.
+    # Must come before folders without splits, which would also match and mix both splits.
     Layout(
         "folders with splits inside",
         ("images/train", "images/val", "masks/train", "masks/val"),

@@ -1,7 +1,7 @@
 """Folder layouts of evaluation data, shared by all tasks.
 
-A task lists its layouts as :class:`Layout` records, and :func:`find_layout` returns the one that a folder has. Photos
-are paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_list`, then read once by
+A task lists its layouts as :class:`Layout` records, and :func:`find_layout` returns the one that a folder matches.
+Photos are paired with masks or depth maps by :func:`pairs_in_folders` or :func:`pairs_in_list`, then read once by
 :func:`inspect_all`. Unusable entries are returned as ``Skipped`` with a reason; unreadable files and folders raise
 EvaluationError.
 """
@@ -122,7 +122,7 @@ def images_in(folder: Path) -> list[str]:
 
 
 def listed(folder: Path) -> str:
-    """Entries of a folder for a message."""
+    """Describe the entries of a folder for a message."""
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in visible(folder))
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{', '.join(names[:_SHOWN]) or 'an empty folder'}{more}"
@@ -222,7 +222,7 @@ def pairs_in_folders(photos: Path, masks: Path, what: str = "mask") -> tuple[lis
 
 
 def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
-    """Image files below a folder by their path without the extension; the first of duplicates."""
+    """Image files below a folder by path without extension, the first of duplicates; and skipped entries."""
     try:
         names, skipped = files_below(Storage(), str(folder))
     except PhotoError as error:
@@ -232,7 +232,7 @@ def _by_stem(folder: Path, what: str) -> tuple[dict[str, str], list[Skipped]]:
 
 
 def by_stem(names: Iterable[str], what: str) -> tuple[dict[str, str], list[Skipped]]:
-    """File names by their path without the extension, the first of duplicates; and the others, with the reason."""
+    """File names by path without extension, the first of duplicates; and the other duplicates, with reasons."""
     found: dict[str, str] = {}
     skipped = []
     for name in names:
@@ -270,15 +270,15 @@ def inspect_all(
 ) -> tuple[list[Found], list[Skipped]]:
     """Read photos in a few threads, in order.
 
-    A photo is skipped with its PhotoError, EvaluationError or OSError as the reason. Returns the results of the usable
-    photos, and the skipped ones.
+    A photo that raises PhotoError, EvaluationError or OSError is skipped, with the error as the reason. Returns the
+    results of the usable photos, and the skipped ones.
     """
 
     def inspected(item: Item) -> Found | Skipped:
         try:
             return inspect_one(item)
         except PhotoError as error:
-            return Skipped(item.id, str(error).removeprefix(f"{item.photo}: "))  # the id names the photo already
+            return Skipped(item.id, str(error).removeprefix(f"{item.photo}: "))  # the id already names the photo
         except (EvaluationError, OSError) as error:
             return Skipped(item.id, str(error))
 
@@ -294,7 +294,7 @@ def inspect_all(
             if progress is not None:
                 progress()
     finally:
-        pool.shutdown(cancel_futures=True)  # so that an interrupt does not wait for the rest
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the remaining photos
     return usable, failed
 
 

@@ -93,7 +93,7 @@ def read_values(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise EvaluationError(f"{path}: not an image file that can be read, expected a mask as PNG or TIFF") from error
     except Image.DecompressionBombError as error:
         raise EvaluationError(f"{path}: more pixels than the limit of {max_pixels:,}; shrink the mask first") from error
-    except Exception as error:  # decoders raise many kinds for damaged files
+    except Exception as error:  # decoders raise many types of errors for damaged files
         raise EvaluationError(f"{path}: damaged or unreadable mask ({error})") from error
 
 
@@ -135,12 +135,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of a sequence: those in its first mask, since no label can be propagated to others.
+    """The objects of a sequence: those in its first mask, because labels can only be propagated from there.
 
     Attributes:
         numbers: numbers of the objects in order; 1 for black and white masks.
-        binary: black and white masks, with 255 as the object. Other masks have the objects' numbers, and 255 is no
-            label.
+        binary: True for black and white masks, where 255 is the object. Other masks have the objects' numbers, and 255
+            means no label.
     """
 
     numbers: tuple[int, ...]
@@ -157,7 +157,7 @@ class Objects:
         numbers = [value for value in there if value not in (0, WHITE)]
         if not numbers and WHITE not in there:
             raise EvaluationError(f"{name}: the first mask is empty; expected at least one object")
-        # Among shades of grey, as from smoothing, 255 is white and does not mean no label.
+        # In masks with shades of grey (after smoothing, for example), 255 is white and does not mean no label.
         gray = WHITE in there and numbers != list(range(1, len(numbers) + 1))
         if gray or any(not 0 < number <= MAX_OBJECTS for number in numbers):
             raise EvaluationError(_unexpected(there, name))

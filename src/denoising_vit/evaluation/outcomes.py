@@ -3,7 +3,7 @@
 The metric over all groups is recomputed without each group in turn. These jackknife values give its standard error, and
 Student's t, with one degree of freedom less than the number of groups, gives the interval. If the influence of groups
 is skewed, that interval misses on one side too often. Hall's cubic transformation (1992) corrects for skewness, and on
-each side the farther of both ends is used. `benchmarks/coverage.py` measures the coverage.
+each side the farther of the two ends is used. `benchmarks/coverage.py` measures the coverage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from denoising_vit.errors import EvaluationError
 #: Training history for results: [step, loss, main metric or None].
 Curve = list[list[Any]]
 
-#: With fewer groups there is no interval.
+#: Minimum number of groups for an interval.
 MIN_GROUPS = 5
 
 #: Name of the interval's method in results.

@@ -32,7 +32,7 @@ def patch_counts(labels: Tensor, crop: Crop, classes: int, patch_size: int, stri
 
 
 def commonest(counts: Tensor) -> Tensor:
-    """Most frequent class (h, w) of each patch by counts (h, w, K + 1); NO_LABEL if most pixels have no label."""
+    """Most frequent class (h, w) of each patch from counts (h, w, K + 1); NO_LABEL if unlabelled is most frequent."""
     none = counts.shape[-1] - 1
     found = counts.argmax(-1)
     return torch.where((found == none) | (counts.sum(-1) == 0), NO_LABEL, found)
@@ -46,7 +46,7 @@ def _nearest_patch(places: np.ndarray, count: int, patch_size: int, stride: int)
 
 
 def quota(most: int, number: int, images: int) -> int | None:
-    """Number of patches from image ``number`` so that all images together give ``most``; None (all) if that is 0."""
+    """Number of patches to take from image ``number``, so that all images together give ``most``; None (all) if 0."""
     return (number + 1) * most // images - number * most // images if most else None
 
 
@@ -74,7 +74,7 @@ def at_points(scores: Tensor, points: np.ndarray, patch_size: float, stride: flo
 def _weighted(
     scores: Tensor, rows: np.ndarray, columns: np.ndarray, patch_size: float, stride: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (n, h) of the patches at rows, scores (h, w, K), and weights (m, w) at columns."""
+    """Interpolation weights (n, h) at the rows, scores (h, w, K), and interpolation weights (m, w) at the columns."""
     down, across = (
         # linear_weights has nodes at cell centres: patch k is at (k + 0.5) / patches.
         torch.from_numpy(linear_weights(((places - patch_size / 2) / stride + 0.5) / patches, patches)).to(scores)

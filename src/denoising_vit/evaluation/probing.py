@@ -88,7 +88,7 @@ def train(
         progress: called once per step, including those of an earlier run.
 
     Raises:
-        FitError: if a loss is not finite.
+        FitError: if a loss is not finite, or the checkpoint is damaged.
     """
     optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=protocol.weight_decay)
     curve, losses, start = _restore(checkpoint, probe, optimizer)
@@ -141,7 +141,7 @@ def _restore(path: Path | None, probe: nn.Module, optimizer: torch.optim.Optimiz
         probe.load_state_dict(state["probe"])
         optimizer.load_state_dict(state["optimizer"])
         return Curve(list(state["losses"]), list(state["looks"])), list(state["since"]), int(state["step"])
-    except Exception as error:  # torch raises many types for damaged files
+    except Exception as error:  # torch raises many types of errors for damaged files
         kind = type(error).__name__
         raise FitError(f"{path}: damaged checkpoint ({kind}); delete it to restart this training") from error
 
@@ -187,7 +187,7 @@ class RandomSamples(ABC, Generic[Image, Sample]):
         """A sample of an image. It depends only on index, step and place in the batch, so that training can resume."""
 
     def take(self, step: int) -> list[Sample]:
-        """The samples of a step; they are not kept."""
+        """Return the samples of a step and release them."""
         self._submit(step)
         if self._prefetch and step + 1 < self._steps:
             self._submit(step + 1)

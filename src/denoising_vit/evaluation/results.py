@@ -78,7 +78,7 @@ class Record:
         metrics: means over the seeds, by name.
         seeds: metrics of each seed.
         classes: IoU and Acc of each class, means over the seeds; None if the class never occurs.
-        paired: difference to the reference source, with its interval.
+        paired: difference from the reference source, with its interval.
         curve: [step, loss, main metric or None] during the training of the first seed.
         images: number of images of each split.
         skipped: (id, reason) of skipped images.
@@ -107,7 +107,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Equal for records of the same source and setting."""
+        """Key that is equal for records of the same source and setting."""
         return json.dumps([self.task, self.features, self.settings, self.published], sort_keys=True)
 
     def to_line(self) -> str:
@@ -130,7 +130,7 @@ class Results:
             with path.open("ab+") as file:  # fail before anything is computed
                 file.seek(0)
                 content = file.read()
-            flush_folder(path.parent)  # a power cut must not lose a new file with its lines
+            flush_folder(path.parent)  # so that a power failure does not lose a new file
         except OSError as error:
             reason = error.strerror or error
             raise EvaluationError(f"cannot write results to {path} ({reason}); choose another file with -o") from error
@@ -193,7 +193,7 @@ class Results:
 
 
 def _is_incomplete(rest: bytes) -> bool:
-    """True if the text after the last line break is a result that a killed run did not finish."""
+    """True if the text after the last line break is a result that was only partly written, by a killed run."""
     try:
         parse_json(rest)
     except ValueError:

@@ -54,7 +54,7 @@ class Counts(Outcome):
         return Counts(*(values[:, list(classes)] for values in self.arrays().values()))
 
     def scored(self) -> dict[str, float]:
-        """mIoU, mAcc and aAcc in percent; raises as :func:`scores`."""
+        """mIoU, mAcc and aAcc in percent; raises the same errors as :func:`scores`."""
         found = scores(self)
         return {"mIoU": found.miou, "mAcc": found.macc, "aAcc": found.aacc}
 

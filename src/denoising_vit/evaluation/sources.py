@@ -184,7 +184,7 @@ class ClassTokens(ExtractorSource):
 class FieldSource(FeatureSource):
     """Semantic fields from stores, sampled at any crop; colour augmentation has no effect.
 
-    The stores of the splits have the images' ids. With ``of_crops``, each crop was fitted as an image of its own.
+    Each split has a store with the ids of its images. With ``of_crops``, each crop was fitted as an image of its own.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class FieldSource(FeatureSource):
         self._stores, self._of_crops = dict(stores), of_crops
 
     def inputs(self, image: EvaluationImage, crop: Crop, colour: Colour | None = None) -> Tensor:
-        """F at the crop's patches, (h, w, C)."""
+        """The semantic field at the crop's patches, (h, w, C)."""
         nodes = self._stores[image.split][image.id].field
         crop = Crop.whole(crop.size) if self._of_crops else crop
         return crop.sample(nodes, self.patch_size, self.stride)

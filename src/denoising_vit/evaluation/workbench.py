@@ -12,7 +12,7 @@ the size does not fit the patch grid, and EvaluationError for the wrong kind of 
 
 A score has one value per item (see `outcomes`), so that the difference between two sources gets a paired interval. A
 task with training has ``evaluate(source, seeds)``, which yields ``(seed, outcome, curve)``. A new task needs its
-module, an entry in `results.TASKS`, and an entry in the table of verbs.
+module, an entry in `results.TASKS`, and an entry in `VERBS` of `cli/app.py`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Task:
         size: height and width of the model's input in pixels; None for the image's own size.
         outcome: type of the outcomes.
         over: unit of the groups that intervals are taken over.
-        groups: group of each item, (items,) int64, if ``evaluate`` yields outcomes with other groups; recorded by
-            ``over``. Saved outcomes do not depend on it.
+        groups: group of each item, (items,) int64, to replace the groups of the outcomes; ``over`` is then recorded in
+            the settings. Saved outcomes do not depend on it.
         normalisation: normalisation of images: the backbone's own, or ImageNet's.
         crops: crops by split, if stage 1 fits each crop as an image of its own.
         whole_fields: evaluate crops with fields of whole images; recorded in the identity of the fields.
@@ -131,7 +131,7 @@ class Workbench:
         return FeatureCache(self.folder / "features", self.cache_bytes)
 
     def data_of(self, kind: type[Data], expected: str) -> Data:
-        """The data; EvaluationError with the expected kind if they are of another kind."""
+        """The data; raises EvaluationError, which names the ``expected`` kind, if they are of another kind."""
         if not isinstance(self.data, kind):
             raise EvaluationError(f"{self.data.name}: expected {expected}, got {self.data.layout}")
         return self.data
@@ -339,7 +339,7 @@ class _Reference:
 
     @property
     def key(self) -> str:
-        """Equal for the same features in the same setting."""
+        """Key that is equal for the same features in the same setting."""
         return _text_digest(self.record.key, 16)
 
 
@@ -357,7 +357,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON returns them, so that they compare equal to values from a file."""
+    """Convert values to what JSON reads back, so that they compare equal to values from a file."""
     return json.loads(json.dumps(values))
 
 

@@ -90,7 +90,7 @@ class TraceableExtractor(nn.Module):
         return lambda image: plain.forward_with_prefix(self._normalised(image))
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the module is run or traced."""
+        """Context manager for running or tracing the module."""
         return timm_resamples_in_graph()
 
 
@@ -144,8 +144,7 @@ def bicubic_matrix(old: int, new: int, *, antialias: bool, like: Tensor) -> Tens
     """Weights (new, old) of bicubic resampling along one axis, as in torch; ``new`` may be symbolic.
 
     With antialiasing, the kernel (Keys, a = -1/2) widens with the reduction, and is truncated at the border and
-    normalised.
-    Without it, a = -3/4 and the border is repeated.
+    normalised. Without it, a = -3/4 and the border is repeated.
     """
     places = torch.arange(new, dtype=torch.float32, device=like.device) + 0.5
     scale = old / torch.full((), 1.0, device=like.device).mul(new)  # a tensor: a number would be fixed in the graph

@@ -143,7 +143,7 @@ INT8_SLACK = 0.005
 
 @dataclass(frozen=True)
 class Comparison:
-    """Difference of two runs on the same images."""
+    """Difference between two runs on the same images."""
 
     difference: float  #: maximum absolute difference of features and prefix tokens
     scale: float  #: root mean square of the reference, at least 1

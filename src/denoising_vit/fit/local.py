@@ -31,7 +31,7 @@ from denoising_vit.views.sampling import sample_field
 #: Called with the index of a photo, and None or the reason for skipping it.
 OnPhoto = Callable[[int, str | None], None]
 
-#: Number of groups of photos waiting to be written, and of shards to seal at once.
+#: Maximum number of groups of photos waiting to be written, and of shards to seal at once.
 _WAITING = 2
 
 #: Number of photos that an accelerator solves at once; each takes 40 MB until then.
@@ -151,8 +151,8 @@ class _OpenShard:
         writer: its writer.
         leases: context that closes the writer.
         left: photos that are not written yet.
-        unreported: photos in memory, and failures since then; index and reason.
-        since: time of the first of these.
+        unreported: photos not reported yet (in memory, or failed): index, and the reason of a failure.
+        since: time of the first of these photos.
     """
 
     writer: ShardWriter
@@ -167,7 +167,6 @@ class _Writers:
 
     With ``hold``, photos are kept in memory, so that a shard completed within :data:`_HELD` seconds is written only
     once, in the background. Photos are reported once they are on disk.
-    once only, in the background. Photos are reported once they are on disk.
     """
 
     def __init__(self, run: LocalRun, *, hold: bool) -> None:
@@ -183,7 +182,7 @@ class _Writers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._seal.shutdown()  # before the leases end, because sealing needs them
-        every = contextlib.ExitStack()  # ends the other leases even if one fails
+        every = contextlib.ExitStack()  # releases the other leases even if one fails
         for shard in list(self._open):
             every.push(self._open.pop(shard).leases)
         every.__exit__(kind, error, trace)

@@ -59,7 +59,7 @@ class RayJob:
 class ShardFitter:
     """A worker: loads the backbone once, then fits one shard after another.
 
-    Errors of this package are returned in rows: if raised, Ray would wrap them in advice and retry some of them.
+    Errors of this package are returned in rows: if raised, Ray would add its own text to them and retry some of them.
     """
 
     def __init__(self, job: RayJob) -> None:
@@ -82,12 +82,12 @@ class ShardFitter:
         backbone = compiled(job.spec.load()) if job.options.compiled else job.spec.load()
         self._stage = StageOne(backbone, job.denoising, job.artifact)
         self._dataset = open_dataset(job.source)
-        # Write nothing if photos were added since the start, or if this machine gives different results.
+        # Fail before writing if photos were added since the start, or if this machine gives different results.
         ours = manifest_of(self._stage, job.options).with_ids([item.id for item in self._dataset])
         self._store = FeatureStore.open(job.store, ours, writable=True)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fit the shard of a row; returns the reasons of skipped photos, or the error, as JSON."""
+        """Fit the shard of a row; returns the reasons for skipped photos, or the error, as JSON."""
         reasons: dict[int, str] = {}
 
         def note(index: int, reason: str | None) -> None:
@@ -108,7 +108,7 @@ class ShardFitter:
 def _fitter_of(job: RayJob) -> type[ShardFitter]:
     """A worker class that contains the job.
 
-    Arguments as large as G would be kept in the object store of one machine; without it, no worker could be restarted.
+    As an argument, G would be kept in the object store of one machine; if that machine died, no worker could restart.
     """
 
     class Fitter(ShardFitter):

@@ -15,7 +15,7 @@ FIT_POINTS, MOST_POINTS = 4096, 16384
 """Maximum numbers of vectors per map, and over all maps, to fit k-means on; all vectors are assigned to clusters."""
 
 DIRECTIONS = 32
-"""Number of principal directions for k-means: clusters are in the first few, and all would cost several times more."""
+"""Number of principal directions for k-means: the first few separate clusters, and all take several times longer."""
 
 
 @dataclass(frozen=True, eq=False)

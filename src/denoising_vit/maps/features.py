@@ -1,4 +1,4 @@
-"""Helpers of all maps: checked feature arrays, robust ranges and colormaps."""
+"""Helpers for all maps: checked feature arrays, robust ranges and colormaps."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Palette:
 
     @functools.cached_property
     def basis(self) -> PCABasis:
-        """PCA basis, also of single components."""
+        """PCA basis, also for single components."""
         return PCABasis.fit(*self._maps)
 
     @functools.cached_property

@@ -87,8 +87,8 @@ def settle_signs(directions: np.ndarray) -> np.ndarray:
 def _principal(covariance: np.ndarray) -> np.ndarray:
     """The three leading eigenvectors of (C, C) as columns (C, 3), zero where C < 3."""
     channels = len(covariance)
-    # Among equally strong directions, an eigensolver picks a rotation by rounding error. A tilt far above rounding and
-    # far below visibility makes the choice deterministic.
+    # Among equally strong directions, rounding errors decide which rotation an eigensolver returns. A tilt far above
+    # rounding errors, and far too small to be visible, makes the choice deterministic.
     tilt = 1e-8 * np.trace(covariance) * np.linspace(1, 0, channels)
     _, vectors = np.linalg.eigh(covariance + np.diag(tilt))
     leading = settle_signs(vectors[:, ::-1][:, :3])

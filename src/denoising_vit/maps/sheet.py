@@ -13,7 +13,7 @@ from denoising_vit.maps.canvas import Canvas, Words
 from denoising_vit.maps.features import Bar, lookup
 
 CELL, TALLEST = 330, 520  # pixels: width of a cell; greatest height of a picture
-LEFT, RIGHT, GAP, ASIDE = 70, 26, 20, 28  # pixels: margins; space between columns; extra space before one set apart
+LEFT, RIGHT, GAP, ASIDE = 70, 26, 20, 28  # pixels: margins; space between columns; extra space before a column
 TITLE, HEADING, BAR, BETWEEN, CAPTION = 62, 40, 36, 14, 62  # pixels: heights of the bands, from top to bottom
 LINE, LETTER = 20, 9.5  # pixels: line height and letter width of the caption
 INK, SOFT = "#1a1a1a", "#5c5c5c"

@@ -121,7 +121,7 @@ def artifact_metrics(
 
 
 def _leakage(features: Tensor, responses: Tensor) -> float | None:
-    """None for flat responses: a backbone without artifact gives an empty image the same feature everywhere."""
+    """Leakage; None if responses are flat: without artifact, an empty image has the same feature everywhere."""
     spread = (responses - responses.mean((1, 2), keepdim=True)).flatten(0, 2).double()  # (M h w, C)
     directions = torch.linalg.svdvals(spread) > _FLAT * float(responses.flatten(0, 2).double().norm())
     rank = min(LEAKAGE_RANK, int(directions.sum()))

@@ -1,7 +1,7 @@
 """The blank-image test: remaining artifacts on images whose clean features are known, relative to raw features.
 
 Clean features of a content-free image are the same everywhere, for any model, so any variation over positions is an
-artifact. Such images need no labels, and are training pairs with artifact-free targets.
+artifact. Such images need no labels, and serve as training pairs with artifact-free targets.
 
 Four of the metrics are lower for cleaner features, and 0 for a constant map, so low values alone do not mean good
 features. Read them together with ``photo_variance``: the fraction of the variance over positions that remains where
@@ -105,7 +105,7 @@ class BlankProbe:
         )
 
     def through(self, extractor: Callable[[Tensor], Tensor]) -> BlankProbe:
-        """Output of an extractor for all of them, on the CPU: features of images, or clean features of raw ones."""
+        """Output of an extractor for all images, on the CPU: features of images, or clean features of raw ones."""
         return replace(
             self,
             blank=_through(extractor, self.blank),
@@ -115,7 +115,9 @@ class BlankProbe:
 
 
 def blank_figures(features: BlankProbe, raw: BlankProbe) -> dict[str, float | None]:
-    """Metrics of features relative to raw features of the same images: 1 is like raw, 0 is best.
+    """Metrics of features relative to raw features of the same images.
+
+    1 is like raw; 0 is best, except for ``photo_variance``.
 
     Args:
         features: result of :meth:`BlankProbe.through`.
@@ -263,7 +265,7 @@ def variance_over_places(features: Tensor) -> float:
 
 
 def high_frequencies(features: Tensor) -> float:
-    """The same variance after subtracting a 3 x 3 mean: differences between adjacent patches."""
+    """Mean square of features (B, h, w, C) after subtracting their 3 x 3 mean: differences between adjacent patches."""
     planes = features.double().permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
     smooth = avg_pool2d(planes, 3, stride=1)
     return float((planes[..., 1:-1, 1:-1] - smooth).square().mean())

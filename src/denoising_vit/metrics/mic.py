@@ -24,7 +24,7 @@ from torch import Tensor
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked
 
-#: Candidate cuts of the optimal axis: number per bin, and minimum _LEAST_CLUMPS in total.
+#: Number of candidate cuts of the optimal axis: per bin, and at least _LEAST_CLUMPS in total.
 _CLUMPS_PER_BIN = 5
 _LEAST_CLUMPS = 40
 
@@ -63,8 +63,7 @@ def position_mic(features: Tensor, exponent: float = 0.6) -> float:
 
     Mean over images and over x and y of the largest MIC_e of any channel with that coordinate. For 384 channels of
     independent normal features on 37 x 37 patches it is 0.05, and 0.9995 for a channel equal to x, because 37 columns
-    cannot
-    be halved. Takes about 2 s per image of that size.
+    cannot be halved. Takes about 2 s per image of that size.
 
     Args:
         features: (N, h, w, C), h w >= 4.

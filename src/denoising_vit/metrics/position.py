@@ -21,8 +21,7 @@ def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> f
     """R^2 of a ridge regression from a patch's features to its position, mean over x and y.
 
     Subtracting the mean over images per position makes this 0 by construction, because the rest is uncorrelated with
-    any
-    function of the position. Use it together with :func:`neighbour_position_r2`.
+    any function of the position. Use it together with :func:`neighbour_position_r2`.
 
     Args:
         features: (N, h, w, C); standardised with the mean and deviation of the training images.
@@ -35,8 +34,7 @@ def linear_position_r2(features: Tensor, *, train: int, ridge: float = 0.3) -> f
 
     Raises:
         EvaluationError: if there are fewer than 2 images for training or testing, the grid has a side of 1, or features
-            are not
-            finite or constant.
+            are not finite or constant.
     """
     features = _checked_split(features, train)
     if ridge < 0:

@@ -81,7 +81,7 @@ def prepare(
     for model, folder in folders.items():
         try:
             prepare_one(model, dataset, folder, options, push=push, watch=watch, say=say)
-        except Exception as error:  # for example, a model that does not fit into memory; others may
+        except Exception as error:  # for example, the model does not fit into memory; others may
             failed[model] = _reason(error)
     return failed
 
@@ -246,7 +246,7 @@ def _opened(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         return {"format": FORMAT, "version": 1, **identity, "stages": {}}
     before = {name: found[name] for name in identity}
-    # An option in only one of both belongs to a training that was not requested then, or is not requested now.
+    # An option in only one of the two records belongs to training that was not requested before, or not this time.
     shared = before["options"].keys() & identity["options"].keys()
     options = [{name: record["options"][name] for name in shared} for record in (before, identity)]
     if different := differences(before | {"options": options[0]}, identity | {"options": options[1]}):

@@ -114,7 +114,7 @@ class Variant:
     distilled: TrainingPhotos | None = None
 
 
-#: All of `VARIANTS`. Models were distilled on ImageNet-1k, whatever the denoiser was trained on.
+#: Training of each of `VARIANTS`. Models were distilled on ImageNet-1k, whatever the denoiser was trained on.
 VARIANTS_MADE: Mapping[str, Variant] = {
     "baseline": Variant("raw"),
     "voc_denoised": Variant("denoiser", VOC_PHOTOS),
@@ -166,7 +166,7 @@ def find_row(model: str, variant: str, data: Path, lines: Sequence[dict[str, Any
     """One row with the status of its steps.
 
     Raises:
-        EvaluationError: if nothing was published for this model and variant; the message has the published ones.
+        EvaluationError: if nothing was published for this model and variant; the message lists the published ones.
     """
     return _row(published_row(model, variant), data, lines)
 

@@ -60,7 +60,7 @@ def reproduce_row(
         data: folder with the benchmarks.
         backbone: the row's model.
         spec: specification of the model, for the record.
-        results: results file; existing lines are not measured again.
+        results: results file; existing results are not recomputed.
         folder: folder for checkpoints and counts.
         run: command, hardware and software, for the record.
         seed: seed for the probe, the denoiser and the distillation.

@@ -99,7 +99,7 @@ def training_photos(data: Path, where: TrainingPhotos, count: int = 0) -> Datase
 
 
 def _listed(data: Path, where: TrainingPhotos, count: int) -> list[Item]:
-    """The first photos of a list of paths like ``data/VOCdevkit/VOC2012/JPEGImages/NAME.jpg``."""
+    """The first photos of a list with paths such as ``data/VOCdevkit/VOC2012/JPEGImages/NAME.jpg``."""
     assert where.listed is not None
     names = (data / where.listed).read_text().split()
     names = [name.removeprefix("data/") for name in (names[:count] if count else names)]

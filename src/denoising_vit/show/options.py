@@ -82,7 +82,7 @@ class ShowOptions(StageOneCrops):
 #: Panels and their headings.
 PANELS = {"image": "image", "pca": TITLES["pca"], "dataset-pca": "data-set PCA"} | dict(TITLES)
 
-#: Default long side in pixels of the backbone's input for frames: the last resolution in DINOv2's training.
+#: Default long side in pixels of the backbone's input for frames: the final resolution of DINOv2's training.
 LONG_SIDE = 518
 
 #: Options that do not change the frames.

@@ -39,7 +39,7 @@ def staged_key(index: int) -> str:
 
 
 def failed_key(index: int) -> str:
-    """Key of a failed image's reason."""
+    """Key of the reason why an image failed."""
     return f"{FAILED}/{index:08d}.json"
 
 

@@ -1,12 +1,14 @@
 """Leases: exclusive write access to a shard, without relying on synchronized clocks.
 
 A lease is the object ``leases/<name>.<generation>.json``, created exclusively; the highest generation is valid. Taking
-over means creating the next generation, which only one contender can do, and nobody overwrites another's object. (With
-one object per name, deleted and created again, two contenders that find the same stale lease could both delete and
-create, the second deleting the first's.) A thread of the holder increments a counter in its object every few seconds.
+over means creating the next generation, which only one contender can do; no contender overwrites the object of another.
+(With one object per name, deleted and created again, two contenders that find the same stale lease could both delete
+and create it, and the second would delete the object of the first.) A thread of the holder increments a counter in its
+object every few seconds.
 
-A lease is free if its holder released it, if its process on this machine has ended, or, if that is unknown, if its
-object does not change while a contender watches it by its own monotonic clock.
+A lease is free if its holder released it, or if its holder was a process on this machine that has ended. If that is
+unknown, it is free if its object does not change while a contender watches it, timed by the contender's own monotonic
+clock.
 """
 
 from __future__ import annotations
@@ -190,7 +192,7 @@ class Leases:
     def _claim(self, name: str, generation: int) -> Lease | None:
         entry = _Entry(Process.current(), secrets.token_hex(8))
         key = _key(name, generation)
-        if not self._objects.create(key, entry.encode(), durable=False):  # a power cut also ends the holder
+        if not self._objects.create(key, entry.encode(), durable=False):  # a power failure also ends the holder
             return None
         older = [other for other in self.generations(name) if other != generation]
         # A contender that was suspended may create a generation that was held and deleted long ago. And if a service

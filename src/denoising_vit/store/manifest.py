@@ -220,7 +220,7 @@ def read_ids(objects: Objects, manifest: Manifest) -> list[str]:
 
 @contextlib.contextmanager
 def reaching(objects: Objects) -> Iterator[None]:
-    """Convert failures of the first request to a location, for which every library has its own exceptions."""
+    """Convert errors of the first request to a location to StoreError, because every library has its own exceptions."""
     try:
         yield
     except StoreError:

@@ -243,16 +243,16 @@ class RemoteObjects(Objects):
         return self._connection
 
     def read(self, key: str) -> bytes:
-        """One get."""
+        """Read the object in one request."""
         return bytes(self._files.cat_file(self._path(key)))
 
     def write(self, key: str, data: bytes | list[bytes], *, durable: bool = True) -> None:
-        """One put, which is always durable."""
+        """Write the object in one request, which is always durable."""
         del durable
         self._files.pipe_file(self._path(key), data if isinstance(data, bytes) else b"".join(data))
 
     def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
-        """One conditional put, if service and library support it (S3, Google Cloud)."""
+        """Create the object with a conditional put, if the service and the library support it (S3, Google Cloud)."""
         del durable
         try:
             self._files.pipe_file(self._path(key), data, mode="create")
@@ -264,7 +264,7 @@ class RemoteObjects(Objects):
         return True
 
     def delete(self, key: str) -> None:
-        """One delete."""
+        """Delete the object in one request."""
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(self._path(key))
 
@@ -274,7 +274,7 @@ class RemoteObjects(Objects):
             self._files.rm(self._path(folder), recursive=True)
 
     def names(self, folder: str = "") -> list[str]:
-        """One listing."""
+        """Names from one uncached listing."""
         path = self._path(folder)
         self._files.invalidate_cache(path)
         try:

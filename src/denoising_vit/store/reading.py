@@ -127,7 +127,7 @@ class StoreReader:
         return (sealed - failed) | staged
 
     def failed(self) -> dict[int, str]:
-        """Reasons of failed images, by index."""
+        """Reasons why images failed, by index."""
         return self.reasons(self._numbers(layout.FAILED) - self.staged())
 
     def staged(self) -> set[int]:
@@ -144,7 +144,7 @@ class StoreReader:
         return sorted((set(range(self.manifest.shards)) - self.sealed()) | untidy)
 
     def reasons(self, indices: Iterable[int]) -> dict[int, str]:
-        """Reasons of the failed images among these, by index."""
+        """Reasons why the given images failed, by index; images that did not fail are left out."""
         found = {}
         for index in sorted(indices):
             try:

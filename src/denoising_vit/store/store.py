@@ -178,7 +178,7 @@ def _reopen(url: str, writable: bool) -> FeatureStore:
 
 
 def _create(objects: Objects, manifest: Manifest, ids: list[str]) -> None:
-    """Write ids, array and manifest of an empty store; the manifest comes last, and may be empty after a power cut."""
+    """Write ids, array and manifest of an empty store; the manifest is last, and may be empty after a power failure."""
     _require_usable(ids)
     with reaching(objects):
         found = set(objects.names())

@@ -22,9 +22,9 @@ _Images = dict[int, tuple[StoredField, dict[str, Any]]]
 class ShardWriter:
     """The only writer of a shard, as a context manager; created by :meth:`FeatureStore.writer`.
 
-    Entering repairs what a killed writer left behind. Sealing has three steps, and a crash may follow each: write the
-    shard, write its marker, delete the staged images. Without a marker, the shard is written again; with a marker,
-    images that are still staged are deleted.
+    Entering the context cleans up after a killed writer. Sealing has three steps, and the process may crash after each:
+    write the shard, write its marker, delete the staged images. Without a marker, the shard is written again; with a
+    marker, images that are still staged are deleted.
     """
 
     def __init__(self, store: StoreReader, leases: Leases, shard: int) -> None:

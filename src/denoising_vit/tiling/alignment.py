@@ -29,7 +29,7 @@ class Alignment:
 
     def __init__(self, rows: TileLayout, columns: TileLayout) -> None:
         self._layouts = rows, columns
-        self._means: dict[tuple[int, int, int, bool], Tensor] = {}  # by tile, axis, and whether the next one shares it
+        self._means: dict[tuple[int, int, int, bool], Tensor] = {}  # by tile, axis, and if shared with the next tile
 
     def add(self, row: int, column: int, features: Tensor) -> None:
         """Add the features (h, w, C) of a tile."""

@@ -156,7 +156,7 @@ class TiledDenoising:
         )
 
     def made(self, info: dict[str, Any]) -> bool:
-        """True if a result with this ``info`` is from this backbone, these tiles and these settings."""
+        """True if a result with this ``info`` was made with this backbone, these tiles and these settings."""
         tiles = info.get("tiles") or {}
         if not isinstance(size := tiles.get("of"), list):
             return False

@@ -43,7 +43,7 @@ class Board:
         threading.excepthook = self._hook
 
     def _on_thread(self, args: threading.ExceptHookArgs) -> None:
-        """Print no traceback of TensorBoard's thread, because the next call raises its error again."""
+        """Suppress the traceback of TensorBoard's thread, because the next call raises its error again."""
         if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
             self._hook(args)
 

@@ -20,7 +20,7 @@ from denoising_vit.training.options import Precision
 T = TypeVar("T")
 
 #: Timeout of communication between processes. A process may fit photos for hours longer than another, but launchers
-#: default to 10 or 30 minutes. If a process dies, the launcher notices.
+#: default to 10 or 30 minutes. The launcher detects processes that die.
 _PATIENCE = timedelta(days=7)
 
 
@@ -47,7 +47,7 @@ def make_accelerator(device: str) -> Any:
         raise TrainError(f"with a launcher, the processes share the devices; expected --device auto, got {device!r}")
     try:
         if device.startswith("cuda:"):
-            torch.cuda.set_device(device)  # accelerate uses the current one
+            torch.cuda.set_device(device)  # accelerate uses the current device
         # No mixed precision: accelerate would keep the setting of a process's first run for all later runs.
         patient = InitProcessGroupKwargs(timeout=_PATIENCE)
         return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patient])

@@ -79,7 +79,7 @@ def synchronised(model: nn.Module, last: bool, sharing: bool = False) -> Iterato
     """Synchronize gradients between processes only after the last batch of a step.
 
     Args:
-        model: the trained model, as wrapped for several processes.
+        model: the trained model, wrapped if there are several processes.
         last: whether this is the last batch of the step.
         sharing: whether the weights are sharded between the processes.
     """

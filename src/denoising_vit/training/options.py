@@ -184,7 +184,7 @@ class RunOptions:
     def recorded(self) -> dict[str, Any]:
         """Options that determine the result, as JSON values, without `stop_at`.
 
-        Options at the only value of earlier versions are omitted, so that earlier runs resume.
+        An option with the only value that earlier versions supported is omitted, so that their runs can be resumed.
         """
         without = {"stop_at": self.stop_at} | self._only
         return {name: value for name, value in dataclasses.asdict(self).items() if value != without.get(name, ...)}

@@ -20,7 +20,7 @@ HEAD, STATE = "pairs.json", "state.u8"
 #: The file with the reasons why images are unusable.
 REASONS = "unusable.jsonl"
 
-#: All files of a folder of pairs; the others are useless without the first.
+#: All files of a folder of pairs; they cannot be used without the first.
 _ALL = (HEAD, STATE, REASONS, "raw-*.f16", "target-*.f16")
 
 #: Number of rows to write before their status.

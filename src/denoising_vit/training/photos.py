@@ -181,7 +181,7 @@ class ViewReader:
         return Batch(samples, torch.stack(views), torch.stack(fields) if fields else None, usable)
 
     def _record(self, skipped: Skipped) -> None:
-        """Record the reason once per run, not in every epoch."""
+        """Record the reason once per run instead of once per epoch."""
         if skipped.item in self._skipped:
             return
         self._skipped.add(skipped.item)

@@ -117,7 +117,7 @@ class RunFolder:
                 f"{self.path}: cannot resume with other options: {'; '.join(different)}. Use the options of the run, "
                 "or start again in another folder"
             )
-        if not (self.path / _ABOUT).is_file():  # the run ended between the two
+        if not (self.path / _ABOUT).is_file():  # an earlier run was stopped before it wrote this
             self._write({_ABOUT: run_info()})
 
     def begin_together(self, identity: dict[str, Any], accelerator: Any, *, resume: bool) -> None:
@@ -154,7 +154,7 @@ class RunFolder:
         """Write the records of a new run, and remove files of pairs that an earlier run reserved but never filled."""
         try:
             make_folder(self.path)
-            for path in self.path.glob(f".{_HEAD}.*.part"):  # of a start that was killed
+            for path in self.path.glob(f".{_HEAD}.*.part"):  # left by a run that was killed while starting
                 path.unlink()
             remove_pairs(self.pairs)
             (self.path / REASONS).unlink(missing_ok=True)
@@ -184,7 +184,7 @@ class RunFolder:
 
 
 def is_new(folder: Path, record: str) -> bool:
-    """True if a folder does not exist, or holds only the rest of a start that was killed while writing its record."""
+    """True if a folder does not exist, or has only leftovers of a run that was killed while writing its record."""
     if not folder.exists():
         return True
     left = re.compile(rf"\.{re.escape(record)}\.\w+\.part")
@@ -260,7 +260,7 @@ def let_go(folder: Path, name: str) -> None:
     lease = _HELD.pop((folder.resolve(), name), None)
     if lease is not None:
         lease.release(forget=True)
-        with suppress(OSError):  # not empty: other leases
+        with suppress(OSError):  # not empty: there are other leases
             for empty in (folder / HOLDING / LEASES, folder / HOLDING):
                 empty.rmdir()
 

@@ -107,7 +107,7 @@ def _crop(stream: np.random.RandomState, size: tuple[int, int], views: ViewOptio
     area, ratio = (float(value) for value in areas_and_ratios(views.area, views.ratio, drawn[:2]))
     draws = drawn.tolist()
     frame = size[1] / size[0]
-    # Stage 1 uses another square root that differs in the last bit, and kept crops must not change.
+    # Not the square root of stage 1, which differs in the last bit: kept crops must not change.
     width, height = min((area * ratio / frame) ** 0.5, 1.0), min((area / ratio * frame) ** 0.5, 1.0)
     left, top = draws[2] * (1 - width), draws[3] * (1 - height)
     box = (left, top, min(left + width, 1.0), min(top + height, 1.0))

@@ -20,7 +20,7 @@ DEFAULT_PASSES = 5
 #: Directions of the shifts: diagonal ones first, then along one side.
 _DIRECTIONS = ((1, 1), (-1, -1), (1, -1), (-1, 1), (1, 0), (-1, 0), (0, 1), (0, -1))
 
-#: Shift as a fraction of the grid.
+#: Shifts are the grid's sides divided by this number.
 _SHARE = 8
 
 #: A move of the input: rows down and columns right, in patches; and whether it is first mirrored left to right.

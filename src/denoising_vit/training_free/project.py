@@ -2,8 +2,8 @@
 
 Directions come from one of three sources:
 
-- ``blank``: features of a black image differ between positions only by position. Their principal directions, as in
-  INSID3 (CVPR 2026): SVD of the normalised, centred tokens.
+- ``blank``: principal directions of the features of a black image, which differ only by position, as in INSID3 (CVPR
+  2026): SVD of the normalised, centred tokens.
 - ``artifact``: principal directions of a calibrated G.
 - ``place``: directions of a ridge regression from features to (x, y), removed and refitted, round by round, as in
   RASA (Franca, 2025).
@@ -125,8 +125,8 @@ def find_subspace(
     Args:
         backbone: the extractor.
         photos: a few dozen unlabelled photos: paths, PIL images or (H, W, 3) uint8 arrays. The rank is selected on
-            them, and ``place`` fits its directions to them (at least 8 photos, because one half evaluates the rank for
-            directions of the other). Without photos, ``auto`` is 16.
+            them, and ``place`` fits its directions to them (at least 8 photos, because the rank for directions of one
+            half is evaluated on the other). Without photos, ``auto`` is 16.
         source: source of the directions, see the module's docstring.
         rank: number of directions, or ``auto`` for :func:`choose_rank`.
         artifact: G of the backbone, for the source ``artifact``.
@@ -157,7 +157,7 @@ def find_subspace(
     info: dict[str, Any] = {"source": source, "size": list(size)}
     if rank == "auto" and features is not None:
         info["photos"] = len(features)
-        if source == "place":  # evaluated on other photos, because none is left on those it was fitted to
+        if source == "place":  # evaluated on other photos, because the fitted ones keep no trace of position
             half = len(features) // 2
             rank, info["ranks"] = choose_rank(features[half:], place_directions(features[:half], len(directions)))
         else:

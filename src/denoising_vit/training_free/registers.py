@@ -4,7 +4,7 @@ Jiang et al., Vision Transformers Don't Need Trained Registers (NeurIPS 2025): a
 tokens. A token of zeros is appended to the sequence; at these neurons it gets the strongest activation of all tokens,
 and every other token gets zero. Outliers then appear in the added token, which is dropped from the output.
 
-Departures from the paper: neurons are ranked by their contribution (activation times the norm of the neuron's output
+Differences from the paper: neurons are ranked by their contribution (activation times the norm of the neuron's output
 weights) instead of by activation alone, and their number is the smallest power of two that removes the outliers.
 """
 
@@ -31,7 +31,7 @@ from denoising_vit.training_free import common
 
 KIND = "denoising-vit/registers"
 
-#: A token is an outlier if its norm is above twice the median and 5 robust deviations above it, on a log scale.
+#: A token is an outlier if its norm is above twice the median, and over 5 robust deviations above it on a log scale.
 _TIMES, _DEVIATIONS = 2.0, 5.0
 
 #: Fraction of outlier tokens below which the model counts as free of outliers.

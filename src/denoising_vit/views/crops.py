@@ -43,7 +43,7 @@ class Crop:
 
     @classmethod
     def neutral(cls, number: int, size: tuple[int, int], seed: int) -> Crop:
-        """A random square, half of them upside down, so that the position in the view says little about content.
+        """A random square, upside down for half of the images, so that positions in views reveal little about content.
 
         In whole photos, the sky is at the top and the road at the bottom, so even clean features reveal the position.
 
@@ -56,7 +56,7 @@ class Crop:
         side, left, top = stream.random_sample(3).tolist()
         side = _NEUTRAL_SIDES[0] + side * (_NEUTRAL_SIDES[1] - _NEUTRAL_SIDES[0])
         left, top = left * (1 - side), top * (1 - side)
-        # Not every other crop, so that splitting photos alternately gives both halves both kinds.
+        # Not every other crop, so that an alternating split of photos puts both kinds into both halves.
         return cls((left, top, left + side, top + side), size, inverted=number % 4 >= 2)
 
     def snapped(self, height: int, width: int) -> Crop:

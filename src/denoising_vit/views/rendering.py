@@ -114,7 +114,7 @@ def _reduced(image: Tensor, plan: ViewPlan) -> Tensor:
     return F.interpolate(image[None], target, mode="bicubic", antialias=True)[0].clamp_(0, 1)
 
 
-#: Number of views to render at once; each takes as much memory as the view that shows most.
+#: Number of views to render at once; each takes as much memory as the largest one.
 _TOGETHER = 16
 
 _CUBIC = -0.5  # the cubic kernel's parameter; Pillow and torch use this value for antialiased resampling

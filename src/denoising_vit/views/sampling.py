@@ -38,7 +38,7 @@ def on_nodes(features: Tensor, plan: ViewPlan) -> Tensor:
 
 
 def _interpolation(centres: np.ndarray, nodes: int) -> Tensor:
-    """(nodes, n): maps values at n positions to the smoothest nodes (least squared differences) that sample to them."""
+    """(nodes, n): maps values at n positions to the smoothest nodes (least squared differences) that reproduce them."""
     sampled = torch.from_numpy(linear_weights(centres, nodes))  # (n, nodes)
     count = len(sampled)
     if count == nodes and torch.allclose(sampled, torch.eye(count, dtype=sampled.dtype)):

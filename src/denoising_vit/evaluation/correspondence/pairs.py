@@ -105,7 +105,7 @@ class _Annotated(NamedTuple):
     sizes: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
 
 
-#: Finds up to a number of pairs of a split below a root.
+#: Function that finds the pairs of a split below a root, up to a maximum number (0 for all).
 Finder = Callable[[Path, str, int], list[_Annotated | Skipped]]
 
 

@@ -135,7 +135,7 @@ class DepthData(EvaluationData[EvaluationSet[DepthImage]]):
 
     @property
     def over(self) -> str:
-        """Groups of photos that intervals are taken over: scenes, if they are known."""
+        """Unit of the groups that intervals are taken over: blocks, scenes if they are known, or images."""
         return "blocks" if self.blocks else "scenes" if self.scenes else "images"
 
     @property
@@ -304,7 +304,8 @@ def _require_plausible(path: Path, split: str, medians: Sequence[float], scale: 
 def block_splits(data: DepthData) -> list[tuple[EvaluationSet[DepthImage], EvaluationSet[DepthImage]]]:
     """(train, val) for each block in turn; (train, val) once for data with two splits.
 
-    Photos next to a block are left out of its training set, because they are nearly the same as its first and last.
+    Photos next to a block are left out of its training set, because they are nearly identical to its first and
+    last photos.
     """
     if not data.blocks:
         return [(data.train, data.val)]

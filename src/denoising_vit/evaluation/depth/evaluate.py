@@ -44,6 +44,7 @@ def depth_errors(predicted: Tensor, truth: Tensor, nearest: float, farthest: flo
 
     Root mean squared error in metres; mean of |error| / truth; mean of |log10 error|; percentage of pixels where the
     ratio of the larger depth to the smaller is below 1.25, 1.25^2 and 1.25^3 (Eigen et al. 2014). NaN if no pixel
+    has a known depth between ``nearest`` and ``farthest``.
     """
     from torchmetrics.functional.regression import (  # takes a second to import
         mean_absolute_error,

@@ -35,7 +35,7 @@ class DepthProtocol(ProbeProtocol):
         mean_first: number of initial steps in which the scale-invariant loss has no variance term.
         augment: random crops with new forward passes in every step; otherwise features of whole images are computed
             once.
-        rotate: largest rotation in degrees, of half of the training photos.
+        rotate: maximum rotation in degrees; half of the training photos are rotated.
         flip: probability of a horizontal flip of a training crop.
         crop: height and width of a training crop in pixels.
         gamma: range of the exponent on values from 0 to 255, for half of the training crops.
@@ -73,13 +73,13 @@ class DepthProtocol(ProbeProtocol):
     size: int | tuple[int, int] | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        """Cosine decay over all steps, times a warm-up that starts at a thousandth."""
+        """Cosine decay over all steps, times a warm-up that starts at a thousandth of the rate."""
         last = self.learning_rate * _RATE_END
         falling = last + (self.learning_rate - last) * (1 + math.cos(math.pi * step / self.steps)) / 2
         return warmed(falling, step, self.warmup, _WARMUP_START)
 
     def momentum_at(self, step: int) -> float:
-        """One cycle, if ``cycle``."""
+        """AdamW's first beta of a step; it varies in one cycle if ``cycle`` is True."""
         if not self.cycle:
             return super().momentum_at(step)
         high, low = _MOMENTUM

@@ -46,14 +46,14 @@ class Colours:
     factors: tuple[float, float, float]
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) in [0, 1] to (3, H, W) in [0, 1]."""
+        """Augment an image (3, H, W) in [0, 1]; the result has the same shape and range."""
         factors = torch.tensor(self.factors, device=image.device)[:, None, None]
         return ((255 * image.clamp(min=0)) ** self.gamma * factors / 255).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A training sample: an image, rotated or not, a crop padded to whole patches, and its colour augmentation."""
+    """A training sample: an image, possibly rotated, a crop padded to whole patches, and its colour augmentation."""
 
     image: DepthImage
     crop: Crop
@@ -72,7 +72,8 @@ def draw(
 ) -> Drawn:
     """Draw a training sample of an image.
 
-    Crops are drawn from the ``part`` of rows and columns, or from the whole image; either must be larger than a crop.
+    The crop is drawn from the ``part`` of rows and columns, or from the whole image if that is None; either must be at
+    least as large as the crop.
     """
     (top, bottom), (left, right) = _require_room(image, protocol, part)
     height, width = protocol.crop
@@ -87,7 +88,7 @@ def draw(
 
 
 def _require_room(image: DepthImage, protocol: DepthProtocol, part: Part | None) -> Part:
-    """The part of an image that crops are drawn from; EvaluationError if it is too small."""
+    """The part of an image that crops are drawn from; raises EvaluationError if it is smaller than a crop."""
     (top, bottom), (left, right) = part or ((0, image.height), (0, image.width))
     height, width = protocol.crop
     if bottom - top < height or right - left < width:
@@ -108,7 +109,8 @@ def _colours(protocol: DepthProtocol, chance: np.random.Generator) -> Colours | 
 class DepthCrops(RandomSamples[DepthImage, tuple[Tensor, Drawn, Tensor]]):
     """Random crops, rendered and passed through the model in every step, as published.
 
-    They are drawn from the ``part`` of rows and columns, or from whole images; either must be larger than a crop.
+    They are drawn from the ``part`` of rows and columns, or from whole images if that is None; either must be at least
+    as large as a crop.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class KeptDepth:
         cache: FeatureCache | None,
         progress: Callable[[], None] = lambda: None,
     ) -> Self:
-        """Compute the features of every image in a set."""
+        """Compute the features of all images in a set."""
         shown = whole_images(images.images, protocol.size, source)
         features = [compact(one) for one in see(source, shown, cache, progress)]
         tokens = [compact(one) for one in see(source.class_tokens(), shown, cache)] if protocol.class_token else []
@@ -199,7 +201,7 @@ class KeptDepth:
         return self.features[0].shape[-1] + (self.tokens[0].shape[-1] if self.tokens else 0)
 
     def of(self, places: Sequence[int], seed: int = 0) -> Self:
-        """The same for some of the images, with a seed for their order."""
+        """The features of some of the images, with a seed for their order."""
         features, tokens, truths = (
             [values[place] for place in places] if values else []
             for values in (self.features, self.tokens, self.truths)
@@ -227,7 +229,7 @@ class KeptDepth:
 
 
 def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Mean of the known depths (H, W) in the area of each patch (h, w) of an input of a size, 0 where none is known."""
+    """Mean of the known depths (H, W) inside each patch (h, w) of an input of ``size``, 0 where none is known."""
     known = (metres > 0).float()
     down, across = (_overlaps(have, side, *patch) for have, side in zip(metres.shape, size, strict=True))
     area, total = (down @ values @ across.T for values in (known, metres * known))
@@ -235,9 +237,9 @@ def _at_patches(metres: Tensor, size: tuple[int, int], patch: tuple[int, int]) -
 
 
 def _overlaps(pixels: int, side: int, patch_size: int, stride: int) -> Tensor:
-    """Share of each pixel in each patch along one side, (patches, pixels), with ``pixels`` resized to ``side``."""
+    """Fraction of each pixel in each patch along one side, (patches, pixels), with ``pixels`` resized to ``side``."""
     first = np.arange(patch_count(side, patch_size, stride))[:, None] * stride
     start, stop = first * pixels / side, (first + patch_size) * pixels / side
     edges = np.arange(pixels)
     shared = np.minimum(stop, edges + 1) - np.maximum(start, edges)
-    return torch.from_numpy(np.where(shared > 1e-6, shared, 0)).float()  # smaller shares are rounding errors
+    return torch.from_numpy(np.where(shared > 1e-6, shared, 0)).float()  # smaller values are rounding errors

@@ -91,7 +91,7 @@ def fitting_boxes(
 class MaskObjects:
     """The objects of a mask that has the photo's size.
 
-    Object numbers are the mask's values: 1 to 50, or 255 if there is no other.
+    Object numbers are the mask's values: 1 to 50, or 255 if there are no other values than 0.
     """
 
     path: Path
@@ -188,7 +188,7 @@ def _xml_number(one: ElementTree.Element, side: str) -> float:
 
 _EXPECTED = "expected COCO's objects: JSON with lists `images` (id, file_name) and `annotations` (image_id, bbox)"
 
-#: Number of missing photos that get one skipped entry each; more of them share one entry.
+#: Maximum number of missing photos that get one skipped entry each; if there are more, they share one entry.
 _LISTED = 20
 
 
@@ -334,5 +334,5 @@ def _example(folder: Path) -> str:
 def _missing(names: list[str], folder: Path, source: Path) -> list[Skipped]:
     if len(names) <= _LISTED:
         return [Skipped(name, f"listed in {source}, but not in {folder}") for name in names]
-    # One entry, because skipped photos are part of every line of results.
+    # Only one entry, because every line of results contains the skipped photos.
     return [Skipped(source.name, f"{len(names)} listed photos are not in {folder}, such as {names[0]}")]

@@ -42,7 +42,7 @@ class BoxedImage(EvaluationImage):
 
     Attributes:
         boxes: x0, y0, x1, y1 in pixels, half-open, within the image; sorted, at least one.
-        sequence: name of the photo's sequence; its id if it is in none.
+        sequence: name of the photo's sequence; the photo's id if it is in no sequence.
     """
 
     boxes: tuple[Box, ...]
@@ -69,7 +69,7 @@ class _Candidate(Unread):
 
 @dataclass(frozen=True)
 class _Options:
-    """Options of some layouts."""
+    """Options that only some layouts have."""
 
     split: str | None = None
     difficult: bool = True
@@ -107,7 +107,7 @@ def open_boxed(
 
     Layouts: VOC 2007 or 2012 (JPEGImages, Annotations, ImageSets/Main); COCO (a JSON file in annotations, photos in a
     sibling folder); DAVIS (a folder per sequence in JPEGImages/480p and Annotations/480p); photos and masks with the
-    same names in ``images`` and ``masks``. In masks, each number from 1 to 50 is an object and 255 is none; if all
+    same names in ``images`` and ``masks``. In masks, each number from 1 to 50 is an object and 255 is not; if all
     masks have only 0 and 255, 255 is the object.
 
     Args:
@@ -158,7 +158,7 @@ def _inspected(candidate: _Candidate) -> _Inspected:
 
 
 def _without_void(inspected: list[_Inspected], failed: list[Skipped]) -> tuple[list[_Inspected], list[Skipped]]:
-    """Skip masks with 0 and 255 only if others have object numbers: 255 then means no object."""
+    """Skip masks that have only 0 and 255 if other masks have object numbers: 255 then means no object."""
     white = frozenset({WHITE})
     if all(numbers == white for _, numbers in inspected):
         return inspected, failed

@@ -30,7 +30,7 @@ _INITIAL_DEVIATION = 0.01
 
 
 class LinearProbe(nn.Module):
-    """Batch norm and a 1 x 1 convolution: features (..., C) -> class scores (..., K); ``seed`` is for the weights."""
+    """Batch norm and a 1 x 1 convolution: features (..., C) -> class scores (..., K); ``seed`` sets the weights."""
 
     def __init__(self, channels: int, classes: int, seed: int) -> None:
         super().__init__()
@@ -133,7 +133,10 @@ def by_protocol(
     seeds: tuple[int, ...],
     published: dict[str, str] | None = None,
 ) -> Iterator[Line]:
-    """Like :func:`segmentation`, with a complete protocol, and the model and variant of the published row, if any."""
+    """Like :func:`segmentation`, with every setting of the protocol given.
+
+    ``published`` has the model and variant of the published row that is reproduced, if any.
+    """
     data = bench.labelled
     settings = recorded(protocol)
 
@@ -156,7 +159,7 @@ def by_protocol(
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """Result of a probe: counts of each validation image, and its training curve, which selects nothing."""
+    """Result of a probe: counts of each validation image, and its training curve, which is only recorded."""
 
     seed: int
     counts: Counts

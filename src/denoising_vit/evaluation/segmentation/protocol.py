@@ -26,8 +26,8 @@ class Protocol(ProbeProtocol):
         window: side of the windows that test images are divided into, in pixels.
         window_stride: distance between these windows in pixels.
         normalisation: normalisation of images: the model's own, or ImageNet's for every model, as published.
-        pads: interpolate scores where the patches are and cut pads off; or stretch the patch grid over the crop as if
-            there were no pads, as the released code does.
+        pads: interpolate scores at the patches' positions and cut the pads off; or stretch the patch grid over the crop
+            as if there were no pads, as in the released code.
         size: without crops, height and width of the model's input; None for the image's own, rounded to the patch grid.
     """
 
@@ -46,7 +46,7 @@ class Protocol(ProbeProtocol):
     size: int | tuple[int, int] | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear decay to 0, times a warm-up that starts at a millionth."""
+        """Linear decay to 0, times a warm-up that starts at a millionth of the rate."""
         falling = self.learning_rate * (1 - step / self.steps)
         return warmed(falling, step, self.warmup, _WARMUP_START)
 

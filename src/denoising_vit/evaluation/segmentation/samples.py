@@ -23,7 +23,7 @@ from denoising_vit.evaluation.sources import FeatureSource
 from denoising_vit.files import compact
 from denoising_vit.views.crops import Crop
 
-#: Random stream for the crops; the order of images has 1.
+#: Number of the random stream for crops; the order of images uses stream 1.
 _CROPS = 2
 
 #: Inputs of the forward pass, the crop, and its labels (H, W).

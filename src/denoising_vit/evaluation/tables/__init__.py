@@ -50,7 +50,8 @@ def report_markdown(
         results: contents of the results files.
         runs: folders of training runs to include.
         leading: start with a leaderboard of features by tasks.
-        picture: address of a picture of the same photos by kind of features, shown below the leaderboard.
+        picture: address of a picture that compares the kinds of features on the same photos, shown below the
+            leaderboard.
 
     Raises:
         EvaluationError: if a folder is not a run folder.

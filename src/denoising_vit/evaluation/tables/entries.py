@@ -141,7 +141,7 @@ class Entry(_Part):
 
     @property
     def key(self) -> str:
-        """Equal for the same features evaluated in the same setting, for the same published row."""
+        """Key that is equal for the same features, evaluated in the same setting for the same published row."""
         published = None if self.published is None else self.published.model_dump()
         return canonical([self.task, self.features, self.settings, published])
 

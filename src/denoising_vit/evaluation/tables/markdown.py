@@ -18,7 +18,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def folded(summary: str, lines: Sequence[str]) -> list[str]:
-    """Collapsible lines."""
+    """Lines in a collapsible block."""
     return ["<details>", f"<summary>{plain(summary)}</summary>", "", *lines, "", "</details>"]
 
 

@@ -90,7 +90,7 @@ def section_titles(groups: Sequence[Sequence[Entry]], without: Sequence[str] = (
 
 
 def _comparable(entries: Sequence[Entry], without: Sequence[str]) -> list[dict[str, str]]:
-    """Settings for titles: data sets differ by their number of images, or by digests if the number is equal."""
+    """Settings for titles: data sets are distinguished by number of images, or by digest if that is not unique."""
     settings = [_settings(entry, without) for entry in entries]
     sizes = [", ".join(f"{count} {split}" for split, count in entry.images.items()) for entry in entries]
     digests = [each.get("data.digest") for each in settings]
@@ -179,7 +179,7 @@ def failed_lines(section: Section) -> list[str]:
 
 
 def _first(items: Sequence[str]) -> str:
-    """The first items, and the number of the remaining ones."""
+    """The first items, and how many more there are."""
     items = list(dict.fromkeys(items))
     more = [f"and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
     return "; ".join([*items[:_SHOWN], *more])

@@ -37,7 +37,7 @@ MOST_VIEWS, MOST_SCALE = 128, 4
 
 _HELD_OUT = 8
 
-#: Number of characters of a photo's name to use in the names of its results.
+#: Maximum number of characters of a photo's name in the names of its results.
 _NAME = 80
 
 #: Seconds until an answer is removed.

@@ -45,7 +45,7 @@ def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Gone(Exception):
-    """The visitor has left."""
+    """Raised to stop the work for a visitor who has left."""
 
 
 class Visitors:
@@ -143,7 +143,7 @@ class Handlers:
         kind: str,
         before: Path | None,
         request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008, how Gradio is asked for it
+        progress: gr.Progress = gr.Progress(),  # noqa: B008, required by Gradio
     ) -> tuple[Any, ...]:
         """Photo and settings -> answer, pictures and metrics."""
         if photo is None:
@@ -205,7 +205,7 @@ class Handlers:
     @plainly
     def type_patch(self, folder: Path | None, kind: str, row: int | None, column: int | None) -> tuple[Any, ...]:
         """Row and column -> the pictures."""
-        if folder is None or row is None or column is None:  # nothing to show, or input not complete
+        if folder is None or row is None or column is None:  # nothing to show, or incomplete input
             return tuple(gr.skip() for _ in range(4))
         return self._shown(scene_in(folder), kind, (int(row), int(column)))
 

@@ -39,11 +39,11 @@ class Model:
     denoiser: FoundDenoiser | None
     artifact: Artifact | None
     distilled: Path | None = None  #: weights in the package
-    fits_artifact: bool = True  #: exact fits G in each photo, because the user gave no artifact
+    fits_artifact: bool = True  #: True if exact fits G in each photo, because no artifact was given
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Available kinds of clean features, starting with the cheapest good one."""
+        """Available kinds of clean features; the denoiser first, then exact, then the others."""
         lacking = {name for name in ("denoiser", "artifact", "distilled") if getattr(self, name) is None}
         lacking |= {"registers"}
         names = [kind.name for kind in KINDS.values() if kind.cleans and (kind.per_image or kind.uses not in lacking)]
@@ -56,7 +56,7 @@ class Models:
     Args:
         spec: the first backbone; its device and precision apply to all.
         denoiser: its denoiser, as for `load_denoiser`; defaults to the one in the package.
-        artifact: its G: a file of `dvit calibrate`, or `shipped`.
+        artifact: its artifact G: a file of `dvit calibrate`, or `shipped`.
     """
 
     def __init__(self, spec: BackboneSpec, denoiser: str | None = None, artifact: str | None = None) -> None:
@@ -90,7 +90,7 @@ class Models:
             return models[layer]
 
     def _load(self, name: str) -> tuple[Backbone, dict[int, Model]]:
-        """A backbone, and its models by layer, still empty."""
+        """Load a backbone; returned with an empty mapping for its models by layer."""
         if name not in self.names:
             raise AppError(f"unknown backbone {name!r}; start the page with --backbone {name} to use it")
         if not self.at_hand(name):

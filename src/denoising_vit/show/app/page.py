@@ -183,7 +183,7 @@ def _clickable(label: str, name: str) -> gr.Image:
 
 
 def _only_exact(method: str) -> tuple[Any, Any, Any]:
-    """Enable views, wide crops and output scale for exact only."""
+    """Enable views, wide crops and output scale for the exact method only."""
     exact = method == "exact"
     return gr.Slider(interactive=exact), gr.Checkbox(interactive=exact), gr.Slider(interactive=exact)
 
@@ -194,12 +194,12 @@ def _divided(share: float) -> Any:
 
 
 def _label(name: str, models: Models) -> str:
-    """Label of a backbone in the list; it marks backbones without local weights."""
+    """Label of a backbone in the list; marks backbones whose weights are not on this computer."""
     missing = "" if models.at_hand(name) else "not downloaded: "
     return f"{missing}{name}" + (f", {SEEDS[name].family}" if name in SEEDS else "")
 
 
-#: Maps are not smoothed, and nothing is wider than the screen.
+#: Shows maps without smoothing, and keeps everything within the width of the screen.
 CSS = """
 .gradio-container { max-width: 1280px !important; }
 .min_value, .max_value { color: var(--block-info-text-color) !important; }

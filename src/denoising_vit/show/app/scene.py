@@ -161,7 +161,7 @@ _OF_BOTH: tuple[tuple[str, Callable[[Tensor], float], str, str], ...] = (
 
 
 def figures(found: Answer) -> list[Figure]:
-    """Label-free metrics of one photo; no positional ones, because one photo cannot separate content and position."""
+    """Label-free metrics of one photo, without position metrics: one photo cannot separate position from content."""
     result = found.result
     raw, clean = result.raw[None], result.semantic[None]  # (1, h, w, C)
     rows = []

@@ -46,7 +46,7 @@ class Opened:
 
 @contextlib.contextmanager
 def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
-    """Serve the page until the end of the block.
+    """Serve the page until the block ends.
 
     Raises:
         AppError: if Gradio is not installed, the port is in use, or the page cannot be opened.

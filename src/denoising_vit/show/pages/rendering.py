@@ -182,7 +182,7 @@ def line_chart(
     across: list[tuple[float, str]] = []
     for step in sorted(set(steps), reverse=True) if doubling else _ticks(first, last):
         x = place(step, least)[0]
-        if not (doubling and across and across[-1][0] - x < _APART):  # 64 and 70: only the last is labelled
+        if not (doubling and across and across[-1][0] - x < _APART):  # of 64 and 70, only 70 is labelled
             across.append((x, f"{step:g}"))
     return LineChart(
         title,
@@ -204,7 +204,7 @@ def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    """The two ends, moved apart if they are equal."""
+    """The ends of an axis, moved apart if they are equal."""
     margin = abs(high) * 0.05 or 0.5
     return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low - margin, high + margin)
 

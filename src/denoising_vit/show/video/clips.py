@@ -44,11 +44,11 @@ class Timed:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """A frame of the result; without pixels unless wanted."""
+    """A frame of the result; it has pixels only if it is wanted."""
 
     number: int  # from 0
     time: int  # in the clip's units of time, from 0
-    duration: int  # if no other frame follows
+    duration: int  # used only for the last frame
     shown: np.ndarray | None = None  # input of the backbone, (H, W, 3) uint8
     panel: np.ndarray | None = None  # image panel, (H, W, 3) uint8
     lost: str | None = None  # why another frame replaces it

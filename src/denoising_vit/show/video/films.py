@@ -21,7 +21,7 @@ from denoising_vit.errors import ClipError
 from denoising_vit.files import needed
 from denoising_vit.show.video.clips import Clip, FolderClip, Timed
 
-#: Number of bytes at each end of a file that, with its length, identify it.
+#: Number of bytes at each end of a file to identify it by, together with its length.
 _ENDS = 1 << 20
 
 #: Frames without a colour space are treated as BT.709 from this height on, below as BT.601.
@@ -114,7 +114,7 @@ class FilmClip(Clip):
             if not streams:
                 kinds = sorted({stream.type for stream in container.streams})
                 raise ClipError(f"{self.path}: expected a video stream, found {', '.join(kinds) or 'no stream'}")
-            # One thread, so that errors belong to their packet, and few large frames are in memory.
+            # One thread, so that errors belong to their packet, and only a few large frames are in memory.
             streams[0].thread_type, streams[0].codec_context.thread_count = "NONE", 1
             yield container, streams[0]
 
@@ -128,7 +128,7 @@ class FilmClip(Clip):
 
 
 def _until_broken(av: Any, packets: Iterator[Any]) -> Iterator[Any]:
-    """Packets, up to the point where the file ends early."""
+    """Packets up to the end of the file, or to the point where it is truncated."""
     try:
         yield from packets
     except av.error.FFmpegError as error:
@@ -177,7 +177,7 @@ class FilmPicture:
         return _displayed((self.frame.height, self.frame.width), self.aspect, self.matrix)
 
     def at(self, size: tuple[int, int]) -> np.ndarray:
-        """The frame resized to (H, W), in its own colour format first, which avoids a full-size RGB copy."""
+        """The frame resized to (H, W); resized before the conversion to RGB, which avoids a full-size RGB copy."""
         height, width = size[::-1] if _is_quarter_turn(self.matrix) else size
         alpha = self.frame.format.name == "pal8" or any(part.is_alpha for part in self.frame.format.components)
         unknown = self.frame.colorspace == _UNSPECIFIED and self.frame.height >= HIGH_DEFINITION
@@ -203,8 +203,8 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 def display_matrix(frame: Any) -> tuple[int, ...] | None:
     """The nine numbers of a video's rotation and mirroring; None without either.
 
-    Call it for one frame only: PyAV keeps frames whose side data was read until a garbage collection, too long for
-    large frames.
+    Call it for one frame only: once its side data has been read, PyAV keeps a frame until the next garbage collection,
+    which is too long for large frames.
     """
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":

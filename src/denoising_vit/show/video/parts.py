@@ -49,7 +49,7 @@ def make_record(source: str, settings: dict[str, Any], identity: dict[str, Any])
 
 
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """Differences of two records in words; empty if frames of both belong to the same video."""
+    """Differences between two records, as text; empty if frames of both belong to the same video."""
     found = ["a different clip"] if theirs.get("source") != mine["source"] else []
     before = theirs.get("settings") or {}
     for name in sorted(before.keys() | mine["settings"].keys()):
@@ -183,7 +183,7 @@ class Parts:
         return self.folder / f"{number:06d}.nut"
 
     def add(self, part: Path, frames: int) -> None:
-        """Count a complete part."""
+        """Add a complete part with this number of frames."""
         self.finished.append(part)
         self.frames += frames
 
