@@ -1,4 +1,4 @@
-"""Draws the README's picture and the gallery: every colour photograph that scikit-image brings along, none picked.
+"""Draws the README's picture and the gallery: every free colour photograph that comes with scikit-image.
 
     python examples/gallery.py docs
 
@@ -29,32 +29,33 @@ FEATURES = "raw,subtract,project,average,denoiser,exact"
 KINDS = {
     "pca": "The three strongest directions of the features as red, green and blue, in one basis for each row.",
     "norm": "The length of each feature vector, on one scale for each row.",
-    "kmeans": "Six clusters, the same ones for each row.",
-    "similarity": "How alike each patch is to the one in the middle: red alike, blue opposite.",
+    "kmeans": "Six clusters, shared by all features of a row.",
+    "similarity": "Cosine of each patch to the patch in the middle: red is similar, blue is opposite.",
 }
 
 _TEXT = """# Gallery
 
 Features of every colour photograph that comes with scikit-image and is free to show, raw and clean: {names}. None was
-excluded for its appearance; the stereo pair `motorcycle` is not among them, because its terms are not stated, nor
-are drawings (`logo`, `colorwheel`). Made by `python examples/gallery.py docs` with {backbone} ({weights}), the denoiser
-that comes with the package, and stage 1 on {views} wide views with the G that comes with it and a constant for each
-view (`--offsets`).
+excluded for its appearance. The stereo pair `motorcycle` is left out because its terms are not stated. Drawings
+(`logo`, `colorwheel`) are left out too. The gallery is drawn by `python examples/gallery.py docs` with
+{backbone} ({weights}), the denoiser in the package, and stage 1 on {views} wide
+views with the G in the package and a constant for each view (`--offsets`).
 
-In each row all features have the same colours, fitted to all of them together: a difference of colour is a difference
-of features. Patches are drawn as they are, without smoothing.
+In each row, all features share one set of colours, fitted to all of them together: different colours mean different
+features. Patches are drawn as they are, without smoothing.
 
-What to look at: in areas that look alike (retina, sky behind the rocket, dark sky between galaxies) features of the
-denoiser differ less from patch to patch than raw ones, and edges of things stay; the mean of moved passes is the
-smoothest. Subtracting G or projecting its directions out changes little that the eye can see. What to be sceptical
-about: colours of the denoiser are paler, because its features are shorter; projecting changes all colours of the deep
-field, where a photo shows little; and stage 1 is smoother than its patches show, because its views overlap. Without
-offsets it shows straight lines where its views end (cat, retina).
+**What to look at.** In uniform areas (retina, sky behind the rocket, dark sky between galaxies), the features of the
+denoiser differ less from patch to patch than raw features, and edges of objects remain. The mean of shifted passes is
+the smoothest. Subtracting G or projecting its directions out makes little visible difference.
+
+**What to be careful about.** The colours of the denoiser are paler, because its feature vectors are shorter. Projecting
+changes all colours of the deep field, where the photo shows little. Stage 1 is smoother than its patch size suggests,
+because its views overlap. Without offsets, it shows straight lines where views end (cat, retina).
 """
 
 
 def main() -> None:
-    """Draws everything into a folder."""
+    """Draw everything into a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for cat.png, gallery.md and gallery/")
     parser.add_argument("--views", type=int, default=16, help="wide views of stage 1")
@@ -89,10 +90,10 @@ def main() -> None:
 
 
 def _draw_cat(out: Path, scratch: Path) -> None:
-    """The README's picture is what its first command makes."""
+    """Draw the README's picture with the README's first command."""
     photo = Path(__file__).parent / "cat.jpg"
     if run(["denoise", str(photo), "-o", str(scratch), "--overwrite"]) != 0:
-        raise SystemExit("the README's picture could not be made")
+        raise SystemExit("the README's picture could not be drawn")
     (scratch / "cat.png").replace(out / "cat.png")
     (scratch / "cat.safetensors").unlink()
 

@@ -165,12 +165,12 @@ def forked(
     folder: Path, arguments: Sequence[str], n: int, mode: int, code: int, log: Path | None
 ) -> tuple[int, str, int]:
     """Runs a verb in a fork with the n-th call failing: exit code, what it printed, how many calls it made."""
-    said, counted = folder.parent / "said.txt", folder.parent / "counted.txt"
+    printed, counted = folder.parent / "printed.txt", folder.parent / "counted.txt"
     pid = os.fork()
     if pid == 0:
         try:
             os.chdir(folder)
-            out = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            out = os.open(printed, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
             os.dup2(out, 1)
             os.dup2(out, 2)
             sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), line_buffering=True)
@@ -183,7 +183,7 @@ def forked(
     _, status = os.waitpid(pid, 0)
     made = int(counted.read_text()) if counted.exists() else 0
     counted.unlink(missing_ok=True)
-    return os.waitstatus_to_exitcode(status), said.read_text("utf-8", "replace"), made
+    return os.waitstatus_to_exitcode(status), printed.read_text("utf-8", "replace"), made
 
 
 def _run(folder: Path, arguments: Sequence[str], n: int, mode: int, code: int, log: Path | None, counted: Path) -> int:
@@ -353,8 +353,8 @@ def armed(
                 trial = harness.trial(n, fault)
                 print(".", end="", file=sys.stderr, flush=True)
                 for problem in trial.problems:
-                    call, said = harness.log[n - 1], (trial.words_again or trial.words).strip().splitlines()
-                    where = f"call {n}: {call[1]} {call[2][len(str(harness.at)) + 1 :]}; said: {' '.join(said[-1:])}"
+                    call, words = harness.log[n - 1], (trial.words_again or trial.words).strip().splitlines()
+                    where = f"call {n}: {call[1]} {call[2][len(str(harness.at)) + 1 :]}; words: {' '.join(words[-1:])}"
                     found.setdefault(problem, where)
                 failed += bool(trial.problems)
             rows.append({"verb": name, "fault": fault, "calls": harness.calls, "tried": tried, "problems": found})

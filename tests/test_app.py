@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,10 +139,12 @@ def test_only_the_last_backbones_stay_in_memory(tmp_path: Path, monkeypatch: pyt
     assert loads == [first, *last, first]
 
 
-def test_denoiser_of_another_backbone_is_rejected_at_startup(models: Models, tmp_path: Path) -> None:
-    other = Models(tiny.spec(tmp_path), models._denoiser)
-    other.spec = BackboneSpec(other.spec.backbone, weights="random", layer=3, device="cpu", dtype="float32")
-    with pytest.raises(DenoiserError):
+@pytest.mark.parametrize("changes", [{"weights": "random"}, {"layer": 3}], ids=["other weights", "another layer"])
+def test_denoiser_of_another_backbone_is_rejected_at_startup(
+    models: Models, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    other = Models(replace(tiny.spec(tmp_path), **changes), models._denoiser)
+    with pytest.raises(DenoiserError, match=r"the denoiser was trained for .*Use the backbone that it was trained for"):
         other.require_given()
 
 
@@ -160,11 +164,11 @@ def test_features_file_matches_denoise_image(models: Models, keep: Keep) -> None
 
 
 def test_exact_reports_progress_and_stores_upsampled_features(models: Models, keep: Keep) -> None:
-    told = []
+    reported = []
     few = settings(models, **FEW, scale=3)
-    found = answer(models, keep, tiny.SAMPLE, few, lambda done, total: told.append((done, total)))
-    assert told[0] == (0, 16)
-    assert told[-1] == (16, 16)
+    found = answer(models, keep, tiny.SAMPLE, few, lambda done, total: reported.append((done, total)))
+    assert reported[0] == (0, 16)
+    assert reported[-1] == (16, 16)
     with safe_open(found.features, framework="pt") as file:
         assert file.get_tensor("upsampled").shape == (12, 12, 192)
     assert Scene.of(found).clean.shape == (12, 12, 192)

@@ -6,6 +6,7 @@ import io
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,12 @@ def test_patches_maps_and_divider(visit: Callable[..., Visitor]) -> None:
         page.locator(f"#{name} img").click(position={"x": box["width"] * across, "y": box["height"] * down})
 
     for name, across, down in (("photo", 0.9, 0.2), ("similar-raw", 0.1, 0.6), ("similar-denoised", 0.5, 0.95)):
-        before = visitor.shown("similar-denoised"), visitor.shown("photo")
-        visitor.changes("similar-raw", lambda name=name, at=(across, down): click_at(name, *at))
+        act: Callable[[], Any] = partial(click_at, name, across, down)
+        for changing in ("similar-raw", "similar-denoised", "photo"):  # waits until all three have changed
+            act = partial(visitor.changes, changing, act)
+        act()
         place = [int(page.locator(f"#{axis} input").input_value()) for axis in ("row", "column")]
         assert place == [int(37 * down), int(37 * across)]
-        assert (visitor.shown("similar-denoised"), visitor.shown("photo")) != before
     visitor.changes("similar-raw", lambda: visitor.type("row", 0))  # with the number fields
     visitor.changes("similar-raw", lambda: visitor.type("column", 36))
     red = (visitor.pixels("similar-raw")[3, -3], visitor.pixels("similar-denoised")[3, -3])

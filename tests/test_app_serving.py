@@ -83,7 +83,7 @@ def test_missing_gradio_is_reported_with_its_extra(dvit: Dvit, monkeypatch: pyte
     monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
     done = dvit("app")
     assert done.code == 2
-    assert "install the extra `app` (pip install 'denoising-vit[app]')" in done.words
+    assert "install the extra `app` (pip install '.[app]' in a clone of denoising-vit)" in done.words
 
 
 def test_missing_weights_file_exits_2(dvit: Dvit, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def handlers() -> Any:
     [
         (AppError("<b>row</b> must be 0"), "&lt;b&gt;row&lt;/b&gt; must be 0"),
         (MemoryError(), "not enough memory; use"),
-        (ZeroDivisionError("secret"), "failed \\(ZeroDivisionError\\); see the terminal"),
+        (ZeroDivisionError("secret"), "unexpected error \\(ZeroDivisionError\\); see the terminal"),
     ],
 )
 def test_errors_are_shown_on_the_page_as_plain_text(handlers: Any, error: Exception, words: str) -> None:
@@ -154,17 +154,17 @@ def test_errors_are_shown_on_the_page_as_plain_text(handlers: Any, error: Except
 
 
 def test_closing_a_tab_stops_its_work(handlers: Any) -> None:
-    visitors, told = handlers.Visitors(), []
-    watched = visitors.watched("a", lambda done, total: told.append(done))
-    other = visitors.watched("b", lambda done, total: told.append(-done))
+    visitors, counts = handlers.Visitors(), []
+    watched = visitors.watched("a", lambda done, total: counts.append(done))
+    other = visitors.watched("b", lambda done, total: counts.append(-done))
     watched(1, 9)
     visitors.leaves("a")
     with pytest.raises(handlers.Gone):
         watched(2, 9)
     other(2, 9)
     visitors.served("a")
-    visitors.watched("a", lambda done, total: told.append(done))(3, 9)  # the same tab, later
-    assert told == [1, -2, 3]
+    visitors.watched("a", lambda done, total: counts.append(done))(3, 9)  # the same tab, later
+    assert counts == [1, -2, 3]
 
 
 def test_closing_the_page_stops_all_work(handlers: Any) -> None:

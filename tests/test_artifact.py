@@ -407,8 +407,8 @@ def test_missing_file_given_is_a_format_error(backbone: Backbone, tmp_path: Path
 
 def test_resampling_note_names_both_grids(backbone: Backbone, saved: Path) -> None:
     assert resampling_note(saved, backbone, tiny.GRID) is None
-    told = resampling_note(saved, backbone, (5, 11))
-    assert told == "the artifact was calibrated on 7 x 7 patches and is resampled to 5 x 11"
+    note = resampling_note(saved, backbone, (5, 11))
+    assert note == "the artifact was calibrated on 7 x 7 patches and is resampled to 5 x 11"
 
 
 # --- shipped with the package ---

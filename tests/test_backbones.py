@@ -306,7 +306,7 @@ def test_error_for_an_unknown_model_suggests_similar_names() -> None:
 
 @pytest.mark.parametrize("dtype", ["nonsense", "double", "", torch.int8])
 def test_unsupported_dtype_is_refused(dtype: Any) -> None:
-    with pytest.raises(BackboneError, match="dtype must be auto, float32, bfloat16, float16"):
+    with pytest.raises(BackboneError, match="dtype must be one of auto, float32, bfloat16, float16"):
         load("test_vit", dtype=dtype)
 
 

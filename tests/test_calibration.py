@@ -237,7 +237,7 @@ def test_photos_may_be_an_iterator(backbone: Backbone) -> None:
 
 def test_progress_reports_each_photo_and_why_it_was_skipped(backbone: Backbone) -> None:
     seen: list[tuple[str, str | None]] = []
-    dv.calibrate(backbone, [*tiny.photos(4), tiny.flat()], progress=lambda *told: seen.append(told))
+    dv.calibrate(backbone, [*tiny.photos(4), tiny.flat()], progress=lambda *report: seen.append(report))
     assert seen[:4] == [(f"photo {number}", None) for number in range(4)]
     assert seen[4] == ("photo 4", "no content: all pixels are the same")
 
@@ -255,7 +255,7 @@ def test_forward_passes_are_views_times_photos() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"views": 1}, "views must be at least 2, got 1"),
         ({"views": 0}, "views must be at least 1, got 0"),
@@ -270,13 +270,13 @@ def test_forward_passes_are_views_times_photos() -> None:
     ids=str,
 )
 def test_invalid_options_are_rejected_before_reading_photos(
-    backbone: Backbone, changes: dict[str, Any], told: str
+    backbone: Backbone, changes: dict[str, Any], message: str
 ) -> None:
     def untouched() -> Any:
         raise AssertionError("no photo was to be read")
         yield
 
-    with pytest.raises(PlanError, match=told):
+    with pytest.raises(PlanError, match=message):
         dv.calibrate(backbone, untouched(), **changes)
 
 
@@ -317,9 +317,9 @@ def test_noisy_artifact_warns_with_the_number_of_photos_needed() -> None:
     stability = artifact.info["stability"]
     assert 0 < stability["reliability"] < 0.8
     assert stability["suggested"] > 6
-    (told,) = [str(each.message) for each in warned]
-    assert told.startswith("6 photos are too few for a stable artifact")
-    assert f"use about {stability['suggested']} for 0.95" in told
+    (message,) = [str(each.message) for each in warned]
+    assert message.startswith("6 photos are too few for a stable artifact")
+    assert f"use about {stability['suggested']} for 0.95" in message
 
 
 def test_suggested_number_of_photos_is_enough(one_thread: None) -> None:
@@ -587,19 +587,19 @@ def test_stable_artifact_raises_no_doubt() -> None:
 
 
 def test_doubt_names_the_number_of_photos_needed() -> None:
-    told = doubt_about(Stability.of(products(8, 1.0, 10.0)))
-    assert told is not None
-    assert "8 photos are too few" in told
-    assert "a fraction of 0.44" in told  # 1 / (1 + 10 / 8)
-    assert "use about 190 for 0.95" in told
+    message = doubt_about(Stability.of(products(8, 1.0, 10.0)))
+    assert message is not None
+    assert "8 photos are too few" in message
+    assert "a fraction of 0.44" in message  # 1 / (1 + 10 / 8)
+    assert "use about 190 for 0.95" in message
 
 
 @pytest.mark.parametrize("noise", [1e4, 1e9])
 def test_absurd_numbers_of_photos_are_not_suggested(noise: float) -> None:
-    told = doubt_about(Stability.of(products(8, 1.0, noise)))
-    assert told is not None
-    assert "hardly any artifact in common" in told
-    assert "use about" not in told
+    message = doubt_about(Stability.of(products(8, 1.0, noise)))
+    assert message is not None
+    assert "hardly any artifact in common" in message
+    assert "use about" not in message
 
 
 @pytest.mark.parametrize("kind", ["array", "picture"])

@@ -254,7 +254,7 @@ def test_ambiguous_vits_are_rejected(state: State, tmp_path: Path) -> None:
     refused(
         content,
         tmp_path,
-        r"under 'state_dict\.base_encoder\.', 'state_dict\.momentum_encoder\.', .*save the wanted one",
+        r"under 'state_dict\.base_encoder\.', 'state_dict\.momentum_encoder\.', .*save the one to use",
     )
 
 
@@ -273,18 +273,20 @@ def test_same_name_with_and_without_a_wrapper_is_rejected(state: State, tmp_path
 )
 def test_hugging_face_names_suggest_the_hf_loader(key: str, tmp_path: Path) -> None:
     refused(
-        {key: torch.ones(64, 3, 16, 16)}, tmp_path, r"name of Hugging Face transformers.*load_backbone\('hf:FOLDER'\)"
+        {key: torch.ones(64, 3, 16, 16)},
+        tmp_path,
+        r"tensor name of Hugging Face transformers.*load_backbone\('hf:FOLDER'\)",
     )
 
 
 def test_denoiser_given_as_weights_is_recognised(tmp_path: Path) -> None:
-    refused({"denoiser": denoiser().state_dict()}, tmp_path, "a denoiser, not the weights of test_vit; give it by")
+    refused({"denoiser": denoiser().state_dict()}, tmp_path, "a denoiser, not the weights of test_vit; load it with")
 
 
 def test_vit_given_as_a_denoiser_is_recognised(state: State, tmp_path: Path) -> None:
     for content in ({"denoiser": before("model.", state)}, {"denoiser": state}, state):
         torch.save(content, tmp_path / "vit.pth")
-        with pytest.raises(FormatError, match="a whole model, to be given as weights"):
+        with pytest.raises(FormatError, match=r"a whole model \(load it with weights=FILE"):
             load_denoiser(tmp_path / "vit.pth")
 
 

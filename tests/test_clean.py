@@ -381,7 +381,7 @@ def test_torch_hub_on_a_clone() -> None:
     root = Path(__file__).parents[1]
     options: dict[str, Any] = {"method": "average", "weights": "random", "passes": 2}
     model = cast(Any, torch.hub.load(str(root), "clean", "vit_tiny_patch16_224", source="local", **options))
-    assert "mean of 2 moved passes" in repr(model)
+    assert "mean of 2 shifted and mirrored passes" in repr(model)
     assert model.forward_features(images()).shape == (2, 17, 192)
 
 

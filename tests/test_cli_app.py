@@ -46,8 +46,8 @@ def test_help_shows_the_docstring_summary_of_each_verb(dvit: Dvit, path: tuple[s
 
 @pytest.mark.parametrize("name", [name for name, place in app.VERBS.items() if isinstance(place, Mapping)])
 def test_groups_of_verbs_are_described(dvit: Dvit, name: str) -> None:
-    told = dvit("--help").words
-    (described,) = [entry for entry in told.split("• ") if entry.startswith(f"{name} ")]
+    words = dvit("--help").words
+    (described,) = [entry for entry in words.split("• ") if entry.startswith(f"{name} ")]
     assert len(described.split()) > 5
 
 

@@ -231,7 +231,7 @@ def test_invalid_output_path_is_refused_at_once(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--photos", "-1"], "--photos must be at least 0 (all), got -1"),
         (["--photos", "some"], "some"),
@@ -242,11 +242,11 @@ def test_invalid_output_path_is_refused_at_once(
     ids=str,
 )
 def test_wrong_options_are_refused_at_once(
-    dvit: Dvit, no_model: None, photos: Path, tmp_path: Path, options: list[str], told: str
+    dvit: Dvit, no_model: None, photos: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     done = dvit("calibrate", photos, "-o", tmp_path / "g.safetensors", *options)
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert not (tmp_path / "g.safetensors").exists()
 
 
@@ -392,7 +392,7 @@ def test_overwrite_uses_the_new_artifact(dvit: Dvit, photos: Path, calibrated: P
 
 
 @pytest.mark.parametrize(
-    ("artifact", "told"),
+    ("artifact", "message"),
     [
         ("none.safetensors", "no such file"),
         ("words.safetensors", "not an artifact, or damaged"),
@@ -400,20 +400,20 @@ def test_overwrite_uses_the_new_artifact(dvit: Dvit, photos: Path, calibrated: P
     ],
 )
 def test_artifact_that_cannot_be_used_is_refused_before_any_photo(
-    dvit: Dvit, photos: Path, tmp_path: Path, artifact: str, told: str
+    dvit: Dvit, photos: Path, tmp_path: Path, artifact: str, message: str
 ) -> None:
     (tmp_path / "words.safetensors").write_text("words")
     given = artifact if artifact == "shipped" else tmp_path / artifact
     done = dvit("denoise", photos, "-o", tmp_path / "out", "--artifact", given)
     assert done.code == 2
-    assert told in done.err
+    assert message in done.err
     assert not (tmp_path / "out").exists()
 
 
 def test_subtraction_without_any_artifact_is_refused(dvit: Dvit, photos: Path, tmp_path: Path) -> None:
     done = dvit("denoise", photos, "-o", tmp_path / "out", "--method", "subtract")
     assert done.code == 2
-    assert "create one with dvit calibrate PHOTOS -o FILE, and give it by --artifact FILE" in done.err
+    assert "create one with dvit calibrate PHOTOS -o FILE, and pass it with --artifact FILE" in done.err
 
 
 def test_resampling_of_the_shipped_artifact_is_reported(

@@ -212,7 +212,7 @@ def test_picture_compares_with_exact_of_the_given_options(
     dvit: Dvit, photo: Path, tmp_path: Path, file: Path, drawn: Drawn, ran: list[str]
 ) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--denoiser", file, "--compare", "--seed", "3", "--views", "9")
-    assert "pictures compare it with exact: 11 more passes per photo" in done.err
+    assert "pictures also show exact, which takes 11 more passes per photo" in done.err
     assert ran == ["denoiser", "exact"]
     ((result, exact),) = drawn
     assert result.info["method"] == "denoiser"
@@ -286,8 +286,8 @@ def test_other_denoisers_and_methods_count_as_other_settings(
         assert dvit(photo, "-o", tmp_path / name, *way).code == 0
         for other, theirs in ways.items():
             (row,) = dvit(photo, "-o", tmp_path / name, *theirs, "--json").rows
-            told = "kept" if other == name else "kept, made with other settings; use --overwrite to redo it"
-            assert (row["status"], row["note"]) == ("kept", told), (name, other)
+            note = "kept" if other == name else "kept, made with other settings; use --overwrite to redo it"
+            assert (row["status"], row["note"]) == ("kept", note), (name, other)
     assert dvit(photo, "-o", tmp_path / "exact", "--overwrite").code == 0
     assert result_of(tmp_path / "exact").info["method"] == "denoiser"
 
@@ -354,21 +354,21 @@ def test_denoiser_with_another_method_is_refused_naming_both(
 def test_method_denoiser_without_one_says_how_to_train_it(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--method", "denoiser")
     assert done.code == 2
-    assert "; train one with dvit train and give it by --denoiser FILE" in done.err
+    assert "; train one with dvit train and pass it with --denoiser FILE" in done.err
     assert not (tmp_path / "out").exists()
 
 
 def test_unusable_denoiser_is_rejected_before_any_photo(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "words.safetensors").write_text("words")
     other = tiny.write(tmp_path, tiny.denoiser(tiny.backbone(seed=1)), "other.safetensors")
-    for given, told in (
+    for given, message in (
         (tmp_path / "none.safetensors", "no such denoiser file"),
         (tmp_path / "words.safetensors", "not a denoiser, or damaged"),
         (other, "the denoiser was trained for Planted"),
         ("voc_denoised", "no voc_denoised was published for Planted"),
     ):
         done = dvit(photo, "-o", tmp_path / "out", "--denoiser", given)
-        assert done.code == 2 and told in done.err
+        assert done.code == 2 and message in done.err
         assert not (tmp_path / "out").exists()
 
 

@@ -78,16 +78,16 @@ def test_larger_pictures_are_read_when_allowed(dvit: Dvit, photo: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--tile", 81), "a side of 81 pixels does not fit the patch grid"),
         (("--tile", 88, "--overlap", 60), "overlap must be 0 to 44 pixels (half a tile), got 60"),
-        (("--overlap", 16), "there are no tiles; also give the side of a tile"),
+        (("--overlap", 16), "there are no tiles; also set tile, the side of a tile"),
     ],
     ids=str,
 )
 def test_wrong_tile_options_exit_2(
-    dvit: Dvit, photo: Path, tmp_path: Path, options: tuple[object, ...], told: str
+    dvit: Dvit, photo: Path, tmp_path: Path, options: tuple[object, ...], message: str
 ) -> None:
     refused = dvit(photo, "-o", tmp_path / "out", *options)
-    assert refused.code == 2 and told in refused.words
+    assert refused.code == 2 and message in refused.words

@@ -41,10 +41,10 @@ def test_diagnose_writes_page_record_and_artifact(
         "diagnosis.json",
     ]
     record = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
-    told = capsys.readouterr()
-    assert " ".join(record["verdict"]["words"].split()) in " ".join(told.out.split())
-    assert "judged" in told.out and "effective rank" in told.out
-    assert "12 photos" in told.err
+    printed = capsys.readouterr()
+    assert " ".join(record["verdict"]["words"].split()) in " ".join(printed.out.split())
+    assert "verdict" in printed.out and "effective rank" in printed.out
+    assert "12 photos" in printed.err
     backbone = dv.load_backbone(tiny.MODEL, weights=str(weights), device="cpu", dtype="float32")
     assert dv.load_artifact(tmp_path / "out" / "artifact.safetensors", backbone).grid == (3, 3)
 
@@ -65,9 +65,9 @@ def test_unusable_photos_are_reported_and_exit_1(
     (data / "broken.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((90, 90, 3), np.uint8)).save(data / "dark.png")
     assert diagnose(data, tmp_path / "out", weights) == 1
-    told = capsys.readouterr().err
-    assert "broken.png" in told
-    assert "dark.png: no content" in told
+    printed = capsys.readouterr().err
+    assert "broken.png" in printed
+    assert "dark.png: no content" in printed
 
 
 @pytest.mark.parametrize(

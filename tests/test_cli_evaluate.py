@@ -226,8 +226,8 @@ def test_paper_preset_runs_and_is_recorded_in_the_settings(
     )
     assert done.code == 0, done.err
     for line in lines_of(out):
-        told = line["settings"]
-        assert (told["preset"], told["steps"], told["batch"], told["augment"]) == ("paper", 1, 1, True)
+        settings = line["settings"]
+        assert (settings["preset"], settings["steps"], settings["batch"], settings["augment"]) == ("paper", 1, 1, True)
 
 
 # --- artifacts ---
@@ -397,9 +397,9 @@ def test_subtract_fails_without_an_artifact_and_others_are_evaluated(
     assert found["raw"]["failed"] is found["exact"]["failed"] is None
     assert found["exact"]["paired"]["against"] == "raw"
     assert "no artifact for Planted with these weights" in found["subtract"]["failed"]
-    (told,) = [line for line in done.err.splitlines() if line.startswith("subtract failed: ")]
-    assert "dvit calibrate PHOTOS -o FILE" in told
-    assert "--artifact" in told  # the option that takes that file
+    (message,) = [line for line in done.err.splitlines() if line.startswith("subtract failed: ")]
+    assert "dvit calibrate PHOTOS -o FILE" in message
+    assert "--artifact" in message  # the option that takes that file
 
 
 def test_artifact_of_another_backbone_fails_with_a_reason(
@@ -483,7 +483,7 @@ def test_class_that_never_occurs_is_reported(dvit: Dvit, planted: tiny_artifact.
         names.write("unicorn\n")
     done = dvit("evaluate", "knn", "--data", data, "--features", "raw", "-o", out, *FEW)
     assert done.code == 0
-    assert "never occurs in val, excluded from means unless predicted: unicorn" in done.err
+    assert "classes without pixels in val, excluded from means unless predicted: unicorn" in done.err
     (line,) = lines_of(out)
     assert (line["absent"], line["classes"]["unicorn"]["IoU"]) == (["unicorn"], None)
 

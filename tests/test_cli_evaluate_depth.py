@@ -213,8 +213,8 @@ def test_report_makes_a_table_of_depth(run: Run, planted: tiny_artifact.Planted,
     done = run("--features", "raw,exact", "--steps", 3, "--seeds", 0, 1, *EXACT)
     assert done.code == 0, done.err
     page = out.with_suffix(".md")
-    told = dvit("report", out, "-o", page)
-    assert (told.code, told.out) == (0, ""), told.err
+    reported = dvit("report", out, "-o", page)
+    assert (reported.code, reported.out) == (0, ""), reported.err
     text = page.read_text()
     assert "## Depth by a trained head" in text
     assert "| features | RMSE | AbsRel | log10 | a1 | a2 | a3 |" in text

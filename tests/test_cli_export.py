@@ -99,10 +99,10 @@ def test_artifact_and_denoiser_are_exported(
 
 
 def test_model_without_a_shipped_cleaner_is_rejected(export: Export, tmp_path: Path) -> None:
-    for kind, told in (("subtract", "no artifact for vit_tiny"), ("denoiser", "no denoiser for vit_tiny")):
+    for kind, message in (("subtract", "no artifact for vit_tiny"), ("denoiser", "no denoiser for vit_tiny")):
         failed = export("--features", kind)
         assert failed.code == 2
-        assert told in failed.err
+        assert message in failed.err
     assert not (tmp_path / "out").exists()
 
 
@@ -134,14 +134,14 @@ def test_verify_of_a_changed_export_exits_1(export: Export, dvit: Dvit, tmp_path
     config.write_text(config.read_text().replace("0.9", "0.8"))
     failed = dvit("export", "--verify", tmp_path / "out")
     assert failed.code == 1
-    assert "differs: " in failed.err
+    assert "failed: " in failed.err
     assert "config.json: not the file that was exported" in failed.err
     assert "intact" not in failed.err
     assert dvit("export", "--verify", tmp_path).code == 2
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ((), "give -o DIR to export, or --verify DIR to check an export"),
         (("-o", "x", "--artifact", "shipped", "--denoiser", "shipped"), "--artifact and --denoiser cannot be combined"),
@@ -155,12 +155,12 @@ def test_verify_of_a_changed_export_exits_1(export: Export, dvit: Dvit, tmp_path
     ids=str,
 )
 def test_wrong_usage_exits_2_and_writes_nothing(
-    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, told: str
+    dvit: Dvit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     failed = dvit("export", *options)
     assert failed.code == 2
-    assert told in failed.words
+    assert message in failed.words
     assert list(tmp_path.iterdir()) == []
 
 

@@ -288,7 +288,7 @@ def test_missing_ray_names_the_extra_to_install(
     fit: Fit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    refused(fit(photos, tmp_path / "store", "--engine", "ray"), "pip install 'denoising-vit[ray]'")
+    refused(fit(photos, tmp_path / "store", "--engine", "ray"), "install the extra `ray`")
 
 
 # --- fit: stopped ---

@@ -94,7 +94,7 @@ def test_ctrl_c_exits_130_and_the_same_command_resumes(
     assert "panels image,pca, now pca); use the same settings to resume it, or start over with --overwrite" in other.err
     done = video(frames)
     assert done.code == 0, done.err
-    assert "2 from before" in done.out
+    assert "2 from an earlier run" in done.out
     assert len(tiny.decoded(tmp_path / "out" / "clip.mp4")) == 5
 
 
@@ -114,7 +114,7 @@ def test_stride_size_and_max_frames_are_applied(video: Dvit, frames: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--panels", "dataset-pca"), "needs a saved palette of a data set; give --palette FILE"),
         (("--features", "new"), "unknown features: 'new'; choose from raw"),
@@ -124,10 +124,10 @@ def test_stride_size_and_max_frames_are_applied(video: Dvit, frames: Path) -> No
     ],
     ids=str,
 )
-def test_wrong_usage_exits_2_with_a_message(video: Dvit, frames: Path, options: tuple[str, ...], told: str) -> None:
+def test_wrong_usage_exits_2_with_a_message(video: Dvit, frames: Path, options: tuple[str, ...], message: str) -> None:
     failed = video(frames, *options)
     assert failed.code == 2
-    assert told in failed.words
+    assert message in failed.words
 
 
 def test_missing_input_and_unwritable_output_exit_2(video: Dvit, frames: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_missing_input_and_unwritable_output_exit_2(video: Dvit, frames: Path, t
     failed = video(frames)
     assert failed.code == 2
     assert f"cannot write to {tmp_path / 'out'}" in failed.err
-    assert "choose another with -o" in failed.err
+    assert "choose another folder" in failed.err
 
 
 def test_help_lists_panels_and_sizes(video: Dvit) -> None:

@@ -124,9 +124,9 @@ def test_lines_of_each_number_of_clusters_have_paired_intervals(
     options = ClusteringOptions(clusters=(3, 7), seeds=(0, 1))
     bench = workbench(tmp_path, data, {"clean": tiny_backbone()})
     lines = [line for line, _ in clustering(bench, ["raw", "clean"], options)]
-    told = [(line["settings"]["clusters"], line["settings"]["matching"], line["features"]) for line in lines]
+    found = [(line["settings"]["clusters"], line["settings"]["matching"], line["features"]) for line in lines]
     ways = [(3, "majority"), (3, "hungarian"), (7, "majority")]
-    assert told == [(*way, name) for way in ways for name in ("raw", "clean")]
+    assert found == [(*way, name) for way in ways for name in ("raw", "clean")]
     for raw, clean in zip(lines[::2], lines[1::2], strict=True):
         assert clean["failed"] is None and [seed["seed"] for seed in clean["seeds"]] == [0, 1]
         paired = clean["paired"]

@@ -99,9 +99,9 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_each_source_is_a_line_and_is_compared_with_the_first(tmp_path: Path, data: LabelledData) -> None:
     judge = Judge()
-    told = list(comparison(tmp_path, data, judge).compare(named("a", "b", "c")))
+    results = list(comparison(tmp_path, data, judge).compare(named("a", "b", "c")))
     lines = lines_of(tmp_path)
-    assert told == [(line, False) for line in lines]
+    assert results == [(line, False) for line in lines]
     assert [line["features"] for line in lines] == ["a", "b", "c"]
     assert lines[0]["paired"] is None
     for line in lines[1:]:
@@ -150,11 +150,11 @@ def test_added_seeds_compute_only_those(tmp_path: Path, data: LabelledData) -> N
     list(comparison(tmp_path, data, Judge(), (0, 1)).compare(named("a", "b")))
     before = (tmp_path / "results.jsonl").read_bytes()
     judge = Judge()
-    told = list(comparison(tmp_path, data, judge, (0, 1, 2)).compare(named("a", "b")))
+    results = list(comparison(tmp_path, data, judge, (0, 1, 2)).compare(named("a", "b")))
     assert judge.asked == [("a", (2,)), ("b", (2,))]
-    assert [[one["seed"] for one in line["seeds"]] for line, _ in told] == [[0, 1, 2]] * 2
+    assert [[one["seed"] for one in line["seeds"]] for line, _ in results] == [[0, 1, 2]] * 2
     expected = [scores(judge.counts("a", seed)).miou for seed in range(3)]
-    assert [one["mIoU"] for one in told[0][0]["seeds"]] == pytest.approx(expected)
+    assert [one["mIoU"] for one in results[0][0]["seeds"]] == pytest.approx(expected)
     assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
 
 
@@ -178,9 +178,10 @@ def test_other_identity_gives_another_result(tmp_path: Path, data: LabelledData)
 def test_other_reference_adds_lines_without_computation(tmp_path: Path, data: LabelledData) -> None:
     list(comparison(tmp_path, data, Judge()).compare(named("a", "b")))
     judge = Judge()
-    told = list(comparison(tmp_path, data, judge).compare(named("b", "a")))
+    results = list(comparison(tmp_path, data, judge).compare(named("b", "a")))
     assert judge.asked == []
-    assert [(line["features"], (line["paired"] or {}).get("against")) for line, _ in told] == [("b", None), ("a", "b")]
+    against = [(line["features"], (line["paired"] or {}).get("against")) for line, _ in results]
+    assert against == [("b", None), ("a", "b")]
     assert len(lines_of(tmp_path)) == 4
 
 
@@ -221,40 +222,40 @@ class Failing(Judge):
 
 
 def test_failure_is_recorded_and_the_others_are_evaluated(tmp_path: Path, data: LabelledData) -> None:
-    told = list(comparison(tmp_path, data, Failing()).compare(named("a", "bad", "c")))
-    assert [line["failed"] for line, _ in told] == [None, "the bad one is bad", None]
+    results = list(comparison(tmp_path, data, Failing()).compare(named("a", "bad", "c")))
+    assert [line["failed"] for line, _ in results] == [None, "the bad one is bad", None]
     assert [line["features"] for line in lines_of(tmp_path)] == ["a", "bad", "c"]
-    assert told[1][0]["metrics"] == {} and told[1][0]["paired"] is None
-    assert told[2][0]["paired"]["against"] == "a"
+    assert results[1][0]["metrics"] == {} and results[1][0]["paired"] is None
+    assert results[2][0]["paired"]["against"] == "a"
 
 
 def test_source_that_cannot_be_created_is_recorded_as_failed(tmp_path: Path, data: LabelledData) -> None:
     def broken() -> FeatureSource:
         raise EvaluationError("cannot be made")
 
-    told = list(comparison(tmp_path, data, Judge()).compare({**named("a"), "b": broken, **named("c")}))
-    assert [line["failed"] for line, _ in told] == [None, "cannot be made", None]
+    results = list(comparison(tmp_path, data, Judge()).compare({**named("a"), "b": broken, **named("c")}))
+    assert [line["failed"] for line, _ in results] == [None, "cannot be made", None]
 
 
 def test_only_failed_sources_are_retried(tmp_path: Path, data: LabelledData) -> None:
     list(comparison(tmp_path, data, Failing()).compare(named("a", "bad", "c")))
     before = (tmp_path / "results.jsonl").read_bytes()
     judge = Judge()
-    told = list(comparison(tmp_path, data, judge).compare(named("a", "bad", "c")))
+    results = list(comparison(tmp_path, data, judge).compare(named("a", "bad", "c")))
     assert judge.asked == [("bad", (0, 1))]
-    assert [kept for _, kept in told] == [True, False, True]
-    assert told[1][0]["failed"] is None and told[1][0]["paired"]["against"] == "a"
+    assert [kept for _, kept in results] == [True, False, True]
+    assert results[1][0]["failed"] is None and results[1][0]["paired"]["against"] == "a"
     after = (tmp_path / "results.jsonl").read_bytes()
     assert after.startswith(before) and after.count(b"\n") == 4
 
 
 def test_no_paired_differences_if_the_first_source_fails(tmp_path: Path, data: LabelledData) -> None:
-    told = list(comparison(tmp_path, data, Failing()).compare(named("bad", "b", "c")))
-    assert [line["paired"] for line, _ in told] == [None, None, None]
+    results = list(comparison(tmp_path, data, Failing()).compare(named("bad", "b", "c")))
+    assert [line["paired"] for line, _ in results] == [None, None, None]
     judge = Judge()
-    told = list(comparison(tmp_path, data, judge).compare(named("bad", "b", "c")))
+    results = list(comparison(tmp_path, data, judge).compare(named("bad", "b", "c")))
     assert judge.asked == [("bad", (0, 1))]
-    assert [(line["paired"] or {}).get("against") for line, _ in told] == [None, "bad", "bad"]
+    assert [(line["paired"] or {}).get("against") for line, _ in results] == [None, "bad", "bad"]
 
 
 def test_interruption_between_seeds_loses_only_one_seed(tmp_path: Path, data: LabelledData) -> None:
@@ -270,13 +271,13 @@ def test_interruption_between_seeds_loses_only_one_seed(tmp_path: Path, data: La
     before = (tmp_path / "results.jsonl").read_bytes()
     assert [line["features"] for line in lines_of(tmp_path)] == ["a"]
     judge = Judge()
-    told = list(comparison(tmp_path, data, judge).compare(named("a", "b", "c")))
+    results = list(comparison(tmp_path, data, judge).compare(named("a", "b", "c")))
     assert judge.asked == [("b", (1,)), ("c", (0, 1))]
-    assert [kept for _, kept in told] == [True, False, False]
+    assert [kept for _, kept in results] == [True, False, False]
     assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
     straight = [line for line, _ in comparison(tmp_path / "other", data, Judge()).compare(named("a", "b", "c"))]
-    assert [line["metrics"] for line, _ in told] == [line["metrics"] for line in straight]
-    assert [line["paired"] for line, _ in told] == [line["paired"] for line in straight]
+    assert [line["metrics"] for line, _ in results] == [line["metrics"] for line in straight]
+    assert [line["paired"] for line, _ in results] == [line["paired"] for line in straight]
 
 
 # --- the results file ---
@@ -410,8 +411,8 @@ def workbench(
     )
 
 
-def summary(told: list[Line]) -> list[tuple[str, float, Any]]:
-    return [(line["features"], line["metrics"]["mIoU"], line["paired"]) for line, _ in told]
+def summary(results: list[Line]) -> list[tuple[str, float, Any]]:
+    return [(line["features"], line["metrics"]["mIoU"], line["paired"]) for line, _ in results]
 
 
 def test_better_features_score_higher(tmp_path: Path) -> None:
@@ -467,9 +468,9 @@ def test_other_options_reuse_the_cached_features(tmp_path: Path, data: LabelledD
 
 def test_non_finite_source_fails_and_the_others_are_evaluated(tmp_path: Path, data: LabelledData) -> None:
     extractors = {"broken": lambda image: colours(image) * float("nan"), "clean": colours}
-    told = list(knn(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], FEW))
-    assert [bool(line["failed"]) for line, _ in told] == [False, True, False]
-    assert "broken: " in told[1][0]["failed"] and "not finite" in told[1][0]["failed"]
+    results = list(knn(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], FEW))
+    assert [bool(line["failed"]) for line, _ in results] == [False, True, False]
+    assert "broken: " in results[1][0]["failed"] and "not finite" in results[1][0]["failed"]
     extractors["broken"] = colours
     again = list(knn(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], FEW))
     assert [kept for _, kept in again] == [True, False, True]
@@ -497,11 +498,11 @@ def test_interrupted_comparison_resumes(tmp_path: Path, data: LabelledData, afte
     kept = len(list((tmp_path / "cache" / "features").rglob("*.safetensors")))
     assert kept >= after
     extractor = Counted()
-    told = list(knn(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], FEW))
+    results = list(knn(workbench(tmp_path, data, {"clean": extractor}), ["raw", "clean"], FEW))
     assert extractor.images == 14 - max(kept, 7)
     assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
     straight = list(knn(workbench(tmp_path / "other", data, {"clean": colours}), ["raw", "clean"], FEW))
-    assert summary(told) == summary(straight)
+    assert summary(results) == summary(straight)
 
 
 def test_two_backbones_in_one_folder_are_not_mixed_up(tmp_path: Path, data: LabelledData) -> None:
@@ -552,11 +553,11 @@ def test_source_names_keep_their_order() -> None:
 def test_unknown_source_is_rejected_or_recorded_by_name(tmp_path: Path, data: LabelledData) -> None:
     """Not a KeyError: either rejected at once or recorded as failed."""
     try:
-        told = list(knn(workbench(tmp_path, data, {"clean": colours}), ["raw", "cleen"], FEW))
+        results = list(knn(workbench(tmp_path, data, {"clean": colours}), ["raw", "cleen"], FEW))
     except EvaluationError as error:
         assert "cleen" in str(error)
     else:
-        assert "cleen" in told[1][0]["failed"]
+        assert "cleen" in results[1][0]["failed"]
 
 
 def test_options_out_of_range_are_rejected_before_writing_results(tmp_path: Path, data: LabelledData) -> None:
@@ -672,14 +673,14 @@ def test_image_that_could_not_be_fitted_fails_and_is_retried(
 def test_other_stage_one_method_fails_with_a_message(
     tmp_path: Path, larger: LabelledData, vit: tuple[Backbone, BackboneSpec]
 ) -> None:
-    told = list(knn(exact_bench(tmp_path, larger, vit, method="subtract"), ["raw", "exact"], FEW))
-    assert told[0][0]["failed"] is None
-    assert "exact method for stage 1 of a data set, got 'subtract'" in told[1][0]["failed"]
+    results = list(knn(exact_bench(tmp_path, larger, vit, method="subtract"), ["raw", "exact"], FEW))
+    assert results[0][0]["failed"] is None
+    assert "exact method for stage 1 of a data set, got 'subtract'" in results[1][0]["failed"]
 
 
 def test_interval_of_an_older_method_is_recomputed_from_counts(tmp_path: Path, data: LabelledData) -> None:
     judge = Judge()
-    told = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
+    results = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
     path = tmp_path / "results.jsonl"
     old = [json.loads(line) for line in path.read_text().splitlines()]
     for name in ("method", "groups"):
@@ -688,4 +689,4 @@ def test_interval_of_an_older_method_is_recomputed_from_counts(tmp_path: Path, d
     asked = list(judge.asked)
     again = list(comparison(tmp_path, data, judge).compare(named("a", "b")))
     assert judge.asked == asked
-    assert [kept for _, kept in again] == [True, False] and again[1][0]["paired"] == told[1][0]["paired"]
+    assert [kept for _, kept in again] == [True, False] and again[1][0]["paired"] == results[1][0]["paired"]

@@ -296,9 +296,9 @@ def test_unusable_frame_is_skipped(root: Path) -> None:
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(root / PHOTOS / "white" / "00002.png")
     data = open_clips(root)
     assert [one.id for one in data.clips[1]] == ["white/00000.png", "white/00003.png"]
-    told = reasons(data)
-    assert "not an image file" in told["white/00001.png"]
-    assert told["white/00002.png"] == "expected 128 x 96 pixels as in the sequence's first frame, got 30 x 20"
+    skipped = reasons(data)
+    assert "not an image file" in skipped["white/00001.png"]
+    assert skipped["white/00002.png"] == "expected 128 x 96 pixels as in the sequence's first frame, got 30 x 20"
 
 
 def test_unmatched_and_duplicate_files_are_reported(root: Path) -> None:
@@ -308,10 +308,10 @@ def test_unmatched_and_duplicate_files_are_reported(root: Path) -> None:
     (root / PHOTOS / "white" / ".hidden.png").write_text("no frame")
     data = open_clips(root)
     assert len(data.clips[1]) == 3
-    told = reasons(data)
-    assert set(told) == {"white/00003.png", "white/00000.png"}
-    assert "a mask without a frame; expected" in told["white/00003.png"]
-    assert told["white/00000.png"] == "duplicate file name 00000; 00000.jpg is used"
+    skipped = reasons(data)
+    assert set(skipped) == {"white/00003.png", "white/00000.png"}
+    assert "a mask without a frame; expected" in skipped["white/00003.png"]
+    assert skipped["white/00000.png"] == "duplicate file name 00000; 00000.jpg is used"
 
 
 def test_object_missing_from_the_first_mask_is_ignored(root: Path) -> None:

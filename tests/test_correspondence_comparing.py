@@ -124,12 +124,12 @@ def test_interrupted_comparison_resumes_where_it_stopped(
     tmp_path: Path, clips: ClipData, pairs: PairData, kind: str
 ) -> None:
     data, task, looks = (clips, carried, 9) if kind == "clips" else (pairs, matched, 8)
-    told: list[tuple[str, int | None]] = []
+    reported: list[tuple[str, int | None]] = []
     steps: list[int] = []
 
     @contextlib.contextmanager
     def stopping(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-        told.append((what, total))
+        reported.append((what, total))
 
         def advance() -> None:
             steps.append(1)
@@ -141,7 +141,7 @@ def test_interrupted_comparison_resumes_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         list(task(workbench(tmp_path, data, {"clean": colours}, stopping)))
     noun = "frames" if kind == "clips" else "photos"
-    assert told == [(f"raw: {noun}", looks), (f"clean: {noun}", looks)]
+    assert reported == [(f"raw: {noun}", looks), (f"clean: {noun}", looks)]
     before = (tmp_path / "results.jsonl").read_bytes()
     assert before.count(b"\n") == 1
     extractor = Counted()

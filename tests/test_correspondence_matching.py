@@ -120,9 +120,9 @@ def test_to_shown_and_from_shown_are_inverse() -> None:
 def test_pck_by_hand_at_four_alphas() -> None:
     """An error equal to alpha counts as correct. PCK averages over pairs, PCK per point over keypoints."""
     errors = [np.array([5, 7.4, 10, 0]) / 50, np.array([0.04])]
-    told = [Matched.within(errors, alpha).scored() for alpha in (0.05, 0.1, 0.15, 0.2)]
-    assert [found["PCK"] for found in told] == [62.5, 75, 87.5, 100]
-    assert [found["PCK per point"] for found in told] == pytest.approx([40, 60, 80, 100])
+    scores = [Matched.within(errors, alpha).scored() for alpha in (0.05, 0.1, 0.15, 0.2)]
+    assert [found["PCK"] for found in scores] == [62.5, 75, 87.5, 100]
+    assert [found["PCK per point"] for found in scores] == pytest.approx([40, 60, 80, 100])
 
 
 # --- matches ---

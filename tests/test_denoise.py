@@ -144,7 +144,7 @@ def test_record_of_the_photo(backbone: Backbone, photo: np.ndarray, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("tensor", "told"),
+    ("tensor", "message"),
     [
         (torch.zeros(3, 56, 56), r"got \(3, 56, 56\) of torch.float32"),
         (torch.zeros(2, 3, 56, 56), r"got \(2, 3, 56, 56\)"),
@@ -153,8 +153,8 @@ def test_record_of_the_photo(backbone: Backbone, photo: np.ndarray, tmp_path: Pa
     ],
     ids=str,
 )
-def test_wrong_tensor_is_refused_with_its_shape_and_dtype(backbone: Backbone, tensor: Tensor, told: str) -> None:
-    with pytest.raises(PhotoError, match=rf"expected a normalised \(1, 3, H, W\) float tensor, {told}"):
+def test_wrong_tensor_is_refused_with_its_shape_and_dtype(backbone: Backbone, tensor: Tensor, message: str) -> None:
+    with pytest.raises(PhotoError, match=rf"expected a normalised \(1, 3, H, W\) float tensor, {message}"):
         dv.denoise_image(backbone, tensor, **FEW)
 
 
@@ -381,7 +381,7 @@ def test_photo_of_one_colour_gives_finite_results(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"views": 4}, "4 views of 7 x 7 patches are too few .* expected at least 5"),
         ({"views": 12, "resolution": 60}, "expected at least 75"),  # (3600 + 49) / 49 = 74.5
@@ -399,9 +399,9 @@ def test_photo_of_one_colour_gives_finite_results(backbone: Backbone) -> None:
     ids=str,
 )
 def test_bad_option_is_refused_by_name(
-    backbone: Backbone, photo: np.ndarray, options: dict[str, Any], told: str
+    backbone: Backbone, photo: np.ndarray, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(PlanError, match=told):
+    with pytest.raises(PlanError, match=message):
         dv.denoise_image(backbone, photo, **options)
 
 

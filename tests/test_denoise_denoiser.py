@@ -265,9 +265,9 @@ def test_automatic_method_matches_the_method_given_by_name(backbone: Backbone, p
 
 
 def test_error_without_a_denoiser_says_what_to_do(backbone: Backbone, photo: np.ndarray) -> None:
-    told = r"no denoiser for Planted with these weights .* stride 8; train one with dvit train and "
+    message = r"no denoiser for Planted with these weights .* stride 8; train one with dvit train and "
     for given in (None, "shipped"):
-        with pytest.raises(DenoiserError, match=told + "give it by --denoiser FILE$"):
+        with pytest.raises(DenoiserError, match=message + "pass it with --denoiser FILE$"):
             dv.denoise_image(backbone, photo, method="denoiser", denoiser=given)
 
 
@@ -301,8 +301,8 @@ def test_denoiser_of_another_width_is_refused(photo: np.ndarray, denoiser: Denoi
 
 @pytest.mark.parametrize("method", ["exact", "neural-field", "subtract"])
 def test_denoiser_with_another_method_is_refused(backbone: Backbone, photo: np.ndarray, method: str) -> None:
-    told = f"a denoiser \\(voc_denoised\\) is given, but method '{method}' does not use one"
-    with pytest.raises(PlanError, match=told):
+    message = f"a denoiser \\(voc_denoised\\) is given, but method '{method}' does not use one"
+    with pytest.raises(PlanError, match=message):
         dv.denoise_image(backbone, photo, method=method, denoiser="voc_denoised")
 
 

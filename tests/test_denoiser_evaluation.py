@@ -130,14 +130,14 @@ def test_renamed_denoiser_file_is_not_evaluated_again(tmp_path: Path, bench: Wor
 def test_linear_probes_accept_a_denoiser(bench: Workbench, files: dict[str, Path]) -> None:
     quick = SegmentationOptions(seeds=(0,), steps=4, batch=2)
     with_it = replace(bench, cleaners=Cleaners(denoiser=str(files["other"])))
-    told = list(segmentation(with_it, ["raw", "denoiser"], quick))
-    assert [(line["features"], line["failed"]) for line, _ in told] == [("raw", None), ("denoiser", None)]
+    results = list(segmentation(with_it, ["raw", "denoiser"], quick))
+    assert [(line["features"], line["failed"]) for line, _ in results] == [("raw", None), ("denoiser", None)]
 
 
 def test_missing_denoiser_fails_and_raw_is_still_evaluated(bench: Workbench, files: dict[str, Path]) -> None:
     (raw, _), (line, _) = knn(bench, ["raw", "denoiser"], FEW)
     assert raw["failed"] is None and raw["metrics"]["mIoU"] > 0
-    assert "; train one with dvit train and give it by --denoiser FILE" in line["failed"]
+    assert "; train one with dvit train and pass it with --denoiser FILE" in line["failed"]
     again = list(knn(replace(bench, cleaners=Cleaners(denoiser=str(files["same"]))), ["raw", "denoiser"], FEW))
     assert [(found["failed"], kept) for found, kept in again] == [(None, True), (None, False)]
 

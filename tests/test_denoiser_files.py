@@ -125,14 +125,10 @@ def test_values_are_float16_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["own", "own.bin", "own.SAFETENSORS", "own.pth"])
-def test_file_of_any_name_is_read_back_or_refused(name: str, tmp_path: Path) -> None:
-    try:
+def test_name_without_the_safetensors_suffix_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=rf"{re.escape(name)}: expected a name ending in \.safetensors"):
         write_denoiser(filled(), tmp_path / name)
-    except (ValueError, FormatError, OSError) as refused:
-        assert ".safetensors" in str(refused)
-        assert not (tmp_path / name).exists()
-    else:
-        assert_same(read_denoiser(tmp_path / name), filled(), half=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_folder_raises_an_os_error_and_creates_nothing(tmp_path: Path) -> None:
@@ -235,13 +231,16 @@ def test_truncated_file_error_names_the_path(name: str, share: float, tmp_path: 
 )
 def test_other_file_error_names_the_path_and_what_was_expected(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, "expected|readable safetensors or PyTorch|convert it to safetensors")
+    refused(tmp_path / name, "not a readable safetensors or PyTorch weights file|convert it to safetensors")
 
 
 def test_artifact_file_is_refused(tmp_path: Path) -> None:
     artifact = tiny_artifact.artifact_of(tiny_backbone())
     artifact.save(tmp_path / "artifact.safetensors")
-    refused(tmp_path / "artifact.safetensors", "denois", "artifact", "expected")
+    refused(
+        tmp_path / "artifact.safetensors",
+        "expected a safetensors file of 'denoising-vit/denoiser', got 'denoising-vit/artifact'",
+    )
 
 
 @pytest.mark.parametrize("content", [{}, {"denoiser": {}}, {"step": 3}, None, [torch.ones(2)], torch.ones(2)])
@@ -253,9 +252,9 @@ def test_error_for_a_file_without_tensors_names_the_expected_key(content: object
 def test_a_whole_model_is_refused(tmp_path: Path) -> None:
     state = {f"model.{key}": value for key, value in timm.create_model("test_vit").state_dict().items()}
     torch.save({"model": state}, tmp_path / "distilled.pth")
-    refused(tmp_path / "distilled.pth", "expected")
+    refused(tmp_path / "distilled.pth", "not a denoiser: expected pos_embed .*, got a whole model")
     torch.save({key.removeprefix("model."): value for key, value in state.items()}, tmp_path / "vit.pth")
-    refused(tmp_path / "vit.pth", "not a denoiser|expected")
+    refused(tmp_path / "vit.pth", "not a denoiser: expected pos_embed .*, got a whole model")
 
 
 def rewritten(path: Path, head: object, state: State | None = None) -> Path:
@@ -335,18 +334,14 @@ def test_error_for_other_tensors_names_the_mismatch(name: str, damage: str, tmp_
     refused(tmp_path / name, words)
 
 
-def test_values_beyond_half_precision_are_not_written_as_infinity(tmp_path: Path) -> None:
-    """A file with infinity could never be read back."""
+def test_values_beyond_half_precision_are_written_in_float32(tmp_path: Path) -> None:
+    """In float16 they would be infinite, and the file could not be read back."""
     denoiser = filled()
     denoiser.pos_embed[0, 0, 0] = 1e5
     path = tmp_path / "own.safetensors"
-    try:
-        write_denoiser(denoiser, path)
-    except Exception as error:
-        assert "pos_embed" in str(error)
-        assert not path.exists()
-    else:
-        assert float(read_denoiser(path).pos_embed.detach()[0, 0, 0]) == pytest.approx(1e5, rel=0.35)
+    write_denoiser(denoiser, path)
+    assert torch.equal(read_denoiser(path).pos_embed, denoiser.pos_embed)
+    assert {name for name, value in load_file(path).items() if value.dtype == torch.float32} == {"pos_embed"}
 
 
 class Evil:
@@ -628,15 +623,15 @@ def dvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_models_command_lists_the_published_variants(dvit: Dvit) -> None:
-    told = dvit("models")
-    assert told.code == 0
-    lines = {line.split()[0]: line for line in told.out.splitlines() if line.split() and line.split()[0] in SEEDS}
+    printed = dvit("models")
+    assert printed.code == 0
+    lines = {line.split()[0]: line for line in printed.out.splitlines() if line.split() and line.split()[0] in SEEDS}
     assert lines.keys() == SEEDS.keys()
     for name, line in lines.items():
         expected = ", ".join(published_variants(name))
         assert line.rstrip().endswith(f" {expected or '-'}"), line
         assert line.count("denoised") + line.count("distilled") == len(published_variants(name))
-    assert "jjaiweiyang/DVT" in told.words and "voc_denoised/MODEL.pth" in told.words
+    assert "jjaiweiyang/DVT" in printed.words and "voc_denoised/MODEL.pth" in printed.words
 
 
 # Distilled models as weights of the backbone

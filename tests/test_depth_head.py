@@ -181,7 +181,7 @@ def test_ramp_is_evaluated_without_a_shift(
     slope = 7 / 1.2 / 255  # of depth, in metres per pixel
     assert rmse < slope / 20
     if channel == 0:  # the mean with the mirror image is right only if its depths are mirrored back
-        mirrored = replace(protocol, flip_test=protocol.flip_test)
+        mirrored = replace(protocol, flip_test=True)
         assert evaluate_probe(probe, source, images, mirrored, None)[0, 0] < slope / 20
 
 

@@ -82,8 +82,12 @@ def test_ratio_equal_to_a_threshold_does_not_count() -> None:
 def test_pixels_at_the_limits_are_not_evaluated() -> None:
     predicted, truth = tensors([9, 9, 9, 2], [0.001, 10, 0, 2])
     assert depth_errors(predicted, truth, NEAR, FAR) == [0, 0, 0, 100, 100, 100]
-    just = np.nextafter(np.array([0.001, 10], np.float32), np.float32(1))
-    assert depth_errors(torch.full((2,), 2.0), torch.from_numpy(just), NEAR, FAR)[0] > 5  # pixels just inside count
+
+
+@pytest.mark.parametrize(("limit", "rmse"), [(NEAR, 1.999), (FAR, 8.0)])
+def test_pixels_just_within_the_limits_are_evaluated(limit: float, rmse: float) -> None:
+    within = torch.nextafter(torch.tensor([limit]), torch.tensor(1.0))
+    assert depth_errors(torch.tensor([2.0]), within, NEAR, FAR)[0] == pytest.approx(rmse, abs=1e-4)
 
 
 @pytest.mark.parametrize("truth", [[0.0, 0.0], [10.0, 12.0], [0.001, 0.0005]])
@@ -112,12 +116,12 @@ def test_images_with_nan_errors_are_excluded_from_the_means(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("protocol", [QUICK, PAPER], ids=["quick", "paper"])
-@pytest.mark.parametrize(("says", "clamped"), [(9.0, 4.0), (0.2, 1.0), (2.0, 2.0)])
+@pytest.mark.parametrize(("predicted", "clamped"), [(9.0, 4.0), (0.2, 1.0), (2.0, 2.0)])
 def test_predictions_are_clamped_to_the_limits(
-    tmp_path: Path, protocol: DepthProtocol, says: float, clamped: float
+    tmp_path: Path, protocol: DepthProtocol, predicted: float, clamped: float
 ) -> None:
     narrow = replace(protocol, nearest=1.0, farthest=4.0)
-    ((rmse, *_),) = evaluate_probe(constant(says), source_of(), set_of(tmp_path, [flat(3)]), narrow, None)
+    ((rmse, *_),) = evaluate_probe(constant(predicted), source_of(), set_of(tmp_path, [flat(3)]), narrow, None)
     assert rmse == pytest.approx(abs(3 - clamped), abs=1e-5)
 
 

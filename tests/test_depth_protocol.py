@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_published_numbers() -> None:
-    told = asdict(PAPER)
+    recorded = asdict(PAPER)
     wanted = {
         "steps": 38_400,
         "warmup": 12_800,
@@ -40,7 +40,7 @@ def test_the_published_numbers() -> None:
         "normalisation": "imagenet",
         "size": None,
     }
-    assert {name: told[name] for name in wanted} == wanted
+    assert {name: recorded[name] for name in wanted} == wanted
 
 
 def test_quick_uses_whole_images_and_the_same_probe() -> None:

@@ -483,10 +483,10 @@ def test_interrupted_comparison_resumes(tmp_path: Path, rooms: DepthData) -> Non
         stop_in_the_last_seed(tmp_path, rooms, options)
     before = (tmp_path / "results.jsonl").read_bytes()
     assert before.count(b"\n") == 1
-    told = list(depth(bench_of(tmp_path, rooms), ["raw", "clean"], options))
-    assert [kept for _, kept in told] == [True, False]
+    results = list(depth(bench_of(tmp_path, rooms), ["raw", "clean"], options))
+    assert [kept for _, kept in results] == [True, False]
     straight = list(depth(bench_of(tmp_path / "other", rooms), ["raw", "clean"], options))
-    for (ours, _), (theirs, _) in zip(told, straight, strict=True):
+    for (ours, _), (theirs, _) in zip(results, straight, strict=True):
         assert (ours["metrics"], ours["paired"], ours["curve"]) == (
             theirs["metrics"],
             theirs["paired"],
@@ -531,9 +531,9 @@ def test_paper_comparison_resumes_from_checkpoints(
     (kept,) = (tmp_path / "cache" / "checkpoints").rglob("*.pt")
     state = torch.load(kept, weights_only=True)
     assert state["step"] == 6
-    told = list(depth(bench_of(tmp_path, data), ["raw"], options))
-    assert told[0][0]["metrics"] == straight[0][0]["metrics"]
-    assert told[0][0]["settings"]["features"] == {"normalisation": "imagenet"}
+    results = list(depth(bench_of(tmp_path, data), ["raw"], options))
+    assert results[0][0]["metrics"] == straight[0][0]["metrics"]
+    assert results[0][0]["settings"]["features"] == {"normalisation": "imagenet"}
 
 
 def test_paper_preset_rejects_stage_one_fields_before_computing(tmp_path: Path, rooms: DepthData) -> None:

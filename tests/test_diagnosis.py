@@ -256,9 +256,9 @@ def test_uncertain_shared_pattern_is_neither_reported_nor_ruled_out() -> None:
     assert findings(CLEAN, 0.5, UNSURE) == ()
     doubt = too_few(0.5, UNSURE)
     assert doubt is not None and "about 1900 would do" in doubt
-    told = conclude((), {}, {}, doubt)
-    assert not told.clean_up
-    assert "too few to tell" in told.words and "nothing to gain" not in told.words
+    verdict = conclude((), {}, {}, doubt)
+    assert not verdict.clean_up
+    assert "too few to tell" in verdict.words and "nothing to gain" not in verdict.words
     assert too_few(0.5, SURE) is None
     assert too_few(0.001, UNSURE) is None
 
@@ -273,9 +273,9 @@ def test_verdict_describes_partial_removal() -> None:
     spoiled = dataclasses.replace(RAW, outliers_high=0.1)
     judged = judge(dataclasses.replace(CLEAN, outliers_high=0.1), spoiled, CONTENT, both)
     assert judged.outcome == "partly"
-    told = conclude(both, {"subtract": judged}, {"raw": spoiled, "subtract": CLEAN})
-    assert told.clean_up and told.method == "subtract"
-    assert "removes a part: positional gone, outlier tokens still there" in told.words
+    verdict = conclude(both, {"subtract": judged}, {"raw": spoiled, "subtract": CLEAN})
+    assert verdict.clean_up and verdict.method == "subtract"
+    assert "removes a part: positional gone, outlier tokens still there" in verdict.words
 
 
 def test_unchanged_features_do_not_count_as_damaged() -> None:
@@ -323,9 +323,9 @@ def test_outcome_is_unknown_if_the_crops_show_no_artifact() -> None:
     blind = dataclasses.replace(CLEAN, linear_position=-0.5, neighbour_position=-0.1)
     judged = judge(CLEAN, blind, CONTENT, POSITIONAL)
     assert judged.outcome == "unknown"
-    told = conclude(POSITIONAL, {"subtract": judged, "exact": judged}, {"raw": blind, "subtract": CLEAN})
-    assert not told.clean_up
-    assert "Too few photos to tell" in told.words
+    verdict = conclude(POSITIONAL, {"subtract": judged, "exact": judged}, {"raw": blind, "subtract": CLEAN})
+    assert not verdict.clean_up
+    assert "Too few photos to tell" in verdict.words
 
 
 def test_content_is_measured_without_outliers() -> None:
@@ -349,13 +349,13 @@ def test_cheapest_sufficient_method_is_recommended() -> None:
 def test_cleaning_is_not_recommended_for_a_weak_artifact() -> None:
     weak = (dataclasses.replace(POSITIONAL[0], strength="weak"),)
     good = judge(CLEAN, RAW, CONTENT, weak)
-    told = conclude(weak, {"subtract": good}, {"raw": RAW, "subtract": CLEAN})
-    assert not told.clean_up
-    assert told.method == "subtract"
+    verdict = conclude(weak, {"subtract": good}, {"raw": RAW, "subtract": CLEAN})
+    assert not verdict.clean_up
+    assert verdict.method == "subtract"
 
 
 def test_cleaning_is_not_recommended_if_no_method_helps() -> None:
     bad = judge(RAW, RAW, CONTENT, POSITIONAL)
-    told = conclude(POSITIONAL, {"subtract": bad, "exact": bad}, {"raw": RAW, "subtract": RAW, "exact": RAW})
-    assert not told.clean_up and told.method is None
-    assert "do not clean" in told.words
+    verdict = conclude(POSITIONAL, {"subtract": bad, "exact": bad}, {"raw": RAW, "subtract": RAW, "exact": RAW})
+    assert not verdict.clean_up and verdict.method is None
+    assert "do not clean" in verdict.words

@@ -83,8 +83,8 @@ def test_names_and_words_are_escaped():
     assert "<script" not in page
     assert "<b>" not in page and "<i>" not in page and "<tiny>" not in page
     text = Page(page).words
-    for told in (NASTY, "<i>.png: cut & <broken>", "vit <tiny> & co", "Clean & be <quick>.", SOURCES[2], "is <0.5"):
-        assert told in text
+    for part in (NASTY, "<i>.png: cut & <broken>", "vit <tiny> & co", "Clean & be <quick>.", SOURCES[2], "is <0.5"):
+        assert part in text
 
 
 def test_nothing_is_loaded_from_elsewhere():
@@ -113,8 +113,8 @@ def test_metrics_have_three_digits_and_a_dash_if_missing():
     page = render_page(made(metrics={"raw": metrics(0, **values, outliers_low=0.0, consistency=None)}, judgements={}))
     assert "None" not in page
     cells = dict(re.findall(r'<th scope="row">([^<]*)</th>\s*<td class="number">([^<]*)</td>', page))
-    shown = {"effective rank": "102", "black-image leakage": "0.0595", "place, linear probe (R²)": "−2.38"}
-    shown |= {"place, best channel (MIC)": "0.500", "detail": "1235", "outliers, short": "0"}
+    shown = {"effective rank": "102", "black-image leakage": "0.0595", "position, linear probe (R²)": "−2.38"}
+    shown |= {"position, best channel (MIC)": "0.500", "detail": "1235", "outliers, short": "0"}
     assert {name: cells[name] for name in shown} == shown
     assert cells["agreement of views (R²)"] == cells["judgement"] == "-"
 
@@ -123,7 +123,7 @@ def test_metrics_have_three_digits_and_a_dash_if_missing():
     ("strengths", "severity"), [((), "good"), (("weak",), "weak"), (("weak", "moderate"), "bad"), (("strong",), "bad")]
 )
 def test_the_verdict_has_the_colour_of_the_strongest_finding(strengths, severity):
-    found = tuple(Finding("positional", strength, 0.0125, "told") for strength in strengths)
+    found = tuple(Finding("positional", strength, 0.0125, "words") for strength in strengths)
     page = Page(render_page(made(findings=found)))
     assert ("div", {"class": f"verdict {severity}"}) in page.elements
     for strength in strengths:
@@ -192,8 +192,8 @@ def test_photos_with_nothing_in_common_have_no_stability_plot():
 
 def test_page_shows_the_settings():
     words = Page(render_page(made())).words
-    for told in ("70 × 42 pixels, 5 × 3 patches", "views of a photo 13", "seed 17", "seconds 12.5", "weights a file"):
-        assert told in words
+    for part in ("70 × 42 pixels, 5 × 3 patches", "views of a photo 13", "seed 17", "seconds 12.5", "weights a file"):
+        assert part in words
     assert "b.jpg" in words
     assert "vit <tiny> & co" in Page(render_page(made(info={}))).words  # without these settings
 

@@ -154,11 +154,15 @@ def test_pairs_of_similar_weights_are_rejected_and_older_ones_open(
         return pairs
 
     opened(backbone).fill(targets.images)
-    with pytest.raises(TrainError, match=r'has other pairs: backbone.digest was "\w+[.]{3}, now "\w+[.]{3}[.] Choose'):
+    with pytest.raises(
+        TrainError, match=r'has pairs of other settings: backbone.digest was "\w+[.]{3}, now "\w+[.]{3}[.] Choose'
+    ):
         opened(later)
     lighter = copy.deepcopy(backbone)
     lighter.mean = (0.1, 0.1, 0.1)
-    with pytest.raises(TrainError, match=r"has other pairs: backbone.mean was \[0.485, 0.456, 0.406\], now \[0.1"):
+    with pytest.raises(
+        TrainError, match=r"has pairs of other settings: backbone.mean was \[0.485, 0.456, 0.406\], now \[0.1"
+    ):
         opened(lighter)
     head = tmp_path / "pairs" / "pairs.json"
     content = json.loads(head.read_text())

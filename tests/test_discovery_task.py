@@ -401,12 +401,12 @@ def test_repeats_and_other_options_reuse_cached_features(data: BoxedData, tmp_pa
 
 @pytest.mark.parametrize("after", [4, 37])
 def test_interrupted_comparison_resumes(data: BoxedData, tmp_path: Path, after: int) -> None:
-    told: list[tuple[str, int | None]] = []
+    reported: list[tuple[str, int | None]] = []
     steps: list[int] = []
 
     @contextlib.contextmanager
     def stopping(what: str, total: int | None) -> Iterator[Callable[[], None]]:
-        told.append((what, total))
+        reported.append((what, total))
 
         def advance() -> None:
             steps.append(1)
@@ -417,7 +417,7 @@ def test_interrupted_comparison_resumes(data: BoxedData, tmp_path: Path, after: 
 
     with pytest.raises(KeyboardInterrupt):
         list(discovery(workbench(tmp_path, data, {"clean": colours}, stopping), ["raw", "clean"], PLAIN))
-    assert told == [("raw: images", 30), ("clean: images", 30)][: 1 + after // 30]
+    assert reported == [("raw: images", 30), ("clean: images", 30)][: 1 + after // 30]
     before = (tmp_path / "results.jsonl").read_bytes()
     assert before.count(b"\n") == after // 30
     extractor = Counted()
@@ -443,8 +443,8 @@ def test_failed_source_is_recorded_and_the_others_are_evaluated(data: BoxedData,
     lines = [line for line, _ in discovery(workbench(tmp_path, data, extractors), ["raw", "broken", "clean"], PLAIN)]
     assert [bool(line["failed"]) for line in lines] == [False, True, False]
     assert "broken: " in lines[1]["failed"]
-    told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert told == lines
+    written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert written == lines
 
 
 def test_stage_one_fields_are_evaluated(tmp_path: Path) -> None:

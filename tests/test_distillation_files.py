@@ -156,17 +156,18 @@ def head(path: Path) -> dict[str, Any]:
 
 def test_the_record_names_the_backbone_and_how_it_was_distilled(ran: tuple[Distillation, dv.Backbone]) -> None:
     run, raw = ran
-    told = head(run.folder.distilled)
-    assert (told["format"], told["format_version"]) == (DISTILLED, 1)
-    assert told["backbone"] == json.loads(json.dumps(describe(raw)))
-    assert told["backbone"]["name"] == tiny.MODEL
-    assert told["step"] == 2
+    record = head(run.folder.distilled)
+    assert (record["format"], record["format_version"]) == (DISTILLED, 1)
+    assert record["backbone"] == json.loads(json.dumps(describe(raw)))
+    assert record["backbone"]["name"] == tiny.MODEL
+    assert record["step"] == 2
     (figures,) = tiny.rows(run.folder.path, "held_out")
-    assert told["held_out"] == pytest.approx({k: v for k, v in figures.items() if k not in ("step", "kind")}, abs=1e-6)
-    assert told["info"]["photos"] == 3
-    assert told["info"]["options"] == json.loads(json.dumps(run.options.recorded()))
-    assert told["info"]["views"]["sizes"] == str(tiny.SIZE)
-    assert told["info"]["teacher"] == run.teacher.identity
+    judged = {name: value for name, value in figures.items() if name not in ("step", "kind")}
+    assert record["held_out"] == pytest.approx(judged, abs=1e-6)
+    assert record["info"]["photos"] == 3
+    assert record["info"]["options"] == json.loads(json.dumps(run.options.recorded()))
+    assert record["info"]["views"]["sizes"] == str(tiny.SIZE)
+    assert record["info"]["teacher"] == run.teacher.identity
 
 
 def test_weights_are_float16_under_the_models_own_names(ran: tuple[Distillation, dv.Backbone]) -> None:

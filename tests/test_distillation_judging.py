@@ -255,8 +255,8 @@ def test_diverged_run_stops_and_keeps_the_best_model(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=1)).training()
-    told = [(0.5, 0.9), (0.6, 0.8), (0.55, 1.9), (0.2, 2.1)]
-    judged_as(run, monkeypatch, iter({"cosine": c, "raw_cosine": 0.6, "ratio": ratio} for c, ratio in told))
+    evaluations = [(0.5, 0.9), (0.6, 0.8), (0.55, 1.9), (0.2, 2.1)]
+    judged_as(run, monkeypatch, iter({"cosine": c, "raw_cosine": 0.6, "ratio": ratio} for c, ratio in evaluations))
     with pytest.raises(
         TrainError, match=r"step 4: the run diverged: .* more than 2 times .* the best model is kept"
     ) as e:
@@ -299,8 +299,8 @@ def test_high_ratio_during_warmup_is_no_divergence(
 ) -> None:
     training = tiny.options(evaluate_every=1, warmup=0.5)
     run = tiny.prepared(photos, tmp_path / "run", training=training).training()
-    told = [(0.1, 5.0), (0.1, 5.0), (0.1, 5.0), (0.8, 1.0), (0.8, 1.0), (0.8, 1.0)]
-    judged_as(run, monkeypatch, iter({"cosine": c, "raw_cosine": 0.8, "ratio": ratio} for c, ratio in told))
+    evaluations = [(0.1, 5.0), (0.1, 5.0), (0.1, 5.0), (0.8, 1.0), (0.8, 1.0), (0.8, 1.0)]
+    judged_as(run, monkeypatch, iter({"cosine": c, "raw_cosine": 0.8, "ratio": ratio} for c, ratio in evaluations))
     assert run.run().step == 6
 
 
@@ -324,10 +324,10 @@ def test_too_high_learning_rate_diverges_after_keeping_the_best(
     job = tiny.prepared(photos, tmp_path / "run", backbone, training, denoiser=denoiser)
     with pytest.raises(TrainError, match=r"step \d+: the run diverged.* the best model is kept"):
         job.training().run()
-    told = tiny.rows(tmp_path / "run", "held_out")
-    best = max(told, key=lambda row: row["cosine"])
-    assert told[-1]["ratio"] > distil._DIVERGED
-    assert best["step"] < told[-1]["step"]
+    rows = tiny.rows(tmp_path / "run", "held_out")
+    best = max(rows, key=lambda row: row["cosine"])
+    assert rows[-1]["ratio"] > distil._DIVERGED
+    assert best["step"] < rows[-1]["step"]
     kept = job.training().evaluated
     kept.load_state_dict({f"backbone.model.{name}": value for name, value in load_file(job.folder.distilled).items()})
     assert job.training().held_out(kept)["cosine"] == pytest.approx(best["cosine"], abs=1e-3)

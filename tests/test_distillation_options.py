@@ -30,7 +30,7 @@ def test_prefix_and_blank_are_on_and_memory_savings_off_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("steps", -1, "steps must be at least 0, got -1"),
         ("epochs", -0.5, "epochs must be at least 0, got -0.5"),
@@ -55,8 +55,8 @@ def test_prefix_and_blank_are_on_and_memory_savings_off_by_default() -> None:
         ("precision", "float16", "precision must be one of auto, float32, bfloat16, got 'float16'"),
     ],
 )
-def test_options_out_of_range_raise_with_name_and_value(name: str, value: Any, says: str) -> None:
-    with pytest.raises(TrainError, match=says):
+def test_options_out_of_range_raise_with_name_and_value(name: str, value: Any, message: str) -> None:
+    with pytest.raises(TrainError, match=message):
         DistillOptions(**{name: value}).validate()
 
 

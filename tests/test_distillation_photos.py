@@ -38,7 +38,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_fit.write_photos(tmp_path_factory.mktemp("photos"), 6)
 
 
-def spoilt(photos: Path, folder: Path, *numbers: int) -> Path:
+def damaged(photos: Path, folder: Path, *numbers: int) -> Path:
     """A copy of the photos, some of which are replaced by text."""
     shutil.copytree(photos, folder)
     for number in numbers:
@@ -46,9 +46,9 @@ def spoilt(photos: Path, folder: Path, *numbers: int) -> Path:
     return folder
 
 
-def reader(photos: Path, told: Path, sizes: Sequence[tuple[int, int]] = ((48, 64),)) -> ViewReader:
-    told.mkdir(exist_ok=True)
-    return ViewReader(PlainPhotos(open_dataset(photos)), tiny.backbone(), torch.device("cpu"), sizes, told)
+def reader(photos: Path, reports: Path, sizes: Sequence[tuple[int, int]] = ((48, 64),)) -> ViewReader:
+    reports.mkdir(exist_ok=True)
+    return ViewReader(PlainPhotos(open_dataset(photos)), tiny.backbone(), torch.device("cpu"), sizes, reports)
 
 
 def whole(*images: int) -> list[Sample]:
@@ -108,21 +108,21 @@ def test_batches_follow_the_plan_and_are_read_on_demand(photos: Path, tmp_path: 
 
 
 def test_unreadable_photo_is_all_zeros_and_reported_once(photos: Path, tmp_path: Path) -> None:
-    views = reader(spoilt(photos, tmp_path / "photos", 3), tmp_path / "told")
+    views = reader(damaged(photos, tmp_path / "photos", 3), tmp_path / "reports")
     for batch in views.batches([whole(2, 3), whole(3, 3, 1)]):
         assert batch.usable.tolist() == [sample.image != 3 for sample in batch.samples]
         assert not batch.images[~batch.usable].any()
-    (line,) = (tmp_path / "told" / "unusable.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "reports" / "unusable.jsonl").read_text().splitlines()
     assert "03.png" in line
     assert list(views.skipped) == ["03.png"]
     assert "not an image file" in views.skipped["03.png"]
 
 
 def test_photo_that_was_reported_before_is_not_reported_again(photos: Path, tmp_path: Path) -> None:
-    folder = spoilt(photos, tmp_path / "photos", 3)
+    folder = damaged(photos, tmp_path / "photos", 3)
     for _ in range(2):
-        list(reader(folder, tmp_path / "told").batches([whole(3)]))
-    assert len((tmp_path / "told" / "unusable.jsonl").read_text().splitlines()) == 1
+        list(reader(folder, tmp_path / "reports").batches([whole(3)]))
+    assert len((tmp_path / "reports" / "unusable.jsonl").read_text().splitlines()) == 1
 
 
 def run_of(photos: Path, run: Path, **changes: object) -> Distillation:
@@ -140,7 +140,7 @@ def gradients_of(run: Distillation, batch: Batch) -> tuple[list[float], dict[str
 def test_unreadable_photos_have_no_influence_on_loss_and_gradients(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 1, 0)[1][0]
     bad, *good = (number for number in range(6) if number != held_out)
-    run = run_of(spoilt(photos, tmp_path / "photos", bad), tmp_path / "run")
+    run = run_of(damaged(photos, tmp_path / "photos", bad), tmp_path / "run")
     samples = [Sample(image, 0, None, Crop.whole((48, 48))) for image in (good[0], bad, good[1], good[2], bad)]
     readable = [sample for sample in samples if sample.image != bad]
     with_bad, without = (next(run.reader.batches([chosen])) for chosen in (samples, readable))
@@ -170,7 +170,7 @@ def test_placeholder_of_an_unreadable_photo_has_no_effect(photos: Path, tmp_path
 
 def test_batches_without_readable_photos_do_not_change_the_weights(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 1, 0)[1]
-    folder = spoilt(photos, tmp_path / "photos", *(number for number in range(6) if number not in held_out))
+    folder = damaged(photos, tmp_path / "photos", *(number for number in range(6) if number not in held_out))
     run = run_of(folder, tmp_path / "run", weight_decay=0, accumulate=2, ema=0.5)
     before = tiny.copied(run.student)
     progress = run.run()
@@ -195,7 +195,7 @@ def test_run_reports_an_unreadable_photo_once_in_several_epochs(photos: Path, tm
     held_out = split(range(6), 1, 0)[1][0]
     bad = (held_out + 1) % 6
     training = tiny.options(steps=8, held_out=1)  # three epochs
-    job, progress = tiny.distilled(spoilt(photos, tmp_path / "photos", bad), tmp_path / "run", training=training)
+    job, progress = tiny.distilled(damaged(photos, tmp_path / "photos", bad), tmp_path / "run", training=training)
     assert progress.step == 8
     assert list(job.skipped) == [f"{bad:02}.png"]
     assert len((tmp_path / "run" / "unusable.jsonl").read_text().splitlines()) == 1
@@ -205,7 +205,7 @@ def test_run_reports_an_unreadable_photo_once_in_several_epochs(photos: Path, tm
 
 def test_unreadable_held_out_photos_are_left_out_of_evaluations(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 3, 0)[1]
-    folder = spoilt(photos, tmp_path / "photos", held_out[1])
+    folder = damaged(photos, tmp_path / "photos", held_out[1])
     job = tiny.prepared(folder, tmp_path / "run", shown=tiny.views(sizes="48,64x48"))
     run = job.training()
     assert run.held_out.images == (held_out[0], held_out[2])
@@ -216,13 +216,15 @@ def test_unreadable_held_out_photos_are_left_out_of_evaluations(photos: Path, tm
 
 def test_run_needs_a_readable_held_out_photo(photos: Path, tmp_path: Path) -> None:
     held_out = split(range(6), 3, 0)[1]
-    folder = spoilt(photos, tmp_path / "photos", *held_out)
-    with pytest.raises(TrainError, match=r"none of the 3 held-out photos can be read: .*\.png.*not an image file"):
+    folder = damaged(photos, tmp_path / "photos", *held_out)
+    with pytest.raises(
+        TrainError, match=r"none of the 3 held-out photos can be read; first reason: .*not an image file"
+    ):
         tiny.prepared(folder, tmp_path / "run").training()
 
 
 def test_run_without_readable_held_out_photos_can_be_restarted(photos: Path, tmp_path: Path) -> None:
-    folder = spoilt(photos, tmp_path / "photos", *split(range(6), 1, 0)[1])
+    folder = damaged(photos, tmp_path / "photos", *split(range(6), 1, 0)[1])
     with pytest.raises(TrainError, match="none of the 1 held-out photos can be read"):
         tiny.prepared(folder, tmp_path / "run", training=tiny.options(held_out=1)).training()
     _, progress = tiny.distilled(folder, tmp_path / "run", training=tiny.options(held_out=2))
@@ -351,7 +353,7 @@ def test_run_ended_by_an_unreachable_photo_can_be_resumed(
         def lose(step: int, _figures: dict[str, float]) -> None:
             server.away = 1000 if step == 2 else server.away
 
-        with pytest.raises(TrainError, match=r"\d\d\.png: unreachable \(.*503.*\); --resume continues from the last"):
+        with pytest.raises(TrainError, match=r"\d\d\.png: unreachable \(.*503.*\); continue from the last"):
             run.run(on_step=lose)
         assert 2 <= job.folder.checkpoints.step < 6
         assert job.skipped == {}
@@ -384,5 +386,5 @@ def test_unreachable_photos_of_stored_fields_are_requested_again(
         assert run.run().step == 6
         assert server.failed == 2
         server.away = 1000
-        with pytest.raises(TrainError, match=r"cannot be read \(.*503.*\); --resume continues from the last"):
+        with pytest.raises(TrainError, match=r"cannot be read \(.*503.*\); continue from the last"):
             tiny.prepared(source, tmp_path / "other", backbone, training).training()

@@ -217,9 +217,9 @@ def test_accelerate_run_continues_if_one_process_cannot_read_its_photo(given: Gi
     trained = split(range(PHOTOS), HELD_OUT, 0)[0]
     first, second = Sampler(trained, ((48, 48), (32, 64)), tiny.views(**SHOWN), 0, 2).step(0)
     photos = tmp_path / "photos"
-    spoilt = Given(tiny_fit.write_photos(photos, PHOTOS), given.weights, given.denoiser)
+    damaged = Given(tiny_fit.write_photos(photos, PHOTOS), given.weights, given.denoiser)
     (photos / f"{second.image:02}.png").write_text("words")
-    done = launched(arguments(spoilt, tmp_path / "run", "--stop-at", "2", batch=1), tmp_path)
+    done = launched(arguments(damaged, tmp_path / "run", "--stop-at", "2", batch=1), tmp_path)
     assert done.codes == (1,), done.err
     assert done.err.count(f"skipped: {second.image:02}.png: not an image file") == 1
     assert f"2 of {STEPS} steps done" in done.err

@@ -231,7 +231,7 @@ def test_damaged_checkpoint_is_reported_and_previous_one_is_usable(
 
 
 @pytest.mark.parametrize(
-    ("training", "views", "says"),
+    ("training", "views", "message"),
     [
         ({"ema": 0.5}, {}, "options.ema was 0.7, now 0.5"),
         ({"hold_prefix": 0}, {}, r"options.hold_prefix was 1.0, now 0"),
@@ -243,9 +243,9 @@ def test_damaged_checkpoint_is_reported_and_previous_one_is_usable(
     ],
 )
 def test_error_for_changed_options_names_them(
-    photos: Path, straight: Path, training: dict[str, Any], views: dict[str, Any], says: str
+    photos: Path, straight: Path, training: dict[str, Any], views: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(TrainError, match=f"resume with other options: {says}. Use the options of the run, or start"):
+    with pytest.raises(TrainError, match=f"resume with other options: {message}. Use the options of the run, or start"):
         tiny.prepared(photos, straight, None, all_on(**training), tiny.views(**views), resume=True)
 
 
@@ -548,7 +548,7 @@ def test_missing_accelerate_names_the_extra_to_install(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
-    with pytest.raises(TrainError, match=r"training needs accelerate: pip install 'denoising-vit\[train\]'"):
+    with pytest.raises(TrainError, match="training needs accelerate: install the extra `train`"):
         tiny.prepared(photos, tmp_path / "run")
 
 
@@ -564,14 +564,14 @@ def test_non_finite_loss_or_gradient_stops_and_names_the_photos(
     samples = run.sampler.step(3)
     teach, calls, norms = run.teacher, iter(range(100)), iter([1.0, 1.0, 1.0, math.inf])
 
-    def spoilt(batch: Any) -> Any:
+    def damaged(batch: Any) -> Any:
         lesson = teach(batch)
         if next(calls) == 7:  # the second batch of the fourth step
             lesson.features[0][0, 0, 0, 0] = math.nan
         return lesson
 
     if where == "loss":
-        run.teacher = spoilt  # pyright: ignore[reportAttributeAccessIssue]
+        run.teacher = damaged  # pyright: ignore[reportAttributeAccessIssue]
     else:
         norm = "denoising_vit.distilled.train.gradient_norm"
         monkeypatch.setattr(norm, lambda _: torch.tensor(next(norms)))
@@ -601,10 +601,10 @@ def learnt(one_thread: None, photos: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("hold", [1.0, 0.0])
 def test_held_out_features_move_closer_to_the_teacher(learnt: dict[float, Path], hold: float) -> None:
-    told = tiny.rows(learnt[hold], "held_out")
-    assert [row["step"] for row in told] == [20, 40]
-    assert told[-1]["ratio"] < 0.5
-    assert told[-1]["cosine"] > told[-1]["raw_cosine"] + 0.3
+    rows = tiny.rows(learnt[hold], "held_out")
+    assert [row["step"] for row in rows] == [20, 40]
+    assert rows[-1]["ratio"] < 0.5
+    assert rows[-1]["cosine"] > rows[-1]["raw_cosine"] + 0.3
     first, last = (tiny.rows(learnt[hold], "train")[at]["loss"] for at in (0, -1))
     assert last < 0.7 * first
 

@@ -167,7 +167,7 @@ def recorded(**changes: Any) -> Denoiser:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (
             lambda: tiny.denoiser(None),
@@ -181,9 +181,9 @@ def recorded(**changes: Any) -> Denoiser:
     ],
     ids=["no record", "no layer", "own layer", "other weights", "wrong layer", "other width"],
 )
-def test_further_denoisers_that_do_not_fit_are_refused(make: Any, says: str) -> None:
+def test_further_denoisers_that_do_not_fit_are_refused(make: Any, message: str) -> None:
     backbone = tiny.backbone(3)
-    with pytest.raises(DenoiserError, match=says):
+    with pytest.raises(DenoiserError, match=message):
         DenoiserTeacher.of(backbone, tiny.denoiser(backbone), [make()])
 
 
@@ -204,7 +204,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
 def test_further_layers_of_a_module_are_refused() -> None:
     backbone = tiny.tokens()
     further = tiny.denoiser(tiny.backbone(), channels=64)
-    with pytest.raises(BackboneError, match=r"Tokens is a module, whose blocks are not known"):
+    with pytest.raises(BackboneError, match=r"Tokens is a module with unknown blocks"):
         DenoiserTeacher.of(backbone, tiny.denoiser(backbone, channels=64), [further])
 
 
@@ -241,7 +241,7 @@ def test_at_layer_out_of_range_is_refused(layer: int) -> None:
 
 
 def test_at_layer_of_a_module_is_refused() -> None:
-    with pytest.raises(BackboneError, match="whose blocks are not known"):
+    with pytest.raises(BackboneError, match="with unknown blocks"):
         tiny.tokens().at_layer(0)
 
 

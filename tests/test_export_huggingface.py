@@ -88,7 +88,7 @@ def test_tensors_are_named_as_on_the_hub(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"init_values": None}, "has no layer scale"),
         ({"pre_norm": True}, "is normalised before its blocks"),
@@ -101,8 +101,8 @@ def test_tensors_are_named_as_on_the_hub(tmp_path: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_models_unlike_dinov2_are_rejected(tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    with pytest.raises(ExportError, match=f"huggingface supports DINOv2.*vit_small_patch14_dinov2 {told}"):
+def test_models_unlike_dinov2_are_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=f"huggingface supports DINOv2.*vit_small_patch14_dinov2 {message}"):
         export_extractor(tiny.dinov2(**change), tmp_path / "out", FORM)
     assert list(tmp_path.iterdir()) == []
 

@@ -117,7 +117,7 @@ def test_help_is_made_from_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         ("raw,rwa", "unknown features: 'rwa'; choose from raw, subtract"),
         ("raw,raw", "one or more different features, separated by commas, got raw, raw; choose"),
@@ -125,6 +125,6 @@ def test_help_is_made_from_the_table() -> None:
     ],
     ids=str,
 )
-def test_error_for_wrong_names_lists_the_choices(names: str | list[str], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_error_for_wrong_names_lists_the_choices(names: str | list[str], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         parse_names(names, KINDS)

@@ -611,8 +611,8 @@ def test_error_for_a_small_disk_names_needed_and_free_bytes(
     job.estimate().require_room()
     disk_with(monkeypatch, needed - 1)
     assert job.estimate().bytes_free == needed - 1
-    told = r"not enough disk space: 8 photos, 8 to do: .*, 152\.1 kB \(152\.1 kB free\)\. Free some"
-    with pytest.raises(FitError, match=told):
+    message = r"not enough disk space: 8 photos, 8 to do: .*, 152\.1 kB \(152\.1 kB free\)\. Free some"
+    with pytest.raises(FitError, match=message):
         job.estimate().require_room()
 
 
@@ -793,11 +793,11 @@ def test_solving_in_groups_matches_solving_one_by_one(
     shutil.copytree(photos, data)
     broken = data / "04.png"
     broken.write_bytes(b"no photo")
-    told: dict[int, str | None] = {}
-    tiny.prepare(data, tmp_path / "store", spec).run(lambda index, reason: told.update({index: reason}))
+    reasons: dict[int, str | None] = {}
+    tiny.prepare(data, tmp_path / "store", spec).run(lambda index, reason: reasons.update({index: reason}))
     # The failed photo ends its group: 0 1 2, then 3 (solved alone, so not recorded) and the failed 4, then 5 6 7.
     assert groups == [3, 3]
-    assert list(told) == list(range(PHOTOS)) and [index for index, reason in told.items() if reason] == [4]
+    assert list(reasons) == list(range(PHOTOS)) and [index for index, reason in reasons.items() if reason] == [4]
     found, expected = FeatureStore.open(tmp_path / "store"), FeatureStore.open(undisturbed)
     for index in sorted(found.done()):
         torch.testing.assert_close(found[index].field, expected[index].field, rtol=1e-3, atol=1e-3)

@@ -81,7 +81,7 @@ def test_missing_ray_is_reported_with_its_extra(
     photos: Path, spec: BackboneSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(FitError, match=r"engine 'ray' needs Ray: pip install 'denoising-vit\[ray\]'"):
+    with pytest.raises(FitError, match="engine 'ray' needs Ray: install the extra `ray`"):
         tiny.prepare(photos, tmp_path / "store", spec, engine="ray").run()
 
 
@@ -102,7 +102,7 @@ def test_unreachable_cluster_is_named_in_the_error(
 
 
 def test_several_devices_are_refused(photos: Path, weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="expects one device; set workers by --workers and --worker-gpus"):
+    with pytest.raises(FitError, match="expects one device; set the workers with --workers and --worker-gpus"):
         tiny.prepare(photos, tmp_path / "store", tiny.spec_of(weights, device="cpu,cpu"), engine="ray")
     assert not (tmp_path / "store").exists()
 
@@ -115,7 +115,7 @@ def test_a_finished_store_needs_no_cluster(
     tiny.prepare(photos, tmp_path / "store", spec, engine="ray", workers=2).run()
 
 
-def told(job: FitJob, monkeypatch: pytest.MonkeyPatch) -> RayJob:
+def job_of_workers(job: FitJob, monkeypatch: pytest.MonkeyPatch) -> RayJob:
     """The description of a job that its workers would get."""
     given: list[RayJob] = []
     monkeypatch.setattr(jobs, "fit_with_ray", lambda order, *_others: given.append(order))
@@ -128,7 +128,7 @@ def test_worker_fits_a_shard_and_reports_the_outcome(
     photos: Path, spec: BackboneSpec, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tiny.prepare(photos, tmp_path / "store", spec, engine="ray")
-    worker = ShardFitter(told(job, monkeypatch))
+    worker = ShardFitter(job_of_workers(job, monkeypatch))
     row = worker({"shard": 1})
     assert row["shard"] == 1
     reasons = json.loads(row["reasons"])
@@ -158,7 +158,7 @@ def test_worker_in_another_folder_finds_photos_of_a_relative_path(
     """Workers of a running cluster have the working directory in which it was started."""
     monkeypatch.chdir(photos.parent)
     job = tiny.prepare(Path(photos.name), tmp_path / "store", spec, engine="ray")
-    order = told(job, monkeypatch)
+    order = job_of_workers(job, monkeypatch)
     monkeypatch.chdir(tmp_path)
     ShardFitter(order)({"shard": 0})
     assert job.store.done() == {0, 1, 2}
@@ -169,7 +169,7 @@ def test_worker_in_another_folder_finds_weights_of_a_relative_path(
 ) -> None:
     monkeypatch.chdir(weights.parent)
     job = tiny.prepare(photos, tmp_path / "store", tiny.spec_of(Path(weights.name)), engine="ray")
-    order = told(job, monkeypatch)
+    order = job_of_workers(job, monkeypatch)
     monkeypatch.chdir(tmp_path)
     ShardFitter(order)({"shard": 0})
     assert job.store.done() == {0, 1, 2}
@@ -181,7 +181,7 @@ def test_worker_with_changed_photos_stores_nothing_under_a_wrong_name(
     """A worker may start or restart hours later: after one more photo, every index refers to another one."""
     data = Path(shutil.copytree(photos, tmp_path / "data"))
     job = tiny.prepare(data, tmp_path / "store", spec, engine="ray")
-    order = told(job, monkeypatch)
+    order = job_of_workers(job, monkeypatch)
     shutil.copy(data / "11.png", data / "00 new.png")  # sorts before all others
     try:
         ShardFitter(order)({"shard": 0})
@@ -199,7 +199,7 @@ def test_a_job_that_failed_can_be_run_again(
         without.setitem(sys.modules, "ray", None)
         with pytest.raises(FitError):
             job.run()
-    assert told(job, monkeypatch).store == str(tmp_path / "store")
+    assert job_of_workers(job, monkeypatch).store == str(tmp_path / "store")
 
 
 def test_local_workers_share_the_cpu_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_intact_files_are_read(kinds: dict[str, fuzz.Kind], name: str, tmp_path:
 )
 def test_manifest_with_wrong_types_is_damaged(kinds: dict[str, fuzz.Kind], name: str, value: object) -> None:
     content = json.loads(kinds["manifest"].seeds[0])
-    with pytest.raises(StoreError, match=f"store: damaged manifest .its {name} is"):
+    with pytest.raises(StoreError, match=f"store: damaged manifest .unexpected value for {name}"):
         Manifest.from_json(json.dumps(content | {name: value}), "store")
 
 

@@ -30,6 +30,6 @@ def test_all_parts_run_and_are_reported_in_order(
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert found["problems"] == {}
     parts = ["pieces", "single", "stage_two", "stream", "roofline", "published"]
-    told = [line.split(" s: ")[1].split()[0] for line in capsys.readouterr().out.splitlines() if " s: " in line]
-    assert told == parts and all(found[part] for part in parts)
+    printed = [line.split(" s: ")[1].split()[0] for line in capsys.readouterr().out.splitlines() if " s: " in line]
+    assert printed == parts and all(found[part] for part in parts)
     assert "| what | figure |" in (tmp_path / "out" / "gpu.md").read_text()

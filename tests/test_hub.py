@@ -91,7 +91,7 @@ def test_saved_folder_gives_the_same_outputs_and_has_a_card(name: str, tmp_path:
     assert f'{type(piece).__name__}.from_pretrained("PATH")' in card
     assert "| what was measured | 0.25 |" in card
     assert f"| backbone | {piece.trained_for['name'] if name == 'denoiser' else piece.backbone['name']} |" in card
-    assert "licence of the backbone's weights is not known" in card
+    assert "licence of the backbone's weights is not recorded" in card
 
 
 def test_distilled_weights_give_the_same_outputs(distilled: dv.DistilledWeights, tmp_path: Path) -> None:

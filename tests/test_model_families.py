@@ -73,6 +73,6 @@ def test_hiera_is_wrapped_at_its_last_stage() -> None:
 
 
 def test_models_lists_the_families(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    told = in_process(capsys, monkeypatch)("models", "--all")
-    assert told.code == 0
-    assert all(family.example.split("_")[0] in told.out for family in MODEL_FAMILIES)
+    printed = in_process(capsys, monkeypatch)("models", "--all")
+    assert printed.code == 0
+    assert all(family.example.split("_")[0] in printed.out for family in MODEL_FAMILIES)

@@ -476,9 +476,9 @@ def test_history_has_every_nth_step_and_the_last(steps: int, every: int, looks: 
 
 
 def test_progress_is_reported_after_every_step() -> None:
-    told: list[int] = []
-    fit_neural_field(noisy_views(), tiny(steps=7), progress=told.append)
-    assert told == [1, 2, 3, 4, 5, 6, 7]
+    reported: list[int] = []
+    fit_neural_field(noisy_views(), tiny(steps=7), progress=reported.append)
+    assert reported == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("steps", "every", "noticed"), [(9, 3, 3), (7, 50, 7), (130, 1000, 100)])
@@ -507,7 +507,7 @@ NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         *((name, 0, r"must be at least 1, got 0") for name in ("steps", "tokens", "levels", "level_channels")),
         *((name, -3, r"must be at least 1, got -3") for name in ("table_size", "evaluate_every", "field_hidden")),
@@ -531,8 +531,8 @@ NAN, INF = math.nan, math.inf
         ("keep", "first", r"must be 'last' or 'best', got 'first'"),
     ],
 )
-def test_invalid_option_is_named_in_the_error(name: str, value: Any, told: str) -> None:
-    with pytest.raises(PlanError, match=rf"{name} {told}"):
+def test_invalid_option_is_named_in_the_error(name: str, value: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=rf"{name} {message}"):
         tiny(**{name: value}).validate()
 
 

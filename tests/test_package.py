@@ -22,9 +22,9 @@ def test_every_public_name_exists_and_is_listed() -> None:
 
 def test_public_names_match_the_stub() -> None:
     imports = [node for node in ast.parse(STUB.read_text()).body if isinstance(node, ast.ImportFrom)]
-    told = {alias.name: f"denoising_vit.{node.module}" for node in imports for alias in node.names}
-    assert sorted(told) == sorted(dv.__all__)
-    for name, home in told.items():
+    homes = {alias.name: f"denoising_vit.{node.module}" for node in imports for alias in node.names}
+    assert sorted(homes) == sorted(dv.__all__)
+    for name, home in homes.items():
         assert getattr(dv, name) is getattr(importlib.import_module(home), name)
 
 

@@ -178,9 +178,9 @@ def test_suffixes_are_all_that_pillow_registers_for_the_formats() -> None:
 
 
 def large_text() -> PngImagePlugin.PngInfo:
-    told = PngImagePlugin.PngInfo()
-    told.add_text("workflow", "x" * 3_000_000, zip=True)
-    return told
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    return info
 
 
 def test_png_with_large_text_is_read(tmp_path: Path) -> None:
@@ -412,11 +412,11 @@ def test_float_tiff_from_zero_to_one_is_scaled(tmp_path: Path) -> None:
     assert read_photo(tmp_path / "float.tif").tolist() == [[[0] * 3, [51] * 3, [255] * 3]]
 
 
-@pytest.mark.parametrize(("values", "told"), [([0.0, 2.0], "0 to 2"), ([-0.5, 1.0], "-0.5 to 1")])
-def test_float_tiff_out_of_range_is_refused(tmp_path: Path, values: list[float], told: str) -> None:
+@pytest.mark.parametrize(("values", "message"), [([0.0, 2.0], "0 to 2"), ([-0.5, 1.0], "-0.5 to 1")])
+def test_float_tiff_out_of_range_is_refused(tmp_path: Path, values: list[float], message: str) -> None:
     path = tmp_path / "float.tif"
     Image.fromarray(np.array([values], dtype=np.float32)).save(path)
-    refuses(path, rf"float32 grayscale with values {told}; expected 0 to 65535, or 0 to 1 for floats")
+    refuses(path, rf"float32 grayscale with values {message}; expected 0 to 65535, or 0 to 1 for floats")
 
 
 def test_float_tiff_with_nan_is_refused(tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_valid_array_is_returned_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pixels", "told"),
+    ("pixels", "message"),
     [
         (np.zeros((4, 5), dtype=np.uint8), r"shape \(4, 5\) of uint8"),
         (np.zeros((4, 5, 4), dtype=np.uint8), r"shape \(4, 5, 4\) of uint8"),
@@ -471,8 +471,8 @@ def test_valid_array_is_returned_without_a_copy() -> None:
         (np.zeros((4, 5, 3), dtype=np.int64), r"shape \(4, 5, 3\) of int64"),
     ],
 )
-def test_wrong_array_is_rejected_with_its_shape_and_dtype(pixels: np.ndarray, told: str) -> None:
-    with pytest.raises(PhotoError, match=rf"expected an \(H, W, 3\) uint8 array, got {told}"):
+def test_wrong_array_is_rejected_with_its_shape_and_dtype(pixels: np.ndarray, message: str) -> None:
+    with pytest.raises(PhotoError, match=rf"expected an \(H, W, 3\) uint8 array, got {message}"):
         read_photo(pixels)
 
 

@@ -113,7 +113,8 @@ def test_all_files_exist_and_match_their_backbone(prepared: Path, weights: Path)
     assert "| registers, neurons | 2 |" in card and "| artifact, photos | 8 |" in card
     assert "<html" in (prepared / "diagnosis.html").read_text()
     assert "denoiser" in json.loads((prepared / "diagnosis.json").read_text())["metrics"]
-    assert list(prepared.rglob("*.bin")) == []  # pairs of the training are removed
+    assert (prepared / "run" / "log.jsonl").is_file()
+    assert list((prepared / "run" / "pairs").iterdir()) == []  # pairs of the training are removed
     assert "failed" not in json.loads((prepared / "prepared.json").read_text())
 
 
@@ -124,13 +125,13 @@ def test_reason_of_a_failure_is_recorded(prepared: Path) -> None:
 
 def test_interrupted_run_resumes_to_the_same_files(prepared: Path, photos: Path, weights: Path, tmp_path: Path) -> None:
     dataset = open_dataset(str(photos))
-    said: list[str] = []
+    messages: list[str] = []
 
     def run(watch: Any = no_progress, **changes: Any) -> list[str]:
-        said.clear()
+        messages.clear()
         asked = options(weights, **changes)
-        assert preparing.prepare([MODEL], dataset, tmp_path, asked, watch=watch, say=said.append) == {}
-        return [text.removeprefix(f"{MODEL}: ") for text in said]
+        assert preparing.prepare([MODEL], dataset, tmp_path, asked, watch=watch, say=messages.append) == {}
+        return [text.removeprefix(f"{MODEL}: ") for text in messages]
 
     with pytest.raises(KeyboardInterrupt):
         run(interrupted("photos", 3), denoiser=False)
@@ -194,7 +195,7 @@ def test_unsupported_registers_are_recorded_with_the_reason(tmp_path: Path, monk
 def test_model_name_becomes_a_folder_name(tmp_path: Path) -> None:
     assert preparing.folder_name("hf:facebook/dinov2-small") == "hf-facebook-dinov2-small"
     assert preparing.folder_name("vit_small_patch14_dinov2.lvd142m") == "vit_small_patch14_dinov2.lvd142m"
-    with pytest.raises(PlanError, match="expected different models, got a/b, a-b"):
+    with pytest.raises(PlanError, match="expected models with different folder names, got a/b, a-b"):
         preparing.prepare(
             ["a/b", "a-b"], open_dataset(str(tiny_artifact.write_photos(tmp_path, 1))), tmp_path, PrepareOptions()
         )

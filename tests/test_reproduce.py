@@ -157,11 +157,11 @@ def test_list_shows_every_published_row_with_the_status_of_its_steps(dvit: Dvit,
 
 
 def test_list_prints_each_reason_once(dvit: Dvit, tmp_path: Path, out: Path) -> None:
-    told = dvit("reproduce", "--list", "--data", tmp_path / "data", "-o", out).err
-    assert told.count(f"VOC 2012: {tmp_path / 'data' / 'VOCdevkit' / 'VOC2012'} lacks JPEGImages") == 1
-    lacking = f"NYUv2 depth: {tmp_path / 'data' / 'nyu'} lacks nyu_train.txt, nyu_test.txt; it goes there from "
-    assert told.count(lacking + "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html") == 1
-    assert len(told.splitlines()) == len(set(told.splitlines()))
+    printed = dvit("reproduce", "--list", "--data", tmp_path / "data", "-o", out).err
+    assert printed.count(f"VOC 2012: {tmp_path / 'data' / 'VOCdevkit' / 'VOC2012'} lacks JPEGImages") == 1
+    lacking = f"NYUv2 depth: {tmp_path / 'data' / 'nyu'} lacks nyu_train.txt, nyu_test.txt; source: "
+    assert printed.count(lacking + "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html") == 1
+    assert len(printed.splitlines()) == len(set(printed.splitlines()))
 
 
 def test_list_shows_available_data_as_ready(dvit: Dvit, data: Path, out: Path) -> None:
@@ -176,15 +176,18 @@ def test_depth_data_without_one_of_its_lists_is_missing(dvit: Dvit, data: Path, 
     (data / NYU.place / lacking).unlink()
     status = listed(dvit, data, out)[SMALL, "baseline"]
     assert status == "VOC 2012 ready, ADE20K ready, NYUv2 depth missing"
-    told = dvit("reproduce", "--list", "--data", data, "-o", out).err
-    assert f"NYUv2 depth: {data / NYU.place} lacks {lacking}; it goes there from https://cs.nyu.edu/" in told
+    printed = dvit("reproduce", "--list", "--data", data, "-o", out).err
+    assert f"NYUv2 depth: {data / NYU.place} lacks {lacking}; source: https://cs.nyu.edu/" in printed
 
 
 def test_denoised_depth_needs_the_training_photos_of_the_denoiser(dvit: Dvit, data: Path, out: Path) -> None:
     shutil.rmtree(data / VOC.place)
     assert listed(dvit, data, out)[EVA, "voc_denoised"] == "VOC 2012 missing, ADE20K missing, NYUv2 depth missing"
-    told = dvit("reproduce", "--list", "--data", data, "-o", out).err
-    assert f"NYUv2 depth: the denoiser is trained on {data / VOC.place / 'JPEGImages'}; it goes there from" in told
+    printed = dvit("reproduce", "--list", "--data", data, "-o", out).err
+    assert (
+        f"NYUv2 depth: the denoiser is trained on {data / VOC.place / 'JPEGImages'}, which is missing; source: "
+        in printed
+    )
 
 
 def test_list_rejects_a_file_without_results(dvit: Dvit, data: Path, out: Path) -> None:
@@ -252,7 +255,7 @@ def test_missing_training_photos_are_reported(
     shutil.rmtree(data / lacking.places[0])
     done = dvit("reproduce", "--row", DINOV2_B, "--variant", variant, "--data", data, "-o", out)
     assert done.code == 2
-    assert f"{reason} {data / lacking.places[0]}; it goes there from {lacking.source}" in done.err
+    assert f"{reason} {data / lacking.places[0]}, which is missing; source: {lacking.source}" in done.err
     assert "published measured" not in done.words  # no empty table
     assert not out.exists()
 
@@ -271,7 +274,7 @@ def test_missing_photo_and_empty_list_raise(data: Path) -> None:
     with pytest.raises(PhotoError, match=r"voc_train.txt: 1 of 4 photos are missing, such as .*2007/JPEGImages/000001"):
         training_photos(data, VOC_PHOTOS)
     (data / "voc_train.txt").write_text("")
-    with pytest.raises(PhotoError, match=r"voc_train.txt: is empty"):
+    with pytest.raises(PhotoError, match=r"voc_train.txt: the list is empty; source: data/voc_train.txt of"):
         training_photos(data, VOC_PHOTOS)
 
 
@@ -282,7 +285,8 @@ def test_missing_photo_list_is_reported_with_its_source(dvit: Dvit, data: Path, 
     done = dvit("reproduce", "--row", DINOV2_B, "--variant", variant, "--data", data, "-o", out)
     assert done.code == 2
     assert (
-        f"on the first photos of the list {data / 'voc_train.txt'}; it goes there from data/voc_train.txt" in done.err
+        f"on the first photos of the list {data / 'voc_train.txt'}, which is missing; source: data/voc_train.txt"
+        in done.err
     )
 
 
@@ -490,8 +494,8 @@ def test_broken_depth_data_fails_and_the_others_are_measured(
     damage(data / NYU.place)
     done = dvit("reproduce", "--row", SMALL, "--data", data, "-o", out)
     assert done.code == 1
-    (told,) = [line for line in done.err.splitlines() if "failed" in line]
-    assert told.startswith("NYUv2 depth failed: ") and reason in told
+    (message,) = [line for line in done.err.splitlines() if "failed" in line]
+    assert message.startswith("NYUv2 depth failed: ") and reason in message
     assert names_of(out) == ["VOC 2012", "ADE20K"]
     rows = [line.split()[2:] for line in done.out.splitlines() if " NYUv2 depth " in line]
     assert rows == [

@@ -77,9 +77,9 @@ def test_features_match_each_image_in_order(shown: list[Shown]) -> None:
 
 def test_progress_is_reported_once_per_crop(shown: list[Shown], cache: FeatureCache) -> None:
     for _ in range(2):
-        told: list[int] = []
-        list(see(Counted().source(), shown, cache, lambda told=told: told.append(1)))
-        assert len(told) == 5
+        reported: list[int] = []
+        list(see(Counted().source(), shown, cache, lambda reported=reported: reported.append(1)))
+        assert len(reported) == 5
 
 
 def test_no_crops_give_no_features(cache: FeatureCache) -> None:

@@ -432,7 +432,7 @@ def test_missing_library_for_a_url_is_reported_with_its_extra(monkeypatch: pytes
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.url_to_fs", lacking)
-    with pytest.raises(StoreError, match=r"pip install 'denoising-vit\[s3\]'"):
+    with pytest.raises(StoreError, match="install the extra `s3`"):
         FeatureStore.open("s3://bucket/store")
 
 

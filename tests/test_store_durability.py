@@ -120,11 +120,11 @@ def test_unrelated_files_with_names_of_a_store_are_kept(tmp_path: Path, name: st
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["files", "object store"])
+@pytest.mark.parametrize("reported", [True, False], ids=["files", "object store"])
 def test_open_reader_notices_that_a_shard_was_sealed_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reported: bool
 ) -> None:
-    if not told:  # object stores do not report that an object was rewritten
+    if not reported:  # object stores do not report that an object was rewritten
         monkeypatch.setattr(LocalObjects, "stamp", lambda _self, _key: ())
     reader = FeatureStore.open(folder)
     with pytest.raises(StoreError, match=r"b\.jpg failed: no luck"):

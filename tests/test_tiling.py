@@ -116,14 +116,14 @@ def test_each_forward_pass_reads_only_one_tile() -> None:
         seen.append(tuple(image.shape))
         return backbone(image)
 
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     pixels = picture(200, 328).view(Watched)
     dv.tiled_features(
-        extractor, pixels, tile=80, overlap=16, backbone=backbone, progress=lambda *done: told.append(done)
+        extractor, pixels, tile=80, overlap=16, backbone=backbone, progress=lambda *done: reported.append(done)
     )
     assert set(seen) == {(1, 3, 80, 80)}
     assert max(read) <= 84 * 84 * 3  # two pixels on each side for the kernel
-    assert told == [(n + 1, len(seen)) for n in range(len(seen))]
+    assert reported == [(n + 1, len(seen)) for n in range(len(seen))]
 
 
 @pytest.mark.parametrize("name", ["raw", "project", "average"])
@@ -137,7 +137,7 @@ def test_tiled_registry_kinds_match_direct_calls(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "told"),
+    ("options", "error", "message"),
     [
         ({"tile": 81}, SizeError, "a side of 81 pixels does not fit the patch grid.*80 or 88"),
         ({"tile": 80, "overlap": 41}, PlanError, r"overlap must be 0 to 40 pixels \(half a tile\), got 41"),
@@ -145,10 +145,12 @@ def test_tiled_registry_kinds_match_direct_calls(name: str) -> None:
     ],
     ids=str,
 )
-def test_wrong_options_are_refused(options: dict[str, int], error: type[Exception], told: str, tmp_path: Path) -> None:
+def test_wrong_options_are_refused(
+    options: dict[str, int], error: type[Exception], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(picture(100, 90)).save(path)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         dv.tiled_features(planted.backbone(), path, **options)  # pyright: ignore[reportArgumentType]
 
 
@@ -246,13 +248,13 @@ def test_a_denoised_picture_is_blended_from_denoised_tiles(method: str, tmp_path
     backbone, pixels = planted.backbone(), picture(88, 160)
     options = DenoiseOptions(method=method, views=6, held_out=2)
     tiled = TiledDenoising(backbone, options, TileOptions(tile=88, overlap=0))
-    told: list[tuple[int, int]] = []
-    result = tiled(pixels, progress=lambda *done: told.append(done))
+    reported: list[tuple[int, int]] = []
+    result = tiled(pixels, progress=lambda *done: reported.append(done))
     assert result.size == (88, 160) and tuple(result.semantic.shape) == (11, 20, planted.CHANNELS)
     left = Denoising(backbone, options)(pixels[:, :88])
     torch.testing.assert_close(result.semantic[:, :10], left.semantic[:, :10], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(result.raw[:, :10], left.raw[:, :10], atol=1e-3, rtol=1e-3)
-    assert told[-1] == (2 * tiled.work, 2 * tiled.work)
+    assert reported[-1] == (2 * tiled.work, 2 * tiled.work)
     assert (result.heldout_r2 is None) == (method == "project")
     result.save(tmp_path / "a.safetensors")
     again = dv.Decomposition.load(tmp_path / "a.safetensors")

@@ -102,7 +102,8 @@ def test_full_disk_keeps_the_previous_checkpoint_and_is_reported(
     before = {path.name: path.read_bytes() for path in there.folder.iterdir()}
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(
-        TrainError, match=r"step-0000003.*could not be written \(.*No space left.*step-0000002.* is intact, --resume"
+        TrainError,
+        match=r"step-0000003.*could not be written \(.*No space left.*step-0000002.* is intact; continue with --resume",
     ):
         there.save(Progress(3), trained, optimiser_of(trained))
     assert {path.name: path.read_bytes() for path in there.folder.iterdir()} == before
@@ -120,11 +121,13 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest
 def test_damaged_checkpoint_is_named_and_the_previous_one_loads(there: Checkpoints, damage: str) -> None:
     assert there.last is not None
     whole = there.last.read_bytes()
-    spoilt = {"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff" * 100}
-    spoilt["no metadata"] = whole.replace(b'"denoising_vit"', b'"denoising_vot"')
-    there.last.write_bytes(spoilt[damage])
+    damaged = {"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff" * 100}
+    damaged["no metadata"] = whole.replace(b'"denoising_vit"', b'"denoising_vot"')
+    there.last.write_bytes(damaged[damage])
     trained = model()
-    with pytest.raises(TrainError, match=r"step-0000002.safetensors: damaged checkpoint .*delete it, and --resume"):
+    with pytest.raises(
+        TrainError, match=r"step-0000002.safetensors: damaged checkpoint .*delete it, and continue from the previous"
+    ):
         there.load(trained, optimiser_of(trained))
     there.last.unlink()
     assert there.load(trained, optimiser_of(trained)).step == 1
@@ -226,10 +229,10 @@ def test_a_start_that_was_killed_while_writing_its_record_can_be_repeated(tmp_pa
 def test_changed_options_are_named_with_both_values(tmp_path: Path) -> None:
     RunFolder(tmp_path).begin(IDENTITY, resume=False)
     other = {"stage": "denoiser", "options": {"steps": 30, "seed": 1}, "processes": 2}
-    with pytest.raises(TrainError, match="cannot resume with other options") as told:
+    with pytest.raises(TrainError, match="cannot resume with other options") as caught:
         RunFolder(tmp_path).begin(other, resume=True)
     for part in ("options.steps was 20, now 30", "options.seed was 0, now 1", "processes was 1, now 2"):
-        assert part in str(told.value)
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ class Full:
 
 
 def test_full_disk_is_reported(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoilt: Any = Full()
-    monkeypatch.setattr(log, "_file", spoilt)
-    with pytest.raises(TrainError, match=r"log.jsonl: cannot be written to \(.*No space left.*--resume continues"):
+    full: Any = Full()
+    monkeypatch.setattr(log, "_file", full)
+    with pytest.raises(TrainError, match=r"log.jsonl: cannot be written to \(.*No space left.*continue with --resume"):
         log.write(1, "train", {"loss": 1.0})
 
 

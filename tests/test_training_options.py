@@ -23,7 +23,7 @@ def test_the_published_recipe_is_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("steps", 0, "steps must be at least 1, got 0"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
@@ -42,13 +42,13 @@ def test_the_published_recipe_is_the_default() -> None:
         ("precision", "float64", "precision must be one of auto, float32, bfloat16, got 'float64'"),
     ],
 )
-def test_training_options_out_of_range_are_named(name: str, value: Any, says: str) -> None:
-    with pytest.raises(TrainError, match=says):
+def test_training_options_out_of_range_are_named(name: str, value: Any, message: str) -> None:
+    with pytest.raises(TrainError, match=message):
         TrainOptions(**{name: value}).validate()
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"whole": 1.5}, r"whole must be a fraction in \[0, 1\], got 1.5"),
         ({"flip": -0.1}, r"flip must be a fraction in \[0, 1\], got -0.1"),
@@ -63,8 +63,8 @@ def test_training_options_out_of_range_are_named(name: str, value: Any, says: st
         ({"keep": 1, "flip": 0}, "none of the 1 kept views is a crop, because the whole image comes first.* 2 or more"),
     ],
 )
-def test_pair_options_out_of_range_are_named(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(TrainError, match=says):
+def test_pair_options_out_of_range_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
         PairOptions(**changes).validate()
 
 
@@ -90,9 +90,9 @@ def test_sizes_are_heights_and_widths() -> None:
 
 @pytest.mark.parametrize("text", ["", "large", "518,", "518x", "x518", "1x2x3", "0", "518x-14", "5.5", "518;364"])
 def test_invalid_sizes_are_shown_in_the_error(text: str) -> None:
-    with pytest.raises(TrainError, match=r"sizes must be pixel sizes such as 518 or 364x476.*got ") as told:
+    with pytest.raises(TrainError, match=r"sizes must be pixel sizes such as 518 or 364x476.*got ") as caught:
         PairOptions(sizes=text).validate()
-    assert repr(text) in str(told.value)
+    assert repr(text) in str(caught.value)
 
 
 @pytest.mark.parametrize(("images", "count"), [(2, 1), (11, 1), (88, 9), (1000, 100), (10_000, 100)])

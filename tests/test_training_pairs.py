@@ -188,9 +188,9 @@ def test_filling_resumes_where_it_stopped(targets: StoredTargets, tmp_path: Path
     again = opened()
     assert again.todo() == [0, 2]
     assert again.usable() == (1,)
-    told: list[tuple[int, ...]] = []
-    again.fill(again.todo(), lambda: told.append(again.usable()))
-    assert told == [(0, 1), (0, 1, 2)]
+    reported: list[tuple[int, ...]] = []
+    again.fill(again.todo(), lambda: reported.append(again.usable()))
+    assert reported == [(0, 1), (0, 1, 2)]
     assert planted.passes > passes
     passes = planted.passes
     assert opened(create=False).todo() == []
@@ -201,10 +201,10 @@ def test_pairs_with_other_settings_are_rejected_with_each_difference(
     kept: KeptPairs, targets: StoredTargets, extractor: Backbone
 ) -> None:
     other = KeptPairs(kept.folder, targets, targets.images, extractor, ((56, 56),), tiny.views(keep=5), seed=6)
-    with pytest.raises(TrainError, match=r"has other pairs: .*Choose another folder") as told:
+    with pytest.raises(TrainError, match=r"has pairs of other settings: .*Choose another folder") as caught:
         other.open(create=True)
     for part in ("seed was 5, now 6", "sizes was [[56, 56], [40, 72]], now [[56, 56]]", "views.keep was 6, now 5"):
-        assert part in str(told.value)
+        assert part in str(caught.value)
 
 
 def test_fraction_of_whole_images_does_not_change_the_cache(
@@ -224,7 +224,9 @@ def test_pairs_of_other_photos_are_rejected(
     other = Stored(tiny.fit(photos, tmp_path / "store", extractor), open_dataset(photos)).targets(extractor)
     assert other.ids == data.store.ids
     again = KeptPairs(kept.folder, other, other.images, extractor, SIZES, VIEWS, seed=5)
-    with pytest.raises(TrainError, match=r'has other pairs: targets.photos was "\w+[.]{3}, now "\w+[.]{3}[.] Choose'):
+    with pytest.raises(
+        TrainError, match=r'has pairs of other settings: targets.photos was "\w+[.]{3}, now "\w+[.]{3}[.] Choose'
+    ):
         again.open(create=True)
 
 
@@ -232,10 +234,10 @@ def test_older_pairs_without_a_record_of_photos_stay_valid(
     kept: KeptPairs, targets: StoredTargets, extractor: Backbone
 ) -> None:
     head = kept.folder / "pairs.json"
-    told = json.loads(head.read_text())
-    del told["targets"]["photos"]  # as in older versions
-    assert "wholes" not in told["views"]
-    head.write_text(json.dumps(told))
+    record = json.loads(head.read_text())
+    del record["targets"]["photos"]  # as in older versions
+    assert "wholes" not in record["views"]
+    head.write_text(json.dumps(record))
     again = KeptPairs(kept.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
     again.open(create=True)
     assert again.usable() == (0, 1, 2)
@@ -254,17 +256,17 @@ def test_no_kept_view_is_mirrored_with_flip_0(targets: StoredTargets, extractor:
         torch.testing.assert_close(target, by_hand(next(targets.stream([1])).field.float(), crop), **ROUNDED)
     # Older versions kept a mirrored whole image.
     head = pairs.folder / "pairs.json"
-    told = json.loads(head.read_text())
-    del told["views"]["wholes"]
-    head.write_text(json.dumps(told))
-    with pytest.raises(TrainError, match=r"has other pairs: views.wholes was null, now 1"):
+    record = json.loads(head.read_text())
+    del record["views"]["wholes"]
+    head.write_text(json.dumps(record))
+    with pytest.raises(TrainError, match=r"has pairs of other settings: views.wholes was null, now 1"):
         pairs.open(create=True)
 
 
 # --- images without pairs ---
 
 
-class Spoilt:
+class PartlyUnusable:
     """Targets where only the last image can be used."""
 
     def __init__(self, targets: StoredTargets) -> None:
@@ -279,43 +281,43 @@ class Spoilt:
 
 
 @pytest.fixture
-def spoilt(targets: StoredTargets, extractor: Backbone, tmp_path: Path) -> KeptPairs:
-    """Opened, but not filled."""
-    lacking: Any = Spoilt(targets)
+def unfilled(targets: StoredTargets, extractor: Backbone, tmp_path: Path) -> KeptPairs:
+    """Opened, but not filled; only the last image can be used."""
+    lacking: Any = PartlyUnusable(targets)
     pairs = KeptPairs(tmp_path / "pairs", lacking, targets.images, extractor, SIZES, VIEWS, seed=5)
     pairs.open(create=True)
     return pairs
 
 
-def test_truncated_reason_is_ignored_and_its_image_is_retried(spoilt: KeptPairs) -> None:
-    (spoilt.folder / "unusable.jsonl").write_text('["00.png", "no')  # the crash came before the image was marked
-    assert spoilt.unusable() == {}
-    assert spoilt.todo() == [0, 1, 2]
-    spoilt.fill(spoilt.todo())
-    assert spoilt.unusable() == {"00.png": "no 0", "01.png": "no 1"}
-    assert spoilt.usable() == (2,)
+def test_truncated_reason_is_ignored_and_its_image_is_retried(unfilled: KeptPairs) -> None:
+    (unfilled.folder / "unusable.jsonl").write_text('["00.png", "no')  # the crash came before the image was marked
+    assert unfilled.unusable() == {}
+    assert unfilled.todo() == [0, 1, 2]
+    unfilled.fill(unfilled.todo())
+    assert unfilled.unusable() == {"00.png": "no 0", "01.png": "no 1"}
+    assert unfilled.usable() == (2,)
 
 
-def test_unusable_images_with_a_lost_reason_are_still_reported(spoilt: KeptPairs) -> None:
-    spoilt.fill(spoilt.todo())
-    path = spoilt.folder / "unusable.jsonl"
+def test_unusable_images_with_a_lost_reason_are_still_reported(unfilled: KeptPairs) -> None:
+    unfilled.fill(unfilled.todo())
+    path = unfilled.folder / "unusable.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
-    spoilt.open(create=False)
-    assert spoilt.unusable() == {"00.png": "no 0", "01.png": "unusable; the reason was not recorded"}
+    unfilled.open(create=False)
+    assert unfilled.unusable() == {"00.png": "no 0", "01.png": "unusable; the reason was not recorded"}
     path.unlink()
-    assert list(spoilt.unusable()) == ["00.png", "01.png"]
+    assert list(unfilled.unusable()) == ["00.png", "01.png"]
 
 
-def test_image_is_marked_only_after_its_reason_is_on_disk(spoilt: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_is_marked_only_after_its_reason_is_on_disk(unfilled: KeptPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     def synced(_file: int) -> None:
-        assert read_reasons(spoilt.folder) == {"00.png": "no 0"}
-        assert spoilt.todo() == [0, 1, 2]
+        assert read_reasons(unfilled.folder) == {"00.png": "no 0"}
+        assert unfilled.todo() == [0, 1, 2]
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", synced)
     with pytest.raises(OSError, match="Input/output"):
-        spoilt.fill([0])
-    assert spoilt.unusable() == {}
+        unfilled.fill([0])
+    assert unfilled.unusable() == {}
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"\0\0\0", b"[1]\n", b"[[], 2]\n\n", b"\xff\xfe", b'{"a": 1}\nwords'])
@@ -346,7 +348,8 @@ def test_truncated_cache_is_rejected(kept: KeptPairs, targets: StoredTargets, ex
     path = kept.folder / "raw-0-7x7.f16"
     path.write_bytes(path.read_bytes()[:1000])
     again = KeptPairs(kept.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
-    with pytest.raises((TrainError, OSError)):
+    expected = 3 * 6 * 49 * tiny.CHANNELS * 2  # images, views, patches, channels of two bytes
+    with pytest.raises(TrainError, match=rf"raw-0-7x7\.f16: damaged, expected {expected} bytes; delete .* to compute"):
         again.open(create=True)
 
 
@@ -457,7 +460,9 @@ def test_non_finite_features_are_an_error(
     pairs = KeptPairs(tmp_path / "pairs", targets, targets.images, diverged, SIZES, VIEWS, seed=5)
     pairs.open(create=True)
     monkeypatch.setattr(Diverged, "value", value)
-    with pytest.raises(Exception, match=r"00.png: features that are not finite or exceed float16|not finite"):
+    with pytest.raises(
+        TrainError, match=r"^00\.png: features that are not finite or exceed the range of float16; training has not"
+    ):
         pairs.fill(targets.images)
     assert pairs.usable() == ()
 
@@ -465,11 +470,11 @@ def test_non_finite_features_are_an_error(
 def test_differences_show_both_values() -> None:
     there: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "d": None, "long": "x" * 100}
     here = json.loads(json.dumps({"a": {"b": 2, "c": [1, 2]}, "e": True, "long": "y" * 100}))
-    told = differences(there, here)
-    assert told[0] == "a.b was 1, now 2"
-    assert told[1] == "e was null, now true"
-    assert told[2].startswith('long was "xxx')
-    assert len(told) == 3
+    found = differences(there, here)
+    assert found[0] == "a.b was 1, now 2"
+    assert found[1] == "e was null, now true"
+    assert found[2].startswith('long was "xxx')
+    assert len(found) == 3
     assert differences(there, there) == []
 
 
@@ -518,18 +523,18 @@ def test_unknown_files_are_neither_removed_nor_used_as_pairs(
 
 
 def test_processes_exchange_marks_instead_of_reading_them_from_disk(
-    spoilt: KeptPairs, targets: StoredTargets, extractor: Backbone
+    unfilled: KeptPairs, targets: StoredTargets, extractor: Backbone
 ) -> None:
     """On a network disk, machines may see different states of a file for a while."""
-    other = KeptPairs(spoilt.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
+    other = KeptPairs(unfilled.folder, targets, targets.images, extractor, SIZES, VIEWS, seed=5)
     other.open(create=False)
-    spoilt.fill([0, 2])
+    unfilled.fill([0, 2])
     other.fill([1])
     assert other.usable() == (1,)
-    known = [spoilt.marks(), other.marks()]
-    for pairs in (spoilt, other):
-        for marks, told in known:
-            pairs.adopt(marks, told)
+    known = [unfilled.marks(), other.marks()]
+    for pairs in (unfilled, other):
+        for marks, reasons in known:
+            pairs.adopt(marks, reasons)
         assert pairs.usable() == (1, 2)
         assert pairs.unusable() == {"00.png": "no 0"}
         assert pairs.todo() == []

@@ -68,7 +68,7 @@ def columns(picture: np.ndarray) -> list[set[tuple[int, ...]]]:
 
 def test_folder_that_cannot_be_created_raises(tmp_path: Path) -> None:
     (tmp_path / "panels").write_text("in the way")
-    with pytest.raises(TrainError, match=r"panels: a panel cannot be written .*--resume continues"):
+    with pytest.raises(TrainError, match=r"panels: a panel cannot be written .*continue with --resume"):
         draw_panel(tmp_path / "panels", 1, ("raw", "clean"), rows(1))
 
 

@@ -86,5 +86,9 @@ def test_the_logged_loss_is_that_of_the_whole_batch(one: Path, two: Path) -> Non
 
 
 def test_two_processes_write_the_same_pairs(one: Path, two: Path) -> None:
-    for path in sorted((one / "pairs").iterdir()):
-        assert (two / "pairs" / path.name).read_bytes() == path.read_bytes(), path.name
+    written = {path.name: path.read_bytes() for path in (one / "pairs").iterdir()}
+    assert {"pairs.json", "state.u8"} < written.keys()
+    assert len(written) == 4  # and the raw features and targets of one size
+    assert written["state.u8"] == bytes([1] * PHOTOS)
+    for name, content in written.items():
+        assert (two / "pairs" / name).read_bytes() == content, name

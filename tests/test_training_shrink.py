@@ -73,6 +73,6 @@ def test_shrinking_changes_evaluations_and_files_but_not_training(tmp_path: Path
         factor = 0.5 if "attn.proj" in name or "mlp.fc2" in name else 1
         torch.testing.assert_close(written.state_dict()[name], factor * value, atol=1e-6, rtol=2e-3)
     judge = tiny.prepared(data.stored, runs[0.5], None, options[0.5], resume=True).training().held_out
-    told = tiny.rows(runs[0.5], "held_out")[-1]
-    assert judge(written)["cosine"] == pytest.approx(told["cosine"], abs=1e-4)
-    assert told["cosine"] != tiny.rows(runs[1.0], "held_out")[-1]["cosine"]
+    logged = tiny.rows(runs[0.5], "held_out")[-1]
+    assert judge(written)["cosine"] == pytest.approx(logged["cosine"], abs=1e-4)
+    assert logged["cosine"] != tiny.rows(runs[1.0], "held_out")[-1]["cosine"]

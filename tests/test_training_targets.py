@@ -196,8 +196,8 @@ def test_identity_records_plan_ids_and_nodes(data: tiny.Fitted, extractor: Backb
     assert identity["plan"] != other["plan"]
     assert identity == on_the_fly(data, extractor).identity
     manifest = data.store.manifest
-    told = stored(data, extractor).identity
-    assert (told["plan"], told["ids"], told["nodes"]) == (manifest.plan, manifest.ids_digest, [14, 14])
+    recorded = stored(data, extractor).identity
+    assert (recorded["plan"], recorded["ids"], recorded["nodes"]) == (manifest.plan, manifest.ids_digest, [14, 14])
 
 
 def test_identity_differs_for_other_photos_of_the_same_names(
@@ -212,9 +212,9 @@ def test_identity_differs_for_other_photos_of_the_same_names(
         raise AssertionError("a field was read")
 
     monkeypatch.setattr(FieldArray, "read", reading)
-    told, others = stored(data, extractor).identity, stored(other, extractor).identity
-    assert told == stored(data, extractor).identity
-    assert {name for name in told if told[name] != others[name]} == {"photos"}
+    identity, others = stored(data, extractor).identity, stored(other, extractor).identity
+    assert identity == stored(data, extractor).identity
+    assert {name for name in identity if identity[name] != others[name]} == {"photos"}
 
 
 def test_identity_is_the_same_for_unsealed_shards(

@@ -316,14 +316,15 @@ def test_damaged_and_mismatched_frames_are_reported(render: Render, tmp_path: Pa
     sheets = pngs(done)
     assert np.array_equal(sheets[5], sheets[4])
     clip = tiny.folder(tmp_path / "mixed", [tiny.picture(0), tiny.picture(1, (80, 48))])
-    assert "1 frames have another aspect ratio than the first and get black bars" in render(clip, "boxed").notes[0]
+    (note,) = render(clip, "boxed").notes
+    assert note == "1 frames have a different aspect ratio from the first and are padded with black bars"
 
 
 def test_progress_counts_each_frame_once(render: Render, frames: Path) -> None:
-    told: list[tuple[int, int]] = []
-    render(frames, progress=lambda done, total: told.append((done, total)), batch_size=2)
-    assert {total for _, total in told} == {10}
-    counts = [done for done, _ in told]
+    reported: list[tuple[int, int]] = []
+    render(frames, progress=lambda done, total: reported.append((done, total)), batch_size=2)
+    assert {total for _, total in reported} == {10}
+    counts = [done for done, _ in reported]
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (0, 10)
 
@@ -353,7 +354,7 @@ def test_only_a_few_frames_are_held_in_memory(frames: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"features": "raw,new"}, "unknown features: 'new'; choose from raw, subtract"),
         ({"panels": "image,image"}, "different panels, separated by commas, got image, image; choose from image, pca"),
@@ -365,8 +366,8 @@ def test_only_a_few_frames_are_held_in_memory(frames: Path, tmp_path: Path, monk
     ],
     ids=str,
 )
-def test_wrong_options(render: Render, frames: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_wrong_options(render: Render, frames: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         render(frames, **changes)
 
 

@@ -361,7 +361,7 @@ def test_least_views_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"views": 0}, "at least 1 view, got 0"),
         ({"views": -3}, "at least 1 view, got -3"),
@@ -376,13 +376,13 @@ def test_least_views_by_hand() -> None:
     ],
     ids=str,
 )
-def test_bad_argument_raises_a_plan_error_that_names_it(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_bad_argument_raises_a_plan_error_that_names_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         make(**options)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"area": (0.5, 0.1)}, r"area must be two increasing fractions in \(0, 1\], got \(0.5, 0.1\)"),
         ({"area": (0.0, 0.5)}, "area must be"),
@@ -395,8 +395,8 @@ def test_bad_argument_raises_a_plan_error_that_names_it(options: dict[str, Any],
     ],
     ids=str,
 )
-def test_bad_crop_option_raises_a_plan_error_that_names_it(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_bad_crop_option_raises_a_plan_error_that_names_it(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         CropOptions(**options)
 
 

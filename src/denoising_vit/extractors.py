@@ -176,7 +176,7 @@ KINDS: dict[str, FeatureKind] = {
         FeatureKind("denoiser", "stage 2, one pass", _denoiser, uses="denoiser"),
         FeatureKind("distilled", "stage 3, a ViT trained to give clean features", _distilled, uses="distilled"),
         FeatureKind("project", "without positional directions, no training, one pass", _project, uses="subspace"),
-        FeatureKind("average", "mean of 5 moved passes, no training", _average, one_pass=False),
+        FeatureKind("average", "mean of 5 shifted and mirrored passes, no training", _average, one_pass=False),
         FeatureKind("registers", "test-time registers of --registers, no training", _registers, uses="registers"),
     )
 }

@@ -393,6 +393,11 @@ def below(prefix: str, tensors: dict[str, T]) -> dict[str, T]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def extra_hint(extra: str) -> str:
+    """How to install an optional extra, for messages: "install " and this."""
+    return f"the extra `{extra}` (pip install '.[{extra}]' in a clone of denoising-vit)"
+
+
 def needed(package: str, extra: str, error: type[DenoisingVitError]) -> Any:
     """Import a package of an optional extra.
 
@@ -402,6 +407,4 @@ def needed(package: str, extra: str, error: type[DenoisingVitError]) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as missing:
-        raise error(
-            f"this needs {package}: install the extra `{extra}` (pip install '.[{extra}]' in a clone of denoising-vit)"
-        ) from missing
+        raise error(f"this needs {package}: install {extra_hint(extra)}") from missing

@@ -182,8 +182,8 @@ def load_artifact(source: str | Path, backbone: Backbone) -> Artifact:
     if artifact is None:
         raise ArtifactError(
             f"the package has no artifact for {backbone.name} with these weights ({backbone.weights}), layer "
-            f"{backbone.layer} and stride {backbone.stride}; create one with dvit calibrate PHOTOS -o FILE, and give "
-            "it by --artifact FILE"
+            f"{backbone.layer} and stride {backbone.stride}; create one with dvit calibrate PHOTOS -o FILE, and "
+            "pass it with --artifact FILE"
         )
     return artifact
 

@@ -47,7 +47,7 @@ def block_numbers(layers: Sequence[int], depth: int | None, name: str) -> tuple[
     """
     if depth is None:
         raise BackboneError(
-            f"{name} is a module, whose blocks are not known, so it has no intermediate layers. "
+            f"{name} is a module with unknown blocks, so its intermediate layers are not available. "
             'Load a model by its timm name, load_backbone("NAME", weights=FILE), or wrap a module that returns '
             "the layer"
         )

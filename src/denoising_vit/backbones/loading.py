@@ -118,7 +118,7 @@ def _timm_model(model: Any, for_names: dict[str, Any], shown: dict[str, Any], st
     if not isinstance(model, TimmViT):
         raise BackboneError("a module needs a patch size: load_backbone(module, patch_size=14)")
     if for_names["weights"] != "auto" or any(value is not None for value in shown.values()):
-        raise BackboneError("weights, mean, std and default_size do not apply to models of timm, which have their own")
+        raise BackboneError("weights, mean, std and default_size do not apply to timm models, which have their own")
     if stride is not None:
         model = copy.copy(model)  # its patch embedding is replaced
         model._modules = dict(model._modules)
@@ -132,7 +132,7 @@ def _transformers_model(
 ) -> Backbone:
     """A model of transformers built by the caller."""
     if for_names["weights"] != "auto" or any(value not in (None, "auto") for value in for_modules.values()):
-        raise BackboneError("weights, stride and layout do not apply to models of transformers, which have their own")
+        raise BackboneError("weights, stride and layout do not apply to transformers models, which have their own")
     return wrap_huggingface(model, layer=for_names["layer"], norm=for_names["norm"], **shown)
 
 
@@ -229,12 +229,12 @@ def _read_weights(name: str, path: Path, own: TimmBackbone | None = None) -> dic
     base = _base(name, recorded, own)
     if base.dtype != torch.float32:
         raise WeightsError(
-            f"{path}: a difference from other weights, which are needed in float32, got {base.dtype}; load the "
+            f"{path}: stored as a difference from other weights, which must be float32, got {base.dtype}; load the "
             "backbone with dtype=float32"
         )
     if not is_recorded(recorded, base):
         remedy = "Use the weights that it was made from, or distil again from these"
-        raise FormatError(mismatch(f"{path}: a difference from", recorded, base, remedy))
+        raise FormatError(mismatch(f"{path}: stored as a difference from", recorded, base, remedy))
     return with_difference(path, base.model.state_dict())
 
 
@@ -266,7 +266,7 @@ def distilled_path(backbone: Backbone, given: str | Path | None = None) -> Path:
     if path is None:
         raise WeightsError(
             f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "
-            f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and give them by "
+            f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and pass them with "
             "--distilled RUN/distilled.safetensors"
         )
     if not path.is_file():

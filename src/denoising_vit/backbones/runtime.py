@@ -56,7 +56,7 @@ def dtype_on(dtype: Dtype | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return fast_dtype(device)
     if not isinstance(dtype, str) or dtype not in named:
-        raise BackboneError(f"dtype must be auto, {', '.join(named)}, got {dtype!r}")
+        raise BackboneError(f"dtype must be one of auto, {', '.join(named)}, got {dtype!r}")
     return named[dtype]
 
 

@@ -132,7 +132,7 @@ def build_timm_model(name: str, *, pretrained: bool, depth: int | None = None, *
     if architecture not in timm.list_models():
         similar = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
         raise BackboneError(
-            f"timm {timm.__version__} knows no model {name!r}"
+            f"timm {timm.__version__} has no model {name!r}"
             + (f"; similar: {similar}" if similar else "")
             + ". `dvit models` lists the published ones; any other module can be given with its patch size"
         )

@@ -65,8 +65,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: rejected, because the file is damaged or has more than weights (code in checkpoints is never "
-            "executed). If you trust it, convert it to safetensors"
+            f"{path}: rejected, because the file is damaged or contains more than weights (code in checkpoints is "
+            "never executed). If you trust it, convert it to safetensors"
         ) from error
     except Exception as error:  # damaged files raise many types
         raise WeightsError(
@@ -108,7 +108,7 @@ def the_model(models: dict[str, dict[str, Tensor]], source: str) -> tuple[str, d
     if alike := [prefix for prefix in others if _rank(prefix) == _rank(best)]:
         raise WeightsError(
             f"{source}: several models, under {', '.join(repr(prefix) for prefix in (best, *alike))}, with no "
-            "indication of which to use; save the wanted one in a separate file"
+            "indication of which to use; save the one to use in a separate file"
         )
     return best, models[best]
 
@@ -208,12 +208,12 @@ def _vit_among(tensors: dict[str, Tensor], model: TimmViT, name: str, source: st
         return prefix, {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
     if theirs := next(filter(_PATCHES_OF_TRANSFORMERS.fullmatch, tensors), None):
         raise WeightsError(
-            f"{source}: {theirs} is a name of Hugging Face transformers, but {name} is a timm model. Give the folder "
-            "with the file and its config.json, or the hub id, as the model: load_backbone('hf:FOLDER')"
+            f"{source}: {theirs} is a tensor name of Hugging Face transformers, but {name} is a timm model. Give the "
+            "folder with the file and its config.json, or the hub id, as the model: load_backbone('hf:FOLDER')"
         )
     if any(map(_OF_A_DENOISER.fullmatch, tensors)):
         raise WeightsError(
-            f"{source}: a denoiser, not the weights of {name}; give it by load_denoiser(FILE) or --denoiser FILE"
+            f"{source}: a denoiser, not the weights of {name}; load it with load_denoiser(FILE) or --denoiser FILE"
         )
     return "", without_containers(tensors, _CONTAINERS)
 

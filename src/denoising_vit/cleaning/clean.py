@@ -188,20 +188,18 @@ def _target(model: nn.Module, of_module: dict[str, Any]) -> tuple[nn.Module, Bac
         return model, ModuleBackbone(model, **of_module), CleanModule
     vit = model if isinstance(model, TimmViT) else inner
     if isinstance(vit, TimmViT):
-        _refuse(of_module, "a model of timm")
+        _refuse(of_module, "a timm model")
         backbone = TimmBackbone(
             any_size(vit), name=timm_name(vit), stride=None, layer=-1, norm=True, weights="as given"
         )
         return vit, backbone, CleanTimm
     if is_model_of_transformers(model):
-        _refuse(
-            {name: of_module[name] for name in ("stride", "layout") if name in of_module}, "a model of transformers"
-        )
+        _refuse({name: of_module[name] for name in ("stride", "layout") if name in of_module}, "a transformers model")
         backbone = wrap_huggingface(model, frozen=False, **of_module)
         return backbone.model, backbone, CleanTransformers
     raise BackboneError(
         f"{type(model).__name__} is neither a ViT of timm (VisionTransformer, Eva, NaFlexVit) or transformers nor a "
-        "Backbone; to clean another module, give the side of a patch in pixels: clean(module, patch_size=16)"
+        "Backbone; to clean another module, give its patch size in pixels: clean(module, patch_size=16)"
     )
 
 

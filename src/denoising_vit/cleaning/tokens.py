@@ -120,7 +120,7 @@ def cleaning_of(method: str, cleaner: nn.Module | None, passes: int | None, back
         "subtract": "minus the artifact G",
         "denoiser": "through a denoiser",
         "project": f"without {getattr(cleaner, 'rank', '')} positional directions",
-        "average": f"mean of {passes} moved passes",
+        "average": f"mean of {passes} shifted and mirrored passes",
     }
     words = f"cleaned patch tokens: {what.get(method, method)} (denoising_vit.restore undoes it)"
     made = Cleaning(words, cleaner, passes, backbone.stride, backbone.patch_size, depth=backbone.depth)

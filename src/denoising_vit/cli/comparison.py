@@ -40,7 +40,7 @@ class EvaluateOptions(ABC):
         features: names of features.
         out: results file to append lines to. The same command resumes an interrupted run.
         cache: folder for cached features and fields. Defaults to a folder next to the results.
-        cache_gb: maximum size of cached features in GB, without fields of stage 1.
+        cache_gb: maximum size of cached features in GB, not counting fields of stage 1.
         images: maximum number of images per split, spread evenly; 0 uses all.
         json: print the result lines instead of a table.
         cleaners: sources of the artifact, denoiser and other cleaners.
@@ -49,7 +49,7 @@ class EvaluateOptions(ABC):
     """
 
     data: Path
-    features: Annotated[str, features_arg("The first is the reference of the others.")] = "raw,subtract,exact"
+    features: Annotated[str, features_arg("The first is the reference for the others.")] = "raw,subtract,exact"
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("results.jsonl")
     cache: Path | None = None
     cache_gb: float = 10.0
@@ -113,7 +113,7 @@ def _bench(options: EvaluateOptions) -> Workbench:
     if data.note:
         print_note(data.note)
     if data.absent:
-        print_note(f"never occurs in val, excluded from means unless predicted: {', '.join(data.absent)}")
+        print_note(f"classes without pixels in val, excluded from means unless predicted: {', '.join(data.absent)}")
     results = Results(options.out)
     bench = Workbench(
         data=data,

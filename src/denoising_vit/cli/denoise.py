@@ -73,7 +73,7 @@ def denoise(
             --no-pictures, replacing a result also removes its earlier picture.
         upsample: also store and draw the clean features upsampled by this factor.
         report: also write a self-contained page (.html) with maps and metrics of all photos.
-        overwrite: process photos again that already have a result, including results from before the photo changed.
+        overwrite: replace existing results, including those from before the photo changed.
         json: print one JSON line per photo instead of a table.
     """
     from denoising_vit.artifact import SHIPPED, resampling_note
@@ -121,7 +121,8 @@ def denoise(
     print_backbone(backbone, f"; method {_method_words(options, found)}")
     if exact is not None:
         print_note(
-            f"pictures compare it with exact: {exact.work} more passes per {'photo' if tiling.tile is None else 'tile'}"
+            f"pictures also show exact, which takes {exact.work} more passes per "
+            f"{'photo' if tiling.tile is None else 'tile'}"
         )
     views = [one.whole if isinstance(one, TiledDenoising) else one for one in (clean, exact) if one is not None]
     subtracted = next((one for one in views if one.artifact is not None), None)

@@ -88,7 +88,7 @@ def diagnose(
         _write(found, out, source)
     except OSError as error:
         raise OutputError(f"cannot write to {out} ({unwritable(error)})") from error
-    print_note(f"maps and metrics in {out / 'diagnosis.html'}, G in {out / 'artifact.safetensors'}")
+    print_note(f"maps and metrics in {out / 'diagnosis.html'}, artifact in {out / 'artifact.safetensors'}")
     return SOME_FAILED if dataset.skipped else code
 
 
@@ -123,7 +123,7 @@ def _table(found: Diagnosis) -> Table:
 
     table = figures_table({name: asdict(metrics) for name, metrics in found.metrics.items()}, ARTIFACT_LABELS)
     outcomes = [found.judgements[name].outcome if name in found.judgements else "" for name in found.metrics]
-    table.add_row("judged", *outcomes)
+    table.add_row("verdict", *outcomes)
     return table
 
 

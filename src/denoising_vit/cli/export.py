@@ -114,7 +114,7 @@ def _verify(path: Path, *, as_json: bool) -> int:
 
     verdict = verify_export(path)
     for problem in verdict.problems:
-        print_error(problem, "differs")
+        print_error(problem, "failed")
     if verdict.comparison is not None:
         _tell(verdict.comparison, path, as_json=as_json)
     if not verdict.problems:

@@ -35,7 +35,7 @@ def models(families: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg
             name, seed.family, str(seed.patch_size), str(seed.size), weights, ", ".join(published_variants(name)) or "-"
         )
     Console().print(table)
-    print_note(f"published checkpoints: {HUB_ID} on the hub, as in {published_file('MODEL', 'voc_denoised')}")
+    print_note(f"published checkpoints: {HUB_ID} on the hub, such as {published_file('MODEL', 'voc_denoised')}")
 
 
 def _list_families() -> None:

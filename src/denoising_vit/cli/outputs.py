@@ -61,7 +61,7 @@ def require_writable(folder: Path) -> None:
             pass
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({unwritable(error)}); choose another with -o") from error
+        raise OutputError(f"cannot write to {folder} ({unwritable(error)}); choose another folder") from error
 
 
 class OutputFolder:

@@ -49,7 +49,7 @@ def reproduce(
     Args:
         row: the model, as named by `--list`.
         variant: baseline, voc_denoised, voc_distilled, imgnet_denoised or imgnet_distilled. Defaults to baseline.
-        list: list every row with the status of its steps, and stop.
+        list: list every row with the status of its steps, and exit.
         data: folder with VOCdevkit/VOC2012, ADEChallengeData2016 and nyu; for denoisers also VOCdevkit/VOC2007 and the
             released list of photos voc_train.txt, and imagenet/train for training on ImageNet.
         out: results file to append lines to. The same command resumes an interrupted run.
@@ -57,8 +57,8 @@ def reproduce(
             table.
         device: auto, cpu, cuda, cuda:1, mps.
         seed: seed for the probe, the denoiser and the distillation.
-        dry: run every step on synthetic data, with two random blocks and two training steps. Without a row, runs all
-            rows of the variant; without both, all rows. The scores are meaningless and not kept.
+        dry: run every step on synthetic data, with a random model of two blocks and two training steps. Without a row,
+            runs all rows of the variant; without both, all rows. The scores are meaningless and not kept.
     """
     from denoising_vit.reproduction import list_rows
 

@@ -48,7 +48,7 @@ def app(
     print_note(f"loading {model.backbone} ...")
     with serve(Models(model, denoiser, artifact), page) as opened:
         print_note(f"ready: {opened.url}" + (f" and {opened.shared}" if opened.shared else ""))
-        print_note("press Ctrl-C to close the page and remove its files")
+        print_note("press Ctrl-C to stop; uploaded photos and their results are then deleted")
         _wait()
     return INTERRUPTED
 
@@ -59,6 +59,6 @@ def _wait() -> None:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        print_note("closing the page")
+        print_note("stopping")
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -55,7 +55,7 @@ def show(
         tiling: tiling of photos larger than the backbone's input.
         colours: colours shared by all features of a photo. each: different colours for every photo. together: the same
             for all photos, whose features are kept in memory (about 2 MB per photo and kind).
-        palette: file of --save-palette, the colours of all photos.
+        palette: file of --save-palette, whose colours are used for all photos.
         save_palette: write the colours of all photos together to this .safetensors file, for other pictures or videos.
         format: format of sheets in a folder.
     """

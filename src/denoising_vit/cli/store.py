@@ -86,6 +86,6 @@ def export(
     try:
         files = FeatureStore.open(store).export(out, kind)
     except OSError as error:
-        raise StoreError(f"cannot write to {out} ({unwritable(error)}); choose another with -o") from error
+        raise StoreError(f"cannot write to {out} ({unwritable(error)}); choose another folder with -o") from error
     print_note(f"{len(files)} files in {out}")
     return OK

@@ -52,7 +52,7 @@ def train(
         on_the_fly: fit stage 1 on the photos in this run, without a store.
         resume: resume the run in the folder; the result is bit-identical to that of an uninterrupted run.
         cache: folder for the features of the pairs, which runs with other learning rates or steps can share. Defaults
-            to a folder in that of the run.
+            to a subfolder of the run's folder.
         artifact: with --on-the-fly: the known artifact of the backbone, a file, `shipped` or `none`.
         training: length, learning rate and logging.
         pairs: views to use as training pairs.
@@ -167,7 +167,7 @@ def distill(
         run.note_blanks(training)
         if (rate := training.safer_rate(processes)) is not None:
             run.note(
-                f"steps with so few views have diverged at --learning-rate {training.learning_rate:g}; "
+                f"training with so few views per step has diverged at --learning-rate {training.learning_rate:g}; "
                 f"--learning-rate {rate:.2g} is safer"
             )
         return found
@@ -287,7 +287,7 @@ class _StepsBar(OnScreen):
         """Print the metrics of an evaluation."""
         self._progress.print(
             f"step {step}: held-out cosine {figures['cosine']:.4f} (raw {figures['raw_cosine']:.4f}), "
-            f"1 - cosine {figures['ratio']:.3f} of raw's, effective rank {figures['rank']:.0f} "
+            f"1 - cosine {figures['ratio']:.3f} times that of raw, effective rank {figures['rank']:.0f} "
             f"(raw {figures['raw_rank']:.0f}){_drift(figures)}",
             highlight=False,
             markup=False,

@@ -36,7 +36,7 @@ def video(
 ) -> int:
     """Render videos of raw and clean features side by side, with the same colours in all frames of a clip.
 
-    Each clip becomes NAME.mp4 (H.264, with the times of its source) in the folder. The same command resumes an
+    Each clip becomes NAME.mp4 (H.264, with the timestamps of its source) in the folder. The same command resumes an
     interrupted run.
 
     Args:
@@ -91,7 +91,7 @@ class ClipRow(Row):
 
     def cells(self) -> tuple[str, ...]:
         """The numbers and the remarks, as text."""
-        notes = ["kept"] * (self.status == "kept") + [f"{self.resumed} from before"] * bool(self.resumed)
+        notes = ["kept"] * (self.status == "kept") + [f"{self.resumed} from an earlier run"] * bool(self.resumed)
         frames, seconds = number(self.frames, "d"), number(self.seconds, ".1f")
         return frames, seconds, "; ".join([*notes, *filter(None, [self.note])])
 

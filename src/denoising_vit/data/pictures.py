@@ -57,8 +57,8 @@ class TiffPicture:
         known = (level.axes, page.photometric.name) in _READ and level.dtype in (np.uint8, np.uint16)
         if turned or not known:
             raise PhotoError(
-                f"{path}: {level.dtype} {page.photometric.name} of axes {level.axes}{', turned' * turned}; expected an "
-                "upright TIFF, grey or interleaved RGB with 8 or 16 bits, to read it tile by tile. Convert it first"
+                f"{path}: {level.dtype} {page.photometric.name} of axes {level.axes}{', rotated' * turned}; expected "
+                "an upright TIFF, grey or interleaved RGB with 8 or 16 bits, to read it tile by tile. Convert it first"
             )
         self.shape = (*self._pixels.shape[:2], 3)
 

@@ -97,7 +97,7 @@ def _length(file: BinaryIO, address: str) -> int:
 
 
 def _compressed(kind: str) -> str:
-    return f"a compressed archive ({kind}), which has no random access; unpack it to a plain .tar first"
+    return f"a compressed archive ({kind}), which does not support random access; decompress it to a plain .tar first"
 
 
 def _scan(file: BinaryIO, length: int) -> tuple[list[tarfile.TarInfo], str]:

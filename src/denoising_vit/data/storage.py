@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 import fsspec
 
 from denoising_vit.errors import PhotoError
+from denoising_vit.files import extra_hint
 
 #: Extra of this package that installs a scheme's library.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
@@ -103,7 +104,7 @@ class Storage:
                 return self._filesystems[key]
         except ImportError as error:
             extra = EXTRAS.get(scheme)
-            remedy = f"pip install 'denoising-vit[{extra}]'" if extra else str(error)
+            remedy = f"install {extra_hint(extra)}" if extra else str(error)
             raise PhotoError(f"{address}: {scheme}:// needs a library that is not installed: {remedy}") from error
         except Exception as error:  # every service validates addresses differently
             raise PhotoError(

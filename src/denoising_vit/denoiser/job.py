@@ -169,7 +169,7 @@ class TrainJob:
             # states for a while.
             todo = from_first(accelerator, self.kept.todo())
             mine = todo[accelerator.process_index :: accelerator.num_processes]
-            with watch("images seen", len(mine)) as advance:
+            with watch("images processed", len(mine)) as advance:
                 self.kept.fill(mine, advance)
             known = from_all(accelerator, self.kept.marks())
             self.kept.open(create=False)  # with the rows that other processes wrote
@@ -177,8 +177,8 @@ class TrainJob:
                 self.kept.adopt(marks, reasons)
         except OSError as error:
             raise TrainError(
-                f"{self.kept.folder}: cannot be written to ({error.strerror or error}); existing files are kept, and "
-                "--resume continues"
+                f"{self.kept.folder}: cannot be written to ({error.strerror or error}); existing files are kept, so "
+                "continue with --resume"
             ) from error
         if self.options.blanks:
             with watch("content-free images", BLANKS * len(self.sizes)) as advance:

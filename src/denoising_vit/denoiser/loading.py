@@ -133,7 +133,7 @@ def _none_shipped(backbone: Backbone) -> str:
     published = ", or --denoiser voc_denoised for the published one"
     return (
         f"the package has no denoiser for {backbone.name} with these weights ({backbone.weights}), layer "
-        f"{backbone.layer} and stride {backbone.stride}; train one with dvit train and give it by --denoiser FILE"
+        f"{backbone.layer} and stride {backbone.stride}; train one with dvit train and pass it with --denoiser FILE"
         f"{published if 'voc_denoised' in published_variants(backbone.name) else ''}"
     )
 

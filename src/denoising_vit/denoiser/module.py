@@ -290,7 +290,7 @@ def _width(state: dict[str, Tensor]) -> int:
 def _other_kind(state: dict[str, Tensor]) -> str:
     """Description of a known state dict that is not a denoiser's; empty if unknown."""
     if any(name.endswith("patch_embed.proj.weight") for name in state):
-        return "a whole model, to be given as weights"
+        return "a whole model (load it with weights=FILE or --weights FILE)"
     if any(re.fullmatch(r"(denoiser\.)?0\.weight", name) for name in state):
         return "a convolutional denoiser, which is not supported"
     return ""

@@ -99,7 +99,7 @@ class KeptPairs:
             create: create missing files; only one process may do so.
 
         Raises:
-            TrainError: if the folder has other pairs, or the disk is full.
+            TrainError: if the folder has pairs of other settings, or the disk is full.
             OSError: if it cannot be written to.
         """
         head = self.folder / HEAD
@@ -242,7 +242,7 @@ class KeptPairs:
             raw = [backbone(torch.stack(shown[at : at + batch])).cpu() for at in range(0, len(shown), batch)]
         yield _half(torch.cat(raw), name, "features")
         sampled = [crop.sample(field, backbone.patch_size, backbone.stride) for crop in crops]
-        yield _half(torch.stack(sampled), name, "target")
+        yield _half(torch.stack(sampled), name, "targets")
 
     def _require_same(self, head: Path) -> None:
         recorded = read_object(head)
@@ -252,12 +252,13 @@ class KeptPairs:
             )
         if different := differences(recorded, self.identity):
             raise TrainError(
-                f"{self.folder} has other pairs: {'; '.join(different)}. Choose another folder (--cache), or delete it"
+                f"{self.folder} has pairs of other settings: {'; '.join(different)}. Choose another folder (--cache), "
+                "or delete it"
             )
 
 
 def _half(features: Tensor, name: str, what: str) -> np.ndarray:
     half = features.half()
     if not torch.isfinite(half).all():
-        raise TrainError(f"{name}: {what} that are not finite or exceed float16; training has not started")
+        raise TrainError(f"{name}: {what} that are not finite or exceed the range of float16; training has not started")
     return half.numpy()

@@ -184,7 +184,7 @@ class StoredTargets:
     def _fitted(self, index: int, pixels: np.ndarray | Skipped) -> Fitted:
         name = self.ids[index]
         if isinstance(pixels, Skipped):
-            more = "; --resume continues from the last checkpoint" if pixels.unreachable else ""
+            more = "; continue from the last checkpoint with --resume" if pixels.unreachable else ""
             raise TrainError(f"{name}: the target's photo cannot be read ({pixels.reason}){more}")
         try:
             field, record = self.store.read(index)
@@ -251,7 +251,7 @@ class FittedTargets:
             if isinstance(result, Failed):
                 waiting.pop(result.index, None)
                 if not result.final:
-                    raise TrainError(f"{result.name}: unreachable ({result.reason}); --resume tries again")
+                    raise TrainError(f"{result.name}: unreachable ({result.reason}); try again with --resume")
                 yield Unusable(result.index, result.reason)
                 continue
             done = result.finish()

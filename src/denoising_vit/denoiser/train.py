@@ -195,7 +195,7 @@ class Training:
         try:
             write_denoiser(denoiser, path)
         except OSError as error:
-            raise TrainError(f"{path}: the denoiser could not be written ({error}); --resume continues") from error
+            raise TrainError(f"{path}: the denoiser could not be written ({error}); continue with --resume") from error
 
     def _save(self, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
         if self.accelerator.is_main_process:

@@ -77,9 +77,8 @@ class HeldOut:
             usable = readable
             kept.append(tuple(part for part in parts if len(part.images)))
         if not usable:
-            raise TrainError(
-                f"none of the {len(images)} held-out photos can be read: {next(iter(reader.skipped.items()))}"
-            )
+            name, reason = next(iter(reader.skipped.items()))
+            raise TrainError(f"none of the {len(images)} held-out photos can be read; first reason: {name}: {reason}")
         shown = tuple(_pixels(one.image) for one in reader.stream(usable[:SHOWN]) if isinstance(one, Seen))
         blank = BlankProbe.of(teacher.backbone, reader.sizes[0], shown)
         raw = blank.through(teacher.backbone)

@@ -300,7 +300,7 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     try:
         write_tensors(tensors, path, {KEY: json.dumps(head)})
     except OSError as error:
-        raise TrainError(f"{path}: the model could not be written ({error}); --resume continues") from error
+        raise TrainError(f"{path}: the model could not be written ({error}); continue with --resume") from error
 
 
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def description(
     backbone = extractor.backbone if isinstance(extractor, DenoisedViT) else extractor
     record = _distilled_record(weights)
     if record is None and distilled:
-        record = {"stated": "by whoever exported it; the file does not tell"}
+        record = {"stated": "by the user who exported it; the file has no record"}
     if clean is not None:
         features = "denoiser" if clean.denoiser else "project" if clean.subspace else "subtract"
     elif has_registers(extractor):
@@ -117,7 +117,7 @@ def _versions() -> dict[str, str]:
 
 _TITLES = {
     "raw": "raw features",
-    "distilled": "distilled features: a ViT fine-tuned to give clean ones itself",
+    "distilled": "distilled features, of a ViT fine-tuned to output clean ones",
     "subtract": "features minus the artifact (G) of the backbone",
     "denoiser": "features cleaned in one pass by a denoiser",
     "project": "features without their positional directions",
@@ -147,9 +147,9 @@ features = extractor(image)  # (B, h, w, {channels}), image (B, 3, H, W) normali
 _SIZES = {
     "timm": "Other sizes raise an error.",
     "huggingface": "Other sizes are silently cropped to whole patches, as in transformers.",
-    "onnx": "Other sizes fail in a reshape whose name says which sizes fit (ONNX has no messages of its own).",
-    "program": "Other sizes raise an error that names the rule.",
-    "safetensors": "Other sizes raise an error that names the nearest ones.",
+    "onnx": "Other sizes fail in a reshape node whose name states the supported sizes (ONNX has no error messages).",
+    "program": "Other sizes raise an error that states the rule.",
+    "safetensors": "Other sizes raise an error that names the nearest supported ones.",
 }
 
 
@@ -193,7 +193,7 @@ def _table(meta: dict[str, Any]) -> str:
     if cleaner is not None:
         rows[f"SHA-256 of its {cleaner['kind']}"] = cleaner["digest"]
         if "grid" in cleaner:
-            rows["its own grid"] = " x ".join(map(str, cleaner["grid"])) + ", resampled for others"
+            rows[f"grid of the {cleaner['kind']}"] = " x ".join(map(str, cleaner["grid"])) + ", resampled for others"
         rows |= {"position features": f"weight {cleaner['positions']:g}"} if cleaner["positions"] else {}
     if meta["distilled"] is not None:
         plain = {key: value for key, value in meta["distilled"].items() if isinstance(value, str | int | float)}
@@ -210,7 +210,7 @@ def _images(meta: dict[str, Any]) -> str:
     mean, std = (", ".join(f"{value:g}" for value in backbone[key]) for key in ("mean", "std"))
     taken = "in [0, 1], normalised in the graph" if options["pixels"] else f"normalised by mean ({mean}), std ({std})"
     text = (
-        f"Images are {taken}; height and width are {rule} pixels, any batch; shown by default at "
+        f"Images are {taken}; height and width are {rule} pixels, with any batch size; the default size is "
         f"{backbone['default_size']} × {backbone['default_size']}. {_SIZES[meta['format_of_files']]}"
     )
     if options["prefix"]:
@@ -223,17 +223,17 @@ def _check(meta: dict[str, Any]) -> str:
     sizes = ", ".join(" × ".join(map(str, size)) for size in check["sizes"])
     lines = [
         "```sh\ndvit export --verify PATH\n```\n",
-        f"compares the features of fixed images (batch × height × width: {sizes}) with those that PyTorch gave when "
-        f"this was made, which are in `{check['file']}`, and the digests of all files. Then: largest difference "
-        f"{check['difference']:.2g} (features' root mean square {check['scale']:.2g}), mean cosine "
-        f"{check['cosine']:.6f}, least {check['least_cosine']:.6f}.",
+        f"checks the digests of all files, and compares the features of fixed images (batch × height × width: {sizes}) "
+        f"with those that PyTorch computed at export (`{check['file']}`). At export: maximum difference "
+        f"{check['difference']:.2g} (root mean square of the features {check['scale']:.2g}), mean cosine "
+        f"{check['cosine']:.6f}, minimum {check['least_cosine']:.6f}.",
     ]
     if meta["options"]["int8"]:
         lines.append("The linear layers run in int8; the cosines include the loss.")
     if check.get("elsewhere", {}).get("cosine", 1) < _SAME:
         lines.append(
-            "At other sizes transformers resamples the position embedding without antialiasing, timm with it: "
-            f"mean cosine {check['elsewhere']['cosine']:.4f}, least {check['elsewhere']['least_cosine']:.4f} at "
+            "At other sizes, transformers resamples the position embedding without antialiasing, unlike timm: "
+            f"mean cosine {check['elsewhere']['cosine']:.4f}, minimum {check['elsewhere']['least_cosine']:.4f} at "
             + ", ".join(" × ".join(map(str, size[1:])) for size in check["elsewhere"]["sizes"])
             + "."
         )

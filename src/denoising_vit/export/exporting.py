@@ -100,10 +100,10 @@ def export_extractor(
         found = compare(reference, record(run, sizes, pixels=options.pixels))
         allowed = TOLERANCES[options.format]
         if found is None or (not options.int8 and found.relative > allowed):  # int8 is only measured
-            problem = "with wrong shapes or non-finite values" if found is None else f"{found.difference:.2g} apart"
-            raise ExportError(
-                f"the export differs from PyTorch: features {problem} (at most {allowed:g}). Nothing was written"
-            )
+            problem = "features have wrong shapes or non-finite values"
+            if found is not None:
+                problem = f"features differ by up to {found.relative:.2g} of their scale, expected at most {allowed:g}"
+            raise ExportError(f"the export differs from PyTorch: {problem}. Nothing was written")
         meta["check"] = {"file": REFERENCE, "sizes": sizes, "tolerance": allowed, **dataclasses.asdict(found)}
         if options.format == "huggingface":
             meta["check"] |= _elsewhere(module, run)

@@ -48,8 +48,8 @@ def trace(module: TraceableExtractor) -> ExportedProgram:
             program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     except Exception as error:  # the tracer raises many types
         raise ExportError(
-            f"{backbone.name} cannot be traced for any size ({type(error).__name__}: {first_line(error)}). Models of "
-            "timm and Hugging Face transformers can"
+            f"{backbone.name} cannot be traced for arbitrary image sizes ({type(error).__name__}: {first_line(error)})"
+            "; models of timm and Hugging Face transformers can be"
         ) from error
     _require_any_size(program, backbone.name)
     return program
@@ -60,7 +60,7 @@ def _require_any_size(program: ExportedProgram, name: str) -> None:
     outputs: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
     fixed = [side for side in outputs[0].meta["val"].shape[:3] if isinstance(side, int)]
     if fixed:
-        raise ExportError(f"{name} cannot be traced for any size: it converts image sizes to plain numbers")
+        raise ExportError(f"{name} cannot be traced for arbitrary image sizes: it converts sizes to plain numbers")
 
 
 def write_program(program: ExportedProgram, path: Path) -> None:
@@ -82,7 +82,9 @@ def refuse_pickles(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ExportError(f"{path}: not a torch.export program, or damaged ({error})") from error
     if pickled:
-        raise ExportError(f"{path}: rejected: {pickled[0].filename} is pickled; exported programs have no pickles")
+        raise ExportError(
+            f"{path}: rejected: {pickled[0].filename} is pickled, so loading it could run code; exports have no pickles"
+        )
 
 
 def _is_pickled(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:

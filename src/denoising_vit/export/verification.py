@@ -224,13 +224,15 @@ def verify_export(path: str | Path) -> Verdict:
     found = compare(reference, record(run, check["sizes"], pixels=options["pixels"]))
     problem = None
     if found is None:
-        problem = "features with other shapes than recorded, or non-finite values"
+        problem = "features have other shapes than recorded, or non-finite values"
     elif options["int8"]:
         least = check["cosine"] - INT8_SLACK
         if found.cosine < least:
             problem = f"mean cosine {found.cosine:.4f}, expected at least {least:.4f}"
     elif found.relative > check["tolerance"]:
-        problem = f"features {found.difference:.2g} apart, at most {check['tolerance']:g} expected"
+        problem = (
+            f"features differ by up to {found.relative:.2g} of their scale, expected at most {check['tolerance']:g}"
+        )
     return Verdict(kind, found, (problem,) if problem else ())
 
 

@@ -134,7 +134,7 @@ class FitJob:
             raise FitError(f"{dataset.source}: no photos to fit")
         devices = [device.strip() for device in spec.device.split(",")]
         if options.engine == "ray" and len(devices) > 1:
-            raise FitError("engine 'ray' expects one device; set workers by --workers and --worker-gpus instead")
+            raise FitError("engine 'ray' expects one device; set the workers with --workers and --worker-gpus")
         backbones = [replace(spec, device=device).load() for device in devices] if backbone is None else [backbone]
         if options.compiled:
             backbones = [compiled(backbone) for backbone in backbones]

@@ -20,6 +20,7 @@ from denoising_vit import errors
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.decomposition.options import DenoiseOptions
 from denoising_vit.errors import DenoisingVitError, FitError
+from denoising_vit.files import extra_hint
 from denoising_vit.fit.local import LocalRun, OnPhoto, manifest_of
 from denoising_vit.fit.options import FitOptions
 from denoising_vit.store import FeatureStore
@@ -139,7 +140,7 @@ def fit_with_ray(job: RayJob, store: FeatureStore, shards: Sequence[int], on_pho
         import ray.data
         import ray.exceptions
     except ImportError as error:
-        raise FitError("engine 'ray' needs Ray: pip install 'denoising-vit[ray]'") from error
+        raise FitError(f"engine 'ray' needs Ray: install {extra_hint('ray')}") from error
     done = store.done()
     todo = {shard: [index for index in store.manifest.images_of(shard) if index not in done] for shard in shards}
     started_here = not ray.is_initialized()

@@ -73,13 +73,13 @@ KINDS: Mapping[str, Kind] = {
 
 _ABOUT = (
     "Made by denoising-vit, after [Denoising Vision Transformers](https://arxiv.org/abs/2401.02957) (Yang et al., ECCV "
-    "2024). `PATH` stands for this folder or its id on the hub. An extractor maps normalised images (B, 3, H, W) to "
-    "features (B, h, w, C)."
+    "2024). `PATH` is this folder or its id on the hub. An extractor maps normalised images (B, 3, H, W) to features "
+    "(B, h, w, C)."
 )
 
 _LICENCE = (
-    "The licence of the backbone's weights is not known to these files: whoever published the weights states it. It, "
-    "and the terms of the photos that were used, may bind what is here too."
+    "The licence of the backbone's weights is not recorded in these files; see where the weights were published. That "
+    "licence, and the terms of the photos used, may also apply to these files."
 )
 
 
@@ -127,7 +127,7 @@ def card(pieces: Iterable[tuple[Kind, dict[str, Any]]], figures: Mapping[str, An
         parts += [f"## {kind.name}", f"{kind.about}. File: `{kind.file}`."]
         parts += [_use(kind, record), table(_made(record))]
     if figures:
-        parts += ["## Figures", table(figures)]
+        parts += ["## Metrics", table(figures)]
     return "\n\n".join([*parts, "## Licence", _LICENCE]) + "\n"
 
 

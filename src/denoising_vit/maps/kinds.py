@@ -40,9 +40,11 @@ MAP_KINDS: Mapping[str, MapKind] = {
         ("foreground", "foreground_basis"),
     ),
     "foreground": MapKind(
-        "foreground", "White is what the first principal component takes for foreground.", ("foreground",)
+        "foreground", "White is foreground according to the first principal component.", ("foreground",)
     ),
-    SIMILARITY: MapKind("similarity to ○", "Cosine to the chosen patch: red is alike, white unrelated, blue opposite."),
+    SIMILARITY: MapKind(
+        "similarity to ○", "Cosine to the chosen patch: red is similar, white unrelated, blue opposite."
+    ),
     "artifact": MapKind("G"),
     "artifact-norm": MapKind("|G|"),
     "residual": MapKind("residual norm"),

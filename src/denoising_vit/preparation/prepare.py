@@ -76,7 +76,7 @@ def prepare(
     options.validate()
     folders = {model: out / folder_name(model) for model in models}
     if len(set(folders.values())) < len(models):
-        raise PlanError(f"expected different models, got {', '.join(models)}")
+        raise PlanError(f"expected models with different folder names, got {', '.join(models)}")
     failed: dict[str, str] = {}
     for model, folder in folders.items():
         try:

@@ -183,12 +183,12 @@ def _step(row: PublishedRow, benchmark: Benchmark, data: Path, lines: Sequence[d
     lacking = [name for name in benchmark.needs if not (data / benchmark.place / name).exists()]
     if lacking:
         where = data / benchmark.place
-        words = f"{where} lacks {', '.join(lacking)}; it goes there from {benchmark.source}"
+        words = f"{where} lacks {', '.join(lacking)}; source: {benchmark.source}"
         return Step(benchmark, "missing", words)
     made = VARIANTS_MADE[row.variant]
     for what, photos in (("denoiser is trained", made.denoiser), ("model is distilled", made.distilled)):
         if photos is not None and (needed := photos.lacking(data)) is not None:
-            return Step(benchmark, "missing", f"the {what} on {needed[0]}; it goes there from {needed[1]}")
+            return Step(benchmark, "missing", f"the {what} on {needed[0]}, which is missing; source: {needed[1]}")
     return Step(benchmark, "ready")
 
 

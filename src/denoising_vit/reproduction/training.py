@@ -104,9 +104,13 @@ def _listed(data: Path, where: TrainingPhotos, count: int) -> list[Item]:
     names = (data / where.listed).read_text().split()
     names = [name.removeprefix("data/") for name in (names[:count] if count else names)]
     absent = [name for name in names if not (data / name).is_file()]
-    if absent or not names:
-        what = f"{len(absent)} of {len(names)} photos are missing, such as {data / absent[0]}" if absent else "is empty"
-        raise PhotoError(f"{data / where.listed}: {what}; photos go there from {where.source}")
+    if not names:
+        raise PhotoError(f"{data / where.listed}: the list is empty; source: {where.list_source}")
+    if absent:
+        raise PhotoError(
+            f"{data / where.listed}: {len(absent)} of {len(names)} photos are missing, such as {data / absent[0]}; "
+            f"source: {where.source}"
+        )
     return [Item(f"{Path(name).parts[-3]}/{Path(name).name}", str((data / name).absolute())) for name in names]
 
 

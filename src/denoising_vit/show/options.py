@@ -114,7 +114,7 @@ class VideoOptions(StageOneCrops):
         side: the side that `size` sets, long or short.
         panel_size: long side of each panel in pixels.
         smooth: interpolate maps instead of showing sharp patches.
-        palette: file of a saved palette, the colours of a data set.
+        palette: file of `dvit show --save-palette`, with the colours of a data set.
         every: use every n-th frame; each is shown n times as long.
         max_frames: maximum number of frames in the result.
         fps: frames per second of a folder of frames; a video keeps its own times.

@@ -178,7 +178,7 @@ def _require_types(content: dict[str, Any]) -> None:
             pair = name in ("size", "grid", "field") and isinstance(value, list) and len(value) == 2
             right = all(type(count) is int and 0 <= count < 1 << 53 for count in (value if pair else [value]))
         if not right:
-            raise ValueError(f"its {name} is {str(value)[:60]}")
+            raise ValueError(f"unexpected value for {name}: {str(value)[:60]}")
 
 
 def read_manifest(objects: Objects) -> Manifest:
@@ -192,7 +192,7 @@ def read_manifest(objects: Objects) -> Manifest:
             content = objects.read(layout.MANIFEST)
         except FileNotFoundError as error:
             names = ", ".join(objects.names()[:3])
-            found = f"not a feature store: it has no {layout.MANIFEST}, but {names}" if names else ""
+            found = f"not a feature store: no {layout.MANIFEST}, found {names}" if names else ""
             raise StoreError(
                 f"{objects.url}: {found or 'no feature store found'}; `dvit fit DATA -o STORE` creates one"
             ) from error

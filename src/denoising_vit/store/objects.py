@@ -21,7 +21,7 @@ import fsspec
 
 from denoising_vit.data.storage import EXTRAS
 from denoising_vit.errors import StoreError
-from denoising_vit.files import atomic_path, flush_file, flush_folder, make_folder
+from denoising_vit.files import atomic_path, extra_hint, flush_file, flush_folder, make_folder
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -224,7 +224,7 @@ class RemoteObjects(Objects):
             self._connection, root = self._connect()
         except ImportError as error:
             extra = EXTRAS.get(scheme)
-            remedy = f"pip install 'denoising-vit[{extra}]'" if extra else "install the library that the reason names"
+            remedy = f"install {extra_hint(extra)}" if extra else "install the missing library"
             raise StoreError(f"{url}: {scheme}:// is not supported by this installation ({error}); {remedy}") from error
         except ValueError as error:  # an unknown scheme
             raise StoreError(f"{url}: expected a folder or a URL such as s3://bucket/store ({error})") from error

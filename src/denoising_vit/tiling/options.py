@@ -28,7 +28,9 @@ class TileOptions:
 
     def __post_init__(self) -> None:
         if self.tile is None and self.overlap is not None:
-            raise PlanError(f"overlap is {self.overlap} pixels, but there are no tiles; also give the side of a tile")
+            raise PlanError(
+                f"overlap is {self.overlap} pixels, but there are no tiles; also set tile, the side of a tile in pixels"
+            )
         if self.tile is not None and self.tile < 1:
             raise PlanError(f"tile must be at least 1 pixel, got {self.tile}")
         if self.tile is not None and self.overlap is not None and not 0 <= 2 * self.overlap <= self.tile:

@@ -92,7 +92,7 @@ class Checkpoints:
         try:
             write_tensors(tensors, path, {KEY: json.dumps(asdict(progress))})
         except OSError as error:
-            kept = "there is no earlier one" if before is None else f"{before.name} is intact, --resume continues it"
+            kept = "there is no earlier one" if before is None else f"{before.name} is intact; continue with --resume"
             raise TrainError(f"{path}: the checkpoint could not be written ({error}); {kept}") from error
         for old in self._all()[:-_KEPT]:
             old.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ class Checkpoints:
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:16])  # torch lists every tensor
             raise TrainError(
-                f"{path}: damaged checkpoint ({reason}); delete it, and --resume continues from the previous one"
+                f"{path}: damaged checkpoint ({reason}); delete it, and continue from the previous one with --resume"
             ) from error
         return progress
 

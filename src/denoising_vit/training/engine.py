@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from denoising_vit.backbones.runtime import fast_dtype
 from denoising_vit.errors import TrainError
+from denoising_vit.files import extra_hint
 from denoising_vit.training.options import Precision
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def make_accelerator(device: str) -> Any:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
-        raise TrainError("training needs accelerate: pip install 'denoising-vit[train]'") from error
+        raise TrainError(f"training needs accelerate: install {extra_hint('train')}") from error
     if not _is_available(device):
         raise TrainError(f"device {device} is not available; expected auto, cpu, or a device of this machine")
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()

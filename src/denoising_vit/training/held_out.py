@@ -85,4 +85,4 @@ def draw_panel(
         with atomic_path(folder / f"step-{step:07}.png") as temporary:
             draw_rows(headings, pictures, temporary)
     except OSError as error:
-        raise TrainError(f"{folder}: a panel cannot be written ({error}); --resume continues") from error
+        raise TrainError(f"{folder}: a panel cannot be written ({error}); continue with --resume") from error

@@ -142,7 +142,7 @@ class Log:
             self._file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise TrainError(f"{self._file.name}: cannot be written to ({error}); --resume continues") from error
+            raise TrainError(f"{self._file.name}: cannot be written to ({error}); continue with --resume") from error
         self._board.write(step, {f"{kind}/{name}": value for name, value in figures.items()})
 
     def close(self) -> None:

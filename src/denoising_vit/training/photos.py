@@ -104,7 +104,7 @@ class PlainPhotos:
                 yield Seen(index, to_image(found), None)
             elif found.unreachable:
                 raise TrainError(
-                    f"{found.item}: unreachable ({found.reason}); --resume continues from the last checkpoint"
+                    f"{found.item}: unreachable ({found.reason}); continue from the last checkpoint with --resume"
                 )
             else:
                 yield found
@@ -189,7 +189,7 @@ class ViewReader:
             try:
                 write_reason(self.folder, skipped.item, skipped.reason)
             except OSError as error:
-                raise TrainError(f"{self.folder}: cannot be written to ({error}); --resume continues") from error
+                raise TrainError(f"{self.folder}: cannot be written to ({error}); continue with --resume") from error
 
 
 class _Ids(Sequence[str]):

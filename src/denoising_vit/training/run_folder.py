@@ -131,7 +131,7 @@ class RunFolder:
         if different := differences(from_first(accelerator, identity), identity):
             raise TrainError(
                 f"{self.path}: process {accelerator.process_index} has other options or photos than the first process: "
-                f"{'; '.join(different)}. Use the same for all"
+                f"{'; '.join(different)}. Use the same for all processes"
             )
 
     def _require_fit(self, *, resume: bool) -> None:

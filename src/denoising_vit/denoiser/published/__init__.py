@@ -126,7 +126,7 @@ def fetch_published(model: str, variant: str) -> Path:
     """
     variants = published_variants(model)
     if variant not in variants:
-        there = f"; published: {', '.join(variants)}" if variants else "; `dvit models` lists what was"
+        there = f"; published: {', '.join(variants)}" if variants else "; `dvit models` lists the published ones"
         raise DenoiserError(f"no {variant} was published for {model}{there}")
     from huggingface_hub import hf_hub_download
 

@@ -208,7 +208,9 @@ def _json_file(folder: Path, split: str | None) -> Path:
     found = sorted(folder.glob("instances_*.json")) or sorted(folder.glob("*.json"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:_SHOWN])
-        raise EvaluationError(f"{folder} has {len(found)} JSON files ({names}); choose one (annotations, or split)")
+        raise EvaluationError(
+            f"{folder} has {len(found)} JSON files ({names}); choose one with the option annotations or split"
+        )
     return found[0]
 
 

@@ -91,7 +91,7 @@ _COLUMNS = (
     ("1 - cosine of raw's", "ratio", None),
     ("MSE", "mse", "raw_mse"),
     ("effective rank", "rank", "raw_rank"),
-    ("place, R²", "place", "raw_place"),
+    ("position, R²", "place", "raw_place"),
     ("place by neighbours, R²", "place_neighbours", "raw_place_neighbours"),
     ("blank images, variance left", "blank_variance", None),
     ("blank images, high frequencies left", "blank_detail", None),

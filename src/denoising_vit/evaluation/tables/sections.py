@@ -194,9 +194,9 @@ def _distinct(values: Iterable[str]) -> str:
 #: Labels of the fields of ArtifactMetrics.
 ARTIFACT_LABELS = {
     "shared": "same in all photos (energy)",
-    "linear_position": "place, linear probe (R²)",
-    "neighbour_position": "place, nearest neighbours (R²)",
-    "mic": "place, information coefficient",
+    "linear_position": "position, linear probe (R²)",
+    "neighbour_position": "position, nearest neighbours (R²)",
+    "mic": "position, information coefficient",
     "leakage": "leakage of empty images",
     "outliers_high": "outlier tokens, high norm",
     "outliers_low": "outlier tokens, low norm",

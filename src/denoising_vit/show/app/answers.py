@@ -113,7 +113,7 @@ class Answer:
                 photo = np.array(image.convert("RGB"))
             result = Decomposition.load(next(folder.glob("*.safetensors")))
         except (OSError, StopIteration) as error:
-            raise AppError("this answer has been deleted; denoise the photo again") from error
+            raise AppError("this result has been deleted; denoise the photo again") from error
         return cls(folder, photo, result, result.info["upsample"], {})
 
 

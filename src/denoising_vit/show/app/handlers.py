@@ -38,8 +38,8 @@ def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
             words = "not enough memory; use a smaller photo, a smaller size or fewer views"
         except Exception as error:  # keep the page running
             traceback.print_exc()
-            words = f"failed ({type(error).__name__}); see the terminal of dvit app"
-        raise gr.Error(html.escape(words), duration=_SHOWN, title="Not done", print_exception=False)
+            words = f"unexpected error ({type(error).__name__}); see the terminal that runs dvit app"
+        raise gr.Error(html.escape(words), duration=_SHOWN, title="Error", print_exception=False)
 
     return handle
 
@@ -231,7 +231,7 @@ def about(model: Model) -> str:
 def table(lines: list[Figure]) -> str:
     """Metrics as an HTML table."""
     rows = "".join(f"<tr><th scope='row'>{line.name}</th>{_cells(line)}<td>{line.words}</td></tr>" for line in lines)
-    head = "".join(f"<th scope='col'>{heading}</th>" for heading in ("figure", "raw", "denoised", "meaning"))
+    head = "".join(f"<th scope='col'>{heading}</th>" for heading in ("metric", "raw", "denoised", "meaning"))
     return f"<table class='figures'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 

@@ -71,7 +71,7 @@ class _Controls:
         )
         self.wide = gr.Checkbox(
             label="Wide crops (exact)",
-            info="0.4 to 1 of the photo instead of 0.1 to 0.5: more context, so 8 to 16 views are enough",
+            info="each covers 0.4 to 1 of the photo instead of 0.1 to 0.5: more context, so 8 to 16 views are enough",
             interactive=exact,
             elem_id="wide",
         )
@@ -92,7 +92,7 @@ class _Controls:
             elem_classes="map",
         )
         self.legend = gr.Markdown(LEGENDS["pca"], elem_id="legend")
-        self.divide = gr.Slider(0, 100, value=50, step=1, label="Divide at (%)", elem_id="divide")
+        self.divide = gr.Slider(0, 100, value=50, step=1, label="Divider position (%)", elem_id="divide")
         gr.Markdown("### Similarity to a patch\nClick a patch in any of the three pictures, or enter its position.")
         with gr.Row():
             self.picture = _clickable("Photo", "photo")

@@ -15,6 +15,7 @@ import numpy as np
 from denoising_vit.data import find_photos
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import AppError
+from denoising_vit.files import extra_hint
 from denoising_vit.show.app.answers import Keep
 from denoising_vit.show.app.models import Models
 from denoising_vit.show.options import AppOptions
@@ -92,7 +93,7 @@ def serve(models: Models, options: AppOptions) -> Iterator[Opened]:
 def require_gradio() -> None:
     """Raise AppError if Gradio is not installed."""
     if importlib.util.find_spec("gradio") is None:
-        raise AppError("the page needs gradio: install the extra `app` (pip install 'denoising-vit[app]')")
+        raise AppError(f"the page needs gradio: install {extra_hint('app')}")
 
 
 def require_free(host: str, port: int) -> None:

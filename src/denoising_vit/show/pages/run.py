@@ -15,12 +15,12 @@ from denoising_vit.show.pages.rendering import LineChart, Picture, data_uri, lin
 #: Charts of held-out evaluations: title, key of the trained features; ``raw_`` and ``target_`` keys belong to it.
 _LOOKS = (
     ("held-out cosine to the target", "cosine"),
-    ("1 − cosine, relative to raw features'", "ratio"),
+    ("1 − cosine, relative to raw", "ratio"),
     ("effective rank", "rank"),
-    ("place, linear probe (R²)", "place"),
-    ("blank images, variance left of raw's", "blank_variance"),
-    ("photos, variance left of raw's", "photo_variance"),
-    ("class token, 1 − cosine to the frozen backbone's", "class_drift"),
+    ("position, linear probe (R²)", "place"),
+    ("blank images, variance relative to raw", "blank_variance"),
+    ("photos, variance relative to raw", "photo_variance"),
+    ("class token, 1 − cosine to the frozen backbone", "class_drift"),
 )
 #: Charts of training steps.
 _STEPS = (("loss of the batch", "loss"), ("learning rate", "rate"), ("norm of the gradient", "gradient"))
@@ -32,10 +32,14 @@ _FIGURES = (
     (
         "effective rank",
         "rank",
-        "Number of directions the features use; far below the target's means lost content.",
+        "Number of directions the features use; a value far below the target's means lost content.",
     ),
-    ("place, R²", "place", "How well a linear fit predicts a patch's position; lower is cleaner."),
-    ("place by neighbours, R²", "place_neighbours", "The same, predicted from the nearest patches of other images."),
+    ("position, R²", "place", "How well a linear fit predicts a patch's position; lower is cleaner."),
+    (
+        "position by neighbours, R²",
+        "place_neighbours",
+        "The same, predicted from the nearest patches of other images.",
+    ),
     (
         "blank images, variance left",
         "blank_variance",
@@ -44,14 +48,14 @@ _FIGURES = (
     ("blank images, high frequencies left", "blank_detail", "The same for the differences between adjacent patches."),
     ("blurred photos, high frequencies left", "blurred_detail", "The same on heavily blurred photos."),
     (
-        "change by shifts, of raw's",
+        "change under shifts, relative to raw",
         "shift_change",
         "Change of the features under sub-patch shifts.",
     ),
     (
         "photos, variance left",
         "photo_variance",
-        "On photos, the fraction of raw's variance over positions: content, which should stay while those above fall.",
+        "On photos, the fraction of raw's variance over positions: content, which should remain as those above fall.",
     ),
 )
 

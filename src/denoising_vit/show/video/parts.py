@@ -60,7 +60,7 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     if kept[0] != kept[1] or not same_weights(*backbones):
         found.append("a different backbone or weights")
     rest = (theirs.keys() | mine.keys()) - {"source", "settings", "backbone"}
-    return found + [f"another {key}" for key in sorted(rest) if theirs.get(key) != mine.get(key)]
+    return found + [f"a different {key}" for key in sorted(rest) if theirs.get(key) != mine.get(key)]
 
 
 def recorded_in(video: Path) -> dict[str, Any] | None:

@@ -280,4 +280,4 @@ class _Run:
         if self._clip.missing:
             yield f"the file is truncated: {self._clip.missing} of the frames listed in its header are missing"
         if self._boxed:
-            yield f"{self._boxed} frames have another aspect ratio than the first and get black bars"
+            yield f"{self._boxed} frames have a different aspect ratio from the first and are padded with black bars"
