@@ -25,7 +25,7 @@ from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, pa
 #: All colour photographs of scikit-image that come with it and are free to show.
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 
-FEATURES = "raw,subtract,project,average,denoiser,exact"
+FEATURES = "raw,subtract,project,denoiser,distilled,average,exact"
 KINDS = {
     "pca": "The three strongest directions of the features as red, green and blue, in one basis for each row.",
     "norm": "The length of each feature vector, on one scale for each row.",
@@ -38,15 +38,16 @@ _TEXT = """# Gallery
 Features of every colour photograph that comes with scikit-image and is free to show, raw and clean: {names}. None was
 excluded for its appearance. The stereo pair `motorcycle` is left out because its terms are not stated. Drawings
 (`logo`, `colorwheel`) are left out too. The gallery is drawn by `python examples/gallery.py docs` with
-{backbone} ({weights}), the denoiser in the package, and stage 1 on {views} wide
+{backbone} ({weights}), the denoiser and the distilled ViT in the package, and stage 1 on {views} wide
 views with the G in the package and a constant for each view (`--offsets`).
 
 In each row, all features share one set of colours, fitted to all of them together: different colours mean different
 features. Patches are drawn as they are, without smoothing.
 
 **What to look at.** In uniform areas (retina, sky behind the rocket, dark sky between galaxies), the features of the
-denoiser differ less from patch to patch than raw features, and edges of objects remain. The mean of shifted passes is
-the smoothest. Subtracting G or projecting its directions out makes little visible difference.
+denoiser and of the distilled ViT differ less from patch to patch than raw features, and edges of objects remain. The
+distilled ViT separates the helmet from the suit (astronaut), like stage 1. The mean of shifted passes is the smoothest.
+Subtracting G or projecting its directions out makes little visible difference.
 
 **What to be careful about.** The colours of the denoiser are paler, because its feature vectors are shorter. Projecting
 changes all colours of the deep field, where the photo shows little. Stage 1 is smoother than its patch size suggests,

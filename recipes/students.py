@@ -5,8 +5,8 @@
 
 The first scores each candidate with the probes of `probes.py`, on the images of `labelled.py`, and on content-free
 images. A candidate is `raw`, a file, or a sum of changes from the raw weights with factors: `A.safetensors*1.5`,
-`A.safetensors+B.safetensors*0.5`. The second writes the low-rank difference of each rank next to the output file, and
-measures its features' distance to those of the whole weights.
+`A.safetensors+B.safetensors*0.5` (paths without + and *). The second writes the low-rank difference of each rank next
+to the output file, and measures its features' distance to those of the whole weights.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def reduced(asked: Any) -> Iterator[dict[str, Any]]:
     images = [torch.from_numpy(np.array(photos.read(index))).permute(2, 0, 1).to(raw.device) for index in chosen]
     views = [render(image, whole_photo, upright, tuple(asked.size), raw) for image in images]
     for candidate in asked.candidates:
-        whole = DistilledWeights.load(candidate)
+        whole, name = DistilledWeights.load(candidate), "-".join(Path(candidate).with_suffix("").parts[-2:])
         wanted = _features(with_weights(raw, Path(candidate)), views)
         away = _distance(_features(raw, views), wanted)
         for rank in asked.ranks:
-            path = asked.out.with_name(f"{Path(candidate).stem}.rank{rank}.safetensors")
+            path = asked.out.with_name(f"{name}.rank{rank}.safetensors")
             whole.reduce(path, rank=rank, base=raw)
             found = _features(with_weights(raw, path), views)
             yield {

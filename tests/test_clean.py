@@ -365,7 +365,7 @@ def test_cleaning_again_replaces_the_previous_method() -> None:
         (tiny, {"method": "distilled"}, dv.WeightsError, "the package has no distilled weights for vit_tiny"),
         (tiny, {"method": "distilled", "distilled": "none"}, dv.WeightsError, "none: no such file"),
         (tiny, {"method": "project", "layout": "tokens"}, dv.PlanError, "layout cannot be given"),
-        (lambda: nn.Linear(3, 3), {"method": "project"}, dv.BackboneError, "give the side of a patch"),
+        (lambda: nn.Linear(3, 3), {"method": "project"}, dv.BackboneError, "give its patch size"),
     ],
 )
 def test_invalid_calls_are_rejected_and_leave_the_model_unchanged(
@@ -458,13 +458,19 @@ def test_distilled_weights_in_a_timm_model_can_be_restored(tmp_path: Path) -> No
     assert all(value.equal(weights[name]) for name, value in model.state_dict().items())
 
 
-def test_distilled_weights_in_a_backbone_change_its_fingerprint(tmp_path: Path) -> None:
+def test_distilled_weights_in_a_backbone_change_its_identity(tmp_path: Path) -> None:
     backbone, image = dv.load_backbone(tiny(), device="cpu", dtype="float32"), images()
-    before, raw = backbone.fingerprint, backbone(image)
-    dv.clean(backbone, "distilled", distilled=distilled_file(tiny(), tmp_path / "distilled.safetensors"))
-    assert not backbone.fingerprint.matches(before)
-    dv.restore(backbone)
-    assert backbone.fingerprint.matches(before) and backbone(image).equal(raw)
+    fingerprint, digest, raw = backbone.fingerprint, backbone.digest, backbone(image)
+    path = distilled_file(tiny(), tmp_path / "distilled.safetensors")
+    dv.clean(backbone, "distilled", distilled=path)
+    assert not backbone.fingerprint.matches(fingerprint)
+    assert backbone.weights == str(path) and backbone.digest != digest
+    copied = copy.deepcopy(backbone)
+    assert copied.digest == backbone.digest
+    for one in (backbone, copied):
+        dv.restore(one)
+        assert one.fingerprint.matches(fingerprint) and one.weights == "as given"
+        assert one.digest == digest and one(image).equal(raw)
 
 
 def test_distilled_weights_are_replaced_only_by_a_valid_method(tmp_path: Path) -> None:
@@ -480,6 +486,40 @@ def test_distilled_weights_are_replaced_only_by_a_valid_method(tmp_path: Path) -
     dv.clean(model, "distilled", distilled=path)
     assert model.forward_features(image).equal(clean)
     assert dv.restore(model).forward_features(image).equal(tiny().forward_features(image))
+
+
+def test_own_weights_return_after_blocks_were_pruned_or_shared(tmp_path: Path) -> None:
+    model = tiny()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    own = copy.deepcopy(model.state_dict())
+    dv.clean(model, "distilled", distilled=distilled_file(model, tmp_path / "distilled.safetensors"))
+    del model.blocks[2]
+    dv.restore(model)
+    assert all(value.equal(own[name]) for name, value in model.state_dict().items())
+
+
+def test_backbones_that_share_a_model_with_distilled_weights(tmp_path: Path) -> None:
+    model, image = tiny(), images()
+    raw = model.forward_features(image)
+    other = dv.load_backbone(model, layer=1, device="cpu", dtype="float32")
+    before = other.fingerprint
+    clean = dv.clean(model, "distilled", distilled=distilled_file(tiny(), tmp_path / "file")).forward_features(image)
+    assert not other.fingerprint.matches(before)
+    shared = dv.load_backbone(model, device="cpu", dtype="float32")
+    dv.restore(shared)
+    dv.restore(model)
+    assert model.forward_features(image).equal(raw) and not raw.equal(clean)
+    assert other.fingerprint.matches(before)
+
+
+def test_own_weights_keep_their_precision(tmp_path: Path) -> None:
+    model = tiny()
+    own = copy.deepcopy(model.state_dict())
+    dv.clean(model, "distilled", distilled=distilled_file(model, tmp_path / "distilled.safetensors"))
+    with pytest.raises(dv.ArtifactError):
+        dv.clean(model.half(), "subtract")
+    dv.restore(model.float())
+    assert all(value.equal(own[name]) for name, value in model.state_dict().items())
 
 
 def test_distilled_weights_of_the_package() -> None:

@@ -151,7 +151,7 @@ def test_a_difference_is_added_in_float32_also_for_bfloat16(base: Path, tmp_path
     found = with_weights(full(base, "bfloat16"), small)
     for name, value in found.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name
-    with pytest.raises(WeightsError, match=r"must be float32, got torch\.bfloat16; load the backbone with dtype"):
+    with pytest.raises(WeightsError, match=r"must be float32, got torch\.bfloat16; load the model in float32"):
         with_weights(full(dtype="bfloat16"), small)
 
 

@@ -199,4 +199,4 @@ def test_distilled_weights_are_reduced_to_several_ranks(
     )
     one, two = read_lines(tmp_path / "l")
     assert one["distance"] > 0.05 > 1e-4 > two["distance"]
-    assert one["bytes"] < two["bytes"] == (tmp_path / "student.rank2.safetensors").stat().st_size
+    assert one["bytes"] < two["bytes"] == (tmp_path / f"{tmp_path.name}-student.rank2.safetensors").stat().st_size

@@ -68,6 +68,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 #: Minimum of black and maximum of white over channels, in normalised images.
 _ENDS = ((min, 0.0), (max, 1.0))
 
+#: Tensors, and how often each was written.
+Versions = list[tuple[Tensor, int]]
+
 #: Tolerance of values outside the range of photos, as a multiple of its width; interpolation and noise stay far below.
 _MARGIN = 10.0
 
@@ -125,7 +128,8 @@ class Backbone(nn.Module, ABC):
         self.default_size = min(fitting, key=lambda side: abs(side - default_size))
         self.training = False
         self._fingerprint: Fingerprint | None = None
-        self._digest: tuple[list[tuple[Tensor, int]], str] | None = None
+        self._fingerprinted: Versions | None = None  # the weights at that time
+        self._digest: tuple[Versions, str] | None = None
 
     @abstractmethod
     def _tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,8 +253,10 @@ class Backbone(nn.Module, ABC):
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of weights, layer, norm and stride, independent of the weights' file."""
-        if self._fingerprint is None:
+        now = self._versions()
+        if self._fingerprint is None or _written(self._fingerprinted, now):
             self._fingerprint = Fingerprint.of(self, self._fingerprint_size())
+        self._fingerprinted = now
         return self._fingerprint
 
     @property
@@ -261,16 +267,22 @@ class Backbone(nn.Module, ABC):
         """
         if not self.state_dict():
             return None
-        now = [(value, 0 if value.is_inference() else value._version) for value in self._weights()]
-        known = self._digest
+        now, known = self._versions(), self._digest
         if known is None or not _unchanged(known[0], now):
             self._digest = known = now, state_digest(self)
         return known[1]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Move or convert the weights, which changes the digest."""
-        self._digest = None
+        """Move or convert the weights, which changes the digest but not the fingerprint."""
+        self._digest = self._fingerprinted = None
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies, whose tensors have versions of their own."""
+        return self.__dict__ | {"_digest": None, "_fingerprinted": None}
+
+    def _versions(self) -> Versions:
+        return [(value, 0 if value.is_inference() else value._version) for value in self._weights()]
 
     def _fingerprint_size(self) -> int:
         return self.default_size
@@ -288,7 +300,13 @@ class Backbone(nn.Module, ABC):
         )
 
 
-def _unchanged(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
+def _written(before: Versions | None, now: Versions) -> bool:
+    """True if a tensor was written since; other tensors are taken for moved or copied ones."""
+    versions = {id(value): version for value, version in before or ()}
+    return any(versions.get(id(value), version) != version for value, version in now)
+
+
+def _unchanged(before: Versions, now: Versions) -> bool:
     """True if these are the same tensors in the same versions; writing to a tensor increments its version."""
     pairs = zip(before, now, strict=False)
     return len(before) == len(now) and all(old is new and was == version for (old, was), (new, version) in pairs)

@@ -110,7 +110,7 @@ def with_difference(path: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
             raise FormatError(
                 f"{path}: damaged difference of weights, or for another model: {name} {tuple(change.shape)}"
             )
-        state[name] = base[name].float() + change.float().reshape(base[name].shape)
+        state[name] = base[name].float() + change.to(base[name].device).float().reshape(base[name].shape)
     return state
 
 

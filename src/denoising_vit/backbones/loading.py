@@ -230,7 +230,7 @@ def _read_weights(name: str, path: Path, own: TimmBackbone | None = None) -> dic
     if base.dtype != torch.float32:
         raise WeightsError(
             f"{path}: stored as a difference from other weights, which must be float32, got {base.dtype}; load the "
-            "backbone with dtype=float32"
+            "model in float32"
         )
     if not is_recorded(recorded, base):
         remedy = "Use the weights that it was made from, or distil again from these"
@@ -266,8 +266,7 @@ def distilled_path(backbone: Backbone, given: str | Path | None = None) -> Path:
     if path is None:
         raise WeightsError(
             f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "
-            f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and pass them with "
-            "--distilled RUN/distilled.safetensors"
+            f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and give the file"
         )
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")

@@ -44,6 +44,9 @@ _OPTIONS = {
     "distilled": ("distilled",),
 }
 
+#: Attribute of a backbone with distilled weights: the origin of its own weights.
+_ORIGIN = "_own_origin"
+
 #: Options that describe a module's images and outputs.
 _MODULE = ("patch_size", "stride", "mean", "std", "default_size", "layout")
 
@@ -126,11 +129,10 @@ def restore(model: M) -> M:
         if "_registers" in module.__dict__:
             del module.__dict__["_registers"]
             registering.remove(module)
-        if (before := weights.weights_before(module)) is not None:
-            weights.exchange(module, before)
-            weights.forget(module)
+        weights.restore(module)
         if isinstance(module, Backbone):
             module._fingerprint = None
+            module.weights = vars(module).pop(_ORIGIN, module.weights)
     return model
 
 
@@ -212,6 +214,7 @@ def _refuse(given: dict[str, Any], what: str) -> None:
 def _restored(model: nn.Module) -> Iterator[None]:
     """The model without its earlier cleaner inside the block; the cleaner is put back if the block fails."""
     before = [(module, type(module), dict(vars(module)), dict(module._forward_pre_hooks)) for module in model.modules()]
+    distilled = [(module, weights.installed(module)) for module in model.modules()]
     restore(model)
     try:
         yield
@@ -221,8 +224,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(held)
             module._forward_pre_hooks.update(hooks)
-            if (other := weights.weights_before(module)) is not None:  # restore() exchanged them
-                weights.exchange(module, other)
+        for module, values in distilled:
+            weights.write(module, values)
         raise
 
 
@@ -258,4 +261,5 @@ def _install_weights(target: nn.Module, backbone: Backbone, given: Any) -> None:
     inside = target.model if isinstance(target, TimmBackbone) else target
     weights.install(inside, backbone, given)
     if isinstance(target, Backbone):
-        target._fingerprint = None
+        vars(target)[_ORIGIN] = target.weights
+        target.weights = "distilled" if given is None else str(given)

@@ -1,4 +1,4 @@
-"""Distilled weights inside a model of the caller, and back."""
+"""Distilled weights inside a model in use, and its own weights again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from denoising_vit.backbones.loading import distilled_path, with_weights
 from denoising_vit.backbones.timm_vit import TimmBackbone
 from denoising_vit.errors import BackboneError
 
-#: Attribute of a model with distilled weights: its weights before, by name, where they differ.
-_BEFORE = "_weights_before"
+#: Attribute of a model with distilled weights: its own weights, by name, where they differ.
+_OWN = "_own_weights"
 
 
 def install(module: nn.Module, backbone: Backbone, given: str | Path | None) -> None:
@@ -33,26 +33,29 @@ def install(module: nn.Module, backbone: Backbone, given: str | Path | None) -> 
         raise BackboneError(f"distilled weights need a ViT of timm, got {backbone.name}")
     distilled = with_weights(backbone, distilled_path(backbone, given))
     assert isinstance(distilled, TimmBackbone)
-    own, other = module.state_dict(), distilled.model.state_dict()
-    changed = {name: value for name, value in other.items() if not torch.equal(value, own[name])}
-    exchange(module, changed)
-    module.__dict__[_BEFORE] = changed
+    own = module.state_dict()
+    changed = {name: value for name, value in distilled.model.state_dict().items() if not torch.equal(value, own[name])}
+    # Names may share a tensor, so all values are kept before any is written.
+    module.__dict__[_OWN] = {name: own[name].clone() for name in changed}
+    write(module, changed)
 
 
-def weights_before(module: nn.Module) -> dict[str, Tensor] | None:
-    """The weights of a model before :func:`install`, or None; :func:`exchange` brings them back."""
-    return module.__dict__.get(_BEFORE)
+def restore(module: nn.Module) -> None:
+    """Undo :func:`install`; a module without distilled weights is unchanged."""
+    if _OWN in module.__dict__:
+        write(module, module.__dict__.pop(_OWN))
 
 
-def forget(module: nn.Module) -> None:
-    """Forget the weights before."""
-    del module.__dict__[_BEFORE]
+def installed(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the distilled weights of a module, by name; empty if it has none."""
+    present = module.state_dict() if _OWN in module.__dict__ else {}
+    return {name: present[name].clone() for name in module.__dict__.get(_OWN, ()) if name in present}
 
 
 @torch.no_grad()
-def exchange(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Exchange weights of a module with those of a dictionary, both in place, so that a second call undoes it."""
-    own = module.state_dict()
+def write(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write weights by name, in place; those that the module no longer has in this shape are left out."""
+    present = module.state_dict()
     for name, value in values.items():
-        values[name] = own[name].clone()
-        own[name].copy_(value)
+        if name in present and present[name].shape == value.shape:
+            present[name].copy_(value)

@@ -268,8 +268,8 @@ class Writing:
         self._last = self._pool.submit(self._write, finish)
 
     def _write(self, finish: Callable[[], PhotoRow]) -> None:
-        """Write a photo with one thread, because the forward passes of the next one need the others."""
-        with threadpool_limits(1):
+        """Write a photo with one OpenMP thread, because the forward passes of the next one need the others."""
+        with threadpool_limits(1, "openmp"):  # a limit of this thread alone; one on BLAS would be of all threads
             self._table.add(finish())
 
     def _settle(self) -> None:

@@ -87,6 +87,7 @@ class DistillJob:
             TrainError: if source, backbone, options or folder do not match.
             DenoiserError: if a denoiser belongs to another backbone or has another width, or cannot be found.
             FormatError: if the weights to start from are damaged, or belong to another backbone.
+            WeightsError: if they are missing.
             SizeError: if a size does not fit the patch grid.
             BackboneError: if the backbone cannot be loaded.
         """

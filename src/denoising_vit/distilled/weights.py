@@ -123,8 +123,8 @@ def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
 
 
 def _state(backbone: Backbone) -> dict[str, Tensor]:
-    """Weights by their names in timm."""
+    """Weights by their names in timm, on the CPU."""
     from denoising_vit.backbones.timm_vit import TimmBackbone
 
     assert isinstance(backbone, TimmBackbone)  # like every model that stage 3 trains
-    return backbone.model.state_dict()
+    return {name: value.cpu() for name, value in backbone.model.state_dict().items()}

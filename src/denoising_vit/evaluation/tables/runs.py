@@ -92,7 +92,7 @@ _COLUMNS = (
     ("MSE", "mse", "raw_mse"),
     ("effective rank", "rank", "raw_rank"),
     ("position, R²", "place", "raw_place"),
-    ("place by neighbours, R²", "place_neighbours", "raw_place_neighbours"),
+    ("position by neighbours, R²", "place_neighbours", "raw_place_neighbours"),
     ("blank images, variance left", "blank_variance", None),
     ("blank images, high frequencies left", "blank_detail", None),
     ("photos, variance left", "photo_variance", None),

@@ -207,7 +207,7 @@ ARTIFACT_LABELS = {
     "blank_variance": "blank images, variance left",
     "blank_detail": "blank images, high frequencies left",
     "blurred_detail": "blurred photos, high frequencies left",
-    "shift_change": "change by shifts, of raw's",
+    "shift_change": "change under shifts, relative to raw",
     "photo_variance": "photos, variance left (content)",
 }
 
