@@ -60,7 +60,7 @@ def test_tiles_of_a_large_photo_and_wrong_tiles(show: Show, tmp_path: Path) -> N
     wrong = show(*tiles, 64, "--overlap", 40)
     assert wrong.code == 2 and "overlap must be 0 to 32 pixels (half a tile), got 40" in wrong.words
     alone = show("large.png", "-o", "sheet.png", "--overlap", 8)
-    assert alone.code == 2 and "also give the side of a tile" in alone.words
+    assert alone.code == 2 and "also set tile, the side of a tile" in alone.words
 
 
 def test_one_sheet_per_photo_with_unique_names(show: Show, photos: Path, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_several_json_files_need_a_choice(coco: Path) -> None:
     shutil.move(coco / "other" / "val2014", coco / "val2014")
     shutil.rmtree(coco / "other")
     (coco / "annotations" / "captions_val2014.json").write_text("{}")
-    refused(coco, "has 2 JSON files (instances_train2014.json, instances_val2014.json)", "annotations, or split")
+    refused(coco, "has 2 JSON files (instances_train2014.json, instances_val2014.json)", "annotations or split")
     assert open_boxed(coco, split="val2014").name == "COCO val2014"
     assert len(open_boxed(coco, split="val2014").val.images) == 2
     refused(coco, "test2014.json: no such file", split="test2014")

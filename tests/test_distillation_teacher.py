@@ -124,7 +124,7 @@ def test_shipped_denoiser_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     backbone = tiny.backbone()
     made = tiny.denoiser(backbone)
     monkeypatch.setattr(loading, "_SHIPPED", tmp_path)
-    with pytest.raises(DenoiserError, match=r"no denoiser for vit_tiny.* train one with dvit train and give"):
+    with pytest.raises(DenoiserError, match=r"no denoiser for vit_tiny.* train one with dvit train and pass"):
         DenoiserTeacher.of(backbone, None)
     tiny.write(made, tmp_path / f"{tiny.MODEL}.safetensors")
     lesson = DenoiserTeacher.of(backbone, None)(batch(images))

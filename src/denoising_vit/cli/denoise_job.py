@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from denoising_vit.cli.outputs import Output, OutputFolder
 from denoising_vit.cli.reporting import PhotoProgress, Report, Row, number
@@ -265,12 +264,7 @@ class Writing:
     def add(self, finish: Callable[[], PhotoRow]) -> None:
         """Start to write a photo, once the previous one is written."""
         self._settle()
-        self._last = self._pool.submit(self._write, finish)
-
-    def _write(self, finish: Callable[[], PhotoRow]) -> None:
-        """Write a photo with one OpenMP thread, because the forward passes of the next one need the others."""
-        with threadpool_limits(1, "openmp"):  # a limit of this thread alone; one on BLAS would be of all threads
-            self._table.add(finish())
+        self._last = self._pool.submit(lambda: self._table.add(finish()))
 
     def _settle(self) -> None:
         """Wait for the last photo, and raise its error, if any."""
