@@ -1,4 +1,4 @@
-"""How much of a known artifact each method removes: planted on a real backbone, which none of them is told.
+"""How much of a known artifact each method removes: planted on a real backbone, unknown to the methods.
 
     PYTHONPATH=recipes python benchmarks/planted.py PHOTOS [--share 0.1 0.2] [--out DIR]
 
@@ -7,7 +7,7 @@ variance is added to the output for every image, and tokens of the flattest patc
 of the pattern is the squared coefficient of the pattern in what a method makes of the planted features, relative to the
 features without it, averaged over photos; left of the outliers is the squared distance to the unplanted features at
 their places, relative to that of raw ones. Stage 2 is trained on planted features by the recipe of the shipped
-denoiser, on other photos than it is judged by.
+denoiser, on other photos than those that it is evaluated on.
 """
 
 from __future__ import annotations
