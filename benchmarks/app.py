@@ -1,10 +1,10 @@
-"""How long the page of `dvit app` takes to answer: from the click to the pictures in a browser.
+"""How long the page of `dvit app` takes to answer: from the click until the browser shows the pictures.
 
     python benchmarks/app.py [--photo astronaut] [--answers 5]
 
 In one process: the page is served on this machine, a headless Chromium opens it, and a photo of 512 x 512 pixels is
-denoised by the shipped denoiser. Prints the first answer after the start, those that follow, and what the backbone and
-the denoiser alone take for it. Needs the extra `app`, playwright, scikit-image and a Chromium.
+denoised by the shipped denoiser. Prints the time of the first answer after the start, of the following ones, and of the
+backbone and denoiser alone. Needs the extra `app`, playwright, scikit-image and a Chromium.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from denoising_vit.show.app.models import Models
 from denoising_vit.show.app.serving import serve
 from denoising_vit.show.options import AppOptions
 
-#: The most that the first answer may take, in seconds.
+#: Maximum time of the first answer, in seconds.
 BAR = 5.0
 
 
 def main(photo: str = "astronaut", answers: int = 5) -> None:
-    """Measures it.
+    """Measures the time to an answer.
 
     Args:
-        photo: of scikit-image.
-        answers: of the page.
+        photo: name of a photo in scikit-image.
+        answers: number of answers to time.
     """
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if executable is None:
@@ -56,7 +56,7 @@ def main(photo: str = "astronaut", answers: int = 5) -> None:
 
 
 def _answers(executable: str, url: str, count: int) -> list[float]:
-    """Seconds from click to pictures, one after another."""
+    """Seconds from click to pictures, for each answer in turn."""
     from playwright.sync_api import sync_playwright
 
     times = []
@@ -64,7 +64,7 @@ def _answers(executable: str, url: str, count: int) -> list[float]:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         page: Any = browser.new_page()
         for _ in range(count):
-            page.goto(url)  # anew, because the same answer has a duplicates
+            page.goto(url)  # a new page, because the same page keeps the pictures of the last answer
             page.wait_for_selector("#photo img")
             started = time.perf_counter()
             page.click("#run")
@@ -77,7 +77,7 @@ def _answers(executable: str, url: str, count: int) -> list[float]:
 
 @torch.no_grad()
 def _passes(repeats: int = 5) -> float:
-    """The median time of what no answer can do without."""
+    """The median time of the forward passes that every answer needs."""
     backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m")
     extractor = dv.DenoisedViT(backbone, dv.load_denoiser("shipped", backbone=backbone))
     image = torch.randn(1, 3, backbone.default_size, backbone.default_size)

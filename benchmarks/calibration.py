@@ -1,15 +1,15 @@
-"""How many photos an artifact takes, and how many views a photo then takes.
+"""How many photos an artifact needs, and how many views a photo then needs.
 
     python benchmarks/calibration.py FOLDER --out OUT [--photos 128] [--judged 12]
 
-Photos of FOLDER are taken evenly; those of the second part are none of the first.
+Photos of FOLDER are chosen evenly; the second part uses none of the photos of the first.
 
 1. Split-half correlation of G against the number of photos, and whether many photos with few views or few photos with
-   many views find it better for as many forward passes. Writes OUT/artifact.safetensors, found in all of them.
+      many views estimate it better for as many forward passes. Writes OUT/artifact.safetensors, estimated from all.
 2. R^2 on held-out views against the number of fitted views, with that G given and with one fitted in each photo, for
    two resolutions of the field; the same features throughout.
 
-Writes OUT/calibration.json after every part (what is there is not done again), OUT/calibration.md and
+Writes OUT/calibration.json after every part (finished parts are skipped), OUT/calibration.md and
 OUT/calibration.svg.
 """
 
@@ -45,7 +45,7 @@ import matplotlib.pyplot as plt
 
 Record = dict[str, Any]
 
-#: Views a photo and photos, of the trial of how forward passes are best spent.
+#: (views per photo, photos) for the comparison of how to spend forward passes.
 _SPENT = ((8, 64), (16, 32), (32, 16))
 
 _VIEWS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -64,11 +64,11 @@ def main(
 
     Args:
         folder: photographs.
-        out: folder of the results.
-        photos: of the first part.
-        judged: photos of the second part.
-        backbone: a timm model.
-        size: of a view in pixels; the backbone's own without it.
+        out: output folder.
+        photos: number of photos of the first part.
+        judged: number of photos of the second part.
+        backbone: name of a timm model.
+        size: size of a view in pixels; the backbone's default if None.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "calibration.json"
@@ -109,7 +109,7 @@ def main(
 
 
 def named(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
-    """Photos by their names alone: the artifact may be given away, and paths are nobody's business."""
+    """Photos by file name only: the artifact may be published, and paths are private."""
     return ((file.name, read_photo(file)) for file in files)
 
 
@@ -137,7 +137,7 @@ def views_curve(model: Backbone, file: Path, artifact: Artifact, size: int | Non
                         sums, values, unseen
                     )
                 except dv.PlanError:
-                    continue  # so few views do not determine so many nodes
+                    continue  # too few views to determine that many nodes
     return found
 
 
@@ -155,7 +155,7 @@ def r2(sums: Statistics, artifact: Any, unseen: SeenViews) -> float | None:
 
 
 def averaged(found: Record) -> dict[str, dict[int, float]]:
-    """Mean R^2 over photos by line of the plot and views."""
+    """Mean R^2 over photos, by line of the plot and number of views."""
     lines: dict[str, dict[int, float]] = {}
     curves = list(found["curves"].values())
     for key in curves[0]:
@@ -193,7 +193,7 @@ def markdown(found: Record) -> str:
 
 
 def draw(found: Record, path: Path) -> None:
-    """Both curves side by side."""
+    """Plots both curves side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     halves = {int(count): value for count, value in found["calibration"]["split_half_by_photos"].items()}
     left.semilogx(list(halves), list(halves.values()), "o-", base=2)

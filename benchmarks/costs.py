@@ -1,10 +1,10 @@
-"""What each kind of features costs, in times of the bare backbone pass.
+"""What each kind of features costs, relative to the bare backbone pass.
 
     python benchmarks/costs.py [--size 518] [--runs 15] [--out DIR]
 
-In one process and in turn, on the same noise: the backbone, and every kind of features in one call. Cleaners have
-random weights, since times do not depend on them. Features of stage 1 are counted in passes only, as
-`benchmarks/overhead.py` times them. Ratios are medians over pairs of runs, with least and largest.
+In one process, alternating, on the same noise: the backbone, and every kind of features in one call. Cleaners have
+random weights, which do not affect the time. For features of stage 1 only forward passes are counted, since
+`benchmarks/overhead.py` times them. Ratios are medians over pairs of runs, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(
 
 
 def one_call(model: Backbone, size: int) -> dict[str, Extractor]:
-    """Every kind of features that takes no fit to each image, by name."""
+    """Every kind of features that needs no fit per image, by name."""
     grid, record = model.grid_size(size, size), describe(model)
     values = torch.randn(*grid, model.embed_dim)
     denoiser = dv.Denoiser(model.embed_dim, grid).to(model.device, model.dtype).eval().requires_grad_(False)

@@ -1,8 +1,8 @@
-"""How often a 95 % interval holds the truth, by the number of groups: ours against percentiles of a bootstrap.
+"""How often a 95 % interval contains the true value, by number of groups: ours against bootstrap percentiles.
 
     python benchmarks/coverage.py [--repeats 4000] [--out coverage.md]
 
-Each repeat draws groups anew from a population whose difference is known: means of normal, heavy-tailed, skewed and
+Each repeat draws new groups from a population whose difference is known: means of normal, heavy-tailed, skewed and
 very skewed differences, and the difference in mIoU of two sources on made-up images of six classes, some of them rare.
 """
 
@@ -21,19 +21,19 @@ from denoising_vit.evaluation.scores import Counts, scores
 GROUPS = (5, 10, 30, 100)
 DRAWS = 1000
 
-#: Ours and theirs of a number of groups.
+#: Draws the outcomes of both sources for a number of groups.
 Sample = Callable[[np.random.Generator, int], tuple[Outcome, Outcome]]
 Ends = tuple[float, float]
 
 
 class One(Measured):
-    """One figure of each group."""
+    """One value per group."""
 
     METRICS = ("figure",)
 
 
 def mean_of(draw: Callable[[np.random.Generator, int], np.ndarray]) -> Sample:
-    """Differences of two sources as drawn, each group one item."""
+    """Differences of two sources as drawn, one item per group."""
 
     def sample(chance: np.random.Generator, count: int) -> tuple[Outcome, Outcome]:
         values = draw(chance, count)[:, None]
@@ -67,7 +67,7 @@ def bootstrap(ours: Outcome, theirs: Outcome, count: int) -> Ends:
 
 
 def widened(difference: float, ends: Ends, count: int) -> Ends:
-    """Percentiles brought to the width of a t interval; all that can be done where only they were kept."""
+    """Percentiles widened to a t interval; the only correction possible where only the percentiles were kept."""
     from scipy.special import stdtrit
 
     factor = float(stdtrit(count - 1, 0.975)) / 1.959964 * np.sqrt(count / (count - 1))
@@ -75,7 +75,7 @@ def widened(difference: float, ends: Ends, count: int) -> Ends:
 
 
 def coverage(sample: Sample, truth: float, count: int, repeats: int) -> list[float]:
-    """Shares of intervals that hold the truth: ours, percentiles, widened percentiles."""
+    """Fractions of intervals that contain the true value: ours, percentiles, widened percentiles."""
     chance = np.random.default_rng(count)
     held = np.zeros(3)
     for _ in range(repeats):
@@ -92,8 +92,8 @@ def main(repeats: int = 2000, out: Annotated[Path | None, tyro.conf.arg(name="ou
     """Prints the table.
 
     Args:
-        repeats: intervals a cell.
-        out: where the table goes as well.
+        repeats: number of intervals per cell.
+        out: file to write the table to as well.
     """
     many = images(np.random.default_rng(0), 200_000)
     cases: dict[str, tuple[Sample, float]] = {

@@ -4,8 +4,8 @@
 
 FOLDER holds `images/` and `masks/` (index PNGs; 11 and above is void), as CamVid's training split. Gallery and query
 frames come from different drives (the part of the name before the underscore). Features are extracted once per source
-(view size, crops, precision) into CACHE; everything else is varied from them. Every finished variant is a line of
-`OUT/curves.jsonl` and is not done again; `curves_report.py` makes tables and pictures from that file alone.
+(view size, crops, precision) into CACHE; everything else is varied from these. Every finished variant is a line of
+`OUT/curves.jsonl` and is skipped later; `curves_report.py` makes tables and pictures from that file alone.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from denoising_vit.views.options import CropOptions
 from denoising_vit.views.plan import ViewPlan
 
 CLASSES, GRID, PATCH, HELD_OUT = 11, (37, 37), 14, 8
-#: Gallery patches are thinned where there are many: by this for all frames, not at all for some.
+#: Gallery patches are thinned by this factor with all frames, and not at all with some.
 THINNING = 4
 
 
 @dataclass(frozen=True)
 class Source:
-    """How features were made.
+    """How features were computed.
 
     Attributes:
-        size: of a view in pixels, square.
+        size: size of a view in pixels, square.
         coverage: as in `CropOptions`.
         area: as in `CropOptions`.
-        dtype: of the backbone.
+        dtype: dtype of the backbone.
     """
 
     size: int = 518
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """For files; other crops by the same settings would have another name."""
+        """Name for files; other crops with the same settings would need another name."""
         settings = f"{self.size}-{self.coverage}-{self.area[0]}-{self.area[1]}-{self.dtype}"
         return f"{settings}-{self.plan(HELD_OUT).digest[:8]}"
 
@@ -78,12 +78,12 @@ class Variant:
     """One way to run stage 1; without changes, the defaults at 32 views.
 
     Attributes:
-        curve: which curve it is a point of.
-        frames: all, or some (an even subset).
+        curve: the curve that it is a point of.
+        frames: all, or some (an evenly spaced subset).
         artifact: fitted with the field, known beforehand (mean over the fits of the gallery's frames, which are among
             those that it is then used for), or none (zero).
-        features: what is judged by labels.
-        ablation: terms of the neural field, for that curve alone.
+        features: features that are evaluated with labels.
+        ablation: terms of the neural field, used by that curve only.
     """
 
     curve: str
@@ -100,7 +100,7 @@ class Variant:
     ablation: Literal["F", "F+G", "F+G+h"] | None = None
 
     def sums(self) -> tuple[Any, ...]:
-        """Variants that agree in this share their sums over views."""
+        """Key of variants that share their sums over views."""
         return self.source, self.frames, self.views, self.resolution, self.taper, self.clip
 
 
@@ -141,7 +141,7 @@ class Frames:
 
     @classmethod
     def choose(cls, folder: Path, count: int) -> Frames:
-        """Evenly from two sets of drives: queries from the drive with most frames, the gallery from all others."""
+        """Chooses evenly from two sets of drives: queries from the drive with most frames, gallery from the others."""
         images = sorted((folder / "images").iterdir())
         if not images:
             raise SystemExit(f"{folder}/images is empty; expected photographs, and index masks in {folder}/masks")
@@ -152,20 +152,20 @@ class Frames:
         return cls(evenly(ours, count), evenly(theirs, count), folder)
 
     def subset(self, count: int) -> Frames:
-        """An even part of both."""
+        """An evenly spaced subset of both."""
         return replace(self, gallery=evenly(self.gallery, count), queries=evenly(self.queries, count))
 
     def all(self) -> list[Path]:
-        """Gallery first."""
+        """All image files, the gallery first."""
         return [*self.gallery, *self.queries]
 
     def labels(self, image: Path) -> Tensor:
-        """(h w,) classes of the patches, -1 where there is none."""
+        """(h w,) classes of the patches, -1 where there is no label."""
         return patch_labels(self.folder / "masks" / f"{image.stem}.png", GRID, CLASSES).flatten()
 
 
 def evenly(items: list[Path], count: int) -> list[Path]:
-    """``count`` of them, evenly spaced."""
+    """``count`` of the items, evenly spaced."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
@@ -180,16 +180,16 @@ def main(
     ablation_steps: int = 1000,
     ablation_finest: int = 256,
 ) -> None:
-    """Extracts what is missing, and varies.
+    """Extracts missing features and runs all variants.
 
     Args:
-        folder: with images/ and masks/.
-        cache: folder for features (about 60 MB a frame).
+        folder: folder with images/ and masks/.
+        cache: folder for features (about 60 MB per frame).
         out: folder for curves.jsonl.
-        frames: in the gallery, and as many queries.
-        some: frames in each of the subset, which has more views and the rarer sources.
-        most_views: of the subset.
-        ablation_steps: of the neural field, fewer than published.
+        frames: number of gallery frames, and of query frames.
+        some: number of gallery and of query frames in the subset, which has more views and the rarer sources.
+        most_views: largest number of views, for the subset.
+        ablation_steps: steps of the neural field, fewer than published.
         ablation_finest: vertices of its finest level, fewer than published.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -215,12 +215,12 @@ def main(
 
 
 def as_json(variant: Variant) -> dict[str, Any]:
-    """The variant as it reads back from JSON."""
+    """The variant as JSON gives it back."""
     return json.loads(json.dumps(asdict(variant)))
 
 
 def describe(record: dict[str, Any]) -> str:
-    """A variant in a few words."""
+    """A short description of a variant."""
     variant, plain = record["variant"], as_json(Variant(""))
     changed = {key: value for key, value in variant.items() if value != plain[key] and key != "curve"}
     return f"{variant['curve']}: {changed}"
@@ -230,7 +230,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def extract(cache: Path, chosen: dict[str, Frames], wanted: list[Variant]) -> None:
-    """Features of every source and frame that a variant wants, with as many views as any wants."""
+    """Extracts features of every source and frame that a variant needs, with the largest number of views needed."""
     need: dict[tuple[Source, Path], int] = {}
     for variant in wanted:
         for image in chosen[variant.frames].all():
@@ -245,7 +245,7 @@ def extract(cache: Path, chosen: dict[str, Frames], wanted: list[Variant]) -> No
         for number, ((source, image), views) in enumerate(part.items()):
             started = time.perf_counter()
             pixels, _ = load_image(image, model)
-            # Views that are there are kept; a plan with more views begins with the same.
+            # Existing views are kept; a plan with more views begins with the same ones.
             path = cache_file(cache, source, image)
             old = load_file(path) if path.exists() else {}
             have = len(old["features"]) if old else 0
@@ -262,17 +262,17 @@ def extract(cache: Path, chosen: dict[str, Frames], wanted: list[Variant]) -> No
 
 
 def held_out_plan(source: Source, **more: Any) -> ViewPlan:
-    """Views to judge by: drawn alike whatever crops are fitted."""
+    """Held-out views for evaluation: drawn in the same way whatever crops are fitted."""
     return Source(size=source.size).plan(HELD_OUT, seed=1_000_003, full_image=False, **more)
 
 
 def cache_file(cache: Path, source: Source, image: Path) -> Path:
-    """Where the features of a frame are."""
+    """Path of the cached features of a frame."""
     return cache / source.name / f"{image.stem}.safetensors"
 
 
 def views_there(path: Path) -> int:
-    """Views in a file of the cache."""
+    """Number of views in a cache file."""
     return len(load_file(path)["features"]) if path.exists() else 0
 
 
@@ -287,7 +287,7 @@ class Runner:
         self._joint: dict[tuple[Any, ...], Tensor] = {}
 
     def run(self, group: list[Variant]) -> Iterator[dict[str, Any]]:
-        """Records of variants that share their sums."""
+        """Runs variants that share their sums and gives their records."""
         one = group[0]
         frames = self.chosen[one.frames]
         plain = [variant for variant in group if variant.ablation is None]
@@ -333,7 +333,7 @@ class Runner:
         return solver.solve_field(b, known), known
 
     def _known(self, variant: Variant) -> Tensor:
-        """G (h, w, C): the mean over the gallery, 32 views each, of what was fitted there."""
+        """G (h, w, C): the mean of the artifacts fitted to the gallery frames, 32 views each."""
         source = variant.source
         if (source,) not in self._joint:
             plan = source.plan(32, resolution=74, taper=0.3)
@@ -355,7 +355,7 @@ class Runner:
         return fit.separate((111, 111), (*GRID, 384))
 
     def _label(self, variant: Variant, maps: list[Tensor]) -> np.ndarray:
-        """Confusion (queries, classes, classes) of the labels that the gallery's patches give."""
+        """Confusion (queries, classes, classes) of the labels predicted from the gallery's patches."""
         frames = self.chosen[variant.frames]
         known = len(frames.gallery)
         gallery = torch.stack(maps[:known]).flatten(0, 2)
@@ -375,7 +375,7 @@ class Runner:
 
 @lru_cache(maxsize=32)
 def solver_for(plan: ViewPlan, smoothness: float, shrinkage: float) -> ExactSolver:
-    """Factors are shared by all frames."""
+    """Exact solver, whose factors are shared by all frames."""
     return ExactSolver(plan, smoothness=smoothness, shrinkage=shrinkage)
 
 
@@ -388,14 +388,14 @@ def accumulate(features: Tensor, plan: ViewPlan, clip: float | None) -> tuple[Te
 
 
 def sample(field: Tensor) -> Tensor:
-    """F (Ry, Rx, C) at the patch centres of the common grid, whatever the views' size."""
+    """F (Ry, Rx, C) at the patch centres of the common grid, whatever the size of the views."""
     side = GRID[0] * PATCH
     nothing = torch.zeros(*GRID, 1)
     return Decomposition(field.float(), nothing, nothing, (side, side), PATCH, PATCH).semantic
 
 
 def on_grid(raw: Tensor, size: int) -> Tensor:
-    """Raw features of a view size, on the common grid (bilinear where it is another)."""
+    """Raw features of a view size, on the common grid (bilinear if the grids differ)."""
     if tuple(raw.shape[:2]) == GRID:
         return raw
     moved = torch.nn.functional.interpolate(raw.permute(2, 0, 1)[None], GRID, mode="bilinear", align_corners=False)

@@ -36,7 +36,7 @@ _PANELS = [
 
 @dataclass(frozen=True)
 class Point:
-    """A variant with its figures and how it compares with the reference on the same frames."""
+    """A variant with its metrics and its difference from the reference on the same frames."""
 
     variant: Record
     r2: float | None
@@ -48,10 +48,10 @@ class Point:
 
 
 def main(records: tyro.conf.Positional[Path], /, out: Path) -> None:
-    """Makes the tables and the picture.
+    """Writes the tables and the picture.
 
     Args:
-        records: curves.jsonl.
+        records: paths of curves.jsonl files.
         out: folder for curves.md and curves.svg.
     """
     points = read(records)
@@ -61,7 +61,7 @@ def main(records: tyro.conf.Positional[Path], /, out: Path) -> None:
 
 
 def read(path: Path) -> list[Point]:
-    """All points, each held against the default on the same frames."""
+    """All points, each compared with the default on the same frames."""
     records: list[Record] = [json.loads(line) for line in path.read_text().splitlines()]
     references = {record["variant"]["frames"]: record for record in records if is_default(record["variant"])}
     points = []
@@ -83,12 +83,12 @@ def read(path: Path) -> list[Point]:
 
 
 def is_default(variant: Record) -> bool:
-    """Whether nothing but the frames is changed."""
+    """Whether nothing but the frames differs from the default."""
     return variant["curve"] == "default" and variant["features"] == "F"
 
 
 def changes(variant: Record) -> str:
-    """What a variant changes, in words."""
+    """What a variant changes, as text."""
     plain = {
         "views": 32,
         "resolution": 74,
@@ -108,7 +108,7 @@ def changes(variant: Record) -> str:
 
 
 def table(points: list[Point]) -> str:
-    """Markdown, one table for each set of frames."""
+    """Markdown, one table per set of frames."""
     run = points[0].run
     lines = [
         "# Curves of stage 1",
@@ -141,18 +141,18 @@ def table(points: list[Point]) -> str:
 
 
 def order(curve: str) -> str:
-    """Raw and default first."""
+    """Sort key: raw and default first."""
     return {"raw": "0", "default": "1"}.get(curve, curve)
 
 
 def value(point: Point) -> float:
-    """Where a point lies on its curve."""
+    """Position of a point on its curve."""
     x = point.variant.get(point.variant["curve"].split(",")[0])
     return float(x) if isinstance(x, int | float) else 0.0
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """R² above and mIoU below, a column for each curve."""
+    """Plots R² above and mIoU below, one column per curve."""
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, len(_PANELS), figsize=(11, 4.2), sharex="col", layout="constrained")
     for column, (curve, variable, logarithmic) in enumerate(_PANELS):
@@ -175,7 +175,7 @@ def draw(points: list[Point], path: Path) -> None:
 
 
 def series(curve: str) -> list[tuple[str, str, str]]:
-    """Lines of a panel: the curve's name, its frames, its style."""
+    """Lines of a panel: name of the curve, its frames, its style."""
     if curve != "views":
         return [(curve, "all", "o-")]
     return [
@@ -187,7 +187,7 @@ def series(curve: str) -> list[tuple[str, str, str]]:
 
 
 def belongs(point: Point, curve: str, frames: str, variable: str) -> bool:
-    """Whether a point lies on a line; the default lies on all with G fitted."""
+    """Whether a point lies on a line; the default lies on every line with G fitted."""
     variant = point.variant
     if variant["frames"] != frames or variant["features"] != "F":
         return False

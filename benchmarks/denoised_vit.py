@@ -2,9 +2,9 @@
 
     python benchmarks/denoised_vit.py [--size 518] [--batch 1] [--dtype bfloat16] [--compile] [--json out.json]
 
-In one process, in turn: the backbone, and the backbone with a denoiser, on the same noise. The denoiser's weights are
-random, since its time does not depend on them. Prints one JSON line and one line of a Markdown table: medians, their
-ratio, and the least and largest ratio of a pair of runs.
+In one process, alternating: the backbone, and the backbone with a denoiser, on the same noise. The denoiser's weights
+are random, which does not affect its time. Prints one JSON line and one row of a Markdown table: medians, their
+ratio, and the minimum and maximum ratio over pairs of runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 import denoising_vit as dv
 from denoising_vit.backbones.catalog import Dtype
 
-#: The most that clean features may cost, in times of raw ones.
+#: Maximum time of clean features, relative to raw ones.
 BAR = 1.12
 
 
@@ -57,11 +57,11 @@ def main(
 
 
 def measured(jobs: dict[str, Callable[[Tensor], Tensor]], image: Tensor, repeats: int) -> dict[str, Any]:
-    """Median seconds of both, and how many times as long the clean features take."""
+    """Median seconds of both, and the time of clean features relative to raw ones."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     with torch.inference_mode():
         for job in (*jobs.values(), *jobs.values()):
-            seconds(job, image)  # compiles, and fills caches
+            seconds(job, image)  # compiles, and warms up caches
         for _ in range(repeats):
             for name, job in jobs.items():
                 times[name].append(seconds(job, image))
@@ -77,7 +77,7 @@ def measured(jobs: dict[str, Callable[[Tensor], Tensor]], image: Tensor, repeats
 
 
 def seconds(job: Callable[[Tensor], Tensor], image: Tensor) -> float:
-    """Of one call, with everything that it started."""
+    """Seconds of one call, including all work that it started."""
     synchronise()
     started = time.perf_counter()
     job(image)
@@ -86,7 +86,7 @@ def seconds(job: Callable[[Tensor], Tensor], image: Tensor) -> float:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The record as a line of a table."""
+    """The record as a row of a table."""
     return (
         f"| {found['backbone']} | {found['size']} px, batch {found['batch']}{', compiled' * found['compiled']} | "
         f"{1000 * found['backbone_s']:.1f} ms | {1000 * found['denoised_s']:.1f} ms | {found['ratio']:.3f} "

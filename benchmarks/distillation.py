@@ -2,10 +2,10 @@
 
     python benchmarks/distillation.py PHOTOS [--steps 10] [--json out.json]
 
-In one process, in turn: steps of `dvit distill`, reading and rendering of photos included, and the bare passes of the
-same models in the same precision on views that are in memory already: teacher forward, student forward, backward and
-optimiser. Prints medians, their ratio, and the share of a step that waits for photos. Then the forward pass of the
-backbone with its own weights and with those of the run.
+In one process, alternating: steps of `dvit distill`, reading and rendering of photos included, and the bare passes of
+the same models in the same precision on views already in memory: teacher forward, student forward, backward and
+optimizer step. Prints medians, their ratio, and the fraction of a step spent waiting for photos. Then times the forward
+pass of the backbone with its own weights and with those of the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
 from denoising_vit.training.options import ViewOptions
 
-#: The most that a step may cost, in times of the bare passes, and a distilled model, in times of the raw one.
+#: Maximum time of a step, relative to the bare passes, and of a distilled model, relative to the raw one.
 STEP_BAR, FORWARD_BAR = 1.1, 1.02
 
 
@@ -47,23 +47,23 @@ def main(
     repeats: int = 21,
     json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Measures both.
+    """Measures both overheads.
 
     Args:
-        photos: photographs.
-        backbone: a model that a denoiser comes with.
-        steps: of each round.
-        batch: views in a step.
-        size: of the views in pixels.
-        rounds: of steps and bare passes in turn.
-        repeats: of the forward passes.
-        json_path: where the record goes.
+        photos: folder of photographs.
+        backbone: name of a model with a shipped denoiser.
+        steps: number of steps per round.
+        batch: views per step.
+        size: size of the views in pixels.
+        rounds: number of alternating rounds of steps and bare passes.
+        repeats: number of forward passes.
+        json_path: file for the record.
     """
     told: list[dict[str, float]] = []
     bare_s: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
-        # One look at the end, for the weights that are written then.
+        # One evaluation at the end, for the weights that are written then.
         options = DistillOptions(
             steps=steps * rounds, batch_size=batch, blank=0.0, held_out=1, evaluate_every=steps * rounds + 1
         )
@@ -93,7 +93,7 @@ def main(
 
 
 def bare(run: Distillation, steps: int) -> list[float]:
-    """Seconds of the passes of a step on one batch, without anything around them."""
+    """Seconds of the bare passes of a step on one batch."""
     optimiser = torch.optim.AdamW([value for value in run.student.parameters() if value.requires_grad], lr=0.0)
     device = run.accelerator.device
     batch = next(run.reader.batches([run.sampler.step(0)]))

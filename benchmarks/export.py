@@ -1,10 +1,10 @@
-"""What an export to ONNX costs to run: onnxruntime against PyTorch on a CPU, both with the same threads.
+"""How fast an ONNX export runs: onnxruntime against PyTorch on a CPU, both with the same number of threads.
 
     python benchmarks/export.py [--size 518] [--batch 1] [--threads 1] [--features denoiser] [--int8] [--json out.json]
 
-In one process, in turn, on the same noise: PyTorch in float32, the exported graph under onnxruntime, and, if asked for,
-that with linear layers in int8. Prints one JSON line and one line of a Markdown table: medians, their ratio, and the
-least and largest ratio of a pair of runs.
+In one process, alternating, on the same noise: PyTorch in float32, the exported graph in onnxruntime, and optionally
+that graph with int8 linear layers. Prints one JSON line and one row of a Markdown table: medians, their ratio, and the
+minimum and maximum ratio over pairs of runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 import denoising_vit as dv
 from denoising_vit import ExportOptions
 
-#: The most that the graph may take, in times of PyTorch.
+#: Maximum time of the graph, relative to PyTorch.
 BAR = 1.2
 
 
@@ -41,7 +41,7 @@ def main(
     int8: bool = False,
     json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Measures a forward pass by PyTorch and by onnxruntime."""
+    """Measures a forward pass in PyTorch and in onnxruntime."""
     torch.set_num_threads(threads)
     raw = dv.load_backbone(backbone, weights=weights, device="cpu", dtype="float32")
     extractor = raw if features == "raw" else dv.DenoisedViT(raw, dv.load_denoiser("shipped", backbone=raw))
@@ -63,7 +63,7 @@ def main(
 
 
 def session(path: Path, threads: int) -> Callable[[Tensor], object]:
-    """What runs a graph with so many threads."""
+    """A function that runs a graph with that many threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -71,11 +71,11 @@ def session(path: Path, threads: int) -> Callable[[Tensor], object]:
 
 
 def measured(jobs: dict[str, Callable[[Tensor], object]], image: Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of each, and how many times as long as PyTorch the others take."""
+    """Median seconds of each, and the time of the others relative to PyTorch."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     with torch.inference_mode():
         for job in (*jobs.values(), *jobs.values()):
-            job(image)  # fills caches
+            job(image)  # warms up caches
         for _ in range(repeats):
             for name, job in jobs.items():
                 started = time.perf_counter()
@@ -90,7 +90,7 @@ def measured(jobs: dict[str, Callable[[Tensor], object]], image: Tensor, repeats
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The record as lines of a table, one a graph."""
+    """The record as rows of a table, one per graph."""
     lines = [
         f"| {found['features']}, {name} | {found['size']} px, batch {found['batch']}, {found['threads']} thread(s) | "
         f"{1000 * found['pytorch_s']:.0f} ms | {1000 * found[f'{name}_s']:.0f} ms | {found[f'{name}_ratio']:.2f} "

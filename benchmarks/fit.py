@@ -1,13 +1,13 @@
-"""What `dvit fit` costs on top of its forward passes, in memory, and on Ray.
+"""What `dvit fit` costs on top of its forward passes, its memory, and its throughput on Ray.
 
     python benchmarks/fit.py throughput FOLDER [--photos 100]
     python benchmarks/fit.py memory FOLDER
     python benchmarks/fit.py ray FOLDER
 
-throughput: the bare forward passes of as many views (best batch size, half before and half after) against a whole run:
-photos decoded, rendered, solved, written. memory: peak resident memory for 100 and 400 photos, each in a process of its
-own. ray: photos a second with 1 and 2 workers against the local engine, from the first finished shard to the last, so
-that the start of the cluster does not count.
+throughput: bare forward passes of the same number of views (best batch size, half before and half after) against a full
+run: photos decoded, rendered, solved, written. memory: peak resident memory for 100 and 400 photos, each in a separate
+process. ray: photos per second with 1 and 2 workers against the local engine, from the first finished shard to the
+last, so that the start of the cluster does not count.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ app = tyro.extras.SubcommandApp()
 
 @dataclass
 class Clock:
-    """When photos were finished."""
+    """Times at which photos were finished."""
 
     times: list[float] = field(default_factory=list)
 
     def __call__(self, _index: int, reason: str | None) -> None:
-        """Takes a finished photo."""
+        """Records a finished photo."""
         if reason is not None:
             raise SystemExit(f"a photo failed: {reason}")
         self.times.append(time.perf_counter())
 
     def steady(self, first: int) -> float:
-        """Photos a second after the first so many."""
+        """Photos per second after the first ``first`` photos."""
         return (len(self.times) - first) / (self.times[-1] - self.times[first - 1])
 
 
@@ -60,14 +60,14 @@ class Clock:
 def throughput(
     folder: tyro.conf.Positional[Path], /, photos: int = 100, views: int = 16, held_out: int = 2, size: int = 280
 ) -> None:
-    """Photos a second against bare forward passes.
+    """Measures photos per second against bare forward passes.
 
     Args:
-        folder: photographs.
-        photos: how many of them.
-        views: fitted, of each.
-        held_out: judged by, of each.
-        size: of a view in pixels.
+        folder: folder of photographs.
+        photos: number of photos.
+        views: fitted views per photo.
+        held_out: held-out views per photo.
+        size: size of a view in pixels.
     """
     denoising = DenoiseOptions(views=views, held_out=held_out, size=size)
     with some_of(folder, photos) as part:
@@ -78,7 +78,7 @@ def throughput(
         passes = photos * stage.views
 
         def bare() -> float:
-            """Half of the passes."""
+            """Runs half of the passes."""
             rounds = -(-passes // (2 * len(images)))
             started = time.perf_counter()
             for _ in range(rounds):
@@ -96,12 +96,12 @@ def throughput(
 
 @app.command
 def memory(folder: tyro.conf.Positional[Path], /, views: int = 8, size: int = 112) -> None:
-    """Peak memory for 100 and 400 photos.
+    """Measures peak memory for 100 and 400 photos.
 
     Args:
-        folder: photographs.
-        views: fitted, of each.
-        size: of a view in pixels.
+        folder: folder of photographs.
+        views: fitted views per photo.
+        size: size of a view in pixels.
     """
     peaks = {}
     for count in (100, 400):
@@ -116,10 +116,10 @@ def peak(folder: tyro.conf.Positional[Path], /, photos: int, views: int, size: i
     """Prints the peak memory of one run in bytes.
 
     Args:
-        folder: photographs.
-        photos: how many of them.
-        views: fitted, of each.
-        size: of a view in pixels.
+        folder: folder of photographs.
+        photos: number of photos.
+        views: fitted views per photo.
+        size: size of a view in pixels.
     """
     with some_of(folder, photos) as part:
         prepare(part, DenoiseOptions(views=views, held_out=0, size=size, resolution=12), FitOptions()).run(Clock())
@@ -130,14 +130,14 @@ def peak(folder: tyro.conf.Positional[Path], /, photos: int, views: int, size: i
 def ray(
     folder: tyro.conf.Positional[Path], /, photos: int = 60, views: int = 12, size: int = 280, per_shard: int = 5
 ) -> None:
-    """Steady throughput of Ray against the local engine.
+    """Measures steady throughput of Ray against the local engine.
 
     Args:
-        folder: photographs.
-        photos: how many of them.
-        views: fitted, of each.
-        size: of a view in pixels.
-        per_shard: photos in a shard, which is what workers take.
+        folder: folder of photographs.
+        photos: number of photos.
+        views: fitted views per photo.
+        size: size of a view in pixels.
+        per_shard: photos per shard, the unit of work of a worker.
     """
     denoising = DenoiseOptions(views=views, held_out=0, size=size)
     rates: dict[str, float] = {}
@@ -159,7 +159,7 @@ def prepare(folder: Path, denoising: DenoiseOptions, options: FitOptions) -> Fit
 
 @contextlib.contextmanager
 def some_of(folder: Path, count: int) -> Iterator[Path]:
-    """A folder with copies of the first photos of another."""
+    """A folder with copies of the first photos of another one."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if len(files) < count:
         raise SystemExit(f"{folder} has {len(files)} photos, {count} are needed")
@@ -168,11 +168,11 @@ def some_of(folder: Path, count: int) -> Iterator[Path]:
         photos.mkdir()
         for number, file in enumerate(files[:count]):
             shutil.copy(file, photos / f"{number:05d}{file.suffix}")
-        yield photos  # stores are made beside it, and go with it
+        yield photos  # stores are created next to it, and removed with it
 
 
 def say(found: dict[str, Any]) -> None:
-    """Prints the figures."""
+    """Prints the results."""
     print(json.dumps({"hardware": hardware(), **found}, indent=2))
 
 

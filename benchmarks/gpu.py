@@ -1,16 +1,16 @@
-"""What an accelerator makes of stages 1 and 2, in one command of a few minutes without network.
+"""How fast stages 1 and 2 run on an accelerator, in one command of a few minutes without network.
 
     python benchmarks/gpu.py --weights FILE --photos DIR -o OUT
 
-Needs torch, timm and this package's sources (PYTHONPATH=src). In one process, each part written as it is done:
+Needs torch, timm and this package's sources (PYTHONPATH=src). Runs in one process and writes each part when it is done:
 
 - stage 1: a warm `denoise_image`, and a stream of photos decoded, rendered, solved and written, against the bare
-  forward passes of as many views; and what rendering, sums and solving take alone;
-- the published stage 1 (20,000 steps of the neural field on 768 views, scaled from some) against sums and solving;
-- roofline: forward passes (eager, compiled, CUDA graphs) against a bfloat16 product of 4096 x 4096, in turn;
+    forward passes of the same number of views; and the time of rendering, sums and solving alone;
+- the published stage 1 (20,000 steps of the neural field on 768 views, scaled from a few) against sums and solving;
+- roofline: forward passes (eager, compiled, CUDA graphs) against a bfloat16 product of 4096 x 4096, alternating;
 - both stages for 10,000 photos: this stream, and the published 50,000 steps of stage 2, measured on a few.
 
-On a CPU the same runs, at small sizes: `--size 112 --views 12 --count 4`.
+The same runs on a CPU, at small sizes: `--size 112 --views 12 --count 4`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     for name, part in parts.items():
         try:
             found[name] = part()
-        except Exception as error:  # what one part lacks is told, and the others go on
+        except Exception as error:  # a failed part is reported, and the others still run
             found["problems"][name] = f"{type(error).__name__}: {error}"[:500]
         found["seconds"] = time.perf_counter() - started
         print(f"{found['seconds']:.0f} s: {name} {found.get(name, found['problems'].get(name))}", flush=True)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """Of the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="a .safetensors or .pth file, or random")
     parser.add_argument("--photos", required=True, type=Path)
@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
 
 
 def roofline(spec: BackboneSpec, asked: argparse.Namespace) -> dict[str, Any]:
-    """The share of the matrix rate that forward passes reach, by way and batch; the best view rate."""
+    """The fraction of the matrix rate that forward passes reach, by mode and batch; the highest view rate."""
     model = spec.load()
     fast = model.device.type == "cuda"
     images = torch.randn(64 if fast else 2, 3, asked.size, asked.size).to(model.device, model.dtype)
@@ -124,12 +124,12 @@ def roofline(spec: BackboneSpec, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def sizes(fast: bool) -> tuple[int, ...]:
-    """Batches that are tried."""
+    """Batch sizes to try."""
     return (16, 32, 64) if fast else (1, 2)
 
 
 def pieces(model: Backbone, photos: Path, options: DenoiseOptions) -> dict[str, float]:
-    """Milliseconds a photo of what is done beside the forward passes, each alone."""
+    """Milliseconds per photo of each step other than the forward passes, timed alone."""
     stage = StageOne(model, options)
     pixels = pictures(open_dataset(photos), 8)
     image = to_image(pixels[0], model.device)
@@ -154,7 +154,7 @@ def pieces(model: Backbone, photos: Path, options: DenoiseOptions) -> dict[str, 
 
 
 def single(model: Backbone, photos: Path, options: DenoiseOptions, runs: int) -> dict[str, Any]:
-    """A warm `denoise_image` against the bare passes of its views, in turn."""
+    """A warm `denoise_image` against the bare passes of its views, alternating."""
     (photo,) = pictures(open_dataset(photos), 1)
     jobs = {"bare": bare_passes(model, options), "denoise": lambda: dv.denoise_image(model, photo, options=options)}
     times = alternate(jobs, runs)
@@ -164,7 +164,7 @@ def single(model: Backbone, photos: Path, options: DenoiseOptions, runs: int) ->
 
 
 def stream(spec: BackboneSpec, asked: argparse.Namespace, options: DenoiseOptions) -> dict[str, Any]:
-    """Photos a second of `dvit fit`, compiled and not, against the bare passes of as many views before and after."""
+    """Photos per second of `dvit fit`, compiled or not, against bare passes of as many views before and after."""
     data = open_dataset(asked.photos)
     model = spec.load()
     bare = bare_passes(model, options)
@@ -187,7 +187,7 @@ def stream(spec: BackboneSpec, asked: argparse.Namespace, options: DenoiseOption
 
 
 def bare_passes(model: Backbone, options: DenoiseOptions) -> Callable[[], None]:
-    """A job of the forward passes of one photo, in the batches that stage 1 takes, on views of noise."""
+    """A job of the forward passes of one photo, in the batches of stage 1, on views of noise."""
     size = options.size
     images = torch.randn(options.views + options.held_out, 3, size, size)  # pyright: ignore[reportArgumentType, reportCallIssue]
     images = images.to(model.device, model.dtype)
@@ -202,7 +202,7 @@ def bare_passes(model: Backbone, options: DenoiseOptions) -> Callable[[], None]:
 
 
 def into_store(spec: BackboneSpec, data: Dataset, options: DenoiseOptions, count: int, fit: FitOptions) -> float:
-    """Photos a second into a store, from the first that is done to the last."""
+    """Photos per second into a store, from the first finished photo to the last."""
     clock: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         some = linked(data, count, Path(folder) / "photos")
@@ -213,7 +213,7 @@ def into_store(spec: BackboneSpec, data: Dataset, options: DenoiseOptions, count
 
 
 def in_memory(spec: BackboneSpec, data: Dataset, options: DenoiseOptions, count: int, compiling: bool) -> float:
-    """The same where zarr is not installed: fields are brought to the CPU in float16 and not written."""
+    """The same without zarr: fields are moved to the CPU in float16 and not written."""
     stage = StageOne(compiled(spec.load()) if compiling else spec.load(), options)
     clock: list[float] = []
     group: list[Ready] = []
@@ -230,18 +230,18 @@ def in_memory(spec: BackboneSpec, data: Dataset, options: DenoiseOptions, count:
 
 
 def pictures(data: Dataset, count: int) -> list[np.ndarray]:
-    """The first photos that can be used."""
+    """The first usable photos."""
     found = (pixels for _, pixels in data.stream(iter(range(len(data)))) if not isinstance(pixels, Skipped))
     return [pixels for pixels, _ in zip(found, range(count), strict=False)]
 
 
 def enumerated(photos: list[np.ndarray]) -> list[tuple[int, str, np.ndarray | Skipped]]:
-    """Photos as stage 1 takes them."""
+    """Photos as stage 1 expects them."""
     return [(number, str(number), pixels) for number, pixels in enumerate(photos)]
 
 
 def linked(data: Dataset, count: int, folder: Path) -> Path:
-    """A folder with so many links to local photos, some of them repeated."""
+    """A folder with that many links to local photos, some of them repeated."""
     folder.mkdir()
     for number in range(count):
         path = (Path(data.source) / data[number % len(data)].id).absolute()
@@ -250,7 +250,7 @@ def linked(data: Dataset, count: int, folder: Path) -> Path:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """What was found, as tables."""
+    """The results as tables."""
     text = [
         f"{found['hardware']}; {found['backbone']}; {found['size']} px, {found['views']} + {found['held_out']} views\n"
     ]

@@ -2,11 +2,11 @@
 
     python benchmarks/load.py [--visitors 8] [--clicks 50] [--megabytes 20]
 
-The page runs in a process of its own. Visitors speak its HTTP interface, as browsers do: each uploads a photo, presses
-"Denoise" again and again with changing methods and sizes, and one in four closes the tab while it waits. Every second
-upload has the largest allowed size; one file is too large, one is no image. Prints what became of every click, memory
-before, at most, and after, and the time that Ctrl-C takes during an exact run of many views. Exits with 1 if a click
-got no answer, or the page did not stop in time. Needs the extra `app`.
+The page runs in a separate process. Visitors use its HTTP interface, as browsers do: each uploads a photo, clicks
+"Denoise" repeatedly with changing methods and sizes, and one in four closes the tab while it waits. Every second
+upload has the largest allowed size; one file is too large, one is not an image. Prints the result of every click, the
+memory before, at its peak, and after, and the time that Ctrl-C takes during an exact run of many views. Exits with 1 if
+a click got no answer, or the page did not stop in time. Needs the extra `app`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ import psutil
 import tyro
 from PIL import Image
 
-#: Seconds that an answer may take, all others before it included.
+#: Maximum seconds to an answer, including all answers before it.
 PATIENCE = 900.0
 
-#: Seconds that Ctrl-C may take.
+#: Maximum seconds that Ctrl-C may take.
 BAR = 5.0
 
 
@@ -43,14 +43,14 @@ def main(visitors: int = 8, clicks: int = 50, megabytes: int = 20) -> int:
 
     Args:
         visitors: number of visitors at once.
-        clicks: number of clicks on "Denoise", of all visitors.
+        clicks: number of clicks on "Denoise", over all visitors.
         megabytes: largest allowed upload.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "denoising_vit", "app", "--port", str(port), "--max-upload", str(megabytes)]
-    # A shell that starts this in the background has it, and the page, ignore Ctrl-C.
+    # A shell that starts this in the background makes it, and the page, ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     server = subprocess.Popen(command)
     page = Page(f"http://127.0.0.1:{port}")
@@ -105,13 +105,13 @@ class Page:
                 self.events[names.get(target) or "", trigger] = event["id"]
 
     def upload(self, content: bytes, name: str) -> dict[str, Any]:
-        """Sends a file; raises httpx.HTTPStatusError if it is refused."""
+        """Sends a file; raises httpx.HTTPStatusError if it is rejected."""
         sent = httpx.post(f"{self.url}/gradio_api/upload", files={"files": (name, content)}, timeout=PATIENCE)
         sent.raise_for_status()
         return {"path": sent.json()[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
     def send(self, session: str, event: tuple[str, str], data: list[Any], leave: float | None = None) -> str:
-        """Triggers an event and returns what became of it; a visitor may close the tab after some seconds."""
+        """Triggers an event and returns its result; a visitor may close the tab after ``leave`` seconds."""
         number = self.events[event]
         order = {"data": data, "fn_index": number, "trigger_id": None, "session_hash": session}
         joined = httpx.post(f"{self.url}/gradio_api/queue/join", json=order, timeout=PATIENCE)
@@ -167,7 +167,7 @@ def asked(exact: bool, size: int, views: int) -> list[Any]:
 
 
 def refused(page: Page, megabytes: int) -> Counter[str]:
-    """What becomes of a file that is too large, and of one that is no image."""
+    """Results of uploading a file that is too large, and one that is not an image."""
     outcomes: Counter[str] = Counter()
     try:
         page.upload(bytes(megabytes * 1_000_000 + 1_000_000), "large.png")
@@ -180,7 +180,7 @@ def refused(page: Page, megabytes: int) -> Counter[str]:
 
 
 class Memory:
-    """Resident memory of the server, watched in a thread."""
+    """Resident memory of the server, monitored in a thread."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -225,7 +225,7 @@ def photo(width: int, height: int) -> bytes:
 
 
 def largest(megabytes: int) -> bytes:
-    """A PNG of noise, nearly as large as an upload may be: noise does not compress."""
+    """A PNG of noise just below the upload limit: noise does not compress."""
     side = int((megabytes * 1_000_000 / 3 * 0.98) ** 0.5)
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)

@@ -1,11 +1,11 @@
-"""What `dvit denoise` of many photos costs beside the bare forward passes of the same photos.
+"""What `dvit denoise` of many photos costs, compared with the bare forward passes of the same photos.
 
     python benchmarks/many_photos.py PHOTOS [--count 20] [--runs 3] [--no-pictures] [--out DIR]
 
-In one process, in alternating runs: the passes of the backbone and of its denoiser over a half of the photos, rendered
+In one process, in alternating runs: the passes of the backbone and of its denoiser over half of the photos, rendered
 beforehand; `dvit denoise` of that half; and `dvit denoise` of all. The difference of the last two is what the other
-half costs where everything is loaded: decoding, rendering, passes, pictures and results. Writes the ratio of pairs of
-runs, by wall and by processor seconds, and the processor seconds that drawing a picture takes.
+half costs once everything is loaded: decoding, rendering, passes, pictures and results. Writes the ratio of pairs of
+runs, by wall and by processor seconds, and the processor seconds for drawing a picture.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.maps import draw_panel
 from denoising_vit.views.rendering import per_channel, to_image
 
-#: The most that a photo may take, in times of its bare forward passes.
+#: Maximum time of a photo, relative to its bare forward passes.
 BAR = 1.15
 
 CLOCKS = ("wall", "processor")
@@ -81,7 +81,7 @@ def main(
 
 
 def forward(model: dv.Backbone, photos: list[Path]) -> list[Callable[[], None]]:
-    """A job for each photo: the backbone and the denoiser that comes with the package, over the whole photo."""
+    """A job for each photo: the backbone and the shipped denoiser, over the whole photo."""
     side = (model.default_size, model.default_size)
     extractor = dv.DenoisedViT(model, dv.load_denoiser(model.name)).eval()
     mean, std = (per_channel(values, model.device) for values in (model.mean, model.std))
@@ -94,7 +94,7 @@ def forward(model: dv.Backbone, photos: list[Path]) -> list[Callable[[], None]]:
 
 
 def denoise(photos: list[Path], out: Path, backbone: str, pictures: bool) -> None:
-    """The verb, with its start-up but for imports."""
+    """Runs the command, including its start-up but not imports."""
     shutil.rmtree(out, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         more = [] if pictures else ["--no-pictures"]
@@ -103,7 +103,7 @@ def denoise(photos: list[Path], out: Path, backbone: str, pictures: bool) -> Non
 
 
 def drawing(photo: Path, results: Path) -> float:
-    """Processor seconds of one picture, in the thread that draws."""
+    """Processor seconds of one picture, in the drawing thread."""
     pixels, result = read_photo(photo), Decomposition.load(results / f"{photo.stem}.safetensors")
     started = time.thread_time()
     draw_panel(pixels, result, results / "again.png")

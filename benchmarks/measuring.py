@@ -1,8 +1,8 @@
-"""What all benchmarks share: clocks, turns, rates, counted operations, slopes, photos, and how figures are written.
+"""Shared by all benchmarks: clocks, alternating runs, rates, operation counts, slopes, photos, and writing of results.
 
-Wall seconds depend on what else the machine does. Processor seconds (of all threads of this process) hardly do, if
+Wall seconds depend on the load of the machine. Processor seconds (of all threads of this process) hardly do, if
 threads that wait for each other sleep: on a busy CPU set OMP_WAIT_POLICY=passive and trust their ratios. On an
-accelerator they say nothing of the device.
+accelerator they do not measure the device.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import torch
 
 from denoising_vit.data import Dataset, open_dataset, spread
 
-#: Side of the square bfloat16 product that stands for what the device can do.
+#: Side of the square bfloat16 product that measures the device's matrix rate.
 MATRIX_SIDE = 4096
 
 
 @dataclass
 class Times:
-    """Seconds of the runs of one job: by the clock on the wall, and of processors."""
+    """Seconds of the runs of one job: wall clock and processor."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
     def median(self, clock: str) -> float:
-        """Of all runs, by one of the two clocks."""
+        """Median over all runs, by one of the two clocks."""
         return statistics.median(getattr(self, clock))
 
     def add(self, job: Callable[[], Any]) -> None:
-        """Runs a job once, with everything that it starts."""
+        """Runs a job once and records its time, including all work that it starts."""
         synchronise()
         wall, processor = time.perf_counter(), time.process_time()
         job()
@@ -49,12 +49,12 @@ class Times:
 
 
 def alternate(jobs: Mapping[str, Callable[[], Any]], runs: int, *, warm: bool = True) -> dict[str, Times]:
-    """Runs jobs in turn, so that what disturbs one disturbs the other.
+    """Runs jobs in turn, so that a disturbance affects all of them.
 
     Args:
-        jobs: by name.
-        runs: of each.
-        warm: run each once before, unmeasured.
+        jobs: jobs by name.
+        runs: number of runs of each job.
+        warm: run each job once before, untimed.
     """
     if warm:
         for job in jobs.values():
@@ -67,7 +67,7 @@ def alternate(jobs: Mapping[str, Callable[[], Any]], runs: int, *, warm: bool = 
 
 
 def ratios(above: Times, below: Times) -> dict[str, Any]:
-    """How many times as long one job takes: the median over pairs of runs, by either clock, with least and largest."""
+    """Time of one job relative to another: the median over pairs of runs, by either clock, with minimum and maximum."""
     found = {}
     for clock in ("wall", "processor"):
         each = [a / b for a, b in zip(getattr(above, clock), getattr(below, clock), strict=True)]
@@ -76,14 +76,14 @@ def ratios(above: Times, below: Times) -> dict[str, Any]:
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[Callable[[], Any], float]:
-    """A large product of random matrices, and its operations."""
+    """A large product of random matrices, and its number of operations."""
     left, right = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     return lambda: torch.mm(left, right, out=out), 2.0 * MATRIX_SIDE**3
 
 
 def operations(job: Callable[[], Any]) -> float:
-    """Multiplications and additions of the products and convolutions of a job, counted as it runs."""
+    """Multiplications and additions in the products and convolutions of a job, counted as it runs."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -92,13 +92,13 @@ def operations(job: Callable[[], Any]) -> float:
 
 
 def slope(amounts: Sequence[float], costs: Sequence[float]) -> float:
-    """Of costs against amounts, both as logarithms, by least squares: 1 is linear."""
+    """Slope of log costs over log amounts, by least squares: 1 is linear."""
     x, y = [math.log(amount) for amount in amounts], [math.log(cost) for cost in costs]
     return statistics.linear_regression(x, y).slope
 
 
 def timed(job: Callable[[], Any], repeats: int = 1) -> float:
-    """Least wall seconds of a few repeats."""
+    """Minimum wall seconds over a few repeats."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -115,20 +115,20 @@ def synchronise() -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory now (Linux)."""
+    """Resident memory of this process in bytes (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes so far: allocated on CUDA, else resident."""
+    """Peak memory in bytes so far: allocated on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak(device: torch.device) -> None:
-    """Lets :func:`peak` begin anew (Linux, CUDA)."""
+    """Resets :func:`peak` (Linux, CUDA)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -137,7 +137,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def hardware() -> str:
-    """What this ran on, in a line."""
+    """The hardware that this runs on, in one line."""
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     kind = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return f"{chip}, {kind}, torch {torch.__version__}"
@@ -150,7 +150,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write(out: Path | None, name: str, found: Mapping[str, Any], markdown: str) -> None:
-    """Prints figures, and writes them as JSON and Markdown into a folder where one is given."""
+    """Prints results, and writes them as JSON and Markdown if a folder is given."""
     print(json.dumps(found, indent=2))
     print(markdown)
     if out is not None:
@@ -160,7 +160,7 @@ def write(out: Path | None, name: str, found: Mapping[str, Any], markdown: str) 
 
 
 def some_photos(folder: Path, count: int) -> Dataset:
-    """So many photos of a folder, evenly over all; all of them where there are fewer."""
+    """That many photos of a folder, evenly spaced; all of them if there are fewer."""
     photos = open_dataset(folder)
     return Dataset(str(folder), [photos[index] for index in spread(len(photos), count)])
 

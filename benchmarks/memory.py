@@ -27,10 +27,10 @@ def main(
 ) -> None:
     """Measures memory above the loaded model, in GiB, and the ratio of many views to few."""
     model = dv.load_backbone(backbone, weights=weights)
-    _ = model.fingerprint  # one small forward pass: libraries have allocated what they keep
+    _ = model.fingerprint  # one small forward pass: libraries allocate their permanent buffers
     before = resident() if model.device.type == "cpu" else torch.cuda.memory_allocated()
     peaks = {}
-    for count in sorted(views):  # fewest first: a peak never goes down
+    for count in sorted(views):  # fewest first: a peak never decreases
         dv.denoise_image(model, photo, views=count)
         peaks[count] = (peak(model.device) - before) / 2**30
     few, many = sorted(views)

@@ -1,4 +1,4 @@
-"""Nearest-neighbour patch labels: what a feature says without any training (the paper's table 5 has k = 20)."""
+"""Nearest-neighbour patch labels: a measure of features without any training (the paper's table 5 has k = 20)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from denoising_vit.evaluation.outcomes import Interval, interval_over
 from denoising_vit.evaluation.patches import commonest, patch_counts
 from denoising_vit.views.crops import Crop
 
-#: As in nearest-neighbour probes of DINO, and by default in `dvit evaluate knn`.
+#: As in nearest-neighbour probes of DINO, and the default of `dvit evaluate knn`.
 _TEMPERATURE = KnnOptions.temperature
 
 
 def patch_labels(mask: Path, grid: tuple[int, int], classes: int) -> Tensor:
-    """The commonest class in each cell of a grid over an index mask, (h, w) int64; -1 where most of it has none."""
+    """The most frequent class in each cell of a grid over an index mask, (h, w) int64; -1 where most of it has none."""
     pixels = torch.from_numpy(np.asarray(Image.open(mask)).astype(np.int64))
     labels = torch.where(pixels < classes, pixels, NO_LABEL)
-    return commonest(patch_counts(labels, Crop.whole(grid), classes, 1, 1))  # a view with one pixel a patch
+    return commonest(patch_counts(labels, Crop.whole(grid), classes, 1, 1))  # a view with one pixel per patch
 
 
 def nearest_labels(queries: Tensor, gallery: Tensor, labels: Tensor, classes: int, k: int = 20) -> Tensor:

@@ -3,8 +3,8 @@
     python benchmarks/overhead.py PHOTO [--runs 5] [--out DIR]
 
 In one process, in alternating runs: the bare forward passes of the same views (rendered beforehand, in the model's own
-dtype, at the best batch size), and a warm `denoise_image`. Writes medians and ratios of pairs of runs, by wall and by
-processor seconds; then what the overhead is made of, and the time to draw a plan and compute its factors at three
+dtype, at the best batch size), and a warm `denoise_image`. Writes medians and ratios of pairs of runs, by wall and
+processor seconds; then the parts of the overhead, and the time to draw a plan and compute its factors at three
 grids.
 """
 
@@ -29,7 +29,7 @@ from denoising_vit.decomposition.statistics import Statistics
 from denoising_vit.views.plan import ViewPlan
 from denoising_vit.views.rendering import ViewRenderer, to_image
 
-#: The most that `denoise_image` may take, in times of the bare forward passes.
+#: Maximum time of `denoise_image`, relative to the bare forward passes.
 BAR = 1.10
 
 CLOCKS = ("wall", "processor")
@@ -57,7 +57,7 @@ def main(
 
 
 def overhead(model: Backbone, photo: Path, options: DenoiseOptions, runs: int, torch_attention: bool) -> dict[str, Any]:
-    """Alternating runs: forward with ours, `denoise_image`, forward with torch's attention."""
+    """Alternating runs: forward with our attention, `denoise_image`, forward with torch's attention."""
     images = render_all(model, photo, options)
     batch = best_batch(model, images)
     jobs: dict[str, Callable[[], Any]] = {
@@ -96,7 +96,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def parts(model: Backbone, photo: Path, options: DenoiseOptions) -> dict[str, float]:
-    """What the overhead is made of, each alone."""
+    """The parts of the overhead, each timed alone."""
     image = to_image(read_photo(photo), model.device)
     fitted, _ = prepare(model, options)
     render = ViewRenderer(image, fitted, model.mean, model.std)
@@ -119,7 +119,7 @@ def parts(model: Backbone, photo: Path, options: DenoiseOptions) -> dict[str, fl
 
 
 def plan_and_factors(grids: bool) -> dict[str, float]:
-    """Seconds from nothing to the factors of 64 views."""
+    """Seconds to draw a plan of 64 views and compute its factors."""
     geometries = {"37 x 37": (518, 14, 14)}
     if grids:
         geometries |= {"64 x 64": (512, 8, 8), "73 x 73": (518, 14, 7)}
@@ -141,7 +141,7 @@ def render_all(model: Backbone, photo: Path, options: DenoiseOptions) -> torch.T
 
 
 def forward_all(job: Callable[[torch.Tensor], Any], images: torch.Tensor, batch: int) -> None:
-    """Runs all images through a model in batches."""
+    """Runs all images through a model, in batches."""
     with torch.inference_mode():
         for part in images.split(batch):
             job(part)

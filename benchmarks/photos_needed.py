@@ -1,10 +1,10 @@
-"""How near a denoiser comes to held-out photos, by the number of photos that it is trained on.
+"""How close a denoiser comes to the targets of held-out photos, by the number of photos that it is trained on.
 
     python benchmarks/photos_needed.py PHOTOS [--counts 30 60 120 240] [--out DIR]
 
-Stage 1 and the features of the views are computed once for all. For each number of photos, spread evenly over all, a
-denoiser is trained by the loop of `dvit train` from the same start, with as many steps, and judged by the same held-out
-photos; what differs is the photos alone. It tells whether more photos are worth getting before more steps are.
+Stage 1 and the features of the views are computed once. For each number of photos, spread evenly over all, a
+denoiser is trained by the loop of `dvit train` from the same start, with the same number of steps, and evaluated on the
+same held-out photos; only the training photos differ. It shows whether more photos help before more steps do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from denoising_vit.denoiser.train import Training
 from denoising_vit.training.loop import peak_rate
 from denoising_vit.training.run_folder import RunFolder
 
-#: The highest rate, whatever the number of pairs in a step.
+#: Peak learning rate, whatever the number of pairs per step.
 _PEAK = 1e-3
 
 
@@ -44,17 +44,17 @@ def main(
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     out: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
 ) -> None:
-    """Trains on more and more photos.
+    """Trains on increasing numbers of photos.
 
     Args:
-        folder: photographs.
-        counts: how many of them are trained on, in turn.
-        held_out: further ones, by which all are judged.
-        views: of stage 1, for each photo.
-        keep: training pairs of each photo.
-        size: of all views in pixels.
-        steps: of each training.
-        batch: pairs in a step.
+        folder: folder of photographs.
+        counts: numbers of training photos, in turn.
+        held_out: number of further photos, on which all are evaluated.
+        views: views of stage 1 per photo.
+        keep: training pairs per photo.
+        size: size of all views in pixels.
+        steps: steps of each training.
+        batch: pairs per step.
         model: the backbone.
         out: folder for the record.
     """
@@ -83,13 +83,13 @@ def main(
 
 
 def require_enough(there: int, counts: tuple[int, ...]) -> None:
-    """Ends the program where a row would be of fewer photos than it says."""
+    """Exits if there are too few photos for one of the rows."""
     if not 0 < min(counts) <= max(counts) <= there:
         raise SystemExit(f"expected --counts of 1 to {there} photos, as many as can be trained on; got {counts}")
 
 
 def trained_on(run: Training, count: int, folder: Path) -> dict[str, float]:
-    """Held-out figures of a run on so many of its photos, after its last step."""
+    """Held-out metrics of a run on that many of its photos, after its last step."""
     folder.mkdir()
     there = run.sampler.images
     sampler = replace(run.sampler, images=tuple(there[index] for index in spread(len(there), count)))
@@ -107,7 +107,7 @@ def trained_on(run: Training, count: int, folder: Path) -> dict[str, float]:
 
 
 def markdown(counts: dict[int, dict[str, float]]) -> str:
-    """A row for each number of photos."""
+    """One row per number of photos."""
     head = ["photos", "1 - cosine, relative to raw: whole", "crops", "effective rank, relative", "cosine in training"]
     rows = [[count, *(f"{value:.3f}" for value in figures.values())] for count, figures in counts.items()]
     return table(head, rows)

@@ -1,13 +1,13 @@
-"""How much of a known artifact each method removes: planted on a real backbone, unknown to the methods.
+"""How much of a known artifact each method removes: planted on a real backbone, not known to the methods.
 
     PYTHONPATH=recipes python benchmarks/planted.py PHOTOS [--share 0.1 0.2] [--out DIR]
 
-A fixed pattern (checkerboard, stripes and a ramp, each along a direction of its own) with a share of the features'
-variance is added to the output for every image, and tokens of the flattest patches get a norm out of proportion. Left
-of the pattern is the squared coefficient of the pattern in what a method makes of the planted features, relative to the
-features without it, averaged over photos; left of the outliers is the squared distance to the unplanted features at
-their places, relative to that of raw ones. Stage 2 is trained on planted features by the recipe of the shipped
-denoiser, on other photos than those that it is evaluated on.
+A fixed pattern (checkerboard, stripes and a ramp, each along its own direction) with a share of the features'
+variance is added to the output for every image, and tokens of the flattest patches get a very large norm. What is left
+of the pattern is its squared coefficient in a method's output for the planted features, relative to the
+features without it, averaged over photos; what is left of the outliers is the squared distance to unplanted features
+at their patches, relative to that of raw ones. Stage 2 is trained on planted features by the recipe of the shipped
+denoiser, on photos other than those it is evaluated on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Planted(nn.Module):
         self.directions = functional.normalize(torch.randn(4, backbone.embed_dim, generator=chance), dim=-1)
 
     def pattern(self, h: int, w: int) -> Tensor:
-        """What is added to the features of every image, (h, w, C), with mean zero over places."""
+        """The pattern added to the features of every image, (h, w, C), with mean zero over positions."""
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         board = ((rows + columns) % 2).float()
         stripes = (columns // 2 % 2).float()
@@ -92,7 +92,7 @@ def main(
     Args:
         folder: photographs.
         share: energy of the pattern relative to the variance of the features.
-        photos: number of photos that methods are judged by.
+        photos: number of photos that methods are evaluated on.
         calibration: number of photos that G is calibrated on.
         training: number of photos that the denoiser is trained on.
         size: height and width of views in pixels.
@@ -126,7 +126,7 @@ def main(
 
 
 def methods(backbone: Backbone, known: Artifact, denoiser: nn.Module | None) -> dict[str, Method]:
-    """Clean features (h, w, C) of a photo, by method."""
+    """Functions that give clean features (h, w, C) of a photo, by method."""
 
     def once(photo: np.ndarray) -> dv.Decomposition:
         return dv.denoise_image(backbone, photo, method="subtract", artifact=known)
@@ -146,7 +146,7 @@ def methods(backbone: Backbone, known: Artifact, denoiser: nn.Module | None) -> 
 
 
 def denoiser_of(backbone: Backbone, photos: list[np.ndarray], known: Artifact, size: int, steps: int) -> nn.Module:
-    """Stage 2 by the recipe of the shipped denoiser, in small: targets of a known G."""
+    """Stage 2 by the recipe of the shipped denoiser, at a small size: targets with a known G."""
     tensors = [torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous() for photo in photos]
     scenes = [Scene(n, (0, 0, image.shape[2], image.shape[1]), n % 2 == 1) for n, image in enumerate(tensors)]
     made = plans(backbone, (size, size), 12, (0.4, 1.0), 2)
@@ -173,7 +173,7 @@ class _Applied(nn.Module):
 
 @torch.no_grad()
 def left(planted: Planted, method: Method, photos: list[np.ndarray], size: int) -> dict[str, float]:
-    """Shares of the pattern's and of the outliers' energy that are left, and the cosine to unplanted raw features."""
+    """Fractions of the pattern's and the outliers' energy that are left, and the cosine to unplanted raw features."""
     drift, cosine, beyond, planted_energy = 0.0, 0.0, 0.0, 0.0
     for photo in photos:
         plain = dv.denoise_image(planted.backbone, photo, method="subtract", size=size)
@@ -193,7 +193,7 @@ def left(planted: Planted, method: Method, photos: list[np.ndarray], size: int) 
 
 
 def shown(backbone: Backbone, photo: np.ndarray, size: int) -> Tensor:
-    """The whole photo as the backbone is shown it, (1, 3, H, W)."""
+    """The whole photo as input of the backbone, (1, 3, H, W)."""
     from denoising_vit.views.plan import ViewPlan
     from denoising_vit.views.rendering import ViewRenderer, to_image
 
@@ -202,7 +202,7 @@ def shown(backbone: Backbone, photo: np.ndarray, size: int) -> Tensor:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A row for each artifact and method."""
+    """One row per artifact and method."""
     head = [
         "pattern, share of variance",
         "outliers",

@@ -2,8 +2,8 @@
 
     python benchmarks/pooled.py camvid [--denoiser FILE] [--out pooled.json]
 
-Settings: the images' own size and 518 x 518, whole images and place-neutral crops; fit on train, scored on val. The
-95 % interval is that of the mean difference of the four, over images, the same in all settings.
+Settings: the images' own size and 518 x 518, whole images and position-neutral crops; fitted on train, scored on val.
+The 95 % interval is that of the mean difference over the four settings, over the same images in each.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def main(
     """Compares a denoiser with raw features.
 
     Args:
-        data: labelled images.
-        denoiser: a file; without it, the one that comes with the package.
+        data: folder of labelled images.
+        denoiser: file of a denoiser; the shipped one if None.
         cache: folder for raw features.
-        out: where the record goes.
+        out: file for the record.
     """
     backbone = BackboneSpec().load()
     found = find_denoiser(denoiser, backbone)

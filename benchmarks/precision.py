@@ -1,10 +1,10 @@
-"""What bfloat16 costs in accuracy and buys in time, with torch's attention and with ours.
+"""What bfloat16 costs in accuracy and saves in time, with torch's attention and with ours.
 
     python benchmarks/precision.py PHOTO... [--size 518]
 
-Features of each photo, shown whole, in float32 against: bfloat16 with torch's fused attention, bfloat16 with the
+Features of each whole photo in float32 against: bfloat16 with torch's fused attention, bfloat16 with the
 blocked attention of this package, and the same without subtracting the mean key. Prints cosines over all patches and
-the time a view takes, in alternating runs of one process; then the cosine between the semantic maps of the first photo.
+the time per view, in alternating runs of one process; then the cosine between the semantic maps of the first photo.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def fused(model: Backbone, image: Tensor) -> Tensor:
 
 
 def mean_key_kept(model: Backbone, image: Tensor) -> Tensor:
-    """The backbone with blocked attention on keys as they are."""
+    """The backbone with blocked attention, without subtracting the mean key."""
     with mock.patch(f"{_ATTENTION}._centred", lambda key: key):
         return model(image)
 

@@ -1,4 +1,4 @@
-"""The published recipe beside ours: steps of the neural field and of stage 2, scaled to what was published."""
+"""The published recipe compared with ours: steps of the neural field and of stage 2, scaled to published numbers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from denoising_vit.decomposition.neural_field.fit import SeenViews, fit_neural_f
 from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions
 from denoising_vit.decomposition.options import DenoiseOptions
 
-#: The published run: photos, steps of stage 2, pairs in a step; and the hours that both stages may take.
+#: The published run: photos, steps of stage 2, pairs per step; and the hours that both stages may take.
 PHOTOS, STEPS, PAIRS, HOURS = 10_000, 50_000, 16, 1.0
 
 
 def neural_field(model: Backbone, size: int, views: int, timed_steps: int) -> dict[str, Any]:
-    """Seconds of the published stage 1 of one photo, without its forward passes; on noise, which takes as long.
+    """Seconds of the published stage 1 of one photo, without its forward passes; on noise, which takes the same time.
 
     Args:
-        model: whose features it would be.
-        size: of a view in pixels.
-        views: that it is fitted to.
-        timed_steps: steps that are timed, half of them with h; all are scaled from them.
+        model: backbone whose feature shape is used.
+        size: size of a view in pixels.
+        views: number of fitted views.
+        timed_steps: number of timed steps, half of them with h; all steps are scaled from them.
     """
     options = DenoiseOptions(method="neural-field", views=views, held_out=0, size=size, coverage="plain")
     plan, _ = prepare(model, options)
@@ -37,7 +37,7 @@ def neural_field(model: Backbone, size: int, views: int, timed_steps: int) -> di
 
 
 def timed_field(seen: SeenViews, options: NeuralFieldOptions, few: int) -> dict[str, Any]:
-    """Seconds of a few steps of the neural field, and of all, scaled from them."""
+    """Seconds of a few steps of the neural field, and of all steps, scaled from them."""
     fit_neural_field(seen, replace(options, steps=20))
     synchronise()
     started = time.perf_counter()
@@ -49,8 +49,8 @@ def timed_field(seen: SeenViews, options: NeuralFieldOptions, few: int) -> dict[
 
 
 def stage_two(model: Backbone, size: int, runs: int) -> dict[str, Any]:
-    """Seconds of a step of the denoiser on features that are there, and of the backbone's pass of as many views."""
-    from denoising_vit.training.loop import denoising_loss  # brings matplotlib, which the other parts do not need
+    """Seconds of a denoiser step on precomputed features, and of the backbone's pass of the same number of views."""
+    from denoising_vit.training.loop import denoising_loss  # imports matplotlib, which the other parts do not need
 
     grid = model.grid_size(size, size)
     denoiser = dv.Denoiser(model.embed_dim, grid).to(model.device)
@@ -71,7 +71,7 @@ def stage_two(model: Backbone, size: int, runs: int) -> dict[str, Any]:
 
 
 def hours(rate: float, step: dict[str, float]) -> list[tuple[str, str]]:
-    """Both stages of the published run, by what was measured."""
+    """Hours of both stages of the published run, from the measured rates."""
     first = PHOTOS / rate / 3600
     kept, fresh = (STEPS * seconds / 3600 for seconds in (step["step_s"], step["step_s"] + step["features_s"]))
     return [

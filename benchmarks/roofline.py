@@ -1,9 +1,9 @@
-"""What share of the device's matrix rate the bare forward pass reaches.
+"""What fraction of the device's matrix rate the bare forward pass reaches.
 
     python benchmarks/roofline.py [MODEL...] [--size 518] [--runs 7] [--out DIR]
 
-For each model (random weights: they do not change the time) forward passes and a bfloat16 product of two matrices of
-4096 x 4096 run in turn. Operations of the forward pass are counted as it runs: products and convolutions only, so that
+For each model (random weights, which do not affect the time) forward passes and a bfloat16 product of two matrices of
+4096 x 4096 alternate. Operations of the forward pass are counted as it runs: products and convolutions only, so that
 softmax, GELU and normalisation count as lost time. On a CPU shares are given by wall and by processor seconds.
 """
 
@@ -18,7 +18,7 @@ from measuring import alternate, hardware, matrix_product, operations, table, wr
 
 import denoising_vit as dv
 
-#: The least share that is asked for.
+#: The required minimum fraction.
 BARS = {"vit_small": 0.50, "vit_base": 0.60}
 
 
@@ -39,9 +39,9 @@ def main(
     Args:
         models: timm names.
         device: auto, cpu or cuda.
-        size: of the views in pixels.
-        batches: views in a pass, each tried.
-        runs: of each job, in turn.
+        size: size of the views in pixels.
+        batches: batch sizes to try.
+        runs: alternating runs of each job.
         out: folder for JSON and Markdown.
     """
     rows = [row for model in models for row in shares(model, device, size, batches, runs)]
@@ -50,7 +50,7 @@ def main(
 
 
 def shares(name: str, device: str, size: int, batches: tuple[int, ...], runs: int) -> list[dict[str, Any]]:
-    """Of one model, a record for each batch size."""
+    """Records of one model, one per batch size."""
     model = dv.load_backbone(name, weights="random", device=device, dtype="bfloat16")
     images = torch.randn(max(batches), 3, size, size).to(model.device, model.dtype)
     product, of_product = matrix_product(model.device)
@@ -71,7 +71,7 @@ def shares(name: str, device: str, size: int, batches: tuple[int, ...], runs: in
 
 @torch.inference_mode()
 def forward(model: dv.Backbone, images: torch.Tensor) -> None:
-    """One pass."""
+    """Runs one forward pass."""
     model(images)
 
 

@@ -1,10 +1,10 @@
-"""How stage 1 grows with photos, views, resolution and the size of the model.
+"""How the cost of stage 1 grows with photos, views, resolution and model size.
 
     python benchmarks/scaling.py PHOTOS [--parts images views resolution models] [--out DIR]
 
 Costs are processor seconds on a CPU (OMP_WAIT_POLICY=passive on a busy machine), wall seconds on an accelerator; each
-is the least of a few rounds, in which the amounts take turns. The slope is that of the logarithms: 1 is linear, where
-the work is. Memory is the peak above the loaded model while it runs.
+is the minimum over a few rounds that alternate between the amounts. The slope is on log-log axes: 1 is linear in
+the work. Memory is the peak above the loaded model during the run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from denoising_vit.decomposition.stage_one import Ready, StageOne
 
 Part = Literal["images", "views", "resolution", "models"]
 
-#: How far a slope may be from 1.
+#: Maximum distance of a slope from 1.
 BAR = 0.05
 
 
@@ -48,17 +48,17 @@ def main(
     """Measures how cost and memory grow.
 
     Args:
-        folder: photographs.
-        parts: which growths.
-        backbone: a timm model.
-        weights: as `load_backbone` takes them; random ones take as long.
+        folder: folder of photographs.
+        parts: which measurements to run.
+        backbone: name of a timm model.
+        weights: as in `load_backbone`; random ones take the same time.
         device: auto, cpu or cuda.
-        size: of the views in pixels, where photos or views grow.
-        images: numbers of photos, 16 views each.
+        size: size of the views in pixels, where photos or views grow.
+        images: numbers of photos, with 16 views each.
         views: numbers of views of one photo.
-        sides: of one view in pixels.
+        sides: sides of one view in pixels.
         models: sizes of DINOv2 at 518 pixels.
-        rounds: of all amounts.
+        rounds: number of rounds over all amounts.
         out: folder for JSON and Markdown.
     """
     model = dv.load_backbone(backbone, weights=weights, device=device)
@@ -78,7 +78,7 @@ def main(
 def growing_images(
     model: Backbone, photos: Sequence[np.ndarray], size: int, amounts: Sequence[int], rounds: int
 ) -> dict[str, Any]:
-    """A stream of more and more photos through one solver."""
+    """A stream of increasing numbers of photos through one solver."""
     stage = StageOne(model, DenoiseOptions(views=16, held_out=0, size=size))
 
     def run(count: int) -> None:
@@ -90,7 +90,7 @@ def growing_images(
 
 
 def growing_views(model: Backbone, photo: np.ndarray, size: int, amounts: Sequence[int], rounds: int) -> dict[str, Any]:
-    """One photo with more and more views; plans and factors are made anew, since two are kept."""
+    """One photo with increasing numbers of views; plans and factors are recomputed, since only two are cached."""
     stages = {count: StageOne(model, DenoiseOptions(views=count, held_out=0, size=size)) for count in amounts}
 
     def run(count: int) -> None:
@@ -102,14 +102,14 @@ def growing_views(model: Backbone, photo: np.ndarray, size: int, amounts: Sequen
 
 
 def growing_views_size(model: Backbone, sides: Sequence[int], rounds: int) -> dict[str, Any]:
-    """The bare pass of a view of more and more pixels."""
+    """The bare forward pass of a view of increasing size."""
     return grown(lambda side: forward(model, side), sides, model.device, rounds) | {
         "gflop": [operations(lambda side=side: forward(model, side)) / 1e9 for side in sides]
     }
 
 
 def growing_model(names: Sequence[str], device: str, rounds: int) -> dict[str, Any]:
-    """The bare pass of a view of larger and larger models."""
+    """The bare forward pass of a view by models of increasing size."""
     found: dict[str, Any] = {"amounts": list(names), "cost_s": [], "gflop": []}
     for name in names:
         model = dv.load_backbone(f"vit_{name}_patch14_dinov2.lvd142m", weights="random", device=device)
@@ -140,7 +140,7 @@ def grown(run: Callable[[int], None], amounts: Sequence[int], device: torch.devi
 
 
 def cost(times: Times, device: torch.device) -> float:
-    """The least seconds, by the clock that tells of the device."""
+    """Minimum seconds, by the clock that measures the device."""
     return min(times.processor if device.type == "cpu" else times.wall)
 
 

@@ -3,16 +3,16 @@
     python benchmarks/stage1.py PHOTO... --out FOLDER [--weights FILE] [--views 65 257] [--recipes released paper]
 
 For each photo and each number of views: seconds of the forward passes (rendering included); seconds of the exact solver
-on these features, with nothing prepared (plan, factors, sums, solution) and with the factors at hand; seconds of the
-neural field by each recipe; and how well each predicts 8 held-out views. Features are those of views as the released
-code makes them (`--coverage`), view 0 the whole photo. The recipes:
+on these features, from scratch (plan, factors, sums, solution) and with precomputed factors; seconds of the
+neural field by each recipe; and how well each predicts 8 held-out views. The views are drawn as in the released
+code (`--coverage`), view 0 the whole photo. The recipes:
 
-- released: the released code's, 25,000 steps, with the places that it takes for patches (edge to edge of a view);
+- released: the released code's, 25,000 steps, with the patch positions that it uses (edge to edge of a view);
 - released-centres: the same with patches at their centres;
 - paper: the paper's, 20,000 steps, at the centres.
 
-The exact solver has the centres. `--no-full` times 500 steps of a recipe and scales them, instead of all its steps.
-Writes `FOLDER/stage1.json` and `FOLDER/stage1.md` after every part; what is there already is not done again.
+The exact solver uses the centres. `--no-full` times 500 steps of a recipe and scales them, instead of running all.
+Writes `FOLDER/stage1.json` and `FOLDER/stage1.md` after every part; existing results are skipped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Record = dict[str, Any]
 Recipe = Literal["released", "released-centres", "paper"]
 T = TypeVar("T")
 
-#: Steps that are timed and scaled where a recipe is not run to its end.
+#: Number of timed steps, scaled to all steps, where a recipe is not run to its end.
 TIMED_STEPS = 500
 
 
@@ -69,16 +69,16 @@ def main(
 
     Args:
         photos: image files.
-        out: folder of the results.
-        backbone: a timm model.
-        weights: as `load_backbone` takes them.
-        dtype: of the backbone; the released code has float32.
-        size: of a view in pixels; the backbone's own where it is not given.
-        views: numbers of views to fit, the whole photo included; features are made once, for the most.
+        out: output folder.
+        backbone: name of a timm model.
+        weights: as in `load_backbone`.
+        dtype: dtype of the backbone; the released code uses float32.
+        size: size of a view in pixels; the backbone's default if None.
+        views: numbers of fitted views, the whole photo included; features are computed once, for the largest.
         coverage: how crops are drawn.
-        recipes: of the neural field.
+        recipes: recipes of the neural field.
         full: run each recipe to its end.
-        steps: fewer or more than a recipe's own.
+        steps: number of steps, instead of a recipe's own.
     """
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def missing(row: Record, recipes: tuple[Recipe, ...], full: bool) -> list[Recipe
 
 
 def features_of(model: Backbone, photo: Path, options: DenoiseOptions) -> tuple[SeenViews, SeenViews, float]:
-    """Features of the views to fit and to judge by, and the seconds that one view took."""
+    """Features of the fitted and the held-out views, and the seconds per view."""
     image, _ = load_image(photo, model)
     fitted, held_out = prepare(model, replace(options, method="neural-field"))
     assert held_out is not None
@@ -138,12 +138,12 @@ def features_of(model: Backbone, photo: Path, options: DenoiseOptions) -> tuple[
 
 
 def at_centres(views: SeenViews) -> SeenViews:
-    """The same features with the patches where they are."""
+    """The same features with patches at their centres."""
     return replace(views, plan=replace(views.plan, released=False))
 
 
 def exact(seen: SeenViews, held_out: SeenViews, taper: float) -> Record:
-    """The exact solver on features that are there; without a taper it weighs all patches alike, as the field does."""
+    """The exact solver on given features; without a taper it weights all patches equally, as the field does."""
     options, seen, held_out = DenoiseOptions(), at_centres(seen), at_centres(held_out)
     device = seen.features.device
     resolution = (2 * seen.plan.grid[0], 2 * seen.plan.grid[1])
@@ -156,7 +156,7 @@ def exact(seen: SeenViews, held_out: SeenViews, taper: float) -> Record:
         return solver.solve(sums.b, sums.g)
 
     def cold() -> ExactSolver:
-        fresh = replace(plan)  # nothing is kept from the last time
+        fresh = replace(plan)  # without cached results of the last run
         solver = ExactSolver(fresh, smoothness=options.smoothness, shrinkage=options.shrinkage, device=device)
         solve(solver)
         return solver
@@ -169,7 +169,7 @@ def exact(seen: SeenViews, held_out: SeenViews, taper: float) -> Record:
 
 
 def field(seen: SeenViews, held_out: SeenViews, recipe: Recipe, steps: int | None, full: bool) -> Record:
-    """The neural field by a recipe: its time, and to its end the last and best step and everything in between."""
+    """The neural field by a recipe: its time and, if run to its end, the last and best step and the history."""
     options = NeuralFieldOptions(recipe="paper" if recipe == "paper" else "released", steps=steps)
     if recipe != "released":
         seen, held_out = at_centres(seen), at_centres(held_out)
@@ -188,7 +188,7 @@ def field(seen: SeenViews, held_out: SeenViews, recipe: Recipe, steps: int | Non
 
 
 def timed(job: Callable[[], T], repeats: int = 3) -> tuple[float, T]:
-    """Median seconds of a few repeats, and what the last returned."""
+    """Median seconds over a few repeats, and the result of the last."""
     times = []
     for _ in range(repeats - 1):
         started = time.perf_counter()
@@ -202,7 +202,7 @@ def timed(job: Callable[[], T], repeats: int = 3) -> tuple[float, T]:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed: the neural field is then 1.5 times as fast on a CPU (fewer page faults)."""
+    """Makes glibc keep freed memory: the neural field is then 1.5 times as fast on a CPU (fewer page faults)."""
     try:
         libc = ctypes.CDLL(None)
         for parameter, value in ((-3, 1 << 30), (-1, 1 << 30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

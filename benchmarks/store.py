@@ -1,12 +1,12 @@
-"""Speed of a store beside that of its disk, and the requests of a photo to an object store.
+"""Speed of a store compared with its disk, and the number of requests per photo to an object store.
 
     python benchmarks/store.py [--photos 128] [--per-shard 16] [--writers 4] [--nodes 37] [--precision int8] [--out DIR]
 
-Fields of noise, as large as those of DINOv2 ViT-S/14 at 518 pixels, are written in two ways: staged one by one, as by a
-CPU, and held until their shard is sealed, as by an accelerator. The disk's own rate is that of writing as many bytes
-to one file, with one flush at the end, before and after; the machine may be shared. Requests are counted at the
-store's own interface: each read, write, conditional write, deletion and listing is one request of an object store.
-zarr's ranged reads come on top.
+Fields of noise, as large as those of DINOv2 ViT-S/14 at 518 pixels, are written in two ways: staged one by one, as on a
+CPU, and held until their shard is sealed, as on an accelerator. The disk's own rate is that of writing the same number
+of bytes to one file, with one flush at the end, before and after; the machine may be shared. Requests are counted at
+the store's own interface: each read, write, conditional write, deletion and listing is one request of an object store.
+zarr's ranged reads are not included.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from denoising_vit.fit.options import Precision
 from denoising_vit.store import FeatureStore, Manifest
 from denoising_vit.store.objects import LocalObjects
 
-#: Methods that are one request each.
+#: Methods that count as one request each.
 KINDS = ("read", "write", "create", "delete", "names")
 
 
@@ -121,7 +121,7 @@ def fill(store: FeatureStore, field: torch.Tensor, writers: int, held: bool) -> 
 
 
 def sequential(path: Path, size: int, block: int = 1 << 24) -> None:
-    """Write so many bytes to one file, and flush it."""
+    """Write that many bytes to one file, and flush it."""
     data = os.urandom(block)
     with path.open("wb") as file:
         for start in range(0, size, block):
@@ -152,7 +152,7 @@ def counted() -> Iterator[collections.Counter[str]]:
 
 
 def seconds(job: Callable[[], Any]) -> float:
-    """Time of a call."""
+    """Seconds of a call."""
     started = time.perf_counter()
     job()
     return time.perf_counter() - started

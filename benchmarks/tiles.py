@@ -1,12 +1,12 @@
-"""How visible the borders of tiles are in features of a large picture.
+"""How visible tile borders are in the features of a large picture.
 
     python benchmarks/tiles.py [PHOTO | FOLDER] [--size 3000 4000] [--out DIR]
 
-Cuts one picture into tiles, and measures the mean step between neighbouring patches across the borders of tiles over
+Cuts one picture into tiles, and measures the mean step between neighbouring patches across tile borders over
 the mean step elsewhere (1: no seam): each patch from the nearest tile, blended over an overlap, and aligned as well.
 Artifacts of position and the context that a tile lacks both make seams; only the first can be cleaned. So it does the
-same with a picture without content, where everything that tiles differ by is artifact. A folder of photos becomes a
-mosaic of six of them, whose borders are not those of tiles. Also writes one sheet of colours, the same for all.
+same with a content-free picture, where every difference between tiles is artifact. A folder of photos becomes a
+mosaic of six of them, whose borders are not tile borders. Also writes one sheet in colours, the same for all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from denoising_vit.metrics.seams import seam_ratio
 from denoising_vit.tiling.features import blend, layouts
 from denoising_vit.tiling.options import TileOptions
 
-#: Shares of the height and width of a mosaic that its photos take: uneven, as borders of tiles are evenly spread.
+#: Fractions of a mosaic's height and width that its photos take: uneven, since tile borders are evenly spaced.
 _SHARES = (0.42, 0.58), (0.29, 0.36, 0.35)
 
 
@@ -70,7 +70,7 @@ def main(
 
 
 def large(source: Path | None, size: tuple[int, int]) -> np.ndarray:
-    """A picture, or a mosaic of six photos of a folder, at a size; scikit-image's retina if none is given."""
+    """A picture, or a mosaic of six photos of a folder, at a given size; scikit-image's retina if source is None."""
     if source is None:
         from skimage import data
 
@@ -86,7 +86,7 @@ def large(source: Path | None, size: tuple[int, int]) -> np.ndarray:
 
 
 def enlarged(photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A photo at another size, (H, W, 3)."""
+    """A photo resized, (H, W, 3)."""
     return np.asarray(Image.fromarray(photo).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
@@ -112,7 +112,7 @@ def measured(
 
 
 def draw(picture: np.ndarray, drawn: dict[str, dict[str, Any]], path: Path) -> None:
-    """A row for each way to join tiles, a column for each kind of features."""
+    """One row for each way to join tiles, one column for each kind of features."""
     basis = PCABasis.fit(*(one for maps in drawn.values() for one in maps.values()))
     names = next(iter(drawn.values())).keys()
     sheet = Sheet([picture.shape[1] / picture.shape[0]] * len(drawn), 1 + len(names))

@@ -1,10 +1,10 @@
-"""What a training step costs on top of the block's own forward, backward and optimiser passes.
+"""What a training step costs on top of the block's own forward, backward and optimizer passes.
 
     python benchmarks/training.py PHOTOS [--steps 30] [--json out.json]
 
-In one process, in turn: steps of `dvit train` on kept features, and the bare passes of the same block in the same
-precision on batches that are in memory already. Prints medians, their ratio, and the share of a step that waits for
-data. Photos are fitted first with few and small views: what targets hold does not change the time.
+In one process, alternating: steps of `dvit train` on cached features, and the bare passes of the same block in the same
+precision on batches already in memory. Prints medians, their ratio, and the fraction of a step spent waiting for
+data. Photos are fitted first with few and small views: the content of targets does not affect the time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from denoising_vit.denoiser.options import PairOptions, TrainOptions
 from denoising_vit.progress import no_progress
 from denoising_vit.training.loop import denoising_loss
 
-#: The most that a step may cost, in times of the bare passes.
+#: Maximum time of a step, relative to the bare passes.
 BAR = 1.2
 
 
@@ -45,13 +45,13 @@ def main(
     """Measures the overhead of a training step.
 
     Args:
-        folder: photographs.
-        photos: how many of them.
-        steps: of each round.
-        batch: pairs in a step.
-        size: of the views in pixels.
-        rounds: of steps and bare passes in turn.
-        json_path: where the record goes.
+        folder: folder of photographs.
+        photos: number of photos.
+        steps: number of steps per round.
+        batch: pairs per step.
+        size: size of the views in pixels.
+        rounds: number of alternating rounds of steps and bare passes.
+        json_path: file for the record.
     """
     told: list[dict[str, float]] = []
     bare_s: list[float] = []
@@ -79,7 +79,7 @@ def main(
 
 
 def prepared(folder: Path, photos: int, run: Path, steps: int, batch: int, size: str) -> TrainJob:
-    """A run on some of the photos."""
+    """A job on some of the photos."""
     denoising = DenoiseOptions(views=8, held_out=0, size=112)
     options = TrainOptions(steps=steps, batch_size=batch, blank=0.0, held_out=2, evaluate_every=steps + 1)
     return TrainJob.prepare(
@@ -88,7 +88,7 @@ def prepared(folder: Path, photos: int, run: Path, steps: int, batch: int, size:
 
 
 def bare(run: Any, steps: int) -> list[float]:
-    """Seconds of forward, backward and optimiser passes of the same block, without anything around them."""
+    """Seconds of the bare forward, backward and optimizer passes of the same block."""
     optimiser = torch.optim.AdamW(run.denoiser.parameters(), lr=0.0)
     raw, target = (part.to(run.accelerator.device) for part in run.pairs.read(run.sampler.step(0)))
     found = []

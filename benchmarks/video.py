@@ -2,12 +2,12 @@
 
     python benchmarks/video.py [CLIP] [--frames 80] [--repeats 3] [--memory-frames 80 800] [--json out.json]
 
-Time: in one process, in turn, the bare forward passes of backbone and denoiser on the clip's frames (decoded, shrunk
-and normalised beforehand, in batches as the video takes them), and `render_video` on the clip, from opening the file
-to the joined result; the model is loaded before. The ratio of their processor time is told as well, which other work
-on the machine does not change. Memory: a process of its own for each length, at a smaller size so that the long one
-takes a minute, but in batches as at full size; its peak above what the loaded model takes. Without a clip, one of
-854 x 480 is made up. Prints one JSON line.
+Time: in one process, alternating, the bare forward passes of backbone and denoiser on the clip's frames (decoded,
+resized and normalised beforehand, in the same batches as the video), and `render_video` on the clip, from opening it
+to the joined result; the model is already loaded. The ratio of their processor time is reported as well, which does not
+depend on other work on the machine. Memory: a separate process for each length, at a smaller size so that the long one
+takes a minute, but in batches as at full size; its peak above the loaded model. Without a clip, one of
+854 x 480 is generated. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from denoising_vit.show.video.films import open_clip
 from denoising_vit.show.video.rendering import render_video
 from denoising_vit.views.rendering import to_image
 
-#: The most that a video may cost in times of its forward passes, and a long one in times of a short one's memory.
+#: Maximum time of a video relative to its forward passes, and maximum memory of a long one relative to a short one.
 TIME_BAR, MEMORY_BAR = 1.3, 1.0
 
-#: Height and width of a clip that is made up.
+#: Height and width of a generated clip.
 MADE_UP = 480, 854
 
 
@@ -62,15 +62,15 @@ def main(
     """Measures time and memory.
 
     Args:
-        clip: a video or a folder of frames; where it is shorter than asked for, it is measured as it is.
-        backbone: a model that a denoiser comes with.
-        weights: of the backbone.
-        frames: of the clip that time is measured on.
-        repeats: of bare passes and videos in turn.
-        memory_frames: lengths that memory is measured on, short and long; 0 0 leaves that out.
-        memory_size: long side that frames are shown in there, in pixels.
-        only_memory_of: measures the memory of so many frames alone.
-        json_path: where the record goes.
+        clip: a video or a folder of frames; if it is shorter than requested, all of it is measured.
+        backbone: name of a model with a shipped denoiser.
+        weights: weights of the backbone.
+        frames: number of frames for the time.
+        repeats: number of alternating bare passes and videos.
+        memory_frames: short and long clip length for the memory; 0 0 skips this part.
+        memory_size: long side of the frames for the memory, in pixels.
+        only_memory_of: measures only the memory of that many frames.
+        json_path: file for the record.
     """
     model = dv.load_backbone(backbone, weights=weights)
     with tempfile.TemporaryDirectory() as name:
@@ -102,7 +102,7 @@ def speed(model: dv.Backbone, source: Path, folder: Path, frames: int, repeats: 
     shown = [frame.shown for frame in clip.frames(size, panel_size(clip.size, options), most=frames)]
     batches = list(normalised(model, [pixels for pixels in shown if pixels is not None], batch))
     clean = dv.DenoisedViT(model, dv.load_denoiser("shipped", backbone=model))
-    bare(clean, batches[:2])  # fills caches
+    bare(clean, batches[:2])  # warms up caches
     jobs = [
         ("bare", lambda _: bare(clean, batches)),
         ("video", lambda number: render_video(model, source, folder / f"{number}.mp4", options=options)),
@@ -134,13 +134,13 @@ def speed(model: dv.Backbone, source: Path, folder: Path, frames: int, repeats: 
 
 @torch.inference_mode()
 def bare(clean: dv.DenoisedViT, batches: list[Tensor]) -> None:
-    """The forward passes alone, raw and clean features in one pass, as in the video."""
+    """Runs the forward passes alone, raw and clean features in one pass, as in the video."""
     for images in batches:
         clean(images)
 
 
 def normalised(model: dv.Backbone, shown: list[np.ndarray], batch: int) -> Iterator[Tensor]:
-    """Frames (H, W, 3) uint8 as images (B, 3, H, W) in the model's type and place."""
+    """Frames (H, W, 3) uint8 as images (B, 3, H, W) in the model's dtype and on its device."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
     remaining = iter(shown)
     while part := list(itertools.islice(remaining, batch)):
@@ -156,9 +156,9 @@ def in_child(frames: int, clip: Path | None, backbone: str, weights: str, size: 
 
 
 def peak_above(model: dv.Backbone, source: Path, folder: Path, frames: int, size: int) -> float:
-    """MiB that a video of so many frames takes at its peak above the loaded model."""
-    _ = model.fingerprint  # one forward pass: libraries have allocated what they keep
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    """MiB that a video of that many frames takes at its peak above the loaded model."""
+    _ = model.fingerprint  # one forward pass: libraries allocate their permanent buffers
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident()
     clip_size = open_clip(source, Fraction(24)).size
     batch = fitting_batch(model.device, math.prod(model.grid_size(*shown_size(clip_size, model, VideoOptions()))))
@@ -170,7 +170,7 @@ def peak_above(model: dv.Backbone, source: Path, folder: Path, frames: int, size
 
 
 def make_clip(path: Path, frames: int) -> Path:
-    """Coloured squares that move over a gradient, 30 frames a second, as H.264."""
+    """Writes coloured squares that move over a gradient, 30 frames per second, as H.264."""
     height, width = MADE_UP
     chance = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width]

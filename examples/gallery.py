@@ -1,9 +1,9 @@
-"""Draws the README's picture and the gallery: every free colour photograph that comes with scikit-image.
+"""Draws the README's picture and the gallery: every free colour photograph included in scikit-image.
 
     python examples/gallery.py docs
 
-It needs the extra `offline` and scikit-image, and takes a few minutes on two cores. The photographs are in the public
-domain, CC0, or without known copyright restrictions, as scikit-image's documentation says of each.
+Needs the extra `offline` and scikit-image, and takes a few minutes on two cores. The photographs are in the public
+domain, CC0, or without known copyright restrictions, according to scikit-image's documentation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from denoising_vit.maps.kinds import MAP_KINDS
 from denoising_vit.show.options import ShowOptions
 from denoising_vit.show.sheets import PhotoExtractor, ShownPhoto, draw_sheet, palette_of
 
-#: All colour photographs of scikit-image that come with it and are free to show.
+#: All colour photographs that are included in scikit-image and free to show.
 PHOTOS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 
 FEATURES = "raw,subtract,project,denoiser,distilled,average,exact"

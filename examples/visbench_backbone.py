@@ -1,12 +1,12 @@
-"""Any of our extractors as a backbone of VisBench, so that features can be judged by tools that are not ours.
+"""Any of our extractors as a backbone of VisBench, so that features can be evaluated by third-party tools.
 
-    pip install visbench denoising-vit "pillow<12"     # in an environment of their own: VisBench wants an older Pillow
+    pip install visbench denoising-vit "pillow<12"     # in a separate environment: VisBench needs an older Pillow
 
     from visbench_backbone import visbench_backbone
     visbench.run(visbench_backbone(extractor, backbone, name="dinov2-clean"), "retrieval", dataset)
 
 The extractor is a backbone, or `dv.DenoisedViT(backbone, denoiser)`. Photos are squeezed to the backbone's default
-size, as everywhere here.
+size, as everywhere in this package.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def visbench_backbone(extractor: nn.Module, backbone: Backbone, name: str):
 
     Args:
         extractor: normalised images (B, 3, H, W) -> features (B, h, w, C).
-        backbone: whose normalisation, size and class token it has.
-        name: what results are filed under.
+        backbone: the backbone that gives normalisation, size and class token.
+        name: name of the results.
 
     Raises:
         ImportError: if VisBench is not installed.
@@ -48,7 +48,7 @@ def visbench_backbone(extractor: nn.Module, backbone: Backbone, name: str):
 
     @torch.no_grad()
     def features_of(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Patch tokens (B, h w, C), the class token (B, C) or the mean where there is none, and (h, w)."""
+        """Patch tokens (B, h w, C), the class token (B, C) or the mean if there is none, and (h, w)."""
         features, prefix = module.forward_with_prefix(images)  # pyright: ignore[reportCallIssue]
         tokens = features.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
         return tokens, prefix[:, 0] if prefix.shape[1] else tokens.mean(1), tuple(features.shape[1:3])
@@ -62,6 +62,6 @@ def visbench_backbone(extractor: nn.Module, backbone: Backbone, name: str):
         patch_size=backbone.patch_size,
         feature_fn=features_of,
         image_size=side,
-        weights_id=f"{state_digest(extractor)}-{artifact}",  # VisBench's own has no bfloat16, and knows no artifact
+        weights_id=f"{state_digest(extractor)}-{artifact}",  # VisBench's own has no bfloat16, and ignores the artifact
         device=str(backbone.device),
     )

@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python recipes/confirm.py --train DIR --val DIR [--denoiser FILE ...] -o FILE
 
-Both folders are made by `labelled.py`. The probes are those of `probes.py`: quick ones on patches, not the published
+Both folders are written by `labelled.py`. The probes are those of `probes.py`: quick ones on patches, not the published
 protocols of `dvit evaluate`.
 """
 
@@ -29,7 +29,7 @@ MEMORY, EVERY = 20_000, 6
 
 
 def main() -> None:
-    """One line for each set, task and denoiser."""
+    """Writes one line for each set, task and denoiser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--val", type=Path, required=True)
@@ -115,7 +115,7 @@ def confusion(truth: Tensor, predicted: Tensor, scored: tuple[int, ...]) -> np.n
 
 
 def compared(task: str, plain: np.ndarray, clean: np.ndarray) -> dict[str, float | int | None]:
-    """Both figures, and their difference with its 95 % interval over images."""
+    """Both metrics, and their difference with its 95 % interval over images."""
     figure = rmse if task == "depth" else miou
     everything = np.ones((1, len(plain)))
     raw, own = (float(figure(everything, one)[0]) for one in (plain, clean))

@@ -1,9 +1,9 @@
-"""Makes the folder of labelled images that the probes read: photos as WebP, and labels of a 37 x 37 patch grid.
+"""Writes the folder of labelled images that the probes read: photos as WebP, and labels of a 37 x 37 patch grid.
 
     python recipes/labelled.py --voc VOCdevkit/VOC2012 --camvid DIR --nyu DIR --split train -o OUT
 
 A patch has its most frequent class (255 where most of it has none), or its mean depth in metres (0 where unknown).
-Whole images are squeezed to a square, as the backbone is shown them.
+Whole images are resized to a square, as for the backbone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-#: Patches along a side, and pixels of a label map that fall to each.
+#: Patches along a side, and label pixels per patch along a side.
 GRID, EACH = 37, 7
 
 NO_LABEL = 255
@@ -46,14 +46,14 @@ def pairs_of(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def truths(name: str, pairs: Sequence[tuple[Path, Path]]) -> np.ndarray:
-    """Labels (N, GRID, GRID) of the patches of photos with label files."""
+    """Labels (N, GRID, GRID) of the patches, from label files."""
     read = depths if name == "nyu" else classes
     ignored = {"voc": 255, "camvid": 11}.get(name)
     return np.stack([read(truth, ignored) for _, truth in pairs])
 
 
 def voc(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """Photos and masks of a split of VOC 2012, in the order of their names."""
+    """Photos and masks of a split of VOC 2012, sorted by name."""
     names = sorted((root / f"ImageSets/Segmentation/{split}.txt").read_text().split())
     return [(root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png") for name in names]
 

@@ -1,4 +1,4 @@
-"""Quick label probes on patches, for the choice of views and targets, on the training data of labelled sets.
+"""Quick label probes on patches, to choose views and targets, on the training data of labelled sets.
 
 Nothing here is a published protocol; `dvit evaluate` has those. Features of all images are kept on the device.
 """
@@ -54,7 +54,7 @@ def load(folder: Path, grid: tuple[int, int], device: torch.device, most: int | 
     Args:
         folder: the folder.
         grid: (h, w) of the patch grid; labels of another are sampled.
-        device: where features will be.
+        device: device for the features.
         most: number of images of each set, evenly chosen.
     """
     found = {}
@@ -92,12 +92,12 @@ def blank_images(backbone: Backbone, size: tuple[int, int]) -> dict[str, Tensor]
 
 
 def blank_figures(raw: Tensor, clean: Tensor) -> tuple[float, float]:
-    """Shares of raw's variance over places, and of its high frequencies, that are left."""
+    """Fractions of raw's variance over positions, and of its high frequencies, that are left."""
     return variance_over_places(clean) / variance_over_places(raw), high_frequencies(clean) / high_frequencies(raw)
 
 
 def scores(name: str, data: Labelled, features: Tensor) -> dict[str, float]:
-    """Figures of one set: mIoU of nearest neighbours and of ridge regression, or RMSE in metres, and place."""
+    """Metrics of one set: mIoU of nearest neighbours and of ridge regression, or RMSE in metres, and position."""
     clean = functional.normalize(features.float(), dim=-1)
     found = {"place": place(features)}
     if name == "nyu":
@@ -151,7 +151,7 @@ def depth_error(data: Labelled, features: Tensor) -> float:
 
 
 def place(features: Tensor) -> float:
-    """R2 of ridge regression of the place of patches: fitted on every other image, scored on the rest."""
+    """R2 of ridge regression of patch positions: fitted on every other image, scored on the rest."""
     h, w = features.shape[1:3]
     grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij"), -1)
     where = grid.to(features.device).double().expand(len(features), h, w, 2)
@@ -162,7 +162,7 @@ def place(features: Tensor) -> float:
 
 
 def ridge(features: Tensor, wanted: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (C, K), and the means of features (C,) and of what is wanted (K,)."""
+    """Weights (C, K), and the means of features (C,) and of targets (K,)."""
     mean, centre = features.mean(0), wanted.mean(0)
     features = features - mean
     gram = features.T @ features
@@ -171,7 +171,7 @@ def ridge(features: Tensor, wanted: Tensor, strength: float = 1e-3) -> tuple[Ten
 
 
 def mean_iou(predicted: Tensor, truth: Tensor, scored: tuple[int, ...]) -> float:
-    """In percent, over these classes."""
+    """Mean IoU in percent over the scored classes."""
     both = torch.bincount(truth * 256 + predicted, minlength=256 * 256).view(256, 256).double()
     overlap = both.diagonal()
     union = both.sum(0) + both.sum(1) - overlap

@@ -35,7 +35,7 @@ class Scene:
     flip: bool
 
     def cut(self, photos: Sequence[Tensor]) -> Tensor:
-        """Its pixels, (3, h, w) uint8."""
+        """The pixels of the scene, (3, h, w) uint8."""
         x0, y0, x1, y1 = self.box
         image = photos[self.photo][:, y0:y1, x0:x1]
         return image.flip(-1) if self.flip else image
@@ -58,7 +58,7 @@ def draw_scenes(
         photos: (3, H, W) each.
         count: scenes of each photo.
         seed: seed for the crops.
-        shapes: sizes (H, W) in pixels and the share of scenes of each; whole photos are shown in the first.
+        shapes: sizes (H, W) in pixels and the share of scenes of each; whole photos have the first.
     """
     stream = np.random.RandomState(seed)
     sizes, shares = [size for size, _ in shapes], np.array([share for _, share in shapes])
@@ -72,7 +72,7 @@ def draw_scenes(
             if number == 0:
                 found[size].append(Scene(index, (0, 0, width, height), flip))
                 continue
-            # A crop of about the input's aspect ratio, so that little is squeezed.
+            # A crop of about the input's aspect ratio, to keep distortion small.
             frame = size[1] / size[0] * height / width
             wide = min(float(np.sqrt(area * ratio * frame)), 1.0)
             high = min(float(np.sqrt(area / ratio / frame)), 1.0)

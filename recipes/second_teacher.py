@@ -1,11 +1,11 @@
-"""A denoiser that is taught by another one, while content-free images stay clean: minutes on a CPU.
+"""A denoiser trained by another one as teacher, while content-free images stay clean: minutes on a CPU.
 
     PYTHONPATH=src python recipes/second_teacher.py --teacher FILE --photos DIR -o FILE
 
 Starts from the shipped denoiser (`--start`), which is clean on content-free images. The teacher was trained on small
-crops, which gains nearest neighbours, and leaves the artifact. Half of each step are whole photos, whose targets are
+crops, which improves nearest neighbours but leaves the artifact. Half of each step are whole photos, whose targets are
 the teacher's features; the other half are content-free images, whose features are the same everywhere. The result is
-the mean of the weights before and after: objects are found less well the more the teacher is followed.
+the mean of the weights before and after: object discovery gets worse the closer the student follows the teacher.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Options(Training):
 
 
 def main(given: list[str] | None = None) -> None:
-    """Trains the denoiser, prints what it leaves, and writes it."""
+    """Trains the denoiser, prints its metrics, and writes it."""
     asked = arguments(given)
     asked_for = {name: getattr(asked, name) for name in ("count", "held_out", "blanks", "steps", "share")}
     options = Options(**asked_for)
@@ -100,7 +100,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def whole_photos(backbone: Backbone, folder: Path, size: tuple[int, int], options: Options) -> Tensor:
-    """Raw features (N, h, w, C) float16 of random photos of a folder, each squeezed to a square."""
+    """Raw features (N, h, w, C) float16 of random photos of a folder, each resized to a square."""
     photos = read_photos(folder, backbone.device)
     chosen = np.random.RandomState(options.seed + 1).permutation(len(photos))[: options.count]
     whole, unflipped = np.array([[0.0, 0.0, 1.0, 1.0]]), np.array([False])
@@ -136,7 +136,7 @@ def train(start: Denoiser, raw: Tensor, target: Tensor, blank: Tensor, options: 
 def figures(
     backbone: Backbone, student: Denoiser, teacher: Denoiser, raw: Tensor, size: tuple[int, int]
 ) -> Iterator[dict[str, float | str]]:
-    """What is left on content-free images, and cosines to the teacher on held-out photos, of the student and of raw."""
+    """What is left on content-free images, and cosines to the teacher on held-out photos, for student and raw."""
     for kind, images in probes.blank_images(backbone, size).items():
         blank = backbone(images)
         left, high = probes.blank_figures(blank, apply(student, blank.half(), 8))

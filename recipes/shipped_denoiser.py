@@ -3,7 +3,7 @@
     PYTHONPATH=src python recipes/shipped_denoiser.py --weights FILE --photos DIR -o OUT [--labelled DIR]
 
 Everything stays on the device: photos, raw features, targets. Each photo gives several scenes (itself, and crops of
-half of it or more), each scene is fitted by the exact solver on wide views, which keep the context that one pass has,
+half of it or more), each scene is fitted by the exact solver on wide views, which keep the context of a single pass,
 and one block is trained to map raw features to the fitted ones, with content-free images as known truth. With
 `--labelled` every denoiser is evaluated by quick label probes. `--tiny` is a small version for a CPU.
 
@@ -39,7 +39,7 @@ TINY = (((8, 8), 0.7), ((8, 10), 0.3))
 
 @dataclass(frozen=True)
 class Variant:
-    """A denoiser to train: its name, and what differs from the recipe."""
+    """A denoiser to train: its name, and its differences from the recipe."""
 
     name: str
     training: Training

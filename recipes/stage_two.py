@@ -1,4 +1,4 @@
-"""Stage 2 on pairs that are on the device: photos with fitted targets, and content-free images with known ones."""
+"""Stage 2 on pairs on the device: photos with fitted targets, and content-free images with known ones."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def train(
 
     Args:
         backbone: the backbone of these features.
-        pairs: by size.
+        pairs: pairs by size.
         chosen: indices of the training pairs, by size.
         blanks: raw features of content-free images, by size.
         options: steps, batch and learning rate.
-        watch: called with the step and the loss, a few times.
+        watch: called with the step and the loss a few times during training.
     """
     device = backbone.device
     torch.manual_seed(options.seed)
@@ -119,13 +119,13 @@ def optimise(
 
 
 def some(features: Tensor, count: int, order: torch.Generator) -> Tensor:
-    """Random ones of the features (N, h, w, C), float32."""
+    """Random rows of the features (N, h, w, C), float32."""
     return features[torch.randint(len(features), (count,), generator=order).to(features.device)].float()
 
 
 @torch.no_grad()
 def blend(denoiser: Denoiser, other: Denoiser, share: float) -> None:
-    """Moves the weights of a denoiser towards those of another one, by this share of the way."""
+    """Moves the weights of a denoiser towards those of another one by the fraction ``share``."""
     for weights, others in zip(denoiser.parameters(), other.parameters(), strict=True):
         weights.lerp_(others, share)
 
@@ -144,7 +144,7 @@ def batch_of(pairs: Pairs, chosen: Tensor, count: int, subtract: bool, order: to
 
 @torch.no_grad()
 def apply(denoiser: Denoiser | None, raw: Tensor, batch: int = 64) -> Tensor:
-    """Clean features (N, h, w, C) float16 of raw ones; as they are without a denoiser."""
+    """Clean features (N, h, w, C) float16 of raw ones; the raw ones if there is no denoiser."""
     if denoiser is None:
         return raw
     with torch.autocast(raw.device.type, torch.bfloat16):

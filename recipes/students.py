@@ -1,4 +1,4 @@
-"""Distilled weights compared on the training lists of labelled sets, and how far they can be reduced.
+"""Compares distilled weights on the training lists of labelled sets, and measures how far they can be reduced.
 
     PYTHONPATH=src python recipes/students.py --labelled DIR -o FILE raw RUN/distilled.safetensors ...
     PYTHONPATH=src python recipes/students.py --ranks 4 8 16 32 64 --photos DIR -o FILE RUN/distilled.safetensors
@@ -6,7 +6,7 @@
 The first scores each candidate with the probes of `probes.py`, on the images of `labelled.py`, and on content-free
 images. A candidate is `raw`, a file, or a sum of changes from the raw weights with factors: `A.safetensors*1.5`,
 `A.safetensors+B.safetensors*0.5` (paths without + and *). The second writes the low-rank difference of each rank next
-to the output file, and measures its features' distance to those of the whole weights.
+to the output file, and measures its features' distance to those of the full weights.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def changed(raw: Any, candidate: str) -> dict[str, Tensor]:
 
 
 def reduced(asked: Any) -> Iterator[dict[str, Any]]:
-    """Bytes of each rank, and its distance to the whole weights, relative to that of the raw weights."""
+    """Bytes of each rank, and its distance to the full weights, relative to that of the raw weights."""
     raw: Any = BackboneSpec(asked.model, weights=asked.weights, device=asked.device, dtype="float32").load()
     whole_photo, upright = np.array([[0.0, 0.0, 1.0, 1.0]]), np.array([False])
     photos = open_dataset(asked.photos)

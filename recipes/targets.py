@@ -17,7 +17,7 @@ from denoising_vit.decomposition.statistics import field_products
 from denoising_vit.views.options import CropOptions
 from denoising_vit.views.plan import ViewPlan
 
-#: Scenes that are solved together.
+#: Number of scenes solved together.
 _TOGETHER = 16
 
 
@@ -31,7 +31,7 @@ class Pairs:
         target: F at the patches of the scene where no artifact is modelled, (N, h, w, C).
         photo: index of the photo of each, (N,).
         plan: number of the plan of each, (N,).
-        shift: what to add to the targets of a plan so that they are those of a known artifact, (plans, h, w, C).
+        shift: offset for the targets of a plan that makes them those of a known artifact, (plans, h, w, C).
     """
 
     raw: Tensor
@@ -90,9 +90,9 @@ def fit(
         backbone: the extractor.
         photos: (3, H, W) uint8 on the device.
         scenes: parts of them.
-        made: plans of one size; scenes take them in turn.
-        artifact: G (h, w, C) that may be taken away, for `Pairs.shift`.
-        batch: views in a forward pass.
+        made: plans of one size; scenes use them in turn.
+        artifact: G (h, w, C) that can be subtracted, for `Pairs.shift`.
+        batch: views per forward pass.
     """
     h, w = made[0].grid
     channels, device = backbone.embed_dim, backbone.device

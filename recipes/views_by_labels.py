@@ -1,4 +1,4 @@
-"""Which views stage 1 should see, by labels of several tasks: areas, numbers of views, and what becomes of G.
+"""Which views stage 1 should use, by labels of several tasks: areas, numbers of views, and the treatment of G.
 
 PYTHONPATH=src python recipes/views_by_labels.py --weights FILE --labelled DIR -o OUT
 """
@@ -26,15 +26,15 @@ from denoising_vit.views.plan import ViewPlan
 AREAS = ((0.4, 1.0), (0.1, 0.5), (0.25, 1.0), (0.6, 1.0), (0.1, 1.0))
 COUNTS = (4, 8, 12, 16, 32, 64)
 
-#: Number of views at which an artifact of each photo alone is tried as well.
+#: Number of views for which an artifact fitted to each photo is tried as well.
 _FITTED_AT = 16
 
-#: Images that are solved together.
+#: Number of images solved together.
 _TOGETHER = 16
 
 
 def main() -> None:
-    """Runs the table, and writes each line as soon as it is known."""
+    """Runs all rows of the table, and writes each line as soon as it is known."""
     asked = arguments()
     from denoising_vit.backbones import BackboneSpec
 
@@ -89,7 +89,7 @@ def fields(
     known: Tensor | None,
     batch: int,
 ) -> Iterator[tuple[int, str, Tensor]]:
-    """F at the patches (N, h, w, C) float16, for each number of views: without G, with the known one, with its own."""
+    """F at the patches (N, h, w, C) float16, by number of views: without G, with the known one, with a fitted one."""
     stages = {count: Stage1(backbone, made.subset(slice(0, count))) for count in counts}
     found: dict[tuple[int, str], list[Tensor]] = {}
     for start in range(0, len(data.images), _TOGETHER):

@@ -1,4 +1,4 @@
-"""Runs `dvit ...` in this process, for tests of what its users meet."""
+"""Runs `dvit ...` in this process, for tests of the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from denoising_vit.cli import app
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind.
+    """Result of a command.
 
     Attributes:
         code: its exit code.
@@ -28,12 +28,12 @@ class Outcome:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The JSON lines of standard output; fails where anything else is there."""
+        """The JSON lines of standard output; fails if there is anything else."""
         return [json.loads(line) for line in self.out.splitlines()]
 
     @property
     def words(self) -> str:
-        """All that was printed, in one line without the frames that help is printed in."""
+        """All printed text, in one line without the frames of the help."""
         return " ".join((self.out + self.err).translate({ord(edge): " " for edge in "│╭╮╰╯─"}).split())
 
 

@@ -44,7 +44,7 @@ COUNT = 0
 #: timm's smallest ViT: 64 channels in 6 blocks.
 MODEL = "test_vit"
 
-#: Packages that the verbs import when they need them.
+#: Packages that the commands import lazily.
 _OTHERS = ("torch", "torchvision", "timm", "matplotlib.pyplot", "sklearn.decomposition", "scipy.ndimage", "zarr", "av")
 _OTHERS += ("rich.progress", "tyro", "PIL.Image", "jinja2", "accelerate", "tensorboard", "torchmetrics", "pydantic")
 
@@ -54,10 +54,10 @@ KILLED = 137
 #: Bytes of a file next to the outputs that no verb may touch.
 FOREIGN = b"a file of somebody else"
 
-#: Files that tell times and commands, and pictures, which are drawn again from the float16 features of a kept file.
+#: Files that contain times and commands, and pictures, which are redrawn from the float16 features of a kept file.
 _TIMED = re.compile(r"(about\.json|log\.jsonl|.*\.html|out/.*\.png)$")
 
-#: What temporary files are called; after a kill they may stay.
+#: Pattern of temporary file names; after a kill such files may stay.
 _TEMPORARY = re.compile(r"(^|/)\.[^/]*(\.parts?|\.tmp[A-Za-z0-9]*)(/|$)|(^|/)\.tmp[A-Za-z0-9]+$")
 
 
@@ -65,9 +65,9 @@ _TEMPORARY = re.compile(r"(^|/)\.[^/]*(\.parts?|\.tmp[A-Za-z0-9]*)(/|$)|(^|/)\.t
 class Case:
     """A verb with arguments, relative to the folder of the trial.
 
-    Attributes:
+    arguments: arguments of the first run.
         arguments: of the first run.
-        again: arguments of the run that resumes, where they differ.
+        again: arguments of the run that resumes, if they differ.
     """
 
     arguments: tuple[str, ...]
@@ -76,7 +76,7 @@ class Case:
 
 @dataclass
 class Trial:
-    """What one disturbed run and the run after it left behind."""
+    """Results of a disturbed run and of the run after it."""
 
     code: int
     words: str
@@ -141,7 +141,7 @@ def build(folder: Path) -> Path:
 
 
 def preloaded(folder: Path, arguments: Sequence[str]) -> int:
-    """Runs this script with the shim preloaded, in a process of its own."""
+    """Runs this script with the shim preloaded, in a separate process."""
     environment = {**os.environ, "LD_PRELOAD": str(build(folder)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run([sys.executable, __file__, "--armed", *arguments], env=environment, check=False).returncode
 
@@ -158,7 +158,7 @@ def import_everything() -> None:
         if not module.name.startswith(("denoising_vit.show.app.", "denoising_vit.__main__")):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
-    gc.freeze()  # else the collector of each fork touches, and so copies, all that was imported
+    gc.freeze()  # otherwise the collector of each fork touches, and so copies, all imported objects
 
 
 def forked(
@@ -219,7 +219,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def fresh(inputs: Path, at: Path) -> Iterator[Path]:
-    """A copy of the inputs, always at the same place, since files record what they were made of."""
+    """A copy of the inputs, always at the same path, since files record their inputs."""
     shutil.rmtree(at, ignore_errors=True)
     shutil.copytree(inputs, at)
     yield at
@@ -255,7 +255,7 @@ class Harness:
             code, words, _ = forked(place, self.case.arguments, n, mode, error, None)
             after = tree(place)
             again, words_again = 0, ""
-            if not self._complete(after):  # else the work is done, and a verb may refuse to do it again
+            if not self._complete(after):  # otherwise the work is done, and a verb may refuse to repeat it
                 again, words_again, _ = forked(place, self._again(after), 0, COUNT, 0, None)
             trial = Trial(code, words, again, words_again)
             removes = self.log[n - 1][1] in ("unlink", "rmdir")  # what could not be removed stays
@@ -268,7 +268,7 @@ class Harness:
         )
 
     def _again(self, after: dict[str, str]) -> Sequence[str]:
-        """The command that goes on; training that has not begun yet is started anew."""
+        """The command that resumes; training that has not begun yet is restarted."""
         begun = any(name.endswith("run.json") for name in after)
         return self.case.again if self.case.again is not None and begun else self.case.arguments
 
@@ -310,7 +310,7 @@ def _names_a_file(words: str) -> bool:
 
 
 def ends(log: Sequence[Sequence[str]]) -> list[int]:
-    """Numbers of the first and the last call of each kind on each file: those between them are alike."""
+    """Numbers of the first and the last call of each kind on each file; those between them are equivalent."""
     places: dict[tuple[str, ...], list[int]] = {}
     for n, (_, *call) in enumerate(log, 1):
         places.setdefault(tuple(call), []).append(n)
@@ -343,7 +343,7 @@ def armed(
         print("\n".join(f"    {problem}" for problem in lost), end="\n" if lost else "", flush=True)
         failed += bool(lost)
         for place, fault in enumerate(faults):
-            first = place * every // len(faults)  # other calls for each fault, so that together they try more
+            first = place * every // len(faults)  # other calls for each fault, to cover more calls in total
             points, found = chosen[first::every], {}
             tried = 0
             for n in points:

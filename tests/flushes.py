@@ -1,4 +1,4 @@
-"""What a power cut could lose: a recorded order of file-system calls, checked.
+"""What a power cut could lose: checks a recorded sequence of file-system calls.
 
 A file that is renamed to its final name must be flushed before, and its folder after. Else a journal may hold the new
 name without the content, and a later run takes an empty file for a result. New folders must be flushed into theirs.
@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 #: A call as the shim logs it: its number, its name, a path, and the new path of a rename or link.
 Call = Sequence[str]
 
-#: Promises nothing: leases end with their holder; logs, their panels and the record of a run's start only inform.
+#: Not durable: leases end with their holder; logs, their panels and the record of a run's start are for information.
 _PASSING = re.compile(r"/(leases|\.held|panels)(/|$)|/(log\.jsonl|events\.out[^/]*)$|/\.(dvit-writable|probe)-")
 
 #: Written by zarr, which flushes nothing; the store flushes it under its final name, before the manifest counts it.
@@ -23,7 +23,7 @@ _TEMPORARY = re.compile(r"\.(part|partial|tmp[^/]*)(/|$)|/\.tmp[^/]*$")
 
 
 def losses(calls: Sequence[Call]) -> list[str]:
-    """What a power cut may take or leave empty, in words; empty if every promise is kept."""
+    """What a power cut may lose or leave empty, as text; empty if every guarantee holds."""
     return [problem for at, call in enumerate(calls) for problem in _losses_of(calls, at, *call[1:4])]
 
 

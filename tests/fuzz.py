@@ -1,6 +1,6 @@
 """Damaged inputs: whatever a file holds, readers may raise only the project's own errors, soon and in bounded memory.
 
-`python tests/fuzz.py --count 3000` tries so many mutations of every kind of file; `test_fuzz.py` tries a few of each.
+`python tests/fuzz.py --count 3000` tries that many mutations of every kind of file; `test_fuzz.py` tries a few of each.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from denoising_vit.maps.palette import read_palette
 from denoising_vit.store import FeatureStore, Manifest
 from denoising_vit.training_free import common
 
-#: Seconds that reading one file may take, on a machine that is busy.
+#: Maximum seconds to read one file, on a busy machine.
 PATIENCE = 60
 
-#: Largest photo in pixels here; larger ones are refused before they are decoded.
+#: Largest photo in pixels here; larger ones are rejected before they are decoded.
 PIXELS = 1_000_000
 
 BACKBONE = {"name": "vit", "fingerprint": [float(value) for value in np.linspace(-1, 1, 128)]}
 
-#: Values that no reader expects.
+#: Unexpected values.
 ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1.5, float("inf"), float("nan"), 2**70, 10**6),
     *("", "x", "\ud800", "\0", "../..", "1" * 5000),
     *([], {}, [[]], [None], {"": None}, ["x", 1], [1, 2], [-1, -1], [2**40, 2**40]),
 )
 
-#: Lines of a list that are no images of this folder, but for the first.
+#: Lines of a list that are not images of this folder, except the first.
 LINES = ("00.png", "./00.png", "../photos/00.png", "# no", "", "a\0b.png", "x" * 5000, "*.png", "{0..9}.png", "~/a.png")
 LINES += ("file:///etc/hostname", "file://", "::", "a::b", "/", ".", "a.tar", "é.png")
 
@@ -197,7 +197,7 @@ def _store(folder: Path) -> None:
 
 
 def _object(store: Path, name: str) -> Kind:
-    """A record of a store as earlier releases wrote it, without the checksum that tells most changes."""
+    """A record of a store as earlier releases wrote it, without the checksum that detects most changes."""
     content = json.loads((store / name).read_bytes())
     content.pop("crc32", None)
     return Kind((json.dumps(content).encode(),), lambda path: _opened(store, name, path), ".json")
@@ -222,7 +222,7 @@ def _dataset(path: Path) -> None:
 
 
 def _compared(recorded: dict[str, Any] | None) -> None:
-    """What every user of a recorded backbone does next."""
+    """Compares a recorded backbone, as all its users do."""
     if names_backbone(recorded):
         assert recorded is not None
         recorded_words(recorded)
@@ -230,7 +230,7 @@ def _compared(recorded: dict[str, Any] | None) -> None:
 
 
 def _opened(store: Path, name: str, path: Path) -> None:
-    """Everything that is read of a store with one object replaced."""
+    """Reads everything in a store with one object replaced."""
     place, before = store / name, (store / name).read_bytes()
     place.write_bytes(path.read_bytes())
     try:
@@ -247,7 +247,7 @@ def _opened(store: Path, name: str, path: Path) -> None:
 
 
 def mutated(content: bytes, chance: Random, *, heads: bool) -> bytes:
-    """A changed copy: of JSON or a safetensors head half the time one value, else some bytes."""
+    """A changed copy: for JSON or a safetensors head half the time one value, otherwise some bytes."""
     if heads and chance.random() < 0.7:
         return _with_other_value(content, chance)
     data = bytearray(content)
@@ -304,11 +304,11 @@ def _changed(value: Any, chance: Random) -> Any:
 
 
 class _LateError(BaseException):
-    """Not an Exception, which readers catch."""
+    """Not an Exception, which readers would catch."""
 
 
 def failures(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Iterator[tuple[int, str]]:
-    """Numbers of mutations that were not refused as they should, with the traceback."""
+    """Numbers of mutations that were not rejected as expected, with the traceback."""
 
     def late(*_signal: object) -> None:
         raise _LateError

@@ -1,4 +1,4 @@
-"""Backbones whose artifacts are known because they were planted, and photos for them."""
+"""Backbones with planted, and so known, artifacts, and photos for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATCH, SIZE, CHANNELS = 8, 88, 24
 
 
 class Local(nn.Module):
-    """Clean features: what a patch shows and nothing else. (B, 3, H, W) -> (B, C, h, w)."""
+    """Clean features, which depend only on the pixels of the patch: (B, 3, H, W) -> (B, C, h, w)."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class Local(nn.Module):
 
 
 class Planted(nn.Module):
-    """Local features, a pattern that is the same for every image, and tokens whose norm is out of proportion.
+    """Local features, a pattern that is the same for every image, and outlier tokens with a very large norm.
 
     Args:
         share: energy of the pattern relative to the local features' variance (about 60).
-        outliers: share of the tokens that are made longer; which, changes with the smallest change of the view.
-        longer: how many times.
-        blur: patches on a side over which features are averaged in the end.
+        outliers: share of the tokens that are made longer; the smallest change of the view changes the choice.
+        longer: factor on their norm.
+        blur: patches on a side over which features are averaged at the end.
     """
 
     def __init__(self, share: float = 0.0, outliers: float = 0.0, longer: float = 12.0, blur: int = 1) -> None:
@@ -57,7 +57,7 @@ class Planted(nn.Module):
 
 
 def pattern(h: int, w: int) -> Tensor:
-    """A ramp, a wave and a grid of noise with an energy of 1 a patch: (C, h, w)."""
+    """A ramp, a wave and a grid of noise with an energy of 1 per patch: (C, h, w)."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
     chance = torch.Generator().manual_seed(7)
     waves = torch.stack([x, y, torch.cos(3 * x) * torch.sin(3 * y), torch.randn(h, w, generator=chance) * 0.5])
@@ -73,7 +73,7 @@ def backbone(**planted: float) -> Backbone:
 
 
 def photos(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Patches of colour with texture, 120 x 150 pixels, each another."""
+    """Different photos of coloured patches with texture, 120 x 150 pixels."""
     chance = np.random.default_rng(seed)
     made = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What the tests of the page share: a tiny backbone with its denoiser and artifact in files, and photos."""
+"""Shared by the tests of the page: a tiny backbone with its denoiser and artifact in files, and photos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of calibrated artifacts share: a backbone with a known artifact, and photos that cost nothing."""
+"""Shared by the tests of calibrated artifacts: a backbone with a known artifact, and cheap photos."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def artifact_of(extractor: Backbone, values: Tensor | None = None) -> Artifact:
 
 
 def photos(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Patches of colour under fine texture, (90, 120, 3) each, each another."""
+    """Different photos of coloured patches under fine texture, (90, 120, 3) each."""
     chance = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -74,7 +74,7 @@ def photos(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def flat(value: int = 0) -> np.ndarray:
-    """A photo of one grey."""
+    """A photo of a single grey value."""
     return np.full((90, 120, 3), value, np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Videos and pairs of photos so small that a comparison takes a moment, whose colours tell what belongs together."""
+"""Tiny videos and pairs of photos, so that a comparison is fast; their colours show what corresponds."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from denoising_vit.extractors import Extractor
 from denoising_vit.progress import Progress, no_progress
 from tiny_labelled import PATCH, colours, speckled, tiny_backbone
 
-#: Of a video's frames.
+#: Size of a video's frames.
 HEIGHT, WIDTH = 96, 128
 
-#: Colours of the ground and of the objects.
+#: Colours of the background and of the objects.
 GROUND, OBJECTS = (60, 120, 170), ((210, 60, 60), (60, 210, 60))
 
 #: A frame (H, W, 3) uint8 and its mask (H, W) uint8, or None.
@@ -32,7 +32,7 @@ Shot = tuple[np.ndarray, np.ndarray | None]
 
 
 def frame(places: Sequence[tuple[int, int]], seed: int, side: int = 40, white: bool = False) -> Shot:
-    """A square of each object's colour at its place (y, x), on a ground of another, with noise."""
+    """A square in each object's colour at its position (y, x), on a background of another colour, with noise."""
     mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     pixels = np.full((HEIGHT, WIDTH, 3), GROUND, dtype=float)
     for number, (y, x) in enumerate(places, start=1):
@@ -43,7 +43,7 @@ def frame(places: Sequence[tuple[int, int]], seed: int, side: int = 40, white: b
 
 
 def moving(count: int = 6, seed: int = 0, step: int = PATCH) -> list[Shot]:
-    """A square that goes to the right; masks of black and white."""
+    """A square that moves to the right; black and white masks."""
     return [frame([(24, 8 + step * number)], 100 * seed + number, white=True) for number in range(count)]
 
 
@@ -93,7 +93,7 @@ def marked(seed: int, height: int = 64, width: int = 96) -> tuple[np.ndarray, li
 
 
 def pair_of(source: int, target: int, **changes: Any) -> dict[str, Any]:
-    """What the file of a pair of marked photos says; boxes are the whole photo."""
+    """Content of the file of a pair of marked photos; boxes are the whole photo."""
     return {
         "category": "mark",
         "src_imname": f"{source:02}.png",
@@ -124,7 +124,7 @@ def write_pair(root: Path, name: str, content: Any, split: str = "test") -> None
 
 
 def shuffled(image: Tensor) -> Tensor:
-    """Colours of patches at each other's places, others in each image."""
+    """Patch colours permuted, differently in each image."""
     features = colours(image)
     b, h, w, c = features.shape
     found = []

@@ -1,4 +1,4 @@
-"""What the tests of denoising by a denoiser share: denoisers of the planted backbone, in files and in the package."""
+"""Shared by the tests of denoisers: denoisers of the planted backbone, in files and in the package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CHANNELS = 64
 
 
 def backbone(seed: int = 0, stride: int = tiny_artifact.PATCH) -> Backbone:
-    """The planted one, of a width that a denoiser may have."""
+    """The planted backbone, with a width that a denoiser supports."""
     return tiny_artifact.backbone(seed=seed, channels=CHANNELS, stride=stride)
 
 
 def denoiser(trained_for: Backbone | None = None, seed: int = 0) -> Denoiser:
-    """One whose values matter everywhere and are such as float16 holds, frozen."""
+    """A frozen denoiser whose weights all have an effect and are exact in float16."""
     made = Denoiser(CHANNELS, (4, 5), trained_for=None if trained_for is None else describe(trained_for))
     chance = torch.Generator().manual_seed(seed)
     for value in made.requires_grad_(False).parameters():
@@ -36,7 +36,7 @@ def write(folder: Path, made: Denoiser, name: str) -> Path:
 
 
 def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: Denoiser) -> None:
-    """Has the package come with these denoisers, by the tag after the model's name, and with no others."""
+    """Makes the package ship exactly these denoisers, by the tag after the model's name."""
     folder.mkdir(exist_ok=True)
     for tag, made in files.items():
         write(folder, made, f"Planted.{tag}.safetensors")

@@ -1,4 +1,4 @@
-"""Photos with depth so small that a comparison takes a moment; their red tells the depth, or nothing does."""
+"""Tiny photos with depth, so that a comparison is fast; red encodes the depth, or nothing does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from denoising_vit.evaluation.sources import ExtractorSource
 
 PATCH, SIZE = 4, (32, 48)
 
-#: Red of a pixel for each metre.
+#: Red value per metre of depth.
 RED = 40
 
 #: A photo (H, W, 3) uint8 and its depth (H, W) in metres.
@@ -56,7 +56,7 @@ def write_splits(root: Path, train: Sequence[Picture], val: Sequence[Picture], s
 
 
 def write_nyu(root: Path, train: Sequence[Picture], val: Sequence[Picture]) -> Path:
-    """As the published archive has it: two lists, whose paths begin with a slash."""
+    """The published archive's layout: two lists, whose paths begin with a slash."""
     for name, pictures in (("train", train), ("test", val)):
         lines = []
         for number, (pixels, metres) in enumerate(pictures):
@@ -72,7 +72,7 @@ def write_nyu(root: Path, train: Sequence[Picture], val: Sequence[Picture]) -> P
 
 
 def red_of(metres: np.ndarray, chance: np.random.Generator | None = None) -> np.ndarray:
-    """A photo whose red is the depth, and whose green and blue are nothing but noise."""
+    """A photo whose red is the depth, and whose green and blue are only noise."""
     pixels = np.zeros((*metres.shape, 3))
     pixels[..., 0] = metres * RED
     if chance is not None:
@@ -115,7 +115,7 @@ def telling(image: Tensor) -> Tensor:
 
 
 def noisy(image: Tensor) -> Tensor:
-    """The same under noise that drowns it, another in each patch."""
+    """The same under strong noise, different in each patch."""
     clean = telling(image)
     return clean + 2 * (torch.frac(clean.abs() * 9973) - 0.5)
 
@@ -130,7 +130,7 @@ def source_of(model: Callable[[Tensor], Tensor] = telling, name: str = "raw") ->
 
 
 def with_token(image: Tensor) -> Tensor:
-    """Tokens of patches that say nothing, behind a class token that is the image's mean colour."""
+    """Uninformative patch tokens, behind a class token that is the image's mean colour."""
     patches = F.avg_pool2d(image, PATCH).flatten(2).transpose(1, 2) * 0
     return torch.cat([image.mean((2, 3))[:, None], patches], 1)
 
@@ -156,17 +156,17 @@ def linear_probe(
 
 
 def linear_depth(feature: np.ndarray, scale: float, near: float, far: float) -> np.ndarray:
-    """What such a probe says: weights are 1.1 - f and f + 0.1, which sum to 1.2."""
+    """Prediction of such a probe: weights are 1.1 - f and f + 0.1, which sum to 1.2."""
     share = feature * scale
     return (near * (1.1 - share) + far * (share + 0.1)) / 1.2
 
 
 def data_of(root: Path, pictures: Sequence[Picture], blocks: int = 2) -> DepthData:
-    """All of them are both trained on and judged, in blocks."""
+    """All pictures are used both for training and for evaluation, in blocks."""
     return open_depth(write_pairs(root, pictures), blocks=blocks)
 
 
 def set_of(root: Path, pictures: Sequence[Picture], scale: float = 1000) -> EvaluationSet[DepthImage]:
-    """One split, of however many pictures."""
+    """One split with all the pictures."""
     found = open_depth(write_splits(root, pictures[:1], pictures, scale), scale=scale)
     return found.val

@@ -1,4 +1,4 @@
-"""Photos with planted objects, written in the layouts that data sets with boxes come in."""
+"""Photos with planted objects, written in the layouts of data sets with boxes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tiny_labelled import PATCH
 #: Patches on a side of a planted photo.
 GRID = 12
 
-#: Around grey, the object is longer than the background and points the other way.
+#: Around grey, the object has a larger norm than the background and the opposite direction.
 GROUND, OBJECT = (60, 60, 60), (200, 180, 190)
 
-#: As an annotation has it: x0, y0, x1, y1 in pixels, half-open.
+#: As in an annotation: x0, y0, x1, y1 in pixels, half-open.
 Box = tuple[int, int, int, int]
 
 
@@ -30,7 +30,7 @@ class Scene(NamedTuple):
 
 
 def scene(box: Box, size: tuple[int, int] = (GRID * PATCH, GRID * PATCH), noise: float = 8.0, seed: int = 0) -> Scene:
-    """One object on plain ground."""
+    """One object on a plain background."""
     x0, y0, x1, y1 = box
     pixels = np.full((*size, 3), GROUND, float)
     pixels[y0:y1, x0:x1] = OBJECT
@@ -79,7 +79,7 @@ def write_davis(root: Path, sequences: Mapping[str, Sequence[Scene]]) -> Path:
 
 
 def voc_object(box: tuple[float, ...], difficult: int = 0, truncated: int = 0) -> str:
-    """Of a half-open box; the file counts pixels from 1 and names the last one inside."""
+    """Annotation of a half-open box; the file counts pixels from 1 and includes the last one."""
     sides = zip(("xmin", "ymin", "xmax", "ymax"), (box[0] + 1, box[1] + 1, box[2], box[3]), strict=True)
     inside = "".join(f"<{name}>{value:g}</{name}>" for name, value in sides)
     marks = f"<difficult>{difficult}</difficult><truncated>{truncated}</truncated>"

@@ -1,4 +1,4 @@
-"""What the tests of distillation share: a ViT of two blocks, denoisers of it, and runs that take a second."""
+"""Shared by the tests of distillation: a ViT of two blocks, its denoisers, and runs that take a second."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ MODEL, CHANNELS = tiny_fit.MODEL, 192
 #: A grid of 3 x 3 patches.
 SIZE, GRID = 48, (3, 3)
 
-#: Photos of the shared folder.
+#: Number of photos in the shared folder.
 PHOTOS = 11
 
-#: Of a server's files that are photos.
+#: Pattern of a server's files that are photos.
 PICTURES = (".png",)
 
 
@@ -56,13 +56,13 @@ def backbone(depth: int = 2, layer: int = -1, *, seed: int = 0, norm: bool = Tru
 
 
 def denoiser(trained_for: Backbone | None, seed: int = 0, strength: float = 0.1, channels: int = CHANNELS) -> Denoiser:
-    """One that changes much, by values that float16 holds, frozen.
+    """A frozen denoiser with a large effect, whose values are exact in float16.
 
     Args:
-        trained_for: its backbone, if it is to name one.
-        seed: of its values.
-        strength: their deviation; raw features are near to clean ones with a small one.
-        channels: its width.
+        trained_for: its backbone, if it records one.
+        seed: seed of its values.
+        strength: standard deviation of the values; if it is small, raw features are close to clean ones.
+        channels: number of channels.
     """
     made = Denoiser(channels, GRID, trained_for=None if trained_for is None else describe(trained_for))
     chance = torch.Generator().manual_seed(seed)
@@ -77,7 +77,7 @@ def write(made: Denoiser, path: Path) -> Path:
 
 
 class Tokens(nn.Module):
-    """Patches, a class token and registers that are told apart by parameters; and a head that nothing uses."""
+    """Patches, a class token and registers with separate parameters; and an unused head."""
 
     def __init__(self, prefix: int = 3, channels: int = 64) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Tokens(nn.Module):
 
 
 def tokens(prefix: int = 3) -> Backbone:
-    """A module of its own as a backbone, with class token and registers."""
+    """A custom module as a backbone, with class token and registers."""
     return tiny_artifact.dv.load_backbone(Tokens(prefix), patch_size=16, default_size=SIZE)
 
 
@@ -117,7 +117,7 @@ def prepared(
     shown: ViewOptions | None = None,
     **more: Any,
 ) -> DistillJob:
-    """A job of photos, with a denoiser of the backbone where no teacher is named."""
+    """A job on photos, with a denoiser of the backbone if no teacher is given."""
     model = backbone() if model is None else model
     if isinstance(model, Backbone) and not isinstance(source, Stored) and "denoiser" not in more:
         more["denoiser"] = denoiser(model, channels=model.embed_dim)
@@ -126,25 +126,25 @@ def prepared(
 
 
 def distilled(source: Path | Dataset | Stored, run: Path, *args: Any, **more: Any) -> tuple[DistillJob, Progress]:
-    """A job that was carried out, to its end or to where it stops."""
+    """A job that was run, to its end or to where it stops."""
     job = prepared(source, run, *args, **more)
     return job, job.training().run()
 
 
 def results(run: Path) -> dict[str, Any]:
-    """What a run gave, bit for bit, however often it was stopped: the last checkpoint, models, panels' names, log."""
+    """Exact results of a run, however often it was stopped: last checkpoint, models, names of panels, log."""
     files = [max((run / "checkpoints").iterdir()), run / "distilled.safetensors", run / "last.safetensors"]
     contents: dict[str, Any] = {path.name: path.read_bytes() for path in files if path.is_file()}
     return contents | {"log": rows(run), "panels": sorted(path.name for path in (run / "panels").iterdir())}
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
-    """Its values as they are now."""
+    """A copy of the current values."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Compares bit for bit."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -171,7 +171,7 @@ def _blank(folder: Path, step: int, *_: Any) -> None:
 
 @contextlib.contextmanager
 def blank_panels() -> Iterator[None]:
-    """Panels without anything on them: drawing takes longer than training here."""
+    """Empty panels: drawing takes longer than training here."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (denoiser_held_out, distilled_held_out):
             patch.setattr(module, "draw_panel", _blank)
@@ -182,7 +182,7 @@ def blank_panels() -> Iterator[None]:
 
 
 def write_shard(path: Path, photos: Path, first: int = 0, count: int | None = None) -> Path:
-    """Photos of a folder as WebDataset has them: each with its class beside it."""
+    """Photos of a folder as WebDataset stores them: each with its class next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = sorted(photos.iterdir())[first : None if count is None else first + count]
     with tarfile.open(path, "w") as archive:
@@ -195,7 +195,7 @@ def write_shard(path: Path, photos: Path, first: int = 0, count: int | None = No
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Files of a folder, or of them parts; answers with an error so many times as it is told.
+    """Files of a folder, or ranges of them; answers with an error as many times as requested.
 
     Attributes:
         away: of the next requests for photos, how many get no answer but an error.

@@ -1,4 +1,4 @@
-"""What the tests of exports share: tiny timm models, with weights that matter everywhere."""
+"""Shared by the tests of exports: tiny timm models, whose weights all have an effect."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def dinov2(*, registers: int = 0, swiglu: bool = False, **more: Any) -> Backbone
     for value in model.parameters():
         value.add_(torch.randn_like(value) * 0.1)
     assert model.pos_embed is not None
-    model.pos_embed.mul_(10)  # so that places matter
+    model.pos_embed.mul_(10)  # so that positions have an effect
     name = "vit_small_patch14_dinov2"
     made = TimmBackbone(model, name=name, stride=None, layer=-1, norm=True, weights="random")
     made.default_size = 56

@@ -1,4 +1,4 @@
-"""What the tests of `dvit fit` share: photos, a model and options so small that a whole run takes a second."""
+"""Shared by the tests of `dvit fit`: photos, a model and options so small that a whole run takes a second."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ MODEL = "vit_tiny_patch16_224"
 #: A grid of 3 x 3 patches, a field of 6 x 6 nodes.
 SIZE = 48
 
-#: Forward passes of a photo: fitted views and one held out.
+#: Forward passes per photo: fitted views and one held out.
 VIEWS, HELD_OUT = 8, 1
 PASSES = VIEWS + HELD_OUT
 
 
 def write_weights(path: Path, model: str = MODEL) -> Path:
-    """Random weights in a file: those of ``weights="random"`` are others in each process."""
+    """Writes random weights to a file: ``weights="random"`` differ between processes."""
     torch.manual_seed(0)
     save_file(timm.create_model(model).state_dict(), path)
     return path
 
 
 def write_photos(folder: Path, count: int, seed: int = 0) -> Path:
-    """Gradients under noise, 80 x 60 pixels, each another."""
+    """Different photos of gradients under noise, 80 x 60 pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = np.random.default_rng(seed)
     across, down = np.meshgrid(np.linspace(0, 1, 80), np.linspace(0, 1, 60))
@@ -75,7 +75,7 @@ def command(data: Path, store: Path, weights: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every object of a store that holds results, bit for bit; without leases, which tell who wrote it."""
+    """Exact bytes of every result object of a store; without leases, which record the writer."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -91,7 +91,7 @@ def fields(store: FeatureStore | Path) -> dict[str, bytes]:
 
 
 def assert_whole(store: FeatureStore | Path, failed: int = 0) -> None:
-    """All but so many photos done, every shard sealed, nothing left over, nothing damaged."""
+    """All photos but ``failed`` are done, every shard is sealed, nothing is left over or damaged."""
     opened = FeatureStore.open(store) if isinstance(store, Path) else store
     assert len(opened.done()) == len(opened) - failed
     assert len(opened.failed()) == failed

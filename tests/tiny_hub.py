@@ -12,7 +12,7 @@ from denoising_vit.backbones import runtime
 
 
 class Hub:
-    """What the package uses of the client, on folders below ``root``."""
+    """The part of the client that the package uses, on folders below ``root``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -41,7 +41,7 @@ class Hub:
 
 
 def installed(root: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """Has the package use it."""
+    """Makes the package use the replacement."""
     made = Hub(root)
     monkeypatch.setattr(runtime, "_reachable", lambda _url: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.hf_hub_download)

@@ -1,4 +1,4 @@
-"""What the tests of Hugging Face models share: tiny ones of every family, in directories as the hub has them."""
+"""Shared by the tests of Hugging Face models: tiny ones of every family, in directories laid out as on the hub."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config(kind: str, **changes: Any) -> Any:
 
 
 def model(kind: str, seed: int = 0, **changes: Any) -> Any:
-    """Random weights that matter everywhere: places, registers and norms as well."""
+    """Random weights that all have an effect: position embeddings, registers and norms as well."""
     torch.manual_seed(seed)
     made = getattr(transformers, FAMILIES[kind][2])(config(kind, **changes)).eval().requires_grad_(False)
     for value in made.parameters():
@@ -56,7 +56,7 @@ def model(kind: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def write(folder: Path, kind: str, *, processor: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """A directory with configuration, weights and image processor; gives the model."""
+    """Writes a directory with configuration, weights and image processor; returns the model."""
     made = model(kind, **changes)
     made.save_pretrained(folder)
     write_processor(folder, processor or {})

@@ -1,4 +1,4 @@
-"""Labelled folders so small that a comparison takes a moment, and sources of features for them."""
+"""Tiny labelled folders, so that a comparison is fast, and sources of features for them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_labelled(root: Path, train: Sequence[Picture], val: Sequence[Picture],
 
 
 def coloured(count: int, seed: int, size: tuple[int, int] = (SIZE, SIZE), noise: float = 25.0) -> list[Picture]:
-    """Blocks of a patch's size, each of a random class, whose colour tells it; 255 is no label."""
+    """Blocks of a patch's size, each of a random class encoded by its colour; 255 is no label."""
     chance = np.random.default_rng(seed)
     pictures = []
     for _ in range(count):
@@ -53,7 +53,7 @@ def colours(image: Tensor) -> Tensor:
 
 
 def speckled(image: Tensor) -> Tensor:
-    """The same under noise that drowns it, another in each patch."""
+    """The same under strong noise, different in each patch."""
     clean = colours(image)
     return clean + 2 * (torch.frac(clean.abs() * 9973) - 0.5)
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: a planted backbone, a fitted store, and runs that take a second."""
+"""Shared by the tests of training: a planted backbone, a fitted store, and runs that take a second."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from denoising_vit.training.checkpoints import Progress
 CHANNELS = 64
 PATCH, SIDE, GRID = tiny_artifact.PATCH, tiny_artifact.SIDE, tiny_artifact.GRID
 
-#: Photos of the shared store.
+#: Number of photos in the shared store.
 PHOTOS = 11
 
-#: Figures of a step that the clock decides.
+#: Metrics of a step that depend on the clock.
 TIMES = ("seconds", "waited")
 
 
@@ -76,8 +76,8 @@ class Fitted:
     """Photos and the store of their fields.
 
     Attributes:
-        photos: their folder.
-        folder: of the store.
+        photos: folder of the photos.
+        folder: folder of the store.
     """
 
     photos: Path
@@ -97,7 +97,7 @@ class Fitted:
 
 
 def fitted(folder: Path, count: int = PHOTOS, **fitting: Any) -> Fitted:
-    """A store of so many photos of the planted backbone."""
+    """A store of that many photos of the planted backbone."""
     made = Fitted(write_photos(folder / "photos", count), folder / "store")
     fit(made.photos, made.folder, backbone(), **fitting)
     return made
@@ -122,14 +122,14 @@ def prepared(
     pairs: PairOptions | None = None,
     **more: Any,
 ) -> TrainJob:
-    """A job whose pairs are there."""
+    """A job whose pairs are ready."""
     job = TrainJob.prepare(source, run, extractor or backbone(), training or options(), pairs or views(), **more)
     job.fill(no_progress)
     return job
 
 
 def trained(source: Photos | Stored, run: Path, *args: Any, **more: Any) -> tuple[TrainJob, Progress]:
-    """A job that was carried out, to its end or to where it stops."""
+    """A job that was run, to its end or to where it stops."""
     job = prepared(source, run, *args, **more)
     return job, job.training().run()
 
@@ -142,7 +142,7 @@ def rows(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """All that a run gave, bit for bit: checkpoints, denoisers, panels' names, and the log without times."""
+    """Exact results of a run: checkpoints, denoisers, names of panels, and the log without times."""
     files = [*sorted((run / "checkpoints").iterdir()), run / "denoiser.safetensors", run / "last.safetensors"]
     contents: dict[str, Any] = {path.name: path.read_bytes() for path in files if path.is_file()}
     return contents | {"log": rows(run), "panels": sorted(path.name for path in (run / "panels").iterdir())}
@@ -153,7 +153,7 @@ def stopped(training: TrainOptions, step: int) -> TrainOptions:
 
 
 def bilinear(field: Tensor, x: float, y: float) -> Tensor:
-    """F (Ry, Rx, C) at one place of the image, node by node."""
+    """F (Ry, Rx, C) at one position of the image, node by node."""
     rows_, columns = field.shape[:2]
     across = min(max(x * columns - 0.5, 0.0), columns - 1.0)
     down = min(max(y * rows_ - 0.5, 0.0), rows_ - 1.0)
@@ -170,7 +170,7 @@ def weights_of(path: Path) -> dict[str, Tensor]:
 
 
 class Usage(NamedTuple):
-    """What `shutil.disk_usage` tells."""
+    """Result of `shutil.disk_usage`."""
 
     total: int
     used: int
@@ -178,5 +178,5 @@ class Usage(NamedTuple):
 
 
 def leave_free(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has all disks have so many bytes left."""
+    """Makes all disks report that many free bytes."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(free, 0, free))

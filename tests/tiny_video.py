@@ -1,4 +1,4 @@
-"""What the tests of videos share: clips that are made here, and a backbone that takes no time."""
+"""Shared by the tests of videos: generated clips, and a backbone that takes no time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from denoising_vit.show.options import VideoOptions
 #: Height and width of the frames, and the side of the planted patches.
 SIZE = 48, 80
 
-#: Options under which the planted backbone sees 3 x 5 patches or so.
+#: Options with which the planted backbone has about 3 x 5 patches.
 SMALL = VideoOptions(features="raw", size=80, panel_size=80, part_frames=4, basis_frames=4)
 
 
@@ -28,7 +28,7 @@ def backbone(seed: int = 0) -> Backbone:
 
 
 def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A picture of coarse squares that codecs keep well, another for each number."""
+    """A picture of coarse squares that codecs preserve well, different for each number."""
     chance = np.random.default_rng(number)
     coarse = chance.integers(40, 216, (size[0] // 16 + 1, size[1] // 16 + 1, 3))
     return np.kron(coarse, np.ones((16, 16, 1)))[: size[0], : size[1]].astype(np.uint8)
@@ -45,7 +45,7 @@ def film(
     options: dict[str, str] | None = None,
     container_format: str | None = None,
 ) -> Path:
-    """A video of these frames (H, W, 3 or 4) uint8; times are in milliseconds, those of the rate unless told."""
+    """A video of these frames (H, W, 3 or 4) uint8; times are in milliseconds, those of the rate unless given."""
     with av.open(str(path), "w", format=container_format) as container:
         stream: Any = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
@@ -62,7 +62,7 @@ def film(
 
 
 def damage(path: Path, number: int) -> None:
-    """Overwrites the content of a packet, the first is 0, with noise."""
+    """Overwrites the content of packet ``number``, counted from 0, with noise."""
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         place, size = packets[number].pos, packets[number].size
@@ -97,7 +97,7 @@ def decoded(path: Path) -> list[np.ndarray]:
 
 
 def seconds(path: Path) -> tuple[list[float], float]:
-    """When the frames of a video are shown, and how long it is."""
+    """Times at which the frames of a video are shown, and its duration."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         base = stream.time_base
