@@ -1,7 +1,7 @@
 """Compares distilled weights on the training lists of labelled sets, and measures how far they can be reduced.
 
     PYTHONPATH=src python recipes/students.py --labelled DIR -o FILE raw RUN/distilled.safetensors ...
-    PYTHONPATH=src python recipes/students.py --ranks 4 8 16 32 64 --photos DIR -o FILE RUN/distilled.safetensors
+    PYTHONPATH=src python recipes/students.py --photos DIR -o FILE RUN/distilled.safetensors
 
 The first scores each candidate with the probes of `probes.py`, on the images of `labelled.py`, and on content-free
 images. A candidate is `raw`, a file, or a sum of changes from the raw weights with factors: `A.safetensors*1.5`,
@@ -18,38 +18,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import probes
 import torch
-from scenes import render
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.loading import with_weights
-from denoising_vit.data import open_dataset
+from denoising_vit.data import open_dataset, spread
 from denoising_vit.distilled.weights import DistilledWeights
+from denoising_vit.training_free.common import photo_images
 
 
 def main(given: list[str] | None = None) -> None:
     """Prints and appends one line per candidate, or per rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("candidates", nargs="+")
-    parser.add_argument("--labelled", type=Path)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--labelled", type=Path, help="folder of labelled.py, to compare candidates")
+    where.add_argument("--photos", type=Path, help="folder of photos, to reduce candidates")
     parser.add_argument("--most", type=int, default=90, help="images per labelled set")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[])
-    parser.add_argument("--photos", type=Path, help="folder of photos to measure distances on")
     parser.add_argument("--count", type=int, default=6, help="number of photos")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--size", type=int, nargs=2, default=(518, 518), help="height and width in pixels")
     parser.add_argument("--model", default=BackboneSpec.backbone)
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--out", type=Path, required=True)
     asked = parser.parse_args(given)
-    if bool(asked.ranks) == (asked.labelled is None):
-        lines = reduced(asked) if asked.ranks else compared(asked)
-    else:
-        parser.error("give either --labelled DIR, or --ranks and --photos DIR")
+    lines = compared(asked) if asked.labelled else reduced(asked)
     with torch.no_grad(), asked.out.open("a") as out:
         for line in lines:
             print(json.dumps(line), flush=True)
@@ -92,19 +89,17 @@ def changed(raw: Any, candidate: str) -> dict[str, Tensor]:
 def reduced(asked: Any) -> Iterator[dict[str, Any]]:
     """Bytes of each rank, and its distance to the full weights, relative to that of the raw weights."""
     raw: Any = BackboneSpec(asked.model, weights=asked.weights, device=asked.device, dtype="float32").load()
-    whole_photo, upright = np.array([[0.0, 0.0, 1.0, 1.0]]), np.array([False])
     photos = open_dataset(asked.photos)
-    chosen = range(0, len(photos), max(len(photos) // asked.count, 1))[: asked.count]
-    images = [torch.from_numpy(np.array(photos.read(index))).permute(2, 0, 1).to(raw.device) for index in chosen]
-    views = [render(image, whole_photo, upright, tuple(asked.size), raw) for image in images]
+    chosen = [photos.read(index) for index in spread(len(photos), asked.count)]
+    images = photo_images(chosen, raw, tuple(asked.size))
     for candidate in asked.candidates:
         whole, name = DistilledWeights.load(candidate), "-".join(Path(candidate).with_suffix("").parts[-2:])
-        wanted = _features(with_weights(raw, Path(candidate)), views)
-        away = _distance(_features(raw, views), wanted)
+        wanted = _features(with_weights(raw, Path(candidate)), images)
+        away = _distance(_features(raw, images), wanted)
         for rank in asked.ranks:
             path = asked.out.with_name(f"{name}.rank{rank}.safetensors")
             whole.reduce(path, rank=rank, base=raw)
-            found = _features(with_weights(raw, path), views)
+            found = _features(with_weights(raw, path), images)
             yield {
                 "candidate": candidate,
                 "rank": rank,
@@ -113,8 +108,8 @@ def reduced(asked: Any) -> Iterator[dict[str, Any]]:
             }
 
 
-def _features(backbone: Any, views: list[Tensor]) -> Tensor:
-    return torch.cat([backbone(view).flatten(0, 2) for view in views])
+def _features(backbone: Any, images: list[Tensor]) -> Tensor:
+    return torch.cat([backbone(image).flatten(0, 2) for image in images])
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

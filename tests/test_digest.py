@@ -57,6 +57,13 @@ def test_equal_weights_have_the_same_digest_and_others_do_not(backbone: Backbone
     assert backbone.digest != later.digest
 
 
+def test_another_layer_of_the_same_weights_is_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone("vit_tiny_patch16_224", weights="random", device="cpu")
+    digest = backbone.digest
+    monkeypatch.setattr("denoising_vit.backbones.base.state_digest", lambda _module: pytest.fail("hashed again"))
+    assert backbone.at_layer(3).digest == digest
+
+
 def test_modified_weights_have_another_digest(backbone: Backbone) -> None:
     before = backbone.digest
     weight = backbone.get_parameter("model.project.weight")

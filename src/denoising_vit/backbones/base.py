@@ -128,7 +128,7 @@ class Backbone(nn.Module, ABC):
         self.default_size = min(fitting, key=lambda side: abs(side - default_size))
         self.training = False
         self._fingerprint: Fingerprint | None = None
-        self._fingerprinted: Versions | None = None  # the weights at that time
+        self._fingerprinted: Versions | None = None  # its weights; None after they were moved, converted or copied
         self._digest: tuple[Versions, str] | None = None
 
     @abstractmethod
@@ -147,7 +147,7 @@ class Backbone(nn.Module, ABC):
         """
         (block,) = block_numbers((layer,), self.depth, self.name)
         other = copy.copy(self)
-        other.layer, other._fingerprint = block, None
+        other.layer, other._fingerprint, other._digest = block, None, self._digest
         return other
 
     def forward(self, image: Tensor) -> Tensor:
@@ -253,8 +253,8 @@ class Backbone(nn.Module, ABC):
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of weights, layer, norm and stride, independent of the weights' file."""
-        now = self._versions()
-        if self._fingerprint is None or _written(self._fingerprinted, now):
+        now, before = self._versions(), self._fingerprinted
+        if self._fingerprint is None or (before is not None and not _unchanged(before, now)):
             self._fingerprint = Fingerprint.of(self, self._fingerprint_size())
         self._fingerprinted = now
         return self._fingerprint
@@ -298,12 +298,6 @@ class Backbone(nn.Module, ABC):
         return (
             f"{self.name}, patch {self.patch_size}, stride {self.stride}, C {self.embed_dim}, {dtype}, {self.weights}"
         )
-
-
-def _written(before: Versions | None, now: Versions) -> bool:
-    """True if a tensor was written since; other tensors are taken for moved or copied ones."""
-    versions = {id(value): version for value, version in before or ()}
-    return any(versions.get(id(value), version) != version for value, version in now)
 
 
 def _unchanged(before: Versions, now: Versions) -> bool:

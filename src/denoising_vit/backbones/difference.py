@@ -1,7 +1,7 @@
 """Weights as low-rank differences from other weights, in a few megabytes.
 
 Fine-tuning a ViT at a low learning rate, as stage 3 does, changes each matrix by approximately a low-rank matrix: rank
-32 keeps 99 % of the effect (docs/decisions.md) at a ninth of the size.
+32 keeps 98 % of the effect (docs/decisions.md) at a ninth of the size.
 """
 
 from __future__ import annotations

@@ -256,13 +256,13 @@ def find_distilled(backbone: Backbone) -> Path | None:
     return next((path for path, base in bases.items() if base is not None and is_recorded(base, backbone)), None)
 
 
-def distilled_path(backbone: Backbone, given: str | Path | None = None, *, option: str = "--distilled ") -> Path:
+def distilled_path(backbone: Backbone, given: str | Path | None = None, *, how: str = "--distilled FILE") -> Path:
     """File of distilled weights of a backbone: the given one, or the package's.
 
     Args:
         backbone: the backbone with its original weights.
         given: the file; None for the package's.
-        option: how the user passes a file, for the message.
+        how: option that passes a file, for the message.
 
     Raises:
         WeightsError: if the file does not exist, or the package has none for these weights and this layer.
@@ -272,7 +272,7 @@ def distilled_path(backbone: Backbone, given: str | Path | None = None, *, optio
         raise WeightsError(
             f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "
             f"stride {backbone.stride} and layer {backbone.layer}; train them with dvit distill, and pass them with "
-            f"{option}RUN/distilled.safetensors"
+            f"{how}"
         )
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected the distilled.safetensors of a run of dvit distill")

@@ -68,7 +68,8 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
         method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``; ``subtract``
             subtracts the artifact G; ``denoiser`` applies a trained block to tokens; ``project`` removes positional
             directions; ``average`` averages passes over shifted and mirrored images; ``registers`` moves outliers into
-            an added token; ``distilled`` replaces the weights of a timm model by those of stage 3, at no extra cost.
+            an added token; ``distilled`` replaces the weights of a whole timm model by those of
+            stage 3, at no extra cost.
         **options: options of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or
             ``photos``, ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average);
             ``registers`` (object or file), or ``photos`` and ``size`` to find them; ``distilled`` (file, by default the

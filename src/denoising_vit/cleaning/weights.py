@@ -31,7 +31,7 @@ def install(module: nn.Module, backbone: Backbone, given: str | Path | None) -> 
     """
     if not isinstance(backbone, TimmBackbone):
         raise BackboneError(f"distilled weights need a ViT of timm, got {backbone.name}")
-    distilled = with_weights(backbone, distilled_path(backbone, given, option="distilled="))
+    distilled = with_weights(backbone, distilled_path(backbone, given, how="distilled=FILE"))
     assert isinstance(distilled, TimmBackbone)
     own = module.state_dict()
     changed = {name: value for name, value in distilled.model.state_dict().items() if not torch.equal(value, own[name])}

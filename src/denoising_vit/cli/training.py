@@ -153,8 +153,9 @@ def distill(
     views.validate()
     source = _photos_source(data, fields)
     left_out = source.skipped if isinstance(source, Dataset) else ()
-    teachers = {"denoiser": denoiser, "also": also}
-    job = DistillJob.prepare(source, out, model, training, views, **teachers, start=start, resume=resume)
+    job = DistillJob.prepare(
+        source, out, model, training, views, denoiser=denoiser, also=also, start=start, resume=resume
+    )
     run = _Run(job.accelerator, out, left_out, lambda: job.skipped)
 
     def prepared() -> Any:

@@ -95,10 +95,9 @@ class DistillJob:
         views.validate()
         accelerator = make_accelerator(str(model.device))
         student, backbone = _pair(model, accelerator)
-        started = None
         if start is not None:
             student = trained_further(student, start)
-            started = student.digest
+        started = None if start is None else student.digest
         photos, teacher = _photos_and_teacher(source, backbone, denoiser, also)
         held_out = options.held_out_of(len(photos.images))
         options = options.with_steps(len(photos.images) - held_out, accelerator.num_processes)

@@ -245,7 +245,7 @@ def _with_neurons(backbone: Backbone, neurons: Sequence[tuple[int, int]]) -> Bac
         model.blocks[block] = own
     install(model, neurons)
     other = shallow(backbone)
-    other._fingerprint = other._digest = None
+    other._fingerprint = None
     other.model = model
     return other
 
