@@ -1,4 +1,4 @@
-"""Distilled weights inside a model in use, and its own weights again."""
+"""Install distilled weights in a model in use, and restore its own."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def installed(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Write weights by name, in place; those that the module no longer has in this shape are left out."""
+    """Write weights by name, in place; names that the module no longer has in this shape are skipped."""
     present = module.state_dict()
     for name, value in values.items():
         if name in present and present[name].shape == value.shape:

@@ -103,7 +103,7 @@ class DistilledWeights(Pretrained):
 
 
 def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
-    """A copy of a backbone with distilled weights of its own, to be trained further.
+    """A copy of a backbone with distilled weights, to train further.
 
     Args:
         backbone: the backbone with its original weights, float32.
