@@ -641,8 +641,8 @@ def test_log_and_panels(straight: Path) -> None:
         (6, "held_out"),
     ]
     for row in tiny.rows(straight, "train"):
-        assert row.keys() == {"step", "kind", "loss", "mse", "cosine", "held", "rate", "gradient"}
-        assert row["loss"] == pytest.approx(row["mse"] + 1 - row["cosine"] + row["held"], rel=1e-5)
+        assert row.keys() == {"step", "kind", "loss", "mse", "cosine", "held", "blank", "rate", "gradient"}
+        assert row["loss"] == pytest.approx(row["mse"] + 1 - row["cosine"] + row["held"] + row["blank"], rel=1e-5)
         assert row["gradient"] > 0
     raw = {name for name in log[3] if name.startswith(("raw_", "target_"))}
     blank = {"blank_variance", "blank_detail", "blurred_detail", "shift_change", "photo_variance"}

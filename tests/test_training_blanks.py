@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import tiny_distillation
 import tiny_fit
 import tiny_training as tiny
 from denoising_vit.errors import TrainError
-from denoising_vit.training.blanks import BLANKS, Blanks
+from denoising_vit.training.blanks import BLANKS, Blanks, blank_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +90,21 @@ def test_blanks_reduce_the_variance_on_content_free_images(data: tiny.Fitted, tm
 # --- stage 3 ---
 
 
+def test_loss_is_the_variance_left_of_each_image() -> None:
+    pattern = torch.tensor([-1.0, 1.0, 1.0, -1.0]).reshape(1, 2, 2, 1)
+    raw = 5 + torch.cat([pattern, 10 * pattern])
+    left = 3 + torch.cat([0.5 * pattern, -2 * pattern])  # the mean has no effect
+    assert blank_loss(raw, raw).item() == pytest.approx(1)
+    assert blank_loss(torch.ones_like(raw), raw).item() == 0
+    assert blank_loss(left, raw).item() == pytest.approx((0.25 + 0.04) / 2)
+
+
+def test_loss_is_bounded_where_raw_features_hardly_vary() -> None:
+    raw, pattern = torch.full((1, 2, 2, 1), 3.0), torch.tensor([-0.3, 0.3, 0.3, -0.3]).reshape(1, 2, 2, 1)
+    for flat in (raw, raw + 1e-5 * pattern):
+        assert blank_loss(flat + pattern, flat).item() == pytest.approx(0.09 / (1e-3 * 9), rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_fit.write_photos(tmp_path_factory.mktemp("photos"), tiny_distillation.PHOTOS)
@@ -109,6 +127,56 @@ def test_student_is_trained_on_blanks_and_photos(photos: Path, tmp_path: Path) -
     assert (again[1] == images[2]).all()  # the second image of the step, for the second process
     other, _, _ = run._lesson(batch, 1, 0)
     assert not (other[1] == images[1]).all()
+
+
+def test_loss_of_the_student_by_hand(photos: Path, tmp_path: Path) -> None:
+    training = tiny_distillation.options(batch_size=3, blank=0.7, hold_prefix=0.3)
+    run = tiny_distillation.prepared(photos, tmp_path / "run", None, training).training()
+    (batch,) = (next(batches) for batches in [run._batches(0)])
+    images, usable, lesson = run._lesson(batch, 0, 0)
+    features, prefixes = run.student(images + 0.1)  # the student has the teacher's weights
+    (clean,), (target,), (raw,), (prefix,), (frozen,) = features, lesson.features, lesson.raw, prefixes, lesson.prefixes
+
+    def published(one: Tensor, other: Tensor) -> Tensor:
+        return (one - other).square().mean() + 1 - F.cosine_similarity(one, other, dim=-1).mean()
+
+    def variance(one: Tensor) -> Tensor:
+        return one[1:].var((1, 2), correction=0).mean(-1)
+
+    left = (variance(clean) / torch.maximum(variance(raw), 1e-3 * raw[1:].square().mean((1, 2, 3)))).mean()
+    loss, parts = run._loss((features, prefixes), lesson, usable)
+    torch.testing.assert_close(loss, published(clean, target) + 0.3 * published(prefix, frozen) + left)
+    assert parts[3].item() == pytest.approx(left.item(), rel=1e-5) and left.item() > 1e-4
+    unread, _ = run._loss((features, prefixes), lesson, torch.tensor([False, True, True]))
+    photos_left_out = published(clean[1:], target[1:]) + 0.3 * published(prefix[1:], frozen[1:]) + left
+    torch.testing.assert_close(unread, photos_left_out)
+
+
+def test_run_with_the_published_loss_on_blanks_is_not_resumed(photos: Path, tmp_path: Path) -> None:
+    """Runs of earlier versions; those without blanks are resumed as before."""
+    for share, fits in ((0.5, False), (0.0, True)):
+        training = tiny_distillation.options(blank=share, stop_at=1)
+        with tiny_distillation.blank_panels():
+            tiny_distillation.distilled(photos, tmp_path / f"{share}", None, training)
+            path = tmp_path / f"{share}" / "run.json"
+            earlier = json.loads(path.read_text())
+            assert (earlier.pop("blank_loss", None) is None) == fits
+            path.write_text(json.dumps(earlier))
+            if fits:
+                tiny_distillation.prepared(photos, tmp_path / f"{share}", None, training, resume=True)
+                continue
+            with pytest.raises(TrainError, match=r"blank_loss"):
+                tiny_distillation.prepared(photos, tmp_path / f"{share}", None, training, resume=True)
+
+
+def test_student_is_cleaner_on_content_free_images(photos: Path, tmp_path: Path) -> None:
+    found = {}
+    for share in (0.0, 0.5):
+        training = tiny_distillation.options(steps=40, batch_size=4, blank=share, evaluate_every=40)
+        with tiny_distillation.blank_panels():
+            tiny_distillation.distilled(photos, tmp_path / f"{share}", None, training)
+        (found[share],) = tiny_distillation.rows(tmp_path / f"{share}", "held_out")
+    assert found[0.5]["blank_variance"] < 0.5 * found[0.0]["blank_variance"]
 
 
 def test_resumed_distillation_matches_an_uninterrupted_one(photos: Path, tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ class DistillJob:
         }
         if started is not None:
             identity["start"] = started
+        if options.blanks:
+            identity["blank_loss"] = "relative to raw"  # earlier versions used the published loss
         folder.begin_together(identity, accelerator, resume=resume)
         return cls(folder, teacher, taught, photos, options, views, sizes, accelerator, started)
 

@@ -31,7 +31,7 @@ from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.errors import TrainError
 from denoising_vit.files import DISTILLED, KEY, compact, write_tensors
 from denoising_vit.progress import prefetched
-from denoising_vit.training.blanks import blank_images
+from denoising_vit.training.blanks import blank_images, blank_loss
 from denoising_vit.training.checkpoints import Progress
 from denoising_vit.training.engine import from_first, gathered, shard
 from denoising_vit.training.loop import (
@@ -62,7 +62,7 @@ _AHEAD = 3
 _DIVERGED, _BY = 2.0, 0.1
 
 #: Metrics of a step to average over processes.
-_MEANS = ("loss", "mse", "cosine", "held")
+_MEANS = ("loss", "mse", "cosine", "held", "blank")
 
 
 @dataclass
@@ -212,7 +212,10 @@ class Distillation:
     def _loss(
         self, answer: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], lesson: Lesson, usable: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """The published loss, averaged over layers, plus the loss on prefix tokens; and its terms."""
+        """The published loss, plus those on content-free images and on prefix tokens; and its terms.
+
+        Each is averaged over layers.
+        """
         (features, prefixes), some = answer, not bool(usable.all())
         if not bool(usable.any()):  # zero gradients, because other processes wait for them
             nothing = sum(one.sum() for one in (*features, *prefixes)) * 0.0
@@ -223,12 +226,16 @@ class Distillation:
             denoising_loss(pick(one), pick(target)) for one, target in zip(features, lesson.features, strict=True)
         ]
         squared, cosine = (torch.stack(parts).mean() for parts in zip(*taught, strict=True))
-        loss, held = squared + (1 - cosine), squared.detach() * 0
+        loss, held, blank = squared + (1 - cosine), squared.detach() * 0, squared.detach() * 0
+        if count := self.options.blanks:
+            pairs = zip(features, lesson.raw, strict=True)
+            blank = torch.stack([blank_loss(one[-count:], raw[-count:]) for one, raw in pairs]).mean()
+            loss = loss + blank
         if self.options.hold_prefix and prefixes[0].shape[1]:
             kept = [_held(pick(one), pick(target)) for one, target in zip(prefixes, lesson.prefixes, strict=True)]
             held = torch.stack(kept).mean()
             loss = loss + self.options.hold_prefix * held
-        return loss, [squared.detach(), cosine.detach(), held.detach()]
+        return loss, [squared.detach(), cosine.detach(), held.detach(), blank.detach()]
 
     def _evaluate(self, progress: Progress, log: Log | None, on_look: OnFigures, average: Average | None) -> Progress:
         """Evaluate on the held-out photos, and write the weights if they are the best so far or the last."""

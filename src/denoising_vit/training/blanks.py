@@ -17,6 +17,9 @@ from denoising_vit.views.rendering import per_channel
 #: Number of images per size, and images per forward pass.
 BLANKS, _BATCH = 128, 4
 
+#: Least variance over positions in :func:`blank_loss`, as a fraction of the features' mean square.
+_LEAST = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class Blanks:
@@ -67,6 +70,20 @@ class Blanks:
 def clean_blanks(raw: Tensor) -> Tensor:
     """Clean features (B, h, w, C) of content-free images: the same everywhere, the mean of their raw features."""
     return raw.mean((1, 2), keepdim=True).expand_as(raw)
+
+
+def blank_loss(features: Tensor, raw: Tensor) -> Tensor:
+    """Variance over positions on content-free images, relative to that of each image's raw features; averaged.
+
+    The published loss hardly sees it: features of a ViT-S/14 (DINOv2) vary over positions of such images by 0.7 % of
+    their mean square. It has no term for the mean, which differs between images and would make small steps noisy.
+
+    Args:
+        features: output of the trained model, (B, h, w, C).
+        raw: features of the frozen backbone.
+    """
+    left, whole = ((one - one.mean((1, 2), keepdim=True)).square().mean((1, 2, 3)) for one in (features, raw))
+    return (left / torch.maximum(whole, _LEAST * raw.square().mean((1, 2, 3)))).mean()
 
 
 def blank_images(backbone: Backbone, size: tuple[int, int], count: int, seed: int) -> Tensor:
