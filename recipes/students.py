@@ -5,8 +5,8 @@
 
 The first scores each candidate with the probes of `probes.py`, on the images of `labelled.py`, and on content-free
 images. A candidate is `raw`, a file, or a sum of changes from the raw weights with factors: `A.safetensors*1.5`,
-`A.safetensors+B.safetensors*0.5` (paths without + and *). The second writes the low-rank difference of each rank next
-to the output file, and measures its features' distance to those of the full weights.
+`A.safetensors+B.safetensors*0.5` (paths without + and *). The second writes the weights of a sum, and the low-rank
+difference of each rank, next to the output file, and measures its features' distance to those of the full weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from torch.nn.functional import cosine_similarity
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.loading import with_weights
 from denoising_vit.data import open_dataset, spread
+from denoising_vit.distilled.train import write_distilled
 from denoising_vit.distilled.weights import DistilledWeights
+from denoising_vit.files import file_digest
 from denoising_vit.training_free.common import photo_images
 
 
@@ -77,13 +79,30 @@ def changed(raw: Any, candidate: str) -> dict[str, Tensor]:
     """The raw weights, float32, plus a candidate's changes."""
     base = raw.model.state_dict()
     total = {name: value.clone() for name, value in base.items()}
-    for part in candidate.split("+") if candidate != "raw" else ():
-        path, _, factor = part.partition("*")
-        student: Any = with_weights(raw, Path(path))
+    for path, factor in parts_of(candidate):
+        student: Any = with_weights(raw, path)
         for name, value in student.model.state_dict().items():
             if value.is_floating_point():
-                total[name] += float(factor or 1) * (value - base[name])
+                total[name] += factor * (value - base[name])
     return total
+
+
+def parts_of(candidate: str) -> list[tuple[Path, float]]:
+    """Files of a candidate and their factors; none for `raw`."""
+    parts = [part.partition("*") for part in candidate.split("+")] if candidate != "raw" else []
+    return [(Path(path), float(factor or 1)) for path, _, factor in parts]
+
+
+def whole_weights(raw: Any, candidate: str, folder: Path) -> DistilledWeights:
+    """Weights of a candidate; those of a sum are written to a folder, with the record of its first file."""
+    (first, factor), *more = parts_of(candidate)
+    found = DistilledWeights.load(first)
+    if not more and factor == 1:
+        return found
+    parts = [{"digest": file_digest(path), "factor": factor} for path, factor in parts_of(candidate)]
+    written = folder / "sum.safetensors"
+    write_distilled(changed(raw, candidate), written, {**found.record, "sum": parts})
+    return DistilledWeights.load(written)
 
 
 def reduced(asked: Any) -> Iterator[dict[str, Any]]:
@@ -93,8 +112,9 @@ def reduced(asked: Any) -> Iterator[dict[str, Any]]:
     chosen = [photos.read(index) for index in spread(len(photos), asked.count)]
     images = photo_images(chosen, raw, tuple(asked.size))
     for candidate in asked.candidates:
-        whole, name = DistilledWeights.load(candidate), "-".join(Path(candidate).with_suffix("").parts[-2:])
-        wanted = _features(with_weights(raw, Path(candidate)), images)
+        whole = whole_weights(raw, candidate, asked.out.parent)
+        name = "-".join(whole.path.with_suffix("").parts[-2:])
+        wanted = _features(with_weights(raw, whole.path), images)
         away = _distance(_features(raw, images), wanted)
         for rank in asked.ranks:
             path = asked.out.with_name(f"{name}.rank{rank}.safetensors")

@@ -14,13 +14,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from skimage import data
 
 import denoising_vit as dv
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser.module import Denoiser, read_denoiser, write_denoiser
 from denoising_vit.distilled.train import write_distilled
+from denoising_vit.files import file_digest, read_record
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -200,3 +201,19 @@ def test_distilled_weights_are_reduced_to_several_ranks(
     one, two = read_lines(tmp_path / "l")
     assert one["distance"] > 0.05 > 1e-4 > two["distance"]
     assert one["bytes"] < two["bytes"] == (tmp_path / f"{tmp_path.name}-student.rank2.safetensors").stat().st_size
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_sum_of_distilled_weights_is_written_with_its_parts(
+    photos: Path, student: tuple[list[str], str], tmp_path: Path
+) -> None:
+    named, path = student
+    named += ["--ranks", "2", "--photos", str(photos), "--size", "128", "160", "-o", str(tmp_path / "l")]
+    load("students.py")([*named, f"{path}*2+{path}*-1.5"])
+    (line,) = read_lines(tmp_path / "l")
+    assert line["distance"] < 1e-4
+    raw, whole, added = (load_file(tmp_path / f"{name}.safetensors") for name in ("raw", "student", "sum"))
+    for name, value in added.items():
+        torch.testing.assert_close(value.float(), (raw[name] + whole[name]).float() / 2, rtol=2e-3, atol=1e-4)
+    record = read_record(tmp_path / "sum.safetensors")
+    assert record["sum"] == [{"digest": file_digest(Path(path)), "factor": factor} for factor in (2, -1.5)]
