@@ -1,13 +1,14 @@
 """How much of a known artifact each method removes: planted on a real backbone, not known to the methods.
 
-    PYTHONPATH=recipes python benchmarks/planted.py PHOTOS [--share 0.1 0.2] [--out DIR]
+    PYTHONPATH=recipes python benchmarks/planted.py PHOTOS [--share 0.1 0.2] [--labelled DIR] [--out DIR]
 
 A fixed pattern (checkerboard, stripes and a ramp, each along its own direction) with a share of the features'
 variance is added to the output for every image, and tokens of the flattest patches get a very large norm. What is left
 of the pattern is its squared coefficient in a method's output for the planted features, relative to the
 features without it, averaged over photos; what is left of the outliers is the squared distance to unplanted features
 at their patches, relative to that of raw ones. Stage 2 is trained on planted features by the recipe of the shipped
-denoiser, on photos other than those it is evaluated on.
+denoiser, on photos other than those it is evaluated on. With labelled images (`recipes/labelled.py`), methods are also
+scored by nearest neighbours, next to the unplanted backbone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import probes
 import torch
 import tyro
 from measuring import hardware, some_photos, table, write
@@ -33,6 +35,9 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 #: Share of tokens that are outliers, and their norm relative to the median.
 OUTLIERS, NORM = 0.015, 5.0
 
+
+#: End of the name of a score by nearest neighbours, after that of the labelled set.
+_NEIGHBOURS = " neighbours"
 
 Method = Callable[[np.ndarray], Tensor]
 
@@ -84,6 +89,8 @@ def main(
     training: int = 96,
     size: int = 336,
     steps: int = 400,
+    labelled: Path | None = None,
+    most: int = 60,
     model: tyro.conf.OmitArgPrefixes[BackboneSpec] = BackboneSpec(),  # noqa: B008, frozen
     out: Annotated[Path | None, tyro.conf.arg(name="out")] = None,
 ) -> None:
@@ -97,6 +104,8 @@ def main(
         training: number of photos that the denoiser is trained on.
         size: height and width of views in pixels.
         steps: optimizer steps of the denoiser; 0 leaves stage 2 out.
+        labelled: folder of `recipes/labelled.py`, for nearest neighbours.
+        most: number of images per labelled set.
         model: the backbone.
         out: folder for the record.
     """
@@ -107,6 +116,11 @@ def main(
     spread = torch.stack([dv.denoise_image(clean, photo, method="subtract", size=size).raw for photo in judged])
     variance = float(spread.flatten(0, 2).var(0).mean())
     found: dict[str, Any] = {"hardware": hardware(), "backbone": clean.extra_repr(), "size": size, "rows": []}
+    sets: dict[str, probes.Labelled] = {}
+    if labelled is not None:
+        sets = probes.load(labelled, clean.grid_size(size, size), clean.device, most)
+        found["unplanted"] = neighbours(sets, lambda photo: once(clean, photo, size).raw)
+        print(found["unplanted"], flush=True)
     for amount, outliers in [*((amount, False) for amount in share), (share[0], True)]:
         planted = Planted(clean, amount, outliers, variance)
         wrapped = dv.load_backbone(
@@ -120,6 +134,7 @@ def main(
         denoiser = denoiser_of(wrapped, others[:training], calibrated, size, steps) if steps else None
         for name, method in methods(wrapped, calibrated, denoiser).items():
             row = {"share": amount, "outliers": outliers, "method": name, **left(planted, method, judged, size)}
+            row |= neighbours(sets, method)
             print(row, flush=True)
             found["rows"].append(row)
             write(out, "planted", found, markdown(found["rows"]))
@@ -128,20 +143,34 @@ def main(
 def methods(backbone: Backbone, known: Artifact, denoiser: nn.Module | None) -> dict[str, Method]:
     """Functions that give clean features (h, w, C) of a photo, by method."""
 
-    def once(photo: np.ndarray) -> dv.Decomposition:
-        return dv.denoise_image(backbone, photo, method="subtract", artifact=known)
-
     def exact(photo: np.ndarray, views: int, artifact: Artifact | None) -> Tensor:
         return dv.denoise_image(backbone, photo, views=views, held_out=0, artifact=artifact).semantic
 
     found: dict[str, Method] = {
-        "raw": lambda photo: once(photo).raw,
-        "raw minus G": lambda photo: once(photo).semantic,
+        "raw": lambda photo: once(backbone, photo).raw,
+        "raw minus G": lambda photo: once(backbone, photo, artifact=known).semantic,
         "stage 1, 64 crops": lambda photo: exact(photo, 64, None),
         "stage 1, 16 crops, G known": lambda photo: exact(photo, 16, known),
     }
     if denoiser is not None:
-        found["stage 2"] = lambda photo: denoiser(once(photo).raw[None])[0]
+        found["stage 2"] = lambda photo: denoiser(once(backbone, photo).raw[None])[0]
+    return found
+
+
+def once(backbone: Backbone, photo: np.ndarray, size: int | None = None, artifact: Any = "none") -> dv.Decomposition:
+    """One forward pass over the whole photo, minus an artifact."""
+    return dv.denoise_image(backbone, photo, method="subtract", size=size, artifact=artifact)
+
+
+@torch.no_grad()
+def neighbours(sets: dict[str, probes.Labelled], method: Method) -> dict[str, float]:
+    """MIoU in percent of nearest neighbours, by set; none without labelled images."""
+    found = {}
+    for name, part in sets.items():
+        if name in probes.SCORED:
+            features = torch.stack([method(image.permute(1, 2, 0).cpu().numpy()) for image in part.images])
+            clean = functional.normalize(features.float(), dim=-1)
+            found[name + _NEIGHBOURS] = probes.neighbours(part, clean, probes.SCORED[name])
     return found
 
 
@@ -211,8 +240,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "outliers left",
         "cosine to unplanted",
     ]
+    scored = [name for name in rows[0] if name.endswith(_NEIGHBOURS)]
     return table(
-        head,
+        [*head, *(name.removesuffix(_NEIGHBOURS) for name in scored)],
         [
             [
                 f"{row['share']:.0%}",
@@ -221,6 +251,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"{row['pattern_left']:.3%}",
                 f"{row['outliers_left']:.3f}" if "outliers_left" in row else "-",
                 f"{row['cosine']:.3f}",
+                *(f"{row[name]:.1f}" for name in scored),
             ]
             for row in rows
         ],
