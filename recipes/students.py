@@ -26,9 +26,8 @@ from torch.nn.functional import cosine_similarity
 from denoising_vit.backbones import BackboneSpec
 from denoising_vit.backbones.loading import with_weights
 from denoising_vit.data import open_dataset, spread
-from denoising_vit.distilled.train import write_distilled
-from denoising_vit.distilled.weights import DistilledWeights
-from denoising_vit.files import file_digest
+from denoising_vit.distilled.weights import DistilledWeights, write_distilled
+from denoising_vit.files import digest_of, file_digest
 from denoising_vit.training_free.common import photo_images
 
 
@@ -94,14 +93,19 @@ def parts_of(candidate: str) -> list[tuple[Path, float]]:
 
 
 def whole_weights(raw: Any, candidate: str, folder: Path) -> DistilledWeights:
-    """Weights of a candidate; those of a sum are written to a folder, with the record of its first file."""
-    (first, factor), *more = parts_of(candidate)
-    found = DistilledWeights.load(first)
-    if not more and factor == 1:
-        return found
-    parts = [{"digest": file_digest(path), "factor": factor} for path, factor in parts_of(candidate)]
-    written = folder / "sum.safetensors"
-    write_distilled(changed(raw, candidate), written, {**found.record, "sum": parts})
+    """Weights of a candidate; those of a sum are written to a folder, and record how each part was trained."""
+    parts = parts_of(candidate)
+    found = [DistilledWeights.load(path) for path, _ in parts]
+    if [factor for _, factor in parts] == [1]:
+        return found[0]
+    about = [
+        {"digest": file_digest(path), "factor": factor}
+        | {key: one.record[key] for key in ("info", "step", "held_out") if key in one.record}
+        for one, (path, factor) in zip(found, parts, strict=True)
+    ]
+    written = folder / f"sum-{digest_of(candidate)[:8]}.safetensors"
+    record = {"backbone": found[0].record["backbone"], "info": {"sum": about}}
+    write_distilled(changed(raw, candidate), written, record)
     return DistilledWeights.load(written)
 
 
@@ -112,6 +116,8 @@ def reduced(asked: Any) -> Iterator[dict[str, Any]]:
     chosen = [photos.read(index) for index in spread(len(photos), asked.count)]
     images = photo_images(chosen, raw, tuple(asked.size))
     for candidate in asked.candidates:
+        if candidate == "raw":
+            raise SystemExit("--photos reduces distilled weights; omit the candidate raw")
         whole = whole_weights(raw, candidate, asked.out.parent)
         name = "-".join(whole.path.with_suffix("").parts[-2:])
         wanted = _features(with_weights(raw, whole.path), images)

@@ -17,7 +17,7 @@ import denoising_vit as dv
 from denoising_vit import Artifact, Backbone, DenoisedViT, Denoiser
 from denoising_vit.backbones.loading import with_weights
 from denoising_vit.backbones.recorded import describe
-from denoising_vit.distilled.train import write_distilled
+from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.errors import DenoisingVitWarning
 from denoising_vit.training_free import AveragedViT, Registers
 

@@ -22,7 +22,8 @@ from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights, read_state_dict
 from denoising_vit.distilled import train as distil
-from denoising_vit.distilled.train import Distillation, write_distilled
+from denoising_vit.distilled.train import Distillation
+from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.errors import TrainError, WeightsError
 from denoising_vit.files import DISTILLED
 

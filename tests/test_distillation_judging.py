@@ -239,6 +239,17 @@ def test_best_by_held_out_cosine_and_last_model_are_kept(
             assert torch.equal(value, states[step][f"backbone.model.{name}"].half()), (path, name)
 
 
+def test_best_model_is_chosen_by_the_loss_with_content_free_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.prepared(photos, tmp_path / "run", training=tiny.options(evaluate_every=2, blank=0.5)).training()
+    values = ((0.9, 0.2, 0.5), (0.8, 0.2, 0.3), (0.8, 0.3, 0.25))  # losses of 0.8, 0.7, 0.75
+    named = (dict(zip(("cosine", "mse", "blank_variance"), one, strict=True)) for one in values)
+    judged_as(run, monkeypatch, iter(one | {"ratio": 1.0} for one in named))
+    progress = run.run()
+    assert progress.best_step == 4 and progress.best == pytest.approx(-0.7)
+
+
 def test_best_model_is_tracked_across_resumed_runs(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

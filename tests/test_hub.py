@@ -20,7 +20,7 @@ import tiny_hub
 from denoising_vit import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
-from denoising_vit.distilled.train import write_distilled
+from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.hub.card import CARD, CARD_MARK, KINDS
 from denoising_vit.hub.pretrained import Pretrained, push_folder
 from denoising_vit.training_free import with_registers

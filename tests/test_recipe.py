@@ -20,7 +20,7 @@ from skimage import data
 import denoising_vit as dv
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.denoiser.module import Denoiser, read_denoiser, write_denoiser
-from denoising_vit.distilled.train import write_distilled
+from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.files import file_digest, read_record
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -209,11 +209,17 @@ def test_a_sum_of_distilled_weights_is_written_with_its_parts(
 ) -> None:
     named, path = student
     named += ["--ranks", "2", "--photos", str(photos), "--size", "128", "160", "-o", str(tmp_path / "l")]
-    load("students.py")([*named, f"{path}*2+{path}*-1.5"])
-    (line,) = read_lines(tmp_path / "l")
-    assert line["distance"] < 1e-4
-    raw, whole, added = (load_file(tmp_path / f"{name}.safetensors") for name in ("raw", "student", "sum"))
+    load("students.py")([*named, path])
+    (small,) = tmp_path.glob("*.rank2.safetensors")
+    load("students.py")([*named, f"{small}*2+{path}*-1.5"])
+    assert read_lines(tmp_path / "l")[1]["distance"] < 1e-3
+    (written,) = tmp_path.glob("sum-????????.safetensors")
+    raw, whole, added = (load_file(one) for one in (tmp_path / "raw.safetensors", Path(path), written))
     for name, value in added.items():
-        torch.testing.assert_close(value.float(), (raw[name] + whole[name]).float() / 2, rtol=2e-3, atol=1e-4)
-    record = read_record(tmp_path / "sum.safetensors")
-    assert record["sum"] == [{"digest": file_digest(Path(path)), "factor": factor} for factor in (2, -1.5)]
+        torch.testing.assert_close(value.float(), (raw[name] + whole[name]).float() / 2, rtol=2e-3, atol=1e-3)
+    record = read_record(written)
+    parts = [(part["digest"], part["factor"]) for part in record["info"]["sum"]]
+    assert parts == [(file_digest(small), 2), (file_digest(Path(path)), -1.5)]
+    assert record["backbone"]["name"] == "test_vit" and "difference" not in record
+    with pytest.raises(SystemExit, match="omit the candidate raw"):
+        load("students.py")([*named, "raw"])

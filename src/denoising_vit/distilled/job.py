@@ -129,7 +129,7 @@ class DistillJob:
         if started is not None:
             identity["start"] = started
         if options.blanks:
-            identity["blank_loss"] = "relative to raw"  # earlier versions used the published loss
+            identity["loss on content-free images"] = "relative to raw"  # the published one in earlier versions
         folder.begin_together(identity, accelerator, resume=resume)
         return cls(folder, teacher, taught, photos, options, views, sizes, accelerator, started)
 

@@ -15,7 +15,9 @@ _SAFE_PEAK, _TOO_HIGH = 2e-4 / 256, 2.0
 
 @dataclass(frozen=True)
 class DistillOptions(RunOptions):
-    """Training of a distilled model; loss, optimizer, schedule and epochs default to the published ones.
+    """Training of a distilled model; optimizer, schedule and epochs default to the published ones.
+
+    So does the loss, with ``blank`` and ``hold_prefix`` of 0.
 
     The published learning rate is for steps of about 128 views. See :meth:`safer_rate` for smaller steps.
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoising_vit.backbones.difference import WHOLE_VERSION
 from denoising_vit.distilled.held_out import HeldOut
 from denoising_vit.distilled.models import (
     Average,
@@ -28,8 +25,8 @@ from denoising_vit.distilled.models import (
     trained_groups,
 )
 from denoising_vit.distilled.options import DistillOptions
+from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.errors import TrainError
-from denoising_vit.files import DISTILLED, KEY, compact, write_tensors
 from denoising_vit.progress import prefetched
 from denoising_vit.training.blanks import blank_images, blank_loss
 from denoising_vit.training.checkpoints import Progress
@@ -269,9 +266,11 @@ class Distillation:
 
     def _keep(self, progress: Progress, state: dict[str, Tensor], figures: Figures) -> Progress:
         """Write the weights if they are the best so far or the last."""
-        paths = []
-        if progress.best is None or figures["cosine"] > progress.best:
-            progress = replace(progress, best=figures["cosine"], best_step=progress.step)
+        paths, score = [], figures["cosine"]
+        if self.options.blanks:  # by the loss, because the cosine is that of photos only
+            score = score - 1 - figures["mse"] - figures.get("blank_variance", 0.0)
+        if progress.best is None or score > progress.best:
+            progress = replace(progress, best=score, best_step=progress.step)
             paths.append(self.folder.distilled)
         if progress.step == self.options.steps:
             paths.append(self.folder.last)
@@ -285,29 +284,6 @@ class Distillation:
         state: dict[str, Tensor] = self.student.state_dict()
         state |= {} if average is None else average.values
         return {name: gathered(value.detach()).cpu() for name, value in state.items()}
-
-
-def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
-    """Write weights for `load_backbone(name, weights=path)`, in float16 unless values exceed its range.
-
-    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` also reads the file.
-
-    Args:
-        state: weights by their names in timm.
-        path: a .safetensors file.
-        record: the backbone and its training; JSON values.
-
-    Raises:
-        TrainError: if a value is not finite, or the file cannot be written.
-    """
-    if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
-        raise TrainError(f"{path}: {bad[0]} has values that are not finite; the run diverged")
-    head = {"format": DISTILLED, "format_version": WHOLE_VERSION, **record}
-    tensors = {name: compact(value) if value.is_floating_point() else value for name, value in state.items()}
-    try:
-        write_tensors(tensors, path, {KEY: json.dumps(head)})
-    except OSError as error:
-        raise TrainError(f"{path}: the model could not be written ({error}); continue with --resume") from error
 
 
 def _held(prefix: Tensor, frozen: Tensor) -> Tensor:

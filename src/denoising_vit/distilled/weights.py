@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from denoising_vit.backbones import Backbone, load_backbone
-from denoising_vit.backbones.difference import write_difference
+from denoising_vit.backbones.difference import WHOLE_VERSION, whole_record, write_difference
 from denoising_vit.backbones.loading import distilled_path, with_weights
 from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
-from denoising_vit.errors import FormatError, PlanError
-from denoising_vit.files import DISTILLED, atomic_path, read_record
+from denoising_vit.backbones.timm_vit import TimmBackbone
+from denoising_vit.distilled.contrast import contrast, stretched
+from denoising_vit.errors import FormatError, PlanError, TrainError
+from denoising_vit.files import DISTILLED, KEY, atomic_path, compact, read_record, write_tensors
 from denoising_vit.hub.pretrained import Pretrained
+from denoising_vit.training_free.common import photo_images
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,57 @@ class DistilledWeights(Pretrained):
         """
         if rank < 1:
             raise PlanError(f"rank must be at least 1, got {rank}")
+        base, trained = self._pair(path, base)
+        write_difference(Path(path), _state(base), _state(trained), rank, self.record)
+        return self.load(path)
+
+    def restore_contrast(
+        self,
+        path: str | Path,
+        photos: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        base: Backbone | None = None,
+    ) -> Self:
+        """Write whole weights whose features vary as much over photos as those of the original backbone.
+
+        Stage 3 reduces the contrast of features, which only their scale shows; see
+        :mod:`denoising_vit.distilled.contrast`.
+
+        Args:
+            path: the new file.
+            photos: a few dozen photos: a folder, paths, PIL images or (H, W, 3) uint8 arrays.
+            size: (H, W) in pixels to which photos are resized; defaults to the backbone's own.
+            base: the backbone that it was trained from; loaded by name if None.
+
+        Raises:
+            PlanError: if the new file is this one, or the model has no final norm with a bias.
+            PhotoError: if a photo cannot be read, or there are none.
+            FormatError: if the file is damaged, or its weights were trained from weights other than those available.
+        """
+        base, trained = self._pair(path, base)
+        assert isinstance(trained, TimmBackbone)  # like every model that stage 3 trains
+        images = photo_images(photos, base, size or (base.default_size, base.default_size))
+        factor, mean = contrast(trained, base, images)
+        record = whole_record(self.record) | {"contrast": {"factor": round(factor, 4), "photos": len(images)}}
+        write_distilled(stretched(trained, factor, mean), Path(path), record)
+        return self.load(path)
+
+    def _pair(self, path: str | Path, base: Backbone | None) -> tuple[Backbone, Backbone]:
+        """The original backbone and the distilled ViT, float32, to write another file.
+
+        Raises:
+            PlanError: if the new file is this one.
+            FormatError: if the weights were trained from others.
+        """
         if Path(path).resolve() == self.path.resolve():
-            raise PlanError(f"{path} is the file to reduce; give the small file another name")
+            raise PlanError(f"{path} is the file that is read; give the new file another name")
         recorded, how = self._loaded
         base = base or load_backbone(recorded["name"], **how, dtype="float32", device="cpu")
         if not is_recorded(recorded, base):
             remedy = "Load the whole file instead"
             raise FormatError(mismatch(f"{self.path}: weights trained from", recorded, base, remedy))
-        trained = self.backbone(dtype="float32", device="cpu")
-        write_difference(Path(path), _state(base), _state(trained), rank, self.record)
-        return self.load(path)
+        return base, self.backbone(dtype="float32", device="cpu")
 
     def backbone(self, **options: Any) -> Backbone:
         """The distilled ViT: images (B, 3, H, W) to clean features (B, h, w, C).
@@ -100,6 +146,29 @@ class DistilledWeights(Pretrained):
         """The recorded backbone, and the options that it was loaded with."""
         recorded = self.record["backbone"]
         return recorded, {key: recorded[key] for key in ("layer", "norm") if recorded.get(key) is not None}
+
+
+def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]) -> None:
+    """Write weights for `load_backbone(name, weights=path)`, in float16 unless values exceed its range.
+
+    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` also reads the file.
+
+    Args:
+        state: weights by their names in timm.
+        path: a .safetensors file.
+        record: the backbone and its training; JSON values.
+
+    Raises:
+        TrainError: if a value is not finite, or the file cannot be written.
+    """
+    if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise TrainError(f"{path}: {bad[0]} has values that are not finite; the run diverged")
+    head = {"format": DISTILLED, "format_version": WHOLE_VERSION, **record}
+    tensors = {name: compact(value) if value.is_floating_point() else value for name, value in state.items()}
+    try:
+        write_tensors(tensors, path, {KEY: json.dumps(head)})
+    except OSError as error:
+        raise TrainError(f"{path}: the model could not be written ({error}); continue with --resume") from error
 
 
 def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
@@ -124,7 +193,5 @@ def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
 
 def _state(backbone: Backbone) -> dict[str, Tensor]:
     """Weights by their names in timm, on the CPU."""
-    from denoising_vit.backbones.timm_vit import TimmBackbone
-
     assert isinstance(backbone, TimmBackbone)  # like every model that stage 3 trains
     return {name: value.cpu() for name, value in backbone.model.state_dict().items()}

@@ -28,8 +28,9 @@ class Progress:
 
     Attributes:
         step: number of optimizer steps done.
-        best: the best held-out cosine so far; None before the first evaluation.
-        best_step: step of the best cosine.
+        best: the best held-out cosine so far, or minus the loss (stage 3 with content-free images); None before the
+            first evaluation.
+        best_step: its step.
     """
 
     step: int = 0

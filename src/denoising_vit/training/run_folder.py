@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def distilled(self) -> Path:
-        """The distilled model with the best held-out cosine."""
+        """The distilled model that is best on held-out photos."""
         return self.path / "distilled.safetensors"
 
     @property
