@@ -118,9 +118,7 @@ def main(
     found: dict[str, Any] = {"hardware": hardware(), "backbone": clean.extra_repr(), "size": size, "rows": []}
     sets: dict[str, probes.Labelled] = {}
     if labelled is not None:
-        sets = probes.load(labelled, clean.grid_size(size, size), clean.device, most)
-        found["unplanted"] = neighbours(sets, lambda photo: once(clean, photo, size).raw)
-        print(found["unplanted"], flush=True)
+        sets = probes.load(labelled, clean.grid_size(size, size), torch.device("cpu"), most)
     for amount, outliers in [*((amount, False) for amount in share), (share[0], True)]:
         planted = Planted(clean, amount, outliers, variance)
         wrapped = dv.load_backbone(
@@ -132,7 +130,8 @@ def main(
         )
         calibrated = dv.calibrate(wrapped, others[:calibration], views=16, size=size)
         denoiser = denoiser_of(wrapped, others[:training], calibrated, size, steps) if steps else None
-        for name, method in methods(wrapped, calibrated, denoiser).items():
+        plain: dict[str, Method] = {"unplanted raw": lambda photo: once(clean, photo, size).raw} if sets else {}
+        for name, method in (plain | methods(wrapped, calibrated, denoiser)).items():
             row = {"share": amount, "outliers": outliers, "method": name, **left(planted, method, judged, size)}
             row |= neighbours(sets, method)
             print(row, flush=True)
@@ -168,7 +167,7 @@ def neighbours(sets: dict[str, probes.Labelled], method: Method) -> dict[str, fl
     found = {}
     for name, part in sets.items():
         if name in probes.SCORED:
-            features = torch.stack([method(image.permute(1, 2, 0).cpu().numpy()) for image in part.images])
+            features = torch.stack([method(image.permute(1, 2, 0).numpy()) for image in part.images])
             clean = functional.normalize(features.float(), dim=-1)
             found[name + _NEIGHBOURS] = probes.neighbours(part, clean, probes.SCORED[name])
     return found
@@ -242,7 +241,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     scored = [name for name in rows[0] if name.endswith(_NEIGHBOURS)]
     return table(
-        [*head, *(name.removesuffix(_NEIGHBOURS) for name in scored)],
+        [*head, *(f"{name}, mIoU" for name in scored)],
         [
             [
                 f"{row['share']:.0%}",
