@@ -47,7 +47,7 @@ def main(photo: str = "astronaut", answers: int = 5) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        models = Models(BackboneSpec(), None, None)
+        models = Models(BackboneSpec(), "shipped", None)
         with serve(models, AppOptions(port=port, examples=Path(folder))) as opened:
             times = _answers(executable, opened.url, answers)
         passes = _passes()

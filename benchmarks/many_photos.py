@@ -3,9 +3,9 @@
     python benchmarks/many_photos.py PHOTOS [--count 20] [--runs 3] [--no-pictures] [--out DIR]
 
 In one process, in alternating runs: the passes of the backbone and of its denoiser over half of the photos, rendered
-beforehand; `dvit denoise` of that half; and `dvit denoise` of all. The difference of the last two is what the other
-half costs once everything is loaded: decoding, rendering, passes, pictures and results. Writes the ratio of pairs of
-runs, by wall and by processor seconds, and the processor seconds for drawing a picture.
+beforehand; `dvit denoise --method denoiser` of that half; and the same of all. The difference of the last two is what
+the other half costs once everything is loaded: decoding, rendering, passes, pictures and results. Writes the ratio of
+pairs of runs, by wall and by processor seconds, and the processor seconds for drawing a picture.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def denoise(photos: list[Path], out: Path, backbone: str, pictures: bool) -> Non
     shutil.rmtree(out, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         more = [] if pictures else ["--no-pictures"]
-        code = app.run(["denoise", *map(str, photos), "-o", str(out), "--backbone", backbone, *more])
+        named = ["--backbone", backbone, "--method", "denoiser"]
+        code = app.run(["denoise", *map(str, photos), "-o", str(out), *named, *more])
     assert code == 0, f"dvit denoise ended with {code}"
 
 
