@@ -45,7 +45,7 @@ def keep() -> Iterator[Keep]:
 
 
 def settings(models: Models, **changes: object) -> Settings:
-    return Settings(models.spec.backbone, **changes)  # pyright: ignore[reportArgumentType]
+    return Settings(models.spec.backbone, **({"method": "denoiser"} | changes))  # pyright: ignore[reportArgumentType]
 
 
 def scene(raw: torch.Tensor, clean: torch.Tensor, photo: tuple[int, int] = (120, 90)) -> Scene:
@@ -95,6 +95,19 @@ def test_methods_depend_on_backbone_and_layer(models: Models) -> None:
         "average",
     )  # the given denoiser and artifact are for the last layer
     assert models.get(models.spec.backbone, 5).backbone.layer == 5
+
+
+def test_the_page_starts_with_the_method_of_a_given_cleaner(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("denoising_vit.backbones.loading", "denoising_vit.show.app.models"):
+        monkeypatch.setattr(f"{module}.find_distilled", lambda _: Path("distilled.safetensors"))
+
+    def first(**given: str | None) -> str:
+        chosen = {"denoiser": None, "artifact": None} | given
+        return Models(models.spec, **chosen).get(models.spec.backbone).methods[0]
+
+    assert first() == "distilled"
+    assert first(artifact=models._artifact) == "exact"
+    assert first(denoiser=models._denoiser, artifact=models._artifact) == "denoiser"
 
 
 def test_missing_weights_are_reported_with_the_command_to_run(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

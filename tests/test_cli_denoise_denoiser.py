@@ -252,6 +252,13 @@ def test_comparison_adds_a_column_to_the_picture(
         assert panel.width == LEFT + columns * CELL + (columns - 1) * GAP + RIGHT
 
 
+def test_comparison_next_to_features_without_a_denoiser(whole: Dvit, photo: Path, tmp_path: Path) -> None:
+    done = whole(photo, "-o", tmp_path / "out", "--method", "project", "--compare", "--artifact", "none")
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "out" / "00.png") as panel:
+        assert panel.width == LEFT + 4 * CELL + 3 * GAP + RIGHT
+
+
 # --- existing results ---
 
 
@@ -380,10 +387,10 @@ def test_too_few_views_for_the_comparison_are_refused_before_any_photo(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_without_a_denoiser_is_refused(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
+def test_a_comparison_of_stage_one_with_itself_is_refused(dvit: Dvit, photo: Path, tmp_path: Path) -> None:
     done = dvit(photo, "-o", tmp_path / "out", "--method", "exact", "--compare")
     assert done.code == 2
-    assert "--compare needs method denoiser, got exact" in done.err
+    assert "such as denoiser, got exact; choose another --method, or omit --compare" in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -398,7 +405,7 @@ def test_compare_without_pictures_or_report_is_rejected(dvit: Dvit, photo: Path,
 
 def test_help_names_the_options(dvit: Dvit) -> None:
     words = dvit("--help").words
-    for option in ("--denoiser", "--compare", "--method", "neural-field is the published", "auto is denoiser"):
+    for option in ("--denoiser", "--compare", "--method", "neural-field is the published", "auto is the method"):
         assert option in words
 
 

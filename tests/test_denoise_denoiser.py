@@ -27,10 +27,12 @@ from denoising_vit import (
     PlanError,
     SizeError,
 )
+from denoising_vit.backbones import loading as backbone_loading
 from denoising_vit.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from denoising_vit.denoise import settle, work
 from denoising_vit.denoiser import loading
 from denoising_vit.denoiser.loading import denoiser_digest, find_denoiser, find_shipped
+from denoising_vit.extractors import Cleaners
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -338,8 +340,27 @@ def test_non_finite_features_are_refused(photo: np.ndarray) -> None:
 
 
 def test_settled_options_name_the_method_that_is_run(backbone: Backbone, denoiser: Denoiser) -> None:
-    options, found = settle(DenoiseOptions(method="auto", views=9), backbone, denoiser)
+    options, found = settle(DenoiseOptions(method="auto", views=9), backbone, Cleaners(denoiser=denoiser))
     assert (options.method, options.views) == ("denoiser", 9)
     assert found is not None and found.denoiser is denoiser
     assert settle(DenoiseOptions(method="auto"), backbone) == (DenoiseOptions(method="exact"), None)
     assert settle(DenoiseOptions(method="subtract"), backbone) == (DenoiseOptions(method="subtract"), None)
+
+
+def test_a_given_cleaner_decides_the_preferred_features(
+    backbone: Backbone, denoiser: Denoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Cleaners().preferred(backbone) == "exact"
+    tiny.ship(tmp_path / "package", monkeypatch, weights=denoiser)
+    assert Cleaners().preferred(backbone) == "denoiser"
+    assert Cleaners(artifact=tiny_artifact.artifact_of(backbone)).preferred(backbone) == "exact"
+    assert Cleaners(distilled="weights.safetensors").preferred(backbone) == "distilled"
+    monkeypatch.setattr(backbone_loading, "find_distilled", lambda _: tmp_path / "distilled.safetensors")
+    assert Cleaners().preferred(backbone) == "distilled"
+    assert Cleaners(denoiser=denoiser).preferred(backbone) == "denoiser"
+    assert Cleaners(subspace="a.safetensors").preferred(backbone) == "project"
+    assert Cleaners(registers="a.safetensors", artifact="none").preferred(backbone) == "registers"
+    with pytest.raises(PlanError, match=r"several kinds of features are given \(denoiser, distilled\); choose one"):
+        Cleaners(denoiser=denoiser, distilled="a.safetensors").preferred(backbone)
+    bfloat16 = backbone.to(torch.bfloat16)
+    assert Cleaners().preferred(bfloat16) == "denoiser"  # a difference cannot be added to weights in a coarse precision

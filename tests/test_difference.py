@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,10 +21,12 @@ from denoising_vit.backbones.difference import base_of, with_difference, write_d
 from denoising_vit.backbones.loading import find_distilled, with_weights
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.distilled.train import write_distilled
+from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.errors import FormatError, PlanError, WeightsError
 from denoising_vit.extractors import Cleaners
 from denoising_vit.files import DISTILLED, KEY, read_record, write_tensors
+from denoising_vit.metrics.blank_test import high_frequencies, uniform_images, variance_over_places
+from denoising_vit.training_free.common import photo_images
 
 BACKBONE = {"name": "tiny", "fingerprint": [1.0, 2.0], "layer": 1, "norm": True}
 
@@ -144,6 +148,39 @@ def test_a_reduced_model_gives_the_features_of_the_whole_one(base: Path, tmp_pat
     assert float((with_weights(start, small.path)(image) - expected).norm() / (raw - expected).norm()) < 0.02
 
 
+def test_contrast_is_restored_to_that_of_the_original_backbone(base: Path, tmp_path: Path) -> None:
+    start, photos = full(base), tiny_fit.write_photos(tmp_path / "photos", 3)
+    whole = dv.DistilledWeights.load(moved(start, tmp_path))
+    found = whole.restore_contrast(tmp_path / "stretched.safetensors", photos, size=(48, 64), base=start)
+    images = torch.cat(photo_images(sorted(photos.iterdir()), start, (48, 64)))
+    raw, before, after = (
+        backbone(images).flatten(0, 2)
+        for backbone in (start, with_weights(start, whole.path), with_weights(start, found.path))
+    )
+
+    def variance(features: Tensor) -> Tensor:
+        return features.var(0, correction=0).sum()
+
+    factor = (variance(raw) / variance(before)).sqrt()
+    assert abs(factor.item() - 1) > 0.02
+    torch.testing.assert_close(variance(after), variance(raw), rtol=1e-3, atol=0)
+    expected = before.mean(0) + factor * (before - before.mean(0))
+    torch.testing.assert_close(after, expected, rtol=5e-3, atol=5e-3)
+    assert found.record["contrast"] == {"factor": round(factor.item(), 4), "photos": 3}
+    small = found.reduce(tmp_path / "small.safetensors", base=start)
+    torch.testing.assert_close(with_weights(start, small.path)(images).flatten(0, 2), after, rtol=0.01, atol=0.02)
+
+
+def test_contrast_needs_a_norm_after_the_last_layer(base: Path, tmp_path: Path) -> None:
+    for layer, norm, message in ((3, True, "at layer 3: .*after layer 11; got another layer"), (-1, False, "got none")):
+        start = dv.load_backbone(tiny.MODEL, weights=base, layer=layer, norm=norm, dtype="float32", device="cpu")
+        assert isinstance(start, TimmBackbone)
+        whole = dv.DistilledWeights.load(moved(start, tmp_path))
+        with pytest.raises(PlanError, match=message):
+            whole.restore_contrast(tmp_path / "new.safetensors", [np.zeros((48, 48, 3), np.uint8)], base=start)
+        assert not (tmp_path / "new.safetensors").exists()
+
+
 def test_a_difference_is_added_in_float32_also_for_bfloat16(base: Path, tmp_path: Path) -> None:
     start = full(base)
     small = dv.DistilledWeights.load(moved(start, tmp_path)).reduce(tmp_path / "small.safetensors", base=start).path
@@ -178,7 +215,7 @@ def test_other_weights_are_refused_with_both_named(base: Path, tmp_path: Path) -
         with_weights(other, small)
     with pytest.raises(FormatError, match=r"weights trained from .*Load the whole file instead"):
         whole.reduce(tmp_path / "again.safetensors", base=other)
-    with pytest.raises(PlanError, match="is the file to reduce; give the small file another name"):
+    with pytest.raises(PlanError, match="is the file that is read; give the new file another name"):
         whole.reduce(whole.path, base=start)
     with pytest.raises(PlanError, match="rank must be at least 1, got 0"):
         whole.reduce(tmp_path / "again.safetensors", rank=0, base=start)
@@ -212,8 +249,40 @@ def test_shipped_weights_load_by_name_and_as_a_method(raw: dv.Backbone) -> None:
     torch.testing.assert_close(result.semantic, named(image)[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(result.raw, raw(image)[0], rtol=1e-3, atol=1e-3)
     assert result.info["distilled"] == identity["distilled"]
-    with pytest.raises(PlanError, match="distilled weights are given, but method 'project' does not use it"):
+    with pytest.raises(PlanError, match="distilled weights are given, but method 'project' does not use them"):
         dv.denoise_image(raw, image, method="project", distilled="file")
+
+
+def test_the_distilled_copy_is_kept_until_the_file_or_the_backbone_changes(base: Path, tmp_path: Path) -> None:
+    start = full(base)
+    path = moved(start, tmp_path)
+    first, _ = Cleaners(distilled=str(path)).extractor("distilled", start)
+    assert Cleaners(distilled=str(path)).extractor("distilled", start)[0] is first
+    assert Cleaners(distilled=str(path)).extractor("distilled", full(base))[0] is not first
+    path.touch()
+    os.utime(path, ns=(1, 1))
+    assert Cleaners(distilled=str(path)).extractor("distilled", start)[0] is not first
+    start.to(torch.bfloat16)
+    found, _ = Cleaners(distilled=str(path)).extractor("distilled", start)
+    assert isinstance(found, dv.Backbone) and found.dtype == torch.bfloat16
+
+
+def test_shipped_weights_are_the_default_of_denoise(raw: dv.Backbone) -> None:
+    assert Cleaners().preferred(raw) == "distilled"
+    assert Cleaners().preferred(raw.at_layer(9)) == "exact"
+    result = dv.denoise_image(raw, some(1, 3, 112, 112).clamp(-1.5, 1.5), method="auto")
+    assert result.info["method"] == "distilled" and "denoiser" not in result.info
+
+
+def test_shipped_weights_leave_hardly_any_artifact_on_uniform_images(raw: dv.Backbone) -> None:
+    colours = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.8, 0.2, 0.2]])
+    mean, std = (torch.tensor(value)[:, None, None] for value in (raw.mean, raw.std))
+    images = (uniform_images(colours, (518, 518)) - mean) / std
+    extractor, _ = Cleaners().extractor("distilled", raw)
+    with torch.no_grad():
+        before, after = raw(images), extractor(images)
+    assert variance_over_places(after) < 0.15 * variance_over_places(before)
+    assert high_frequencies(after) < 0.25 * high_frequencies(before)
 
 
 def test_denoise_command_with_shipped_weights(

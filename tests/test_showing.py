@@ -163,6 +163,7 @@ def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> 
 
 
 def test_missing_denoiser_is_reported() -> None:
-    assert ShowOptions().names(planted.backbone(), None) == ("raw", "exact")
+    assert ShowOptions().names(planted.backbone(), Cleaners()) == ("raw", "exact")
+    assert ShowOptions().names(planted.backbone(), Cleaners(distilled="a.safetensors")) == ("raw", "distilled")
     with pytest.raises(DenoiserError, match="the package has no denoiser"):
         PhotoExtractor(planted.backbone(), ["denoiser"], Cleaners(), OPTIONS.denoising())

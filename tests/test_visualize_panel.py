@@ -202,6 +202,7 @@ def test_caption_names_the_denoiser_and_the_metrics_of_exact():
     ]
     assert _compared(of_denoiser(), None) == ["denoiser mine.safetensors, 01234567"]
     assert _compared(decomposition(views=64), None) == []
+    assert _compared(decomposition(method="distilled", distilled="89abcdef0123"), None) == ["distilled 89abcdef"]
 
 
 def test_long_caption_lines_are_split_between_their_parts():
@@ -216,8 +217,8 @@ def test_extreme_aspects_are_clamped_in_columns_too(tmp_path: Path, shape: tuple
     assert cells(sheet) == 4 and 600 < sheet.shape[0] < 2600
 
 
-def test_exact_is_drawn_only_with_the_result_of_a_denoiser(tmp_path: Path):
-    with pytest.raises(ValueError, match="exact can be drawn only with a denoiser's result"):
+def test_exact_is_not_drawn_next_to_a_result_of_stage_one(tmp_path: Path):
+    with pytest.raises(ValueError, match="next to features that do not separate an artifact, got exact"):
         draw(tmp_path, photo(4, 4), decomposition(method="exact"), exact=decomposition())
 
 

@@ -21,7 +21,7 @@ from denoising_vit.decomposition.options import STAGE_ONE, DenoiseOptions
 from denoising_vit.decomposition.result import Decomposition
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.denoiser.denoised_vit import DenoisedViT
-from denoising_vit.denoiser.loading import FoundDenoiser, GivenDenoiser, find_denoiser, find_shipped, source_name
+from denoising_vit.denoiser.loading import FoundDenoiser, GivenDenoiser, find_denoiser, source_name
 from denoising_vit.environment import package_version
 from denoising_vit.errors import PlanError
 from denoising_vit.extractors import KINDS, Cleaners, Extractor, GivenRegisters, GivenSubspace
@@ -57,11 +57,11 @@ def denoise_image(
         artifact: the backbone's artifact, if known: an :class:`~denoising_vit.Artifact`, its file, ``"shipped"``, or
             values (h, w, C). Stage 1 then fits the field only.
         denoiser: the backbone's denoiser: a :class:`~denoising_vit.Denoiser`, or a source for
-            :func:`~denoising_vit.load_denoiser`; for the methods ``denoiser`` and ``auto``. Defaults to the one in the
-            package.
+            :func:`~denoising_vit.load_denoiser`; for the method ``denoiser``. Defaults to the one in the package.
         subspace: positional directions for the method ``project``; by default, they are found on a black image.
         registers: register neurons for the method ``registers``, which needs them.
-        distilled: file of weights for the method ``distilled``; defaults to those in the package.
+        distilled: file of weights for the method ``distilled``; defaults to those in the package. A given denoiser,
+            subspace, registers, weights or artifact (``exact``) determine the method ``auto``.
         progress: called as ``progress(done, total)`` after each batch of views, and after each step of the neural
             field; ``total`` is :func:`work`.
         watch: called with each evaluation of the neural field on the held-out views.
@@ -113,17 +113,17 @@ class Denoising:
         cleaners: Cleaners = Cleaners(),  # noqa: B008, frozen
     ) -> None:
         self.backbone = backbone
-        self.options, self.denoiser = settle(options, backbone, cleaners.denoiser, cleaners.artifact)
+        self.options, self.denoiser = settle(options, backbone, cleaners)
         method = self.options.method
         uses = "artifact" if method in STAGE_ONE else KINDS[method].uses
         for name, words in {
-            "artifact": "an artifact is",
-            "subspace": "a subspace is",
-            "registers": "registers are",
-            "distilled": "distilled weights are",
+            "artifact": ("an artifact is", "it"),
+            "subspace": ("a subspace is", "it"),
+            "registers": ("registers are", "them"),
+            "distilled": ("distilled weights are", "them"),
         }.items():
             if getattr(cleaners, name) is not None and name != uses:
-                raise PlanError(f"{words} given, but method {method!r} does not use it; omit it")
+                raise PlanError(f"{words[0]} given, but method {method!r} does not use {words[1]}; omit {words[1]}")
         self._extractor: Extractor | None = None
         self._identity: dict[str, str] = {}
         self.artifact: Tensor | None = None
@@ -219,13 +219,11 @@ def methods() -> tuple[str, ...]:
 def settle(
     options: DenoiseOptions,
     backbone: Backbone,
-    denoiser: GivenDenoiser | None = None,
-    artifact: KnownArtifact | None = None,
+    cleaners: Cleaners = Cleaners(),  # noqa: B008, frozen
 ) -> tuple[DenoiseOptions, FoundDenoiser | None]:
     """The options with ``auto`` resolved to a method, and the denoiser if the method uses one.
 
-    ``auto`` is denoiser if one is given; exact if an artifact is given, which only stage 1 uses; otherwise denoiser if
-    the package has one for this backbone's weights, layer and stride, else exact.
+    ``auto`` is :meth:`Cleaners.preferred`.
 
     Raises:
         PlanError: if the method is unknown, a denoiser is given for a method that uses none, or an option is out of
@@ -236,18 +234,16 @@ def settle(
     options.validate()
     if options.method not in methods():
         raise PlanError(f"unknown method {options.method!r}; choose from {', '.join(methods())}")
-    if options.method not in ("auto", "denoiser"):
-        if denoiser is not None:
-            raise PlanError(
-                f"a denoiser ({source_name(denoiser)}) is given, but method {options.method!r} does not use one; omit "
-                "one of them"
-            )
-        return options, None
-    if options.method == "denoiser" or denoiser is not None:
-        found = find_denoiser(denoiser, backbone)
-    else:
-        found = find_shipped(backbone) if artifact is None else None
-    return replace(options, method="exact" if found is None else "denoiser"), found
+    if options.method == "auto":
+        options = replace(options, method=cleaners.preferred(backbone))
+    if options.method == "denoiser":
+        return options, find_denoiser(cleaners.denoiser, backbone)
+    if cleaners.denoiser is not None:
+        raise PlanError(
+            f"a denoiser ({source_name(cleaners.denoiser)}) is given, but method {options.method!r} does not use one; "
+            "omit one of them"
+        )
+    return options, None
 
 
 def work(options: DenoiseOptions) -> int:

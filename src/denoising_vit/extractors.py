@@ -70,6 +70,34 @@ class Cleaners:
             raise PlanError(f"unknown extractor {name!r}; choose from {', '.join(known)}")
         return kind.make(backbone, self)
 
+    def _has(self, kind: FeatureKind) -> bool:
+        """True if the cleaner of these features is given."""
+        return kind.uses is not None and getattr(self, kind.uses) is not None
+
+    def preferred(self, backbone: Backbone) -> str:
+        """The kind of features to use by default.
+
+        Those of the given cleaner, where an artifact means `exact`; else the best in the package for these weights,
+        layer and stride, as judged by labels in docs/decisions.md: `distilled`, then `denoiser`; else `exact`.
+
+        Raises:
+            PlanError: if several cleaners are given, apart from an artifact.
+            FormatError: if a file in the package is damaged.
+        """
+        from denoising_vit.backbones.loading import can_add_difference, find_distilled
+        from denoising_vit.denoiser.loading import find_shipped
+
+        given = [kind.name for kind in KINDS.values() if kind.uses not in (None, "artifact") and self._has(kind)]
+        if len(given) > 1:
+            raise PlanError(f"cleaners of several kinds of features are given ({', '.join(given)}); choose one of them")
+        if given:
+            return given[0]
+        if self.artifact is not None:
+            return "exact"
+        if find_distilled(backbone) is not None and can_add_difference(backbone):
+            return "distilled"
+        return "exact" if find_shipped(backbone) is None else "denoiser"
+
 
 #: A field of :class:`Cleaners` that a command does not use; its subclass hides the flag with ``name: Unused = None``.
 Unused = Annotated[None, tyro.conf.Fixed, tyro.conf.Suppress]
@@ -129,11 +157,11 @@ def _denoiser(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[s
 
 
 def _distilled(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:
-    from denoising_vit.backbones.loading import distilled_path, with_weights
+    from denoising_vit.backbones.loading import distilled_backbone
     from denoising_vit.files import file_digest
 
-    path = distilled_path(backbone, cleaners.distilled)
-    return with_weights(backbone, path), {"distilled": file_digest(path)}
+    extractor, path = distilled_backbone(backbone, cleaners.distilled)
+    return extractor, {"distilled": file_digest(path)}
 
 
 def _project(backbone: Backbone, cleaners: Cleaners) -> tuple[Extractor, dict[str, str]]:

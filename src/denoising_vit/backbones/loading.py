@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 #: Distilled weights in the package.
 _SHIPPED = Path(__file__).parent / "shipped"
+
+#: The last copy of each backbone with distilled weights, and what it was made from.
+_DISTILLED: weakref.WeakKeyDictionary[Backbone, tuple[tuple[Any, ...], Backbone]] = weakref.WeakKeyDictionary()
 
 
 def load_backbone(
@@ -244,10 +248,45 @@ def _base(name: str, recorded: dict[str, Any], own: TimmBackbone | None) -> Timm
     They are loaded as recorded, so that the layer and stride of ``own`` do not matter; weights that exist only in
     ``own`` are used as they are.
     """
-    origin = "auto" if own is None else "bundled" if own.weights.startswith("bundled") else own.weights
-    if own is not None and origin not in ("bundled", "hub") and not Path(origin).expanduser().is_file():
+    origin = "auto" if own is None else _origin(own)
+    if origin is None:
+        assert own is not None
         return own
     return _timm_named(name, origin, None, recorded["layer"], recorded["norm"])
+
+
+def _origin(backbone: Backbone) -> str | None:
+    """Where the weights of a backbone can be read again; None if only the model has them."""
+    if backbone.weights.startswith("bundled"):
+        return "bundled"
+    known = backbone.weights == "hub" or Path(backbone.weights).expanduser().is_file()
+    return backbone.weights if known else None
+
+
+def distilled_backbone(backbone: Backbone, given: str | Path | None = None) -> tuple[Backbone, Path]:
+    """The backbone with distilled weights, and their file; the last one is kept for as long as the backbone exists.
+
+    Args:
+        backbone: the backbone with its original weights.
+        given: the file; None for the package's.
+
+    Raises:
+        As :func:`distilled_path` and :func:`with_weights`.
+    """
+    path = distilled_path(backbone, given)
+    made_from = path.resolve(), path.stat().st_mtime_ns, backbone.fingerprint.short, backbone.device, backbone.dtype
+    if backbone in _DISTILLED and _DISTILLED[backbone][0] == made_from:
+        return _DISTILLED[backbone][1], path
+    _DISTILLED[backbone] = made_from, with_weights(backbone, path)
+    return _DISTILLED[backbone][1], path
+
+
+def can_add_difference(backbone: Backbone) -> bool:
+    """True if the package's distilled weights can be added to those of this backbone, which must be float32.
+
+    Other precisions need a source from which the weights can be read again.
+    """
+    return backbone.dtype == torch.float32 or _origin(backbone) is not None
 
 
 def find_distilled(backbone: Backbone) -> Path | None:

@@ -65,11 +65,11 @@ def clean(model: M, method: str = "auto", **options: Any) -> M:
             ``forward_intermediates``, ``get_intermediate_layers``); a ViT of transformers (``last_hidden_state`` and
             ``hidden_states[-1]``), also inside a larger model; a :class:`Backbone`; or, with ``patch_size``, any module
             that returns a grid or tokens.
-        method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``; ``subtract``
-            subtracts the artifact G; ``denoiser`` applies a trained block to tokens; ``project`` removes positional
-            directions; ``average`` averages passes over shifted and mirrored images; ``registers`` moves outliers into
-            an added token; ``distilled`` replaces the weights of a whole timm model by those of
-            stage 3, at no extra cost.
+        method: ``auto`` is ``denoiser`` if the package has one for these weights, else ``project``; neither changes the
+            model's weights. ``subtract`` subtracts the artifact G; ``denoiser`` applies a trained block to tokens;
+            ``project`` removes positional directions; ``average`` averages passes over shifted and mirrored images;
+            ``registers`` moves outliers into an added token; ``distilled`` replaces the weights of a whole timm model
+            by those of stage 3, at no extra cost.
         **options: options of the method: ``artifact`` (subtract); ``denoiser``; ``subspace`` (object or file), or
             ``photos``, ``source``, ``rank``, ``artifact`` and ``size`` to find one (project); ``passes`` (average);
             ``registers`` (object or file), or ``photos`` and ``size`` to find them; ``distilled`` (file, by default the

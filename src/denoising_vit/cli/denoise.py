@@ -32,9 +32,9 @@ class _PhotoCleaners(Cleaners):
     Attributes:
         artifact: the backbone's artifact, which reduces the number of views needed: a file of `dvit calibrate`, or
             `shipped` for the one in the package; `none` models no artifact. By default, one is fitted in each photo,
-            and subtract uses the shipped one. Selects the exact method unless a method or a denoiser is given.
+            and subtract uses the shipped one. Selects the exact method unless a method or another cleaner is given.
         denoiser: the backbone's denoiser: a file, voc_denoised or imgnet_denoised for the published ones, or `shipped`
-            for the one in the package (the default if there is one).
+            for the one in the package.
         subspace: positional directions for --method project. Defaults to the 16 strongest of a black image.
         registers: register neurons for --method registers.
         distilled: weights for --method distilled: a file of `dvit distill`. Defaults to those in the package.
@@ -67,7 +67,7 @@ def denoise(
         tiling: tiling of photos larger than the backbone's input.
         model: the backbone and its options.
         cleaners: sources of the artifact, denoiser and other cleaners.
-        compare: with a denoiser, also run the exact method with the options of stage 1, and draw both. Costs one
+        compare: also run the exact method with the options of stage 1, and draw both; not with subtract. Costs one
             forward pass per view.
         pictures: draw a picture of each photo. On an accelerator, drawing takes longer than one forward pass. With
             --no-pictures, replacing a result also removes its earlier picture.
@@ -80,6 +80,7 @@ def denoise(
     from denoising_vit.cli.denoise_job import PHOTO_NUMBERS, DenoiseJob, PhotoRow, Writing
     from denoising_vit.data import find_photos
     from denoising_vit.decomposition.inputs import given_artifact
+    from denoising_vit.decomposition.options import STAGE_ONE
     from denoising_vit.denoise import settle
     from denoising_vit.tiling.denoising import TiledDenoising, denoising_of
 
@@ -105,15 +106,19 @@ def denoise(
     denoising.validate()
     backbone = model.load()
     artifact = cleaners.artifact
-    options, found = settle(denoising, backbone, cleaners.denoiser, artifact)
+    # With --compare, the artifact is for stage 1, and does not decide the method.
+    options, found = settle(denoising, backbone, replace(cleaners, artifact=None) if compare else cleaners)
 
     # Invalid options are reported before any photo is read.
-    used = replace(cleaners, artifact=artifact if found is None else None, denoiser=found)
+    if compare and (options.method in STAGE_ONE or options.method == "subtract"):
+        raise PlanError(
+            "--compare draws stage 1 next to features that do not separate an artifact, such as denoiser, got "
+            f"{options.method}; choose another --method, or omit --compare"
+        )
+    used = replace(cleaners, artifact=None if compare or found is not None else artifact, denoiser=found)
     clean = denoising_of(backbone, options, used, tiling)
     exact = None
-    if found is None and compare:
-        raise PlanError(f"--compare needs method denoiser, got {options.method}; omit --compare")
-    if found is not None and compare:
+    if compare:
         exact = denoising_of(backbone, replace(options, method="exact"), Cleaners(artifact=artifact), tiling)
     elif found is not None:
         given_artifact(artifact, backbone, options)  # not used, but an invalid file is an error

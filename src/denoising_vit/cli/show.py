@@ -110,7 +110,7 @@ def _open(
     from denoising_vit.show.sheets import PhotoExtractor
 
     backbone = load_backbone(model)
-    names = options.names(backbone, cleaners.denoiser)
+    names = options.names(backbone, cleaners)
     extractor = PhotoExtractor(backbone, names, cleaners, options.denoising(), tiling)
     given = None if palette is None else read_palette(palette, backbone)
     tiles = "" if tiling.tile is None else f"; tiles of {tiling.tile} px"

@@ -95,8 +95,8 @@ class DenoiseOptions(ExactOptions):
         method: exact solves linear least squares; neural-field is the published gradient descent (published with 768
             views and plain coverage); subtract subtracts a known artifact from one pass over the whole photo; denoiser
             applies a trained denoiser to that pass (stage 2). One-pass methods (see `dvit show --features`) ignore all
-            options below except the size. auto is denoiser if one is given or in the package for these weights, else
-            exact.
+            options below except the size. auto is the method of the given cleaner (exact for an artifact), else
+            distilled or denoiser if the package has one for these weights, else exact.
         resolution: number of nodes of the semantic field per side. Defaults to twice the patch grid; three times with
             neural-field, so that patch centres are nodes.
         seed: seed for the crops and for the neural field's training; the same seed gives the same result.

@@ -47,8 +47,8 @@ def draw_panel(
     small relative to the features and has its own PCA basis. Patches have sharp edges, because smoothing would hide
     artifacts.
 
-    A denoiser's result is drawn in columns instead, about 1,500 pixels wide: the photo, raw features, the denoiser's
-    features and those of stage 1, if given. Each row is one kind of map in shared colours.
+    A result without a separate artifact is drawn in columns instead, about 1,500 pixels wide: the photo, raw features,
+    clean features and those of stage 1, if given. Each row is one kind of map in shared colours.
 
     Args:
         photo: (H, W, 3) uint8, any resolution.
@@ -56,20 +56,20 @@ def draw_panel(
         path: the file; always a PNG, whatever its suffix.
         upsample: draw denoised features on a grid finer than the patch grid by this factor.
         title: a line above the pictures.
-        exact: stage 1's decomposition of the same photo, drawn next to a denoiser's result.
+        exact: stage 1's decomposition of the same photo, drawn next to a result without a separate artifact.
 
     Raises:
         ValueError: if the photo is not (H, W, 3) uint8, ``upsample`` is not a positive whole number, features are not
-            finite, or ``exact`` is given with a result of another method than the denoiser.
+            finite, or ``exact`` is given with a result that separates an artifact.
         OSError: if the file cannot be written.
     """
     if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8 or photo.size == 0:
         raise ValueError(f"photo must be an (H, W, 3) uint8 array, got {photo.dtype} of shape {photo.shape}")
     aspect = photo.shape[1] / photo.shape[0]
     method = str(result.info.get("method", "exact"))
-    if exact is not None and method != "denoiser":
-        raise ValueError("exact can be drawn only with a denoiser's result; this result is from another method")
     separated = method in (*STAGE_ONE, "subtract")  # other methods do not separate G from the residual
+    if exact is not None and separated:
+        raise ValueError(f"exact is drawn only next to features that do not separate an artifact, got {method}")
     results = {"denoised" if separated else method: result} | ({} if exact is None else {"exact": exact})
     palette = Palette([result.raw, *(one.semantic for one in results.values())])
     maps = {"raw": result.raw} | {
@@ -142,9 +142,10 @@ def _caption(result: Decomposition, aspect: float) -> str:
 
 
 def _compared(result: Decomposition, exact: Decomposition | None) -> list[str]:
-    """A line about the denoiser and about stage 1; none for results of other methods."""
+    """A line about the cleaner and about stage 1; none for results without them."""
     denoiser = result.info.get("denoiser", {})
     parts = [f"denoiser {shorten(str(denoiser['source']), 40)}, {denoiser['digest'][:8]}"] if denoiser else []
+    parts += [f"{name} {result.info[name][:8]}" for name in ("distilled", "subspace") if name in result.info]
     if exact is not None:
         views = exact.info.get("views")
         parts.append(", ".join([f"exact of {views} views" if views else "exact", *_heldout(exact)]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from denoising_vit.decomposition.options import DenoiseOptions, StageOneCrops
 from denoising_vit.errors import AppError, ClipError, PlanError
-from denoising_vit.extractors import KINDS, GivenDenoiser, features_arg, parse_names
+from denoising_vit.extractors import KINDS, Cleaners, features_arg, parse_names
 from denoising_vit.maps.kinds import MAP_KINDS, TITLES
 from denoising_vit.views.patch_grid import nearest_sizes
 
@@ -37,7 +37,10 @@ class ShowOptions(StageOneCrops):
 
     features: Annotated[
         str | None,
-        features_arg("Without it, raw and denoiser if one is given or in the package for this backbone, else exact."),
+        features_arg(
+            "Without it, raw and those of the given cleaner (exact for an artifact), else distilled or denoiser if the "
+            "package has one for this backbone, else exact."
+        ),
     ] = None
     maps: str = "pca,kmeans,norm,similarity"
     at: tuple[float, float] = (0.5, 0.5)
@@ -66,13 +69,11 @@ class ShowOptions(StageOneCrops):
         """Names of the maps, in order."""
         return parse_names(self.maps, tuple(MAP_KINDS), "maps")
 
-    def names(self, backbone: Backbone, denoiser: GivenDenoiser | None) -> tuple[str, ...]:
+    def names(self, backbone: Backbone, cleaners: Cleaners) -> tuple[str, ...]:
         """Names of the features, in order."""
         if self.features is not None:
             return parse_names(self.features, KINDS)
-        from denoising_vit.denoiser.loading import find_shipped
-
-        return "raw", "exact" if denoiser is None and find_shipped(backbone) is None else "denoiser"
+        return "raw", cleaners.preferred(backbone)
 
     def denoising(self) -> DenoiseOptions:
         """Options of stage 1, without held-out views."""

@@ -82,7 +82,7 @@ class Settings:
     """Settings of one request; ``views``, ``wide`` (wide crops) and ``scale`` (upsampling) apply to exact only."""
 
     backbone: str
-    method: str = "denoiser"
+    method: str
     layer: int = -1
     size: int | None = None
     views: int = 32
@@ -144,7 +144,7 @@ def answer(models: Models, keep: Keep, photo: Path, settings: Settings, progress
     read = time.perf_counter()
     model = models.get(settings.backbone, settings.layer)
     result = denoise_image(
-        model.backbone, pixels, progress=progress, options=options_of(model, settings), **_cleaner(model, settings)
+        model.backbone, pixels, progress=progress, options=options_of(model, settings), **cleaner_of(model, settings)
     )
     result = dataclasses.replace(result, info=result.info | {"photo": result.info["photo"] | {"name": photo.name}})
     denoised = time.perf_counter()
@@ -185,7 +185,8 @@ def largest_size(backbone: Backbone) -> int:
     return nearest_sizes(backbone.default_size * 3 // 2, backbone.patch_size, backbone.stride)[0]
 
 
-def _cleaner(model: Model, settings: Settings) -> dict[str, Any]:
+def cleaner_of(model: Model, settings: Settings) -> dict[str, Any]:
+    """The cleaner of the method, as an option of `denoise_image`."""
     if settings.method == "exact":
         if settings.wide:  # wide crops cannot separate an artifact from content
             return {"artifact": model.artifact or NONE}

@@ -15,7 +15,7 @@ from denoising_vit.backbones.bundled import INSTALL_HINT, bundled_available
 from denoising_vit.backbones.loading import find_distilled
 from denoising_vit.denoiser import FoundDenoiser, find_denoiser, find_shipped
 from denoising_vit.errors import AppError, ArtifactError, DenoiserError
-from denoising_vit.extractors import KINDS
+from denoising_vit.extractors import KINDS, Cleaners
 
 T = TypeVar("T")
 
@@ -40,14 +40,16 @@ class Model:
     artifact: Artifact | None
     distilled: Path | None = None  #: weights in the package
     fits_artifact: bool = True  #: True if exact fits G in each photo, because no artifact was given
+    preferred: str = "exact"  #: kind of features that the page shows first
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Available kinds of clean features; the denoiser first, then exact, then the others."""
+        """Available kinds of clean features; the preferred one first, then the denoiser, exact, and the others."""
         lacking = {name for name in ("denoiser", "artifact", "distilled") if getattr(self, name) is None}
         lacking |= {"registers"}
         names = [kind.name for kind in KINDS.values() if kind.cleans and (kind.per_image or kind.uses not in lacking)]
-        return tuple(sorted(names, key=lambda name: {"denoiser": 0, "exact": 1}.get(name, 2)))
+        first = {"denoiser": 1, "exact": 2} | {self.preferred: 0}
+        return tuple(sorted(names, key=lambda name: first.get(name, 3)))
 
 
 class Models:
@@ -101,12 +103,16 @@ class Models:
     def _with_cleaners(self, backbone: Backbone, *, given: bool) -> Model:
         """Add cleaners: the given denoiser and artifact, or those of the package for other backbones and layers."""
         denoiser, artifact = (self._denoiser, self._artifact) if given else (None, None)
+        found = _known(denoiser, find_shipped, find_denoiser, backbone)
+        known = _known(artifact, shipped_for, load_artifact, backbone)
+        chosen = Cleaners(None if artifact is None else known, None if denoiser is None else found)
         return Model(
             backbone,
-            _known(denoiser, find_shipped, find_denoiser, backbone),
-            _known(artifact, shipped_for, load_artifact, backbone),
+            found,
+            known,
             find_distilled(backbone),
             fits_artifact=artifact is None,
+            preferred=chosen.preferred(backbone),
         )
 
     def require_given(self) -> Model:

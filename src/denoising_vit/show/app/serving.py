@@ -15,8 +15,9 @@ import numpy as np
 from denoising_vit.data import find_photos
 from denoising_vit.denoise import denoise_image
 from denoising_vit.errors import AppError
+from denoising_vit.extractors import KINDS
 from denoising_vit.files import extra_hint
-from denoising_vit.show.app.answers import Keep
+from denoising_vit.show.app.answers import Keep, Settings, cleaner_of
 from denoising_vit.show.app.models import Models
 from denoising_vit.show.options import AppOptions
 
@@ -157,9 +158,11 @@ def warm(models: Models) -> None:
     import denoising_vit.maps  # noqa: F401, matplotlib takes seconds to import
 
     model = models.require_given()
-    if model.denoiser is not None:
+    method = model.methods[0]
+    if KINDS[method].one_pass:
         grey = np.full((model.backbone.patch_size, model.backbone.patch_size, 3), 128, np.uint8)
-        denoise_image(model.backbone, grey, method="denoiser", denoiser=model.denoiser)
+        cleaner = cleaner_of(model, Settings(model.backbone.name, method))
+        denoise_image(model.backbone, grey, method=method, **cleaner)
 
 
 @contextlib.contextmanager
