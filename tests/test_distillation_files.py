@@ -21,7 +21,7 @@ import tiny_fit
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone, build_timm_model
 from denoising_vit.backbones.weights import load_weights, read_state_dict
-from denoising_vit.distilled import train as distil
+from denoising_vit.distilled import weights as distil
 from denoising_vit.distilled.train import Distillation
 from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.errors import TrainError, WeightsError
