@@ -36,9 +36,6 @@ from denoising_vit.backbones import Backbone, BackboneSpec
 OUTLIERS, NORM = 0.015, 5.0
 
 
-#: End of the name of a score by nearest neighbours, after that of the labelled set.
-_NEIGHBOURS = " neighbours"
-
 Method = Callable[[np.ndarray], Tensor]
 
 
@@ -133,7 +130,7 @@ def main(
         plain: dict[str, Method] = {"unplanted raw": lambda photo: once(clean, photo, size).raw} if sets else {}
         for name, method in (plain | methods(wrapped, calibrated, denoiser)).items():
             row = {"share": amount, "outliers": outliers, "method": name, **left(planted, method, judged, size)}
-            row |= neighbours(sets, method)
+            row["neighbours"] = neighbours(sets, method)
             print(row, flush=True)
             found["rows"].append(row)
             write(out, "planted", found, markdown(found["rows"]))
@@ -169,7 +166,7 @@ def neighbours(sets: dict[str, probes.Labelled], method: Method) -> dict[str, fl
         if name in probes.SCORED:
             features = torch.stack([method(image.permute(1, 2, 0).numpy()) for image in part.images])
             clean = functional.normalize(features.float(), dim=-1)
-            found[name + _NEIGHBOURS] = probes.neighbours(part, clean, probes.SCORED[name])
+            found[name] = probes.neighbours(part, clean, probes.SCORED[name])
     return found
 
 
@@ -239,9 +236,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "outliers left",
         "cosine to unplanted",
     ]
-    scored = [name for name in rows[0] if name.endswith(_NEIGHBOURS)]
     return table(
-        [*head, *(f"{name}, mIoU" for name in scored)],
+        [*head, *(f"{name} neighbours, mIoU" for name in rows[0]["neighbours"])],
         [
             [
                 f"{row['share']:.0%}",
@@ -250,7 +246,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"{row['pattern_left']:.3%}",
                 f"{row['outliers_left']:.3f}" if "outliers_left" in row else "-",
                 f"{row['cosine']:.3f}",
-                *(f"{row[name]:.1f}" for name in scored),
+                *(f"{score:.1f}" for score in row["neighbours"].values()),
             ]
             for row in rows
         ],

@@ -178,6 +178,8 @@ def test_contrast_needs_a_norm_after_the_last_layer(base: Path, tmp_path: Path) 
         whole = dv.DistilledWeights.load(moved(start, tmp_path))
         with pytest.raises(PlanError, match=message):
             whole.restore_contrast(tmp_path / "new.safetensors", [np.zeros((48, 48, 3), np.uint8)], base=start)
+        with pytest.raises(PlanError, match=message):  # before any photo is read
+            whole.restore_contrast(tmp_path / "new.safetensors", tmp_path / "nowhere", base=start)
         assert not (tmp_path / "new.safetensors").exists()
 
 

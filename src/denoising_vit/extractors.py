@@ -70,10 +70,6 @@ class Cleaners:
             raise PlanError(f"unknown extractor {name!r}; choose from {', '.join(known)}")
         return kind.make(backbone, self)
 
-    def _has(self, kind: FeatureKind) -> bool:
-        """True if the cleaner of these features is given."""
-        return kind.uses is not None and getattr(self, kind.uses) is not None
-
     def preferred(self, backbone: Backbone) -> str:
         """The kind of features to use by default.
 
@@ -87,7 +83,8 @@ class Cleaners:
         from denoising_vit.backbones.loading import can_add_difference, find_distilled
         from denoising_vit.denoiser.loading import find_shipped
 
-        given = [kind.name for kind in KINDS.values() if kind.uses not in (None, "artifact") and self._has(kind)]
+        own = {kind.name: kind.uses for kind in KINDS.values() if kind.uses and kind.uses != "artifact"}
+        given = [name for name, uses in own.items() if getattr(self, uses) is not None]
         if len(given) > 1:
             raise PlanError(f"cleaners of several kinds of features are given ({', '.join(given)}); choose one of them")
         if given:

@@ -30,28 +30,39 @@ def contrast(student: Backbone, raw: Backbone, images: list[Tensor]) -> tuple[fl
 
 def _moments(backbone: Backbone, images: list[Tensor]) -> tuple[float, Tensor]:
     """Variance of features over all patches, summed over channels, and their mean (C,)."""
-    patches = torch.cat([backbone(image).flatten(0, 2).double().cpu() for image in images])
-    return float(patches.var(0, correction=0).sum()), patches.mean(0)
+    total, squares, count = torch.zeros(()), 0.0, 0
+    for image in images:
+        patches = backbone(image).flatten(0, 2).double().cpu()
+        total, squares, count = total + patches.sum(0), squares + float(patches.square().sum()), count + len(patches)
+    mean = total / count
+    return squares / count - float(mean.square().sum()), mean
 
 
-@torch.no_grad()
-def stretched(student: TimmBackbone, factor: float, mean: Tensor) -> dict[str, Tensor]:
-    """Weights of the student with f' = mean + factor (f - mean), on the CPU, by their names in timm.
-
-    Only the final norm changes, whose output is affine in its weights. It applies to class token and registers too.
+def final_norm(student: TimmBackbone) -> str:
+    """Name in timm of the norm that follows the block of these features.
 
     Raises:
-        PlanError: if no norm with a bias follows the block of these features.
+        PlanError: if there is none with a bias.
     """
-    model, state = student.model, {name: value.cpu().clone() for name, value in student.model.state_dict().items()}
+    model, last = student.model, len(student.model.blocks) - 1
     name = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
-    weight, bias = (state.get(f"{name}.{part}") for part in ("weight", "bias"))
-    last = len(model.blocks) - 1
-    if not student.norm or student.layer != last or weight is None or bias is None:
+    parts = {f"{name}.weight", f"{name}.bias"}
+    if not student.norm or student.layer != last or not parts <= model.state_dict().keys():
         raise PlanError(
             f"{student.name} at layer {student.layer}: contrast is restored in a final norm with a bias, after layer "
             f"{last}; got {'another layer' if student.layer != last else 'none'}"
         )
+    return name
+
+
+@torch.no_grad()
+def stretched(student: TimmBackbone, norm: str, factor: float, mean: Tensor) -> dict[str, Tensor]:
+    """Weights of the student with f' = mean + factor (f - mean), on the CPU, by their names in timm.
+
+    Only the final norm changes, whose output is affine in its weights. It applies to class token and registers too.
+    """
+    state = {name: value.cpu().clone() for name, value in student.model.state_dict().items()}
+    weight, bias = (state[f"{norm}.{part}"] for part in ("weight", "bias"))
     bias.copy_(factor * bias + (1 - factor) * mean.to(bias))
     weight.mul_(factor)
     return state

@@ -17,7 +17,7 @@ from denoising_vit.backbones.difference import WHOLE_VERSION, whole_record, writ
 from denoising_vit.backbones.loading import distilled_path, with_weights
 from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
 from denoising_vit.backbones.timm_vit import TimmBackbone
-from denoising_vit.distilled.contrast import contrast, stretched
+from denoising_vit.distilled.contrast import contrast, final_norm, stretched
 from denoising_vit.errors import FormatError, PlanError, TrainError
 from denoising_vit.files import DISTILLED, KEY, atomic_path, compact, read_record, write_tensors
 from denoising_vit.hub.pretrained import Pretrained
@@ -104,13 +104,15 @@ class DistilledWeights(Pretrained):
             PlanError: if the new file is this one, or the model has no final norm with a bias.
             PhotoError: if a photo cannot be read, or there are none.
             FormatError: if the file is damaged, or its weights were trained from weights other than those available.
+            TrainError: if a weight is not finite, or the new file cannot be written.
         """
         base, trained = self._pair(path, base)
         assert isinstance(trained, TimmBackbone)  # like every model that stage 3 trains
+        norm = final_norm(trained)  # rejects unsuitable models before any photo is read
         images = photo_images(photos, base, size or (base.default_size, base.default_size))
         factor, mean = contrast(trained, base, images)
         record = whole_record(self.record) | {"contrast": {"factor": round(factor, 4), "photos": len(images)}}
-        write_distilled(stretched(trained, factor, mean), Path(path), record)
+        write_distilled(stretched(trained, norm, factor, mean), Path(path), record)
         return self.load(path)
 
     def _pair(self, path: str | Path, base: Backbone | None) -> tuple[Backbone, Backbone]:
