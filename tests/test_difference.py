@@ -21,6 +21,7 @@ from denoising_vit.backbones.difference import base_of, with_difference, write_d
 from denoising_vit.backbones.loading import find_distilled, with_weights
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.backbones.timm_vit import TimmBackbone
+from denoising_vit.distilled.contrast import contrast
 from denoising_vit.distilled.weights import write_distilled
 from denoising_vit.errors import FormatError, PlanError, WeightsError
 from denoising_vit.extractors import Cleaners
@@ -169,6 +170,15 @@ def test_contrast_is_restored_to_that_of_the_original_backbone(base: Path, tmp_p
     assert found.record["contrast"] == {"factor": round(factor.item(), 4), "photos": 3}
     small = found.reduce(tmp_path / "small.safetensors", base=start)
     torch.testing.assert_close(with_weights(start, small.path)(images).flatten(0, 2), after, rtol=0.01, atol=0.02)
+
+
+def test_contrast_of_constant_features_is_rejected(base: Path) -> None:
+    start = full(base)
+    weights = start.model.state_dict()  # shares memory with the model
+    weights["norm.weight"].zero_()
+    weights["norm.bias"].fill_(1)
+    with pytest.raises(PlanError, match="features are the same everywhere on these photos; give other photos"):
+        contrast(start, full(base), [some(1, 3, 48, 48)])
 
 
 def test_contrast_needs_a_norm_after_the_last_layer(base: Path, tmp_path: Path) -> None:

@@ -23,8 +23,13 @@ def contrast(student: Backbone, raw: Backbone, images: list[Tensor]) -> tuple[fl
         student: the distilled ViT.
         raw: the backbone that it was trained from.
         images: normalised images (B, 3, H, W).
+
+    Raises:
+        PlanError: if the student's features do not vary.
     """
     (wanted, _), (found, mean) = (_moments(backbone, images) for backbone in (raw, student))
+    if found <= 0:
+        raise PlanError(f"{student.name}: features are the same everywhere on these photos; give other photos")
     return (wanted / found) ** 0.5, mean
 
 

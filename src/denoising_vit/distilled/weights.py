@@ -101,7 +101,8 @@ class DistilledWeights(Pretrained):
             base: the backbone that it was trained from; loaded by name if None.
 
         Raises:
-            PlanError: if the new file is this one, or the model has no final norm with a bias.
+            PlanError: if the new file is this one, the model has no final norm with a bias, or its features do not
+                vary.
             PhotoError: if a photo cannot be read, or there are none.
             FormatError: if the file is damaged, or its weights were trained from weights other than those available.
             TrainError: if a weight is not finite, or the new file cannot be written.
