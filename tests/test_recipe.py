@@ -67,39 +67,35 @@ def test_recipe_trains_and_writes_a_denoiser(recipe: Callable[[list[str]], None]
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["denoiser", "distilled"])
 def test_student_follows_a_second_teacher_and_blank_images_stay_clean(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    teacher, out = "shipped", tmp_path / "student.safetensors"
+    if kind == "denoiser":
+        teacher = str(tmp_path / "teacher.safetensors")
+        write_denoiser(other_denoiser(), teacher)
+    asked = "--weights bundled --device cpu --sizes 112 98x126 --count 4 --held-out 1 --blanks 32 --steps 40 --share 1"
+    load("second_teacher.py")([*asked.split(), f"--{kind}", teacher, "--photos", str(photos), "-o", str(out)])
+    lines = [json.loads(line[line.index("{") :]) for line in capsys.readouterr().out.splitlines() if "{" in line]
+    for size in ([112, 112], [98, 126]):
+        some = [line for line in lines if line["size"] == size]
+        cosines = {line["features"]: line["cosine_to_teacher"] for line in some if "features" in line}
+        assert cosines["student"] > cosines["raw"]
+        assert all(line["variance_left"] < 0.175 for line in some if line.get("blank") == "uniform")
+    assert read_denoiser(out).info["steps"] == 40
+    assert read_denoiser(out).info["teacher"].keys() == {kind}
+
+
+def other_denoiser() -> Denoiser:
+    """A denoiser of the bundled backbone with small random changes."""
     backbone = dv.load_backbone("vit_small_patch14_dinov2.lvd142m", weights="bundled", device="cpu")
     torch.manual_seed(0)
-    teacher = Denoiser(backbone.embed_dim, (37, 37))
+    teacher = Denoiser(backbone.embed_dim, (37, 37), trained_for=describe(backbone))
     with torch.no_grad():
         for weights in teacher.parameters():
             weights.add_(0.05 * torch.randn_like(weights))
-    teacher.trained_for = describe(backbone)
-    file, out = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
-    write_denoiser(teacher, file)
-    size = "--size 112 --count 4 --held-out 1 --blanks 32 --steps 40 --share 1"
-    load("second_teacher.py")(
-        [
-            "--weights",
-            "bundled",
-            "--device",
-            "cpu",
-            *size.split(),
-            "--teacher",
-            str(file),
-            "--photos",
-            str(photos),
-            "-o",
-            str(out),
-        ]
-    )
-    lines = [json.loads(line[line.index("{") :]) for line in capsys.readouterr().out.splitlines() if "{" in line]
-    cosines = {line["features"]: line["cosine_to_teacher"] for line in lines if "features" in line}
-    assert cosines["student"] > cosines["raw"]
-    assert all(line["variance_left"] < 0.175 for line in lines if line.get("blank") == "uniform")
-    assert read_denoiser(out).info["steps"] == 40
+    return teacher
 
 
 @pytest.fixture

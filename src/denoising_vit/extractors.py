@@ -42,8 +42,8 @@ class Cleaners:
             default, subtract uses the shipped one, and exact fits one in each image.
         denoiser: denoiser of the backbone: a file, voc_denoised or imgnet_denoised for the published ones. Defaults to
             the one in the package.
-        distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, or a
-            published file. Defaults to those in the package.
+        distilled: weights of the backbone after stage 3: `distilled.safetensors` of a run of `dvit distill`, a
+            published file, or `shipped` for those in the package. Defaults to those in the package.
         subspace: positional directions for project: a file of `dvit prepare` or `Subspace.save`. Defaults to the 16
             strongest directions of a black image.
         registers: register neurons for registers: a file of `dvit prepare` or `Registers.save`.

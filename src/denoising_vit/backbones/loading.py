@@ -300,13 +300,14 @@ def distilled_path(backbone: Backbone, given: str | Path | None = None, *, how: 
 
     Args:
         backbone: the backbone with its original weights.
-        given: the file; None for the package's.
+        given: the file; None, `shipped` or `distilled` for the package's.
         how: option that passes a file, for the message.
 
     Raises:
         WeightsError: if the file does not exist, or the package has none for these weights and this layer.
     """
-    path = find_distilled(backbone) if given is None else Path(given).expanduser()
+    own = given is None or str(given) in ("shipped", "distilled")
+    path = find_distilled(backbone) if own else Path(str(given)).expanduser()
     if path is None:
         raise WeightsError(
             f"the package has no distilled weights for {backbone.name} with these weights ({backbone.weights}), "

@@ -188,7 +188,7 @@ def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
         WeightsError: if the file is missing, or the package has none for this backbone.
         BackboneError: if the backbone is not from timm.
     """
-    path = distilled_path(backbone, None if str(start) == "distilled" else start, how="--start FILE")
+    path = distilled_path(backbone, start, how="--start FILE")
     recorded = DistilledWeights.load(path).record["backbone"]
     if not is_recorded(recorded, backbone):
         remedy = "Start from weights that were distilled from this backbone"
