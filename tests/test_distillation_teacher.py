@@ -14,11 +14,13 @@ import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
 from denoising_vit import Backbone, DenoisedViT, Denoiser
-from denoising_vit.backbones.recorded import describe
+from denoising_vit.backbones.loading import with_weights
+from denoising_vit.backbones.recorded import describe, is_recorded
 from denoising_vit.data import open_dataset
 from denoising_vit.denoiser import find_denoiser, loading
 from denoising_vit.denoiser.job import Stored
 from denoising_vit.distilled.models import DenoiserTeacher, FieldTeacher
+from denoising_vit.distilled.weights import DistilledWeights
 from denoising_vit.errors import BackboneError, DenoiserError, FormatError, TrainError
 from denoising_vit.store import FeatureStore
 from denoising_vit.training.loop import own_batches
@@ -307,6 +309,24 @@ def test_fields_of_another_backbone_are_refused(fitted: tuple[Backbone, Path, Pa
     with pytest.raises(TrainError, match=r"the store was fitted with .*seed 0.*, got .*seed 1"):
         tiny.prepared(stored(fitted), tmp_path / "run", tiny.backbone(seed=1))
     assert not (tmp_path / "run").exists()
+
+
+def test_second_round_learns_fields_of_the_weights_that_it_starts_from(
+    fitted: tuple[Backbone, Path, Path], tmp_path: Path
+) -> None:
+    raw, photos, _ = fitted
+    training = tiny.options(steps=2, held_out=1, learning_rate=1e-3)
+    first, _ = tiny.distilled(stored(fitted), tmp_path / "first", raw, training)
+    start = first.folder.last
+    again = tiny_training.fit(photos, tmp_path / "again", with_weights(raw, start), size=tiny.SIZE)
+    source = Stored(again, open_dataset(photos))
+    with pytest.raises(TrainError, match=r"the store was fitted with .*last.safetensors.*, got .*seed 0"):
+        tiny.prepared(source, tmp_path / "second", raw)
+    job, progress = tiny.distilled(source, tmp_path / "second", raw, training, start=start)
+    assert progress.step == 2
+    assert job.photos.identity["fitted with"] == "the weights to start from"
+    record = DistilledWeights.load(job.folder.last).record
+    assert is_recorded(record["backbone"], raw)  # like the first, so that its difference from raw can be taken
 
 
 def test_fields_on_the_patch_grid_are_too_coarse_for_crops(fitted: tuple[Backbone, Path, Path], tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def distill(
             ones. Defaults to the shipped one.
         also: denoisers of further layers, trained with --layer, to distil at the same time, for decoders that read
             several layers.
-        fields: a store of `dvit fit` for these photos; its semantic fields replace the denoiser as the teacher.
+        fields: a store of `dvit fit` for these photos; its semantic fields replace the denoiser as the teacher. Fitted
+            with this backbone, or in a further round with the weights of --start (`dvit fit --weights FILE`).
         start: distilled weights of this backbone to train further: a file, or `distilled` for the package's. Defaults
             to the backbone's own weights.
         resume: resume the run in the folder; the result is bit-identical to that of an uninterrupted run.

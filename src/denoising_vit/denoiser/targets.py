@@ -87,14 +87,16 @@ class StoredTargets:
         store: the store.
         photos: the photos, with the ids of the store.
         backbone: the backbone to train for.
+        start: the same backbone with the distilled weights to train further, whose fields may also be the targets.
 
     Raises:
         TrainError: if the store was fitted with another backbone or is not finished, or if photos are missing.
     """
 
-    def __init__(self, store: FeatureStore, photos: Dataset, backbone: Backbone) -> None:
+    def __init__(self, store: FeatureStore, photos: Dataset, backbone: Backbone, start: Backbone | None = None) -> None:
         recorded = store.manifest.backbone
-        if not same_weights(recorded, describe(backbone)):
+        self._of_start = not same_weights(recorded, describe(backbone))
+        if self._of_start and (start is None or not same_weights(recorded, describe(start))):
             remedy = "Use the store's backbone, or fit a new store with this one"
             raise TrainError(mismatch(f"{store.url}: the store was fitted with", recorded, backbone, remedy))
         done, failed = store.done(), store.failed()
@@ -132,7 +134,7 @@ class StoredTargets:
             StoreError: if the records of the store are damaged.
         """
         manifest = self.store.manifest
-        return {
+        fitted = {
             "plan": manifest.plan,
             "options": manifest.options,
             "nodes": list(manifest.field),
@@ -140,6 +142,7 @@ class StoredTargets:
             "ids": manifest.ids_digest,
             "photos": self._pictures,
         }
+        return fitted | ({"fitted with": "the weights to start from"} if self._of_start else {})
 
     @cached_property
     def _pictures(self) -> str:

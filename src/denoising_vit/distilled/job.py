@@ -72,7 +72,8 @@ class DistillJob:
         """Load teacher and student, and create or open the folder of the run.
 
         Args:
-            source: photos, with a denoiser as the teacher; or a store and its photos, with its fields as the teacher.
+            source: photos, with a denoiser as the teacher; or a store and its photos, with its fields as the teacher,
+                fitted with this backbone or with the weights to start from.
             run: folder of the run.
             model: specification of the backbone, to be loaded on the device of each process; or the backbone.
             options: length, learning rate and logging.
@@ -95,10 +96,12 @@ class DistillJob:
         views.validate()
         accelerator = make_accelerator(str(model.device))
         student, backbone = _pair(model, accelerator)
+        begun = None
         if start is not None:
             student = trained_further(student, start)
+            begun = copy.deepcopy(student).to(backbone.dtype)
         started = None if start is None else student.digest
-        photos, teacher = _photos_and_teacher(source, backbone, denoiser, also)
+        photos, teacher = _photos_and_teacher(source, backbone, begun, denoiser, also)
         held_out = options.held_out_of(len(photos.images))
         options = options.with_steps(len(photos.images) - held_out, accelerator.num_processes)
         sizes = tuple(views.parsed_sizes() or [(backbone.default_size, backbone.default_size)])
@@ -185,13 +188,17 @@ def _pair(model: BackboneSpec | Backbone, accelerator: Any) -> tuple[Backbone, B
 
 
 def _photos_and_teacher(
-    source: Dataset | Stored, backbone: Backbone, denoiser: GivenDenoiser | None, also: Sequence[GivenDenoiser]
+    source: Dataset | Stored,
+    backbone: Backbone,
+    start: Backbone | None,
+    denoiser: GivenDenoiser | None,
+    also: Sequence[GivenDenoiser],
 ) -> tuple[SeenPhotos, Teacher]:
     if isinstance(source, Dataset):
         return PlainPhotos(source), DenoiserTeacher.of(backbone, denoiser, also)
     if denoiser is not None or also:
         raise TrainError("with --fields, the targets are the store's fields; omit the denoiser or --fields")
-    return StoredTargets(source.store, source.photos, backbone), FieldTeacher(backbone)
+    return StoredTargets(source.store, source.photos, backbone, start), FieldTeacher(backbone)
 
 
 def _checkpoint_blocks(backbone: Backbone) -> None:
