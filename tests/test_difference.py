@@ -172,13 +172,9 @@ def test_contrast_is_restored_to_that_of_the_original_backbone(base: Path, tmp_p
     torch.testing.assert_close(with_weights(start, small.path)(images).flatten(0, 2), after, rtol=0.01, atol=0.02)
 
 
-def test_contrast_of_constant_features_is_rejected(base: Path) -> None:
-    start = full(base)
-    weights = start.model.state_dict()  # shares memory with the model
-    weights["norm.weight"].zero_()
-    weights["norm.bias"].fill_(1)
+def test_contrast_of_constant_features_is_rejected() -> None:
     with pytest.raises(PlanError, match="features are the same everywhere on these photos; give other photos"):
-        contrast(start, full(base), [some(1, 3, 48, 48)])
+        contrast([(torch.ones(1, 3, 3, 8), some(1, 3, 3, 8))])
 
 
 def test_contrast_needs_a_norm_after_the_last_layer(base: Path, tmp_path: Path) -> None:

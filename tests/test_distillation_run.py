@@ -19,12 +19,14 @@ from torch import Tensor
 import tiny_distillation as tiny
 import tiny_fit
 import tiny_training
+from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.loading import with_weights
 from denoising_vit.distilled.job import DistillJob
 from denoising_vit.distilled.models import DenoiserTeacher, trained_groups
 from denoising_vit.distilled.options import DistillOptions
 from denoising_vit.distilled.train import Distillation
-from denoising_vit.errors import FormatError, SizeError, TrainError
+from denoising_vit.distilled.weights import DistilledWeights
+from denoising_vit.errors import FormatError, PlanError, SizeError, TrainError
 from denoising_vit.training.loop import learning_rate, peak_rate
 from denoising_vit.training.samples import Sample
 from tiny_training import weights_of
@@ -278,6 +280,36 @@ def test_existing_run_and_missing_run_to_resume_are_rejected(photos: Path, strai
         tiny.prepared(photos, straight, None, all_on())
     with pytest.raises(TrainError, match="no run to resume; start it without --resume"):
         tiny.prepared(photos, tmp_path / "none", None, all_on(), resume=True)
+
+
+# --- contrast ---
+
+
+def test_written_weights_have_the_contrast_of_raw_features(photos: Path, tmp_path: Path) -> None:
+    without, _ = tiny.distilled(photos, tmp_path / "without", None, tiny.options())
+    job, _ = tiny.distilled(photos, tmp_path / "with", None, tiny.options(contrast=True))
+    assert [row["loss"] for row in tiny.rows(tmp_path / "with", "train")] == [
+        row["loss"] for row in tiny.rows(tmp_path / "without", "train")
+    ]
+    raw = job.teacher.backbone
+    held_out = [part for size in job.training().held_out.kept for part in size]
+    images = torch.cat([part.images.float() for part in held_out])
+
+    def variance(backbone: Backbone) -> float:
+        return backbone(images).flatten(0, 2).var(0, correction=0).sum().item()
+
+    before, after = (with_weights(raw, one.folder.last) for one in (without, job))
+    assert abs(variance(before) / variance(raw) - 1) > 0.02
+    assert variance(after) == pytest.approx(variance(raw), rel=5e-3)
+    assert DistilledWeights.load(job.folder.last).record["contrast"]["photos"] == 3
+
+
+def test_contrast_needs_a_final_norm(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"contrast is restored in a final norm.* got none"):
+        tiny.prepared(photos, tmp_path / "run", tiny.backbone(norm=False), tiny.options(contrast=True))
+    with pytest.raises(PlanError, match="in the final norm of a timm model; got"):
+        tiny.prepared(photos, tmp_path / "run", tiny.tokens(), tiny.options(contrast=True))
+    assert not (tmp_path / "run").exists()
 
 
 # --- weights of an earlier run ---

@@ -7,6 +7,9 @@ such as LOST, then take too many patches for similar (docs/decisions.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 
@@ -16,39 +19,56 @@ from denoising_vit.errors import PlanError
 
 
 @torch.no_grad()
-def contrast(student: Backbone, raw: Backbone, images: list[Tensor]) -> tuple[float, Tensor]:
+def contrast(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, Tensor]:
     """The factor by which raw features deviate more from their mean than the student's, and the student's mean (C,).
 
     Args:
-        student: the distilled ViT.
-        raw: the backbone that it was trained from.
-        images: normalised images (B, 3, H, W).
+        pairs: features (B, h, w, C) of the distilled ViT and raw features, of the same images.
 
     Raises:
         PlanError: if the student's features do not vary.
     """
-    (wanted, _), (found, mean) = (_moments(backbone, images) for backbone in (raw, student))
-    if found <= 0:
-        raise PlanError(f"{student.name}: features are the same everywhere on these photos; give other photos")
-    return (wanted / found) ** 0.5, mean
+    student, raw = _Moments(), _Moments()
+    for found, wanted in pairs:
+        student.add(found)
+        raw.add(wanted)
+    if student.variance <= 0:
+        raise PlanError("the distilled ViT's features are the same everywhere on these photos; give other photos")
+    return (raw.variance / student.variance) ** 0.5, student.mean
 
 
-def _moments(backbone: Backbone, images: list[Tensor]) -> tuple[float, Tensor]:
-    """Variance of features over all patches, summed over channels, and their mean (C,)."""
-    total, squares, count = torch.zeros(()), 0.0, 0
-    for image in images:
-        patches = backbone(image).flatten(0, 2).double().cpu()
-        total, squares, count = total + patches.sum(0), squares + float(patches.square().sum()), count + len(patches)
-    mean = total / count
-    return squares / count - float(mean.square().sum()), mean
+@dataclass
+class _Moments:
+    """Sums over patches: of features (C,), of their squares over channels, and the number of patches."""
+
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: float = 0.0
+    count: int = 0
+
+    def add(self, features: Tensor) -> None:
+        patches = features.flatten(0, 2).double().cpu()
+        self.total = self.total + patches.sum(0)
+        self.squares += float(patches.square().sum())
+        self.count += len(patches)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    @property
+    def variance(self) -> float:
+        """Variance over patches, summed over channels."""
+        return self.squares / self.count - float(self.mean.square().sum())
 
 
-def final_norm(student: TimmBackbone) -> str:
+def final_norm(student: Backbone) -> str:
     """Name in timm of the norm that follows the block of these features.
 
     Raises:
-        PlanError: if there is none with a bias.
+        PlanError: if there is none with a bias, or the model is not a timm model.
     """
+    if not isinstance(student, TimmBackbone):
+        raise PlanError(f"contrast is restored in the final norm of a timm model; got {student.name}")
     model, last = student.model, len(student.model.blocks) - 1
     name = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
     parts = {f"{name}.weight", f"{name}.bias"}
@@ -61,13 +81,13 @@ def final_norm(student: TimmBackbone) -> str:
 
 
 @torch.no_grad()
-def stretched(student: TimmBackbone, norm: str, factor: float, mean: Tensor) -> dict[str, Tensor]:
-    """Weights of the student with f' = mean + factor (f - mean), on the CPU, by their names in timm.
+def stretched(state: dict[str, Tensor], norm: str, factor: float, mean: Tensor) -> dict[str, Tensor]:
+    """Weights whose features are f' = mean + factor (f - mean), by their names in timm.
 
     Only the final norm changes, whose output is affine in its weights. It applies to class token and registers too.
     """
-    state = {name: value.cpu().clone() for name, value in student.model.state_dict().items()}
-    weight, bias = (state[f"{norm}.{part}"] for part in ("weight", "bias"))
-    bias.copy_(factor * bias + (1 - factor) * mean.to(bias))
-    weight.mul_(factor)
-    return state
+    weight, bias = (state[f"{norm}.{part}"].float() for part in ("weight", "bias"))
+    return state | {
+        f"{norm}.weight": factor * weight,
+        f"{norm}.bias": factor * bias + (1 - factor) * mean.to(bias),
+    }

@@ -99,6 +99,12 @@ class HeldOut:
         blank = self.blank[0].through(lambda images: student(images.to(student.backbone.device))[0][0])
         return found | known_blank_figures(blank, self.blank[1]) | raw
 
+    def pairs(self, student: Student) -> Iterator[tuple[Tensor, Tensor]]:
+        """The student's features and raw features (B, h, w, C) of the photos, at all sizes."""
+        for size in range(len(self.kept)):
+            for clean, _, part in self._answers(student, size):
+                yield clean[0], part.lesson.raw[0].float()
+
     @torch.no_grad()
     def draw(self, student: Student, step: int) -> None:
         """Draw raw features, the student's features and the targets of the first photos.

@@ -15,6 +15,7 @@ from denoising_vit.data import Dataset
 from denoising_vit.denoiser import GivenDenoiser
 from denoising_vit.denoiser.job import Stored
 from denoising_vit.denoiser.targets import StoredTargets
+from denoising_vit.distilled.contrast import final_norm
 from denoising_vit.distilled.held_out import HeldOut
 from denoising_vit.distilled.models import DenoiserTeacher, FieldTeacher, Student, Teacher, blocks_of, trained_groups
 from denoising_vit.distilled.options import DistillOptions
@@ -91,6 +92,7 @@ class DistillJob:
             WeightsError: if they are missing.
             SizeError: if a size does not fit the patch grid.
             BackboneError: if the backbone cannot be loaded.
+            PlanError: if contrast cannot be restored, because the model has no final norm with a bias.
         """
         options.validate()
         views.validate()
@@ -117,6 +119,8 @@ class DistillJob:
         if options.shard:
             blocks_of(taught)  # rejects unsuitable models now, not when the run starts
         trained_groups(taught, options.weight_decay, options.layer_decay)  # also rejects unsuitable models
+        if options.contrast:
+            final_norm(student)
         if options.checkpointing:
             _checkpoint_blocks(student)
         folder = RunFolder(Path(run))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoising_vit.distilled.contrast import contrast, final_norm, stretched
 from denoising_vit.distilled.held_out import HeldOut
 from denoising_vit.distilled.models import (
     Average,
@@ -275,8 +276,13 @@ class Distillation:
         if progress.step == self.options.steps:
             paths.append(self.folder.last)
         record = self.record | {"step": progress.step, "held_out": {name: round(v, 6) for name, v in figures.items()}}
+        state = {_plain(name): value for name, value in state.items()}
+        if paths and self.options.contrast:
+            factor, mean = contrast(self.held_out.pairs(self.evaluated))
+            state = stretched(state, final_norm(self.evaluated.backbone), factor, mean)
+            record |= {"contrast": {"factor": round(factor, 4), "photos": len(self.held_out.images)}}
         for path in paths:
-            write_distilled({_plain(name): value for name, value in state.items()}, path, record)
+            write_distilled(state, path, record)
         return progress
 
     def _weights(self, average: Average | None) -> dict[str, Tensor]:

@@ -108,12 +108,12 @@ class DistilledWeights(Pretrained):
             TrainError: if a weight is not finite, or the new file cannot be written.
         """
         base, trained = self._pair(path, base)
-        assert isinstance(trained, TimmBackbone)  # like every model that stage 3 trains
         norm = final_norm(trained)  # rejects unsuitable models before any photo is read
         images = photo_images(photos, base, size or (base.default_size, base.default_size))
-        factor, mean = contrast(trained, base, images)
+        with torch.no_grad():
+            factor, mean = contrast((trained(image), base(image)) for image in images)
         record = whole_record(self.record) | {"contrast": {"factor": round(factor, 4), "photos": len(images)}}
-        write_distilled(stretched(trained, norm, factor, mean), Path(path), record)
+        write_distilled(stretched(_state(trained), norm, factor, mean), Path(path), record)
         return self.load(path)
 
     def _pair(self, path: str | Path, base: Backbone | None) -> tuple[Backbone, Backbone]:
@@ -171,9 +171,7 @@ def write_distilled(state: dict[str, Tensor], path: Path, record: dict[str, Any]
     try:
         write_tensors(tensors, path, {KEY: json.dumps(head)})
     except OSError as error:
-        raise TrainError(
-            f"{path}: the model could not be written ({error}); dvit distill continues with --resume"
-        ) from error
+        raise TrainError(f"{path}: the model could not be written ({error}); a run continues with --resume") from error
 
 
 def trained_further(backbone: Backbone, start: str | Path) -> Backbone:
