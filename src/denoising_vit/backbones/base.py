@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from denoising_vit.backbones.attention import BlockedAttention
-from denoising_vit.backbones.fingerprint import Fingerprint, state_digest
+from denoising_vit.backbones.passes import BlockedAttention
+from denoising_vit.backbones.recorded import Fingerprint, state_digest
 from denoising_vit.errors import BackboneError
 from denoising_vit.views.patch_grid import check_side, nearest_sizes, patch_count
 

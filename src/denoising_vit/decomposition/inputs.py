@@ -15,7 +15,7 @@ from torch import Tensor
 
 from denoising_vit.artifact import SHIPPED, KnownArtifact, known_artifact
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.batching import Passes
+from denoising_vit.backbones.passes import Passes
 from denoising_vit.data.photos import photo_digest, read_photo
 from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.options import STAGE_ONE, DenoiseOptions

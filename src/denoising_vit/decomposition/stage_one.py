@@ -14,7 +14,7 @@ from torch import Tensor
 
 from denoising_vit.artifact import KnownArtifact
 from denoising_vit.backbones import Backbone
-from denoising_vit.backbones.batching import Passes
+from denoising_vit.backbones.passes import Passes
 from denoising_vit.data import Skipped
 from denoising_vit.decomposition.exact import ExactSolver
 from denoising_vit.decomposition.heldout import HeldOut
