@@ -2,7 +2,7 @@
 from .artifact import Artifact, load_artifact
 from .backbones import SEEDS, Backbone, load_backbone
 from .cleaning.clean import clean, restore
-from .decomposition.calibration.calibrate import calibrate
+from .decomposition.calibration import calibrate
 from .decomposition.neural_field.options import NeuralFieldOptions
 from .decomposition.options import CalibrationOptions, DenoiseOptions
 from .decomposition.result import Decomposition

@@ -17,10 +17,9 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.passes import Passes
 from denoising_vit.data import Skipped
 from denoising_vit.decomposition.exact import ExactSolver
-from denoising_vit.decomposition.heldout import HeldOut
 from denoising_vit.decomposition.inputs import fitting_batch, given_artifact, load_image, prepare, solver_for
 from denoising_vit.decomposition.options import DenoiseOptions
-from denoising_vit.decomposition.statistics import Statistics, require_finite
+from denoising_vit.decomposition.statistics import HeldOut, Statistics, require_finite
 from denoising_vit.errors import DenoisingVitError, PlanError
 from denoising_vit.progress import prefetched
 from denoising_vit.views.plan import ViewPlan

@@ -12,7 +12,7 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import shrunk
-from denoising_vit.decomposition.calibration.calibrate import (
+from denoising_vit.decomposition.calibration import (
     Calibration,
     OnPhoto,
     energy_of,

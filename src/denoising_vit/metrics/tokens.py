@@ -2,7 +2,7 @@
 
 No metric is meaningful on its own, because a useless map gets the best value of each:
 
-- position probes and MIC (``position.py``, ``mic.py``), leakage and shared energy: a nearly constant map, or noise;
+- position probes and MIC (``position.py``), leakage and shared energy: a nearly constant map, or noise;
 - neighbour similarity: a blurred or nearly constant map;
 - outlier share: a map scaled to unit norm;
 - effective rank and detail: white noise.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denoising_vit.decomposition.heldout import Agreement
+from denoising_vit.decomposition.statistics import Agreement
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked, checked_finite, moments
 

@@ -19,8 +19,8 @@ from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import Skipped, find_photos
 from denoising_vit.data.photos import photo_digest, read_photo
-from denoising_vit.decomposition.calibration.stability import Stability, curve
 from denoising_vit.decomposition.options import CalibrationOptions
+from denoising_vit.decomposition.stability import Stability, curve
 from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 from denoising_vit.errors import ArtifactError, DenoisingVitWarning, PhotoError
 
