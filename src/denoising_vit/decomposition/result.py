@@ -119,7 +119,7 @@ class Decomposition:
     @cached_property
     def semantic(self) -> Tensor:
         """F at the patch centres, (h, w, C): the denoised features."""
-        return self._on_product_grid(*self._centres())
+        return sample_field(self.field, *self._centres())
 
     @property
     def residual(self) -> Tensor:
@@ -174,7 +174,7 @@ class Decomposition:
         """
         if factor < 1 or factor != int(factor):
             raise ValueError(f"factor must be a whole number of at least 1, got {factor}")
-        return self._on_product_grid(*(_refine(*args, factor) for args in self._sides()))
+        return sample_field(self.field, *(_refine(*args, factor) for args in self._sides()))
 
     def save(self, path: str | Path, *, upsample: int | None = None) -> None:
         """Write a safetensors file (float16) for :meth:`load`; ``sample`` and ``upsample`` work after loading.
@@ -207,9 +207,6 @@ class Decomposition:
     def _centres(self) -> tuple[np.ndarray, np.ndarray]:
         rows, columns = (patch_centres(*args) for args in self._sides())
         return rows, columns
-
-    def _on_product_grid(self, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-        return sample_field(self.field, rows, columns)
 
 
 def _refine(side: int, patch: int, stride: int, factor: int) -> np.ndarray:

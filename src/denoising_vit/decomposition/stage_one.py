@@ -31,14 +31,7 @@ _AHEAD = 3
 
 @dataclass(frozen=True)
 class Failed:
-    """A photo that failed.
-
-    Attributes:
-        index: position in the data set.
-        name: id of the photo.
-        reason: reason of the failure, without the name.
-        final: True if another attempt would also fail.
-    """
+    """A photo that failed: its position in the data set, id, and reason; final if another attempt would also fail."""
 
     index: int
     name: str
@@ -48,13 +41,9 @@ class Failed:
 
 @dataclass(frozen=True)
 class Done:
-    """A solved photo.
+    """A solved photo: its position in the data set and id; F on its nodes (Ry, Rx, C), float32 on the CPU; its record.
 
-    Attributes:
-        index: position in the data set.
-        name: id of the photo.
-        field: F on its nodes (Ry, Rx, C), float32 on the CPU.
-        record: photo, held-out metrics and clipped tokens; JSON values.
+    The record has the photo, held-out metrics and the number of clipped tokens, as JSON values.
     """
 
     index: int
@@ -67,15 +56,8 @@ class Done:
 class Ready:
     """A photo with the statistics of its views; :meth:`finish` solves it.
 
-    Attributes:
-        index: position in the data set.
-        about: name, size and digest of the photo.
-        statistics: b, g and s of the fitted views.
-        solver: solver of the plan.
-        held_out: the held-out views, if any.
-        artifact: G (h, w, C), if known.
-        held_out_features: features of the held-out views.
-        raw: features of the whole photo (h, w, C), the first of its views.
+    ``about`` has name, size and digest of the photo; ``artifact`` is G (h, w, C), if known; ``raw`` are the features of
+    the whole photo (h, w, C), the first of its views.
     """
 
     index: int

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from denoising_vit.backbones import Backbone
-from denoising_vit.views.rendering import per_channel, to_image
+from denoising_vit.views.rendering import to_image
 
 #: Version of the images and metrics, recorded with results.
 BLANK_TEST = 1
@@ -89,7 +89,6 @@ class BlankProbe:
             size: (H, W) of the images.
             photos: (H, W, 3) uint8; the first BLANK_PHOTOS of them are blurred and shifted.
         """
-        mean, std = (per_channel(values) for values in (backbone.mean, backbone.std))
         steps = sorted({max(1, int(part * backbone.stride)) for part in _PARTS})
         larger = size[0] + steps[-1], size[1] + steps[-1]
         images = [to_image(photo)[None] for photo in photos[:BLANK_PHOTOS]]
@@ -98,9 +97,9 @@ class BlankProbe:
         blurred = torch.cat([torch.zeros(0, 3, *size), *(_resized(image, size) for image in few)])
         cuts = [whole[..., start : start + size[0], start : start + size[1]] for start in (0, *steps)]
         return cls(
-            blank=(_blank_images(size) - mean) / std,
-            blurred=(blurred - mean) / std,
-            shifted=tuple((cut - mean) / std for cut in cuts),
+            blank=backbone.normalise(_blank_images(size)),
+            blurred=backbone.normalise(blurred),
+            shifted=tuple(map(backbone.normalise, cuts)),
             shifts=tuple(step / backbone.stride for step in steps),
         )
 

@@ -18,7 +18,7 @@ from denoising_vit.errors import EvaluationError, PlanError
 from denoising_vit.extractors import Extractor
 from denoising_vit.progress import OnProgress
 from denoising_vit.tiling.layout import TileLayout, TileOptions
-from denoising_vit.views.rendering import per_channel, resampling_matrix, to_image
+from denoising_vit.views.rendering import resampling_matrix, to_image
 
 #: Weight of the penalty on offsets, relative to the mean number of patches that a tile shares.
 _RIDGE = 0.01
@@ -99,20 +99,10 @@ def blend(
     align: bool = True,
     fixed: slice = slice(0),
 ) -> Tensor:
-    """Run every tile, and add its weighted features to the grid.
+    """Features (H', W', C), float32 on the CPU, of all tiles of a picture, each added with its weights.
 
-    Args:
-        picture: the picture.
-        rows: tiles along the height.
-        columns: tiles along the width.
-        backbone: backbone whose normalisation and stride the tiles use.
-        run: maps a normalised tile (1, 3, H, W) to (h, w, C).
-        progress: called after each tile.
-        align: shift tiles by constants, so that neighbours agree in their overlap.
-        fixed: channels not to shift.
-
-    Returns:
-        (H', W', C) float32 on the CPU.
+    ``run`` maps a tile (1, 3, H, W), normalised for the backbone, to (h, w, C). With ``align``, tiles are shifted by
+    constants, except in the ``fixed`` channels, so that neighbours agree in their overlap.
     """
     blended = torch.empty(0)
     total = len(rows.starts) * len(columns.starts)
@@ -140,8 +130,7 @@ def _tile(picture: Picture, rows: TileLayout, row: int, columns: TileLayout, col
     left, across = _resampling(columns, column, width)
     pixels = to_image(picture[top : top + down.shape[1], left : left + across.shape[1]], backbone.device)
     image = (down.to(pixels) @ (pixels @ across.to(pixels).T)).clamp_(0, 1)  # the cubic kernel overshoots
-    mean, std = (per_channel(values, backbone.device) for values in (backbone.mean, backbone.std))
-    return image.sub_(mean).div_(std)[None]
+    return backbone.normalise(image)[None]
 
 
 def _resampling(layout: TileLayout, index: int, length: int) -> tuple[int, Tensor]:
@@ -158,10 +147,6 @@ class Alignment:
     each tile, and by the position in the tile. The second part is the same for all neighbours in a direction, and is
     subtracted; otherwise it would add up to a ramp across the picture. Offsets minimise the remaining squared
     differences, weighted by the number of shared patches, plus a small penalty.
-
-    Args:
-        rows: tiles along the height.
-        columns: tiles along the width.
     """
 
     def __init__(self, rows: TileLayout, columns: TileLayout) -> None:

@@ -35,7 +35,7 @@ def photo_images(
             unchanged.
         backbone: backbone whose normalisation and device to use.
         size: (H, W) in pixels.
-        most: maximum number of photos; only the first ones are read.
+        most: maximum number of photos to read.
 
     Raises:
         PhotoError: if a photo cannot be read, or there are none.
@@ -46,12 +46,10 @@ def photo_images(
         photos, _ = find_photos([photos])
     if isinstance(photos, Image.Image | np.ndarray):
         photos = [photos]
-    mean, std = (torch.tensor(values, device=backbone.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
     images = []
     for photo in itertools.islice(photos, most):
         image = to_image(read_photo(photo), backbone.device)[None]
-        image = interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
-        images.append((image - mean) / std)
+        images.append(backbone.normalise(interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)))
     if not images:
         raise PhotoError("no photos given; expected a few dozen unlabelled photos")
     return images
