@@ -103,11 +103,15 @@ class Artifact(Pretrained):
         """
         path = Path(path).expanduser()
         with open_own(path, FORMAT, FORMAT_VERSION, "an artifact", _REQUIRED) as (head, file):
-            _check_head(path, head)
+            size, info = head["size"], head["info"]
+            is_size = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
+            if not is_size or not isinstance(info, dict):
+                raise FormatError(f"{path}: damaged artifact: size or record missing in its metadata")
+            require_record(path, head["backbone"])
             values = file.get_tensor("artifact").float()
         if values.ndim != 3 or not torch.isfinite(values).all():
             raise FormatError(f"{path}: damaged artifact: expected finite values (h, w, C), got {tuple(values.shape)}")
-        return cls(values, tuple(head["size"]), head["backbone"], head["info"])
+        return cls(values, tuple(size), head["backbone"], info)
 
 
 def _public(info: dict[str, Any]) -> dict[str, Any]:
@@ -122,16 +126,6 @@ def _public(info: dict[str, Any]) -> dict[str, Any]:
 
     shared = {"photos": [short[name] for name in photos], "skipped": [[short[i], shortened(why)] for i, why in skipped]}
     return info | {key: value for key, value in shared.items() if key in info}
-
-
-def _check_head(path: Path, head: dict[str, Any]) -> None:
-    if not _is_size(head["size"]) or not isinstance(head["info"], dict):
-        raise FormatError(f"{path}: damaged artifact: size or record missing in its metadata")
-    require_record(path, head["backbone"])
-
-
-def _is_size(size: Any) -> bool:
-    return isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
 
 
 #: An artifact, its file, ``shipped``, ``none`` for zeros, or values (h, w, C) on the grid of the views.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -130,12 +130,5 @@ class BackboneSpec:
         """
         from denoising_vit.backbones.loading import load_backbone
 
-        return load_backbone(
-            self.backbone,
-            weights=self.weights,
-            stride=self.stride,
-            layer=self.layer,
-            norm=self.norm,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        options = {each.name: getattr(self, each.name) for each in fields(BackboneSpec)}
+        return load_backbone(options.pop("backbone"), **options)

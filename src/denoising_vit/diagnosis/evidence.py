@@ -12,14 +12,8 @@ from torch import Tensor
 from denoising_vit.backbones import Backbone
 from denoising_vit.data import Skipped
 from denoising_vit.data.photos import shrunk
-from denoising_vit.decomposition.calibration import (
-    Calibration,
-    OnPhoto,
-    energy_of,
-    joined,
-    require_enough,
-    telling,
-)
+from denoising_vit.decomposition.calibration import Calibration, OnPhoto, energy_of, joined, require_enough
+from denoising_vit.decomposition.inputs import telling
 from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 from denoising_vit.decomposition.statistics import require_finite
 from denoising_vit.diagnosis.options import DiagnoseOptions

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from denoising_vit.decomposition.neural_field.options import NeuralFieldOptions, Recipe
+from denoising_vit.decomposition.options import NeuralFieldOptions, Recipe
 
 #: Number of positions to compute at once outside the fit.
 _CHUNK = 16_384
