@@ -20,7 +20,7 @@ from denoising_vit.artifact import Artifact
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import describe
 from denoising_vit.data import Skipped
-from denoising_vit.decomposition.inputs import named_pixels, telling
+from denoising_vit.decomposition.inputs import named_pixels, with_content
 from denoising_vit.decomposition.options import CalibrationOptions
 from denoising_vit.decomposition.stage_one import Failed, Ready, StageOne
 from denoising_vit.errors import ArtifactError, DenoisingVitWarning
@@ -201,7 +201,7 @@ def run_calibration(
     skipped: list[Skipped] = []
     artifacts: list[tuple[str, Tensor]] = []
     energies: list[float] = []
-    numbered = ((index, name, pixels) for index, (name, pixels) in enumerate(telling(photos)))
+    numbered = ((index, name, pixels) for index, (name, pixels) in enumerate(with_content(photos)))
     for result in stage.run(numbered):
         if isinstance(result, Failed):
             name, reason = result.name, result.reason

@@ -84,7 +84,7 @@ def named_pixels(photos: Iterable[Any]) -> Iterator[tuple[str, np.ndarray | Skip
             yield (f"photo {number}", Skipped(f"photo {number}", f"expected a path, PIL image or array, got {kind}"))
 
 
-def telling(photos: Iterable[tuple[str, np.ndarray | Skipped]]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
+def with_content(photos: Iterable[tuple[str, np.ndarray | Skipped]]) -> Iterator[tuple[str, np.ndarray | Skipped]]:
     """Skip photos of a single colour, and duplicates.
 
     Photos of a single colour look the same in every crop, so they cannot separate G and F; duplicates agree trivially.

@@ -1,4 +1,4 @@
-"""Options of stage 1."""
+"""Options of stage 1 and of calibration. No heavy imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGE_ONE = ("exact", "neural-field")
 #: field, which results contain; or nothing.
 Decides = Literal["result", "views", "shape", "nothing"]
 
-
+#: The recipe of the paper, or that of its released code.
 Recipe = Literal["paper", "released"]
 
 #: Default number of Adam steps.
@@ -111,11 +111,11 @@ class NeuralFieldOptions:
             ("a fraction in [0, 1]", lambda value: 0 <= value <= 1, ("warm_up", "residual_from")),
             ("in [0, 1)", lambda value: 0 <= value < 1, ("beta1", "beta2")),
         )
-        for range_, holds, names in rules:
+        for allowed, holds, names in rules:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
-                    raise PlanError(f"{name} must be {range_}, got {value}")
+                    raise PlanError(f"{name} must be {allowed}, got {value}")
         if not 2 <= self.coarsest <= self.finest:
             raise PlanError(f"coarsest must be at least 2 and at most finest, got {self.coarsest} and {self.finest}")
         if self.recipe not in _STEPS:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from denoising_vit.errors import EvaluationError
 from denoising_vit.metrics.checks import checked, moments
+from denoising_vit.views.plan import random_stream
 
 #: Minimum number of images to fit a probe, and to test it.
 _LEAST_IMAGES = 2
@@ -154,9 +155,7 @@ def _places(features: Tensor) -> Tensor:
 
 def _drawn(images: int, patches: int, count: int, seed: int) -> Tensor:
     """Random patches of each image: (images, count) indices without repeats."""
-    # NumPy guarantees unchanged streams only for RandomState.
-    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
-    return torch.from_numpy(stream.random_sample((images, patches)).argsort(axis=1)[:, :count].copy())
+    return torch.from_numpy(random_stream(seed).random_sample((images, patches)).argsort(axis=1)[:, :count].copy())
 
 
 def _r2(truth: Tensor, predicted: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Features of a large picture on one grid, blended from its tiles."""
+"""Features of a large picture on one grid, blended from its tiles, and measures against their borders."""
 
 from __future__ import annotations
 

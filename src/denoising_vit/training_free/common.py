@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from denoising_vit.backbones import Backbone
 from denoising_vit.backbones.recorded import is_recorded, mismatch, require_record
@@ -20,7 +19,7 @@ from denoising_vit.data import find_photos
 from denoising_vit.data.photos import read_photo
 from denoising_vit.errors import ArtifactError, FormatError, PhotoError
 from denoising_vit.files import KEY, open_own, write_tensors
-from denoising_vit.views.rendering import to_image
+from denoising_vit.views.rendering import resized, to_image
 
 FORMAT_VERSION = 1
 
@@ -46,10 +45,10 @@ def photo_images(
         photos, _ = find_photos([photos])
     if isinstance(photos, Image.Image | np.ndarray):
         photos = [photos]
-    images = []
-    for photo in itertools.islice(photos, most):
-        image = to_image(read_photo(photo), backbone.device)[None]
-        images.append(backbone.normalise(interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)))
+    images = [
+        backbone.normalise(resized(to_image(read_photo(photo), backbone.device)[None], size))
+        for photo in itertools.islice(photos, most)
+    ]
     if not images:
         raise PhotoError("no photos given; expected a few dozen unlabelled photos")
     return images

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -29,6 +30,11 @@ _BORDER_WEIGHT = 0.2
 
 #: Boxes are multiples of the inverse of this number.
 _GRAIN = 2.0**32
+
+
+def random_stream(seed: int | Sequence[int]) -> np.random.RandomState:
+    """Random numbers of a seed. RandomState is the only NumPy generator whose streams are guaranteed not to change."""
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
 
 
 def linear_weights(positions: np.ndarray, nodes: int) -> np.ndarray:
@@ -224,8 +230,7 @@ class ViewPlan:
 
 def _draw_crops(views: int, size: tuple[int, int], crops: CropOptions, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (V, 4) and flips (V,), drawn view by view, so that additional views extend a plan."""
-    # RandomState is the only NumPy generator whose streams are guaranteed not to change.
-    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    stream = random_stream(seed)
     if crops.coverage != "even":
         draws = stream.random_sample((views, 5))
     else:

@@ -17,7 +17,7 @@ _CHUNK = 16_384
 #: Standard deviation of the initial G in the released recipe.
 _RELEASED_DEVIATION = 0.02
 
-#: Factors of the spatial hash for x and y (Müller et al., equation 4).
+#: Factor of y in the spatial hash; that of x is 1 (Müller et al., equation 4).
 _PRIME = 2_654_435_761
 
 #: Entries are initialised uniformly within this distance of zero.
